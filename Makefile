@@ -1,0 +1,58 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := lora_fx passes export
+ROOMS := $(SOURCES) tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff, rules and format"
+	@echo "make types   mypy, strict, on an installed copy"
+	@echo "make bench   speed, memory and scaling"
+	@echo "make clean   remove .venv, caches and outputs"
+
+demo: .venv/demo.stamp
+	$(BIN)/lora-fx demo
+
+test: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check $(ROOMS)
+	$(BIN)/ruff format --check $(ROOMS)
+
+# An editable install hides part of the package from mypy, so it checks a real copy, and the
+# count of checked files must reach the count of source files.
+types: .venv/dev.stamp
+	rm -rf .typecheck build
+	$(INSTALL) --no-deps --no-build-isolation --target .typecheck .
+	rm -rf build
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
+		-p lora_fx | tee mypy.log
+	@checked=$$(sed -nE 's/.*(found in|checked) ([0-9]+) source files?.*/\2/p' .typecheck/mypy.log); \
+	existing=$$(find $(SOURCES) -name '*.py' | wc -l); \
+	echo "mypy checked $${checked:-0} files, $$existing exist"; \
+	test "$${checked:-0}" -ge "$$existing" && grep -q '^Success' .typecheck/mypy.log
+
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[demo]'
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev,demo]'
+	touch $@ .venv/demo.stamp

@@ -1,0 +1,109 @@
+"""Adapter files as they are read: onnxruntime itself checks almost nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.export.manifest import Manifest, Slot
+from lora_fx.export.runtime import ERRORS
+
+IDENTIFIER = b"TORT"
+FORMAT_VERSION = 1
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "float64": "tensor(double)",
+}
+
+
+def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
+    """Checks that a file was made for this model, and fills exactly its slots.
+
+    Raises:
+        AdapterError: it is no adapter file, is damaged, or belongs to another model.
+    """
+    stored = read_adapter(path)
+    found, expected = stored.get_model_version(), manifest.model_version
+    values = stored.get_parameters()
+    shapes = {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
+    if found != expected:
+        raise AdapterError(
+            f"{path}: made for another model: model version {found}, {model} has {expected}; make "
+            f"it again: export_adapter(adapter, {str(model)!r}, ...)"
+        )
+    names = [name for slot in manifest.slots for name in (slot.down, slot.up)]
+    missing = [name for name in names if name not in shapes]
+    unknown = [name for name in shapes if name not in set(names)]
+    if missing or unknown:
+        raise AdapterError(
+            f"{path}: does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
+            f"values without a slot: {shorten(unknown) or 'none'}"
+        )
+    for slot in manifest.slots:
+        _check_slot(path, slot, shapes)
+
+
+def _check_slot(path: Path, slot: Slot, shapes: Shapes) -> None:
+    (down, down_type), (up, up_type) = shapes[slot.down], shapes[slot.up]
+    rank = down[1] if len(down) == 2 else -1
+    if down != (slot.in_features, rank) or up != (rank, slot.out_features):
+        raise AdapterError(
+            f"{path}: {slot.path}: A is {down} and B is {up}, expected ({slot.in_features}, r) "
+            f"and (r, {slot.out_features})"
+        )
+    if {down_type, up_type} != {_TYPES[slot.dtype]}:
+        raise AdapterError(
+            f"{path}: {slot.path}: holds {down_type} and {up_type}, expected {_TYPES[slot.dtype]}"
+        )
+
+
+def read_adapter(path: Path) -> ort.AdapterFormat:
+    """Reads an adapter file.
+
+    Raises:
+        AdapterError: it is missing, is no adapter file, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    if start[4:8] != IDENTIFIER:
+        raise AdapterError(
+            f"{path}: not an adapter file: identifier {start[4:8]!r}, expected {IDENTIFIER!r}; "
+            "make one with export_adapter"
+        )
+    try:
+        stored = ort.AdapterFormat.read_adapter(str(path))
+    except (*ERRORS, RuntimeError) as error:
+        raise AdapterError(f"{path}: damaged: {str(error).partition(chr(10))[0]}") from error
+    if stored.get_format_version() != FORMAT_VERSION:
+        found = stored.get_format_version()
+        raise AdapterError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
+    return stored
+
+
+def load_adapter(path: Path) -> ort.LoraAdapter:
+    """Maps an adapter file for running.
+
+    Raises:
+        AdapterError: onnxruntime refuses it.
+    """
+    adapter = ort.LoraAdapter()
+    try:
+        adapter.Load(str(path))
+    except (*ERRORS, RuntimeError) as error:
+        raise AdapterError(f"{path}: not loaded by onnxruntime: {error}") from error
+    return adapter
+
+
+def active(adapter: ort.LoraAdapter) -> ort.RunOptions:
+    """Run options with one adapter, which the caller must keep alive while they are used."""
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    return options

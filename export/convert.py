@@ -1,0 +1,86 @@
+"""From a graph to an ONNX model in memory: the only caller of torch.onnx."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.errors import ExportError
+from lora_fx.graphs import assemble, copy_graph
+from lora_fx.ops import aten
+
+_CHATTER: dict[str, tuple[str, ...]] = {
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
+    "torch.onnx._internal.exporter._core": (
+        "Output node output has None output",  # left out of the names too
+        "Skipping constant argument",  # an argument that is no tensor is no graph input
+    ),
+}
+
+
+def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode that shares the tensors, with any recorded dropout switched off."""
+    graph = copy_graph(gm.graph)
+    for node in graph.nodes:
+        if node.target is aten.dropout.default:
+            node.args = (*node.args[:2], False)
+        elif node.target is F.dropout:
+            node.args, node.kwargs = node.args[:2], {**node.kwargs, "training": False}
+    copy = assemble(gm, graph, training=False)
+    copy.meta = dict(gm.meta)
+    copy.graph = graph  # compiles
+    return copy.eval()
+
+
+def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
+    """Translates a program operator by operator, unoptimised.
+
+    Raises:
+        ExportError: an operator has no translation, or onnxruntime's dialect cannot hold it.
+    """
+    with _quiet():
+        try:
+            onnx_program = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"the graph has no ONNX form: {_cause(error)}") from error
+    if onnx_program is None:
+        raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    return onnx_program.model
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost two reasons: what failed, at which node."""
+    reasons = []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        reasons.append(str(error).partition("\n")[0])
+    return "; ".join(reasons[-2:][::-1]) or str(error).partition("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says about itself rather than about the model."""
+    filters = []
+    for name, starts in _CHATTER.items():
+
+        def wanted(record: logging.LogRecord, starts: tuple[str, ...] = starts) -> bool:
+            return not record.getMessage().startswith(starts)
+
+        logging.getLogger(name).addFilter(wanted)
+        filters.append((name, wanted))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        for name, wanted in filters:
+            logging.getLogger(name).removeFilter(wanted)

@@ -1,0 +1,90 @@
+"""External data of a model about to be read: where it may lie, and how it must add up."""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, external_data_helper, helper
+
+from lora_fx.errors import ExportError, shorten
+
+_KEYS = {"location", "offset", "length", "checksum"}
+_REQUIRED = {"location", "offset", "length"}
+
+
+@dataclass(frozen=True, order=True)
+class _Range:
+    location: str
+    offset: int
+    length: int
+    tensor: str
+
+
+def check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Refuses a model whose external data is not plainly its own.
+
+    onnxruntime takes hard links, and ranges that overlap or are shifted within the file: the
+    weights are then silently wrong.
+
+    Args:
+        model: the model, loaded without its external data.
+        path: where it lies; its data must lie beside it.
+
+    Raises:
+        ExportError: names the tensor or file, what was found and what was expected.
+    """
+    tensors = [t for t in model.graph.initializer if external_data_helper.uses_external_data(t)]
+    ranges = sorted(_range(tensor, path) for tensor in tensors)
+    sizes = {location: _size(path, location) for location in {r.location for r in ranges}}
+    end = _Range("", 0, 0, "")
+    for one in ranges:
+        if one.offset + one.length > sizes[one.location]:
+            raise ExportError(
+                f"{path}: {one.tensor}: bytes {one.offset} to {one.offset + one.length} of "
+                f"{one.location}, which has {sizes[one.location]}: the data file is truncated"
+            )
+        if one.location == end.location and one.offset < end.offset + end.length:
+            raise ExportError(f"{path}: {one.tensor} and {end.tensor} overlap in {one.location}")
+        end = one
+
+
+def _range(tensor: TensorProto, path: Path) -> _Range:
+    where = f"{path}: {tensor.name}"
+    keys = [entry.key for entry in tensor.external_data]
+    odd = [key for key in keys if key not in _KEYS or keys.count(key) > 1]
+    lacking = sorted(_REQUIRED.difference(keys))
+    if odd or lacking:
+        found = f"unknown or repeated: {shorten(odd) or 'none'}"
+        raise ExportError(f"{where}: external data keys: {found}; missing: {shorten(lacking)}")
+    values = {entry.key: entry.value for entry in tensor.external_data}
+    if not (values["offset"].isdecimal() and values["length"].isdecimal()):
+        raise ExportError(f"{where}: offset {values['offset']!r}, length {values['length']!r}")
+    offset, length = int(values["offset"]), int(values["length"])
+    itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    if length != math.prod(tensor.dims) * itemsize:
+        raise ExportError(
+            f"{where}: {length} bytes of external data, its shape {list(tensor.dims)} takes "
+            f"{math.prod(tensor.dims) * itemsize}"
+        )
+    return _Range(values["location"], offset, length, tensor.name)
+
+
+def _size(path: Path, location: str) -> int:
+    """Size of a data file: a plain file beside the model, nothing else."""
+    if (
+        location != Path(location).name
+        or location in ("", ".", "..")
+        or set(location) & set("\\:\0")
+    ):
+        raise ExportError(f"{path}: external data at {location!r}: expected the name of a file")
+    try:
+        status = path.with_name(location).lstat()
+    except OSError as error:
+        raise ExportError(f"{path}: its data file {location}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise ExportError(f"{path}: its data file {location} is a link or no plain file: copy it")
+    return status.st_size

@@ -1,0 +1,51 @@
+"""Example inputs: those that were given, or that a graph remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from lora_fx.errors import ExportError
+from lora_fx.trace import example_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a graph is traced with.
+
+    Attributes:
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        dynamic_shapes: as `lora_fx.trace` takes it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dynamic_shapes: Any
+
+
+def example_inputs(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+) -> Inputs:
+    """The inputs that were given, or else those that the graph was traced with.
+
+    Raises:
+        ExportError: neither is there.
+    """
+    example = example_of(gm)
+    if dynamic_shapes is None and example is not None:
+        dynamic_shapes = example.dynamic_shapes
+    if args or kwargs:
+        return Inputs(tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+    if example is None or not (example.args or example.kwargs):
+        raise ExportError(
+            "no example inputs: the graph was traced without any; pass args=(x,) or kwargs={...} "
+            'and, for sizes that may change, dynamic_shapes={"x": {0: "batch"}}'
+        )
+    return Inputs(example.args, example.kwargs, dynamic_shapes)

@@ -1,0 +1,96 @@
+"""What an export of either kind exports, and what the file must then agree with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import fx
+
+from lora_fx.export.adapter_file import export_adapter
+from lora_fx.export.controls import controls
+from lora_fx.export.convert import evaluating
+from lora_fx.export.evidence import Evidence, Subject
+from lora_fx.export.manifest import KEY, Slot, manifest_of
+from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
+from lora_fx.export.trial import Trial
+from lora_fx.export.verify import verify_file
+from lora_fx.passes import InjectLora, StripLora
+
+_TRACED_RANK = (3,)
+_TRIED_RANKS = (1, 4, 2, 7)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every weight is a constant of the file.
+
+    Attributes:
+        source: the graph as it was given.
+        traced: the same in eval mode, which is exported.
+        slots: none.
+    """
+
+    source: fx.GraphModule
+    traced: fx.GraphModule
+    slots: tuple[Slot, ...] = ()
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Constant:
+        """Plans the export of a graph as it is."""
+        return cls(gm, evaluating(gm))
+
+    def open(self, model: ir.Model) -> None:
+        """Changes nothing: there are no slots."""
+
+    def close(self, model: ir.Model) -> None:
+        """Changes nothing."""
+
+    def verify(self, path: Path, trial: Trial) -> Evidence:
+        """The file against the graph."""
+        return verify_file(path, trial, [Subject("model", self.traced)], controls(self.source))
+
+
+@dataclass(frozen=True)
+class Swappable:
+    """Low-rank weights are inputs of the file, which alone is the base.
+
+    Attributes:
+        base: the graph without adapters.
+        traced: the base with a probe in each slot, which is exported.
+        slots: where an adapter can act.
+    """
+
+    base: fx.GraphModule
+    traced: fx.GraphModule
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None) -> Swappable:
+        """Plans the export of a graph with its adapters taken out and slots in their place."""
+        slots = tuple(chosen_slots(gm, wanted))
+        base = StripLora()(gm).graph_module
+        traced = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
+        return cls(evaluating(base), evaluating(traced), slots)
+
+    def open(self, model: ir.Model) -> None:
+        """Makes the probe's weights inputs, before anything can merge or evaluate them."""
+        open_slots(model, self.slots)
+
+    def close(self, model: ir.Model) -> None:
+        """Adds the defaults and the manifest."""
+        set_defaults(model, self.slots)
+        model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
+
+    def verify(self, path: Path, trial: Trial) -> Evidence:
+        """The file alone against the base, and with an adapter of other ranks against eager."""
+        adapter = probe(self.slots, _TRIED_RANKS, seed=1)
+        adapted = evaluating(InjectLora(adapter)(self.base).graph_module)
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "probe.onnx_adapter"
+            export_adapter(adapter, path, file)
+            subjects = [Subject("base", self.base), Subject("adapted", adapted, file)]
+            return verify_file(path, trial, subjects, [Subject("control: no adapter", self.base)])

@@ -1,0 +1,140 @@
+"""What an export did and how it was checked, as data."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of one run, compared with eager.
+
+    Attributes:
+        what: which model was compared: ``"base"``, ``"adapted"``, or what a control left out.
+        shape: the sizes of the dynamic dimensions, ``"batch=2, sequence=7"``.
+        optimisation: onnxruntime's graph optimisations, ``"off"`` or ``"all"``.
+        output: name of the graph output.
+        max_abs: largest absolute difference.
+        relative: norm of the difference over the norm of what eager gave.
+        tolerance: the relative difference that counts as agreement.
+        ok: whether the row says what it must: agreement, or for a control, disagreement.
+    """
+
+    what: str
+    shape: str
+    optimisation: str
+    output: str
+    max_abs: float
+    relative: float
+    tolerance: float
+    ok: bool
+
+    def __str__(self) -> str:
+        """One line of the table."""
+        return (
+            f"{'ok  ' if self.ok else 'FAIL'} {self.what:<24} {self.output:<20} {self.shape:<24} "
+            f"{self.optimisation:<4} relative {self.relative:.1e}  max {self.max_abs:.1e}"
+        )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `to_onnx` wrote and measured.
+
+    Attributes:
+        path: the model file.
+        mode: ``"constant"`` or ``"input"``, as asked for.
+        files: name -> size in bytes of each file written.
+        opset: version of the ONNX operator set.
+        seconds: stage -> wall time.
+        checks: rows that had to agree with eager; empty under ``verify=False``.
+        controls: rows that had to disagree.
+        notes: what could not be checked, and why.
+        inputs: names of the graph inputs.
+        outputs: names of the graph outputs.
+        slots: module paths that an adapter can act on; empty unless ``mode`` is ``"input"``.
+    """
+
+    path: str
+    mode: str
+    files: dict[str, int]
+    opset: int
+    seconds: dict[str, float]
+    checks: list[Check] = field(default_factory=list)
+    controls: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    slots: list[str] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every check agreed and a control failed as it must."""
+        rows = [*self.checks, *self.controls]
+        return bool(self.checks and self.controls) and all(row.ok for row in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values; a number that JSON cannot hold becomes its name."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain | {"verified": self.verified}
+
+    def save_json(self, path: str | Path) -> None:
+        """Writes the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def __str__(self) -> str:
+        """A short table: files, the worst check of each kind, controls, notes."""
+        sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
+        lines = [f"{self.path}  adapters={self.mode}  opset {self.opset}  {sizes}"]
+        if self.slots:
+            lines.append(f"slots {len(self.slots)}")
+        lines += [f"check    {row}" for row in _worst(self.checks)]
+        lines += [f"control  {row}" for row in self.controls]
+        lines += [f"note     {note}" for note in self.notes]
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        return "\n".join([*lines, times])
+
+
+class Clock:
+    """Wall time by stage, told to whoever watches.
+
+    Attributes:
+        seconds: stage -> wall time so far.
+    """
+
+    def __init__(self, watch: Any = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._watch = watch
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the body under a name."""
+        if self._watch is not None:
+            self._watch(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _worst(rows: list[Check]) -> list[Check]:
+    worst: dict[tuple[str, str], Check] = {}
+    for row in sorted(rows, key=lambda row: (row.ok, -row.relative)):
+        worst.setdefault((row.what, row.output), row)
+    return list(worst.values())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,100 @@
+"""Opening and calling onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from lora_fx.errors import ExportError
+
+ERRORS = (
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoModel,
+    state.NoSuchFile,
+    state.NotFound,
+    state.NotImplemented,
+    state.RuntimeException,
+    state.EPFail,
+)
+_ERRORS_ONLY = 3
+
+
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    optimise: bool = True,
+) -> Any:
+    """Opens a model.
+
+    Raises:
+        ExportError: onnxruntime refuses the file, or has no kernel for it.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY  # each overridable initializer is worth a warning
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(str(path), options, providers=chosen)
+    except state.NotImplemented as error:
+        reason = _first_line(error)
+        raise ExportError(
+            f"{path.name}: {', '.join(chosen)} has no kernel for this model ({reason}): "
+            "convert the model to float32 or float16 before tracing, or name other providers"
+        ) from error
+    except (*ERRORS, ValueError) as error:
+        raise ExportError(
+            f"{path.name}: not loaded by onnxruntime: {_first_line(error)}"
+        ) from error
+
+
+def call(
+    session: Any,
+    feeds: Mapping[str, np.ndarray[Any, Any]],
+    options: ort.RunOptions | None = None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Runs a session and gives its outputs by name.
+
+    Raises:
+        ExportError: onnxruntime refused an input or failed in the middle.
+    """
+    names = [output.name for output in session.get_outputs()]
+    try:
+        values = session.run(names, dict(feeds), options)
+    except ERRORS as error:
+        raise ExportError(f"onnxruntime: {_first_line(error)}") from error
+    return dict(zip(names, values, strict=True))
+
+
+def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
+    """An input as onnxruntime takes it.
+
+    Raises:
+        ExportError: it is neither a tensor nor an array, or its dtype has no numpy form.
+    """
+    if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
+        raise ExportError(f"input {name!r} is bfloat16, which numpy lacks: give float32 or float16")
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype == object:
+        found = type(value).__name__
+        raise ExportError(f"input {name!r} is a {found}: give a tensor or an array of numbers")
+    return array
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

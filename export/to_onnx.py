@@ -1,0 +1,112 @@
+"""The way from a graph to a published, verified ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import fx
+
+from lora_fx.errors import ExportError
+from lora_fx.export.clean import anonymise, clean
+from lora_fx.export.convert import convert
+from lora_fx.export.evidence import Evidence
+from lora_fx.export.inputs import example_inputs
+from lora_fx.export.model_file import write_model
+from lora_fx.export.names import rename
+from lora_fx.export.plan import Constant, Swappable
+from lora_fx.export.publish import refuse_existing, staged
+from lora_fx.export.report import Clock, ExportReport
+from lora_fx.export.trial import Trial, trial_of
+
+INLINE_LIMIT = 1_500_000_000  # protobuf ends at 2 GB
+
+
+def to_onnx(
+    gm: fx.GraphModule,
+    path: str | Path,
+    *,
+    adapters: str = "constant",
+    verify: bool = True,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    slots: str | Sequence[str] | None = None,
+    opset: int | None = None,
+    external_data_above: int = INLINE_LIMIT,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes a graph as ONNX, checks the file against eager, and only then publishes it.
+
+    Args:
+        gm: a graph from `lora_fx.trace` and passes. It is exported in eval mode, not changed.
+        path: the ``.onnx`` file.
+        adapters: ``"constant"``: low-rank weights are initializers. ``"input"``: they are
+            overridable graph inputs ``<module path>.lora_A`` (in, r) and ``.lora_B`` (r, out);
+            without an adapter the file is the base.
+        verify: run eager and onnxruntime side by side, and a control that must fail.
+        args: example inputs by position; those that ``gm`` was traced with by default.
+        kwargs: example inputs by name.
+        dynamic_shapes: as `lora_fx.trace` takes it.
+        slots: under ``adapters="input"``, which layers take an adapter: module paths,
+            ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
+            the output embedding.
+        opset: version of the ONNX operator set; the exporter's own choice by default.
+        external_data_above: bytes of weights from which they go to ``<path>.data``.
+        force: replace files that exist.
+        progress: told the name of each stage as it starts.
+
+    Returns:
+        What was written, measured and checked.
+
+    Raises:
+        ExportError: no example inputs, an operator without ONNX form, or the output exists.
+        VerificationError: the file and eager disagree, or a control agreed.
+    """
+    if adapters not in ("constant", "input"):
+        raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
+    if adapters == "constant" and slots is not None:
+        raise ExportError('slots is given: that needs adapters="input"')
+    target, clock = Path(path), Clock(progress)
+    refuse_existing(target, force=force)
+    inputs = example_inputs(gm, args, kwargs, dynamic_shapes)
+    with clock.stage("trace"):
+        plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots)
+        trial = trial_of(plan.traced, inputs)
+    with clock.stage("convert"):
+        model = convert(trial.program, opset)
+    with clock.stage("optimise"):
+        _finish(model, plan, trial)
+    evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+    with staged(target, force=force) as draft:
+        with clock.stage("write"):
+            write_model(model, draft, external_data_above=external_data_above)
+        if verify:
+            with clock.stage("verify"):
+                evidence = plan.verify(draft, trial)
+                evidence.judge(str(target))
+        files = {file.name: file.stat().st_size for file in sorted(draft.parent.iterdir())}
+    return ExportReport(
+        path=str(target),
+        mode=adapters,
+        files=files,
+        opset=model.opset_imports[""],
+        seconds=clock.seconds,
+        checks=evidence.checks,
+        controls=evidence.controls,
+        notes=evidence.notes,
+        inputs=trial.inputs,
+        outputs=trial.outputs,
+        slots=[slot.path for slot in plan.slots],
+    )
+
+
+def _finish(model: ir.Model, plan: Constant | Swappable, trial: Trial) -> None:
+    plan.open(model)
+    clean(model)
+    rename(model, trial.leaves, trial.outputs)
+    anonymise(model)
+    plan.close(model)

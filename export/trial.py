@@ -1,0 +1,60 @@
+"""What a file is tried on: the program behind it, inputs of several shapes, and all names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from lora_fx.export.cases import Case, cases
+from lora_fx.export.inputs import Inputs
+from lora_fx.export.leaves import Leaf, input_leaves
+from lora_fx.export.names import output_names
+from lora_fx.export.runtime import to_array
+from lora_fx.trace import export_program
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A graph as torch.export sees it, and what to call and feed its ONNX form.
+
+    Attributes:
+        program: what is translated to ONNX.
+        leaves: the tensor inputs, in order.
+        cases: inputs of several shapes, the traced one first.
+        outputs: names of the graph outputs.
+    """
+
+    program: torch.export.ExportedProgram
+    leaves: Sequence[Leaf]
+    cases: Sequence[Case]
+    outputs: list[str]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the graph inputs."""
+        return [leaf.name for leaf in self.leaves]
+
+    def feeds(self, case: Case) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs of a case by name."""
+        named = zip(self.inputs, case.tensors(), strict=True)
+        return {name: to_array(name, value) for name, value in named}
+
+
+def trial_of(gm: fx.GraphModule, inputs: Inputs) -> Trial:
+    """Exports a graph on example inputs, and finds the other shapes that it takes.
+
+    Raises:
+        TraceError: torch.export cannot follow the graph.
+        ExportError: an output is no tensor.
+    """
+    program = export_program(gm, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
+    leaves = input_leaves(gm, program, inputs.dynamic_shapes)
+    tried = cases(program, leaves)
+    with torch.no_grad():
+        outputs = gm(*tried[0].args, **tried[0].kwargs)
+    return Trial(program, leaves, tried, output_names(outputs))

@@ -1,0 +1,144 @@
+"""The exported file against eager, and against a control that must not agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.compare import TOLERANCE, compare
+from lora_fx.errors import AdapterWarning
+from lora_fx.export.adapter_check import active, load_adapter
+from lora_fx.export.cases import Case
+from lora_fx.export.controls import NO_ADAPTERS
+from lora_fx.export.evidence import Evidence, Subject
+from lora_fx.export.report import Check
+from lora_fx.export.runtime import call, open_session
+from lora_fx.export.trial import Trial
+
+Tensors = list[torch.Tensor]
+_EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
+
+
+def verify_file(
+    path: Path, trial: Trial, subjects: Sequence[Subject], controls: Iterable[Subject]
+) -> Evidence:
+    """Runs a file and eager models on the same inputs.
+
+    Args:
+        path: the model file.
+        trial: what to run.
+        subjects: what the file must agree with; the last is what the control is held against.
+        controls: candidates for what it must not agree with, best first.
+
+    Returns:
+        All rows, right or wrong.
+    """
+    evidence = Evidence()
+    expected = [_expected(subject, trial.cases, evidence) for subject in subjects]
+    first = trial.cases[0]
+    control = _choose(controls, first, expected[-1][first.label], evidence)
+    for optimise in (False, True):
+        session = open_session(path, threads=1, optimise=optimise)
+        for subject, wanted in zip(subjects, expected, strict=True):
+            runs = [case for case in trial.cases if case.label in wanted]
+            for case in runs:
+                found = _run(session, subject.adapter, trial, case)
+                row = _Row(subject.what, case.label, optimise, _precision(subject.eager))
+                evidence.checks += row.compare(trial.outputs, found, wanted[case.label])
+        if optimise and control is not None:
+            found = _run(session, subjects[-1].adapter, trial, first)
+            row = _Row(control.what, first.label, optimise, _precision(control.eager))
+            rows = row.compare(trial.outputs, found, run_eager(control.eager, first))
+            evidence.controls += [replace(row, ok=not row.ok) for row in rows]
+        del session  # one thread pool at a time
+    return evidence
+
+
+def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
+    """The tensors that a graph returns, in order."""
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(gm(*case.args, **case.kwargs))
+    return [value for value in outputs if isinstance(value, torch.Tensor)]
+
+
+def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> dict[str, Tensors]:
+    """Eager's outputs by case; a shape that eager cannot run is noted, the traced one must."""
+    outputs = {cases[0].label: run_eager(subject.eager, cases[0])}
+    for case in cases[1:]:
+        try:
+            outputs[case.label] = run_eager(subject.eager, case)
+        except _EAGER_ERRORS as error:
+            reason = str(error).partition("\n")[0]
+            evidence.notes.append(f"{subject.what}: eager fails at {case.label}, skipped: {reason}")
+    if len(outputs) == 1:
+        evidence.notes.append(f"{subject.what}: checked at the traced shape only")
+    return outputs
+
+
+def _choose(
+    candidates: Iterable[Subject], case: Case, expected: Tensors, evidence: Evidence
+) -> Subject | None:
+    """The first candidate that eager itself can tell from the model."""
+    for control in candidates:
+        if _differs(control, case, expected):
+            return control
+        if control.what == NO_ADAPTERS:
+            message = "the adapters change no output: is that what was meant?"
+            warnings.warn(AdapterWarning(message), stacklevel=2)
+            evidence.notes.append(message)
+    evidence.notes.append("no control: nothing that was tried changes an output")
+    return None
+
+
+def _differs(control: Subject, case: Case, expected: Tensors) -> bool:
+    found, dtype = run_eager(control.eager, case), _precision(control.eager)
+    pairs = zip(found, expected, strict=True)
+    return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
+
+
+def _run(session: Any, adapter: Path | None, trial: Trial, case: Case) -> list[Any]:
+    loaded = None if adapter is None else load_adapter(adapter)
+    outputs = call(session, trial.feeds(case), None if loaded is None else active(loaded))
+    return [outputs[name] for name in trial.outputs]
+
+
+class _Row:
+    """The part of a row that all outputs of one run share."""
+
+    def __init__(self, what: str, shape: str, optimise: bool, dtype: torch.dtype) -> None:
+        self._head = (what, shape, "all" if optimise else "off")
+        self._dtype = dtype
+
+    def compare(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> list[Check]:
+        return list(self._checks(names, found, expected))
+
+    def _checks(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> Iterator[Check]:
+        for name, actual, wanted in zip(names, found, expected, strict=True):
+            result = compare(actual, wanted, _allowance(wanted, self._dtype))
+            same_type = str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
+            numbers = (result.max_abs, result.relative, result.tolerance)
+            yield Check(*self._head, name, *numbers, result.ok and same_type)
+
+
+def _precision(gm: fx.GraphModule) -> torch.dtype:
+    """The coarsest type that the graph's weights have: what its outputs can be held to."""
+    tensors = [*gm.parameters(), *gm.buffers()]
+    found = {tensor.dtype for tensor in tensors if tensor.dtype in TOLERANCE}
+    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Numbers are held to the model's precision; integers and booleans must be equal."""
+    return dtype if wanted.is_floating_point() else None

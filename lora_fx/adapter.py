@@ -1,0 +1,95 @@
+"""What an adapter is: one low-rank update a layer, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lora_fx.targets import TargetRule
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The update of one layer: ``W' = W + scale * up @ down`` and ``b' = b + scale * bias``.
+
+    Shapes are those of a linear layer with ``W`` of (out, in), whatever way the layer stores it.
+    Source: Hu et al., LoRA, arXiv:2106.09685; rsLoRA's scale is of arXiv:2312.03732.
+
+    Attributes:
+        down: (r, in), in the dtype of the file.
+        up: (out, r), in the dtype of the file, the scale not yet applied.
+        scale: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        kind: ``"lora"`` or ``"rslora"``: what the scale was made of.
+        bias: (out,), the bias of the up-projection (PEFT's ``lora_bias``), or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    kind: str = "lora"
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r."""
+        return self.down.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that gives this scale at this rank."""
+        return self.scale * (self.rank**0.5 if self.kind == "rslora" else self.rank)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer that this update fits."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def delta(self) -> torch.Tensor:
+        """The weight form: what is added to ``W``, (out, in), in float32 or wider."""
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        return self.scale * (self.up.to(wide) @ self.down.to(wide))
+
+    def has_effect(self) -> bool:
+        """Whether any input could tell this update from none."""
+        product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
+        return product or (self.bias is not None and self.scale != 0 and bool(self.bias.any()))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An immutable set of updates, by the path of the module that each acts on.
+
+    Attributes:
+        name: tells adapters apart in one graph.
+        updates: module path -> Update.
+        replacements: parameter path (``classifier.weight``) -> full tensor that takes its place
+            (PEFT's ``modules_to_save`` and trained biases).
+        expects: which modules the adapter's config says it adapts; checked when it meets a model.
+    """
+
+    name: str
+    updates: Mapping[str, Update]
+    replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    expects: TargetRule | None = None
+
+    def __post_init__(self) -> None:
+        """Closes the mappings: an adapter is a value."""
+        object.__setattr__(self, "updates", MappingProxyType(dict(self.updates)))
+        object.__setattr__(self, "replacements", MappingProxyType(dict(self.replacements)))
+
+    def __str__(self) -> str:
+        """One line a target: path, kind, shape, rank, scale."""
+        lines = [f"adapter {self.name}: {len(self.updates)} targets"]
+        lines += [
+            f"  {path}  {u.kind}  {u.shape[1]} -> {u.shape[0]}  rank {u.rank}  scale {u.scale:g}"
+            for path, u in self.updates.items()
+        ]
+        lines += [f"  {path}  replaced  {tuple(t.shape)}" for path, t in self.replacements.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__

@@ -1,0 +1,57 @@
+"""The passes as functions, for the common case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from lora_fx.adapter import Adapter
+from lora_fx.config import LoraConfig
+
+
+def inject(
+    gm: fx.GraphModule,
+    adapter: Adapter | LoraConfig | Sequence[Adapter | LoraConfig],
+    *,
+    strict: bool = True,
+) -> fx.GraphModule:
+    """Puts an adapter beside the layers it updates.
+
+    Args:
+        gm: a traced graph; it is not changed.
+        adapter: a loaded adapter; a LoraConfig, whose parameters then are the only ones that
+            train; or several of them, which are summed.
+        strict: False leaves out what matches nothing, instead of refusing it.
+
+    Returns:
+        A new graph that shares its tensors with ``gm``.
+
+    Raises:
+        AdapterError: the adapter does not fit; names what does not.
+    """
+    from lora_fx.passes import InjectLora
+
+    return InjectLora(adapter, strict=strict)(gm).graph_module
+
+
+def fold(gm: fx.GraphModule) -> fx.GraphModule:
+    """Makes one layer with a new constant of every affine region that holds a layer.
+
+    Raises:
+        PassError: a folded weight is not finite in the layer's dtype.
+    """
+    from lora_fx.passes import FoldLora
+
+    return FoldLora()(gm).graph_module
+
+
+def unfold(gm: fx.GraphModule) -> fx.GraphModule:
+    """Gives back exactly what the latest `fold` was given; a graph without one as it is.
+
+    Raises:
+        PassError: the graph was changed since in a way that leaves no place for a region.
+    """
+    from lora_fx.passes import UnfoldLora
+
+    return UnfoldLora()(gm).graph_module

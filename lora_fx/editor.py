@@ -1,0 +1,187 @@
+"""The only hand that changes a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
+from lora_fx.origin import FOLDED, Origin
+from lora_fx.shells import frozen, shell
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One thing a pass did, or skipped and why.
+
+    Attributes:
+        action: ``"inject"``, ``"fold"``, ``"skip"``, ...
+        path: module path (or parameter) that it concerns.
+        text: the rest, in words.
+    """
+
+    action: str
+    path: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        return f"{self.action} {self.path}" + (f": {self.text}" if self.text else "")
+
+
+class Editor:
+    """Changes a copy of a graph and records what it did.
+
+    New nodes stand where they are asked to and carry the module path of the node they are made
+    ``like``. What loses its last reader is swept away at the end; what nobody read before the
+    edit stays.
+
+    Attributes:
+        gm: the copy under work; read it freely, change it through this class alone.
+        edits: what was recorded.
+        modified: whether the graph was changed.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = assemble(gm, copy_graph(gm.graph), gm.training)
+        self.gm.meta = dict(gm.meta)
+        self.edits: list[Edit] = []
+        self.modified = False
+        self._graph = self.gm._graph
+        self._source = gm
+        self._origin: Origin | None = None
+        self._stale: list[fx.Node] = []
+        self._wishes: dict[str, str] = {}
+
+    def record(self, action: str, path: str, text: str = "") -> None:
+        """Notes an edit for the caller."""
+        self.edits.append(Edit(action, path, text))
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The tensor that a ``get_attr`` node fetches."""
+        value: torch.Tensor = attribute(self.gm, str(node.target))
+        return value
+
+    def constant(self, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
+        """Fetches a new tensor just before a node.
+
+        It is called ``name`` if nothing else is by the end, else ``name_1`` and so on.
+        """
+        target = self._store(name, value)
+        with self._graph.inserting_before(before):
+            return self._made(self._graph.create_node("get_attr", target))
+
+    def call(self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node) -> fx.Node:
+        """Calls an operator just before a node, under the module path of ``like``."""
+        with self._graph.inserting_before(before):
+            node = self._graph.call_function(target, arguments)
+        return self._made(node, like)
+
+    def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
+        """Calls a new module, whose training mode stays live, just before a node."""
+        target = self._store(name, module)
+        with self._graph.inserting_before(before):
+            node = self._graph.create_node("call_module", target, (x,))
+        return self._made(node, x)
+
+    def replace(self, old: fx.Node, new: fx.Node, keep: Iterable[fx.Node] = ()) -> None:
+        """Makes every reader of ``old`` read ``new``, but ``new`` itself and those in ``keep``."""
+        kept = {new, *keep}
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
+        self._drop(old)
+
+    def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Makes one node read ``new`` where it read ``old``."""
+        reader.replace_input_with(old, new)
+        self._drop(old)
+
+    def freeze(self) -> None:
+        """Makes every parameter so far take no gradient, without touching the model's own."""
+        for target, op in targets(self._graph).items():
+            value = attribute(self.gm, target)
+            if op == "call_module":
+                assign(self.gm, target, frozen(value))
+            elif isinstance(value, nn.Parameter):
+                assign(self.gm, target, nn.Parameter(value.detach(), requires_grad=False))
+
+    def remember(self, folded: fx.Node, original: fx.Node) -> None:
+        """Notes that a new node stands for the region that ends in ``original``."""
+        if self._origin is None:
+            copy = copy_graph(self._source.graph)
+            self._origin = Origin.of(assemble(self._source, copy, self._source.training))
+        folded.meta[FOLDED] = (self._origin, original.name)
+
+    def insert(self, node: fx.Node, source: fx.GraphModule, after: fx.Node, args: Any) -> fx.Node:
+        """Puts a copy of another graph's node behind one of this graph, name and tensor included.
+
+        Args:
+            node: of ``source``.
+            source: what the node's target is looked up in.
+            after: where it goes.
+            args: from the other graph's nodes to this one's.
+        """
+        with self._graph.inserting_after(after):
+            copy = self._graph.node_copy(node, args)
+        if node.op in ("get_attr", "call_module"):
+            value = attribute(source, str(node.target))
+            copy.target = self._store(str(node.target), value)
+        return self._made(copy)
+
+    def finish(self) -> fx.GraphModule:
+        """Sweeps, grants the names that came free, lints and compiles: each once."""
+        self._sweep()
+        self._rename()
+        self._graph.lint()
+        self.gm.graph = self._graph
+        return self.gm
+
+    def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
+        if like is not None and "nn_module_stack" in like.meta:
+            node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+        self.modified = True
+        return node
+
+    def _drop(self, node: fx.Node) -> None:
+        self._stale.append(node)
+        self.modified = True
+
+    def _sweep(self) -> None:
+        unread = set()
+        while self._stale:
+            node = self._stale.pop()
+            if node.users or node._erased or node.op in ("placeholder", "output"):
+                continue
+            self._stale.extend(node.all_input_nodes)
+            if node.op in ("get_attr", "call_module"):
+                unread.add(str(node.target))
+            if self._origin is not None:
+                self._origin.swept.add(node.name)
+            self._graph.erase_node(node)
+        for target in unread - targets(self._graph).keys():
+            remove(self.gm, target)
+
+    def _store(self, name: str, value: Any) -> str:
+        """Keeps a value under its name, or under another until that one comes free."""
+        candidate, number = name, 0
+        while not is_free(self.gm, candidate):
+            if attribute(self.gm, candidate) is value or self._wishes.get(candidate) == name:
+                return candidate
+            number += 1
+            candidate = f"{name}_{number}"
+        assign(self.gm, candidate, shell(value) if isinstance(value, nn.Module) else value)
+        if candidate != name:
+            self._wishes[candidate] = name
+        return candidate
+
+    def _rename(self) -> None:
+        granted = {old: new for old, new in self._wishes.items() if is_free(self.gm, new)}
+        for node in self._graph.nodes if granted else ():
+            if node.op in ("get_attr", "call_module") and str(node.target) in granted:
+                node.target = granted[str(node.target)]
+        for old, new in granted.items():
+            assign(self.gm, new, attribute(self.gm, old))
+            remove(self.gm, old)

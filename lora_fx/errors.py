@@ -1,0 +1,36 @@
+"""The typed errors: each message names what was found, what was expected, and what to do."""
+
+
+class LoraFxError(Exception):
+    """Base of every error that a caller of lora_fx may catch."""
+
+
+class TraceError(LoraFxError):
+    """A model could not be turned into a graph."""
+
+
+class AdapterError(LoraFxError):
+    """An adapter is malformed, unsupported, or does not fit the model."""
+
+
+class PassError(LoraFxError):
+    """A pass produced, or was given, a graph that it cannot work on."""
+
+
+class ExportError(LoraFxError):
+    """A model could not be written, read or run as ONNX."""
+
+
+class VerificationError(ExportError):
+    """The exported model and eager disagree, or the control that must fail did not."""
+
+
+class AdapterWarning(UserWarning):
+    """An adapter is usable but probably not what was meant, such as one without effect."""
+
+
+def shorten(names: list[str], limit: int = 10) -> str:
+    """Joins names for a message: all of them up to ``limit``, then how many more there are."""
+    shown = ", ".join(names[:limit])
+    hidden = len(names) - limit
+    return f"{shown}, and {hidden} more" if hidden > 0 else shown

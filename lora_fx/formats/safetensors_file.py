@@ -1,0 +1,114 @@
+"""Safetensors files, memory-mapped, after a header check stricter than the library's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.strict_json import parse_object
+from lora_fx.formats.tensor_rules import check_tensors
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 100_000
+MAX_DIMS = 8
+MAX_NAME = 512
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads every tensor of an adapter's safetensors file, memory-mapped, in its own dtype.
+
+    Raises:
+        AdapterError: names the file, the tensor and what is wrong with it.
+    """
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a safetensors file: {error}") from error
+    check_tensors(path, tensors)
+    return tensors
+
+
+def check_header(path: Path) -> None:
+    """Refuses a file whose header the safetensors library would reject or, wrongly, accept."""
+    header, data_size = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterError(f"{path}: __metadata__ is {metadata!r:.200}, expected names to strings")
+    if len(header) > MAX_TENSORS:
+        raise AdapterError(f"{path}: {len(header)} tensors, expected at most {MAX_TENSORS}")
+    ranges = sorted((*_check_entry(path, name, entry), name) for name, entry in header.items())
+    _check_layout(path, ranges, data_size)
+
+
+def _read_header(path: Path) -> tuple[dict[str, object], int]:
+    """The header, and how many bytes of tensors follow it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            data = file.read(length) if length <= min(MAX_HEADER, size) else b""
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(prefix) < 8:
+        raise AdapterError(f"{path}: {size} bytes, expected a safetensors file of at least 8")
+    if length > MAX_HEADER:
+        raise AdapterError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}")
+    if length > size - 8:
+        raise AdapterError(f"{path}: header of {length} bytes, but only {size - 8} follow")
+    if not data.startswith(b"{"):
+        raise AdapterError(f"{path}: the header starts with {data[:1]!r}, expected an object")
+    return parse_object(data, f"{path}: header"), size - 8 - length
+
+
+def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
+    """Checks one tensor's entry and returns where its bytes begin and end."""
+    where = f"{path}: tensor {name!r:.80}"
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise AdapterError(f"{where}: the name is empty, over {MAX_NAME} long, or not printable")
+    if "/" in name or "\\" in name or ".." in name:
+        raise AdapterError(f"{where}: the name looks like a file path, expected a module path")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterError(f"{where}: found {entry!r:.80}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        expected = ", ".join(ITEM_SIZES)
+        raise AdapterError(f"{where}: dtype {dtype!r}, expected one of {expected}")
+    if not _is_counts(shape) or len(shape) > MAX_DIMS or 0 in shape:
+        raise AdapterError(
+            f"{where}: shape {shape!r:.80}, expected up to {MAX_DIMS} positive sizes"
+        )
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise AdapterError(f"{where}: data_offsets {offsets!r:.80}, expected [begin, end]")
+    begin, end = offsets
+    needed, found = math.prod(shape) * ITEM_SIZES[dtype], end - begin
+    if found != needed:
+        raise AdapterError(f"{where}: {dtype} {shape} is {needed} bytes, offsets give {found}")
+    return begin, end
+
+
+def _check_layout(path: Path, ranges: list[tuple[int, int, str]], data_size: int) -> None:
+    """Refuses overlaps, holes, a truncated payload and trailing bytes."""
+    expected = 0
+    for begin, end, name in ranges:
+        if begin != expected:
+            problem = "overlaps the one before" if begin < expected else "leaves a hole before it"
+            raise AdapterError(
+                f"{path}: tensor {name!r} {problem}: begins at {begin}, expected {expected}"
+            )
+        expected = end
+    if expected != data_size:
+        problem = "truncated" if expected > data_size else "trailing bytes"
+        raise AdapterError(f"{path}: {problem}: {data_size} bytes of data, expected {expected}")
+
+
+def _is_counts(value: object) -> bool:
+    """Whether a value is a list of plain integers, none negative."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,71 @@
+"""JSON as it was meant: no duplicate keys, no NaN, no byte order mark, bounded size."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+from lora_fx.errors import AdapterError
+
+MAX_BYTES = 1 << 20
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """Reads a file that holds one JSON object of at most 1 MB.
+
+    Raises:
+        AdapterError: the file cannot be read, is larger, or is not strictly a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise AdapterError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_object(data, str(path))
+
+
+def parse_object(data: bytes, origin: str) -> dict[str, object]:
+    """Parses bytes as one JSON object.
+
+    Args:
+        data: UTF-8 text.
+        origin: where the bytes come from, for the message.
+
+    Raises:
+        AdapterError: not UTF-8, not JSON, a duplicate key, NaN or Infinity, or not an object.
+    """
+    if not data.strip():
+        raise AdapterError(f"{origin}: empty, expected a JSON object")
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise AdapterError(f"{origin}: starts with a byte order mark; save it as plain UTF-8")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{origin}: not UTF-8 text: {error}") from error
+    except RecursionError as error:
+        raise AdapterError(f"{origin}: nested too deeply") from error
+    except ValueError as error:  # also a number of too many digits
+        raise AdapterError(f"{origin}: not strict JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{origin}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        [(duplicate, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {duplicate!r} appears twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,32 @@
+"""What every tensor of an adapter must be, whatever file it comes from or goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lora_fx.errors import AdapterError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a tensor that is not dense, of a floating dtype, and finite.
+
+    Raises:
+        AdapterError: names the file and the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        where = f"{path}: tensor {name!r}"
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise AdapterError(f"{where} is sparse, quantised or without data, expected dense")
+        if tensor.numel() > 1 and 0 in tensor.stride():
+            raise AdapterError(f"{where} is expanded: fewer values are stored than it shows")
+        if tensor.dtype not in DTYPES:
+            raise AdapterError(
+                f"{where} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{where} holds NaN or infinity; the adapter is damaged")

@@ -1,0 +1,84 @@
+"""Copying graphs while sharing what they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.shells import shell
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copies a graph, node names, meta and calling convention included."""
+    copy = fx.Graph(tracer_cls=graph._tracer_cls)
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        nodes[node] = copy.node_copy(node, nodes.__getitem__)
+    copy._codegen = graph._codegen
+    return copy
+
+
+def targets(graph: fx.Graph) -> dict[str, str]:
+    """What a graph reads from its module: the dotted name and the kind of node."""
+    return {str(n.target): n.op for n in graph.nodes if n.op in ("get_attr", "call_module")}
+
+
+def assemble(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
+    """A GraphModule, not compiled yet, that holds just what the graph reads from ``root``.
+
+    Tensors are the same objects; called modules become shells, so that training mode can be set
+    on the result alone.
+    """
+    gm = fx.GraphModule({}, fx.Graph())
+    gm.training = training
+    for target, op in targets(graph).items():
+        value = attribute(root, target)
+        assign(gm, target, shell(value) if op == "call_module" else value)
+    # Not `gm.graph = graph`: that compiles, and whoever edits the graph compiles once at the end.
+    gm._graph = graph
+    graph.owning_module = gm
+    return gm
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """Looks up a dotted name."""
+    value: Any = root
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def assign(gm: fx.GraphModule, target: str, value: Any) -> None:
+    """Sets a dotted name: modules and parameters as they are, other tensors as buffers."""
+    *path, name = target.split(".")
+    holder: nn.Module = gm
+    for step in path:
+        if not hasattr(holder, step):
+            container = nn.Module()
+            container.training = gm.training
+            holder.add_module(step, container)
+        holder = getattr(holder, step)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        holder.register_buffer(name, value)
+    else:
+        setattr(holder, name, value)
+
+
+def remove(gm: fx.GraphModule, target: str) -> None:
+    """Drops a dotted name."""
+    path, _, name = target.rpartition(".")
+    delattr(gm.get_submodule(path), name)
+
+
+def is_free(gm: fx.GraphModule, target: str) -> bool:
+    """Whether a dotted name can be assigned without hiding, or hiding under, another."""
+    holder: Any = gm
+    for name in target.split("."):
+        if not isinstance(holder, nn.Module):
+            return False
+        if not hasattr(holder, name):
+            return True
+        holder = getattr(holder, name)
+    return False

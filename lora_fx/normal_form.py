@@ -1,0 +1,94 @@
+"""The normal form: each layer is one aten call on ``get_attr`` weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.ops import aten, call_argument
+
+Arguments = tuple[Any, ...]
+
+# Guards of torch.export: they check what was traced, and trip over any input that a pass adds.
+_GUARDS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+
+
+def _linear(node: fx.Node) -> Arguments:
+    arguments = (_input(node), call_argument(node, 1, "weight"))
+    bias = call_argument(node, 2, "bias")
+    return arguments if bias is None else (*arguments, bias)
+
+
+def _embedding(node: fx.Node) -> Arguments | None:
+    if call_argument(node, 3, "max_norm") is not None:
+        return None  # renormalises its table in place: not a function of its inputs
+    padding = call_argument(node, 2, "padding_idx")
+    return call_argument(node, 1, "weight"), _input(node), -1 if padding is None else padding
+
+
+def _addmm(node: fx.Node) -> Arguments | None:
+    if set(node.kwargs) & {"beta", "alpha", "out"}:
+        return None
+    return _input(node), call_argument(node, 1, "mat1"), call_argument(node, 2, "mat2")
+
+
+def _conv(node: fx.Node) -> Arguments | None:
+    stride = call_argument(node, 3, "stride", 1)
+    padding = call_argument(node, 4, "padding", 0)
+    if isinstance(padding, str):
+        return None
+    dilation, groups = call_argument(node, 5, "dilation", 1), call_argument(node, 6, "groups", 1)
+    dims = int(node.target.__name__[4])  # type: ignore[union-attr]  # conv1d, conv2d, conv3d
+    spread = [list(v) if isinstance(v, tuple | list) else [v] * dims for v in (stride, padding)]
+    dilated = list(dilation) if isinstance(dilation, tuple | list) else [dilation] * dims
+    weight, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
+    return _input(node), weight, bias, *spread, dilated, groups
+
+
+def _input(node: fx.Node) -> Any:
+    return call_argument(node, 0, "input")
+
+
+_LAYERS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
+    F.linear: (aten.linear.default, _linear),
+    F.embedding: (aten.embedding.default, _embedding),
+    torch.addmm: (aten.addmm.default, _addmm),
+    torch.conv1d: (aten.conv1d.default, _conv),
+    torch.conv2d: (aten.conv2d.default, _conv),
+    torch.conv3d: (aten.conv3d.default, _conv),
+}
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Rewrites a freshly traced graph, in place, to the normal form.
+
+    Layer functions become their aten operators, torch.export's guards go, and every tensor is
+    fetched right where it is first read.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _LAYERS:
+            _to_aten(node)
+        elif node.target in _GUARDS or node.target == "_guards_fn":
+            graph.erase_node(node)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        _fetch_late(node, order)
+
+
+def _to_aten(node: fx.Node) -> None:
+    target, translate = _LAYERS[node.target]
+    arguments = translate(node)
+    if arguments is not None:
+        node.target, node.args, node.kwargs = target, arguments, {}
+
+
+def _fetch_late(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    if not node.users:
+        node.graph.erase_node(node)
+        return
+    first = min(node.users, key=lambda user: order[user])
+    first.prepend(node)

@@ -1,0 +1,89 @@
+"""What a node computes, by one name for every way to spell it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def op_name(node: fx.Node) -> str:
+    """Names the operator of a node: ``matmul`` for torch's, aten's, Tensor's and Python's.
+
+    Calls of modules give the class's name in lower case, other nodes their ``op``.
+    """
+    if node.op == "call_module":
+        return _module_class(node).lower()
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return node.op
+    return function_name(node.target)
+
+
+def function_name(target: Any) -> str:
+    """Names a function: ``aten.add.Tensor``, ``operator.add`` and ``torch.add`` are ``add``."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    name = getattr(target, "__name__", str(target))
+    return str(name)
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose ``forward`` made this node; ``""`` is the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return str(path)
+
+
+def call_argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Reads an argument of a call, whether it was given by place or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+_IN_PLACE = {
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.imatmul,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+}
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the call writes into its first argument."""
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
+    if node.op == "call_module":
+        module = node.graph.owning_module
+        called = module.get_submodule(str(node.target)) if module is not None else None
+        return bool(getattr(called, "inplace", False))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op == "call_function":
+        return node.target in _IN_PLACE or _is_in_place_name(function_name(node.target))
+    return node.op == "call_method" and _is_in_place_name(str(node.target))
+
+
+def _is_in_place_name(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+
+
+def _module_class(node: fx.Node) -> str:
+    module = node.graph.owning_module
+    if module is None:
+        return "module"
+    return type(module.get_submodule(str(node.target))).__name__

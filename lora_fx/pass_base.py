@@ -1,0 +1,58 @@
+"""What every pass is: a callable from graph to graph that reports its edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+from torch.fx.passes.infra import pass_base as torch_passes
+
+from lora_fx.editor import Edit, Editor
+from lora_fx.errors import PassError
+
+
+class PassResult(torch_passes.PassResult):
+    """torch's own PassResult, plus the edits that the pass recorded.
+
+    Attributes:
+        graph_module: the new graph.
+        modified: whether it differs from the one that went in.
+        edits: what was done, and what was skipped and why.
+    """
+
+    edits: tuple[Edit, ...]
+
+    def __new__(
+        cls, graph_module: fx.GraphModule, modified: bool, edits: Sequence[Edit] = ()
+    ) -> PassResult:
+        """Makes the pair that torch expects and hangs the edits on it."""
+        result = super().__new__(cls, graph_module, modified)
+        result.edits = tuple(edits)
+        return result
+
+
+class Pass:
+    """A rewrite of a graph. Subclasses are frozen dataclasses that define `rewrite`.
+
+    Calling it copies the graph, shares the tensors, rewrites, sweeps, lints and compiles once.
+    The graph that went in, and every tensor of it, stay as they are.
+    """
+
+    def rewrite(self, editor: Editor) -> None:
+        """Changes the graph through the editor; the whole of a pass's own work."""
+        raise PassError(f"{type(self).__name__} defines no rewrite(self, editor)")
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Applies the pass.
+
+        Raises:
+            PassError: ``gm`` is not a GraphModule, or what `rewrite` itself refuses.
+        """
+        if not isinstance(gm, fx.GraphModule):
+            raise PassError(
+                f"{type(self).__name__} works on a GraphModule, not on {type(gm).__name__}: "
+                "trace the model first, gm = lora_fx.trace(model, args)"
+            )
+        editor = Editor(gm)
+        self.rewrite(editor)
+        return PassResult(editor.finish(), editor.modified, editor.edits)

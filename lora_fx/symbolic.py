@@ -1,0 +1,57 @@
+"""Symbolic tracing that opens the layers an adapter can act on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lora_fx.errors import TraceError
+from lora_fx.trace_errors import explain_failure
+
+# Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one
+# call of its module, so that dropout and batch-norm keep their training behaviour.
+_OPENED = (nn.Linear, nn.Embedding, _ConvNd, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+class LayerTracer(fx.Tracer):
+    """torch.fx's tracer with layers traced through, down to the functions they call."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Keeps torch.nn's modules whole, except those with a layer's weights."""
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+
+
+def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.Graph:
+    """Traces without running: shapes stay general.
+
+    Arguments that are not tensors in the example, and optional ones (None, True, False by
+    default) that the example leaves out, are fixed to their value: control flow may hang on them.
+
+    Raises:
+        TraceError: the model's control flow depends on data, or it is not traceable otherwise.
+    """
+    try:
+        return LayerTracer().trace(model, concrete_args=_fixed(model, args, kwargs))
+    except Exception as error:  # the model's own code runs in here and may raise anything
+        raise TraceError(explain_failure(model, "symbolic", error)) from error
+
+
+def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    fixed = {
+        name: value
+        for name, value in given.items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    for name, parameter in signature.parameters.items():
+        if name not in given and any(parameter.default is v for v in (None, True, False)):
+            fixed[name] = parameter.default
+    return {n: v for n, v in fixed.items() if not torch.is_tensor(v)}

@@ -1,0 +1,171 @@
+"""From a module to a graph in normal form: the only caller of a tracer."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import TraceError
+from lora_fx.graphs import assemble, copy_graph
+from lora_fx.normal_form import normalise
+from lora_fx.shells import unshared
+from lora_fx.symbolic import symbolic_graph
+from lora_fx.trace_errors import explain_failure
+
+_META = "lora_fx.example"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a graph was traced with, kept for export.
+
+    Attributes:
+        args: positional example inputs.
+        kwargs: example inputs by name, in the order of the model's signature.
+        dynamic_shapes: as given to `trace`.
+        output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+    output_embedding: str | None = None
+
+
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    frontend: str = "auto",
+) -> fx.GraphModule:
+    """Traces a model into a graph that passes can rewrite.
+
+    Args:
+        model: any module, a GraphModule, or an ExportedProgram. It is not changed.
+        args: example inputs by position. Optional under symbolic tracing.
+        kwargs: example inputs by name.
+        dynamic_shapes: as torch.export takes it; an axis may also be given a name
+            (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred.
+        frontend: ``"symbolic"`` (torch.fx, shapes stay general, dropout stays live),
+            ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
+            example inputs are given, else ``"symbolic"``.
+
+    Returns:
+        A GraphModule called as the model is called, bit-equal to it, sharing its tensors.
+
+    Raises:
+        TraceError: the model cannot be traced; says where and what to try.
+    """
+    if frontend not in ("auto", "symbolic", "export"):
+        raise TraceError(f"frontend {frontend!r}: expected 'auto', 'symbolic' or 'export'")
+    if not isinstance(args, tuple):
+        raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
+    if isinstance(model, torch.export.ExportedProgram):
+        return _from_program(model)
+    kwargs = _in_signature_order(model, dict(kwargs or {}))
+    example = Example(args, kwargs, dynamic_shapes, _output_embedding(model))
+    if frontend == "auto":
+        frontend = "export" if args or kwargs else "symbolic"
+    if isinstance(model, fx.GraphModule) and frontend == "symbolic" and _opened(model):
+        graph, root = copy_graph(model.graph), model
+    elif frontend == "symbolic":
+        root = unshared(model)
+        graph = symbolic_graph(root, args, kwargs)
+    else:
+        program = export_program(model, args, kwargs, dynamic_shapes)
+        return _finish(*_graph_of(program), example, model.training)
+    return _finish(root, graph, example, model.training)
+
+
+def example_of(gm: fx.GraphModule) -> Example | None:
+    """The example inputs that a graph was traced with, if it remembers any."""
+    example = gm.meta.get(_META)
+    return example if isinstance(example, Example) else None
+
+
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """Runs torch.export on a module.
+
+    Raises:
+        TraceError: the model cannot be exported; says where and what to try.
+    """
+    if not args and not kwargs:
+        raise TraceError("torch.export needs example inputs: pass args or kwargs")
+    shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
+    root = unshared(model)
+    with warnings.catch_warnings():
+        # torch.export warns about its own internals (deprecated pytree classes, logging).
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(
+                root, args, dict(kwargs), dynamic_shapes=shapes, strict=False
+            )
+        except Exception as error:  # the model's own code runs in here and may raise anything
+            raise TraceError(explain_failure(root, "export", error)) from error
+
+
+def _dim(axis: Any) -> Any:
+    return torch.export.Dim.DYNAMIC if isinstance(axis, str) else axis
+
+
+def _finish(root: nn.Module, graph: fx.Graph, example: Example, training: bool) -> fx.GraphModule:
+    normalise(graph)
+    gm = assemble(root, graph, training)
+    gm.graph = graph
+    gm.meta[_META] = example
+    return gm
+
+
+def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    args, kwargs = program.example_inputs or ((), {})
+    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    users = [placeholders[name] for name in program.graph_signature.user_inputs if name]
+    shapes = [_dynamic_axes(node) for node in users]
+    spec = pytree.tree_structure((tuple(args), dict(kwargs)))
+    by_args, by_kwargs = pytree.tree_unflatten(shapes, spec)
+    names = list(inspect.signature(program.module().forward).parameters)
+    dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
+    example = Example(tuple(args), dict(kwargs), dynamic if any(shapes) else None)
+    return _finish(*_graph_of(program), example, training=False)
+
+
+def _dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    axes = [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
+
+
+def _graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
+        gm = program.module()
+    return gm, copy_graph(gm.graph)
+
+
+def _opened(gm: fx.GraphModule) -> bool:
+    return not any(n.op == "call_module" for n in gm.graph.nodes) or _META in gm.meta
+
+
+def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    place = {name: index for index, name in enumerate(names)}
+    return dict(sorted(kwargs.items(), key=lambda item: place.get(item[0], len(names))))
+
+
+def _output_embedding(model: nn.Module) -> str | None:
+    head = getattr(model, "get_output_embeddings", None)
+    module = head() if callable(head) else None
+    return next((path for path, m in model.named_modules() if m is module), None)

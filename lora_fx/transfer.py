@@ -1,0 +1,185 @@
+"""What each operator does to an affine map: one small function an operator."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx, nn
+
+from lora_fx.maps import Analysis, Map, Opaque, Rule, Same, Value, meet
+from lora_fx.ops import call_argument
+from lora_fx.weights import Leaf, Matrix, RowScaled, total
+
+
+def analyse(gm: fx.GraphModule) -> Analysis:
+    """Finds the value of every node of a graph in normal form."""
+    return Analysis(gm, TRANSFER)
+
+
+def linear(analysis: Analysis, node: fx.Node) -> Value:
+    """``linear(x, W, b)``."""
+    weight = _matrix(analysis, call_argument(node, 1, "weight"))
+    return _layer(analysis, node, node.args[0], weight, call_argument(node, 2, "bias"))
+
+
+def addmm(analysis: Analysis, node: fx.Node) -> Value:
+    """``addmm(b, x, W)`` with W of (in, out)."""
+    if node.kwargs or len(node.args) != 3:
+        return Opaque("addmm with factors")
+    bias, x, weight = node.args
+    return _layer(analysis, node, x, _matrix(analysis, weight, transposed=True), bias)
+
+
+def matmul(analysis: Analysis, node: fx.Node) -> Value:
+    """``x @ C`` with a constant C of (in, out)."""
+    weight = _matrix(analysis, node.args[1], transposed=True)
+    return _layer(analysis, node, node.args[0], weight, None)
+
+
+def add(analysis: Analysis, node: fx.Node) -> Value:
+    """A sum of two maps with one source, or of a map and a constant."""
+    return Opaque("add with a factor") if node.kwargs else _sum(analysis, node, 1)
+
+
+def sub(analysis: Analysis, node: fx.Node) -> Value:
+    """A difference, likewise."""
+    return Opaque("sub with a factor") if node.kwargs else _sum(analysis, node, -1)
+
+
+def mul(analysis: Analysis, node: fx.Node) -> Value:
+    """A map scaled by a number, or by a constant vector on the feature axis."""
+    left, right = node.args
+    x, factor = (left, right) if analysis.map_of(left) else (right, left)
+    return _scaled(analysis, node, x, factor)
+
+
+def div(analysis: Analysis, node: fx.Node) -> Value:
+    """A map divided likewise."""
+    if node.kwargs:
+        return Opaque("div with rounding")
+    return _scaled(analysis, node, node.args[0], node.args[1], inverse=True)
+
+
+def neg(analysis: Analysis, node: fx.Node) -> Value:
+    """A map negated."""
+    return _scaled(analysis, node, node.args[0], -1)
+
+
+def dropout(analysis: Analysis, node: fx.Node) -> Value:
+    """The identity in eval mode."""
+    if node.op == "call_module":
+        module = analysis.gm.get_submodule(str(node.target))
+        live = isinstance(module, nn.Dropout) and module.training and module.p > 0
+    else:
+        live = call_argument(node, 2, "train", node.kwargs.get("training", True))
+    return Opaque("dropout in training") if live else identity(analysis, node)
+
+
+def identity(analysis: Analysis, node: fx.Node) -> Value:
+    """An operator that passes its first input on."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return Opaque("of no node")
+    value = analysis.values.get(source)
+    return value if isinstance(value, Map | Same) else Same(source)
+
+
+def _layer(
+    analysis: Analysis, node: fx.Node, x: object, weight: Matrix | None, bias: object
+) -> Value:
+    if weight is None:
+        return Opaque("its weight is no constant matrix")
+    column = _vector(analysis, bias, weight.shape[0])
+    if bias is not None and column is None:
+        return Opaque("its bias is no constant vector")
+    source = analysis.source(x, weight.shape[1])
+    return source.then(node, weight, column) if source else Opaque("its input is no activation")
+
+
+def _sum(analysis: Analysis, node: fx.Node, sign: int) -> Value:
+    left, right = node.args
+    one, other = analysis.map_of(left), analysis.map_of(right)
+    if one and other:
+        return _join(node, one, other, sign)
+    if one and (shift := _vector(analysis, right, one.size)):
+        return one.shifted(node, _signed(shift, sign))
+    if other and (shift := _vector(analysis, left, other.size)):
+        return other.scaled(node, _number(sign)).shifted(node, shift)
+    return Opaque("a sum with something that is neither a map of one source nor a constant")
+
+
+def _join(node: fx.Node, one: Map, other: Map, sign: int) -> Value:
+    source = meet(one, other)
+    if source is None:
+        return Opaque("a sum of maps of two sources")
+    (weight, bias), (weight_2, bias_2) = one.since(source), other.since(source)
+    if weight.shape != weight_2.shape:
+        return Opaque("a sum that broadcasts the feature axis")
+    joined = total(weight, _signed(weight_2, sign))
+    return source.then(node, joined, total(bias, bias_2 and _signed(bias_2, sign)))
+
+
+def _scaled(
+    analysis: Analysis, node: fx.Node, x: object, factor: object, inverse: bool = False
+) -> Value:
+    value = analysis.map_of(x)
+    if value is None or value.parent is None:
+        return Opaque("a product of no map")
+    column = _vector(analysis, factor, value.size)
+    if column is None:
+        return Opaque("a product with something that is no constant of the feature axis")
+    if inverse:
+        column = Leaf(column.shape, lambda: column.dense().reciprocal())
+    return value.scaled(node, column)
+
+
+def _signed(matrix: Matrix, sign: int) -> Matrix:
+    return matrix if sign > 0 else RowScaled(_number(sign), matrix)
+
+
+def _number(value: float) -> Matrix:
+    return Leaf((1, 1), lambda: torch.tensor([[float(value)]]))
+
+
+def _vector(analysis: Analysis, value: object, size: int) -> Matrix | None:
+    """A number, or a constant that is a vector of the feature axis, as a column of ``size``."""
+    if isinstance(value, int | float):
+        return Leaf((size, 1), lambda: torch.full((size, 1), float(value)))
+    if not isinstance(value, fx.Node) or value not in analysis.constants.nodes:
+        return None
+    shape = analysis.constants.shape(value)
+    if shape is None or prod(shape) not in (1, size) or shape[-1:] not in ((), (prod(shape),)):
+        return None
+    return Leaf((size, 1), lambda: analysis.constants.value(value).reshape(-1).expand(size))
+
+
+def _matrix(analysis: Analysis, node: object, transposed: bool = False) -> Matrix | None:
+    if not isinstance(node, fx.Node) or node not in analysis.constants.nodes:
+        return None
+    shape = analysis.constants.shape(node)
+    if shape is None or len(shape) != 2:
+        return None
+    if transposed:
+        return Leaf((shape[1], shape[0]), lambda: analysis.constants.value(node).T)
+    return Leaf((shape[0], shape[1]), lambda: analysis.constants.value(node))
+
+
+TRANSFER: dict[str, Rule] = {
+    "linear": linear,
+    "addmm": addmm,
+    "matmul": matmul,
+    "mm": matmul,
+    "add": add,
+    "sub": sub,
+    "mul": mul,
+    "div": div,
+    "truediv": div,
+    "neg": neg,
+    "dropout": dropout,
+    "identity": identity,
+    "alias": identity,
+    "clone": identity,
+    "contiguous": identity,
+    "detach": identity,
+}

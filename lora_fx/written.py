@@ -1,0 +1,41 @@
+"""Values that something writes into: their node does not say what they hold."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lora_fx.ops import mutates, op_name
+
+# Operators whose result is new memory: writing into it leaves the arguments alone, and the
+# other way round. Anything else may be a view.
+_FRESH = {
+    *("linear", "addmm", "matmul", "mm", "bmm", "embedding", "conv1d", "conv2d", "conv3d"),
+    *("add", "sub", "mul", "div", "truediv", "neg", "clone", "layer_norm", "softmax", "gelu"),
+    *("new_zeros", "zeros", "zeros_like", "relu", "tanh", "sigmoid", "silu", "cat"),
+}
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """Every node whose memory, or memory it may share, is written to by a call of the graph."""
+    dirty: set[fx.Node] = set()
+    for node in graph.nodes:
+        if mutates(node):
+            dirty |= _roots(node)
+    if dirty:
+        for node in graph.nodes:
+            if op_name(node) not in _FRESH and any(n in dirty for n in node.all_input_nodes):
+                dirty.add(node)
+    return dirty
+
+
+def _roots(call: fx.Node) -> set[fx.Node]:
+    found = {call}
+    pending = [call]
+    while pending:
+        node = pending.pop()
+        if node is not call and op_name(node) in _FRESH:
+            continue
+        fresh = [source for source in node.all_input_nodes[:1] if source not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return found

@@ -1,0 +1,116 @@
+"""Small random models, and PEFT as the writer of their adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+Tensors = dict[str, torch.Tensor]
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
+
+
+class Mlp(nn.Module):
+    """Ragged sizes tell axes apart; numbered layers, a norm, a layer without bias, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.norm = nn.LayerNorm(5)
+        self.layers = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(6, 4)])
+        self.block = nn.ModuleDict({"fc": nn.Linear(4, 9, bias=False)})
+        self.classifier = nn.Linear(9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.norm(self.fc(x)))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.classifier(torch.tanh(self.block["fc"](x)))
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.BertConfig(**sizes, intermediate_size=20, vocab_size=40)
+    return transformers.BertForSequenceClassification(config)
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=12, n_layer=2, n_head=3, vocab_size=40, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        **sizes, num_key_value_heads=2, intermediate_size=20, vocab_size=40
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+}
+
+
+class Lab:
+    """Models, and adapters that PEFT writes and reads in one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def base(self, kind: str) -> nn.Module:
+        """A small model with weights that depend on its kind alone, in float32."""
+        torch.manual_seed(0)
+        return MODELS[kind]().eval()
+
+    def run(self, kind: str, model: nn.Module) -> torch.Tensor:
+        """The model's output for an input that depends on its kind alone."""
+        with torch.no_grad():
+            if kind == "mlp":
+                return model(torch.linspace(-1, 1, 84).reshape(4, 7, 3))
+            return model(input_ids=IDS).logits
+
+    def write(
+        self, kind: str = "mlp", dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Path:
+        """Lets PEFT write an adapter with random weights, as if trained, in a dtype."""
+        directory = self.root / f"by_peft_{len(list(self.root.iterdir()))}"
+        config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["fc"], **options})
+        model = peft.get_peft_model(self.base(kind), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        model.save_pretrained(directory)
+        self.edit_tensors(directory, lambda t: {key: value.to(dtype) for key, value in t.items()})
+        return directory
+
+    def read(self, kind: str, directory: Path) -> nn.Module:
+        """The base with an adapter, as PEFT loads it."""
+        return peft.PeftModel.from_pretrained(self.base(kind), str(directory)).eval()
+
+    def edit_config(self, directory: Path, **changes: object) -> None:
+        """Sets fields of an adapter's config; the value ``...`` removes one."""
+        file = directory / "adapter_config.json"
+        fields = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+    def edit_tensors(self, directory: Path, change: Callable[[Tensors], Tensors]) -> None:
+        """Rewrites an adapter's tensors."""
+        file = directory / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)

@@ -1,0 +1,212 @@
+"""Reading PEFT's directories, PEFT being writer and oracle."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
+
+from lora_fx.errors import AdapterError, AdapterWarning
+from lora_fx.formats import load_adapter
+
+pytestmark = [
+    # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT turns its own default of fan_in_fan_out around when it meets a Conv1D, and says so.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    # PEFT takes the one-dimensional lora_B.bias for a damaged matrix.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape"),
+    # PEFT warns that a layer without bias cannot be merged under lora_bias; nothing here merges.
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
+]
+
+PATTERNS = {
+    "rank_pattern": {"layers.1": 3, "block.fc": 1, "^fc": 4},
+    "alpha_pattern": {"fc": 7, r"layers\.\d": 0.5},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("mlp", {"target_modules": ["fc"]}),
+    "all-linear": ("mlp", {"target_modules": "all-linear"}),
+    "regex": ("mlp", {"target_modules": r"layers\.[02]|.*fc"}),
+    "rslora": ("mlp", {"target_modules": "all-linear", "use_rslora": True, "r": 3}),
+    "patterns": ("mlp", {"target_modules": "all-linear", **PATTERNS}),
+    "rslora with patterns": (
+        "mlp",
+        {"target_modules": "all-linear", "use_rslora": True, **PATTERNS},
+    ),
+    "exclude": ("mlp", {"target_modules": "all-linear", "exclude_modules": ["layers.1"]}),
+    "exclude by regex": ("mlp", {"target_modules": ["fc"], "exclude_modules": r"block\..*"}),
+    "lora_bias": ("mlp", {"target_modules": ["fc", "layers.0"], "lora_bias": True}),
+    "bias lora_only": ("mlp", {"bias": "lora_only"}),
+    "bias all": ("mlp", {"bias": "all"}),
+    "modules_to_save": ("mlp", {"modules_to_save": ["classifier", "norm"]}),
+    "bias all with modules_to_save": ("mlp", {"bias": "all", "modules_to_save": ["classifier"]}),
+    "bert": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "bert all-linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_rslora": True}),
+    "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
+    "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]}),
+    "llama by layers_pattern": (
+        "llama",
+        {"target_modules": ["k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    ),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (found.double() - expected.double()).norm()
+    return float(difference / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_delta_is_the_one_that_peft_computes(lab: Any, case: str, dtype: torch.dtype) -> None:
+    kind, options = CASES[case]
+    directory = lab.write(kind, dtype, **options)
+    adapter = load_adapter(directory)
+    oracle = lab.read(kind, directory).get_base_model()
+    layers = {path: m for path, m in oracle.named_modules() if isinstance(m, LoraLayer)}
+    assert set(adapter.updates) == set(layers)
+    for path, layer in layers.items():
+        update = adapter.updates[path]
+        expected = layer.get_delta_weight("default").detach()
+        if isinstance(layer.get_base_layer(), Conv1D):
+            expected = expected.T  # PEFT gives the delta as the layer stores its weight, (in, out)
+        assert update.down.dtype == update.up.dtype == dtype
+        assert update.shape == tuple(expected.shape)
+        assert relative_error(update.delta(), expected) <= 1e-6
+        assert relative_error(0.9 * update.delta(), expected) > 1e-2
+        assert update.kind == ("rslora" if options.get("use_rslora") else "lora")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_rule_names_exactly_the_adapted_modules(lab: Any, case: str) -> None:
+    kind, options = CASES[case]
+    adapter = load_adapter(lab.write(kind, **options))
+    linear = (torch.nn.Linear, Conv1D)
+    sites = [path for path, m in lab.base(kind).named_modules() if isinstance(m, linear)]
+    assert adapter.expects is not None
+    assert {path for path in sites if adapter.expects.matches(path)} == set(adapter.updates)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_replacement_is_what_peft_puts_in_its_place(lab: Any, case: str) -> None:
+    kind, options = CASES[case]
+    directory = lab.write(kind, **options)
+    adapter = load_adapter(directory)
+    changed = {}
+    base = dict(lab.base(kind).named_parameters())
+    for key, value in lab.read(kind, directory).get_base_model().named_parameters():
+        path = key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        if ".lora_" not in key and ".original_module." not in key:
+            changed |= {path: value} if not torch.equal(value, base[path]) else {}
+    assert set(adapter.replacements) == set(changed)
+    for path, value in changed.items():
+        assert torch.equal(adapter.replacements[path], value)
+
+
+def test_the_bias_of_the_up_projection_is_read(lab: Any) -> None:
+    directory = lab.write(target_modules=["fc"], lora_bias=True)
+    layer = lab.read("mlp", directory).get_base_model().fc
+    update = load_adapter(directory).updates["fc"]
+    assert update.bias is not None
+    assert torch.equal(update.bias, layer.lora_B["default"].bias)
+
+
+def test_without_target_modules_there_is_no_rule(lab: Any) -> None:
+    directory = lab.write()
+    lab.edit_config(directory, target_modules=None)
+    assert load_adapter(directory).expects is None
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(lab: Any, name: str) -> None:
+    directory = lab.write()
+    (directory / name).unlink()
+    with pytest.raises(AdapterError, match=rf"{name}: no such file"):
+        load_adapter(directory)
+
+
+def test_a_pickle_is_read_only_when_asked_for(lab: Any) -> None:
+    directory = lab.write()
+    expected = load_adapter(directory).updates["fc"].delta()
+    file = directory / "adapter_model.safetensors"
+    lab.edit_tensors(directory, lambda t: torch.save(t, directory / "adapter_model.bin") or t)
+    file.unlink()
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin: a pickle .* allow_pickle=True"):
+        load_adapter(directory)
+    found = load_adapter(directory, allow_pickle=True).updates["fc"].delta()
+    assert torch.equal(found, expected)
+    assert not torch.equal(0.9 * found, expected)
+
+
+def resize(part: str, *shape: int) -> Any:
+    return lambda tensors: {
+        key: torch.ones(shape) if part in key else tensor for key, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (resize("lora_A", 4, 5), r"layers\.0: lora_A \(4, 5\) and lora_B \(7, 2\) .* rank 2"),
+        (resize("lora_B", 7, 4), r"layers\.0: lora_A \(2, 5\) and lora_B \(7, 4\) .* rank 2"),
+        (resize("lora_", 4, 4), r"layers\.0: lora_A \(4, 4\) and lora_B \(4, 4\) .* rank 2"),
+        (resize("lora_A", 2, 5, 1, 1), r"layers\.0: lora_A \(2, 5, 1, 1\) .* only linear"),
+        (resize("lora_B", 14), r"layers\.0: .* lora_B \(14,\) are not matrices"),
+    ],
+)
+def test_shapes_that_contradict_the_config_are_refused(lab: Any, change: Any, message: str) -> None:
+    directory = lab.write(target_modules=["layers.0"])
+    lab.edit_tensors(directory, change)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(directory)
+
+
+def test_a_bias_of_another_size_than_the_output_is_refused(lab: Any) -> None:
+    directory = lab.write(target_modules=["layers.0"], lora_bias=True)
+    lab.edit_tensors(directory, resize("lora_B.bias", 3))
+    with pytest.raises(AdapterError, match=r"lora_B\.bias \(3,\), expected \(7,\)"):
+        load_adapter(directory)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_key_that_matches_nothing_is_refused(lab: Any, field: str) -> None:
+    directory = lab.write()
+    lab.edit_config(directory, **{field: {"misspelt": 5}})
+    with pytest.raises(AdapterError, match=rf"{field} has keys .* misspelt"):
+        load_adapter(directory)
+    with pytest.warns(AdapterWarning, match="misspelt"):
+        load_adapter(directory, strict=False)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_without_effect_is_warned_of(lab: Any, part: str) -> None:
+    directory = lab.write()
+    lab.edit_tensors(
+        directory, lambda t: {k: v.zero_() if part in k else v for k, v in t.items()}
+    )
+    with pytest.warns(AdapterWarning, match="no effect"):
+        load_adapter(directory)
+
+
+def test_an_alpha_of_zero_is_warned_of(lab: Any) -> None:
+    directory = lab.write()
+    lab.edit_config(directory, lora_alpha=0)
+    with pytest.warns(AdapterWarning, match="no effect"):
+        assert load_adapter(directory).updates["fc"].scale == 0
+
+
+def test_a_saved_fan_in_fan_out_is_not_believed(lab: Any) -> None:
+    directory = lab.write("gpt2", target_modules=["c_attn"])
+    saved = json.loads((directory / "adapter_config.json").read_text())["fan_in_fan_out"]
+    before = load_adapter(directory).updates["transformer.h.0.attn.c_attn"].delta()
+    lab.edit_config(directory, fan_in_fan_out=not saved)
+    after = load_adapter(directory).updates["transformer.h.0.attn.c_attn"].delta()
+    assert after.shape == (36, 12)
+    assert torch.equal(before, after)

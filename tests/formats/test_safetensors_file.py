@@ -1,0 +1,159 @@
+"""Safetensors files that must be refused, each by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.safetensors_file import MAX_HEADER, MAX_TENSORS, check_header, read_tensors
+
+A = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+
+
+def file_of(path: Path, header: object, data: bytes = b"\0" * 12) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = path / "adapter.safetensors"
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return file
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"a": {**A, **changes}}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_tensors_are_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = tmp_path / "a.safetensors"
+    tensors = {"x.b": torch.randn(5, 3).to(dtype), "x.a": torch.randn(2, 5).to(dtype)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = read_tensors(file)
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_tensors_are_memory_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "big.safetensors"
+    save_file({"a": torch.zeros(1 << 20)}, file)
+    tensor = read_tensors(file)["a"]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line]
+    spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+    assert any(begin <= tensor.data_ptr() < end for begin, end in spans)
+
+
+def test_a_tensor_without_dimensions_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"alpha": torch.tensor(3.0)}, file)
+    assert read_tensors(file)["alpha"].shape == ()
+
+
+TWO = {"a": A, "b": {"dtype": "F32", "shape": [3], "data_offsets": [12, 24]}}
+
+
+def at(begin: int, end: int) -> dict[str, Any]:
+    return {"a": A, "b": {"dtype": "F32", "shape": [3], "data_offsets": [begin, end]}}
+
+
+BAD_HEADERS: dict[str, tuple[object, bytes, str]] = {
+    "5 not UTF-8": (b'{"\xff": 1}', b"", "not UTF-8"),
+    "5 not JSON": (b"{nonsense}", b"", "not strict JSON"),
+    "5 not an object": (b"[]", b"", "starts with b'\\['"),
+    "6 leading whitespace": (b"  " + json.dumps(entry()).encode(), b"\0" * 12, "starts with b' '"),
+    "7 duplicate key": (
+        b'{"a": %b, "a": %b}' % ((json.dumps(A).encode(),) * 2),
+        b"\0" * 12,
+        "the key 'a' appears twice",
+    ),
+    "8 unknown dtype": (entry(dtype="F31"), b"\0" * 12, "'a': dtype 'F31'"),
+    "8 dtype that is no string": (entry(dtype=["F32"]), b"\0" * 12, "'a': dtype"),
+    "9 float dim": (entry(shape=[3.0]), b"\0" * 12, r"'a': shape \[3.0\]"),
+    "9 negative dim": (entry(shape=[-3]), b"\0" * 12, r"'a': shape \[-3\]"),
+    "9 bool dim": (entry(shape=[True, 3]), b"\0" * 12, r"'a': shape \[True, 3\]"),
+    "9 shape that is no list": (entry(shape=3), b"\0" * 12, "'a': shape 3"),
+    "10 overflow": (entry(shape=[1 << 62, 4]), b"\0" * 12, "offsets give 12"),
+    "11 zero dim": (entry(shape=[0, 1 << 60]), b"\0" * 12, r"'a': shape \[0, "),
+    "12 nine dims": (entry(shape=[1] * 8 + [3]), b"\0" * 12, "'a': shape .* at most 8 sizes"),
+    "13 overlap": (at(8, 20), b"\0" * 20, "'b' overlaps the one before: begins at 8, expected 12"),
+    "13 the same bytes": (at(0, 12), b"\0" * 12, "'b' overlaps the one before"),
+    "14 hole": (at(16, 28), b"\0" * 28, "'b' leaves a hole before it"),
+    "14 hole at the start": (entry(data_offsets=[4, 16]), b"\0" * 16, "'a' leaves a hole"),
+    "15 trailing bytes": (TWO, b"\0" * 25, "trailing bytes: 25 bytes of data, expected 24"),
+    "16 truncated": (TWO, b"\0" * 23, "truncated: 23 bytes of data, expected 24"),
+    "17 empty name": ({"": A}, b"\0" * 12, "name is empty"),
+    "17 NUL": ({"a\0b": A}, b"\0" * 12, r"'a\\x00b': the name .* not printable"),
+    "17 control character": ({"a\nb": A}, b"\0" * 12, "not printable"),
+    "17 path": ({"../../x": A}, b"\0" * 12, "'../../x': the name looks like a file path"),
+    "17 backslash": ({"a\\b": A}, b"\0" * 12, "looks like a file path"),
+    "17 over 512 characters": ({"a" * 513: A}, b"\0" * 12, "over 512 long"),
+    "18 metadata value": (
+        {"__metadata__": {"format": 1}, **entry()},
+        b"\0" * 12,
+        "__metadata__ is {'format': 1}",
+    ),
+    "18 metadata list": ({"__metadata__": [], **entry()}, b"\0" * 12, r"__metadata__ is \[\]"),
+    "20 integer": (entry(dtype="I32"), b"\0" * 12, "'a': dtype 'I32', expected one of F64, F32"),
+    "20 bool": (entry(dtype="BOOL", shape=[12]), b"\0" * 12, "'a': dtype 'BOOL'"),
+    "20 fp8": (entry(dtype="F8_E4M3", shape=[12]), b"\0" * 12, "'a': dtype 'F8_E4M3'"),
+    "entry without offsets": ({"a": {"dtype": "F32", "shape": [3]}}, b"\0" * 12, "'a': found"),
+    "entry with more": (entry(extra=1), b"\0" * 12, "'a': found"),
+    "one offset": (entry(data_offsets=[0]), b"\0" * 12, r"'a': data_offsets \[0\]"),
+    "reversed offsets": (entry(data_offsets=[12, 0]), b"\0" * 12, "offsets give -12"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_a_bad_header_is_refused(tmp_path: Path, case: str) -> None:
+    header, data, message = BAD_HEADERS[case]
+    file = file_of(tmp_path, header, data)
+    with pytest.raises(AdapterError, match=f"adapter.safetensors: .*{message}"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes, expected a safetensors file of at least 8"),
+        (b"\0" * 7, "7 bytes"),
+        ((100).to_bytes(8, "little") + b"{}", "header of 100 bytes, but only 2 follow"),
+        ((MAX_HEADER + 1).to_bytes(8, "little"), "header of 16777217 bytes, expected at most"),
+        ((1 << 63).to_bytes(8, "little"), "header of 9223372036854775808 bytes"),
+        ((0).to_bytes(8, "little"), "the header starts with b''"),
+    ],
+)
+def test_a_file_without_a_header_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(AdapterError, match=f"adapter.safetensors: .*{message}"):
+        read_tensors(file)
+
+
+def test_too_many_tensors_are_refused(tmp_path: Path) -> None:
+    header = {f"t{i}": A for i in range(MAX_TENSORS + 1)}
+    with pytest.raises(AdapterError, match="100001 tensors, expected at most 100000"):
+        check_header(file_of(tmp_path, header))
+
+
+def test_trailing_spaces_of_a_header_are_padding(tmp_path: Path) -> None:
+    check_header(file_of(tmp_path, json.dumps(entry()).encode() + b"   "))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    file = tmp_path / "adapter.safetensors"
+    save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, value])}, file)
+    with pytest.raises(AdapterError, match="'bad' holds NaN or infinity"):
+        read_tensors(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"gone\.safetensors: cannot be read: No such file"):
+        read_tensors(tmp_path / "gone.safetensors")

@@ -1,0 +1,313 @@
+"""The command line: what it writes, prints and returns, on a small model of the user's own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+
+from lora_fx.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.last = nn.Linear(6, 5, bias=False)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+def make():
+    torch.manual_seed(0)
+    return Tiny().eval(), (torch.randn(4, 7, 3),), {}, {"x": {0: "batch", 1: "sequence"}}
+
+
+def other():
+    torch.manual_seed(1)
+    return Tiny().eval(), (torch.randn(4, 7, 3),), None, {"x": {0: "batch", 1: "sequence"}}
+
+
+def bare():
+    return nn.Linear(3, 5)
+
+
+NUMBER = 3
+"""
+SPEC = "tiny_model_of_the_user:make"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with the user's module and two PEFT adapters, on the import path."""
+    directory = tmp_path_factory.mktemp("home")
+    (directory / "tiny_model_of_the_user.py").write_text(MODEL)
+    before = Path.cwd()
+    sys.path.insert(0, str(directory))
+    os.chdir(directory)
+    make_adapter(directory / "french", rank=2, seed=2)
+    make_adapter(directory / "german", rank=4, seed=3)
+    yield directory
+    os.chdir(before)
+    sys.path[:] = [entry for entry in sys.path if entry != str(directory)]
+
+
+def make_adapter(path: Path, rank: int, seed: int) -> None:
+    from tiny_model_of_the_user import make
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=8, target_modules=["first", "last"], init_lora_weights=False
+    )
+    peft.get_peft_model(make()[0], config).save_pretrained(path)
+
+
+def eager(*adapters: Path) -> tuple[np.ndarray, np.ndarray]:
+    """An input that was not traced, and what PEFT makes of it."""
+    from tiny_model_of_the_user import make
+
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(9))
+    total = make()[0](x)
+    for adapter in adapters:
+        total = peft.PeftModel.from_pretrained(make()[0], adapter)(x)
+    return x.numpy(), total.detach().numpy()
+
+
+def call(*arguments: object) -> int:
+    """Runs a command in this process, and gives its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def distance(model: Path, x: np.ndarray, expected: np.ndarray) -> float:
+    (found,) = ort.InferenceSession(str(model)).run(None, {"x": x})
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module")
+def swappable(home: Path) -> Path:
+    out = home / "swappable"
+    chosen = ("--adapter", home / "french", "--adapter", home / "german")
+    assert call("export", SPEC, *chosen, "--mode", "swappable", "-o", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_export_writes_a_model_that_equals_peft(home: Path, mode: str) -> None:
+    out = home / mode
+    assert call("export", SPEC, "--adapter", home / "french", "--mode", mode, "-o", out) == 0
+    x, expected = eager(home / "french")
+    assert {file.name for file in out.iterdir()} == {"model.onnx", "report.json"}
+    assert distance(out / "model.onnx", x, expected) <= 1e-5
+    assert distance(out / "model.onnx", *eager()) >= 1e-2
+    report = json.loads((out / "report.json").read_text())
+    assert report["verified"]
+    assert report["path"] == str(out / "model.onnx")
+
+
+def test_swappable_export_writes_each_adapter(home: Path, swappable: Path) -> None:
+    from lora_fx.export import Session
+
+    files = {"model.onnx", "report.json", "french.onnx_adapter", "german.onnx_adapter"}
+    assert {file.name for file in swappable.iterdir()} == files
+    session = Session(swappable / "model.onnx")
+    for name in ("french", "german"):
+        x, expected = eager(home / name)
+        found = session.run({"x": x}, adapter=swappable / f"{name}.onnx_adapter")["output"]
+        base = session.run({"x": x})["output"]
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+        assert np.linalg.norm(base - expected) >= 1e-2 * np.linalg.norm(expected)
+
+
+def test_two_adapters_are_summed(home: Path) -> None:
+    out = home / "summed"
+    chosen = ("--adapter", home / "french", "--adapter", home / "german")
+    assert call("export", SPEC, *chosen, "--mode", "merged", "-o", out) == 0
+    x, one = eager(home / "french")
+    assert distance(out / "model.onnx", x, one) >= 1e-2
+
+
+def test_json_is_the_report_alone(
+    home: Path, capfd: pytest.CaptureFixture[str], swappable: Path
+) -> None:
+    capfd.readouterr()
+    out = home / "json"
+    assert call("export", SPEC, "--adapter", home / "french", "-o", out, "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    for path, kind in (
+        (home / "french", "adapter"),
+        (swappable / "model.onnx", "model"),
+        (swappable / "french.onnx_adapter", "adapter file"),
+    ):
+        assert call("inspect", path, "--json") == 0
+        assert json.loads(capfd.readouterr().out)["kind"] == kind
+
+
+def test_inspect_an_adapter_shows_ranks_scales_and_norms(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("inspect", home / "french") == 0
+    shown = capfd.readouterr().out
+    assert "first  kind lora  shape 6, 3  rank 2  scale 4  norm" in shown
+    assert "adapter_model.safetensors  sha256:" in shown
+
+
+def test_inspect_a_model_shows_its_slots(
+    swappable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert call("inspect", swappable / "model.onnx", "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [slot["path"] for slot in report["slots"]] == ["first", "last"]
+    assert report["inputs"] == ["x"]
+    assert call("inspect", swappable / "german.onnx_adapter", "--json") == 0
+    adapter = json.loads(capfd.readouterr().out)
+    assert adapter["model_version"] == report["model_version"]
+    assert {value["name"]: value["shape"] for value in adapter["values"]} == {
+        "first.lora_A": [3, 4],
+        "first.lora_B": [4, 6],
+        "last.lora_A": [6, 4],
+        "last.lora_B": [4, 5],
+    }
+
+
+def test_adapter_converts_for_a_model(home: Path, swappable: Path) -> None:
+    out = home / "again.onnx_adapter"
+    model = swappable / "model.onnx"
+    assert call("adapter", home / "french", "--for", model, "-o", out) == 0
+    assert out.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
+    assert call("adapter", home / "german", "--for", model, "-o", out) == 2
+    assert out.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
+    assert call("adapter", home / "german", "--for", model, "-o", out, "--force") == 0
+    assert out.read_bytes() == (swappable / "german.onnx_adapter").read_bytes()
+
+
+def test_adapter_converts_to_a_format_that_peft_reads(home: Path) -> None:
+    assert call("adapter", home / "french", "--to", "peft", "-o", home / "copy") == 0
+    assert np.array_equal(eager(home / "copy")[1], eager(home / "french")[1])
+
+
+def test_verify_accepts_the_right_model_and_refuses_another(
+    home: Path, swappable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = swappable / "model.onnx"
+    french = ("--adapter", home / "french")
+    assert call("verify", model, "--against", SPEC, *french) == 0
+    assert call("verify", model, "--against", SPEC) == 0
+    capfd.readouterr()
+    assert call("verify", model, "--against", "tiny_model_of_the_user:other") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+
+
+def test_verify_tells_one_adapter_from_another(home: Path) -> None:
+    out = home / "verified"
+    assert call("export", SPEC, "--adapter", home / "french", "-o", out) == 0
+    command = ("verify", out / "model.onnx", "--against", SPEC, "--adapter")
+    assert call(*command, home / "french") == 0
+    assert call(*command, home / "german") == 1
+
+
+BAD = {
+    "no such model": (["nowhere"], "nowhere: no such directory or file"),
+    "no such program": (["nowhere.pt2"], "nowhere.pt2: no such file"),
+    "no such module": (["no_module_of_this_name:make"], "cannot be imported"),
+    "no such function": (["tiny_model_of_the_user:nothing"], "has no function 'nothing'"),
+    "no function": (["tiny_model_of_the_user:NUMBER"], "found a int, expected a function"),
+    "no inputs": (["tiny_model_of_the_user:bare"], "no example inputs"),
+    "an adapter as a model": (["french"], "this is an adapter"),
+    "no such adapter": ([SPEC, "--adapter", "nowhere"], "nowhere: no such file or directory"),
+    "an adapter twice": ([SPEC, "--adapter", "french", "--adapter", "french"], "given twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name_and_nothing_is_written(
+    home: Path, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = BAD[case]
+    before = sorted(home.iterdir())
+    assert call("export", *arguments, "-o", home / "refused") == 2
+    shown = capfd.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert sorted(home.iterdir()) == before
+
+
+def test_a_foreign_adapter_is_refused(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["odd"], init_lora_weights=False)
+    odd = torch.nn.ModuleDict({"odd": torch.nn.Linear(9, 8)})
+    peft.get_peft_model(odd, config).save_pretrained(home / "foreign")
+    assert call("export", SPEC, "--adapter", home / "foreign", "-o", home / "refused") == 2
+    assert "odd" in capfd.readouterr().err
+    assert not (home / "refused").exists()
+
+
+def test_an_existing_output_stays_without_force(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = home / "existing"
+    out.mkdir()
+    (out / "report.json").write_text("mine")
+    assert call("export", SPEC, "-o", out) == 2
+    assert "report.json already: pass --force" in capfd.readouterr().err
+    assert [file.read_text() for file in out.iterdir()] == ["mine"]
+    assert call("export", SPEC, "-o", out, "--force") == 0
+    assert json.loads((out / "report.json").read_text())["verified"]
+
+
+def test_an_adapter_goes_either_for_a_model_or_to_a_format(home: Path) -> None:
+    assert call("adapter", home / "french", "-o", home / "neither") == 2
+    assert not (home / "neither").exists()
+
+
+def test_an_exported_program_is_a_model(home: Path) -> None:
+    from tiny_model_of_the_user import make
+
+    model, args, _, _ = make()
+    batch = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, args, dynamic_shapes={"x": {0: batch, 1: batch}})
+    torch.export.save(program, home / "saved.pt2")
+    out = home / "from_program"
+    assert call("export", home / "saved.pt2", "--adapter", home / "french", "-o", out) == 0
+    assert distance(out / "model.onnx", *eager(home / "french")) <= 1e-5
+
+
+def test_a_directory_of_transformers_is_a_model(home: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=31,
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+        architectures=["BertModel"],
+    )
+    transformers.BertModel(config).save_pretrained(home / "bert")
+    out = home / "bert_out"
+    assert call("export", home / "bert", "--mode", "unmerged", "-o", out) == 0
+    session = ort.InferenceSession(str(out / "model.onnx"))
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
+
+
+def test_the_module_runs_as_a_program(home: Path) -> None:
+    command = [sys.executable, "-m", "lora_fx", "inspect", str(home / "french"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["name"] == "french"

@@ -1,0 +1,164 @@
+"""The rooms: who may import whom, what is installed, and what a bare import loads."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("lora_fx", "passes", "export")
+ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
+HEAVY = ONNX | {"transformers", "peft"}
+
+
+def sources(*rooms: str) -> list[Path]:
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module name that a tree imports, `from a import b` as both `a` and `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or "."
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run on import: not those in functions, nor under TYPE_CHECKING."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def offences(rooms: tuple[str, ...], banned: set[str], at_module_level: bool = False) -> list[str]:
+    found = []
+    for path in sources(*rooms):
+        tree = ast.parse(path.read_text())
+        parts = list(module_level(tree)) if at_module_level else [tree]
+        names = sorted({name for part in parts for name in imported(part) if within(name, banned)})
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in names]
+    return found
+
+
+def test_only_export_imports_onnx() -> None:
+    assert offences(("lora_fx", "passes"), ONNX) == []
+    assert offences(("export",), ONNX), "the control: export must be seen importing onnx"
+
+
+def test_core_does_not_import_passes_or_export_at_module_level() -> None:
+    assert offences(("lora_fx",), {"lora_fx.passes", "lora_fx.export"}, at_module_level=True) == []
+
+
+def test_core_runs_without_transformers_and_peft_at_module_level() -> None:
+    assert offences(ROOMS, {"transformers", "peft"}, at_module_level=True) == []
+
+
+def test_passes_do_not_import_export() -> None:
+    assert offences(("passes",), {"lora_fx.export"}) == []
+
+
+def test_every_import_is_absolute_and_by_the_installed_name() -> None:
+    assert offences(ROOMS, {"passes", "export"}) == []
+    relative = [
+        str(path)
+        for path in sources(*ROOMS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
+
+
+def direct_mutations(source: str) -> list[str]:
+    """Calls and attributes by which code changes a graph or a tensor behind the editor's back."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in {"call_function", "data"}:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Name) and node.id == "setattr":
+            found.append(node.id)
+    return found
+
+
+def test_passes_mutate_through_the_editor_only() -> None:
+    assert direct_mutations("gm.graph.call_function(f)\nsetattr(gm, 'w', w)\nw.data += 1")
+    assert {str(path): direct_mutations(path.read_text()) for path in sources("passes")} == {
+        str(path): [] for path in sources("passes")
+    }
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_lora_fx_loads_nothing_heavy() -> None:
+    code = "import lora_fx, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run_python(code).split())
+    assert "lora_fx" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_loading_the_command_line_loads_nothing_heavy() -> None:
+    code = "import lora_fx.cli, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run_python(code).split())
+    assert loaded & HEAVY == set()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    tree = tmp_path_factory.mktemp("tree")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tree / "dist")]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(tree)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (path,) = (tree / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_lora_fx_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not re.fullmatch(r"lora_fx-[\d.]+\.dist-info", top)} == {
+        "lora_fx"
+    }
+
+
+def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
+    expected = {
+        str(path.relative_to(ROOT)).replace(f"{room}/", f"{prefix}/", 1)
+        for room, prefix in zip(ROOMS, ("lora_fx", "lora_fx/passes", "lora_fx/export"), strict=True)
+        for path in sources(room)
+    }
+    assert expected | {"lora_fx/py.typed"} <= set(wheel.namelist())
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    homes = "|".join(("home", "root", "work", "Users", "opt"))
+    pattern = re.compile(rf"(?<![\w.}}/])/(?:{homes})/")
+    assert pattern.search("see /" + "home/somebody")
+    tops = [*ROOT.glob("*.*"), ROOT / "Makefile", ROOT / ".gitignore"]
+    trees = [p for r in (*ROOMS, "tests", "benchmarks", ".ci") for p in (ROOT / r).rglob("*")]
+    files = [p for p in (*tops, *trees) if p.is_file() and "__pycache__" not in p.parts]
+    texts = {str(p.relative_to(ROOT)): p.read_text(errors="replace") for p in files}
+    assert [name for name, text in texts.items() if pattern.search(text)] == []
