@@ -12,6 +12,7 @@ from lora_fx.export.runtime import ERRORS
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
+_DAMAGE = (*ERRORS, RuntimeError, ValueError)  # ValueError: a name that is not UTF-8
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 _TYPES = {
     "float32": "tensor(float)",
@@ -29,8 +30,7 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
     """
     stored = read_adapter(path)
     found, expected = stored.get_model_version(), manifest.model_version
-    values = stored.get_parameters()
-    shapes = {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
+    shapes = _shapes(path, stored)
     if found != expected:
         raise AdapterError(
             f"{path}: made for another model: model version {found}, {model} has {expected}; make "
@@ -46,6 +46,14 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
         )
     for slot in manifest.slots:
         _check_slot(path, slot, shapes)
+
+
+def _shapes(path: Path, stored: ort.AdapterFormat) -> Shapes:
+    try:
+        values = stored.get_parameters()
+        return {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
+    except _DAMAGE as error:
+        raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
 
 
 def _check_slot(path: Path, slot: Slot, shapes: Shapes) -> None:
@@ -80,8 +88,8 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
         )
     try:
         stored = ort.AdapterFormat.read_adapter(str(path))
-    except (*ERRORS, RuntimeError) as error:
-        raise AdapterError(f"{path}: damaged: {str(error).partition(chr(10))[0]}") from error
+    except _DAMAGE as error:
+        raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
     if stored.get_format_version() != FORMAT_VERSION:
         found = stored.get_format_version()
         raise AdapterError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
@@ -97,8 +105,8 @@ def load_adapter(path: Path) -> ort.LoraAdapter:
     adapter = ort.LoraAdapter()
     try:
         adapter.Load(str(path))
-    except (*ERRORS, RuntimeError) as error:
-        raise AdapterError(f"{path}: not loaded by onnxruntime: {error}") from error
+    except _DAMAGE as error:
+        raise AdapterError(f"{path}: not loaded by onnxruntime: {_first_line(error)}") from error
     return adapter
 
 
@@ -107,3 +115,7 @@ def active(adapter: ort.LoraAdapter) -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_active_adapter(adapter)
     return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

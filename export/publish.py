@@ -65,5 +65,5 @@ def _publish(directory: Path, target: Path, *, force: bool) -> None:
     for path in written:
         os.replace(path, target.with_name(path.name))
     stale = data_path(target)
-    if force and stale.name not in {path.name for path in written}:
+    if target.suffix == ".onnx" and stale.name not in {path.name for path in written}:
         stale.unlink(missing_ok=True)  # of the model that was just replaced

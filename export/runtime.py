@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 
 ERRORS = (
     state.Fail,
@@ -47,18 +47,19 @@ def open_session(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    available = ort.get_available_providers()
+    if not set(chosen) <= set(available):
+        raise ExportError(f"providers {shorten(chosen)}: this onnxruntime has {shorten(available)}")
     try:
         return ort.InferenceSession(str(path), options, providers=chosen)
     except state.NotImplemented as error:
-        reason = _first_line(error)
+        reason = _reason(error)
         raise ExportError(
             f"{path.name}: {', '.join(chosen)} has no kernel for this model ({reason}): "
             "convert the model to float32 or float16 before tracing, or name other providers"
         ) from error
     except (*ERRORS, ValueError) as error:
-        raise ExportError(
-            f"{path.name}: not loaded by onnxruntime: {_first_line(error)}"
-        ) from error
+        raise ExportError(f"{path.name}: not loaded by onnxruntime: {_reason(error)}") from error
 
 
 def call(
@@ -75,7 +76,7 @@ def call(
     try:
         values = session.run(names, dict(feeds), options)
     except ERRORS as error:
-        raise ExportError(f"onnxruntime: {_first_line(error)}") from error
+        raise ExportError(f"onnxruntime: {_reason(error)}") from error
     return dict(zip(names, values, strict=True))
 
 
@@ -96,5 +97,6 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """What onnxruntime said, on one line."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:3])

@@ -51,7 +51,8 @@ class Update:
 
     def delta(self) -> torch.Tensor:
         """The weight form: what is added to ``W``, (out, in), in float32 or wider."""
-        wide = torch.promote_types(self.up.dtype, torch.float32)
+        dtype = torch.promote_types(self.up.dtype, self.down.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         return self.scale * (self.up.to(wide) @ self.down.to(wide))
 
     def has_effect(self) -> bool:

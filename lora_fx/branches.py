@@ -12,7 +12,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graphs import attribute
 from lora_fx.ops import aten, op_name
-from lora_fx.sites import sites
+from lora_fx.sites import Site, sites
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ def parameter_names(path: str, name: str) -> tuple[str, str, str]:
 def branches(gm: fx.GraphModule) -> list[Branch]:
     """Finds every branch, in the order of the layers that they stand beside."""
     return [branch for site in sites(gm) for branch in _chain(site.node, site.path)]
+
+
+def last_of(site: Site) -> fx.Node:
+    """The call of a layer, or the sum with the last of its branches."""
+    return next((branch.out for branch in reversed(list(_chain(site.node, site.path)))), site.node)
 
 
 def _chain(site: fx.Node, path: str) -> Iterator[Branch]:

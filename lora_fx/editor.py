@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +87,9 @@ class Editor:
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
 
-    def replace(self, old: fx.Node, new: fx.Node, keep: Iterable[fx.Node] = ()) -> None:
-        """Makes every reader of ``old`` read ``new``, but ``new`` itself and those in ``keep``."""
-        kept = {new, *keep}
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Makes every reader of ``old`` read ``new``, but ``new`` itself."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._drop(old)
 
     def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:

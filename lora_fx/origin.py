@@ -55,13 +55,12 @@ def unfold(editor: Editor) -> list[fx.Node]:
     if latest is None:
         return []
     nodes = list(editor.gm.graph.nodes)
-    folded = [n for n in nodes if n.meta.get(FOLDED, (None,))[0] is latest]
-    ends = [n.meta[FOLDED][1] for n in folded]
+    folded = {n: n.meta[FOLDED][1] for n in nodes if n.meta.get(FOLDED, (None,))[0] is latest}
     here = {n.name: n for n in nodes if n not in folded and n.name not in latest.swept}
-    _restore(editor, latest, _region(latest, set(ends)), here)
-    for node, name in zip(folded, ends, strict=True):
+    _restore(editor, latest, _region(latest, set(folded.values())), here)
+    for node, name in folded.items():
         editor.replace(node, here[name])
-    return folded
+    return list(folded)
 
 
 def _region(origin: Origin, ends: set[str]) -> set[str]:

@@ -31,6 +31,11 @@ class Region:
     layer: fx.Node
     blocked: str = ""
 
+    def starts_with_layer(self, analysis: Analysis) -> bool:
+        """Whether the base layer reads the source itself."""
+        own = analysis.values[self.layer]
+        return isinstance(own, Map) and own.parent is self.value.parent
+
 
 def maximal_regions(gm: fx.GraphModule, analysis: Analysis) -> Iterator[Region]:
     """The regions that are part of no larger one, last first."""

@@ -26,7 +26,8 @@ class TargetRule:
         target_modules: a list of names (the path, or its end after a dot), a regex that must match
             the whole path, or ``"all-linear"``, which matches every path it is asked about.
         exclude_modules: a list of names or a regex, matched the same way; wins over the above.
-        layers_to_transform: with a list of names, only paths with one of these layer indices.
+        layers_to_transform: with a list of names, only paths with one of these layer indices, or
+            listed whole.
         layers_pattern: regexes of the segment before the layer index; empty means any segment.
         saved_modules: PEFT's ``modules_to_save``; they and what is inside them are never matched.
     """
@@ -83,7 +84,9 @@ class TargetRule:
         if isinstance(self.target_modules, str):
             pattern = compile_bounded(self.target_modules, "target_modules")
             return self.is_all_linear or pattern.fullmatch(path) is not None
-        return _ends_in(path, self._targets) and self._is_in_layers(path)
+        # As in PEFT, a name that is the whole path is meant whatever its layer.
+        by_end = _ends_in(path, self._targets) and self._is_in_layers(path)
+        return path in self._targets or by_end
 
     @property
     def is_all_linear(self) -> bool:
@@ -123,8 +126,13 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 def pattern_matches(key: str, path: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at a path."""
+    return _key_regex(key).match(path) is not None
+
+
+@lru_cache(maxsize=65536)
+def _key_regex(key: str) -> re.Pattern[str]:
     compile_bounded(key, "rank_pattern or alpha_pattern")
-    return _wrapped(rf"(.*\.)?({key})$").match(path) is not None
+    return _wrapped(rf"(.*\.)?({key})$")
 
 
 @lru_cache(maxsize=65536)

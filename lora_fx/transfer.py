@@ -129,13 +129,15 @@ def _scaled(
     column = _vector(analysis, factor, value.size)
     if column is None:
         return Opaque("a product with something that is no constant of the feature axis")
-    if inverse:
-        column = Leaf(column.shape, lambda: column.dense().reciprocal())
-    return value.scaled(node, column)
+    return value.scaled(node, _reciprocal(column) if inverse else column)
 
 
 def _signed(matrix: Matrix, sign: int) -> Matrix:
     return matrix if sign > 0 else RowScaled(_number(sign), matrix)
+
+
+def _reciprocal(matrix: Matrix) -> Matrix:
+    return Leaf(matrix.shape, lambda: matrix.dense().reciprocal())
 
 
 def _number(value: float) -> Matrix:

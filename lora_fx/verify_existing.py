@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import fx
 
 from lora_fx.adapter import Adapter
 from lora_fx.api import inject
 from lora_fx.errors import ExportError, shorten
-from lora_fx.trace import export_program
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
-    from lora_fx.export.evidence import Evidence, Trial
+    from lora_fx.export.evidence import Evidence
+    from lora_fx.export.trial import Trial
 
 
 def verify_existing(
@@ -64,19 +63,13 @@ def verify_existing(
 
 def _trial(base: fx.GraphModule, inputs: list[str], outputs: list[str]) -> Trial:
     from lora_fx.export.convert import evaluating
-    from lora_fx.export.evidence import Trial
-    from lora_fx.export.inputs import cases, example_inputs
-    from lora_fx.export.names import input_leaves, output_names
+    from lora_fx.export.inputs import example_inputs
+    from lora_fx.export.trial import trial_of
 
-    traced, example = evaluating(base), example_inputs(base, None, None, None)
-    program = export_program(traced, example.args, example.kwargs, example.dynamic_shapes)
-    leaves = input_leaves(traced, program, example.dynamic_shapes)
-    found = [leaf.name for leaf in leaves]
-    _check_names("inputs", inputs, found)
-    tried = cases(program, leaves)
-    with torch.no_grad():
-        _check_names("outputs", outputs, output_names(traced(*tried[0].args, **tried[0].kwargs)))
-    return Trial(tried, found, outputs)
+    trial = trial_of(evaluating(base), example_inputs(base, None, None, None))
+    _check_names("inputs", inputs, trial.inputs)
+    _check_names("outputs", outputs, trial.outputs)
+    return trial
 
 
 def _check_names(what: str, of_file: Sequence[str], of_model: Sequence[str]) -> None:

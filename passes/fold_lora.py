@@ -46,11 +46,13 @@ def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
     weight_node = layer.args[2 if layer.target is aten.addmm.default else 1]
     names = _names(path, weight_node)
     dtype = analysis.constants.dtype(weight_node)  # type: ignore[arg-type]  # a constant's node
-    # addmm takes two axes, and a bias; a linear stands for it anywhere else.
-    transposed = layer.target is aten.addmm.default and layer.args[1] is region.source
-    transposed = transposed and value.bias is not None
+    # The layer's own input keeps what passes it on, such as a dropout in eval; addmm takes two
+    # axes and a bias, so elsewhere a linear stands for it.
+    is_first = region.starts_with_layer(analysis)
+    transposed = layer.target is aten.addmm.default and is_first and value.bias is not None
+    x = layer.args[1 if layer.target is aten.addmm.default else 0] if is_first else region.source
     weight = _rounded(value.weight, dtype, names[0], transposed)
-    arguments = [region.source, editor.constant(names[0], weight, before=end)]
+    arguments = [x, editor.constant(names[0], weight, before=end)]
     if value.bias is not None:
         bias = _rounded(value.bias, dtype, names[1]).reshape(-1)
         bias = nn.Parameter(bias, requires_grad=False)

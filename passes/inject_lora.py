@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, Update
-from lora_fx.branches import parameter_names
+from lora_fx.branches import last_of, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
@@ -96,7 +96,8 @@ def _beside(
     editor: Editor, site: Site, x: fx.Node, nodes: list[fx.Node], scale: float | None = None
 ) -> None:
     down, up, *bias = nodes
-    behind = site.node.next
+    base = last_of(site)
+    behind = base.next
 
     def call(target: object, *arguments: object) -> fx.Node:
         return editor.call(target, arguments, before=behind, like=site.node)
@@ -106,7 +107,7 @@ def _beside(
         delta = call(aten.mul.Tensor, delta, scale)
     for node in bias:
         delta = call(aten.add.Tensor, delta, node)
-    editor.replace(site.node, call(aten.add.Tensor, site.node, delta), keep=[])
+    editor.replace(base, call(aten.add.Tensor, base, delta))
 
 
 def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:

@@ -24,7 +24,8 @@ class StripLora(Pass):
 
     def rewrite(self, editor: Editor) -> None:
         """Makes the readers of each sum read what the branch was added to."""
-        for branch in branches(editor.gm):
+        # Last first: what a later branch is added to may be an earlier branch.
+        for branch in reversed(branches(editor.gm)):
             if self.name in (None, branch.name):
                 editor.replace(branch.out, branch.base)
                 editor.record("strip", branch.path, f"adapter {branch.name}")

@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError
 Batch = dict[str, torch.Tensor]
 Encode = Callable[[Batch], torch.Tensor]
 
-MAX_LENGTH = 32
+MAX_LENGTH = 24
 BATCH = 32
 
 

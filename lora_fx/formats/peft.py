@@ -77,7 +77,7 @@ def _update(weights: Path, path: str, keys: SortedKeys, config: PeftLora) -> Upd
             f"{where}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} are not matrices; "
             "only linear layers are supported"
         )
-    rank = config.rank_of(path)
+    rank, scale = config.rank_and_scale(path)
     if down.shape[0] != rank or up.shape[1] != rank:
         raise AdapterError(
             f"{where}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} should be of rank "
@@ -88,7 +88,7 @@ def _update(weights: Path, path: str, keys: SortedKeys, config: PeftLora) -> Upd
             f"{where}: lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
         )
     kind = "rslora" if config.use_rslora else "lora"
-    return Update(down, up, config.scale_for(path), kind, bias)
+    return Update(down, up, scale, kind, bias)
 
 
 def _check_patterns(origin: Path, config: PeftLora, paths: list[str], strict: bool) -> None:

@@ -51,14 +51,11 @@ class PeftLora:
     optional_heads: frozenset[str] = frozenset()
     rule: TargetRule | None = None
 
-    def rank_of(self, path: str) -> int:
-        """The rank that the config gives the module at a path."""
-        return pattern_value(self.rank_pattern, path, self.r)
-
-    def scale_for(self, path: str) -> float:
-        """The scale of the module at a path: both of its patterns, then alpha / r or rsLoRA's."""
+    def rank_and_scale(self, path: str) -> tuple[int, float]:
+        """The rank and the scale of the module at a path, after both patterns."""
+        rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        return scale_of(alpha, self.rank_of(path), self.use_rslora)
+        return rank, scale_of(alpha, rank, self.use_rslora)
 
 
 def read_config(path: Path, strict: bool) -> PeftLora:

@@ -16,8 +16,8 @@ DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 UP_BIAS = ".lora_B.bias"
 BASE_BIAS = ".base_layer.bias"
-# Under bias='all' PEFT also stores these copies of a saved module's bias, and never uses them.
-BIAS_COPIES = (".original_module.bias", ".modules_to_save.bias")
+# Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
+COPIES = ("original_module", "modules_to_save")
 # What a part of a key says about features that are not supported.
 FOREIGN = {
     ".base_layer.lora_": "an adapter nested in another (target_parameters)",
@@ -45,7 +45,14 @@ def sort_keys(file: Path, tensors: Mapping[str, torch.Tensor], config: PeftLora)
         AdapterError: a key without a use, half of a pair, or a part that the config promises.
     """
     keys = SortedKeys()
-    unused = [key for key, tensor in tensors.items() if not _sort(file, key, tensor, config, keys)]
+    paths = {key: key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)}
+    adapted = {path.removesuffix(DOWN) for path in paths.values() if path.endswith(DOWN)}
+    unused = []
+    for key, tensor in tensors.items():
+        _refuse_foreign(file, key)
+        path = paths.get(key)
+        if path is None or not _sort(path, tensor, config, adapted, keys):
+            unused.append(key)
     if unused:
         raise AdapterError(
             f"{file}: {len(unused)} tensors that the config gives no use: {shorten(unused)}; "
@@ -67,35 +74,46 @@ def saved_module(path: str, modules: Sequence[str]) -> str | None:
     return next((p for p in prefixes if p.endswith(tuple(modules))), None)
 
 
-def _sort(file: Path, key: str, tensor: torch.Tensor, config: PeftLora, keys: SortedKeys) -> bool:
-    """Puts one tensor where it belongs; False when the config gives it no use."""
+def _refuse_foreign(file: Path, key: str) -> None:
     feature = next((FOREIGN[part] for part in FOREIGN if part in key), None)
     if feature is not None:
         raise AdapterError(f"{file}: tensor {key!r} is {feature}, which is not supported")
-    if not key.startswith(PREFIX):
-        return False
-    path = key.removeprefix(PREFIX)
+
+
+def _sort(
+    path: str, tensor: torch.Tensor, config: PeftLora, adapted: set[str], keys: SortedKeys
+) -> bool:
+    """Puts one tensor where it belongs; False when the config gives it no use."""
     uses = {DOWN: keys.down, UP: keys.up, UP_BIAS: keys.up_bias}
     for suffix, tensors_by_path in uses.items():
         if path.endswith(suffix) and (suffix != UP_BIAS or config.lora_bias):
             tensors_by_path[path.removesuffix(suffix)] = tensor
             return True
-    if config.bias == "all" and config.modules_to_save and path.endswith(BIAS_COPIES):
+    if config.bias == "all" and _is_copy(path, config):
         return True
-    if not _is_replacement(path, config):
+    if not _is_replacement(path, config, adapted):
         return False
     target = path.removesuffix(BASE_BIAS) + ".bias" if path.endswith(BASE_BIAS) else path
-    if target in keys.replacements:
-        raise AdapterError(f"{file}: two tensors replace {target}: {key!r} is the second")
+    is_first = target not in keys.replacements
     keys.replacements[target] = tensor
-    return True
+    return is_first
 
 
-def _is_replacement(path: str, config: PeftLora) -> bool:
-    module, _, _ = path.rpartition(".")
+def _is_copy(path: str, config: PeftLora) -> bool:
+    parts = path.split(".")
+    at = next((index for index, part in enumerate(parts) if part in COPIES), 0)
+    is_saved = saved_module(".".join(parts[:at]), config.modules_to_save) is not None
+    return at > 0 and is_saved and path.endswith(".bias")
+
+
+def _is_replacement(path: str, config: PeftLora, adapted: set[str]) -> bool:
+    module, _, leaf = path.rpartition(".")
     if module and saved_module(module, config.modules_to_save):
         return True
-    return path.endswith(".bias") and ".lora_" not in path and config.bias != "none"
+    if leaf != "bias" or ".lora_" in path or config.bias == "none":
+        return False
+    owner = path.removesuffix(BASE_BIAS) if path.endswith(BASE_BIAS) else module
+    return owner in adapted or (config.bias == "all" and owner == module)
 
 
 def _check_pairs(file: Path, keys: SortedKeys, config: PeftLora) -> None:
@@ -128,11 +146,4 @@ def _check_saved(file: Path, keys: SortedKeys, config: PeftLora) -> None:
     if clash:
         raise AdapterError(
             f"{file}: both adapted and stored whole by modules_to_save: {shorten(clash)}"
-        )
-    strangers = [m for m in modules if config.bias == "lora_only" and m not in keys.down]
-    strangers = [m for m in strangers if not saved_module(m, config.modules_to_save)]
-    if strangers:
-        raise AdapterError(
-            f"{file}: bias is 'lora_only', but these biases are of other modules: "
-            f"{shorten(strangers)}"
         )

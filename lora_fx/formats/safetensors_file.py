@@ -82,9 +82,7 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
         expected = ", ".join(ITEM_SIZES)
         raise AdapterError(f"{where}: dtype {dtype!r}, expected one of {expected}")
     if not _is_counts(shape) or len(shape) > MAX_DIMS or 0 in shape:
-        raise AdapterError(
-            f"{where}: shape {shape!r:.80}, expected up to {MAX_DIMS} positive sizes"
-        )
+        raise AdapterError(f"{where}: shape {shape!r:.80}, expected at most {MAX_DIMS} sizes")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise AdapterError(f"{where}: data_offsets {offsets!r:.80}, expected [begin, end]")
     begin, end = offsets

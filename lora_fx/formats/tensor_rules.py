@@ -22,7 +22,8 @@ def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         where = f"{path}: tensor {name!r}"
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise AdapterError(f"{where} is sparse, quantised or without data, expected dense")
-        if tensor.numel() > 1 and 0 in tensor.stride():
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in sizes):
             raise AdapterError(f"{where} is expanded: fewer values are stored than it shows")
         if tensor.dtype not in DTYPES:
             raise AdapterError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 Tensors = dict[str, torch.Tensor]
+MLP_INPUT = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
 
 
@@ -33,12 +34,18 @@ class Mlp(nn.Module):
         x = torch.tanh(self.norm(self.fc(x)))
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        return self.classifier(torch.tanh(self.block["fc"](x)))
+        output: torch.Tensor = self.classifier(torch.tanh(self.block["fc"](x)))
+        return output
 
 
 def _bert() -> nn.Module:
-    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
-    config = transformers.BertConfig(**sizes, intermediate_size=20, vocab_size=40)
+    config = transformers.BertConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        vocab_size=40,
+    )
     return transformers.BertForSequenceClassification(config)
 
 
@@ -48,9 +55,13 @@ def _gpt2() -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = transformers.LlamaConfig(
-        **sizes, num_key_value_heads=2, intermediate_size=20, vocab_size=40
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=20,
+        vocab_size=40,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -77,13 +88,11 @@ class Lab:
     def run(self, kind: str, model: nn.Module) -> torch.Tensor:
         """The model's output for an input that depends on its kind alone."""
         with torch.no_grad():
-            if kind == "mlp":
-                return model(torch.linspace(-1, 1, 84).reshape(4, 7, 3))
-            return model(input_ids=IDS).logits
+            is_mlp = kind == "mlp"
+            output: torch.Tensor = model(MLP_INPUT) if is_mlp else model(input_ids=IDS).logits
+        return output
 
-    def write(
-        self, kind: str = "mlp", dtype: torch.dtype = torch.float32, **options: Any
-    ) -> Path:
+    def write(self, kind: str = "mlp", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
         """Lets PEFT write an adapter with random weights, as if trained, in a dtype."""
         directory = self.root / f"by_peft_{len(list(self.root.iterdir()))}"
         config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["fc"], **options})
@@ -91,7 +100,7 @@ class Lab:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_()
-        model.save_pretrained(directory)
+        model.save_pretrained(str(directory))
         self.edit_tensors(directory, lambda t: {key: value.to(dtype) for key, value in t.items()})
         return directory
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import AdapterError, AdapterWarning
@@ -47,6 +49,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias all with modules_to_save": ("mlp", {"bias": "all", "modules_to_save": ["classifier"]}),
     "bert": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bert all-linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "bias all with a nested module": (
+        "bert",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]},
+    ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_rslora": True}),
     "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]}),
@@ -70,11 +76,13 @@ def test_every_delta_is_the_one_that_peft_computes(lab: Any, case: str, dtype: t
     directory = lab.write(kind, dtype, **options)
     adapter = load_adapter(directory)
     oracle = lab.read(kind, directory).get_base_model()
-    layers = {path: m for path, m in oracle.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, Any] = {
+        path: m for path, m in oracle.named_modules() if isinstance(m, LoraLayer)
+    }
     assert set(adapter.updates) == set(layers)
     for path, layer in layers.items():
         update = adapter.updates[path]
-        expected = layer.get_delta_weight("default").detach()
+        expected: torch.Tensor = layer.get_delta_weight("default").detach()
         if isinstance(layer.get_base_layer(), Conv1D):
             expected = expected.T  # PEFT gives the delta as the layer stores its weight, (in, out)
         assert update.down.dtype == update.up.dtype == dtype
@@ -99,7 +107,7 @@ def test_every_replacement_is_what_peft_puts_in_its_place(lab: Any, case: str) -
     kind, options = CASES[case]
     directory = lab.write(kind, **options)
     adapter = load_adapter(directory)
-    changed = {}
+    changed: dict[str, torch.Tensor] = {}
     base = dict(lab.base(kind).named_parameters())
     for key, value in lab.read(kind, directory).get_base_model().named_parameters():
         path = key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
@@ -136,7 +144,7 @@ def test_a_pickle_is_read_only_when_asked_for(lab: Any) -> None:
     directory = lab.write()
     expected = load_adapter(directory).updates["fc"].delta()
     file = directory / "adapter_model.safetensors"
-    lab.edit_tensors(directory, lambda t: torch.save(t, directory / "adapter_model.bin") or t)
+    torch.save(load_file(file), directory / "adapter_model.bin")
     file.unlink()
     with pytest.raises(AdapterError, match=r"adapter_model\.bin: a pickle .* allow_pickle=True"):
         load_adapter(directory)
@@ -188,9 +196,7 @@ def test_a_pattern_key_that_matches_nothing_is_refused(lab: Any, field: str) -> 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_an_adapter_without_effect_is_warned_of(lab: Any, part: str) -> None:
     directory = lab.write()
-    lab.edit_tensors(
-        directory, lambda t: {k: v.zero_() if part in k else v for k, v in t.items()}
-    )
+    lab.edit_tensors(directory, lambda t: {k: v.zero_() if part in k else v for k, v in t.items()})
     with pytest.warns(AdapterWarning, match="no effect"):
         load_adapter(directory)
 
@@ -210,3 +216,23 @@ def test_a_saved_fan_in_fan_out_is_not_believed(lab: Any) -> None:
     after = load_adapter(directory).updates["transformer.h.0.attn.c_attn"].delta()
     assert after.shape == (36, 12)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_file_loads_or_raises_the_typed_error(lab: Any, name: str) -> None:
+    directory = lab.write(target_modules=["fc"], modules_to_save=["classifier"])
+    sound = (directory / name).read_bytes()
+    generator = random.Random(0)
+    refused: list[str] = []
+    for _ in range(400):
+        damaged = bytearray(sound)
+        for _ in range(generator.choice((1, 1, 2, 8))):
+            damaged[generator.randrange(min(len(damaged), 900))] = generator.randrange(256)
+        end = len(damaged) if generator.random() < 0.8 else generator.randrange(len(damaged))
+        (directory / name).write_bytes(damaged[:end])
+        try:
+            load_adapter(directory)
+        except AdapterError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert all(str(directory) in message for message in refused)

@@ -46,7 +46,7 @@ def test_the_rules_for_tensors_hold(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'bad' holds NaN"):
         read_pickle(tmp_path / "a.bin")
     torch.save({"bad": torch.ones(1).expand(1000)}, tmp_path / "a.bin")
-    with pytest.raises(AdapterError, match="'bad' is .*expanded"):
+    with pytest.raises(AdapterError, match=r"'bad' is .*expanded"):
         read_pickle(tmp_path / "a.bin")
 
 

@@ -1,0 +1,126 @@
+"""The whole path on a real model: train, export three ways, swap, score, time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx.demo.docstrings import SUBJECTS, Subject, load_subject
+from lora_fx.demo.encoder import Batch, Tokenizer, eager, load_encoder, load_extra, load_tokenizer
+from lora_fx.demo.exports import export_forms
+from lora_fx.demo.forms import Form, Judge, Measured, Row
+from lora_fx.demo.timing import latencies
+from lora_fx.demo.training import Recipe, train_adapter
+from lora_fx.errors import LoraFxError
+
+Progress = Callable[[str], None]
+
+RECIPES = {
+    "language": Recipe(rank=8, alpha=16, targets=["query", "key", "value", "dense"]),
+    "network": Recipe(rank=16, alpha=32, targets="all-linear"),
+}
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+_TIMED_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the demo measured.
+
+    Attributes:
+        rows: one a form.
+        out: where the files are.
+    """
+
+    rows: list[Row]
+    out: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def row(self, form: str, weights: str) -> Row:
+        """The row of one form and one set of weights."""
+        return next(row for row in self.rows if (row.form, row.weights) == (form, weights))
+
+
+def run(out: Path, progress: Callable[[str], None] = lambda stage: None) -> Result:
+    """Runs the demo.
+
+    Args:
+        out: gets the adapters, the models and ``result.json``; earlier ones are replaced.
+        progress: told the name of each stage.
+
+    Raises:
+        LoraFxError: a package of the ``demo`` extra is missing, or ``out`` cannot be written.
+        VerificationError: an exported form and eager disagree.
+    """
+    encoder = load_extra()
+    try:
+        (out / "onnx").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoraFxError(f"{out}: cannot be created: {error.strerror}") from error
+    progress("read docstrings")
+    subjects = [load_subject(name, modules.split()) for name, modules in SUBJECTS.items()]
+    tokenizer = load_tokenizer(encoder)
+    judge = Judge(subjects, tokenizer)
+    measured = _train(encoder, judge, out, progress)
+    example = tokenizer.batch(subjects[0].train.texts[:2])
+    adapters = [out / subject.name for subject in subjects]
+    for form in export_forms(load_encoder(encoder), example, adapters, out, progress):
+        progress(f"score {form.name}, {form.weights}")
+        measured.append(judge.measure(form))
+    progress("time")
+    result = Result(_rows(measured, _longest(subjects[0], tokenizer)), str(out))
+    (out / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _train(encoder: Path, judge: Judge, out: Path, progress: Progress) -> list[Measured]:
+    """The base and one adapted model for each subject in eager, each judged as a reference."""
+    progress("score eager, base")
+    base = Form("eager", "base", eager(load_encoder(encoder)), (encoder / WEIGHTS,))
+    measured = [judge.refer(base)]
+    for subject in judge.subjects:
+        model = train_adapter(
+            load_encoder(encoder),
+            subject.train,
+            RECIPES[subject.name],
+            judge.references["base"].centres[subject.name],
+            judge.tokenizer,
+            _prefixed(progress, f"train adapter {subject.name}: "),
+        )
+        model.save_pretrained(out / subject.name)
+        file = out / subject.name / ADAPTER
+        progress(f"score eager, {subject.name}")
+        measured.append(judge.refer(Form("eager + PEFT", subject.name, eager(model), (file,))))
+    return measured
+
+
+def _prefixed(progress: Progress, start: str) -> Progress:
+    return lambda stage: progress(start + stage)
+
+
+def _longest(subject: Subject, tokenizer: Tokenizer) -> Batch:
+    return tokenizer.batch(sorted(subject.held_out.texts, key=len)[-_TIMED_TEXTS:])
+
+
+def _rows(measured: Sequence[Measured], batch: Batch) -> list[Row]:
+    forms = [one.form for one in measured]
+    seconds = latencies(forms, batch)
+    unit = seconds[[form.name for form in forms].index("merged")]
+    return [
+        Row(
+            one.form.name,
+            one.form.weights,
+            one.scores,
+            one.max_error,
+            tuple(file.stat().st_size for file in one.form.files),
+            taken / unit,
+        )
+        for one, taken in zip(measured, seconds, strict=True)
+    ]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from lora_fx.errors import AdapterError
+from lora_fx.export import export_adapter
+from lora_fx.export.adapter_check import check_adapter_file
+from lora_fx.export.manifest import Manifest
+from lora_fx.export.model_file import load_proto, manifest_in
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@pytest.fixture
+def manifest(exported_mlp: Any) -> Manifest:
+    path = exported_mlp.path("input")
+    found = manifest_in(load_proto(path), path)
+    assert found is not None
+    return found
+
+
+def write(path: Path, arrays: Arrays, version: int) -> None:
+    values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
+    file = ort.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(version)
+    file.set_parameters(values)
+    file.export_adapter(str(path))
+
+
+def good() -> Arrays:
+    shapes = {"up": (3, 2, 5), "tail.1": (5, 1, 4)}
+    arrays: Arrays = {}
+    for path, (into, rank, out) in shapes.items():
+        arrays[f"{path}.lora_A"] = np.ones((into, rank), np.float32)
+        arrays[f"{path}.lora_B"] = np.ones((rank, out), np.float32)
+    return arrays
+
+
+def test_a_file_by_another_hand_that_fits_is_accepted(manifest: Manifest, tmp_path: Path) -> None:
+    write(tmp_path / "a", good(), manifest.model_version)
+    check_adapter_file(tmp_path / "a", manifest, Path("model.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "reason"),
+    [
+        ("up.lora_A", None, "slots without a value: up.lora_A; values without a slot: none"),
+        ("up.lora_C", np.ones((2, 2), np.float32), "values without a slot: up.lora_C"),
+        ("up.lora_A", np.ones((2, 3), np.float32), r"up: A is \(2, 3\) and B is \(2, 5\)"),
+        ("up.lora_A", np.ones((3, 4), np.float32), r"up: A is \(3, 4\) and B is \(2, 5\)"),
+        ("up.lora_B", np.ones((2, 5), np.float16), r"float16\), expected tensor\(float\)"),
+        ("up.lora_B", np.ones(5, np.float32), r"B is \(5,\)"),
+    ],
+)
+def test_names_shapes_and_types_are_checked(
+    manifest: Manifest, tmp_path: Path, name: str, array: Any, reason: str
+) -> None:
+    arrays = good() | {name: array}
+    kept = {n: a for n, a in arrays.items() if a is not None}
+    write(tmp_path / "a", kept, manifest.model_version)
+    with pytest.raises(AdapterError, match=reason):
+        check_adapter_file(tmp_path / "a", manifest, Path("model.onnx"))
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_file_that_does_not_know_the_model_is_refused(
+    manifest: Manifest, tmp_path: Path, version: int
+) -> None:
+    write(tmp_path / "a", good(), version)
+    with pytest.raises(AdapterError, match=f"model version {version}, model.onnx has"):
+        check_adapter_file(tmp_path / "a", manifest, Path("model.onnx"))
+
+
+MUTATE = """
+import random, sys
+from pathlib import Path
+from lora_fx.errors import AdapterError
+from lora_fx.export.adapter_check import check_adapter_file
+from lora_fx.export.model_file import load_proto, manifest_in
+model, good, bad = map(Path, sys.argv[1:])
+manifest = manifest_in(load_proto(model), model)
+content, source, refused = good.read_bytes(), random.Random(0), 0
+for _ in range(400):
+    damaged = bytearray(content)
+    damaged[source.randrange(len(damaged))] ^= 1 << source.randrange(8)
+    bad.write_bytes(damaged)
+    try:
+        check_adapter_file(bad, manifest, model)
+    except AdapterError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_damaged_files_never_end_in_a_crash(exported_mlp: Any, tmp_path: Path) -> None:
+    model, good = exported_mlp.path("input"), tmp_path / "good"
+    export_adapter(exported_mlp.sample.adapter(2), model, good)
+    command = [sys.executable, "-W", "ignore", "-c", MUTATE, str(model), str(good)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "bad")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50  # flipped values inside the tensors cannot be told

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export.convert import convert, evaluating
+from lora_fx.trace import example_of, export_program, trace
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_evaluating_switches_dropout_off_in_a_copy(frontend: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.9)).train()
+    x = torch.randn(4, 7, 3)
+    gm = trace(model, (x,), frontend=frontend)
+    copy = evaluating(gm)
+    assert torch.equal(copy(x), model[0](x))
+    assert not torch.equal(gm(x), model[0](x))  # control: the original still drops
+    assert gm.training
+    assert not copy.training
+    assert copy.get_parameter("0.weight") is gm.get_parameter("0.weight")
+    assert example_of(copy) is example_of(gm)
+
+
+def test_an_operator_without_onnx_form_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(x).real
+
+    x = torch.randn(5, 5)
+    gm = trace(Odd(), (x,))
+    with pytest.raises(ExportError, match=r"no ONNX form: .*linalg_eig"):
+        convert(export_program(gm, (x,), {}, None), None)
+
+
+def test_the_exporter_is_quiet(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gm = trace(nn.Linear(3, 5), (torch.randn(4, 3),))
+    convert(export_program(gm, (torch.randn(4, 3),), {}, None), None)
+    assert [r for r in caplog.records if r.name.startswith("torch.onnx")] == []
+    assert capfd.readouterr() == ("", "")

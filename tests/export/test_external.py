@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export import Session, to_onnx
+from lora_fx.trace import trace
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("external") / "model.onnx"
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 65)).eval()
+    to_onnx(trace(model, (torch.randn(4, 7, 64),)), path, external_data_above=0)
+    return path
+
+
+@pytest.fixture
+def model(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "model.onnx"
+
+
+def rewrite(model: Path, key: str, value: str, tensor: int = 0) -> None:
+    proto = onnx.load(model, load_external_data=False)
+    entries = [t for t in proto.graph.initializer if t.external_data][tensor].external_data
+    entry = next((e for e in entries if e.key == key), None) or entries.add(key=key)
+    entry.value = value
+    model.write_bytes(proto.SerializeToString())
+
+
+def test_a_model_with_its_own_data_runs(model: Path) -> None:
+    found = Session(model).run({"input": torch.zeros(4, 7, 64)})
+    assert found["output"].shape == (4, 7, 65)
+
+
+@pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/passwd", "a\\b", "c:d", "", ".."])
+def test_data_lies_beside_the_model(model: Path, location: str) -> None:
+    rewrite(model, "location", location)
+    with pytest.raises(ExportError, match="expected the name of a file"):
+        Session(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("offset", "-1", "offset '-1'"),
+        ("length", "many", "length 'many'"),
+        ("length", "12", "12 bytes of external data, its shape .* takes"),
+        ("offset", "99999999", "the data file is truncated"),
+        ("color", "blue", "unknown or repeated: color"),
+        ("location", "elsewhere.data", "elsewhere.data: No such file"),
+    ],
+)
+def test_ranges_add_up(model: Path, key: str, value: str, reason: str) -> None:
+    rewrite(model, key, value)
+    with pytest.raises(ExportError, match=reason):
+        Session(model)
+
+
+def test_shifted_ranges_are_refused(model: Path) -> None:
+    proto = onnx.load(model, load_external_data=False)
+    tensors = [t for t in proto.graph.initializer if t.external_data]
+    offsets = [int(next(e.value for e in t.external_data if e.key == "offset")) for t in tensors]
+    first = offsets.index(min(offsets))
+    rewrite(model, "offset", str(offsets[first] + 4), tensor=first)
+    with pytest.raises(ExportError, match=r"overlap in model\.onnx\.data"):
+        Session(model)
+
+
+def _symlink(data: Path) -> None:
+    data.rename(data.with_name("real"))
+    data.symlink_to("real")
+
+
+def _hard_link(data: Path) -> None:
+    os.link(data, data.with_name("other"))
+
+
+def _fifo(data: Path) -> None:
+    data.unlink()
+    os.mkfifo(data)
+
+
+@pytest.mark.parametrize("spoil", [_symlink, _hard_link, _fifo])
+def test_links_and_devices_are_refused(model: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(model.with_name("model.onnx.data"))
+    with pytest.raises(ExportError, match="is a link or no plain file"):
+        Session(model)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export import to_onnx
+from lora_fx.export.names import output_names
+from lora_fx.trace import trace
+
+T = torch.zeros(1)
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (T, ["output"]),
+        ((T, T), ["output_0", "output_1"]),
+        ([T, None, (T, T)], ["output_0", "output_2_0", "output_2_1"]),
+        ({"a": T, "b": (T, None)}, ["a", "b_0"]),
+        (Pair(T, T), ["left", "right"]),
+    ],
+)
+def test_output_names(outputs: Any, names: list[str]) -> None:
+    assert output_names(outputs) == names
+
+
+def test_an_output_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(ExportError, match="'b_0' is a float"):
+        output_names({"a": T, "b": [1.0]})
+
+
+class Clash(nn.Module):
+    """An argument, an output and an inner node want the names of one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, relu: torch.Tensor, tanh: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.fc(relu))
+        return {"linear": torch.tanh(hidden), "add": hidden + tanh, "relu_1": relu * 2}
+
+
+def test_names_that_clash_inside_are_made_free(tmp_path: Path) -> None:
+    example = (torch.randn(4, 7, 3), torch.randn(4, 7, 5))
+    gm = trace(Clash().eval(), example)
+    report = to_onnx(gm, tmp_path / "model.onnx")
+    assert report.verified
+    assert (report.inputs, report.outputs) == (["relu", "tanh"], ["linear", "add", "relu_1"])
+
+
+def test_dimensions_without_a_name_are_called_after_their_input(tmp_path: Path) -> None:
+    some = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim("length")}
+    gm = trace(nn.Linear(3, 5).eval(), (torch.randn(4, 7, 3),), dynamic_shapes={"input": some})
+    to_onnx(gm, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    for value in (*graph.input, *graph.output):
+        dims = [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        assert dims[:2] == ["input_dim_0", "length"]

@@ -1,0 +1,9 @@
+"""Hints that readers take."""
+
+from __future__ import annotations
+
+from lora_fx.formats.hints import Hints
+
+
+def test_the_defaults_are_the_careful_ones() -> None:
+    assert Hints() == Hints(strict=True, allow_pickle=False)

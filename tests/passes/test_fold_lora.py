@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
+from lora_fx.graphs import attribute
+from lora_fx.passes import FoldLora
+
+SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_branches_fold_into_the_layers_they_stand_beside(
+    frontend: str, ragged: Any, x: Any, make_adapter: Any, check_pass: Any
+) -> None:
+    base = trace(ragged, (x,), frontend=frontend)
+    injected = inject(base, make_adapter(SHAPES))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=ragged(x))
+    # One weight serves both calls of a layer; folded, each call has a constant of its own.
+    assert seen.after.replace("again.weight_1", "again.weight") == text(base)
+    update = make_adapter(SHAPES).updates["wide"]
+    folded = attribute(seen.gm, "wide.weight")
+    torch.testing.assert_close(folded, ragged.wide.weight + update.delta())
+    again = check_pass(FoldLora(), seen.gm, x)
+    assert again.result.edits == ()
+
+
+def test_several_adapters_fold_into_one_layer(
+    ragged: Any, x: Any, make_adapter: Any, check_pass: Any
+) -> None:
+    base = trace(ragged, (x,))
+    other = make_adapter({"wide": (5, 3)}, rank=3, name="german")
+    injected = inject(base, [make_adapter({"wide": (5, 3)}), other])
+    one = inject(base, other)(x)
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=one)
+    assert seen.after == text(base)
+
+
+class Affine(nn.Module):
+    """Spellings that no pass knows by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(3, 5)
+        self.a = nn.Parameter(torch.randn(5, 2))
+        self.b = nn.Parameter(torch.randn(2, 3))
+        self.gain = nn.Parameter(torch.randn(5))
+        self.drop = nn.Dropout(0.3)
+
+
+class Spelled(Affine):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = (self.drop(x) @ self.b.T).matmul(self.a.T)
+        return self.drop(3.0 * low / 2 + self.base(x)) * self.gain - 1.5
+
+
+class WeightForm(Affine):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.base.weight + 2 * self.a @ self.b
+        return torch.nn.functional.linear(x, weight, self.base.bias)
+
+
+class Negated(Affine):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1 - (torch.mm(x, self.b.T) @ self.a.T - self.base(x))
+
+
+@pytest.mark.parametrize("model", [Spelled, WeightForm, Negated])
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_any_affine_spelling_becomes_one_layer(
+    model: Any, frontend: str, check_pass: Any
+) -> None:
+    torch.manual_seed(0)
+    module, x = model().eval(), torch.randn(4, 3)
+    gm = trace(module, (x,), frontend=frontend)
+    seen = check_pass(FoldLora(), gm, x, expected=module(x), control=module.base(x))
+    assert seen.after.count("linear(") == 1
+    assert "matmul" not in seen.after
+    assert "base.weight" in seen.after or model is WeightForm
+
+
+class Refused(Affine):
+    """What only looks affine."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base, low = self.base(x), x @ self.b.T @ self.a.T
+        if self.kind == "relu":
+            return base + torch.relu(low)
+        if self.kind == "product":
+            return base * low
+        if self.kind == "two sources":
+            return base + torch.sin(x) @ self.b.T @ self.a.T
+        if self.kind == "dropout":
+            return base + nn.functional.dropout(x, 0.5, True) @ self.b.T @ self.a.T
+        return base + x.sum(-1, keepdim=True) * low
+
+
+@pytest.mark.parametrize("kind", ["relu", "product", "two sources", "dropout", "scaled by data"])
+def test_what_is_not_affine_is_left_alone(kind: str, check_pass: Any) -> None:
+    module, x = Refused(kind), torch.randn(4, 3)
+    seen = check_pass(FoldLora(), trace(module, (x,), frontend="symbolic"), x)
+    assert seen.after == seen.before
+
+
+def test_a_layer_that_is_read_from_outside_stays_and_says_why(check_pass: Any) -> None:
+    class Outside(Affine):
+        def forward(self, x: torch.Tensor) -> Any:
+            base = self.base(x)
+            return base + x @ self.b.T @ self.a.T, torch.relu(base)
+
+    gm = trace(Outside())
+    seen = check_pass(FoldLora(), gm, torch.randn(4, 3))
+    assert [str(e) for e in seen.result.edits] == ["skip base: linear is also read outside the region"]
+    assert not seen.result.modified
+
+
+def test_a_tied_weight_is_cloned_on_write(zoo: Any) -> None:
+    case, gm = zoo("qwen2")
+    update = Update(torch.randn(2, 24), torch.randn(97, 2), 1.0)
+    folded = fold(inject(gm, Adapter("a", {"lm_head": update})))
+    table = case.model.model.embed_tokens.weight
+    values = dict(folded.named_parameters(remove_duplicate=False))
+    same = [name for name, value in values.items() if value.shape == table.shape]
+    assert len(same) == 2
+    assert sum(torch.equal(values[name], table) for name in same) == 1
+
+
+def test_accumulation_is_wide_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48, bias=False)).half()
+    update = Update(torch.randn(8, 64), torch.randn(48, 8), 0.01)
+    folded = fold(inject(trace(model), Adapter("a", {"0": update})))
+    weight, down, up = model[0].weight.double(), update.down.half().double(), update.up.float()
+    exact = weight + (0.01 * up).half().double() @ down
+    assert torch.equal(attribute(folded, "0.weight"), exact.half())
+
+
+def test_a_folded_weight_that_overflows_is_refused(ragged: Any) -> None:
+    update = Update(torch.full((2, 3), 300.0), torch.full((5, 2), 300.0), 1.0)
+    injected = inject(trace(ragged.half()), Adapter("a", {"wide": update}))
+    with pytest.raises(PassError, match=r"wide.weight.*float16.*180000.*wider"):
+        fold(injected)
+
+
+def test_a_weight_written_in_place_is_never_folded() -> None:
+    class Written(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.base(x)
+            z = y + x @ self.b.T @ self.a.T
+            y.add_(1)
+            return y * z
+
+    module, x = Written(), torch.randn(4, 3)
+    gm = trace(module, (x,))
+    assert torch.equal(fold(gm)(x), module(x))

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fx import fold, inject, text, trace, unfold
+from lora_fx.passes import StripLora, UnfoldLora
+
+SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_unfold_gives_back_what_fold_was_given(
+    frontend: str, ragged: Any, x: Any, make_adapter: Any, check_pass: Any
+) -> None:
+    injected = inject(trace(ragged, (x,), frontend=frontend), make_adapter(SHAPES))
+    folded = fold(injected)
+    seen = check_pass(UnfoldLora(), folded, x, expected=injected(x), control=ragged(x))
+    assert seen.after == text(injected)
+    assert str(seen.gm.graph) == str(injected.graph)
+    state, wanted = seen.gm.state_dict(), injected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert not check_pass(UnfoldLora(), seen.gm, x).result.modified
+
+
+def test_a_thousand_cycles_change_nothing(ragged: Any, x: Any, make_adapter: Any) -> None:
+    gm = first = inject(trace(ragged, (x,)), make_adapter(SHAPES))
+    for _ in range(1000):
+        gm = unfold(fold(gm))
+    assert str(gm.graph) == str(first.graph)
+    wanted = first.state_dict()
+    assert all(torch.equal(gm.state_dict()[name], wanted[name]) for name in wanted)
+
+
+def test_only_the_latest_fold_is_undone(ragged: Any, x: Any, make_adapter: Any) -> None:
+    once = fold(inject(trace(ragged, (x,)), make_adapter(SHAPES)))
+    again = inject(once, make_adapter({"wide": (5, 3)}, rank=3, name="german"))
+    assert text(unfold(fold(again))) == text(again)
+
+
+def test_edits_beside_a_folded_layer_survive(ragged: Any, x: Any, make_adapter: Any) -> None:
+    folded = fold(inject(trace(ragged, (x,)), make_adapter({"wide": (5, 3)})))
+    more = inject(folded, make_adapter({"narrow": (7, 5)}, name="german"))
+    both = unfold(more)
+    assert torch.equal(StripLora("german")(both).graph_module(x), unfold(folded)(x))
+    assert "wide.lora_A.french" in text(both)
+    assert "narrow.lora_A.german" in text(both)
+
+
+def test_a_plain_graph_has_nothing_to_unfold(ragged: Any, x: Any, check_pass: Any) -> None:
+    assert not check_pass(UnfoldLora(), trace(ragged, (x,)), x, expected=ragged(x)).result.modified

@@ -1,0 +1,82 @@
+"""An adapter as a value: its algebra, its closed mappings, its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fx.adapter import Adapter, Update
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def update(rank: int = 2, dtype: torch.dtype = torch.float32, **fields: Any) -> Update:
+    generator = torch.Generator().manual_seed(rank)
+    down = torch.randn(rank, 3, generator=generator).to(dtype)
+    up = torch.randn(5, rank, generator=generator).to(dtype)
+    return Update(**{"down": down, "up": up, "scale": 1.5, **fields})
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_delta_is_the_scaled_product_in_float32_or_wider(dtype: torch.dtype) -> None:
+    u = update(dtype=dtype)
+    expected = 1.5 * (u.up.double() @ u.down.double())
+    delta = u.delta()
+    assert delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(delta, expected) <= 1e-6
+    assert relative_error(0.9 * delta, expected) > 1e-2
+
+
+def test_factors_of_two_dtypes_multiply() -> None:
+    u = update()
+    mixed = Update(u.down.double(), u.up.half(), 1.5)
+    assert mixed.delta().dtype == torch.float64
+
+
+def test_shape_rank_and_alpha() -> None:
+    u = update(rank=4, scale=2.0)
+    assert (u.shape, u.rank, u.alpha) == ((5, 3), 4, 8.0)
+    assert update(rank=4, scale=2.0, kind="rslora").alpha == 4.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"scale": 0.0}, False),
+        ({"up": torch.zeros(5, 2)}, False),
+        ({"down": torch.zeros(2, 3)}, False),
+        ({"up": torch.zeros(5, 2), "bias": torch.ones(5)}, True),
+        ({"up": torch.zeros(5, 2), "bias": torch.zeros(5)}, False),
+        ({"bias": torch.ones(5), "scale": 0.0}, False),
+    ],
+)
+def test_whether_an_update_has_an_effect(fields: dict[str, Any], expected: bool) -> None:
+    assert update(**fields).has_effect() is expected
+
+
+def test_an_adapter_cannot_be_changed() -> None:
+    updates = {"fc": update()}
+    adapter = Adapter("a", updates)
+    updates["q"] = update()
+    assert set(adapter.updates) == {"fc"}
+    with pytest.raises(TypeError):
+        adapter.updates["q"] = update()  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        adapter.name = "b"  # type: ignore[misc]
+
+
+def test_the_text_is_one_line_a_target() -> None:
+    adapter = Adapter("fr", {"b.fc": update(kind="rslora")}, {"head.bias": torch.ones(2)})
+    assert str(adapter) == repr(adapter)
+    assert str(adapter).splitlines() == [
+        "adapter fr: 1 targets",
+        "  b.fc  rslora  3 -> 5  rank 2  scale 1.5",
+        "  head.bias  replaced  (2,)",
+    ]

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_fx.compare import TOLERANCE, compare
+
+MAKE = torch.Generator().manual_seed(0)
+VALUES = torch.randn(5, 3, generator=MAKE)
+
+
+def test_equal_tensors_agree_and_the_distance_is_relative() -> None:
+    assert compare(VALUES, VALUES).relative == 0
+    assert compare(1.1 * VALUES, VALUES).relative == pytest.approx(0.1, rel=1e-5)
+    assert compare(VALUES + 2, VALUES).max_abs == pytest.approx(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_honest_rounding_passes_and_a_tenth_off_fails(dtype: torch.dtype) -> None:
+    rounded = VALUES.to(dtype)
+    assert compare(rounded, VALUES, dtype).ok
+    assert not compare(1.1 * rounded, VALUES, dtype).ok
+    assert compare(rounded, VALUES, dtype).tolerance == TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "actual", [VALUES[:, :2], torch.full((5, 3), float("nan")), torch.full((5, 3), float("inf"))]
+)
+def test_another_shape_nan_and_infinity_never_agree(actual: torch.Tensor) -> None:
+    assert not compare(actual, VALUES).ok
+
+
+def test_equal_infinities_carry_no_information() -> None:
+    masked = VALUES.clone()
+    masked[0, 0] = float("-inf")
+    assert compare(masked, masked).ok
+    off = masked.clone()
+    off[1] *= 1.1
+    assert not compare(off, masked).ok
+
+
+def test_integers_must_be_equal_and_zero_is_only_zero() -> None:
+    assert compare(torch.tensor([1, 2]), torch.tensor([1, 2])).ok
+    assert not compare(torch.tensor([1, 3]), torch.tensor([1, 2])).ok
+    assert not compare(torch.tensor([1e-9]), torch.tensor([0.0])).ok
+    assert compare(torch.zeros(0), torch.zeros(0)).ok

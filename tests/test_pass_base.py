@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.passes.infra.pass_base import PassResult as TorchResult
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from lora_fx import PassError, text, trace
+from lora_fx.editor import Edit, Editor
+from lora_fx.ops import aten
+from lora_fx.pass_base import Pass
+from lora_fx.passes import FoldLora, InjectLora, Pipeline, UnfoldLora
+
+
+@dataclass(frozen=True)
+class SwapTanh(Pass):
+    """``tanh(x)  ->  sigmoid(x)``, for the tests alone."""
+
+    def rewrite(self, editor: Editor) -> None:
+        for node in list(editor.gm.graph.nodes):
+            if node.target in (torch.tanh, aten.tanh.default):
+                new = editor.call(aten.sigmoid.default, (node.args[0],), before=node, like=node)
+                editor.replace(node, new)
+                editor.record("swap", "", node.name)
+
+
+def test_a_pass_reports_its_edits_and_leaves_its_input(ragged: Any, x: Any, check_pass: Any) -> None:
+    gm = trace(ragged, (x,))
+    seen = check_pass(SwapTanh(), gm, x)
+    assert seen.result.edits == (Edit("swap", "", "tanh"), Edit("swap", "", "tanh_1"))
+    assert seen.after == seen.before.replace("tanh(", "sigmoid(").replace("tanh_1", "sigmoid_1").replace(
+        "(tanh", "(sigmoid").replace("sigmoid = sigmoid(linear_2)", "sigmoid_2 = sigmoid(linear_2)"
+    ).replace("tanh = ", "sigmoid = ").replace("dropout(sigmoid,", "dropout(sigmoid_2,")
+    again = check_pass(SwapTanh(), seen.gm, x)
+    assert again.result.edits == ()
+
+
+def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any, make_adapter: Any) -> None:
+    gm = trace(ragged, (x,))
+    adapter = make_adapter({"wide": (5, 3)})
+    result = PassManager(passes=[InjectLora(adapter), FoldLora()])(gm)
+    assert isinstance(result, TorchResult)
+    assert result.modified
+    ours = Pipeline([InjectLora(adapter), FoldLora()])(gm)
+    assert text(result.graph_module) == text(ours.graph_module)
+    assert [edit.action for edit in ours.edits] == ["inject", "fold"]
+
+
+def test_a_pipeline_is_a_pass_and_shows_its_steps(ragged: Any, x: Any, make_adapter: Any) -> None:
+    gm = trace(ragged, (x,))
+    steps = Pipeline([InjectLora(make_adapter({"wide": (5, 3)})), Pipeline([FoldLora(), UnfoldLora()])])
+    assert "FoldLora(), UnfoldLora()" in repr(steps)
+    assert steps(gm).modified
+    assert not Pipeline([])(gm).modified
+
+
+def test_anything_but_a_graph_is_refused(ragged: Any) -> None:
+    with pytest.raises(PassError, match=r"Ragged.*trace"):
+        FoldLora()(ragged)
+
+
+def test_a_pass_without_a_rewrite_says_so(ragged: Any) -> None:
+    with pytest.raises(PassError, match="rewrite"):
+        Pass()(trace(ragged))

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_fx.shells import frozen, shell, unshared
+
+
+def test_a_shell_shares_tensors_and_nothing_else(ragged: Any) -> None:
+    copy = shell(ragged)
+    assert all(a is b for a, b in zip(copy.parameters(), ragged.parameters(), strict=True))
+    copy.train()
+    copy.wide.weight = nn.Parameter(ragged.wide.weight * 2)
+    assert not ragged.training
+    assert not ragged.drop.training
+    assert ragged.wide.weight is not copy.wide.weight
+
+
+def test_a_module_under_two_names_becomes_two(shared: Any, ragged: Any) -> None:
+    copy = unshared(shared)
+    assert copy.one is not copy.two
+    assert copy.one.weight is copy.two.weight is shared.one.weight
+    assert unshared(ragged) is ragged
+
+
+def test_frozen_shares_memory_and_leaves_the_flag_of_the_original(ragged: Any) -> None:
+    copy = frozen(ragged)
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert all(p.requires_grad for p in ragged.parameters())
+    pairs = zip(copy.parameters(), ragged.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)

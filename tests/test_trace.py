@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import TraceError, text, trace
+from lora_fx.sites import sites
+from lora_fx.trace import example_of
+
+FRONTENDS = ["symbolic", "export"]
+MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_export_is_bit_equal_and_shares_the_tensors(model: str, zoo: Any) -> None:
+    case, _ = zoo(model)
+    before = {name: p for name, p in case.model.named_parameters()}
+    values = {name: p.clone() for name, p in before.items()}
+    gm = trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
+    with torch.no_grad():
+        got, wanted = gm(**case.others), case.model(**case.others)
+    assert type(got) is type(wanted)
+    leaves = [torch.utils._pytree.tree_leaves(o) for o in (got, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+    held = {id(p) for p in before.values()}
+    assert all(id(p) in held for p in gm.parameters())
+    assert all(p is before[name] for name, p in case.model.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_normal_form_is_one_for_both_frontends(frontend: str, ragged: Any, x: Any) -> None:
+    gm = trace(ragged, (x,), frontend=frontend)
+    lines = [line for line in text(gm).split("\n") if "= linear" in line]
+    assert lines == [
+        "linear = linear(x, wide.weight, wide.bias)",
+        "linear_1 = linear(tanh, again.weight)",
+        "linear_2 = linear(tanh_1, again.weight)",
+        "linear_3 = linear(dropout, narrow.weight)",
+    ]
+    assert torch.equal(gm(x), ragged(x))
+    assert [s.path for s in sites(gm)] == ["wide", "again", "again", "narrow"]
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_shared_modules_keep_their_own_paths(frontend: str, shared: Any, x: Any) -> None:
+    gm = trace(shared, (x,), frontend=frontend)
+    *paths, tied = [s.path for s in sites(gm)]
+    assert paths == ["one", "two", "weight"]
+    assert tied in ("one.weight", "two.weight")  # each tracer picks a name for a shared parameter
+    got, wanted = gm(x), shared(x)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert shared.two is shared.one
+
+
+def test_tied_weights_are_told_apart_by_node(zoo: Any) -> None:
+    case, gm = zoo("qwen2")
+    assert case.model.lm_head.weight is case.model.model.embed_tokens.weight
+    assert sites(gm)[-1].path == "lm_head"
+    assert example_of(gm).output_embedding == "lm_head"
+
+
+def test_conv1d_is_a_site_with_a_transposed_weight(zoo: Any) -> None:
+    _, gm = zoo("gpt2")
+    site = next(s for s in sites(gm) if s.path == "transformer.h.0.mlp.c_fc")
+    assert site.transposed
+    assert site.shape == (40, 24)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_convolution_and_embedding_are_aten_calls(frontend: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 6, padding_idx=0)
+            self.conv = nn.Conv1d(6, 5, 3, stride=2, padding=1, padding_mode="circular")
+            self.norm = nn.LayerNorm(5)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2))
+
+    model, ids = Mixed().eval(), torch.randint(0, 11, (4, 8))
+    gm = trace(model, (ids,), frontend=frontend)
+    called = {str(node.target) for node in gm.graph.nodes}
+    assert {"aten.embedding.default", "aten.conv1d.default"} <= called
+    assert torch.equal(gm(ids), model(ids))
+
+
+def test_dropout_stays_live_under_symbolic_tracing(ragged: Any, x: Any) -> None:
+    gm = trace(ragged)
+    torch.manual_seed(0)
+    one = gm.train()(x)
+    assert not torch.equal(one, gm(x))
+    assert not ragged.drop.training
+    assert torch.equal(gm.eval()(x), ragged(x))
+
+
+def test_optional_arguments_that_are_left_out_are_fixed() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: Any, mask: Any = None, double: bool = False) -> Any:
+            out = self.fc(x) if mask is None else self.fc(x) * mask
+            return 2 * out if double else out
+
+    model, x = Optional(), torch.randn(4, 3)
+    assert torch.equal(trace(model)(x), model(x))
+    both = trace(model, (x,), {"double": True, "mask": torch.ones(5)}, frontend="symbolic")
+    assert torch.equal(both(x, torch.ones(5), True), model(x, torch.ones(5), True))
+
+
+def test_positional_and_keyword_calls_agree(zoo: Any) -> None:
+    case, _ = zoo("bert")
+    swapped = dict(reversed(case.inputs.items()))
+    gm = trace(case.model, (), swapped)
+    by_place = gm(case.inputs["input_ids"], case.inputs["attention_mask"])
+    assert torch.equal(by_place.last_hidden_state, gm(**swapped).last_hidden_state)
+
+
+def test_an_exported_program_and_a_graph_module_are_models_too(ragged: Any, x: Any) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(ragged, (x,), dynamic_shapes={"x": {0: batch}})
+    gm = trace(program)
+    assert torch.equal(gm(x[:3]), ragged(x[:3]))
+    assert example_of(gm).dynamic_shapes == {"x": {0: torch.export.Dim.DYNAMIC}}
+    again = trace(gm)
+    assert text(again) == text(gm)
+    foreign = trace(torch.fx.symbolic_trace(ragged))
+    assert [s.path for s in sites(foreign)] == ["wide", "again", "again", "narrow"]
+    assert torch.equal(foreign(x), ragged(x))
+
+
+class Branching(nn.Module):
+    """Its control flow hangs on data: no tracer can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"gate": Gate()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner["gate"](x)
+
+
+class Gate(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_an_untraceable_model_is_refused_with_path_and_line(frontend: str, x: Any) -> None:
+    with pytest.raises(TraceError) as caught:
+        trace(Branching(), (x,), frontend=frontend)
+    message = str(caught.value)
+    assert "at inner.gate" in message
+    assert "if x.sum() > 0:" in message
+    assert "Try:" in message
+
+
+def test_a_model_that_fails_in_eager_is_refused(ragged: Any) -> None:
+    with pytest.raises(TraceError, match=r"at wide|at the model itself"):
+        trace(ragged, (torch.randn(4, 2),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [({"frontend": "jit"}, "'jit'"), ({"frontend": "export"}, "example inputs")],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], names: str, ragged: Any) -> None:
+    with pytest.raises(TraceError, match=names):
+        trace(ragged, **arguments)
+    with pytest.raises(TraceError, match="tuple"):
+        trace(ragged, torch.randn(4, 3))  # type: ignore[arg-type]
+
+
+def test_in_place_operators_keep_their_meaning() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            y += 1
+            torch.relu_(y[..., 2:])
+            return y
+
+    model, x = InPlace(), torch.randn(4, 3)
+    for frontend in FRONTENDS:
+        gm = trace(model, (x,), frontend=frontend)
+        assert torch.equal(gm(x), model(x))
+        assert torch.equal(lora_fx.fold(gm)(x), model(x))
