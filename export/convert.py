@@ -45,6 +45,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     Raises:
         ExportError: an operator has no translation, or onnxruntime's dialect cannot hold it.
     """
+    _copy_before_reshape(program)
     with _quiet():
         try:
             onnx_program = torch.onnx.export(
@@ -55,6 +56,24 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
     return onnx_program.model
+
+
+def _copy_before_reshape(program: torch.export.ExportedProgram) -> None:
+    """Puts a contiguous copy before each reshape.
+
+    With symbolic sizes torch.onnx decomposes a reshape of a transposed tensor into a view, which
+    then fails. The copy is an Identity in ONNX, and goes away again.
+    """
+    for node in list(program.graph.nodes):
+        source = node.args[0] if node.target is aten.reshape.default else None
+        if not isinstance(source, fx.Node):
+            continue
+        with program.graph.inserting_before(node):
+            layout = {"memory_format": torch.contiguous_format}
+            copy = program.graph.call_function(aten.clone.default, (source,), layout)
+        copy.meta = {**source.meta, "val": source.meta["val"].clone(**layout)}
+        node.replace_input_with(source, copy)
+    program.graph_module.recompile()
 
 
 def _cause(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,59 +43,63 @@ class Branch:
     out: fx.Node
 
 
-def parameter_names(path: str, name: str) -> tuple[str, str, str]:
-    """What the branch of adapter ``name`` at ``path`` calls its down, up and bias."""
-    return f"{path}.lora_A.{name}", f"{path}.lora_B.{name}", f"{path}.lora_bias.{name}"
+def parameter_names(site: Site, name: str) -> tuple[str, str, str]:
+    """What the branch of adapter ``name`` at a site calls its down, up and bias."""
+    at = site.holder
+    return f"{at}.lora_A.{name}", f"{at}.lora_B.{name}", f"{at}.lora_bias.{name}"
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:
     """Finds every branch, in the order of the layers that they stand beside."""
-    return [branch for site in sites(gm) for branch in _chain(site.node, site.path)]
+    return [branch for site in sites(gm) for branch in branches_of(site)]
 
 
-def last_of(site: Site) -> fx.Node:
-    """The call of a layer, or the sum with the last of its branches."""
-    return next((branch.out for branch in reversed(list(_chain(site.node, site.path)))), site.node)
-
-
-def _chain(site: fx.Node, path: str) -> Iterator[Branch]:
-    base = site
-    while (branch := _next(base, site, path)) is not None:
+def branches_of(site: Site) -> Iterator[Branch]:
+    """The branches beside one call of a layer, in the order they are added."""
+    base = site.node
+    while (branch := _next(base, site)) is not None:
         yield branch
         base = branch.out
 
 
-def _next(base: fx.Node, site: fx.Node, path: str) -> Branch | None:
-    for out in base.users:
-        if out.target is aten.add.Tensor and out.args[0] is base:
-            branch = _branch(out, base, site, path)
-            if branch is not None:
-                return branch
-    return None
+def last_of(site: Site) -> fx.Node:
+    """The call of a layer, or the sum with the last of its branches."""
+    *_, last = [site.node, *(branch.out for branch in branches_of(site))]
+    return last
 
 
-def _branch(out: fx.Node, base: fx.Node, site: fx.Node, path: str) -> Branch | None:
+def _next(base: fx.Node, site: Site) -> Branch | None:
+    sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[0] is base]
+    found = (_branch(out, base, site) for out in sums)
+    return next((branch for branch in found if branch is not None), None)
+
+
+def _branch(out: fx.Node, base: fx.Node, site: Site) -> Branch | None:
     delta, bias, scale = out.args[1], None, 1.0
-    if _is(delta, "add") and _parameter(delta.args[1], path):
-        delta, bias = delta.args
-    if _is(delta, "mul") and isinstance(delta.args[1], float):
-        delta, scale = delta.args
-    if not _is(delta, "matmul") or not _is(delta.args[0], "matmul"):
+    if (parts := _parts(delta, "add")) and _is_parameter(parts[1], site):
+        delta, bias = parts
+    if (parts := _parts(delta, "mul")) and isinstance(parts[1], float):
+        delta, scale = parts
+    expand = _parts(delta, "matmul")
+    shrink = _parts(expand[0], "matmul") if expand else None
+    if expand is None or shrink is None:
         return None
-    up, down = delta.args[1], delta.args[0].args[1]
-    if not (_parameter(up, path) and _parameter(down, path)):
+    up, down = expand[1], shrink[1]
+    if not (_is_parameter(up, site) and _is_parameter(down, site)):
         return None
     name = str(down.target).rpartition(".")[2]
-    return Branch(path, name, site, down, up, scale, bias, base, out)
+    return Branch(site.path, name, site.node, down, up, scale, bias, base, out)
 
 
-def _is(value: object, operator: str) -> bool:
-    return isinstance(value, fx.Node) and op_name(value) == operator
+def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
+    if not isinstance(value, fx.Node) or op_name(value) != operator or len(value.args) != 2:
+        return None
+    return value.args[0], value.args[1]
 
 
-def _parameter(value: object, path: str) -> bool:
-    prefix = f"{path}.lora_"
-    return isinstance(value, fx.Node) and value.op == "get_attr" and prefix in str(value.target)
+def _is_parameter(value: Any, site: Site) -> bool:
+    is_fetched = isinstance(value, fx.Node) and value.op == "get_attr"
+    return is_fetched and str(value.target).startswith(f"{site.holder}.lora_")
 
 
 def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:

@@ -10,7 +10,10 @@ from torch import fx
 from lora_fx.graphs import attribute
 from lora_fx.ops import mutates, op_name
 
-_RANDOM = {"rand", "randn", "randint", "randperm", "bernoulli", "dropout", "normal", "multinomial"}
+_RANDOM = {
+    *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),
+    *("bernoulli", "dropout", "normal", "multinomial", "poisson", "uniform", "exponential"),
+}
 
 
 class Constants:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,8 @@ class Editor:
         self._origin: Origin | None = None
         self._stale: list[fx.Node] = []
         self._wishes: dict[str, str] = {}
+        self._again: dict[str, str] = {}
+        self._constants: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
 
     def record(self, action: str, path: str, text: str = "") -> None:
         """Notes an edit for the caller."""
@@ -68,9 +71,13 @@ class Editor:
     def constant(self, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
         """Fetches a new tensor just before a node.
 
-        It is called ``name`` if nothing else is by the end, else ``name_1`` and so on.
+        It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
+        tensor of one name, such as that of a layer that is called twice, is kept once.
         """
-        target = self._store(name, value)
+        target = next((t for t, v in self._constants[name] if torch.equal(v, value)), None)
+        if target is None:
+            target = self._store(name, value)
+            self._constants[name].append((target, value))
         with self._graph.inserting_before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
@@ -126,7 +133,7 @@ class Editor:
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
             value = attribute(source, str(node.target))
-            copy.target = self._store(str(node.target), value)
+            copy.target = self._store_again(str(node.target), value)
         return self._made(copy)
 
     def finish(self) -> fx.GraphModule:
@@ -166,20 +173,29 @@ class Editor:
         """Keeps a value under its name, or under another until that one comes free."""
         candidate, number = name, 0
         while not is_free(self.gm, candidate):
-            if attribute(self.gm, candidate) is value or self._wishes.get(candidate) == name:
-                return candidate
             number += 1
             candidate = f"{name}_{number}"
-        assign(self.gm, candidate, shell(value) if isinstance(value, nn.Module) else value)
+        assign(self.gm, candidate, value)
         if candidate != name:
             self._wishes[candidate] = name
         return candidate
 
+    def _store_again(self, name: str, value: Any) -> str:
+        """Keeps a value that several nodes of another graph fetch under one name: once."""
+        if not is_free(self.gm, name) and attribute(self.gm, name) is value:
+            return name
+        if name not in self._again:
+            kept = shell(value) if isinstance(value, nn.Module) else value
+            self._again[name] = self._store(name, kept)
+        return self._again[name]
+
     def _rename(self) -> None:
-        granted = {old: new for old, new in self._wishes.items() if is_free(self.gm, new)}
+        granted = {}
+        for old, new in self._wishes.items():
+            if is_free(self.gm, new):
+                assign(self.gm, new, attribute(self.gm, old))
+                remove(self.gm, old)
+                granted[old] = new
         for node in self._graph.nodes if granted else ():
             if node.op in ("get_attr", "call_module") and str(node.target) in granted:
                 node.target = granted[str(node.target)]
-        for old, new in granted.items():
-            assign(self.gm, new, attribute(self.gm, old))
-            remove(self.gm, old)

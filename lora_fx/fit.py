@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import branches
@@ -82,6 +82,11 @@ def _all(config: LoraConfig) -> bool:
 
 
 def _check_name(gm: fx.GraphModule, name: str, paths: Mapping[str, object]) -> None:
+    if hasattr(nn.Module, name) or hasattr(nn.Module(), name):
+        raise AdapterError(
+            f"adapter {name}: torch's modules have an attribute of that name; "
+            "load this one with another name="
+        )
     taken = [b.path for b in branches(gm) if b.name == name and b.path in paths]
     if taken:
         raise AdapterError(

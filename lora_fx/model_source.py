@@ -106,7 +106,7 @@ def _from_directory(path: Path) -> ModelSource:
         raise LoraFxError(
             f"{path}: reading it needs transformers: pip install lora-fx[demo]"
         ) from error
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         config.use_cache = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,6 +9,7 @@ from torch import fx
 from lora_fx.maps import Analysis, Map
 from lora_fx.ops import aten
 
+_ROUNDS = 8  # graphs of a hundred random steps settle in three
 _LAYERS = (aten.linear.default, aten.addmm.default)
 
 
@@ -37,32 +37,68 @@ class Region:
         return isinstance(own, Map) and own.parent is self.value.parent
 
 
-def maximal_regions(gm: fx.GraphModule, analysis: Analysis) -> Iterator[Region]:
-    """The regions that are part of no larger one, last first."""
-    covered: set[fx.Node] = set()
+def maximal_regions(gm: fx.GraphModule, analysis: Analysis) -> list[Region]:
+    """The regions that are part of no larger one, last first.
+
+    A region that is not blocked is taken to be replaced: what only it reads is gone, and what is
+    still read from elsewhere gets a region of its own. A replacement can free an earlier region,
+    so blocked ones are looked at again.
+    """
+    gone: set[fx.Node] = set()
+    for _ in range(_ROUNDS):
+        before, (found, gone) = gone, _scan(gm, analysis, gone)
+        if gone == before or not any(region.blocked for region in found):
+            break
+    return found
+
+
+def _scan(
+    gm: fx.GraphModule, analysis: Analysis, earlier: set[fx.Node]
+) -> tuple[list[Region], set[fx.Node]]:
+    """One look at a graph of which some calls are known to go."""
+    found: list[Region] = []
+    gone: set[fx.Node] = set()
+    kept: set[fx.Node] = set()
+    known = set(earlier)
     for node in reversed(list(gm.graph.nodes)):
-        inside = node in covered and all(user in covered for user in node.users)
-        region = None if inside else _region(node, analysis)
+        if node.users and node not in kept and all(user in gone for user in node.users):
+            gone.add(node)
+            known.add(node)
+            continue
+        region = _region(node, analysis, known)
         if region is None:
             continue
         if not region.blocked:
-            covered |= region.nodes
-        yield region
+            gone.add(node)
+            known.add(node)
+            kept.update((region.source, *region.layer.all_input_nodes))
+        found.append(region)
+    return found, gone
 
 
-def _region(node: fx.Node, analysis: Analysis) -> Region | None:
+def _region(node: fx.Node, analysis: Analysis, gone: set[fx.Node]) -> Region | None:
     value = analysis.values.get(node)
     if not isinstance(value, Map) or value.node is not node or value.parent is None:
         return None
     source = value.parent.node
     nodes = _between(source, node, analysis)
-    layers = [n for n in nodes if n.target in _LAYERS and _fits(n, value, analysis)]
+    layers = [n for n in sorted(nodes) if n.target in _LAYERS and _fits(n, value, analysis)]
     if not layers or _is_one_layer(node, nodes, analysis):
         return None
-    layer = min(layers)
-    read_outside = layer is not node and any(user not in nodes for user in layer.users)
-    blocked = f"{layer.name} is also read outside the region" if read_outside else ""
-    return Region(value, source, frozenset(nodes), layer, blocked)
+    staying = _staying(nodes, node, gone)
+    free = [layer for layer in layers if layer not in staying]
+    blocked = "" if free else f"{layers[0].name} is also read outside the region"
+    return Region(value, source, frozenset(nodes), (free or layers)[0], blocked)
+
+
+def _staying(nodes: set[fx.Node], end: fx.Node, gone: set[fx.Node]) -> set[fx.Node]:
+    """The calls of a region that its replacement would not save: somebody else needs them."""
+    staying: set[fx.Node] = set()
+    for node in sorted(nodes - {end}, reverse=True):
+        outside = (user for user in node.users if user not in nodes and user not in gone)
+        if any(outside) or any(user in staying for user in node.users):
+            staying.add(node)
+    return staying
 
 
 def _between(source: fx.Node, node: fx.Node, analysis: Analysis) -> set[fx.Node]:

@@ -45,6 +45,11 @@ class Site:
         return cast(fx.Node, x)
 
     @property
+    def holder(self) -> str:
+        """Where the tensors of a branch are kept: the module, or a name beside a bare weight."""
+        return f"{self.path}_adapted" if self.path == self.weight.target else self.path
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in), whatever way the weight is stored."""
         return self.out_features, self.in_features

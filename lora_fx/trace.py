@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ def trace(
         graph = symbolic_graph(root, args, kwargs)
     else:
         program = export_program(model, args, kwargs, dynamic_shapes)
+        flat = _by_argument(model, args, kwargs, dynamic_shapes)
+        example = replace(example, dynamic_shapes=flat)
         return _finish(*_graph_of(program), example, model.training)
     return _finish(root, graph, example, model.training)
 
@@ -104,15 +106,27 @@ def export_program(
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
     root = unshared(model)
+    args, kwargs = _distinct((args, dict(kwargs)))
     with warnings.catch_warnings():
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(
-                root, args, dict(kwargs), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # the model's own code runs in here and may raise anything
             raise TraceError(explain_failure(root, "export", error)) from error
+
+
+def _distinct(inputs: Any) -> Any:
+    """Copies a tensor that is given twice: torch.export would take both inputs for one."""
+    seen: set[int] = set()
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.clone()
+
+    return pytree.tree_map(copied, inputs)
 
 
 def _dim(axis: Any) -> Any:
@@ -153,6 +167,24 @@ def _graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Grap
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
         gm = program.module()
     return gm, copy_graph(gm.graph)
+
+
+def _by_argument(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+) -> Any:
+    """Shapes that are given for ``*args`` as one, spread: the traced graph names each argument."""
+    if not isinstance(shapes, dict):
+        return shapes
+    spread: dict[str, Any] = {}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and name in shapes:
+            spread |= {f"{name}_{i}": shape for i, shape in enumerate(shapes[name])}
+        elif parameter.kind is parameter.VAR_KEYWORD and name in shapes:
+            spread |= shapes[name]
+        elif name in shapes:
+            spread[name] = shapes[name]
+    return spread
 
 
 def _opened(gm: fx.GraphModule) -> bool:

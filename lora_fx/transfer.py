@@ -137,7 +137,7 @@ def _signed(matrix: Matrix, sign: int) -> Matrix:
 
 
 def _reciprocal(matrix: Matrix) -> Matrix:
-    return Leaf(matrix.shape, lambda: matrix.dense().reciprocal())
+    return Leaf(matrix.shape, lambda: matrix.dense(torch.float64).reciprocal())
 
 
 def _number(value: float) -> Matrix:

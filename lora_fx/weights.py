@@ -1,7 +1,7 @@
 """Matrices that are not computed until they are needed.
 
 A region of a graph composes into an expression of small factors; only its end result is ever
-made dense, once, in float32 or wider.
+made dense, once, in a dtype that the caller chooses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
 
-    def dense(self) -> torch.Tensor:
-        """Computes it, in float32 or wider. The result must not be written to."""
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Computes it in a floating dtype. The result must not be written to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,9 @@ class Identity:
         """(size, size)."""
         return self.size, self.size
 
-    def dense(self) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Made only where an identity is summed with something."""
-        return torch.eye(self.size)
+        return torch.eye(self.size, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,9 @@ class Leaf:
     shape: tuple[int, int]
     fetch: Callable[[], torch.Tensor]
 
-    def dense(self) -> torch.Tensor:
-        """The constant, widened."""
-        value = self.fetch()
-        return value.to(torch.promote_types(value.dtype, torch.float32)).reshape(self.shape)
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The constant itself, if it has the dtype."""
+        return self.fetch().to(dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +64,9 @@ class Product:
         """Rows of the left, columns of the right."""
         return self.left.shape[0], self.right.shape[1]
 
-    def dense(self) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """One matrix product of the two made dense."""
-        return self.left.dense() @ self.right.dense()
+        return self.left.dense(dtype) @ self.right.dense(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +81,12 @@ class Sum:
         """That of either."""
         return self.left.shape
 
-    def dense(self) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """A product on the right is accumulated in the pass that adds it."""
-        left = self.left.dense()
+        left = self.left.dense(dtype)
         if isinstance(self.right, Product):
-            return torch.addmm(left, self.right.left.dense(), self.right.right.dense())
-        return left + self.right.dense()
+            return torch.addmm(left, self.right.left.dense(dtype), self.right.right.dense(dtype))
+        return left + self.right.dense(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +101,9 @@ class RowScaled:
         """That of the matrix."""
         return self.matrix.shape
 
-    def dense(self) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """One pass over the matrix."""
-        return self.factor.dense() * self.matrix.dense()
+        return self.factor.dense(dtype) * self.matrix.dense(dtype)
 
 
 def product(left: Matrix, right: Matrix) -> Matrix:

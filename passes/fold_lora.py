@@ -33,7 +33,7 @@ class FoldLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
         analysis = analyse(editor.gm)
-        for region in list(maximal_regions(editor.gm, analysis)):
+        for region in maximal_regions(editor.gm, analysis):
             if region.blocked:
                 editor.record("skip", module_path(region.layer), region.blocked)
             else:
@@ -79,7 +79,7 @@ def _names(path: str, weight: object) -> tuple[str, str]:
 def _rounded(
     matrix: Matrix, dtype: torch.dtype, name: str, transposed: bool = False
 ) -> nn.Parameter:
-    wide = matrix.dense()
+    wide = matrix.dense(torch.promote_types(dtype, torch.float32))
     rounded = (wide.T if transposed else wide).to(dtype).contiguous()
     if not rounded.isfinite().all():
         raise PassError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fx.demo import Result, table
 from lora_fx.demo.docstrings import SUBJECTS, Subject, Texts, first_paragraph, load_subject
-from lora_fx.demo.encoder import eager, load_encoder, load_extra, load_tokenizer, pool
+from lora_fx.demo.encoder import Encode, eager, load_encoder, load_extra, load_tokenizer, pool
 from lora_fx.demo.forms import Form, Judge, Row
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.demo.timing import latencies
@@ -102,18 +102,22 @@ def toy_encode(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return nn.functional.one_hot(batch["input_ids"], 5).float()
 
 
+def toy(threads: int | None) -> Encode:
+    return toy_encode
+
+
 def test_the_judge_scores_a_form_and_refuses_one_that_is_off() -> None:
     texts = Texts(["0 1", "1 0", "2 3", "4 3"], [0, 0, 1, 1])
     judge = Judge([Subject("toy", ["a", "b"], texts, texts)], Toy())
-    assert judge.refer(Form("eager", "base", toy_encode, ())).scores["toy"].correct == 4
+    assert judge.refer(Form("eager", "base", toy, ())).scores["toy"].correct == 4
     assert judge.references["base"].centres["toy"][0] == pytest.approx(
         [0.5**0.5, 0.5**0.5, 0, 0, 0]
     )
-    same = judge.measure(Form("same", "base", toy_encode, ()))
+    same = judge.measure(Form("same", "base", toy, ()))
     assert (same.scores["toy"].correct, same.max_error) == (4, 0.0)
-    near = Form("near", "base", lambda batch: toy_encode(batch) + 1e-6, ())
+    near = Form("near", "base", lambda _: lambda batch: toy_encode(batch) + 1e-6, ())
     assert judge.measure(near).max_error == pytest.approx(1e-6, rel=0.1)
-    off = Form("off", "base", lambda batch: toy_encode(batch) * 1.1, ())
+    off = Form("off", "base", lambda _: lambda batch: toy_encode(batch) * 1.1, ())
     with pytest.raises(VerificationError, match="off with base weights disagrees with eager"):
         judge.measure(off)
 
@@ -121,7 +125,7 @@ def test_the_judge_scores_a_form_and_refuses_one_that_is_off() -> None:
 def test_latencies_come_in_the_order_of_forms() -> None:
     calls: list[int] = []
     forms = [
-        Form(str(place), "base", lambda batch, place=place: calls.append(place), ())
+        Form(str(place), "base", lambda threads, place=place: lambda batch: calls.append(place), ())
         for place in range(3)
     ]
     before = torch.get_num_threads()

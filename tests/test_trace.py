@@ -197,3 +197,23 @@ def test_in_place_operators_keep_their_meaning() -> None:
         gm = trace(model, (x,), frontend=frontend)
         assert torch.equal(gm(x), model(x))
         assert torch.equal(lora_fx.fold(gm)(x), model(x))
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    class Apart(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - 2 * b
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(trace(Apart(), (x, x))(x, y), x - 2 * y)
+
+
+def test_arguments_that_are_gathered_keep_their_axes() -> None:
+    class Gathers(nn.Module):
+        def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+            return xs[0] + 2 * xs[1]
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    gm = trace(Gathers(), (x, y), dynamic_shapes={"xs": ({0: "batch"}, {0: "batch"})})
+    assert torch.equal(gm(x[:3], y[:3]), x[:3] + 2 * y[:3])
+    assert example_of(gm).dynamic_shapes == {"xs_0": {0: "batch"}, "xs_1": {0: "batch"}}

@@ -21,7 +21,7 @@ SUBJECTS = {
         "socketserver ssl urllib wsgiref xml xmlrpc"
     ),
 }
-_PER_MODULE = 120  # of one label, so that a large package does not outweigh the rest
+_PER_MODULE = 100  # of one label, so that a large package does not outweigh the rest
 _MIN_WORDS = 4
 _MIN_PER_MODULE = 10
 _TRAINED = 0.4  # the larger part is held out: it decides how sure the scores are

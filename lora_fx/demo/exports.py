@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lora_fx.api import fold, inject
-from lora_fx.demo.encoder import Batch, Encode
+from lora_fx.demo.encoder import Batch, Encode, Open
 from lora_fx.demo.forms import Form
 from lora_fx.formats import load_adapter
 from lora_fx.trace import trace
-
-if TYPE_CHECKING:
-    from lora_fx.export import Session
-
-_THREADS = 1  # the pools of many sessions would disturb each other
 
 
 def export_forms(
@@ -40,7 +34,7 @@ def export_forms(
     Returns:
         Merged, unmerged and swapped for each adapter, then the swappable model alone.
     """
-    from lora_fx.export import Session, export_adapter, to_onnx
+    from lora_fx.export import export_adapter, to_onnx
 
     dynamic = {name: {0: "batch", 1: "sequence"} for name in example}
     progress("trace")
@@ -48,7 +42,6 @@ def export_forms(
     shared = out / "onnx" / "swappable.onnx"
     progress("export swappable")
     to_onnx(base, shared, adapters="input", force=True)
-    session = Session(shared, threads=_THREADS)
     forms: list[Form] = []
     for directory in adapters:
         adapter = load_adapter(directory)
@@ -57,18 +50,24 @@ def export_forms(
             progress(f"export {name}, {adapter.name}")
             path = out / "onnx" / f"{adapter.name}-{name}.onnx"
             to_onnx(gm, path, force=True)
-            encode = encoding(Session(path, threads=_THREADS))
-            forms.append(Form(name, adapter.name, encode, (path,)))
+            forms.append(Form(name, adapter.name, opener(path), (path,)))
         file = out / "onnx" / f"{adapter.name}.onnx_adapter"
         export_adapter(adapter, shared, file, force=True)
-        forms.append(Form("swappable", adapter.name, encoding(session, file), (shared, file)))
-    return [*forms, Form("swappable", "base", encoding(session), (shared,))]
+        forms.append(Form("swappable", adapter.name, opener(shared, file), (shared, file)))
+    return [*forms, Form("swappable", "base", opener(shared), (shared,))]
 
 
-def encoding(session: Session, adapter: Path | None = None) -> Encode:
-    """A session, with an adapter or without, as a function of a batch."""
+def opener(path: Path, adapter: Path | None = None) -> Open:
+    """How a model is opened, with an adapter or without."""
 
-    def encode(batch: Batch) -> torch.Tensor:
-        return torch.from_numpy(session.run(batch, adapter=adapter)["last_hidden_state"])
+    def open_with(threads: int | None) -> Encode:
+        from lora_fx.export import Session
 
-    return encode
+        session = Session(path, threads=threads)
+
+        def encode(batch: Batch) -> torch.Tensor:
+            return torch.from_numpy(session.run(batch, adapter=adapter)["last_hidden_state"])
+
+        return encode
+
+    return open_with

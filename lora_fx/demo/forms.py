@@ -10,7 +10,7 @@ import torch
 
 from lora_fx.compare import compare
 from lora_fx.demo.docstrings import Subject, Texts
-from lora_fx.demo.encoder import Encode, Tokenizer, pool
+from lora_fx.demo.encoder import Encode, Open, Tokenizer, pool
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.errors import VerificationError
 
@@ -22,13 +22,13 @@ class Form:
     Attributes:
         name: ``"merged"``, ``"swappable"``, ….
         weights: ``"base"`` or the adapter's name.
-        encode: a batch to hidden states, (texts, tokens, width).
+        open: makes it ready to turn a batch into hidden states, (texts, tokens, width).
         files: what has to be shipped.
     """
 
     name: str
     weights: str
-    encode: Encode
+    open: Open
     files: tuple[Path, ...]
 
 
@@ -97,8 +97,9 @@ class Judge:
 
     def refer(self, form: Form) -> Measured:
         """Makes an eager form the reference for all forms of its weights."""
-        centres = {s.name: self._centres(s.train, form.encode) for s in self.subjects}
-        hidden = {s.name: self._states(s.held_out, form.encode) for s in self.subjects}
+        encode = form.open(None)
+        centres = {s.name: self._centres(s.train, encode) for s in self.subjects}
+        hidden = {s.name: self._states(s.held_out, encode) for s in self.subjects}
         self.references[form.weights] = Reference(centres, hidden)
         return Measured(form, self._scores(form, hidden))
 
@@ -110,7 +111,8 @@ class Judge:
         Raises:
             VerificationError: the form and eager disagree.
         """
-        hidden = {s.name: self._states(s.held_out, form.encode) for s in self.subjects}
+        encode = form.open(None)
+        hidden = {s.name: self._states(s.held_out, encode) for s in self.subjects}
         expected = self.references[form.weights].hidden
         pairs = [pair for name in hidden for pair in zip(hidden[name], expected[name], strict=True)]
         comparisons = [compare(found, wanted) for found, wanted in pairs]

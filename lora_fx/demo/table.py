@@ -7,7 +7,8 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from lora_fx.demo.run import Result, Row
+from lora_fx.demo.forms import Row
+from lora_fx.demo.run import Result
 
 _WIDTH = 110
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,9 @@ class Recipe:
 
     rank: int
     alpha: int
-    targets: str | Sequence[str]
-    epochs: int = 4
-    learning_rate: float = 3e-3
+    targets: str | list[str]
+    epochs: int = 3
+    learning_rate: float = 4e-3
     temperature: float = 0.05
     seed: int = 0
 
@@ -114,5 +114,6 @@ def train_adapter(
 
 def _rounds(count: int, epochs: int) -> Iterator[tuple[int, torch.Tensor]]:
     for epoch in range(epochs):
-        for places in torch.randperm(count).split(BATCH):
-            yield epoch, places
+        order = torch.randperm(count)
+        for start in range(0, count, BATCH):
+            yield epoch, order[start : start + BATCH]

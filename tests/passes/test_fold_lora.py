@@ -20,8 +20,7 @@ def test_branches_fold_into_the_layers_they_stand_beside(
     base = trace(ragged, (x,), frontend=frontend)
     injected = inject(base, make_adapter(SHAPES))
     seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=ragged(x))
-    # One weight serves both calls of a layer; folded, each call has a constant of its own.
-    assert seen.after.replace("again.weight_1", "again.weight") == text(base)
+    assert seen.after == text(base)
     update = make_adapter(SHAPES).updates["wide"]
     folded = attribute(seen.gm, "wide.weight")
     torch.testing.assert_close(folded, ragged.wide.weight + update.delta())

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx import trace
+from lora_fx.constants import Constants
+from lora_fx.graphs import assign
+
+
+class Computes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5, 2))
+        self.b = nn.Parameter(torch.randn(2, 3).half(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        weight = (self.a @ self.b.float()).T.contiguous()
+        noise = torch.rand_like(self.a)
+        picked = self.a[self.a[:, 0] > 0]
+        return x @ weight, noise, picked
+
+
+def constants_of(gm: fx.GraphModule) -> tuple[Constants, dict[str, fx.Node]]:
+    constants = Constants(gm)
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            constants.admit(node)
+    return constants, {node.name: node for node in gm.graph.nodes}
+
+
+def test_values_shapes_and_dtypes_of_constants() -> None:
+    module = Computes()
+    constants, nodes = constants_of(trace(module))
+    weight = nodes["contiguous"]
+    assert weight in constants.nodes
+    assert constants.shape(weight) == (3, 5)
+    assert constants.dtype(weight) == torch.float32
+    exact = (module.a @ module.b.float()).T
+    torch.testing.assert_close(constants.value(weight), exact)
+    assert constants.dtype(nodes["b"]) == torch.float16
+    assert constants.value(nodes["b"]).dtype == torch.float32
+
+
+def test_what_reads_an_input_or_chance_is_no_constant() -> None:
+    constants, nodes = constants_of(trace(Computes()))
+    assert nodes["matmul_1"] not in constants.nodes
+    assert not any(n in constants.nodes for name, n in nodes.items() if name.startswith("rand"))
+
+
+def test_a_shape_that_hangs_on_values_is_unknown() -> None:
+    constants, nodes = constants_of(trace(Computes()))
+    picked = next(n for name, n in reversed(nodes.items()) if name.startswith("getitem"))
+    assert constants.shape(picked) is None
+    assert constants.value(picked).shape[1] == 2
+
+
+def test_asking_for_a_shape_reads_no_weight() -> None:
+    gm = trace(Computes())
+    constants, nodes = constants_of(gm)
+    value = nn.Parameter(torch.empty(5, 2, device="meta"))  # reading a value here would fail
+    assign(gm, "a", value)
+    assert constants.shape(nodes["contiguous"]) == (3, 5)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_fx import text, trace
+from lora_fx.editor import Edit, Editor
+from lora_fx.ops import aten
+from lora_fx.sites import sites
+
+
+def test_an_edit_reads_as_a_line() -> None:
+    assert str(Edit("fold", "fc", "4 calls")) == "fold fc: 4 calls"
+    assert str(Edit("fold", "fc")) == "fold fc"
+
+
+def test_an_untouched_copy_is_the_same_text_and_tensors(ragged: Any, x: Any) -> None:
+    gm = trace(ragged, (x,))
+    editor = Editor(gm)
+    copy = editor.finish()
+    assert not editor.modified
+    assert str(copy.graph) == str(gm.graph)
+    assert all(copy.get_parameter(n) is p for n, p in gm.named_parameters())
+    assert torch.equal(copy(x), gm(x))
+
+
+def test_what_loses_its_last_reader_is_swept_with_its_tensor(ragged: Any, x: Any) -> None:
+    gm = trace(ragged, (x,))
+    editor = Editor(gm)
+    last = sites(editor.gm)[-1]
+    editor.replace(last.node, last.input)
+    after = editor.finish()
+    assert "narrow" not in text(after)
+    assert "narrow.weight" not in after.state_dict()
+    assert "narrow.weight" in gm.state_dict()
+
+
+def test_a_tensor_with_another_reader_stays(ragged: Any, x: Any) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    second = sites(editor.gm)[2]
+    editor.replace(second.node, second.input)
+    assert "again.weight" in editor.finish().state_dict()
+
+
+def test_a_name_is_granted_once_it_comes_free(ragged: Any, x: Any) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    first, second, *_ = sites(editor.gm)
+    new = editor.constant("wide.weight", torch.ones(5, 3), before=first.node)
+    editor.rebind(first.node, first.weight, new)
+    other = editor.constant("again.weight", torch.ones(5, 5), before=second.node)
+    editor.rebind(second.node, second.weight, other)
+    after = editor.finish()
+    assert torch.equal(after.get_buffer("wide.weight"), torch.ones(5, 3))
+    # The other call still reads again.weight, so the new tensor keeps its second name.
+    assert torch.equal(after.get_buffer("again.weight_1"), torch.ones(5, 5))
+
+
+def test_new_calls_carry_the_module_path(ragged: Any, x: Any) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    site = sites(editor.gm)[0]
+    call = editor.call(aten.neg.default, (site.node,), before=site.node.next, like=site.node)
+    editor.replace(site.node, call)
+    after = editor.finish()
+    assert "neg = neg(linear)\ntanh = tanh(neg)" in text(after)
+    assert call.meta["nn_module_stack"] == site.node.meta["nn_module_stack"]
+
+
+def test_freezing_leaves_the_models_own_flags(ragged: Any, x: Any) -> None:
+    gm = trace(ragged, (x,))
+    editor = Editor(gm)
+    editor.freeze()
+    after = editor.finish()
+    assert not any(p.requires_grad for p in after.parameters())
+    assert all(p.requires_grad for p in gm.parameters())
+    assert after.get_parameter("wide.weight").data_ptr() == ragged.wide.weight.data_ptr()

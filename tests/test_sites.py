@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx import trace
+from lora_fx.sites import by_path, readers, sites
+
+
+def test_a_site_is_read_into_a_record(ragged: Any) -> None:
+    first, second, third, last = sites(trace(ragged))
+    assert (first.path, first.shape, first.transposed) == ("wide", (5, 3), False)
+    assert (first.in_features, first.out_features, first.dtype) == (3, 5, torch.float32)
+    assert (first.weight.target, first.bias.target) == ("wide.weight", "wide.bias")
+    assert first.input.op == "placeholder"
+    assert (second.path, third.path, last.bias) == ("again", "again", None)
+
+
+def test_sites_are_grouped_by_path(ragged: Any) -> None:
+    groups = by_path(trace(ragged))
+    assert {path: len(calls) for path, calls in groups.items()} == {
+        "wide": 1,
+        "again": 2,
+        "narrow": 1,
+    }
+
+
+def test_a_module_with_several_weights_has_a_site_for_each() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    gm = trace(Attends().eval(), (torch.randn(2, 7, 6),))
+    assert [site.path for site in sites(gm)] == ["attn.in_proj_weight", "attn.out_proj"]
+
+
+def test_a_computed_weight_is_no_site() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight * 2, self.bias)
+
+    assert sites(trace(Masked(3, 5))) == []
+
+
+def test_readers_are_told_by_module_and_not_by_name(zoo: Any) -> None:
+    _, gm = zoo("qwen2")
+    (call, source), *others = readers(gm, "lm_head.weight")
+    assert not others
+    assert call.target is torch.ops.aten.linear.default
+    (table, same), *_ = readers(gm, "model.embed_tokens.weight")
+    assert table.target is torch.ops.aten.embedding.default
+    assert same.target == source.target
+    assert list(readers(gm, "model.embed_tokens.bias")) == []
