@@ -80,6 +80,8 @@ def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:
     for slot in slots:
         rank = ir.SymbolicDim(f"rank:{slot.path}")
         down, up, _ = parameter_names(slot.path, PROBE)
+        if down not in model.graph.initializers:
+            down, up, _ = parameter_names(slot.path, PROBE, bare=True)
         a = _as_input(model, down, slot.down, ir.Shape([slot.in_features, rank]))
         b = _as_input(model, up, slot.up, ir.Shape([rank, slot.out_features]))
         _forget_rank(a, until=b)

@@ -43,9 +43,12 @@ class Branch:
     out: fx.Node
 
 
-def parameter_names(site: Site, name: str) -> tuple[str, str, str]:
-    """What the branch of adapter ``name`` at a site calls its down, up and bias."""
-    at = site.holder
+def parameter_names(path: str, name: str, bare: bool = False) -> tuple[str, str, str]:
+    """What the branch of adapter ``name`` at ``path`` calls its down, up and bias.
+
+    Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
+    """
+    at = f"{path}_adapted" if bare else path
     return f"{at}.lora_A.{name}", f"{at}.lora_B.{name}", f"{at}.lora_bias.{name}"
 
 
@@ -99,7 +102,8 @@ def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
 
 def _is_parameter(value: Any, site: Site) -> bool:
     is_fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-    return is_fetched and str(value.target).startswith(f"{site.holder}.lora_")
+    name = str(value.target).rpartition(".")[2] if is_fetched else ""
+    return is_fetched and value.target in parameter_names(site.path, name, site.bare)
 
 
 def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:

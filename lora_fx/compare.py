@@ -38,7 +38,9 @@ class Comparison:
 
     def __str__(self) -> str:
         """One line for a log."""
-        return f"relative {self.relative:.2e} (allowed {self.tolerance:.0e}), max {self.max_abs:.2e}"
+        return (
+            f"relative {self.relative:.2e} (allowed {self.tolerance:.0e}), max {self.max_abs:.2e}"
+        )
 
 
 def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Comparison:

@@ -81,7 +81,9 @@ class Editor:
         with self._graph.inserting_before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
-    def call(self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node) -> fx.Node:
+    def call(
+        self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node
+    ) -> fx.Node:
         """Calls an operator just before a node, under the module path of ``like``."""
         with self._graph.inserting_before(before):
             node = self._graph.call_function(target, arguments)

@@ -18,9 +18,7 @@ from lora_fx.trace import example_of
 Groups = Mapping[str, list[Site]]
 
 
-def check_fit(
-    gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
-) -> dict[str, str]:
+def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool) -> dict[str, str]:
     """Matches an adapter against the layers of a graph.
 
     Returns:
@@ -134,7 +132,9 @@ def _unmatched(adapter: Adapter, unknown: list[str], paths: list[str]) -> str:
     )
     prefix = _common_prefix(unknown, paths)
     if prefix:
-        message += f" The paths differ by {prefix!r}: trace the module that the adapter was made for."
+        message += (
+            f" The paths differ by {prefix!r}: trace the module that the adapter was made for."
+        )
     return f"{message} Pass strict=False to leave them out"
 
 

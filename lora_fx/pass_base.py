@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self, cast
 
 from torch import fx
 from torch.fx.passes.infra import pass_base as torch_passes
@@ -20,13 +21,15 @@ class PassResult(torch_passes.PassResult):
         edits: what was done, and what was skipped and why.
     """
 
+    graph_module: fx.GraphModule
+    modified: bool
     edits: tuple[Edit, ...]
 
     def __new__(
         cls, graph_module: fx.GraphModule, modified: bool, edits: Sequence[Edit] = ()
-    ) -> PassResult:
+    ) -> Self:
         """Makes the pair that torch expects and hangs the edits on it."""
-        result = super().__new__(cls, graph_module, modified)
+        result = cast(Self, super().__new__(cls, graph_module, modified))
         result.edits = tuple(edits)
         return result
 

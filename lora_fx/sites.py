@@ -45,9 +45,9 @@ class Site:
         return cast(fx.Node, x)
 
     @property
-    def holder(self) -> str:
-        """Where the tensors of a branch are kept: the module, or a name beside a bare weight."""
-        return f"{self.path}_adapted" if self.path == self.weight.target else self.path
+    def bare(self) -> bool:
+        """Whether the weight is a parameter that no module of its own holds."""
+        return self.path == self.weight.target
 
     @property
     def shape(self) -> tuple[int, int]:

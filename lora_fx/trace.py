@@ -75,17 +75,15 @@ def trace(
     example = Example(args, kwargs, dynamic_shapes, _output_embedding(model))
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
-    if isinstance(model, fx.GraphModule) and frontend == "symbolic" and _opened(model):
-        graph, root = copy_graph(model.graph), model
-    elif frontend == "symbolic":
-        root = unshared(model)
-        graph = symbolic_graph(root, args, kwargs)
-    else:
+    if frontend == "export":
         program = export_program(model, args, kwargs, dynamic_shapes)
         flat = _by_argument(model, args, kwargs, dynamic_shapes)
         example = replace(example, dynamic_shapes=flat)
         return _finish(*_graph_of(program), example, model.training)
-    return _finish(root, graph, example, model.training)
+    if isinstance(model, fx.GraphModule) and _opened(model):
+        return _finish(model, copy_graph(model.graph), example, model.training)
+    root = unshared(model)
+    return _finish(root, symbolic_graph(root, args, kwargs), example, model.training)
 
 
 def example_of(gm: fx.GraphModule) -> Example | None:
@@ -158,7 +156,8 @@ def _dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    axes = [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    sizes: list[object] = list(value.shape)
+    axes = [axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from lora_fx.maps import Analysis, Map, Opaque, Rule, Same, Value, meet
 from lora_fx.ops import call_argument
-from lora_fx.weights import Leaf, Matrix, RowScaled, total
+from lora_fx.weights import Leaf, Matrix, RowScaled, added, total
 
 
 def analyse(gm: fx.GraphModule) -> Analysis:
@@ -116,8 +116,8 @@ def _join(node: fx.Node, one: Map, other: Map, sign: int) -> Value:
     (weight, bias), (weight_2, bias_2) = one.since(source), other.since(source)
     if weight.shape != weight_2.shape:
         return Opaque("a sum that broadcasts the feature axis")
-    joined = total(weight, _signed(weight_2, sign))
-    return source.then(node, joined, total(bias, bias_2 and _signed(bias_2, sign)))
+    bias_2 = bias_2 and _signed(bias_2, sign)
+    return source.then(node, added(weight, _signed(weight_2, sign)), total(bias, bias_2))
 
 
 def _scaled(

@@ -113,8 +113,13 @@ def product(left: Matrix, right: Matrix) -> Matrix:
     return left if isinstance(right, Identity) else Product(left, right)
 
 
+def added(left: Matrix, right: Matrix) -> Matrix:
+    """``left + right``. What is already a low-rank product goes to the right."""
+    return Sum(right, left) if isinstance(left, Product) else Sum(left, right)
+
+
 def total(left: Matrix | None, right: Matrix | None) -> Matrix | None:
-    """The sum, where None is zero. What is already a low-rank product goes to the right."""
+    """The sum, where None is zero."""
     if left is None or right is None:
         return left if right is None else right
-    return Sum(right, left) if isinstance(left, Product) else Sum(left, right)
+    return added(left, right)

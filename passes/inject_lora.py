@@ -68,7 +68,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
 
 def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> None:
     first = calls[0]
-    names = parameter_names(first, name)
+    names = parameter_names(first.path, name, first.bare)
     wide = torch.float32
     values = [update.down.T, update.up.to(wide).T * update.scale]
     if update.bias is not None:
@@ -126,7 +126,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
     groups = by_path(editor.gm)
     for path, update in fresh_updates(editor.gm, config, groups).items():
         first = groups[path][0]
-        down, up, _ = parameter_names(first, config.name)
+        down, up, _ = parameter_names(path, config.name, first.bare)
         nodes = [
             editor.constant(down, nn.Parameter(update.down.T.contiguous()), before=first.node),
             editor.constant(up, nn.Parameter(update.up.T.contiguous()), before=first.node),
@@ -141,5 +141,5 @@ def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
     if config.dropout == 0:
         return site.input
     module = nn.Dropout(config.dropout).train(editor.gm.training)
-    name = f"{site.holder}.lora_dropout.{config.name}"
+    name = parameter_names(site.path, config.name, site.bare)[0].replace("lora_A", "lora_dropout")
     return editor.call_module(name, module, site.input, before=site.node)

@@ -34,8 +34,8 @@ def test_docstrings_are_split_in_halves_without_repeats(tmp_path: Path) -> None:
     write_library(tmp_path)
     subject = load_subject("both", ["first", "second", "absent"], tmp_path)
     assert subject.modules == ["first", "second"]
-    assert [0] * 4 + [1] * 4
-    assert subject.held_out.labels == [0] * 6 + [1] * 6
+    assert [0] * 5 + [1] * 5
+    assert subject.held_out.labels == [0] * 5 + [1] * 5
     texts = subject.train.texts + subject.held_out.texts
     assert sorted(texts) == sorted(
         f"Text {i} of the {module} module." for i in range(10) for module in ("first", "second")

@@ -18,9 +18,7 @@ def test_a_copied_graph_keeps_names_meta_and_calling_convention(zoo: Any) -> Non
     assert all(a.meta.keys() == b.meta.keys() for a, b in pairs)
     built = assemble(gm, copy, training=False)
     built.graph = copy
-    assert torch.equal(
-        built(**case.inputs).last_hidden_state, gm(**case.inputs).last_hidden_state
-    )
+    assert torch.equal(built(**case.inputs).last_hidden_state, gm(**case.inputs).last_hidden_state)
     assert set(built.state_dict()) == {t for t, op in targets(copy).items() if op == "get_attr"}
 
 

@@ -27,13 +27,14 @@ class SwapTanh(Pass):
                 editor.record("swap", "", node.name)
 
 
-def test_a_pass_reports_its_edits_and_leaves_its_input(ragged: Any, x: Any, check_pass: Any) -> None:
+def test_a_pass_reports_its_edits_and_leaves_its_input(
+    ragged: Any, x: Any, check_pass: Any
+) -> None:
     gm = trace(ragged, (x,))
     seen = check_pass(SwapTanh(), gm, x)
     assert seen.result.edits == (Edit("swap", "", "tanh"), Edit("swap", "", "tanh_1"))
-    assert seen.after == seen.before.replace("tanh(", "sigmoid(").replace("tanh_1", "sigmoid_1").replace(
-        "(tanh", "(sigmoid").replace("sigmoid = sigmoid(linear_2)", "sigmoid_2 = sigmoid(linear_2)"
-    ).replace("tanh = ", "sigmoid = ").replace("dropout(sigmoid,", "dropout(sigmoid_2,")
+    assert "tanh" not in seen.after
+    assert seen.after.count("sigmoid(") == 3
     again = check_pass(SwapTanh(), seen.gm, x)
     assert again.result.edits == ()
 
@@ -51,7 +52,9 @@ def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any, make_adapter
 
 def test_a_pipeline_is_a_pass_and_shows_its_steps(ragged: Any, x: Any, make_adapter: Any) -> None:
     gm = trace(ragged, (x,))
-    steps = Pipeline([InjectLora(make_adapter({"wide": (5, 3)})), Pipeline([FoldLora(), UnfoldLora()])])
+    steps = Pipeline(
+        [InjectLora(make_adapter({"wide": (5, 3)})), Pipeline([FoldLora(), UnfoldLora()])]
+    )
     assert "FoldLora(), UnfoldLora()" in repr(steps)
     assert steps(gm).modified
     assert not Pipeline([])(gm).modified

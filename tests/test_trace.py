@@ -18,7 +18,7 @@ MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 @pytest.mark.parametrize("model", MODELS)
 def test_export_is_bit_equal_and_shares_the_tensors(model: str, zoo: Any) -> None:
     case, _ = zoo(model)
-    before = {name: p for name, p in case.model.named_parameters()}
+    before = dict(case.model.named_parameters())
     values = {name: p.clone() for name, p in before.items()}
     gm = trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
     with torch.no_grad():

@@ -129,24 +129,24 @@ class Random(nn.Module):
         seen = [x]
         for kind, left, right in self.steps:
             a, b = seen[-1 - left % len(seen)], seen[-1 - right % len(seen)]
-            seen.append(
-                {
-                    "layer": lambda a, b: self.layers[right % 3](a),
-                    "branch": lambda a, b: self.layers[right % 3](a) + a @ down @ up,
-                    "low": lambda a, b: (a @ down) @ up,
-                    "add": lambda a, b: a + b,
-                    "sub": lambda a, b: a - b,
-                    "scale": lambda a, b: 0.5 * a,
-                    "vector": lambda a, b: a * vector,
-                    "shift": lambda a, b: vector + a,
-                    "one": lambda a, b: a / (2 + one * one),
-                    "square": lambda a, b: nn.functional.linear(a, square + up.T @ down.T),
-                    "drop": lambda a, b: nn.functional.dropout(a, 0.5, False),
-                    "tanh": lambda a, b: torch.tanh(a),
-                    "gate": lambda a, b: a * torch.sigmoid(b),
-                    "softmax": lambda a, b: torch.softmax(a, -1),
-                }[kind](a, b)
-            )
+            layer = self.layers[right % 3]
+            choices = {
+                "layer": lambda a, b, layer: layer(a),
+                "branch": lambda a, b, layer: layer(a) + a @ down @ up,
+                "low": lambda a, b, layer: (a @ down) @ up,
+                "add": lambda a, b, layer: a + b,
+                "sub": lambda a, b, layer: a - b,
+                "scale": lambda a, b, layer: 0.5 * a,
+                "vector": lambda a, b, layer: a * vector,
+                "shift": lambda a, b, layer: vector + a,
+                "one": lambda a, b, layer: a / (2 + one * one),
+                "square": lambda a, b, layer: nn.functional.linear(a, square + up.T @ down.T),
+                "drop": lambda a, b, layer: nn.functional.dropout(a, 0.5, False),
+                "tanh": lambda a, b, layer: torch.tanh(a),
+                "gate": lambda a, b, layer: a * torch.sigmoid(b),
+                "softmax": lambda a, b, layer: torch.softmax(a, -1),
+            }
+            seen.append(choices[kind](a, b, layer))
         return seen[-1] + seen[len(seen) // 2]
 
 

@@ -31,8 +31,8 @@ class Recipe:
     rank: int
     alpha: int
     targets: str | list[str]
-    epochs: int = 3
-    learning_rate: float = 4e-3
+    epochs: int = 4
+    learning_rate: float = 2e-3
     temperature: float = 0.05
     seed: int = 0
 

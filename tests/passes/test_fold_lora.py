@@ -70,9 +70,7 @@ class Negated(Affine):
 
 @pytest.mark.parametrize("model", [Spelled, WeightForm, Negated])
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
-def test_any_affine_spelling_becomes_one_layer(
-    model: Any, frontend: str, check_pass: Any
-) -> None:
+def test_any_affine_spelling_becomes_one_layer(model: Any, frontend: str, check_pass: Any) -> None:
     torch.manual_seed(0)
     module, x = model().eval(), torch.randn(4, 3)
     gm = trace(module, (x,), frontend=frontend)
@@ -117,7 +115,9 @@ def test_a_layer_that_is_read_from_outside_stays_and_says_why(check_pass: Any) -
 
     gm = trace(Outside())
     seen = check_pass(FoldLora(), gm, torch.randn(4, 3))
-    assert [str(e) for e in seen.result.edits] == ["skip base: linear is also read outside the region"]
+    assert [str(e) for e in seen.result.edits] == [
+        "skip base: linear is also read outside the region"
+    ]
     assert not seen.result.modified
 
 

@@ -114,9 +114,7 @@ def test_a_config_trains_the_branches_alone(ragged: Any, x: Any, relative: Any) 
     gm = inject(trace(ragged), config)
     assert relative(gm(x), ragged(x)) == 0  # up starts at zero
     trained = [name for name, p in gm.named_parameters() if p.requires_grad]
-    assert trained == [
-        f"{path}.lora_{side}.default" for path in ("wide", "again") for side in "AB"
-    ]
+    assert trained == [f"{path}.lora_{side}.default" for path in ("wide", "again") for side in "AB"]
     gm.train()
     torch.optim.SGD([p for p in gm.parameters() if p.requires_grad], lr=0.5)
     optimizer = torch.optim.SGD([p for p in gm.parameters() if p.requires_grad], lr=0.5)

@@ -10,7 +10,9 @@ SHAPES = {"wide": (5, 3), "again": (5, 5)}
 
 def test_stripping_gives_the_base(ragged: Any, x: Any, make_adapter: Any, check_pass: Any) -> None:
     base = trace(ragged, (x,))
-    injected = inject(base, [make_adapter(SHAPES), make_adapter({"wide": (5, 3)}, 3, name="german")])
+    injected = inject(
+        base, [make_adapter(SHAPES), make_adapter({"wide": (5, 3)}, 3, name="german")]
+    )
     seen = check_pass(StripLora(), injected, x, expected=ragged(x), control=injected(x))
     assert seen.after == text(base)
     assert not check_pass(StripLora(), seen.gm, x).result.modified

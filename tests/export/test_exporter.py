@@ -123,7 +123,7 @@ def test_a_wrong_file_is_not_published(
         assert weight.const_value is not None
         weight.const_value = ir.tensor(weight.const_value.numpy() * 1.1)
 
-    monkeypatch.setattr(sys.modules["lora_fx.export.to_onnx"], "anonymise", spoil)
+    monkeypatch.setattr(sys.modules["lora_fx.export.exporter"], "anonymise", spoil)
     with pytest.raises(VerificationError, match="disagree with eager") as caught:
         to_onnx(mlp.gm, tmp_path / "model.onnx")
     assert "FAIL model" in str(caught.value)

@@ -19,8 +19,8 @@ from lora_fx.errors import LoraFxError
 Progress = Callable[[str], None]
 
 RECIPES = {
-    "language": Recipe(rank=8, alpha=16, targets=["query", "key", "value", "dense"]),
-    "network": Recipe(rank=16, alpha=32, targets="all-linear"),
+    "language": Recipe(8, 16, ["query", "value", "dense"], learning_rate=2.5e-3),
+    "network": Recipe(16, 32, "all-linear", learning_rate=1.5e-3),
 }
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"

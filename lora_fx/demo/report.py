@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_fx.demo.forms import Row
-from lora_fx.demo.run import Result
+from lora_fx.demo.job import Result
 
 _WIDTH = 110
 
