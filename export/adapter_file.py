@@ -15,7 +15,7 @@ import lora_fx
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
-from lora_fx.export.manifest import Manifest, Slot
+from lora_fx.export.manifest import Manifest, Slot, digest_of
 from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.publish import staged
 from lora_fx.export.runtime import ERRORS
@@ -71,8 +71,11 @@ def export_adapter(
 def _check_fits(adapter: Adapter, manifest: Manifest, model: Path) -> None:
     slots = {slot.path: slot for slot in manifest.slots}
     who = f"adapter {adapter.name!r} for {model}"
-    if adapter.replacements:
-        names = shorten(list(adapter.replacements))
+    weights = {f"{slot.path}.weight": slot.digest for slot in manifest.slots}
+    # PEFT stores an adapted embedding's or head's own weight too: what is unchanged is no matter.
+    changed = [n for n, t in adapter.replacements.items() if weights.get(n) != digest_of(t)]
+    if changed:
+        names = shorten(changed)
         raise AdapterError(f"{who}: replaces {names}: a slot cannot; fold it into its own model")
     biased = [path for path, update in adapter.updates.items() if update.bias is not None]
     if biased:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Slot:
         in_features: rows of A, the input named ``down``: (in, r).
         out_features: columns of B, the input named ``up``: (r, out).
         dtype: of A and B: ``"float32"``.
+        digest: of the weight that the slot stands beside, its dtype, shape and bytes.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Slot:
     in_features: int
     out_features: int
     dtype: str
+    digest: str = ""
 
     @property
     def down(self) -> str:
@@ -55,11 +57,15 @@ class Manifest:
 
     Attributes:
         slots: in the order of the graph.
-        base: digest of the slotted weights, names and bytes.
     """
 
     slots: tuple[Slot, ...]
-    base: str
+
+    @property
+    def base(self) -> str:
+        """Digest of the slotted weights, names and bytes."""
+        parts = "".join(f"{slot.path}:{slot.digest};" for slot in self.slots)
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
         """The text that is stored in the model."""
@@ -70,6 +76,7 @@ class Manifest:
                 "in_features": slot.in_features,
                 "out_features": slot.out_features,
                 "dtype": slot.dtype,
+                "digest": slot.digest,
                 "inputs": [slot.down, slot.up],
             }
             for slot in self.slots
@@ -86,13 +93,17 @@ class Manifest:
 
 def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
     """Describes the slots of a graph, and digests the weights that they stand beside."""
-    digest = hashlib.blake2b(digest_size=16)
     groups = by_path(gm)
-    for slot in slots:
-        weight = attribute(gm, str(groups[slot.path][0].weight.target)).detach()
-        digest.update(f"{slot.path}:{slot.dtype}:{tuple(weight.shape)}:".encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
-    return Manifest(tuple(slots), digest.hexdigest())
+    weights = [attribute(gm, str(groups[slot.path][0].weight.target)) for slot in slots]
+    pairs = zip(slots, weights, strict=True)
+    return Manifest(tuple(replace(slot, digest=digest_of(weight)) for slot, weight in pairs))
+
+
+def digest_of(weight: torch.Tensor) -> str:
+    """A digest of a tensor: dtype, shape and bytes."""
+    digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
@@ -114,14 +125,15 @@ def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
     slots = values.get("slots")
     if not isinstance(slots, list) or not isinstance(values.get("base"), str):
         raise ExportError(f"{where}: {KEY}: no list of slots or no base digest: export again")
-    manifest = Manifest(tuple(_slots(slots, where)), values["base"])
+    manifest = Manifest(tuple(_slots(slots, where)))
     if json.loads(manifest.to_json()) != values:
         raise ExportError(f"{where}: {KEY}: unknown or missing fields: export the model again")
     return manifest
 
 
 def _slots(entries: Iterable[Any], where: str) -> Iterable[Slot]:
-    fields = {"path": str, "kind": str, "in_features": int, "out_features": int, "dtype": str}
+    words = dict.fromkeys(("path", "kind", "dtype", "digest"), str)
+    fields = words | dict.fromkeys(("in_features", "out_features"), int)
     for place, entry in enumerate(entries):
         for name, kind in fields.items():
             value = entry.get(name) if isinstance(entry, dict) else None

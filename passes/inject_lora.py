@@ -114,6 +114,9 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
     for name, value in replacements.items():
         found = list(readers(editor.gm, name))
         old = editor.tensor(found[0][1])
+        if torch.equal(value.to(old.dtype), old):
+            editor.record("keep", name, "the adapter's is equal to the model's own")
+            continue
         new = nn.Parameter(value.to(old.dtype), requires_grad=False)
         node = editor.constant(name, new, before=found[0][0])
         for reader, source in found:

@@ -18,7 +18,7 @@ from lora_fx.sites import sites
 
 pytestmark = [
     # PEFT says what it does about Conv1D, takes lora_bias for a broken shard, and advises on ties.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape.*lora_B.bias"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
@@ -120,3 +120,37 @@ def test_half_precision_folds_within_the_table(
         wanted = inject(zoo(model)[1], load_adapter(tmp_path / "french"))(**case.others)
         assert relative(folded(**case.others), injected(**case.others)) <= 2 * tolerance
         assert relative(gm(**case.others), wanted) > 10 * tolerance
+
+
+@pytest.mark.parametrize("model", ["qwen2", "gpt2", "llama"])
+def test_an_adapted_head_that_peft_stores_whole_as_well(
+    model: str, zoo: Any, relative: Any, tmp_path: Path
+) -> None:
+    case, gm = zoo(model)
+    config = PeftConfig(r=4, lora_alpha=6, target_modules=[*case.targets, "lm_head"])
+    peft = get_peft_model(copy.deepcopy(case.model), config).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.15)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        peft.save_pretrained(tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a")
+    assert list(adapter.replacements) == ["lm_head.weight"]
+    injected = inject(gm, adapter)
+    with torch.no_grad():
+        wanted = peft(**case.others)
+        assert relative(injected(**case.others), wanted) <= 1e-6
+        assert relative(fold(injected)(**case.others), wanted) <= 1e-5
+        assert relative(gm(**case.others), wanted) > 1e-2
+    lora_fx.save_adapter(adapter, tmp_path / "b")
+    again = load_adapter(tmp_path / "b")
+    assert torch.equal(again.replacements["lm_head.weight"], adapter.replacements["lm_head.weight"])
+    assert again.updates.keys() == adapter.updates.keys()
+    path = tmp_path / "m.onnx"
+    lora_fx.to_onnx(injected, path, adapters="input", verify=False)
+    lora_fx.export_adapter(adapter, path, tmp_path / "a.onnx_adapter")
+    other = lora_fx.Adapter("a", adapter.updates, {"lm_head.weight": torch.ones(97, 24)})
+    with pytest.raises(lora_fx.AdapterError, match=r"replaces lm_head\.weight"):
+        lora_fx.export_adapter(other, path, tmp_path / "b.onnx_adapter")

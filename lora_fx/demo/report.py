@@ -26,7 +26,7 @@ def table(result: Result) -> str:
     console = Console(file=text, width=_WIDTH)
     console.print(shown)
     for line in [*_notes(result), *(effect(result, name) for name in subjects)]:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     return text.getvalue().rstrip()
 
 

@@ -31,7 +31,7 @@ class Recipe:
     rank: int
     alpha: int
     targets: str | list[str]
-    epochs: int = 4
+    epochs: int = 3
     learning_rate: float = 2e-3
     temperature: float = 0.05
     seed: int = 0

@@ -93,8 +93,15 @@ def _most_common(values: Iterable[float]) -> float:
 
 
 def _bias_mode(adapter: Adapter, saved: list[str]) -> str:
-    modules = [name.rpartition(".")[0] for name in adapter.replacements]
+    names = [name for name in adapter.replacements if not is_base_weight(adapter, name)]
+    modules = [name.rpartition(".")[0] for name in names]
     alone = [m for m in modules if not saved_module(m, saved)]
     if not alone:
         return "none"
     return "lora_only" if all(module in adapter.updates for module in alone) else "all"
+
+
+def is_base_weight(adapter: Adapter, name: str) -> bool:
+    """Whether a replaced tensor is the weight of a layer that the adapter updates as well."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module in adapter.updates

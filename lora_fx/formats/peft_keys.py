@@ -16,6 +16,8 @@ DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 UP_BIAS = ".lora_B.bias"
 BASE_BIAS = ".base_layer.bias"
+# PEFT stores an adapted head whole, beside its adapter, in case the vocabulary was resized.
+BASE_WEIGHT = ".base_layer.weight"
 # Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
 COPIES = ("original_module", "modules_to_save")
 # What a part of a key says about features that are not supported.
@@ -91,9 +93,10 @@ def _sort(
             return True
     if config.bias == "all" and _is_copy(path, config):
         return True
-    if not _is_replacement(path, config, adapted):
+    owner = path.removesuffix(BASE_WEIGHT)
+    if not (owner in adapted and owner != path) and not _is_replacement(path, config, adapted):
         return False
-    target = path.removesuffix(BASE_BIAS) + ".bias" if path.endswith(BASE_BIAS) else path
+    target = path.replace(".base_layer.", ".") if path.endswith((BASE_BIAS, BASE_WEIGHT)) else path
     is_first = target not in keys.replacements
     keys.replacements[target] = tensor
     return is_first

@@ -10,8 +10,8 @@ from safetensors.torch import save
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft_describe import describe
-from lora_fx.formats.peft_keys import BASE_BIAS, DOWN, PREFIX, UP, UP_BIAS, saved_module
+from lora_fx.formats.peft_describe import describe, is_base_weight
+from lora_fx.formats.peft_keys import DOWN, PREFIX, UP, UP_BIAS, saved_module
 from lora_fx.formats.staging import publish
 from lora_fx.formats.tensor_rules import check_tensors
 
@@ -56,7 +56,7 @@ def _check_expressible(adapter: Adapter, directory: Path) -> None:
 
 def _saved_modules(adapter: Adapter) -> list[str]:
     """Modules to store whole: the outermost that own a replaced tensor other than a lone bias."""
-    names = list(adapter.replacements)
+    names = [name for name in adapter.replacements if not is_base_weight(adapter, name)]
     owners = {name.rpartition(".")[0] for name in names if not name.endswith(".bias")}
     return sorted(m for m in owners if not any(m.startswith(f"{other}.") for other in owners))
 
@@ -81,9 +81,9 @@ def _tensors(adapter: Adapter, saved: list[str]) -> dict[str, torch.Tensor]:
             zero = update.up.new_zeros(update.up.shape[0])
             tensors[PREFIX + path + UP_BIAS] = zero if update.bias is None else update.bias
     for name, tensor in adapter.replacements.items():
-        module, _, _ = name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
         is_adapted = module in adapter.updates and not saved_module(module, saved)
-        tensors[PREFIX + (module + BASE_BIAS if is_adapted else name)] = tensor
+        tensors[PREFIX + (f"{module}.base_layer.{leaf}" if is_adapted else name)] = tensor
     return {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()

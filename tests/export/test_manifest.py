@@ -12,7 +12,7 @@ from lora_fx.export.manifest import KEY, Manifest, Slot, manifest_of, read_manif
 from lora_fx.export.slots import chosen_slots
 from lora_fx.trace import trace
 
-MANIFEST = Manifest((Slot("up", "linear", 3, 5, "float32"),), "ab" * 16)
+MANIFEST = Manifest((Slot("up", "linear", 3, 5, "float32", "ab" * 16),))
 
 
 def changed(**fields: Any) -> str:

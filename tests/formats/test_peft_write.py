@@ -129,7 +129,7 @@ REFUSED = {
         "parameter of the model itself.*: scale",
     ),
     "adapted and replaced": (
-        Adapter("a", {"fc": update(5, 3, 2)}, {"fc.weight": torch.ones(5, 3)}),
+        Adapter("a", {"fc": update(5, 3, 2)}, {"fc.gain": torch.ones(5)}),
         "both adapt and replace a module: fc",
     ),
     "adapted inside of what is replaced": (
