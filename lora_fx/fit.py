@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, Update
@@ -61,11 +60,7 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
             f"{len(groups)} linear layers: {shorten(list(groups))}"
         )
     _check_name(gm, config.name, dict.fromkeys(paths))
-    generator = torch.Generator()
-    if config.seed is not None:
-        generator.manual_seed(config.seed)
-    else:
-        generator.seed()
+    generator = config.make_generator()
     return {
         path: config.update_for(
             path, site.in_features, site.out_features, site.dtype, generator=generator

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
+from lora_fx.fit import check_fit, fresh_updates
+from lora_fx.sites import by_path
+from lora_fx.targets import TargetRule
+
+
+def test_what_does_not_match_is_returned_with_its_reason(ragged: Any, make_adapter: Any) -> None:
+    gm = trace(ragged)
+    updates = make_adapter({"wide": (5, 3), "head": (5, 3)}).updates
+    adapter = Adapter("a", updates, {"gone.bias": torch.ones(5)}, TargetRule(["wide", "again"]))
+    assert set(check_fit(gm, adapter, by_path(gm), strict=False)) == {"head", "gone.bias", "again"}
+    with pytest.raises(
+        AdapterError, match=r"2 targets match nothing in the graph: head, gone.bias"
+    ):
+        check_fit(gm, adapter, by_path(gm), strict=True)
+
+
+def test_an_adapter_that_fits_leaves_nothing_over(ragged: Any, make_adapter: Any) -> None:
+    gm = trace(ragged)
+    adapter = make_adapter({"wide": (5, 3), "again": (5, 5)})
+    assert check_fit(gm, adapter, by_path(gm), strict=True) == {}
+
+
+@pytest.mark.parametrize("name", ["train", "half", "weight"])
+def test_a_name_that_torch_has_taken_is_refused(name: str, ragged: Any) -> None:
+    gm = trace(ragged)
+    update = Update(torch.ones(2, 3), torch.ones(5, 2), 1.0)
+    adapter = Adapter(name, {"wide": update})
+    if name == "weight":
+        assert check_fit(gm, adapter, by_path(gm), strict=True) == {}
+        return
+    with pytest.raises(AdapterError, match=f"{name}: torch's modules"):
+        check_fit(gm, adapter, by_path(gm), strict=True)
+
+
+def test_fresh_updates_follow_the_config(ragged: Any) -> None:
+    gm = trace(ragged)
+    config = LoraConfig(r=2, alpha=6, rank_pattern={"again": 3}, exclude_modules=["narrow"], seed=1)
+    updates = fresh_updates(gm, config, by_path(gm))
+    shapes = {path: (update.shape, update.rank, update.scale) for path, update in updates.items()}
+    assert shapes == {"wide": ((5, 3), 2, 3.0), "again": ((5, 5), 3, 2.0)}
+    assert not any(update.has_effect() for update in updates.values())
+    again = fresh_updates(gm, config, by_path(gm))
+    assert all(torch.equal(updates[path].down, again[path].down) for path in updates)
