@@ -37,10 +37,16 @@ def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     Raises:
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
     """
+    fixed = _fixed(model, args, kwargs)
     try:
-        return LayerTracer().trace(model, concrete_args=_fixed(model, args, kwargs))
+        graph = LayerTracer().trace(model, concrete_args=fixed)
     except Exception as error:  # the model's own code runs in here and may raise anything
         raise TraceError(explain_failure(model, "symbolic", error)) from error
+    for node in graph.nodes:
+        name = str(node.target).rpartition("_")[0]
+        if node.op == "placeholder" and name in fixed:
+            node.target = name  # the tracer numbers fixed arguments: twice_1
+    return graph
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

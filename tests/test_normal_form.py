@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx import trace
+
+
+class Holds(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
+        self.k1 = nn.Parameter(torch.randn(5, 3, 2))
+        self.k2 = nn.Parameter(torch.randn(5, 3, 2, 2))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+FLAT, LONG, IDS = torch.randn(4, 3), torch.randn(2, 3, 8), torch.tensor([[0, 4], [2, 1]])
+IMAGE = torch.randn(2, 3, 6, 8)
+SPELLED: dict[str, tuple[Callable[..., Any], torch.Tensor, str]] = {
+    "keywords": (lambda m, x: F.linear(bias=m.b, weight=m.w, input=x), FLAT, "aten.linear.default"),
+    "no bias": (lambda m, x: F.linear(x, m.w, None), FLAT, "aten.linear.default"),
+    "addmm": (lambda m, x: torch.addmm(m.b, x, mat2=m.w.T), FLAT, "aten.addmm.default"),
+    "embedding": (lambda m, x: F.embedding(x, m.w, padding_idx=-1), IDS, "aten.embedding.default"),
+    "conv1d": (lambda m, x: F.conv1d(x, m.k1, m.b, 2), LONG, "aten.conv1d.default"),
+    "conv2d": (
+        lambda m, x: F.conv2d(x, m.k2, stride=(1, 2), padding=1, dilation=(2, 1)),
+        IMAGE,
+        "aten.conv2d.default",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_every_spelling_of_a_layer_becomes_its_aten_call(name: str) -> None:
+    function, x, target = SPELLED[name]
+    module = Holds(function)
+    for frontend in ("symbolic", "export"):
+        gm = trace(module, (x,), frontend=frontend)
+        assert target in {str(node.target) for node in gm.graph.nodes}
+        assert torch.equal(gm(x), module(x))
+
+
+KEPT: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
+    "renormalising": (lambda m, x: F.embedding(x, m.w, max_norm=1.0), IDS),
+    "padding by name": (lambda m, x: F.conv1d(x, m.k1, dilation=2, padding="same"), LONG),
+    "factors": (lambda m, x: torch.addmm(m.b, x, m.w.T, beta=2), FLAT),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_no_plain_layer_stays_as_it_was_called(name: str) -> None:
+    function, x = KEPT[name]
+    module = Holds(function)
+    gm = trace(module)
+    assert not any(str(node.target).startswith("aten.") for node in gm.graph.nodes)
+    with torch.no_grad():
+        assert torch.equal(gm(x), module(x))
+
+
+def test_tensors_are_fetched_where_they_are_read_and_guards_are_gone(zoo: Any) -> None:
+    _, gm = zoo("bert")
+    nodes = list(gm.graph.nodes)
+    assert not any(node.target == "_guards_fn" or "_assert" in node.name for node in nodes)
+    place = {node: index for index, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op == "get_attr":
+            first = min(place[user] for user in node.users)
+            assert all(n.op == "get_attr" for n in nodes[place[node] : first])
