@@ -15,7 +15,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph(tracer_cls=graph._tracer_cls)
     nodes: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        nodes[node] = copy.node_copy(node, nodes.__getitem__)
+        # Arguments are set afterwards: create_node walks them as a pytree, which doubles its time.
+        twin = copy.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        twin.args = fx.node.map_arg(node.args, nodes.__getitem__)
+        twin.kwargs = fx.node.map_arg(node.kwargs, nodes.__getitem__)
+        twin.meta = node.meta.copy()
+        nodes[node] = twin
     copy._codegen = graph._codegen
     return copy
 
