@@ -140,6 +140,6 @@ def _to_ort(array: Array, dtype: str) -> ort.OrtValue:
 def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
     stored = read_adapter(draft).get_parameters()
     for name, array in arrays.items():
-        found = stored[name].numpy()
+        found = _to_numpy(torch.from_dlpack(stored[name]))  # numpy() refuses bfloat16
         if found.shape != array.shape or found.tobytes() != array.tobytes():
             raise ExportError(f"{draft.name}: {name}: read back other values than were written")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lora_fx.export.convert import evaluating
+from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.graphs import assign, attribute
 from lora_fx.passes import StripLora, UnfoldLora

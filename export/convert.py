@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.errors import ExportError
-from lora_fx.graphs import assemble, copy_graph
 from lora_fx.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
@@ -23,20 +21,6 @@ _CHATTER: dict[str, tuple[str, ...]] = {
         "Skipping constant argument",  # an argument that is no tensor is no graph input
     ),
 }
-
-
-def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in eval mode that shares the tensors, with any recorded dropout switched off."""
-    graph = copy_graph(gm.graph)
-    for node in graph.nodes:
-        if node.target is aten.dropout.default:
-            node.args = (*node.args[:2], False)
-        elif node.target is F.dropout:
-            node.args, node.kwargs = node.args[:2], {**node.kwargs, "training": False}
-    copy = assemble(gm, graph, training=False)
-    copy.meta = dict(gm.meta)
-    copy.graph = graph  # compiles
-    return copy.eval()
 
 
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:

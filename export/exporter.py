@@ -97,7 +97,7 @@ def to_onnx(
         seconds=clock.seconds,
         checks=evidence.checks,
         controls=evidence.controls,
-        notes=evidence.notes,
+        notes=[*trial.notes, *evidence.notes],
         inputs=trial.inputs,
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],

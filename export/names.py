@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
 from typing import Any
 
 import onnx_ir as ir
@@ -29,6 +30,20 @@ def output_names(outputs: Any) -> list[str]:
             found = type(value).__name__
             raise ExportError(f"output {name!r} is a {found}: ONNX returns tensors; leave it out")
         names.append(f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name)
+    return names
+
+
+def free_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """The wanted names; one that is taken, or wanted twice, becomes ``x_out``, ``x_out_2``, …."""
+    used, names = {*taken, *wanted}, []
+    seen = set(taken)
+    for name in wanted:
+        if name in seen:
+            numbered = (f"{name}_out_{number}" for number in count(2))
+            name = next(n for n in chain([f"{name}_out"], numbered) if n not in used)
+        seen.add(name)
+        used.add(name)
+        names.append(name)
     return names
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import controls
-from lora_fx.export.convert import evaluating
+from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Evidence, Subject
 from lora_fx.export.manifest import KEY, Slot, manifest_of
 from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults

@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from lora_fx.export.cases import Case, cases
+from lora_fx.export.eager import call_eager
 from lora_fx.export.inputs import Inputs
 from lora_fx.export.leaves import Leaf, input_leaves
-from lora_fx.export.names import output_names
+from lora_fx.export.names import free_names, output_names
 from lora_fx.export.runtime import to_array
 from lora_fx.trace import export_program
 
@@ -27,12 +28,14 @@ class Trial:
         leaves: the tensor inputs, in order.
         cases: inputs of several shapes, the traced one first.
         outputs: names of the graph outputs.
+        notes: outputs that could not have the name that the model gives them.
     """
 
     program: torch.export.ExportedProgram
     leaves: Sequence[Leaf]
     cases: Sequence[Case]
     outputs: list[str]
+    notes: list[str]
 
     @property
     def inputs(self) -> list[str]:
@@ -55,6 +58,8 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs) -> Trial:
     program = export_program(gm, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
     leaves = input_leaves(gm, program, inputs.dynamic_shapes)
     tried = cases(program, leaves)
-    with torch.no_grad():
-        outputs = gm(*tried[0].args, **tried[0].kwargs)
-    return Trial(program, leaves, tried, output_names(outputs))
+    wanted = output_names(call_eager(gm, tried[0]))
+    outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
+    changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
+    notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
+    return Trial(program, leaves, tried, outputs, notes)

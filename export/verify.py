@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.compare import TOLERANCE, compare
 from lora_fx.errors import AdapterWarning
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
 from lora_fx.export.controls import NO_ADAPTERS
+from lora_fx.export.eager import Tensors, run_eager
 from lora_fx.export.evidence import Evidence, Subject
 from lora_fx.export.report import Check
 from lora_fx.export.runtime import call, open_session
 from lora_fx.export.trial import Trial
 
-Tensors = list[torch.Tensor]
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 
 
@@ -60,13 +59,6 @@ def verify_file(
             evidence.controls += [replace(row, ok=not row.ok) for row in rows]
         del session  # one thread pool at a time
     return evidence
-
-
-def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
-    """The tensors that a graph returns, in order."""
-    with torch.no_grad():
-        outputs = pytree.tree_leaves(gm(*case.args, **case.kwargs))
-    return [value for value in outputs if isinstance(value, torch.Tensor)]
 
 
 def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> dict[str, Tensors]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_fx.errors import AdapterError
+
 if TYPE_CHECKING:
     from lora_fx.targets import TargetRule
 
@@ -33,6 +35,20 @@ class Update:
     scale: float
     kind: str = "lora"
     bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that the factors belong together.
+
+        Raises:
+            AdapterError: they are no matrices, their ranks differ, or the bias is of another size.
+        """
+        shapes = f"down {tuple(self.down.shape)}, up {tuple(self.up.shape)}"
+        if self.down.ndim != 2 or self.up.ndim != 2 or self.down.shape[0] != self.up.shape[1]:
+            raise AdapterError(f"an update has {shapes}: expected down (r, in) and up (out, r)")
+        if self.bias is not None and self.bias.shape != self.up.shape[:1]:
+            raise AdapterError(
+                f"an update has {shapes}, bias {tuple(self.bias.shape)}: expected bias (out,)"
+            )
 
     @property
     def rank(self) -> int:
@@ -79,7 +95,12 @@ class Adapter:
     expects: TargetRule | None = None
 
     def __post_init__(self) -> None:
-        """Closes the mappings: an adapter is a value."""
+        """Checks the name and closes the mappings: an adapter is a value.
+
+        Raises:
+            AdapterError: the name could not be part of a parameter's name.
+        """
+        check_name(self.name)
         object.__setattr__(self, "updates", MappingProxyType(dict(self.updates)))
         object.__setattr__(self, "replacements", MappingProxyType(dict(self.replacements)))
 
@@ -94,3 +115,12 @@ class Adapter:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def check_name(name: object) -> None:
+    """Refuses an adapter name that could not be a segment of a parameter's name."""
+    if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
+        raise AdapterError(
+            f"the adapter's name is {name!r}, expected letters, digits and underscores, "
+            "not starting with a digit: it becomes part of parameter names"
+        )

@@ -49,6 +49,8 @@ def fold(gm: fx.GraphModule) -> fx.GraphModule:
 def unfold(gm: fx.GraphModule) -> fx.GraphModule:
     """Gives back exactly what the latest `fold` was given; a graph without one as it is.
 
+    The memory of a fold does not survive pickling, which drops what torch keeps beside a graph.
+
     Raises:
         PassError: the graph was changed since in a way that leaves no place for a region.
     """

@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from lora_fx.adapter import Update
+from lora_fx.adapter import Update, check_name
 from lora_fx.errors import AdapterError
 from lora_fx.safe_regex import compile_bounded
 from lora_fx.targets import TargetRule, pattern_value
@@ -147,15 +147,6 @@ def checked_alphas(pattern: Mapping[str, object]) -> dict[str, float]:
     for key in pattern:
         compile_bounded(key, "alpha_pattern")
     return {key: checked_alpha(f"alpha_pattern[{key!r}]", a) for key, a in pattern.items()}
-
-
-def check_name(name: object) -> None:
-    """Refuses an adapter name that could not be a segment of a parameter's name."""
-    if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-        raise AdapterError(
-            f"the adapter's name is {name!r}, expected letters, digits and underscores, "
-            "not starting with a digit: it becomes part of parameter names"
-        )
 
 
 def _is_number(value: object) -> TypeGuard[float]:

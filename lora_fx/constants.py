@@ -13,6 +13,8 @@ from lora_fx.ops import mutates, op_name
 _RANDOM = {
     *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),
     *("bernoulli", "dropout", "normal", "multinomial", "poisson", "uniform", "exponential"),
+    *("alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d"),
+    *("dropout3d", "rrelu", "gumbel_softmax", "binomial", "empty_like", "new_empty"),
 }
 
 
@@ -58,17 +60,14 @@ class Constants:
     def _computable(self, node: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
             return False
-        if mutates(node) or op_name(node) in _RANDOM:
+        if mutates(node) or _is_random(node):
             return False
         return all(source in self.nodes for source in node.all_input_nodes)
 
     def _run(self, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            value = attribute(self._gm, str(node.target)).detach()
-            if not value.is_floating_point():
-                return value
-            return value.to(torch.promote_types(value.dtype, torch.float32))
-        return _call(node, computed)
+            return _widened(attribute(self._gm, str(node.target)).detach())
+        return _widened(_call(node, computed))
 
     def _on_meta(self, node: fx.Node) -> Any:
         for step in _order(node, self._meta):
@@ -84,6 +83,19 @@ class Constants:
             return _call(node, self._meta)
         except (RuntimeError, NotImplementedError):
             return None  # an operator whose shape depends on values, or without a meta kernel
+
+
+def _is_random(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    return op_name(node) in _RANDOM
+
+
+def _widened(value: Any) -> Any:
+    """A tensor in float32 or more: a cast to less rounds, and does not narrow what follows."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _order(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:

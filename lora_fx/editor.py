@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.errors import PassError
 from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
 from lora_fx.origin import FOLDED, Origin
 from lora_fx.shells import frozen, shell
@@ -31,6 +32,9 @@ class Edit:
     def __str__(self) -> str:
         """One line for a log."""
         return f"{self.action} {self.path}" + (f": {self.text}" if self.text else "")
+
+
+_TRIES = 10_000
 
 
 class Editor:
@@ -175,6 +179,8 @@ class Editor:
         """Keeps a value under its name, or under another until that one comes free."""
         candidate, number = name, 0
         while not is_free(self.gm, candidate):
+            if number > _TRIES:
+                raise PassError(f"{name} lies below a tensor of the model: no name like it is free")
             number += 1
             candidate = f"{name}_{number}"
         assign(self.gm, candidate, value)

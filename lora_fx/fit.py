@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, Update
-from lora_fx.branches import branches
+from lora_fx.branches import branches, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.graphs import attribute
+from lora_fx.graphs import attribute, is_free
 from lora_fx.sites import Site, readers
+from lora_fx.targets import TargetRule
 from lora_fx.trace import example_of
 
 Groups = Mapping[str, list[Site]]
@@ -26,7 +27,7 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
     Raises:
         AdapterError: a shape differs, the name is taken, or, if ``strict``, anything is left over.
     """
-    _check_name(gm, adapter.name, adapter.updates)
+    _check_name(gm, adapter.name, [groups[p][0] for p in adapter.updates if p in groups])
     for path, update in adapter.updates.items():
         if path in groups:
             _check_shape(adapter, path, update, groups[path][0])
@@ -53,13 +54,14 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
     """
     example = example_of(gm)
     head = example.output_embedding if example else None
-    paths = [p for p in groups if config.rule.matches(p) and not (_all(config) and p == head)]
+    rule = config.rule
+    paths = [p for p, calls in groups.items() if _targets(rule, p, calls[0], head)]
     if not paths:
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "
             f"{len(groups)} linear layers: {shorten(list(groups))}"
         )
-    _check_name(gm, config.name, dict.fromkeys(paths))
+    _check_name(gm, config.name, [groups[path][0] for path in paths])
     generator = config.make_generator()
     return {
         path: config.update_for(
@@ -70,21 +72,27 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
     }
 
 
-def _all(config: LoraConfig) -> bool:
-    return config.rule.is_all_linear
+def _targets(rule: TargetRule, path: str, site: Site, head: str | None) -> bool:
+    """Whether a rule means a layer; "all-linear" leaves out the head and what is no module."""
+    if rule.is_all_linear and (site.bare or path == head):
+        return False
+    return rule.matches(path)
 
 
-def _check_name(gm: fx.GraphModule, name: str, paths: Mapping[str, object]) -> None:
-    if hasattr(nn.Module, name) or hasattr(nn.Module(), name):
-        raise AdapterError(
-            f"adapter {name}: torch's modules have an attribute of that name; "
-            "load this one with another name="
-        )
-    taken = [b.path for b in branches(gm) if b.name == name and b.path in paths]
+def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
+    held = {(branch.path, branch.name) for branch in branches(gm)}
+    taken = [site.path for site in layers if (site.path, name) in held]
     if taken:
         raise AdapterError(
             f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
             "load this one with another name="
+        )
+    wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
+    used = [n for n in wanted if hasattr(nn.Module(), name) or not is_free(gm, n)]
+    if used:
+        raise AdapterError(
+            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model or "
+            "torch has taken; load this one with another name="
         )
 
 
@@ -116,14 +124,16 @@ def _missing(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> list[str]:
     if rule is None:
         return []
     example = example_of(gm)
-    head = example.output_embedding if example and rule.is_all_linear else None
-    return [p for p in groups if p not in adapter.updates and p != head and rule.matches(p)]
+    head = example.output_embedding if example else None
+    meant = [p for p, calls in groups.items() if _targets(rule, p, calls[0], head)]
+    return [path for path in meant if path not in adapter.updates]
 
 
 def _unmatched(adapter: Adapter, unknown: list[str], paths: list[str]) -> str:
     message = (
         f"adapter {adapter.name}: {len(unknown)} targets match nothing in the graph: "
-        f"{shorten(unknown)}. The graph's linear layers: {shorten(paths) or 'none'}."
+        f"{shorten(unknown)}. The graph's linear layers (calls of linear on a stored weight): "
+        f"{shorten(paths) or 'none'}."
     )
     prefix = _common_prefix(unknown, paths)
     if prefix:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.ops import GUARDS
 from lora_fx.shells import shell
 
 
@@ -22,6 +23,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         twin.meta = node.meta.copy()
         nodes[node] = twin
     copy._codegen = graph._codegen
+    return copy
+
+
+def without_guards(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that takes any input: torch.export finds its guards anew."""
+    graph = copy_graph(gm.graph)
+    for node in graph.nodes:
+        if node.target == GUARDS:
+            graph.erase_node(node)
+    copy = assemble(gm, graph, gm.training)
+    copy.graph = graph
     return copy
 
 

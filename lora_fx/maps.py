@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from lora_fx.constants import Constants
@@ -28,6 +29,7 @@ class Map:
         weight: (out, in).
         bias: (out, 1), or None for zero.
         depth: how many links away the source is.
+        dtype: of the node; None for a source, which may be of any.
     """
 
     node: fx.Node
@@ -35,15 +37,18 @@ class Map:
     weight: Matrix
     bias: Matrix | None = None
     depth: int = 0
+    dtype: torch.dtype | None = None
 
     @property
     def size(self) -> int:
         """Features of the node."""
         return self.weight.shape[0]
 
-    def then(self, node: fx.Node, weight: Matrix, bias: Matrix | None = None) -> Map:
+    def then(
+        self, node: fx.Node, dtype: torch.dtype, weight: Matrix, bias: Matrix | None = None
+    ) -> Map:
         """A node that is an affine function of this one."""
-        return Map(node, self, weight, bias, self.depth + 1)
+        return Map(node, self, weight, bias, self.depth + 1, dtype)
 
     def scaled(self, node: fx.Node, factor: Matrix) -> Map:
         """A node that is ``diag(factor)`` times this one: part of the link, not a link more."""
@@ -93,6 +98,8 @@ class Opaque:
 
 
 Value = Map | Same | Opaque
+# Their rules read arguments by place; what they can be told by keyword changes what they compute.
+_BY_PLACE = {"addmm", "matmul", "mm", "add", "sub", "mul", "div", "truediv", "neg"}
 Rule = Callable[["Analysis", fx.Node], Value]
 
 
@@ -121,8 +128,12 @@ class Analysis:
                 self.values[node] = self._value(node, rules)
 
     def _value(self, node: fx.Node, rules: Mapping[str, Rule]) -> Value:
-        rule = rules.get(op_name(node))
-        return rule(self, node) if rule else Opaque(f"{op_name(node)} is not known to be affine")
+        name = op_name(node)
+        if name not in rules:
+            return Opaque(f"{name} is not known to be affine")
+        if not node.args or (node.kwargs and name in _BY_PLACE):
+            return Opaque(f"{name} is called by keywords")
+        return rules[name](self, node)
 
     def map_of(self, value: object) -> Map | None:
         """The Map of an argument: its own, or that of the source it has become."""

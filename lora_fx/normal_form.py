@@ -13,8 +13,8 @@ from lora_fx.ops import aten, call_argument
 
 Arguments = tuple[Any, ...]
 
-# Guards of torch.export: they check what was traced, and trip over any input that a pass adds.
-_GUARDS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+# What torch.export notes about dtypes that it saw: true of any input that passes its guards.
+_NOTES = {aten._assert_tensor_metadata.default}
 
 
 def _linear(node: fx.Node) -> Arguments:
@@ -66,13 +66,14 @@ _LAYERS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
 def normalise(graph: fx.Graph) -> None:
     """Rewrites a freshly traced graph, in place, to the normal form.
 
-    Layer functions become their aten operators, torch.export's guards go, and every tensor is
-    fetched right where it is first read.
+    Layer functions become their aten operators, torch.export's notes on dtypes go (its guards,
+    which refuse other inputs than the graph is good for, stay), and every tensor is fetched right
+    where it is first read.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _LAYERS:
             _to_aten(node)
-        elif node.target in _GUARDS or node.target == "_guards_fn":
+        elif node.target in _NOTES:
             graph.erase_node(node)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:

@@ -10,6 +10,9 @@ from torch import fx
 
 aten = torch.ops.aten
 
+# The module by which torch.export refuses inputs that its graph is not good for.
+GUARDS = "_guards_fn"
+
 
 def op_name(node: fx.Node) -> str:
     """Names the operator of a node: ``matmul`` for torch's, aten's, Tensor's and Python's.

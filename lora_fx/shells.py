@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 
@@ -29,10 +32,32 @@ def unshared(model: nn.Module) -> nn.Module:
     return model if once == named else shell(model)
 
 
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back every attribute that the model's own code sets while it is traced."""
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    held = [v for values in before.values() for v in values.values()]
+    containers = [(value, value.copy()) for value in held if isinstance(value, list | dict | set)]
+    try:
+        yield
+    finally:
+        for module, values in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(values)
+        for value, copy in containers:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(copy)
+
+
 def frozen(module: nn.Module) -> nn.Module:
-    """A shell whose parameters share memory with the original's and take no gradient."""
+    """A shell whose parameters share memory with the original's and take no gradient.
+
+    Buffers are copies: batch-norm writes its statistics into them in training.
+    """
     clone = shell(module)
     for child in clone.modules():
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else buffer.clone()
         for name, parameter in child._parameters.items():
             if parameter is not None:
                 child._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)

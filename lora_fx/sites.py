@@ -77,6 +77,8 @@ def _site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     tensor = attribute(gm, str(weight.target))
+    if tensor.ndim != 2:
+        return None  # a vector: nothing with an input and an output side
     transposed = node.target is aten.addmm.default
     rows, columns = tensor.shape[::-1] if transposed else tensor.shape
     path = module_path(node)

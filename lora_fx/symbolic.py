@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_fx.errors import TraceError
+from lora_fx.shells import untouched
 from lora_fx.trace_errors import explain_failure
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one
@@ -39,7 +41,8 @@ def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     """
     fixed = _fixed(model, args, kwargs)
     try:
-        graph = LayerTracer().trace(model, concrete_args=fixed)
+        with untouched(model), _no_autocast():
+            graph = LayerTracer().trace(model, concrete_args=fixed)
     except Exception as error:  # the model's own code runs in here and may raise anything
         raise TraceError(explain_failure(model, "symbolic", error)) from error
     for node in graph.nodes:
@@ -47,6 +50,23 @@ def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         if node.op == "placeholder" and name in fixed:
             node.target = name  # the tracer numbers fixed arguments: twice_1
     return graph
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Refuses what leaves no trace in a graph but changes its numbers."""
+    enter = torch.autocast.__enter__
+
+    def refuse(context: torch.autocast) -> Any:
+        if context._enabled:
+            raise NotImplementedError("symbolic tracing does not record torch.autocast")
+        return enter(context)
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

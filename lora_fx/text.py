@@ -7,19 +7,21 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import op_name
+from lora_fx.ops import GUARDS, op_name
 
 
 def text(gm: fx.GraphModule) -> str:
     """Prints one line a call; tensors appear by their name where they are read.
 
     ``linear_1 = linear(x, fc.weight, fc.bias)``. Names count calls of one operator, so they do
-    not depend on how a version of torch names its nodes.
+    not depend on how a version of torch names its nodes. torch.export's guards are not shown.
     """
     counts: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
     lines = []
     for node in gm.graph.nodes:
+        if node.target == GUARDS:
+            continue
         names[node] = _name(node, counts)
         if node.op == "placeholder":
             lines.append(f"{names[node]} = input()")

@@ -13,8 +13,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.graphs import assemble, copy_graph
+from lora_fx.graphs import assemble, copy_graph, without_guards
 from lora_fx.normal_form import normalise
+from lora_fx.ops import GUARDS
 from lora_fx.shells import unshared
 from lora_fx.symbolic import symbolic_graph
 from lora_fx.trace_errors import explain_failure
@@ -103,7 +104,7 @@ def export_program(
     if not args and not kwargs:
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
-    root = unshared(model)
+    root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
     args, kwargs = _distinct((args, dict(kwargs)))
     with warnings.catch_warnings():
         # torch.export warns about its own internals (deprecated pytree classes, logging).
@@ -187,7 +188,8 @@ def _by_argument(
 
 
 def _opened(gm: fx.GraphModule) -> bool:
-    return not any(n.op == "call_module" for n in gm.graph.nodes) or _META in gm.meta
+    calls = (n for n in gm.graph.nodes if n.op == "call_module" and n.target != GUARDS)
+    return _META in gm.meta or not any(calls)
 
 
 def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

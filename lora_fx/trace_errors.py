@@ -12,7 +12,8 @@ _TRY = {
     "symbolic": "pass example inputs, so that torch.export traces it (frontend='export')",
     "export": (
         "run the model on these inputs first; fix the axes that the message names in "
-        "dynamic_shapes, or name them ('batch') instead of giving a Dim; or try "
+        "dynamic_shapes, or name them ('batch') instead of giving a Dim, and give every axis that "
+        "may change a size of 2 or more in the example; or try "
         "frontend='symbolic'"
     ),
 }

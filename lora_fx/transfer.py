@@ -19,32 +19,31 @@ def analyse(gm: fx.GraphModule) -> Analysis:
 
 def linear(analysis: Analysis, node: fx.Node) -> Value:
     """``linear(x, W, b)``."""
-    weight = _matrix(analysis, call_argument(node, 1, "weight"))
-    return _layer(analysis, node, node.args[0], weight, call_argument(node, 2, "bias"))
+    weight, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
+    return _layer(analysis, node, node.args[0], weight, bias)
 
 
 def addmm(analysis: Analysis, node: fx.Node) -> Value:
     """``addmm(b, x, W)`` with W of (in, out)."""
-    if node.kwargs or len(node.args) != 3:
+    if len(node.args) != 3:
         return Opaque("addmm with factors")
     bias, x, weight = node.args
-    return _layer(analysis, node, x, _matrix(analysis, weight, transposed=True), bias)
+    return _layer(analysis, node, x, weight, bias, transposed=True)
 
 
 def matmul(analysis: Analysis, node: fx.Node) -> Value:
     """``x @ C`` with a constant C of (in, out)."""
-    weight = _matrix(analysis, node.args[1], transposed=True)
-    return _layer(analysis, node, node.args[0], weight, None)
+    return _layer(analysis, node, node.args[0], node.args[1], None, transposed=True)
 
 
 def add(analysis: Analysis, node: fx.Node) -> Value:
     """A sum of two maps with one source, or of a map and a constant."""
-    return Opaque("add with a factor") if node.kwargs else _sum(analysis, node, 1)
+    return _sum(analysis, node, 1)
 
 
 def sub(analysis: Analysis, node: fx.Node) -> Value:
     """A difference, likewise."""
-    return Opaque("sub with a factor") if node.kwargs else _sum(analysis, node, -1)
+    return _sum(analysis, node, -1)
 
 
 def mul(analysis: Analysis, node: fx.Node) -> Value:
@@ -56,8 +55,6 @@ def mul(analysis: Analysis, node: fx.Node) -> Value:
 
 def div(analysis: Analysis, node: fx.Node) -> Value:
     """A map divided likewise."""
-    if node.kwargs:
-        return Opaque("div with rounding")
     return _scaled(analysis, node, node.args[0], node.args[1], inverse=True)
 
 
@@ -86,15 +83,24 @@ def identity(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def _layer(
-    analysis: Analysis, node: fx.Node, x: object, weight: Matrix | None, bias: object
+    analysis: Analysis,
+    node: fx.Node,
+    x: object,
+    weight: object,
+    bias: object,
+    transposed: bool = False,
 ) -> Value:
-    if weight is None:
+    matrix = _matrix(analysis, weight, transposed)
+    if matrix is None:
         return Opaque("its weight is no constant matrix")
-    column = _vector(analysis, bias, weight.shape[0])
+    column = _column(analysis, bias, matrix.shape[0])
     if bias is not None and column is None:
         return Opaque("its bias is no constant vector")
-    source = analysis.source(x, weight.shape[1])
-    return source.then(node, weight, column) if source else Opaque("its input is no activation")
+    source = analysis.source(x, matrix.shape[1])
+    if source is None:
+        return Opaque("its input is no activation")
+    dtype = analysis.constants.dtype(weight)  # type: ignore[arg-type]  # _matrix saw to it
+    return source.then(node, dtype, matrix, column)
 
 
 def _sum(analysis: Analysis, node: fx.Node, sign: int) -> Value:
@@ -102,9 +108,9 @@ def _sum(analysis: Analysis, node: fx.Node, sign: int) -> Value:
     one, other = analysis.map_of(left), analysis.map_of(right)
     if one and other:
         return _join(node, one, other, sign)
-    if one and (shift := _vector(analysis, right, one.size)):
+    if one and one.parent and (shift := _vector(analysis, right, one)):
         return one.shifted(node, _signed(shift, sign))
-    if other and (shift := _vector(analysis, left, other.size)):
+    if other and other.parent and (shift := _vector(analysis, left, other)):
         return other.scaled(node, _number(sign)).shifted(node, shift)
     return Opaque("a sum with something that is neither a map of one source nor a constant")
 
@@ -116,8 +122,12 @@ def _join(node: fx.Node, one: Map, other: Map, sign: int) -> Value:
     (weight, bias), (weight_2, bias_2) = one.since(source), other.since(source)
     if weight.shape != weight_2.shape:
         return Opaque("a sum that broadcasts the feature axis")
+    dtype = one.dtype or other.dtype
+    if dtype is None or (other.dtype or dtype) != dtype:
+        return Opaque("a sum of two dtypes, or of an activation with itself")
     bias_2 = bias_2 and _signed(bias_2, sign)
-    return source.then(node, added(weight, _signed(weight_2, sign)), total(bias, bias_2))
+    joined = added(weight, _signed(weight_2, sign))
+    return source.then(node, dtype, joined, total(bias, bias_2))
 
 
 def _scaled(
@@ -126,7 +136,7 @@ def _scaled(
     value = analysis.map_of(x)
     if value is None or value.parent is None:
         return Opaque("a product of no map")
-    column = _vector(analysis, factor, value.size)
+    column = _vector(analysis, factor, value)
     if column is None:
         return Opaque("a product with something that is no constant of the feature axis")
     return value.scaled(node, _reciprocal(column) if inverse else column)
@@ -144,10 +154,24 @@ def _number(value: float) -> Matrix:
     return Leaf((1, 1), lambda: torch.tensor([[float(value)]]))
 
 
-def _vector(analysis: Analysis, value: object, size: int) -> Matrix | None:
-    """A number, or a constant that is a vector of the feature axis, as a column of ``size``."""
+def _vector(analysis: Analysis, value: object, beside: Map) -> Matrix | None:
+    """What a Map can be multiplied with or added to and stay of its shape and dtype."""
     if isinstance(value, int | float):
-        return Leaf((size, 1), lambda: torch.full((size, 1), float(value)))
+        return Leaf((beside.size, 1), lambda: torch.full((beside.size, 1), float(value)))
+    column = _column(analysis, value, beside.size)
+    if column is None or not isinstance(value, fx.Node):
+        return None
+    shape, dtype = analysis.constants.shape(value), analysis.constants.dtype(value)
+    if not shape:
+        return column  # a tensor without axes takes the dtype of what it meets
+    seen = beside.node.meta.get("val")
+    axes = seen.ndim if isinstance(seen, torch.Tensor) else 1
+    kept = beside.dtype in (None, torch.promote_types(dtype, beside.dtype or dtype))
+    return column if len(shape) <= axes and kept else None
+
+
+def _column(analysis: Analysis, value: object, size: int) -> Matrix | None:
+    """A constant that is a number or a vector of the feature axis, as a column of ``size``."""
     if not isinstance(value, fx.Node) or value not in analysis.constants.nodes:
         return None
     shape = analysis.constants.shape(value)

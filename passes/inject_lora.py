@@ -69,7 +69,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
 def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> None:
     first = calls[0]
     names = parameter_names(first.path, name, first.bare)
-    wide = torch.float32
+    wide = torch.promote_types(update.up.dtype, torch.float32)
     values = [update.down.T, update.up.to(wide).T * update.scale]
     if update.bias is not None:
         values.append(update.bias.to(wide) * update.scale)
@@ -84,9 +84,11 @@ def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> Non
 
 def _constant(value: torch.Tensor, site: Site, name: str) -> nn.Parameter:
     cast = value.to(site.dtype).contiguous()
+    if not value.isfinite().all():
+        raise AdapterError(f"{name}: the adapter holds NaN or infinity; save it again")
     if not cast.isfinite().all():
         raise AdapterError(
-            f"{name}: values are not finite in {site.dtype}, the dtype of the layer; "
+            f"{name}: values overflow {site.dtype}, the dtype of the layer; "
             "load the model in a wider dtype"
         )
     return nn.Parameter(cast, requires_grad=False)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_fx import AdapterError
 from lora_fx.adapter import Adapter, Update
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -80,3 +81,20 @@ def test_the_text_is_one_line_a_target() -> None:
         "  b.fc  rslora  3 -> 5  rank 2  scale 1.5",
         "  head.bias  replaced  (2,)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "bias"),
+    [((2, 3), (5, 4), None), ((3,), (5, 2), None), ((2, 3), (5, 2), (1,))],
+)
+def test_factors_that_do_not_belong_together_are_refused(down: Any, up: Any, bias: Any) -> None:
+    with pytest.raises(AdapterError, match="expected"):
+        Update(
+            torch.ones(down), torch.ones(up), 1.0, bias=None if bias is None else torch.ones(bias)
+        )
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "2nd"])
+def test_a_name_that_could_be_no_parameters_is_refused(name: str) -> None:
+    with pytest.raises(AdapterError, match="letters, digits and underscores"):
+        Adapter(name, {})

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.fit import check_fit, fresh_updates
@@ -36,7 +37,7 @@ def test_a_name_that_torch_has_taken_is_refused(name: str, ragged: Any) -> None:
     if name == "weight":
         assert check_fit(gm, adapter, by_path(gm), strict=True) == {}
         return
-    with pytest.raises(AdapterError, match=f"{name}: torch's modules"):
+    with pytest.raises(AdapterError, match=f"adapter {name}: .*names that the model or torch"):
         check_fit(gm, adapter, by_path(gm), strict=True)
 
 
@@ -49,3 +50,27 @@ def test_fresh_updates_follow_the_config(ragged: Any) -> None:
     assert not any(update.has_effect() for update in updates.values())
     again = fresh_updates(gm, config, by_path(gm))
     assert all(torch.equal(updates[path].down, again[path].down) for path in updates)
+
+
+def test_all_linear_means_modules_and_not_bare_weights(shared: Any) -> None:
+    gm = trace(shared)
+    groups = by_path(gm)
+    assert set(groups) == {"one", "two", "weight", "one.weight"}
+    assert set(fresh_updates(gm, LoraConfig(r=2), groups)) == {"one", "two"}
+    chosen = fresh_updates(gm, LoraConfig(r=2, target_modules=["weight"]), groups)
+    assert set(chosen) == {"weight", "one.weight"}
+
+
+def test_a_name_that_a_parameter_has_is_refused() -> None:
+    class Holds(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.lora_A = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lora_A(super().forward(x))
+
+    gm = trace(nn.Sequential(Holds()))
+    adapter = Adapter("weight", {"0": Update(torch.ones(2, 3), torch.ones(3, 2), 1.0)})
+    with pytest.raises(AdapterError, match=r"0\.lora_A\.weight, names that the model"):
+        check_fit(gm, adapter, by_path(gm), strict=True)

@@ -17,7 +17,7 @@ def chain(*sizes: int) -> list[Map]:
         weight = torch.randn(size, maps[-1].size, generator=make)
         bias = torch.randn(size, 1, generator=make)
         node = graph.call_function(torch.neg, (maps[-1].node,))
-        link = maps[-1].then(node, leaf(weight), leaf(bias))
+        link = maps[-1].then(node, torch.float32, leaf(weight), leaf(bias))
         maps.append(link)
     return maps
 
@@ -39,8 +39,8 @@ def test_a_chain_composes_weights_and_biases() -> None:
 
 def test_paths_meet_at_the_nearest_point() -> None:
     source, first, second = chain(3, 5, 7)
-    left = second.then(second.node, leaf(torch.ones(2, 7)))
-    right = first.then(first.node, leaf(torch.ones(2, 5)))
+    left = second.then(second.node, torch.float32, leaf(torch.ones(2, 7)))
+    right = first.then(first.node, torch.float32, leaf(torch.ones(2, 5)))
     assert meet(left, right) is first
     assert meet(right, left) is first
     assert meet(left, source) is source

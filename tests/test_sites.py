@@ -58,3 +58,15 @@ def test_readers_are_told_by_module_and_not_by_name(zoo: Any) -> None:
     assert table.target is torch.ops.aten.embedding.default
     assert same.target == source.target
     assert list(readers(gm, "model.embed_tokens.bias")) == []
+
+
+def test_a_vector_is_no_site() -> None:
+    class Dots(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.v)
+
+    assert sites(trace(Dots())) == []

@@ -217,3 +217,66 @@ def test_arguments_that_are_gathered_keep_their_axes() -> None:
     gm = trace(Gathers(), (x, y), dynamic_shapes={"xs": ({0: "batch"}, {0: "batch"})})
     assert torch.equal(gm(x[:3], y[:3]), x[:3] + 2 * y[:3])
     assert example_of(gm).dynamic_shapes == {"xs_0": {0: "batch"}, "xs_1": {0: "batch"}}
+
+
+class Guarded(nn.Module):
+    """What it computes hangs on a size and on a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, 3), nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor, negate: bool = False) -> torch.Tensor:
+        y = self.fc(x + self.table(torch.arange(x.shape[1])))
+        return -y if negate else y
+
+
+def test_inputs_that_the_graph_is_not_good_for_are_refused(make_adapter: Any) -> None:
+    model = Guarded()
+    fixed = trace(model, (torch.randn(2, 1, 3),))
+    injected = lora_fx.inject(fixed, make_adapter({"fc": (5, 3)}))
+    for gm in (fixed, injected, lora_fx.fold(injected)):
+        with pytest.raises(AssertionError, match=r"x.size\(\)\[1\] == 1"):
+            gm(torch.randn(2, 4, 3))
+    negated = trace(model, (torch.randn(2, 4, 3),), {"negate": True})
+    with pytest.raises(AssertionError, match="negate == True"):
+        negated(torch.randn(2, 4, 3), negate=False)
+
+
+def test_symbolic_tracing_refuses_what_leaves_no_trace(x: Any) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.fc(x)
+
+    with pytest.raises(TraceError, match="autocast"):
+        trace(Cast())
+    model = Cast()
+    got = trace(model, (x,))(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, model(x))
+
+
+def test_attributes_that_forward_sets_are_put_back() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls, self.last = nn.Linear(3, 5), 0, None
+            self.log: list[Any] = []
+            self.seen: dict[str, Any] = {"n": 1}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = self.fc(x)
+            self.calls += 1
+            self.log.append(self.last)
+            self.seen["x"] = x
+            return self.last
+
+    for frontend in FRONTENDS:
+        model = Remembers()
+        trace(model, (torch.randn(4, 3),), frontend=frontend)
+        assert (model.calls, model.last, model.log, model.seen) == (0, None, [], {"n": 1})

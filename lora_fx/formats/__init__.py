@@ -10,8 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.config import check_name
+from lora_fx.adapter import Adapter, check_name
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import read_peft

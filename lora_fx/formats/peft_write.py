@@ -46,6 +46,9 @@ def _check_expressible(adapter: Adapter, directory: Path) -> None:
     foreign = [p for p, update in adapter.updates.items() if update.kind not in ("lora", "rslora")]
     if foreign:
         raise AdapterError(f"{directory}: not LoRA, so not written as such: {shorten(foreign)}")
+    reserved = [p for p in adapter.updates if {"base_layer", "token_adapter"} & set(p.split("."))]
+    if reserved:
+        raise AdapterError(f"{directory}: PEFT keeps these names for itself: {shorten(reserved)}")
     rootless = [name for name in adapter.replacements if "." not in name]
     if rootless:
         raise AdapterError(

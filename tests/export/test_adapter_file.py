@@ -67,6 +67,18 @@ def test_half_precision_adapters_are_rounded_once(
     assert not (tmp_path / "loud.onnx_adapter").exists()
 
 
+def test_bfloat16_adapters_keep_every_bit(traced: Callable[..., Any], tmp_path: Path) -> None:
+    gm = traced(nn.Sequential(nn.Linear(3, 5)).bfloat16(), torch.randn(4, 7, 3).bfloat16())
+    model, file = tmp_path / "model.onnx", tmp_path / "a.onnx_adapter"
+    to_onnx(gm, model, adapters="input", verify=False)
+    update = Update(torch.randn(2, 3), torch.randn(5, 2), 1.7)
+    export_adapter(Adapter("a", {"0": update}), model, file)
+    values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+    up = torch.from_dlpack(values["0.lora_B"])
+    assert torch.equal(up, (1.7 * update.up).bfloat16().T)
+    assert not torch.equal(up, (1.87 * update.up).bfloat16().T)
+
+
 UPDATE = Update(torch.randn(2, 3), torch.randn(5, 2), 1.0)
 MISFITS = {
     r"no slot at up\.fc, x; the model has slots at up, tail\.1": Adapter(

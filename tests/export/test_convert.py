@@ -9,22 +9,8 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
-from lora_fx.export.convert import convert, evaluating
-from lora_fx.trace import example_of, export_program, trace
-
-
-@pytest.mark.parametrize("frontend", ["symbolic", "export"])
-def test_evaluating_switches_dropout_off_in_a_copy(frontend: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.9)).train()
-    x = torch.randn(4, 7, 3)
-    gm = trace(model, (x,), frontend=frontend)
-    copy = evaluating(gm)
-    assert torch.equal(copy(x), model[0](x))
-    assert not torch.equal(gm(x), model[0](x))  # control: the original still drops
-    assert gm.training
-    assert not copy.training
-    assert copy.get_parameter("0.weight") is gm.get_parameter("0.weight")
-    assert example_of(copy) is example_of(gm)
+from lora_fx.export.convert import convert
+from lora_fx.trace import export_program, trace
 
 
 def test_an_operator_without_onnx_form_is_named() -> None:

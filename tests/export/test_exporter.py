@@ -211,12 +211,15 @@ def test_float16(traced: Callable[..., fx.GraphModule], adapters: str, tmp_path:
     assert {row.tolerance for row in report.checks} == {2e-3}
 
 
-def test_bfloat16_is_an_error_that_says_what_to_do(traced: Any, tmp_path: Path) -> None:
-    gm = traced(nn.Linear(3, 5).bfloat16(), torch.randn(4, 7, 3).bfloat16())
+@pytest.mark.parametrize("adapters", ["constant", "input"])
+def test_bfloat16_is_an_error_that_says_what_to_do(
+    traced: Any, adapters: str, tmp_path: Path
+) -> None:
+    gm = traced(nn.Sequential(nn.Linear(3, 5)).bfloat16(), torch.randn(4, 7, 3).bfloat16())
     with pytest.raises(ExportError, match="float32 or float16"):
-        to_onnx(gm, tmp_path / "model.onnx")
+        to_onnx(gm, tmp_path / "model.onnx", adapters=adapters)
     assert list(tmp_path.iterdir()) == []
-    assert to_onnx(gm, tmp_path / "model.onnx", verify=False).notes
+    assert to_onnx(gm, tmp_path / "model.onnx", adapters=adapters, verify=False).notes
 
 
 def test_a_graph_in_training_mode_is_exported_in_eval_mode(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.compare import compare
 from lora_fx.errors import ExportError
-from lora_fx.export import to_onnx
-from lora_fx.export.names import output_names
+from lora_fx.export import Session, to_onnx
+from lora_fx.export.names import free_names, output_names
 from lora_fx.trace import trace
 
 T = torch.zeros(1)
@@ -35,6 +36,40 @@ def test_output_names(outputs: Any, names: list[str]) -> None:
 def test_an_output_that_is_no_tensor_is_named() -> None:
     with pytest.raises(ExportError, match="'b_0' is a float"):
         output_names({"a": T, "b": [1.0]})
+
+
+def test_an_output_cannot_have_the_name_of_an_input_or_of_another() -> None:
+    assert free_names(["y", "z"], taken=["x"]) == ["y", "z"]
+    assert free_names(["x", "y"], taken=["x"]) == ["x_out", "y"]
+    assert free_names(["x", "x_out", "x"], taken=["x"]) == ["x_out_2", "x_out", "x_out_3"]
+    assert free_names(["y", "y"], taken=["y_out"]) == ["y", "y_out_2"]
+
+
+class Echo(nn.Module):
+    """Returns its input's name as a key, and one name twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"x": self.fc(x), "a": {"b": x + 1}, "a_b": x * 2}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_output_called_like_an_input_is_renamed_and_noted(tmp_path: Path, verify: bool) -> None:
+    x = torch.randn(4, 7, 3)
+    gm = trace(Echo().eval(), (x,))
+    report = to_onnx(gm, tmp_path / "model.onnx", verify=verify)
+    assert report.verified == verify
+    assert (report.inputs, report.outputs) == (["x"], ["x_out", "a_b", "a_b_out"])
+    assert report.notes[0] == "output 'x' is called 'x_out': the name was taken"
+    found = Session(tmp_path / "model.onnx").run({"x": x})
+    expected = gm(x)
+    assert compare(found["x_out"], expected["x"]).ok
+    assert compare(found["a_b"], expected["a"]["b"]).ok
+    assert compare(found["a_b_out"], expected["a_b"]).ok
+    assert not compare(found["a_b"], expected["a_b"]).ok
 
 
 class Clash(nn.Module):

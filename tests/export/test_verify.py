@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from lora_fx.export import to_onnx
 from lora_fx.export.controls import controls
-from lora_fx.export.convert import evaluating
+from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.trial import Trial, trial_of

@@ -160,3 +160,66 @@ def test_a_weight_written_in_place_is_never_folded() -> None:
     module, x = Written(), torch.randn(4, 3)
     gm = trace(module, (x,))
     assert torch.equal(fold(gm)(x), module(x))
+
+
+class Beside(nn.Module):
+    """A layer and a constant that may change the shape or the dtype of the result."""
+
+    def __init__(self, shape: tuple[int, ...], product: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.constant = nn.Parameter(torch.randn(shape))
+        self.product = product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y * self.constant if self.product else y + self.constant
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("product", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 5), (1, 1, 1), (1, 5), (5,), (1,), ()])
+def test_a_constant_never_loses_its_axes(shape: Any, product: bool, frontend: str) -> None:
+    module, x = Beside(shape, product), torch.randn(4, 3)
+    folded = fold(trace(module, (x,), frontend=frontend))(x)
+    torch.testing.assert_close(folded, module(x))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("product", [True, False])
+def test_a_constant_never_loses_its_dtype(product: bool, frontend: str) -> None:
+    module, x = Beside((5,), product), torch.randn(4, 3).half()
+    module.fc.half()
+    folded = fold(trace(module, (x,), frontend=frontend))(x)
+    assert folded.dtype == torch.float32
+    assert torch.equal(folded, module(x))
+
+
+def test_calls_by_keyword_and_narrowing_casts_are_no_trouble(check_pass: Any) -> None:
+    class Keywords(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            low = torch.matmul(input=torch.matmul(input=x, other=self.b.T), other=self.a.T)
+            return torch.neg(input=low) + torch.mul(input=self.base(x), other=2.0).mul(other=0.5)
+
+    class Narrow(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            delta = self.a.to(torch.float16) @ self.b.half()
+            return nn.functional.linear(x, self.base.weight + 2 * delta.float(), self.base.bias)
+
+    x = torch.randn(4, 3)
+    check_pass(FoldLora(), trace(Keywords()), x)
+    narrow = Narrow()
+    seen = check_pass(FoldLora(), trace(narrow), x)
+    assert "matmul" not in seen.after
+    assert (seen.gm(x) - narrow(x)).norm() <= 2e-3 * narrow(x).norm()  # float16 rounds in between
+
+
+def test_chance_is_never_a_constant(check_pass: Any) -> None:
+    class Noisy(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            noisy = nn.functional.alpha_dropout(self.base.weight, 0.5, True)
+            return nn.functional.linear(x, noisy)
+
+    for frontend in ("symbolic", "export"):
+        gm = trace(Noisy(), (torch.randn(4, 3),), frontend=frontend)
+        assert not FoldLora()(gm).modified

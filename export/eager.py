@@ -1,0 +1,84 @@
+"""The eager side of a comparison: in eval mode, and each run as if it were the first."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.export.cases import Case
+from lora_fx.graphs import assemble, attribute, copy_graph
+from lora_fx.ops import aten, call_argument, function_name
+from lora_fx.written import written
+
+Tensors = list[torch.Tensor]
+# How operators spell that they run in training, and what eval mode would have recorded.
+_EVAL = {"training": False, "train": False, "use_input_stats": False, "dropout_p": 0.0}
+
+
+def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode that shares the tensors, with any recorded training flag off."""
+    graph = copy_graph(gm.graph)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            _switch_off(node)
+    copy = assemble(gm, graph, training=False)
+    copy.meta = dict(gm.meta)
+    copy.graph = graph  # compiles
+    return copy.eval()
+
+
+def call_eager(gm: fx.GraphModule, case: Case) -> Any:
+    """What a graph returns; whatever it writes to, inputs and tensors of its own, is a copy."""
+    with torch.no_grad():
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
+        return torch.func.functional_call(gm, _state(gm), args, kwargs)
+
+
+def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
+    """The tensors that a graph returns, in order."""
+    outputs = pytree.tree_leaves(call_eager(gm, case))
+    return [value for value in outputs if isinstance(value, torch.Tensor)]
+
+
+def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that a call may write to: large weights are not among them."""
+    dirty = [str(node.target) for node in written(gm.graph) if node.op == "get_attr"]
+    state = {target: attribute(gm, target) for target in dirty}
+    for target in {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
+        state |= gm.get_submodule(target).named_buffers(prefix=target)
+    copies: dict[int, torch.Tensor] = {}  # one for all names of a tensor
+    for tensor in state.values():
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+    return {name: copies[id(tensor)] for name, tensor in state.items()}
+
+
+def _switch_off(node: fx.Node) -> None:
+    names = _argument_places(node.target)
+    mean = call_argument(node, names.get("running_mean", len(names)), "running_mean")
+    if "norm" in function_name(node.target) and mean is None:
+        return  # keeps no statistics: those of the batch are all it has, in eval mode too
+    for name, value in _EVAL.items():
+        place = names.get(name)
+        if place is None:
+            continue
+        if place < len(node.args):
+            node.update_arg(place, value)
+        else:
+            node.update_kwarg(name, value)
+
+
+@cache
+def _argument_places(target: Any) -> dict[str, int]:
+    if isinstance(target, torch._ops.OpOverload):
+        return {argument.name: i for i, argument in enumerate(target._schema.arguments)}
+    try:
+        return {name: i for i, name in enumerate(inspect.signature(target).parameters)}
+    except ValueError:  # a builtin of torch: aten has it under the same name
+        operator = getattr(getattr(aten, function_name(target), None), "default", None)
+        return {} if operator is None else _argument_places(operator)

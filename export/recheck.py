@@ -1,0 +1,93 @@
+"""A file that exists, whoever made it and when, against the eager model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import fx
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.adapter_file import export_adapter
+from lora_fx.export.controls import controls
+from lora_fx.export.eager import evaluating
+from lora_fx.export.evidence import Evidence, Subject
+from lora_fx.export.inputs import example_inputs
+from lora_fx.export.model_file import load_proto
+from lora_fx.export.report import Clock, ExportReport
+from lora_fx.export.session import Session
+from lora_fx.export.trial import Trial, trial_of
+from lora_fx.export.verify import verify_file
+from lora_fx.passes import InjectLora
+
+
+def verify_onnx(
+    gm: fx.GraphModule,
+    path: str | Path,
+    *,
+    adapters: Sequence[Adapter] = (),
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Runs a file and eager models side by side, and a control that must differ.
+
+    Args:
+        gm: the traced model, which remembers its example inputs. It is not changed.
+        path: the ``.onnx`` file; not changed.
+        adapters: a file that takes adapters is run alone and with each; any other must hold
+            their sum.
+        progress: told the name of each stage as it starts.
+
+    Raises:
+        ExportError: the file cannot be read or run, or has other inputs or outputs.
+        AdapterError: an adapter does not fit.
+        VerificationError: the file and eager disagree, or the control agreed.
+    """
+    path, clock, session = Path(path), Clock(progress), Session(path)
+    slots, inputs, outputs = session.slots, session.inputs, session.outputs
+    del session  # its threads would disturb those that follow
+    with clock.stage("prepare"):
+        trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+        _check_names(path, "inputs", inputs, trial.inputs)
+        _check_names(path, "outputs", outputs, trial.outputs)
+    with clock.stage("verify"):
+        evidence = _evidence(gm, path, adapters, trial, swappable=bool(slots))
+    evidence.judge(str(path))
+    return ExportReport(
+        path=str(path),
+        mode="input" if slots else "constant",
+        files={path.name: path.stat().st_size},
+        opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
+        seconds=clock.seconds,
+        checks=evidence.checks,
+        controls=evidence.controls,
+        notes=[*trial.notes, *evidence.notes],
+        inputs=inputs,
+        outputs=outputs,
+        slots=slots,
+    )
+
+
+def _check_names(path: Path, what: str, of_file: list[str], of_model: list[str]) -> None:
+    if of_file != of_model:
+        raise ExportError(
+            f"{path}: has {what} {shorten(of_file)}; the model it is held against has "
+            f"{shorten(of_model)}: is it another model?"
+        )
+
+
+def _evidence(
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter], trial: Trial, swappable: bool
+) -> Evidence:
+    if not (swappable and adapters):
+        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+        return verify_file(path, trial, [Subject("model", evaluating(whole))], controls(whole))
+    subjects = [Subject("base", evaluating(gm))]
+    with tempfile.TemporaryDirectory() as directory:
+        for adapter in adapters:
+            adapted = InjectLora(adapter)(gm).graph_module
+            file = Path(directory) / f"{len(subjects)}.onnx_adapter"
+            export_adapter(adapter, path, file)
+            subjects.append(Subject(adapter.name, evaluating(adapted), file))
+        return verify_file(path, trial, subjects, controls(adapted))
