@@ -102,7 +102,8 @@ def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
 def digest_of(weight: torch.Tensor) -> str:
     """A digest of a tensor: dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest.update(values)
     return digest.hexdigest()
 
 

@@ -55,7 +55,7 @@ def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 @contextmanager
 def _no_autocast() -> Iterator[None]:
     """Refuses what leaves no trace in a graph but changes its numbers."""
-    enter = torch.autocast.__enter__
+    enter: Any = torch.autocast.__enter__
 
     def refuse(context: torch.autocast) -> Any:
         if context._enabled:

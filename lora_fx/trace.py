@@ -116,13 +116,16 @@ def export_program(
 
 
 def _distinct(inputs: Any) -> Any:
-    """Copies a tensor that is given twice: torch.export would take both inputs for one."""
+    """Copies a tensor that is given twice, or is a view with gaps.
+
+    torch.export would take the one for the other, and refuse inputs without the gaps.
+    """
     seen: set[int] = set()
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
             seen.add(id(leaf))
-            return leaf
+            return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
         return leaf.clone()
 
     return pytree.tree_map(copied, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.demo.parallel import side_by_side
 from lora_fx.errors import LoraFxError
 
 Batch = dict[str, torch.Tensor]
-Encode = Callable[[Batch], torch.Tensor]
-Open = Callable[[int | None], Encode]  # takes a number of threads; None: as many as there are
+Encode = Callable[[Batch], torch.Tensor]  # hidden states, (texts, tokens, width)
 
 MAX_LENGTH = 20
 BATCH = 32
@@ -40,6 +40,29 @@ def load_extra() -> Path:
 
 
 @dataclass(frozen=True)
+class Batches:
+    """Texts in batches of like length.
+
+    Attributes:
+        batches: as the encoder takes them.
+        places: of each batch, which texts it holds.
+    """
+
+    batches: list[Batch]
+    places: list[list[int]]
+
+    def states(self, encode: Encode) -> list[torch.Tensor]:
+        """Hidden states, batch by batch."""
+        return side_by_side(encode, self.batches)
+
+    def embed(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """(texts, width) from the hidden states, in the order of the texts."""
+        pairs = zip(states, self.batches, strict=True)
+        pooled = torch.cat([pool(hidden, batch["attention_mask"]) for hidden, batch in pairs])
+        return pooled[torch.tensor([place for part in self.places for place in part]).argsort()]
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Texts to batches.
 
@@ -55,12 +78,17 @@ class Tokenizer:
         tokens = self.tokenize(texts, return_tensors="pt", **options)
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
-    def batches(self, texts: list[str]) -> Iterator[tuple[list[int], Batch]]:
-        """Batches of texts of like length, each with the places of its texts."""
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        for start in range(0, len(order), BATCH):
-            places = order[start : start + BATCH]
-            yield places, self.batch([texts[place] for place in places])
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text."""
+        tokens = self.tokenize(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        return [len(text) for text in tokens]
+
+    def batches(self, texts: list[str]) -> Batches:
+        """All texts, the shortest first, so that little is padded."""
+        lengths = self.lengths(texts)
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
+        places = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        return Batches([self.batch([texts[place] for place in part]) for part in places], places)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -93,7 +121,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
-def eager(model: nn.Module) -> Open:
+def eager(model: nn.Module) -> Encode:
     """A model of transformers as a function of a batch, without gradients."""
 
     @torch.no_grad()
@@ -101,4 +129,4 @@ def eager(model: nn.Module) -> Open:
         hidden: torch.Tensor = model(**batch).last_hidden_state
         return hidden
 
-    return lambda threads: encode  # torch keeps its number of threads for itself
+    return encode

@@ -22,6 +22,7 @@ class Recipe:
         rank: of the update of each layer.
         alpha: the scale is alpha / rank.
         targets: as PEFT's ``target_modules`` takes them.
+        layers: numbers of the transformer layers to adapt; None: all.
         epochs: times that each text is seen.
         learning_rate: at its peak.
         temperature: cosines are divided by it before the softmax.
@@ -31,6 +32,7 @@ class Recipe:
     rank: int
     alpha: int
     targets: str | list[str]
+    layers: list[int] | None = None
     epochs: int = 3
     learning_rate: float = 2e-3
     temperature: float = 0.05
@@ -74,46 +76,60 @@ class Trainer:
         return loss.item()
 
 
+def add_adapter(encoder: nn.Module, recipe: Recipe) -> nn.Module:
+    """A fresh adapter of PEFT on an encoder, which is wrapped in place."""
+    import peft
+
+    torch.manual_seed(recipe.seed)
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=recipe.targets,
+        layers_to_transform=recipe.layers,
+    )
+    return peft.get_peft_model(encoder, config)  # type: ignore[arg-type]  # any module will do
+
+
 def train_adapter(
-    encoder: nn.Module,
+    model: nn.Module,
     texts: Texts,
     recipe: Recipe,
     centres: torch.Tensor,
     tokenizer: Tokenizer,
     progress: Callable[[str], None],
-) -> Any:
-    """Trains an adapter with PEFT.
+) -> None:
+    """Trains the adapter of a model in place.
+
+    The model stays in eval mode: its dropout would draw from the one random state of the
+    process, and two trainings abreast would then differ from run to run.
 
     Args:
-        encoder: the base; PEFT wraps it in place, so give a fresh one.
+        model: from `add_adapter`.
         texts: to train on.
         recipe: how.
         centres: (labels, width), the base's centroids.
         tokenizer: of the encoder.
         progress: told the epoch.
-
-    Returns:
-        The PEFT model in eval mode.
     """
-    import peft
-
-    torch.manual_seed(recipe.seed)
-    config = peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.targets)
-    model = peft.get_peft_model(encoder, config).train()
+    model.eval()
     trainer = Trainer(model, recipe, nn.Parameter(centres.clone()))
-    rounds = list(_rounds(len(texts.texts), recipe.epochs))
+    rounds = list(_rounds(tokenizer.lengths(texts.texts), recipe))
     schedule = trainer.schedule(len(rounds))
     labels = torch.tensor(texts.labels)
-    for epoch, places in rounds:
-        progress(f"epoch {epoch + 1} of {recipe.epochs}")
-        batch = tokenizer.batch([texts.texts[place] for place in places.tolist()])
+    for number, (epoch, places) in enumerate(rounds):
+        if number == 0 or rounds[number - 1][0] != epoch:
+            progress(f"epoch {epoch + 1} of {recipe.epochs}")
+        batch = tokenizer.batch([texts.texts[place] for place in places])
         trainer.step(batch, labels[places])
         schedule.step()
-    return model.eval()
 
 
-def _rounds(count: int, epochs: int) -> Iterator[tuple[int, torch.Tensor]]:
-    for epoch in range(epochs):
-        order = torch.randperm(count)
-        for start in range(0, count, BATCH):
-            yield epoch, order[start : start + BATCH]
+def _rounds(lengths: list[int], recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
+    """Batches of like length in random order; texts of the same length change company."""
+    source = torch.Generator().manual_seed(recipe.seed)
+    for epoch in range(recipe.epochs):
+        shuffled = torch.randperm(len(lengths), generator=source).tolist()
+        order = sorted(shuffled, key=lengths.__getitem__)
+        parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        for place in torch.randperm(len(parts), generator=source).tolist():
+            yield epoch, parts[place]
