@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from torch.utils.dlpack import from_dlpack
 
 import lora_fx
 from lora_fx.adapter import Adapter, Update
@@ -140,6 +141,6 @@ def _to_ort(array: Array, dtype: str) -> ort.OrtValue:
 def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
     stored = read_adapter(draft).get_parameters()
     for name, array in arrays.items():
-        found = _to_numpy(torch.from_dlpack(stored[name]))  # numpy() refuses bfloat16
+        found = _to_numpy(from_dlpack(stored[name]))  # numpy() refuses bfloat16
         if found.shape != array.shape or found.tobytes() != array.tobytes():
             raise ExportError(f"{draft.name}: {name}: read back other values than were written")

@@ -117,7 +117,7 @@ def demo(
     """Train two adapters of a sentence encoder, export, swap and score them."""
     from lora_fx.demo import run, table
 
-    with stages() as progress:
+    with stages(lines=True) as progress:
         result = run(out, progress)
     show(as_json, result.to_dict(), table(result))
 

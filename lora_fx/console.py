@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -22,10 +23,13 @@ def show(as_json: bool, report: Mapping[str, Any], text: str) -> None:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
+def stages(lines: bool = False) -> Iterator[Callable[[str], None]]:
     """Runs long work, and shows the name of the stage that it is told if a person watches.
 
     Whatever a library prints meanwhile goes to stderr: stdout is for results.
+
+    Args:
+        lines: leave a line for each stage with its seconds, whether a person watches or not.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -37,8 +41,40 @@ def stages() -> Iterator[Callable[[str], None]]:
         warnings.simplefilter("ignore")  # those of libraries; ours is for the user
         warnings.simplefilter("always", AdapterWarning)
         warnings.showwarning = _show_warning
-        task = bar.add_task("starting", total=None)
-        yield lambda name: bar.update(task, description=name)
+        log = _Log(bar, lines)
+        try:
+            yield log.start
+        finally:
+            log.end()
+
+
+class _Log:
+    """The spinner, and the lines that it leaves behind."""
+
+    def __init__(self, bar: Progress, lines: bool) -> None:
+        self._bar, self._lines = bar, lines
+        self._task = bar.add_task("starting", total=None)
+        self._name = ""
+        self._start = 0.0
+
+    def start(self, name: str) -> None:
+        """Ends the stage before, and starts one."""
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        self._bar.reset(self._task, description=name)
+        if self._lines and self._bar.disable:
+            print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Says how long the stage took, if one runs."""
+        if not self._lines or not self._name:
+            return
+        took = f"{time.perf_counter() - self._start:.1f} s"
+        if self._bar.disable:
+            print(took, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(f"{self._name}  {took}", markup=False, highlight=False)
+        self._name = ""
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

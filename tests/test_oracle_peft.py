@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_fx
 from lora_fx import fold, inject, load_adapter, text, unfold
+from lora_fx.compare import TOLERANCE
 from lora_fx.sites import sites
 
 pytestmark = [
@@ -115,11 +116,13 @@ def test_half_precision_folds_within_the_table(
     injected = inject(gm, load_adapter(tmp_path / "french"))
     folded = fold(injected)
     assert {site.dtype for site in sites(folded)} == {dtype}
-    tolerance = lora_fx.compare(torch.ones(1), torch.ones(1), dtype).tolerance
+    wide = copy.deepcopy(half).float()
+    exact = PeftModel.from_pretrained(wide, tmp_path / "french").eval()
     with torch.no_grad():
-        wanted = inject(zoo(model)[1], load_adapter(tmp_path / "french"))(**case.others)
-        assert relative(folded(**case.others), injected(**case.others)) <= 2 * tolerance
-        assert relative(gm(**case.others), wanted) > 10 * tolerance
+        wanted = exact(**case.others)
+        assert relative(folded(**case.others), wanted) <= TOLERANCE[dtype]
+        assert relative(injected(**case.others), wanted) <= TOLERANCE[dtype]
+        assert relative(gm(**case.others), wanted) > 10 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("model", ["qwen2", "gpt2", "llama"])
@@ -154,3 +157,34 @@ def test_an_adapted_head_that_peft_stores_whole_as_well(
     other = lora_fx.Adapter("a", adapter.updates, {"lm_head.weight": torch.ones(97, 24)})
     with pytest.raises(lora_fx.AdapterError, match=r"replaces lm_head\.weight"):
         lora_fx.export_adapter(other, path, tmp_path / "b.onnx_adapter")
+
+
+@pytest.mark.parametrize(("model", "frontend"), [("mlp", "symbolic"), ("bert", "export")])
+def test_an_adapter_trained_here_loads_into_peft(
+    model: str, frontend: str, zoo: Any, relative: Any, tmp_path: Path
+) -> None:
+    case, _ = zoo(model)
+    base = lora_fx.trace(
+        case.model, (), case.inputs, dynamic_shapes=case.dynamic, frontend=frontend
+    )
+    config = lora_fx.LoraConfig(
+        r=4, alpha=6, dropout=0.3, target_modules=case.targets, use_rslora=True, seed=0
+    )
+    gm = inject(base, config).train()
+    parameters = [p for p in gm.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    torch.manual_seed(0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(
+            t.square().mean() for t in torch.utils._pytree.tree_leaves(gm(**case.inputs))
+        ).backward()
+        optimizer.step()
+    gm.eval()
+    lora_fx.save_adapter(lora_fx.adapter_from(gm), tmp_path / "trained")
+    peft = PeftModel.from_pretrained(copy.deepcopy(case.model), tmp_path / "trained").eval()
+    with torch.no_grad():
+        wanted = peft(**case.others)
+        assert relative(gm(**case.others), wanted) <= 1e-6
+        assert relative(fold(gm)(**case.others), wanted) <= 1e-5
+        assert relative(case.model(**case.others), wanted) > 1e-2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from lora_fx.compare import compare
-from lora_fx.demo.docstrings import Subject, Texts
-from lora_fx.demo.encoder import Encode, Open, Tokenizer, pool
+from lora_fx.demo.docstrings import Subject
+from lora_fx.demo.encoder import Batches, Encode, Tokenizer
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.errors import VerificationError
 
@@ -22,13 +22,13 @@ class Form:
     Attributes:
         name: ``"merged"``, ``"swappable"``, ….
         weights: ``"base"`` or the adapter's name.
-        open: makes it ready to turn a batch into hidden states, (texts, tokens, width).
+        encode: a batch to hidden states, (texts, tokens, width), on the thread that calls it.
         files: what has to be shipped.
     """
 
     name: str
     weights: str
-    open: Open
+    encode: Encode
     files: tuple[Path, ...]
 
 
@@ -39,7 +39,7 @@ class Row:
     Attributes:
         form: its name.
         weights: ``"base"`` or the adapter's name.
-        scores: subject -> accuracy on its held-out texts.
+        scores: subject -> accuracy on its held-out texts; an adapter has only its own.
         max_error: largest absolute difference of a hidden state from eager's; 0 for eager.
         sizes: bytes of each file.
         latency: median time over that of the merged form.
@@ -69,39 +69,69 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What eager makes of the subjects, with the base or one adapter.
+class Exam:
+    """A subject ready to be put to a form.
 
     Attributes:
-        centres: subject -> centroids of its training texts.
-        hidden: subject -> hidden states of its held-out texts, batch by batch.
+        subject: what is asked.
+        train: its training texts.
+        held_out: its held-out texts.
     """
 
-    centres: Mapping[str, torch.Tensor]
-    hidden: Mapping[str, list[torch.Tensor]]
+    subject: Subject
+    train: Batches
+    held_out: Batches
+
+    def score(self, states: list[torch.Tensor], centres: torch.Tensor) -> Score:
+        """Scores the hidden states of the held-out texts."""
+        return score(self.held_out.embed(states), self.subject.held_out.labels, centres)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What eager makes of one subject, with the base or an adapter.
+
+    Attributes:
+        centres: (labels, width), centroids of its training texts.
+        states: hidden states of its held-out texts, batch by batch.
+    """
+
+    centres: torch.Tensor
+    states: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Judge:
     """Scores forms on the held-out texts, against one reference for each set of weights.
 
+    The base sits the exams of all subjects, an adapter that of its own.
+
     Attributes:
-        subjects: what to score on.
-        tokenizer: of the encoder.
-        references: weights -> what eager made of the subjects.
+        exams: what to score on.
+        references: (weights, subject) -> what eager made of the subject.
     """
 
-    subjects: list[Subject]
-    tokenizer: Tokenizer
-    references: dict[str, Reference] = field(default_factory=dict)
+    exams: list[Exam]
+    references: dict[tuple[str, str], Reference] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, subjects: Sequence[Subject], tokenizer: Tokenizer) -> Judge:
+        """Tokenizes every text once."""
+        return cls([
+            Exam(s, tokenizer.batches(s.train.texts), tokenizer.batches(s.held_out.texts))
+            for s in subjects
+        ])
 
     def refer(self, form: Form) -> Measured:
         """Makes an eager form the reference for all forms of its weights."""
-        encode = form.open(None)
-        centres = {s.name: self._centres(s.train, encode) for s in self.subjects}
-        hidden = {s.name: self._states(s.held_out, encode) for s in self.subjects}
-        self.references[form.weights] = Reference(centres, hidden)
-        return Measured(form, self._scores(form, hidden))
+        scores = {}
+        for exam in self._exams(form):
+            embeddings = exam.train.embed(exam.train.states(form.encode))
+            centres = centroids(embeddings, exam.subject.train.labels)
+            reference = Reference(centres, exam.held_out.states(form.encode))
+            self.references[form.weights, exam.subject.name] = reference
+            scores[exam.subject.name] = exam.score(reference.states, centres)
+        return Measured(form, scores)
 
     def measure(self, form: Form) -> Measured:
         """Runs an exported form on the held-out texts.
@@ -111,41 +141,24 @@ class Judge:
         Raises:
             VerificationError: the form and eager disagree.
         """
-        encode = form.open(None)
-        hidden = {s.name: self._states(s.held_out, encode) for s in self.subjects}
-        expected = self.references[form.weights].hidden
-        pairs = [pair for name in hidden for pair in zip(hidden[name], expected[name], strict=True)]
-        comparisons = [compare(found, wanted) for found, wanted in pairs]
-        for comparison in comparisons:
-            if not comparison.ok:
-                what = f"{form.name} with {form.weights} weights"
-                raise VerificationError(f"demo: {what} disagrees with eager: {comparison}")
-        worst = max(comparison.max_abs for comparison in comparisons)
-        return Measured(form, self._scores(form, hidden), worst)
+        scores, worst = {}, 0.0
+        for exam in self._exams(form):
+            reference = self.references[form.weights, exam.subject.name]
+            states = exam.held_out.states(form.encode)
+            worst = max(worst, _worst(form, states, reference.states))
+            scores[exam.subject.name] = exam.score(states, reference.centres)
+        return Measured(form, scores, worst)
 
-    def _states(self, texts: Texts, encode: Encode) -> list[torch.Tensor]:
-        return [encode(batch) for _, batch in self.tokenizer.batches(texts.texts)]
+    def _exams(self, form: Form) -> list[Exam]:
+        return [exam for exam in self.exams if form.weights in ("base", exam.subject.name)]
 
-    def _centres(self, texts: Texts, encode: Encode) -> torch.Tensor:
-        return centroids(self._embeddings(texts, self._states(texts, encode)), texts.labels)
 
-    def _scores(self, form: Form, hidden: Mapping[str, list[torch.Tensor]]) -> dict[str, Score]:
-        centres = self.references[form.weights].centres
-        return {
-            subject.name: score(
-                self._embeddings(subject.held_out, hidden[subject.name]),
-                subject.held_out.labels,
-                centres[subject.name],
-            )
-            for subject in self.subjects
-        }
-
-    def _embeddings(self, texts: Texts, hidden: list[torch.Tensor]) -> torch.Tensor:
-        """(texts, width) in the order of the texts; batches are in the order of lengths."""
-        batches = list(self.tokenizer.batches(texts.texts))
-        order = torch.tensor([place for places, _ in batches for place in places])
-        pooled = [
-            pool(states, batch["attention_mask"])
-            for states, (_, batch) in zip(hidden, batches, strict=True)
-        ]
-        return torch.cat(pooled)[order.argsort()]
+def _worst(form: Form, states: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest absolute difference, of states that agree within the tolerance."""
+    pairs = zip(states, expected, strict=True)
+    comparisons = [compare(found, wanted) for found, wanted in pairs]
+    for comparison in comparisons:
+        if not comparison.ok:
+            what = f"{form.name} with {form.weights} weights"
+            raise VerificationError(f"demo: {what} disagrees with eager: {comparison}")
+    return max(comparison.max_abs for comparison in comparisons)

@@ -1,10 +1,9 @@
-"""Training a PEFT adapter so that texts of one module lie close together."""
+"""Training PEFT adapters so that texts of one module lie close together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from lora_fx.demo.docstrings import Texts
 from lora_fx.demo.encoder import BATCH, Tokenizer, pool
+from lora_fx.demo.parallel import side_by_side
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Recipe:
         alpha: the scale is alpha / rank.
         targets: as PEFT's ``target_modules`` takes them.
         layers: numbers of the transformer layers to adapt; None: all.
-        epochs: times that each text is seen.
         learning_rate: at its peak.
         temperature: cosines are divided by it before the softmax.
         seed: of the adapter's first values and of the order of texts.
@@ -33,7 +32,6 @@ class Recipe:
     alpha: int
     targets: str | list[str]
     layers: list[int] | None = None
-    epochs: int = 3
     learning_rate: float = 2e-3
     temperature: float = 0.05
     seed: int = 0
@@ -43,37 +41,65 @@ class Recipe:
 class Trainer:
     """The state of one training.
 
+    The model stays in eval mode: its dropout would draw from the one random state of the
+    process, and two trainings side by side would then differ from run to run.
+
     Attributes:
-        model: of PEFT; its adapter is trained in place.
+        model: of `add_adapter`; its adapter is trained in place.
+        texts: to train on.
         recipe: how.
-        proxies: (labels, width), a direction for each label, trained too and then dropped. They
-            start at the base's centroids.
+        centres: (labels, width), the base's centroids. Directions of the labels start there, are
+            trained too, and then dropped.
+        tokenizer: of the encoder.
+        epochs: times that each text will be seen.
     """
 
     model: nn.Module
+    texts: Texts
     recipe: Recipe
-    proxies: nn.Parameter
+    centres: torch.Tensor
+    tokenizer: Tokenizer
+    epochs: int
     _optimizer: torch.optim.Optimizer = field(init=False)
+    _schedule: torch.optim.lr_scheduler.LRScheduler = field(init=False)
 
     def __post_init__(self) -> None:
-        """Sets up the optimiser."""
+        """Sets up the optimiser: a short rise to the learning rate, then a long fall."""
+        self.model.eval()
+        self._proxies = nn.Parameter(self.centres.clone())
+        self._order = torch.Generator().manual_seed(self.recipe.seed)
+        self._lengths = self.tokenizer.lengths(self.texts.texts)
+        peak, steps = self.recipe.learning_rate, self.epochs * -(-len(self._lengths) // BATCH)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW([*trained, self.proxies], lr=self.recipe.learning_rate)
+        self._optimizer = torch.optim.AdamW([*trained, self._proxies], lr=peak)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer, peak, steps, pct_start=0.15
+        )
 
-    def schedule(self, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        """A short rise to the learning rate, then a long fall."""
-        peak = self.recipe.learning_rate
-        return torch.optim.lr_scheduler.OneCycleLR(self._optimizer, peak, steps, pct_start=0.15)
+    def epoch(self) -> None:
+        """Sees each text once."""
+        labels = torch.tensor(self.texts.labels)
+        for places in self._batches():
+            batch = self.tokenizer.batch([self.texts.texts[place] for place in places])
+            self._step(batch, labels[places])
 
-    def step(self, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
+    def _batches(self) -> Iterator[list[int]]:
+        """Texts of like length, in random order; those of one length change company."""
+        shuffled = torch.randperm(len(self._lengths), generator=self._order).tolist()
+        order = sorted(shuffled, key=self._lengths.__getitem__)
+        parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        for place in torch.randperm(len(parts), generator=self._order).tolist():
+            yield parts[place]
+
+    def _step(self, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
         """One update: each text towards its label's proxy, away from the others."""
         hidden = self.model(**batch).last_hidden_state
-        cosines = pool(hidden, batch["attention_mask"]) @ normalize(self.proxies, dim=-1).T
+        cosines = pool(hidden, batch["attention_mask"]) @ normalize(self._proxies, dim=-1).T
         loss = cross_entropy(cosines / self.recipe.temperature, labels)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        return loss.item()
+        self._schedule.step()
 
 
 def add_adapter(encoder: nn.Module, recipe: Recipe) -> nn.Module:
@@ -87,49 +113,18 @@ def add_adapter(encoder: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=recipe.targets,
         layers_to_transform=recipe.layers,
     )
-    return peft.get_peft_model(encoder, config)  # type: ignore[arg-type]  # any module will do
+    model: nn.Module = peft.get_peft_model(encoder, config)
+    return model
 
 
-def train_adapter(
-    model: nn.Module,
-    texts: Texts,
-    recipe: Recipe,
-    centres: torch.Tensor,
-    tokenizer: Tokenizer,
-    progress: Callable[[str], None],
-) -> None:
-    """Trains the adapter of a model in place.
-
-    The model stays in eval mode: its dropout would draw from the one random state of the
-    process, and two trainings abreast would then differ from run to run.
+def train(trainers: Sequence[Trainer], progress: Callable[[str], None]) -> None:
+    """Trains all adapters, side by side, epoch by epoch.
 
     Args:
-        model: from `add_adapter`.
-        texts: to train on.
-        recipe: how.
-        centres: (labels, width), the base's centroids.
-        tokenizer: of the encoder.
+        trainers: of as many epochs each.
         progress: told the epoch.
     """
-    model.eval()
-    trainer = Trainer(model, recipe, nn.Parameter(centres.clone()))
-    rounds = list(_rounds(tokenizer.lengths(texts.texts), recipe))
-    schedule = trainer.schedule(len(rounds))
-    labels = torch.tensor(texts.labels)
-    for number, (epoch, places) in enumerate(rounds):
-        if number == 0 or rounds[number - 1][0] != epoch:
-            progress(f"epoch {epoch + 1} of {recipe.epochs}")
-        batch = tokenizer.batch([texts.texts[place] for place in places])
-        trainer.step(batch, labels[places])
-        schedule.step()
-
-
-def _rounds(lengths: list[int], recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
-    """Batches of like length in random order; texts of the same length change company."""
-    source = torch.Generator().manual_seed(recipe.seed)
-    for epoch in range(recipe.epochs):
-        shuffled = torch.randperm(len(lengths), generator=source).tolist()
-        order = sorted(shuffled, key=lengths.__getitem__)
-        parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-        for place in torch.randperm(len(parts), generator=source).tolist():
-            yield epoch, parts[place]
+    epochs = trainers[0].epochs
+    for epoch in range(epochs):
+        progress(f"train {len(trainers)} adapters: epoch {epoch + 1} of {epochs}")
+        side_by_side(Trainer.epoch, trainers)
