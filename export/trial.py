@@ -16,7 +16,7 @@ from lora_fx.export.inputs import Inputs
 from lora_fx.export.leaves import Leaf, input_leaves
 from lora_fx.export.names import free_names, output_names
 from lora_fx.export.runtime import to_array
-from lora_fx.trace import export_program
+from lora_fx.program import export_program
 
 
 @dataclass(frozen=True)

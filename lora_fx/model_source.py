@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ def find_model(spec: str) -> ModelSource:
 def _from_program(path: Path) -> ModelSource:
     if not path.is_file():
         raise LoraFxError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):  # torch would print a traceback before it raises
+        raise LoraFxError(f"{path}: is damaged or no program: write it with torch.export.save")
     try:
         return ModelSource(torch.export.load(path))
     except (RuntimeError, OSError, ValueError, KeyError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +12,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.graphs import assemble, copy_graph, without_guards
+from lora_fx.graphs import assemble, copy_graph
 from lora_fx.normal_form import normalise
 from lora_fx.ops import GUARDS
+from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.shells import unshared
 from lora_fx.symbolic import symbolic_graph
-from lora_fx.trace_errors import explain_failure
 
 _META = "lora_fx.example"
 
@@ -78,9 +77,9 @@ def trace(
         frontend = "export" if args or kwargs else "symbolic"
     if frontend == "export":
         program = export_program(model, args, kwargs, dynamic_shapes)
-        flat = _by_argument(model, args, kwargs, dynamic_shapes)
+        flat = shapes_by_argument(model, args, kwargs, dynamic_shapes)
         example = replace(example, dynamic_shapes=flat)
-        return _finish(*_graph_of(program), example, model.training)
+        return _finish(*graph_of(program), example, model.training)
     if isinstance(model, fx.GraphModule) and _opened(model):
         return _finish(model, copy_graph(model.graph), example, model.training)
     root = unshared(model)
@@ -91,48 +90,6 @@ def example_of(gm: fx.GraphModule) -> Example | None:
     """The example inputs that a graph was traced with, if it remembers any."""
     example = gm.meta.get(_META)
     return example if isinstance(example, Example) else None
-
-
-def export_program(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
-) -> torch.export.ExportedProgram:
-    """Runs torch.export on a module.
-
-    Raises:
-        TraceError: the model cannot be exported; says where and what to try.
-    """
-    if not args and not kwargs:
-        raise TraceError("torch.export needs example inputs: pass args or kwargs")
-    shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
-    root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
-    args, kwargs = _distinct((args, dict(kwargs)))
-    with warnings.catch_warnings():
-        # torch.export warns about its own internals (deprecated pytree classes, logging).
-        warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # the model's own code runs in here and may raise anything
-            raise TraceError(explain_failure(root, "export", error)) from error
-
-
-def _distinct(inputs: Any) -> Any:
-    """Copies a tensor that is given twice, or is a view with gaps.
-
-    torch.export would take the one for the other, and refuse inputs without the gaps.
-    """
-    seen: set[int] = set()
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
-            seen.add(id(leaf))
-            return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
-        return leaf.clone()
-
-    return pytree.tree_map(copied, inputs)
-
-
-def _dim(axis: Any) -> Any:
-    return torch.export.Dim.DYNAMIC if isinstance(axis, str) else axis
 
 
 def _finish(root: nn.Module, graph: fx.Graph, example: Example, training: bool) -> fx.GraphModule:
@@ -147,47 +104,13 @@ def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
     args, kwargs = program.example_inputs or ((), {})
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     users = [placeholders[name] for name in program.graph_signature.user_inputs if name]
-    shapes = [_dynamic_axes(node) for node in users]
+    shapes = [dynamic_axes(node) for node in users]
     spec = pytree.tree_structure((tuple(args), dict(kwargs)))
     by_args, by_kwargs = pytree.tree_unflatten(shapes, spec)
     names = list(inspect.signature(program.module().forward).parameters)
     dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
     example = Example(tuple(args), dict(kwargs), dynamic if any(shapes) else None)
-    return _finish(*_graph_of(program), example, training=False)
-
-
-def _dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None
-    sizes: list[object] = list(value.shape)
-    axes = [axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
-    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
-
-
-def _graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
-        gm = program.module()
-    return gm, copy_graph(gm.graph)
-
-
-def _by_argument(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
-) -> Any:
-    """Shapes that are given for ``*args`` as one, spread: the traced graph names each argument."""
-    if not isinstance(shapes, dict):
-        return shapes
-    spread: dict[str, Any] = {}
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL and name in shapes:
-            spread |= {f"{name}_{i}": shape for i, shape in enumerate(shapes[name])}
-        elif parameter.kind is parameter.VAR_KEYWORD and name in shapes:
-            spread |= shapes[name]
-        elif name in shapes:
-            spread[name] = shapes[name]
-    return spread
+    return _finish(*graph_of(program), example, training=False)
 
 
 def _opened(gm: fx.GraphModule) -> bool:

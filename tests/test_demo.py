@@ -9,11 +9,12 @@ from torch import nn
 
 from lora_fx.demo import Result, table
 from lora_fx.demo.docstrings import SUBJECTS, Subject, Texts, first_paragraph, load_subject
-from lora_fx.demo.encoder import Encode, eager, load_encoder, load_extra, load_tokenizer, pool
+from lora_fx.demo.encoder import Batches, eager, load_encoder, load_extra, load_tokenizer, pool
 from lora_fx.demo.forms import Form, Judge, Row
+from lora_fx.demo.parallel import side_by_side
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.demo.timing import latencies
-from lora_fx.demo.training import Recipe, train_adapter
+from lora_fx.demo.training import Recipe, Trainer, add_adapter, train
 from lora_fx.errors import LoraFxError, VerificationError
 
 
@@ -34,7 +35,7 @@ def test_docstrings_are_split_in_halves_without_repeats(tmp_path: Path) -> None:
     write_library(tmp_path)
     subject = load_subject("both", ["first", "second", "absent"], tmp_path)
     assert subject.modules == ["first", "second"]
-    assert [0] * 5 + [1] * 5
+    assert subject.train.labels == [0] * 5 + [1] * 5
     assert subject.held_out.labels == [0] * 5 + [1] * 5
     texts = subject.train.texts + subject.held_out.texts
     assert sorted(texts) == sorted(
@@ -85,47 +86,58 @@ def test_a_score_counts_nearest_centroids() -> None:
     assert str(found) == "75.0 ± 21.7"
 
 
+def test_work_side_by_side_comes_in_order_and_on_one_thread_each() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = side_by_side(lambda item: (item, torch.get_num_threads()), range(5))
+    assert found == [(item, 1) for item in range(5)]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 class Toy:
     """Texts as one-hot tokens, so that no tokenizer is needed."""
 
-    def batch(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([[int(word) for word in text.split()] for text in texts])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def batches(self, texts: list[str]):
-        for start in (2, 0):  # out of order, as sorting by length does
-            places = [start, start + 1]
-            yield places, self.batch([texts[place] for place in places])
+    def batches(self, texts: list[str]) -> Batches:
+        places = [[2, 3], [0, 1]]  # out of order, as sorting by length does
+        rows = [[[int(word) for word in texts[place].split()] for place in p] for p in places]
+        ids = [torch.tensor(row) for row in rows]
+        return Batches([{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids], places)
 
 
-def toy_encode(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def toy(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return nn.functional.one_hot(batch["input_ids"], 5).float()
-
-
-def toy(threads: int | None) -> Encode:
-    return toy_encode
 
 
 def test_the_judge_scores_a_form_and_refuses_one_that_is_off() -> None:
     texts = Texts(["0 1", "1 0", "2 3", "4 3"], [0, 0, 1, 1])
-    judge = Judge([Subject("toy", ["a", "b"], texts, texts)], Toy())
+    judge = Judge.of([Subject("toy", ["a", "b"], texts, texts)], Toy())
     assert judge.refer(Form("eager", "base", toy, ())).scores["toy"].correct == 4
-    assert judge.references["base"].centres["toy"][0] == pytest.approx(
-        [0.5**0.5, 0.5**0.5, 0, 0, 0]
-    )
+    centres = judge.references["base", "toy"].centres
+    assert centres[0] == pytest.approx([0.5**0.5, 0.5**0.5, 0, 0, 0])
     same = judge.measure(Form("same", "base", toy, ()))
     assert (same.scores["toy"].correct, same.max_error) == (4, 0.0)
-    near = Form("near", "base", lambda _: lambda batch: toy_encode(batch) + 1e-6, ())
+    near = Form("near", "base", lambda batch: toy(batch) + 1e-6, ())
     assert judge.measure(near).max_error == pytest.approx(1e-6, rel=0.1)
-    off = Form("off", "base", lambda _: lambda batch: toy_encode(batch) * 1.1, ())
+    off = Form("off", "base", lambda batch: toy(batch) * 1.1, ())
     with pytest.raises(VerificationError, match="off with base weights disagrees with eager"):
         judge.measure(off)
+
+
+def test_an_adapter_is_scored_on_its_own_subject() -> None:
+    texts = Texts(["0 1", "1 0", "2 3", "4 3"], [0, 0, 1, 1])
+    wrong = Texts(texts.texts, [0, 1, 1, 0])
+    subjects = [Subject("one", ["a", "b"], texts, texts), Subject("two", ["a", "b"], texts, wrong)]
+    judge = Judge.of(subjects, Toy())
+    assert list(judge.refer(Form("eager", "base", toy, ())).scores) == ["one", "two"]
+    scores = judge.refer(Form("eager + PEFT", "two", toy, ())).scores
+    assert [(name, score.correct) for name, score in scores.items()] == [("two", 2)]
 
 
 def test_latencies_come_in_the_order_of_forms() -> None:
     calls: list[int] = []
     forms = [
-        Form(str(place), "base", lambda threads, place=place: lambda batch: calls.append(place), ())
+        Form(str(place), "base", lambda batch, place=place: calls.append(place), ())
         for place in range(3)
     ]
     before = torch.get_num_threads()
@@ -135,11 +147,13 @@ def test_latencies_come_in_the_order_of_forms() -> None:
 
 
 def result() -> Result:
-    base, gained = {"one": Score(60, 100)}, {"one": Score(80, 100)}
+    base = {"one": Score(60, 100), "two": Score(50, 100)}
+    gained = {"one": Score(80, 100)}
     rows = [
         Row("eager", "base", base, 0.0, (90_000_000,), 2.0),
         Row("eager + PEFT", "one", gained, 0.0, (500_000,), 2.5),
         Row("merged", "one", gained, 3e-6, (91_000_000,), 1.0),
+        Row("eager + PEFT", "two", {"two": Score(51, 100)}, 0.0, (500_000,), 2.5),
     ]
     return Result(rows, "out")
 
@@ -147,10 +161,12 @@ def result() -> Result:
 def test_the_table_shows_every_form_and_the_effect() -> None:
     shown = table(result())
     assert "one: 60.0 ± 4.9 % by the base, 80.0 ± 4.0 % by its adapter, on 100 texts: " in shown
-    assert "+20.0 points, 4.1 standard errors" in " ".join(shown.split())
+    assert "+20.0 points, 3.2 combined standard errors" in " ".join(shown.split())
     for row in result().rows:
         assert row.form in shown
     assert "3.0e-06" in shown
+    assert "two: 50.0 ± 5.0 % by the base, 51.0 ± 5.0 % by its adapter" in shown
+    assert "recipes were chosen by their scores on these held-out texts" in shown
 
 
 def test_the_result_is_plain_data() -> None:
@@ -164,19 +180,42 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_extra()
 
 
-# peft 0.21 asks transformers 5.23 by a name that the latter calls deprecated.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_training_moves_texts_to_their_label() -> None:
-    directory = load_extra()
-    tokenizer, base = load_tokenizer(directory), load_encoder(directory)
-    texts = Texts(["read a file", "send a mail", "open a file", "fetch the mail"], [0, 1, 0, 1])
-    judge = Judge([Subject("both", ["file", "mail"], texts, texts)], tokenizer)
-    judge.refer(Form("eager", "base", eager(base), ()))
-    start = judge.references["base"].centres["both"]
-    recipe = Recipe(rank=2, alpha=4, targets=["query"], epochs=3)
+@pytest.fixture(scope="module")
+def encoder() -> Path:
+    return load_extra()
+
+
+TEXTS = Texts(["read a file", "send a mail", "open a file now", "fetch the mail"], [0, 1, 0, 1])
+
+
+def test_batches_are_of_like_length_and_embed_in_the_order_of_texts(encoder: Path) -> None:
+    tokenizer, model = load_tokenizer(encoder), eager(load_encoder(encoder))
+    texts = [f"{'word ' * (place * 7 % 17)} {place}" for place in range(70)]
+    batches = tokenizer.batches(texts)
+    assert [len(part) for part in batches.places] == [32, 32, 6]
+    lengths = [batch["input_ids"].shape[1] for batch in batches.batches]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == max(tokenizer.lengths(texts))
+    found = batches.embed(batches.states(model))
+    for place in (0, 33, 69):
+        alone = tokenizer.batch([texts[place]])
+        expected = pool(model(alone), alone["attention_mask"])[0]
+        assert (found[place] - expected).norm() <= 1e-5
+        assert (found[place - 1] - expected).norm() >= 1e-2
+
+
+def test_training_moves_texts_to_their_label_and_repeats_itself(encoder: Path) -> None:
+    tokenizer = load_tokenizer(encoder)
+    judge = Judge.of([Subject("both", ["file", "mail"], TEXTS, TEXTS)], tokenizer)
+    judge.refer(Form("eager", "base", eager(load_encoder(encoder)), ()))
+    start = judge.references["base", "both"].centres
+    recipe = Recipe(rank=2, alpha=4, targets=["query"], layers=[4, 5])
+    models = [add_adapter(load_encoder(encoder), recipe) for _ in range(2)]
     seen: list[str] = []
-    model = train_adapter(base, texts, recipe, start, tokenizer, seen.append)
-    judge.refer(Form("eager", "both", eager(model), ()))
-    moved = judge.references["both"].centres["both"]
-    assert seen == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    train([Trainer(model, TEXTS, recipe, start, tokenizer, 3) for model in models], seen.append)
+    assert seen == [f"train 2 adapters: epoch {epoch} of 3" for epoch in (1, 2, 3)]
+    judge.refer(Form("eager", "both", eager(models[0]), ()))
+    moved = judge.references["both", "both"].centres
     assert (moved[0] @ moved[1]) < (start[0] @ start[1]) - 1e-3
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(other[name], value) for name, value in one.items())

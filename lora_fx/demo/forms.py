@@ -117,10 +117,12 @@ class Judge:
     @classmethod
     def of(cls, subjects: Sequence[Subject], tokenizer: Tokenizer) -> Judge:
         """Tokenizes every text once."""
-        return cls([
-            Exam(s, tokenizer.batches(s.train.texts), tokenizer.batches(s.held_out.texts))
-            for s in subjects
-        ])
+        return cls(
+            [
+                Exam(s, tokenizer.batches(s.train.texts), tokenizer.batches(s.held_out.texts))
+                for s in subjects
+            ]
+        )
 
     def refer(self, form: Form) -> Measured:
         """Makes an eager form the reference for all forms of its weights."""

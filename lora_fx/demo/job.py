@@ -24,9 +24,7 @@ Progress = Callable[[str], None]
 
 RECIPES = {
     "language": Recipe(8, 16, ["query", "value", "dense"], [3, 4, 5], learning_rate=3e-3),
-    "network": Recipe(
-        16, 32, ["query", "key", "value", "dense"], [3, 4, 5], learning_rate=2e-3
-    ),
+    "network": Recipe(16, 32, ["query", "key", "value", "dense"], [3, 4, 5], learning_rate=2e-3),
 }
 EPOCHS = 3
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,8 @@ from torch import nn
 
 from lora_fx.export.clean import anonymise, clean
 from lora_fx.export.convert import convert
-from lora_fx.trace import export_program, trace
+from lora_fx.program import export_program
+from lora_fx.trace import trace
 
 
 class Tied(nn.Module):

@@ -10,7 +10,8 @@ from torch import nn
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
 from lora_fx.export.convert import convert
-from lora_fx.trace import export_program, trace
+from lora_fx.program import export_program
+from lora_fx.trace import trace
 
 
 def test_an_operator_without_onnx_form_is_named() -> None:

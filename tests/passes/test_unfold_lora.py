@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx import fold, inject, text, trace, unfold
+from lora_fx import PassError, fold, inject, text, trace, unfold
+from lora_fx.editor import Editor
 from lora_fx.passes import StripLora, UnfoldLora
+from lora_fx.sites import sites
 
 SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}
 
@@ -52,3 +54,13 @@ def test_edits_beside_a_folded_layer_survive(ragged: Any, x: Any, make_adapter: 
 
 def test_a_plain_graph_has_nothing_to_unfold(ragged: Any, x: Any, check_pass: Any) -> None:
     assert not check_pass(UnfoldLora(), trace(ragged, (x,)), x, expected=ragged(x)).result.modified
+
+
+def test_a_region_whose_source_is_gone_is_refused(ragged: Any, x: Any, make_adapter: Any) -> None:
+    folded = fold(inject(trace(ragged, (x,)), make_adapter({"again": (5, 5)})))
+    editor = Editor(folded)
+    second = sites(editor.gm)[1]
+    source = second.input
+    editor.rebind(second.node, source, next(iter(editor.gm.graph.nodes)))
+    with pytest.raises(PassError, match=r"cannot unfold .*tanh.* was removed"):
+        unfold(editor.finish())

@@ -1,0 +1,95 @@
+"""torch.export: from a module to a program, and from a program to a graph."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import TraceError
+from lora_fx.graphs import copy_graph, without_guards
+from lora_fx.shells import unshared
+from lora_fx.trace_errors import explain_failure
+
+
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """Runs torch.export on a module.
+
+    Raises:
+        TraceError: the model cannot be exported; says where and what to try.
+    """
+    if not args and not kwargs:
+        raise TraceError("torch.export needs example inputs: pass args or kwargs")
+    shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
+    root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
+    args, kwargs = _distinct((args, dict(kwargs)))
+    with warnings.catch_warnings():
+        # torch.export warns about its own internals (deprecated pytree classes, logging).
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # the model's own code runs in here and may raise anything
+            raise TraceError(explain_failure(root, "export", error)) from error
+
+
+def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
+    """The module of a program and a copy of its graph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
+        gm = program.module()
+    return gm, copy_graph(gm.graph)
+
+
+def shapes_by_argument(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+) -> Any:
+    """Shapes that are given for ``*args`` as one, spread: the traced graph names each argument."""
+    if not isinstance(shapes, dict):
+        return shapes
+    spread: dict[str, Any] = {}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and name in shapes:
+            spread |= {f"{name}_{i}": shape for i, shape in enumerate(shapes[name])}
+        elif parameter.kind is parameter.VAR_KEYWORD and name in shapes:
+            spread |= shapes[name]
+        elif name in shapes:
+            spread[name] = shapes[name]
+    return spread
+
+
+def dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
+    """The axes of an input that a program leaves open, as dynamic shapes have them."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes: list[object] = list(value.shape)
+    axes = [axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
+
+
+def _distinct(inputs: Any) -> Any:
+    """Copies a tensor that is given twice, or is a view with gaps.
+
+    torch.export would take the one for the other, and refuse inputs without the gaps.
+    """
+    seen: set[int] = set()
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
+        return leaf.clone()
+
+    return pytree.tree_map(copied, inputs)
+
+
+def _dim(axis: Any) -> Any:
+    return torch.export.Dim.DYNAMIC if isinstance(axis, str) else axis

@@ -1,0 +1,140 @@
+"""What the commands do: whole outputs or none, and refusals by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lora_fx
+from lora_fx import Adapter
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
+from lora_fx.jobs import convert_adapter, export_model, verify_model
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.one(x))
+
+
+def make():
+    torch.manual_seed(0)
+    return Tiny().eval(), (torch.randn(4, 7, 3),), {}, {"x": {0: "batch", 1: "sequence"}}
+"""
+SPEC = "model_of_the_jobs:make"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def source(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's module can be imported."""
+    (home / "model_of_the_jobs.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(home)
+
+
+@pytest.fixture
+def french(home: Path, make_adapter: Callable[..., Adapter]) -> Path:
+    if not (home / "french").exists():
+        lora_fx.save_adapter(make_adapter({"one": (5, 3)}), home / "french")
+    return home / "french"
+
+
+@pytest.fixture
+def swappable(home: Path, french: Path) -> Path:
+    """One export for all tests that only read it."""
+    if not (home / "out").exists():
+        export_model(SPEC, [french], "swappable", home / "out", False, lambda stage: None)
+    return home / "out"
+
+
+def nothing(stage: str) -> None:
+    """Shows no progress."""
+
+
+def test_a_swappable_export_is_a_model_its_report_and_adapters(swappable: Path) -> None:
+    names = {"model.onnx", "report.json", "french.onnx_adapter"}
+    assert {file.name for file in swappable.iterdir()} == names
+    report = json.loads((swappable / "report.json").read_text())
+    assert report["path"] == str(swappable / "model.onnx")
+    assert report["slots"] == ["one"]
+
+
+def test_verify_tells_stages_and_finds_another_adapter(
+    swappable: Path, french: Path, make_adapter: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    stages: list[str] = []
+    report = verify_model(swappable / "model.onnx", SPEC, [french], stages.append)
+    assert stages[:2] == ["load", "trace"]
+    assert report.verified
+    merged = tmp_path / "merged"
+    export_model(SPEC, [french], "merged", merged, False, nothing)
+    lora_fx.save_adapter(make_adapter({"one": (5, 3)}, scale=1.65), tmp_path / "off")
+    with pytest.raises(VerificationError, match=r"model\.onnx"):
+        verify_model(merged / "model.onnx", SPEC, [tmp_path / "off"], nothing)
+
+
+def test_an_adapter_is_written_for_a_model_or_as_peft(
+    swappable: Path, french: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "again.onnx_adapter"
+    adapter = convert_adapter(french, file, swappable / "model.onnx", None, False)
+    assert adapter.name == "french"
+    assert file.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
+    convert_adapter(french, tmp_path / "copy", None, "peft", False)
+    assert lora_fx.load_adapter(tmp_path / "copy").updates.keys() == adapter.updates.keys()
+
+
+def test_what_exists_stays_without_force(swappable: Path, french: Path, tmp_path: Path) -> None:
+    before = {file.name: file.read_bytes() for file in swappable.iterdir()}
+    with pytest.raises(ExportError, match="pass --force to replace"):
+        export_model(SPEC, [french], "swappable", swappable, False, nothing)
+    assert {file.name: file.read_bytes() for file in swappable.iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match="file: is a file: give a directory"):
+        export_model(SPEC, [], "merged", tmp_path / "file", True, nothing)
+
+
+def test_a_failure_leaves_nothing(
+    tmp_path: Path, french: Path, make_adapter: Callable[..., Adapter]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(AdapterError, match="french is given twice"):
+        export_model(SPEC, [french, french], "merged", out, False, nothing)
+    lora_fx.save_adapter(make_adapter({"odd": (5, 3)}), tmp_path / "odd")
+    with pytest.raises(AdapterError, match="odd"):
+        export_model(SPEC, [tmp_path / "odd"], "merged", out, False, nothing)
+    with pytest.raises(LoraFxError, match="nowhere: no such directory or file"):
+        export_model("nowhere", [], "merged", out, False, nothing)
+    assert not out.parent.exists()
+
+
+def test_a_failure_while_writing_leaves_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora_fx.export
+
+    def failing(gm: object, path: Path, **_: object) -> None:
+        path.write_text("half")
+        raise ExportError("no form")
+
+    monkeypatch.setattr(lora_fx.export, "to_onnx", failing)
+    with pytest.raises(ExportError, match="no form"):
+        export_model(SPEC, [], "merged", tmp_path / "out", False, nothing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_not_verified(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"model\.onnx: no such file"):
+        verify_model(tmp_path / "model.onnx", SPEC, [], nothing)
