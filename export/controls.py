@@ -30,11 +30,9 @@ def controls(gm: fx.GraphModule) -> Iterator[Subject]:
 
 
 def without_adapters(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """The base of a graph, folded or not; None if it has no adapter."""
-    unfolded = UnfoldLora()(gm)
-    stripped = StripLora()(unfolded.graph_module)
-    changed = unfolded.modified or stripped.modified
-    return stripped.graph_module if changed else None
+    """The base of a graph, folded or not; None if it has no adapter that was injected."""
+    stripped = StripLora()(UnfoldLora()(gm).graph_module)
+    return stripped.graph_module if stripped.modified else None
 
 
 def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:

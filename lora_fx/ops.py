@@ -81,6 +81,13 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_method" and _is_in_place_name(str(node.target))
 
 
+def written_argument(node: fx.Node) -> Any:
+    """The argument that a call writes into, or None; the first one, but for two functions."""
+    if op_name(node) in ("embedding", "embedding_bag") and node.kwargs.get("max_norm") is not None:
+        return call_argument(node, 1, "weight")  # renormalised in place
+    return call_argument(node, 0, "input") if mutates(node) else None
+
+
 def _is_in_place_name(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.ops import mutates, op_name
+from lora_fx.ops import op_name, written_argument
 
 # Operators whose result is new memory: writing into it leaves the arguments alone, and the
 # other way round. Anything else may be a view.
@@ -19,7 +19,7 @@ def written(graph: fx.Graph) -> set[fx.Node]:
     """Every node whose memory, or memory it may share, is written to by a call of the graph."""
     dirty: set[fx.Node] = set()
     for node in graph.nodes:
-        if mutates(node):
+        if written_argument(node) is not None:
             dirty |= _roots(node)
     if dirty:
         for node in graph.nodes:
@@ -35,7 +35,8 @@ def _roots(call: fx.Node) -> set[fx.Node]:
         node = pending.pop()
         if node is not call and op_name(node) in _FRESH:
             continue
-        fresh = [source for source in node.all_input_nodes[:1] if source not in found]
+        first = written_argument(call) if node is call else (node.all_input_nodes or [None])[0]
+        fresh = [first] if isinstance(first, fx.Node) and first not in found else []
         found.update(fresh)
         pending.extend(fresh)
     return found

@@ -42,9 +42,13 @@ def test_lines_have_the_seconds_of_each_stage(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_stage_that_fails_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyError), stages(lines=True) as progress:
-        progress("trace")
-        raise KeyError
+    def work() -> None:
+        with stages(lines=True) as progress:
+            progress("trace")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
     assert re.fullmatch(r"trace \.\.\. \d+\.\d s\n", capsys.readouterr().err)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from lora_fx.demo import Result, table
 from lora_fx.demo.docstrings import SUBJECTS, Subject, Texts, first_paragraph, load_subject
 from lora_fx.demo.encoder import Batches, eager, load_encoder, load_extra, load_tokenizer, pool
-from lora_fx.demo.forms import Form, Judge, Row
+from lora_fx.demo.forms import Form, Row
+from lora_fx.demo.judge import Judge
 from lora_fx.demo.parallel import side_by_side
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.demo.timing import latencies
@@ -102,7 +103,9 @@ class Toy:
         places = [[2, 3], [0, 1]]  # out of order, as sorting by length does
         rows = [[[int(word) for word in texts[place].split()] for place in p] for p in places]
         ids = [torch.tensor(row) for row in rows]
-        return Batches([{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids], places)
+        return Batches(
+            [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids], places
+        )
 
 
 def toy(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -142,7 +142,7 @@ def test_text_inputs_have_padding_and_two_dynamic_axes() -> None:
     assert inputs["input_ids"].shape == (2, 16)
     assert int(inputs["input_ids"].max()) < 31
     assert inputs["attention_mask"].sum(1).tolist() == [16, 12]
-    assert shapes == dict.fromkeys(inputs, {0: "batch", 1: "sequence"})
+    assert shapes == {name: {0: "batch", 1: "sequence"} for name in inputs}
 
 
 def test_a_decoder_has_its_own_length() -> None:

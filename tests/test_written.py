@@ -30,3 +30,8 @@ def test_all_that_shares_memory_with_what_is_written_is_named() -> None:
 
 def test_a_graph_that_writes_nothing() -> None:
     assert written(trace(nn.Linear(3, 5)).graph) == set()
+
+
+def test_a_table_that_is_renormalised_is_written_to() -> None:
+    gm = trace(nn.Embedding(7, 3, max_norm=1.0))
+    assert {"weight", "embedding"} <= {node.name for node in written(gm.graph)}

@@ -15,7 +15,8 @@ from typing import Any
 from lora_fx.demo.docstrings import SUBJECTS, load_subject
 from lora_fx.demo.encoder import Batch, Tokenizer, eager, load_encoder, load_extra, load_tokenizer
 from lora_fx.demo.exports import export_forms
-from lora_fx.demo.forms import Form, Judge, Measured, Row
+from lora_fx.demo.forms import Form, Measured, Row
+from lora_fx.demo.judge import Judge
 from lora_fx.demo.timing import latencies
 from lora_fx.demo.training import Recipe, Trainer, add_adapter, train
 from lora_fx.errors import LoraFxError

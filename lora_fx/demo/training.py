@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class Trainer:
         epochs: times that each text will be seen.
     """
 
-    model: nn.Module
+    model: Any
     texts: Texts
     recipe: Recipe
     centres: torch.Tensor
@@ -102,7 +103,7 @@ class Trainer:
         self._schedule.step()
 
 
-def add_adapter(encoder: nn.Module, recipe: Recipe) -> nn.Module:
+def add_adapter(encoder: nn.Module, recipe: Recipe) -> Any:
     """A fresh adapter of PEFT on an encoder, which is wrapped in place."""
     import peft
 
@@ -113,8 +114,7 @@ def add_adapter(encoder: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=recipe.targets,
         layers_to_transform=recipe.layers,
     )
-    model: nn.Module = peft.get_peft_model(encoder, config)
-    return model
+    return peft.get_peft_model(encoder, config)
 
 
 def train(trainers: Sequence[Trainer], progress: Callable[[str], None]) -> None:
