@@ -19,7 +19,6 @@ from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.model_source import find_model
 from lora_fx.trace import trace
-from lora_fx.verify_existing import verify_existing
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
@@ -102,7 +101,9 @@ def verify_model(
         raise ExportError(f"{path}: no such file")
     loaded = _load(adapters)
     progress("load")
-    return verify_existing(path, _trace(spec, progress), loaded, progress)
+    from lora_fx.export import verify_onnx
+
+    return verify_onnx(_trace(spec, progress), path, adapters=loaded, progress=progress)
 
 
 def _trace(spec: str, progress: Progress) -> fx.GraphModule:

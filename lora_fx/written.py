@@ -35,8 +35,8 @@ def _roots(call: fx.Node) -> set[fx.Node]:
         node = pending.pop()
         if node is not call and op_name(node) in _FRESH:
             continue
-        first = written_argument(call) if node is call else (node.all_input_nodes or [None])[0]
-        fresh = [first] if isinstance(first, fx.Node) and first not in found else []
+        sources = [written_argument(call)] if node is call else node.all_input_nodes[:1]
+        fresh = [n for n in sources if isinstance(n, fx.Node) and n not in found]
         found.update(fresh)
         pending.extend(fresh)
     return found

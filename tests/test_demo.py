@@ -13,7 +13,7 @@ from lora_fx.demo.encoder import Batches, eager, load_encoder, load_extra, load_
 from lora_fx.demo.forms import Form, Row
 from lora_fx.demo.judge import Judge
 from lora_fx.demo.parallel import side_by_side
-from lora_fx.demo.scoring import Score, centroids, score
+from lora_fx.demo.scoring import Score, centroids, gain, score
 from lora_fx.demo.timing import latencies
 from lora_fx.demo.training import Recipe, Trainer, add_adapter, train
 from lora_fx.errors import LoraFxError, VerificationError
@@ -83,7 +83,7 @@ def test_a_score_counts_nearest_centroids() -> None:
     assert centres.norm(dim=1) == pytest.approx(1)
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6], [0.1, 0.9]])
     found = score(embeddings, [0, 1, 0, 0], centres)
-    assert (found.correct, found.total) == (3, 4)
+    assert (sum(found.right), found.total) == (3, 4)
     assert str(found) == "75.0 ± 21.7"
 
 
@@ -115,11 +115,11 @@ def toy(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_the_judge_scores_a_form_and_refuses_one_that_is_off() -> None:
     texts = Texts(["0 1", "1 0", "2 3", "4 3"], [0, 0, 1, 1])
     judge = Judge.of([Subject("toy", ["a", "b"], texts, texts)], Toy())
-    assert judge.refer(Form("eager", "base", toy, ())).scores["toy"].correct == 4
+    assert sum(judge.refer(Form("eager", "base", toy, ())).scores["toy"].right) == 4
     centres = judge.references["base", "toy"].centres
     assert centres[0] == pytest.approx([0.5**0.5, 0.5**0.5, 0, 0, 0])
     same = judge.measure(Form("same", "base", toy, ()))
-    assert (same.scores["toy"].correct, same.max_error) == (4, 0.0)
+    assert (sum(same.scores["toy"].right), same.max_error) == (4, 0.0)
     near = Form("near", "base", lambda batch: toy(batch) + 1e-6, ())
     assert judge.measure(near).max_error == pytest.approx(1e-6, rel=0.1)
     off = Form("off", "base", lambda batch: toy(batch) * 1.1, ())
@@ -134,7 +134,7 @@ def test_an_adapter_is_scored_on_its_own_subject() -> None:
     judge = Judge.of(subjects, Toy())
     assert list(judge.refer(Form("eager", "base", toy, ())).scores) == ["one", "two"]
     scores = judge.refer(Form("eager + PEFT", "two", toy, ())).scores
-    assert [(name, score.correct) for name, score in scores.items()] == [("two", 2)]
+    assert [(name, sum(score.right)) for name, score in scores.items()] == [("two", 2)]
 
 
 def test_latencies_come_in_the_order_of_forms() -> None:
@@ -149,14 +149,19 @@ def test_latencies_come_in_the_order_of_forms() -> None:
     assert torch.get_num_threads() == before
 
 
+def of_hundred(correct: int) -> Score:
+    """The first so many of a hundred texts are told right."""
+    return Score(tuple(place < correct for place in range(100)))
+
+
 def result() -> Result:
-    base = {"one": Score(60, 100), "two": Score(50, 100)}
-    gained = {"one": Score(80, 100)}
+    base = {"one": of_hundred(60), "two": of_hundred(50)}
+    gained = {"one": of_hundred(80)}
     rows = [
         Row("eager", "base", base, 0.0, (90_000_000,), 2.0),
         Row("eager + PEFT", "one", gained, 0.0, (500_000,), 2.5),
         Row("merged", "one", gained, 3e-6, (91_000_000,), 1.0),
-        Row("eager + PEFT", "two", {"two": Score(51, 100)}, 0.0, (500_000,), 2.5),
+        Row("eager + PEFT", "two", {"two": of_hundred(51)}, 0.0, (500_000,), 2.5),
     ]
     return Result(rows, "out")
 
@@ -164,17 +169,26 @@ def result() -> Result:
 def test_the_table_shows_every_form_and_the_effect() -> None:
     shown = table(result())
     assert "one: 60.0 ± 4.9 % by the base, 80.0 ± 4.0 % by its adapter, on 100 texts: " in shown
-    assert "+20.0 points, 3.2 combined standard errors" in " ".join(shown.split())
+    assert "+20.0 ± 4.0 points, paired: 5.0 standard errors" in " ".join(shown.split())
     for row in result().rows:
         assert row.form in shown
     assert "3.0e-06" in shown
     assert "two: 50.0 ± 5.0 % by the base, 51.0 ± 5.0 % by its adapter" in shown
-    assert "recipes were chosen by their scores on these held-out texts" in shown
+    assert "recipes were chosen on another split" in shown
 
 
 def test_the_result_is_plain_data() -> None:
     plain = result().to_dict()
-    assert plain["rows"][2]["scores"] == {"one": {"correct": 80, "total": 100}}
+    [score] = plain["rows"][2]["scores"].values()
+    assert score == {"accuracy": 0.8, "error": pytest.approx(0.04), "texts": 100}
+
+
+def test_the_gain_is_paired() -> None:
+    base, adapted = Score((True, False, False, True)), Score((True, True, False, True))
+    points, error = gain(base, adapted)
+    assert points == 0.25
+    assert error == pytest.approx(0.25)  # standard deviation 0.5 of four differences
+    assert gain(base, base) == (0.0, 0.0)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 
 from rich.console import Console
 from rich.table import Table
 
 from lora_fx.demo.forms import Row
 from lora_fx.demo.job import Result
+from lora_fx.demo.scoring import gain
 
 _WIDTH = 110
 
@@ -32,13 +32,14 @@ def table(result: Result) -> str:
 
 
 def effect(result: Result, subject: str) -> str:
-    """How far an adapter moves its own subject's score, in combined standard errors of both."""
+    """How far an adapter moves its own subject's score, in paired standard errors."""
     base = result.row("eager", "base").scores[subject]
     adapted = result.row("eager + PEFT", subject).scores[subject]
-    gain, error = adapted.accuracy - base.accuracy, math.hypot(base.error, adapted.error)
+    points, error = gain(base, adapted)
     return (
         f"{subject}: {base} % by the base, {adapted} % by its adapter, on {base.total} texts: "
-        f"{100 * gain:+.1f} points, {gain / error:.1f} combined standard errors"
+        f"{100 * points:+.1f} ± {100 * error:.1f} points, paired: "
+        f"{points / error:.1f} standard errors"
     )
 
 
@@ -53,7 +54,6 @@ def _notes(result: Result) -> list[str]:
     return [
         "accuracy ± binomial standard error; max error of hidden states against eager; latency on "
         "one thread, over merged",
-        "the training recipes were chosen by their scores on these held-out texts, so the gain of "
-        "the adapters is a little flattered",
+        "the training recipes were chosen on another split of the same modules' docstrings",
         f"adapters, models and result.json are in {result.out}/",
     ]

@@ -10,20 +10,23 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class Score:
-    """Correct answers out of a number of trials.
+    """Which of a list of texts were told right.
 
     Attributes:
-        correct: answers that were right.
-        total: all answers.
+        right: one a text, in the order of the texts.
     """
 
-    correct: int
-    total: int
+    right: tuple[bool, ...]
+
+    @property
+    def total(self) -> int:
+        """How many texts."""
+        return len(self.right)
 
     @property
     def accuracy(self) -> float:
         """The share of right answers."""
-        return self.correct / self.total
+        return sum(self.right) / self.total
 
     @property
     def error(self) -> float:
@@ -33,6 +36,17 @@ class Score:
     def __str__(self) -> str:
         """Accuracy and standard error in percent."""
         return f"{100 * self.accuracy:.1f} ± {100 * self.error:.1f}"
+
+
+def gain(base: Score, other: Score) -> tuple[float, float]:
+    """How much better one score is than another on the same texts, and its standard error.
+
+    The error is that of the mean of the paired differences: texts that both tell alike cannot
+    move it (McNemar, Psychometrika 12, 1947).
+    """
+    pairs = zip(base.right, other.right, strict=True)
+    steps = torch.tensor([float(b) - float(a) for a, b in pairs], dtype=torch.float64)
+    return steps.mean().item(), (steps.std() / len(steps) ** 0.5).item()
 
 
 def centroids(embeddings: torch.Tensor, labels: list[int]) -> torch.Tensor:
@@ -53,4 +67,4 @@ def centroids(embeddings: torch.Tensor, labels: list[int]) -> torch.Tensor:
 def score(embeddings: torch.Tensor, labels: list[int], centres: torch.Tensor) -> Score:
     """Counts the texts whose nearest centroid, by cosine, is that of their label."""
     nearest = (embeddings @ centres.T).argmax(dim=1)
-    return Score(int((nearest == torch.tensor(labels)).sum()), len(labels))
+    return Score(tuple((nearest == torch.tensor(labels)).tolist()))
