@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lora_fx import Adapter, Update, fold, inject, trace, unfold
 
@@ -43,50 +43,48 @@ def adapter_for(layers: int) -> Adapter:
     return Adapter("bench", updates)
 
 
-def seconds(step: Callable[[], fx.GraphModule], repeats: int = 5) -> tuple[float, fx.GraphModule]:
-    """The median processor time of a step, and its last result.
-
-    Without garbage collection, as timeit does: its cost is that of everything else in the process.
-    """
-    times = []
-    gc.disable()
-    for _ in range(repeats):
-        start = time.process_time()
-        result = step()
-        times.append(time.process_time() - start)
-    gc.enable()
-    return statistics.median(times), result
-
-
-def measure(layers: int) -> dict[str, float]:
-    """Times each pass on a graph of ten nodes a layer."""
+def steps(layers: int) -> dict[str, Callable[[], object]]:
+    """What is timed, on a graph of ten nodes a layer; torch's own recompile is the yardstick."""
     gm = trace(Deep(layers))
     adapter = adapter_for(layers)
-    inject_time, injected = seconds(lambda: inject(gm, adapter))
-    fold_time, folded = seconds(lambda: fold(injected))
-    unfold_time, _ = seconds(lambda: unfold(folded))
-    recompile_time, _ = seconds(lambda: recompiled(gm))
+    injected = inject(gm, adapter)
+    folded = fold(injected)
     return {
-        "nodes": float(len(gm.graph.nodes)),
-        "inject": inject_time,
-        "fold": fold_time,
-        "unfold": unfold_time,
-        "torch's recompile": recompile_time,
+        "inject": lambda: inject(gm, adapter),
+        "fold": lambda: fold(injected),
+        "unfold": lambda: unfold(folded),
+        "torch's recompile": gm.recompile,
     }
 
 
-def recompiled(gm: fx.GraphModule) -> fx.GraphModule:
-    """What torch alone needs to make code of a graph: the yardstick of the machine."""
-    gm.recompile()
-    return gm
+def seconds(step: Callable[[], object]) -> float:
+    """Processor time of one call.
+
+    Without garbage collection, as timeit does: its cost is that of everything else in the process.
+    """
+    gc.collect()
+    gc.disable()
+    start = time.process_time()
+    step()
+    taken = time.process_time() - start
+    gc.enable()
+    return taken
 
 
-def run() -> dict[str, dict[str, float]]:
-    """Measures at 1,000 and 2,000 layers.
+def run(repeats: int = 7) -> dict[str, dict[str, float]]:
+    """Measures both sizes in turn, so that a slow moment of the machine meets both.
 
     Returns:
-        Seconds by pass at each size, and the ratio of the two.
+        Median seconds by pass at each size, and the median of the ratios of neighbours.
     """
-    one, two = measure(1000), measure(2000)
-    ratios = {name: two[name] / one[name] for name in one}
-    return {"1000 layers": one, "2000 layers": two, "ratio": ratios}
+    small, large = steps(1000), steps(2000)
+    pairs = {name: [(seconds(small[name]), seconds(large[name]))] for name in small}
+    for _ in range(repeats - 1):
+        for name, measured in pairs.items():
+            measured.append((seconds(small[name]), seconds(large[name])))
+    median = statistics.median
+    return {
+        "1,000 of 10,000 nodes": {n: median(one for one, _ in p) for n, p in pairs.items()},
+        "2,000 of 20,000 nodes": {n: median(two for _, two in p) for n, p in pairs.items()},
+        "ratio": {n: median(two / one for one, two in p) for n, p in pairs.items()},
+    }

@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {"passes": passes.run()}
     console = Console()
-    console.print(table("passes: processor seconds, medians of 5", results["passes"]))
+    console.print(table("passes: processor seconds, medians of 7 pairs", results["passes"]))
     OUT.mkdir(exist_ok=True)
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     text = json.dumps({"machine": machine, "results": results}, indent=2)
