@@ -90,7 +90,8 @@ class Editor:
     ) -> fx.Node:
         """Calls an operator just before a node, under the module path of ``like``."""
         with self._graph.inserting_before(before):
-            node = self._graph.call_function(target, arguments)
+            node = self._graph.create_node("call_function", target)
+        node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:

@@ -88,7 +88,8 @@ def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
             "load this one with another name="
         )
     wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
-    used = [n for n in wanted if hasattr(nn.Module(), name) or not is_free(gm, n)]
+    # A parameter cannot be called what every module has already: train, half, ...
+    used = wanted if hasattr(nn.Module(), name) else [n for n in wanted if not is_free(gm, n)]
     if used:
         raise AdapterError(
             f"adapter {name}: its tensors would be called {shorten(used)}, names that the model or "

@@ -19,8 +19,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         # Arguments are set afterwards: create_node walks them as a pytree, which doubles its time.
         twin = copy.create_node(node.op, node.target, name=node.name, type_expr=node.type)
         twin.args = fx.node.map_arg(node.args, nodes.__getitem__)
-        twin.kwargs = fx.node.map_arg(node.kwargs, nodes.__getitem__)
-        twin.meta = node.meta.copy()
+        if node.kwargs:
+            twin.kwargs = fx.node.map_arg(node.kwargs, nodes.__getitem__)
+        twin.meta.update(node.meta)
         nodes[node] = twin
     copy._codegen = graph._codegen
     return copy

@@ -84,14 +84,14 @@ def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> Non
 
 def _constant(value: torch.Tensor, site: Site, name: str) -> nn.Parameter:
     cast = value.to(site.dtype).contiguous()
+    if cast.isfinite().all():
+        return nn.Parameter(cast, requires_grad=False)
     if not value.isfinite().all():
         raise AdapterError(f"{name}: the adapter holds NaN or infinity; save it again")
-    if not cast.isfinite().all():
-        raise AdapterError(
-            f"{name}: values overflow {site.dtype}, the dtype of the layer; "
-            "load the model in a wider dtype"
-        )
-    return nn.Parameter(cast, requires_grad=False)
+    raise AdapterError(
+        f"{name}: values overflow {site.dtype}, the dtype of the layer; "
+        "load the model in a wider dtype"
+    )
 
 
 def _beside(
