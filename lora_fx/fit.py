@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, Update
-from lora_fx.branches import branches, parameter_names
+from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graphs import attribute, is_free
@@ -80,8 +80,7 @@ def _targets(rule: TargetRule, path: str, site: Site, head: str | None) -> bool:
 
 
 def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
-    held = {(branch.path, branch.name) for branch in branches(gm)}
-    taken = [site.path for site in layers if (site.path, name) in held]
+    taken = [site.path for site in layers if name in {b.name for b in branches_of(site)}]
     if taken:
         raise AdapterError(
             f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
