@@ -51,6 +51,7 @@ def steps(layers: int) -> dict[str, Callable[[], object]]:
     folded = fold(injected)
     return {
         "inject": lambda: inject(gm, adapter),
+        "inject and compile": lambda: inject(gm, adapter).code,
         "fold": lambda: fold(injected),
         "unfold": lambda: unfold(folded),
         "torch's recompile": gm.recompile,

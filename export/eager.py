@@ -28,7 +28,6 @@ def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
             _switch_off(node)
     copy = assemble(gm, graph, training=False)
     copy.meta = dict(gm.meta)
-    copy.graph = graph  # compiles
     return copy.eval()
 
 

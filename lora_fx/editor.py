@@ -144,11 +144,10 @@ class Editor:
         return self._made(copy)
 
     def finish(self) -> fx.GraphModule:
-        """Sweeps, grants the names that came free, lints and compiles: each once."""
+        """Sweeps, grants the names that came free and lints: each once."""
         self._sweep()
         self._rename()
         self._graph.lint()
-        self.gm.graph = self._graph
         return self.gm
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.lazy_compile import compile_when_read
 from lora_fx.ops import GUARDS
 from lora_fx.shells import shell
 
@@ -33,9 +34,7 @@ def without_guards(gm: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if node.target == GUARDS:
             graph.erase_node(node)
-    copy = assemble(gm, graph, gm.training)
-    copy.graph = graph
-    return copy
+    return assemble(gm, graph, gm.training)
 
 
 def targets(graph: fx.Graph) -> dict[str, str]:
@@ -44,7 +43,7 @@ def targets(graph: fx.Graph) -> dict[str, str]:
 
 
 def assemble(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
-    """A GraphModule, not compiled yet, that holds just what the graph reads from ``root``.
+    """A GraphModule that holds just what the graph reads from ``root``; it compiles when read.
 
     Tensors are the same objects; called modules become shells, so that training mode can be set
     on the result alone.
@@ -54,9 +53,7 @@ def assemble(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule
     for target, op in targets(graph).items():
         value = attribute(root, target)
         assign(gm, target, shell(value) if op == "call_module" else value)
-    # Not `gm.graph = graph`: that compiles, and whoever edits the graph compiles once at the end.
-    gm._graph = graph
-    graph.owning_module = gm
+    compile_when_read(gm, graph)
     return gm
 
 

@@ -37,7 +37,8 @@ class PassResult(torch_passes.PassResult):
 class Pass:
     """A rewrite of a graph. Subclasses are frozen dataclasses that define `rewrite`.
 
-    Calling it copies the graph, shares the tensors, rewrites, sweeps, lints and compiles once.
+    Calling it copies the graph, shares the tensors, rewrites, sweeps and lints once; the result
+    compiles when it is first called.
     The graph that went in, and every tensor of it, stay as they are.
     """
 

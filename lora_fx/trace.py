@@ -95,7 +95,6 @@ def example_of(gm: fx.GraphModule) -> Example | None:
 def _finish(root: nn.Module, graph: fx.Graph, example: Example, training: bool) -> fx.GraphModule:
     normalise(graph)
     gm = assemble(root, graph, training)
-    gm.graph = graph
     gm.meta[_META] = example
     return gm
 
