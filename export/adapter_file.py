@@ -103,14 +103,13 @@ def _factors(
     if update is None:
         empty = torch.zeros(slot.in_features, 0), torch.zeros(0, slot.out_features)
         return empty[0].to(dtype), empty[1].to(dtype)
-    wide = torch.promote_types(update.up.dtype, torch.float32)
-    down, up = update.down.T.to(dtype), (update.scale * update.up.to(wide)).T.to(dtype)
+    down, up, _ = update.factors(dtype)
     if not (math.isfinite(update.scale) and down.isfinite().all() and up.isfinite().all()):
         raise AdapterError(
             f"adapter {adapter.name!r}: {slot.path}: values that are not finite, or that overflow "
             f"{slot.dtype} with the scale {update.scale:g}"
         )
-    return down.contiguous(), up.contiguous()
+    return down.T.contiguous(), up.T.contiguous()
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -71,10 +72,28 @@ class Update:
         wide = torch.promote_types(dtype, torch.float32)
         return self.scale * (self.up.to(wide) @ self.down.to(wide))
 
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The factored form: what computes this update in a dtype without a scale of its own.
+
+        The scale is folded in float32 or wider, so that each value is rounded to the dtype once.
+
+        Returns:
+            down (r, in); up (out, r) and bias (out,), or None, with the scale folded in.
+        """
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        up = (self.up.to(wide) * self.scale).to(dtype)
+        bias = None if self.bias is None else (self.bias.to(wide) * self.scale).to(dtype)
+        return self.down.to(dtype), up, bias
+
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
         product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
         return product or (self.bias is not None and self.scale != 0 and bool(self.bias.any()))
+
+    def is_finite(self) -> bool:
+        """Whether the scale and every value are finite numbers."""
+        tensors = [self.down, self.up] + ([] if self.bias is None else [self.bias])
+        return math.isfinite(self.scale) and all(bool(t.isfinite().all()) for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import PassError
 from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
 from lora_fx.origin import FOLDED, Origin
@@ -61,7 +62,7 @@ class Editor:
         self._stale: list[fx.Node] = []
         self._wishes: dict[str, str] = {}
         self._again: dict[str, str] = {}
-        self._constants: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+        self._constants: dict[str, list[tuple[str, torch.Tensor | Deferred]]] = defaultdict(list)
 
     def record(self, action: str, path: str, text: str = "") -> None:
         """Notes an edit for the caller."""
@@ -72,13 +73,13 @@ class Editor:
         value: torch.Tensor = attribute(self.gm, str(node.target))
         return value
 
-    def constant(self, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
+    def constant(self, name: str, value: torch.Tensor | Deferred, before: fx.Node) -> fx.Node:
         """Fetches a new tensor just before a node.
 
         It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
         tensor of one name, such as that of a layer that is called twice, is kept once.
         """
-        target = next((t for t, v in self._constants[name] if torch.equal(v, value)), None)
+        target = next((t for t, v in self._constants[name] if _equal(v, value)), None)
         if target is None:
             target = self._store(name, value)
             self._constants[name].append((target, value))
@@ -93,6 +94,12 @@ class Editor:
             node = self._graph.create_node("call_function", target)
         node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
+
+    def again(self, call: fx.Node, old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
+        """Makes a call again, with one of its inputs exchanged, just before a node."""
+        with self._graph.inserting_before(before):
+            node = self._graph.node_copy(call, lambda n: new if n is old else n)
+        return self._made(node)
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
         """Calls a new module, whose training mode stays live, just before a node."""
@@ -139,7 +146,7 @@ class Editor:
         with self._graph.inserting_after(after):
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
-            value = attribute(source, str(node.target))
+            value = raw(source, str(node.target))
             copy.target = self._store_again(str(node.target), value)
         return self._made(copy)
 
@@ -190,7 +197,7 @@ class Editor:
 
     def _store_again(self, name: str, value: Any) -> str:
         """Keeps a value that several nodes of another graph fetch under one name: once."""
-        if not is_free(self.gm, name) and attribute(self.gm, name) is value:
+        if not is_free(self.gm, name) and raw(self.gm, name) is value:
             return name
         if name not in self._again:
             kept = shell(value) if isinstance(value, nn.Module) else value
@@ -201,9 +208,15 @@ class Editor:
         granted = {}
         for old, new in self._wishes.items():
             if is_free(self.gm, new):
-                assign(self.gm, new, attribute(self.gm, old))
+                assign(self.gm, new, raw(self.gm, old))
                 remove(self.gm, old)
                 granted[old] = new
         for node in self._graph.nodes if granted else ():
             if node.op in ("get_attr", "call_module") and str(node.target) in granted:
                 node.target = granted[str(node.target)]
+
+
+def _equal(one: torch.Tensor | Deferred, other: torch.Tensor | Deferred) -> bool:
+    if isinstance(one, Deferred) or isinstance(other, Deferred):
+        return isinstance(one, Deferred) and one.equals(other)
+    return torch.equal(one, other)

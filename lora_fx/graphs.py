@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.deferred import Deferred, promise, raw
 from lora_fx.lazy_compile import compile_when_read
 from lora_fx.ops import GUARDS
 from lora_fx.shells import shell
@@ -51,7 +52,7 @@ def assemble(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule
     gm = fx.GraphModule({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
-        value = attribute(root, target)
+        value = raw(root, target)
         assign(gm, target, shell(value) if op == "call_module" else value)
     compile_when_read(gm, graph)
     return gm
@@ -66,7 +67,10 @@ def attribute(root: nn.Module, target: str) -> Any:
 
 
 def assign(gm: fx.GraphModule, target: str, value: Any) -> None:
-    """Sets a dotted name: modules and parameters as they are, other tensors as buffers."""
+    """Sets a dotted name: modules and parameters as they are, other tensors as buffers.
+
+    A `Deferred` is a parameter that is computed when it is read.
+    """
     *path, name = target.split(".")
     holder: nn.Module = gm
     for step in path:
@@ -75,7 +79,9 @@ def assign(gm: fx.GraphModule, target: str, value: Any) -> None:
             container.training = gm.training
             holder.add_module(step, container)
         holder = getattr(holder, step)
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+    if isinstance(value, Deferred):
+        promise(holder, name, value)
+    elif isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
         holder.register_buffer(name, value)
     else:
         setattr(holder, name, value)
@@ -92,6 +98,8 @@ def is_free(gm: fx.GraphModule, target: str) -> bool:
     holder: Any = gm
     for name in target.split("."):
         if not isinstance(holder, nn.Module):
+            return False
+        if name in holder._parameters:
             return False
         if not hasattr(holder, name):
             return True

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx.functional import functionalise
 from lora_fx.ops import aten, call_argument
 
 Arguments = tuple[Any, ...]
@@ -67,14 +68,15 @@ def normalise(graph: fx.Graph) -> None:
     """Rewrites a freshly traced graph, in place, to the normal form.
 
     Layer functions become their aten operators, torch.export's notes on dtypes go (its guards,
-    which refuse other inputs than the graph is good for, stay), and every tensor is fetched right
-    where it is first read.
+    which refuse other inputs than the graph is good for, stay), writes into new memory become
+    values, and every tensor is fetched right where it is first read.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _LAYERS:
             _to_aten(node)
         elif node.target in _NOTES:
             graph.erase_node(node)
+    functionalise(graph)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         _fetch_late(node, order)

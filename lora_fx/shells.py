@@ -18,7 +18,7 @@ def shell(module: nn.Module) -> nn.Module:
     clone: nn.Module = module.__new__(type(module))
     clone.__dict__ = dict(module.__dict__)
     for store in ("_parameters", "_buffers"):
-        clone.__dict__[store] = dict(module.__dict__[store])
+        clone.__dict__[store] = module.__dict__[store].copy()
     clone.__dict__["_modules"] = {
         name: child if child is None else shell(child) for name, child in module._modules.items()
     }

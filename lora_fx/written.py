@@ -8,10 +8,11 @@ from lora_fx.ops import op_name, written_argument
 
 # Operators whose result is new memory: writing into it leaves the arguments alone, and the
 # other way round. Anything else may be a view.
-_FRESH = {
+FRESH = {
     *("linear", "addmm", "matmul", "mm", "bmm", "embedding", "conv1d", "conv2d", "conv3d"),
     *("add", "sub", "mul", "div", "truediv", "neg", "clone", "layer_norm", "softmax", "gelu"),
-    *("new_zeros", "zeros", "zeros_like", "relu", "tanh", "sigmoid", "silu", "cat"),
+    *("new_zeros", "zeros", "zeros_like", "relu", "tanh", "sigmoid", "silu", "cat", "index_put"),
+    *("ones", "eye", "full", "repeat", "lift_fresh_copy", "slice_scatter", "select_scatter"),
 }
 
 
@@ -23,7 +24,7 @@ def written(graph: fx.Graph) -> set[fx.Node]:
             dirty |= _roots(node)
     if dirty:
         for node in graph.nodes:
-            if op_name(node) not in _FRESH and any(n in dirty for n in node.all_input_nodes):
+            if op_name(node) not in FRESH and any(n in dirty for n in node.all_input_nodes):
                 dirty.add(node)
     return dirty
 
@@ -33,7 +34,7 @@ def _roots(call: fx.Node) -> set[fx.Node]:
     pending = [call]
     while pending:
         node = pending.pop()
-        if node is not call and op_name(node) in _FRESH:
+        if node is not call and op_name(node) in FRESH:
             continue
         sources = [written_argument(call)] if node is call else node.all_input_nodes[:1]
         fresh = [n for n in sources if isinstance(n, fx.Node) and n not in found]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from lora_fx.affine.algebra import transposed
+from lora_fx.affine.analysis import Analysis
+from lora_fx.affine.evaluate import dense
+from lora_fx.affine.matrices import Leaf, Matrix, Sum
+from lora_fx.affine.regions import Region, maximal_regions
+from lora_fx.affine.transfer import analyse
+from lora_fx.affine.ways import Way, input_of_move, weight_of
+from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
 from lora_fx.errors import PassError
-from lora_fx.maps import Analysis
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
-from lora_fx.regions import Region, maximal_regions
-from lora_fx.transfer import analyse
-from lora_fx.weights import Matrix
 
 
 @dataclass(frozen=True)
@@ -22,18 +27,25 @@ class FoldLora(Pass):
     """``add(linear(x, W, b), matmul(matmul(x, A), B))  ->  linear(x, W + (A @ B).T, b)``.
 
     Any region that is provably affine in one source and holds a layer of its own shape becomes
-    that layer with a new constant, however it was spelled. Weights are composed in float32 or
-    wider and rounded once; a shared weight is left to its other readers.
+    that layer with a new constant, however it was spelled: linear layers, lookups, convolutions.
+    Weights are composed in float32 or wider and rounded once, when they are first read; what is
+    made of parameters that are being trained is computed at once. A shared weight is left to its
+    other readers.
 
     Refuses a folded weight that is not finite. Leaves alone, and says why, a region whose layer
-    is also read from outside.
+    is also read from outside. Layers that follow each other stay layers.
+
+    Attributes:
+        chains: folds layers that follow each other with no parallel path too.
     """
+
+    chains: bool = False
 
     @torch.no_grad()
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
         analysis = analyse(editor.gm)
-        for region in maximal_regions(editor.gm, analysis):
+        for region in maximal_regions(analysis, self.chains):
             if region.blocked:
                 editor.record("skip", module_path(region.layer), region.blocked)
             else:
@@ -41,34 +53,91 @@ class FoldLora(Pass):
 
 
 def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
-    value, layer, end = region.value, region.layer, region.value.node
-    path = module_path(layer)
-    weight_node = layer.args[2 if layer.target is aten.addmm.default else 1]
-    names = _names(path, weight_node)
-    dtype = analysis.constants.dtype(weight_node)  # type: ignore[arg-type]  # a constant's node
-    # The layer's own input keeps what passes it on, such as a dropout in eval; addmm takes two
-    # axes and a bias, so elsewhere a linear stands for it.
-    is_first = region.starts_with_layer(analysis)
-    transposed = layer.target is aten.addmm.default and is_first and value.bias is not None
-    x = layer.args[1 if layer.target is aten.addmm.default else 0] if is_first else region.source
-    weight = _rounded(value.weight, dtype, names[0], transposed)
-    arguments = [x, editor.constant(names[0], weight, before=end)]
-    if value.bias is not None:
-        bias = _rounded(value.bias, dtype, names[1]).reshape(-1)
-        bias = nn.Parameter(bias, requires_grad=False)
-        arguments.append(editor.constant(names[1], bias, before=end))
-    target = aten.addmm.default if transposed else aten.linear.default
-    if transposed:
-        arguments = [arguments[2], arguments[0], arguments[1]]
-    folded = editor.call(target, tuple(arguments), before=end, like=layer)
-    editor.remember(folded, end)
-    editor.replace(end, folded)
-    editor.record("fold", path, f"{len(region.nodes)} calls into one layer")
+    layer, end = region.layer, region.value.node
+    weight, bias = region.value.since(region.source)
+    if layer.target is aten.embedding.default and bias is not None:
+        weight, bias = Sum(weight, _spread(bias, weight.shape)), None
+    make = _Maker(editor, analysis, region)
+    start = region.before.start
+    assert start is not None
+    x = _along(editor, region.before, start, end)
+    folded = make.layer(x, weight, bias)
+    last = _along(editor, region.behind, folded, end)
+    editor.remember(last, end)
+    editor.replace(end, last)
+    editor.record("fold", module_path(layer), f"{len(region.nodes)} calls into one layer")
 
 
-def _names(path: str, weight: object) -> tuple[str, str]:
+def _along(editor: Editor, way: Way, start: fx.Node, before: fx.Node) -> fx.Node:
+    """Says the moves of a way again, from another start."""
+    here = start
+    for move in way.moves:
+        here = editor.again(move, input_of_move(move), here, before)
+    return here
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the layer that stands for a region: operator, names, dtype are the base layer's."""
+
+    editor: Editor
+    analysis: Analysis
+    region: Region
+
+    def layer(self, x: fx.Node, weight: Matrix, bias: Matrix | None) -> fx.Node:
+        """Calls the layer's operator on new constants.
+
+        `addmm` takes two axes and a bias: without a bias a linear stands for it.
+        """
+        layer = self.region.layer
+        target: Any = layer.target
+        if target is aten.addmm.default and bias is None:
+            target = aten.linear.default
+        if target in (aten.addmm.default, aten.embedding.default):
+            weight = transposed(weight)
+        names = _names(module_path(layer), weight_of(layer))
+        shape = self._shape(target, weight)
+        at = self._constant(names[0], weight, shape)
+        shift = None if bias is None else self._constant(names[1], bias, (bias.shape[0],))
+        return self._call(target, x, at, shift)
+
+    def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        layer, end = self.region.layer, self.region.value.node
+        if target is aten.addmm.default:
+            arguments: tuple[Any, ...] = (bias, x, weight)
+        elif target is aten.embedding.default:
+            arguments = (weight, x, *layer.args[2:])
+        else:
+            rest = layer.args[3:]
+            arguments = (x, weight, bias, *rest) if bias is not None or rest else (x, weight)
+        return self.editor.call(target, arguments, before=end, like=layer)
+
+    def _shape(self, target: Any, weight: Matrix) -> tuple[int, ...]:
+        shape = self.analysis.constants.shape(weight_of(self.region.layer))
+        is_conv = shape is not None and len(shape) > 2
+        return (weight.shape[0], *shape[1:]) if is_conv and shape else weight.shape
+
+    def _constant(self, name: str, matrix: Matrix, shape: tuple[int, ...]) -> fx.Node:
+        dtype = self.analysis.constants.dtype(weight_of(self.region.layer))
+        key = (matrix, shape, dtype)
+        value = Deferred(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
+        if self.analysis.constants.is_trained(self.region.nodes, but=self.region.layer):
+            value.keep()
+        return self.editor.constant(name, value, before=self.region.value.node)
+
+
+def _spread(bias: Matrix, shape: tuple[int, int]) -> Matrix:
+    """A bias as a matrix: the same for every row of a table."""
+
+    def fetch() -> torch.Tensor:
+        return dense(bias, torch.float64).expand(shape)
+
+    return Leaf(shape, ("spread", bias), fetch)
+
+
+def _names(path: str, weight: fx.Node) -> tuple[str, str]:
     """The layer's own names, even where a tied weight bears another's."""
-    own = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    own = str(weight.target) if weight.op == "get_attr" else ""
     if path and not own.startswith(f"{path}."):
         return f"{path}.weight", f"{path}.bias"
     holder, _, name = (own or "weight").rpartition(".")
@@ -76,14 +145,13 @@ def _names(path: str, weight: object) -> tuple[str, str]:
     return f"{prefix}{name}", f"{prefix}{name.replace('weight', 'bias')}"
 
 
-def _rounded(
-    matrix: Matrix, dtype: torch.dtype, name: str, transposed: bool = False
-) -> nn.Parameter:
-    wide = matrix.dense(torch.promote_types(dtype, torch.float32))
-    rounded = (wide.T if transposed else wide).to(dtype).contiguous()
+def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        wide = dense(matrix, torch.promote_types(dtype, torch.float32))
+        rounded = wide.to(dtype).reshape(shape).contiguous()
     if not rounded.isfinite().all():
         raise PassError(
             f"{name}: the folded value is not finite in {dtype} (largest magnitude "
             f"{wide.abs().max().item():g}); fold the model in a wider dtype"
         )
-    return nn.Parameter(rounded, requires_grad=False)
+    return rounded

@@ -69,27 +69,23 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
 def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> None:
     first = calls[0]
     names = parameter_names(first.path, name, first.bare)
-    wide = torch.promote_types(update.up.dtype, torch.float32)
-    values = [update.down.T, update.up.to(wide).T * update.scale]
-    if update.bias is not None:
-        values.append(update.bias.to(wide) * update.scale)
     nodes = [
-        editor.constant(n, _constant(v, first, n), before=first.node)
-        for n, v in zip(names, values, strict=False)
+        editor.constant(n, _constant(n, value, update), before=first.node)
+        for n, value in zip(names, update.factors(first.dtype), strict=True)
+        if value is not None
     ]
     for site in calls:
         _beside(editor, site, site.input, nodes)
     editor.record("inject", first.path, f"{update.kind} rank {update.rank}, adapter {name}")
 
 
-def _constant(value: torch.Tensor, site: Site, name: str) -> nn.Parameter:
-    cast = value.to(site.dtype).contiguous()
-    if cast.isfinite().all():
-        return nn.Parameter(cast, requires_grad=False)
-    if not value.isfinite().all():
+def _constant(name: str, value: torch.Tensor, update: Update) -> nn.Parameter:
+    if value.isfinite().all():
+        return nn.Parameter(value.t().contiguous(), requires_grad=False)
+    if not update.is_finite():
         raise AdapterError(f"{name}: the adapter holds NaN or infinity; save it again")
     raise AdapterError(
-        f"{name}: values overflow {site.dtype}, the dtype of the layer; "
+        f"{name}: values overflow {value.dtype}, the dtype of the layer; "
         "load the model in a wider dtype"
     )
 

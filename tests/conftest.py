@@ -151,7 +151,40 @@ def check_pass() -> Callable[..., Checked]:
     return check
 
 
-# Real architectures with random weights: (model, inputs, inputs of another shape, axes, targets).
+# Real architectures with random weights.
+
+_SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+}
+_TEXT = {"vocab_size": 97, "max_position_embeddings": 32}
+_WRITER = {"use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+_GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_SIZES: dict[str, dict[str, Any]] = {
+    "bert": _SMALL | _TEXT,
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_inner": 40, "n_positions": 32}
+    | {"vocab_size": 97, **_WRITER},
+    "llama": _SMALL | _GROUPED | _TEXT | _WRITER,
+    "qwen2": _SMALL | _GROUPED | _TEXT | _WRITER,
+    "t5": {"d_model": 24, "d_kv": 6, "num_heads": 4, "num_layers": 2, "d_ff": 40}
+    | {"vocab_size": 97, "use_cache": False, "decoder_start_token_id": 0},
+    "vit": _SMALL | {"image_size": 16, "patch_size": 4},
+}
+
+
+def tiny_model(architecture: str, **changes: Any) -> Any:
+    """A model of transformers, by the name of its class, with random weights and small sizes."""
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    return cls(cls.config_class(**{**_SIZES[cls.config_class.model_type], **changes}))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    return tiny_model
 
 
 @dataclass(frozen=True)
@@ -183,97 +216,34 @@ def _text_case(model: nn.Module, targets: list[str], head: str, decoder: bool = 
 
 
 def _bert() -> Case:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        vocab_size=97,
-        max_position_embeddings=32,
-    )
-    return _text_case(BertModel(config), ["query", "value", "dense"], "pooler")
+    return _text_case(tiny_model("BertModel"), ["query", "value", "dense"], "pooler")
 
 
 def _llama() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**_decoder(), attention_bias=True)
-    return _text_case(LlamaForCausalLM(config), ["q_proj", "k_proj", "down_proj"], "lm_head")
+    model = tiny_model("LlamaForCausalLM", attention_bias=True)
+    return _text_case(model, ["q_proj", "k_proj", "down_proj"], "lm_head")
 
 
 def _qwen2() -> Case:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(**_decoder(), tie_word_embeddings=True)
-    return _text_case(Qwen2ForCausalLM(config), ["q_proj", "v_proj", "up_proj"], "norm")
-
-
-def _decoder() -> dict[str, Any]:
-    return {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 40,
-        "vocab_size": 97,
-        "max_position_embeddings": 32,
-        "use_cache": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    model = tiny_model("Qwen2ForCausalLM", tie_word_embeddings=True)
+    return _text_case(model, ["q_proj", "v_proj", "up_proj"], "norm")
 
 
 def _gpt2() -> Case:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_embd=24,
-        n_layer=2,
-        n_head=2,
-        n_inner=40,
-        vocab_size=97,
-        n_positions=32,
-        use_cache=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return _text_case(GPT2LMHeadModel(config), ["c_attn", "c_fc", "mlp.c_proj"], "ln_f")
+    return _text_case(tiny_model("GPT2LMHeadModel"), ["c_attn", "c_fc", "mlp.c_proj"], "ln_f")
 
 
 def _t5() -> Case:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        d_model=24,
-        d_kv=6,
-        num_heads=4,
-        num_layers=2,
-        d_ff=40,
-        vocab_size=97,
-        use_cache=False,
-        decoder_start_token_id=0,
-    )
-    return _text_case(T5ForConditionalGeneration(config), ["q", "v", "wo"], "lm_head", decoder=True)
+    model = tiny_model("T5ForConditionalGeneration")
+    return _text_case(model, ["q", "v", "wo"], "lm_head", decoder=True)
 
 
 def _vit() -> Case:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        image_size=16,
-        patch_size=4,
-    )
     make = torch.Generator().manual_seed(5)
     one, other = (torch.randn(n, 3, 16, 16, generator=make) for n in (2, 3))
     targets = ["q_proj", "v_proj", "fc1", "fc2"]
-    inputs, others = {"pixel_values": one}, {"pixel_values": other}
-    return Case(ViTModel(config), inputs, others, {"pixel_values": {0: "batch"}}, targets, "pooler")
+    inputs, others, axes = {"pixel_values": one}, {"pixel_values": other}, {0: "batch"}
+    return Case(tiny_model("ViTModel"), inputs, others, {"pixel_values": axes}, targets, "pooler")
 
 
 def _mlp() -> Case:

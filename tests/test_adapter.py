@@ -40,6 +40,49 @@ def test_factors_of_two_dtypes_multiply() -> None:
     assert mixed.delta().dtype == torch.float64
 
 
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_factors_make_the_delta_and_are_rounded_once(
+    dtype: torch.dtype, target: torch.dtype
+) -> None:
+    u = update(dtype=dtype, scale=1.7, bias=torch.randn(5).to(dtype))
+    down, up, bias = u.factors(target)
+    assert u.bias is not None
+    assert bias is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(down, u.down.to(target))
+    assert torch.equal(up, (1.7 * u.up.to(wide)).to(target))
+    assert torch.equal(bias, (1.7 * u.bias.to(wide)).to(target))
+    product = up.double() @ down.double()
+    rounding = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    assert relative_error(product, u.delta()) <= rounding.get(target, 1e-6)
+    assert relative_error(0.9 * product, u.delta()) > 5e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_scale_applied_in_half_precision_would_show(dtype: torch.dtype) -> None:
+    u = update(rank=64, dtype=dtype, scale=1.7)
+    _, up, bias = u.factors(torch.float32)
+    expected = 1.7 * u.up.double()
+    assert bias is None
+    assert relative_error(up, expected) <= 1e-6
+    assert relative_error(1.7 * u.up, expected) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"bias": torch.ones(5)}, True),
+        ({"scale": float("inf")}, False),
+        ({"up": torch.full((5, 2), float("nan"))}, False),
+        ({"down": torch.full((2, 3), float("inf"))}, False),
+        ({"bias": torch.full((5,), float("nan"))}, False),
+    ],
+)
+def test_whether_an_update_is_finite(fields: dict[str, Any], expected: bool) -> None:
+    assert update(**fields).is_finite() is expected
+
+
 def test_shape_rank_and_alpha() -> None:
     u = update(rank=4, scale=2.0)
     assert (u.shape, u.rank, u.alpha) == ((5, 3), 4, 8.0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -305,18 +306,8 @@ def test_an_exported_program_is_a_model(home: Path) -> None:
     assert distance(out / "model.onnx", *eager(home / "french")) <= 1e-5
 
 
-def test_a_directory_of_transformers_is_a_model(home: Path) -> None:
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=31,
-        hidden_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=20,
-        architectures=["BertModel"],
-    )
-    transformers.BertModel(config).save_pretrained(home / "bert")
+def test_a_directory_of_transformers_is_a_model(home: Path, tiny: Any) -> None:
+    tiny("BertModel").save_pretrained(home / "bert")
     out = home / "bert_out"
     assert call("export", home / "bert", "--mode", "unmerged", "-o", out) == 0
     session = ort.InferenceSession(str(out / "model.onnx"))

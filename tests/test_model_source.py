@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,20 +114,11 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=31,
-        hidden_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=20,
-    )
-    model = transformers.BertForMaskedLM(config)
+def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path, tiny: Any) -> None:
+    model = tiny("BertForMaskedLM")
     model.save_pretrained(tmp_path)
     source = find_model(str(tmp_path))
-    assert type(source.model) is transformers.BertForMaskedLM
+    assert type(source.model) is type(model)
     assert not source.model.training
     found = source.model.state_dict()["bert.encoder.layer.0.output.dense.weight"]
     assert torch.equal(found, model.bert.encoder.layer[0].output.dense.weight)

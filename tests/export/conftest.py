@@ -16,6 +16,8 @@ from lora_fx.passes import FoldLora, InjectLora
 from lora_fx.sites import by_path
 from lora_fx.trace import example_of, trace
 
+Made = tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
 
 class Ragged(nn.Module):
     def __init__(self) -> None:
@@ -55,47 +57,42 @@ class Sample:
             return pytree.tree_leaves(gm(**(inputs or self.other)))
 
 
-def _ragged() -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _ragged() -> Made:
     return Ragged(), {"x": torch.randn(2, 7, 3)}, {"x": torch.randn(4, 5, 3)}
 
 
-def _text(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _text(model: nn.Module) -> Made:
     def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
-        ids, mask = torch.randint(0, 100, (batch, length)), torch.ones(batch, length)
+        ids, mask = torch.randint(0, 97, (batch, length)), torch.ones(batch, length)
         mask[1, -2:] = 0
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     return model, inputs(2, 7), inputs(4, 11)
 
 
-def _model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    if name == "mlp":
-        return _ragged()
-    import transformers as hf
-
-    if name == "bert":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return _text(hf.BertModel(hf.BertConfig(**sizes, intermediate_size=64, vocab_size=100)))
-    config = hf.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0
-    )
-    config.use_cache = False
-    return _text(hf.GPT2LMHeadModel(config))
-
-
 @pytest.fixture(scope="session", params=["mlp", "bert", "gpt2"])
-def sample(request: pytest.FixtureRequest) -> Sample:
-    return _sample(request.param)
+def sample(request: pytest.FixtureRequest, tiny: Callable[..., nn.Module]) -> Sample:
+    if request.param == "mlp":
+        return _sample("mlp", _ragged)
+    architecture = {"bert": "BertModel", "gpt2": "GPT2LMHeadModel"}[request.param]
+    return _sample(request.param, lambda: _text(tiny(architecture)))
 
 
 @pytest.fixture(scope="session")
 def mlp() -> Sample:
-    return _sample("mlp")
+    return _sample("mlp", _ragged)
 
 
-def _sample(name: str) -> Sample:
+@pytest.fixture
+def twin() -> fx.GraphModule:
+    """The shapes of `mlp` with other weights."""
+    torch.manual_seed(1)
+    return trace(Ragged().eval(), (torch.randn(4, 7, 3),))
+
+
+def _sample(name: str, make: Callable[[], Made]) -> Sample:
     torch.manual_seed(0)
-    model, traced, other = _model(name)
+    model, traced, other = make()
     dims = ("batch", "length")
     shapes = {key: dict(enumerate(dims)) for key in traced}
     return Sample(name, trace(model.eval(), (), traced, dynamic_shapes=shapes), other, dims)

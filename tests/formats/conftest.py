@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,52 +37,27 @@ class Mlp(nn.Module):
         return output
 
 
-def _bert() -> nn.Module:
-    config = transformers.BertConfig(
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        vocab_size=40,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=12, n_layer=2, n_head=3, vocab_size=40, n_positions=16)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=20,
-        vocab_size=40,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": Mlp,
-    "bert": _bert,
-    "gpt2": _gpt2,
-    "llama": _llama,
+ARCHITECTURES: dict[str, tuple[str, dict[str, int]]] = {
+    "bert": ("BertForSequenceClassification", {}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 12}),
+    "llama": ("LlamaForCausalLM", {"num_hidden_layers": 3}),
 }
 
 
 class Lab:
     """Models, and adapters that PEFT writes and reads in one directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, tiny: Callable[..., nn.Module]) -> None:
         self.root = root
+        self.tiny = tiny
 
     def base(self, kind: str) -> nn.Module:
         """A small model with weights that depend on its kind alone, in float32."""
         torch.manual_seed(0)
-        return MODELS[kind]().eval()
+        if kind == "mlp":
+            return Mlp().eval()
+        architecture, changes = ARCHITECTURES[kind]
+        return self.tiny(architecture, **changes).eval()
 
     def run(self, kind: str, model: nn.Module) -> torch.Tensor:
         """The model's output for an input that depends on its kind alone."""
@@ -121,5 +95,5 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
+def lab(tmp_path: Path, tiny: Callable[..., nn.Module]) -> Lab:
+    return Lab(tmp_path, tiny)

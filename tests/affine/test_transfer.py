@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_fx import compare, fold, text, trace
-from lora_fx.maps import Map, Opaque, Same
-from lora_fx.transfer import analyse
+from lora_fx.affine.maps import Map, Opaque, Same
+from lora_fx.affine.transfer import analyse
 
 MAKE = torch.Generator().manual_seed(0)
 W, V = torch.randn(5, 3, generator=MAKE), torch.randn(7, 5, generator=MAKE)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.regions import maximal_regions
-from lora_fx.transfer import analyse
+from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.transfer import analyse
 
 
 class Layers(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx import trace
-from lora_fx.constants import Constants
+from lora_fx.affine.constants import Constants
 from lora_fx.graphs import assign
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lora_fx.maps import Map, meet
+from lora_fx.affine.maps import Map, meet
 from lora_fx.weights import Identity, Leaf
 
 

@@ -1,0 +1,167 @@
+"""Abstract interpretation: one value for every node of a graph, which is read and not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lora_fx.affine.constants import Constants
+from lora_fx.affine.factored import factored
+from lora_fx.affine.layout import Layout, Sizes, sizes_of
+from lora_fx.affine.maps import Map, OneHot, Patches, Reading
+from lora_fx.affine.matrices import Identity, Leaf, Matrix
+from lora_fx.ops import op_name
+from lora_fx.written import written
+
+
+@dataclass(frozen=True)
+class Same:
+    """A node that passes on one that is no Map itself."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A tensor that holds one number everywhere, of whatever shape."""
+
+    number: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several values, of which `getitem` picks one."""
+
+    values: tuple[Map, ...]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Not affine, and why."""
+
+    reason: str
+
+
+Value = Map | Same | Uniform | Parts | Opaque
+Rule = Callable[["Analysis", fx.Node], Value]
+
+
+class Analysis:
+    """The values of every node of a graph.
+
+    Args:
+        gm: a graph in normal form.
+        rules: operator name -> its transfer function.
+
+    Attributes:
+        constants: the nodes that are computable from constants.
+        values: what every other node is.
+    """
+
+    def __init__(self, gm: fx.GraphModule, rules: Mapping[str, Rule]) -> None:
+        self.gm = gm
+        self.constants = Constants(gm)
+        self.values: dict[fx.Node, Value] = {}
+        self._sources: dict[tuple[fx.Node, int, Reading], Map] = {}
+        self._written = written(gm.graph)
+        for node in gm.graph.nodes:
+            if node in self._written:
+                self.values[node] = Opaque("is written in place")
+            elif node.op not in ("placeholder", "output") and not self.constants.admit(node):
+                self.values[node] = self._value(node, rules)
+
+    def _value(self, node: fx.Node, rules: Mapping[str, Rule]) -> Value:
+        name = op_name(node)
+        if name not in rules:
+            return Opaque(f"{name} is not known to be affine")
+        return rules[name](self, node) if node.args else Opaque(f"{name} is called by keywords")
+
+    def map_of(self, value: object) -> Map | None:
+        """The Map of an argument, or None."""
+        known = self.values.get(value) if isinstance(value, fx.Node) else None
+        if isinstance(known, Same):
+            return self.map_of(known.node)
+        return known if isinstance(known, Map) else None
+
+    def source(
+        self, value: object, size: int, after: int = 0, reading: Reading = None
+    ) -> Map | None:
+        """An argument as something with ``size`` features: its own Map, or a source.
+
+        A Map that keeps its features elsewhere, or is read in another way, becomes a source.
+        """
+        if not isinstance(value, fx.Node) or value in self.constants.nodes:
+            return None
+        known = self.values.get(value)
+        if isinstance(known, Same):
+            return self.source(known.node, size, after, reading)
+        if value in self._written or not _countable(value, reading):
+            return None
+        fits = isinstance(known, Map) and reading is None
+        if fits and isinstance(known, Map) and _at(known.layout, size, after):
+            return known
+        return self._source(value, size, after, reading)
+
+    def _source(self, node: fx.Node, size: int, after: int, reading: Reading) -> Map:
+        key = (node, after, reading)
+        found = self._sources.get(key)
+        if found is None or found.size != size:
+            layout = Layout((size,), after, self._batch(node, after, reading))
+            found = Map(node, None, Identity(size), layout, dtype=dtype_of(node), reading=reading)
+            self._sources[key] = found
+        return found
+
+    def _batch(self, node: fx.Node, after: int, reading: Reading) -> Sizes | None:
+        sizes = sizes_of(node) or self._derived(node)
+        if sizes is None or isinstance(reading, Patches):
+            return None  # where a kernel goes is said by the node that has it
+        if isinstance(reading, OneHot):
+            return sizes
+        return (*sizes[: len(sizes) - after - 1], *sizes[len(sizes) - after :])
+
+    def _derived(self, node: fx.Node) -> Sizes | None:
+        """The sizes of a node that a pass has made."""
+        known = self.values.get(node)
+        return known.layout.sizes if isinstance(known, Map) else None
+
+    def matrix(self, node: object) -> Matrix | None:
+        """A constant of two axes, as an expression of the constants that it is made of."""
+        known = isinstance(node, fx.Node) and node in self.constants.nodes
+        return factored(self.constants, node) if known else None  # type: ignore[arg-type]
+
+    def reads_constant(self, node: fx.Node) -> bool:
+        """Whether a constant tensor is among what a node reads."""
+        return any(source in self.constants.nodes for source in node.all_input_nodes)
+
+    def column(self, value: object, size: int) -> Matrix | None:
+        """A constant vector of ``size``, or a number, as a column."""
+        if not isinstance(value, fx.Node) or value not in self.constants.nodes:
+            return None
+        shape = self.constants.shape(value)
+        if shape not in ((), (1,), (size,)):
+            return None
+        key = ("column", self.constants.key(value))
+        return Leaf((size, 1), key, lambda: self.constants.value(value).expand(size))
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """What a node was traced with, or None."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def result_dtype(node: fx.Node, derived: torch.dtype | None) -> torch.dtype | None:
+    """What a node was traced with, or what its operands make it."""
+    return dtype_of(node) or derived
+
+
+def _countable(node: fx.Node, reading: Reading) -> bool:
+    dtype = dtype_of(node)
+    return dtype is None or isinstance(reading, OneHot) or dtype.is_floating_point
+
+
+def _at(layout: Layout, size: int, after: int) -> bool:
+    return layout.split == (size,) and layout.after == after

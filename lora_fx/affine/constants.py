@@ -1,0 +1,190 @@
+"""What a graph computes from its own constants alone, evaluated when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.deferred import raw
+from lora_fx.errors import PassError
+from lora_fx.ops import function_name, mutates, op_name
+
+_RANDOM = {
+    *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),
+    *("bernoulli", "dropout", "normal", "multinomial", "poisson", "uniform", "exponential"),
+    *("alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d"),
+    *("dropout3d", "rrelu", "gumbel_softmax", "binomial", "empty_like", "new_empty"),
+}
+# What makes a tensor of nothing but numbers.
+_FACTORIES = {"zeros", "ones", "full", "eye", "arange", "tensor", "scalar_tensor", "linspace"}
+
+
+class Constants:
+    """The constants of one graph: which nodes are, their shapes, and their values.
+
+    Shapes come from running on meta tensors, so that looking at a weight never reads it. Tensors
+    are held from the moment a node is admitted: the graph may change afterwards.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._tensors: dict[fx.Node, Any] = {}
+        self._versions: dict[fx.Node, int] = {}
+        self._meta: dict[fx.Node, Any] = {}
+        self._keys: dict[fx.Node, int] = {}
+        self._known: dict[Hashable, int] = {}
+        self.nodes: set[fx.Node] = set()
+
+    def admit(self, node: fx.Node) -> bool:
+        """Decides whether a node is constant; its inputs must have been asked about before."""
+        constant = self._is_tensor(node) if node.op == "get_attr" else self._computable(node)
+        if constant:
+            self.nodes.add(node)
+        return constant
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a constant, or None if it is no tensor or depends on values."""
+        value = self.on_meta(node)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype of a constant, as the graph computes it."""
+        dtype: torch.dtype = self.on_meta(node).dtype
+        return dtype
+
+    def is_floating(self, node: fx.Node) -> bool:
+        """Whether a constant is a tensor of real numbers."""
+        value = self.on_meta(node)
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+    def is_trained(self, calls: Iterable[fx.Node], but: fx.Node) -> bool:
+        """Whether calls read parameters that take gradients, other than those of a base layer."""
+        own = set(but.all_input_nodes)
+        read = {source for call in calls for source in call.all_input_nodes} - own
+        leaves = [
+            n for source in read & self.nodes for n in _order(source, {}) if n in self._tensors
+        ]
+        return any(getattr(self._tensors[n], "requires_grad", False) for n in set(leaves) - own)
+
+    def value(self, node: fx.Node) -> Any:
+        """Evaluates a constant from leaves widened to float32 or more."""
+        computed: dict[fx.Node, Any] = {}
+        order = _order(node, computed)
+        last = {source: step for step in order for source in step.all_input_nodes}
+        for step in order:
+            computed[step] = self._run(step, computed)
+            for source in step.all_input_nodes:
+                if last[source] is step:
+                    computed.pop(source, None)  # one large constant at a time
+        return computed[node]
+
+    def key(self, node: fx.Node) -> int:
+        """Equal for two constants that are computed alike from the same tensors."""
+        for step in _order(node, self._keys):
+            self._keys[step] = self._known.setdefault(self._written(step), len(self._known))
+        return self._keys[node]
+
+    def _written(self, node: fx.Node) -> Hashable:
+        if node.op == "get_attr":
+            return str(node.target)
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: ("node", self._keys[n]))
+        return (node.target, repr(arguments))
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        value = raw(self._gm, str(node.target))
+        if not hasattr(value, "dtype"):
+            return False
+        self._tensors[node] = value
+        self._versions[node] = version(value)
+        return True
+
+    def _computable(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method") or mutates(node) or _is_random(node):
+            return False
+        if not node.all_input_nodes:
+            return node.op == "call_function" and function_name(node.target) in _FACTORIES
+        return all(source in self.nodes for source in node.all_input_nodes)
+
+    def _run(self, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
+        if node.op != "get_attr":
+            return _widened(_call(node, computed))
+        value = self._tensors[node]
+        if version(value) != self._versions[node]:
+            raise PassError(
+                f"{node.target} was changed in place after the graph was folded and before the "
+                "folded weights were read: fold again"
+            )
+        return _widened(value.detach() if isinstance(value, torch.Tensor) else value.compute())
+
+    def on_meta(self, node: fx.Node) -> Any:
+        """The constant without its numbers: a meta tensor, or a value that is no tensor."""
+        for step in _order(node, self._meta):
+            self._meta[step] = self._meta_of(step)
+        return self._meta[node]
+
+    def _meta_of(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            value = self._tensors[node]
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        seen = node.meta.get("val")
+        device = None if node.all_input_nodes else "meta"
+        if any(self._meta[source] is None for source in node.all_input_nodes):
+            return _like(seen)
+        try:
+            return _call(node, self._meta, device)
+        except (RuntimeError, NotImplementedError):
+            return _like(seen)  # its shape depends on values, or it has no meta kernel
+
+
+def version(value: Any) -> int:
+    """How often a tensor was written to, where torch counts that."""
+    counted = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value._version if counted else 0
+
+
+def _like(seen: Any) -> Any:
+    """What the tracer saw, if it is a tensor whose sizes are numbers."""
+    if not isinstance(seen, torch.Tensor) or not all(type(size) is int for size in seen.shape):
+        return None
+    return torch.empty(tuple(seen.shape), dtype=seen.dtype, device="meta")
+
+
+def _is_random(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    return op_name(node) in _RANDOM
+
+
+def _widened(value: Any) -> Any:
+    """A tensor in float32 or more: a cast to less rounds, and does not narrow what follows."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _order(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
+    """The node and what it needs that is not known yet, in the order of the graph."""
+    if node in known:
+        return []
+    needed = {node}
+    pending = [node]
+    while pending:
+        fresh = [n for n in pending.pop().all_input_nodes if n not in needed and n not in known]
+        needed.update(fresh)
+        pending.extend(fresh)
+    return sorted(needed)
+
+
+def _call(node: fx.Node, computed: dict[fx.Node, Any], device: str | None = None) -> Any:
+    args = fx.node.map_arg(node.args, computed.__getitem__)
+    kwargs = dict(fx.node.map_arg(node.kwargs, computed.__getitem__))
+    if device is not None:
+        kwargs["device"] = torch.device(device)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if not callable(node.target):
+        raise TypeError(f"{node.target} of {node} is not callable")
+    return node.target(*args, **kwargs)

@@ -1,0 +1,94 @@
+"""The transfer function of einsum with one constant."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
+from lora_fx.affine.layout import Layout
+from lora_fx.affine.maps import Link
+from lora_fx.affine.matrices import Blocks, Matrix
+
+
+def einsum(analysis: Analysis, node: fx.Node) -> Value:
+    """A sum of products with one constant, such as a block diagonal ``...rk,rkc->...rc``."""
+    equation, operands = str(node.args[0]).replace(" ", ""), _operands(node)
+    inputs, _, output = equation.partition("->")
+    labels = inputs.split(",")
+    if len(operands) != 2 or len(labels) != 2 or not output:
+        return Opaque("an einsum of other than two operands")
+    constant = 1 if operands[1] in analysis.constants.nodes else 0
+    own, of_x = labels[constant], labels[1 - constant]
+    plan = _Einsum(of_x, own, output)
+    known = operands[constant] in analysis.constants.nodes
+    shape = analysis.constants.shape(operands[constant]) if known else None
+    if not plan.is_layer or shape is None:
+        return Opaque("an einsum that mixes the batch, or features out of order")
+    sizes = dict(zip(own, shape, strict=True))
+    split = tuple(sizes[label] for label in plan.inputs)
+    x = operands[1 - constant]
+    source = analysis.map_of(x)
+    if source is None or source.layout.split != split or source.layout.after != plan.after:
+        return Opaque("an einsum of what is no map with these features")
+    layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.after, source.layout.batch)
+    weight = plan.weight(analysis, operands[constant], sizes)
+    dtype = result_dtype(node, source.dtype)
+    return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
+
+
+class _Einsum:
+    """``(batch, shared, summed) x (shared, summed, new) -> (batch, shared, new)``."""
+
+    def __init__(self, of_x: str, own: str, output: str) -> None:
+        self.own = own
+        plain_x, plain_out = of_x.replace("...", "."), output.replace("...", ".")
+        self.inputs = [label for label in plain_x if label in own]
+        self.outputs = [label for label in plain_out if label in own]
+        self.shared = [label for label in self.inputs if label in self.outputs]
+        batch = [label for label in plain_x if label not in own]
+        kept = [label for label in plain_out if label not in own]
+        self.after = _behind(plain_x, own)
+        count = len(self.shared)
+        self.is_layer = (
+            batch == kept
+            and len(set(own)) == len(own)
+            and "." not in own
+            and _together(plain_x, own)
+            and _together(plain_out, own)
+            and self.after == _behind(plain_out, own)
+            and "." not in plain_x[len(plain_x) - self.after :]
+            and self.inputs[:count] == self.shared == self.outputs[:count]
+            and set(own) <= {*self.inputs, *self.outputs}
+        )
+
+    def weight(self, analysis: Analysis, node: fx.Node, sizes: dict[str, int]) -> Matrix:
+        """The block diagonal: a block for each value of the shared labels."""
+        count = len(self.shared)
+        order = [self.own.index(n) for n in (*self.outputs, *self.inputs[count:])]
+        blocks = (
+            prod(sizes[n] for n in self.shared),
+            prod(sizes[n] for n in self.outputs[count:]),
+            prod(sizes[n] for n in self.inputs[count:]),
+        )
+        key = ("einsum", analysis.constants.key(node), tuple(order))
+        return Blocks(
+            blocks, key, lambda: analysis.constants.value(node).permute(order).reshape(blocks)
+        )
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    rest = node.args[1:]
+    return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], list | tuple) else list(rest)
+
+
+def _together(labels: str, own: str) -> bool:
+    places = [place for place, label in enumerate(labels) if label in own]
+    return bool(places) and places[-1] - places[0] == len(places) - 1
+
+
+def _behind(labels: str, own: str) -> int:
+    places = [place for place, label in enumerate(labels) if label in own]
+    return len(labels) - 1 - places[-1] if places else 0

@@ -1,0 +1,93 @@
+"""Transfer functions of what has a weight: one small function an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from lora_fx.affine.algebra import transposed
+from lora_fx.affine.analysis import Analysis, Opaque, Value
+from lora_fx.affine.layout import Layout, sizes_of
+from lora_fx.affine.maps import Link, OneHot
+from lora_fx.affine.matrices import Matrix
+from lora_fx.ops import call_argument, op_name
+
+_PRODUCTS = {"matmul", "mm", "bmm"}
+
+
+def linear(analysis: Analysis, node: fx.Node) -> Value:
+    """``linear(x, W, b)``."""
+    weight, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
+    return dense_layer(analysis, node, node.args[0], weight, analysis.matrix(weight), bias)
+
+
+def addmm(analysis: Analysis, node: fx.Node) -> Value:
+    """``addmm(b, x, W)`` with W of (in, out)."""
+    if len(node.args) != 3 or node.kwargs:
+        return Opaque("addmm with factors")
+    bias, x, weight = node.args
+    matrix = analysis.matrix(weight)
+    return dense_layer(analysis, node, x, weight, matrix and transposed(matrix), bias)
+
+
+def matmul(analysis: Analysis, node: fx.Node) -> Value:
+    """``x @ C`` with a constant C of (in, out), or ``C @ x`` along the axis before the last."""
+    left, right = call_argument(node, 0, "input"), _right(analysis, node)
+    matrix = analysis.matrix(right)
+    if matrix is not None or analysis.matrix(left) is None:
+        return dense_layer(analysis, node, left, right, matrix and transposed(matrix))
+    known = analysis.map_of(right)
+    axes = known.layout.sizes if known else sizes_of(right)
+    if axes is None or len(axes) < 2:
+        return Opaque("a product from the left with something of unknown axes")
+    return dense_layer(analysis, node, right, left, analysis.matrix(left), after=1)
+
+
+def embedding(analysis: Analysis, node: fx.Node) -> Value:
+    """A lookup: a linear layer on one-hot ids."""
+    table, ids = call_argument(node, 0, "weight"), call_argument(node, 1, "indices")
+    matrix = analysis.matrix(table)
+    if matrix is None:
+        return Opaque("its table is no constant matrix")
+    source = analysis.source(ids, matrix.shape[0], reading=OneHot())
+    if source is None:
+        return Opaque("its ids are no activation")
+    layout = Layout((matrix.shape[1],), 0, source.layout.batch)
+    dtype = analysis.constants.dtype(table)
+    return source.then(node, transposed(matrix), None, layout, dtype)
+
+
+def dense_layer(
+    analysis: Analysis,
+    node: fx.Node,
+    x: object,
+    constant: Any,
+    matrix: Matrix | None,
+    bias: object = None,
+    after: int = 0,
+) -> Value:
+    """A layer of one matrix along the features of ``x``, which are followed by ``after`` axes."""
+    if matrix is None:
+        return Opaque("its weight is no constant matrix")
+    column = analysis.column(bias, matrix.shape[0])
+    if bias is not None and column is None:
+        return Opaque("its bias is no constant vector")
+    source = analysis.source(x, matrix.shape[1], after)
+    if source is None:
+        return Opaque("its input is no activation")
+    layout = Layout((matrix.shape[0],), after, source.layout.batch)
+    link = Link.PRODUCT if op_name(node) in _PRODUCTS else Link.LAYER
+    return source.then(node, matrix, column, layout, analysis.constants.dtype(constant), link)
+
+
+def _right(analysis: Analysis, node: fx.Node) -> Any:
+    """The right operand; that of `bmm`, which has a batch, seen through to what it repeats."""
+    right = call_argument(node, 1, "mat2", node.kwargs.get("other"))
+    while op_name(node) == "bmm" and isinstance(right, fx.Node) and _repeats(right):
+        right = right.args[0]
+    return right
+
+
+def _repeats(node: fx.Node) -> bool:
+    return op_name(node) == "expand" or (op_name(node) == "unsqueeze" and node.args[1] == 0)

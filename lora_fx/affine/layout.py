@@ -1,0 +1,135 @@
+"""Where a tensor keeps its features, and what reshapes and permutations do to that.
+
+Features are some neighbouring axes; all others are the batch. What moves axes must keep the
+order of the batch, so that a row of the result belongs to the same row of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+Sizes = tuple[Any, ...]  # of ints, and of SymInts where an axis is dynamic
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Features between two groups of batch axes.
+
+    Attributes:
+        split: sizes of the feature axes; ``()`` where one feature was selected.
+        after: batch axes behind them.
+        batch: sizes of the batch axes; None if they are not known, and then those of the source.
+    """
+
+    split: tuple[int, ...]
+    after: int = 0
+    batch: Sizes | None = None
+
+    @property
+    def axes(self) -> int | None:
+        """How many axes the tensor has."""
+        return None if self.batch is None else len(self.batch) + len(self.split)
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The sizes of all axes."""
+        if self.batch is None:
+            return None
+        front = len(self.batch) - self.after
+        return (*self.batch[:front], *self.split, *self.batch[front:])
+
+    def same(self, other: Layout) -> bool:
+        """Whether two tensors of one source line up element by element."""
+        return (self.split, self.after) == (other.split, other.after) and same_sizes(
+            self.batch, other.batch
+        )
+
+    def feature(self, axis: object) -> int | None:
+        """Which feature axis an axis of the tensor is, or None."""
+        if not isinstance(axis, int) or (axis >= 0 and self.axes is None):
+            return None
+        behind = -axis if axis < 0 else (self.axes or 0) - axis
+        place = len(self.split) - (behind - self.after)
+        return place if 0 <= place < len(self.split) else None
+
+    def resized(self, axis: int, size: int) -> Layout:
+        """With another size of one feature axis."""
+        return replace(self, split=(*self.split[:axis], size, *self.split[axis + 1 :]))
+
+    def reshaped(self, sizes: Sizes) -> Layout | None:
+        """What a reshape makes of it, if features stay together and behind the same batch."""
+        if self.batch is None or not same_sizes(
+            sizes[len(sizes) - self.after :], self.batch[len(self.batch) - self.after :]
+        ):
+            return None
+        size, end = prod(self.split), len(sizes) - self.after
+        for count in range(0 if not self.split else 1, end + 1):
+            split = sizes[end - count : end]
+            if not all(type(n) is int for n in split):
+                return None
+            if prod(split) == size:
+                return Layout(split, self.after, (*sizes[: end - count], *sizes[end:]))
+        return None
+
+    def permuted(self, order: Sequence[int]) -> tuple[Layout, tuple[int, ...]] | None:
+        """What a permutation of all axes makes of it, and the new order of the feature axes."""
+        front = len(order) - len(self.split) - self.after
+        features = range(front, front + len(self.split))
+        batch = [axis for axis in order if axis not in features]
+        places = [place for place, axis in enumerate(order) if axis in features]
+        together = not places or places[-1] - places[0] == len(places) - 1
+        if front < 0 or batch != sorted(batch) or not together:
+            return None
+        moved = tuple(axis - front for axis in order if axis in features)
+        after = len(order) - 1 - places[-1] if places else self.after
+        return replace(self, split=tuple(self.split[m] for m in moved), after=after), moved
+
+    def swapped(self, one: object, two: object) -> tuple[Layout, tuple[int, ...]] | None:
+        """What swapping two axes makes of it."""
+        if not isinstance(one, int) or not isinstance(two, int):
+            return None
+        axes = self.axes
+        if axes is None:
+            if one >= 0 or two >= 0:
+                return None
+            axes = max(-one, -two, len(self.split) + self.after)
+        order = list(range(axes))
+        order[one], order[two] = order[two], order[one]
+        return self.permuted(order)
+
+    def column(self, shape: tuple[int, ...]) -> bool:
+        """Whether a constant of this shape has one value for each feature, or one for all."""
+        axes = self.axes if self.axes is not None else len(self.split)
+        if len(shape) > axes:
+            return False
+        behind = shape[len(shape) - self.after :] if self.after else ()
+        front = shape[: len(shape) - self.after] if self.after else shape
+        count = len(self.split)
+        own = front[len(front) - count :] if count else ()
+        lead = front[: len(front) - len(own)]
+        fits = all(n in (1, m) for n, m in zip(reversed(own), reversed(self.split), strict=False))
+        return fits and all(n == 1 for n in (*behind, *lead))
+
+
+def same_sizes(one: Sizes | None, other: Sizes | None) -> bool:
+    """Whether sizes are equal whatever the inputs are; unknown ones are those of one source."""
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    return type(one) is type(other) and bool(one == other)
+
+
+def sizes_of(node: Any) -> Sizes | None:
+    """The sizes that a node was traced with, or None."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None

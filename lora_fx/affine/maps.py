@@ -1,0 +1,176 @@
+"""Affine functions between nodes, as chains of links.
+
+A `Map` is an affine function of its parent, which is a Map itself, and so on up to a source: the
+chain holds the points that every path from the source runs through. A source is a node and a way
+to read it: its features as they are, one-hot for a lookup, or in patches for a convolution. So a
+table and a kernel are matrices like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import fx
+
+from lora_fx.affine.algebra import product, rows, scaled, total
+from lora_fx.affine.index import Index
+from lora_fx.affine.layout import Layout
+from lora_fx.affine.matrices import Identity, Matrix
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Reads ids as vectors of zeros with one 1: what a lookup multiplies its table with."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Reads what a convolution multiplies its kernel with, at every place the kernel visits."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+Reading = OneHot | Patches | None
+
+
+class Link(Enum):
+    """What a Map's node does to its parent.
+
+    Glue and moves belong to the link that they act on; the others start one.
+    """
+
+    LAYER = "layer"  # one call of a layer, which has a path of its own
+    JOIN = "join"  # several paths come together
+    PRODUCT = "product"  # multiplies with a matrix that is no layer
+    GLUE = "glue"  # scales or shifts
+    MOVE = "move"  # reshapes, permutes, casts
+
+
+@dataclass(frozen=True)
+class Glue:
+    """A node that scales or shifts, and those before it."""
+
+    node: fx.Node
+    earlier: Glue | None
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """``node = weight @ parent + bias`` along the features.
+
+    Attributes:
+        node: whose value this is.
+        parent: the Map of the node that it is a function of; None for a source.
+        weight: (out, in).
+        layout: where the node keeps its features.
+        bias: (out, 1), or None for zero.
+        dtype: of the node; None if not known.
+        link: the kind of the link to the parent.
+        start: the node that the link starts with.
+        last: what the node itself does.
+        glue: what scales or shifts in this link, the last one first.
+        reading: of a source.
+        depth: how many links away the source is.
+    """
+
+    node: fx.Node
+    parent: Map | None
+    weight: Matrix
+    layout: Layout
+    bias: Matrix | None = None
+    dtype: torch.dtype | None = None
+    link: Link = Link.MOVE
+    start: fx.Node | None = None
+    last: Link = Link.MOVE
+    glue: Glue | None = None
+    reading: Reading = None
+    depth: int = 0
+
+    @property
+    def size(self) -> int:
+        """Features of the node."""
+        return self.weight.shape[0]
+
+    def then(
+        self,
+        node: fx.Node,
+        weight: Matrix,
+        bias: Matrix | None,
+        layout: Layout,
+        dtype: torch.dtype | None,
+        link: Link = Link.LAYER,
+    ) -> Map:
+        """A node that is an affine function of this one."""
+        depth = self.depth + 1
+        return Map(node, self, weight, layout, bias, dtype, link, node, link, depth=depth)
+
+    def scaled(self, node: fx.Node, factor: Matrix, dtype: torch.dtype | None) -> Map:
+        """A node that is ``diag(factor)`` times this one."""
+        own = self._glued(node, dtype)
+        bias = own.bias and scaled(factor, own.bias)
+        return replace(own, weight=scaled(factor, own.weight), bias=bias)
+
+    def shifted(self, node: fx.Node, shift: Matrix, dtype: torch.dtype | None) -> Map:
+        """A node that is this one plus a constant."""
+        own = self._glued(node, dtype)
+        return replace(own, bias=total(own.bias, shift))
+
+    def picked(self, node: fx.Node, index: Index, layout: Layout) -> Map:
+        """A node that holds some of the features: a link of its own, as several may pick."""
+        weight = rows(Identity(self.size), index)
+        return self.then(node, weight, None, layout, self.dtype, Link.PRODUCT)
+
+    def moved(self, node: fx.Node, layout: Layout, dtype: torch.dtype | None) -> Map:
+        """A node with the same features, elsewhere or in another dtype."""
+        return replace(self._linked(), node=node, layout=layout, dtype=dtype, last=Link.MOVE)
+
+    def of(self, node: fx.Node) -> Map:
+        """The same value of another node."""
+        return replace(self, node=node)
+
+    def glued(self) -> list[fx.Node]:
+        """The nodes that scale or shift in this link."""
+        found, here = [], self.glue
+        while here is not None:
+            found.append(here.node)
+            here = here.earlier
+        return found
+
+    def since(self, ancestor: Map) -> tuple[Matrix, Matrix | None]:
+        """Weight and bias of this node as a function of one further up its chain."""
+        weight: Matrix = Identity(self.size)
+        bias: Matrix | None = None
+        here = self
+        while here is not ancestor and here.parent is not None:
+            if here.bias is not None:
+                bias = total(bias, product(weight, here.bias))
+            weight = product(weight, here.weight)
+            here = here.parent
+        return weight, bias
+
+    def _linked(self) -> Map:
+        """Itself, or a link of nothing if it is a source: sources stay what they are."""
+        if self.parent is not None:
+            return self
+        weight = Identity(self.size)
+        return self.then(self.node, weight, None, self.layout, self.dtype, Link.MOVE)
+
+    def _glued(self, node: fx.Node, dtype: torch.dtype | None) -> Map:
+        own = self._linked()
+        return replace(own, node=node, dtype=dtype, last=Link.GLUE, glue=Glue(node, own.glue))
+
+
+def meet(one: Map, other: Map) -> Map | None:
+    """The nearest Map that both are functions of, or None if their sources differ."""
+    while one is not other:
+        if one.depth < other.depth:
+            one, other = other, one
+        if one.parent is None:
+            return None
+        one = one.parent
+    return one

@@ -1,0 +1,174 @@
+"""Transfer functions of arithmetic: sums of maps, and maps with constants."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from lora_fx.affine.algebra import number, repeated, signed, total
+from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
+from lora_fx.affine.evaluate import dense
+from lora_fx.affine.layout import Layout, same_sizes, sizes_of
+from lora_fx.affine.maps import Link, Map, meet
+from lora_fx.affine.matrices import Leaf, Matrix, Sum
+from lora_fx.ops import call_argument
+
+
+def add(analysis: Analysis, node: fx.Node) -> Value:
+    """A sum of two maps with one source, or of a map and a constant."""
+    return _sum(analysis, node, 1)
+
+
+def sub(analysis: Analysis, node: fx.Node) -> Value:
+    """A difference, likewise."""
+    return _sum(analysis, node, -1)
+
+
+def mul(analysis: Analysis, node: fx.Node) -> Value:
+    """A map scaled by a number, or by a constant vector of the features."""
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    x, factor = (right, left) if _is_constant(analysis, left) else (left, right)
+    return _scaled(analysis, node, x, factor)
+
+
+def div(analysis: Analysis, node: fx.Node) -> Value:
+    """A map divided likewise."""
+    if call_argument(node, 2, "rounding_mode") is not None:
+        return Opaque("a division that rounds")
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    return _scaled(analysis, node, left, right, inverse=True)
+
+
+def neg(analysis: Analysis, node: fx.Node) -> Value:
+    """A map negated."""
+    return _scaled(analysis, node, node.args[0], -1)
+
+
+def join(analysis: Analysis, node: fx.Node, one: Map, other: Map, sign: float = 1) -> Value:
+    """``one + sign * other``, a function of the nearest node that both are functions of."""
+    source = meet(one, other)
+    if source is None:
+        return Opaque("a sum of maps of two sources")
+    if not one.layout.same(other.layout):
+        return Opaque("a sum that broadcasts, or of tensors laid out differently")
+    (weight, bias), (weight_2, bias_2) = one.since(source), other.since(source)
+    dtype = result_dtype(node, promoted(one.dtype, other.dtype))
+    bias = total(bias, bias_2 and signed(bias_2, sign))
+    summed = Sum(weight, signed(weight_2, sign))
+    return source.then(node, summed, bias, one.layout, dtype, Link.JOIN)
+
+
+def _sum(analysis: Analysis, node: fx.Node, sign: int) -> Value:
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    alpha = call_argument(node, 2, "alpha", 1)
+    if not isinstance(alpha, int | float) or set(node.kwargs) - {"input", "other", "alpha"}:
+        return Opaque("a sum with a factor that is no number")
+    factor = float(sign * alpha)
+    one, other = _operand(analysis, left, right), _operand(analysis, right, left)
+    if one is not None and other is not None:
+        return join(analysis, node, one, other, factor)
+    if one is not None and (found := _vector(analysis, right, one)):
+        return one.shifted(node, signed(found[0], factor), result_dtype(node, found[1]))
+    if other is not None and (found := _vector(analysis, left, other)):
+        negated = other.scaled(node, number(factor), other.dtype)
+        return negated.shifted(node, found[0], result_dtype(node, found[1]))
+    return Opaque("a sum with something that is neither a map of one source nor a constant")
+
+
+def _operand(analysis: Analysis, value: object, beside: object) -> Map | None:
+    """The Map of an operand; what has none is a source if it stands beside a Map."""
+    found = analysis.map_of(value)
+    other = analysis.map_of(beside)
+    if found is not None or other is None or not isinstance(value, fx.Node):
+        return found
+    layout = other.layout
+    if isinstance(analysis.values.get(value), Uniform) or len(layout.split) != 1:
+        return None
+    return analysis.source(value, layout.split[0], layout.after)
+
+
+def _scaled(
+    analysis: Analysis, node: fx.Node, x: object, factor: object, inverse: bool = False
+) -> Value:
+    value = analysis.map_of(x) or _beside_constant(analysis, x, factor)
+    if value is None:
+        return Opaque("a product of no map")
+    found = _vector(analysis, factor, value)
+    if found is None:
+        return Opaque("a product with something that is no constant of the features")
+    column, dtype = found
+    return value.scaled(node, _reciprocal(column) if inverse else column, result_dtype(node, dtype))
+
+
+def _beside_constant(analysis: Analysis, x: object, factor: object) -> Map | None:
+    """An activation of known sizes as a source, its features where the constant has them."""
+    sizes = sizes_of(x) if isinstance(x, fx.Node) else None
+    if not sizes or not _is_constant(analysis, factor):
+        return None
+    shape = analysis.constants.shape(factor) if isinstance(factor, fx.Node) else ()
+    after = len(shape or ()) - len(_stripped(shape or ()))
+    size = sizes[len(sizes) - 1 - after] if after < len(sizes) else None
+    return analysis.source(x, size, after) if type(size) is int else None
+
+
+def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the ones at its end, but for the first axis."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _is_constant(analysis: Analysis, value: object) -> bool:
+    if isinstance(value, int | float):
+        return True
+    return isinstance(value, fx.Node) and value in analysis.constants.nodes
+
+
+def _reciprocal(matrix: Matrix) -> Matrix:
+    def fetch() -> torch.Tensor:
+        return dense(matrix, torch.float64).reciprocal()
+
+    return Leaf(matrix.shape, ("reciprocal", matrix), fetch)
+
+
+def promoted(one: torch.dtype | None, other: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that two make, as far as it is known."""
+    if one is None or other is None:
+        return one or other
+    return torch.promote_types(one, other)
+
+
+def _vector(
+    analysis: Analysis, value: object, beside: Map
+) -> tuple[Matrix, torch.dtype | None] | None:
+    """A constant as a column for the features of a Map, and the dtype that the two make."""
+    if isinstance(value, fx.Node) and value in analysis.constants.nodes:
+        seen = analysis.constants.on_meta(value)
+        value = seen if isinstance(seen, int | float) else value
+    known = analysis.values.get(value) if isinstance(value, fx.Node) else None
+    if isinstance(known, Uniform) and same_sizes(sizes_of(value), beside.layout.sizes):
+        value = known.number if dtype_of(value) == beside.dtype else None
+    if isinstance(value, int | float):
+        return repeated(float(value), beside.size), beside.dtype
+    if not isinstance(value, fx.Node) or not _is_constant(analysis, value):
+        return None
+    shape = analysis.constants.shape(value)
+    if shape is None or not beside.layout.column(shape):
+        return None
+    dtype = beside.dtype if not shape else promoted(beside.dtype, analysis.constants.dtype(value))
+    return _column(analysis, value, shape, beside.layout), dtype
+
+
+def _column(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], layout: Layout) -> Matrix:
+    front = len(shape) - layout.after
+    own = shape[max(0, front - len(layout.split)) : max(0, front)]
+
+    def fetch() -> torch.Tensor:
+        value: torch.Tensor = analysis.constants.value(node)
+        return value.reshape(own).expand(layout.split)
+
+    return Leaf(
+        (prod(layout.split), 1), ("column", layout.split, analysis.constants.key(node)), fetch
+    )

@@ -1,0 +1,81 @@
+"""What each operator does to a value: the table of transfer functions."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lora_fx.affine import convs, einsums, features, layers, moves, sums
+from lora_fx.affine.analysis import Analysis, Rule
+
+
+def analyse(gm: fx.GraphModule) -> Analysis:
+    """Finds the value of every node of a graph in normal form."""
+    return Analysis(gm, TRANSFER)
+
+
+TRANSFER: dict[str, Rule] = {
+    "linear": layers.linear,
+    "addmm": layers.addmm,
+    "matmul": layers.matmul,
+    "mm": layers.matmul,
+    "bmm": layers.matmul,
+    "embedding": layers.embedding,
+    "einsum": einsums.einsum,
+    "conv1d": convs.conv,
+    "conv2d": convs.conv,
+    "conv3d": convs.conv,
+    "add": sums.add,
+    "sub": sums.sub,
+    "mul": sums.mul,
+    "div": sums.div,
+    "truediv": sums.div,
+    "neg": sums.neg,
+    "dropout": moves.dropout,
+    "identity": moves.identity,
+    "alias": moves.identity,
+    "clone": moves.identity,
+    "contiguous": moves.identity,
+    "detach": moves.identity,
+    "lift_fresh_copy": moves.identity,
+    "to": moves.cast,
+    "_to_copy": moves.cast,
+    "type_as": moves.cast,
+    "float": moves.cast,
+    "double": moves.cast,
+    "half": moves.cast,
+    "bfloat16": moves.cast,
+    "view": moves.reshape,
+    "reshape": moves.reshape,
+    "_unsafe_view": moves.reshape,
+    "view_as": moves.reshape,
+    "reshape_as": moves.reshape,
+    "flatten": moves.reshape,
+    "unflatten": moves.reshape,
+    "squeeze": moves.reshape,
+    "unsqueeze": moves.reshape,
+    "transpose": moves.transpose,
+    "swapaxes": moves.transpose,
+    "permute": moves.permute,
+    "t": moves.turn,
+    "mT": moves.turn,
+    "slice": features.slice_,
+    "narrow": features.narrow,
+    "select": features.select,
+    "index_select": features.index_select,
+    "split": features.split,
+    "split_with_sizes": features.split,
+    "chunk": features.split,
+    "getitem": features.getitem,
+    "cat": features.cat,
+    "concat": features.cat,
+    "pad": features.pad,
+    "constant_pad_nd": features.pad,
+    "index_put": features.index_put,
+    "slice_scatter": features.slice_scatter,
+    "zeros": features.uniform,
+    "ones": features.uniform,
+    "zeros_like": features.uniform,
+    "ones_like": features.uniform,
+    "new_zeros": features.uniform,
+    "new_ones": features.uniform,
+}

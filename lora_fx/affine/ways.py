@@ -1,0 +1,120 @@
+"""What surrounds a layer that stands for a region: the base layer's own reshapes and casts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lora_fx.affine.analysis import Analysis, Same
+from lora_fx.affine.maps import Link, Map
+from lora_fx.affine.matrices import Identity
+from lora_fx.ops import aten
+
+# A layer's operator, and where it reads its input and its weight.
+LAYERS = {
+    aten.linear.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.embedding.default: (1, 0),
+    **{packet.default: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
+    **{packet.padding: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """From a node through moves, which are said again behind it.
+
+    Attributes:
+        start: where it begins; None for the new layer itself.
+        moves: reshapes, permutations and casts, in order.
+    """
+
+    start: fx.Node | None = None
+    moves: tuple[fx.Node, ...] = ()
+
+
+def input_of(layer: fx.Node) -> fx.Node:
+    """What a layer reads."""
+    x = layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def weight_of(layer: fx.Node) -> fx.Node:
+    """The constant that a layer multiplies with."""
+    weight = layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
+    """How the source comes to a layer without what the region does to it on the way."""
+    x = input_of(layer)
+    if source.reading is not None or _only_moves(x, source, analysis):
+        return Way(x)
+    moves: list[fx.Node] = []
+    node = x
+    while node is not source.node:
+        value = analysis.values.get(node)
+        if isinstance(value, Map) and _alike(value, source):
+            break
+        if isinstance(value, Map) and value.last is Link.MOVE:
+            moves.insert(0, node)
+        elif not isinstance(value, Same) and _computes(value):
+            return None
+        node = _before(node, analysis)
+    arriving = analysis.map_of(moves[-1]) if moves else source
+    wanted = analysis.constants.dtype(weight_of(layer))
+    fits = arriving is None or arriving.dtype in (None, wanted)
+    return Way(source.node, tuple(moves)) if fits else None
+
+
+def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis) -> Way | None:
+    """How a layer's result comes to the layout and dtype of a region's."""
+    ways: list[tuple[fx.Node, ...]] = [()]
+    for way in ways:
+        node = way[-1] if way else layer
+        here = analysis.values[node]
+        if isinstance(here, Map) and _alike(here, value):
+            return Way(None, way)
+        ways += [(*way, user) for user in node.users if user in nodes and _moves(user, analysis)]
+    return None
+
+
+def _alike(one: Map, other: Map) -> bool:
+    return one.layout.same(other.layout) and one.dtype == other.dtype
+
+
+def _computes(value: object) -> bool:
+    """Whether a value is more than a scaled or shifted one."""
+    return not isinstance(value, Map) or value.last is not Link.GLUE
+
+
+def _moves(node: fx.Node, analysis: Analysis) -> bool:
+    value = analysis.values.get(node)
+    return isinstance(value, Map) and value.last is Link.MOVE
+
+
+def _only_moves(node: fx.Node, source: Map, analysis: Analysis) -> bool:
+    if node is source.node:
+        return True
+    value = analysis.values.get(node)
+    if isinstance(value, Same):
+        return _only_moves(value.node, source, analysis)
+    if not isinstance(value, Map):
+        return False
+    weight, bias = value.since(source)
+    return isinstance(weight, Identity) and bias is None
+
+
+def input_of_move(move: fx.Node) -> fx.Node:
+    """What a move moves."""
+    x = move.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _before(node: fx.Node, analysis: Analysis) -> fx.Node:
+    """What a node moves or scales: the one input that is no constant and no size."""
+    return next(n for n in node.all_input_nodes if n not in analysis.constants.nodes)
