@@ -99,7 +99,8 @@ def _keeps_dtype(write: fx.Node) -> bool:
     promoted = tensors[0].dtype
     for value in tensors[1:]:
         promoted = torch.promote_types(promoted, value.dtype)
-    return promoted == tensors[0].dtype and promoted.is_floating_point
+    whole = op_name(write) != "div_" and all(type(n) is int for n in write.args[1:2])
+    return promoted == tensors[0].dtype and (promoted.is_floating_point or whole)
 
 
 def _twin(node: fx.Node) -> Overload | None:

@@ -41,7 +41,8 @@ Reading = OneHot | Patches | None
 class Link(Enum):
     """What a Map's node does to its parent.
 
-    Glue and moves belong to the link that they act on; the others start one.
+    Glue belongs to the link that it acts on, unless that is of moves; moves are links of their
+    own, so that what is in front of them can be a source.
     """
 
     LAYER = "layer"  # one call of a layer, which has a path of its own
@@ -127,7 +128,8 @@ class Map:
 
     def moved(self, node: fx.Node, layout: Layout, dtype: torch.dtype | None) -> Map:
         """A node with the same features, elsewhere or in another dtype."""
-        return replace(self._linked(), node=node, layout=layout, dtype=dtype, last=Link.MOVE)
+        own = self if self.link is Link.MOVE and self.parent is not None else self._begun(Link.MOVE)
+        return replace(own, node=node, layout=layout, dtype=dtype, last=Link.MOVE)
 
     def of(self, node: fx.Node) -> Map:
         """The same value of another node."""
@@ -153,16 +155,13 @@ class Map:
             here = here.parent
         return weight, bias
 
-    def _linked(self) -> Map:
-        """Itself, or a link of nothing if it is a source: sources stay what they are."""
-        if self.parent is not None:
-            return self
-        weight = Identity(self.size)
-        return self.then(self.node, weight, None, self.layout, self.dtype, Link.MOVE)
-
     def _glued(self, node: fx.Node, dtype: torch.dtype | None) -> Map:
-        own = self._linked()
+        own = self._begun(Link.GLUE) if self.link is Link.MOVE else self
         return replace(own, node=node, dtype=dtype, last=Link.GLUE, glue=Glue(node, own.glue))
+
+    def _begun(self, link: Link) -> Map:
+        """A link that does nothing yet."""
+        return self.then(self.node, Identity(self.size), None, self.layout, self.dtype, link)
 
 
 def meet(one: Map, other: Map) -> Map | None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.affine.analysis import Analysis, Same
+from lora_fx.affine.analysis import Analysis, Same, dtype_of
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Identity
-from lora_fx.ops import aten
+from lora_fx.ops import aten, op_name
 
 # A layer's operator, and where it reads its input and its weight.
 LAYERS = {
@@ -52,7 +52,7 @@ def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
     """How the source comes to a layer without what the region does to it on the way."""
     x = input_of(layer)
     if source.reading is not None or _only_moves(x, source, analysis):
-        return Way(x)
+        return Way(_before_idle_casts(x))
     moves: list[fx.Node] = []
     node = x
     while node is not source.node:
@@ -84,6 +84,12 @@ def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis)
 
 def _alike(one: Map, other: Map) -> bool:
     return one.layout.same(other.layout) and one.dtype == other.dtype
+
+
+def _before_idle_casts(node: fx.Node) -> fx.Node:
+    while op_name(node) == "to" and dtype_of(node) == dtype_of(node.all_input_nodes[0]) is not None:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _computes(value: object) -> bool:
