@@ -25,6 +25,7 @@ from lora_fx.errors import (
     TraceError,
     VerificationError,
 )
+from lora_fx.explain import explain
 from lora_fx.text import text
 from lora_fx.trace import trace
 
@@ -72,6 +73,7 @@ __all__ = [
     "VerificationError",
     "adapter_from",
     "compare",
+    "explain",
     "export_adapter",
     "fold",
     "inject",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +96,15 @@ class Editor:
         node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
 
-    def again(self, call: fx.Node, old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
-        """Makes a call again, with one of its inputs exchanged, just before a node."""
-        with self._graph.inserting_before(before):
-            node = self._graph.node_copy(call, lambda n: new if n is old else n)
-        return self._made(node)
+    def along(self, moves: Sequence[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
+        """Makes calls of one input again, one behind the other from another start on."""
+        here = start
+        for move in moves:
+            old = move.args[0]
+            with self._graph.inserting_before(before):
+                copy = self._graph.node_copy(move, _exchanged(old, here))
+            here = self._made(copy)
+        return here
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
         """Calls a new module, whose training mode stays live, just before a node."""
@@ -152,7 +157,7 @@ class Editor:
 
     def finish(self) -> fx.GraphModule:
         """Sweeps, grants the names that came free and lints: each once."""
-        self._sweep()
+        self.sweep()
         self._rename()
         self._graph.lint()
         return self.gm
@@ -167,7 +172,8 @@ class Editor:
         self._stale.append(node)
         self.modified = True
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Drops what has lost its last reader since the edit began; `finish` does so too."""
         unread = set()
         while self._stale:
             node = self._stale.pop()
@@ -214,6 +220,10 @@ class Editor:
         for node in self._graph.nodes if granted else ():
             if node.op in ("get_attr", "call_module") and str(node.target) in granted:
                 node.target = granted[str(node.target)]
+
+
+def _exchanged(old: Any, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: new if node is old else node
 
 
 def _equal(one: torch.Tensor | Deferred, other: torch.Tensor | Deferred) -> bool:

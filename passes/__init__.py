@@ -3,6 +3,7 @@
 from lora_fx.pass_base import Pass, PassResult
 from lora_fx.passes.fold_lora import FoldLora
 from lora_fx.passes.inject_lora import InjectLora
+from lora_fx.passes.raise_lora import RaiseLora
 from lora_fx.passes.strip_lora import StripLora
 from lora_fx.passes.unfold_lora import UnfoldLora
 from lora_fx.pipeline import Pipeline
@@ -13,6 +14,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Pipeline",
+    "RaiseLora",
     "StripLora",
     "UnfoldLora",
 ]

@@ -14,7 +14,7 @@ from lora_fx.affine.evaluate import dense
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
 from lora_fx.affine.regions import Region, maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import Way, input_of_move, weight_of
+from lora_fx.affine.ways import weight_of
 from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
 from lora_fx.errors import PassError
@@ -58,22 +58,12 @@ def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
     if layer.target is aten.embedding.default and bias is not None:
         weight, bias = Sum(weight, _spread(bias, weight.shape)), None
     make = _Maker(editor, analysis, region)
-    start = region.before.start
-    assert start is not None
-    x = _along(editor, region.before, start, end)
+    x = editor.along(region.before.moves, region.before.start, end)
     folded = make.layer(x, weight, bias)
-    last = _along(editor, region.behind, folded, end)
+    last = editor.along(region.behind.moves, folded, end)
     editor.remember(last, end)
     editor.replace(end, last)
     editor.record("fold", module_path(layer), f"{len(region.nodes)} calls into one layer")
-
-
-def _along(editor: Editor, way: Way, start: fx.Node, before: fx.Node) -> fx.Node:
-    """Says the moves of a way again, from another start."""
-    here = start
-    for move in way.moves:
-        here = editor.again(move, input_of_move(move), here, before)
-    return here
 
 
 @dataclass(frozen=True)

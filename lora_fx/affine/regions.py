@@ -158,7 +158,9 @@ def _between_two(value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]
         reason = f"no reshape of the graph brings what {layer.name} reads or gives to the others"
     if value.last is Link.MOVE:
         return None  # the region that ends before the move says why
-    return Region(value, source, frozenset(nodes), layers[0], Way(), Way(), reason)
+    return Region(
+        value, source, frozenset(nodes), layers[0], Way(layers[0]), Way(layers[0]), reason
+    )
 
 
 def _is_worth_it(nodes: set[fx.Node], layer: fx.Node, analysis: Analysis) -> bool:

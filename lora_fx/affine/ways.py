@@ -26,11 +26,11 @@ class Way:
     """From a node through moves, which are said again behind it.
 
     Attributes:
-        start: where it begins; None for the new layer itself.
+        start: where it begins.
         moves: reshapes, permutations and casts, in order.
     """
 
-    start: fx.Node | None = None
+    start: fx.Node
     moves: tuple[fx.Node, ...] = ()
 
 
@@ -77,7 +77,7 @@ def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis)
         node = way[-1] if way else layer
         here = analysis.values[node]
         if isinstance(here, Map) and _alike(here, value):
-            return Way(None, way)
+            return Way(layer, way)
         ways += [(*way, user) for user in node.users if user in nodes and _moves(user, analysis)]
     return None
 
@@ -112,13 +112,6 @@ def _only_moves(node: fx.Node, source: Map, analysis: Analysis) -> bool:
         return False
     weight, bias = value.since(source)
     return isinstance(weight, Identity) and bias is None
-
-
-def input_of_move(move: fx.Node) -> fx.Node:
-    """What a move moves."""
-    x = move.args[0]
-    assert isinstance(x, fx.Node)
-    return x
 
 
 def _before(node: fx.Node, analysis: Analysis) -> fx.Node:

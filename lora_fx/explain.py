@@ -1,0 +1,76 @@
+"""What fold would do with each layer of a graph, and why not more, in the graph's own words."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lora_fx.affine.analysis import Analysis, Opaque
+from lora_fx.affine.maps import Map
+from lora_fx.affine.regions import Region, maximal_regions
+from lora_fx.affine.transfer import analyse
+from lora_fx.affine.ways import LAYERS
+from lora_fx.errors import shorten
+from lora_fx.ops import module_path, op_name
+
+
+def explain(gm: fx.GraphModule) -> None:
+    """Prints a line for each layer: what it is a function of, and what `fold` makes of it.
+
+    Args:
+        gm: a traced graph; it is read, not run, and no weight is computed.
+    """
+    for line in explained(gm):
+        print(line)
+
+
+def explained(gm: fx.GraphModule) -> list[str]:
+    """The lines that `explain` prints."""
+    analysis = analyse(gm)
+    regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}
+    layers = [node for node in analysis.values if node.target in LAYERS]
+    return [_line(node, analysis, regions.get(node)) for node in layers]
+
+
+def _line(node: fx.Node, analysis: Analysis, region: Region | None) -> str:
+    value = analysis.values[node]
+    name = f"{module_path(node) or node.name}: {op_name(node)}"
+    if not isinstance(value, Map) or value.parent is None:
+        reason = value.reason if isinstance(value, Opaque) else "no function of one input"
+        return f"{name}: stays, {reason}"
+    rows, columns = value.weight.shape
+    return (
+        f"{name} {columns} -> {rows} of {_root(value).node.name}: {_fate(node, analysis, regions)}"
+    )
+
+
+def _fate(node: fx.Node, analysis: Analysis, regions: list[Region]) -> str:
+    mine = next((region for region in regions if node in region.nodes), None)
+    if mine is None:
+        return f"one layer; {_ends(node, analysis)}"
+    if mine.blocked:
+        return f"stays, {mine.blocked}"
+    end, count = mine.value.node.name, len(mine.nodes)
+    if mine.layer is node:
+        return f"becomes the layer of {count} calls up to {end}; {_ends(mine.value.node, analysis)}"
+    return f"goes into {module_path(mine.layer) or mine.layer.name}, with {count} calls up to {end}"
+
+
+def _ends(node: fx.Node, analysis: Analysis) -> str:
+    """Who reads a result, and why that is no part of the same affine function."""
+    return shorten([_why(user, analysis) for user in node.users]) or "nobody reads it"
+
+
+def _why(user: fx.Node, analysis: Analysis) -> str:
+    if user.op == "output":
+        return "the model returns it"
+    reader = f"{user.name} ({module_path(user) or 'the model itself'}) reads it"
+    value = analysis.values.get(user)
+    if isinstance(value, Opaque):
+        return f"{reader}: {value.reason}"
+    return f"{reader}: a layer of its own" if user.target in LAYERS else f"{reader}: affine"
+
+
+def _root(value: Map) -> Map:
+    while value.parent is not None:
+        value = value.parent
+    return value

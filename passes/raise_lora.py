@@ -1,0 +1,110 @@
+"""Reads low-rank branches out of a graph, however they were spelled."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from lora_fx.adapter import Adapter, Update
+from lora_fx.affine.analysis import Analysis
+from lora_fx.affine.low_rank import NotLowRankError, column_beside, factors_beside
+from lora_fx.affine.maps import Map
+from lora_fx.affine.regions import Region, maximal_regions
+from lora_fx.affine.transfer import analyse
+from lora_fx.branches import last_of
+from lora_fx.editor import Editor
+from lora_fx.ops import aten, module_path
+from lora_fx.pass_base import Pass
+from lora_fx.passes.inject_lora import InjectLora
+from lora_fx.sites import by_path, sites
+
+_LINEAR = (aten.linear.default, aten.addmm.default)
+
+
+@dataclass(frozen=True)
+class RaiseLora(Pass):
+    """``<whatever equals x W + x A B + b>  ->  add(linear(x, W, b), matmul(matmul(x, A), B))``.
+
+    The analysis is that of `FoldLora`, but the base layer stays and what is added to it becomes
+    the branch that `InjectLora` makes: a model that somebody else's LoRA was written into becomes
+    swappable, and `adapter_from` gives back its adapter. Several products are one branch, whose
+    rank is the sum of theirs.
+
+    Leaves alone, and says why, regions that scale their base (DoRA), add a matrix of no known
+    factors (LoHa, LoKr), or hold an embedding or a convolution.
+
+    Attributes:
+        name: what the adapter is called from then on.
+    """
+
+    name: str = "default"
+
+    @torch.no_grad()
+    def rewrite(self, editor: Editor) -> None:
+        """Puts the base layer in place of each region, then the branches beside them."""
+        analysis = analyse(editor.gm)
+        found = _found(editor, analysis)
+        updates: dict[str, Update] = {}
+        for path, regions in found.items():
+            if _is_everywhere(editor, path, regions):
+                updates[path] = regions[0][1]
+                for region, _ in regions:
+                    _strip(editor, region)
+            else:
+                editor.record("skip", path, "its calls are updated differently")
+        editor.sweep()
+        if updates:
+            InjectLora(Adapter(self.name, updates)).rewrite(editor)
+
+
+def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, Update]]]:
+    """The regions that can be raised, and what each adds, by the path of their layer."""
+    found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
+    raised = {last_of(site) for site in sites(editor.gm)}
+    for region in reversed(maximal_regions(analysis)):
+        path = module_path(region.layer)
+        if region.value.node in raised:
+            continue  # a branch already
+        try:
+            found[path] += [(region, _update(analysis, region))]
+        except NotLowRankError as reason:
+            editor.record("skip", path, str(reason))
+    return {path: regions for path, regions in found.items() if regions}
+
+
+def _update(analysis: Analysis, region: Region) -> Update:
+    """What a region adds to its layer."""
+    own = analysis.values[region.layer]
+    if region.blocked or region.layer.target not in _LINEAR or not isinstance(own, Map):
+        raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
+    weight, bias = region.value.since(region.source)
+    down, up = factors_beside(own.weight, weight)
+    return Update(down, up, 1.0, bias=column_beside(own.bias, bias))
+
+
+def _is_everywhere(editor: Editor, path: str, found: list[tuple[Region, Update]]) -> bool:
+    """Whether all calls of a layer get the same update, since they share its weight."""
+    first = found[0][1]
+    same = all(
+        torch.equal(first.down, other.down) and torch.equal(first.up, other.up)
+        for _, other in found[1:]
+    )
+    calls = by_path(editor.gm).get(path, [])
+    return same and {site.node for site in calls} <= {region.layer for region, _ in found}
+
+
+def _strip(editor: Editor, region: Region) -> None:
+    """The base layer alone, where the region was."""
+    layer, end = region.layer, region.value.node
+    x = editor.along(region.before.moves, region.before.start, end)
+    rest = tuple(
+        x if argument is layer.args[_place(region)] else argument for argument in layer.args
+    )
+    base = editor.call(layer.target, rest, before=end, like=layer)
+    editor.replace(end, editor.along(region.behind.moves, base, end))
+
+
+def _place(region: Region) -> int:
+    return 1 if region.layer.target is aten.addmm.default else 0
