@@ -159,8 +159,16 @@ class Editor:
         """Sweeps, grants the names that came free and lints: each once."""
         self.sweep()
         self._rename()
-        self._graph.lint()
+        self._lint()
         return self.gm
+
+    def _lint(self) -> None:
+        """Checks the graph without reading tensors, some of which are still to be computed."""
+        self._graph.owning_module = None
+        self._graph.lint()
+        self._graph.owning_module = self.gm
+        for target in targets(self._graph):
+            raw(self.gm, target)
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         if like is not None and "nn_module_stack" in like.meta:

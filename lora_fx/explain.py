@@ -38,13 +38,11 @@ def _line(node: fx.Node, analysis: Analysis, region: Region | None) -> str:
         reason = value.reason if isinstance(value, Opaque) else "no function of one input"
         return f"{name}: stays, {reason}"
     rows, columns = value.weight.shape
-    return (
-        f"{name} {columns} -> {rows} of {_root(value).node.name}: {_fate(node, analysis, regions)}"
-    )
+    source = _root(value).node.name
+    return f"{name} {columns} -> {rows} of {source}: {_fate(node, analysis, region)}"
 
 
-def _fate(node: fx.Node, analysis: Analysis, regions: list[Region]) -> str:
-    mine = next((region for region in regions if node in region.nodes), None)
+def _fate(node: fx.Node, analysis: Analysis, mine: Region | None) -> str:
     if mine is None:
         return f"one layer; {_ends(node, analysis)}"
     if mine.blocked:
@@ -57,7 +55,7 @@ def _fate(node: fx.Node, analysis: Analysis, regions: list[Region]) -> str:
 
 def _ends(node: fx.Node, analysis: Analysis) -> str:
     """Who reads a result, and why that is no part of the same affine function."""
-    return shorten([_why(user, analysis) for user in node.users]) or "nobody reads it"
+    return shorten([_why(user, analysis) for user in sorted(node.users)]) or "nobody reads it"
 
 
 def _why(user: fx.Node, analysis: Analysis) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.affine.algebra import product
 from lora_fx.affine.evaluate import dense
-from lora_fx.affine.matrices import Matrix, Product, Sum, parts
+from lora_fx.affine.matrices import Matrix, Product, RowScaled, Sum, parts
 
 
 class NotLowRankError(Exception):
@@ -30,6 +30,8 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     if base not in terms:
         raise NotLowRankError("the base weight itself is scaled or moved")
     terms.remove(base)
+    if any(isinstance(term, RowScaled) and base in parts(term.matrix, Sum) for term in terms):
+        raise NotLowRankError("the base weight itself is scaled")
     pairs = [_split(term) for term in terms]
     down = torch.cat([dense(right, torch.float32) for _, right in pairs])
     up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)

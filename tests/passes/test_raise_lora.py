@@ -1,0 +1,136 @@
+"""Branches read out of graphs that somebody else wrote LoRA into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, get_peft_model
+from peft import LoraConfig as PeftConfig
+from torch import nn
+
+from lora_fx import Adapter, adapter_from, fold, inject, text, trace
+from lora_fx.branches import branches
+from lora_fx.passes import RaiseLora
+
+BRANCH = """\
+x = input()
+linear = linear(x, fc.weight, fc.bias)
+matmul = matmul(x, fc.lora_A.{name})
+matmul_1 = matmul(matmul, fc.lora_B.{name})
+add = add(linear, matmul_1)
+return add"""
+
+
+class Notebook(nn.Module):
+    """A delta of full size that is made of two factors."""
+
+    def __init__(self, calls: int = 1) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 10)
+        self.a, self.b = nn.Parameter(torch.randn(10, 2)), nn.Parameter(torch.randn(2, 6))
+        self.calls = calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + 1.5 * (x @ (self.a @ self.b).T)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_hand_written_delta_becomes_a_branch(frontend: str, x: Any, check_pass: Any) -> None:
+    module = Notebook().eval()
+    gm = trace(module, (x,), frontend=frontend)
+    seen = check_pass(RaiseLora("french"), gm, x, expected=module(x), control=module.fc(x))
+    assert seen.after.replace("[add]", "add") == BRANCH.format(name="french")
+    adapter = adapter_from(seen.gm, "french")
+    torch.testing.assert_close(adapter.updates["fc"].delta(), 1.5 * module.a @ module.b)
+    assert adapter.updates["fc"].rank == 2
+    again = RaiseLora("french")(seen.gm)
+    assert not again.modified
+
+
+def test_its_adapter_goes_into_the_base(x: torch.Tensor) -> None:
+    module = Notebook().eval()
+    adapter = adapter_from(RaiseLora()(trace(module)).graph_module)
+    base = trace(module.fc)
+    renewed = inject(base, Adapter("french", {"weight": adapter.updates["fc"]}))
+    torch.testing.assert_close(renewed(x), module(x))
+    assert not torch.allclose(base(x), module(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_peft_wrapped_becomes_a_branch(bias: bool, x: Any, check_pass: Any) -> None:
+    base = nn.Sequential(nn.Linear(6, 10, bias=bias), nn.Tanh(), nn.Linear(10, 7))
+    before = base(x)
+    config = PeftConfig(
+        r=2, target_modules=["0", "2"], init_lora_weights=False, lora_bias=bias, lora_dropout=0.1
+    )
+    model = get_peft_model(base, config).eval()
+    gm = trace(model, (x,))
+    seen = check_pass(RaiseLora(), gm, x, expected=model(x), control=before)
+    assert [branch.path for branch in branches(seen.gm)] == [
+        "base_model.model.0.base_layer",
+        "base_model.model.2.base_layer",
+    ]
+    assert text(fold(seen.gm)) == text(fold(gm))
+
+
+def test_two_active_adapters_become_one_of_both_ranks(x: Any, check_pass: Any) -> None:
+    base = nn.Sequential(nn.Linear(6, 10))
+    before = base(x)
+    model = get_peft_model(base, PeftConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    other = PeftConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    model.add_adapter("other", other)
+    model.base_model.set_adapter(["default", "other"])
+    model.eval()
+    seen = check_pass(RaiseLora(), trace(model, (x,)), x, expected=model(x), control=before)
+    (update,) = adapter_from(seen.gm).updates.values()
+    assert update.rank == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (PeftConfig(r=2, target_modules=["0"], use_dora=True), "scaled"),
+        (LoHaConfig(r=2, target_modules=["0"]), "no product"),
+    ],
+    ids=["dora", "loha"],
+)
+def test_what_is_no_branch_stays_and_says_why(config: Any, reason: str, x: Any) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 10)), config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    gm = trace(model.eval(), (x,))
+    result = RaiseLora()(gm)
+    assert not result.modified
+    assert text(result.graph_module) == text(gm)
+    (edit,) = result.edits
+    assert edit.action == "skip"
+    assert reason in edit.text
+
+
+def test_calls_that_are_updated_differently_stay(x: torch.Tensor) -> None:
+    class Once(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().forward(x)) + torch.sin(self.fc(x))
+
+    result = RaiseLora()(trace(Once()))
+    assert not result.modified
+    assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
+
+
+def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any, check_pass: Any) -> None:
+    class Twice(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().forward(x)) + torch.sin(super().forward(2 * x))
+
+    module = Twice().eval()
+    control = torch.tanh(module.fc(x)) + torch.sin(module.fc(2 * x))
+    seen = check_pass(RaiseLora(), trace(module), x, expected=module(x), control=control)
+    assert len(branches(seen.gm)) == 2
+    assert len([n for n, _ in seen.gm.named_parameters() if "lora_A" in n]) == 1

@@ -1,0 +1,57 @@
+"""What fold would do, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import trace
+from lora_fx.deferred import raw
+from lora_fx.explain import explained
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.down, self.up = nn.Linear(3, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(5, 7)
+        self.kept = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.head(self.act(self.fc(x) + self.up(self.down(x))))
+        y = self.kept(x)
+        return y + torch.sin(x) @ self.kept.weight, torch.relu(y)
+
+
+LINES = [
+    "fc: linear 3 -> 5 of x: becomes the layer of 4 calls up to add; "
+    "act (act) reads it: relu is not known to be affine",
+    "down: linear 3 -> 2 of x: goes into fc, with 4 calls up to add",
+    "up: linear 2 -> 5 of x: goes into fc, with 4 calls up to add",
+    "head: linear 5 -> 7 of act: one layer; linear_4 (kept) reads it: a layer of its own, "
+    "sin (the model itself) reads it: sin is not known to be affine",
+]
+
+
+def test_each_layer_has_a_line_in_the_graphs_own_words() -> None:
+    lines = explained(trace(Model()))
+    assert lines[:4] == LINES
+    assert lines[4].startswith("kept: linear 7 -> 7 of act: one layer; add_1 (the model itself)")
+    assert "two sources" in lines[4]
+
+
+def test_it_prints_them(capsys: Any) -> None:
+    lora_fx.explain(trace(Model()))
+    assert capsys.readouterr().out.splitlines()[:4] == LINES
+
+
+def test_no_weight_is_computed() -> None:
+    gm = trace(Model()).requires_grad_(False)
+    folded = lora_fx.fold(gm)
+    lora_fx.explain(folded)
+    assert raw(folded, "fc.weight")._kept is None
