@@ -139,7 +139,8 @@ def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: s
     with torch.no_grad():
         wide = dense(matrix, torch.promote_types(dtype, torch.float32))
         rounded = wide.to(dtype).reshape(shape).contiguous()
-    if not rounded.isfinite().all():
+    low, high = rounded.aminmax()  # one pass, where isfinite makes three tensors
+    if not (low.isfinite() and high.isfinite()):
         raise PassError(
             f"{name}: the folded value is not finite in {dtype} (largest magnitude "
             f"{wide.abs().max().item():g}); fold the model in a wider dtype"
