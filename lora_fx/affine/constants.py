@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, KeysView, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +23,52 @@ _RANDOM = {
 _FACTORIES = {"zeros", "ones", "full", "eye", "arange", "tensor", "scalar_tensor", "linspace"}
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A call as it was when its node was admitted: erasing a node empties it.
+
+    Attributes:
+        place: its place among all constants.
+        inputs: the nodes it reads.
+    """
+
+    place: int
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[fx.Node, ...]
+
+
 class Constants:
     """The constants of one graph: which nodes are, their shapes, and their values.
 
-    Shapes come from running on meta tensors, so that looking at a weight never reads it. Tensors
-    are held from the moment a node is admitted: the graph may change afterwards.
+    Shapes come from running on meta tensors, so that looking at a weight never reads it. Calls
+    and tensors are held from the moment a node is admitted: the graph may change afterwards.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
+        self._steps: dict[fx.Node, _Step] = {}
         self._tensors: dict[fx.Node, Any] = {}
         self._versions: dict[fx.Node, int] = {}
         self._meta: dict[fx.Node, Any] = {}
         self._keys: dict[fx.Node, int] = {}
         self._known: dict[Hashable, int] = {}
-        self.nodes: set[fx.Node] = set()
 
     def admit(self, node: fx.Node) -> bool:
         """Decides whether a node is constant; its inputs must have been asked about before."""
         constant = self._is_tensor(node) if node.op == "get_attr" else self._computable(node)
         if constant:
-            self.nodes.add(node)
+            inputs = tuple(node.all_input_nodes)
+            step = (node.op, node.target, node.args, node.kwargs, inputs)
+            self._steps[node] = _Step(len(self._steps), *step)
         return constant
+
+    @property
+    def nodes(self) -> KeysView[fx.Node]:
+        """The nodes that were admitted."""
+        return self._steps.keys()
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a constant, or None if it is no tensor or depends on values."""
@@ -65,33 +90,34 @@ class Constants:
         own = set(but.all_input_nodes)
         read = {source for call in calls for source in call.all_input_nodes} - own
         leaves = [
-            n for source in read & self.nodes for n in _order(source, {}) if n in self._tensors
+            n for source in read & self.nodes for n in self._order(source, {}) if n in self._tensors
         ]
         return any(getattr(self._tensors[n], "requires_grad", False) for n in set(leaves) - own)
 
     def value(self, node: fx.Node) -> Any:
         """Evaluates a constant from leaves widened to float32 or more."""
         computed: dict[fx.Node, Any] = {}
-        order = _order(node, computed)
-        last = {source: step for step in order for source in step.all_input_nodes}
+        order = self._order(node, computed)
+        last = {source: step for step in order for source in self._steps[step].inputs}
         for step in order:
             computed[step] = self._run(step, computed)
-            for source in step.all_input_nodes:
+            for source in self._steps[step].inputs:
                 if last[source] is step:
                     computed.pop(source, None)  # one large constant at a time
         return computed[node]
 
     def key(self, node: fx.Node) -> int:
         """Equal for two constants that are computed alike from the same tensors."""
-        for step in _order(node, self._keys):
+        for step in self._order(node, self._keys):
             self._keys[step] = self._known.setdefault(self._written(step), len(self._known))
         return self._keys[node]
 
     def _written(self, node: fx.Node) -> Hashable:
-        if node.op == "get_attr":
-            return str(node.target)
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: ("node", self._keys[n]))
-        return (node.target, repr(arguments))
+        step = self._steps[node]
+        if step.op == "get_attr":
+            return str(step.target)
+        arguments = fx.node.map_arg((step.args, step.kwargs), lambda n: ("node", self._keys[n]))
+        return (step.target, repr(arguments))
 
     def _is_tensor(self, node: fx.Node) -> bool:
         value = raw(self._gm, str(node.target))
@@ -109,34 +135,48 @@ class Constants:
         return all(source in self.nodes for source in node.all_input_nodes)
 
     def _run(self, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
-        if node.op != "get_attr":
-            return _widened(_call(node, computed))
+        if node not in self._tensors:
+            return _widened(_call(self._steps[node], computed))
         value = self._tensors[node]
         if version(value) != self._versions[node]:
             raise PassError(
-                f"{node.target} was changed in place after the graph was folded and before the "
-                "folded weights were read: fold again"
+                f"{self._steps[node].target} was changed in place after the graph was folded and "
+                "before the folded weights were read: fold again"
             )
         return _widened(value.detach() if isinstance(value, torch.Tensor) else value.compute())
 
     def on_meta(self, node: fx.Node) -> Any:
         """The constant without its numbers: a meta tensor, or a value that is no tensor."""
-        for step in _order(node, self._meta):
+        for step in self._order(node, self._meta):
             self._meta[step] = self._meta_of(step)
         return self._meta[node]
 
     def _meta_of(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
+        step = self._steps[node]
+        if node in self._tensors:
             value = self._tensors[node]
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
         seen = node.meta.get("val")
-        device = None if node.all_input_nodes else "meta"
-        if any(self._meta[source] is None for source in node.all_input_nodes):
+        device = None if step.inputs else "meta"
+        if any(self._meta[source] is None for source in step.inputs):
             return _like(seen)
         try:
-            return _call(node, self._meta, device)
+            return _call(step, self._meta, device)
         except (RuntimeError, NotImplementedError):
             return _like(seen)  # its shape depends on values, or it has no meta kernel
+
+    def _order(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
+        """The node and what it needs that is not known yet, in the order of the graph."""
+        if node in known or not self._steps[node].inputs:
+            return [] if node in known else [node]
+        needed = {node}
+        pending = [node]
+        while pending:
+            inputs = self._steps[pending.pop()].inputs
+            fresh = [n for n in inputs if n not in needed and n not in known]
+            needed.update(fresh)
+            pending.extend(fresh)
+        return sorted(needed, key=lambda n: self._steps[n].place)
 
 
 def version(value: Any) -> int:
@@ -165,26 +205,13 @@ def _widened(value: Any) -> Any:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _order(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
-    """The node and what it needs that is not known yet, in the order of the graph."""
-    if node in known:
-        return []
-    needed = {node}
-    pending = [node]
-    while pending:
-        fresh = [n for n in pending.pop().all_input_nodes if n not in needed and n not in known]
-        needed.update(fresh)
-        pending.extend(fresh)
-    return sorted(needed)
-
-
-def _call(node: fx.Node, computed: dict[fx.Node, Any], device: str | None = None) -> Any:
-    args = fx.node.map_arg(node.args, computed.__getitem__)
-    kwargs = dict(fx.node.map_arg(node.kwargs, computed.__getitem__))
+def _call(step: _Step, computed: dict[fx.Node, Any], device: str | None = None) -> Any:
+    args = fx.node.map_arg(step.args, computed.__getitem__)
+    kwargs = dict(fx.node.map_arg(step.kwargs, computed.__getitem__))
     if device is not None:
         kwargs["device"] = torch.device(device)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if not callable(node.target):
-        raise TypeError(f"{node.target} of {node} is not callable")
-    return node.target(*args, **kwargs)
+    if step.op == "call_method":
+        return getattr(args[0], str(step.target))(*args[1:], **kwargs)
+    if not callable(step.target):
+        raise TypeError(f"{step.target} is not callable")
+    return step.target(*args, **kwargs)

@@ -1,0 +1,101 @@
+"""Einsum with one constant: dense, and block diagonal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+FRONTENDS = ["symbolic", "export"]
+einsum = torch.einsum
+
+
+def low(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, m.w, m.b)
+
+
+def split(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Six features as two by three."""
+    return F.linear(x, m.six, m.b6).reshape(4, 7, 2, 3)
+
+
+# name -> (function, input, the frontends that see enough; all by default)
+CASES: dict[str, tuple[Any, ...]] = {
+    "dense": (lambda m, x: einsum("...i,oi->...o", low(m, x), m.v), "batch"),
+    "dense, transposed": (lambda m, x: einsum("...i,io->...o", low(m, x), m.v.T), "batch"),
+    "the constant in front": (lambda m, x: einsum("oi,bsi->bso", m.v, low(m, x)), "batch"),
+    "features in front of the last axis": (
+        lambda m, x: einsum("bis,oi->bos", low(m, x).transpose(-1, -2), m.v),
+        "batch",
+    ),
+    "features moved to the end": (
+        lambda m, x: einsum("bis,oi->bos", F.conv1d(x, m.kernel1, m.b), m.v),
+        "long",
+    ),
+    "block diagonal": (
+        lambda m, x: einsum("bsgi,goi->bsgo", split(m, x), m.blocks),
+        "batch",
+        "export",
+    ),
+    "block diagonal, transposed": (
+        lambda m, x: einsum("...gi,gio->...go", split(m, x), m.blocks.transpose(1, 2)),
+        "batch",
+        "export",
+    ),
+    "split features made one": (
+        lambda m, x: einsum("...gi,goi->...o", split(m, x), m.blocks),
+        "batch",
+        "export",
+    ),
+    "one feature axis made two": (
+        lambda m, x: einsum("bsi,opi->bsop", F.linear(x, m.square, m.b3), m.blocks),
+        "batch",
+    ),
+}
+REFUSED = "mixes the batch, or features out of order"
+OPAQUE: dict[str, tuple[Any, ...]] = {
+    "three operands": (lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.b), "batch", "two operands"),
+    "no arrow": (lambda m, x: einsum("bsi,oi", x, m.w), "batch", "two operands"),
+    "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", REFUSED),
+    "the batch summed": (lambda m, x: einsum("bsi,oi->so", low(m, x), m.v), "batch", REFUSED),
+    "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", low(m, x), m.v), "batch", REFUSED),
+    "features to another place": (
+        lambda m, x: einsum("bsi,oi->bos", low(m, x), m.v),
+        "batch",
+        REFUSED,
+    ),
+    "a label of the constant alone": (
+        lambda m, x: einsum("bsi,oi->bs", low(m, x), m.v),
+        "batch",
+        REFUSED,
+    ),
+    "no map": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch", "no map"),
+    "shared labels behind": (
+        lambda m, x: einsum("bsgi,gi->bsig", split(m, x), m.blocks[:, 0]),
+        "batch",
+        REFUSED,
+        "export",
+    ),
+    "a diagonal": (
+        lambda m, x: einsum("bsrr,ro->bso", split(m, x)[..., :2], m.down),
+        "batch",
+        "",
+        "export",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
+)
+def test_an_einsum_computes_what_the_graph_does(name: str, frontend: str, check_case: Any) -> None:
+    check_case(CASES[name], frontend)
+
+
+@pytest.mark.parametrize(
+    ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
+)
+def test_what_is_no_layer_says_why(name: str, frontend: str, check_reason: Any) -> None:
+    check_reason(OPAQUE[name], frontend)
