@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, Update, fold, inject, trace, unfold
+from lora_fx.affine.transfer import analyse
 
 WIDTH, RANK = 8, 2
 
@@ -52,6 +53,7 @@ def steps(layers: int) -> dict[str, Callable[[], object]]:
     return {
         "inject": lambda: inject(gm, adapter),
         "inject and compile": lambda: inject(gm, adapter).code,
+        "analyse": lambda: analyse(injected),
         "fold": lambda: fold(injected),
         "unfold": lambda: unfold(folded),
         "torch's recompile": gm.recompile,

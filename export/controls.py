@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
-from lora_fx.graphs import assign, attribute
+from lora_fx.graphs import assign
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.sites import sites
 
@@ -43,13 +44,19 @@ def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModu
     layers = [str(site.weight.target) for site in sites(gm)]
     others = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
     for target in list(dict.fromkeys([*layers, *others]))[:_ATTEMPTS]:
-        weight = attribute(gm, target)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            continue
-        changed = evaluating(gm)
-        larger = weight.detach() * _FACTOR
-        is_parameter = isinstance(weight, nn.Parameter)
-        assign(
-            changed, target, nn.Parameter(larger, requires_grad=False) if is_parameter else larger
+        weight = raw(gm, target)
+        if isinstance(weight, torch.Tensor | Deferred) and weight.dtype.is_floating_point:
+            changed = evaluating(gm)
+            assign(changed, target, _larger(weight))
+            yield target, changed
+
+
+def _larger(weight: torch.Tensor | Deferred) -> torch.Tensor | Deferred:
+    if isinstance(weight, Deferred):
+        make = weight.compute
+        return Fleeting(
+            Deferred(weight.shape, weight.dtype, lambda: make() * _FACTOR, ("larger", weight.key))
         )
-        yield target, changed
+    larger = weight.detach() * _FACTOR
+    is_parameter = isinstance(weight, nn.Parameter)
+    return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

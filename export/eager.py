@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.cases import Case
-from lora_fx.graphs import assemble, attribute, copy_graph
+from lora_fx.graphs import assemble, assign, copy_graph, targets
 from lora_fx.ops import aten, call_argument, function_name
 from lora_fx.written import written
 
@@ -21,13 +22,21 @@ _EVAL = {"training": False, "train": False, "use_input_stats": False, "dropout_p
 
 
 def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in eval mode that shares the tensors, with any recorded training flag off."""
+    """A copy in eval mode that shares the tensors, with any recorded training flag off.
+
+    A tensor that is still to be computed is computed at each run, and held no longer than it is
+    used.
+    """
     graph = copy_graph(gm.graph)
     for node in graph.nodes:
         if node.op == "call_function":
             _switch_off(node)
     copy = assemble(gm, graph, training=False)
     copy.meta = dict(gm.meta)
+    for target in targets(graph):
+        value = raw(copy, target)
+        if isinstance(value, Deferred):
+            assign(copy, target, Fleeting(value))
     return copy.eval()
 
 
@@ -35,7 +44,8 @@ def call_eager(gm: fx.GraphModule, case: Case) -> Any:
     """What a graph returns; whatever it writes to, inputs and tensors of its own, is a copy."""
     with torch.no_grad():
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
-        return torch.func.functional_call(gm, _state(gm), args, kwargs)
+        # Looking for tied weights would read, and so compute, every weight: `_state` names all.
+        return torch.func.functional_call(gm, _state(gm), args, kwargs, tie_weights=False)
 
 
 def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
@@ -46,15 +56,16 @@ def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
 
 def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Copies of the tensors that a call may write to: large weights are not among them."""
-    dirty = [str(node.target) for node in written(gm.graph) if node.op == "get_attr"]
-    state = {target: attribute(gm, target) for target in dirty}
+    held = {t: raw(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    dirty = {id(held[str(n.target)]) for n in written(gm.graph) if n.op == "get_attr"}
+    state = {target: value for target, value in held.items() if id(value) in dirty}
     for target in {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
-        state |= gm.get_submodule(target).named_buffers(prefix=target)
+        state |= gm.get_submodule(target).named_buffers(target, remove_duplicate=False)
     copies: dict[int, torch.Tensor] = {}  # one for all names of a tensor
-    for tensor in state.values():
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-    return {name: copies[id(tensor)] for name, tensor in state.items()}
+    for value in state.values():
+        if id(value) not in copies:
+            copies[id(value)] = value.compute() if isinstance(value, Deferred) else value.clone()
+    return {name: copies[id(value)] for name, value in state.items()}
 
 
 def _switch_off(node: fx.Node) -> None:

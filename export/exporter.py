@@ -17,6 +17,7 @@ from lora_fx.export.inputs import example_inputs
 from lora_fx.export.model_file import write_model
 from lora_fx.export.names import rename
 from lora_fx.export.plan import Constant, Swappable
+from lora_fx.export.promises import promise_weights
 from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.trial import Trial, trial_of
@@ -78,6 +79,7 @@ def to_onnx(
         trial = trial_of(plan.traced, inputs)
     with clock.stage("convert"):
         model = convert(trial.program, opset)
+        promise_weights(model, trial.promises)
     with clock.stage("optimise"):
         _finish(model, plan, trial)
     evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import ExportError
-from lora_fx.graphs import attribute
 from lora_fx.sites import by_path
 
 KEY = "lora_fx.slots"
@@ -94,13 +94,14 @@ class Manifest:
 def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
     """Describes the slots of a graph, and digests the weights that they stand beside."""
     groups = by_path(gm)
-    weights = [attribute(gm, str(groups[slot.path][0].weight.target)) for slot in slots]
+    weights = [raw(gm, str(groups[slot.path][0].weight.target)) for slot in slots]
     pairs = zip(slots, weights, strict=True)
     return Manifest(tuple(replace(slot, digest=digest_of(weight)) for slot, weight in pairs))
 
 
-def digest_of(weight: torch.Tensor) -> str:
+def digest_of(weight: torch.Tensor | Deferred) -> str:
     """A digest of a tensor: dtype, shape and bytes."""
+    weight = weight.compute() if isinstance(weight, Deferred) else weight
     digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
     values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     digest.update(values)

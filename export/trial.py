@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from lora_fx.export.cases import Case, cases
-from lora_fx.export.eager import call_eager
 from lora_fx.export.inputs import Inputs
 from lora_fx.export.leaves import Leaf, input_leaves
 from lora_fx.export.names import free_names, output_names
+from lora_fx.export.promises import Promise, with_stand_ins
 from lora_fx.export.runtime import to_array
-from lora_fx.program import export_program
+from lora_fx.program import export_program, outputs_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Trial:
         cases: inputs of several shapes, the traced one first.
         outputs: names of the graph outputs.
         notes: outputs that could not have the name that the model gives them.
+        promises: weights that the program has stand-ins for.
     """
 
     program: torch.export.ExportedProgram
@@ -36,6 +37,7 @@ class Trial:
     cases: Sequence[Case]
     outputs: list[str]
     notes: list[str]
+    promises: list[Promise]
 
     @property
     def inputs(self) -> list[str]:
@@ -55,11 +57,11 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs) -> Trial:
         TraceError: torch.export cannot follow the graph.
         ExportError: an output is no tensor.
     """
-    program = export_program(gm, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
+    hollow, promises = with_stand_ins(gm)
+    program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
     leaves = input_leaves(gm, program, inputs.dynamic_shapes)
-    tried = cases(program, leaves)
-    wanted = output_names(call_eager(gm, tried[0]))
+    wanted = output_names(outputs_of(program))
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
-    return Trial(program, leaves, tried, outputs, notes)
+    return Trial(program, leaves, cases(program, leaves), outputs, notes, promises)

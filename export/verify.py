@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.compare import TOLERANCE, compare
+from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import AdapterWarning
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
@@ -22,6 +23,7 @@ from lora_fx.export.evidence import Evidence, Subject
 from lora_fx.export.report import Check
 from lora_fx.export.runtime import call, open_session
 from lora_fx.export.trial import Trial
+from lora_fx.graphs import targets
 
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 
@@ -126,9 +128,17 @@ class _Row:
 
 def _precision(gm: fx.GraphModule) -> torch.dtype:
     """The coarsest type that the graph's weights have: what its outputs can be held to."""
-    tensors = [*gm.parameters(), *gm.buffers()]
-    found = {tensor.dtype for tensor in tensors if tensor.dtype in TOLERANCE}
+    found = {dtype for dtype in _dtypes(gm) if dtype in TOLERANCE}
     return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
+    for target in targets(gm.graph):
+        value = raw(gm, target)
+        if isinstance(value, nn.Module):
+            yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
+        elif isinstance(value, torch.Tensor | Deferred):
+            yield value.dtype
 
 
 def _allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:

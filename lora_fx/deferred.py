@@ -54,6 +54,17 @@ class Deferred:
         return self._kept
 
 
+class Fleeting(Deferred):
+    """A promise that is computed anew for whoever reads it, and never kept."""
+
+    def __init__(self, promise: Deferred) -> None:
+        super().__init__(promise.shape, promise.dtype, promise.compute, promise.key)
+
+    def keep(self) -> nn.Parameter:
+        """The tensor, which goes when its reader is done with it."""
+        return nn.Parameter(self.compute(), requires_grad=False)
+
+
 class Parameters(dict[str, Any]):
     """The parameters of one module, some of which are still to be computed."""
 

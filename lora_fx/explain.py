@@ -38,7 +38,7 @@ def _line(node: fx.Node, analysis: Analysis, region: Region | None) -> str:
         reason = value.reason if isinstance(value, Opaque) else "no function of one input"
         return f"{name}: stays, {reason}"
     rows, columns = value.weight.shape
-    source = _root(value).node.name
+    source = value.source.node.name
     return f"{name} {columns} -> {rows} of {source}: {_fate(node, analysis, region)}"
 
 
@@ -66,9 +66,3 @@ def _why(user: fx.Node, analysis: Analysis) -> str:
     if isinstance(value, Opaque):
         return f"{reader}: {value.reason}"
     return f"{reader}: a layer of its own" if user.target in LAYERS else f"{reader}: affine"
-
-
-def _root(value: Map) -> Map:
-    while value.parent is not None:
-        value = value.parent
-    return value

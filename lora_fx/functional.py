@@ -46,13 +46,16 @@ def _without_writing(write: fx.Node) -> None:
         for outer, inner in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
             now[outer] = _put_back(outer, inner, now[inner])
         for view in sorted(family - set(path)):
-            if any(user > write for user in view.users):
+            if view < write and any(user > write for user in view.users):
                 now[view] = _again(view, now)
     for old, new in now.items():
         for user in [user for user in old.users if user > write]:
             user.replace_input_with(old, new)
     write.replace_all_uses_with(value)
     graph.erase_node(write)
+    for made in reversed(now.values()):
+        if not made.users:
+            graph.erase_node(made)
 
 
 def _views(node: Any) -> list[fx.Node]:

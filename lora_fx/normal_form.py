@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.functional import functionalise
-from lora_fx.ops import aten, call_argument
+from lora_fx.ops import aten, call_argument, module_path
 
 Arguments = tuple[Any, ...]
 
@@ -69,7 +69,8 @@ def normalise(graph: fx.Graph) -> None:
 
     Layer functions become their aten operators, torch.export's notes on dtypes go (its guards,
     which refuse other inputs than the graph is good for, stay), writes into new memory become
-    values, and every tensor is fetched right where it is first read.
+    values, casts that do nothing are read by the module that made them alone, and every tensor is
+    fetched right where it is first read.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _LAYERS:
@@ -77,6 +78,9 @@ def normalise(graph: fx.Graph) -> None:
         elif node.target in _NOTES:
             graph.erase_node(node)
     functionalise(graph)
+    for node in list(graph.nodes):
+        if node.target is aten.to.dtype and _is_idle(node):
+            _give_back(node)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         _fetch_late(node, order)
@@ -87,6 +91,27 @@ def _to_aten(node: fx.Node) -> None:
     arguments = translate(node)
     if arguments is not None:
         node.target, node.args, node.kwargs = target, arguments, {}
+
+
+def _is_idle(cast: fx.Node) -> bool:
+    before, after = (node.meta.get("val") for node in (cast.all_input_nodes[0], cast))
+    known = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return known and before.dtype == after.dtype and not cast.kwargs and len(cast.args) == 2
+
+
+def _give_back(cast: fx.Node) -> None:
+    """Lets other modules read what was cast.
+
+    A cast to the dtype that it has returns the very tensor it was given, and torch.export takes
+    everyone who reads that tensor afterwards for a reader of the cast.
+    """
+    own, source = module_path(cast), cast.all_input_nodes[0]
+    for user in list(cast.users):
+        path = module_path(user)
+        if own and path != own and not path.startswith(f"{own}.") and user.op != "output":
+            user.replace_input_with(cast, source)
+    if not cast.users:
+        cast.graph.erase_node(cast)
 
 
 def _fetch_late(node: fx.Node, order: dict[fx.Node, int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
@@ -45,6 +46,15 @@ def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
         gm = program.module()
     return gm, copy_graph(gm.graph)
+
+
+def outputs_of(program: torch.export.ExportedProgram) -> Any:
+    """What a program returns, its tensors without values."""
+    held = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    specs = program.graph_signature.output_specs
+    returned = [spec.arg for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+    flat = [getattr(arg, "value", held.get(arg.name)) for arg in returned]
+    return pytree.tree_unflatten(flat, program.call_spec.out_spec)
 
 
 def shapes_by_argument(

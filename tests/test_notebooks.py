@@ -12,9 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx import TraceError, fold, text, to_onnx, trace, unfold
+from lora_fx import (
+    Session,
+    TraceError,
+    adapter_from,
+    export_adapter,
+    fold,
+    text,
+    to_onnx,
+    trace,
+    unfold,
+)
 from lora_fx.ops import GUARDS, op_name
-from lora_fx.passes import FoldLora
+from lora_fx.passes import FoldLora, RaiseLora
 
 
 class LinearLora(nn.Module):
@@ -203,6 +213,26 @@ def assert_runs(layer: Layer, path: Path, relative: Any) -> None:
         assert relative(torch.from_numpy(actual), wanted) <= 1e-5
         assert relative(folded(other), wanted) <= 1e-5
         assert relative(layer.base()(other), wanted) >= 1e-2
+
+
+@pytest.mark.parametrize("name", ["linear", "fused", "concat"])
+def test_a_notebook_layer_becomes_swappable(name: str, relative: Any, tmp_path: Path) -> None:
+    layer = made(name)
+    raised = RaiseLora("french")(traced(layer, batch(layer, 4, 7))).graph_module
+    adapter = adapter_from(raised, "french")
+    to_onnx(raised, tmp_path / "model.onnx", adapters="input")
+    export_adapter(adapter, tmp_path / "model.onnx", tmp_path / "french.onnx_adapter")
+    other, session = batch(layer, 2, 9), Session(tmp_path / "model.onnx")
+    (base,) = session.run({"x": other}).values()
+    (adapted,) = session.run({"x": other}, adapter=tmp_path / "french.onnx_adapter").values()
+    with torch.no_grad():
+        wanted = layer(other)
+        assert relative(raised(other), wanted) <= 1e-5
+        assert relative(torch.from_numpy(adapted), wanted) <= 1e-5
+        assert relative(torch.from_numpy(base), layer.base()(other)) <= 1e-5
+        assert relative(torch.from_numpy(base), wanted) >= 1e-2
+    (update,) = adapter.updates.values()
+    assert update.rank == 2 if isinstance(layer, LinearLora) else 4
 
 
 def test_the_fused_layer_at_the_size_of_the_notebook(relative: Any, tmp_path: Path) -> None:

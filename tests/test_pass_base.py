@@ -53,7 +53,10 @@ def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any, make_adapter
 def test_a_pipeline_is_a_pass_and_shows_its_steps(ragged: Any, x: Any, make_adapter: Any) -> None:
     gm = trace(ragged, (x,))
     steps = Pipeline(
-        [InjectLora(make_adapter({"wide": (5, 3)})), Pipeline([FoldLora(chains=False), UnfoldLora()])]
+        [
+            InjectLora(make_adapter({"wide": (5, 3)})),
+            Pipeline([FoldLora(chains=False), UnfoldLora()]),
+        ]
     )
     assert "FoldLora(chains=False), UnfoldLora()" in repr(steps)
     assert steps(gm).modified

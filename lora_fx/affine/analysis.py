@@ -26,9 +26,15 @@ class Same:
 
 @dataclass(frozen=True)
 class Uniform:
-    """A tensor that holds one number everywhere, of whatever shape."""
+    """A tensor that holds one number everywhere.
+
+    Attributes:
+        number: that number.
+        layout: where it would have its features, if it was made like a Map; or None.
+    """
 
     number: float
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,11 @@ class Analysis:
             return self.map_of(known.node)
         return known if isinstance(known, Map) else None
 
+    def whole_map_of(self, value: object) -> Map | None:
+        """The Map of an argument whose features may be mixed: not those of a grouped kernel."""
+        found = self.map_of(value)
+        return None if found is None or found.grouped else found
+
     def source(
         self, value: object, size: int, after: int = 0, reading: Reading = None
     ) -> Map | None:
@@ -100,7 +111,7 @@ class Analysis:
             return self.source(known.node, size, after, reading)
         if value in self._written or not _countable(value, reading):
             return None
-        fits = isinstance(known, Map) and reading is None
+        fits = isinstance(known, Map) and reading is None and not known.grouped
         if fits and isinstance(known, Map) and _at(known.layout, size, after):
             return known
         return self._source(value, size, after, reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -33,8 +34,7 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
         return dense_layer(
             analysis, node, x, kernel, matrix, call_argument(node, 2, "bias"), after=dims
         )
-    if groups != 1:
-        return Opaque("a grouped convolution")
+    patches = replace(patches, groups=groups)
     rows, columns = shape[0], prod(shape[1:])
     matrix = leaf(analysis.constants, kernel, (rows, columns))
     source = analysis.source(x, columns, dims, patches)

@@ -30,7 +30,7 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     sizes = dict(zip(own, shape, strict=True))
     split = tuple(sizes[label] for label in plan.inputs)
     x = operands[1 - constant]
-    source = analysis.map_of(x)
+    source = analysis.whole_map_of(x)
     if source is None or source.layout.split != split or source.layout.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
     layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.after, source.layout.batch)

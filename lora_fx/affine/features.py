@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import fx
 from lora_fx.affine.algebra import placed, rows, total
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, result_dtype
 from lora_fx.affine.index import Index, all_but, along, slice_of
-from lora_fx.affine.layout import Layout, same_sizes, sizes_of
+from lora_fx.affine.layout import Layout, Sizes, same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Identity, Matrix
+from lora_fx.affine.moves import identity
 from lora_fx.affine.sums import promoted
 from lora_fx.ops import call_argument, op_name
 
@@ -24,11 +27,8 @@ def slice_(analysis: Analysis, node: fx.Node) -> Value:
     """A slice of the features; of another axis, only if it takes all of it."""
     dim = call_argument(node, 1, "dim", 0)
     start, stop, step = (call_argument(node, 2 + i, n) for i, n in enumerate(_SLICE))
-    if start in (None, 0) and stop in (None, _ALL) and step in (None, 1):
-        value = analysis.values.get(node.args[0])  # type: ignore[arg-type]
-        return (
-            value.moved(node, value.layout, value.dtype) if isinstance(value, Map) else _NO_FEATURES
-        )
+    if _is_all(start, stop, step):
+        return identity(analysis, node)
     return _picked(analysis, node, dim, slice(start, stop, step))
 
 
@@ -102,43 +102,56 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:
-    """Features of several maps of one source, one behind the other."""
+    """Features of several maps of one source, and zeros, one behind the other."""
     given, dim = call_argument(node, 0, "tensors"), call_argument(node, 1, "dim", 0)
-    values = [analysis.map_of(value) for value in given] if isinstance(given, list | tuple) else []
-    found = [value for value in values if value is not None]
-    if not found or len(found) != len(values):
-        return Opaque("a concatenation with something that is no map")
-    source, first = found[0], found[0]
-    for value in found[1:]:
-        nearer = meet(source, value)
-        if nearer is None:
-            return Opaque("a concatenation of maps of two sources")
-        source = nearer
-    axis = first.layout.feature(dim)
-    alike = all(v.layout.resized(0, 1).same(first.layout.resized(0, 1)) for v in found)
-    if axis is None or len(first.layout.split) != 1 or not alike:
-        return Opaque("a concatenation of something else than features")
-    size = sum(value.size for value in found)
+    found = [analysis.whole_map_of(value) or analysis.values.get(value) for value in given or ()]
+    maps = [value for value in found if isinstance(value, Map)]
+    if not maps or len(maps[0].layout.split) != 1:
+        return Opaque("a concatenation of no maps")
+    first = maps[0]
+    source, axis = reduce(_meeting, maps[1:], first), first.layout.feature(dim)
+    sizes = [_part(value, first, place) for value, place in zip(found, given, strict=True)]
+    if source is None or axis is None or None in sizes:
+        return Opaque("a concatenation of something else than features of one source")
+    known = [size for size in sizes if size is not None]
     weight: Matrix | None = None
     bias: Matrix | None = None
-    start = 0
-    for value in found:
-        own, shift = value.since(source)
-        index = slice_of(size, slice(start, start + value.size))
-        weight = total(weight, placed(own, index, size))
-        bias = total(bias, shift and placed(shift, index, size))
-        start += value.size
-    dtype = first.dtype
-    for value in found[1:]:
-        dtype = promoted(dtype, value.dtype)
+    for start, value in zip(accumulate([0, *known]), found, strict=False):
+        if isinstance(value, Map):
+            own, shift = value.since(source)
+            index = slice_of(sum(known), slice(start, start + value.size))
+            weight = total(weight, placed(own, index, sum(known)))
+            bias = total(bias, shift and placed(shift, index, sum(known)))
     assert weight is not None
-    layout = first.layout.resized(0, size)
-    return source.then(node, weight, bias, layout, result_dtype(node, dtype), Link.JOIN)
+    dtype = result_dtype(node, reduce(promoted, [value.dtype for value in maps]))
+    layout = first.layout.resized(0, sum(known))
+    return source.then(node, weight, bias, layout, dtype, Link.JOIN)
+
+
+def _meeting(one: Map | None, other: Map) -> Map | None:
+    return one and meet(one, other)
+
+
+def _part(value: Any, first: Map, node: fx.Node) -> int | None:
+    """How many features a part of a concatenation has, if it is a map or zeros like the first."""
+    layout = value.layout if isinstance(value, Map | Uniform) else None
+    if isinstance(value, Uniform):
+        sizes = sizes_of(node)
+        if value.number != 0 or (layout is None and sizes is None):
+            return None
+        layout = layout or _last(sizes or ())
+    alike = layout is not None and layout.resized(0, 1).same(first.layout.resized(0, 1))
+    return layout.split[0] if alike and layout is not None else None
+
+
+def _last(sizes: Sizes) -> Layout | None:
+    is_known = bool(sizes) and type(sizes[-1]) is int
+    return Layout((sizes[-1],), 0, tuple(sizes[:-1])) if is_known else None
 
 
 def pad(analysis: Analysis, node: fx.Node) -> Value:
     """Zeros in front of the features and behind them."""
-    value, widths = analysis.map_of(node.args[0]), call_argument(node, 1, "pad")
+    value, widths = analysis.whole_map_of(node.args[0]), call_argument(node, 1, "pad")
     mode, fill = call_argument(node, 2, "mode", "constant"), call_argument(node, 3, "value", 0)
     if op_name(node) == "constant_pad_nd":
         mode, fill = "constant", call_argument(node, 2, "value", 0)
@@ -174,23 +187,27 @@ def index_put(analysis: Analysis, node: fx.Node) -> Value:
 def slice_scatter(analysis: Analysis, node: fx.Node) -> Value:
     """A slice of the last axis overwritten: ``y[..., 2:5] = values``."""
     into, values, dim = node.args[0], node.args[1], call_argument(node, 2, "dim", 0)
+    start, stop, step = (call_argument(node, 3 + i, n) for i, n in enumerate(_SLICE))
+    if _is_all(start, stop, step):
+        new = analysis.map_of(values)
+        return new.moved(node, new.layout, new.dtype) if new else Opaque("all of it overwritten")
     sizes = sizes_of(node)
     if sizes is None or dim not in (-1, len(sizes) - 1) or type(sizes[-1]) is not int:
         return Opaque("an assignment to something else than features")
-    start, stop, step = (call_argument(node, 3 + i, n) for i, n in enumerate(_SLICE))
     index = slice_of(sizes[-1], slice(start, stop, step))
     return _overwritten(analysis, node, into, values, index, sizes)
 
 
 def uniform(analysis: Analysis, node: fx.Node) -> Value:
     """A tensor of one number, in a shape that may hang on the input."""
-    return Uniform(1.0 if "ones" in op_name(node) else 0.0)
+    like = analysis.map_of(node.args[0]) if op_name(node).endswith("_like") else None
+    return Uniform(1.0 if "ones" in op_name(node) else 0.0, like.layout if like else None)
 
 
 def _overwritten(
     analysis: Analysis, node: fx.Node, into: Any, values: Any, index: Index, sizes: Any
 ) -> Value:
-    source = analysis.map_of(values)
+    source = analysis.whole_map_of(values)
     under = analysis.values.get(into)
     fits = source is not None and source.layout.after == 0 and len(source.layout.split) == 1
     if source is None or not fits or source.size != index.count:
@@ -202,7 +219,7 @@ def _overwritten(
     if isinstance(under, Uniform) and under.number == 0:
         weight = placed(Identity(source.size), index, sizes[-1])
         return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
-    kept = analysis.map_of(into)
+    kept = analysis.whole_map_of(into)
     root = meet(kept, source) if kept is not None else None
     if kept is None or root is None or not kept.layout.same(layout):
         return Opaque("an assignment into something else than zeros or a map of one source")
@@ -228,7 +245,7 @@ def _picked(analysis: Analysis, node: fx.Node, dim: Any, cut: slice) -> Value:
 
 
 def _feature(analysis: Analysis, x: object, dim: object) -> tuple[Map | None, int | None]:
-    value = analysis.map_of(x)
+    value = analysis.whole_map_of(x)
     return value, value.layout.feature(dim) if value else None
 
 
@@ -250,6 +267,10 @@ def _index(analysis: Analysis, node: Any, size: int) -> Index | None:
     if len(places.unique()) != len(places):
         return None
     return Index(("places", analysis.constants.key(node)), len(places), places.long)
+
+
+def _is_all(start: Any, stop: Any, step: Any) -> bool:
+    return start in (None, 0) and stop in (None, _ALL) and step in (None, 1)
 
 
 def _dim(node: fx.Node) -> Any:

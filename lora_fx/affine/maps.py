@@ -27,12 +27,17 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Patches:
-    """Reads what a convolution multiplies its kernel with, at every place the kernel visits."""
+    """Reads what a convolution multiplies its kernel with, at every place the kernel visits.
+
+    A row of a grouped kernel reads the channels of its group: such kernels can be scaled and
+    added like matrices, but their rows can not be mixed.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    groups: int = 1
 
 
 Reading = OneHot | Patches | None
@@ -77,6 +82,7 @@ class Map:
         glue: what scales or shifts in this link, the last one first.
         reading: of a source.
         depth: how many links away the source is.
+        root: that source; None for a source.
     """
 
     node: fx.Node
@@ -91,11 +97,23 @@ class Map:
     glue: Glue | None = None
     reading: Reading = None
     depth: int = 0
+    root: Map | None = None
 
     @property
     def size(self) -> int:
         """Features of the node."""
         return self.weight.shape[0]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is a function of what a grouped kernel reads."""
+        source = self.source
+        return isinstance(source.reading, Patches) and source.reading.groups > 1
+
+    @property
+    def source(self) -> Map:
+        """The end of its chain."""
+        return self.root or self
 
     def then(
         self,
@@ -107,8 +125,8 @@ class Map:
         link: Link = Link.LAYER,
     ) -> Map:
         """A node that is an affine function of this one."""
-        depth = self.depth + 1
-        return Map(node, self, weight, layout, bias, dtype, link, node, link, depth=depth)
+        made = Map(node, self, weight, layout, bias, dtype, link, node, link)
+        return replace(made, depth=self.depth + 1, root=self.source)
 
     def scaled(self, node: fx.Node, factor: Matrix, dtype: torch.dtype | None) -> Map:
         """A node that is ``diag(factor)`` times this one."""

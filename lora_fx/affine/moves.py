@@ -108,6 +108,8 @@ def _permuted(
     layout, order = found
     if order == tuple(range(len(order))):
         return value.moved(node, layout, value.dtype)
+    if value.grouped:
+        return Opaque("a permutation of the channels of a grouped kernel")
     index = reordered(value.layout.split, order)
     return value.picked(node, index, layout)
 

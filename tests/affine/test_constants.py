@@ -63,3 +63,14 @@ def test_asking_for_a_shape_reads_no_weight() -> None:
     value = nn.Parameter(torch.empty(5, 2, device="meta"))  # reading a value here would fail
     assign(gm, "a", value)
     assert constants.shape(nodes["contiguous"]) == (3, 5)
+
+
+def test_a_constant_outlives_its_graph() -> None:
+    """Folded weights are computed when read: what they are made of is swept by then."""
+    module = Computes().requires_grad_(False)
+    gm = trace(module)
+    constants, nodes = constants_of(gm)
+    weight = nodes["contiguous"]
+    weight.replace_all_uses_with(nodes["a"])
+    gm.graph.erase_node(weight)
+    torch.testing.assert_close(constants.value(weight), (module.a @ module.b.float()).T)

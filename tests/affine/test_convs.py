@@ -98,8 +98,9 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "no constant",
     ),
     "two geometries": (
-        lambda m, x: image(m, x)
-        + F.conv2d(x, m.kernel, m.b, stride=(2, 1), padding=(1, 1), dilation=(1, 4)),
+        lambda m, x: (
+            image(m, x) + F.conv2d(x, m.kernel, m.b, stride=(2, 1), padding=(1, 1), dilation=(1, 4))
+        ),
         "image",
         "two sources",
     ),

@@ -185,7 +185,11 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     ),
     "pad with ones": (lambda m, x: F.pad(low(m, x), (1, 2), value=1.0), "batch", "zeros"),
     "pad by reflection": (lambda m, x: F.pad(low(m, x), (1, 2), "reflect"), "batch", "zeros"),
-    "pad the batch": (lambda m, x: F.pad(low(m, x), (1, 2, 1, 0)), "batch", "else than the features"),
+    "pad the batch": (
+        lambda m, x: F.pad(low(m, x), (1, 2, 1, 0)),
+        "batch",
+        "else than the features",
+    ),
     "pad less": (lambda m, x: F.pad(low(m, x), (-1, 0)), "batch", "zeros"),
     "assignment to the batch": (
         lambda m, x: aten.index_put(zeros(x, 5), [None, places(m, *range(7))], low(m, x)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import trace
+from lora_fx import fold, text, trace
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 
@@ -17,15 +17,18 @@ class Layers(nn.Module):
         super().__init__()
         self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.down, self.up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
+        self.table, self.gain = nn.Embedding(9, 4), nn.Parameter(torch.randn(4))
+        self.norm = nn.LayerNorm(4)
         self.function = function
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.function(self, x)
 
 
-def regions_of(function: Callable[..., Any]) -> list[tuple[str, str, int, bool]]:
-    gm = trace(Layers(function))
-    found = maximal_regions(gm, analyse(gm))
+def regions_of(
+    function: Callable[..., Any], chains: bool = False
+) -> list[tuple[str, str, int, bool]]:
+    found = maximal_regions(analyse(trace(Layers(function))), chains)
     return [(r.value.node.name, r.layer.name, len(r.nodes), bool(r.blocked)) for r in found]
 
 
@@ -50,6 +53,19 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[str, str, int, bool]]]] = 
         lambda m, x: (lambda y: (y + x @ m.down @ m.up, torch.relu(y)))(m.one(x)),
         [("add", "linear", 4, True)],
     ),
+    "an embedding, then a projection": (lambda m, x: m.one(m.table(x)), []),
+    "a norm's weight in front of a projection": (lambda m, x: m.one(m.norm(x)), []),
+    "a vector behind a layer": (lambda m, x: m.one(x) * m.gain, [("mul", "linear", 2, False)]),
+    "a vector in front of a layer": (lambda m, x: m.one(x / m.gain.exp()), []),
+    "a number and a tied weight": (
+        lambda m, x: (m.one(x) * 2, torch.relu(m.one(torch.relu(x)))),
+        [],
+    ),
+    "a vector and a tied weight": (
+        lambda m, x: (m.one(x) * m.gain, torch.relu(m.one(torch.relu(x)))),
+        [("mul", "linear", 2, False)],
+    ),
+    "a layer and moves alone": (lambda m, x: m.one(x).transpose(-1, -2).contiguous(), []),
     "another layer is free": (
         lambda m, x: (lambda y: (y + m.two(x), torch.relu(y)))(m.one(x)),
         [("add", "linear_1", 3, False)],
@@ -61,3 +77,56 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[str, str, int, bool]]]] = 
 def test_regions_are_maximal_and_hold_a_layer(name: str) -> None:
     function, expected = CASES[name]
     assert regions_of(function) == expected
+
+
+CHAINS: dict[str, tuple[Callable[..., Any], list[tuple[str, str, int, bool]]]] = {
+    "linear after linear": (
+        lambda m, x: m.two(m.one(x)),
+        [("linear_1", "linear", 2, False)],
+    ),
+    "an embedding, then a projection": (
+        lambda m, x: m.one(m.table(x)),
+        [("linear", "embedding", 2, False)],
+    ),
+    "nothing in between may go": (
+        lambda m, x: (lambda y: (m.two(y), torch.relu(y)))(m.one(x)),
+        [("linear_1", "linear", 2, True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_fold_when_asked(name: str) -> None:
+    function, expected = CHAINS[name]
+    assert regions_of(function) == []
+    found = regions_of(function, chains=True)
+    assert [region[:1] + region[2:] for region in found] == [
+        region[:1] + region[2:] for region in expected
+    ]
+
+
+def test_reshapes_around_a_layer_are_kept() -> None:
+    class Around(Layers):
+        def forward(self, x: torch.Tensor) -> Any:
+            flat = torch.addmm(self.gain, x.view(-1, 4), self.one.weight.T.contiguous())
+            return flat.view(4, 7, 4) + x @ self.down @ self.up
+
+    module, x = Around(lambda m, x: x), torch.randn(4, 7, 4)
+    folded = fold(trace(module, (x,)))
+    assert text(folded).count("view(") == 2
+    assert text(folded).count("addmm(") == 1
+    assert "matmul" not in text(folded)
+    torch.testing.assert_close(folded(x), module(x))
+
+
+def test_only_what_is_read_is_replaced() -> None:
+    """A region between another one's layer and its source: not a region of its own."""
+
+    class Nested(Layers):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.two(x) + x @ self.down @ self.up
+            pieces = torch.chunk(y, 2, -1)
+            return self.one(torch.cat((pieces[1], pieces[0]), -1))
+
+    module, x = Nested(lambda m, x: x), torch.randn(3, 4)
+    torch.testing.assert_close(fold(trace(module))(x), module(x))

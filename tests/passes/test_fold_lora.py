@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
+from lora_fx.deferred import Deferred, raw
 from lora_fx.graphs import attribute
 from lora_fx.passes import FoldLora
 
@@ -145,8 +146,38 @@ def test_accumulation_is_wide_and_rounds_once() -> None:
 def test_a_folded_weight_that_overflows_is_refused(ragged: Any) -> None:
     update = Update(torch.full((2, 3), 300.0), torch.full((5, 2), 300.0), 1.0)
     injected = inject(trace(ragged.half()), Adapter("a", {"wide": update}))
+    folded = fold(injected)
     with pytest.raises(PassError, match=r"wide.weight.*float16.*180000.*wider"):
-        fold(injected)
+        attribute(folded, "wide.weight")
+
+
+def test_a_weight_is_computed_when_it_is_read(ragged: Any, x: Any, make_adapter: Any) -> None:
+    injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
+    folded = fold(injected)
+    promised = raw(folded, "wide.weight")
+    assert isinstance(promised, Deferred)
+    wanted = ragged.wide.weight + make_adapter(SHAPES).updates["wide"].delta()
+    torch.testing.assert_close(attribute(folded, "wide.weight"), wanted)
+    assert attribute(folded, "wide.weight") is attribute(folded, "wide.weight")
+
+
+def test_a_constant_that_is_computed_survives_the_fold(check_pass: Any) -> None:
+    class Gated(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) * torch.sigmoid(self.gain)
+
+    module, x = Gated().requires_grad_(False), torch.randn(4, 3)
+    for frontend in ("symbolic", "export"):
+        gm = trace(module, (x,), frontend=frontend)
+        check_pass(FoldLora(), gm, x, expected=module(x), control=module.base(x))
+
+
+def test_a_weight_that_changes_before_it_is_read_is_refused(ragged: Any, make_adapter: Any) -> None:
+    folded = fold(inject(trace(ragged), make_adapter(SHAPES)))
+    with torch.no_grad():
+        ragged.wide.weight.mul_(2)
+    with pytest.raises(PassError, match=r"wide.weight was changed in place.*fold again"):
+        attribute(folded, "wide.weight")
 
 
 def test_a_weight_written_in_place_is_never_folded() -> None:

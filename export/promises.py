@@ -1,0 +1,85 @@
+"""Weights that are computed while the file is written, one after the other.
+
+Tracing and translation see stand-ins: tensors of the right shape in memory that nobody touches,
+which the system therefore never provides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import fx, nn
+
+from lora_fx.deferred import Deferred, raw
+from lora_fx.errors import ExportError, shorten
+from lora_fx.graphs import assemble, assign, copy_graph, targets
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A weight to be, and what stands for it until the file is written.
+
+    Attributes:
+        name: in the graph.
+        weight: computes it.
+        stand_in: of its shape; what it holds means nothing.
+    """
+
+    name: str
+    weight: Deferred
+    stand_in: nn.Parameter
+
+
+def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Promise]]:
+    """A copy that computes nothing: each tensor that is still to be computed has a stand-in."""
+    hollow = assemble(gm, copy_graph(gm.graph), gm.training)
+    hollow.meta = dict(gm.meta)
+    known: dict[int, nn.Parameter] = {}
+    promises = []
+    for target in targets(gm.graph):
+        weight = raw(gm, target)
+        if isinstance(weight, Deferred):
+            if id(weight) not in known:
+                memory = torch.empty(weight.shape, dtype=weight.dtype)
+                known[id(weight)] = nn.Parameter(memory, requires_grad=False)
+            assign(hollow, target, known[id(weight)])
+            promises.append(Promise(target, weight, known[id(weight)]))
+    return hollow, promises
+
+
+def promise_weights(model: ir.Model, promises: list[Promise]) -> None:
+    """Puts tensors that compute themselves when written in the place of stand-ins.
+
+    Raises:
+        ExportError: a stand-in is not among the initializers as it was given: whatever was made
+            of it would be written in the place of the weight.
+    """
+    waiting = {p.stand_in.data_ptr(): p for p in promises if p.stand_in.numel()}
+    values = list(model.graph.initializers.values())
+    kept = set()
+    for value in values:
+        promise = waiting.get(_address(value.const_value))
+        if promise is not None and value.shape == promise.weight.shape:
+            value.const_value = _lazy(promise.weight, value)
+            kept.add(promise.name)
+    lost = [promise.name for promise in waiting.values() if promise.name not in kept]
+    lost += [str(value.name) for value in values if _address(value.const_value) in waiting]
+    if lost:
+        raise ExportError(f"lost in translation: {shorten(lost)}; please report the model")
+
+
+def _address(tensor: ir.TensorProtocol | None) -> int:
+    held = getattr(tensor, "raw", None)
+    return held.data_ptr() if isinstance(held, torch.Tensor) else 0
+
+
+def _lazy(weight: Deferred, value: ir.Value) -> ir.LazyTensor:
+    def compute() -> ir.TensorProtocol:
+        return TorchTensor(weight.compute().detach(), name=value.name)
+
+    assert value.dtype is not None
+    shape = ir.Shape(weight.shape)
+    return ir.LazyTensor(compute, dtype=value.dtype, shape=shape, name=value.name)

@@ -1,0 +1,281 @@
+"""Breaks each transfer function in turn: a named case must see it."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fx.affine import algebra, convs, einsums, features, layers, moves, sums
+from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
+from lora_fx.affine.evaluate import dense
+from lora_fx.affine.index import Index, slice_of
+from lora_fx.affine.maps import Map, Patches
+from lora_fx.affine.matrices import Blocks, Leaf
+from lora_fx.affine.transfer import TRANSFER
+
+
+def doubled(value: Any) -> Any:
+    """A result whose weight is twice what it should be."""
+    if isinstance(value, Parts):
+        return Parts(tuple(map(doubled, value.values)))
+    if not isinstance(value, Map):
+        return value
+    return replace(value, weight=algebra.scaled(algebra.number(2.0), value.weight))
+
+
+def without_bias(value: Any) -> Any:
+    return replace(value, bias=None) if isinstance(value, Map) else value
+
+
+def bias_twice(value: Any) -> Any:
+    return replace(value, bias=value.bias and algebra.signed(value.bias, 2))
+
+
+def turned(value: Any) -> Any:
+    """A layout with the features one axis further in front."""
+    return replace(value, layout=replace(value.layout, after=value.layout.after + 1))
+
+
+def narrow(value: Any) -> Any:
+    return replace(value, dtype=torch.float16) if isinstance(value, Map) else value
+
+
+def passes_on(analysis: Analysis, node: Any) -> Any:
+    """The first input, as if the operator did nothing."""
+    value = analysis.map_of(node.args[0])
+    return value.moved(node, value.layout, value.dtype) if value else Opaque("")
+
+
+def one_off(size: int, cut: slice) -> Index:
+    """The places next to those that a slice picks."""
+    index = slice_of(size, cut)
+    return Index(("off", index.key), index.count, lambda: (index.places() + 1) % size)
+
+
+def reversed_places(size: int, cut: slice) -> Index:
+    index = slice_of(size, cut)
+    return Index(("back", index.key), index.count, lambda: index.places().flip(0))
+
+
+def in_order(axis: int, split: tuple[int, ...], index: Index) -> Index:
+    """The first features, whichever were asked for."""
+    count = index.count * prod(split) // split[axis]
+    return Index(("in order", count), count, lambda: torch.arange(count))
+
+
+def same_order(split: tuple[int, ...], order: tuple[int, ...]) -> Index:
+    return slice_of(prod(split), slice(None))
+
+
+def unmerged(blocks: tuple[int, int, int], key: Any, fetch: Any) -> Blocks:
+    """The blocks in the wrong order."""
+    return Blocks(blocks, key, lambda: fetch().flip(0))
+
+
+def dense_kernel(constants: Any, node: Any, shape: tuple[int, int]) -> Leaf:
+    """A kernel read in the wrong order."""
+    back = (shape[1], shape[0])
+    return Leaf(shape, "turned", lambda: constants.value(node).reshape(back).T.contiguous())
+
+
+def swapped_geometry(real: Any) -> Any:
+    def patches(node: Any, kernel: tuple[int, ...]) -> Patches | None:
+        found: Patches | None = real(node, kernel)
+        return found and replace(found, stride=found.dilation, dilation=found.stride)
+
+    return patches
+
+
+def no_padding(real: Any) -> Any:
+    def patches(node: Any, kernel: tuple[int, ...]) -> Patches | None:
+        found: Patches | None = real(node, kernel)
+        return found and replace(found, padding=(0,) * len(kernel))
+
+    return patches
+
+
+def unsigned(matrix: Any, sign: float) -> Any:
+    return algebra.signed(matrix, abs(sign))
+
+
+def put_in_front(matrix: Any, index: Index, size: int) -> Any:
+    return algebra.placed(matrix, slice_of(size, slice(0, index.count)), size)
+
+
+def kept_too(size: int, index: Index) -> Index:
+    """Forgets that what is overwritten is gone."""
+    return slice_of(size, slice(None))
+
+
+def straight(matrix: Any) -> Any:
+    """A transpose that is none, where shapes allow it."""
+    shape = matrix.shape[::-1]
+    return Leaf(shape, "straight", lambda: dense(matrix, torch.float64).reshape(shape))
+
+
+def rule(change: Callable[[Any], Any], name: str) -> tuple[str, str, Any]:
+    """Changes what the function of an operator in the table returns."""
+    real = TRANSFER[name]
+    return "TRANSFER", name, lambda analysis, node: change(real(analysis, node))
+
+
+# what is broken -> (module or table, name, what stands there instead), file and case that see it
+MUTANTS: dict[str, tuple[Any, str, str]] = {
+    "linear: weight doubled": (rule(doubled, "linear"), "layers", "linear"),
+    "linear: bias dropped": (rule(without_bias, "linear"), "layers", "linear"),
+    "linear: dtype lost": (rule(narrow, "linear"), "layers", "linear"),
+    "addmm: transpose dropped": ((layers, "transposed", straight), "layers", "addmm"),
+    "addmm: bias twice": (rule(bias_twice, "addmm"), "layers", "addmm"),
+    "matmul: transpose dropped": ((layers, "transposed", straight), "layers", "matmul"),
+    "matmul: features elsewhere": (rule(turned, "matmul"), "layers", "matmul from the left"),
+    "matmul: bmm's weight doubled": (rule(doubled, "bmm"), "layers", "bmm"),
+    "embedding: transpose dropped": ((layers, "transposed", straight), "layers", "embedding"),
+    "conv: kernel read in another order": ((convs, "leaf", dense_kernel), "convs", "conv2d"),
+    "conv: stride for dilation": (
+        (convs, "_patches", swapped_geometry(convs._patches)),
+        "convs",
+        "conv2d",
+    ),
+    "conv: padding dropped": ((convs, "_patches", no_padding(convs._patches)), "convs", "conv1d"),
+    "conv: bias dropped": (rule(without_bias, "conv3d"), "convs", "conv3d"),
+    "conv: groups in another order": (
+        (convs, "Blocks", unmerged),
+        "convs",
+        "conv1d of kernel one, in groups",
+    ),
+    "conv: features elsewhere": (rule(turned, "conv2d"), "convs", "conv2d"),
+    "einsum: blocks in another order": (
+        (einsums, "Blocks", unmerged),
+        "einsums",
+        "block diagonal",
+    ),
+    "einsum: weight doubled": (rule(doubled, "einsum"), "einsums", "dense"),
+    "einsum: features elsewhere": (
+        rule(turned, "einsum"),
+        "einsums",
+        "features in front of the last axis",
+    ),
+    "add: second weight's factor dropped": (
+        (sums, "signed", lambda matrix, sign: matrix),
+        "sums",
+        "add with alpha",
+    ),
+    "add: bias dropped": (rule(without_bias, "add"), "sums", "add"),
+    "add: shift ignored": (rule(without_bias, "add"), "sums", "add a vector"),
+    "add: number ignored": (
+        (sums, "repeated", lambda value, size: algebra.repeated(0.0, size)),
+        "sums",
+        "add a number",
+    ),
+    "sub: sign flipped": ((sums, "signed", unsigned), "sums", "sub"),
+    "sub: sign of a vector flipped": ((sums, "signed", unsigned), "sums", "sub a vector"),
+    "sub: sign of the map dropped": (
+        (sums, "number", lambda value: algebra.number(abs(value))),
+        "sums",
+        "sub from a vector",
+    ),
+    "mul: scale dropped": (("TRANSFER", "mul", passes_on), "sums", "mul by a number"),
+    "mul: bias scaled twice": (rule(bias_twice, "mul"), "sums", "mul by a vector"),
+    "div: not inverted": ((sums, "_reciprocal", lambda matrix: matrix), "sums", "div by a vector"),
+    "div: bias dropped": (rule(without_bias, "div"), "sums", "truediv"),
+    "neg: does nothing": (("TRANSFER", "neg", passes_on), "sums", "neg"),
+    "dropout: in training taken for eval": (
+        ("TRANSFER", "dropout", moves.identity),
+        "moves",
+        "dropout in training",
+    ),
+    "identity: weight doubled": (rule(doubled, "clone"), "moves", "clone"),
+    "cast: dtype ignored": (("TRANSFER", "to", moves.identity), "moves", "to"),
+    "cast: to integers taken for nothing": (
+        ("TRANSFER", "to", moves.identity),
+        "moves",
+        "to integers",
+    ),
+    "reshape: layout kept": (("TRANSFER", "reshape", passes_on), "moves", "reshape"),
+    "reshape: mixes taken for nothing": (
+        ("TRANSFER", "reshape", passes_on),
+        "moves",
+        "batch and features mixed",
+    ),
+    "transpose: layout kept": (("TRANSFER", "transpose", passes_on), "moves", "transpose"),
+    "transpose: features in the old order": (
+        (moves, "reordered", same_order),
+        "moves",
+        "feature axes swapped",
+    ),
+    "permute: features elsewhere": (rule(turned, "permute"), "moves", "permute, negative"),
+    "turn: does nothing": (("TRANSFER", "t", passes_on), "moves", "t"),
+    "slice: off by one": ((features, "slice_of", one_off), "features", "slice"),
+    "slice: along all features": ((features, "along", in_order), "features", "slice split"),
+    "narrow: off by one": ((features, "slice_of", one_off), "features", "narrow"),
+    "select: off by one": ((features, "slice_of", one_off), "features", "select"),
+    "index_select: in order": ((features, "along", in_order), "features", "index_select"),
+    "split: off by one": ((features, "slice_of", one_off), "features", "split"),
+    "split: chunks cut as pieces are": (
+        (features, "op_name", lambda node: "split"),
+        "features",
+        "chunk",
+    ),
+    "getitem: pieces doubled": (rule(doubled, "getitem"), "features", "split, the rest"),
+    "cat: all in front": ((features, "placed", put_in_front), "features", "cat"),
+    "cat: in reverse": ((features, "slice_of", reversed_places), "features", "cat"),
+    "pad: on the wrong side": ((features, "placed", put_in_front), "features", "pad"),
+    "index_put: to the front": (
+        (features, "placed", put_in_front),
+        "features",
+        "assignment of places",
+    ),
+    "index_put: what was there stays": (
+        (features, "all_but", kept_too),
+        "features",
+        "assignment into a map",
+    ),
+    "slice_scatter: off by one": (
+        (features, "slice_of", one_off),
+        "features",
+        "assignment of a slice",
+    ),
+    "uniform: ones are zeros": (
+        ("TRANSFER", "ones_like", lambda analysis, node: Uniform(0.0)),
+        "sums",
+        "add zeros of data",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, dict[str, Any]]:
+    files = {file for _, file, _ in MUTANTS.values()}
+    return {f: runpy.run_path(str(Path(__file__).with_name(f"test_{f}.py"))) for f in files}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_function_is_seen_by_a_case(
+    name: str, tables: Any, monkeypatch: Any, check_case: Any, check_reason: Any
+) -> None:
+    (target, attribute, broken), file, case = MUTANTS[name]
+    table = tables[file]
+    cases = table["CASES"] | table.get("CASTS", {})
+    entry, check = (
+        (cases[case], check_case) if case in cases else (table["OPAQUE"][case], check_reason)
+    )
+    tolerance = (1e-6,) if case in table.get("CASTS", {}) else ()
+    check(entry, "export", *tolerance)
+    if target == "TRANSFER":
+        monkeypatch.setitem(TRANSFER, attribute, broken)
+    else:
+        monkeypatch.setattr(target, attribute, broken)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check(entry, "export", *tolerance)
+
+
+def test_every_function_of_the_table_is_broken_by_some_mutant() -> None:
+    broken = {name.partition(":")[0] for name in MUTANTS}
+    assert {rule.__name__.rstrip("_") for rule in TRANSFER.values()} <= broken

@@ -1,0 +1,153 @@
+"""Writes into new memory become values; whatever may share memory in other ways stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_fx import trace
+from lora_fx.ops import mutates
+
+X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([True, False, True, True, False])
+
+
+class Writes(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.register_buffer("mask", MASK)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+def traced(function: Callable[..., Any]) -> tuple[Any, Any, int]:
+    """What the graph computes, what the module does, and how many writes are left."""
+    module = Writes(function)
+    gm = trace(module, (X.clone(),))
+    left = sum(mutates(node) for node in gm.graph.nodes)
+    return gm(X.clone()), module(X.clone()), left
+
+
+def masked(m: Any, x: torch.Tensor) -> Any:
+    y = x.new_zeros(4, 7, 5)
+    y.view(-1, 5)[:, m.mask] = x.reshape(-1, 3)
+    return y
+
+
+def sliced(m: Any, x: torch.Tensor) -> Any:
+    y = torch.zeros(4, 7, 5)
+    y[..., 1:4] = x
+    return y + 1
+
+
+def twice(m: Any, x: torch.Tensor) -> Any:
+    y = torch.zeros(4, 7, 5)
+    y[..., :3] = x
+    y[..., 2:] += x
+    return y
+
+
+def through_views(m: Any, x: torch.Tensor) -> Any:
+    y = x.clone()
+    flat = y.view(28, 3)
+    turned = y.transpose(0, 1)
+    turned[:, :, 0] = 2.0
+    return y, flat, turned
+
+
+def added(m: Any, x: torch.Tensor) -> Any:
+    y = x * 2
+    before = y + 0
+    y.add_(x).mul_(3)
+    return before, y
+
+
+GONE = {f.__name__: f for f in (masked, sliced, twice, through_views, added)}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_writes_into_new_memory_become_values(name: str) -> None:
+    got, wanted, left = traced(GONE[name])
+    got, wanted = ((v,) if isinstance(v, torch.Tensor) else v for v in (got, wanted))
+    assert left == 0
+    assert all(map(torch.equal, got, wanted))
+    assert not torch.equal(1.1 * got[-1], wanted[-1])
+
+
+def into_the_input(m: Any, x: torch.Tensor) -> Any:
+    x[..., 0] = 1.0
+    return x * 2
+
+
+def shared_in_another_way(m: Any, x: torch.Tensor) -> Any:
+    y = x.clone()
+    other = y.as_strided((4, 7), (21, 3))
+    y.mul_(2)
+    return y + 0, other + 0
+
+
+def of_a_narrower_dtype(m: Any, x: torch.Tensor) -> Any:
+    y = x.half() + 1
+    y.add_(x)
+    return y
+
+
+STAYS = {f.__name__: f for f in (into_the_input, shared_in_another_way, of_a_narrower_dtype)}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_other_writes_stay(name: str) -> None:
+    got, wanted, left = traced(STAYS[name])
+    got, wanted = ((v,) if isinstance(v, torch.Tensor) else v for v in (got, wanted))
+    assert left > 0
+    assert all(map(torch.equal, got, wanted))
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "same": lambda y: y,
+    "slice": lambda y: y[..., 1:],
+    "select": lambda y: y[1],
+    "transpose": lambda y: y.transpose(0, -1),
+    "flat": lambda y: y.reshape(-1) if not y.is_contiguous() else y.view(-1),
+    "detach": lambda y: y.detach(),
+    "unsqueeze": lambda y: y.unsqueeze(0),
+}
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "add": lambda y, x: y.add_(x.sum()),
+    "mul": lambda y, x: y.mul_(-2),
+    "fill": lambda y, x: y.fill_(3.0),
+    "copy": lambda y, x: y.copy_(x.mean().expand(y.shape)),
+    "zero": lambda y, x: y.zero_(),
+    "put": lambda y, x: y.__setitem__((..., 0), 5.0),
+}
+STEP = st.tuples(
+    st.integers(0, 5), st.sampled_from(sorted(VIEWS)), st.sampled_from(["none", *sorted(WRITES)])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEP, min_size=1, max_size=6))
+def test_60_random_programs_of_views_and_writes_compute_what_they_did(
+    steps: list[tuple[int, str, str]],
+) -> None:
+    def program(m: Any, x: torch.Tensor) -> Any:
+        seen = [x * 2, torch.zeros(4, 7, 3)]
+        kept = []
+        for which, view, write in steps:
+            y = VIEWS[view](seen[which % len(seen)])
+            seen.append(y)
+            kept.append(y.sum() * 1)
+            if write != "none" and y.ndim:
+                WRITES[write](y, x)
+        return (*kept, *(y + 0 for y in seen))
+
+    got, wanted, _ = traced(program)
+    assert all(map(torch.equal, got, wanted))
