@@ -77,7 +77,7 @@ class Parameters(dict[str, Any]):
         """Keeps ``dict(self)`` from copying the promises unread."""
         return super().__iter__()
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # not dict's own class
         """Computes everything, one after the other."""
         return ValuesView(self)
 

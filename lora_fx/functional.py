@@ -60,7 +60,7 @@ def _without_writing(write: fx.Node) -> None:
 
 def _views(node: Any) -> list[fx.Node]:
     """From new memory to a view of it, step by step; empty if it is not known to be new."""
-    path = [node] if isinstance(node, fx.Node) else []
+    path: list[Any] = [node] if isinstance(node, fx.Node) else []
     while path and op_name(path[0]) in _BACK and _is_aten(path[0]):
         path.insert(0, path[0].args[0])
     return path if path and op_name(path[0]) in FRESH and _is_aten(path[0]) else []

@@ -39,7 +39,7 @@ def compile_when_read(gm: fx.GraphModule, graph: fx.Graph) -> None:
     for name in names:
         gm.__dict__.pop(name, None)
         setattr(type(gm), name, _WhenRead(name))  # every GraphModule has a class of its own
-    type(gm).__reduce__ = _reduce  # type: ignore[method-assign]
+    type(gm).__reduce__ = _reduce  # type: ignore[method-assign, assignment]
 
 
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:

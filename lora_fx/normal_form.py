@@ -95,8 +95,9 @@ def _to_aten(node: fx.Node) -> None:
 
 def _is_idle(cast: fx.Node) -> bool:
     before, after = (node.meta.get("val") for node in (cast.all_input_nodes[0], cast))
-    known = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
-    return known and before.dtype == after.dtype and not cast.kwargs and len(cast.args) == 2
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return before.dtype == after.dtype and not cast.kwargs and len(cast.args) == 2
 
 
 def _give_back(cast: fx.Node) -> None:

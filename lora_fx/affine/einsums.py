@@ -54,7 +54,7 @@ class _Einsum:
         count = len(self.shared)
         self.is_layer = (
             batch == kept
-            and len(set(own)) == len(own)
+            and all(len(set(labels)) == len(labels) for labels in (own, plain_x, plain_out))
             and "." not in own
             and _together(plain_x, own)
             and _together(plain_out, own)

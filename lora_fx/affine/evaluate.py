@@ -42,7 +42,8 @@ def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
             zeros = torch.zeros(matrix.shape, dtype=dtype)
             return zeros.index_copy_(0, index.places(), dense(inner, dtype))
         case Blocks():
-            return torch.block_diag(*matrix.fetch().to(dtype))
+            diagonal: torch.Tensor = torch.block_diag(*matrix.fetch().to(dtype))  # type: ignore[no-untyped-call]
+            return diagonal
         case Identity(size):
             return torch.eye(size, dtype=dtype)
 

@@ -109,7 +109,7 @@ def cat(analysis: Analysis, node: fx.Node) -> Value:
     if not maps or len(maps[0].layout.split) != 1:
         return Opaque("a concatenation of no maps")
     first = maps[0]
-    source, axis = reduce(_meeting, maps[1:], first), first.layout.feature(dim)
+    source, axis = _meeting(maps), first.layout.feature(dim)
     sizes = [_part(value, first, place) for value, place in zip(found, given, strict=True)]
     if source is None or axis is None or None in sizes:
         return Opaque("a concatenation of something else than features of one source")
@@ -128,8 +128,11 @@ def cat(analysis: Analysis, node: fx.Node) -> Value:
     return source.then(node, weight, bias, layout, dtype, Link.JOIN)
 
 
-def _meeting(one: Map | None, other: Map) -> Map | None:
-    return one and meet(one, other)
+def _meeting(maps: list[Map]) -> Map | None:
+    nearest: Map | None = maps[0]
+    for value in maps[1:]:
+        nearest = nearest and meet(nearest, value)
+    return nearest
 
 
 def _part(value: Any, first: Map, node: fx.Node) -> int | None:

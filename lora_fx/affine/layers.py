@@ -90,4 +90,4 @@ def _right(analysis: Analysis, node: fx.Node) -> Any:
 
 
 def _repeats(node: fx.Node) -> bool:
-    return op_name(node) == "expand" or (op_name(node) == "unsqueeze" and node.args[1] == 0)
+    return op_name(node) == "expand" or (op_name(node) == "unsqueeze" and node.args[1:] == (0,))

@@ -21,12 +21,13 @@ from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Map
 from lora_fx.ops import call_argument, op_name
 
-_CASTS = {
+_NAMED = {
     "float": torch.float32,
     "double": torch.float64,
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+CASTS = {"to", "_to_copy", "type_as", *_NAMED}
 
 
 def identity(analysis: Analysis, node: fx.Node) -> Value:
@@ -128,8 +129,8 @@ def _movable(analysis: Analysis, value: object) -> Map | None:
 
 def _asked(analysis: Analysis, node: fx.Node) -> torch.dtype | None:
     """The dtype that a cast names."""
-    if op_name(node) in _CASTS:
-        return _CASTS[op_name(node)]
+    if op_name(node) in _NAMED:
+        return _NAMED[op_name(node)]
     given = [*node.args[1:], node.kwargs.get("dtype")]
     known = [
         analysis.constants.on_meta(value)

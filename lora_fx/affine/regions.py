@@ -135,6 +135,8 @@ def _candidates(value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
 
 def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
     own = analysis.values[node]
+    if node.kwargs:
+        return False
     return isinstance(own, Map) and own.weight.shape == shape and not isinstance(own.weight, Blocks)
 
 

@@ -147,9 +147,9 @@ def _vector(
     if isinstance(value, fx.Node) and value in analysis.constants.nodes:
         seen = analysis.constants.on_meta(value)
         value = seen if isinstance(seen, int | float) else value
-    known = analysis.values.get(value) if isinstance(value, fx.Node) else None
-    if isinstance(known, Uniform) and same_sizes(sizes_of(value), beside.layout.sizes):
-        value = known.number if dtype_of(value) == beside.dtype else None
+    if isinstance(value, fx.Node) and isinstance(known := analysis.values.get(value), Uniform):
+        alike = same_sizes(sizes_of(value), beside.layout.sizes)
+        value = known.number if alike and dtype_of(value) == beside.dtype else None
     if isinstance(value, int | float):
         return repeated(float(value), beside.size), beside.dtype
     if not isinstance(value, fx.Node) or not _is_constant(analysis, value):

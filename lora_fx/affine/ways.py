@@ -9,6 +9,7 @@ from torch import fx
 from lora_fx.affine.analysis import Analysis, Same, dtype_of
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Identity
+from lora_fx.affine.moves import CASTS
 from lora_fx.ops import aten, op_name
 
 # A layer's operator, and where it reads its input and its weight.
@@ -59,7 +60,7 @@ def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
         value = analysis.values.get(node)
         if isinstance(value, Map) and _alike(value, source):
             break
-        if isinstance(value, Map) and value.last is Link.MOVE:
+        if _casts(node) or (isinstance(value, Map) and value.last is Link.MOVE):
             moves.insert(0, node)
         elif not isinstance(value, Same) and _computes(value):
             return None
@@ -87,9 +88,17 @@ def _alike(one: Map, other: Map) -> bool:
 
 
 def _before_idle_casts(node: fx.Node) -> fx.Node:
-    while op_name(node) == "to" and dtype_of(node) == dtype_of(node.all_input_nodes[0]) is not None:
+    while op_name(node) in CASTS and not _casts(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether a node changes a dtype, or may."""
+    if op_name(node) not in CASTS:
+        return False
+    before, after = dtype_of(node.all_input_nodes[0]), dtype_of(node)
+    return before is None or before != after
 
 
 def _computes(value: object) -> bool:
