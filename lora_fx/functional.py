@@ -7,7 +7,6 @@ everyone who reads y afterwards reads that. Whatever may share memory in other w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,24 +37,27 @@ def _without_writing(write: fx.Node) -> None:
     family = _family(path[0]) if path else set()
     if not path or not _is_safe(write, family):
         return
-    graph = write.graph
+    graph, root = write.graph, path[0]
     with graph.inserting_before(write):
         value = graph.call_function(_twin(write), write.args, write.kwargs)  # type: ignore[arg-type]
         _describe(value, write, path[-1])
-        now = {path[-1]: value}
+        made = [value]
         for outer, inner in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
-            now[outer] = _put_back(outer, inner, now[inner])
-        for view in sorted(family - set(path)):
-            if view < write and any(user > write for user in view.users):
-                now[view] = _again(view, now)
+            made.append(_put_back(outer, inner, made[-1]))
+        # Views are said again from the root, so that the next write finds all of them.
+        now = {root: made[-1]}
+        for view in sorted(family - {root}):
+            is_read = any(user > write for user in view.users)
+            if view < write and (is_read or view is path[-1]):
+                _again(view, now)
     for old, new in now.items():
         for user in [user for user in old.users if user > write]:
             user.replace_input_with(old, new)
-    write.replace_all_uses_with(value)
+    write.replace_all_uses_with(now[path[-1]])
     graph.erase_node(write)
-    for made in reversed(now.values()):
-        if not made.users:
-            graph.erase_node(made)
+    for node in reversed([*made, *list(now.values())[1:]]):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _views(node: Any) -> list[fx.Node]:
@@ -79,19 +81,23 @@ def _family(root: fx.Node) -> set[fx.Node]:
 
 def _is_safe(write: fx.Node, family: set[fx.Node]) -> bool:
     """Whether nobody who may share the memory is read after the write, and no dtype is lost."""
-    for user in _outside(family):
-        if user is write or user > write or op_name(user) in FRESH:
-            continue
+    for user in _sharing(family, write):
         if any(reader > write for reader in user.users):
             return False
-    if any(argument in family for argument in write.all_input_nodes[1:]):
-        return False
     return op_name(write) not in _ARITHMETIC or _keeps_dtype(write)
 
 
-def _outside(family: set[fx.Node]) -> Iterator[fx.Node]:
-    for node in family:
-        yield from (user for user in node.users if user not in family)
+def _sharing(family: set[fx.Node], write: fx.Node) -> set[fx.Node]:
+    """What may share the memory before the write and is no view that can be said again."""
+    found: set[fx.Node] = set()
+    pending = list(family)
+    while pending:
+        for user in pending.pop().users:
+            fresh = op_name(user) in FRESH or user in found or user in family
+            if user < write and not fresh:
+                found.add(user)
+                pending.append(user)
+    return found
 
 
 def _keeps_dtype(write: fx.Node) -> bool:
@@ -137,15 +143,15 @@ def _put_back(outer: fx.Node, inner: fx.Node, value: fx.Node) -> fx.Node:
     return made
 
 
-def _again(view: fx.Node, now: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A view, of what its memory holds now."""
+def _again(view: fx.Node, now: dict[fx.Node, fx.Node]) -> None:
+    """Says a view again, of what its memory holds now."""
     source = view.args[0]
     assert isinstance(source, fx.Node)
     if source not in now:
-        now[source] = _again(source, now)
+        _again(source, now)
     made = view.graph.call_function(view.target, (now[source], *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
     made.meta.update(view.meta)
-    return made
+    now[view] = made
 
 
 def _same(outer: fx.Node, inner: fx.Node, value: fx.Node) -> tuple[Any, ...]:

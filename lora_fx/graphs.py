@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,16 +44,21 @@ def targets(graph: fx.Graph) -> dict[str, str]:
     return {str(n.target): n.op for n in graph.nodes if n.op in ("get_attr", "call_module")}
 
 
-def assemble(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
+def assemble(
+    root: nn.Module,
+    graph: fx.Graph,
+    training: bool,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> fx.GraphModule:
     """A GraphModule that holds just what the graph reads from ``root``; it compiles when read.
 
-    Tensors are the same objects; called modules become shells, so that training mode can be set
-    on the result alone.
+    What the root does not hold is in ``more``. Tensors are the same objects; called modules become
+    shells, so that training mode can be set on the result alone.
     """
     gm = fx.GraphModule({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
-        value = raw(root, target)
+        value = more[target] if more and target in more else raw(root, target)
         assign(gm, target, shell(value) if op == "call_module" else value)
     compile_when_read(gm, graph)
     return gm

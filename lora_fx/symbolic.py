@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,17 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_fx.errors import TraceError
+from lora_fx.graphs import targets
 from lora_fx.shells import untouched
 from lora_fx.trace_errors import explain_failure
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one
 # call of its module, so that dropout and batch-norm keep their training behaviour.
 _OPENED = (nn.Linear, nn.Embedding, _ConvNd, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+# What the tracer calls a tensor that it meets and no module holds.
+_MADE = re.compile(r"_tensor_constant\d+$")
 
 
 class LayerTracer(fx.Tracer):
@@ -30,11 +36,16 @@ class LayerTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
 
 
-def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.Graph:
+def symbolic_graph(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """Traces without running: shapes stay general.
 
     Arguments that are not tensors in the example, and optional ones (None, True, False by
     default) that the example leaves out, are fixed to their value: control flow may hang on them.
+
+    Returns:
+        The graph, and the tensors that the model's own code makes of nothing, by name.
 
     Raises:
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
@@ -43,13 +54,14 @@ def symbolic_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     try:
         with untouched(model), _no_autocast():
             graph = LayerTracer().trace(model, concrete_args=fixed)
+            made = {name: getattr(model, name) for name in targets(graph) if _MADE.match(name)}
     except Exception as error:  # the model's own code runs in here and may raise anything
         raise TraceError(explain_failure(model, "symbolic", error)) from error
     for node in graph.nodes:
         name = str(node.target).rpartition("_")[0]
         if node.op == "placeholder" and name in fixed:
             node.target = name  # the tracer numbers fixed arguments: twice_1
-    return graph
+    return graph, made
 
 
 @contextmanager

@@ -83,7 +83,8 @@ def trace(
     if isinstance(model, fx.GraphModule) and _opened(model):
         return _finish(model, copy_graph(model.graph), example, model.training)
     root = unshared(model)
-    return _finish(root, symbolic_graph(root, args, kwargs), example, model.training)
+    graph, made = symbolic_graph(root, args, kwargs)
+    return _finish(root, graph, example, model.training, made)
 
 
 def example_of(gm: fx.GraphModule) -> Example | None:
@@ -92,9 +93,15 @@ def example_of(gm: fx.GraphModule) -> Example | None:
     return example if isinstance(example, Example) else None
 
 
-def _finish(root: nn.Module, graph: fx.Graph, example: Example, training: bool) -> fx.GraphModule:
+def _finish(
+    root: nn.Module,
+    graph: fx.Graph,
+    example: Example,
+    training: bool,
+    made: Mapping[str, torch.Tensor] | None = None,
+) -> fx.GraphModule:
     normalise(graph)
-    gm = assemble(root, graph, training)
+    gm = assemble(root, graph, training, made)
     gm.meta[_META] = example
     return gm
 

@@ -72,7 +72,8 @@ def split(analysis: Analysis, node: fx.Node) -> Value:
     value, axis = _feature(analysis, node.args[0], _dim(node))
     if value is None or axis is None:
         return _NO_FEATURES
-    lengths = _lengths(op_name(node), node.args[1], value.layout.split[axis])
+    given = [*node.args[1:2], *(node.kwargs[name] for name in _PIECES if name in node.kwargs)]
+    lengths = _lengths(op_name(node), given[0], value.layout.split[axis])
     if lengths is None:
         return Opaque("pieces of unknown sizes")
     pieces, start = [], 0
@@ -174,7 +175,8 @@ def pad(analysis: Analysis, node: fx.Node) -> Value:
 
 def index_put(analysis: Analysis, node: fx.Node) -> Value:
     """Constant places of the last axis overwritten: ``y[:, mask] = values``."""
-    into, indices, values = node.args[:3]
+    into, indices = node.args[0], call_argument(node, 1, "indices")
+    values = call_argument(node, 2, "values")
     sizes = sizes_of(node)
     if call_argument(node, 3, "accumulate", False) or sizes is None or type(sizes[-1]) is not int:
         return Opaque("an assignment that accumulates, or into unknown sizes")
@@ -189,7 +191,8 @@ def index_put(analysis: Analysis, node: fx.Node) -> Value:
 
 def slice_scatter(analysis: Analysis, node: fx.Node) -> Value:
     """A slice of the last axis overwritten: ``y[..., 2:5] = values``."""
-    into, values, dim = node.args[0], node.args[1], call_argument(node, 2, "dim", 0)
+    into, values = node.args[0], call_argument(node, 1, "src")
+    dim = call_argument(node, 2, "dim", 0)
     start, stop, step = (call_argument(node, 3 + i, n) for i, n in enumerate(_SLICE))
     if _is_all(start, stop, step):
         new = analysis.map_of(values)
@@ -290,4 +293,5 @@ def _lengths(name: str, given: Any, size: int) -> list[int] | None:
 
 
 _ALL = 9223372036854775807
+_PIECES = ("split_size", "split_size_or_sections", "split_sizes", "chunks")
 _SLICE = ("start", "end", "step")

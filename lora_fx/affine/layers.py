@@ -84,10 +84,22 @@ def dense_layer(
 def _right(analysis: Analysis, node: fx.Node) -> Any:
     """The right operand; that of `bmm`, which has a batch, seen through to what it repeats."""
     right = call_argument(node, 1, "mat2", node.kwargs.get("other"))
-    while op_name(node) == "bmm" and isinstance(right, fx.Node) and _repeats(right):
+    while op_name(node) == "bmm" and isinstance(right, fx.Node) and _repeats(analysis, right):
         right = right.args[0]
     return right
 
 
-def _repeats(node: fx.Node) -> bool:
-    return op_name(node) == "expand" or (op_name(node) == "unsqueeze" and node.args[1:] == (0,))
+def _repeats(analysis: Analysis, node: fx.Node) -> bool:
+    """Whether a node gives a constant matrix a batch and leaves its rows and columns alone."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source not in analysis.constants.nodes:
+        return False
+    if op_name(node) == "unsqueeze":
+        return call_argument(node, 1, "dim") == 0
+    rest = node.args[1:]
+    sizes = rest[0] if len(rest) == 1 and not isinstance(rest[0], int) else rest
+    sizes = sizes or node.kwargs.get("size")
+    shape = analysis.constants.shape(source)
+    if op_name(node) != "expand" or shape is None or not isinstance(sizes, list | tuple):
+        return False
+    return all(n in (-1, m) for n, m in zip(sizes[-2:], shape[-2:], strict=True))

@@ -94,6 +94,8 @@ class Layout:
         if not isinstance(one, int) or not isinstance(two, int):
             return None
         axes = self.axes
+        if axes is not None and not all(-axes <= dim < axes for dim in (one, two)):
+            return None
         if axes is None:
             if one >= 0 or two >= 0:
                 return None
@@ -104,7 +106,7 @@ class Layout:
 
     def column(self, shape: tuple[int, ...]) -> bool:
         """Whether a constant of this shape has one value for each feature, or one for all."""
-        axes = self.axes if self.axes is not None else len(self.split)
+        axes = self.axes if self.axes is not None else len(self.split) + self.after
         if len(shape) > axes:
             return False
         behind = shape[len(shape) - self.after :] if self.after else ()

@@ -56,10 +56,13 @@ def cast(analysis: Analysis, node: fx.Node) -> Value:
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return Opaque("of no node")
-    dtype = dtype_of(node) or _asked(analysis, node)
-    before = dtype_of(source)
+    dtype, before = dtype_of(node) or _asked(analysis, node), dtype_of(source)
+    if dtype is None and any(n not in analysis.constants.nodes for n in node.all_input_nodes[1:]):
+        return Opaque("a cast to the dtype of another activation")
     if dtype is not None and not dtype.is_floating_point and dtype != before:
         return Opaque("a cast to integers")
+    if before is not None and not before.is_floating_point and dtype != before:
+        return Opaque("a cast from integers")
     value = analysis.values.get(source)
     if isinstance(value, Map):
         return value.moved(node, value.layout, dtype or value.dtype)
@@ -69,6 +72,8 @@ def cast(analysis: Analysis, node: fx.Node) -> Value:
 def reshape(analysis: Analysis, node: fx.Node) -> Value:
     """A reshape that keeps the features together."""
     source, sizes = node.args[0], sizes_of(node)
+    if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
+        return Opaque("bits read as another dtype")
     if isinstance(source, fx.Node) and isinstance(analysis.values.get(source), Uniform):
         return analysis.values[source]
     value = _movable(analysis, source)

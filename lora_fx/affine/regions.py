@@ -43,12 +43,12 @@ def maximal_regions(analysis: Analysis, chains: bool = False) -> list[Region]:
 
     A region that is not blocked is taken to be replaced: what only it reads is gone, and what is
     still read from elsewhere gets a region of its own. A replacement can free an earlier region,
-    so blocked ones are looked at again.
+    or leave a weight to one reader, so all are looked at again.
     """
     gone: set[fx.Node] = set()
     for _ in range(_ROUNDS):
         before, (found, gone) = gone, _scan(analysis, gone, chains)
-        if gone == before or not any(region.blocked for region in found):
+        if gone == before:
             break
     return found
 
@@ -72,7 +72,7 @@ def _scan(
         if not region.blocked:
             gone.add(node)
             known.add(node)
-            kept.update((region.source.node, *region.layer.all_input_nodes))
+            kept.add(region.before.start)
         found.append(region)
     return found, gone
 
@@ -145,7 +145,7 @@ def _between_two(value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]
     layers = _candidates(value, source, analysis)
     if (
         not layers
-        or not _is_worth_it(nodes, layers[0], analysis)
+        or not _is_worth_it(nodes, layers[0], analysis, gone)
         or _ends_late(value, nodes, analysis)
     ):
         return None
@@ -165,7 +165,9 @@ def _between_two(value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]
     )
 
 
-def _is_worth_it(nodes: set[fx.Node], layer: fx.Node, analysis: Analysis) -> bool:
+def _is_worth_it(
+    nodes: set[fx.Node], layer: fx.Node, analysis: Analysis, gone: set[fx.Node]
+) -> bool:
     """Whether there is more here than one stored layer and what merely moves its features.
 
     A number that scales a layer is not worth a copy of a weight that others read.
@@ -174,8 +176,16 @@ def _is_worth_it(nodes: set[fx.Node], layer: fx.Node, analysis: Analysis) -> boo
     lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
     if not lasts:
         return weight_of(layer).op != "get_attr"
-    shared = len(weight_of(layer).users) > 1
+    shared = _is_read(weight_of(layer), gone | {layer}, analysis)
     return lasts != {Link.GLUE} or not shared or any(map(analysis.reads_constant, nodes - {layer}))
+
+
+def _is_read(constant: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
+    """Whether any call that stays needs a constant, or one that is computed from it."""
+    left = [user for user in constant.users if user not in gone]
+    return any(
+        user not in analysis.constants.nodes or _is_read(user, gone, analysis) for user in left
+    )
 
 
 def _ends_late(value: Map, nodes: set[fx.Node], analysis: Analysis) -> bool:

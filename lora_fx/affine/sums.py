@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,12 +19,22 @@ from lora_fx.ops import call_argument
 
 def add(analysis: Analysis, node: fx.Node) -> Value:
     """A sum of two maps with one source, or of a map and a constant."""
-    return _sum(analysis, node, 1)
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    return _sum(analysis, node, left, right, 1)
 
 
 def sub(analysis: Analysis, node: fx.Node) -> Value:
     """A difference, likewise."""
-    return _sum(analysis, node, -1)
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    return _sum(analysis, node, left, right, -1)
+
+
+def rsub(analysis: Analysis, node: fx.Node) -> Value:
+    """The second operand minus the first."""
+    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+    if call_argument(node, 2, "alpha", 1) != 1:
+        return Opaque("a difference with a factor")
+    return _sum(analysis, node, right, left, -1)
 
 
 def mul(analysis: Analysis, node: fx.Node) -> Value:
@@ -60,8 +71,7 @@ def join(analysis: Analysis, node: fx.Node, one: Map, other: Map, sign: float = 
     return source.then(node, summed, bias, one.layout, dtype, Link.JOIN)
 
 
-def _sum(analysis: Analysis, node: fx.Node, sign: int) -> Value:
-    left, right = call_argument(node, 0, "input"), call_argument(node, 1, "other")
+def _sum(analysis: Analysis, node: fx.Node, left: Any, right: Any, sign: int) -> Value:
     alpha = call_argument(node, 2, "alpha", 1)
     if not isinstance(alpha, int | float) or set(node.kwargs) - {"input", "other", "alpha"}:
         return Opaque("a sum with a factor that is no number")

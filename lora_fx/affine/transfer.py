@@ -26,6 +26,7 @@ TRANSFER: dict[str, Rule] = {
     "conv3d": convs.conv,
     "add": sums.add,
     "sub": sums.sub,
+    "rsub": sums.rsub,
     "mul": sums.mul,
     "div": sums.div,
     "truediv": sums.div,

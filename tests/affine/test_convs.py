@@ -72,11 +72,6 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 OPAQUE: dict[str, tuple[Any, ...]] = {
-    "in groups": (
-        lambda m, x: F.conv1d(x, m.kernel_long[:3, :1], groups=3),
-        "long",
-        "grouped",
-    ),
     "pads one side more": (
         lambda m, x: F.conv1d(x, m.kernel_long, padding="same"),
         "long",

@@ -165,12 +165,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "cat with an activation": (
         lambda m, x: torch.cat((low(m, x), torch.sin(x)), -1),
         "batch",
-        "no map",
+        "one source",
     ),
     "cat of two sources": (
         lambda m, x: torch.cat((low(m, x), low(m, torch.sin(x))), -1),
         "batch",
-        "two sources",
+        "one source",
     ),
     "cat of the batch": (
         lambda m, x: torch.cat((low(m, x), low(m, x)), -2),
@@ -180,7 +180,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "cat of split features": (
         lambda m, x: torch.cat((split(m, x), split(m, x)), -1),
         "batch",
-        "else than features",
+        "no maps",
         "export",
     ),
     "pad with ones": (lambda m, x: F.pad(low(m, x), (1, 2), value=1.0), "batch", "zeros"),

@@ -181,6 +181,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         "sums",
         "sub from a vector",
     ),
+    "rsub: operands not swapped": (("TRANSFER", "rsub", sums.sub), "sums", "rsub"),
     "mul: scale dropped": (("TRANSFER", "mul", passes_on), "sums", "mul by a number"),
     "mul: bias scaled twice": (rule(bias_twice, "mul"), "sums", "mul by a vector"),
     "div: not inverted": ((sums, "_reciprocal", lambda matrix: matrix), "sums", "div by a vector"),

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "sub with alpha": (lambda m, x: torch.sub(low(m, x), other(m, x), alpha=2), "batch"),
     "sub a number": (lambda m, x: low(m, x) - 3, "batch"),
     "sub from a number": (lambda m, x: 3 - low(m, x), "batch", "symbolic"),
+    "rsub": (lambda m, x: 3 - low(m, x), "batch"),
     "sub a vector": (lambda m, x: low(m, x) - m.gain, "batch"),
     "sub from a vector": (lambda m, x: m.gain - low(m, x), "batch"),
     "sub from a vector with alpha": (lambda m, x: torch.sub(m.gain, low(m, x), alpha=2), "batch"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -107,6 +107,11 @@ class Random(nn.Module):
         return seen[-1] + seen[len(seen) // 2], seen[len(seen) // 3]
 
 
+# Found by earlier runs, and drawn every time since.
+NESTED = [("layer", 0, 1), ("layer", 0, 1), ("flat", 0, 1), ("branch", 0, 0), ("layer", 2, 1)]
+NESTED += [("layer", 0, 1), ("layer", 0, 1), ("swap", 3, 0), ("layer", 0, 1)]
+TIED = [("embed", 0, 0), ("scale", 0, 0), ("layer", 0, 0), ("layer", 0, 0), ("embed", 0, 0)]
+TIED_IMAGES = [("low", 0, 0), ("point", 0, 0), ("conv", 1, 0), ("sub", 0, 1), ("conv", 0, 0)]
 KINDS = tuple(drawn(None, None))
 IDS = torch.tensor([[0, 4, 2], [1, 1, 3]])
 
@@ -132,6 +137,7 @@ def check(steps: list[tuple[str, int, int]], frozen: bool, frontend: str) -> Non
 
 @settings(max_examples=2000, deadline=None)
 @given(steps_of(KINDS), st.booleans())
+@example(NESTED, False)
 def test_fold_changes_no_result_on_2000_random_graphs(
     steps: list[tuple[str, int, int]], frozen: bool
 ) -> None:
@@ -148,6 +154,7 @@ def test_fold_changes_no_result_on_40_exported_graphs(
 
 @settings(max_examples=500, deadline=None)
 @given(steps_of(KINDS))
+@example(TIED)
 def test_a_second_fold_edits_nothing_on_500_random_graphs(
     steps: list[tuple[str, int, int]],
 ) -> None:
@@ -205,6 +212,7 @@ def test_fold_changes_no_result_on_200_sums_of_convolutions(
 
 @settings(max_examples=100, deadline=None)
 @given(steps_of(IMAGES))
+@example(TIED_IMAGES)
 def test_a_second_fold_edits_nothing_on_100_sums_of_convolutions(
     steps: list[tuple[str, int, int]],
 ) -> None:
@@ -212,7 +220,7 @@ def test_a_second_fold_edits_nothing_on_100_sums_of_convolutions(
     assert not FoldLora()(fold(gm)).modified
 
 
-def test_every_operator_of_the_table_is_in_some_case(analyse_function: Any) -> None:
+def test_every_function_of_the_table_is_in_some_case(analyse_function: Any) -> None:
     seen: set[str] = set()
     for table in TABLES:
         cases = runpy.run_path(str(Path(__file__).with_name(f"test_{table}.py")))
@@ -220,7 +228,8 @@ def test_every_operator_of_the_table_is_in_some_case(analyse_function: Any) -> N
             for frontend in only or ("symbolic", "export"):
                 analysis, _ = analyse_function(function, name, frontend)
                 seen |= {op_name(node) for node in analysis.gm.graph.nodes}
-    assert sorted(set(TRANSFER) - seen) == []
+    rules = {TRANSFER[name].__name__ for name in seen & set(TRANSFER)}
+    assert rules == {rule.__name__ for rule in TRANSFER.values()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
