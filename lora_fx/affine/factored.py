@@ -43,7 +43,7 @@ def _expression(constants: Constants, node: fx.Node) -> Matrix | None:
         return one if constants.dtype(node).is_floating_point else None
     if name in _TURNS or (name == "getattr" and second in _TURNS) or _swaps(name, node):
         return transposed(one)
-    if name in ("mul", "div") and isinstance(second, int | float) and second != 0:
+    if name in ("mul", "div", "truediv") and isinstance(second, int | float) and second != 0:
         return signed(one, float(second) if name == "mul" else 1 / second)
     other = _matrix(constants, second)
     if other is None:

@@ -1,0 +1,62 @@
+"""Constants as expressions of what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx import trace
+from lora_fx.affine.evaluate import dense
+from lora_fx.affine.factored import factored
+from lora_fx.affine.matrices import Leaf, Matrix, Product, Sum, Transposed, parts
+from lora_fx.affine.transfer import analyse
+
+
+class Constant(nn.Module):
+    def __init__(self, function: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        make = torch.Generator().manual_seed(0)
+        shapes = {"w": (5, 3), "a": (5, 2), "b": (2, 3), "v": (5,)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=make)))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.function(self).sum()
+
+
+CASES: dict[str, tuple[Callable[[Any], torch.Tensor], type]] = {
+    "product": (lambda m: m.a @ m.b, Product),
+    "turned": (lambda m: (m.a @ m.b).T, Product),
+    "turned by transpose": (lambda m: (m.a @ m.b).transpose(0, 1), Product),
+    "turned by permute": (lambda m: (m.a @ m.b).permute(1, 0), Product),
+    "turned leaf": (lambda m: m.w.T, Transposed),
+    "scaled": (lambda m: 1.5 * (m.a @ m.b), Product),
+    "divided": (lambda m: (m.a @ m.b) / 4, Product),
+    "sum": (lambda m: m.w + 2 * m.a @ m.b, Sum),
+    "difference": (lambda m: m.w - m.a @ m.b, Sum),
+    "passed on": (lambda m: (m.a @ m.b).contiguous().float(), Product),
+    "Hadamard": (lambda m: m.w * (m.a @ m.b), Leaf),
+    "broadcast": (lambda m: m.w + m.v[:, None], Leaf),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", CASES)
+def test_an_expression_equals_the_constant(name: str, frontend: str) -> None:
+    function, kind = CASES[name]
+    module = Constant(function)
+    gm = trace(module, (torch.ones(4, 3),), frontend=frontend)
+    analysis = analyse(gm)
+    total = next(n for n in gm.graph.nodes if "sum" in n.name)
+    found: Matrix | None = factored(analysis.constants, total.args[0])
+    assert isinstance(found, kind)
+    wanted = function(module)
+    torch.testing.assert_close(dense(found, torch.float32), wanted)
+    assert not torch.allclose(dense(found, torch.float32) * 1.1, wanted)
+    if kind is Product:
+        assert min(part.shape[0] for part in parts(found, Product)) == 2

@@ -1,0 +1,100 @@
+"""Where features are, against what torch does to a tensor that carries its own places."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fx.affine.layout import Layout, same_sizes
+
+SIZES = st.lists(st.integers(1, 4), max_size=2).map(tuple)
+SOME = st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple)
+
+
+def numbered(layout: Layout) -> torch.Tensor:
+    """A tensor whose elements say which row of the batch and which feature they are."""
+    front = len(layout.batch or ()) - layout.after
+    rows = torch.arange(prod(layout.batch or ())).reshape(layout.batch or ())
+    features = torch.arange(prod(layout.split)).reshape(layout.split)
+    rows = rows.reshape(*rows.shape[:front], *[1] * len(layout.split), *rows.shape[front:])
+    features = features.reshape(*layout.split, *[1] * layout.after)
+    return 1000 * rows + features
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SOME, SIZES, st.lists(st.integers(1, 24), min_size=1, max_size=4))
+def test_a_reshape_that_is_followed_keeps_every_element(
+    front: Any, split: Any, behind: Any, sizes: list[int]
+) -> None:
+    layout = Layout(split, len(behind), (*front, *behind))
+    tensor = numbered(layout)
+    if tensor.numel() != prod(sizes):
+        return
+    found = layout.reshaped(tuple(sizes))
+    if found is not None:
+        assert torch.equal(tensor.reshape(sizes), numbered(found))
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SOME, SIZES, st.data())
+def test_a_permutation_that_is_followed_keeps_every_element(
+    front: Any, split: Any, behind: Any, data: Any
+) -> None:
+    layout = Layout(split, len(behind), (*front, *behind))
+    order = data.draw(st.permutations(range(layout.axes or 0)))
+    found = layout.permuted(order)
+    if found is None:
+        return
+    moved, features = found
+    tensor = numbered(layout).permute(order)
+    index = torch.arange(prod(split)).reshape(split).permute(features).reshape(-1)
+    assert torch.equal(tensor % 1000, index[numbered(moved) % 1000])
+    assert torch.equal(tensor // 1000, numbered(moved) // 1000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SOME, SIZES, SIZES)
+def test_a_column_is_the_same_for_every_row_of_the_batch(
+    front: Any, split: Any, behind: Any, shape: Any
+) -> None:
+    layout = Layout(split, len(behind), (*front, *behind))
+    sizes = layout.sizes or ()
+    if not layout.column(shape):
+        return
+    values = torch.randn(shape).expand(torch.broadcast_shapes(shape, sizes))
+    assert values.shape == torch.Size(sizes)
+    own = tuple(range(len(front), len(front) + len(split)))
+    by_feature = values.movedim(own, tuple(range(len(split))))
+    rows = by_feature.reshape(prod(split), -1)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+
+
+def test_features_are_told_by_either_sign() -> None:
+    layout = Layout((6, 4), 1, (2, 3, 5))
+    assert [layout.feature(axis) for axis in range(5)] == [None, None, 0, 1, None]
+    assert [layout.feature(axis) for axis in range(-5, 0)] == [None, None, 0, 1, None]
+    assert Layout((6,)).feature(-1) == 0
+    assert Layout((6,)).feature(2) is None  # how many axes there are is not known
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [((2, 15, 6), (6,)), ((30, 6), (6,)), ((2, 3, 5, 2, 3), (2, 3)), ((2, 3, 30), None)],
+)
+def test_what_reshapes_do(sizes: Any, split: Any) -> None:
+    found = Layout((6,), 0, (2, 3, 5)).reshaped(sizes)
+    assert (found.split if found else None) == split
+
+
+def test_unknown_sizes_are_the_sources_own() -> None:
+    assert Layout((6,)).same(Layout((6,)))
+    assert not Layout((6,)).same(Layout((6,), 0, (2,)))
+    assert not Layout((6,), 1).same(Layout((6,)))
+    assert Layout((6,)).reshaped((2, 6)) is None
+    assert not same_sizes((2, 3), (2,))
+    assert not same_sizes((2, 3), (3, 2))

@@ -1,0 +1,65 @@
+"""A matrix read as a base plus products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_fx.affine.algebra import number, placed, product, scaled, signed
+from lora_fx.affine.evaluate import dense
+from lora_fx.affine.index import slice_of
+from lora_fx.affine.low_rank import NotLowRankError, column_beside, factors_beside
+from lora_fx.affine.matrices import Leaf, Matrix, Sum
+
+
+def leaf(name: str, rows: int, columns: int) -> Leaf:
+    value = torch.randn(rows, columns, generator=torch.Generator().manual_seed(len(name)))
+    return Leaf((rows, columns), name, lambda: value)
+
+
+W, A, B = leaf("base", 10, 6), leaf("a", 2, 6), leaf("bb", 10, 2)
+CASES: dict[str, Matrix] = {
+    "a product": product(B, A),
+    "scaled": scaled(number(1.5), product(B, A)),
+    "subtracted": signed(product(B, A), -1),
+    "two": Sum(product(B, A), product(leaf("other b", 10, 3), leaf("other a", 3, 6))),
+    "three factors": product(product(B, leaf("mid", 2, 4)), leaf("wide", 4, 6)),
+    "some rows": placed(product(leaf("part", 4, 2), A), slice_of(10, slice(3, 7)), 10),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("first", [True, False])
+def test_factors_multiply_to_what_is_added(name: str, first: bool) -> None:
+    delta = CASES[name]
+    down, up = factors_beside(W, Sum(W, delta) if first else Sum(delta, W))
+    wanted = dense(delta, torch.float32)
+    torch.testing.assert_close(up @ down, wanted)
+    assert not torch.allclose(1.1 * up @ down, wanted)
+    assert down.shape[0] == (5 if name == "two" else 2)
+
+
+REFUSED: dict[str, tuple[Matrix, str]] = {
+    "the base is scaled": (Sum(scaled(number(2.0), W), product(B, A)), "scaled"),
+    "the base is scaled as well": (Sum(W, Sum(scaled(number(2.0), W), product(B, A))), "scaled"),
+    "no factors": (Sum(W, leaf("delta", 10, 6)), "no product"),
+    "full rank": (Sum(W, product(leaf("b", 10, 7), leaf("aa", 7, 6))), "rank 7"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_low_rank_update_says_why(name: str) -> None:
+    whole, reason = REFUSED[name]
+    with pytest.raises(NotLowRankError, match=reason):
+        factors_beside(W, whole)
+
+
+def test_what_is_added_to_a_bias() -> None:
+    own, more = leaf("own", 10, 1), leaf("more", 10, 1)
+    added = column_beside(own, Sum(own, more))
+    assert added is not None
+    assert torch.equal(added, more.fetch().reshape(-1))
+    assert column_beside(own, own) is None
+    assert column_beside(None, None) is None
+    with pytest.raises(NotLowRankError, match="scaled"):
+        column_beside(own, more)
