@@ -20,7 +20,7 @@ demo: .venv/demo.stamp
 	$(BIN)/lora-fx demo
 
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(ROOMS)

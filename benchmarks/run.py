@@ -13,7 +13,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import passes
+from benchmarks import merge, passes
 
 OUT = Path(__file__).parent / "out"
 
@@ -32,9 +32,11 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
 def main() -> None:
     """Measures, prints, and writes ``benchmarks/out/bench.json``."""
     torch.set_num_threads(1)
-    results = {"passes": passes.run()}
     console = Console()
+    results = {"passes": passes.run()}
     console.print(table("passes: processor seconds, medians of 7 pairs", results["passes"]))
+    results["merge"] = merge.run()
+    console.print(table(f"an adapter of rank {merge.RANK} into a checkpoint", results["merge"]))
     OUT.mkdir(exist_ok=True)
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     text = json.dumps({"machine": machine, "results": results}, indent=2)

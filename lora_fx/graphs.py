@@ -58,7 +58,7 @@ def assemble(
     gm = fx.GraphModule({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
-        value = more[target] if more and target in more else raw(root, target)
+        value: Any = more[target] if more and target in more else raw(root, target)
         assign(gm, target, shell(value) if op == "call_module" else value)
     compile_when_read(gm, graph)
     return gm

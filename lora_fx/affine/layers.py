@@ -95,7 +95,7 @@ def _repeats(analysis: Analysis, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or source not in analysis.constants.nodes:
         return False
     if op_name(node) == "unsqueeze":
-        return call_argument(node, 1, "dim") == 0
+        return bool(call_argument(node, 1, "dim") == 0)
     rest = node.args[1:]
     sizes = rest[0] if len(rest) == 1 and not isinstance(rest[0], int) else rest
     sizes = sizes or node.kwargs.get("size")
