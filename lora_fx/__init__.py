@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fx.adapter import Adapter, Update
 from lora_fx.api import fold, inject, unfold
 from lora_fx.branches import adapter_from
+from lora_fx.combine import combine
 from lora_fx.compare import compare
 from lora_fx.config import LoraConfig
 from lora_fx.errors import (
@@ -26,6 +27,7 @@ from lora_fx.errors import (
     VerificationError,
 )
 from lora_fx.explain import explain
+from lora_fx.extract import extract
 from lora_fx.text import text
 from lora_fx.trace import trace
 
@@ -72,9 +74,11 @@ __all__ = [
     "Update",
     "VerificationError",
     "adapter_from",
+    "combine",
     "compare",
     "explain",
     "export_adapter",
+    "extract",
     "fold",
     "inject",
     "load_adapter",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, shorten
 
 if TYPE_CHECKING:
     from lora_fx.targets import TargetRule
@@ -85,6 +85,33 @@ class Update:
         bias = None if self.bias is None else (self.bias.to(wide) * self.scale).to(dtype)
         return self.down.to(dtype), up, bias
 
+    def to_rank(self, rank: int) -> tuple[Update, float]:
+        """The nearest update of at most this rank; scale and bias stay as they are.
+
+        The singular value decomposition of ``up @ down``, cut off, by way of the QR
+        decompositions of the factors: nothing of size (out, in) is made. It is computed in
+        float64, and the new factors are of float32 or wider, whatever the file's dtype.
+
+        Returns:
+            The update, itself if its rank is no higher, and the relative error: the Frobenius
+            norm of what was cut off over that of ``up @ down``.
+        """
+        if rank >= self.rank:
+            return self, 0.0
+        up, down = (factor.detach().double() for factor in (self.up, self.down.T))
+        (left, above), (right, below) = torch.linalg.qr(up), torch.linalg.qr(down)
+        rows, values, columns = torch.linalg.svd(above @ below.T, full_matrices=False)
+        # Half of each singular value on either side, so that neither factor leaves a half's range.
+        root = values[:rank].sqrt()
+        wide = torch.promote_types(
+            torch.promote_types(self.up.dtype, self.down.dtype), torch.float32
+        )
+        new_up = (left @ (rows[:, :rank] * root)).to(wide)
+        new_down = ((columns[:rank].T * root).T @ right.T).to(wide)
+        size = float(values.norm())
+        error = float(values[rank:].norm()) / size if size > 0 else 0.0
+        return replace(self, up=new_up, down=new_down), error
+
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
         product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
@@ -123,6 +150,32 @@ class Adapter:
         object.__setattr__(self, "updates", MappingProxyType(dict(self.updates)))
         object.__setattr__(self, "replacements", MappingProxyType(dict(self.replacements)))
 
+    def to_rank(self, rank: int) -> Reduced:
+        """The nearest adapter whose updates have at most this rank, and how near it is.
+
+        Each layer by itself, as `Update.to_rank` says. Updates of this rank or less stay as they
+        are, and so do the replacements.
+
+        Args:
+            rank: the highest rank to leave.
+
+        Returns:
+            The adapter, of the same name, and the relative error of each layer.
+
+        Raises:
+            AdapterError: the rank is no positive integer, or an update holds NaN or infinity.
+        """
+        if type(rank) is not int or rank < 1:
+            raise AdapterError(f"rank is {rank!r:.80}, expected a positive integer")
+        damaged = [path for path, update in self.updates.items() if not update.is_finite()]
+        if damaged:
+            raise AdapterError(
+                f"adapter {self.name}: NaN or infinity in {shorten(damaged)}; save it again"
+            )
+        reduced = {path: update.to_rank(rank) for path, update in self.updates.items()}
+        adapter = replace(self, updates={path: update for path, (update, _) in reduced.items()})
+        return Reduced(adapter, {path: error for path, (_, error) in reduced.items()})
+
     def __str__(self) -> str:
         """One line a target: path, kind, shape, rank, scale."""
         lines = [f"adapter {self.name}: {len(self.updates)} targets"]
@@ -134,6 +187,19 @@ class Adapter:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+class Reduced(NamedTuple):
+    """What `Adapter.to_rank` gives.
+
+    Attributes:
+        adapter: the adapter of lower rank.
+        errors: module path -> Frobenius norm of what was cut off over that of the whole update;
+            0 where nothing was.
+    """
+
+    adapter: Adapter
+    errors: Mapping[str, float]
 
 
 def check_name(name: object) -> None:

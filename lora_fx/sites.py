@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from lora_fx.graphs import attribute
+from lora_fx.deferred import raw
 from lora_fx.ops import aten, call_argument, module_path
 
 
@@ -76,8 +76,8 @@ def _site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
     weight, bias = parts
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
-    tensor = attribute(gm, str(weight.target))
-    if tensor.ndim != 2:
+    tensor = raw(gm, str(weight.target))
+    if len(tensor.shape) != 2:
         return None  # a vector: nothing with an input and an output side
     transposed = node.target is aten.addmm.default
     rows, columns = tensor.shape[::-1] if transposed else tensor.shape

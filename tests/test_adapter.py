@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lora_fx import AdapterError
 from lora_fx.adapter import Adapter, Update
@@ -141,3 +143,85 @@ def test_factors_that_do_not_belong_together_are_refused(down: Any, up: Any, bia
 def test_a_name_that_could_be_no_parameters_is_refused(name: str) -> None:
     with pytest.raises(AdapterError, match="letters, digits and underscores"):
         Adapter(name, {})
+
+
+@st.composite
+def any_update(draw: Any) -> Update:
+    out, into, rank = (draw(st.integers(1, 9)) for _ in range(3))
+    make = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    down, up = (
+        torch.randn(*shape, generator=make, dtype=torch.float64)
+        for shape in ((rank, into), (out, rank))
+    )
+    kind = draw(st.sampled_from(["lora", "rslora"]))
+    return Update(down, up, draw(st.floats(0.1, 4.0)), kind, bias=torch.ones(out))
+
+
+@settings(deadline=None, max_examples=150)
+@given(any_update(), st.integers(1, 9))
+def test_a_lower_rank_is_the_nearest_there_is(u: Update, rank: int) -> None:
+    found, error = u.to_rank(rank)
+    assert found.rank <= min(rank, u.rank)
+    assert (found.scale, found.kind, found.bias) == (u.scale, u.kind, u.bias)
+    values = torch.linalg.svdvals(u.delta())
+    assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-12)
+    assert relative_error(found.delta(), u.delta()) == pytest.approx(error, abs=1e-12)
+    assert (found is u) == (rank >= u.rank)
+    if error > 1e-3:
+        assert relative_error(0.9 * found.delta(), u.delta()) > error
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_new_factors_are_float32_or_wider_and_balanced(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(0)
+    down, up = torch.randn(6, 30, generator=make), 1e4 * torch.randn(50, 6, generator=make)
+    u = Update(down.to(dtype), up.to(dtype), 1.5)
+    found, error = u.to_rank(4)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (found.up.dtype, found.down.dtype) == (wide, wide)
+    assert found.up.norm() == pytest.approx(float(found.down.norm()), rel=1e-5)
+    assert relative_error(found.delta(), u.delta()) == pytest.approx(error, rel=1e-5)
+    assert 0.05 < error < 0.9
+
+
+def test_no_matrix_of_the_layer_s_size_is_made() -> None:
+    # One of (out, in) would take 480 GB.
+    u = Update(torch.randn(3, 200_000), torch.randn(300_000, 3), 1.0)
+    found, error = u.to_rank(2)
+    assert found.shape == (300_000, 200_000)
+    assert 0 < error < 1
+
+
+def test_a_lower_rank_of_an_update_without_effect() -> None:
+    found, error = update(rank=4, up=torch.zeros(5, 4)).to_rank(2)
+    assert (found.rank, error, found.has_effect()) == (2, 0.0, False)
+
+
+def test_an_adapter_of_lower_rank_and_what_it_cost() -> None:
+    head = torch.ones(2)
+    adapter = Adapter("fr", {"a": update(rank=3), "b": update(rank=2)}, {"head.bias": head})
+    reduced, errors = adapter.to_rank(2)
+    assert (reduced.name, {p: u.rank for p, u in reduced.updates.items()}) == (
+        "fr",
+        {"a": 2, "b": 2},
+    )
+    assert reduced.updates["b"] is adapter.updates["b"]
+    assert reduced.replacements["head.bias"] is head
+    assert errors["b"] == 0.0
+    distance = relative_error(reduced.updates["a"].delta(), adapter.updates["a"].delta())
+    assert errors["a"] == pytest.approx(distance, rel=1e-5)
+    assert errors["a"] > 1e-2
+    assert adapter.to_rank(3).adapter.updates["a"] is adapter.updates["a"]
+    assert [u.rank for u in adapter.updates.values()] == [3, 2]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, None, "2"])
+def test_a_rank_that_is_none_is_refused(rank: Any) -> None:
+    with pytest.raises(AdapterError, match="expected a positive integer"):
+        Adapter("fr", {"a": update()}).to_rank(rank)
+
+
+def test_an_update_that_is_not_finite_has_no_rank() -> None:
+    broken = update(rank=4, up=torch.full((5, 4), float("nan")))
+    with pytest.raises(AdapterError, match="adapter fr: NaN or infinity in q"):
+        Adapter("fr", {"a": update(), "q": broken}).to_rank(2)
