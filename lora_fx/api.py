@@ -35,15 +35,22 @@ def inject(
     return InjectLora(adapter, strict=strict)(gm).graph_module
 
 
-def fold(gm: fx.GraphModule) -> fx.GraphModule:
+def fold(gm: fx.GraphModule, *, chains: bool = False) -> fx.GraphModule:
     """Makes one layer with a new constant of every affine region that holds a layer.
 
+    A folded weight is computed when it is first read, or when it is written to a file.
+
+    Args:
+        gm: a traced graph; it is not changed.
+        chains: also makes one layer of layers that follow each other with nothing in between.
+
     Raises:
-        PassError: a folded weight is not finite in the layer's dtype.
+        PassError: a folded weight is not finite in the layer's dtype. If parameters that it is
+            made of take gradients, at once; else whoever reads the weight meets the error.
     """
     from lora_fx.passes import FoldLora
 
-    return FoldLora()(gm).graph_module
+    return FoldLora(chains)(gm).graph_module
 
 
 def unfold(gm: fx.GraphModule) -> fx.GraphModule:

@@ -246,4 +246,7 @@ def test_the_fused_layer_at_the_size_of_the_notebook(relative: Any, tmp_path: Pa
     gm = traced(layer, batch(layer, 2, 5))
     assert operators(fold(gm))["linear"] == 1
     assert operators(fold(gm)).total() == 3  # its input, the layer, its output
+    raised = RaiseLora()(gm).graph_module
+    assert adapter_from(raised).updates["target"].rank == 16  # two groups of 8
+    assert relative(raised(batch(layer, 2, 5)), layer(batch(layer, 2, 5))) <= 1e-5
     assert_runs(layer, tmp_path / "merged.onnx", relative)
