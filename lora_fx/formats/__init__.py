@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter, check_name
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft import read_peft
+from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
+from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
+from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
+from lora_fx.formats.peft import is_peft, read_peft
+from lora_fx.formats.peft_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.formats.peft_write import write_peft
+from lora_fx.formats.tensor_file import names_in
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is read and written, and which hints it takes beside ``strict``."""
+    """How one format is told, read and written, and which hints each takes beside ``base``."""
 
+    is_it: Callable[[Path, Collection[str]], bool]
     read: Callable[[Path, str, Hints], Adapter]
-    write: Callable[[Adapter, Path, bool], None]
-    hints: tuple[str, ...] = ()
+    write: Callable[[Adapter, Path, Hints, bool], None]
+    hints: tuple[str, ...] = ("allow_pickle",)
+    write_hints: tuple[str, ...] = ()
 
 
+_PEFT_HINTS = ("allow_pickle", "alpha", "r", "use_rslora")
+_LORALIB_HINTS = ("allow_pickle", "alpha", "r", "enable_lora")
+_PART = ("component",)
 FORMATS = {
-    "peft": Format(read_peft, write_peft, ("allow_pickle",)),
+    "onnx_adapter": Format(is_onnx_adapter, read_onnx_adapter, write_onnx_adapter, (), ("model",)),
+    "diffusers": Format(
+        is_diffusers, read_diffusers, write_diffusers, ("allow_pickle", *_PART), _PART
+    ),
+    "peft": Format(is_peft, read_peft, write_peft),
+    "peft_file": Format(is_peft_file, read_peft_file, write_peft_file, _PEFT_HINTS),
+    "kohya": Format(is_kohya, read_kohya, write_kohya, ("allow_pickle", *_PART), _PART),
+    "loralib": Format(is_loralib, read_loralib, write_loralib, _LORALIB_HINTS),
 }
 
 
@@ -43,15 +62,19 @@ def load_adapter(
     """Reads an adapter from disk.
 
     Args:
-        path: a directory written by PEFT.
+        path: a directory or a file.
         name: tells adapters apart in one graph; an identifier. Default: made from the path.
-        format: ``"peft"``, or ``"auto"`` to detect it.
-        base: the model or graph that lossy names are resolved against; PEFT's are not lossy.
+        format: ``"peft"`` (a directory), ``"peft_file"``, ``"loralib"``, ``"kohya"``,
+            ``"diffusers"``, ``"onnx_adapter"``, or ``"auto"`` to tell it by what is there.
+        base: the model or graph that kohya's names, which are lossy, are resolved against, and
+            that loralib's fused layers are checked against.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
-        **hints: ``allow_pickle=True`` reads a ``.bin``, with ``weights_only=True``.
+        **hints: what a format does not store, see `lora_fx.formats.hints.Hints`: ``alpha``,
+            ``r``, ``use_rslora``, ``enable_lora``, ``component``. ``allow_pickle=True`` reads a
+            ``.bin`` or ``.pt``, with ``weights_only=True``.
 
     Returns:
-        The adapter; its tensors are memory-mapped, in the dtype of the file.
+        The adapter; its tensors are in the dtype of the file, memory-mapped where they can be.
 
     Raises:
         AdapterError: names the file, the tensor or field, what was found and expected.
@@ -59,17 +82,21 @@ def load_adapter(
     source = Path(path)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory")
-    chosen = _format(_detect(source) if format == "auto" else format)
-    unknown = sorted(set(hints) - set(chosen.hints))
-    if unknown:
-        raise AdapterError(
-            f"{source}: unknown hint {unknown[0]!r}; this format takes {', '.join(chosen.hints)}"
-        )
+    if format == "auto":
+        format = _detect(source, bool(hints.get("allow_pickle")))
+    chosen = _format(format)
+    _check_hints(source, hints, format, chosen.hints)
     if name is not None:
         check_name(name)
-    return chosen.read(
-        source, name or _name_from(source), dataclasses.replace(Hints(strict=strict), **hints)
-    )
+    options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
+    adapter = chosen.read(source, name or _name_from(source), options)
+    if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
+        warnings.warn(
+            f"{source}: the adapter has no effect: every update is zero; was it trained?",
+            AdapterWarning,
+            stacklevel=2,
+        )
+    return adapter
 
 
 def save_adapter(
@@ -78,19 +105,24 @@ def save_adapter(
     *,
     format: str = "peft",
     force: bool = False,
+    **hints: Any,
 ) -> None:
     """Writes an adapter to disk, completely or not at all.
 
     Args:
         adapter: what to write; each tensor keeps its dtype.
         path: what to create; it must not exist, except with ``force``.
-        format: ``"peft"``.
+        format: as `load_adapter` takes it.
         force: replace an adapter that is already there.
+        **hints: ``component`` for kohya and diffusers: the part of a pipeline that the paths are
+            of; ``model`` for an ``.onnx_adapter``: the swappable model.
 
     Raises:
         AdapterError: the target exists, or the format cannot express the adapter.
     """
-    _format(format).write(adapter, Path(path), force)
+    chosen = _format(format)
+    _check_hints(Path(path), hints, format, chosen.write_hints)
+    chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 
 def _format(name: str) -> Format:
@@ -100,17 +132,30 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _detect(source: Path) -> str:
-    """The format of an existing file or directory."""
-    if source.is_dir():
-        return "peft"
-    supported = ", ".join(FORMATS)
-    raise AdapterError(
-        f"{source}: not a directory, expected a PEFT adapter's; supported formats: {supported}"
-    )
+def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str, ...]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        takes = ", ".join(known) or "none"
+        raise AdapterError(f"{path}: unknown hint {unknown[0]!r}; format {form} takes {takes}")
+
+
+def _detect(source: Path, allow_pickle: bool) -> str:
+    """The format of an existing file or directory: the first that knows it."""
+    is_tensors = source.is_file() and not is_onnx_adapter(source, ())
+    names = names_in(source, Hints(allow_pickle=allow_pickle)) if is_tensors else ()
+    found = next((form for form, entry in FORMATS.items() if entry.is_it(source, names)), None)
+    if found is None:
+        supported = ", ".join(FORMATS)
+        raise AdapterError(
+            f"{source}: not told by its tensors' names ({shorten(sorted(names), 3) or 'none'}); "
+            f"pass format=, one of {supported}"
+        )
+    return found
 
 
 def _name_from(source: Path) -> str:
     """A valid adapter name out of a file's name: ``my.adapter-v2`` becomes ``my_adapter_v2``."""
-    word = re.sub(r"\W+", "_", source.resolve().name, flags=re.ASCII).strip("_")
+    resolved = source.resolve()
+    stem = resolved.stem if resolved.is_file() else resolved.name
+    word = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_")
     return word if word[:1].isalpha() else f"adapter_{word}".rstrip("_")

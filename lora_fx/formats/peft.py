@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -13,13 +13,17 @@ from lora_fx.errors import AdapterError, AdapterWarning, shorten
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_config import PeftLora, read_config
 from lora_fx.formats.peft_keys import SortedKeys, sort_keys
-from lora_fx.formats.pickle_file import read_pickle
-from lora_fx.formats.safetensors_file import read_tensors
+from lora_fx.formats.tensor_file import read_file
 from lora_fx.targets import pattern_matches
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+
+
+def is_peft(path: Path, names: Collection[str]) -> bool:
+    """Whether it is a directory: what is missing in it, the reader says."""
+    return path.is_dir()
 
 
 def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
@@ -34,18 +38,38 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
     config = read_config(_existing(directory, CONFIG), hints.strict)
-    weights, tensors = _read_weights(directory, hints)
+    weights = directory / WEIGHTS
+    if not weights.exists() and (directory / PICKLE).exists():
+        weights = directory / PICKLE
+    tensors = read_file(_existing(directory, weights.name), hints)
+    return assemble(name, weights, tensors, config, directory / CONFIG, hints.strict)
+
+
+def assemble(
+    name: str,
+    weights: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PeftLora,
+    origin: Path,
+    strict: bool,
+) -> Adapter:
+    """Makes an adapter of PEFT's tensors and the config that says what they mean.
+
+    Args:
+        name: of the adapter.
+        weights: the file of the tensors, for messages.
+        tensors: by PEFT's keys.
+        config: what decides ranks, scales and uses.
+        origin: where the config comes from, for messages.
+        strict: refuse pattern keys that match nothing.
+
+    Raises:
+        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    """
     keys = sort_keys(weights, tensors, config)
     updates = {path: _update(weights, path, keys, config) for path in keys.down}
-    _check_patterns(directory / CONFIG, config, list(updates), hints.strict)
-    adapter = Adapter(name, updates, keys.replacements, expects=config.rule)
-    if not keys.replacements and not any(update.has_effect() for update in updates.values()):
-        warnings.warn(
-            f"{weights}: the adapter has no effect: every update is zero; was it trained?",
-            AdapterWarning,
-            stacklevel=3,
-        )
-    return adapter
+    _check_patterns(origin, config, list(updates), strict)
+    return Adapter(name, updates, keys.replacements, expects=config.rule)
 
 
 def _existing(directory: Path, name: str) -> Path:
@@ -53,19 +77,6 @@ def _existing(directory: Path, name: str) -> Path:
     if not path.is_file():
         raise AdapterError(f"{path}: no such file; a PEFT adapter is a directory that holds it")
     return path
-
-
-def _read_weights(directory: Path, hints: Hints) -> tuple[Path, dict[str, torch.Tensor]]:
-    pickle = directory / PICKLE
-    if (directory / WEIGHTS).exists() or not pickle.exists():
-        weights = _existing(directory, WEIGHTS)
-        return weights, read_tensors(weights)
-    if not hints.allow_pickle:
-        raise AdapterError(
-            f"{pickle}: a pickle can run code when it is opened; save the adapter as safetensors, "
-            "or pass allow_pickle=True if you trust the file"
-        )
-    return pickle, read_pickle(_existing(directory, PICKLE))
 
 
 def _update(weights: Path, path: str, keys: SortedKeys, config: PeftLora) -> Update:
@@ -104,4 +115,4 @@ def _check_patterns(origin: Path, config: PeftLora, paths: list[str], strict: bo
         message = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
         if strict:
             raise AdapterError(f"{message}; correct them, or pass strict=False")
-        warnings.warn(message, AdapterWarning, stacklevel=4)
+        warnings.warn(message, AdapterWarning, stacklevel=5)

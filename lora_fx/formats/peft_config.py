@@ -68,13 +68,26 @@ def read_config(path: Path, strict: bool) -> PeftLora:
     Raises:
         AdapterError: names the file and the field.
     """
-    fields = read_object(path)
+    return parse_config(read_object(path), str(path), strict)
+
+
+def parse_config(fields: Mapping[str, object], origin: str, strict: bool) -> PeftLora:
+    """Checks the fields of a config, wherever they were stored.
+
+    Args:
+        fields: of an ``adapter_config.json``.
+        origin: where they come from, for messages.
+        strict: as in `read_config`.
+
+    Raises:
+        AdapterError: names the origin and the field.
+    """
     try:
         check_features(fields)
-        check_init(fields, str(path), strict)
+        check_init(fields, origin, strict)
         return _parse(fields)
     except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
+        raise AdapterError(f"{origin}: {error}") from error
 
 
 def _parse(fields: Mapping[str, object]) -> PeftLora:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lora_fx.adapter import Adapter, Update
+from lora_fx.formats.alphas import alpha_for
 from lora_fx.formats.peft_keys import saved_module
 from lora_fx.safe_regex import MAX_LENGTH
 
@@ -71,15 +72,7 @@ def _exact_targets(paths: list[str]) -> str | list[str]:
 
 
 def _alpha(update: Update, use_rslora: bool) -> float:
-    """The alpha that PEFT divides back into this scale, a whole number if one does.
-
-    Exact for every scale that was alpha / r of the same kind; another may move by its last bit,
-    for division by r does not reach every float.
-    """
-    divisor = math.sqrt(update.rank) if use_rslora else update.rank
-    alpha = update.scale * divisor
-    near = (round(alpha), alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
-    return min(near, key=lambda candidate: abs(candidate / divisor - update.scale))
+    return alpha_for(update.scale, math.sqrt(update.rank) if use_rslora else update.rank)
 
 
 def _pattern(values: dict[str, float], default: float) -> dict[str, float]:

@@ -65,4 +65,4 @@ def check_init(fields: Mapping[str, object], origin: str, strict: bool) -> None:
     )
     if strict:
         raise AdapterError(f"{message}, or pass strict=False to use it as it is")
-    warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=5)
+    warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -10,34 +11,49 @@ from safetensors.torch import save
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_describe import describe, is_base_weight
 from lora_fx.formats.peft_keys import DOWN, PREFIX, UP, UP_BIAS, saved_module
 from lora_fx.formats.staging import publish
 from lora_fx.formats.tensor_rules import check_tensors
 
 
-def write_peft(adapter: Adapter, directory: Path, force: bool) -> None:
+def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
         adapter: what to write.
         directory: what to create.
+        hints: none is heeded.
         force: replace an adapter that is already there.
 
     Raises:
         AdapterError: the target exists, or PEFT's format cannot express the adapter.
     """
-    _check_expressible(adapter, directory)
-    saved = _saved_modules(adapter)
-    _check_saved(adapter, saved, directory)
-    tensors = _tensors(adapter, saved)
-    check_tensors(directory, tensors)
-    config = describe(adapter, saved)
+    config, tensors = contents(adapter, directory)
     files = {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
     publish(directory, files, force)
+
+
+def contents(adapter: Adapter, target: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """The fields of PEFT's config and the tensors by PEFT's keys.
+
+    Args:
+        adapter: what to write.
+        target: where to, for messages.
+
+    Raises:
+        AdapterError: PEFT cannot express the adapter.
+    """
+    _check_expressible(adapter, target)
+    saved = _saved_modules(adapter)
+    _check_saved(adapter, saved, target)
+    tensors = _tensors(adapter, saved)
+    check_tensors(target, tensors)
+    return describe(adapter, saved), tensors
 
 
 def _check_expressible(adapter: Adapter, directory: Path) -> None:
@@ -46,6 +62,9 @@ def _check_expressible(adapter: Adapter, directory: Path) -> None:
     foreign = [p for p, update in adapter.updates.items() if update.kind not in ("lora", "rslora")]
     if foreign:
         raise AdapterError(f"{directory}: not LoRA, so not written as such: {shorten(foreign)}")
+    loud = [p for p, update in adapter.updates.items() if not math.isfinite(update.scale)]
+    if loud:
+        raise AdapterError(f"{directory}: scales that are no finite number: {shorten(loud)}")
     reserved = [p for p in adapter.updates if {"base_layer", "token_adapter"} & set(p.split("."))]
     if reserved:
         raise AdapterError(f"{directory}: PEFT keeps these names for itself: {shorten(reserved)}")

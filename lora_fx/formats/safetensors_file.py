@@ -10,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.formats.tensor_rules import check_tensors, may_be_integer
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME = 512
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+INTEGER_SIZES = {"I64": 8, "I32": 4}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -35,8 +36,31 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def read_names(path: Path) -> list[str]:
+    """The names of the tensors of a file, from its header alone.
+
+    Raises:
+        AdapterError: names the file and what is wrong with its header.
+    """
+    return list(_checked(path)[0])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a file holds beside its tensors.
+
+    Raises:
+        AdapterError: names the file and what is wrong with its header.
+    """
+    return _checked(path)[1]
+
+
 def check_header(path: Path) -> None:
     """Refuses a file whose header the safetensors library would reject or, wrongly, accept."""
+    _checked(path)
+
+
+def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """The entries of the tensors and the metadata of a header that was found good."""
     header, data_size = _read_header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -45,6 +69,7 @@ def check_header(path: Path) -> None:
         raise AdapterError(f"{path}: {len(header)} tensors, expected at most {MAX_TENSORS}")
     ranges = sorted((*_check_entry(path, name, entry), name) for name, entry in header.items())
     _check_layout(path, ranges, data_size)
+    return header, metadata
 
 
 def _read_header(path: Path) -> tuple[dict[str, object], int]:
@@ -78,15 +103,16 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(f"{where}: found {entry!r:.80}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        expected = ", ".join(ITEM_SIZES)
-        raise AdapterError(f"{where}: dtype {dtype!r}, expected one of {expected}")
     if not _is_counts(shape) or len(shape) > MAX_DIMS or 0 in shape:
         raise AdapterError(f"{where}: shape {shape!r:.80}, expected at most {MAX_DIMS} sizes")
+    is_alpha = may_be_integer(name, math.prod(shape))
+    sizes = ITEM_SIZES | INTEGER_SIZES if is_alpha else ITEM_SIZES
+    if not isinstance(dtype, str) or dtype not in sizes:
+        raise AdapterError(f"{where}: dtype {dtype!r}, expected one of {', '.join(sizes)}")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise AdapterError(f"{where}: data_offsets {offsets!r:.80}, expected [begin, end]")
     begin, end = offsets
-    needed, found = math.prod(shape) * ITEM_SIZES[dtype], end - begin
+    needed, found = math.prod(shape) * sizes[dtype], end - begin
     if found != needed:
         raise AdapterError(f"{where}: {dtype} {shape} is {needed} bytes, offsets give {found}")
     return begin, end

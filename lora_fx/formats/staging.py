@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Directories and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -38,6 +38,32 @@ def publish(target: Path, files: Mapping[str, bytes], force: bool) -> None:
         raise AdapterError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish_file(target: Path, content: bytes, force: bool) -> None:
+    """Writes a hidden sibling of the target, then renames it to the target.
+
+    Args:
+        target: the file to create.
+        content: its bytes.
+        force: replace a file that is there.
+
+    Raises:
+        AdapterError: the target exists, or it cannot be written.
+    """
+    if os.path.lexists(target) and not force:
+        raise AdapterError(f"{target}: exists already; choose another path, or pass force=True")
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise AdapterError(f"{target}: is no plain file, so it is not replaced")
+    stage = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_bytes(content)
+        stage.replace(target)
+    except OSError as error:
+        raise AdapterError(f"{target}: cannot be written: {error.strerror}") from error
+    finally:
+        stage.unlink(missing_ok=True)
 
 
 def _check_target(target: Path, force: bool) -> None:

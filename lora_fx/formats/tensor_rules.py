@@ -10,6 +10,12 @@ import torch
 from lora_fx.errors import AdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def may_be_integer(name: str, count: int) -> bool:
+    """Whether a tensor is kohya's alpha: one number, which its scripts may store as an integer."""
+    return name.endswith(".alpha") and count == 1
 
 
 def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -25,7 +31,8 @@ def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
         if any(size > 1 and stride == 0 for size, stride in sizes):
             raise AdapterError(f"{where} is expanded: fewer values are stored than it shows")
-        if tensor.dtype not in DTYPES:
+        is_integer = tensor.dtype in INTEGERS and may_be_integer(name, tensor.numel())
+        if tensor.dtype not in DTYPES and not is_integer:
             raise AdapterError(
                 f"{where} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import lora_fx
+from lora_fx import Adapter
 
 Tensors = dict[str, torch.Tensor]
 MLP_INPUT = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
@@ -97,3 +101,47 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path, tiny: Callable[..., nn.Module]) -> Lab:
     return Lab(tmp_path, tiny)
+
+
+Fits = Callable[[Adapter, nn.Module, torch.Tensor, torch.Tensor], None]
+
+
+@pytest.fixture
+def fits(relative: Callable[[Any, Any], float]) -> Fits:
+    """Asserts that a base with an adapter computes what its owner does, and that it matters."""
+
+    def check(adapter: Adapter, base: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> None:
+        gm = lora_fx.trace(base.eval(), (x,))
+        louder = {p: replace(u, scale=1.1 * u.scale) for p, u in adapter.updates.items()}
+        off = Adapter(adapter.name, louder, adapter.replacements)
+        with torch.no_grad():
+            assert relative(lora_fx.inject(gm, adapter)(x), expected) <= 1e-5
+            assert relative(lora_fx.inject(gm, off)(x), expected) > 1e-3
+            assert relative(gm(x), expected) > 1e-2
+
+    return check
+
+
+def _same(found: Adapter, expected: Adapter) -> None:
+    assert dict(found.updates).keys() == dict(expected.updates).keys()
+    for path, update in found.updates.items():
+        other = expected.updates[path]
+        assert update.scale == other.scale, path
+        _same_bits(update.down, other.down)
+        _same_bits(update.up, other.up)
+    assert dict(found.replacements).keys() == dict(expected.replacements).keys()
+    for name, tensor in found.replacements.items():
+        _same_bits(tensor, expected.replacements[name])
+
+
+def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(
+        found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.fixture
+def same() -> Callable[[Adapter, Adapter], None]:
+    """Asserts that two adapters are one, bit for bit; their kinds may differ."""
+    return _same

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from onnxruntime import AdapterFormat, OrtValue
+from safetensors.torch import save_file
 
+from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import FORMATS, load_adapter, save_adapter
 from lora_fx.formats.hints import Hints
-
-OTHERS = ["peft_file", "loralib", "kohya", "diffusers", "onnx_adapter", "nonsense"]
 
 
 def test_a_directory_is_detected(lab: Any) -> None:
@@ -21,13 +25,50 @@ def test_a_directory_is_detected(lab: Any) -> None:
         assert set(found.updates) == {"fc", "block.fc"}
 
 
-@pytest.mark.parametrize("format", OTHERS)
-def test_another_format_is_refused_with_those_supported(lab: Any, format: str) -> None:
+def test_another_format_is_refused_with_those_supported(lab: Any) -> None:
     directory = lab.write()
-    with pytest.raises(AdapterError, match=f"format '{format}' is not supported; .* peft$"):
-        load_adapter(directory, format=format)
-    with pytest.raises(AdapterError, match=f"format '{format}' is not supported; .* peft$"):
-        save_adapter(load_adapter(directory), lab.root / "out", format=format)
+    with pytest.raises(AdapterError, match=r"format 'nonsense' is not supported; .*peft, .*kohya"):
+        load_adapter(directory, format="nonsense")
+    with pytest.raises(AdapterError, match=r"format 'nonsense' is not supported; .*peft, .*kohya"):
+        save_adapter(load_adapter(directory), lab.root / "out", format="nonsense")
+
+
+NAMES = {
+    "peft_file": ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"),
+    "loralib": ("fc.lora_A", "fc.lora_B"),
+    "kohya": ("lora_te_fc.lora_down.weight", "lora_te_fc.lora_up.weight"),
+    "diffusers": ("transformer.fc.lora_A.weight", "transformer.fc.lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
+    down, up = NAMES[format]
+    file = tmp_path / "a.safetensors"
+    save_file({down: torch.randn(2, 3), up: torch.randn(5, 2)}, file)
+    tellers = [form for form, entry in FORMATS.items() if entry.is_it(file, (down, up))]
+    assert tellers == [format]
+    base = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
+    hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
+    found = load_adapter(file, base=base, **hints).updates
+    assert list(found) == (["transformer.fc"] if format == "diffusers" else ["fc"])
+    assert load_adapter(file, base=base, format=format, **hints).updates.keys() == found.keys()
+
+
+def test_names_of_no_format_ask_for_one(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match=r"names \(fc\.weight\); pass format=, one of .*kohya"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_wrong_kind_of_path_is_refused(tmp_path: Path, format: str) -> None:
+    save_file({"fc.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    path = tmp_path / "a.safetensors" if format == "peft" else directory
+    with pytest.raises(AdapterError, match=f"{path.name}.*: "):
+        load_adapter(path, format=format, base=torch.nn.Linear(3, 5))
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
@@ -35,22 +76,31 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
         load_adapter(tmp_path / "gone")
 
 
-def test_a_file_is_not_taken_for_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"")
-    with pytest.raises(AdapterError, match=r"a\.safetensors: not a directory"):
-        load_adapter(tmp_path / "a.safetensors")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.txt", "french"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(AdapterError, match=f"{name}: 0 bytes, expected a safetensors file"):
+        load_adapter(tmp_path / name)
 
 
 @pytest.mark.parametrize("hint", ["alpha", "enable_lora", "r"])
 def test_a_hint_that_the_format_does_not_take_is_refused(lab: Any, hint: str) -> None:
     hints: dict[str, Any] = {hint: 3}
-    with pytest.raises(AdapterError, match=f"unknown hint '{hint}'; .*allow_pickle"):
+    with pytest.raises(
+        AdapterError, match=f"unknown hint '{hint}'; format peft takes allow_pickle"
+    ):
         load_adapter(lab.write(), **hints)
 
 
 def test_every_format_takes_hints_that_exist() -> None:
     names = {field.name for field in fields(Hints)}
-    assert all(set(format.hints) <= names for format in FORMATS.values())
+    assert all({*entry.hints, *entry.write_hints} <= names for entry in FORMATS.values())
+
+
+def test_a_hint_that_no_writer_takes_is_refused(lab: Any) -> None:
+    with pytest.raises(AdapterError, match="unknown hint 'component'; format peft takes none"):
+        save_adapter(load_adapter(lab.write()), lab.root / "out", component="unet")
+    assert not (lab.root / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +116,12 @@ def test_every_format_takes_hints_that_exist() -> None:
 def test_the_name_is_made_from_the_directory(lab: Any, directory: str, expected: str) -> None:
     renamed = lab.write().rename(lab.root / directory)
     assert load_adapter(renamed).name == expected
+
+
+def test_the_name_of_a_file_is_without_its_ending(tmp_path: Path) -> None:
+    tensors = {"fc.lora_A": torch.ones(2, 3), "fc.lora_B": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "my.french-v2.safetensors")
+    assert load_adapter(tmp_path / "my.french-v2.safetensors", alpha=1).name == "my_french_v2"
 
 
 def test_the_name_of_the_working_directory(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +155,38 @@ def test_an_adapter_may_replace_the_file_it_is_mapped_from(lab: Any) -> None:
     save_adapter(adapter, directory, force=True)
     assert (adapter.updates["fc"].delta() == before).all()
     assert (load_adapter(directory).updates["fc"].delta() == before).all()
+
+
+@pytest.mark.parametrize("format", [*NAMES, "onnx_adapter"])
+def test_a_damaged_file_loads_or_raises_the_typed_error(tmp_path: Path, format: str) -> None:
+    file = damageable(tmp_path, format)
+    sound, generator, refused = file.read_bytes(), random.Random(0), list[str]()
+    base = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
+    for _ in range(150):
+        damaged = bytearray(sound)
+        for _ in range(generator.choice((1, 1, 2, 8))):
+            damaged[generator.randrange(min(len(damaged), 400))] = generator.randrange(256)
+        end = len(damaged) if generator.random() < 0.8 else generator.randrange(len(damaged))
+        file.write_bytes(damaged[:end])
+        try:
+            load_adapter(file, base=base, format=generator.choice(["auto", format]))
+        except AdapterError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(str(file) in message for message in refused)
+
+
+def damageable(tmp_path: Path, format: str) -> Path:
+    file = tmp_path / "a.safetensors"
+    if format == "onnx_adapter":
+        content = AdapterFormat()
+        shapes = {"fc.lora_A": (3, 2), "fc.lora_B": (2, 5)}
+        values = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        content.set_parameters({k: OrtValue.ortvalue_from_numpy(v) for k, v in values.items()})
+        content.export_adapter(str(file))
+        return file
+    path = "unet.fc" if format == "diffusers" else "fc"
+    adapter = Adapter("a", {path: Update(torch.randn(2, 3), torch.randn(5, 2), 1.5)})
+    hints: dict[str, Any] = {"component": "te"} if format == "kohya" else {}
+    save_adapter(adapter, file, format=format, **hints)
+    return file

@@ -140,6 +140,10 @@ REFUSED = {
         Adapter("a", {"fc": Update(torch.full((2, 3), torch.nan), torch.ones(5, 2), 1.0)}),
         r"fc\.lora_A\.weight' holds NaN",
     ),
+    "infinite scale": (
+        Adapter("a", {"fc": update(5, 3, 2, scale=float("inf"))}),
+        "scales that are no finite number: fc",
+    ),
     "integers": (
         Adapter("a", {"fc": update(5, 3, 2)}, {"bn.count": torch.ones(1, dtype=torch.int64)}),
         r"bn\.count' has dtype torch\.int64",

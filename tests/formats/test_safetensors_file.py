@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.safetensors_file import MAX_HEADER, MAX_TENSORS, check_header, read_tensors
+from lora_fx.formats.safetensors_file import (
+    MAX_HEADER,
+    MAX_TENSORS,
+    check_header,
+    read_metadata,
+    read_names,
+    read_tensors,
+)
 
 A = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
 
@@ -54,6 +61,25 @@ def test_a_tensor_without_dimensions_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"alpha": torch.tensor(3.0)}, file)
     assert read_tensors(file)["alpha"].shape == ()
+
+
+def test_names_and_metadata_are_read_from_the_header(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x.a": torch.ones(2), "x.b": torch.ones(3)}, file, metadata={"key": "text"})
+    assert sorted(read_names(file)) == ["x.a", "x.b"]
+    assert read_metadata(file) == {"key": "text"}
+    save_file({"x.a": torch.ones(2)}, file)
+    assert read_metadata(file) == {}
+
+
+def test_the_alpha_of_a_layer_may_be_a_whole_number(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x.alpha": torch.tensor(3), "y.alpha": torch.tensor([4], dtype=torch.int32)}, file)
+    assert [read_tensors(file)[key].item() for key in ("x.alpha", "y.alpha")] == [3, 4]
+    for name, value in {"alpha": torch.tensor(3), "x.alpha": torch.tensor([3, 4])}.items():
+        save_file({name: value}, file)
+        with pytest.raises(AdapterError, match=f"'{name}': dtype 'I64'"):
+            read_tensors(file)
 
 
 TWO = {"a": A, "b": {"dtype": "F32", "shape": [3], "data_offsets": [12, 24]}}

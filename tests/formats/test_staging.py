@@ -1,4 +1,4 @@
-"""Directories appear complete or not at all."""
+"""Directories and files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.staging import publish
+from lora_fx.formats.staging import publish, publish_file
 
 FILES = {"adapter_config.json": b"new"}
 
@@ -84,3 +84,44 @@ def test_a_failed_replacement_keeps_what_was_there(
         publish(tmp_path / "a", FILES, force=True)
     assert (tmp_path / "a" / "adapter_config.json").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_is_created_with_its_parents(tmp_path: Path) -> None:
+    publish_file(tmp_path / "some" / "a.bin", b"new", force=False)
+    assert (tmp_path / "some" / "a.bin").read_bytes() == b"new"
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["a.bin"]
+
+
+def test_a_file_is_replaced_only_with_force(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(AdapterError, match=r"a\.bin: exists already; .* force=True"):
+        publish_file(tmp_path / "a.bin", b"new", force=False)
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    publish_file(tmp_path / "a.bin", b"new", force=True)
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "dangling"])
+def test_force_replaces_nothing_but_a_plain_file(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "a.bin"
+    (tmp_path / "mine").write_bytes(b"old")
+    if kind == "directory":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / ("mine" if kind == "link" else "nowhere"))
+    with pytest.raises(AdapterError, match=r"a\.bin: is no plain file"):
+        publish_file(target, b"new", force=True)
+    assert (tmp_path / "mine").read_bytes() == b"old"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.bin").write_bytes(b"old")
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(AdapterError, match="No space left on device"):
+        publish_file(tmp_path / "a.bin", b"new", force=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -1,0 +1,66 @@
+"""onnxruntime's adapter files: the export room reads and writes them, this is the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import AdapterError
+from lora_fx.formats.hints import Hints
+
+IDENTIFIER = b"TORT"
+
+
+def is_onnx_adapter(path: Path, names: Collection[str]) -> bool:
+    """Whether a file has the identifier that onnxruntime gives its adapters.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(8)[4:] == IDENTIFIER
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_onnx_adapter(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads what `lora_fx.export_adapter` wrote; each scale is in its B, so it reads as 1.
+
+    Args:
+        path: the file.
+        name: of the adapter.
+        hints: none is heeded.
+
+    Raises:
+        AdapterError: it is damaged, or holds what is no pair of A and B.
+    """
+    from lora_fx.export.adapter_read import read_adapter_file
+
+    return read_adapter_file(path, name)
+
+
+def write_onnx_adapter(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
+    """Writes an adapter for one swappable model, as `lora_fx.export_adapter` does.
+
+    Args:
+        adapter: what to write.
+        path: the file to create.
+        hints: ``model`` is needed: what fits depends on it.
+        force: replace a file that is there.
+
+    Raises:
+        AdapterError: no model is given, or the adapter does not fit it.
+        ExportError: the model has no slots, or the target exists.
+    """
+    if hints.model is None:
+        raise AdapterError(
+            f"{path}: an .onnx_adapter is made for one model; pass model=, the .onnx file that was "
+            'exported with adapters="input"'
+        )
+    from lora_fx.export import export_adapter
+
+    export_adapter(adapter, hints.model, path, force=force)

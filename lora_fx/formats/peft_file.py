@@ -1,0 +1,108 @@
+"""PEFT's tensors in one file, whose config is in it, beside it, or known to the caller."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from lora_fx.adapter import Adapter
+from lora_fx.config import checked_alpha, checked_rank
+from lora_fx.errors import AdapterError
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.peft import CONFIG, assemble
+from lora_fx.formats.peft_config import PeftLora, parse_config, read_config
+from lora_fx.formats.peft_keys import DOWN, PREFIX, UP_BIAS
+from lora_fx.formats.peft_write import contents
+from lora_fx.formats.strict_json import parse_object
+from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
+
+# Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.
+METADATA = "lora_adapter_metadata"
+OWN_NAME = "adapter_model"
+
+
+def is_peft_file(path: Path, names: Collection[str]) -> bool:
+    """Whether a file's tensors have PEFT's prefix."""
+    return any(name.startswith(PREFIX) for name in names)
+
+
+def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads PEFT's tensors from one file.
+
+    The config is the one in the file's metadata; else, for an ``adapter_model`` file, the
+    ``adapter_config.json`` beside it; else it is made of the hints ``alpha``, ``use_rslora``
+    and ``r``.
+
+    Args:
+        path: the file.
+        name: of the adapter.
+        hints: ``strict`` and ``allow_pickle`` are heeded too.
+
+    Raises:
+        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    """
+    tensors = read_file(path, hints)
+    config, origin = _stored_config(path, hints)
+    given = hints.alpha is not None or hints.r is not None or hints.use_rslora
+    if config is not None and given:
+        raise AdapterError(f"{origin}: says what alpha, r and use_rslora are; give no such hint")
+    return assemble(
+        name, path, tensors, config or _from_hints(path, tensors, hints), origin, hints.strict
+    )
+
+
+def write_peft_file(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
+    """Writes PEFT's tensors as one safetensors file, with the config in its metadata.
+
+    Args:
+        adapter: what to write.
+        path: ends in ``.safetensors``.
+        hints: none is heeded.
+        force: replace a file that is there.
+
+    Raises:
+        AdapterError: the target exists, or PEFT's format cannot express the adapter.
+    """
+    config, tensors = contents(adapter, path)
+    write_file(path, tensors, {METADATA: json.dumps(config, sort_keys=True)}, force)
+
+
+def _stored_config(path: Path, hints: Hints) -> tuple[PeftLora | None, Path]:
+    text = metadata_of(path).get(METADATA)
+    if text is not None:
+        origin = f"{path}: {METADATA}"
+        return parse_config(parse_object(text.encode(), origin), origin, hints.strict), path
+    beside = path.with_name(CONFIG)
+    if path.stem == OWN_NAME and beside.is_file():
+        return read_config(beside, hints.strict), beside
+    return None, path
+
+
+def _from_hints(path: Path, tensors: Mapping[str, torch.Tensor], hints: Hints) -> PeftLora:
+    """A config of the hints; the ranks are those of the tensors."""
+    if hints.alpha is None:
+        raise AdapterError(
+            f"{path}: holds no config, so the scale is unknown; pass alpha=, the lora_alpha it was "
+            "trained with, and use_rslora=True if it was"
+        )
+    ends = PREFIX, DOWN
+    ranks = {
+        key[len(PREFIX) : -len(DOWN)]: len(tensor)
+        for key, tensor in tensors.items()
+        if key.startswith(ends[0]) and key.endswith(ends[1]) and tensor.ndim > 0
+    }
+    common = Counter(ranks.values()).most_common(1)
+    rank = hints.r if hints.r is not None else common[0][0] if common else 1
+    several = {} if hints.r is not None else {p: r for p, r in ranks.items() if r != rank}
+    return PeftLora(
+        r=checked_rank("r", rank),
+        alpha=checked_alpha("alpha", hints.alpha),
+        use_rslora=hints.use_rslora,
+        rank_pattern={f"^{re.escape(p)}": r for p, r in several.items()},
+        lora_bias=any(key.endswith(UP_BIAS) for key in tensors),
+    )

@@ -1,0 +1,77 @@
+"""kohya's names against a base: one layer each, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.formats.kohya_names import check_part, flat, part_of, resolve
+
+FILE = Path("a.safetensors")
+LINEAR = BaseLayer("Linear", (5, 3))
+
+
+def found(names: list[str], *paths: str) -> list[str]:
+    return list(resolve(FILE, names, dict.fromkeys(paths, LINEAR)).values())
+
+
+def test_the_part_is_the_beginning_of_a_name() -> None:
+    names = ["lora_unet_x", "lora_te_x", "lora_te1_x", "lora_te2_x", "lora_te3_x", "lora_x", "x"]
+    assert [part_of(name) for name in names] == ["unet", "te", "te1", "te2", "te3", None, None]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "lora_unet", "", 3])
+def test_another_part_is_refused(part: object) -> None:
+    check_part("te2")
+    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3"):
+        check_part(part)
+
+
+def test_underscores_of_a_module_are_told_from_dots() -> None:
+    paths = ["down_blocks.0.attn1.to_out.0", "down_blocks.0.attn1.to_q", "mid_block.proj_in"]
+    names = [f"lora_unet_{flat(path)}" for path in paths]
+    assert found(names, *paths, "down_blocks.0.attn1.to") == paths
+
+
+def test_a_pipeline_holds_the_parts() -> None:
+    paths = ["unet.proj", "text_encoder.proj", "text_encoder_2.proj", "text_encoder_3.proj"]
+    names = ["lora_unet_proj", "lora_te1_proj", "lora_te2_proj", "lora_te3_proj"]
+    assert found(names, *paths) == paths
+    assert found(["lora_unet_proj"], "transformer.proj") == ["transformer.proj"]
+    assert found(["lora_te3_proj"], "text_encoder_2.proj") == ["text_encoder_2.proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("lora_unet_a_b_c", ["a.b_c", "a_b.c"]),
+        ("lora_unet_a_b_c", ["a.b_c", "a_b.c", "a.b.c"]),
+        ("lora_unet_proj", ["proj", "unet.proj"]),
+        ("lora_unet_proj", ["transformer.proj", "unet.proj"]),
+    ],
+)
+def test_a_name_of_several_layers_lists_them(name: str, paths: list[str]) -> None:
+    with pytest.raises(AdapterError, match="mean several layers of the base") as caught:
+        found([name], *paths, "other")
+    assert all(path in str(caught.value) for path in paths)
+    assert "other" not in str(caught.value)
+
+
+def test_a_name_of_no_layer_is_named_with_the_layers() -> None:
+    with pytest.raises(AdapterError, match=r"1 names mean no layer .*: lora_unet_b; .*: a, c$"):
+        found(["lora_unet_a", "lora_unet_b"], "a", "c")
+    with pytest.raises(AdapterError, match=r"lora_te_b; .*pass component= .* of te, unet$"):
+        found(["lora_unet_a", "lora_te_b"], "a")
+
+
+def test_two_names_of_one_layer_ask_for_one_part() -> None:
+    with pytest.raises(AdapterError, match="lora_te1_a and lora_te2_a are both of a; pass comp"):
+        found(["lora_te1_a", "lora_te2_a"], "a")
+
+
+def test_a_layer_that_is_not_linear_is_refused_by_name() -> None:
+    with pytest.raises(AdapterError, match=r"lora_unet_a_b is of a\.b, a Conv2d; only linear"):
+        resolve(FILE, ["lora_unet_a_b"], {"a.b": BaseLayer("Conv2d", None)})
