@@ -72,14 +72,25 @@ def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
 
 
 def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis) -> Way | None:
-    """How a layer's result comes to the layout and dtype of a region's."""
-    ways: list[tuple[fx.Node, ...]] = [()]
+    """How a layer's result comes to the layout and dtype of a region's.
+
+    Moves that act on anything laid out like the layer's result could act on that as well.
+    """
+    own = analysis.values[layer]
+    if not isinstance(own, Map) or _alike(own, value):
+        return Way(layer) if isinstance(own, Map) else None
+    starts = [
+        n for n in sorted(nodes) if isinstance(v := analysis.values[n], Map) and _alike(v, own)
+    ]
+    ways = [(start,) for start in starts]
     for way in ways:
-        node = way[-1] if way else layer
-        here = analysis.values[node]
-        if isinstance(here, Map) and _alike(here, value):
-            return Way(layer, way)
-        ways += [(*way, user) for user in node.users if user in nodes and _moves(user, analysis)]
+        for user in way[-1].users:
+            if user not in nodes or not _moves(user, analysis):
+                continue
+            here = analysis.values[user]
+            if isinstance(here, Map) and _alike(here, value):
+                return Way(layer, (*way[1:], user))
+            ways.append((*way, user))
     return None
 
 
