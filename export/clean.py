@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript.optimizer import fold_constants
+
+from lora_fx.export.tied import read_transposed
 
 
 def clean(model: ir.Model) -> None:
     """Rewrites a model in place: the same function of the same named weights, in fewer nodes.
 
     Before -> after: ``MatMul(x, Transpose(fc.weight))`` -> ``MatMul(x, fc.weight)`` with the
-    weight stored as it is read; arithmetic on shapes and scalars is evaluated; repeated and
-    unused nodes go. No weight is copied: a transposed one has no other reader, and constants are
-    folded only where no weight takes part.
+    weight stored as it is read, or multiplied where it lies if others read it too; arithmetic on
+    shapes and scalars is evaluated; repeated and unused nodes go. No weight is copied: constants
+    are folded only where no weight takes part.
     """
     weights = set(model.graph.initializers.values())
+    outputs = [(value.type, value.shape) for value in model.graph.outputs]
     common.CommonSubexpressionEliminationPass()(model)
     fold_transposes(model)
+    read_transposed(model)
     fold_constants(model, should_fold=partial(_foldable, weights))
     for tidy in (
         common.RemoveUnusedNodesPass(),
@@ -31,6 +36,9 @@ def clean(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
     ):
         tidy(model)
+    # Of two equal nodes the first stays, whose result may lack what the other's is known to be.
+    for value, (kind, shape) in zip(model.graph.outputs, outputs, strict=True):
+        value.type, value.shape = kind, shape
 
 
 def anonymise(model: ir.Model) -> None:
@@ -64,8 +72,10 @@ def _transposed(
     tensor: ir.TensorProtocol, permutation: tuple[int, ...], name: str | None
 ) -> ir.TensorProtocol:
     def compute() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(tensor.numpy().transpose(permutation))
-        return ir.Tensor(array, dtype=tensor.dtype, name=name)
+        held = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
+        values = held.raw if isinstance(held.raw, torch.Tensor) else torch.tensor(held.numpy())
+        # torch's, not numpy's: it transposes faster, and its bytes are written in one go.
+        return TorchTensor(values.detach().permute(permutation).contiguous(), name=name)
 
     sizes = tensor.shape.numpy()
     shape = ir.Shape([sizes[axis] for axis in permutation])

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError
+from lora_fx.export.lowering import LoweredProgram
 from lora_fx.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
@@ -29,7 +30,8 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     Raises:
         ExportError: an operator has no translation, or onnxruntime's dialect cannot hold it.
     """
-    _copy_before_reshape(program)
+    if not isinstance(program, LoweredProgram):
+        _copy_before_reshape(program)
     with _quiet():
         try:
             onnx_program = torch.onnx.export(

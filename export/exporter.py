@@ -13,7 +13,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export.clean import anonymise, clean
 from lora_fx.export.convert import convert
 from lora_fx.export.evidence import Evidence
-from lora_fx.export.inputs import example_inputs
+from lora_fx.export.inputs import Inputs, example_inputs
+from lora_fx.export.lowering import LoweredProgram
 from lora_fx.export.model_file import write_model
 from lora_fx.export.names import rename
 from lora_fx.export.plan import Constant, Swappable
@@ -78,8 +79,7 @@ def to_onnx(
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots)
         trial = trial_of(plan.traced, inputs)
     with clock.stage("convert"):
-        model = convert(trial.program, opset)
-        promise_weights(model, trial.promises)
+        trial, model = _translated(trial, plan, inputs, opset)
     with clock.stage("optimise"):
         _finish(model, plan, trial)
     evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
@@ -104,6 +104,21 @@ def to_onnx(
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],
     )
+
+
+def _translated(
+    trial: Trial, plan: Constant | Swappable, inputs: Inputs, opset: int | None
+) -> tuple[Trial, ir.Model]:
+    """The ONNX form of a program; one that has none gets another chance, traced again."""
+    try:
+        model = convert(trial.program, opset)
+    except ExportError:
+        if not isinstance(trial.program, LoweredProgram):
+            raise
+        trial = trial_of(plan.traced, inputs, retrace=True)
+        model = convert(trial.program, opset)
+    promise_weights(model, trial.promises)
+    return trial, model
 
 
 def _finish(model: ir.Model, plan: Constant | Swappable, trial: Trial) -> None:

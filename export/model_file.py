@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export.manifest import Manifest, read_manifest
 from lora_fx.export.publish import data_path
 
@@ -24,15 +25,22 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> Non
     weights = [v.const_value for v in model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in weights if tensor is not None)
     external = data_path(path).name if size > external_data_above else None
-    if external is None:
-        ir.save(model, path)
-    else:
-        above = _ALIGNMENT - 1
-        ir.save(model, path, external_data=external, alignment=_ALIGNMENT, align_threshold=above)
+    _save(model, path, external)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name}: the result is not valid ONNX: {error}") from error
+
+
+def _save(model: ir.Model, path: Path, external: str | None) -> None:
+    align: dict[str, Any] = {"alignment": _ALIGNMENT, "align_threshold": _ALIGNMENT - 1}
+    try:
+        ir.save(model, path, external_data=external, **align if external else {})
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LoraFxError):
+            cause = cause.__cause__
+        raise cause or ExportError(f"{path.name}: not written: {error}") from error
 
 
 def load_proto(path: Path) -> onnx.ModelProto:

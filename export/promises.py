@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graphs import assemble, assign, copy_graph, targets
+from lora_fx.graphs import assemble, assign, copy_graph, remove, targets
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Promise]]:
             if id(weight) not in known:
                 memory = torch.empty(weight.shape, dtype=weight.dtype)
                 known[id(weight)] = nn.Parameter(memory, requires_grad=False)
+            remove(hollow, target)  # assigning alone would compute it: torch looks whether it is
             assign(hollow, target, known[id(weight)])
             promises.append(Promise(target, weight, known[id(weight)]))
     return hollow, promises

@@ -34,8 +34,17 @@ def open_session(
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     optimise: bool = True,
+    frugal: bool = False,
 ) -> Any:
     """Opens a model.
+
+    Args:
+        path: the model file.
+        threads: threads for one operator; onnxruntime's choice by default.
+        providers: onnxruntime execution providers; the CPU by default.
+        optimise: rewrite the graph for speed.
+        frugal: hold no copy of a weight in the layout that its kernels like best, and no memory
+            between runs: weights in a file beside the model are read where they lie.
 
     Raises:
         ExportError: onnxruntime refuses the file, or has no kernel for it.
@@ -44,6 +53,9 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY  # each overridable initializer is worth a warning
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
+    if frugal:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]

@@ -16,6 +16,7 @@ from lora_fx.export.leaves import Leaf, input_leaves
 from lora_fx.export.names import free_names, output_names
 from lora_fx.export.promises import Promise, with_stand_ins
 from lora_fx.export.runtime import to_array
+from lora_fx.export.untraced import program_of
 from lora_fx.program import export_program, outputs_of
 
 
@@ -50,15 +51,22 @@ class Trial:
         return {name: to_array(name, value) for name, value in named}
 
 
-def trial_of(gm: fx.GraphModule, inputs: Inputs) -> Trial:
-    """Exports a graph on example inputs, and finds the other shapes that it takes.
+def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Trial:
+    """Makes a program of a graph on example inputs, and finds the other shapes that it takes.
+
+    Args:
+        gm: the graph.
+        inputs: what to call it with.
+        retrace: trace it again even if torch.export made it.
 
     Raises:
         TraceError: torch.export cannot follow the graph.
         ExportError: an output is no tensor.
     """
     hollow, promises = with_stand_ins(gm)
-    program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
+    program = None if retrace else program_of(hollow, inputs)
+    if program is None:
+        program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
     leaves = input_leaves(gm, program, inputs.dynamic_shapes)
     wanted = output_names(outputs_of(program))
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])

@@ -58,10 +58,13 @@ def test_a_layer_called_twice_shares_one_stored_weight() -> None:
     assert shown(model) == ["MatMul(x, fc.weight)", "Relu(linear)", "MatMul(relu, fc.weight)"]
 
 
-def test_a_tied_weight_stays_as_it_is() -> None:
+def test_a_tied_weight_stays_as_it_is_and_is_multiplied_where_it_lies() -> None:
     model = cleaned(Tied(), torch.randint(0, 6, (4, 7)))
-    assert list(model.graph.initializers) == ["table.weight"]
-    assert [node.op_type for node in model.graph] == ["Gather", "Transpose", "MatMul"]
+    floats = [n for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT]
+    assert floats == ["table.weight"]
+    assert [
+        n.op_type for n in model.graph if n.inputs[1:2] == (model.graph.initializers[floats[0]],)
+    ] == ["Gemm"]
 
 
 def test_arithmetic_on_weights_is_not_evaluated() -> None:
