@@ -82,7 +82,7 @@ def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis)
     starts = [
         n for n in sorted(nodes) if isinstance(v := analysis.values[n], Map) and _alike(v, own)
     ]
-    ways = [(start,) for start in starts]
+    ways: list[tuple[fx.Node, ...]] = [(start,) for start in starts]
     for way in ways:
         for user in way[-1].users:
             if user not in nodes or not _moves(user, analysis):

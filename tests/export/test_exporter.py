@@ -18,7 +18,9 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.compare import compare
 from lora_fx.errors import AdapterWarning, ExportError, VerificationError
 from lora_fx.export import Session, to_onnx
-from lora_fx.passes import InjectLora
+from lora_fx.export.convert import convert
+from lora_fx.export.lowering import LoweredProgram
+from lora_fx.passes import FoldLora, InjectLora
 from lora_fx.text import text
 from lora_fx.trace import trace
 
@@ -128,6 +130,23 @@ def test_a_wrong_file_is_not_published(
         to_onnx(mlp.gm, tmp_path / "model.onnx")
     assert "FAIL model" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_without_onnx_form_is_traced_again(
+    mlp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[type] = []
+
+    def refuse(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
+        tried.append(type(program))
+        if isinstance(program, LoweredProgram):
+            raise ExportError("no ONNX form")
+        return convert(program, opset)
+
+    monkeypatch.setattr(sys.modules["lora_fx.export.exporter"], "convert", refuse)
+    gm = InjectLora(mlp.adapter(2))(mlp.gm).graph_module
+    assert to_onnx(FoldLora()(gm).graph_module, tmp_path / "model.onnx").verified
+    assert tried == [LoweredProgram, torch.export.ExportedProgram]
 
 
 def test_without_example_inputs_it_says_what_to_pass(tmp_path: Path) -> None:
