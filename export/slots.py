@@ -60,15 +60,22 @@ def _slot(site: Site) -> Slot:
     return Slot(site.path, kind, site.in_features, site.out_features, dtype)
 
 
+_GAIN = 0.25
+
+
 def probe(slots: Sequence[Slot], ranks: Sequence[int], seed: int = 0) -> Adapter:
-    """A random adapter that fills every slot, with the given ranks in turn."""
+    """A random adapter that fills every slot, with the given ranks in turn.
+
+    It adds a quarter of what goes in: plain to see, and not so much that a deep model saturates
+    and its rounding errors grow beyond what is measured.
+    """
     source = torch.Generator().manual_seed(seed)
     updates = {}
     for place, slot in enumerate(slots):
         rank, dtype = ranks[place % len(ranks)], getattr(torch, slot.dtype)
         down = torch.randn(rank, slot.in_features, generator=source) / slot.in_features**0.5
         up = torch.randn(slot.out_features, rank, generator=source) / rank**0.5
-        updates[slot.path] = Update(down.to(dtype), up.to(dtype), 1.0)
+        updates[slot.path] = Update(down.to(dtype), up.to(dtype), _GAIN)
     return Adapter(PROBE, updates)
 
 

@@ -138,6 +138,8 @@ class Editor:
             copy = copy_graph(self._source.graph)
             self._origin = Origin.of(assemble(self._source, copy, self._source.training))
         folded.meta[FOLDED] = (self._origin, original.name)
+        if "val" in original.meta:
+            folded.meta.setdefault("val", original.meta["val"])
 
     def insert(self, node: fx.Node, source: fx.GraphModule, after: fx.Node, args: Any) -> fx.Node:
         """Puts a copy of another graph's node behind one of this graph, name and tensor included.
