@@ -131,7 +131,7 @@ def _pairs(base: nn.Module, tuned: nn.Module) -> list[Pair]:
             raise AdapterError(f"found a {type(model).__name__}, expected a module or a graph")
     if isinstance(base, fx.GraphModule) != isinstance(tuned, fx.GraphModule):
         raise AdapterError("one is a graph and one a module: trace both, or neither")
-    one, two = _held(base, with_layers=True), _held(tuned)
+    one, two = _held(base), _held(tuned)
     alone = [[key for key in a if key not in b] for a, b in ((one, two), (two, one))]
     if any(alone):
         raise AdapterError(
@@ -145,9 +145,9 @@ def _pairs(base: nn.Module, tuned: nn.Module) -> list[Pair]:
     return [(one[key], two[key]) for key in one]
 
 
-def _held(model: nn.Module, with_layers: bool = False) -> dict[str, Held]:
+def _held(model: nn.Module) -> dict[str, Held]:
     if isinstance(model, fx.GraphModule):
-        return _held_by_graph(model, with_layers)
+        return _held_by_graph(model)
     return dict(_held_by_module(model))
 
 
@@ -173,10 +173,9 @@ def _is_transposed(module: nn.Module) -> bool:
     return ("transformers.pytorch_utils", "Conv1D") in names
 
 
-def _held_by_graph(gm: fx.GraphModule, with_layers: bool) -> dict[str, Held]:
+def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:
     """Names are those of the modules that read, since a tied tensor bears another's."""
-    # Looking for sites computes promised weights; those of one graph tell both graphs' layers.
-    found = {site.node: site for site in sites(gm)} if with_layers else {}
+    found = {site.node: site for site in sites(gm)}
     calls: Counter[str] = Counter()
     held: dict[str, Held] = {}
     for node in gm.graph.nodes:

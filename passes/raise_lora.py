@@ -13,6 +13,7 @@ from lora_fx.affine.low_rank import NotLowRankError, column_beside, factors_besi
 from lora_fx.affine.maps import Map
 from lora_fx.affine.regions import Region, maximal_regions
 from lora_fx.affine.transfer import analyse
+from lora_fx.affine.ways import input_of
 from lora_fx.branches import last_of
 from lora_fx.editor import Editor
 from lora_fx.ops import aten, module_path
@@ -99,12 +100,6 @@ def _strip(editor: Editor, region: Region) -> None:
     """The base layer alone, where the region was."""
     layer, end = region.layer, region.value.node
     x = editor.along(region.before.moves, region.before.start, end)
-    rest = tuple(
-        x if argument is layer.args[_place(region)] else argument for argument in layer.args
-    )
+    rest = tuple(x if argument is input_of(layer) else argument for argument in layer.args)
     base = editor.call(layer.target, rest, before=end, like=layer)
     editor.replace(end, editor.along(region.behind.moves, base, end))
-
-
-def _place(region: Region) -> int:
-    return 1 if region.layer.target is aten.addmm.default else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
@@ -147,15 +148,22 @@ class Analysis:
         """Whether a constant tensor is among what a node reads."""
         return any(source in self.constants.nodes for source in node.all_input_nodes)
 
-    def column(self, value: object, size: int) -> Matrix | None:
-        """A constant vector of ``size``, or a number, as a column."""
+    def column(self, value: object, layout: Layout) -> Matrix | None:
+        """A constant that has one value for each feature of a layout, or one for all."""
         if not isinstance(value, fx.Node) or value not in self.constants.nodes:
             return None
         shape = self.constants.shape(value)
-        if shape not in ((), (1,), (size,)):
+        if shape is None or not layout.column(shape):
             return None
-        key = ("column", self.constants.key(value))
-        return Leaf((size, 1), key, lambda: self.constants.value(value).expand(size))
+        front = len(shape) - layout.after
+        own = shape[max(0, front - len(layout.split)) : max(0, front)]
+        key = ("column", layout.split, self.constants.key(value))
+
+        def fetch() -> torch.Tensor:
+            constant: torch.Tensor = self.constants.value(value)
+            return constant.reshape(own).expand(layout.split)
+
+        return Leaf((prod(layout.split), 1), key, fetch)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

@@ -38,7 +38,7 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
     rows, columns = shape[0], prod(shape[1:])
     matrix = leaf(analysis.constants, kernel, (rows, columns))
     source = analysis.source(x, columns, dims, patches)
-    bias = analysis.column(call_argument(node, 2, "bias"), rows)
+    bias = analysis.column(call_argument(node, 2, "bias"), Layout((rows,)))
     if source is None or (bias is None and call_argument(node, 2, "bias") is not None):
         return Opaque("its input is no activation, or its bias no constant")
     sizes = sizes_of(node)

@@ -63,13 +63,12 @@ def index_select(analysis: Analysis, node: fx.Node) -> Value:
     index = _index(analysis, places, value.layout.split[axis])
     if index is None:
         return Opaque("features that are picked by something else than a constant")
-    layout = value.layout.resized(axis, index.count)
-    return value.picked(node, along(axis, value.layout.split, index), layout)
+    return _taken(node, value, axis, index)
 
 
 def split(analysis: Analysis, node: fx.Node) -> Value:
     """Features cut into pieces of given sizes."""
-    value, axis = _feature(analysis, node.args[0], _dim(node))
+    value, axis = _feature(analysis, node.args[0], call_argument(node, 2, "dim", 0))
     if value is None or axis is None:
         return _NO_FEATURES
     given = [*node.args[1:2], *(node.kwargs[name] for name in _PIECES if name in node.kwargs)]
@@ -79,8 +78,7 @@ def split(analysis: Analysis, node: fx.Node) -> Value:
     pieces, start = [], 0
     for length in lengths:
         index = slice_of(value.layout.split[axis], slice(start, start + length))
-        layout = value.layout.resized(axis, length)
-        pieces.append(value.picked(node, along(axis, value.layout.split, index), layout))
+        pieces.append(_taken(node, value, axis, index))
         start += length
     return Parts(tuple(pieces))
 
@@ -245,7 +243,11 @@ def _picked(analysis: Analysis, node: fx.Node, dim: Any, cut: slice) -> Value:
     value, axis = _feature(analysis, node.args[0], dim)
     if value is None or axis is None or not _is_plain(cut):
         return _NO_FEATURES
-    index = slice_of(value.layout.split[axis], cut)
+    return _taken(node, value, axis, slice_of(value.layout.split[axis], cut))
+
+
+def _taken(node: fx.Node, value: Map, axis: int, index: Index) -> Map:
+    """Some places of one feature axis."""
     layout = value.layout.resized(axis, index.count)
     return value.picked(node, along(axis, value.layout.split, index), layout)
 
@@ -277,10 +279,6 @@ def _index(analysis: Analysis, node: Any, size: int) -> Index | None:
 
 def _is_all(start: Any, stop: Any, step: Any) -> bool:
     return start in (None, 0) and stop in (None, _ALL) and step in (None, 1)
-
-
-def _dim(node: fx.Node) -> Any:
-    return call_argument(node, 2, "dim", 0)
 
 
 def _lengths(name: str, given: Any, size: int) -> list[int] | None:

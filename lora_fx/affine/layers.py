@@ -70,7 +70,7 @@ def dense_layer(
     """A layer of one matrix along the features of ``x``, which are followed by ``after`` axes."""
     if matrix is None:
         return Opaque("its weight is no constant matrix")
-    column = analysis.column(bias, matrix.shape[0])
+    column = analysis.column(bias, Layout((matrix.shape[0],)))
     if bias is not None and column is None:
         return Opaque("its bias is no constant vector")
     source = analysis.source(x, matrix.shape[1], after)

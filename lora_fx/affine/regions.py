@@ -116,7 +116,8 @@ def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
         return value.start
     if value.link is not Link.JOIN or value.parent is None:
         return None
-    return next(iter(_candidates(value, value.parent, analysis)), None)
+    nodes = _between(value.parent, value.node, analysis)
+    return next(iter(_candidates(nodes, value, value.parent, analysis)), None)
 
 
 def _is_around(node: fx.Node, layer: fx.Node) -> bool:
@@ -125,11 +126,10 @@ def _is_around(node: fx.Node, layer: fx.Node) -> bool:
     return path in ("", inner) or inner.startswith(f"{path}.")
 
 
-def _candidates(value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
-    """The layers on the way from a source that are of the shape of the whole, stored ones first."""
+def _candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
+    """The layers between a source and a value of the shape of the whole, stored ones first."""
     shape = (value.size, source.size)
-    nodes = sorted(_between(source, value.node, analysis))
-    fitting = [n for n in nodes if n.target in LAYERS and _fits(n, shape, analysis)]
+    fitting = [n for n in sorted(nodes) if n.target in LAYERS and _fits(n, shape, analysis)]
     return sorted(fitting, key=lambda n: weight_of(n).op != "get_attr")
 
 
@@ -142,7 +142,7 @@ def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
 
 def _between_two(value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]) -> Region | None:
     nodes = _between(source, value.node, analysis)
-    layers = _candidates(value, source, analysis)
+    layers = _candidates(nodes, value, source, analysis)
     if (
         not layers
         or not _is_worth_it(nodes, layers[0], analysis, gone)

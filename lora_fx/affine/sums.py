@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import fx
 from lora_fx.affine.algebra import number, repeated, signed, total
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
 from lora_fx.affine.evaluate import dense
-from lora_fx.affine.layout import Layout, same_sizes, sizes_of
+from lora_fx.affine.layout import same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
 from lora_fx.ops import call_argument
@@ -162,23 +161,9 @@ def _vector(
         value = known.number if alike and dtype_of(value) == beside.dtype else None
     if isinstance(value, int | float):
         return repeated(float(value), beside.size), beside.dtype
-    if not isinstance(value, fx.Node) or not _is_constant(analysis, value):
+    column = analysis.column(value, beside.layout)
+    if column is None or not isinstance(value, fx.Node):
         return None
-    shape = analysis.constants.shape(value)
-    if shape is None or not beside.layout.column(shape):
-        return None
-    dtype = beside.dtype if not shape else promoted(beside.dtype, analysis.constants.dtype(value))
-    return _column(analysis, value, shape, beside.layout), dtype
-
-
-def _column(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], layout: Layout) -> Matrix:
-    front = len(shape) - layout.after
-    own = shape[max(0, front - len(layout.split)) : max(0, front)]
-
-    def fetch() -> torch.Tensor:
-        value: torch.Tensor = analysis.constants.value(node)
-        return value.reshape(own).expand(layout.split)
-
-    return Leaf(
-        (prod(layout.split), 1), ("column", layout.split, analysis.constants.key(node)), fetch
-    )
+    alone = not analysis.constants.shape(value)  # has no say in the dtype
+    own = None if alone else analysis.constants.dtype(value)
+    return column, promoted(beside.dtype, own)
