@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx import Adapter, Update, compare, text
+from lora_fx.ops import op_name
 from lora_fx.pass_base import PassResult
+from lora_fx.passes import FoldLora
 
 torch.set_num_threads(1)
 # The same examples in every run: a change is judged by what it changed.
@@ -106,6 +109,32 @@ def make_adapter() -> Callable[..., Adapter]:
 @pytest.fixture
 def relative() -> Callable[[Any, Any], float]:
     return error
+
+
+def count_operators(gm: fx.GraphModule) -> Counter[str]:
+    """How often a graph calls each operator."""
+    return Counter(op_name(n) for n in gm.graph.nodes if n.op == "call_function")
+
+
+@pytest.fixture
+def operators() -> Callable[[fx.GraphModule], Counter[str]]:
+    return count_operators
+
+
+@pytest.fixture
+def folds_to() -> Callable[[fx.GraphModule, fx.GraphModule], fx.GraphModule]:
+    """Asserts that a graph folds to the base's operators, for good, and comes back."""
+
+    def check(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
+        folded = lora_fx.fold(gm)
+        found, wanted = count_operators(folded), count_operators(base)
+        extra, lost = found - wanted, wanted - found
+        assert (extra, lost) == (Counter(), Counter()), f"extra {dict(extra)}, lost {dict(lost)}"
+        assert FoldLora()(folded).modified is False
+        assert text(lora_fx.unfold(folded)) == text(gm)
+        return folded
+
+    return check
 
 
 @dataclass

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import loralib
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
-from lora_fx import fold, text, trace, unfold
-from lora_fx.ops import op_name
-from lora_fx.passes import FoldLora
+from lora_fx import trace
 
 
 class Two(nn.Module):
@@ -103,20 +100,12 @@ def built(name: str) -> tuple[nn.Module, nn.Module]:
     return model, base
 
 
-def operators(gm: fx.GraphModule) -> Counter[str]:
-    return Counter(op_name(n) for n in gm.graph.nodes if n.op == "call_function")
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_loralib_folds_to_plain_layers(name: str, relative: Any) -> None:
+def test_loralib_folds_to_plain_layers(name: str, relative: Any, folds_to: Any) -> None:
     model, base = built(name)
     x, other = example(base, 4), example(base, 6)
     gm, plain = (trace(m, (x,), dynamic_shapes=({0: "batch"},)) for m in (model, base))
-    folded = fold(gm)
-    extra, lost = operators(folded) - operators(plain), operators(plain) - operators(folded)
-    assert (extra, lost) == (Counter(), Counter()), f"extra {dict(extra)}, lost {dict(lost)}"
-    assert FoldLora()(folded).modified is False
-    assert text(unfold(folded)) == text(gm)
+    folded = folds_to(gm, plain)
     with torch.no_grad():
         wanted = model(other)
         assert relative(folded(other), wanted) <= 1e-5
