@@ -1,0 +1,28 @@
+"""What a file held of one layer, beside what it means: kept, so that it can be written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The tensors of one layer as their owner spells them, and the settings that they need.
+
+    Attributes:
+        tensors: last part of the name (``hada_w1_a``) -> tensor, bit for bit as in the file.
+        settings: what else decides the result (``alpha``, ``r``, ...), by the config's own names.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Closes the mappings."""
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
