@@ -4,52 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapter import Adapter, AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graphs import attribute
+from lora_fx.layer_forms import (
+    down_as_update,
+    parts_of_expand,
+    parts_of_shrink,
+    up_as_update,
+)
 from lora_fx.ops import aten, op_name
+from lora_fx.recorded import made_anew
 from lora_fx.sites import Site, sites
+from lora_fx.stored import Stored
+
+
+class Names(NamedTuple):
+    """What a branch calls its tensors."""
+
+    down: str
+    up: str
+    bias: str
+    gain: str
+    col: str
 
 
 @dataclass(frozen=True)
 class Branch:
-    """``out = base + scale * ((x @ down) @ up) [+ bias]``, beside one call of a layer.
+    """``out = base + [scale * (x @ down) @ up] [+ (layer - b) * gain] [+ bias]``, beside one call.
 
     Attributes:
         path: module path of the layer.
         name: the adapter's name.
         site: the layer's own call.
-        down: ``get_attr`` node of (in, r).
-        up: ``get_attr`` node of (r, out).
+        down: ``get_attr`` node of (in, r), or None if nothing of low rank is added.
+        up: ``get_attr`` node of (r, out), or None.
         scale: the factor that is not folded into ``up``; 1 when it is.
         bias: ``get_attr`` node of (out,), or None.
+        gain: ``get_attr`` node of (out,), or None.
+        col: ``get_attr`` node of (in,), which multiplies what the layer reads, or None.
         base: what the branch is added to: the site, or the sum with an earlier branch.
-        out: the sum.
+        out: the sum; the same as ``base`` if there is a col alone.
     """
 
     path: str
     name: str
     site: fx.Node
-    down: fx.Node
-    up: fx.Node
+    down: fx.Node | None
+    up: fx.Node | None
     scale: float
     bias: fx.Node | None
     base: fx.Node
     out: fx.Node
+    gain: fx.Node | None = None
+    col: fx.Node | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds a product of two factors, and at most a bias."""
+        return self.down is not None and self.gain is None and self.col is None
 
 
-def parameter_names(path: str, name: str, bare: bool = False) -> tuple[str, str, str]:
-    """What the branch of adapter ``name`` at ``path`` calls its down, up and bias.
+def parameter_names(path: str, name: str, bare: bool = False) -> Names:
+    """What the branch of adapter ``name`` at ``path`` calls its tensors.
 
     Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
     """
     at = f"{path}_adapted" if bare else path
-    return f"{at}.lora_A.{name}", f"{at}.lora_B.{name}", f"{at}.lora_bias.{name}"
+    return Names(*(f"{at}.lora_{part}.{name}" for part in ("A", "B", "bias", "gain", "col")))
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:
@@ -59,10 +86,16 @@ def branches(gm: fx.GraphModule) -> list[Branch]:
 
 def branches_of(site: Site) -> Iterator[Branch]:
     """The branches beside one call of a layer, in the order they are added."""
-    base = site.node
-    while (branch := _next(base, site)) is not None:
+    col = col_of(site)
+    base, loose = site.node, col
+    while (branch := _next(base, site, col)) is not None:
+        if branch.col is not None:
+            loose = None
         yield branch
         base = branch.out
+    if loose is not None:
+        name = _adapter(loose)
+        yield Branch(site.path, name, site.node, None, None, 1.0, None, base, base, None, loose)
 
 
 def last_of(site: Site) -> fx.Node:
@@ -71,27 +104,65 @@ def last_of(site: Site) -> fx.Node:
     return last
 
 
-def _next(base: fx.Node, site: Site) -> Branch | None:
+def col_of(site: Site) -> fx.Node | None:
+    """The vector that an adapter multiplies the layer's input with, or None."""
+    parts = _parts(site.input, "mul")
+    return parts[1] if parts and _is_named(parts[1], site, "col") else None
+
+
+def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
     sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[0] is base]
-    found = (_branch(out, base, site) for out in sums)
+    found = (_branch(out, base, site, col) for out in sums)
     return next((branch for branch in found if branch is not None), None)
 
 
-def _branch(out: fx.Node, base: fx.Node, site: Site) -> Branch | None:
-    delta, bias, scale = out.args[1], None, 1.0
-    if (parts := _parts(delta, "add")) and _is_parameter(parts[1], site):
-        delta, bias = parts
+def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
+    delta, bias, gain = out.args[1], None, None
+    if (parts := _parts(delta, "add")) and _is_named(_whole(parts[1], site), site, "bias"):
+        delta, bias = parts[0], _whole(parts[1], site)
+    low, rest = delta, _parts(delta, "add")
+    if (found := _gain(delta, site)) is not None:
+        low, gain = None, found
+    elif rest and (found := _gain(rest[1], site)) is not None:
+        low, gain = rest[0], found
+    factors = _low_rank(low, site)
+    if factors is None and (low is not None or gain is None):
+        return None
+    down, up, scale = factors or (None, None, 1.0)
+    name = _adapter(down or gain)
+    mine = col if col is not None and _adapter(col) == name else None
+    return Branch(site.path, name, site.node, down, up, scale, bias, base, out, gain, mine)
+
+
+def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:
+    scale = 1.0
     if (parts := _parts(delta, "mul")) and isinstance(parts[1], float):
         delta, scale = parts
-    expand = _parts(delta, "matmul")
-    shrink = _parts(expand[0], "matmul") if expand else None
-    if expand is None or shrink is None:
+    expand = parts_of_expand(delta, site) if isinstance(delta, fx.Node) else None
+    if expand is None or not isinstance(expand[0], fx.Node):
         return None
-    up, down = expand[1], shrink[1]
-    if not (_is_parameter(up, site) and _is_parameter(down, site)):
+    shrink, up = parts_of_shrink(expand[0], site), _whole(expand[1], site)
+    if shrink is None or not (_is_named(up, site, "up") and _is_named(shrink[1], site, "down")):
         return None
-    name = str(down.target).rpartition(".")[2]
-    return Branch(site.path, name, site.node, down, up, scale, bias, base, out)
+    return shrink[1], up, scale
+
+
+def _gain(value: Any, site: Site) -> fx.Node | None:
+    """The gain of ``mul(layer - b, gain)``."""
+    parts = _parts(value, "mul")
+    gain = _whole(parts[1], site) if parts else None
+    if parts is None or not _is_named(gain, site, "gain"):
+        return None
+    without = _parts(parts[0], "sub")
+    is_layer = parts[0] is site.node or (without is not None and without[0] is site.node)
+    return gain if is_layer else None
+
+
+def _whole(value: Any, site: Site) -> Any:
+    """The tensor of all outputs, of which a call that computes some of them takes a slice."""
+    if site.rows is not None and isinstance(value, fx.Node) and op_name(value) == "slice":
+        return value.args[0]
+    return value
 
 
 def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
@@ -100,36 +171,65 @@ def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
     return value.args[0], value.args[1]
 
 
-def _is_parameter(value: Any, site: Site) -> bool:
+def _adapter(node: fx.Node | None) -> str:
+    return str(node.target).rpartition(".")[2] if node is not None else ""
+
+
+def _is_named(value: Any, site: Site, part: str) -> bool:
     is_fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-    name = str(value.target).rpartition(".")[2] if is_fetched else ""
-    return is_fetched and value.target in parameter_names(site.path, name, site.bare)
+    names = parameter_names(site.path, _adapter(value) if is_fetched else "", site.bare)
+    return is_fetched and value.target == getattr(names, part)
 
 
 def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     """Reads an injected adapter back, with the values it has now.
+
+    What DoRA or (IA)3 became beside its layer is read as the rows and columns that it scales.
 
     Args:
         gm: a graph with branches, such as one that was trained after `inject`.
         name: which adapter; may be left out when there is one.
 
     Raises:
-        AdapterError: there is no such adapter, or several and no name.
+        AdapterError: there is no such adapter, several and no name, or one that made weights anew.
     """
-    found = branches(gm)
-    names = list(dict.fromkeys(branch.name for branch in found))
+    found = [(site, branch) for site in sites(gm) for branch in branches_of(site)]
+    made = [(adapter, str(source.target)) for _, adapter, source in made_anew(gm.graph)]
+    names = list(dict.fromkeys([b.name for _, b in found] + [adapter for adapter, _ in made]))
     if not names or (name or names[0]) not in names or (name is None and len(names) > 1):
         listed = shorten(names) or "none"
         raise AdapterError(f"adapter {name!r}: the graph holds {listed}; name one of those")
-    chosen = [branch for branch in found if branch.name == (name or names[0])]
-    return Adapter(name or names[0], {b.path: _update(gm, b) for b in chosen})
+    chosen = name or names[0]
+    dense = [weight for adapter, weight in made if adapter == chosen]
+    if dense:
+        raise AdapterError(
+            f"adapter {chosen!r} made {shorten(dense)} anew, by a function that a graph does not "
+            "name; keep the Adapter that was injected"
+        )
+    mine = [(site, branch) for site, branch in found if branch.name == chosen]
+    return Adapter(chosen, {site.path: _update(gm, site, branch) for site, branch in mine})
 
 
-def _update(gm: fx.GraphModule, branch: Branch) -> Update:
-    def read(node: fx.Node) -> torch.Tensor:
-        tensor: torch.Tensor = attribute(gm, str(node.target))
-        return tensor.detach().clone()
+def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> AnyUpdate:
+    def read(node: fx.Node | None) -> torch.Tensor | None:
+        return None if node is None else attribute(gm, str(node.target)).detach().clone()
 
-    down, up = read(branch.down).T.contiguous(), read(branch.up).T.contiguous()
-    bias = None if branch.bias is None else read(branch.bias) / branch.scale
-    return Update(down, up, branch.scale, bias=bias)
+    down, up, bias = read(branch.down), read(branch.up), read(branch.bias)
+    gain, col = read(branch.gain), read(branch.col)
+    row = None if gain is None else gain.flatten() + 1
+    if down is None or up is None:
+        out, into, *kernel = site.shape
+        down, up = torch.zeros(0, into, *kernel), torch.zeros(out, 0)
+    else:
+        down, up = down_as_update(site, down), up_as_update(site, up)
+    if row is not None:  # it was folded into up
+        up = torch.where(row[:, None] == 0, 0.0, up / row[:, None])
+    return Update(
+        down,
+        up,
+        branch.scale,
+        bias=None if bias is None else bias.flatten() / branch.scale,
+        row=row,
+        col=None if col is None else col.flatten(),
+        stored=Stored({}, {"layer": "embedding"}) if site.kind == "embedding" else None,
+    )

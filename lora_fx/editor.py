@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,22 @@ class Editor:
         node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
 
+    def inline(
+        self,
+        function: Callable[..., Any],
+        nodes: Sequence[fx.Node],
+        before: fx.Node,
+        like: fx.Node,
+    ) -> fx.Node:
+        """Writes down what a function of aten overloads calls, just before a node."""
+        start = before.prev
+        with self._graph.inserting_before(before):
+            tracer = fx.proxy.GraphAppendingTracer(self._graph)
+            end: fx.Node = function(*(fx.Proxy(node, tracer) for node in nodes)).node
+        while (start := start.next) is not before:
+            self._made(start, like)
+        return end
+
     def along(self, moves: Sequence[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
         """Makes calls of one input again, one behind the other from another start on."""
         here = start
@@ -113,9 +129,10 @@ class Editor:
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Makes every reader of ``old`` read ``new``, but ``new`` itself."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    def replace(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node] = ()) -> None:
+        """Makes every reader of ``old`` read ``new``, but ``new`` itself and those to ``keep``."""
+        stays = {new, *keep}
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stays)
         self._drop(old)
 
     def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:

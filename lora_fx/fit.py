@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapter import Adapter, Update, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
+from lora_fx.deferred import raw
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.fitted import fitted
 from lora_fx.graphs import attribute, is_free
 from lora_fx.sites import Site, readers
 from lora_fx.targets import TargetRule
@@ -30,9 +32,10 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
     _check_name(gm, adapter.name, [groups[p][0] for p in adapter.updates if p in groups])
     for path, update in adapter.updates.items():
         if path in groups:
-            _check_shape(adapter, path, update, groups[path][0])
+            fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
     unknown = [path for path in adapter.updates if path not in groups]
-    skipped = dict.fromkeys(unknown, "no linear layer of the graph has this path")
+    unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
+    skipped = dict.fromkeys(unknown, "no layer of the graph has this path")
     skipped |= _unknown_parameters(gm, adapter)
     if skipped and strict:
         raise AdapterError(_unmatched(adapter, list(skipped), list(groups)))
@@ -59,7 +62,7 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
     if not paths:
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "
-            f"{len(groups)} linear layers: {shorten(list(groups))}"
+            f"{len(groups)} layers: {shorten(list(groups))}"
         )
     _check_name(gm, config.name, [groups[path][0] for path in paths])
     generator = config.make_generator()
@@ -73,8 +76,8 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
 
 
 def _targets(rule: TargetRule, path: str, site: Site, head: str | None) -> bool:
-    """Whether a rule means a layer; "all-linear" leaves out the head and what is no module."""
-    if rule.is_all_linear and (site.bare or path == head):
+    """Whether a rule means a layer; "all-linear" leaves out heads and what is no linear module."""
+    if rule.is_all_linear and (not site.is_linear or site.bare or site.packed or path == head):
         return False
     return rule.matches(path)
 
@@ -96,13 +99,24 @@ def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
         )
 
 
-def _check_shape(adapter: Adapter, path: str, update: Update, site: Site) -> None:
-    if update.shape != site.shape:
-        (out, into), (rows, columns) = update.shape, site.shape
+def _is_read(gm: fx.GraphModule, adapter: Adapter, path: str) -> bool:
+    """Whether a path is that of a parameter which its update makes anew, layer or no layer.
+
+    Raises:
+        AdapterError: the parameter is of another shape.
+    """
+    update = adapter.updates[path]
+    found = next(readers(gm, path), None) if isinstance(update, WeightUpdate) else None
+    if found is None:
+        return False
+    shape = tuple(raw(gm, str(found[1].target)).shape)
+    sizes = zip(update.shape, shape, strict=False)
+    if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
         raise AdapterError(
-            f"adapter {adapter.name}, {path}: made for a layer {into} -> {out}, "
-            f"the model's is {columns} -> {rows}. Use the base that it was trained on"
+            f"adapter {adapter.name}, {path}: made for a parameter {update.shape}, the model's is "
+            f"{shape}. Use the base that it was trained on"
         )
+    return True
 
 
 def _unknown_parameters(gm: fx.GraphModule, adapter: Adapter) -> dict[str, str]:
@@ -132,7 +146,7 @@ def _missing(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> list[str]:
 def _unmatched(adapter: Adapter, unknown: list[str], paths: list[str]) -> str:
     message = (
         f"adapter {adapter.name}: {len(unknown)} targets match nothing in the graph: "
-        f"{shorten(unknown)}. The graph's linear layers (calls of linear on a stored weight): "
+        f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
         f"{shorten(paths) or 'none'}."
     )
     prefix = _common_prefix(unknown, paths)

@@ -45,6 +45,12 @@ def module_path(node: fx.Node) -> str:
     return str(path)
 
 
+def is_around(node: fx.Node, layer: fx.Node) -> bool:
+    """Whether the module that made a call is a layer's own or holds it: a norm does not."""
+    path, inner = module_path(node), module_path(layer)
+    return path in ("", inner) or inner.startswith(f"{path}.")
+
+
 def call_argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Reads an argument of a call, whether it was given by place or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,37 +12,86 @@ from torch import fx
 
 from lora_fx.deferred import raw
 from lora_fx.ops import aten, call_argument, module_path
+from lora_fx.recorded import recorded
+from lora_fx.row_blocks import Block, block_of
+
+# A layer's operator: its kind, and where it reads its input, its weight and its bias.
+_OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
+    aten.linear.default: ("linear", 0, 1, 2),
+    aten.addmm.default: ("linear_transposed", 1, 2, 0),
+    aten.embedding.default: ("embedding", 1, 0, None),
+    aten.conv1d.default: ("conv1d", 0, 1, 2),
+    aten.conv2d.default: ("conv2d", 0, 1, 2),
+    aten.conv3d.default: ("conv3d", 0, 1, 2),
+    aten.conv1d.padding: ("conv1d", 0, 1, 2),
+    aten.conv2d.padding: ("conv2d", 0, 1, 2),
+    aten.conv3d.padding: ("conv3d", 0, 1, 2),
+}
+PACKED = ".in_proj_weight"  # of nn.MultiheadAttention: query, key and value in one
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a linear layer.
+    """One call of a layer.
 
     Attributes:
-        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight.
+        node: the call: ``linear(x, W, b)``, ``addmm(b, x, W)`` for a transposed weight,
+            ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``.
         path: path of the module that made the call; one path may have several calls.
-        weight: the ``get_attr`` node of W: (out, in), or (in, out) if transposed.
+        kind: ``"linear"``, ``"linear_transposed"`` (transformers' Conv1D), ``"embedding"``,
+            ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
+        weight: the ``get_attr`` node of W.
         bias: the node of b, (out,), or None.
-        transposed: whether W is stored as (in, out), as transformers' Conv1D does.
-        in_features: size of the last axis of x.
-        out_features: size of the last axis of the result.
+        shape: (out, in, *kernel), whatever way W is stored; in is that of x, however many groups.
         dtype: of W.
+        groups: of a convolution.
+        rows: the outputs that this call computes, where it reads a part of W.
     """
 
     node: fx.Node
     path: str
+    kind: str
     weight: fx.Node
     bias: fx.Node | None
-    transposed: bool
-    in_features: int
-    out_features: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    groups: int = 1
+    rows: Block | None = None
 
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        x = self.node.args[1 if self.transposed else 0]
-        return cast(fx.Node, x)
+        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][1]])
+
+    @property
+    def operand(self) -> fx.Node:
+        """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
+        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][2]])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it acts on the last axis of activations."""
+        return self.kind in ("linear", "linear_transposed")
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether it is a convolution."""
+        return self.kind.startswith("conv")
+
+    @property
+    def transposed(self) -> bool:
+        """Whether W is stored as (in, out)."""
+        return self.kind in ("linear_transposed", "embedding")
+
+    @property
+    def in_features(self) -> int:
+        """Size of the axis of x that is summed over; of an embedding, how many rows it has."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the same axis of the result."""
+        return self.shape[0]
 
     @property
     def bare(self) -> bool:
@@ -50,55 +99,60 @@ class Site:
         return self.path == self.weight.target
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), whatever way the weight is stored."""
-        return self.out_features, self.in_features
+    def packed(self) -> bool:
+        """Whether it is the projection of an attention module that packs three in one."""
+        return str(self.weight.target).endswith(PACKED)
 
 
 def sites(gm: fx.GraphModule) -> list[Site]:
-    """The linear layers of a graph, in order.
+    """The layers of a graph, in order.
 
-    A module that owns several weights (a packed attention) has a site for each, told apart by
-    the weight's own name.
+    A module that owns several weights (an attention module) has a site for each, told apart by
+    the weight's own name; the packed projection is called as the module is.
     """
-    found = [site for node in gm.graph.nodes if (site := _site(gm, node))]
+    bases = recorded(gm.graph)
+    found = [site for node in gm.graph.nodes if (site := _site(gm, node, bases))]
     weights: dict[str, set[str]] = defaultdict(set)
     for site in found:
         weights[site.path].add(str(site.weight.target))
     modules = {path for path, names in weights.items() if path and len(names) == 1}
-    return [s if s.path in modules else _by_weight(s, modules) for s in found]
+    return [s if s.path in modules and not s.packed else _by_weight(s, modules) for s in found]
 
 
-def _site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
-    parts = _parts(node)
-    if parts is None:
+def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -> Site | None:
+    operator = _OPERATORS.get(node.target)
+    if operator is None or (operator[0] == "linear_transposed" and len(node.args) != 3):
         return None
-    weight, bias = parts
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    kind, _, place, bias = operator
+    weight, rows = block_of(node.args[place], bases)
+    if weight is None or (kind == "linear_transposed" and node.kwargs):
+        return None
+    if _is_factor(str(weight.target)):
         return None
     tensor = raw(gm, str(weight.target))
-    if len(tensor.shape) != 2:
+    axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
+    if len(tensor.shape) != axes:
         return None  # a vector: nothing with an input and an output side
-    transposed = node.target is aten.addmm.default
-    rows, columns = tensor.shape[::-1] if transposed else tensor.shape
-    path = module_path(node)
-    return Site(node, path, weight, bias, transposed, columns, rows, tensor.dtype)
+    groups = int(call_argument(node, 6, "groups", 1)) if kind.startswith("conv") else 1
+    out, into, *kernel = tensor.shape
+    if kind in ("linear_transposed", "embedding"):
+        out, into = into, out
+    shape = (out, into * groups, *kernel)
+    b = None if bias is None else call_argument(node, bias, "bias")
+    return Site(node, module_path(node), kind, weight, b, shape, tensor.dtype, groups, rows)
 
 
-def _parts(node: fx.Node) -> tuple[Any, Any] | None:
-    if node.target is aten.linear.default:
-        return node.args[1], call_argument(node, 2, "bias")
-    if node.target is aten.addmm.default and not node.kwargs and len(node.args) == 3:
-        return node.args[2], node.args[0]
-    return None
+def _is_factor(target: str) -> bool:
+    """Whether a tensor is one that an injected adapter brought: `branches.parameter_names`."""
+    return target.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
 
 
 def _by_weight(site: Site, modules: set[str]) -> Site:
     name = str(site.weight.target)
-    owner = name.removesuffix(".weight")
+    owner = name.removesuffix(".weight").removesuffix(PACKED)
     if site.path and not name.startswith(f"{site.path}."):
         return replace(site, path=f"{site.path}.{name.rpartition('.')[2]}")
-    return replace(site, path=name if owner in modules else owner)
+    return replace(site, path=name if owner in modules and not site.packed else owner)
 
 
 def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapter import Adapter, Update
-from lora_fx.branches import last_of, parameter_names
+from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.beside import beside, make_anew, put
+from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
 from lora_fx.fit import check_fit, fresh_updates
-from lora_fx.ops import aten
+from lora_fx.fitted import fitted
+from lora_fx.layer_forms import down_as_stored, up_as_stored
 from lora_fx.pass_base import Pass
+from lora_fx.recorded import value_names
 from lora_fx.sites import Site, by_path, readers
 
 Injectable = Adapter | LoraConfig
@@ -25,7 +28,12 @@ Injectable = Adapter | LoraConfig
 class InjectLora(Pass):
     """``linear(x, W, b)  ->  add(linear(x, W, b), matmul(matmul(x, A), B))``.
 
-    A is (in, r), B is (r, out) with the scale folded in. A `LoraConfig` makes a branch that
+    A is (in, r), B is (r, out) with the scale folded in; an embedding looks A up, a convolution
+    shrinks with its own geometry and expands point by point. DoRA and (IA)3 add a term
+    ``mul(sub(linear, b), gain)``, or scale x by a vector first. What has no form beside the layer
+    (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, function(W, values), b)``.
+
+    A `LoraConfig` makes a branch that
     trains: the base is frozen, the scale is a factor of its own, and dropout acts on x. A layer
     that is called twice gets the branch at both calls, with one A and one B.
 
@@ -61,51 +69,28 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
     for path, update in adapter.updates.items():
-        if path not in skipped:
-            _branch(editor, groups[path], update, adapter.name)
+        if path in skipped:
+            continue
+        if path in groups:
+            update = fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
+            put(editor, groups[path], update, adapter.name)
+        else:
+            _on_parameter(editor, path, update, adapter.name)
+        editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
     _replace(editor, {p: t for p, t in adapter.replacements.items() if p not in skipped})
 
 
-def _branch(editor: Editor, calls: list[Site], update: Update, name: str) -> None:
-    first = calls[0]
-    names = parameter_names(first.path, name, first.bare)
-    nodes = [
-        editor.constant(n, _constant(n, value, update), before=first.node)
-        for n, value in zip(names, update.factors(first.dtype), strict=True)
-        if value is not None
-    ]
-    for site in calls:
-        _beside(editor, site, site.input, nodes)
-    editor.record("inject", first.path, f"{update.kind} rank {update.rank}, adapter {name}")
+def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
+    """Makes a parameter that no layer alone reads anew, such as that of many experts."""
+    assert isinstance(update, WeightUpdate)
+    names = value_names(path, name, len(update.values), bare=True)
+    for reader, source in list(readers(editor.gm, path)):
+        dtype = editor.tensor(source).dtype
+        make_anew(editor, reader, source, update.values, update.function, names, dtype)
 
 
-def _constant(name: str, value: torch.Tensor, update: Update) -> nn.Parameter:
-    if value.isfinite().all():
-        return nn.Parameter(value.t().contiguous(), requires_grad=False)
-    if not update.is_finite():
-        raise AdapterError(f"{name}: the adapter holds NaN or infinity; save it again")
-    raise AdapterError(
-        f"{name}: values overflow {value.dtype}, the dtype of the layer; "
-        "load the model in a wider dtype"
-    )
-
-
-def _beside(
-    editor: Editor, site: Site, x: fx.Node, nodes: list[fx.Node], scale: float | None = None
-) -> None:
-    down, up, *bias = nodes
-    base = last_of(site)
-    behind = base.next
-
-    def call(target: object, *arguments: object) -> fx.Node:
-        return editor.call(target, arguments, before=behind, like=site.node)
-
-    delta = call(aten.matmul.default, call(aten.matmul.default, x, down), up)
-    if scale is not None:
-        delta = call(aten.mul.Tensor, delta, scale)
-    for node in bias:
-        delta = call(aten.add.Tensor, delta, node)
-    editor.replace(base, call(aten.add.Tensor, base, delta))
+def _words(update: AnyUpdate) -> str:
+    return f"{update.kind} rank {update.rank}" if isinstance(update, Update) else update.kind
 
 
 def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
@@ -127,20 +112,22 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
     groups = by_path(editor.gm)
     for path, update in fresh_updates(editor.gm, config, groups).items():
         first = groups[path][0]
-        down, up, _ = parameter_names(path, config.name, first.bare)
-        nodes = [
-            editor.constant(down, nn.Parameter(update.down.T.contiguous()), before=first.node),
-            editor.constant(up, nn.Parameter(update.up.T.contiguous()), before=first.node),
-        ]
+        names = parameter_names(path, config.name, first.bare)
+        down = nn.Parameter(down_as_stored(first, update.down))
+        up = nn.Parameter(up_as_stored(first, update.up))
+        nodes = {
+            "down": editor.constant(names.down, down, before=first.node),
+            "up": editor.constant(names.up, up, before=first.node),
+        }
         for site in groups[path]:
-            x = _dropped(editor, site, config)
-            _beside(editor, site, x, nodes, update.scale)
-        editor.record("inject", path, f"fresh {update.kind} rank {update.rank}, trainable")
+            beside(editor, site, nodes, _dropped(editor, site, config), update.scale)
+        editor.record("inject", path, f"fresh {_words(update)}, trainable")
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
-    if config.dropout == 0:
+    if config.dropout == 0 or site.kind == "embedding":  # ids are not dropped
         return site.input
     module = nn.Dropout(config.dropout).train(editor.gm.training)
-    name = parameter_names(site.path, config.name, site.bare)[0].replace("lora_A", "lora_dropout")
+    down = parameter_names(site.path, config.name, site.bare).down
+    name = down.replace("lora_A", "lora_dropout")
     return editor.call_module(name, module, site.input, before=site.node)

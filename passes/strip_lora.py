@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_fx.branches import branches
+from torch import fx
+
+from lora_fx.branches import Branch, branches
 from lora_fx.editor import Editor
 from lora_fx.pass_base import Pass
+from lora_fx.recorded import made_anew
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,23 @@ class StripLora(Pass):
     name: str | None = None
 
     def rewrite(self, editor: Editor) -> None:
-        """Makes the readers of each sum read what the branch was added to."""
+        """Makes readers read what was there before: sums, layers' inputs, and weights."""
         # Last first: what a later branch is added to may be an earlier branch.
         for branch in reversed(branches(editor.gm)):
             if self.name in (None, branch.name):
-                editor.replace(branch.out, branch.base)
-                editor.record("strip", branch.path, f"adapter {branch.name}")
+                _strip(editor, branch)
+        for made, adapter, source in reversed(made_anew(editor.gm.graph)):
+            if self.name in (None, adapter):
+                editor.replace(made, source)
+                editor.record("strip", str(source.target), f"adapter {adapter}")
+
+
+def _strip(editor: Editor, branch: Branch) -> None:
+    if branch.out is not branch.base:
+        editor.replace(branch.out, branch.base)
+    if branch.col is not None:
+        (scaled,) = (node for node in branch.site.all_input_nodes if branch.col in node.args)
+        x = scaled.args[0]
+        assert isinstance(x, fx.Node)
+        editor.rebind(branch.site, scaled, x)
+    editor.record("strip", branch.path, f"adapter {branch.name}")

@@ -7,15 +7,18 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
+from lora_fx.affine.algebra import scaled, transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value
+from lora_fx.affine.evaluate import dense
 from lora_fx.affine.factored import leaf
 from lora_fx.affine.layers import dense_layer
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Patches
-from lora_fx.affine.matrices import Blocks, Matrix
-from lora_fx.ops import call_argument, op_name
+from lora_fx.affine.matrices import Blocks, Leaf, Matrix
+from lora_fx.ops import call_argument, is_around, op_name
 
 
 def conv(analysis: Analysis, node: fx.Node) -> Value:
@@ -36,7 +39,10 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
         )
     patches = replace(patches, groups=groups)
     rows, columns = shape[0], prod(shape[1:])
-    matrix = leaf(analysis.constants, kernel, (rows, columns))
+    matrix: Matrix = leaf(analysis.constants, kernel, (rows, columns))
+    gain = _gain(analysis, node, shape[1], dims) if groups == 1 else None
+    if gain is not None:
+        x, matrix = gain[0], transposed(scaled(_each_place(gain[1], columns), transposed(matrix)))
     source = analysis.source(x, columns, dims, patches)
     bias = analysis.column(call_argument(node, 2, "bias"), Layout((rows,)))
     if source is None or (bias is None and call_argument(node, 2, "bias") is not None):
@@ -45,6 +51,30 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
     batch = sizes and (*sizes[: len(sizes) - dims - 1], *sizes[len(sizes) - dims :])
     dtype = analysis.constants.dtype(kernel)
     return source.then(node, matrix, bias, Layout((rows,), dims, batch), dtype)
+
+
+def _gain(
+    analysis: Analysis, node: fx.Node, channels: int, dims: int
+) -> tuple[fx.Node, Matrix] | None:
+    """The y and c, if a convolution reads ``y * c`` by channel: zeros around y stay zeros."""
+    x = node.args[0]
+    is_product = isinstance(x, fx.Node) and op_name(x) == "mul" and is_around(x, node)
+    if not is_product or not isinstance(x, fx.Node) or len(x.args) != 2 or x.kwargs:
+        return None
+    for y, factor in (x.args, x.args[::-1]):
+        column = analysis.column(factor, Layout((channels,), dims))
+        if column is not None and isinstance(y, fx.Node) and y not in analysis.constants.nodes:
+            return y, column
+    return None
+
+
+def _each_place(column: Matrix, columns: int) -> Matrix:
+    """One value a channel as one value a column of the kernel: a channel's places are together."""
+
+    def fetch() -> torch.Tensor:
+        return dense(column, torch.float64).repeat_interleave(columns // column.shape[0], 0)
+
+    return Leaf((columns, 1), ("each place", columns, column), fetch)
 
 
 def _channels(analysis: Analysis, kernel: fx.Node, shape: tuple[int, ...], groups: int) -> Matrix:

@@ -10,7 +10,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Uniform
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Blocks
 from lora_fx.affine.ways import LAYERS, Way, way_in, way_out, weight_of
-from lora_fx.ops import module_path
+from lora_fx.ops import is_around, module_path
 
 _ROUNDS = 8  # graphs of a hundred random steps settle in three
 
@@ -102,7 +102,7 @@ def _sources(value: Map, analysis: Analysis, chains: bool) -> list[Map]:
         if own is not None and layer is not None and not chains:
             break
         layer = layer or own
-        if layer is not None and not chains and not all(_is_around(n, layer) for n in glue):
+        if layer is not None and not chains and not all(is_around(n, layer) for n in glue):
             break
         if layer is not None:
             found.append(here.parent)
@@ -118,12 +118,6 @@ def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
         return None
     nodes = _between(value.parent, value.node, analysis)
     return next(iter(_candidates(nodes, value, value.parent, analysis)), None)
-
-
-def _is_around(node: fx.Node, layer: fx.Node) -> bool:
-    """Whether a module that scales or shifts is the layer's own or holds it: a norm does not."""
-    path, inner = module_path(node), module_path(layer)
-    return path in ("", inner) or inner.startswith(f"{path}.")
 
 
 def _candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:

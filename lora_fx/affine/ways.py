@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.affine.analysis import Analysis, Same, dtype_of
-from lora_fx.affine.maps import Link, Map
+from lora_fx.affine.maps import Link, Map, Patches
 from lora_fx.affine.matrices import Identity
 from lora_fx.affine.moves import CASTS
 from lora_fx.ops import aten, op_name
@@ -52,6 +52,8 @@ def weight_of(layer: fx.Node) -> fx.Node:
 def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
     """How the source comes to a layer without what the region does to it on the way."""
     x = input_of(layer)
+    if isinstance(source.reading, Patches):
+        return Way(source.node)
     if source.reading is not None or _only_moves(x, source, analysis):
         return Way(_before_idle_casts(x))
     moves: list[fx.Node] = []

@@ -1,0 +1,224 @@
+"""Writes an update into a graph: terms beside a layer, or its weight made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.branches import branches_of, col_of, last_of, parameter_names
+from lora_fx.deferred import Deferred, raw
+from lora_fx.editor import Editor
+from lora_fx.errors import AdapterError
+from lora_fx.layer_forms import expand, shrink
+from lora_fx.ops import aten
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.recorded import adapter_of, value_names
+from lora_fx.row_blocks import block_of
+from lora_fx.sites import Site
+from lora_fx.terms import check_finite, terms_of
+from lora_fx.update import Update
+
+
+def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:
+    """Puts a fitted update at every call of a layer, with one set of constants for all.
+
+    Raises:
+        AdapterError: values that the layer's dtype cannot hold, or a second scaling of what the
+            layer reads.
+    """
+    if isinstance(update, WeightUpdate):
+        _make_anew(editor, calls, update, name)
+        return
+    first = calls[0]
+    bias, _ = block_of(first.bias)
+    terms = terms_of(
+        update, first, _weight(editor, first), editor.tensor(bias) if bias is not None else None
+    )
+    check_finite(first.path, name, update, terms)
+    names = parameter_names(first.path, name, first.bare)
+    groups = update.groups if isinstance(update, Update) else 1
+    nodes = {
+        part: editor.constant(getattr(names, part), _frozen(value), before=first.node)
+        for part, value in terms.each().items()
+    }
+    for site in calls:
+        beside(editor, site, nodes, groups=groups)
+
+
+def beside(
+    editor: Editor,
+    site: Site,
+    nodes: dict[str, fx.Node],
+    x: fx.Node | None = None,
+    scale: float | None = None,
+    groups: int = 1,
+) -> None:
+    """Adds the terms of one call.
+
+    Args:
+        editor: of the graph.
+        site: the call.
+        nodes: the ``get_attr`` nodes of `Terms`, by name.
+        x: what the low-rank part reads; what the layer reads by default.
+        scale: a factor of the low-rank part that is not folded into ``up``.
+        groups: of the up-projection beside a grouped convolution.
+    """
+    base = last_of(site)
+    behind = base.next
+    if "col" in nodes:
+        _scale_input(editor, site, nodes["col"])
+
+    def call(target: object, *arguments: object) -> fx.Node:
+        node = editor.call(target, arguments, before=behind, like=site.node)
+        _describe(site, node)
+        return node
+
+    def rows(node: fx.Node) -> fx.Node:
+        if site.rows is None:
+            return node
+        return call(aten.slice.Tensor, node, -1, *site.rows)
+
+    terms: list[fx.Node] = []
+    if "down" in nodes:
+        target, arguments = shrink(site, x or _read(site, nodes), nodes["down"])
+        narrow = call(target, *arguments)
+        target, arguments = expand(site, narrow, rows(nodes["up"]), groups)
+        low = call(target, *arguments)
+        _describe(site, narrow, channels=len(editor.tensor(nodes["down"])))
+        terms.append(low if scale is None else call(aten.mul.Tensor, low, scale))
+    without: list[fx.Node] = []
+    if "gain" in nodes:
+        _refuse_scaled(site, mine=nodes)
+        layer = site.node
+        if site.bias is not None:
+            layer = call(aten.sub.Tensor, layer, _broadcast(call, site, site.bias))
+        gained = call(aten.mul.Tensor, layer, rows(nodes["gain"]))
+        without = [layer, gained]  # they read the layer, not the sum
+        terms.append(gained)
+    if "bias" in nodes:
+        terms.append(rows(nodes["bias"]))
+    if not terms:
+        return
+    delta = terms[0]
+    for term in terms[1:]:
+        delta = call(aten.add.Tensor, delta, term)
+    total = call(aten.add.Tensor, base, delta)
+    editor.replace(base, total, keep=without)
+
+
+def _describe(site: Site, node: fx.Node, channels: int | None = None) -> None:
+    """Notes what torch.export notes of a convolution's results: how many places there are."""
+    value = site.node.meta.get("val")
+    if not site.is_conv or value is None:
+        return
+    sizes = list(value.shape)
+    sizes[1 - len(site.shape)] = channels or site.out_features
+    node.meta["val"] = value.new_empty(sizes)
+
+
+def _broadcast(call: Callable[..., fx.Node], site: Site, vector: fx.Node) -> fx.Node:
+    if not site.is_conv:
+        return vector
+    viewed = call(aten.view.default, vector, [-1, *[1] * (len(site.shape) - 2)])
+    viewed.meta.pop("val", None)
+    return viewed
+
+
+def _read(site: Site, nodes: dict[str, fx.Node]) -> fx.Node:
+    """What the low-rank part reads: what came in, unless its own adapter scales that."""
+    if "col" in nodes or col_of(site) is None:
+        return site.input
+    x = site.input.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
+    gained = any(branch.gain is not None for branch in branches_of(site))
+    if gained or col_of(site) is not None:
+        raise AdapterError(
+            f"{site.path}: a second adapter scales what the layer reads or gives, which has no "
+            "sum with the first; fold the first, then inject the second"
+        )
+    x = site.input
+    scaled = editor.call(aten.mul.Tensor, (x, col), before=site.node, like=site.node)
+    if "val" in x.meta:
+        scaled.meta["val"] = x.meta["val"]
+    editor.rebind(site.node, x, scaled)
+
+
+def _refuse_scaled(site: Site, mine: dict[str, fx.Node]) -> None:
+    """A gain is relative to the base's results, which another adapter's col changes."""
+    if "col" not in mine and col_of(site) is not None:
+        raise AdapterError(
+            f"{site.path}: a second adapter scales what the layer gives, and the first what it "
+            "reads; fold the first, then inject the second"
+        )
+
+
+def _frozen(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _weight(editor: Editor, site: Site) -> torch.Tensor:
+    value = raw(editor.gm, str(site.weight.target))
+    weight: torch.Tensor = value.compute() if isinstance(value, Deferred) else value
+    return weight
+
+
+def _make_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate, name: str) -> None:
+    first = calls[0]
+    if adapter_of(first.operand):
+        raise AdapterError(
+            f"{first.path}: adapters {adapter_of(first.operand)} and {name} each make its weight "
+            "anew; fold the first, then inject the second"
+        )
+    names = value_names(first.path, name, len(update.values), first.bare)
+    function = _transposed(update.function) if first.transposed else update.function
+    for reader, source in dict.fromkeys(_reads(site) for site in calls):
+        make_anew(editor, reader, source, update.values, function, names, first.dtype)
+
+
+def _reads(site: Site) -> tuple[fx.Node, fx.Node]:
+    """Who reads the stored weight for a call, and what it reads: rows are read from a split."""
+    if site.rows is None:
+        return site.node, site.operand
+    split, *_ = site.operand.all_input_nodes
+    return split, split.all_input_nodes[0]
+
+
+def make_anew(
+    editor: Editor,
+    reader: fx.Node,
+    source: fx.Node,
+    values: Sequence[torch.Tensor],
+    function: Callable[..., Any],
+    names: Sequence[str],
+    dtype: torch.dtype,
+) -> None:
+    """Makes one reader of a tensor read a function of it and some values instead.
+
+    Raises:
+        AdapterError: a value is not finite in the dtype.
+    """
+    nodes = []
+    for target, value in zip(names, values, strict=True):
+        kept = value.to(dtype) if value.is_floating_point() else value
+        if not kept.isfinite().all():
+            raise AdapterError(f"{target}: NaN or infinity in {dtype}; save the adapter again")
+        held = _frozen(kept) if kept.is_floating_point() else kept
+        nodes.append(editor.constant(target, held, before=reader))
+    made = editor.inline(function, [source, *nodes], before=reader, like=reader)
+    editor.rebind(reader, source, made)
+
+
+def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of W on a weight that is stored as W transposed."""
+
+    def on_stored(weight: Any, *values: Any) -> Any:
+        return aten.t.default(function(aten.t.default(weight), *values))
+
+    return on_stored

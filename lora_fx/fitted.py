@@ -1,0 +1,98 @@
+"""An update as its layer needs it: the same values in the layer's shape, or a refusal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.ops import aten
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.sites import Site
+from lora_fx.update import Shape, Update
+
+
+def fitted(who: str, update: AnyUpdate, site: Site) -> AnyUpdate:
+    """Brings an update into the shape of a layer, where that says the same.
+
+    Files store the kernel of a convolution flat, or a linear layer as a convolution of one point.
+    What acts on the weight of a grouped convolution has no cheap form beside it: it becomes a
+    function of the weight.
+
+    Args:
+        who: adapter and layer, for messages.
+        update: of any kind.
+        site: a call of the layer.
+
+    Raises:
+        AdapterError: it is made for another layer, or its kind has no form on this one.
+    """
+    if isinstance(update, Scaling):
+        return _scaling(who, update, site)
+    stored = _stored_shape(site)
+    if isinstance(update, WeightUpdate):
+        _check(who, update.shape, stored)
+        return update
+    update = _in_shape(update, site.shape, stored)
+    if update.col is not None and site.kind == "embedding":
+        raise AdapterError(f"{who}: a col scales what a layer reads, and an embedding reads ids")
+    if update.shape == site.shape:
+        if site.groups > 1 and update.magnitude is not None:
+            raise AdapterError(f"{who}: DoRA on a grouped convolution has no weight to norm")
+        return update
+    _check(who, update.shape, stored)
+    if not update.is_plain or update.bias is not None:
+        raise AdapterError(f"{who}: vectors beside a grouped convolution's weight have no form")
+    return dense(update)
+
+
+def dense(update: Update) -> WeightUpdate:
+    """``W + delta``, evaluated: for a layer that has no form in two factors."""
+    return WeightUpdate(update.kind, _added, (update.delta(),), update.shape, update.stored)
+
+
+def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    total: torch.Tensor = aten.add.Tensor(weight, delta)
+    return total
+
+
+def _stored_shape(site: Site) -> tuple[int, ...]:
+    """Of the layer's own weight: each output of a grouped convolution sees one group's inputs."""
+    out, into, *kernel = site.shape
+    return out, into // site.groups, *kernel
+
+
+def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -> Update:
+    """The same update with its kernel's axes as the layer has them, if the sizes say so."""
+    for wanted in (shape, stored):
+        size = 1
+        for axis in wanted[1:]:
+            size *= axis
+        flat = update.down.flatten(1)
+        points = update.down.ndim == 2 or all(axis == 1 for axis in update.down.shape[2:])
+        if points and update.col is None and flat.shape[1] == size and update.shape != wanted:
+            return replace(update, down=flat.reshape(-1, *wanted[1:]))
+    return update
+
+
+def _scaling(who: str, update: Scaling, site: Site) -> Scaling:
+    if update.col is not None and site.kind == "embedding":
+        raise AdapterError(f"{who}: (IA)3 scales what a layer reads, and an embedding reads ids")
+    _check(who, update.shape, site.shape[:2])
+    return update
+
+
+def _check(who: str, found: Shape, wanted: tuple[int, ...]) -> None:
+    same = len(found) == len(wanted)
+    if same and all(size in (None, axis) for size, axis in zip(found, wanted, strict=True)):
+        return
+    raise AdapterError(
+        f"{who}: made for a layer {_words(found)}, the model's is {_words(wanted)}. "
+        "Use the base that it was trained on"
+    )
+
+
+def _words(shape: Shape) -> str:
+    out, into, *kernel = ("?" if size is None else str(size) for size in shape)
+    return f"{into} -> {out}" + (f", kernel ({', '.join(kernel)})" if kernel else "")

@@ -1,0 +1,78 @@
+"""How each kind of layer is computed in low rank: the calls, and how their constants are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.ops import aten
+from lora_fx.sites import Site
+
+Call = tuple[Any, tuple[Any, ...]]
+_CONVS = {
+    "conv1d": aten.conv1d.default,
+    "conv2d": aten.conv2d.default,
+    "conv3d": aten.conv3d.default,
+}
+_GROUPS = 6
+
+
+def shrink(site: Site, x: fx.Node, down: fx.Node) -> Call:
+    """X -> r features, by the layer's own geometry."""
+    if site.kind == "embedding":
+        return aten.embedding.default, (down, x)
+    if site.is_conv:  # its own stride, padding and dilation, over all of its inputs
+        return site.node.target, (x, down, None, *site.node.args[3:_GROUPS])
+    return aten.matmul.default, (x, down)
+
+
+def expand(site: Site, h: fx.Node, up: fx.Node, groups: int) -> Call:
+    """R features -> the layer's outputs, point by point."""
+    if not site.is_conv:
+        return aten.matmul.default, (h, up)
+    dims = len(site.shape) - 2
+    unit = (h, up, None, [1] * dims, [0] * dims, [1] * dims, groups)
+    return _CONVS[site.kind], unit if groups > 1 else unit[:3]
+
+
+def down_as_stored(site: Site, down: torch.Tensor) -> torch.Tensor:
+    """(r, in, *kernel) as the layer's shrink reads it: (in, r), or as it is for a convolution."""
+    return down.contiguous() if site.is_conv else down.t().contiguous()
+
+
+def up_as_stored(site: Site, up: torch.Tensor) -> torch.Tensor:
+    """(out, r) as the layer's expand reads it: (r, out), or (out, r, 1, ...)."""
+    if not site.is_conv:
+        return up.t().contiguous()
+    return up.reshape(*up.shape, *[1] * (len(site.shape) - 2)).contiguous()
+
+
+def down_as_update(site: Site, down: torch.Tensor) -> torch.Tensor:
+    """The reverse of `down_as_stored`."""
+    return down.contiguous() if site.is_conv else down.t().contiguous()
+
+
+def up_as_update(site: Site, up: torch.Tensor) -> torch.Tensor:
+    """The reverse of `up_as_stored`."""
+    return up.flatten(1).contiguous() if site.is_conv else up.t().contiguous()
+
+
+def along_outputs(site: Site, vector: torch.Tensor) -> torch.Tensor:
+    """A vector of (features,) that acts on the layer's results, or on its input."""
+    return vector.reshape(-1, *[1] * (len(site.shape) - 2)) if site.is_conv else vector
+
+
+def parts_of_shrink(node: fx.Node, site: Site) -> tuple[Any, Any] | None:
+    """X and down of a call of `shrink`."""
+    if site.kind == "embedding" and node.target is aten.embedding.default:
+        return node.args[1], node.args[0]
+    is_call = node.target is (site.node.target if site.is_conv else aten.matmul.default)
+    return (node.args[0], node.args[1]) if is_call else None
+
+
+def parts_of_expand(node: fx.Node, site: Site) -> tuple[Any, Any] | None:
+    """The r features and up of a call of `expand`."""
+    wanted = _CONVS[site.kind] if site.is_conv else aten.matmul.default
+    return (node.args[0], node.args[1]) if node.target is wanted else None

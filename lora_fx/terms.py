@@ -1,0 +1,107 @@
+"""What an update becomes beside its layer, the weight known: factors and vectors in its dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.layer_forms import along_outputs, down_as_stored, up_as_stored
+from lora_fx.other_updates import Scaling
+from lora_fx.sites import Site
+from lora_fx.update import Update
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """``base(col x) + (col x) A B + gain (base(col x) - b) + bias``, b the layer's own bias.
+
+    A row of ``diag(row) (W + up @ down)`` is a gain of row - 1, and is folded into B: so the base
+    layer stays as it is, and what several adapters add to it can be summed.
+
+    Attributes:
+        down: as the layer's shrink reads it, (in, r), or None.
+        up: as the layer's expand reads it, (r, out), every scale folded in, or None.
+        gain: (out,), broadcast over what follows in a convolution, or None.
+        bias: (out,), likewise.
+        col: (in,), likewise.
+    """
+
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    col: torch.Tensor | None = None
+
+    def each(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by the names above."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+
+def terms_of(
+    update: Update | Scaling, site: Site, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Terms:
+    """An update beside a layer: computed in float32 or wider, rounded once to its dtype.
+
+    Args:
+        update: fits the layer.
+        site: a call of the layer.
+        weight: of the layer, as it stores it; read only where a norm is asked for.
+        bias: (out,) of the layer, or None.
+    """
+    if isinstance(update, Scaling):
+        return _scaled(update, site, bias)
+    wide = torch.promote_types(site.dtype, torch.float32)
+    row = None if update.is_plain else update.row_for(canonical(site, weight))
+    up = update.up.to(torch.promote_types(wide, update.up.dtype)) * update.scale
+    up = up if row is None else up * row[:, None].to(up.dtype)
+    added = None
+    if update.bias is not None:
+        added = (update.bias.to(wide) * update.scale).to(site.dtype)
+    return Terms(
+        down_as_stored(site, update.down.to(site.dtype)) if update.rank else None,
+        up_as_stored(site, up.to(site.dtype)) if update.rank else None,
+        None if row is None else along_outputs(site, (row - 1).to(site.dtype)),
+        None if added is None else along_outputs(site, added),
+        None if update.col is None else along_outputs(site, update.col.to(site.dtype)),
+    )
+
+
+def _scaled(update: Scaling, site: Site, bias: torch.Tensor | None) -> Terms:
+    """(IA)3 scales the results, the bias among them, or what comes in."""
+    wide = torch.promote_types(site.dtype, torch.float32)
+    if update.row is None:
+        assert update.col is not None
+        return Terms(col=along_outputs(site, update.col.to(site.dtype)))
+    gain = update.row.to(wide) - 1
+    added = None if bias is None else (gain * bias.to(wide)).to(site.dtype)
+    return Terms(
+        gain=along_outputs(site, gain.to(site.dtype)),
+        bias=None if added is None else along_outputs(site, added),
+    )
+
+
+def canonical(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight as (out, in, *kernel), a view."""
+    return weight.detach().t() if site.transposed else weight.detach()
+
+
+def check_finite(path: str, name: str, update: Update | Scaling, terms: Terms) -> None:
+    """Refuses values that no layer of this dtype can hold.
+
+    Raises:
+        AdapterError: the adapter holds NaN or infinity, or its values overflow the dtype.
+    """
+    loud = [key for key, tensor in terms.each().items() if not tensor.isfinite().all()]
+    if not loud:
+        return
+    if not update.is_finite():
+        raise AdapterError(f"{path}: adapter {name} holds NaN or infinity; save it again")
+    dtype = terms.each()[loud[0]].dtype
+    reason = "DoRA's norm of a row is zero, or values overflow" if terms.gain is not None else ""
+    raise AdapterError(
+        f"{path}: adapter {name}: {reason or 'values overflow'} {dtype}, the dtype of the layer, "
+        f"in {', '.join(loud)}; load the model in a wider dtype"
+    )
