@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError
+from lora_fx.export.conv_bias import drop_made_biases
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.ops import aten
 
@@ -41,6 +42,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             raise ExportError(f"the graph has no ONNX form: {_cause(error)}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    drop_made_biases(onnx_program.model)
     return onnx_program.model
 
 
