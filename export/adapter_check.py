@@ -7,8 +7,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.export.manifest import Manifest, Slot
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.runtime import ERRORS
+from lora_fx.export.slot import Slot
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
@@ -36,7 +37,7 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
             f"{path}: made for another model: model version {found}, {model} has {expected}; make "
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
         )
-    names = [name for slot in manifest.slots for name in (slot.down, slot.up)]
+    names = [name for slot in manifest.slots for name in slot.names]
     missing = [name for name in names if name not in shapes]
     unknown = [name for name in shapes if name not in set(names)]
     if missing or unknown:
@@ -57,17 +58,18 @@ def _shapes(path: Path, stored: ort.AdapterFormat) -> Shapes:
 
 
 def _check_slot(path: Path, slot: Slot, shapes: Shapes) -> None:
-    (down, down_type), (up, up_type) = shapes[slot.down], shapes[slot.up]
-    rank = down[1] if len(down) == 2 else -1
-    if down != (slot.in_features, rank) or up != (rank, slot.out_features):
-        raise AdapterError(
-            f"{path}: {slot.path}: A is {down} and B is {up}, expected ({slot.in_features}, r) "
-            f"and (r, {slot.out_features})"
-        )
-    if {down_type, up_type} != {_TYPES[slot.dtype]}:
-        raise AdapterError(
-            f"{path}: {slot.path}: holds {down_type} and {up_type}, expected {_TYPES[slot.dtype]}"
-        )
+    ranks = set()
+    for name, sizes in slot.inputs.values():
+        found, dtype = shapes[name]
+        fits = len(found) == len(sizes)
+        if not fits or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
+            expected = tuple("r" if size is None else size for size in sizes)
+            raise AdapterError(f"{path}: {name} is {found}, expected {expected}")
+        if dtype != _TYPES[slot.dtype]:
+            raise AdapterError(f"{path}: {name} holds {dtype}, expected {_TYPES[slot.dtype]}")
+        ranks |= {size for size, want in zip(found, sizes, strict=True) if want is None}
+    if len(ranks) > 1:
+        raise AdapterError(f"{path}: {slot.path}: A and B are of ranks {sorted(ranks)}")
 
 
 def read_adapter(path: Path) -> ort.AdapterFormat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lora_fx
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
-from lora_fx.export.manifest import Manifest, Slot, digest_of
+from lora_fx.export.base_weights import BaseWeights
+from lora_fx.export.manifest import Manifest
 from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.publish import staged
 from lora_fx.export.runtime import ERRORS
+from lora_fx.export.slot import Slot
+from lora_fx.export.values import digest_of, to_numpy
+from lora_fx.fitted import fitted
+from lora_fx.terms import Terms, check_finite, terms_of
 
 Array = np.ndarray[Any, Any]
 _ADAPTER_VERSION = 1
@@ -39,7 +44,7 @@ def export_adapter(
 
     Args:
         adapter: an adapter, or a path for `lora_fx.load_adapter`.
-        model_path: the model; its weights are not read.
+        model_path: the model; of its weights only those are read that DoRA and (IA)3 scale.
         out_path: the ``.onnx_adapter`` file.
         force: replace a file that exists.
 
@@ -58,18 +63,17 @@ def export_adapter(
         raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
-    _check_fits(adapter, manifest, Path(model_path))
-    arrays: dict[str, Array] = {}
-    for slot in manifest.slots:
-        down, up = _factors(adapter, adapter.updates.get(slot.path), slot)
-        arrays[slot.down], arrays[slot.up] = _to_numpy(down), _to_numpy(up)
+    updates = _fitted(adapter, manifest, Path(model_path))
+    values = _values(adapter.name, updates, manifest.slots, Path(model_path))
+    arrays = {name: to_numpy(value) for name, value in values}
     with staged(out, force=force) as draft:
         _write(draft, arrays, manifest)
         check_adapter_file(draft, manifest, Path(model_path))
         _check_bits(draft, arrays)
 
 
-def _check_fits(adapter: Adapter, manifest: Manifest, model: Path) -> None:
+def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Update | Scaling]:
+    """The updates by slot, or a refusal of what the slots cannot carry."""
     slots = {slot.path: slot for slot in manifest.slots}
     who = f"adapter {adapter.name!r} for {model}"
     weights = {f"{slot.path}.weight": slot.digest for slot in manifest.slots}
@@ -78,47 +82,65 @@ def _check_fits(adapter: Adapter, manifest: Manifest, model: Path) -> None:
     if changed:
         names = shorten(changed)
         raise AdapterError(f"{who}: replaces {names}: a slot cannot; fold it into its own model")
-    biased = [path for path, update in adapter.updates.items() if update.bias is not None]
-    if biased:
-        names = shorten(biased)
-        raise AdapterError(f"{who}: lora_bias at {names}: a slot cannot carry it; fold it instead")
     unmatched = [path for path in adapter.updates if path not in slots]
     if unmatched:
         raise AdapterError(
             f"{who}: no slot at {shorten(unmatched)}; the model has slots at {shorten(list(slots))}"
         )
-    for path, update in adapter.updates.items():
-        expected = (slots[path].out_features, slots[path].in_features)
-        if update.shape != expected:
-            raise AdapterError(
-                f"{who}: {path}: the update is (out, in) {update.shape}, the layer is {expected}"
-            )
+    return {
+        path: _for_slot(f"{who}: {path}", update, slots[path])
+        for path, update in adapter.updates.items()
+    }
 
 
-def _factors(
-    adapter: Adapter, update: Update | None, slot: Slot
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (in, r) and B (r, out), the scale folded into B."""
-    dtype = getattr(torch, slot.dtype)
-    if update is None:
-        empty = torch.zeros(slot.in_features, 0), torch.zeros(0, slot.out_features)
-        return empty[0].to(dtype), empty[1].to(dtype)
-    down, up, _ = update.factors(dtype)
-    if not (math.isfinite(update.scale) and down.isfinite().all() and up.isfinite().all()):
+def _for_slot(who: str, update: AnyUpdate, slot: Slot) -> Update | Scaling:
+    """An update in the shape of its slot, if a slot of this kind can carry it."""
+    update = fitted(who, update, slot.layer)
+    if isinstance(update, WeightUpdate):
         raise AdapterError(
-            f"adapter {adapter.name!r}: {slot.path}: values that are not finite, or that overflow "
-            f"{slot.dtype} with the scale {update.scale:g}"
+            f"{who}: an update of kind {update.kind!r} makes the weight anew, which no slot can "
+            "carry; fold it into a model of its own"
         )
-    return down.T.contiguous(), up.T.contiguous()
+    vectors = isinstance(update, Scaling) or not update.is_plain or update.bias is not None
+    if vectors and not slot.vectors:
+        what = update.kind if not isinstance(update, Update) or update.bias is None else "lora_bias"
+        raise AdapterError(
+            f"{who}: {what} needs a vector beside the factors, and the slot takes none; export the "
+            "model with vectors=True, or fold the adapter into a model of its own"
+        )
+    return update
 
 
-def _to_numpy(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().cpu()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+def _values(
+    name: str, updates: Mapping[str, Update | Scaling], slots: Sequence[Slot], model: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What goes into each input, every scale folded in; slots left alone get what is neutral."""
+    base = BaseWeights(model) if any(map(_reads_base, updates.values())) else None
+    for slot in slots:
+        values = slot.neutral()
+        if (update := updates.get(slot.path)) is not None:
+            terms = _terms(update, slot, base)
+            check_finite(slot.path, name, update, terms)
+            values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
+        yield from values.items()
+
+
+def _reads_base(update: Update | Scaling) -> bool:
+    """Whether an update depends on the layer that it meets."""
+    return isinstance(update, Scaling) or update.magnitude is not None
+
+
+def _terms(update: Update | Scaling, slot: Slot, base: BaseWeights | None) -> Terms:
+    unread = torch.empty(0)
+    if base is None or not _reads_base(update):
+        return terms_of(update, slot.layer, unread, None)
+    if isinstance(update, Scaling):
+        return terms_of(update, slot.layer, unread, base.bias(slot))
+    return terms_of(update, slot.layer, base.weight(slot), None)
 
 
 def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
-    types = {n: slot.dtype for slot in manifest.slots for n in (slot.down, slot.up)}
+    types = {name: slot.dtype for slot in manifest.slots for name in slot.names}
     values = {name: _to_ort(array, types[name]) for name, array in arrays.items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(_ADAPTER_VERSION)
@@ -140,6 +162,6 @@ def _to_ort(array: Array, dtype: str) -> ort.OrtValue:
 def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
     stored = read_adapter(draft).get_parameters()
     for name, array in arrays.items():
-        found = _to_numpy(from_dlpack(stored[name]))  # numpy() refuses bfloat16
+        found = to_numpy(from_dlpack(stored[name]))  # numpy() refuses bfloat16
         if found.shape != array.shape or found.tobytes() != array.tobytes():
             raise ExportError(f"{draft.name}: {name}: read back other values than were written")

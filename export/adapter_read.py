@@ -11,17 +11,21 @@ from torch.utils.dlpack import from_dlpack
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.export.adapter_check import read_adapter
-from lora_fx.formats.pairs import DOWN, UP, Layers, add, check_pairs, rank_of
 from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.sites import Layer
+from lora_fx.terms import Terms, update_of
 
-_ROLES = {".lora_A": DOWN, ".lora_B": UP}
+_PARTS = {".lora_A": "down", ".lora_B": "up"} | {
+    f".lora_{vector}": vector for vector in ("gain", "bias", "col")
+}
 
 
 def read_adapter_file(path: Path, name: str) -> Adapter:
     """Reads an ``.onnx_adapter`` that was made by `export_adapter`.
 
     A is stored as (in, r) and B as (r, out) with the scale folded in: they are turned around, and
-    the scale is 1. A layer of rank 0 was left alone, and is left out.
+    the scale is 1. A gain is read as the row that it was made of. A layer of rank 0 whose vectors
+    do nothing was left alone, and is left out.
 
     Args:
         path: the file.
@@ -35,13 +39,10 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     """
     stored = read_adapter(path)
     values = {key: _copy(value) for key, value in sorted(stored.get_parameters().items())}
+    check_tensors(path, values)
     layers = _sorted(path, values)
-    updates = {
-        module: Update(roles[DOWN][1], roles[UP][1], 1.0)
-        for module, roles in layers.items()
-        if rank_of(path, roles)
-    }
-    return Adapter(name, updates)
+    updates = {module: _update(path, module, terms) for module, terms in layers.items()}
+    return Adapter(name, {module: update for module, update in updates.items() if update})
 
 
 def _copy(value: ort.OrtValue) -> torch.Tensor:
@@ -50,21 +51,42 @@ def _copy(value: ort.OrtValue) -> torch.Tensor:
     return tensor.clone()
 
 
-def _sorted(path: Path, values: dict[str, torch.Tensor]) -> Layers:
-    check_tensors(path, values)
-    layers: Layers = {}
+def _sorted(path: Path, values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors by layer and part."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
     unused = []
     for key, value in values.items():
-        ending = key[-len(".lora_A") :]
-        if ending in _ROLES and value.ndim == 2:
-            module = key.removesuffix(ending)
-            add(path, layers, module, _ROLES[ending], key, value.T.contiguous())
-        else:
+        module, dot, leaf = key.rpartition(".lora_")
+        part = _PARTS.get(dot + leaf)
+        if part is None or not module or value.ndim < (2 if part in ("down", "up") else 1):
             unused.append(f"{key} {tuple(value.shape)}")
+        else:
+            layers.setdefault(module, {})[part] = value
     if unused:
         raise AdapterError(
             f"{path}: values that are no A (in, r) or B (r, out) of a layer: {shorten(unused)}; "
             "expected <path>.lora_A and <path>.lora_B, as export_adapter writes them"
         )
-    check_pairs(path, layers)
+    halves = [module for module, terms in layers.items() if not {"down", "up"} <= terms.keys()]
+    if halves or not layers:
+        raise AdapterError(f"{path}: half of a pair, or none: {shorten(halves) or 'no values'}")
     return layers
+
+
+def _update(path: Path, module: str, terms: dict[str, torch.Tensor]) -> Update | None:
+    """The update of one layer, or None if nothing is done to it."""
+    down, up = terms["down"], terms["up"]
+    is_conv = down.ndim > 2
+    rank, other = (down.shape[0], up.shape[1]) if is_conv else (down.shape[1], up.shape[0])
+    if rank != other or down.ndim != up.ndim:
+        raise AdapterError(
+            f"{path}: {module}: A {tuple(down.shape)} and B {tuple(up.shape)} are of two ranks"
+        )
+    neutral = {"gain": 0.0, "bias": 0.0, "col": 1.0}
+    acting = {k: v for k, v in terms.items() if k in neutral and bool((v != neutral[k]).any())}
+    if not rank and not acting:
+        return None
+    sizes = (up.shape[0], *down.shape[1:]) if is_conv else (up.shape[1], down.shape[0])
+    kind = f"conv{down.ndim - 2}d" if is_conv else "linear"
+    layer = Layer(path=module, kind=kind, shape=tuple(sizes), dtype=down.dtype)
+    return update_of(Terms(down=down, up=up, **acting), layer)

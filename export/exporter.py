@@ -36,6 +36,7 @@ def to_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     slots: str | Sequence[str] | None = None,
+    vectors: bool = False,
     opset: int | None = None,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
@@ -56,6 +57,8 @@ def to_onnx(
         slots: under ``adapters="input"``, which layers take an adapter: module paths,
             ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
             the output embedding.
+        vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
+            and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,).
         opset: version of the ONNX operator set; the exporter's own choice by default.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
@@ -70,13 +73,13 @@ def to_onnx(
     """
     if adapters not in ("constant", "input"):
         raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
-    if adapters == "constant" and slots is not None:
-        raise ExportError('slots is given: that needs adapters="input"')
+    if adapters == "constant" and (slots is not None or vectors):
+        raise ExportError('slots or vectors is given: that needs adapters="input"')
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes)
     with clock.stage("trace"):
-        plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots)
+        plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
         trial = trial_of(plan.traced, inputs)
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)

@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
-from lora_fx.deferred import Deferred, raw
+from lora_fx.deferred import raw
 from lora_fx.errors import ExportError
-from lora_fx.sites import by_path
+from lora_fx.export.slot import Slot
+from lora_fx.export.values import digest_of
+from lora_fx.row_blocks import block_of
+from lora_fx.sites import Site, by_path
 
 KEY = "lora_fx.slots"
-VERSION = 1
+VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One layer that an adapter can act on.
-
-    Attributes:
-        path: module path of the layer.
-        kind: ``"linear"``, or ``"linear_transposed"`` if the weight is stored as (in, out).
-        in_features: rows of A, the input named ``down``: (in, r).
-        out_features: columns of B, the input named ``up``: (r, out).
-        dtype: of A and B: ``"float32"``.
-        digest: of the weight that the slot stands beside, its dtype, shape and bytes.
-    """
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    dtype: str
-    digest: str = ""
-
-    @property
-    def down(self) -> str:
-        """Name of the graph input A, (in, r)."""
-        return f"{self.path}.lora_A"
-
-    @property
-    def up(self) -> str:
-        """Name of the graph input B, (r, out), with every scale folded in."""
-        return f"{self.path}.lora_B"
+KINDS = ("linear", "linear_transposed", "embedding", "conv1d", "conv2d", "conv3d")
+_FIELDS = {
+    **dict.fromkeys(("path", "kind", "dtype", "digest", "bias_digest"), str),
+    **dict.fromkeys(("in_features", "out_features"), int),
+    "kernel": list,
+    "vectors": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -70,15 +48,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text that is stored in the model."""
         slots = [
-            {
-                "path": slot.path,
-                "kind": slot.kind,
-                "in_features": slot.in_features,
-                "out_features": slot.out_features,
-                "dtype": slot.dtype,
-                "digest": slot.digest,
-                "inputs": [slot.down, slot.up],
-            }
+            {**asdict(slot), "kernel": list(slot.kernel), "inputs": slot.names}
             for slot in self.slots
         ]
         manifest = {"version": VERSION, "base": self.base, "slots": slots}
@@ -94,18 +64,16 @@ class Manifest:
 def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
     """Describes the slots of a graph, and digests the weights that they stand beside."""
     groups = by_path(gm)
-    weights = [raw(gm, str(groups[slot.path][0].weight.target)) for slot in slots]
-    pairs = zip(slots, weights, strict=True)
-    return Manifest(tuple(replace(slot, digest=digest_of(weight)) for slot, weight in pairs))
+    return Manifest(tuple(_digested(gm, slot, groups[slot.path][0]) for slot in slots))
 
 
-def digest_of(weight: torch.Tensor | Deferred) -> str:
-    """A digest of a tensor: dtype, shape and bytes."""
-    weight = weight.compute() if isinstance(weight, Deferred) else weight
-    digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
-    values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    digest.update(values)
-    return digest.hexdigest()
+def _digested(gm: fx.GraphModule, slot: Slot, site: Site) -> Slot:
+    bias, _ = block_of(site.bias)
+    return replace(
+        slot,
+        digest=digest_of(raw(gm, str(site.weight.target))),
+        bias_digest="" if bias is None else digest_of(raw(gm, str(bias.target))),
+    )
 
 
 def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
@@ -133,14 +101,17 @@ def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
     return manifest
 
 
-def _slots(entries: Iterable[Any], where: str) -> Iterable[Slot]:
-    words = dict.fromkeys(("path", "kind", "dtype", "digest"), str)
-    fields = words | dict.fromkeys(("in_features", "out_features"), int)
+def _slots(entries: Iterable[Any], where: str) -> Iterator[Slot]:
     for place, entry in enumerate(entries):
-        for name, kind in fields.items():
+        for name, kind in _FIELDS.items():
             value = entry.get(name) if isinstance(entry, dict) else None
             if type(value) is not kind:
                 raise ExportError(f"{where}: {KEY}: slot {place}: {name} is {value!r}")
-        if entry["dtype"] not in DTYPES or min(entry["in_features"], entry["out_features"]) < 1:
-            raise ExportError(f"{where}: {KEY}: slot {place}: dtype or size out of range: {entry}")
-        yield Slot(**{name: entry[name] for name in fields})
+        sizes = [entry["in_features"], entry["out_features"], *entry["kernel"]]
+        whole = all(type(size) is int and size > 0 for size in sizes)
+        if entry["dtype"] not in DTYPES or entry["kind"] not in KINDS or not whole:
+            raise ExportError(
+                f"{where}: {KEY}: slot {place}: kind, dtype or size out of range: {entry}"
+            )
+        fields = {name: entry[name] for name in _FIELDS}
+        yield Slot(**{**fields, "kernel": tuple(entry["kernel"])})

@@ -10,15 +10,17 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
+from lora_fx.branches import branches
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import controls
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Evidence, Subject
-from lora_fx.export.manifest import KEY, Slot, manifest_of
+from lora_fx.export.manifest import KEY, manifest_of
+from lora_fx.export.slot import Slot
 from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
 from lora_fx.export.trial import Trial
 from lora_fx.export.verify import verify_file
-from lora_fx.passes import InjectLora, StripLora
+from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)
@@ -30,18 +32,22 @@ class Constant:
 
     Attributes:
         source: the graph as it was given.
-        traced: the same in eval mode, which is exported.
+        expected: the same in eval mode, which the file must agree with.
+        traced: the same with each low-rank product in its cheapest form, which is exported.
         slots: none.
     """
 
     source: fx.GraphModule
+    expected: fx.GraphModule
     traced: fx.GraphModule
     slots: tuple[Slot, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Constant:
-        """Plans the export of a graph as it is."""
-        return cls(gm, evaluating(gm))
+        """Plans the export of a graph: what it computes, not how it was spelled."""
+        expected = evaluating(gm)
+        raised = RaiseLora(_free_name(expected))(expected).graph_module
+        return cls(gm, expected, evaluating(ChooseForm()(raised).graph_module))
 
     def open(self, model: ir.Model) -> None:
         """Changes nothing: there are no slots."""
@@ -51,7 +57,7 @@ class Constant:
 
     def verify(self, path: Path, trial: Trial) -> Evidence:
         """The file against the graph."""
-        return verify_file(path, trial, [Subject("model", self.traced)], controls(self.source))
+        return verify_file(path, trial, [Subject("model", self.expected)], controls(self.source))
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,14 @@ class Swappable:
     slots: tuple[Slot, ...]
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None) -> Swappable:
+    def of(
+        cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool = False
+    ) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
-        slots = tuple(chosen_slots(gm, wanted))
+        slots = tuple(chosen_slots(gm, wanted, vectors))
         base = StripLora()(gm).graph_module
-        traced = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
+        probed = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
+        traced = ChooseForm(target="input")(probed).graph_module
         return cls(evaluating(base), evaluating(traced), slots)
 
     def open(self, model: ir.Model) -> None:
@@ -94,3 +103,10 @@ class Swappable:
             export_adapter(adapter, path, file)
             subjects = [Subject("base", self.base), Subject("adapted", adapted, file)]
             return verify_file(path, trial, subjects, [Subject("control: no adapter", self.base)])
+
+
+def _free_name(gm: fx.GraphModule) -> str:
+    """A name for the adapter that is read out of a graph, which no branch of it has."""
+    taken = {branch.name for branch in branches(gm)}
+    names = ("raised", *(f"raised_{number}" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)

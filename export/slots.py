@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -12,33 +12,42 @@ from torch import fx
 from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
-from lora_fx.export.manifest import Slot
+from lora_fx.export.slot import Slot
 from lora_fx.sites import Site, by_path
 from lora_fx.trace import example_of
 
 PROBE = "probe"
 
 
-def chosen_slots(gm: fx.GraphModule, wanted: str | Sequence[str] | None) -> list[Slot]:
+def chosen_slots(
+    gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool = False
+) -> list[Slot]:
     """The layers that an adapter shall be able to act on.
 
     Args:
         gm: a graph, with branches or without.
+        vectors: whether they take the vectors of DoRA and (IA)3 as well.
         wanted: module paths, ``"all-linear"``, or None: the layers that have a branch, and if
             there is none, all linear layers but the output embedding.
 
     Raises:
-        ExportError: a path is no linear layer, or there is none.
+        ExportError: a path is no layer, or there is none, or it is a grouped convolution.
     """
     groups = by_path(gm)
     paths = _paths(gm, groups, wanted)
     unknown = [path for path in paths if path not in groups]
     if unknown:
         known = shorten(list(groups))
-        raise ExportError(f"slots: no linear layer at {shorten(unknown)}; there are {known}")
+        raise ExportError(f"slots: no layer at {shorten(unknown)}; there are {known}")
     if not paths:
         raise ExportError('adapters="input": the graph has no linear layer to adapt')
-    return [_slot(groups[path][0]) for path in dict.fromkeys(paths)]
+    grouped = [path for path in paths if groups[path][0].groups > 1]
+    if grouped:
+        raise ExportError(
+            f"slots: {shorten(grouped)}: what a grouped convolution adds is shaped by its adapter; "
+            "leave it out, or export the adapter as a constant"
+        )
+    return [_slot(groups[path][0], vectors) for path in dict.fromkeys(paths)]
 
 
 def _paths(
@@ -46,18 +55,19 @@ def _paths(
 ) -> list[str]:
     if isinstance(wanted, str) and wanted != "all-linear":
         raise ExportError(f'slots={wanted!r}: give "all-linear" or a list of module paths')
+    linear = [path for path, calls in groups.items() if calls[0].is_linear]
     if wanted is not None:
-        return list(groups) if wanted == "all-linear" else list(wanted)
+        return linear if wanted == "all-linear" else list(wanted)
     example = example_of(gm)
     head = example.output_embedding if example else None
     branched = [branch.path for branch in branches(gm)]
-    return branched or [path for path in groups if path != head]
+    return branched or [path for path in linear if path != head]
 
 
-def _slot(site: Site) -> Slot:
-    kind = "linear_transposed" if site.transposed else "linear"
+def _slot(site: Site, vectors: bool) -> Slot:
+    out, into, *kernel = site.shape
     dtype = str(site.dtype).removeprefix("torch.")
-    return Slot(site.path, kind, site.in_features, site.out_features, dtype)
+    return Slot(site.path, site.kind, into, out, dtype, tuple(kernel), vectors)
 
 
 _GAIN = 0.25
@@ -70,13 +80,31 @@ def probe(slots: Sequence[Slot], ranks: Sequence[int], seed: int = 0) -> Adapter
     and its rounding errors grow beyond what is measured.
     """
     source = torch.Generator().manual_seed(seed)
-    updates = {}
-    for place, slot in enumerate(slots):
-        rank, dtype = ranks[place % len(ranks)], getattr(torch, slot.dtype)
-        down = torch.randn(rank, slot.in_features, generator=source) / slot.in_features**0.5
-        up = torch.randn(slot.out_features, rank, generator=source) / rank**0.5
-        updates[slot.path] = Update(down.to(dtype), up.to(dtype), _GAIN)
-    return Adapter(PROBE, updates)
+    return Adapter(
+        PROBE,
+        {
+            slot.path: _probe(slot, ranks[place % len(ranks)], source)
+            for place, slot in enumerate(slots)
+        },
+    )
+
+
+def _probe(slot: Slot, rank: int, source: torch.Generator) -> Update:
+    layer = slot.layer
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=source)
+
+    out, into, *kernel = layer.shape
+    fan_in = 1 if layer.kind == "embedding" else math.prod(layer.shape[1:])
+    down, up = random(rank, into, *kernel) / fan_in**0.5, random(out, rank) / rank**0.5
+    vectors: dict[str, torch.Tensor] = {}
+    if slot.vectors:
+        vectors = {"row": 1 + _GAIN * random(out), "bias": random(out)}
+    if "col" in slot.inputs:
+        vectors["col"] = 1 + _GAIN * random(into)
+    typed = {name: tensor.to(layer.dtype) for name, tensor in vectors.items()}
+    return Update(down.to(layer.dtype), up.to(layer.dtype), _GAIN, **typed)
 
 
 def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:
@@ -86,12 +114,14 @@ def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:
     """
     for slot in slots:
         rank = ir.SymbolicDim(f"rank:{slot.path}")
-        down, up, _ = parameter_names(slot.path, PROBE)
-        if down not in model.graph.initializers:
-            down, up, _ = parameter_names(slot.path, PROBE, bare=True)
-        a = _as_input(model, down, slot.down, ir.Shape([slot.in_features, rank]))
-        b = _as_input(model, up, slot.up, ir.Shape([rank, slot.out_features]))
-        _forget_rank(a, until=b)
+        names = parameter_names(slot.path, PROBE)
+        if names.down not in model.graph.initializers:
+            names = parameter_names(slot.path, PROBE, bare=True)
+        opened = {}
+        for part, (name, sizes) in slot.inputs.items():
+            shape = ir.Shape([rank if size is None else size for size in sizes])
+            opened[part] = _as_input(model, getattr(names, part), name, shape)
+        _forget_rank(opened["down"], until=opened["up"])
 
 
 def _as_input(model: ir.Model, old: str, new: str, shape: ir.Shape) -> ir.Value:
@@ -117,12 +147,12 @@ def _forget_rank(start: ir.Value, until: ir.Value) -> None:
 
 
 def set_defaults(model: ir.Model, slots: Sequence[Slot]) -> None:
-    """Gives each slot a default of rank 0: a file run without an adapter is the base."""
+    """Gives each slot a default without effect: a file run without an adapter is the base."""
     inputs = {value.name: value for value in model.graph.inputs}
     for slot in slots:
-        for name, shape in ((slot.down, (slot.in_features, 0)), (slot.up, (0, slot.out_features))):
+        for name, tensor in slot.neutral().items():
             value = inputs[name]
             assert value.dtype is not None
-            empty = np.zeros(shape, dtype=value.dtype.numpy())
+            empty = tensor.float().numpy().astype(value.dtype.numpy())
             value.const_value = ir.Tensor(empty, dtype=value.dtype, name=name)
             model.graph.initializers[name] = value

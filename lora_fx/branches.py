@@ -9,19 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graphs import attribute
-from lora_fx.layer_forms import (
-    down_as_update,
-    parts_of_expand,
-    parts_of_shrink,
-    up_as_update,
-)
+from lora_fx.layer_forms import parts_of_expand, parts_of_shrink
 from lora_fx.ops import aten, op_name
 from lora_fx.recorded import made_anew
 from lora_fx.sites import Site, sites
-from lora_fx.stored import Stored
+from lora_fx.terms import Terms, update_of
 
 
 class Names(NamedTuple):
@@ -210,26 +205,9 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     return Adapter(chosen, {site.path: _update(gm, site, branch) for site, branch in mine})
 
 
-def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> AnyUpdate:
+def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:
     def read(node: fx.Node | None) -> torch.Tensor | None:
         return None if node is None else attribute(gm, str(node.target)).detach().clone()
 
-    down, up, bias = read(branch.down), read(branch.up), read(branch.bias)
-    gain, col = read(branch.gain), read(branch.col)
-    row = None if gain is None else gain.flatten() + 1
-    if down is None or up is None:
-        out, into, *kernel = site.shape
-        down, up = torch.zeros(0, into, *kernel), torch.zeros(out, 0)
-    else:
-        down, up = down_as_update(site, down), up_as_update(site, up)
-    if row is not None:  # it was folded into up
-        up = torch.where(row[:, None] == 0, 0.0, up / row[:, None])
-    return Update(
-        down,
-        up,
-        branch.scale,
-        bias=None if bias is None else bias.flatten() / branch.scale,
-        row=row,
-        col=None if col is None else col.flatten(),
-        stored=Stored({}, {"layer": "embedding"}) if site.kind == "embedding" else None,
-    )
+    nodes = (branch.down, branch.up, branch.gain, branch.bias, branch.col)
+    return update_of(Terms(*map(read, nodes)), site, branch.scale)

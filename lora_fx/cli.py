@@ -11,6 +11,19 @@ import typer
 
 from lora_fx.console import show, stages
 from lora_fx.errors import LoraFxError, VerificationError
+from lora_fx.options import (
+    Adapters,
+    Against,
+    AllowPickle,
+    Alpha,
+    AsJson,
+    Base,
+    Component,
+    EnableLora,
+    Force,
+    Model,
+    UseRslora,
+)
 
 app = typer.Typer(
     name="lora-fx",
@@ -19,16 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str, typer.Argument(help="A Hugging Face directory, module:function, or a .pt2 file.")
-]
-Against = Annotated[str, typer.Option("--against", help="The model to compare with, as in export.")]
-Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="An adapter; repeated, they are summed.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]
 
 
 class Mode(StrEnum):
@@ -45,6 +48,11 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
     adapter: Adapters = None,
     mode: Annotated[Mode, typer.Option(help="Where the adapters go.")] = Mode.merged,
+    alpha: Alpha = None,
+    enable_lora: EnableLora = None,
+    use_rslora: UseRslora = False,
+    component: Component = None,
+    allow_pickle: AllowPickle = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,10 +60,12 @@ def export(
 
     In swappable mode each adapter is also written as OUT/NAME.onnx_adapter.
     """
+    from lora_fx.given import Given
     from lora_fx.jobs import export_model
 
+    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
-        report = export_model(model, adapter or [], mode.value, out, force, progress)
+        report = export_model(model, adapter or [], mode.value, out, force, progress, given)
     show(as_json, report.to_dict(), str(report))
 
 
@@ -67,16 +77,24 @@ def adapter(
         Path | None, typer.Option("--for", help="A model exported as swappable.")
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="A format, such as peft.")] = None,
+    alpha: Alpha = None,
+    enable_lora: EnableLora = None,
+    use_rslora: UseRslora = False,
+    component: Component = None,
+    allow_pickle: AllowPickle = False,
+    base: Base = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an adapter, for one exported model or to another format."""
+    from lora_fx.given import Given
     from lora_fx.jobs import convert_adapter
 
     if (model is None) == (to is None):
         raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
+    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle, base)
     with stages():
-        converted = convert_adapter(adapter, out, model, to, force)
+        converted = convert_adapter(adapter, out, model, to, force, given)
     report = {"path": str(out), "adapter": converted.name, "targets": list(converted.updates)}
     show(as_json, report, f"{converted}\nwritten to {out}")
 
@@ -84,13 +102,21 @@ def adapter(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter, a .onnx or a .onnx_adapter file.")],
+    alpha: Alpha = None,
+    enable_lora: EnableLora = None,
+    use_rslora: UseRslora = False,
+    component: Component = None,
+    allow_pickle: AllowPickle = False,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Show targets, ranks, scales, norms, slots and digests."""
     from lora_fx.describe import as_text, describe
+    from lora_fx.given import Given
 
+    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle, base)
     with stages():
-        report = describe(path)
+        report = describe(path, given)
     show(as_json, report, as_text(report))
 
 
@@ -99,13 +125,20 @@ def verify(
     path: Annotated[Path, typer.Argument(help="An exported model.")],
     against: Against,
     adapter: Adapters = None,
+    alpha: Alpha = None,
+    enable_lora: EnableLora = None,
+    use_rslora: UseRslora = False,
+    component: Component = None,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an exported model with the eager one, and with a control that must differ."""
+    from lora_fx.given import Given
     from lora_fx.jobs import verify_model
 
+    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
-        report = verify_model(path, against, adapter or [], progress)
+        report = verify_model(path, against, adapter or [], progress, given)
     show(as_json, report.to_dict(), str(report))
 
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Sequence
 
 import torch
 
-from lora_fx.adapter import Adapter, Update
-from lora_fx.config import checked_rank
+from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one adapter brings to one layer: ``factor * up @ down``, factor = weight * scale."""
-
-    adapter: str
-    update: Update
-    factor: float
+from lora_fx.ranks import checked_rank
+from lora_fx.weighted import WAYS, Term, summed, term_of
 
 
 def combine(
@@ -32,7 +21,9 @@ def combine(
 ) -> Adapter:
     """Blends adapters: layer by layer the sum of ``weight * scale * up @ down``.
 
-    Every update counts with the scale it has by itself, so kinds, ranks and scales may differ.
+    Every update counts with the scale it has by itself, so kinds, ranks and scales may differ, as
+    long as each is a product of two factors: LoRA, rsLoRA, AdaLoRA, VeRA, LoHa, of linear,
+    embedding and ungrouped convolution layers. The result is plain LoRA.
     Biases of updates are summed with the same weights. A layer that only some adapters have gets
     the sum of those. Weights do not act on replacements, which are whole tensors: they are taken
     as they are, and those that several adapters hold must be equal.
@@ -51,12 +42,13 @@ def combine(
         name: of the result; the adapters' names joined by default.
 
     Raises:
-        AdapterError: no adapters, a weight that is no finite number, an unknown ``how``, layers
-            or replacements that differ, or a result that is not finite.
+        AdapterError: no adapters, a weight that is no finite number, an unknown ``how``, an
+            update that is no such product (DoRA, (IA)3, LoKr, ...), layers or replacements that
+            differ, or a result that is not finite.
     """
     _check_arguments(adapters, how, rank)
     terms = _terms(adapters)
-    updates = {path: _combined(path, found, how, rank) for path, found in terms.items()}
+    updates = {path: summed(path, found, how, rank) for path, found in terms.items()}
     rules = [adapter.expects for adapter, _ in adapters]
     return Adapter(
         name or "_".join(dict.fromkeys(adapter.name for adapter, _ in adapters)),
@@ -67,8 +59,8 @@ def combine(
 
 
 def _check_arguments(adapters: Sequence[tuple[Adapter, float]], how: str, rank: int | None) -> None:
-    if how not in _WAYS:
-        raise AdapterError(f"how is {how!r:.80}, expected one of {', '.join(_WAYS)}")
+    if how not in WAYS:
+        raise AdapterError(f"how is {how!r:.80}, expected one of {', '.join(WAYS)}")
     if rank is not None and how != "svd":
         raise AdapterError(f"rank={rank!r:.80} is for how='svd', not for how={how!r}")
     if rank is not None:
@@ -92,76 +84,8 @@ def _terms(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, list[Term]]:
     terms: dict[str, list[Term]] = {}
     for adapter, weight in adapters:
         for path, update in adapter.updates.items():
-            term = Term(adapter.name, update, weight * update.scale)
-            terms.setdefault(path, []).append(term)
+            terms.setdefault(path, []).append(term_of(adapter.name, path, update, weight))
     return terms
-
-
-def _combined(path: str, terms: list[Term], how: str, rank: int | None) -> Update:
-    """The update of one layer."""
-    _check_terms(path, terms)
-    update = _WAYS[how](path, terms)
-    if not update.is_finite():
-        raise AdapterError(
-            f"{path}: the sum is not finite in {update.up.dtype}: an adapter holds NaN or "
-            "infinity, or a weight is too large"
-        )
-    if how != "svd":
-        return update
-    return update.to_rank(rank or max(term.update.rank for term in terms))[0]
-
-
-def _check_terms(path: str, terms: list[Term]) -> None:
-    first = terms[0]
-    for term in terms:
-        if term.update.kind not in ("lora", "rslora"):
-            raise AdapterError(
-                f"{path}: adapter {term.adapter} has an update of kind {term.update.kind!r}, "
-                "which is no plain low-rank sum"
-            )
-        if term.update.shape != first.update.shape:
-            (rows, columns), (out, into) = first.update.shape, term.update.shape
-            raise AdapterError(
-                f"{path}: adapter {first.adapter} is made for a layer {columns} -> {rows}, "
-                f"adapter {term.adapter} for one {into} -> {out}; combine adapters of one base"
-            )
-
-
-def _concatenated(path: str, terms: list[Term]) -> Update:
-    """Rank on rank: ``[f1 up1, f2 up2] @ [down1; down2] = f1 up1 @ down1 + f2 up2 @ down2``."""
-    wide = _wide(terms)
-    down = torch.cat([term.update.down.to(wide) for term in terms])
-    up = torch.cat([term.factor * term.update.up.to(wide) for term in terms], dim=1)
-    return Update(down, up, 1.0, bias=_bias(terms, wide))
-
-
-def _blended(path: str, terms: list[Term]) -> Update:
-    """``(sum of root up) @ (sum of root down)``; the sign goes to one side, or it would vanish."""
-    ranks = [term.update.rank for term in terms]
-    if len(set(ranks)) > 1:
-        raise AdapterError(f"{path}: how='linear' needs equal ranks, found {ranks}; use 'svd'")
-    wide = _wide(terms)
-    roots = [math.sqrt(abs(term.factor)) for term in terms]
-    signed = [math.copysign(root, t.factor) for root, t in zip(roots, terms, strict=True)]
-    down = _sum([s * t.update.down.to(wide) for s, t in zip(signed, terms, strict=True)])
-    up = _sum([root * t.update.up.to(wide) for root, t in zip(roots, terms, strict=True)])
-    return Update(down, up, 1.0, bias=_bias(terms, wide))
-
-
-def _bias(terms: list[Term], wide: torch.dtype) -> torch.Tensor | None:
-    """The sum of the biases, which is exact however the factors are combined."""
-    biases = [t.factor * t.update.bias.to(wide) for t in terms if t.update.bias is not None]
-    return _sum(biases) if biases else None
-
-
-def _wide(terms: list[Term]) -> torch.dtype:
-    """float32, or the widest dtype of the factors."""
-    tensors = [tensor for term in terms for tensor in (term.update.down, term.update.up)]
-    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def _sum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return reduce(torch.add, tensors)
 
 
 def _replacements(adapters: list[Adapter]) -> dict[str, torch.Tensor]:
@@ -183,11 +107,3 @@ def _replacements(adapters: list[Adapter]) -> dict[str, torch.Tensor]:
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     wide = torch.promote_types(one.dtype, other.dtype)
     return one.shape == other.shape and torch.equal(one.to(wide), other.to(wide))
-
-
-# An svd starts from the exact sum.
-_WAYS: Mapping[str, Callable[[str, list[Term]], Update]] = {
-    "cat": _concatenated,
-    "linear": _blended,
-    "svd": _concatenated,
-}

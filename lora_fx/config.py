@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeGuard
 
 import torch
 
 from lora_fx.adapter import Update, check_name
 from lora_fx.errors import AdapterError
-from lora_fx.safe_regex import compile_bounded
+from lora_fx.initial import Weight, checked_init, initial
+from lora_fx.ranks import (
+    checked_alpha,
+    checked_alphas,
+    checked_rank,
+    checked_ranks,
+    is_number,
+    scale_of,
+)
+from lora_fx.stored import Stored
 from lora_fx.targets import TargetRule, pattern_value
 
 
@@ -33,6 +40,11 @@ class LoraConfig:
         layers_pattern: regexes of the segment before the layer index.
         name: tells adapters apart in one graph; an identifier.
         seed: makes the initial values reproducible; None takes torch's global generator.
+        init: where training starts: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"``,
+            ``"pissa_niter_<N>"`` or ``"olora"``; PEFT's ``init_lora_weights``, see `initial`.
+            PiSSA and OLoRA change the base, and what they train fits the changed base alone, until
+            the adapter as it started is taken off: ``combine([(trained, 1), (started, -1)])``.
+        kind: of the updates; ``"lora"`` alone can be trained here, others are loaded.
     """
 
     r: int = 8
@@ -47,6 +59,8 @@ class LoraConfig:
     layers_pattern: str | Sequence[str] = ()
     name: str = "default"
     seed: int | None = None
+    init: str = "kaiming"
+    kind: str = "lora"
 
     def __post_init__(self) -> None:
         """Closes the mappings and checks every option.
@@ -59,10 +73,16 @@ class LoraConfig:
         object.__setattr__(self, "alpha_pattern", MappingProxyType(alphas))
         checked_rank("r", self.r)
         checked_alpha("alpha", self.alpha)
+        checked_init(self.init)
         check_name(self.name)
+        if self.kind != "lora":
+            raise AdapterError(
+                f"kind is {self.kind!r:.80}, expected 'lora': adapters of other kinds can be "
+                "loaded (lora_fx.load_adapter), injected and folded, but not trained here"
+            )
         if not isinstance(self.use_rslora, bool):
             raise AdapterError(f"use_rslora is {self.use_rslora!r}, expected true or false")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         if self.seed is not None and type(self.seed) is not int:
             raise AdapterError(f"seed is {self.seed!r}, expected an integer or None")
@@ -89,67 +109,60 @@ class LoraConfig:
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> Update:
-        """Makes the update of one layer, without effect until it is trained.
-
-        As PEFT's default: down is Kaiming-uniform with a = sqrt(5), which is uniform in
-        plus or minus 1 / sqrt(in_features), and up is zero.
-
-        Args:
-            path: dotted module path, looked up in the patterns.
-            in_features: size of the layer's input.
-            out_features: size of the layer's output.
-            dtype: of the new tensors.
-            generator: source of the random values; None takes torch's global one.
+        """Makes the update of one linear layer whose base stays as it is; see `fresh`.
 
         Returns:
             The update: down (r, in_features), up (out_features, r).
         """
+        return self.fresh(path, (out_features, in_features), "linear", dtype, None, generator)[0]
+
+    def fresh(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        layer: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        weight: Weight | None = None,
+        generator: torch.Generator | None = None,
+        groups: int = 1,
+    ) -> tuple[Update, torch.Tensor | None]:
+        """Makes the update of one layer, without effect until it is trained.
+
+        Args:
+            path: dotted module path, looked up in the patterns.
+            shape: (out, in, *kernel) of the layer, whatever way it stores its weight.
+            layer: one of `lora_fx.initial.LAYERS`.
+            dtype: of the new tensors.
+            weight: gives the base weight in that shape; called by PiSSA and OLoRA alone.
+            generator: source of the random values; None takes torch's global one.
+            groups: of a convolution.
+
+        Returns:
+            The update: down (r, in, *kernel), up (out, r / groups); and the weight that must take
+            the place of the base's, in that shape and in its dtype, or None.
+
+        Raises:
+            AdapterError: the layer cannot start this way; names it.
+        """
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        down = torch.empty(rank, in_features)
-        torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        return Update(
-            down=down.to(dtype),
-            up=torch.zeros(out_features, rank, dtype=dtype),
-            scale=scale_of(alpha, rank, self.use_rslora),
-            kind="rslora" if self.use_rslora else "lora",
-        )
+        scale = scale_of(alpha, rank, self.use_rslora)
+        try:
+            made = initial(
+                self.init, shape, rank, scale, layer, weight, generator, dtype=dtype, groups=groups
+            )
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        kind = "rslora" if self.use_rslora else "lora"
+        stored = Stored({}, {"layer": layer}) if layer == "embedding" else None
+        return Update(made.down, made.up, scale, kind, stored=stored), made.residual
 
 
-def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
-    """The scale that an alpha means at a rank: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def checked_rank(where: str, rank: object) -> int:
-    """Returns a rank, or refuses what is not a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"{where} is {rank!r:.80}, expected a positive integer")
-    return rank
-
-
-def checked_alpha(where: str, alpha: object) -> float:
-    """Returns an alpha, or refuses what is not a finite number."""
-    if not _is_number(alpha):
-        raise AdapterError(f"{where} is {alpha!r:.80}, expected a finite number")
-    return alpha
-
-
-def checked_ranks(pattern: Mapping[str, object]) -> dict[str, int]:
-    """Returns a rank_pattern whose keys are bounded regexes and whose values are ranks."""
-    for key in pattern:
-        compile_bounded(key, "rank_pattern")
-    return {key: checked_rank(f"rank_pattern[{key!r}]", rank) for key, rank in pattern.items()}
-
-
-def checked_alphas(pattern: Mapping[str, object]) -> dict[str, float]:
-    """Returns an alpha_pattern whose keys are bounded regexes and whose values are alphas."""
-    for key in pattern:
-        compile_bounded(key, "alpha_pattern")
-    return {key: checked_alpha(f"alpha_pattern[{key!r}]", a) for key, a in pattern.items()}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) <= 1.7976931348623157e308  # false for NaN, and for ints too big for a float
+__all__ = [
+    "LoraConfig",
+    "checked_alpha",
+    "checked_alphas",
+    "checked_rank",
+    "checked_ranks",
+    "scale_of",
+]

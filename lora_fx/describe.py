@@ -8,15 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapter import Adapter
+from lora_fx.describe_update import describe_update
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import load_adapter
+from lora_fx.formats.tensor_file import SAFETENSORS, is_pickle
+from lora_fx.given import Given
 
 _CHUNK = 1 << 20
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Describes an adapter directory, a ``.onnx`` file or a ``.onnx_adapter`` file.
+def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
+    """Describes an adapter, a ``.onnx`` file or a ``.onnx_adapter`` file.
+
+    Args:
+        path: of an adapter's directory, or of a file.
+        given: what an adapter's format does not store.
 
     Returns:
         ``kind``, ``path``, and what that kind has: targets or slots, shapes, norms, digests.
@@ -30,31 +36,24 @@ def describe(path: Path) -> dict[str, Any]:
         return _model(path)
     if path.suffix == ".onnx_adapter":
         return _adapter_file(path)
-    if path.is_dir():
-        return _adapter(path, load_adapter(path))
-    raise LoraFxError(f"{path}: expected an adapter directory, a .onnx or a .onnx_adapter file")
+    if path.is_dir() or is_pickle(path) or path.suffix == SAFETENSORS:
+        return _adapter(path, (given or Given()).load(path))
+    raise LoraFxError(
+        f"{path}: expected an adapter (a directory, a {SAFETENSORS} file or a pickle), a .onnx or "
+        "a .onnx_adapter file"
+    )
 
 
 def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     replaced = [{"path": k, "shape": list(v.shape)} for k, v in adapter.replacements.items()]
     return {
         "kind": "adapter",
         "path": str(path),
         "name": adapter.name,
-        "targets": [_target(name, update) for name, update in adapter.updates.items()],
+        "targets": [describe_update(name, update) for name, update in adapter.updates.items()],
         "replaced": replaced,
-        "digests": _digests(file for file in sorted(path.iterdir()) if file.is_file()),
-    }
-
-
-def _target(path: str, update: Update) -> dict[str, Any]:
-    return {
-        "path": path,
-        "kind": update.kind,
-        "shape": list(update.shape),
-        "rank": update.rank,
-        "scale": update.scale,
-        "norm": update.delta().norm().item(),
+        "digests": _digests(file for file in files if file.is_file()),
     }
 
 
@@ -64,7 +63,7 @@ def _model(path: Path) -> dict[str, Any]:
     proto = load_proto(path)
     manifest = manifest_in(proto, path)
     slots = manifest.slots if manifest else ()
-    fed = {name for slot in slots for name in (slot.down, slot.up)}
+    fed = {name for slot in slots for name in slot.names}
     files = (path, path.with_name(f"{path.name}.data"))
     return {
         "kind": "model",
@@ -135,4 +134,6 @@ def _record(row: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join("?" if item is None else _short(item) for item in value)
+    return str(value)

@@ -1,4 +1,4 @@
-"""What fold would do with each layer of a graph, and why not more, in the graph's own words."""
+"""What fold would do with each layer of a graph, why not more, and what else could be done."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from lora_fx.affine.maps import Map
 from lora_fx.affine.regions import Region, maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import LAYERS
+from lora_fx.choice import choices
 from lora_fx.errors import shorten
 from lora_fx.ops import module_path, op_name
 
 
 def explain(gm: fx.GraphModule) -> None:
     """Prints a line for each layer: what it is a function of, and what `fold` makes of it.
+
+    Where a branch stands beside it, also the form that an unmerged export computes it in, and what
+    that and the other forms cost beyond the merged layer: `lora_fx.cost`.
 
     Args:
         gm: a traced graph; it is read, not run, and no weight is computed.
@@ -28,7 +32,18 @@ def explained(gm: fx.GraphModule) -> list[str]:
     analysis = analyse(gm)
     regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}
     layers = [node for node in analysis.values if node.target in LAYERS]
-    return [_line(node, analysis, regions.get(node)) for node in layers]
+    forms = _forms(gm)
+    return [_line(node, analysis, regions.get(node)) + forms.get(node, "") for node in layers]
+
+
+def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """What to say of each layer with a branch: its form as a constant, and as a slot."""
+    slots = {m.site.node: m.form for group in choices(gm, "input") for m in group.members}
+    return {
+        member.site.node: f"; unmerged: {group.why(member)}; as a slot: {slots[member.site.node]}"
+        for group in choices(gm)
+        for member in group.members
+    }
 
 
 def _line(node: fx.Node, analysis: Analysis, region: Region | None) -> str:

@@ -9,11 +9,11 @@ import torch
 from lora_fx.errors import AdapterError
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.sites import Site
+from lora_fx.sites import Layer
 from lora_fx.update import Shape, Update
 
 
-def fitted(who: str, update: AnyUpdate, site: Site) -> AnyUpdate:
+def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
     """Brings an update into the shape of a layer, where that says the same.
 
     Files store the kernel of a convolution flat, or a linear layer as a convolution of one point.
@@ -23,7 +23,7 @@ def fitted(who: str, update: AnyUpdate, site: Site) -> AnyUpdate:
     Args:
         who: adapter and layer, for messages.
         update: of any kind.
-        site: a call of the layer.
+        site: the layer.
 
     Raises:
         AdapterError: it is made for another layer, or its kind has no form on this one.
@@ -57,7 +57,7 @@ def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _stored_shape(site: Site) -> tuple[int, ...]:
+def _stored_shape(site: Layer) -> tuple[int, ...]:
     """Of the layer's own weight: each output of a grouped convolution sees one group's inputs."""
     out, into, *kernel = site.shape
     return out, into // site.groups, *kernel
@@ -76,7 +76,7 @@ def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -
     return update
 
 
-def _scaling(who: str, update: Scaling, site: Site) -> Scaling:
+def _scaling(who: str, update: Scaling, site: Layer) -> Scaling:
     if update.col is not None and site.kind == "embedding":
         raise AdapterError(f"{who}: (IA)3 scales what a layer reads, and an embedding reads ids")
     _check(who, update.shape, site.shape[:2])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +12,10 @@ from torch import fx
 from lora_fx.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.errors import AdapterError, ExportError, shorten
-from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.model_source import find_model
+from lora_fx.formats import save_adapter
+from lora_fx.given import Given, base_of
+from lora_fx.model_source import ModelSource, find_model
+from lora_fx.output_dir import refuse_existing, staged
 from lora_fx.trace import trace
 
 if TYPE_CHECKING:
@@ -30,7 +28,13 @@ REPORT = "report.json"
 
 
 def export_model(
-    spec: str, adapters: Sequence[Path], mode: str, out: Path, force: bool, progress: Progress
+    spec: str,
+    adapters: Sequence[Path],
+    mode: str,
+    out: Path,
+    force: bool,
+    progress: Progress,
+    given: Given | None = None,
 ) -> ExportReport:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -41,6 +45,7 @@ def export_model(
         out: gets ``model.onnx``, ``report.json`` and, in swappable mode, the adapter files.
         force: replace files that exist.
         progress: told the name of each stage.
+        given: what the adapters' formats do not store; the model is their base.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written.
@@ -48,17 +53,18 @@ def export_model(
     """
     from lora_fx.export import export_adapter, to_onnx
 
-    loaded = _load(adapters)
-    names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
-    _refuse_existing(out, names, force)
+    refuse_existing(out, [MODEL, REPORT], force)
     progress("load")
-    gm = _trace(spec, progress)
+    source, loaded = _load(spec, adapters, given)
+    names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
+    refuse_existing(out, names, force)
+    gm = _trace(source, progress)
     if loaded:
         gm = inject(gm, loaded)
     if mode == "merged":
         gm = fold(gm)
     kind = "input" if mode == "swappable" else "constant"
-    with _staged(out, names, force) as draft:
+    with staged(out, names, MODEL, force) as draft:
         report = to_onnx(gm, draft / MODEL, adapters=kind, progress=progress)
         for adapter in loaded if mode == "swappable" else []:
             progress(f"adapter {adapter.name}")
@@ -69,25 +75,49 @@ def export_model(
 
 
 def convert_adapter(
-    source: Path, out: Path, model: Path | None, to: str | None, force: bool
+    source: Path,
+    out: Path,
+    model: Path | None,
+    to: str | None,
+    force: bool,
+    given: Given | None = None,
 ) -> Adapter:
     """Writes an adapter for an exported model, or in another format.
+
+    Args:
+        source: the adapter to read.
+        out: the file or directory to write.
+        model: a swappable file, or None.
+        to: a format; PEFT's directory by default.
+        force: replace what exists.
+        given: what the adapter's format does not store; a component is of what is written, where
+            that format has components.
 
     Raises:
         LoraFxError: the adapter cannot be read, does not fit, or the output exists.
     """
-    adapter = load_adapter(source)
+    if to == "onnx_adapter":
+        raise AdapterError(
+            f"{out}: an .onnx_adapter is made for one model: use --for MODEL.onnx, a file that was "
+            "exported as swappable, and no --to"
+        )
+    reading, hints = (given or Given()).split(to)
+    adapter = reading.load(source)
     if model is not None:
         from lora_fx.export import export_adapter
 
         export_adapter(adapter, model, out, force=force)
     else:
-        save_adapter(adapter, out, format=to or "peft", force=force)
+        save_adapter(adapter, out, format=to or "peft", force=force, **hints)
     return adapter
 
 
 def verify_model(
-    path: Path, spec: str, adapters: Sequence[Path], progress: Progress
+    path: Path,
+    spec: str,
+    adapters: Sequence[Path],
+    progress: Progress,
+    given: Given | None = None,
 ) -> ExportReport:
     """Compares an exported file with the eager model.
 
@@ -99,55 +129,34 @@ def verify_model(
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
-    loaded = _load(adapters)
     progress("load")
+    source, loaded = _load(spec, adapters, given)
     from lora_fx.export import verify_onnx
 
-    return verify_onnx(_trace(spec, progress), path, adapters=loaded, progress=progress)
+    return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)
 
 
-def _trace(spec: str, progress: Progress) -> fx.GraphModule:
-    source = find_model(spec)
+def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
     progress("trace")
     return trace(source.model, source.args, source.kwargs, dynamic_shapes=source.dynamic_shapes)
 
 
-def _load(paths: Sequence[Path]) -> list[Adapter]:
-    adapters = [load_adapter(path) for path in paths]
+def _load(
+    spec: str, paths: Sequence[Path], given: Given | None
+) -> tuple[ModelSource, list[Adapter]]:
+    """The model and its adapters, whose names it resolves."""
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:  # told before a model is loaded, which can take long
+        raise AdapterError(f"{shorten(missing)}: no such file or directory")
+    source = find_model(spec)
+    base = base_of(source) if paths else None
+    adapters = [(given or Given()).load(path, base) for path in paths]
     names = [adapter.name for adapter in adapters]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise AdapterError(f"--adapter: {shorten(twice)} is given twice: rename a directory")
-    return adapters
+    return source, adapters
 
 
 def _file_of(adapter: Adapter) -> str:
     return f"{adapter.name}.onnx_adapter"
-
-
-def _refuse_existing(out: Path, names: Sequence[str], force: bool) -> None:
-    if os.path.lexists(out) and not out.is_dir():
-        raise ExportError(f"{out}: is a file: give a directory")
-    found = [name for name in names if os.path.lexists(out / name)]
-    if found and not force:
-        raise ExportError(f"{out}: holds {shorten(found)} already: pass --force to replace it")
-
-
-@contextmanager
-def _staged(out: Path, names: Sequence[str], force: bool) -> Iterator[Path]:
-    """A directory to write in, whose files move to ``out`` if the body did not raise."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be created: {error.strerror}") from error
-    try:
-        yield draft
-        _refuse_existing(out, names, force)  # they may have appeared meanwhile
-        out.mkdir(exist_ok=True)
-        for file in sorted(draft.iterdir(), key=lambda file: file.name == MODEL):
-            os.replace(file, out / file.name)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lora_fx.ops import aten
-from lora_fx.sites import Site
+from lora_fx.sites import Layer, Site
 
 Call = tuple[Any, tuple[Any, ...]]
 _CONVS = {
@@ -37,29 +37,29 @@ def expand(site: Site, h: fx.Node, up: fx.Node, groups: int) -> Call:
     return _CONVS[site.kind], unit if groups > 1 else unit[:3]
 
 
-def down_as_stored(site: Site, down: torch.Tensor) -> torch.Tensor:
+def down_as_stored(site: Layer, down: torch.Tensor) -> torch.Tensor:
     """(r, in, *kernel) as the layer's shrink reads it: (in, r), or as it is for a convolution."""
     return down.contiguous() if site.is_conv else down.t().contiguous()
 
 
-def up_as_stored(site: Site, up: torch.Tensor) -> torch.Tensor:
+def up_as_stored(site: Layer, up: torch.Tensor) -> torch.Tensor:
     """(out, r) as the layer's expand reads it: (r, out), or (out, r, 1, ...)."""
     if not site.is_conv:
         return up.t().contiguous()
     return up.reshape(*up.shape, *[1] * (len(site.shape) - 2)).contiguous()
 
 
-def down_as_update(site: Site, down: torch.Tensor) -> torch.Tensor:
+def down_as_update(site: Layer, down: torch.Tensor) -> torch.Tensor:
     """The reverse of `down_as_stored`."""
     return down.contiguous() if site.is_conv else down.t().contiguous()
 
 
-def up_as_update(site: Site, up: torch.Tensor) -> torch.Tensor:
+def up_as_update(site: Layer, up: torch.Tensor) -> torch.Tensor:
     """The reverse of `up_as_stored`."""
     return up.flatten(1).contiguous() if site.is_conv else up.t().contiguous()
 
 
-def along_outputs(site: Site, vector: torch.Tensor) -> torch.Tensor:
+def along_outputs(site: Layer, vector: torch.Tensor) -> torch.Tensor:
     """A vector of (features,) that acts on the layer's results, or on its input."""
     return vector.reshape(-1, *[1] * (len(site.shape) - 2)) if site.is_conv else vector
 

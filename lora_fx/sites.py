@@ -30,43 +30,24 @@ _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
 PACKED = ".in_proj_weight"  # of nn.MultiheadAttention: query, key and value in one
 
 
-@dataclass(frozen=True)
-class Site:
-    """One call of a layer.
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What an update needs to know of a layer.
 
     Attributes:
-        node: the call: ``linear(x, W, b)``, ``addmm(b, x, W)`` for a transposed weight,
-            ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``.
-        path: path of the module that made the call; one path may have several calls.
+        path: path of the module.
         kind: ``"linear"``, ``"linear_transposed"`` (transformers' Conv1D), ``"embedding"``,
             ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
-        weight: the ``get_attr`` node of W.
-        bias: the node of b, (out,), or None.
         shape: (out, in, *kernel), whatever way W is stored; in is that of x, however many groups.
         dtype: of W.
         groups: of a convolution.
-        rows: the outputs that this call computes, where it reads a part of W.
     """
 
-    node: fx.Node
     path: str
     kind: str
-    weight: fx.Node
-    bias: fx.Node | None
     shape: tuple[int, ...]
     dtype: torch.dtype
     groups: int = 1
-    rows: Block | None = None
-
-    @property
-    def input(self) -> fx.Node:
-        """The node of x, (..., in), as the graph has it now."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][1]])
-
-    @property
-    def operand(self) -> fx.Node:
-        """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][2]])
 
     @property
     def is_linear(self) -> bool:
@@ -92,6 +73,34 @@ class Site:
     def out_features(self) -> int:
         """Size of the same axis of the result."""
         return self.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Layer):
+    """One call of a layer.
+
+    Attributes:
+        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight,
+            ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``. Several calls may be of one path.
+        weight: the ``get_attr`` node of W.
+        bias: the node of b, (out,), or None.
+        rows: the outputs that this call computes, where it reads a part of W.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    rows: Block | None = None
+
+    @property
+    def input(self) -> fx.Node:
+        """The node of x, (..., in), as the graph has it now."""
+        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][1]])
+
+    @property
+    def operand(self) -> fx.Node:
+        """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
+        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][2]])
 
     @property
     def bare(self) -> bool:
@@ -139,7 +148,17 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
         out, into = into, out
     shape = (out, into * groups, *kernel)
     b = None if bias is None else call_argument(node, bias, "bias")
-    return Site(node, module_path(node), kind, weight, b, shape, tensor.dtype, groups, rows)
+    return Site(
+        path=module_path(node),
+        kind=kind,
+        shape=shape,
+        dtype=tensor.dtype,
+        groups=groups,
+        node=node,
+        weight=weight,
+        bias=b,
+        rows=rows,
+    )
 
 
 def _is_factor(target: str) -> bool:

@@ -7,9 +7,16 @@ from dataclasses import dataclass, fields
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.layer_forms import along_outputs, down_as_stored, up_as_stored
+from lora_fx.layer_forms import (
+    along_outputs,
+    down_as_stored,
+    down_as_update,
+    up_as_stored,
+    up_as_update,
+)
 from lora_fx.other_updates import Scaling
-from lora_fx.sites import Site
+from lora_fx.sites import Layer
+from lora_fx.stored import Stored
 from lora_fx.update import Update
 
 
@@ -41,13 +48,13 @@ class Terms:
 
 
 def terms_of(
-    update: Update | Scaling, site: Site, weight: torch.Tensor, bias: torch.Tensor | None
+    update: Update | Scaling, site: Layer, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Terms:
     """An update beside a layer: computed in float32 or wider, rounded once to its dtype.
 
     Args:
         update: fits the layer.
-        site: a call of the layer.
+        site: the layer.
         weight: of the layer, as it stores it; read only where a norm is asked for.
         bias: (out,) of the layer, or None.
     """
@@ -69,7 +76,7 @@ def terms_of(
     )
 
 
-def _scaled(update: Scaling, site: Site, bias: torch.Tensor | None) -> Terms:
+def _scaled(update: Scaling, site: Layer, bias: torch.Tensor | None) -> Terms:
     """(IA)3 scales the results, the bias among them, or what comes in."""
     wide = torch.promote_types(site.dtype, torch.float32)
     if update.row is None:
@@ -83,9 +90,38 @@ def _scaled(update: Scaling, site: Site, bias: torch.Tensor | None) -> Terms:
     )
 
 
-def canonical(site: Site, weight: torch.Tensor) -> torch.Tensor:
+def canonical(site: Layer, weight: torch.Tensor) -> torch.Tensor:
     """A layer's weight as (out, in, *kernel), a view."""
     return weight.detach().t() if site.transposed else weight.detach()
+
+
+def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
+    """The reverse of `terms_of`: rows and columns in place of gains, factors as updates hold them.
+
+    Args:
+        terms: of one layer.
+        site: the layer.
+        scale: a factor that is not folded into ``up``.
+    """
+    row = None if terms.gain is None else terms.gain.flatten() + 1
+    out, into, *kernel = site.shape
+    down, up = (
+        torch.zeros(0, into, *kernel, dtype=site.dtype),
+        torch.zeros(out, 0, dtype=site.dtype),
+    )
+    if terms.down is not None and terms.up is not None:
+        down, up = down_as_update(site, terms.down), up_as_update(site, terms.up)
+    if row is not None:  # it was folded into up
+        up = torch.where(row[:, None] == 0, 0.0, up / row[:, None])
+    return Update(
+        down,
+        up,
+        scale,
+        bias=None if terms.bias is None else terms.bias.flatten() / scale,
+        row=row,
+        col=None if terms.col is None else terms.col.flatten(),
+        stored=Stored({}, {"layer": "embedding"}) if site.kind == "embedding" else None,
+    )
 
 
 def check_finite(path: str, name: str, update: Update | Scaling, terms: Terms) -> None:

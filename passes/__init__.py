@@ -1,6 +1,7 @@
 """The passes: callables from a graph to a new graph and a report of edits."""
 
 from lora_fx.pass_base import Pass, PassResult
+from lora_fx.passes.choose_form import ChooseForm
 from lora_fx.passes.fold_lora import FoldLora
 from lora_fx.passes.inject_lora import InjectLora
 from lora_fx.passes.raise_lora import RaiseLora
@@ -9,6 +10,7 @@ from lora_fx.passes.unfold_lora import UnfoldLora
 from lora_fx.pipeline import Pipeline
 
 __all__ = [
+    "ChooseForm",
     "FoldLora",
     "InjectLora",
     "Pass",

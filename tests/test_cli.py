@@ -219,6 +219,48 @@ def test_adapter_converts_to_a_format_that_peft_reads(home: Path) -> None:
     assert np.array_equal(eager(home / "copy")[1], eager(home / "french")[1])
 
 
+def test_hints_reach_the_formats(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file of loralib's: a pickle without a scale."""
+    file = home / "french.pt"
+    assert call("adapter", home / "french", "--to", "loralib", "-o", file) == 0
+    hints = ("--allow-pickle", "--alpha", "first=8", "--alpha", "last=8")
+    for command in (("inspect", file), ("adapter", file, "--to", "peft", "-o", home / "no_hint")):
+        capfd.readouterr()
+        assert call(*command) == 2
+        assert "allow_pickle" in capfd.readouterr().err
+        assert call(*command, "--allow-pickle") == 2
+        assert "alpha" in capfd.readouterr().err
+    assert not (home / "no_hint").exists()
+    assert call("inspect", file, *hints) == 0
+    assert "first  kind lora  shape 6, 3  rank 2  scale 4  norm" in capfd.readouterr().out
+    assert call("adapter", file, *hints, "--to", "peft", "-o", home / "with_hints") == 0
+    assert np.array_equal(eager(home / "with_hints")[1], eager(home / "french")[1])
+    out = home / "from_loralib"
+    assert call("export", SPEC, "--adapter", file, *hints, "-o", out) == 0
+    assert distance(out / "model.onnx", *eager(home / "french")) <= 1e-5
+    verify = ("verify", out / "model.onnx", "--against", SPEC, "--adapter", file)
+    assert call(*verify, *hints) == 0
+    assert call(*verify, "--allow-pickle", "--alpha", "7") == 1
+
+
+def test_lossy_names_need_a_base(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = home / "kohya.safetensors"
+    kohya = ("--to", "kohya", "--component", "unet", "-o", file)
+    assert call("adapter", home / "french", *kohya) == 0
+    assert call("inspect", file) == 2
+    assert "base=" in capfd.readouterr().err
+    assert call("inspect", file, "--base", SPEC, "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert sorted(target["path"] for target in report["targets"]) == ["first", "last"]
+    back = home / "from_kohya"
+    assert call("adapter", file, "--base", SPEC, "--to", "peft", "-o", back) == 0
+    assert np.array_equal(eager(back)[1], eager(home / "french")[1])
+    out = home / "kohya_out"
+    assert call("export", SPEC, "--adapter", file, "-o", out) == 0
+    assert distance(out / "model.onnx", *eager(home / "french")) <= 1e-5
+    assert distance(out / "model.onnx", *eager()) >= 1e-2
+
+
 def test_verify_accepts_the_right_model_and_refuses_another(
     home: Path, swappable: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,8 +331,14 @@ def test_an_existing_output_stays_without_force(
     assert written["verified"]
 
 
-def test_an_adapter_goes_either_for_a_model_or_to_a_format(home: Path) -> None:
+def test_an_adapter_goes_either_for_a_model_or_to_a_format(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert call("adapter", home / "french", "-o", home / "neither") == 2
+    capfd.readouterr()
+    onnx = ("--to", "onnx_adapter", "-o", home / "neither")
+    assert call("adapter", home / "french", *onnx) == 2
+    assert "use --for MODEL.onnx" in capfd.readouterr().err
     assert not (home / "neither").exists()
 
 

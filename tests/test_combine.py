@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import IA3Config, LoHaConfig, LoKrConfig, PeftModel, get_peft_model
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 
 from lora_fx import (
     Adapter,
@@ -246,8 +246,6 @@ def test_the_rule_of_targets_stays_if_it_is_one() -> None:
         (([(adapter(), 1.0)], "cat", None, "a.b"), "letters, digits and underscores"),
         (([(adapter(), 1.0), (adapter("b", shape=(5, 4)), 1.0)],), "layer 3 -> 5, adapter b for"),
         (([(adapter(), 1.0), (adapter("b", rank=3), 1.0)], "linear"), r"found \[2, 3\]"),
-        (([(Adapter("a", {"fc": Update(torch.ones(1, 1), torch.ones(1, 1), 1.0, "ia3")}), 1)],),
-         "kind 'ia3'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_combined_is_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -352,3 +350,71 @@ def test_the_result_is_saved_as_peft_and_read_back_bit_for_bit(how: str, tmp_pat
     for path, found in again.updates.items():
         assert torch.equal(found.up, result.updates[path].up)
         assert torch.equal(found.down, result.updates[path].down)
+
+
+def every_layer() -> torch.nn.ModuleDict:
+    torch.manual_seed(0)
+    layers = {"fc": torch.nn.Linear(6, 9), "table": torch.nn.Embedding(7, 4)}
+    return torch.nn.ModuleDict(layers | {"conv": torch.nn.Conv2d(3, 5, (2, 4))})
+
+
+def saved_by_peft(path: Path, config: Any, seed: int) -> dict[str, torch.Tensor]:
+    """An adapter of PEFT's, randomised and saved; what it adds, by layer as (out, in, *kernel)."""
+    model = get_peft_model(every_layer(), config)
+    make = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=make))
+    model.save_pretrained(path)
+    return added_by(model)
+
+
+def added_by(model: PeftModel) -> dict[str, torch.Tensor]:
+    names = [name for name, m in model.base_model.model.items() if hasattr(m, "get_delta_weight")]
+    found = {n: model.base_model.model[n].get_delta_weight("default").detach() for n in names}
+    return {name: delta.T if name == "table" else delta for name, delta in found.items()}
+
+
+def test_tables_and_kernels_go_to_peft_as_one_adapter(tmp_path: Path) -> None:
+    targets = ["fc", "table", "conv"]
+    configs = [PeftConfig(r=r, lora_alpha=3, target_modules=targets) for r in (2, 3)]
+    one, two = (saved_by_peft(tmp_path / str(i), c, i) for i, c in enumerate(configs))
+    result = combine([(load_adapter(tmp_path / "0"), 0.7), (load_adapter(tmp_path / "1"), -0.3)])
+    save_adapter(result, tmp_path / "both")
+    found = added_by(PeftModel.from_pretrained(every_layer(), tmp_path / "both"))
+    assert found.keys() == one.keys() == set(targets)
+    for name, delta in found.items():
+        assert distance(delta, 0.7 * one[name] - 0.3 * two[name]) <= 1e-6
+        assert distance(delta, 0.7 * one[name] - 0.27 * two[name]) > 1e-2
+
+
+def test_loha_and_lora_are_summed(tmp_path: Path) -> None:
+    lora = PeftConfig(r=2, lora_alpha=3, target_modules=["fc", "conv"])
+    loha = LoHaConfig(r=2, alpha=3, target_modules=["fc", "conv"])
+    one, two = (saved_by_peft(tmp_path / str(i), c, i) for i, c in enumerate((lora, loha)))
+    adapters = [load_adapter(tmp_path / name, name=f"a{name}") for name in "01"]
+    result = combine([(adapters[0], 0.7), (adapters[1], -0.3)])
+    for name, update in result.updates.items():
+        wanted = 0.7 * one[name] - 0.3 * two[name]
+        assert update.kind == "lora"
+        assert distance(update.delta().reshape(wanted.shape), wanted) <= 1e-6
+        assert distance(update.delta().reshape(wanted.shape), 0.7 * one[name]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (PeftConfig(r=2, target_modules=["fc"], use_dora=True), "dora"),
+        (IA3Config(target_modules=["fc"], feedforward_modules=[], init_ia3_weights=False), "ia3"),
+        (LoKrConfig(r=2, alpha=3, target_modules=["fc"]), "lokr"),
+    ],
+)
+@pytest.mark.parametrize("how", WAYS)
+def test_kinds_that_are_no_product_are_refused_by_name(
+    how: str, config: Any, kind: str, tmp_path: Path
+) -> None:
+    get_peft_model(every_layer(), config).save_pretrained(tmp_path / "other")
+    other = load_adapter(tmp_path / "other")
+    with pytest.raises(AdapterError, match=f"adapter other, fc: an update of kind '{kind}'"):
+        combine([(adapter(shape=(9, 6)), 0.7), (other, 0.3)], how)

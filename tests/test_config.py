@@ -17,6 +17,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     config = LoraConfig()
     assert (config.r, config.alpha, config.target_modules) == (8, 16, "all-linear")
     assert (config.dropout, config.use_rslora, config.seed) == (0.0, False, None)
+    assert (config.init, config.kind) == ("kaiming", "lora")
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -70,6 +71,30 @@ def test_an_update_has_the_dtype_asked_for(dtype: torch.dtype) -> None:
     assert update.rank == 2
 
 
+@pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d"])
+def test_a_fresh_update_fits_its_layer(layer: str) -> None:
+    shape = (5, 3, 2, 4) if layer == "conv2d" else (5, 3)
+    update, residual = LoraConfig(r=2, alpha=3).fresh("fc", shape, layer)
+    assert (update.shape, update.rank, update.scale, residual) == (shape, 2, 1.5, None)
+    settings = None if update.stored is None else dict(update.stored.settings)
+    assert settings == ({"layer": "embedding"} if layer == "embedding" else None)
+    grouped, _ = LoraConfig(r=4).fresh("fc", (6, 4, 3), "conv1d", groups=2)
+    assert (grouped.shape, grouped.groups) == ((6, 4, 3), 2)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_changes_the_base_gives_its_new_weight(init: str) -> None:
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    config = LoraConfig(r=1, alpha=3, rank_pattern={"fc": 2}, init=init)
+    update, residual = config.fresh("fc", (5, 3), weight=weight.clone)
+    assert (update.rank, update.scale) == (2, 1.5)
+    assert residual is not None
+    torch.testing.assert_close(update.weight(residual), weight)
+    assert (update.weight(weight) - weight).norm() > 1e-2 * weight.norm()
+    with pytest.raises(AdapterError, match=f"^fc: init='{init}' is made of the base weight"):
+        config.update_for("fc", 3, 5)
+
+
 def test_the_rule_is_made_of_the_fields() -> None:
     rule = LoraConfig(
         target_modules=["q"], exclude_modules=["x.q"], layers_to_transform=[1], layers_pattern="h"
@@ -105,6 +130,12 @@ def test_a_config_is_closed() -> None:
         ({"layers_to_transform": [1]}, "layers_to_transform and layers_pattern need"),
         ({"name": "a.b"}, "the adapter's name is 'a.b'"),
         ({"name": ""}, "the adapter's name is ''"),
+        ({"init": "eva"}, "init is 'eva', expected one of kaiming"),
+        ({"init": True}, "init is True, expected one of kaiming"),
+        (
+            {"kind": "dora"},
+            "kind is 'dora', expected 'lora': adapters of other kinds can",
+        ),
         ({"seed": "x"}, "seed is 'x'"),
         ({"seed": True}, "seed is True"),
     ],

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ import lora_fx
 from lora_fx import Adapter
 from lora_fx.describe import as_text, describe
 from lora_fx.errors import LoraFxError
+from lora_fx.given import Given
 
 MakeAdapter = Callable[..., Adapter]
 
@@ -34,6 +38,72 @@ def test_an_adapter_shows_each_target(tmp_path: Path, french: Adapter) -> None:
     digest = f"sha256:{hashlib.sha256(weights).hexdigest()}"
     assert report["digests"]["adapter_model.safetensors"] == digest
     assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "given"),
+    [
+        ("french.safetensors", "peft_file", Given()),
+        ("french.safetensors", "loralib", Given()),
+        ("french.pt", "loralib", Given(alpha=["3"], allow_pickle=True)),
+        ("french.safetensors", "diffusers", Given(component="unet")),
+        ("french.safetensors", "kohya", Given(component="unet", base="model_to_describe:make")),
+    ],
+)
+def test_a_single_file_shows_what_a_directory_shows(
+    tmp_path: Path,
+    french: Adapter,
+    file: str,
+    format: str,
+    given: Given,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Linear(3, 5))\n"
+    (tmp_path / "model_to_describe.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "model_to_describe", raising=False)
+    hints = {} if given.component is None else {"component": given.component}
+    lora_fx.save_adapter(french, tmp_path / file, format=format, **hints)
+    lora_fx.save_adapter(french, tmp_path / "french")
+    report, expected = describe(tmp_path / file, given), describe(tmp_path / "french")
+    assert list(report.pop("digests")) == [file]
+    assert [report["kind"], report["name"]] == ["adapter", "french"]
+    assert report["targets"] == expected["targets"]
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (
+            peft.LoraConfig(r=2, target_modules=["fc"], use_dora=True, init_lora_weights=False),
+            {"kind": "dora", "shape": [5, 3], "rank": 2, "scale": 4.0},
+        ),
+        (
+            peft.IA3Config(target_modules=["fc"], feedforward_modules=[], init_ia3_weights=False),
+            {"kind": "ia3", "shape": [5, None]},
+        ),
+        (
+            peft.LoKrConfig(r=2, alpha=3, target_modules=["fc"], init_weights=False),
+            {"kind": "lokr", "shape": [5, 3]},
+        ),
+    ],
+)
+def test_every_kind_is_shown(tmp_path: Path, config: Any, target: dict[str, Any]) -> None:
+    model = peft.get_peft_model(nn.ModuleDict({"fc": nn.Linear(3, 5)}), config)
+    model.save_pretrained(tmp_path / "other")
+    report = describe(tmp_path / "other")
+    (found,) = report["targets"]
+    assert {name: found[name] for name in target} == target
+    assert any(name.endswith(("_norm", "norms")) for name in found)
+    assert f"fc  kind {target['kind']}  shape 5, " in as_text(report)
+
+
+def test_hints_that_are_missing_are_asked_for(tmp_path: Path, french: Adapter) -> None:
+    lora_fx.save_adapter(french, tmp_path / "french.pt", format="loralib")
+    with pytest.raises(LoraFxError, match="pickle"):
+        describe(tmp_path / "french.pt")
+    with pytest.raises(LoraFxError, match="pass alpha="):
+        describe(tmp_path / "french.pt", Given(allow_pickle=True))
 
 
 def test_a_swappable_model_and_its_adapter_share_a_version(tmp_path: Path, french: Adapter) -> None:
@@ -61,7 +131,7 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="nowhere: no such file or directory"):
         describe(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(LoraFxError, match=r"notes\.txt: expected an adapter directory, a \.onnx"):
+    with pytest.raises(LoraFxError, match=r"notes\.txt: expected an adapter \(a directory, a"):
         describe(tmp_path / "notes.txt")
 
 
@@ -71,6 +141,8 @@ def test_text_has_one_line_a_value() -> None:
         "norm": 0.123456,
         "inputs": ["x", "y"],
         "none": [],
+        "shape": [5, None],
+        "norms": [0.5, 0.123456],
         "targets": [{"path": "0", "rank": 2, "shape": [5, 3]}, {"path": "1", "rank": 4}],
         "digests": {"file": "sha256:0"},
     }
@@ -79,6 +151,8 @@ def test_text_has_one_line_a_value() -> None:
         "norm 0.1235",
         "inputs x, y",
         "none ",
+        "shape 5, ?",
+        "norms 0.5, 0.1235",
         "targets 2",
         "  0  rank 2  shape 5, 3",
         "  1  rank 4",

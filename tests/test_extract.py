@@ -187,27 +187,80 @@ def test_models_of_two_dtypes(ragged: Any) -> None:
     assert not adapter.replacements
 
 
-def test_what_is_no_matrix_of_a_linear_layer_is_replaced() -> None:
-    base = nn.Sequential(
-        nn.Embedding(11, 6), nn.Linear(6, 5), nn.LayerNorm(5), nn.Conv1d(7, 4, 3), nn.Flatten()
-    ).eval()
+def itself(model: nn.Module) -> nn.Module:
+    return model
+
+
+class Mixed(nn.Module):
+    """An embedding, a linear layer, a norm, and convolutions with groups and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.norm = nn.Embedding(11, 6), nn.Linear(6, 5), nn.LayerNorm(5)
+        self.conv = nn.Conv1d(5, 4, 3, stride=2)
+        self.grouped = nn.Conv1d(4, 6, 2, groups=2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.tanh(self.fc(self.table(ids))))
+        return self.grouped(torch.relu(self.conv(x.transpose(1, 2))))
+
+
+CHANGED = {"table.weight", "fc.bias", "norm.weight", "conv.weight", "grouped.weight"}
+
+
+def mixed() -> tuple[Mixed, Mixed, torch.Tensor]:
+    """A model, one whose tensors are changed, by rank 1 where that can be said, and an input."""
     torch.manual_seed(0)
-    tuned = moved(base, **{"1": 1})
+    base = Mixed().eval()
+    tuned = moved(base, fc=1)
     with torch.no_grad():
-        for name in ("0.weight", "1.bias", "2.weight", "3.weight"):
+        for name in sorted(CHANGED):
             tuned.get_parameter(name).add_(0.5)
-    adapter, _, left_out = extract(base, tuned, rank=1)
-    assert set(adapter.updates) == {"1"}
-    assert set(adapter.replacements) == {"0.weight", "1.bias", "2.weight", "3.weight"}
-    assert left_out == {}
     ids = torch.randint(0, 11, (4, 7), generator=torch.Generator().manual_seed(1))
+    return base, tuned, ids
+
+
+@pytest.mark.parametrize("by_graph", [False, True])
+def test_tables_and_kernels_are_updated_and_what_is_no_matrix_is_replaced(by_graph: bool) -> None:
+    base, tuned, ids = mixed()
+    form = (lambda model: trace(model, (ids,))) if by_graph else itself
+    adapter, errors, left_out = extract(form(base), form(tuned), rank=1)
+    assert set(adapter.updates) == {"table", "fc", "conv"}
+    assert set(adapter.replacements) == {"fc.bias", "norm.weight", "grouped.weight"}
+    assert left_out == {}
+    assert max(errors.values()) <= 1e-6
+    table, conv = adapter.updates["table"], adapter.updates["conv"]
+    assert (table.shape, conv.shape) == ((6, 11), (4, 5, 3))
+    assert table.stored is not None
+    assert dict(table.stored.settings) == {"layer": "embedding"}
+    for update, path, turn in ((table, "table", True), (conv, "conv", False)):
+        before, after = (m.get_parameter(f"{path}.weight").detach() for m in (base, tuned))
+        found = update.weight(before.T if turn else before)
+        assert distance(found, after.T if turn else after) <= 1e-6
+        assert distance(before, after) > 1e-2
     found = inject(trace(base, (ids,)), adapter)(ids)
     assert distance(found, tuned(ids)) <= 1e-6
     assert distance(base(ids), tuned(ids)) > 1e-2
-    kept = adapter.replacements["0.weight"].clone()
+
+
+def test_a_kernel_is_cut_as_a_matrix() -> None:
+    torch.manual_seed(0)
+    base, tuned = nn.Conv2d(3, 5, (2, 4)), nn.Conv2d(3, 5, (2, 4))
+    adapter, errors, _ = extract(nn.Sequential(base), nn.Sequential(tuned), rank=2)
+    gap = (tuned.weight - base.weight).detach()
+    values = torch.linalg.svdvals(gap.flatten(1))
+    assert adapter.updates["0"].shape == (5, 3, 2, 4)
+    assert errors["0"] == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-5)
+    assert distance(adapter.updates["0"].delta(), gap) == pytest.approx(errors["0"], rel=1e-5)
+
+
+def test_replacements_are_copies() -> None:
+    base, tuned, _ = mixed()
+    adapter, _, _ = extract(base, tuned, rank=1)
+    kept = adapter.replacements["grouped.weight"].clone()
     with torch.no_grad():
-        tuned[0].weight.zero_()
-    assert torch.equal(adapter.replacements["0.weight"], kept)
+        tuned.grouped.weight.zero_()
+    assert torch.equal(adapter.replacements["grouped.weight"], kept)
 
 
 def test_counters_are_left_out_by_name() -> None:
@@ -248,10 +301,6 @@ class Tied(nn.Module):
 
 def graph_of(model: nn.Module) -> Any:
     return trace(model, (torch.zeros(4, 7, dtype=torch.long),))
-
-
-def itself(model: nn.Module) -> nn.Module:
-    return model
 
 
 @pytest.mark.parametrize("form", [itself, graph_of])

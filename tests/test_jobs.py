@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import lora_fx
 from lora_fx import Adapter
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
+from lora_fx.given import Given
 from lora_fx.jobs import convert_adapter, export_model, verify_model
 
 MODEL = """
@@ -94,6 +96,44 @@ def test_an_adapter_is_written_for_a_model_or_as_peft(
     assert file.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
     convert_adapter(french, tmp_path / "copy", None, "peft", False)
     assert lora_fx.load_adapter(tmp_path / "copy").updates.keys() == adapter.updates.keys()
+
+
+@pytest.mark.parametrize("program", [False, True])
+def test_the_model_is_the_base_of_lossy_names(
+    program: bool, home: Path, make_adapter: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    file, spec = tmp_path / "kohya.safetensors", SPEC
+    lora_fx.save_adapter(make_adapter({"one": (5, 3)}), file, format="kohya", component="unet")
+    if program:
+        from model_of_the_jobs import make
+
+        model, args, _, _ = make()
+        spec = str(tmp_path / "saved.pt2")
+        torch.export.save(torch.export.export(model, args), spec)
+    out = tmp_path / "out"
+    report = export_model(spec, [file], "merged", out, False, nothing, Given(component="unet"))
+    assert report.verified
+    verify_model(out / "model.onnx", spec, [file], nothing, Given(component="unet"))
+    with pytest.raises(VerificationError, match=r"model\.onnx"):
+        verify_model(out / "model.onnx", spec, [], nothing)
+
+
+def test_a_conversion_takes_hints_and_gives_components(
+    french: Path, tmp_path: Path, home: Path
+) -> None:
+    kohya, diffusers = tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"
+    convert_adapter(french, kohya, None, "kohya", False, Given(component="unet"))
+    given = Given(component="text_encoder", base=SPEC)
+    convert_adapter(kohya, diffusers, None, "diffusers", False, given)
+    back = Given(component="text_encoder")
+    adapter = convert_adapter(diffusers, tmp_path / "back", None, "peft", False, back)
+    before = lora_fx.load_adapter(french).updates["one"]
+    assert torch.equal(adapter.updates["one"].weight(torch.zeros(5, 3)), before.delta())
+    with pytest.raises(AdapterError, match="base="):
+        convert_adapter(kohya, tmp_path / "again", None, "peft", False)
+    with pytest.raises(AdapterError, match="use --for MODEL"):
+        convert_adapter(french, tmp_path / "x.onnx_adapter", None, "onnx_adapter", False)
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_exists_stays_without_force(swappable: Path, french: Path, tmp_path: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
+from lora_fx.deferred import raw
 from lora_fx.errors import AdapterError
-from lora_fx.sites import by_path
+from lora_fx.graphs import attribute
+from lora_fx.layer_class import NORM, layer_class
+from lora_fx.ops import module_path, op_name
+from lora_fx.sites import Site, by_path, readers
 from lora_fx.trace import example_of
 
 
@@ -16,16 +22,26 @@ class BaseLayer:
     """A layer with a weight.
 
     Attributes:
-        kind: the class, such as ``"Linear"``.
-        shape: (out, in) of a linear layer; None for any other.
+        name: what it is called in messages: the class, such as ``"Linear"``, or the operator.
+        kind: as `lora_fx.layer_class.LayerClass` has it; None where no adapter acts.
+        shape: (out, in / groups, *kernel) of the weight, or a norm's own; None where no adapter
+            acts.
+        groups: of a convolution.
     """
 
-    kind: str
-    shape: tuple[int, int] | None
+    name: str
+    kind: str | None = None
+    shape: tuple[int, ...] | None = None
+    groups: int = 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has an input and an output side."""
+        return self.shape is not None and self.kind != NORM
 
 
 def layers_of(base: object) -> dict[str, BaseLayer]:
-    """The layers of a base by path: a traced graph's linear ones, or all that own a weight.
+    """The layers of a base by path: those of a traced graph, or all modules that own a weight.
 
     Raises:
         AdapterError: the base is no module.
@@ -35,19 +51,54 @@ def layers_of(base: object) -> dict[str, BaseLayer]:
             f"base is a {type(base).__name__}, expected the model or the traced graph that the "
             "adapter was made for"
         )
-    if isinstance(base, fx.GraphModule) and example_of(base) is not None:
-        sites = {path: calls[0] for path, calls in by_path(base).items()}
-        return {path: BaseLayer("Linear", site.shape) for path, site in sites.items()}
+    gm = _graph(base)
+    if gm is not None:
+        found = {path: _of_site(calls[0]) for path, calls in by_path(gm).items()}
+        return dict(_norms(gm)) | found
     modules = base.named_modules(remove_duplicate=False)
-    return {path: layer for path, module in modules if (layer := _layer(module))}
+    return {path: layer for path, module in modules if (layer := _of_module(module))}
 
 
-def _layer(module: nn.Module) -> BaseLayer | None:
-    weight, kind = getattr(module, "weight", None), type(module).__name__
-    if isinstance(module, nn.Linear):
-        return BaseLayer(kind, (module.out_features, module.in_features))
-    if not isinstance(weight, nn.Parameter):
-        return None
-    # transformers' own linear layer, which stores its weight as (in, out)
-    shape = (weight.shape[1], weight.shape[0]) if kind == "Conv1D" and weight.ndim == 2 else None
-    return BaseLayer(kind, shape)
+def parameter_of(base: object, name: str) -> torch.Tensor | None:
+    """A parameter or buffer of a base by its name: the path of its module, and its own; or None."""
+    path, _, leaf = name.rpartition(".")
+    gm = _graph(base)
+    if gm is not None:
+        found = next(readers(gm, name), None)
+        return None if found is None else attribute(gm, str(found[1].target)).detach()
+    modules = (
+        dict(base.named_modules(remove_duplicate=False)) if isinstance(base, nn.Module) else {}
+    )
+    owner = modules.get(path)
+    value = None if owner is None else getattr(owner, leaf, None)
+    return value.detach() if isinstance(value, torch.Tensor) else None
+
+
+def _graph(base: object) -> fx.GraphModule | None:
+    """The base, if it is a traced graph."""
+    return base if isinstance(base, fx.GraphModule) and example_of(base) is not None else None
+
+
+def _of_site(site: Site) -> BaseLayer:
+    out, into, *kernel = site.shape
+    return BaseLayer(site.kind, site.kind, (out, into // site.groups, *kernel), site.groups)
+
+
+def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, BaseLayer]]:
+    """What reads a vector called weight: a norm, in however many operators it is written."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and str(source.target).endswith(".weight"):
+                shape = tuple(raw(gm, str(source.target)).shape)
+                if len(shape) == 1 and module_path(node):
+                    yield module_path(node), BaseLayer(op_name(node), NORM, shape)
+
+
+def _of_module(module: nn.Module) -> BaseLayer | None:
+    name, found = type(module).__name__, layer_class(module)
+    if found is not None:
+        return BaseLayer(name, found.kind, found.shape, found.groups)
+    is_layer = isinstance(getattr(module, "weight", None), nn.Parameter)
+    return BaseLayer(name) if is_layer else None

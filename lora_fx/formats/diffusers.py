@@ -2,65 +2,74 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
-import torch
-
-from lora_fx.adapter import Adapter, Update
-from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.diffusers_keys import COMPONENTS, sort_by_component
+from lora_fx.adapter import Adapter
+from lora_fx.errors import AdapterError
+from lora_fx.formats.diffusers_config import Fields, config_of, fields_in, is_bare
+from lora_fx.formats.diffusers_keys import LOKR, sort_by_component, speaks_diffusers
+from lora_fx.formats.diffusers_layers import lokr_updates, lora_updates
+from lora_fx.formats.diffusers_write import contents
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.limits import check_matrices_only
-from lora_fx.formats.pairs import ALPHA, DOWN, UP, Layers, Roles, check_pairs, rank_of, scalar_of
+from lora_fx.formats.pairs import Layers, check_pairs
 from lora_fx.formats.peft import CONFIG
-from lora_fx.formats.peft_config import PeftLora, parse_config
-from lora_fx.formats.peft_describe import describe
-from lora_fx.formats.peft_file import METADATA
-from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
+from lora_fx.formats.tensor_file import read_file, write_file
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.targets import TargetRule
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+Part = tuple[dict[str, AnyUpdate], TargetRule | None]
 
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
-    """Whether a directory has diffusers' file, or a file's tensors are named as diffusers'."""
-    starts = tuple(f"{component}." for component in COMPONENTS)
-    named = any(name.startswith(starts) and "lora" in name for name in names)
-    return named or ((path / WEIGHTS).exists() and not (path / CONFIG).exists())
+    """Whether a directory has diffusers' file, or a file is diffusers' by name, keys or metadata.
+
+    Raises:
+        AdapterError: its keys may be diffusers' as well as PEFT's, which differ in the scale.
+    """
+    if path.is_dir():
+        return (path / WEIGHTS).exists() and not (path / CONFIG).exists()
+    speaks = speaks_diffusers(names)
+    if path.name == WEIGHTS and any("lora" in name or "lokr" in name for name in names):
+        return True
+    if speaks is None and fields_in(path) is None:
+        raise AdapterError(
+            f"{path}: its keys begin with transformer. and end as PEFT's do, and nothing says what "
+            "the scale is: a part of a pipeline has 1 in diffusers' format, a language model that "
+            'PEFT trained has alpha / r; pass format="diffusers", or format="peft_file" and alpha='
+        )
+    return speaks is not False and (speaks is True or not is_bare(fields_in(path)))
 
 
 def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads a file of diffusers': every key is used, or refused by name.
 
-    Scales come from the ``LoraConfig`` in the file's metadata, or from ``.alpha`` tensors over the
-    rank; without either a scale is 1.
+    LoRA and DoRA of linear and convolution layers, and LoKr. Scales come from the config in the
+    file's metadata, or from ``.alpha`` tensors over the rank; without either a scale is 1.
 
     Args:
         path: the file, or the directory that holds ``pytorch_lora_weights.safetensors``.
         name: of the adapter.
         hints: ``component`` reads one model's part and leaves the others out; without, paths keep
-            the component's name at the front, as in the pipeline.
+            the component's name at the front, as in the pipeline. A file that one model wrote by
+            itself (``save_lora_adapter``) has no components.
 
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
     file = path / WEIGHTS if path.is_dir() else path
-    components = sort_by_component(file, read_file(file, hints))
-    if hints.component is not None:
+    fields = fields_in(file)
+    bare = is_bare(fields)
+    components = sort_by_component(file, read_file(file, hints), bare)
+    if hints.component is not None and not bare:
         components = _chosen(file, components, hints.component)
-    for layers in components.values() or [{}]:
-        check_pairs(file, layers)
-    text = metadata_of(file).get(METADATA)
-    fields = None if text is None else parse_object(text.encode(), f"{file}: {METADATA}")
-    updates: dict[str, Update] = {}
+    updates: dict[str, AnyUpdate] = {}
     rule = None
-    for component, layers in components.items():
-        config = None if fields is None else _config(file, fields, component, hints.strict)
-        found = _updates(file, layers, config)
-        if hints.component is not None:
-            updates, rule = found, None if config is None else config.rule
+    for component, layers in (components or {"": {}}).items():
+        found, own_rule = _part(file, layers, fields, component, hints.strict)
+        if hints.component is not None or bare:
+            updates, rule = found, own_rule
         else:
             updates |= {f"{component}.{p}": update for p, update in found.items()}
     return Adapter(name, updates, expects=rule)
@@ -79,15 +88,8 @@ def write_diffusers(adapter: Adapter, path: Path, hints: Hints, force: bool) -> 
     Raises:
         AdapterError: the target exists, or the format cannot hold the adapter.
     """
-    check_matrices_only(adapter, path, "diffusers' format", adapter.replacements)
-    tensors: dict[str, torch.Tensor] = {}
-    fields: dict[str, object] = {}
-    for component, part in _parts(adapter, path, hints.component).items():
-        fields |= {f"{component}.{key}": value for key, value in describe(part, []).items()}
-        for module, update in part.updates.items():
-            tensors[f"{component}.{module}.lora_A.weight"] = update.down
-            tensors[f"{component}.{module}.lora_B.weight"] = update.up
-    write_file(path, tensors, {METADATA: json.dumps(fields, indent=2, sort_keys=True)}, force)
+    tensors, metadata = contents(adapter, path, hints.component)
+    write_file(path, tensors, metadata, force)
 
 
 def _chosen(file: Path, components: dict[str, Layers], wanted: str) -> dict[str, Layers]:
@@ -98,49 +100,14 @@ def _chosen(file: Path, components: dict[str, Layers], wanted: str) -> dict[str,
     return {wanted: components[wanted]}
 
 
-def _config(file: Path, fields: Mapping[str, object], component: str, strict: bool) -> PeftLora:
-    start = f"{component}."
-    own = {key.removeprefix(start): v for key, v in fields.items() if key.startswith(start)}
-    if not own:
-        raise AdapterError(f"{file}: {METADATA} has no field of {component}, whose tensors it has")
-    return parse_config({"peft_type": "LORA", **own}, f"{file}: {METADATA} of {component}", strict)
-
-
-def _updates(file: Path, layers: Layers, config: PeftLora | None) -> dict[str, Update]:
-    with_alpha = [path for path, roles in layers.items() if ALPHA in roles]
-    without = [path for path, roles in layers.items() if ALPHA not in roles]
-    if with_alpha and (without or config is not None):
-        other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
-        raise AdapterError(f"{file}: .alpha for {shorten(with_alpha)}, and {other}; which holds?")
-    return {path: _update(file, path, roles, config) for path, roles in layers.items()}
-
-
-def _update(file: Path, path: str, roles: Roles, config: PeftLora | None) -> Update:
-    rank = rank_of(file, roles)
-    if config is None:
-        alpha = scalar_of(file, roles)
-        return Update(roles[DOWN][1], roles[UP][1], 1.0 if alpha is None else alpha / rank)
-    expected, scale = config.rank_and_scale(path)
-    if rank != expected:
-        raise AdapterError(f"{file}: {path}: rank {rank}, {METADATA} says {expected}")
-    kind = "rslora" if config.use_rslora else "lora"
-    return Update(roles[DOWN][1], roles[UP][1], scale, kind)
-
-
-def _parts(adapter: Adapter, path: Path, component: str | None) -> dict[str, Adapter]:
-    """The adapter of each component, its paths being those in the component's model."""
-    expected = ", ".join(COMPONENTS)
-    if component is not None:
-        if component not in COMPONENTS:
-            raise AdapterError(f"component is {component!r:.80}, expected one of {expected}")
-        return {component: adapter}
-    groups: dict[str, dict[str, Update]] = {}
-    for module, update in adapter.updates.items():
-        start, _, rest = module.partition(".")
-        if start not in COMPONENTS or not rest:
-            raise AdapterError(
-                f"{path}: {module} begins with no component's name; pass component=, one of "
-                f"{expected}, to say what the paths are of"
-            )
-        groups.setdefault(start, {})[rest] = update
-    return {start: Adapter(adapter.name, updates) for start, updates in groups.items()}
+def _part(file: Path, layers: Layers, fields: Fields | None, component: str, strict: bool) -> Part:
+    """The updates of one component, and which layers its config says it adapts."""
+    lokr = [path for path, roles in layers.items() if roles.keys() & LOKR]
+    if lokr and len(lokr) < len(layers):
+        raise AdapterError(f"{file}: {lokr[0]} is LoKr, other layers of {component} are LoRA")
+    config = config_of(file, fields, component, "LOKR" if lokr else "LORA", strict)
+    rule = None if config is None else config.rule
+    if lokr:
+        return lokr_updates(file, layers, config), rule
+    check_pairs(file, layers)
+    return lora_updates(file, layers, config), rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten
@@ -18,11 +18,13 @@ HOLDERS = {
     "te2": ("text_encoder_2",),
     "te3": ("text_encoder_3", "text_encoder_2"),
 }
-PREFIXES = {part: f"lora_{part}_" for part in HOLDERS}
+# LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
+LYCORIS = "lycoris"
+PREFIXES = {part: f"lora_{part}_" for part in HOLDERS} | {LYCORIS: "lycoris_"}
 
 
 def part_of(name: str) -> str | None:
-    """The part of a pipeline that a layer's name begins with."""
+    """The part of a pipeline that a layer's name begins with, or ``"lycoris"``."""
     return next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
 
 
@@ -41,6 +43,32 @@ def flat(path: str) -> str:
     return path.replace(".", "_")
 
 
+def name_of(file: Path, path: str, paths: Collection[str], component: str | None) -> str:
+    """What kohya calls the layer at a path.
+
+    Args:
+        file: for messages.
+        path: of the layer.
+        paths: of all layers of the adapter: they tell one text encoder from the first of several.
+        component: what the paths are of; None where each begins with a part's name in a pipeline.
+
+    Raises:
+        AdapterError: the path begins with no part's name, or the component is none.
+    """
+    if component is not None:
+        check_part(component)
+        return PREFIXES[component] + flat(path)
+    holder, _, rest = path.partition(".")
+    part = next((part for part, holders in HOLDERS.items() if holder in holders), None)
+    if part is None or not rest:
+        raise AdapterError(
+            f"{file}: {path} begins with no part of a pipeline; pass component=, one of "
+            f"{', '.join(PREFIXES)}, to say what the paths are of"
+        )
+    is_double = part == "te" and any(other.startswith("text_encoder_") for other in paths)
+    return PREFIXES["te1" if is_double else part] + flat(rest)
+
+
 def resolve(file: Path, names: Iterable[str], base: Mapping[str, BaseLayer]) -> dict[str, str]:
     """Finds the layer that each name means.
 
@@ -53,8 +81,8 @@ def resolve(file: Path, names: Iterable[str], base: Mapping[str, BaseLayer]) -> 
         name -> path.
 
     Raises:
-        AdapterError: a name means no layer, several, or one that is not linear, or two names
-            mean one layer.
+        AdapterError: a name means no layer, or several, or one that no adapter acts on, or two
+            names mean one layer.
     """
     index = defaultdict(list)
     for path in base:
@@ -63,10 +91,10 @@ def resolve(file: Path, names: Iterable[str], base: Mapping[str, BaseLayer]) -> 
     _check_found(file, found, base)
     owners: dict[str, str] = {}
     for name, (path,) in found.items():
-        if base[path].shape is None:
-            kind = base[path].kind
+        if base[path].kind is None:
             raise AdapterError(
-                f"{file}: {name} is of {path}, a {kind}; only linear layers are supported"
+                f"{file}: {name} is of {path}, a {base[path].name}; linear, embedding, convolution "
+                "and norm layers are supported"
             )
         if owners.setdefault(path, name) != name:
             raise AdapterError(
@@ -83,7 +111,7 @@ def _candidates(name: str, index: Mapping[str, list[str]]) -> list[str]:
     rest = name.removeprefix(PREFIXES[part])
     inside = [
         path
-        for holder in HOLDERS[part]
+        for holder in HOLDERS.get(part, ())
         for path in index.get(f"{holder}_{rest}", [])
         if path.startswith(f"{holder}.")
     ]

@@ -2,67 +2,81 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lora_fx.adapter import Adapter, Update
-from lora_fx.config import checked_alpha, checked_rank
-from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.alphas import alpha_for
-from lora_fx.formats.base_layers import BaseLayer, layers_of
+from lora_fx.adapter import Adapter
+from lora_fx.errors import AdapterError, AdapterWarning
+from lora_fx.formats.base_layers import BaseLayer, layers_of, parameter_of
 from lora_fx.formats.by_end import check_all_used, value_for
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.limits import check_matrices_only
-from lora_fx.formats.loralib_fused import block_diagonal, groups_of
-from lora_fx.formats.pairs import DOWN, UP, Layers, add, check_pairs, matrices_of
+from lora_fx.formats.loralib_file import WEIGHT, LoralibFile, sort_keys
+from lora_fx.formats.loralib_layers import update_of
+from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
 from lora_fx.formats.strict_json import parse_object
 from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
-
-ROLES = {".lora_A": DOWN, ".lora_B": UP}
-BIAS = ".bias"
-# A key of the safetensors metadata, ours: loralib keeps alpha in the model's constructor.
-ALPHAS = "lora_alpha"
-PICKLES = (".pt", ".pth", ".bin")
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.ranks import checked_alpha
 
 
 def is_loralib(path: Path, names: Collection[str]) -> bool:
     """Whether a file's tensors are named as loralib's."""
-    return any(name.endswith(tuple(ROLES)) for name in names)
+    return any(name.endswith((".lora_A", ".lora_B")) for name in names)
 
 
 def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads what ``loralib.lora_state_dict`` gave: every key is used, or refused by name.
 
-    Fused layers (``MergedLinear``) become one pair that computes the same, with zeros where
-    nothing is adapted; their scale is still alpha over the rank of one output.
+    Linear, embedding and convolution layers. Fused layers (``MergedLinear``) become one pair that
+    computes the same, with zeros where nothing is adapted; their scale is still alpha over the
+    rank of one output.
+
+    A whole ``state_dict()`` is read too. The weights that loralib adapts are frozen, so they are
+    the base's (in evaluation mode with the update merged into them); its other tensors replace
+    the base's, but where ``base`` is given and has the same.
 
     Args:
         path: the file.
         name: of the adapter.
         hints: ``alpha`` is needed, but for a file that was written here; ``r`` is checked;
-            ``enable_lora`` says what is fused, and ``base`` which layers can be.
+            ``enable_lora`` says what is fused; ``base`` says which layers can be, and is needed
+            for convolutions, whose kernel nothing else tells but their weight in the file.
 
     Raises:
         AdapterError: names the file, the tensor or hint, and what is wrong with it.
     """
-    layers, biases = _sorted(path, read_file(path, hints))
-    alphas = _alphas(path, hints, layers)
+    file = sort_keys(path, read_file(path, hints), hints.base)
+    alphas = _alphas(path, hints, file.layers)
+    hints = replace(hints, enable_lora=_fused(path, hints, file.layers))
     base = {} if hints.base is None else layers_of(hints.base)
-    if isinstance(hints.enable_lora, Mapping):
-        check_all_used(f"{path}: enable_lora", hints.enable_lora, layers)
-    updates = {p: _update(path, p, layers, hints, alphas, base.get(p)) for p in layers}
-    return Adapter(name, updates, biases)
+    updates = {}
+    for module, roles in file.layers.items():
+        alpha = value_for(alphas, module) if isinstance(alphas, Mapping) else alphas
+        if alpha is None:
+            raise AdapterError(
+                f"{path}: {module}: no alpha is given for this layer; add it to alpha="
+            )
+        own = base.get(module)
+        layer, is_table = _layer(path, module, file, own), own and own.kind == "embedding"
+        updates[module] = update_of(path, module, roles, layer, alpha, hints, bool(is_table))
+        if hints.base is not None and module in file.weights and layer is not None:
+            _check_base(path, module, updates[module], file.weights[module], layer, hints)
+    return Adapter(name, updates, file.replacements)
 
 
 def write_loralib(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
-    """Writes a state dict that a model of ``loralib.Linear`` layers loads.
+    """Writes a state dict that a model of loralib's layers loads.
 
-    A ``.pt`` holds the tensors alone, so all layers must have one alpha, which the reader has to
-    know; a ``.safetensors`` holds each alpha in its metadata. rsLoRA becomes the alpha that gives
-    its scale over the rank.
+    Tensors that loralib wrote are written as they were; another product of two factors becomes
+    that of its ``Linear``, ``Embedding`` or ``Conv2d`` layer. A ``.pt`` holds the tensors alone,
+    so all layers must have one alpha, which the reader has to know, as it has to know what is
+    fused; a ``.safetensors`` holds both in its metadata. rsLoRA becomes the alpha that gives its
+    scale over the rank.
 
     Args:
         adapter: what to write; besides updates it may replace biases.
@@ -73,38 +87,69 @@ def write_loralib(adapter: Adapter, path: Path, hints: Hints, force: bool) -> No
     Raises:
         AdapterError: the target exists, or the format cannot hold the adapter.
     """
-    others = [key for key in adapter.replacements if not key.endswith(BIAS)]
-    check_matrices_only(adapter, path, "loralib's format", others)
-    alphas = {p: alpha_for(update.scale, update.rank) for p, update in adapter.updates.items()}
-    if path.suffix in PICKLES and len(set(alphas.values())) > 1:
-        found = shorten([f"{p}: {alpha:g}" for p, alpha in alphas.items()])
-        raise AdapterError(f"{path}: its layers have several alphas ({found}): write .safetensors")
-    tensors = dict(adapter.replacements)
-    for module, update in adapter.updates.items():
-        tensors |= {f"{module}.lora_A": update.down, f"{module}.lora_B": update.up}
-    write_file(path, tensors, {ALPHAS: json.dumps(alphas)}, force, PICKLES)
+    tensors, metadata = contents(adapter, path)
+    write_file(path, tensors, metadata, force, PICKLES)
 
 
-def _sorted(
-    file: Path, tensors: Mapping[str, torch.Tensor]
-) -> tuple[Layers, dict[str, torch.Tensor]]:
-    layers: Layers = {}
-    biases, unused = {}, []
-    for key, tensor in tensors.items():
-        end = next((end for end in ROLES if key.endswith(end)), None)
-        if end is not None and key != end:
-            add(file, layers, key.removesuffix(end), ROLES[end], key, tensor)
-        elif key.endswith(BIAS):
-            biases[key] = tensor
-        else:
-            unused.append(key)
-    if unused:
+def _layer(
+    path: Path, module: str, file: LoralibFile, base: BaseLayer | None
+) -> tuple[int, ...] | None:
+    """(out, in / groups, *kernel) of a layer, from the base or from the file; None if unknown."""
+    if base is not None and not base.is_matrix:
         raise AdapterError(
-            f"{file}: {len(unused)} tensors are no part of an adapter: {shorten(unused)}; expected "
-            "<module>.lora_A, <module>.lora_B and biases, as loralib.lora_state_dict(model) gives"
+            f"{path}: {module} is of a {base.name}; linear, embedding and convolution layers are "
+            "supported"
         )
-    check_pairs(file, layers)
-    return layers, biases
+    weight = file.weights.get(module)
+    if base is not None or weight is None:
+        return None if base is None else base.shape
+    # Of a matrix the pair tells more: an embedding's and some linear layers' are turned.
+    return tuple(weight.shape) if weight.ndim > 2 else None
+
+
+def _check_base(
+    path: Path,
+    module: str,
+    update: AnyUpdate,
+    weight: torch.Tensor,
+    layer: tuple[int, ...],
+    hints: Hints,
+) -> None:
+    """Refuses, or with ``strict=False`` warns of, an adapted weight that is not the base's."""
+    own = parameter_of(hints.base, module + WEIGHT)
+    if own is None:
+        return
+    wide = torch.promote_types(own.dtype, torch.float32)
+    whole = own.to(wide) if own.shape == layer else own.to(wide).T
+    known = [whole, update.weight(whole)] if whole.shape == layer else []
+    turned = [t.T for t in known if t.ndim == 2]
+    tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
+    if any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned):
+        return
+    message = (
+        f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
+        "give the base that the adapter was trained on"
+    )
+    if hints.strict:
+        raise AdapterError(f"{message}, or pass strict=False to leave the weight out")
+    warnings.warn(message, AdapterWarning, stacklevel=4)
+
+
+def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
+    return bool(gap <= tolerance * torch.linalg.vector_norm(other))
+
+
+def _fused(file: Path, hints: Hints, paths: Iterable[str]) -> Any:
+    """What is fused, from the hint or the file."""
+    text, given = metadata_of(file).get(FUSED), hints.enable_lora
+    if text is not None:
+        if given is not None:
+            raise AdapterError(f"{file}: says what is fused; leave the hint enable_lora out")
+        return parse_object(text.encode(), f"{file}: {FUSED}")
+    if isinstance(given, Mapping):
+        check_all_used(f"{file}: enable_lora", given, paths)
+    return given
 
 
 def _alphas(file: Path, hints: Hints, paths: Iterable[str]) -> Mapping[str, float] | float:
@@ -124,27 +169,3 @@ def _alphas(file: Path, hints: Hints, paths: Iterable[str]) -> Mapping[str, floa
         return checked_alpha("alpha", given)
     check_all_used(f"{file}: alpha", given, paths)
     return {name: checked_alpha(f"alpha[{name!r}]", alpha) for name, alpha in given.items()}
-
-
-def _update(
-    file: Path,
-    path: str,
-    layers: Layers,
-    hints: Hints,
-    alphas: Mapping[str, float] | float,
-    base: BaseLayer | None,
-) -> Update:
-    if base is not None and base.shape is None:
-        raise AdapterError(f"{file}: {path} is of a {base.kind}; only linear layers are supported")
-    alpha = value_for(alphas, path) if isinstance(alphas, Mapping) else alphas
-    if alpha is None:
-        raise AdapterError(f"{file}: {path}: no alpha is given for this layer; add it to alpha=")
-    down, up = matrices_of(file, layers[path])
-    rank = up.shape[1]
-    if hints.r is not None and checked_rank("r", hints.r) != rank:
-        raise AdapterError(
-            f"{file}: {path}: lora_B {tuple(up.shape)} is of rank {rank}, the hint r is {hints.r}; "
-            "a convolution's is a multiple of r, and is not supported"
-        )
-    groups = groups_of(file, path, down, up, hints, base)
-    return Update(down, up if groups is None else block_diagonal(up, groups), alpha / rank)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.formats.by_end import value_for
 from lora_fx.formats.hints import Hints
 
@@ -21,7 +20,7 @@ def groups_of(
     down: torch.Tensor,
     up: torch.Tensor,
     hints: Hints,
-    base: BaseLayer | None,
+    out: int | None,
 ) -> Groups | None:
     """Which outputs of a layer are adapted, or None for a layer of one output.
 
@@ -31,7 +30,7 @@ def groups_of(
         down: ``lora_A``, (r, in), or (r * adapted, in).
         up: ``lora_B``, (out, r), or (size * adapted, r).
         hints: ``enable_lora`` is heeded.
-        base: the layer itself, if it is known.
+        out: how many outputs the base's layer has, if it is known.
 
     Raises:
         AdapterError: the hint is missing, or contradicts the shapes.
@@ -40,7 +39,7 @@ def groups_of(
     count, rest = divmod(len(down), up.shape[1])
     if rest or not count or len(up) % count:
         raise AdapterError(f"{shapes}: the ranks differ, expected (r, in) and (out, r)")
-    groups = _hinted(path, hints, count, len(up), base)
+    groups = _hinted(path, hints, count, len(up), out)
     if groups is None and count > 1:
         raise AdapterError(
             f"{shapes}: a fused layer (MergedLinear) with {count} adapted outputs; pass "
@@ -51,10 +50,10 @@ def groups_of(
             f"{shapes}: {count} outputs are adapted, enable_lora={list(groups)} says {sum(groups)}"
         )
     size = len(up) // count * len(groups or (True,))
-    if base is not None and base.shape is not None and base.shape[0] != size:
+    if out is not None and out != size:
         said = "no enable_lora" if groups is None else f"enable_lora={list(groups)}"
         raise AdapterError(
-            f"{shapes}: with {said} of an output of {size}, the base's is of {base.shape[0]}; "
+            f"{shapes}: with {said} of an output of {size}, the base's is of {out}; "
             "pass enable_lora= as its model has it"
         )
     return groups
@@ -83,9 +82,7 @@ def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:
     return whole
 
 
-def _hinted(
-    path: str, hints: Hints, count: int, rows: int, base: BaseLayer | None
-) -> Groups | None:
+def _hinted(path: str, hints: Hints, count: int, rows: int, out: int | None) -> Groups | None:
     """What the hint says of a layer; a hint for all layers is of those that can be fused."""
     given = hints.enable_lora
     if given is None:
@@ -98,12 +95,12 @@ def _hinted(
         return groups
     if sum(groups) > 1 or groups == (True,):
         return None
-    if base is None or base.shape is None:
+    if out is None:
         raise AdapterError(
             f"enable_lora={list(groups)} adapts one output, so {path} may be fused or not; pass "
             "base=, or enable_lora={name: [...]} for the layers that are"
         )
-    return groups if base.shape[0] == rows * len(groups) else None
+    return groups if out == rows * len(groups) else None
 
 
 def checked_groups(value: object) -> Groups:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from lora_fx.errors import AdapterError, shorten
 
-DOWN, UP, ALPHA = "down", "up", "alpha"
+DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
 Roles = dict[str, tuple[str, torch.Tensor]]
 Layers = dict[str, Roles]
 
@@ -34,51 +35,78 @@ def check_pairs(file: Path, layers: Layers) -> None:
     Raises:
         AdapterError: names the tensors that stand alone.
     """
+    check_no_half(file, layers.values())
+    if not layers:
+        raise AdapterError(f"{file}: no pair of down and up in it, so nothing is adapted")
+
+
+def check_no_half(file: Path, layers: Iterable[Roles]) -> None:
+    """Refuses a layer that has only half of a pair.
+
+    Raises:
+        AdapterError: names the tensors that stand alone.
+    """
     halves = [
-        key
-        for roles in layers.values()
-        if not {DOWN, UP} <= roles.keys()
-        for key, _ in roles.values()
+        key for roles in layers if not {DOWN, UP} <= roles.keys() for key, _ in roles.values()
     ]
     if halves:
         raise AdapterError(
             f"{file}: half of a pair, down without up or up without: {shorten(halves)}"
         )
-    if not layers:
-        raise AdapterError(f"{file}: no pair of down and up in it, so nothing is adapted")
 
 
 def matrices_of(file: Path, roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
-    """The down- and the up-projection of a layer.
+    """The down- and the up-projection of a layer, both matrices.
 
     Raises:
         AdapterError: they are no matrices.
     """
     down, up = roles[DOWN][1], roles[UP][1]
     if down.ndim != 2 or up.ndim != 2:
-        raise AdapterError(
-            f"{_shapes(file, roles)}: only linear layers are supported, (r, in) and (out, r)"
-        )
+        raise AdapterError(f"{_shapes(file, roles)}: expected matrices, (r, in) and (out, r)")
     return down, up
 
 
-def rank_of(file: Path, roles: Roles) -> int:
-    """The rank of a layer's pair.
+def factors_of(
+    file: Path, roles: Roles, grouped: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The down- and the up-projection of a layer: of a linear one, or of a convolution.
+
+    Args:
+        file: for messages.
+        roles: of the layer: down (r, in, *kernel), and up (out, r), or (out, r, 1, ...) with as
+            many axes as down.
+        grouped: whether up may be (out, r / groups, 1, ...), beside a grouped convolution.
+
+    Returns:
+        down as it is, and up as a matrix.
 
     Raises:
-        AdapterError: they are no matrices, or their ranks differ.
+        AdapterError: the shapes are others, or the ranks differ.
     """
-    down, up = matrices_of(file, roles)
-    if down.shape[0] != up.shape[1]:
+    down, up = roles[DOWN][1], roles[UP][1]
+    fits = down.ndim >= 2 and up.ndim in (2, down.ndim) and all(n == 1 for n in up.shape[2:])
+    if not fits:
+        raise AdapterError(
+            f"{_shapes(file, roles)}: expected (r, in) and (out, r), or of a convolution "
+            "(r, in, *kernel) and (out, r, 1, ...)"
+        )
+    rank, inner = down.shape[0], up.shape[1]
+    if rank != inner and not (grouped and down.ndim > 2 and inner and rank % inner == 0):
         raise AdapterError(
             f"{_shapes(file, roles)}: the ranks differ, expected (r, in) and (out, r)"
         )
-    return down.shape[0]
+    return down, up.flatten(1)
 
 
 def _shapes(file: Path, roles: Roles) -> str:
     (down_key, down), (up_key, up) = roles[DOWN], roles[UP]
     return f"{file}: {down_key!r} is {tuple(down.shape)} and {up_key!r} is {tuple(up.shape)}"
+
+
+def up_beside(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """An up-projection (out, r) as files store it: with the axes of its down-projection."""
+    return up.reshape(*up.shape, *[1] * (down.ndim - 2))
 
 
 def scalar_of(file: Path, roles: Roles) -> float | None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, AdapterWarning, shorten
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft_config import PeftLora, read_config
-from lora_fx.formats.peft_keys import SortedKeys, sort_keys
+from lora_fx.formats.peft_base import base_of
+from lora_fx.formats.peft_config import read_config
+from lora_fx.formats.peft_keys import sort_keys
+from lora_fx.formats.peft_layers import read_layers, read_tokens
+from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.tensor_file import read_file
 from lora_fx.targets import pattern_matches
 
@@ -27,12 +30,13 @@ def is_peft(path: Path, names: Collection[str]) -> bool:
 
 
 def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
-    """Reads a PEFT LoRA adapter: every key of its file is used, or refused by name.
+    """Reads a PEFT adapter: every key of its file is used, or refused by name.
 
     Args:
         directory: holds ``adapter_config.json`` and the weights.
         name: of the adapter.
-        hints: ``strict`` and ``allow_pickle`` are heeded.
+        hints: ``strict``, ``allow_pickle`` and ``base`` are heeded; the base tells what some files
+            leave open: shapes of convolutions, order of parameters, tied heads.
 
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
@@ -42,16 +46,16 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
     if not weights.exists() and (directory / PICKLE).exists():
         weights = directory / PICKLE
     tensors = read_file(_existing(directory, weights.name), hints)
-    return assemble(name, weights, tensors, config, directory / CONFIG, hints.strict)
+    return assemble(name, weights, tensors, config, directory / CONFIG, hints)
 
 
 def assemble(
     name: str,
     weights: Path,
     tensors: Mapping[str, torch.Tensor],
-    config: PeftLora,
+    config: PeftConfig,
     origin: Path,
-    strict: bool,
+    hints: Hints,
 ) -> Adapter:
     """Makes an adapter of PEFT's tensors and the config that says what they mean.
 
@@ -61,14 +65,16 @@ def assemble(
         tensors: by PEFT's keys.
         config: what decides ranks, scales and uses.
         origin: where the config comes from, for messages.
-        strict: refuse pattern keys that match nothing.
+        hints: ``strict`` refuses pattern keys that match nothing; ``base`` is heeded.
 
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
+    base = base_of(hints.base)
     keys = sort_keys(weights, tensors, config)
-    updates = {path: _update(weights, path, keys, config) for path in keys.down}
-    _check_patterns(origin, config, list(updates), strict)
+    updates, asked = read_layers(str(weights), keys, config, base)
+    updates |= read_tokens(str(weights), keys, config, base)
+    _check_patterns(origin, config, asked, hints.strict)
     return Adapter(name, updates, keys.replacements, expects=config.rule)
 
 
@@ -79,30 +85,7 @@ def _existing(directory: Path, name: str) -> Path:
     return path
 
 
-def _update(weights: Path, path: str, keys: SortedKeys, config: PeftLora) -> Update:
-    """The update of one module; its shapes and rank must agree with each other and the config."""
-    down, up, bias = keys.down[path], keys.up[path], keys.up_bias.get(path)
-    where = f"{weights}: {path}"
-    if down.ndim != 2 or up.ndim != 2:
-        raise AdapterError(
-            f"{where}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} are not matrices; "
-            "only linear layers are supported"
-        )
-    rank, scale = config.rank_and_scale(path)
-    if down.shape[0] != rank or up.shape[1] != rank:
-        raise AdapterError(
-            f"{where}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} should be of rank "
-            f"{rank} by r or rank_pattern: (r, in) and (out, r)"
-        )
-    if bias is not None and bias.shape != (up.shape[0],):
-        raise AdapterError(
-            f"{where}: lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
-        )
-    kind = "rslora" if config.use_rslora else "lora"
-    return Update(down, up, scale, kind, bias)
-
-
-def _check_patterns(origin: Path, config: PeftLora, paths: list[str], strict: bool) -> None:
+def _check_patterns(origin: Path, config: PeftConfig, paths: list[str], strict: bool) -> None:
     """Refuses a pattern key that means no adapted module: a misspelt one changes the scale."""
     patterns: dict[str, Mapping[str, object]] = {
         "rank_pattern": config.rank_pattern,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from lora_fx.config import checked_alpha, checked_alphas, checked_rank, checked_ranks, scale_of
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_features import check_features, check_init
+from lora_fx.formats.peft_features import check_features, check_init, check_oft, type_of
+from lora_fx.formats.peft_fields import (
+    alpha_in,
+    field_of,
+    masks_in,
+    names_in,
+    options_in,
+    patterns_in,
+    rank_in,
+    tokens_in,
+)
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_types import LORA, TYPES, PeftType
 from lora_fx.formats.strict_json import read_object
-from lora_fx.targets import TargetRule, pattern_value
-
-T = TypeVar("T")
+from lora_fx.targets import TargetRule
 
 # PEFT lists these heads for every model of the task, whatever its own head is called.
 TASK_HEADS = {
@@ -23,42 +31,10 @@ TASK_HEADS = {
 }
 
 
-@dataclass(frozen=True)
-class PeftLora:
-    """The fields of a PEFT LoRA config that decide what the adapter computes.
-
-    Attributes:
-        r: rank where ``rank_pattern`` names none.
-        alpha: alpha where ``alpha_pattern`` names none.
-        use_rslora: scale by alpha / sqrt(r).
-        rank_pattern: regex of a path -> rank.
-        alpha_pattern: regex of a path -> alpha.
-        lora_bias: the up-projections have biases.
-        bias: ``"none"``, ``"lora_only"`` (of adapted layers) or ``"all"``.
-        modules_to_save: ends of paths of modules stored whole.
-        optional_heads: those of them that the model need not have.
-        rule: which modules the adapter acts on, or None where the config leaves that to PEFT.
-    """
-
-    r: int
-    alpha: float
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    lora_bias: bool = False
-    bias: str = "none"
-    modules_to_save: tuple[str, ...] = ()
-    optional_heads: frozenset[str] = frozenset()
-    rule: TargetRule | None = None
-
-    def rank_and_scale(self, path: str) -> tuple[int, float]:
-        """The rank and the scale of the module at a path, after both patterns."""
-        rank = pattern_value(self.rank_pattern, path, self.r)
-        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        return rank, scale_of(alpha, rank, self.use_rslora)
+PeftLora = PeftConfig
 
 
-def read_config(path: Path, strict: bool) -> PeftLora:
+def read_config(path: Path, strict: bool) -> PeftConfig:
     """Reads and checks an ``adapter_config.json``.
 
     Args:
@@ -68,70 +44,81 @@ def read_config(path: Path, strict: bool) -> PeftLora:
     Raises:
         AdapterError: names the file and the field.
     """
-    return parse_config(read_object(path), str(path), strict)
+    return parse_config(read_object(path), str(path), strict, tuple(TYPES))
 
 
-def parse_config(fields: Mapping[str, object], origin: str, strict: bool) -> PeftLora:
+def parse_config(
+    fields: Mapping[str, object],
+    origin: str,
+    strict: bool,
+    types: Collection[str] = ("LORA",),
+) -> PeftConfig:
     """Checks the fields of a config, wherever they were stored.
 
     Args:
         fields: of an ``adapter_config.json``.
         origin: where they come from, for messages.
         strict: as in `read_config`.
+        types: those that the caller knows how to read.
 
     Raises:
         AdapterError: names the origin and the field.
     """
     try:
-        check_features(fields)
-        check_init(fields, origin, strict)
-        return _parse(fields)
+        kind = type_of(fields, types)
+        check_features(fields, kind)
+        if kind is LORA:
+            check_init(fields, origin, strict)
+        if kind.name == "OFT":
+            check_oft(fields, origin, strict)
+        return _parse(kind, fields)
     except AdapterError as error:
         raise AdapterError(f"{origin}: {error}") from error
 
 
-def _parse(fields: Mapping[str, object]) -> PeftLora:
+def _parse(kind: PeftType, fields: Mapping[str, object]) -> PeftConfig:
     """The typed record of fields that are known and supported."""
-    if "lora_alpha" not in fields:
-        raise AdapterError("lora_alpha is missing; without it the scale is unknown")
-    saved: list[str] = _field(fields, "modules_to_save", [])
-    if not all(isinstance(name, str) and name for name in saved):
-        raise AdapterError(f"modules_to_save is {saved!r:.80}, expected a list of names")
-    bias = _field(fields, "bias", "none")
-    if bias not in ("none", "lora_only", "all"):
-        raise AdapterError(f"bias is {bias!r}, expected 'none', 'lora_only' or 'all'")
-    return PeftLora(
-        r=checked_rank("r", fields.get("r", 8)),
-        alpha=checked_alpha("lora_alpha", fields["lora_alpha"]),
-        use_rslora=_field(fields, "use_rslora", False),
-        rank_pattern=checked_ranks(_field(fields, "rank_pattern", {})),
-        alpha_pattern=checked_alphas(_field(fields, "alpha_pattern", {})),
-        lora_bias=_field(fields, "lora_bias", False),
-        bias=bias,
+    saved = names_in(fields, "modules_to_save")
+    is_lora = kind is LORA
+    ranks, alphas = patterns_in(fields) if kind.alpha and kind.name != "ADALORA" else ({}, {})
+    return PeftConfig(
+        r=rank_in(fields, *kind.rank) if kind.rank else 0,
+        alpha=alpha_in(fields, kind.alpha) if kind.alpha else 0,
+        use_rslora=is_lora and field_of(fields, "use_rslora", False),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        lora_bias=is_lora and field_of(fields, "lora_bias", False),
+        bias=_bias(kind, fields),
         modules_to_save=tuple(saved),
         optional_heads=TASK_HEADS.get(str(fields.get("task_type")), frozenset()),
-        rule=_rule(fields, saved),
+        rule=_rule(kind, fields, saved),
+        use_dora=is_lora and field_of(fields, "use_dora", False),
+        target_parameters=tuple(names_in(fields, "target_parameters")),
+        tokens=tokens_in(fields),
+        ties=field_of(fields, "ensure_weight_tying", False),
+        masks=masks_in(fields) if kind.name == "ADALORA" else {},
+        type=kind,
+        options=options_in(fields, kind.options),
     )
 
 
-def _rule(fields: Mapping[str, Any], saved: list[str]) -> TargetRule | None:
+def _bias(kind: PeftType, fields: Mapping[str, object]) -> str:
+    """Which biases the file holds; ``"lora_only"`` whatever the type calls it."""
+    bias, known = field_of(fields, "bias", "none"), kind.biases or ("none",)
+    if bias not in known:
+        raise AdapterError(f"bias is {bias!r}, expected {' or '.join(map(repr, known))}")
+    return "lora_only" if bias.endswith("_only") else bias
+
+
+def _rule(kind: PeftType, fields: Mapping[str, Any], saved: Sequence[str]) -> TargetRule | None:
     """The rule of the config; None where PEFT chooses the modules by the type of the model."""
-    if fields.get("target_modules") is None:
+    targets = fields.get("target_modules")
+    if targets is None or kind.kind == "tokens":
         return None
     return TargetRule(
-        target_modules=fields["target_modules"],
+        target_modules=targets,
         exclude_modules=fields.get("exclude_modules") or (),
         layers_to_transform=fields.get("layers_to_transform"),
         layers_pattern=fields.get("layers_pattern") or (),
         saved_modules=saved,
     )
-
-
-def _field(fields: Mapping[str, object], name: str, default: T) -> T:
-    """A field, or the default where it is missing or null; refuses another type."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, type(default)):
-        raise AdapterError(f"{name} is {value!r:.80}, expected a {type(default).__name__}")
-    return value

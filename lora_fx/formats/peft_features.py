@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lora_fx.errors import AdapterError, AdapterWarning
+from lora_fx.formats.peft_types import TYPES, PeftType
 
-# Fields that say nothing about the result: who made the adapter, from what, and how it was trained.
-# fan_in_fan_out is among them because a saved one is unreliable: PEFT overwrites it with the value
-# of the layer wrapped last, so in a model of Linear and Conv1D it is wrong for one of the two. The
-# kind of layer that the update meets decides instead. megatron_core names a module: never imported.
-_NEUTRAL = """
-    auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out
-    inference_mode loftq_config lora_dropout lora_ga_config megatron_config
-    megatron_core peft_version qalora_group_size revision runtime_config task_type
-"""
-_HONOURED = """
-    alpha_pattern bias exclude_modules init_lora_weights layers_pattern
-    layers_to_transform lora_alpha lora_bias modules_to_save peft_type r rank_pattern
-    target_modules use_rslora
-"""
-# Of these an empty object is not "off": PEFT makes the default sub-config of one.
-_UNSUPPORTED = """
-    alora_invocation_tokens arrow_config ensure_weight_tying kasa_config
-    layer_replication monteclora_config target_parameters trainable_token_indices
-    use_bdlora use_dora use_qalora velora_config
-"""
-NEUTRAL, HONOURED, UNSUPPORTED = (
-    frozenset(names.split()) for names in (_NEUTRAL, _HONOURED, _UNSUPPORTED)
+# Fields that say nothing about the result: who made the adapter, and from what.
+NEUTRAL = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+    ]
 )
+_COMMON = frozenset({"peft_type", "target_modules", "modules_to_save"})
+_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 # Initial values that leave the base alone, and those that subtract something from its weights.
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_features(fields: Mapping[str, object]) -> None:
-    """Refuses another method than LoRA, and every feature that would change the result."""
+def honoured(kind: PeftType) -> frozenset[str]:
+    """The fields of a type's config that decide what is read."""
+    names = _COMMON | kind.own | kind.targets
+    names |= {field.name for field in dataclasses.fields(kind.options)}
+    names |= {kind.rank[0]} if kind.rank else frozenset()
+    names |= {kind.alpha, *_PATTERNS} if kind.alpha else frozenset()
+    names |= {"bias"} if kind.biases else frozenset()
+    return names - kind.neutral
+
+
+def type_of(fields: Mapping[str, object], types: Collection[str]) -> PeftType:
+    """The type that a config names; refuses one that is not supported."""
+    supported = ", ".join(types)
     if "peft_type" not in fields:
-        raise AdapterError("peft_type is missing, expected 'LORA'")
-    if fields["peft_type"] != "LORA":
-        raise AdapterError(f"peft_type is {fields['peft_type']!r}, only 'LORA' is supported")
+        raise AdapterError(f"peft_type is missing, expected {supported}")
+    name = fields["peft_type"]
+    if not isinstance(name, str) or name not in types:
+        raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
+    return TYPES[name]
+
+
+def check_features(fields: Mapping[str, object], kind: PeftType) -> None:
+    """Refuses every feature of a type that would change the result and is not supported."""
+    known = honoured(kind) | kind.neutral | NEUTRAL
     for name, value in fields.items():
         is_off = value is None or value is False or value == []
-        if name in UNSUPPORTED and not is_off:
+        if name in kind.unsupported and not is_off:
             raise AdapterError(f"{name} is {value!r:.80}, a feature that is not supported")
-        if value and name not in UNSUPPORTED | HONOURED | NEUTRAL:
+        if value and name not in known | kind.unsupported:
             raise AdapterError(
                 f"{name} is {value!r:.80}, an unknown field that may change the result; "
                 "remove it if it does not"
@@ -65,4 +76,28 @@ def check_init(fields: Mapping[str, object], origin: str, strict: bool) -> None:
     )
     if strict:
         raise AdapterError(f"{message}, or pass strict=False to use it as it is")
+    warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)
+
+
+def check_oft(fields: Mapping[str, object], origin: str, strict: bool) -> None:
+    """Refuses, or with ``strict=False`` warns of, an OFT of other formulas than today's.
+
+    PEFT changed them in 0.14, with the field oft_block_size, and the series in 0.18, with the
+    field peft_version.
+    """
+    if "oft_block_size" not in fields:
+        raise AdapterError(
+            "oft_block_size is missing, so it is an OFT of PEFT before 0.14, of other formulas; "
+            "train it again with a newer PEFT"
+        )
+    found = re.match(r"(\d{1,6})\.(\d{1,6})\.", str(fields.get("peft_version")))
+    is_new = found is not None and tuple(map(int, found.groups())) >= (0, 18)
+    if is_new or fields.get("use_cayley_neumann") is False:
+        return
+    message = (
+        f"peft_version is {fields.get('peft_version')!r}, and PEFT before 0.18 had another series "
+        "for use_cayley_neumann; train it again with a newer PEFT"
+    )
+    if strict:
+        raise AdapterError(f"{message}, or pass strict=False to use today's")
     warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)

@@ -11,15 +11,18 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapter import Adapter
-from lora_fx.config import checked_alpha, checked_rank
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import CONFIG, assemble
-from lora_fx.formats.peft_config import PeftLora, parse_config, read_config
-from lora_fx.formats.peft_keys import DOWN, PREFIX, UP_BIAS
+from lora_fx.formats.peft_config import parse_config, read_config
+from lora_fx.formats.peft_lora import MAGNITUDE, UP_BIAS
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_replaced import PREFIX
+from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.peft_write import contents
 from lora_fx.formats.strict_json import parse_object
 from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
+from lora_fx.ranks import checked_alpha, checked_rank
 
 # Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.
 METADATA = "lora_adapter_metadata"
@@ -51,9 +54,7 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:
         raise AdapterError(f"{origin}: says what alpha, r and use_rslora are; give no such hint")
-    return assemble(
-        name, path, tensors, config or _from_hints(path, tensors, hints), origin, hints.strict
-    )
+    return assemble(name, path, tensors, config or _from_hints(path, tensors, hints), origin, hints)
 
 
 def write_peft_file(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
@@ -72,37 +73,40 @@ def write_peft_file(adapter: Adapter, path: Path, hints: Hints, force: bool) -> 
     write_file(path, tensors, {METADATA: json.dumps(config, sort_keys=True)}, force)
 
 
-def _stored_config(path: Path, hints: Hints) -> tuple[PeftLora | None, Path]:
+def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     text = metadata_of(path).get(METADATA)
     if text is not None:
         origin = f"{path}: {METADATA}"
-        return parse_config(parse_object(text.encode(), origin), origin, hints.strict), path
+        fields = parse_object(text.encode(), origin)
+        return parse_config(fields, origin, hints.strict, tuple(TYPES)), path
     beside = path.with_name(CONFIG)
     if path.stem == OWN_NAME and beside.is_file():
         return read_config(beside, hints.strict), beside
     return None, path
 
 
-def _from_hints(path: Path, tensors: Mapping[str, torch.Tensor], hints: Hints) -> PeftLora:
+def _from_hints(path: Path, tensors: Mapping[str, torch.Tensor], hints: Hints) -> PeftConfig:
     """A config of the hints; the ranks are those of the tensors."""
     if hints.alpha is None:
         raise AdapterError(
             f"{path}: holds no config, so the scale is unknown; pass alpha=, the lora_alpha it was "
             "trained with, and use_rslora=True if it was"
         )
-    ends = PREFIX, DOWN
+    ends = [f".{leaf}" for leaf in LORA.ranked]
     ranks = {
-        key[len(PREFIX) : -len(DOWN)]: len(tensor)
+        key.removeprefix(PREFIX).removesuffix(end): len(tensor)
         for key, tensor in tensors.items()
-        if key.startswith(ends[0]) and key.endswith(ends[1]) and tensor.ndim > 0
+        for end in ends
+        if key.startswith(PREFIX) and key.endswith(end) and tensor.ndim > 0
     }
     common = Counter(ranks.values()).most_common(1)
     rank = hints.r if hints.r is not None else common[0][0] if common else 1
     several = {} if hints.r is not None else {p: r for p, r in ranks.items() if r != rank}
-    return PeftLora(
+    return PeftConfig(
         r=checked_rank("r", rank),
         alpha=checked_alpha("alpha", hints.alpha),
         use_rslora=hints.use_rslora,
         rank_pattern={f"^{re.escape(p)}": r for p, r in several.items()},
-        lora_bias=any(key.endswith(UP_BIAS) for key in tensors),
+        lora_bias=any(key.endswith(f".{UP_BIAS}") for key in tensors),
+        use_dora=any(key.endswith(f".{MAGNITUDE}") for key in tensors),
     )

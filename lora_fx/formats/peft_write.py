@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,14 +12,27 @@ from safetensors.torch import save
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft_describe import describe, is_base_weight
-from lora_fx.formats.peft_keys import DOWN, PREFIX, UP, UP_BIAS, saved_module
+from lora_fx.formats.peft_chosen import Chosen, check_expressible, choose
+from lora_fx.formats.peft_describe import describe_chosen, is_base_weight
+from lora_fx.formats.peft_keys import SHARED
+from lora_fx.formats.peft_lora import lora_tensors
+from lora_fx.formats.peft_paths import Home, homes_of
+from lora_fx.formats.peft_replaced import PREFIX, TOKEN_BASE, TOKENS, saved_module
+from lora_fx.formats.peft_types import LORA
 from lora_fx.formats.staging import publish
 from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.update import Update
+
+Tensors = dict[str, torch.Tensor]
 
 
 def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Updates of one kind are written as PEFT's type of that kind, with the very tensors that they
+    were read from. Mixed kinds that all are plain products of two factors (LoRA, VeRA, AdaLoRA,
+    LoHa) are written as LoRA of the products' rank; others are refused.
 
     Args:
         adapter: what to write.
@@ -48,32 +61,20 @@ def contents(adapter: Adapter, target: Path) -> tuple[dict[str, object], dict[st
     Raises:
         AdapterError: PEFT cannot express the adapter.
     """
-    _check_expressible(adapter, target)
+    chosen = choose(adapter, target)
+    check_expressible(chosen, target)
+    homes = homes_of(chosen.layers)
     saved = _saved_modules(adapter)
     _check_saved(adapter, saved, target)
-    tensors = _tensors(adapter, saved)
+    fields = describe_chosen(chosen, homes, saved, target)
+    tensors = _adapter_tensors(chosen, homes) | _base_tensors(chosen, homes, saved)
+    # Clones, for safetensors refuses shared memory.
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     check_tensors(target, tensors)
-    return describe(adapter, saved), tensors
-
-
-def _check_expressible(adapter: Adapter, directory: Path) -> None:
-    if not adapter.updates:
-        raise AdapterError(f"{directory}: the adapter {adapter.name} has no update to write")
-    foreign = [p for p, update in adapter.updates.items() if update.kind not in ("lora", "rslora")]
-    if foreign:
-        raise AdapterError(f"{directory}: not LoRA, so not written as such: {shorten(foreign)}")
-    loud = [p for p, update in adapter.updates.items() if not math.isfinite(update.scale)]
-    if loud:
-        raise AdapterError(f"{directory}: scales that are no finite number: {shorten(loud)}")
-    reserved = [p for p in adapter.updates if {"base_layer", "token_adapter"} & set(p.split("."))]
-    if reserved:
-        raise AdapterError(f"{directory}: PEFT keeps these names for itself: {shorten(reserved)}")
-    rootless = [name for name in adapter.replacements if "." not in name]
-    if rootless:
-        raise AdapterError(
-            f"{directory}: PEFT cannot replace a parameter of the model itself, only of a module "
-            f"in it: {shorten(rootless)}"
-        )
+    return fields, tensors
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
@@ -92,21 +93,47 @@ def _check_saved(adapter: Adapter, saved: list[str], directory: Path) -> None:
         )
 
 
-def _tensors(adapter: Adapter, saved: list[str]) -> dict[str, torch.Tensor]:
-    """Every tensor under PEFT's key; clones, for safetensors refuses shared memory."""
-    has_bias = any(update.bias is not None for update in adapter.updates.values())
-    tensors = {}
-    for path, update in adapter.updates.items():
-        tensors[PREFIX + path + DOWN] = update.down
-        tensors[PREFIX + path + UP] = update.up
-        if has_bias:
-            zero = update.up.new_zeros(update.up.shape[0])
-            tensors[PREFIX + path + UP_BIAS] = zero if update.bias is None else update.bias
-    for name, tensor in adapter.replacements.items():
+def _adapter_tensors(chosen: Chosen, homes: Mapping[str, Home]) -> Tensors:
+    """The tensors of the updates under PEFT's keys."""
+    tensors: Tensors = {}
+    low = [update for update in chosen.layers.values() if isinstance(update, Update)]
+    has_bias = any(update.bias is not None for update in low)
+    for path, update in chosen.layers.items():
+        key = PREFIX + homes[path].key
+        if chosen.type is LORA and isinstance(update, Update):
+            own = lora_tensors(update, has_bias)
+        else:
+            own = {leaf: t for leaf, t in stored_of(update).items() if leaf in chosen.type.leaves}
+        tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in own.items()}
+    if chosen.type.name == "VERA":
+        tensors |= _shared(chosen)
+    for path, update in chosen.tokens.items():
+        tensors[PREFIX + path + TOKENS] = stored_of(update)["trainable_tokens_delta"]
+    return tensors
+
+
+def stored_of(update: AnyUpdate) -> Mapping[str, torch.Tensor]:
+    """What the file held of a layer that was read from one."""
+    return {} if update.stored is None else update.stored.tensors
+
+
+def _shared(chosen: Chosen) -> Tensors:
+    """VeRA's projections, if the file is to hold them."""
+    first = next(iter(chosen.layers.values()))
+    if first.stored is None or not first.stored.settings.get("save_projection", True):
+        return {}
+    return {key: first.stored.tensors[leaf] for key, leaf in SHARED.items()}
+
+
+def _base_tensors(chosen: Chosen, homes: Mapping[str, Home], saved: list[str]) -> Tensors:
+    """The replaced tensors: of a wrapped module inside of its wrapper."""
+    tensors: Tensors = {}
+    for name, tensor in chosen.adapter.replacements.items():
         module, _, leaf = name.rpartition(".")
-        is_adapted = module in adapter.updates and not saved_module(module, saved)
-        tensors[PREFIX + (f"{module}.base_layer.{leaf}" if is_adapted else name)] = tensor
-    return {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+        key = name
+        if module in chosen.tokens:
+            key = f"{module}{TOKEN_BASE}{leaf}"
+        elif module in homes and not saved_module(module, saved):
+            key = f"{homes[module].key}.base_layer.{leaf}"
+        tensors[PREFIX + key] = tensor
+    return tensors

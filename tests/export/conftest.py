@@ -45,6 +45,8 @@ class Sample:
         assert example is not None
         updates = {}
         for path, (site, *_) in by_path(self.gm).items():
+            if not site.is_linear:
+                continue
             if path != example.output_embedding:
                 down = torch.randn(rank, site.in_features, generator=source) / 4
                 up = torch.randn(site.out_features, rank, generator=source) / 4

@@ -209,22 +209,16 @@ DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
 PAIR = {"lora_unet_proj_in.lora_down.weight": DOWN, "lora_unet_proj_in.lora_up.weight": UP}
 START = "lora_unet_proj_in"
 FOREIGN = {
-    "dora_scale": "DoRA",
-    "lora_mid.weight": "LoCon",
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "oft_blocks": "OFT",
-    "diff": "a full weight",
-    "diff_b": "a full bias",
-    "w_norm": "a norm's weight",
-    "b_norm": "a norm's bias",
-    "rescale": "a rescaled update",
+    "a1.weight": "GLoRA",
+    "bm.weight": "GLoRA",
+    "lambda_layer": "T-LoRA",
     "scalar": "a scaled update",
+    "boft_R": "BOFT",
 }
 
 
 @pytest.mark.parametrize("ending", FOREIGN)
-def test_a_feature_of_lycoris_is_refused_by_name(tmp_path: Path, ending: str) -> None:
+def test_a_feature_that_is_not_supported_is_refused_by_name(tmp_path: Path, ending: str) -> None:
     file = write(tmp_path / "a.safetensors", {**PAIR, f"{START}.{ending}": torch.ones(5)})
     with pytest.raises(AdapterError, match=f"'{START}.{ending}' is {FOREIGN[ending]}"):
         load_adapter(file, base=Block())
@@ -236,7 +230,30 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "alpha of two": ({**PAIR, f"{START}.alpha": torch.ones(2)}, r"alpha' is \(2,\), expected one"),
     "a convolution": (
         {f"{START}.lora_down.weight": torch.ones(2, 3, 3, 3), f"{START}.lora_up.weight": UP},
-        r"is \(2, 3, 3, 3\) .* only linear layers are supported",
+        r"proj_in is made for a layer \(5, 3, 3, 3\), the Linear is \(5, 3\)",
+    ),
+    "an up with a kernel": (
+        {
+            f"{START}.lora_down.weight": torch.ones(2, 3, 3, 3),
+            f"{START}.lora_up.weight": torch.ones(5, 2, 3, 3),
+        },
+        r"up.weight' is \(5, 2, 3, 3\): expected \(r, in\)",
+    ),
+    "two algorithms": (
+        {**PAIR, f"{START}.hada_w1_a": torch.ones(5, 2)},
+        "'hada_w1_a', 'lora_down.weight', 'lora_up.weight'. are of no single algorithm",
+    ),
+    "a core without a kernel": (
+        {**PAIR, f"{START}.lora_mid.weight": torch.ones(2, 2)},
+        r"lora_mid.weight is \(2, 2\) beside lora_down.weight \(2, 3\), expected \(r, r, ",
+    ),
+    "magnitudes of the inputs": (
+        {**PAIR, f"{START}.dora_scale": torch.ones(1, 3)},
+        r"dora_scale is \(1, 3\), expected \(out, 1, ...\): one number an input",
+    ),
+    "a norm's on a linear layer": (
+        {f"{START}.w_norm": torch.ones(5)},
+        "lora_unet_proj_in is of proj_in, a Linear: .'w_norm'. do not fit it",
     ),
     "ranks": (
         {f"{START}.lora_down.weight": torch.ones(4, 3), f"{START}.lora_up.weight": UP},
@@ -254,9 +271,9 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
         {**PAIR, "bundle_emb.x.string_to_param": torch.ones(3)},
         "1 tensors have names of no known use: bundle_emb",
     ),
-    "LyCORIS's own prefix": (
+    "LyCORIS's own prefix beside": (
         {**PAIR, "lycoris_proj_in.lora_up.weight": torch.ones(5, 1)},
-        "1 tensors have names of no known use: lycoris_proj_in",
+        "proj_in and lycoris_proj_in are both of proj_in; pass component='lycoris'",
     ),
     "an unknown ending": (
         {**PAIR, f"{START}.lora_down.bias": torch.ones(2)},

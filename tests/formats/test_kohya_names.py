@@ -8,10 +8,10 @@ import pytest
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
-from lora_fx.formats.kohya_names import check_part, flat, part_of, resolve
+from lora_fx.formats.kohya_names import check_part, flat, name_of, part_of, resolve
 
 FILE = Path("a.safetensors")
-LINEAR = BaseLayer("Linear", (5, 3))
+LINEAR = BaseLayer("Linear", "linear", (5, 3))
 
 
 def found(names: list[str], *paths: str) -> list[str]:
@@ -20,13 +20,15 @@ def found(names: list[str], *paths: str) -> list[str]:
 
 def test_the_part_is_the_beginning_of_a_name() -> None:
     names = ["lora_unet_x", "lora_te_x", "lora_te1_x", "lora_te2_x", "lora_te3_x", "lora_x", "x"]
-    assert [part_of(name) for name in names] == ["unet", "te", "te1", "te2", "te3", None, None]
+    parts = ["unet", "te", "te1", "te2", "te3", None, None]
+    assert [part_of(name) for name in names] == parts
+    assert part_of("lycoris_x") == "lycoris"
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "lora_unet", "", 3])
 def test_another_part_is_refused(part: object) -> None:
     check_part("te2")
-    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3"):
+    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, lycoris"):
         check_part(part)
 
 
@@ -72,6 +74,39 @@ def test_two_names_of_one_layer_ask_for_one_part() -> None:
         found(["lora_te1_a", "lora_te2_a"], "a")
 
 
-def test_a_layer_that_is_not_linear_is_refused_by_name() -> None:
-    with pytest.raises(AdapterError, match=r"lora_unet_a_b is of a\.b, a Conv2d; only linear"):
-        resolve(FILE, ["lora_unet_a_b"], {"a.b": BaseLayer("Conv2d", None)})
+def test_layers_of_all_kinds_are_meant() -> None:
+    kinds = {
+        "a.b": BaseLayer("Conv2d", "conv2d", (5, 3, 3, 3)),
+        "a.c": BaseLayer("LayerNorm", "norm", (5,)),
+        "d": BaseLayer("Embedding", "embedding", (5, 11)),
+    }
+    names = ["lycoris_a_b", "lycoris_a_c", "lycoris_d"]
+    assert list(resolve(FILE, names, kinds).values()) == list(kinds)
+
+
+def test_a_layer_that_no_adapter_acts_on_is_refused_by_name() -> None:
+    with pytest.raises(AdapterError, match=r"_a_b is of a\.b, a ConvTranspose2d; linear, "):
+        resolve(FILE, ["lora_unet_a_b"], {"a.b": BaseLayer("ConvTranspose2d")})
+
+
+@pytest.mark.parametrize(
+    ("path", "component", "name"),
+    [
+        ("a.b_c", "unet", "lora_unet_a_b_c"),
+        ("a.b", "lycoris", "lycoris_a_b"),
+        ("unet.a.b", None, "lora_unet_a_b"),
+        ("transformer.a", None, "lora_unet_a"),
+        ("text_encoder.a", None, "lora_te_a"),
+        ("text_encoder_2.a", None, "lora_te2_a"),
+    ],
+)
+def test_a_path_has_one_name(path: str, component: str | None, name: str) -> None:
+    assert name_of(FILE, path, [path, "text_encoder.b"], component) == name
+    if name == "lora_te_a":
+        assert name_of(FILE, path, [path, "text_encoder_2.b"], component) == "lora_te1_a"
+
+
+@pytest.mark.parametrize("path", ["a.b", "unet"])
+def test_a_path_of_no_part_is_refused(path: str) -> None:
+    with pytest.raises(AdapterError, match=f"{path} begins with no part .*; pass component="):
+        name_of(FILE, path, [path], None)

@@ -137,6 +137,12 @@ def test_load_save_load_keeps_every_bit(
     first = load_adapter(write(tmp_path / "a.safetensors", model, "all"), alpha=7, **hint)
     save_adapter(first, tmp_path / "b.safetensors", format="loralib")
     same(load_adapter(tmp_path / "b.safetensors"), first)
+    own, again = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert own.keys() == again.keys()
+    assert all(torch.equal(own[key], again[key]) for key in own)
+    if enabled is not None:
+        with pytest.raises(AdapterError, match="says what is fused; leave the hint enable_lora"):
+            load_adapter(tmp_path / "b.safetensors", **hint)
 
 
 def test_a_pickle_needs_the_alpha_again(tmp_path: Path, same: Callable[..., None]) -> None:
@@ -198,11 +204,21 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "another rank": (PAIR, {"alpha": 3, "r": 1}, "of rank 2, the hint r is 1; a convolution"),
     "bad rank": (PAIR, {"alpha": 3, "r": 2.0}, "r is 2.0, expected a positive integer"),
     "half": ({"fc.lora_A": A}, {"alpha": 3}, r"half of a pair.*: fc\.lora_A"),
-    "a vector": ({"fc.lora_A": A, "fc.lora_B": torch.ones(5)}, {"alpha": 3}, "only linear layers"),
-    "base weights": (
-        {**PAIR, "fc.weight": torch.ones(5, 3)},
+    "a vector": ({"fc.lora_A": A, "fc.lora_B": torch.ones(5)}, {"alpha": 3}, "expected matrices"),
+    "some base weights": (
+        {**PAIR, "up.lora_A": A + 1, "up.lora_B": B + 1, "fc.weight": torch.ones(5, 3)},
         {"alpha": 3},
         r"1 tensors are no part of an adapter: fc\.weight; .*lora_state_dict",
+    ),
+    "a layer that is not adapted": (
+        {**PAIR, "head.weight": torch.ones(5, 3)},
+        {"alpha": 3},
+        r"1 tensors are no part of an adapter: head\.weight; .*the whole model",
+    ),
+    "a scale beside": (
+        {**PAIR, "fc.weight": torch.ones(5, 3), "fc.lora_alpha": torch.ones(1)},
+        {"alpha": 3},
+        r"no part of an adapter: fc\.lora_alpha",
     ),
     "the model itself": (
         {**PAIR, "lora_A": A + 1, "lora_B": B + 1},
@@ -221,16 +237,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
         load_adapter(tmp_path / "a.safetensors", **hints)
 
 
-@pytest.mark.parametrize("kind", ["Embedding", "Conv2d"])
-def test_another_layer_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    layer = {
-        "Embedding": lambda: loralib.Embedding(11, 5, r=2, lora_alpha=3),
-        "Conv2d": lambda: loralib.Conv2d(4, 6, 3, r=2, lora_alpha=3),
-    }[kind]()
-    plain = {"Embedding": nn.Embedding(11, 5), "Conv2d": nn.Conv2d(4, 6, 3)}[kind]
-    file = write(tmp_path / "a.safetensors", nn.ModuleDict({"x": layer}))
-    with pytest.raises(AdapterError, match=f"x is of a {kind}; only linear layers"):
-        load_adapter(file, alpha=3, base=nn.ModuleDict({"x": plain}))
+@pytest.mark.parametrize("layer", [nn.LayerNorm(5), nn.ConvTranspose1d(3, 5, 1)])
+def test_another_layer_is_refused_by_name(tmp_path: Path, layer: nn.Module) -> None:
+    save_file(PAIR, tmp_path / "a.safetensors")
+    name = type(layer).__name__
+    with pytest.raises(AdapterError, match=f"fc is of a {name}; linear, embedding and conv"):
+        load_adapter(tmp_path / "a.safetensors", alpha=3, base=nn.ModuleDict({"fc": layer}))
 
 
 def test_an_alpha_in_the_file_is_not_said_twice(tmp_path: Path) -> None:

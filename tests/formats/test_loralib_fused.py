@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 
@@ -57,9 +56,8 @@ def test_the_pair_makes_the_delta_of_loralib(enabled: list[bool], rank: int, tur
 
 def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
     layer = fused(enabled)
-    known = None if base is None else BaseLayer("Linear", (base, 3))
     hints = Hints(enable_lora=hint)
-    return groups_of(FILE, "a.qkv", layer.lora_A, layer.lora_B, hints, known)
+    return groups_of(FILE, "a.qkv", layer.lora_A, layer.lora_B, hints, base)
 
 
 @pytest.mark.parametrize("enabled", [e for e in ENABLED if sum(e) > 1], ids=str)

@@ -162,11 +162,15 @@ def resize(part: str, *shape: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (resize("lora_A", 4, 5), r"layers\.0: lora_A \(4, 5\) and lora_B \(7, 2\) .* rank 2"),
-        (resize("lora_B", 7, 4), r"layers\.0: lora_A \(2, 5\) and lora_B \(7, 4\) .* rank 2"),
-        (resize("lora_", 4, 4), r"layers\.0: lora_A \(4, 4\) and lora_B \(4, 4\) .* rank 2"),
-        (resize("lora_A", 2, 5, 1, 1), r"layers\.0: lora_A \(2, 5, 1, 1\) .* only linear"),
-        (resize("lora_B", 14), r"layers\.0: .* lora_B \(14,\) are not matrices"),
+        (resize("lora_A", 4, 5), r"layers\.0: lora_A \(4, 5\) and \(7, 2\) .* rank 2"),
+        (resize("lora_B", 7, 4), r"layers\.0: lora_A \(2, 5\) and \(7, 4\) .* rank 2"),
+        (resize("lora_", 4, 4), r"layers\.0: lora_A \(4, 4\) and \(4, 4\) .* rank 2"),
+        (resize("lora_A", 2, 5, 1, 1), r"layers\.0: lora_A \(2, 5, 1, 1\) .* are no pair"),
+        (resize("lora_B", 14), r"layers\.0: .* \(14,\) are no pair"),
+        (resize("lora_", 2, 2, 3), r"layers\.0: .* \(2, 2, 3\) are no pair"),
+        (resize("lora_", 2, 2, 1, 1, 1, 1), r"layers\.0: .* are no pair"),
+        (lambda t: {k: v for k, v in t.items() if "lora_A" in k}, "half of a pair, lora_B"),
+        (lambda t: {k: v for k, v in t.items() if "lora_B" in k}, "half of a pair, lora_A"),
     ],
 )
 def test_shapes_that_contradict_the_config_are_refused(lab: Any, change: Any, message: str) -> None:
@@ -180,6 +184,13 @@ def test_a_bias_of_another_size_than_the_output_is_refused(lab: Any) -> None:
     directory = lab.write(target_modules=["layers.0"], lora_bias=True)
     lab.edit_tensors(directory, resize("lora_B.bias", 3))
     with pytest.raises(AdapterError, match=r"lora_B\.bias \(3,\), expected \(7,\)"):
+        load_adapter(directory)
+
+
+def test_a_bias_that_the_config_promises_must_be_there(lab: Any) -> None:
+    directory = lab.write(target_modules=["layers.0"])
+    lab.edit_config(directory, lora_bias=True)
+    with pytest.raises(AdapterError, match=r"layers\.0: has .*lora_bias is True"):
         load_adapter(directory)
 
 

@@ -10,12 +10,13 @@ import peft
 import pytest
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_config import PeftLora, read_config
+from lora_fx.formats.peft_config import read_config
+from lora_fx.formats.peft_record import PeftConfig
 
 MINIMAL = {"peft_type": "LORA", "lora_alpha": 3, "target_modules": ["fc"]}
 
 
-def read(tmp_path: Path, **fields: Any) -> PeftLora:
+def read(tmp_path: Path, **fields: Any) -> PeftConfig:
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({k: v for k, v in (MINIMAL | fields).items() if v is not ...}))
     return read_config(file, strict=True)

@@ -154,8 +154,9 @@ def test_a_tensor_that_hints_give_no_use_is_named(lab: Any) -> None:
         ("", "empty, expected a JSON object"),
         ("[]", "holds a list"),
         ('{"peft_type": "LORA"}', "lora_alpha is missing"),
-        ('{"peft_type": "LORA", "lora_alpha": 3, "use_dora": true}', "use_dora is True"),
-        ('{"peft_type": "LOHA", "lora_alpha": 3}', "peft_type is 'LOHA'"),
+        ('{"peft_type": "LORA", "lora_alpha": 3, "use_qalora": true}', "use_qalora is True"),
+        ('{"peft_type": "LOHA", "lora_alpha": 3}', "lora_alpha is 3, an unknown field"),
+        ('{"peft_type": "HRA", "r": 3}', "peft_type is 'HRA'"),
     ],
 )
 def test_a_bad_config_in_the_file_is_refused(lab: Any, text: str, message: str) -> None:

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_config import PeftLora
-from lora_fx.formats.peft_keys import PREFIX, SortedKeys, saved_module, sort_keys
+from lora_fx.formats.peft_keys import sort_keys
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_replaced import PREFIX, SortedKeys
+from lora_fx.formats.peft_types import TYPES
 
 FILE = Path("adapter.safetensors")
 PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
+ROWS = "token_adapter.trainable_tokens_delta"
 HEADS = frozenset({"classifier", "score"})
 
 
 def sort(*names: str, **fields: Any) -> SortedKeys:
-    config = PeftLora(r=2, alpha=3, **fields)
+    config = PeftConfig(r=2, alpha=3, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}
     return sort_keys(FILE, {key.lstrip("!"): value for key, value in tensors.items()}, config)
 
@@ -36,7 +39,7 @@ def test_every_kind_of_key_finds_its_use() -> None:
         bias="all",
         modules_to_save=("head",),
     )
-    assert (set(keys.down), set(keys.up), set(keys.up_bias)) == ({"fc"}, {"fc"}, {"fc"})
+    assert set(keys.layers["fc"]) == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
     assert set(keys.replacements) == {
         "fc.bias",
         "norm.bias",
@@ -69,23 +72,22 @@ def test_the_bias_of_an_adapted_layer_may_be_named_either_way() -> None:
             {"bias": "all"},
             r"no use: .*fc\.base_layer\.bias",
         ),
-        ((PAIR[0],), {}, r"half of a pair.*: fc\.lora_A\.weight"),
-        ((PAIR[1],), {}, r"half of a pair.*: fc\.lora_B\.weight"),
         ((), {}, "nothing is adapted"),
         (("fc.bias",), {"bias": "all"}, "nothing is adapted"),
-        (PAIR, {"lora_bias": True}, r"lora_B\.bias is not found.*at: fc"),
-        ((*PAIR, "x.lora_B.bias"), {"lora_bias": True}, r"lora_B\.bias .*at: fc, x"),
         (PAIR, {"modules_to_save": ("head",)}, "modules_to_save names 'head'"),
         (
             (*PAIR, "fc.weight"),
             {"modules_to_save": ("fc",)},
-            "both adapted and stored whole by modules_to_save: fc",
+            "both adapted and stored whole, by modules_to_save or as tokens: fc",
         ),
-        ((*PAIR, "x.base_layer.lora_A.weight"), {}, "nested in another .target_parameters."),
-        ((*PAIR, "emb.lora_embedding_A"), {}, "emb.lora_embedding_A' is an embedding's adapter"),
-        ((*PAIR, "fc.lora_magnitude_vector"), {}, "fc.lora_magnitude_vector' is DoRA"),
-        ((*PAIR, "fc.lora_E"), {}, "fc.lora_E' is AdaLoRA"),
-        ((*PAIR, "e.token_adapter.trainable_tokens_delta"), {}, "is trainable tokens"),
+        ((*PAIR, "fc.lora_magnitude_vector"), {}, r"no use: .*fc\.lora_magnitude_vector"),
+        ((*PAIR, "fc.lora_E"), {}, r"no use: .*fc\.lora_E"),
+        ((*PAIR, f"e.{ROWS}"), {}, r"no use: .*e\.token_adapter"),
+        (PAIR, {"type": TYPES["LOHA"]}, r"2 tensors .* one of \.hada_w1_a, .* under LOHA"),
+        (("!base_model.vera_A", *PAIR), {}, r"no use: base_model\.vera_A"),
+        ((*PAIR, f"fc.{ROWS}"), {"tokens": (1,)}, "stored whole, by .* tokens: fc"),
+        ((*PAIR, "e.token_adapter.base_layer.weight"), {"tokens": (1,)}, "no use: .*base_layer"),
+        ((*PAIR, "head.weight"), {"ties": True}, r"no use: .*head\.weight"),
     ],
 )
 def test_a_key_without_a_use_is_refused_by_name(
@@ -107,18 +109,22 @@ def test_a_head_that_peft_lists_for_the_task_may_be_missing() -> None:
         sort(*names, modules_to_save=("classifier", "score"))
 
 
-@pytest.mark.parametrize(
-    ("path", "modules", "expected"),
-    [
-        ("head", ["head"], "head"),
-        ("model.head.dense", ["head"], "model.head"),
-        ("lm_head", ["head"], "lm_head"),
-        ("headless", ["head"], None),
-        ("a.b.c", ["a.b", "c"], "a.b"),
-        ("fc", [], None),
-    ],
-)
-def test_saved_modules_are_matched_as_peft_does(
-    path: str, modules: list[str], expected: str | None
-) -> None:
-    assert saved_module(path, modules) == expected
+def test_tokens_and_what_lies_below_them_find_their_use() -> None:
+    keys = sort(f"e.{ROWS}", "e.token_adapter.base_layer.weight", *PAIR, tokens={"e": (1, 2)})
+    assert (set(keys.tokens), set(keys.layers)) == ({"e"}, {"fc"})
+    assert set(keys.replacements) == {"e.weight"}
+
+
+def test_the_tied_copy_of_a_saved_module_is_one_too() -> None:
+    names = (*PAIR, "embed.weight", "head.weight")
+    keys = sort(*names, modules_to_save=("embed",), ties=True)
+    assert set(keys.replacements) == {"embed.weight", "head.weight"}
+    with pytest.raises(AdapterError, match=r"no use: .*head\.weight"):
+        sort(*names, modules_to_save=("embed",))
+
+
+def test_what_all_layers_share_is_told_by_its_whole_key() -> None:
+    names = ("fc.vera_lambda_b", "fc.vera_lambda_d", "!base_model.vera_A", "!base_model.vera_B")
+    keys = sort(*names, type=TYPES["VERA"])
+    assert set(keys.shared) == {"vera_A", "vera_B"}
+    assert set(keys.layers["fc"]) == {"vera_lambda_b", "vera_lambda_d"}

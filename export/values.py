@@ -1,0 +1,35 @@
+"""Tensors on their way into files and out of them: bits, and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lora_fx.deferred import Deferred
+
+
+def digest_of(weight: torch.Tensor | Deferred) -> str:
+    """A digest of a tensor: dtype, shape and bytes."""
+    weight = weight.compute() if isinstance(weight, Deferred) else weight
+    digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
+    values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest.update(values)
+    return digest.hexdigest()
+
+
+def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """A tensor of an ONNX model, bit for bit."""
+    array = tensor.numpy()
+    if tensor.dtype is ir.DataType.BFLOAT16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's values; those of bfloat16, which numpy has not, as bits."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()

@@ -1,0 +1,141 @@
+"""Which form each branch of a graph is best computed in, by the cost model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+from torch import fx, nn
+
+from lora_fx import cost
+from lora_fx.branches import Branch, branches_of
+from lora_fx.cost import Shape
+from lora_fx.deferred import raw
+from lora_fx.forms import FACTORED, Form, Group, Member, forms_of
+from lora_fx.sites import Site, sites
+
+TOKENS = 256  # what the rows of an activation are taken to be where they are not known
+
+
+def choices(
+    gm: fx.GraphModule,
+    target: str = "constant",
+    tokens: int = TOKENS,
+    form: Form | None = None,
+    share: bool = True,
+) -> list[Group]:
+    """Chooses a form for each plain branch beside a linear layer.
+
+    Args:
+        gm: a graph with branches; it is read alone.
+        target: ``"constant"``, or ``"input"``: A and B are not known before the call.
+        tokens: what the rows of an activation are taken to be where they are not known.
+        form: of all layers that can have it, whatever it costs; the cheapest by default.
+        share: whether layers that read one x may share a shrink.
+
+    Returns:
+        The layers by the x that they read. A layer whose weight somebody else reads too stays
+        factored: another form would hold the weight twice.
+    """
+    members = list(_members(gm, tokens))
+    if target == "input":
+        return [Group((_swappable(member),)) for member in members]
+    elsewhere = _read_elsewhere(gm, members)
+    forms: dict[str, Form] = {}  # of a layer that is called twice the first call decides
+    found: dict[fx.Node, list[Member]] = defaultdict(list)
+    for member in members:
+        mine = forms.setdefault(member.site.path, _best(member, elsewhere, form))
+        found[member.site.input].append(replace(member, form=mine))
+    return [group for members in found.values() for group in _grouped(members, share)]
+
+
+def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
+    for site in sites(gm):
+        beside = tuple(branches_of(site))
+        is_whole = site.is_linear and site.rows is None and site.operand is site.weight
+        if not beside or not is_whole or not all(_is_simple(gm, site, b) for b in beside):
+            continue
+        rank = sum(_rank(gm, branch) for branch in beside)
+        biased = site.bias is not None or any(branch.bias for branch in beside)
+        rows, size = tokens_of(site.input, tokens), site.dtype.itemsize
+        shape = Shape(rows, site.in_features, site.out_features, rank, size, biased)
+        yield Member(site, beside, shape)
+
+
+def _rank(gm: fx.GraphModule, branch: Branch) -> int:
+    assert branch.down is not None
+    return int(raw(gm, str(branch.down.target)).shape[1])
+
+
+def _is_simple(gm: fx.GraphModule, site: Site, branch: Branch) -> bool:
+    """Whether a branch is plain, in the layer's dtype, and alone in reading its base."""
+    if not branch.is_plain or branch.down is None or len(branch.base.users) > 1:
+        return False
+    dtypes = {raw(gm, str(node.target)).dtype for node in (branch.down, branch.up) if node}
+    return dtypes == {site.dtype} and _reads(gm, branch.down, site.input)
+
+
+def _reads(gm: fx.GraphModule, down: fx.Node, x: fx.Node) -> bool:
+    """Whether every shrink by a factor reads x, or what a dropout in eval mode makes of it."""
+    for call in down.users:
+        source = call.args[0]
+        if isinstance(source, fx.Node) and source.op == "call_module":
+            module = gm.get_submodule(str(source.target))
+            source = (
+                source.args[0] if isinstance(module, nn.Dropout) and not module.training else None
+            )
+        if source is x:
+            return True
+    return False
+
+
+def tokens_of(x: fx.Node, assumed: int) -> int:
+    """How many rows an activation has: as known, or as assumed where it is not."""
+    sizes = getattr(x.meta.get("val"), "shape", None)
+    known = [size for size in sizes or () if type(size) is int]
+    if sizes is not None and len(known) == len(sizes):
+        return prod(known[:-1])
+    return max(assumed, prod(known[:-1]))
+
+
+def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
+    """Paths of layers whose weight is read by more than their own calls with branches."""
+    readers: dict[int, set[fx.Node]] = defaultdict(set)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        readers[id(raw(gm, str(node.target)))].update(node.users)
+    calls: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        calls[member.site.path].append(member)
+
+    def is_read(path: str) -> bool:
+        weight = raw(gm, str(calls[path][0].site.weight.target))
+        return not readers[id(weight)] <= {member.site.node for member in calls[path]}
+
+    return {path for path in calls if is_read(path)}
+
+
+def _best(member: Member, elsewhere: set[str], wanted: Form | None) -> Form:
+    forms = forms_of(member, copies=member.site.path not in elsewhere)
+    if wanted in forms:
+        return wanted
+    return min(forms, key=lambda form: form.alone(member.shape).work)
+
+
+def _grouped(members: list[Member], share: bool) -> list[Group]:
+    alone = [Group((member,)) for member in members]
+    together = Group(tuple(members), shared=True)
+    saved = sum(group.cost.work for group in alone) - together.cost.work
+    return [together] if share and len(members) > 1 and saved > 0 else alone
+
+
+def _swappable(member: Member) -> Member:
+    """Factored, or a weight made at each call where the rows are known to be many."""
+    if any(branch.bias is not None for branch in member.branches):
+        return member  # a bias that is an input stays where it is
+    rows = tokens_of(member.site.input, 1)
+    shape = replace(member.shape, n=rows)
+    made, beside = cost.weight(shape), FACTORED.alone(shape)
+    is_many = rows > shape.d * shape.o / (shape.d + shape.o)
+    return replace(member, form=Form("weight") if is_many and made.work < beside.work else FACTORED)

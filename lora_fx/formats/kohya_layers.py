@@ -1,0 +1,162 @@
+"""The tensors of one layer in a file of kohya's or LyCORIS', as updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.formats.kohya_leaves import (
+    DORA,
+    DOWN_KEY,
+    MID,
+    ROLES,
+    algorithm_of,
+    rank_of_algorithm,
+)
+from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
+from lora_fx.kinds import KINDS, dora
+from lora_fx.layer_class import NORM
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.stored import Stored
+from lora_fx.update import Update
+
+
+def updates_of(
+    file: Path, name: str, roles: Roles, path: str, layer: BaseLayer
+) -> dict[str, AnyUpdate]:
+    """What the tensors of one name change: a layer, or the parameters of a norm.
+
+    The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
+    alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already.
+
+    Args:
+        file: for messages.
+        name: kohya's, for messages.
+        roles: leaf -> key and tensor.
+        path: of the layer in the base.
+        layer: as the base has it.
+
+    Returns:
+        Path of the layer, or of a norm's parameter -> update.
+
+    Raises:
+        AdapterError: tensors of several algorithms, of another layer, or of wrong shapes.
+    """
+    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+    algorithm, where = algorithm_of(tensors), f"{file}: {name}"
+    if algorithm is None:
+        raise AdapterError(f"{where}: {sorted(tensors)} are of no single algorithm, or part of one")
+    if (algorithm == "norm") != (layer.kind == NORM):
+        raise AdapterError(f"{where} is of {path}, a {layer.name}: {sorted(tensors)} do not fit it")
+    if algorithm == "norm":
+        return dict(_norm(path, leaf, tensor) for leaf, tensor in tensors.items())
+    if algorithm == "ia3":
+        return {path: _ia3(where, tensors, layer)}
+    if algorithm == "lora":
+        return {path: _on_groups(where, _lora(file, where, roles, layer), tensors, layer)}
+    settings: dict[str, object] = {"shape": layer.shape, "writer": "lycoris"}
+    if algorithm in ("loha", "lokr"):
+        settings["scale"] = _scale(file, algorithm, roles, tensors)
+    if algorithm == "oft":
+        settings["constraint"] = scalar_of(file, roles) or 0.0
+    update = KINDS[algorithm].read(where, tensors, settings)
+    return {path: _on_groups(where, update, tensors, layer)}
+
+
+def _scale(file: Path, algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) -> float:
+    rank = rank_of_algorithm(algorithm, tensors)
+    return 1.0 if rank is None else (scalar_of(file, roles) or rank) / rank
+
+
+def _lora(file: Path, where: str, roles: Roles, layer: BaseLayer) -> AnyUpdate:
+    """LoRA, LoCon's Tucker form of it, and DoRA over either.
+
+    The Tucker form has a core (r, r, *kernel) between a down- and an up-projection of single
+    points. Joined with the core, down is (r, in, *kernel): the same product, exactly.
+    """
+    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+    check_no_half(file, [{ROLES.get(leaf, leaf): found for leaf, found in roles.items()}])
+    down, up = factors_of(file, {ROLES[leaf]: roles[leaf] for leaf in ROLES})
+    scale, stored = _scale(file, "lora", roles, tensors), None
+    if MID in tensors:
+        down = _with_core(where, down, tensors[MID])
+        stored = Stored(tensors, {"scale": scale})
+    assert layer.shape is not None
+    # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
+    if (len(up), down[0].numel()) != (layer.shape[0], math.prod(layer.shape[1:])):
+        found = len(up), *down.shape[1:]
+        raise AdapterError(
+            f"{where} is made for a layer {found}, the {layer.name} is {layer.shape}"
+        )
+    update = Update(down, up, scale, "dora" if DORA in tensors else "lora", stored=stored)
+    return dora.with_magnitude(where, update, {k: t for k, t in tensors.items() if k == DORA})
+
+
+def _on_groups(
+    where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
+) -> AnyUpdate:
+    """DoRA on a grouped convolution as a function of the weight, the one form that it has."""
+    if not isinstance(update, Update) or update.magnitude is None or layer.groups == 1:
+        return update
+    stored = update.stored or Stored(tensors, {"scale": update.scale})
+    plain = replace(update, magnitude=None)
+    assert layer.shape is not None
+    whole = WeightUpdate(update.kind, _added, (plain.delta(),), layer.shape, stored)
+    return dora.with_magnitude(where, whole, {DORA: tensors[DORA]})
+
+
+def _with_core(where: str, down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """(r, in, *kernel) in float32 or wider, of (r, in, 1, ...) and (r, r, *kernel)."""
+    points, rank = all(size == 1 for size in down.shape[2:]), len(down)
+    if core.ndim < 3 or core.ndim != down.ndim or not points or core.shape[:2] != (rank, rank):
+        raise AdapterError(
+            f"{where}: {MID} is {tuple(core.shape)} beside {DOWN_KEY} {tuple(down.shape)}, "
+            "expected (r, r, *kernel) beside (r, in, 1, ...)"
+        )
+    wide = torch.promote_types(down.dtype, torch.float32)
+    return torch.einsum("rq...,qi->ri...", core.to(wide), down.to(wide).flatten(1))
+
+
+def _norm(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
+    """What is added to a norm's weight or bias, as an update of that parameter."""
+    name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
+    stored = Stored({leaf: change})
+    return f"{path}.{name}", WeightUpdate("norm", _added, (change,), tuple(change.shape), stored)
+
+
+def _ia3(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
+    """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
+
+    Source: ``lycoris/modules/ia3.py`` of 4.1.3.
+    """
+    factors, side = tensors.get("weight"), tensors.get("on_input")
+    if factors is None or side is None or side.numel() != 1 or layer.shape is None:
+        raise AdapterError(
+            f"{where}: {sorted(tensors)}, expected weight, and on_input of one number"
+        )
+    on_input = bool(side.item())
+    size = layer.shape[int(on_input)]
+    if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
+        raise AdapterError(f"{where}: weight is {tuple(factors.shape)}, expected ({size},)")
+    wide = torch.promote_types(factors.dtype, torch.float32)
+    vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
+    if on_input:
+        return Scaling(col=vector, stored=stored)
+    row = vector.reshape(-1, *[1] * (len(layer.shape) - 1))
+    return WeightUpdate("ia3", _scaled, (row,), layer.shape, stored)
+
+
+def _added(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.aten.add.Tensor(value, change)
+    return result
+
+
+def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.aten.mul.Tensor(weight, row)
+    return result

@@ -1,0 +1,95 @@
+"""LoRA on a parameter that holds one matrix for each expert, as PEFT packs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.peft_base import PeftBase
+from lora_fx.formats.peft_lora import DOWN, UP
+from lora_fx.formats.peft_places import Place
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.other_updates import WeightUpdate
+from lora_fx.stored import Stored
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def read_experts(
+    where: str, place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase
+) -> WeightUpdate:
+    """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
+
+    ``lora_A`` (r * experts, in) has the experts one after the other, ``lora_B``
+    (out, r * experts) their columns of one rank next to each other: ``ParamWrapper`` of PEFT 0.21.
+
+    Args:
+        where: file and layer, for messages.
+        place: of the parameter, with its shape: (experts, out, in), or (experts, in, out).
+        tensors: ``lora_A.weight`` and ``lora_B.weight``.
+        config: decides rank and scale.
+        base: tells the orientation.
+
+    Raises:
+        AdapterError: a tensor is missing or of another shape, or the orientation is not known.
+    """
+    if sorted(tensors) != [DOWN, UP]:
+        raise AdapterError(f"{where}: has {sorted(tensors)}, expected {DOWN} and {UP} of experts")
+    rank, scale = config.rank_and_scale(place.asked)
+    shape = place.shape
+    if shape is None:
+        raise AdapterError(
+            f"{where}: {DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {rank}, "
+            "whose orientation the file does not say; pass base=, the model"
+        )
+    count, rows, columns = shape
+    transposed = _is_transposed(where, place, tensors, base)
+    out, into = (columns, rows) if transposed else (rows, columns)
+    expected = (rank * count, into), (out, rank * count)
+    found = tuple(tensors[DOWN].shape), tuple(tensors[UP].shape)
+    if found != expected:
+        raise AdapterError(
+            f"{where}: lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
+            f"{place.parameter} {shape}"
+        )
+    wide = torch.promote_types(tensors[DOWN].dtype, torch.float32)
+    down = tensors[DOWN].to(wide).reshape(count, rank, into)
+    up = tensors[UP].to(wide).reshape(out, rank, count).permute(2, 0, 1) * scale
+    left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
+    settings = {
+        "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
+        "use_rslora": config.use_rslora,
+    }  # fmt: skip
+    kind, stored = "rslora" if config.use_rslora else "lora", Stored(tensors, settings)
+    values = left.contiguous(), right.contiguous()
+    return WeightUpdate(kind, _added, values, shape, stored)
+
+
+def _is_transposed(where: str, place: Place, tensors: Tensors, base: PeftBase) -> bool:
+    """Whether each expert is (in, out): what the module says, else what the shapes do."""
+    assert place.shape is not None
+    assert base.model is not None
+    try:
+        module = base.model.get_submodule(place.module)
+    except AttributeError:
+        module = base.model
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    if not base.is_graph:
+        return False
+    _, rows, columns = place.shape
+    if rows == columns:
+        raise AdapterError(
+            f"{where}: each of the experts is {rows} by {columns}, and a graph does not say which "
+            "of the two is the input; pass base=, the model itself"
+        )
+    return tuple(tensors[DOWN].shape[1:]) == (rows,)
+
+
+def _added(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    delta = torch.ops.aten.bmm.default(left, right)
+    result: torch.Tensor = torch.ops.aten.add.Tensor(weight, delta)
+    return result

@@ -1,0 +1,123 @@
+"""Where the layers of a PEFT file belong: wrappers nest, and some of them adapt parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.peft_base import PeftBase
+from lora_fx.formats.peft_record import PeftConfig
+
+WRAPPED = ".base_layer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the tensors under one path of a file act on.
+
+    Attributes:
+        path: of the update: of the module, or of a parameter that is no module's ``weight``.
+        asked: what the patterns are asked about.
+        parameter: the name of the parameter, under ``target_parameters``.
+        depth: how many wrappers of the same module are around this one.
+        shape: of the parameter, as the base stores it; None where nobody gave the base.
+        module: the module that is wrapped.
+    """
+
+    path: str
+    asked: str
+    module: str
+    parameter: str | None = None
+    depth: int = 0
+    shape: tuple[int, ...] | None = None
+
+
+def places_of(
+    where: str, paths: Iterable[str], config: PeftConfig, base: PeftBase
+) -> dict[str, Place]:
+    """Finds what each path of a file means.
+
+    PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
+    its rank. Parameters that ``target_parameters`` names are wrapped one around the other, in the
+    order in which their module registered them.
+
+    Args:
+        where: the file, for messages.
+        paths: as the file has them.
+        config: holds ``target_parameters``.
+        base: tells the order of several parameters of a module.
+
+    Returns:
+        Path in the file -> what it means.
+
+    Raises:
+        AdapterError: the wrappers and the config do not agree, or only the base could tell.
+    """
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths, key=len):  # the outermost wrapper first
+        module = path
+        while module.endswith(WRAPPED):
+            module = module.removesuffix(WRAPPED)
+        modules[module].append(path)
+    places: dict[str, Place] = {}
+    for module, nested in modules.items():
+        names = _parameters(where, module, nested, config, base)
+        if names:
+            places |= _in_parameters(module, nested, names, base)
+        else:
+            places[module] = _in_module(where, module, nested, modules)
+    return places
+
+
+def _in_module(where: str, module: str, nested: list[str], modules: Iterable[str]) -> Place:
+    owner, found, inner = module.partition(f"{WRAPPED}.")
+    if len(nested) > 1 or nested[0] != module or (found and owner not in modules):
+        raise AdapterError(
+            f"{where}: {nested[-1]}: an adapter nested in another, which target_parameters does "
+            "not name"
+        )
+    return Place(f"{owner}.{inner}", owner, module) if found else Place(module, module, module)
+
+
+def _in_parameters(
+    module: str, nested: list[str], names: list[str], base: PeftBase
+) -> dict[str, Place]:
+    shapes = base.parameters(module) if base.model is not None else {}
+    places = {}
+    for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
+        key = f"{module}.{name}"
+        target = module if name == "weight" else key
+        places[path] = Place(target, key, module, name, depth, shapes.get(name))
+    return places
+
+
+def _parameters(
+    where: str, module: str, nested: list[str], config: PeftConfig, base: PeftBase
+) -> list[str]:
+    """The parameters of a module that are adapted, in the order it registered them."""
+    names, open_ended = [], False
+    for target in config.target_parameters:
+        owner, _, name = target.rpartition(".")
+        if name not in names and (not owner or module == owner or module.endswith(f".{owner}")):
+            names.append(name)
+            open_ended |= not owner
+    if not names:
+        return []
+    found = names
+    if base.model is not None:
+        found = [name for name in base.parameters(module) if name in names]
+    if (base.model is None and (open_ended or len(names) > 1)) or (
+        base.is_graph and len(found) > 1
+    ):
+        raise AdapterError(
+            f"{where}: {module}: target_parameters may mean {', '.join(names)} of it, and which, "
+            "and in which order, the file does not say; pass base=, the model itself"
+        )
+    if found and len(found) != len(nested):
+        raise AdapterError(
+            f"{where}: {module}: {len(nested)} adapters in it, but target_parameters names "
+            f"{', '.join(found)} of it"
+        )
+    return found

@@ -1,0 +1,58 @@
+"""VeRA's shared projections: from the file, or drawn again as PEFT drew them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.peft_base import PeftBase
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_replaced import SortedKeys
+
+
+def projections(
+    where: str, keys: SortedKeys, config: PeftConfig, base: PeftBase
+) -> Mapping[str, torch.Tensor]:
+    """``vera_A`` (r, widest in) and ``vera_B`` (widest out, r) of all layers of a file.
+
+    A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
+    layer that is adapted, which only the base tells.
+
+    Args:
+        where: the file, for messages.
+        keys: of the file.
+        config: holds ``save_projection`` and ``projection_prng_key``.
+        base: tells how wide the layers are.
+
+    Raises:
+        AdapterError: they are in the file or not, against what the config says; or there is a seed
+            and no base.
+    """
+    saved = config.options.save_projection
+    if sorted(keys.shared) != (["vera_A", "vera_B"] if saved else []):
+        raise AdapterError(
+            f"{where}: holds {sorted(keys.shared) or 'no projection'}, but save_projection is "
+            f"{saved}: expected {'vera_A and vera_B' if saved else 'neither vera_A nor vera_B'}"
+        )
+    if saved:
+        return keys.shared
+    unknown = [path for path in keys.layers if path not in base.layers]
+    if unknown:
+        raise AdapterError(
+            f"{where}: save_projection is False, so the projections are drawn from a seed, as wide "
+            f"as the widest layer; pass base=, a model that has {', '.join(unknown[:3])}"
+        )
+    shapes = [base.layers[path] for path in keys.layers]
+    out, into = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    generator = torch.Generator().manual_seed(config.options.projection_prng_key)
+    down = _drawn(config.r, into, generator)
+    return {"vera_A": down, "vera_B": _drawn(out, config.r, generator)}
+
+
+def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Kaiming-uniform values, by PEFT's own order of rounding."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)

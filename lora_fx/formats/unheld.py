@@ -1,0 +1,64 @@
+"""What a format has no place for, told before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.update import Update
+
+Problem = Callable[[AnyUpdate], str | None]
+
+
+def check_held(
+    adapter: Adapter, path: Path, form: str, replaced: Iterable[str], problem: Problem
+) -> None:
+    """Refuses an adapter that a format cannot hold.
+
+    Args:
+        adapter: what is to be written.
+        path: where to, for the message.
+        form: the name of the format, for the message.
+        replaced: parameters that the adapter replaces and the format has no place for.
+        problem: what the format cannot hold of an update, in words, or None.
+
+    Raises:
+        AdapterError: no update, or something without a place; names the layers.
+    """
+    if not adapter.updates:
+        raise AdapterError(f"{path}: the adapter {adapter.name} has no update to write")
+    problems: dict[str, list[str]] = defaultdict(list)
+    for module, update in adapter.updates.items():
+        found = problem(update)
+        if found is not None:
+            problems[found].append(module)
+    problems["replaced parameters"] += replaced
+    for what, names in problems.items():
+        if names:
+            raise AdapterError(
+                f"{path}: {form} cannot hold {what}: {shorten(names)}; "
+                "write a PEFT directory, or leave them out"
+            )
+
+
+def not_lora(update: AnyUpdate) -> str | None:
+    """Why an update is no LoRA or DoRA of a format without more, or None.
+
+    A product of two factors is one, whatever kind of adapter it came from.
+    """
+    if not isinstance(update, Update):
+        return f"updates of kind {update.kind!r}, which are no product of two factors"
+    if not math.isfinite(update.scale):
+        return "scales that are no finite number"
+    if update.rank == 0:
+        return "updates of rank 0"
+    if update.bias is not None:
+        return "biases of up-projections (lora_bias)"
+    if update.row is not None or update.col is not None:
+        return f"updates of kind {update.kind!r}, which scale inputs or outputs"
+    return None

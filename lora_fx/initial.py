@@ -1,0 +1,153 @@
+"""The values that a fresh adapter starts from, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lora_fx.changed_base import Factors, olora_factors, pissa_factors
+from lora_fx.errors import AdapterError
+
+Weight = Callable[[], torch.Tensor]
+
+_LINEAR = ("linear", "linear_transposed")
+LAYERS = (*_LINEAR, "embedding", "conv1d", "conv2d", "conv3d")
+_RANDOM = ("kaiming", "gaussian")
+_FROM_WEIGHT = ("pissa", "olora")
+_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")
+
+
+@dataclass(frozen=True, eq=False)
+class Initial:
+    """What one layer starts from.
+
+    Attributes:
+        down: (r, in, *kernel).
+        up: (out, r), or (out, r / groups) beside a grouped convolution.
+        residual: what takes the place of the base weight ``W``: ``W - scale * up @ down``, (out,
+            in) in the dtype of ``W``; None where the base stays as it is.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
+def initial(
+    how: str,
+    shape: tuple[int, ...],
+    rank: int,
+    scale: float,
+    layer: str,
+    weight: Weight | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
+) -> Initial:
+    """Makes the first values of one update; with them the layer computes what it did before.
+
+    As PEFT's ``init_lora_weights``: ``kaiming``, its True, has a down that is uniform in plus or
+    minus 1 / sqrt(fan in) and an up of zeros; ``gaussian`` has a normal down of deviation 1 / r;
+    ``orthogonal`` has two factors that are not zero and whose product is. ``pissa``,
+    ``pissa_niter_<N>`` and ``olora`` take a part out of the base weight, see `pissa_factors` and
+    `olora_factors`. An embedding has a down of zeros and a normal up, whatever is asked for, and a
+    convolution knows the first two alone; both are so in PEFT.
+
+    Args:
+        how: one of these names.
+        shape: (out, in, *kernel) of the layer, whatever way it stores its weight.
+        rank: of the update.
+        scale: that the update will have.
+        layer: one of `LAYERS`, the kinds of a `Site`.
+        weight: gives the base weight in that shape; called by PiSSA and OLoRA alone.
+        generator: source of the random values; None takes torch's global one.
+        dtype: of the factors; what they lose by it, the residual has.
+        groups: of a convolution.
+
+    Raises:
+        AdapterError: there is no such name, or not for such a layer, rank, scale or weight.
+    """
+    _check(checked_init(how), shape, rank, layer, groups)
+    if layer == "embedding":
+        factors = torch.zeros(rank, shape[1]), _normal(generator, shape[0], rank)
+    elif how in _RANDOM:
+        down = _random(how, (rank, *shape[1:]), generator)
+        factors = down, torch.zeros(shape[0], rank // groups)
+    elif how == "orthogonal":
+        factors = _orthogonal(shape, rank, generator)
+    else:
+        return _from_weight(how, rank, scale, weight, generator, dtype)
+    return Initial(factors[0].to(dtype), factors[1].to(dtype))
+
+
+def checked_init(how: object) -> str:
+    """Returns the name of a way to start, or refuses what is none."""
+    known = (*_RANDOM, "orthogonal", *_FROM_WEIGHT)
+    if isinstance(how, str) and (how in known or _NITER.fullmatch(how)):
+        return how
+    names = ", ".join([*known, "pissa_niter_<N>"])
+    raise AdapterError(f"init is {how!r:.80}, expected one of {names}")
+
+
+def _check(how: str, shape: tuple[int, ...], rank: int, layer: str, groups: int) -> None:
+    if layer not in LAYERS:
+        raise AdapterError(f"layer is {layer!r:.80}, expected one of {', '.join(LAYERS)}")
+    if rank % groups:
+        raise AdapterError(f"rank {rank} is no multiple of the convolution's {groups} groups")
+    if how in _RANDOM or layer == "embedding":
+        return
+    if layer not in _LINEAR:
+        raise AdapterError(f"init={how!r} is for linear layers, found a {layer}: use 'kaiming'")
+    if how == "orthogonal" and rank % 2:
+        raise AdapterError(f"init='orthogonal' needs an even rank, found {rank}")
+    if how != "orthogonal" and rank > min(shape):
+        raise AdapterError(f"init={how!r} of a weight {shape}: the rank is {rank}, too high")
+
+
+def _normal(generator: torch.Generator | None, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _random(how: str, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    if how == "gaussian":
+        return _normal(generator, *shape) / shape[0]
+    down = torch.empty(shape)
+    return torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+
+
+def _orthogonal(shape: tuple[int, ...], rank: int, generator: torch.Generator | None) -> Factors:
+    """Each factor lives in one half of an orthonormal basis, so their product is zero."""
+    basis, _ = torch.linalg.qr(_normal(generator, rank, rank))
+    down = _normal(generator, shape[1], rank // 2) @ basis[0::2]
+    up = _normal(generator, rank // 2, shape[0]).T @ basis[1::2]
+    return down.T.contiguous() / 10, up / 10
+
+
+def _from_weight(
+    how: str,
+    rank: int,
+    scale: float,
+    weight: Weight | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+) -> Initial:
+    if weight is None:
+        raise AdapterError(f"init={how!r} is made of the base weight, which is not given")
+    base = weight().detach()
+    if not base.is_floating_point() or not base.isfinite().all():
+        raise AdapterError(f"init={how!r} needs finite floating-point weights: is it damaged?")
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    if how == "olora":
+        down, up = olora_factors(wide, rank)
+    else:
+        iterations = _NITER.fullmatch(how)
+        niter = None if iterations is None else int(iterations[1])
+        down, up = pissa_factors(wide, rank, scale, niter, generator)
+    down, up = down.to(dtype), up.to(dtype)
+    taken = scale * up.to(wide.dtype) @ down.to(wide.dtype)
+    return Initial(down, up, (wide - taken).to(base.dtype))

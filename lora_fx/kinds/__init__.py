@@ -1,0 +1,57 @@
+"""What a layer's tensors mean, one file a kind of adapter; the formats know whose tensors they are.
+
+To support another kind, add one file with its leaves and its reader, and one line to ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_fx.kinds import adalora, dense, ia3, loha, lokr, oft, tokens, vera
+from lora_fx.other_updates import AnyUpdate
+
+Reader = Callable[[str, Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of adapter is read.
+
+    Attributes:
+        name: ``"loha"``, ...
+        leaves: names of the tensors below a layer's path, as PEFT and LyCORIS write them.
+        read: from where (for messages), tensors by leaf, and settings, to the update; what it was
+            given stands on its ``stored``.
+        marks: the leaves that this kind alone has; one of them is there.
+    """
+
+    name: str
+    leaves: frozenset[str]
+    read: Reader
+    marks: frozenset[str]
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("loha", loha.LEAVES, loha.read, loha.MARKS),
+        Kind("lokr", lokr.LEAVES, lokr.read, lokr.MARKS),
+        Kind("vera", vera.LEAVES, vera.read, vera.MARKS),
+        Kind("adalora", adalora.LEAVES, adalora.read, adalora.MARKS),
+        Kind("ia3", ia3.LEAVES, ia3.read, ia3.LEAVES),
+        Kind("oft", oft.LEAVES, oft.read, oft.MARKS),
+        Kind("full", dense.LEAVES, dense.read, dense.MARKS),
+        Kind("tokens", tokens.LEAVES, tokens.read, tokens.LEAVES),
+    )
+}
+
+
+def kind_of(leaves: Collection[str]) -> Kind | None:
+    """The kind that owns these leaves, or None: plain LoRA is none of them."""
+    names = frozenset(leaves)
+    found = (kind for kind in KINDS.values() if names <= kind.leaves and names & kind.marks)
+    return next(found, None)

@@ -1,0 +1,83 @@
+"""DoRA: a magnitude beside an update of whatever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.other_updates import AnyUpdate, Scaling
+from lora_fx.update import Update
+
+LEAVES = frozenset({"lora_magnitude_vector", "dora_scale"})
+_aten = torch.ops.aten
+
+
+def split(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Divides the tensors of a layer into those of its kind and its magnitude, if there is one."""
+    own = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in LEAVES}
+    return own, {leaf: tensor for leaf, tensor in tensors.items() if leaf in LEAVES}
+
+
+def with_magnitude(where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> AnyUpdate:
+    """The update, with ``row = magnitude / norm(W')`` over it.
+
+    Source: Liu et al., DoRA, arXiv:2402.09353, as PEFT and LyCORIS (``wd_on_out``) compute it.
+    LyCORIS adds the dtype's eps to the norm, which no weight of a trained layer can tell.
+
+    Args:
+        where: file and layer, for messages.
+        update: without a magnitude.
+        tensors: PEFT's ``lora_magnitude_vector``, (out,) or with axes of 1 around it, or LyCORIS'
+            and kohya's ``dora_scale``, (out, 1, ...); or neither.
+
+    Returns:
+        An update with a magnitude; for a function of the weight, a function that ends with it.
+
+    Raises:
+        AdapterError: the magnitude is not one number an output, as in old LyCORIS files, which
+            scale the inputs; both leaves are there; or the kind has no magnitude.
+    """
+    if not tensors:
+        return update
+    if len(tensors) > 1 or isinstance(update, Scaling):
+        raise AdapterError(f"{where}: {sorted(tensors)} beside kind {update.kind!r}, expected one")
+    leaf, tensor = next(iter(tensors.items()))
+    vector = _vector(where, leaf, tensor, update.shape[0])
+    if isinstance(update, Update):
+        return replace(update, magnitude=vector)
+    function = _normed(update.function)
+    return replace(update, function=function, values=(vector, *update.values))
+
+
+def _vector(where: str, leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+    found = tuple(tensor.shape)
+    if leaf == "dora_scale" and (tensor.ndim < 2 or found[0] != tensor.numel()):
+        raise AdapterError(
+            f"{where}: dora_scale is {found}, expected (out, 1, ...): one number an input "
+            "(wd_on_out=False) is no factor of the outputs and is not supported; train with "
+            "wd_on_out=True, or merge it where it was made"
+        )
+    if max(found, default=0) != tensor.numel() or (out is not None and tensor.numel() != out):
+        raise AdapterError(f"{where}: {leaf} is {found}, expected ({out or 'out'},)")
+    return tensor.reshape(-1)
+
+
+def _normed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What a function gives, each row at the length that the first value says."""
+
+    def normed(
+        weight: torch.Tensor, magnitude: torch.Tensor, *values: torch.Tensor
+    ) -> torch.Tensor:
+        whole = function(weight, *values)
+        flat = _aten.flatten.using_ints(whole, 1)
+        norm = _aten.linalg_vector_norm.default(flat, 2, [1], True)
+        row = _aten.div.Tensor(_aten.unsqueeze.default(magnitude, 1), norm)
+        result: torch.Tensor = _aten.reshape_as.default(_aten.mul.Tensor(flat, row), whole)
+        return result
+
+    return normed

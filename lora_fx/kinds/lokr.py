@@ -1,0 +1,119 @@
+"""LoKr: the Kronecker product of two small weights, either of them perhaps of low rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.kinds import dora
+from lora_fx.kinds.shapes import layer_shape, measure, number, wide
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.stored import Stored
+
+_FIRST: dict[str, tuple[str, ...]] = {"lokr_w1": ("a", "b")}
+_FIRST_LOW: dict[str, tuple[str, ...]] = {"lokr_w1_a": ("a", "r"), "lokr_w1_b": ("r", "b")}
+_SECOND: dict[str, tuple[str, ...]] = {"lokr_w2": ("c", "d", "*kernel")}
+_SECOND_LOW: dict[str, tuple[str, ...]] = {
+    "lokr_w2_a": ("c", "s"),
+    "lokr_w2_b": ("s", "d", "*kernel"),
+}
+_SECOND_TUCKER: dict[str, tuple[str, ...]] = {
+    "lokr_t2": ("s", "q", "*kernel"),
+    "lokr_w2_a": ("s", "c"),
+    "lokr_w2_b": ("q", "d"),
+}
+MARKS = frozenset({*_FIRST, *_FIRST_LOW, *_SECOND, *_SECOND_TUCKER})
+LEAVES = MARKS | {"alpha", "dora_scale"}
+_aten = torch.ops.aten
+
+
+def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+    """Reads ``W + scale * kron(w1, w2)``.
+
+    Source: Yeh et al., LyCORIS, arXiv:2309.14859; ``lokr`` of PEFT 0.21 and LyCORIS 4.1.
+
+    Args:
+        where: file and layer, for messages.
+        tensors: w1 (a, b) and w2 (c, d, *kernel) of a layer (a c, b d, *kernel). Instead of w1
+            there may be w1_a (a, r) and w1_b (r, b); instead of w2 w2_a (c, r) and w2_b
+            (r, d * kernel), or w2_a (r, c), w2_b (r, d) and t2 (r, r, *kernel). ``alpha`` is
+            kept, ``dora_scale`` heeded.
+        settings: ``scale``; ``shape`` of the layer, if known; ``writer``: ``"peft"`` or
+            ``"lycoris"``, needed where they differ (see below).
+
+    Returns:
+        An update of kind ``"lokr"``. Its shape is the layer's, if known, else (out, columns) or
+        (out, in, *kernel) as the tensors have it; it fits any layer of as many columns.
+
+    Raises:
+        AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
+    """
+    own, magnitude = dora.split(tensors)
+    own.pop("alpha", None)
+    scale, layer = number(where, settings, "scale"), layer_shape(where, settings)
+    first, second = _factors(where, own)
+    shape = _shape(where, first, second, layer)
+    if second.ndim == 3 and _writer(where, settings) == "peft":
+        # PEFT leaves w1 a matrix beside the w2 of a Conv1d, so torch.kron pairs the last axes: the
+        # layer's numbers in another order, which such an adapter has learned to live with.
+        first = first.unsqueeze(0)
+    else:
+        first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
+    # Axis by axis (a, 1) times (1, c), for the function to multiply and view. torch.kron does the
+    # same, but fails on some strides that an axis of 1 may have.
+    first = first.reshape([n for size in first.shape for n in (size, 1)]) * scale
+    second = second.reshape([n for size in second.shape for n in (1, size)])
+    stored = Stored(tensors, settings)
+    update = WeightUpdate("lokr", _added, (first, second), layer or shape, stored)
+    return dora.with_magnitude(where, update, magnitude)
+
+
+def _factors(where: str, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """w1 (a, b) and w2 (c, d, *kernel), in float32 or wider."""
+    is_low = "lokr_w1_a" in own or "lokr_w1_b" in own
+    expected = dict(_FIRST_LOW if is_low else _FIRST)
+    is_tucker, is_low_second = "lokr_t2" in own, "lokr_w2_a" in own or "lokr_w2_b" in own
+    expected |= _SECOND_TUCKER if is_tucker else _SECOND_LOW if is_low_second else _SECOND
+    measure(where, own, expected)
+    parts = {leaf: wide(tensor) for leaf, tensor in own.items()}
+    first = parts["lokr_w1_a"] @ parts["lokr_w1_b"] if is_low else parts["lokr_w1"]
+    if is_tucker:
+        names = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
+        return first, torch.einsum("sq...,sc,qd->cd...", *(parts[name] for name in names))
+    if is_low_second:
+        return first, torch.tensordot(parts["lokr_w2_a"], parts["lokr_w2_b"], 1)
+    return first, parts["lokr_w2"]
+
+
+def _shape(
+    where: str, first: torch.Tensor, second: torch.Tensor, layer: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """(out, in, *kernel), or (out, in * kernel), of the layer that the factors make."""
+    out, into = (one * two for one, two in zip(first.shape, second.shape[:2], strict=True))
+    shape = (out, into, *second.shape[2:])
+    if layer is None:
+        return shape
+    known = 1 if second.ndim == 2 else 2
+    if layer[:known] != shape[:known] or math.prod(layer) != math.prod(shape):
+        raise AdapterError(f"{where}: the LoKr factors make {shape}, the layer is {layer}")
+    return shape
+
+
+def _writer(where: str, settings: Mapping[str, Any]) -> str:
+    writer = settings.get("writer")
+    if writer not in ("peft", "lycoris"):
+        raise AdapterError(
+            f"{where}: setting writer is {writer!r:.80}: lokr_w2 of a one-dimensional convolution "
+            "means different things to 'peft' and to 'lycoris', expected one of them"
+        )
+    return str(writer)
+
+
+def _added(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    delta = _aten.reshape_as.default(_aten.mul.Tensor(first, second), weight)
+    result: torch.Tensor = _aten.add.Tensor(weight, delta)
+    return result

@@ -1,0 +1,143 @@
+"""OFT: blocks of rotations, on the inputs as PEFT has them, on the outputs as LyCORIS does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.kinds.rotations import from_lycoris, from_peft
+from lora_fx.kinds.shapes import flag, layer_shape, measure, number, wide
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.stored import Stored
+from lora_fx.update import Shape
+
+MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
+LEAVES = MARKS | {"rescale", "alpha"}
+_aten = torch.ops.aten
+
+
+def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+    """Reads ``W diag(R)^T`` (PEFT), or ``rescale * diag(R)^T W`` (LyCORIS, and PEFT's tables).
+
+    Source: Qiu et al., arXiv:2306.07280; ``oft`` of PEFT 0.21, ``diag-oft`` of LyCORIS 4.1.
+
+    Args:
+        where: file and layer, for messages.
+        tensors: oft_R.weight, or oft_embedding_R.weight of a table, (blocks, b (b - 1) / 2), one
+            row if all blocks share it; or oft_blocks (blocks, b, b), and perhaps rescale
+            (out, 1, ...). ``alpha`` is kept.
+        settings: ``shape`` of the layer, if known. PEFT's: ``block_share``,
+            ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``coft``, ``eps``, by default as
+            in its config. LyCORIS': ``constraint``, the file's alpha, by default 0.
+
+    Returns:
+        An update of kind ``"oft"``. Of its shape it knows the axis that is rotated, and that only
+        if the blocks are not shared.
+
+    Raises:
+        AdapterError: a tensor is missing, not used or of another shape; a setting is wrong; or
+            the layer is a convolution with a kernel under PEFT, whose own forward is no
+            convolution then: it adds up the patches that overlap.
+    """
+    layer, own = layer_shape(where, settings), dict(tensors)
+    own.pop("alpha", None)
+    leaf = next(iter(sorted(own.keys() & MARKS)), "oft_R.weight")
+    on_inputs, is_shared = leaf == "oft_R.weight", False
+    if leaf == "oft_blocks":
+        blocks = _of_lycoris(where, own, settings)
+    else:
+        measure(where, own, {leaf: ("blocks", "values")})
+        blocks = from_peft(where, leaf, own[leaf], settings).mT
+        is_shared = flag(where, settings, "block_share", False)
+    side = _On(on_inputs, is_shared, *blocks.shape[:2])
+    side.check(where, leaf, layer)
+    values, stored = (blocks.contiguous(),), Stored(tensors, settings)
+    return WeightUpdate("oft", side.function(), values, layer or side.shape, stored)
+
+
+def _of_lycoris(
+    where: str, own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> torch.Tensor:
+    """What multiplies each block of rows: the rotation, turned, and the factors of the rows."""
+    found = tuple(own["oft_blocks"].shape)
+    if len(found) == 4:
+        raise AdapterError(f"{where}: oft_blocks is {found}: BOFT is not supported; merge it first")
+    expected = {"oft_blocks": ("blocks", "b", "b"), "rescale": ("out", "*ones")}
+    sizes = measure(where, own, {leaf: axes for leaf, axes in expected.items() if leaf in own})
+    count, size = sizes["blocks"], sizes["b"]
+    limit = number(where, settings, "constraint", 0.0) * count * size
+    turned, rescale = from_lycoris(own["oft_blocks"], limit).mT, own.get("rescale")
+    if rescale is None:
+        return turned
+    if len(rescale) != rescale.numel() or len(rescale) != count * size:
+        found = tuple(rescale.shape)
+        raise AdapterError(f"{where}: rescale is {found}, expected ({count * size}, 1, ...)")
+    return turned * wide(rescale).reshape(count, size, 1)
+
+
+@dataclass(frozen=True)
+class _On:
+    """Where the blocks act: on the inputs or the outputs, each its own or one for all."""
+
+    inputs: bool
+    is_shared: bool
+    count: int
+    size: int
+
+    @property
+    def shape(self) -> Shape:
+        """Of the layer, as far as the blocks tell."""
+        known = None if self.is_shared else self.count * self.size
+        return (None, known) if self.inputs else (known, None)
+
+    def check(self, where: str, leaf: str, layer: tuple[int, ...] | None) -> None:
+        """Raises AdapterError where the blocks do not fit the layer, or PEFT's kernels do not."""
+        if self.is_shared and self.count != 1:
+            raise AdapterError(
+                f"{where}: {leaf} has {self.count} blocks, expected 1 that is shared"
+            )
+        if layer is None:
+            return
+        if leaf == "oft_R.weight" and any(size > 1 for size in layer[2:]):
+            raise AdapterError(
+                f"{where}: OFT of PEFT on a convolution {layer}: its forward adds up the patches "
+                "that overlap, which no weight does; if the merged form is meant, merge it in PEFT"
+            )
+        found, whole = layer[self.inputs], self.count * self.size
+        if found % self.size if self.is_shared else found != whole:
+            blocks = f"{self.count} blocks of {self.size}"
+            raise AdapterError(f"{where}: {leaf} rotates {blocks}, the layer is {layer}")
+
+    def function(self) -> Callable[..., torch.Tensor]:
+        """W and the blocks to W'."""
+        if self.is_shared:
+            return self._shared_inputs if self.inputs else self._shared_outputs
+        return self._inputs if self.inputs else self._outputs
+
+    def _inputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        parts = _aten.reshape.default(weight, [-1, self.count, self.size])
+        turned = _aten.bmm.default(_aten.permute.default(parts, [1, 0, 2]), blocks)
+        result: torch.Tensor = _aten.reshape_as.default(
+            _aten.permute.default(turned, [1, 0, 2]), weight
+        )
+        return result
+
+    def _outputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        parts = _aten.reshape.default(weight, [self.count, self.size, -1])
+        result: torch.Tensor = _aten.reshape_as.default(_aten.bmm.default(blocks, parts), weight)
+        return result
+
+    def _shared_inputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        parts = _aten.reshape.default(weight, [-1, self.size])
+        turned = _aten.mm.default(parts, _aten.select.int(blocks, 0, 0))
+        result: torch.Tensor = _aten.reshape_as.default(turned, weight)
+        return result
+
+    def _shared_outputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        turned = _aten.permute.default(blocks, [0, 2, 1])
+        result: torch.Tensor = _aten.t.default(self._shared_inputs(_aten.t.default(weight), turned))
+        return result

@@ -1,0 +1,69 @@
+"""Trained rows of an embedding table, which take the place of the table's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.kinds.shapes import flag, layer_shape, measure
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.stored import Stored
+
+LEAVES = frozenset({"trainable_tokens_delta"})
+
+
+def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+    """Reads ``W`` with some tokens replaced; in spite of the name nothing is added.
+
+    Source: ``trainable_tokens`` of PEFT 0.21.
+
+    Args:
+        where: file and layer, for messages.
+        tensors: trainable_tokens_delta (n, dim).
+        settings: ``indices``: the n tokens, as the config has them; ``head``: true where the layer
+            is linear and has a token a row, as a head tied to the table does; ``shape`` of the
+            layer, if known.
+
+    Returns:
+        An update of kind ``"tokens"`` of a table (dim, num), canonically; of a head (num, dim).
+
+    Raises:
+        AdapterError: the tensor is missing or of another shape; a setting is wrong.
+    """
+    sizes = measure(where, tensors, {"trainable_tokens_delta": ("n", "dim")})
+    axis = 0 if flag(where, settings, "head", False) else 1
+    layer = layer_shape(where, settings)
+    num = None if layer is None else layer[axis]
+    if layer is not None and layer[1 - axis] != sizes["dim"]:
+        found = f"trainable_tokens_delta has dim {sizes['dim']}"
+        raise AdapterError(f"{where}: {found}, the layer is {layer} with tokens along axis {axis}")
+    indices = _indices(where, settings, sizes["n"], num)
+    rows = tensors["trainable_tokens_delta"]
+    shape = (sizes["dim"], num) if axis else (num, sizes["dim"])
+
+    def replaced(weight: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.aten.index_copy.default(weight, axis, index, source)
+        return result
+
+    values = (torch.tensor(indices), rows.T.contiguous() if axis else rows)
+    return WeightUpdate("tokens", replaced, values, shape, Stored(tensors, settings))
+
+
+def _indices(where: str, settings: Mapping[str, Any], count: int, num: int | None) -> list[int]:
+    """The tokens, each of them once and inside the table."""
+    given = settings.get("indices")
+    if not isinstance(given, tuple | list) or any(type(token) is not int for token in given):
+        raise AdapterError(
+            f"{where}: setting indices is {given!r:.80}, expected a list of integers"
+        )
+    if len(given) != count or len(set(given)) != count:
+        found = f"{len(given)} indices, {len(set(given))} of them different"
+        raise AdapterError(f"{where}: {found}, and {count} rows of trainable_tokens_delta")
+    outside = [token for token in given if token < 0 or (num is not None and token >= num)]
+    if outside:
+        limit = "" if num is None else f" and below {num}"
+        raise AdapterError(f"{where}: token {outside[0]} of indices, expected at least 0{limit}")
+    return list(given)

@@ -1,0 +1,61 @@
+"""VeRA: two projections that all layers share, and two vectors of each layer between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.kinds.shapes import layer_shape, measure, wide
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.stored import Stored
+from lora_fx.update import Update
+
+_SHAPES = {
+    "vera_lambda_b": ("out",),
+    "vera_lambda_d": ("r",),
+    "vera_A": ("r", "widest in"),
+    "vera_B": ("widest out", "r"),
+}
+MARKS = frozenset({"vera_lambda_b", "vera_lambda_d"})
+LEAVES = frozenset(_SHAPES)
+
+
+def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+    """Reads ``diag(lambda_b) B[:out] diag(lambda_d) A[:, :in]`` as ``up @ down``.
+
+    Source: Kopiczko et al., VeRA, arXiv:2310.11454; ``vera`` of PEFT 0.21.
+
+    Args:
+        where: file and layer, for messages.
+        tensors: vera_lambda_b (out,) and vera_lambda_d (r,) of the layer; vera_A (r, widest in)
+            and vera_B (widest out, r), which all layers of the file share.
+        settings: ``shape`` of the layer, whose ``in`` no tensor tells; without it that of vera_A.
+
+    Returns:
+        An update of kind ``"vera"`` and of scale 1.
+
+    Raises:
+        AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
+    """
+    shared = sorted({"vera_A", "vera_B"} - tensors.keys())
+    if shared:
+        raise AdapterError(
+            f"{where}: {shared[0]} is missing: the file holds a seed in its place, from which only "
+            "the program that made it draws the same numbers; save it with save_projection=True"
+        )
+    sizes, layer = measure(where, tensors, _SHAPES), layer_shape(where, settings)
+    out, into = sizes["out"], sizes["widest in"]
+    if layer is not None and (len(layer) > 2 or layer[0] != out or layer[1] > into):
+        raise AdapterError(
+            f"{where}: a VeRA of out {out} and in up to {into}, the layer is {layer}"
+        )
+    if sizes["widest out"] < out:
+        found = tuple(tensors["vera_B"].shape)
+        raise AdapterError(f"{where}: vera_B is {found}, expected at least {out} rows")
+    columns = into if layer is None else layer[1]
+    down = wide(tensors["vera_lambda_d"])[:, None] * wide(tensors["vera_A"][:, :columns])
+    up = wide(tensors["vera_lambda_b"])[:, None] * wide(tensors["vera_B"][:out])
+    return Update(down, up, 1.0, kind="vera", stored=Stored(tensors, settings))

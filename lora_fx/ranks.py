@@ -1,0 +1,50 @@
+"""Ranks and alphas, checked, and the scale that they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeGuard
+
+from lora_fx.errors import AdapterError
+from lora_fx.safe_regex import compile_bounded
+
+
+def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The scale that an alpha means at a rank: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def checked_rank(where: str, rank: object) -> int:
+    """Returns a rank, or refuses what is not a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"{where} is {rank!r:.80}, expected a positive integer")
+    return rank
+
+
+def checked_alpha(where: str, alpha: object) -> float:
+    """Returns an alpha, or refuses what is not a finite number."""
+    if not is_number(alpha):
+        raise AdapterError(f"{where} is {alpha!r:.80}, expected a finite number")
+    return alpha
+
+
+def checked_ranks(pattern: Mapping[str, object]) -> dict[str, int]:
+    """Returns a rank_pattern whose keys are bounded regexes and whose values are ranks."""
+    for key in pattern:
+        compile_bounded(key, "rank_pattern")
+    return {key: checked_rank(f"rank_pattern[{key!r}]", rank) for key, rank in pattern.items()}
+
+
+def checked_alphas(pattern: Mapping[str, object]) -> dict[str, float]:
+    """Returns an alpha_pattern whose keys are bounded regexes and whose values are alphas."""
+    for key in pattern:
+        compile_bounded(key, "alpha_pattern")
+    return {key: checked_alpha(f"alpha_pattern[{key!r}]", a) for key, a in pattern.items()}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= 1.7976931348623157e308  # false for NaN, and for ints too big for a float

@@ -1,0 +1,81 @@
+"""Computes each branch in the form that costs least."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import fx
+
+from lora_fx.choice import TOKENS, choices
+from lora_fx.editor import Editor
+from lora_fx.errors import PassError
+from lora_fx.form_calls import Maker, shrunk
+from lora_fx.forms import Form, Group
+from lora_fx.ops import aten
+from lora_fx.pass_base import Pass
+
+
+@dataclass(frozen=True)
+class ChooseForm(Pass):
+    """``add(linear(x, W, b), matmul(matmul(x, A), B))  ->  linear(cat([x, x A]), [W; B], b)``.
+
+    Or another form, whichever costs least by `lora_fx.cost`: several branches of a layer as one,
+    one shrink for all layers that read one x, the bias as a row of B that a column of ones meets,
+    and for slots (``target="input"``) ``x (W + A B)`` where x is known to have enough rows.
+    New weights are computed when they are read, the scale folded in.
+
+    For inference: a parameter that is being trained is read as it is now. `UnfoldLora` gives back
+    the graph as it was, and `FoldLora` folds every form; `StripLora` and `branches` know the
+    factored form alone, so this is the last pass before an export, which applies it by itself.
+    Leaves alone what is not a plain branch beside a linear layer, and a weight that others read.
+
+    Attributes:
+        target: ``"constant"``, or ``"input"`` where A and B are given at each call.
+        tokens: what the rows of an activation are taken to be where they are not known.
+        form: of all layers that can have it, whatever it costs; the cheapest by default.
+        share: whether layers that read one x may share a shrink.
+    """
+
+    target: str = "constant"
+    tokens: int = TOKENS
+    form: Form | None = None
+    share: bool = True
+
+    @torch.no_grad()
+    def rewrite(self, editor: Editor) -> None:
+        """Rewrites the layers of one x after those of another."""
+        if self.target not in ("constant", "input"):
+            raise PassError(f"target={self.target!r}: expected 'constant' or 'input'")
+        for group in choices(editor.gm, self.target, self.tokens, self.form, self.share):
+            narrow = _shared(editor, group) if group.shared else [None] * len(group.members)
+            for member, h in zip(group.members, narrow, strict=True):
+                if h is None and member.is_as_injected:
+                    continue
+                new = Maker(editor, member).made(h)
+                editor.remember(new, member.out)
+                editor.replace(member.out, new)
+                editor.record("choose", member.site.path, group.why(member))
+
+
+def _shared(editor: Editor, group: Group) -> list[fx.Node]:
+    """One product that shrinks x for all members, cut into what each expands."""
+    makers = [Maker(editor, member) for member in group.members]
+    first = group.members[0].site
+    whole = shrunk(editor, makers, _holder(group), before=first.node)
+    widths = [maker.width for maker in makers]
+    call = aten.split_with_sizes.default
+    cut = editor.call(call, (whole, widths, -1), before=first.node, like=first.node)
+    return [
+        editor.call(operator.getitem, (cut, place), before=first.node, like=maker.site.node)
+        for place, maker in enumerate(makers)
+    ]
+
+
+def _holder(group: Group) -> str:
+    """The path of the module that holds all layers of a group."""
+    paths = [member.site.path.split(".")[:-1] for member in group.members]
+    steps = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in steps)

@@ -1,0 +1,150 @@
+"""One export with vector slots takes adapters of every kind that needs no new weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_fx
+from lora_fx import Adapter, AdapterError, ExportError, Update, inject, load_adapter, trace
+from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.ops import aten
+
+
+class Net(nn.Module):
+    """A layer of each kind that a slot can stand beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 4)
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 8)
+        self.flat = Conv1D(4, 8)
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.table(ids)).transpose(1, 2)
+        x = torch.tanh(self.conv(x)).transpose(1, 2)
+        x = torch.tanh(self.flat(torch.tanh(self.fc(x))))
+        y: torch.Tensor = self.attn(x, x, x, need_weights=False)[0]
+        return y
+
+
+SHAPES = {"table": (4, 11), "conv": (6, 4, 3), "fc": (8, 6), "flat": (4, 8), "attn": (12, 4)}
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+
+def low_rank(rank: int, **vectors: bool) -> Adapter:
+    """An update of every layer, with the vectors asked for."""
+    updates = {}
+    for seed, (path, (out, into, *kernel)) in enumerate(SHAPES.items()):
+        made = {
+            "magnitude": random(seed, out).abs() + 0.5,
+            "bias": random(seed + 9, out),
+            "col": 1 + random(seed + 7, into),
+        }
+        chosen = {name: made[name] for name in vectors if path != "table" or name != "col"}
+        down, up = random(seed + 1, rank, into, *kernel), random(seed + 2, out, rank)
+        updates[path] = Update(down, up, 0.7, **chosen)  # type: ignore[arg-type]
+    return Adapter("low_rank", updates)
+
+
+def scalings() -> Adapter:
+    updates: dict[str, AnyUpdate] = {
+        path: Scaling(row=1 + random(seed, shape[0]))
+        for seed, (path, shape) in enumerate(SHAPES.items())
+    }
+    return Adapter("ia3", updates | {"fc": Scaling(col=1 + random(3, 6))})
+
+
+ADAPTERS = {
+    "lora": lambda: low_rank(2),
+    "lora_of_another_rank": lambda: low_rank(5),
+    "dora": lambda: low_rank(3, magnitude=True),
+    "lora_bias": lambda: low_rank(1, bias=True),
+    "columns": lambda: low_rank(2, col=True),
+    "ia3": scalings,
+    "one_layer": lambda: Adapter("one", {"conv": low_rank(2).updates["conv"]}),
+}
+
+
+@pytest.fixture(scope="module", params=["inline", "external"])
+def exported(request: Any, tmp_path_factory: Any) -> tuple[Any, Path]:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (2, 7))
+    gm = trace(Net().eval(), (ids,), dynamic_shapes=({0: "batch"},))
+    path = tmp_path_factory.mktemp("vectors") / "model.onnx"
+    limit = 0 if request.param == "external" else 1 << 30
+    report = lora_fx.to_onnx(
+        gm, path, adapters="input", slots=list(SHAPES), vectors=True, external_data_above=limit
+    )
+    assert report.slots == list(SHAPES)
+    return gm, path
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_one_file_takes_every_kind(
+    exported: tuple[Any, Path], kind: str, relative: Any, tmp_path: Path
+) -> None:
+    gm, path = exported
+    adapter, ids = ADAPTERS[kind](), torch.randint(0, 11, (3, 7))
+    file = tmp_path / "a.onnx_adapter"
+    lora_fx.export_adapter(adapter, path, file)
+    session = lora_fx.Session(path, threads=1)
+    (found,) = session.run({"ids": ids}, adapter=file).values()
+    (alone,) = session.run({"ids": ids}).values()
+    with torch.no_grad():
+        wanted, base = inject(gm, adapter)(ids), gm(ids)
+    assert relative(torch.from_numpy(found), wanted) <= 1e-5
+    assert relative(torch.from_numpy(alone), base) <= 1e-5
+    assert relative(base, wanted) > 1e-2
+    again = load_adapter(file)
+    assert again.updates.keys() == adapter.updates.keys()
+    with torch.no_grad():
+        assert relative(inject(gm, again)(ids), wanted) <= 1e-5
+
+
+def test_dora_is_relative_to_the_base_that_the_file_holds(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """Half of the weight doubles the row, which a baked vector would not know."""
+    _, path = exported
+    file, names = tmp_path / "a.onnx_adapter", {}
+    for scale in (0.7, 0.0):
+        adapter = low_rank(3, magnitude=True)
+        import dataclasses
+
+        updates = {k: dataclasses.replace(u, scale=scale) for k, u in adapter.updates.items()}  # type: ignore[type-var]
+        lora_fx.export_adapter(Adapter("a", updates), path, file, force=True)
+        names[scale] = load_adapter(file).updates["fc"].row  # type: ignore[union-attr]
+    assert not torch.allclose(names[0.7], names[0.0], atol=1e-2)
+
+
+def test_what_no_slot_carries_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    _, path = exported
+
+    def doubled(weight: Any) -> Any:
+        return aten.mul.Tensor(weight, 2.0)
+
+    dense = Adapter("dense", {"fc": WeightUpdate("full", doubled, (), (8, 6))})
+    with pytest.raises(AdapterError, match="fc: an update of kind 'full' makes the weight anew"):
+        lora_fx.export_adapter(dense, path, tmp_path / "a.onnx_adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_and_grouped_convolutions_need_the_right_export(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 9)
+    gm = trace(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)).eval(), (x,))
+    with pytest.raises(ExportError, match="slots: 0: what a grouped convolution adds"):
+        lora_fx.to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots=["0"])
+    with pytest.raises(ExportError, match='needs adapters="input"'):
+        lora_fx.to_onnx(gm, tmp_path / "m.onnx", vectors=True)
+    assert list(tmp_path.iterdir()) == []

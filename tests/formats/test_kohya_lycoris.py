@@ -1,0 +1,289 @@
+"""LyCORIS' files, LyCORIS being writer, reader and oracle.
+
+Its outputs are those of the wrapped model: 4.1.3's own merge applies the scale of LoHa and LoKr
+twice (``get_diff_weight`` multiplies what ``get_weight`` has scaled), its forward once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter import Adapter, WeightUpdate
+from lora_fx.errors import AdapterError
+from lora_fx.formats import load_adapter, save_adapter
+
+lycoris = pytest.importorskip("lycoris")
+X = torch.linspace(-1, 1, 4 * 3 * 6 * 7, dtype=torch.float64).reshape(4, 3, 6, 7)
+Tensors = dict[str, torch.Tensor]
+
+
+class Net(nn.Module):
+    """Convolutions of a plane and of a line, one of them grouped, norms and linear layers."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 8, (3, 3), padding=1)
+        self.norm_in = nn.GroupNorm(2, 8)
+        self.down = nn.ModuleList([nn.Conv2d(8, 6, 3, stride=2, groups=groups, bias=False)])
+        self.point = nn.Conv2d(6, 4, 1)
+        self.line = nn.Conv1d(4, 6, 2)
+        self.norm = nn.LayerNorm(6)
+        self.to_q = nn.Linear(6, 10, bias=False)
+        self.out = nn.ModuleDict({"to_out": nn.Linear(10, 9)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.norm_in(self.conv_in(x)))
+        x = torch.tanh(self.point(torch.tanh(self.down[0](x)))).mean(2)
+        x = self.norm(self.line(x).mean(2))
+        result: torch.Tensor = self.out["to_out"](torch.tanh(self.to_q(x)))
+        return result
+
+
+class Quiet(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """LyCORIS tells its log which classes of layers a model has none of."""
+    logger, silence = logging.getLogger("LyCORIS"), Quiet()
+    logger.addFilter(silence)
+    yield
+    logger.removeFilter(silence)
+
+
+def seeded(case: str = "", **options: Any) -> Net:
+    """The base; LyCORIS' OFT computes in float32 alone."""
+    torch.manual_seed(0)
+    return Net(**options).eval().to(torch.float32 if "oft" in case else torch.float64)
+
+
+def wrapped(model: Net, seed: int = 1, **options: Any) -> Any:
+    """A network around a model, applied to it, as if trained."""
+    fields = {"linear_dim": 3, "linear_alpha": 2.5, "conv_dim": 2, "conv_alpha": 5.0, **options}
+    network = lycoris.create_lycoris(model, 1.0, preset="full", warn_on_unmatched=False, **fields)
+    dtype = model.conv_in.weight.dtype
+    network.apply_to()
+    network.to(dtype)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "dora_scale" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            elif not name.endswith(("weight", "bias")) or "lora_" in name or "ia3" in str(options):
+                parameter.normal_(0.0, 0.5)
+            else:  # a full weight, which holds the base's already
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def written(path: Path, network: Any, dtype: torch.dtype | None = None) -> Path:
+    network.save_weights(str(path), dtype, {})
+    return path
+
+
+def updated(model: Net, adapter: Adapter) -> Net:
+    """The model with every update's weight form in place of its parameters."""
+    with torch.no_grad():
+        for path, update in adapter.updates.items():
+            module = model.get_submodule(path if update.kind != "norm" else path.rpartition(".")[0])
+            name = path.rpartition(".")[2] if update.kind == "norm" else "weight"
+            parameter: Any = getattr(module, name)
+            parameter.copy_(update.weight(parameter))
+            bias = getattr(update, "bias", None)
+            if bias is not None:
+                assert isinstance(module.bias, nn.Parameter)
+                module.bias.add_(bias)
+    return model
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora with norms": {"train_norm": True},
+    "lora in Tucker form": {"use_tucker": True},
+    "lora of rank 1": {"linear_dim": 1, "conv_dim": 1, "linear_alpha": 1},
+    "lora without alpha": {"linear_alpha": 0, "conv_alpha": 0},
+    "dora": {"dora_wd": True},
+    "dora in Tucker form": {"dora_wd": True, "use_tucker": True},
+    "loha": {},
+    "loha in Tucker form": {"use_tucker": True},
+    "loha with dora": {"dora_wd": True},
+    "lokr": {"linear_dim": 1, "conv_dim": 1},
+    "lokr of full factors": {"full_matrix": True},
+    "lokr of four factors": {"linear_dim": 1, "conv_dim": 1, "decompose_both": True, "factor": 4},
+    "lokr in Tucker form": {"linear_dim": 1, "conv_dim": 1, "use_tucker": True},
+    "lokr with dora": {"linear_dim": 1, "conv_dim": 1, "dora_wd": True},
+    "full": {},
+    "full with norms": {"train_norm": True},
+    "diag-oft": {},
+    "diag-oft that is rescaled": {"rescaled": True},
+    "diag-oft that is constrained": {"constraint": 0.01},
+    "ia3": {},
+}
+
+
+def options_of(case: str) -> dict[str, Any]:
+    algorithm = case.split()[0].replace("dora", "lora")
+    return {"algo": algorithm, **ALGORITHMS[case]}
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(X.to(next(model.parameters())))
+    return result
+
+
+def file_of(path: Path, case: str, **options: Any) -> tuple[Path, torch.Tensor]:
+    """A file of one algorithm, and what LyCORIS computes with it."""
+    model = seeded(case, **options)
+    network = wrapped(model, **options_of(case))
+    dtype = torch.float32 if "oft" in case else torch.float64
+    # on_input is an integer otherwise, which a file of adapters has none of but alphas
+    return written(path, network, dtype), outputs(model)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_weights_are_those_of_lycoris(
+    tmp_path: Path, relative: Any, case: str, groups: int
+) -> None:
+    file, expected = file_of(tmp_path / "a.safetensors", case, groups=groups)
+    adapter = load_adapter(file, base=seeded(groups=groups))
+    layers = {"conv_in", "down.0", "point", "line", "to_q", "out.to_out"}
+    norms = {f"{norm}.{name}" for norm in ("norm", "norm_in") for name in ("weight", "bias")}
+    assert set(adapter.updates) == layers | (norms if "norms" in case else set())
+    assert relative(outputs(updated(seeded(case, groups=groups), adapter)), expected) <= 1e-6
+    assert relative(outputs(seeded(case, groups=groups)), expected) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    file = written(
+        tmp_path / "a.safetensors", wrapped(seeded(case, groups=2), **options_of(case)), dtype
+    )
+    adapter = load_adapter(file, base=seeded(groups=2))
+    save_adapter(adapter, tmp_path / "b.safetensors", format="kohya", component="lycoris")
+    first, second = load_file(file), load_file(tmp_path / "b.safetensors")
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        is_number = key.endswith(".alpha") and case.startswith(("lora", "dora"))
+        assert is_number or tensor.dtype == second[key].dtype
+        assert tensor.shape == second[key].shape
+        assert torch.equal(tensor, second[key].to(tensor.dtype)), key
+
+
+@pytest.mark.parametrize("case", [case for case in ALGORITHMS if case != "ia3"])
+def test_lycoris_computes_the_same_from_what_is_written(
+    tmp_path: Path, relative: Any, case: str
+) -> None:
+    """LyCORIS itself loads no (IA)3: it makes a module of two tensors from one."""
+    file, expected = file_of(tmp_path / "a.safetensors", case)
+    save_adapter(
+        load_adapter(file, base=seeded()),
+        tmp_path / "b.safetensors",
+        format="kohya",
+        component="lycoris",
+    )
+    model = seeded(case)
+    network = wrapped(model, seed=2, **options_of(case))
+    assert relative(outputs(model), expected) > 1e-2
+    # a network that is applied adds a full difference to what it holds: start from the base
+    if case.startswith("full"):
+        for lora in network.loras:
+            if hasattr(lora, "weight"):
+                lora.weight.data.copy_(lora.org_weight)
+                if lora.bias is not None:
+                    lora.bias.data.copy_(lora.org_bias[0])
+    assert "unexpected keys" not in network.load_weights(str(tmp_path / "b.safetensors"))
+    assert relative(outputs(model), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_a_graph_with_the_adapter_computes_what_lycoris_does(
+    tmp_path: Path, relative: Any, case: str, groups: int
+) -> None:
+    file, expected = file_of(tmp_path / "a.safetensors", case, groups=groups)
+    base = seeded(case, groups=groups)
+    x = X.to(base.conv_in.weight)
+    gm = lora_fx.trace(base, (x,))
+    tuned = lora_fx.inject(gm, load_adapter(file, base=gm))
+    assert relative(tuned(x), expected) <= 1e-6
+    assert relative(gm(x), expected) > 1e-2
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te_", "lora_te1_"])
+def test_the_names_of_a_pipeline_mean_the_same(tmp_path: Path, prefix: str) -> None:
+    file, _ = file_of(tmp_path / "a.safetensors", "loha")
+    state = {key.replace("lycoris_", prefix): value for key, value in load_file(file).items()}
+    save_file(state, tmp_path / "b.safetensors")
+    one, other = (load_adapter(tmp_path / f"{n}.safetensors", base=seeded()) for n in "ab")
+    assert one.updates.keys() == other.updates.keys()
+    weight = seeded().to_q.weight
+    assert torch.equal(one.updates["to_q"].weight(weight), other.updates["to_q"].weight(weight))
+
+
+def test_a_rank_stabilised_scale_is_in_alpha(tmp_path: Path, relative: Any) -> None:
+    model = seeded()
+    network = lycoris.LycorisNetwork(
+        model, 1.0, 3, 2, 2.5, 5.0, network_module="locon", rs_lora=True
+    )
+    network.apply_to()
+    network.double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0.0, 0.5)
+    file = written(tmp_path / "a.safetensors", network)
+    adapter = load_adapter(file, base=seeded())
+    assert adapter.updates["to_q"].scale == pytest.approx(2.5 / 3**0.5)
+    assert relative(outputs(updated(seeded(), adapter)), outputs(model)) <= 1e-6
+
+
+@pytest.mark.parametrize("algorithm", ["glora", "tlora"])
+def test_an_algorithm_that_is_not_supported_is_refused_by_name(
+    tmp_path: Path, algorithm: str
+) -> None:
+    file = written(tmp_path / "a.safetensors", wrapped(seeded(), algo=algorithm))
+    name = {"glora": "GLoRA", "tlora": "T-LoRA"}[algorithm]
+    with pytest.raises(AdapterError, match=f"' is {name}, which is not supported"):
+        load_adapter(file, base=seeded())
+
+
+def test_a_butterfly_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"lycoris_to_q.oft_blocks": torch.ones(2, 5, 2, 2)}, file)
+    with pytest.raises(AdapterError, match=r"oft_blocks is \(2, 5, 2, 2\): BOFT is not supported"):
+        load_adapter(file, base=seeded())
+
+
+def test_a_scale_that_changed_is_written(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    file, _ = file_of(tmp_path / "a.safetensors", "loha")
+    adapter = load_adapter(file, base=seeded())
+    louder: Any = {path: replace(u, scale=2 * u.scale) for path, u in adapter.updates.items()}
+    save_adapter(Adapter("a", louder), tmp_path / "b.safetensors", format="kohya", component="unet")
+    found = load_adapter(tmp_path / "b.safetensors", base=seeded()).updates
+    assert {p: u.scale for p, u in found.items()} == {p: u.scale for p, u in louder.items()}
+
+
+def test_what_lycoris_has_no_scale_for_is_refused(tmp_path: Path) -> None:
+    from lora_fx.kinds import KINDS
+
+    tensors = {"lokr_w1": torch.ones(2, 3), "lokr_w2": torch.ones(5, 2)}
+    update = KINDS["lokr"].read("here", tensors, {"scale": 1.5, "writer": "peft"})
+    assert isinstance(update, WeightUpdate)
+    for name in ("to_q", "unet.to_q"):
+        with pytest.raises(AdapterError, match=r"cannot hold a scale of 1.5 of kind 'lokr'"):
+            save_adapter(Adapter("a", {name: update}), tmp_path / "a.safetensors", format="kohya")

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from lycoris.modules import FullModule
+from torch import nn
+
+from lora_fx import AdapterError, Update
+from lora_fx.kinds import dense
+from lora_fx.other_updates import WeightUpdate
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (6, 4, 3, 2), (6, 2, 2)])
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.5}])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_is_a_sum(has_bias, settings, shape, means, read, noise, dtype):
+    tensors = {"diff": noise(*shape, dtype=dtype)}
+    if has_bias:
+        tensors["diff_b"] = noise(shape[0], dtype=dtype)
+    base, update = noise(*shape), read("full", tensors, **settings)
+    scale = settings.get("scale", 1)
+    delta = scale * tensors["diff"].double()
+    means(update, base, base + delta, base + 1.1 * delta)
+    assert update.shape == shape
+    assert isinstance(update, Update if has_bias else WeightUpdate)
+    if has_bias:
+        bias = update.factors(torch.float64)[2]
+        assert torch.equal(bias, scale * tensors["diff_b"].double())
+
+
+def test_a_bias_of_zeros_is_none(read, noise):
+    tensors = {"diff": noise(5, 3), "diff_b": torch.zeros(5), "alpha": torch.tensor(4.0)}
+    assert isinstance(read("full", tensors), WeightUpdate)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_means_what_lycoris_means(has_bias, read):
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 5, bias=has_bias).double()
+    base, bias = (None if p is None else p.detach().clone() for p in (layer.weight, layer.bias))
+    x, module = torch.randn(4, 7, 3, dtype=torch.float64), FullModule("layer", layer).double()
+    before = layer(x)
+    for parameter in module.parameters():
+        parameter.data.normal_()
+    module.apply_to()  # only what is applied saves a difference
+    update = read("full", {leaf: t.detach() for leaf, t in module.state_dict().items()})
+    if has_bias:
+        bias = bias + update.factors(torch.float64)[2]
+    actual = nn.functional.linear(x, update.weight(base), bias)
+    assert torch.allclose(actual, layer(x), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(before, layer(x), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "message"),
+    [
+        ({"diff_b": (5,)}, {}, "diff is missing"),
+        ({"diff": (5,)}, {}, r"diff is \(5,\)"),
+        ({"diff": (5, 3), "diff_b": (3,)}, {}, "diff_b.* out = 5"),
+        ({"diff": (5, 3), "lora_A": (2, 3)}, {}, "lora_A is not used"),
+        ({"diff": (5, 3)}, {"shape": (3, 5)}, r"diff is \(5, 3\), the layer is \(3, 5\)"),
+        ({"diff": (5, 3)}, {"scale": None}, "scale is None"),
+    ],
+)
+def test_refuses(shapes, settings, message, noise):
+    tensors = {leaf: noise(*shape) for leaf, shape in shapes.items()}
+    with pytest.raises(AdapterError, match=f"french: fc: .*{message}"):
+        dense.read("french: fc", tensors, settings)

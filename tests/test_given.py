@@ -1,0 +1,92 @@
+"""Hints as the command line spells them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import Adapter, AdapterError, Update
+from lora_fx.given import Given, base_of
+from lora_fx.model_source import ModelSource
+
+
+@pytest.mark.parametrize(
+    ("given", "hints"),
+    [
+        (Given(), {}),
+        (Given(alpha=["16"]), {"alpha": 16.0}),
+        (Given(alpha=["q_proj=16", "v=0.5"]), {"alpha": {"q_proj": 16.0, "v": 0.5}}),
+        (Given(enable_lora=["1,0,1"]), {"enable_lora": [True, False, True]}),
+        (Given(enable_lora=["attn=true, False"]), {"enable_lora": {"attn": [True, False]}}),
+        (
+            Given(use_rslora=True, component="unet", allow_pickle=True),
+            {"use_rslora": True, "component": "unet", "allow_pickle": True},
+        ),
+    ],
+)
+def test_only_what_is_given_is_a_hint(given: Given, hints: dict[str, Any]) -> None:
+    assert given.hints() == hints
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Given(alpha=["much"]), "--alpha much: expected a number"),
+        (Given(alpha=["q=much"]), "--alpha much: expected a number"),
+        (Given(alpha=["1", "2"]), "--alpha 1: expected one value for all layers, or LAYER=VALUE"),
+        (Given(alpha=["q=1", "q=2"]), "--alpha q=2: expected .* each layer once"),
+        (Given(alpha=["=2"]), "--alpha =2: expected"),
+        (Given(enable_lora=["yes"]), "--enable-lora yes: expected flags, such as 1,0,1"),
+        (Given(enable_lora=[""]), "--enable-lora : expected flags"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(given: Given, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        given.hints()
+
+
+@pytest.mark.parametrize("to", [None, "peft", "no format"])
+def test_a_component_is_of_what_is_read(to: str | None) -> None:
+    given = Given(component="unet")
+    assert given.split(to) == (given, {})
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_or_of_what_is_written_where_that_has_components(to: str) -> None:
+    reading, hints = Given(component="unet", alpha=["1"]).split(to)
+    assert (reading, hints) == (Given(alpha=["1"]), {"component": "unet"})
+    assert Given().split(to) == (Given(), {})
+
+
+def test_the_base_of_a_program_is_its_graph() -> None:
+    model = nn.Sequential(nn.Linear(3, 5))
+    program = torch.export.export(model, (torch.randn(4, 7, 3),))
+    assert base_of(ModelSource(model)) is model
+    assert isinstance(base_of(ModelSource(program)), torch.fx.GraphModule)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_lossy_names_are_resolved_against_the_base(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_of_the_hints.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    return nn.ModuleDict({'a_b': nn.ModuleDict({'c': nn.Linear(3, 5)})})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    updates = {"a_b.c": Update(torch.ones(2, 3), torch.ones(5, 2), 1.5)}
+    file = tmp_path / "french.safetensors"
+    lora_fx.save_adapter(Adapter("french", updates), file, format="kohya", component="unet")
+    model = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(3, 5)})})
+    if named:
+        adapter = Given(base="model_of_the_hints:make").load(file)
+    else:
+        adapter = Given(base="nowhere").load(file, model)
+    assert list(adapter.updates) == ["a_b.c"]
+    with pytest.raises(AdapterError, match="base="):
+        Given().load(file)

@@ -1,0 +1,77 @@
+"""Layers told by their class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import loralib
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from lora_fx.layer_class import LayerClass, is_conv1d_of_transformers, layer_class
+
+MAKE: Any = Conv1D
+
+
+class Named(nn.Linear):
+    """Somebody's own linear layer."""
+
+
+class Imposter(nn.Module):
+    """Called as transformers' layer, and none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 7))
+
+
+Imposter.__name__ = "Conv1D"
+
+TOLD: dict[str, tuple[nn.Module, LayerClass]] = {
+    "linear": (nn.Linear(3, 5), LayerClass("linear", (5, 3))),
+    "derived": (Named(3, 5), LayerClass("linear", (5, 3))),
+    "loralib": (loralib.Linear(3, 5, r=2), LayerClass("linear", (5, 3))),
+    "loralib turned": (
+        loralib.Linear(3, 5, r=2, fan_in_fan_out=True),
+        LayerClass("linear_transposed", (5, 3)),
+    ),
+    "transformers": (MAKE(7, 5), LayerClass("linear_transposed", (7, 5))),
+    "embedding": (nn.Embedding(11, 5), LayerClass("embedding", (5, 11))),
+    "conv1d": (nn.Conv1d(3, 5, 4), LayerClass("conv1d", (5, 3, 4))),
+    "conv2d": (nn.Conv2d(4, 6, (3, 1), groups=2), LayerClass("conv2d", (6, 2, 3, 1), 2)),
+    "conv3d": (nn.Conv3d(3, 5, (1, 2, 3)), LayerClass("conv3d", (5, 3, 1, 2, 3))),
+    "layer norm": (nn.LayerNorm((4, 5)), LayerClass("norm", (4, 5))),
+    "group norm": (nn.GroupNorm(2, 6), LayerClass("norm", (6,))),
+    "batch norm": (nn.BatchNorm2d(6), LayerClass("norm", (6,))),
+    "RMS norm": (LlamaRMSNorm(6), LayerClass("norm", (6,))),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_layer_is_told_by_its_class(case: str) -> None:
+    module, expected = TOLD[case]
+    found = layer_class(module)
+    assert found == expected
+    weight: Any = module.weight
+    shape = tuple(weight.shape)
+    turned = (shape[1], shape[0], *shape[2:]) if found.transposed else shape
+    assert turned == found.shape
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.ReLU(),
+        nn.LayerNorm(5, elementwise_affine=False),
+        nn.ConvTranspose2d(3, 5, 2),
+        nn.Bilinear(2, 3, 5),
+        Imposter(),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_another_module_is_no_layer(module: nn.Module) -> None:
+    assert layer_class(module) is None
+    assert not is_conv1d_of_transformers(module)

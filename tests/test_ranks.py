@@ -1,0 +1,29 @@
+"""Ranks, alphas and the scale that they mean; refusals are in the config's tests too."""
+
+import math
+
+import pytest
+
+from lora_fx.errors import AdapterError
+from lora_fx.ranks import checked_alpha, checked_rank, is_number, scale_of
+
+
+def test_the_scale_is_alpha_over_the_rank_or_its_root() -> None:
+    assert scale_of(6, 4, False) == 1.5
+    assert scale_of(6, 4, True) == 3.0
+
+
+def test_the_message_says_where() -> None:
+    assert checked_rank("r", 2) == 2
+    assert checked_alpha("alpha", -0.5) == -0.5
+    with pytest.raises(AdapterError, match=r"^rank_pattern\['q'\] is 0, expected a positive"):
+        checked_rank("rank_pattern['q']", 0)
+    with pytest.raises(AdapterError, match=r"^alpha is '16', expected a finite number$"):
+        checked_alpha("alpha", "16")
+
+
+def test_a_number_is_finite_and_no_bool() -> None:
+    assert [is_number(v) for v in (1, 0.5, True, "1", math.nan, math.inf, 10**400)] == [
+        *[True, True],
+        *[False] * 5,
+    ]
