@@ -115,7 +115,7 @@ def _values(
     name: str, updates: Mapping[str, Update | Scaling], slots: Sequence[Slot], model: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What goes into each input, every scale folded in; slots left alone get what is neutral."""
-    base = BaseWeights(model) if any(map(_reads_base, updates.values())) else None
+    base = BaseWeights(model)
     for slot in slots:
         values = slot.neutral()
         if (update := updates.get(slot.path)) is not None:
@@ -125,18 +125,9 @@ def _values(
         yield from values.items()
 
 
-def _reads_base(update: Update | Scaling) -> bool:
-    """Whether an update depends on the layer that it meets."""
-    return isinstance(update, Scaling) or update.magnitude is not None
-
-
-def _terms(update: Update | Scaling, slot: Slot, base: BaseWeights | None) -> Terms:
-    unread = torch.empty(0)
-    if base is None or not _reads_base(update):
-        return terms_of(update, slot.layer, unread, None)
-    if isinstance(update, Scaling):
-        return terms_of(update, slot.layer, unread, base.bias(slot))
-    return terms_of(update, slot.layer, base.weight(slot), None)
+def _terms(update: Update | Scaling, slot: Slot, base: BaseWeights) -> Terms:
+    bias = base.bias(slot) if isinstance(update, Scaling) and update.row is not None else None
+    return terms_of(update, slot.layer, lambda: base.weight(slot), bias)
 
 
 def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:

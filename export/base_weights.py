@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,22 +21,23 @@ class BaseWeights:
     """The constants of a model file: each is read when asked for, and told by its digest.
 
     Args:
-        path: the ``.onnx`` file.
-
-    Raises:
-        ExportError: the file is missing or damaged.
+        path: the ``.onnx`` file, opened when the first constant is asked for.
     """
 
     def __init__(self, path: Path) -> None:
-        check_external_data(load_proto(path), path)
         self._path = path
-        self._values = ir.load(path).graph.initializers
+
+    @cached_property
+    def _values(self) -> Mapping[str, ir.Value]:
+        check_external_data(load_proto(self._path), self._path)
+        return ir.load(self._path).graph.initializers
 
     def weight(self, slot: Slot) -> torch.Tensor:
         """W of a slot's layer, as the layer stores it.
 
         Raises:
             AdapterError: no constant of the file is this weight.
+            ExportError: the file is damaged.
         """
         out, into, *kernel = slot.layer.shape
         shape = (into, out) if slot.layer.transposed else (out, into, *kernel)

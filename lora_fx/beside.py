@@ -18,7 +18,7 @@ from lora_fx.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.recorded import adapter_of, value_names
 from lora_fx.row_blocks import block_of
 from lora_fx.sites import Site
-from lora_fx.terms import check_finite, terms_of
+from lora_fx.terms import Terms, bias_alone, check_finite, terms_of
 from lora_fx.update import Update
 
 
@@ -29,14 +29,14 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
         AdapterError: values that the layer's dtype cannot hold, or a second scaling of what the
             layer reads.
     """
+    first = calls[0]
     if isinstance(update, WeightUpdate):
         _make_anew(editor, calls, update, name)
-        return
-    first = calls[0]
-    bias, _ = block_of(first.bias)
-    terms = terms_of(
-        update, first, _weight(editor, first), editor.tensor(bias) if bias is not None else None
-    )
+        terms = Terms() if update.bias is None else bias_alone(update.bias, first)
+    else:
+        bias, _ = block_of(first.bias)
+        own = None if bias is None else editor.tensor(bias)
+        terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first.path, name, update, terms)
     names = parameter_names(first.path, name, first.bare)
     groups = update.groups if isinstance(update, Update) else 1
@@ -163,7 +163,8 @@ def _frozen(value: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def _weight(editor: Editor, site: Site) -> torch.Tensor:
+def base_weight(editor: Editor, site: Site) -> torch.Tensor:
+    """The weight of a layer as it is stored; one that is still to be computed is not kept."""
     value = raw(editor.gm, str(site.weight.target))
     weight: torch.Tensor = value.compute() if isinstance(value, Deferred) else value
     return weight
@@ -178,11 +179,11 @@ def _make_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate, name
         )
     names = value_names(first.path, name, len(update.values), first.bare)
     function = _transposed(update.function) if first.transposed else update.function
-    for reader, source in dict.fromkeys(_reads(site) for site in calls):
+    for reader, source in dict.fromkeys(reads(site) for site in calls):
         make_anew(editor, reader, source, update.values, function, names, first.dtype)
 
 
-def _reads(site: Site) -> tuple[fx.Node, fx.Node]:
+def reads(site: Site) -> tuple[fx.Node, fx.Node]:
     """Who reads the stored weight for a call, and what it reads: rows are read from a split."""
     if site.rows is None:
         return site.node, site.operand

@@ -113,6 +113,8 @@ def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
 
 def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
     delta, bias, gain = out.args[1], None, None
+    if _is_named(alone := _whole(delta, site), site, "bias"):
+        return _bias_alone(alone, out, base, site)
     if (parts := _parts(delta, "add")) and _is_named(_whole(parts[1], site), site, "bias"):
         delta, bias = parts[0], _whole(parts[1], site)
     low, rest = delta, _parts(delta, "add")
@@ -127,6 +129,10 @@ def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Bra
     name = _adapter(down or gain)
     mine = col if col is not None and _adapter(col) == name else None
     return Branch(site.path, name, site.node, down, up, scale, bias, base, out, gain, mine)
+
+
+def _bias_alone(bias: fx.Node, out: fx.Node, base: fx.Node, site: Site) -> Branch:
+    return Branch(site.path, _adapter(bias), site.node, None, None, 1.0, bias, base, out)
 
 
 def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:

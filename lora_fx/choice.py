@@ -118,8 +118,9 @@ def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
 
 def _best(member: Member, elsewhere: set[str], wanted: Form | None) -> Form:
     forms = forms_of(member, copies=member.site.path not in elsewhere)
-    if wanted in forms:
-        return wanted
+    if wanted is not None:
+        forms = [form for form in (wanted, Form(wanted.kind)) if form in forms] or forms
+        return forms[0]
     return min(forms, key=lambda form: form.alone(member.shape).work)
 
 

@@ -19,7 +19,7 @@ from lora_fx.ranks import (
     is_number,
     scale_of,
 )
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING
 from lora_fx.targets import TargetRule, pattern_value
 
 
@@ -154,7 +154,7 @@ class LoraConfig:
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from error
         kind = "rslora" if self.use_rslora else "lora"
-        stored = Stored({}, {"layer": layer}) if layer == "embedding" else None
+        stored = EMBEDDING if layer == "embedding" else None
         return Update(made.down, made.up, scale, kind, stored=stored), made.residual
 
 

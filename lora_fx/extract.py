@@ -13,7 +13,7 @@ from lora_fx.adapter import Adapter, Update, check_name
 from lora_fx.errors import AdapterError
 from lora_fx.held import Pair, matched, shared
 from lora_fx.ranks import checked_rank
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING
 
 
 class Extracted(NamedTuple):
@@ -121,7 +121,7 @@ def _is_layer(pairs: list[Pair]) -> bool:
 def _of_layer(update: Update, kind: str, shape: torch.Size) -> Update:
     """An update of a matrix as one of a layer whose weight is stored in a shape."""
     if kind == "embedding":
-        return replace(update, stored=Stored({}, {"layer": kind}))
+        return replace(update, stored=EMBEDDING)
     if kind.startswith("conv"):
         return replace(update, down=update.down.reshape(-1, *shape[1:]))
     return update

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from lora_fx.adapter import Adapter, Update, WeightUpdate
+from lora_fx.adapter import Adapter, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.deferred import raw
@@ -49,8 +49,8 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
     return skipped | dict.fromkeys(missing, "targeted by the config, absent from the file")
 
 
-def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dict[str, Update]:
-    """New updates for every layer that a config targets, all zero in effect.
+def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> list[str]:
+    """The paths of the layers that a config targets.
 
     Raises:
         AdapterError: the config matches no layer, or the name is taken.
@@ -65,14 +65,7 @@ def fresh_updates(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> dic
             f"{len(groups)} layers: {shorten(list(groups))}"
         )
     _check_name(gm, config.name, [groups[path][0] for path in paths])
-    generator = config.make_generator()
-    return {
-        path: config.update_for(
-            path, site.in_features, site.out_features, site.dtype, generator=generator
-        )
-        for path in paths
-        for site in groups[path][:1]
-    }
+    return paths
 
 
 def _targets(rule: TargetRule, path: str, site: Site, head: str | None) -> bool:

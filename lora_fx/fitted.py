@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,8 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
         return _scaling(who, update, site)
     stored = _stored_shape(site)
     if isinstance(update, WeightUpdate):
-        _check(who, update.shape, stored)
+        is_flat = len(update.shape) == 2
+        _check(who, update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
         return update
     update = _in_shape(update, site.shape, stored)
     if update.col is not None and site.kind == "embedding":
@@ -42,14 +44,15 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
             raise AdapterError(f"{who}: DoRA on a grouped convolution has no weight to norm")
         return update
     _check(who, update.shape, stored)
-    if not update.is_plain or update.bias is not None:
+    if not update.is_plain:
         raise AdapterError(f"{who}: vectors beside a grouped convolution's weight have no form")
     return dense(update)
 
 
 def dense(update: Update) -> WeightUpdate:
     """``W + delta``, evaluated: for a layer that has no form in two factors."""
-    return WeightUpdate(update.kind, _added, (update.delta(),), update.shape, update.stored)
+    bias = None if update.bias is None else update.scale * update.bias
+    return WeightUpdate(update.kind, _added, (update.delta(),), update.shape, update.stored, bias)
 
 
 def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

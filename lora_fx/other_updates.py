@@ -70,7 +70,7 @@ class Scaling:
 
 @dataclass(frozen=True, eq=False)
 class WeightUpdate:
-    """``W' = function(W, *values)``: LoKr, OFT, and whatever is dense.
+    """``W' = function(W, *values)`` and ``b' = b + bias``: LoKr, OFT, and whatever is dense.
 
     Attributes:
         kind: ``"lokr"``, ``"oft"``, ...
@@ -78,8 +78,10 @@ class WeightUpdate:
             overloads alone, because a graph records it as it stands: what tests evaluate is what
             the graph computes.
         values: what the function takes beside W, every scale folded in.
-        shape: (out, in, *kernel) of the layer that it fits; None where any size does.
+        shape: (out, in, *kernel) of the layer that it fits, or (out, columns) where any kernel of
+            as many columns does; None where any size does.
         stored: what the file held.
+        bias: (out,), or None.
     """
 
     kind: str
@@ -87,10 +89,13 @@ class WeightUpdate:
     values: tuple[torch.Tensor, ...]
     shape: Shape
     stored: Stored | None = None
+    bias: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The values."""
-        return iter(self.values)
+        """The values, and the bias if there is one."""
+        yield from self.values
+        if self.bias is not None:
+            yield self.bias
 
     def weight(self, base: torch.Tensor) -> torch.Tensor:
         """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
@@ -104,7 +109,7 @@ class WeightUpdate:
 
     def is_finite(self) -> bool:
         """Whether every value is a finite number."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.values)
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
 
 
 AnyUpdate = Update | Scaling | WeightUpdate

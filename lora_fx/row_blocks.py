@@ -11,7 +11,6 @@ from torch import fx
 
 from lora_fx.ops import aten, call_argument
 
-
 SPLITS = {aten.split_with_sizes.default, aten.split.sizes}
 
 _NOTHING: Mapping[fx.Node, fx.Node] = MappingProxyType({})

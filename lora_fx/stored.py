@@ -26,3 +26,14 @@ class Stored:
         """Closes the mappings."""
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+
+# Of an update whose layer is a table of rows: nothing else about it says so.
+EMBEDDING = Stored({}, {"layer": "embedding"})
+
+
+def is_embedding(stored: Stored | None) -> bool:
+    """Whether what was stored says that the layer is an embedding."""
+    return stored is not None and (
+        stored.settings.get("layer") == "embedding" or "lora_embedding_A" in stored.tensors
+    )

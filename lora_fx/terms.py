@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,9 +15,9 @@ from lora_fx.layer_forms import (
     up_as_stored,
     up_as_update,
 )
-from lora_fx.other_updates import Scaling
+from lora_fx.other_updates import AnyUpdate, Scaling
 from lora_fx.sites import Layer
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING
 from lora_fx.update import Update
 
 
@@ -47,21 +48,31 @@ class Terms:
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
 
+def bias_alone(bias: torch.Tensor, site: Layer) -> Terms:
+    """What is added to every result, (out,), and nothing else."""
+    return Terms(bias=along_outputs(site, bias.to(site.dtype)))
+
+
 def terms_of(
-    update: Update | Scaling, site: Layer, weight: torch.Tensor, bias: torch.Tensor | None
+    update: Update | Scaling,
+    site: Layer,
+    weight: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
 ) -> Terms:
     """An update beside a layer: computed in float32 or wider, rounded once to its dtype.
 
     Args:
         update: fits the layer.
         site: the layer.
-        weight: of the layer, as it stores it; read only where a norm is asked for.
+        weight: gives that of the layer, as it stores it; asked for DoRA's norm alone.
         bias: (out,) of the layer, or None.
     """
     if isinstance(update, Scaling):
         return _scaled(update, site, bias)
     wide = torch.promote_types(site.dtype, torch.float32)
-    row = None if update.is_plain else update.row_for(canonical(site, weight))
+    row = None if update.row is None else update.row.to(wide)
+    if update.magnitude is not None:
+        row = update.row_for(canonical(site, weight()))
     up = update.up.to(torch.promote_types(wide, update.up.dtype)) * update.scale
     up = up if row is None else up * row[:, None].to(up.dtype)
     added = None
@@ -120,11 +131,11 @@ def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
         bias=None if terms.bias is None else terms.bias.flatten() / scale,
         row=row,
         col=None if terms.col is None else terms.col.flatten(),
-        stored=Stored({}, {"layer": "embedding"}) if site.kind == "embedding" else None,
+        stored=EMBEDDING if site.kind == "embedding" else None,
     )
 
 
-def check_finite(path: str, name: str, update: Update | Scaling, terms: Terms) -> None:
+def check_finite(path: str, name: str, update: AnyUpdate, terms: Terms) -> None:
     """Refuses values that no layer of this dtype can hold.
 
     Raises:

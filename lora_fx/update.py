@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING, Stored, is_embedding
 
 Shape = tuple[int | None, ...]
 
@@ -183,8 +183,9 @@ class Update:
         size = float(values.norm())
         error = float(values[rank:].norm()) / size if size > 0 else 0.0
         kind = self.kind if self.stored is None else "lora"
+        stored = EMBEDDING if is_embedding(self.stored) else None
         new_down = new_down.unflatten(1, self.down.shape[1:])
-        return replace(self, up=new_up, down=new_down, kind=kind, stored=None), error
+        return replace(self, up=new_up, down=new_down, kind=kind, stored=stored), error
 
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""

@@ -11,10 +11,8 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.other_updates import AnyUpdate, low_rank
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING, is_embedding
 from lora_fx.update import Update
-
-_EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +62,9 @@ def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Upda
         )
     if how == "svd":
         update = update.to_rank(rank or max(term.update.rank for term in terms))[0]
-    if not all(_is_embedding(term.update) for term in terms):
+    if not all(is_embedding(term.update.stored) for term in terms):
         return update
-    stored = Stored({}, {"layer": _EMBEDDING})
-    return Update(update.down, update.up, update.scale, bias=update.bias, stored=stored)
-
-
-def _is_embedding(update: Update) -> bool:
-    stored = update.stored
-    return stored is not None and (
-        stored.settings.get("layer") == _EMBEDDING or "lora_embedding_A" in stored.tensors
-    )
+    return replace(update, stored=EMBEDDING)
 
 
 def _aligned(terms: Sequence[Term]) -> list[Term]:

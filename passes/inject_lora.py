@@ -9,17 +9,18 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
-from lora_fx.beside import beside, make_anew, put
+from lora_fx.beside import base_weight, beside, make_anew, put, reads
 from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
-from lora_fx.fit import check_fit, fresh_updates
+from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.fitted import fitted
 from lora_fx.layer_forms import down_as_stored, up_as_stored
 from lora_fx.pass_base import Pass
 from lora_fx.recorded import value_names
 from lora_fx.sites import Site, by_path, readers
+from lora_fx.terms import canonical
 
 Injectable = Adapter | LoraConfig
 
@@ -110,7 +111,9 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
 def _inject_config(editor: Editor, config: LoraConfig) -> None:
     editor.freeze()
     groups = by_path(editor.gm)
-    for path, update in fresh_updates(editor.gm, config, groups).items():
+    generator = config.make_generator()
+    for path in fresh_targets(editor.gm, config, groups):
+        update = _fresh(editor, config, groups[path], generator)
         first = groups[path][0]
         names = parameter_names(path, config.name, first.bare)
         down = nn.Parameter(down_as_stored(first, update.down))
@@ -120,8 +123,32 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
             "up": editor.constant(names.up, up, before=first.node),
         }
         for site in groups[path]:
-            beside(editor, site, nodes, _dropped(editor, site, config), update.scale)
+            x = _dropped(editor, site, config)
+            beside(editor, site, nodes, x, update.scale, update.groups)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
+
+
+def _fresh(
+    editor: Editor, config: LoraConfig, calls: Sequence[Site], generator: torch.Generator | None
+) -> Update:
+    """New factors for a layer; what PiSSA and OLoRA take out of its weight is taken out."""
+    site = calls[0]
+    update, residual = config.fresh(
+        site.path,
+        site.shape,
+        site.kind,
+        site.dtype,
+        lambda: canonical(site, base_weight(editor, site)),
+        generator,
+        site.groups,
+    )
+    if residual is not None:
+        stored = residual.t().contiguous() if site.transposed else residual
+        left = nn.Parameter(stored, requires_grad=False)
+        for reader, source in dict.fromkeys(map(reads, calls)):
+            node = editor.constant(str(site.weight.target), left, before=reader)
+            editor.rebind(reader, source, node)
+    return update
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:

@@ -85,6 +85,11 @@ def _kronecker(weight: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> to
     return total
 
 
+def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    total: torch.Tensor = aten.add.Tensor(weight, delta)
+    return total
+
+
 SIZES: list[list[int]] = [[]]  # of the weight that `_kronecker` meets
 
 
@@ -107,12 +112,13 @@ KINDS: dict[str, Callable[[tuple[int, ...]], AnyUpdate]] = {
     "ia3": lambda s: Scaling(row=random(s[0]) + 1),
     "ia3_in": lambda s: Scaling(col=random(s[1]) + 1),
     "lokr": _lokr,
+    "full": lambda s: WeightUpdate("full", _added, (random(*s),), s, bias=random(s[0])),
 }
 
 
 def refused(layer: str, kind: str) -> bool:
     """What has no form: an embedding reads ids, and a grouped convolution has no whole weight."""
-    grouped = layer == "conv2d_grouped" and kind in ("lora_bias", "dora", "rows", "cols")
+    grouped = layer == "conv2d_grouped" and kind in ("dora", "rows", "cols")
     return grouped or (layer == "embedding" and kind in ("cols", "ia3_in"))
 
 
@@ -135,8 +141,9 @@ def merged(model: nn.Module, update: AnyUpdate) -> nn.Module:
     with torch.no_grad():
         new = update.weight(weight.T if transposed else weight)
         weight.copy_(new.T if transposed else new)
-        if isinstance(update, Update) and update.bias is not None:
-            extra = update.scale * update.bias
+        shift = None if isinstance(update, Scaling) else update.bias
+        if shift is not None:
+            extra = shift * (update.scale if isinstance(update, Update) else 1)
             if bias is None:
                 tuned.layer.register_forward_hook(lambda m, a, y: y + along(extra, weight))
             else:
@@ -190,7 +197,7 @@ def test_the_graph_form_is_the_weight_form(
 def test_what_was_injected_is_read_back(layer: str, kind: str, relative: Any) -> None:
     _, update, gm = built(layer, kind)
     injected = inject(gm, Adapter("a", {"layer": update}))
-    if isinstance(update, WeightUpdate) or (layer == "conv2d_grouped" and kind == "lora"):
+    if isinstance(update, WeightUpdate) or (layer == "conv2d_grouped" and kind[:4] == "lora"):
         with pytest.raises(AdapterError, match=r"made .* anew"):
             adapter_from(injected)
         return

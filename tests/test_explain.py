@@ -55,3 +55,21 @@ def test_no_weight_is_computed() -> None:
     folded = lora_fx.fold(gm)
     lora_fx.explain(folded)
     assert raw(folded, "fc.weight")._kept is None
+
+
+def test_a_branch_has_its_form_and_what_each_form_costs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(768, 768), nn.Tanh(), nn.Linear(768, 96, bias=False)).eval()
+    updates = {
+        path: lora_fx.Update(torch.randn(8, 768), torch.randn(out, 8), 1.0)
+        for path, out in (("0", 768), ("2", 96))
+    }
+    shapes = ({0: "batch", 1: "length"},)
+    gm = trace(model, (torch.randn(2, 7, 768),), dynamic_shapes=shapes)
+    first, second = explained(lora_fx.inject(gm, lora_fx.Adapter("a", updates)))
+    says = "unmerged: augmented, bias in B (n = 256; beyond merged: augmented +9.44 MFLOP, "
+    assert says in first
+    assert "; factored +9.44 MFLOP, 4 MB, 3 calls; " in first
+    assert first.endswith("; as a slot: factored")
+    assert "unmerged: factored (n = 256; beyond merged: augmented +" in second
+    assert all("unmerged" not in line for line in explained(gm))

@@ -52,12 +52,14 @@ def test_a_scale_is_rounded_once(gm: fx.GraphModule) -> None:
     assert one.up(False, torch.float16).item() == 1.0
 
 
-def test_constants_are_computed_when_read_unless_a_factor_is_trained(gm: fx.GraphModule) -> None:
-    for trained in (False, True):
-        both = factors(gm, trained)
-        value = both.promise((3, 3), torch.float32, lambda: both.down(False, torch.float32), "a")
-        assert both.is_trained == trained
-        assert (value._kept is not None) == trained
+@pytest.mark.parametrize("trained", [False, True])
+def test_constants_are_computed_when_read_unless_a_factor_is_trained(
+    gm: fx.GraphModule, trained: bool
+) -> None:
+    both = factors(gm, trained)
+    value = both.promise((3, 3), torch.float32, lambda: both.down(False, torch.float32), "a")
+    assert both.is_trained == trained
+    assert (value._kept is not None) == trained
 
 
 def test_equal_constants_have_equal_keys(gm: fx.GraphModule) -> None:

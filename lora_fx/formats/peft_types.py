@@ -88,7 +88,7 @@ _ADALORA_NEUTRAL = _LORA_NEUTRAL | _words(
 )
 _TIED = _words("trainable_token_indices ensure_weight_tying")
 _LORA_OWN = _words("use_rslora use_dora lora_bias target_parameters init_lora_weights")
-_LYCORIS_NEUTRAL = _words("rank_dropout module_dropout rank_dropout_scale init_weights")
+_LYCORIS_NEUTRAL = _words("rank_dropout module_dropout init_weights")
 _LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2"
 _LOKR = "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2"
 _LORA = "lora_A.weight lora_B.weight lora_B.bias lora_embedding_A lora_embedding_B"
@@ -115,7 +115,7 @@ TYPES: dict[str, PeftType] = {
         ),
         PeftType(
             "LOKR", "lokr", tuple(_LOKR.split()), scaled, LokrOptions, ("r", 8), "alpha",
-            ("lokr_w1_b", "lokr_w2_b"), neutral=_LYCORIS_NEUTRAL,
+            ("lokr_w1_b", "lokr_w2_b"), neutral=_LYCORIS_NEUTRAL | {"rank_dropout_scale"},
         ),
         PeftType(
             "VERA", "vera", ("vera_lambda_b", "vera_lambda_d"), options_alone, VeraOptions,

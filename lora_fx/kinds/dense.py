@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +9,15 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.shapes import layer_shape, measure, number, wide
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.other_updates import WeightUpdate
 from lora_fx.stored import Stored
-from lora_fx.update import Update
 
 _SHAPES: dict[str, tuple[str, ...]] = {"diff": ("out", "in", "*kernel"), "diff_b": ("out",)}
 MARKS = frozenset({"diff"})
 LEAVES = frozenset({*_SHAPES, "alpha"})
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> WeightUpdate:
     """Reads ``W + scale * diff`` and ``b + scale * diff_b``.
 
     Source: ``full`` of LyCORIS 4.1.
@@ -31,8 +29,7 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
         settings: ``scale``, 1 where it is not given; ``shape`` of the layer, if known.
 
     Returns:
-        A function of the weight, of kind ``"full"``. With a ``diff_b`` that is not zero, the same
-        as a product with an identity, because a bias needs an ``Update`` to ride on.
+        A function of the weight, of kind ``"full"``, and a bias if there is one.
 
     Raises:
         AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
@@ -43,21 +40,10 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     diff, bias = own["diff"], own.get("diff_b")
     if layer is not None and tuple(diff.shape) != layer:
         raise AdapterError(f"{where}: diff is {tuple(diff.shape)}, the layer is {layer}")
-    stored = Stored(tensors, settings)
-    if bias is not None and bool(bias.any()):
-        down, up = _product(diff)
-        return Update(down, up, scale, kind="full", bias=bias, stored=stored)
     delta = diff if scale == 1 else wide(diff) * scale
-    return WeightUpdate("full", _added, (delta,), tuple(diff.shape), stored)
-
-
-def _product(diff: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Down and up whose product is exactly this, one of them the smaller identity."""
-    out, columns = len(diff), math.prod(diff.shape[1:])
-    eye = torch.eye(min(out, columns), dtype=diff.dtype, device=diff.device)
-    if out <= columns:
-        return diff, eye
-    return eye.reshape(columns, *diff.shape[1:]), diff.flatten(1)
+    stored = Stored(tensors, settings)
+    shift = None if bias is None else wide(bias) * scale
+    return WeightUpdate("full", _added, (delta,), tuple(diff.shape), stored, shift)
 
 
 def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

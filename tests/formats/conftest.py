@@ -444,3 +444,8 @@ def save_case(name: str, directory: Path) -> SavedCase:
 def peft_case(request: pytest.FixtureRequest, tmp_path: Path) -> SavedCase:
     """Every case of the table, saved by PEFT."""
     return save_case(request.param, tmp_path / "by_peft")
+
+
+@pytest.fixture
+def save_peft_case() -> Callable[[str, Path], SavedCase]:
+    return save_case

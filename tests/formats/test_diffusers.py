@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft_file import METADATA
+from lora_fx.stored import Stored
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
@@ -263,12 +265,52 @@ REFUSED: dict[str, tuple[Tensors, Any, str]] = {
     "config of another": (PAIR, {"transformer.r": 2}, "has no field of unet"),
     "config without alpha": (PAIR, {"unet.r": 2}, "of unet: lora_alpha is missing"),
     "another rank": (PAIR, {**CONFIG, "unet.r": 4}, f"fc: rank 2, {METADATA} says 4"),
-    "DoRA in the config": (PAIR, {**CONFIG, "unet.use_dora": True}, "use_dora is True"),
+    "DoRA in the config": (PAIR, {**CONFIG, "unet.use_dora": True}, "use_dora is True in .* lacks"),
     "another method": (PAIR, {**CONFIG, "unet.peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-    "a convolution": (
-        {**PAIR, "unet.fc.lora_A.weight": torch.ones(2, 3, 3, 3)},
+    "an up with a kernel": (
+        {**PAIR, "unet.fc.lora_B.weight": torch.ones(5, 2, 3, 3)},
         None,
-        "only linear layers are supported",
+        r"is \(5, 2, 3, 3\): expected \(r, in\)",
+    ),
+    "ranks": (
+        {**PAIR, "unet.fc.lora_A.weight": torch.ones(4, 3)},
+        None,
+        "the ranks differ",
+    ),
+    "a magnitude of some": (
+        {**PAIR, **OTHER, "unet.fc.lora_magnitude_vector": torch.ones(5)},
+        None,
+        "fc has a magnitude, up has none",
+    ),
+    "a bias of some": (
+        {**PAIR, **OTHER, "unet.up.lora_B.bias": torch.ones(5)},
+        None,
+        "up has a bias of its up-projection, fc has none",
+    ),
+    "magnitudes and no DoRA": (
+        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(5)},
+        CONFIG,
+        "use_dora is False in .*, the file has magnitudes",
+    ),
+    "a magnitude of another size": (
+        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(3)},
+        None,
+        r"lora_magnitude_vector is \(3,\), expected \(5,\)",
+    ),
+    "LoKr beside LoRA": (
+        {**PAIR, "unet.up.lokr_w1": torch.ones(2, 2)},
+        None,
+        "up is LoKr, other layers of unet are LoRA",
+    ),
+    "LoRA in a layer of LoKr": (
+        {**PAIR, "unet.fc.lokr_w1": torch.ones(2, 2)},
+        None,
+        r"'unet\.fc\.lora_A\.weight' stands beside LoKr's tensors",
+    ),
+    "LoKr under a LoraConfig": (
+        {"unet.fc.lokr_w1": torch.ones(2, 2), "unet.fc.lokr_w2": torch.ones(2, 3)},
+        {**CONFIG, "unet.peft_type": "LORA"},
+        "peft_type is 'LORA'",
     ),
     "base weights": ({**PAIR, "unet.fc.weight": torch.ones(5, 3)}, None, r"use: unet\.fc\.weight"),
 }
@@ -281,10 +323,57 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
         load_adapter(write(tmp_path / "a.safetensors", state, fields))
 
 
+def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
+    """A language model that PEFT trained may be called transformer too, and has alpha / r."""
+    state = {f"transformer.h.0.attn.c_attn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    file = write(tmp_path / "a.safetensors", state)
+    message = "nothing says what the scale is: .*; pass format=.diffusers., or format=.peft_file"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(file)
+    [update] = load_adapter(file, format="diffusers").updates.values()
+    assert isinstance(update, Update)
+    assert update.scale == 1
+    alphas = {"transformer.h.0.attn.c_attn.alpha": torch.tensor(3.0)}
+    fields = {"transformer.r": 2, "transformer.lora_alpha": 3}
+    for number, (more, config) in enumerate([(alphas, None), ({}, fields)]):
+        file = write(tmp_path / f"{number}.safetensors", {**state, **more}, config)
+        [update] = load_adapter(file).updates.values()
+        assert isinstance(update, Update)
+        assert update.scale == 1.5
+
+
+def test_a_file_of_diffusers_name_is_diffusers(tmp_path: Path) -> None:
+    state = {f"transformer.blocks.0.ffn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    file = write(tmp_path / WEIGHTS, state)
+    [update] = load_adapter(file).updates.values()
+    assert isinstance(update, Update)
+    assert update.scale == 1
+
+
 PLAIN = Update(torch.ones(2, 3), torch.ones(5, 2), 1.5)
 UNWRITABLE: dict[str, tuple[Adapter, dict[str, Any], str]] = {
     "no component": (Adapter("a", {"fc": PLAIN}), {}, "fc begins with no component's name"),
     "another one": (Adapter("a", {"fc": PLAIN}), {"component": "vae"}, "component is 'vae'"),
+    "DoRA of one layer": (
+        Adapter("a", {"fc": PLAIN, "up": replace(PLAIN, magnitude=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold DoRA beside plain LoRA in one model, unet",
+    ),
+    "DoRA with biases": (
+        Adapter("a", {"fc": replace(PLAIN, magnitude=torch.ones(5), bias=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold DoRA beside biases of up-projections",
+    ),
+    "rows": (
+        Adapter("a", {"fc": replace(PLAIN, row=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold updates of kind 'lora', which scale inputs or outputs: fc",
+    ),
+    "an embedding": (
+        Adapter("a", {"fc": replace(PLAIN, stored=Stored({}, {"layer": "embedding"}))}),
+        {"component": "unet"},
+        "cannot hold updates of embeddings: fc",
+    ),
     "replaced": (
         Adapter("a", {"unet.fc": PLAIN}, {"unet.norm.weight": torch.ones(2)}),
         {},

@@ -24,6 +24,10 @@ from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft_file import METADATA
 
 diffusers = pytest.importorskip("diffusers")
+# PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Adapter .default.. \d+ LoRA tensor.s. have invalid shape"
+)
 MAKE = torch.Generator().manual_seed(3)
 INPUTS = (
     torch.randn(2, 3, 8, 8, generator=MAKE),
@@ -73,6 +77,7 @@ LORA: dict[str, dict[str, Any]] = {
 }
 LOKR: dict[str, dict[str, Any]] = {
     "lokr": {"r": 2, "alpha": 3},
+    "lokr of linear layers": {"r": 2, "alpha": 3},
     "lokr of four factors": {"r": 1, "alpha": 3, "decompose_both": True, "decompose_factor": 4},
     "lokr in Tucker form": {"r": 1, "alpha": 3, "use_effective_conv2d": True},
 }
@@ -81,8 +86,12 @@ CASES = [*LORA, *LOKR]
 
 def config_of(case: str) -> Any:
     if case in LORA:
-        return peft.LoraConfig(r=2, lora_alpha=3, target_modules=LAYERS, **LORA[case])
-    return peft.LoKrConfig(target_modules=LAYERS, **LOKR[case])
+        # PEFT warns of a layer without a bias, which cannot be merged then
+        layers = LAYERS if case != "lora_bias" else [n for n in LAYERS if n not in ("to_q", "to_k")]
+        return peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers, **LORA[case])
+    # without a config diffusers takes no LoKr of a convolution: it unpacks two axes of each factor
+    layers = LAYERS if case != "lokr of linear layers" else ["to_q", "to_k", "to_out.0"]
+    return peft.LoKrConfig(target_modules=layers, **LOKR[case])
 
 
 def trained(case: str) -> Any:
@@ -124,7 +133,8 @@ def test_the_graph_is_the_model(relative: Any) -> None:
 def test_a_file_of_a_pipeline(tmp_path: Path, relative: Any, case: str) -> None:
     model = trained(case)
     adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
-    assert {len(update.shape) for update in adapter.updates.values()} == {2, 4}
+    axes = {len(update.shape) for update in adapter.updates.values()}
+    assert axes == ({2} if "linear" in case else {2, 4})
     tuned = lora_fx.inject(traced(), adapter)
     assert relative(run(tuned), run(model)) <= 2e-6
     assert relative(run(traced()), run(model)) > 1e-2
@@ -133,9 +143,7 @@ def test_a_file_of_a_pipeline(tmp_path: Path, relative: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_that_diffusers_merges(
-    tmp_path: Path, relative: Any, case: str
-) -> None:
+def test_weights_are_those_that_diffusers_merges(tmp_path: Path, relative: Any, case: str) -> None:
     model = trained(case)
     adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
     model.fuse_lora()
@@ -190,10 +198,8 @@ def test_diffusers_computes_the_same_from_what_is_written(
     assert relative(run(unet()), run(model)) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["plain", "dora", "lokr"])
-def test_a_file_without_metadata_has_a_scale_of_1(
-    tmp_path: Path, relative: Any, case: str
-) -> None:
+@pytest.mark.parametrize("case", ["plain", "dora", "lokr of linear layers"])
+def test_a_file_without_metadata_has_a_scale_of_1(tmp_path: Path, relative: Any, case: str) -> None:
     file = written(tmp_path / "a", trained(case), case)
     state = load_file(file)
     save_file(state, tmp_path / "b.safetensors")
@@ -205,7 +211,7 @@ def test_a_file_without_metadata_has_a_scale_of_1(
     again = load_file(tmp_path / "c.safetensors")
     assert all(torch.equal(again[key], state[key]) for key in state)
     with safe_open(tmp_path / "c.safetensors", framework="pt") as opened:
-        assert (METADATA in opened.metadata()) == (case != "lokr")
+        assert (METADATA in opened.metadata()) == ("lokr" not in case)
 
 
 def test_a_text_encoder_beside_the_model(tmp_path: Path, relative: Any) -> None:
@@ -246,14 +252,17 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
     with_config, without = (load_adapter(f) for f in (file, tmp_path / "b.safetensors"))
     others = {path.replace("unet.", "transformer."): u for path, u in without.updates.items()}
     mixed = Adapter("a", {**with_config.updates, **others})
-    with pytest.raises(AdapterError, match="a config of all components or of none, .* transformer"):
+    with pytest.raises(AdapterError, match=r"a config of all components or of none, .* transformer"):
         save_adapter(mixed, tmp_path / "c.safetensors", format="diffusers")
     halves = {**with_config.updates, "unet.x": next(iter(without.updates.values()))}
     with pytest.raises(AdapterError, match="cannot hold LoKr beside others in one model, unet"):
         save_adapter(Adapter("a", halves), tmp_path / "c.safetensors", format="diffusers")
-    louder = WeightUpdate("oft", torch.ops.aten.mul.Tensor, (torch.ones(2),), (2, 2))
-    with pytest.raises(AdapterError, match="cannot hold updates of kind 'oft', .*: unet.x"):
-        save_adapter(Adapter("a", {"unet.x": louder}), tmp_path / "c.safetensors", format="diffusers")
+    turned = WeightUpdate("oft", torch.ops.aten.mul.Tensor, (torch.ones(2),), (2, 2))
+    other = Adapter("a", {"unet.x": turned})
+    with pytest.raises(AdapterError, match=r"cannot hold updates of kind 'oft', .*: unet.x"):
+        save_adapter(
+            Adapter("a", {"unet.x": louder}), tmp_path / "c.safetensors", format="diffusers"
+        )
 
 
 def test_the_metadata_is_diffusers_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,76 @@ def test_a_number_that_overflows_to_infinity_is_refused(tmp_path: Path) -> None:
     file.write_text('{"peft_type": "LORA", "lora_alpha": 1e999}')
     with pytest.raises(AdapterError, match="lora_alpha is inf, expected a finite number"):
         read_config(file, strict=True)
+
+
+OF_TYPES: dict[str, dict[str, Any]] = {
+    "VERA": {"r": 3, "projection_prng_key": 7},
+    "LOHA": {"r": 3, "alpha": 5, "use_effective_conv2d": True},
+    "LOKR": {"r": 3, "alpha": 5, "decompose_both": True, "decompose_factor": 4},
+    "OFT": {"oft_block_size": 4, "peft_version": "0.21.2", "eps": 1, "block_share": True},
+    "IA3": {"feedforward_modules": ["fc"]},
+    "ADALORA": {"init_r": 3, "lora_alpha": 5, "rank_pattern": {"fc.lora_E": [True, False, True]}},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("name", OF_TYPES)
+def test_every_type_has_a_record_of_its_fields(name: str, tmp_path: Path) -> None:
+    fields = OF_TYPES[name]
+    config = read(tmp_path, lora_alpha=..., **{"peft_type": name, **fields})
+    assert config.type.name == name
+    options = dataclasses.asdict(config.options)
+    assert all(options.get(key, value) == value for key, value in fields.items())
+    assert {"rank_pattern", "peft_version", "lora_alpha", "alpha", "r", "init_r"} >= {
+        key for key in fields if key not in options
+    }
+
+
+def test_what_is_left_of_a_pruned_layer_is_its_rank(tmp_path: Path) -> None:
+    config = read(tmp_path, peft_type="ADALORA", **OF_TYPES["ADALORA"])
+    assert (config.rank_and_scale("fc")[0], config.rank_and_scale("other")[0]) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["LORA", "OFT", "VERA"])
+def test_biases_have_one_name_whatever_the_type_calls_them(name: str, tmp_path: Path) -> None:
+    fields = {"peft_type": name, **OF_TYPES.get(name, {"lora_alpha": 3})}
+    only = f"{name.lower()}_only"
+    assert read(tmp_path, **{"lora_alpha": ..., **fields, "bias": only}).bias == "lora_only"
+    with pytest.raises(AdapterError, match=f"bias is 'x_only', expected 'none' or '{only}'"):
+        read(tmp_path, **{"lora_alpha": ..., **fields, "bias": "x_only"})
+
+
+def test_tokens_are_of_one_table_or_of_several(tmp_path: Path) -> None:
+    assert read(tmp_path, trainable_token_indices=[3, 1]).tokens == (3, 1)
+    assert read(tmp_path, trainable_token_indices={"e": [3, 1]}).tokens == {"e": (3, 1)}
+    assert [read(tmp_path, trainable_token_indices=v).tokens for v in (None, [], {})] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("LORA", {"trainable_token_indices": [1, -1]}, "expected a list of token ids"),
+        ("LORA", {"trainable_token_indices": {"e": ["1"]}}, r"indices\['e'\] is \['1'\]"),
+        ("LORA", {"trainable_token_indices": "1"}, "trainable_token_indices is '1'"),
+        ("LORA", {"target_parameters": "w"}, "target_parameters is 'w', expected a list"),
+        ("LORA", {"ensure_weight_tying": 1}, "ensure_weight_tying is 1, expected a bool"),
+        ("TRAINABLE_TOKENS", {"token_indices": [True]}, "token_indices is .*token ids"),
+        ("LOKR", {"decompose_factor": True}, "decompose_factor is True, expected a int"),
+        ("LOKR", {"alpha": ...}, "alpha is missing"),
+        ("LOKR", {"alpha": float("inf")}, "Infinity"),
+        ("LOHA", {"r": 0}, "r is 0, expected a positive integer"),
+        ("OFT", {"eps": "1"}, "eps is '1', expected a float"),
+        ("OFT", {"oft_block_size": ...}, "oft_block_size is missing"),
+        ("VERA", {"projection_prng_key": 1.5}, r"projection_prng_key is 1\.5"),
+        ("ADALORA", {"rank_pattern": {"fc": 2}}, r"rank_pattern\['fc'\] is 2, expected a list"),
+        ("ADALORA", {"rank_pattern": {"fc": [True]}}, r"'fc'\] is .* for <module>\.lora_E"),
+        ("ADALORA", {"lora_alpha": ...}, "lora_alpha is missing"),
+        ("IA3", {"bias": "all"}, "bias is 'all', an unknown field"),
+    ],
+)
+def test_a_bad_field_of_any_type_is_refused_by_name(
+    tmp_path: Path, name: str, fields: dict[str, Any], message: str
+) -> None:
+    every = {"lora_alpha": ..., **OF_TYPES.get(name, {"lora_alpha": 3}), **fields}
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: .*{message}"):
+        read(tmp_path, **{"peft_type": name, **every})

@@ -84,7 +84,7 @@ def test_another_method_is_refused(value: object) -> None:
 
 
 def test_a_caller_that_reads_lora_alone_is_given_no_other() -> None:
-    with pytest.raises(AdapterError, match="peft_type is 'LOHA', supported: LORA$"):
+    with pytest.raises(AdapterError, match=r"peft_type is 'LOHA', supported: LORA$"):
         type_of({"peft_type": "LOHA"}, ("LORA",))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import lora_fx
+from lora_fx import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.update import Update
 
@@ -81,3 +84,135 @@ def test_reading_again_gives_the_same(peft_case: Any, tmp_path: Path) -> None:
     for path, update in first.updates.items():
         pairs = zip(update.tensors(), second.updates[path].tensors(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs), path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_of_the_file_is_kept(peft_case: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    file = peft_case.directory / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+    adapter = load_adapter(peft_case.directory, base=peft_case.base)
+    assert all(bool(t.isfinite().all()) for u in adapter.updates.values() for t in u.tensors())
+    save_adapter(adapter, tmp_path / "written")
+    original, written = load_file(file), load_file(tmp_path / "written" / file.name)
+    assert original.keys() == written.keys()
+    for key, tensor in original.items():
+        assert written[key].dtype == dtype
+        assert torch.equal(tensor, written[key]), key
+
+
+# Only the base tells the orientation of experts, the widths of VeRA's layers, and that a core with
+# a kernel (3, 1) is of a Conv1d; without one these are refused, if not here then by their layer.
+OPEN = ("experts", "linear vera", "transposed vera", "conv1d loha core")
+
+
+def test_without_a_base_nothing_else_is_read(
+    peft_case: Any, request: pytest.FixtureRequest, relative: Any
+) -> None:
+    name = request.node.callspec.params["peft_case"]
+    gm = lora_fx.trace(peft_case.base, (peft_case.x,))
+    wanted = load_adapter(peft_case.directory, base=peft_case.base)
+    if name.startswith(OPEN):
+        with pytest.raises(AdapterError, match=r"pass base=|Use the base"):
+            lora_fx.inject(gm, load_adapter(peft_case.directory))
+        return
+    found = load_adapter(peft_case.directory)
+    assert found.updates.keys() == wanted.updates.keys()
+    with torch.no_grad():
+        one, other = (lora_fx.inject(gm, a, strict=False)(peft_case.x) for a in (found, wanted))
+        assert relative(one, other) == 0
+        assert name == "parameter lora" or relative(gm(peft_case.x), one) > 1e-2
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "rank of loha": ("linear loha", {"r": 3}, {}, r": hada_w1_b \(2, .\) .* rank 3 by r"),
+    "rank of lokr": ("linear lokr", {"r": 2}, {}, r"lokr_w2_b \(1, .\) should be of rank 2"),
+    "rank of vera": ("linear vera", {"r": 3}, {}, r"vera_lambda_d \(2,\) .* rank 3"),
+    "rank of adalora": ("linear adalora", {"init_r": 4}, {}, r"lora_A \(3, .\) .* 4 by init_r"),
+    "mask of adalora": (
+        "linear adalora pruned",
+        {"rank_pattern": {"wide.lora_E": [True, False, False]}},
+        {},
+        r"wide: lora_A \(2, 3\) should be of rank 1",
+    ),
+    "a size of ia3": ("linear ia3", {}, {"wide.ia3_l": (2, 2)}, r"ia3_l is \(2, 2\)"),
+    "the side of ia3": (
+        "linear ia3",
+        {"feedforward_modules": []},
+        {},
+        r"narrow: ia3_l is \(1, 5\)",
+    ),
+    "the side of a convolution": (
+        "conv2d ia3",
+        {"feedforward_modules": None},
+        {},
+        r"feedforward_modules is missing, and ia3_l \(1, 6, 1, 1\)",
+    ),
+    "a pattern of ia3": (
+        "linear ia3",
+        {"feedforward_modules": "(.*)*X"},
+        {},
+        r"feedforward_modules: the regex",
+    ),
+    "projections beside a seed": (
+        "linear vera",
+        {"save_projection": False},
+        {},
+        r"holds \['vera_A', 'vera_B'\], but save_projection is False",
+    ),
+    "no projections": ("linear vera seed", {"save_projection": True}, {}, "holds no projection"),
+    "blocks of oft": ("linear oft", {}, {"wide.oft_R.weight": (3, 1)}, r"wide: "),
+    "an old oft": ("linear oft", {"peft_version": "0.17.0"}, {}, r"before 0\.18"),
+    "magnitudes": ("linear lora", {"use_dora": True}, {}, r"wide: has .*use_dora True"),
+    "a size of a magnitude": (
+        "conv2d dora",
+        {},
+        {"wide.lora_magnitude_vector": (6,)},
+        r"wide: lora_magnitude_vector \(6,\), expected \(1, 6, 1, 1\)",
+    ),
+    "tokens": (
+        "embedding tokens beside lora",
+        {"trainable_token_indices": {"wide": [9]}},
+        {},
+        r"wide: 1 indices, 1 of them different, and 2 rows",
+    ),
+    "a name of tokens": (
+        "embedding tokens beside lora",
+        {"trainable_token_indices": {"other": [9, 2]}},
+        {},
+        r"trainable_token_indices names other, not wide",
+    ),
+    "a misspelt pattern": (
+        "linear loha",
+        {"rank_pattern": {"misspelt": 3}},
+        {},
+        r"rank_pattern has keys that match no adapted module: misspelt",
+    ),
+    "a feature": ("linear adalora", {"use_qalora": True}, {}, "use_qalora is True, a feature"),
+    "an unknown field": ("linear lokr", {"unheard_of": 1}, {}, "unheard_of is 1, an unknown"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_agree_is_refused(name: str, save_peft_case: Any, tmp_path: Path) -> None:
+    of, fields, shapes, message = WRONG[name]
+    case = save_peft_case(of, tmp_path / "a")
+    config = case.directory / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    file = case.directory / "adapter_model.safetensors"
+    changed = {f"base_model.model.{key}": torch.ones(shape) for key, shape in shapes.items()}
+    save_file({**load_file(file), **changed}, file)
+    with pytest.raises(AdapterError, match=rf"^{tmp_path}.*{message}"):
+        load_adapter(case.directory, base=case.base)
+
+
+HINTED = ["embedding dora", "conv2d grouped lora", "conv3d dora", "attention lora"]
+
+
+@pytest.mark.parametrize("name", HINTED)
+def test_hints_take_the_place_of_a_config(name: str, save_peft_case: Any, tmp_path: Path) -> None:
+    case = save_peft_case(name, tmp_path / "a")
+    alone = tmp_path / "alone.safetensors"
+    (case.directory / "adapter_model.safetensors").rename(alone)
+    copy = load_adapter(alone, alpha=3, name="a")
+    alone.rename(case.directory / "adapter_model.safetensors")
+    assert str(copy) == str(load_adapter(case.directory, name="a"))

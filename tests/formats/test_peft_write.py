@@ -123,7 +123,6 @@ def test_trained_and_tied_tensors_are_written(tmp_path: Path) -> None:
 
 REFUSED = {
     "no update": (Adapter("empty", {}), "empty has no update"),
-    "foreign kind": (Adapter("a", {"fc": update(5, 3, 2, kind="dora")}), "not LoRA.*: fc"),
     "parameter of the model itself": (
         Adapter("a", {"fc": update(5, 3, 2)}, {"scale": torch.ones(3)}),
         "parameter of the model itself.*: scale",

@@ -1,0 +1,126 @@
+"""Where the layers of a PEFT file belong, and what only the base can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_fx
+from lora_fx import AdapterError
+from lora_fx.formats import load_adapter
+from lora_fx.formats.peft_base import base_of
+from lora_fx.formats.peft_places import Place, places_of
+from lora_fx.formats.peft_record import PeftConfig
+
+# PEFT advises against seeds.
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
+EXPERTS = ("m.experts", "m.experts.base_layer")
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.ones(4, 5, 3))
+        self.experts.down = nn.Parameter(torch.ones(4, 3, 5))
+
+
+def places(*paths: str, base: nn.Module | None = None, **fields: Any) -> dict[str, Place]:
+    return places_of("file", paths, PeftConfig(r=2, alpha=3, **fields), base_of(base))
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({"m": Holder()})
+
+
+def test_a_module_is_its_own_place() -> None:
+    assert places("a.fc") == {"a.fc": Place("a.fc", "a.fc", "a.fc")}
+
+
+def test_the_output_projection_has_the_rank_of_its_attention() -> None:
+    found = places("mha", "mha.base_layer.out_proj")
+    inner = found["mha.base_layer.out_proj"]
+    assert (inner.path, inner.asked) == ("mha.out_proj", "mha")
+
+
+def test_the_first_parameter_is_the_innermost() -> None:
+    found = places(*EXPERTS, base=model(), target_parameters=("experts.down", "experts.up"))
+    assert [found[path].path for path in EXPERTS] == ["m.experts.down", "m.experts.up"]
+    assert [found[path].depth for path in EXPERTS] == [0, 1]
+    assert found[EXPERTS[1]].shape == (4, 5, 3)
+
+
+def test_a_parameter_called_weight_is_its_module() -> None:
+    place = places("a.fc", target_parameters=("a.fc.weight",))["a.fc"]
+    assert (place.path, place.asked, place.parameter) == ("a.fc", "a.fc.weight", "weight")
+
+
+@pytest.mark.parametrize(
+    ("paths", "fields", "message"),
+    [
+        (("x", "x.base_layer"), {}, "nested in another, which target_parameters does not name"),
+        (("x.base_layer",), {}, "nested in another"),
+        (("x.base_layer.y",), {}, "nested in another"),
+        (EXPERTS, {"target_parameters": ("experts.down", "experts.up")}, "pass base=, the model"),
+        (("m.experts",), {"target_parameters": ("up",)}, "may mean up of it.*pass base="),
+        (EXPERTS, {"target_parameters": ("experts.up",)}, "2 adapters in it, but .* names up of"),
+    ],
+)
+def test_what_the_file_does_not_tell_is_refused(
+    paths: tuple[str, ...], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=rf"^file: .*{message}"):
+        places(*paths, **fields)
+
+
+def test_a_parameter_that_the_base_lacks_is_none_of_the_module() -> None:
+    fields = {"target_parameters": ("up", "fc.up")}
+    assert places("m", base=model(), **fields)["m"].parameter is None
+
+
+Saver = Callable[[str, Path], Any]
+
+
+@pytest.fixture
+def saver(request: pytest.FixtureRequest) -> Saver:
+    saved: Saver = request.getfixturevalue("save_peft_case")
+    return saved
+
+
+@pytest.mark.parametrize("name", ["experts one", "experts lora", "experts transposed"])
+def test_experts_need_the_base(name: str, saver: Saver, tmp_path: Path) -> None:
+    case = saver(name, tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"pass base=, the model"):
+        load_adapter(case.directory)
+
+
+@pytest.mark.parametrize("name", ["experts one"])
+def test_a_graph_tells_the_orientation_by_its_shapes(
+    name: str, saver: Saver, tmp_path: Path
+) -> None:
+    case = saver(name, tmp_path / "a")
+    gm = lora_fx.trace(case.base, (case.x,))
+    by_graph, by_model = (load_adapter(case.directory, base=b) for b in (gm, case.base))
+    for path, update in by_model.updates.items():
+        pairs = zip(update.tensors(), by_graph.updates[path].tensors(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_experts_of_another_shape_are_refused(saver: Saver, tmp_path: Path) -> None:
+    case = saver("experts one", tmp_path / "a")
+    file = case.directory / "adapter_model.safetensors"
+    save_file({k: v[:, :-1].clone() for k, v in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match=r"narrow: lora_A and lora_B are .* expected .* rank 2"):
+        load_adapter(case.directory, base=case.base)
+
+
+def test_seeds_need_the_base(saver: Saver, tmp_path: Path) -> None:
+    case = saver("linear vera seed", tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"drawn from a seed.*pass base=.*narrow"):
+        load_adapter(case.directory)

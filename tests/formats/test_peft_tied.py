@@ -1,0 +1,114 @@
+"""Trained tokens and adapted embeddings of a model whose head is tied to its table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.formats import load_adapter, save_adapter
+
+pytestmark = [
+    # PEFT says that it stores the embedding whole, and advises on ties.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied"),
+]
+IDS = torch.tensor([[1, 5, 7, 2, 9], [5, 6, 1, 4, 3]])
+BOTH = {"embed_tokens": [1, 5], "lm_head": [1, 6]}
+
+
+def lora(*targets: str, **options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=[*targets], **options)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "tokens": lambda: lora("q_proj", trainable_token_indices=[1, 5]),
+    "tokens that are tied on demand": lambda: lora(
+        "q_proj", trainable_token_indices=[1, 5], ensure_weight_tying=True
+    ),
+    "tokens of both": lambda: lora("q_proj", trainable_token_indices=BOTH),
+    "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[1, 5]),
+    "an adapted table": lambda: lora("q_proj", "embed_tokens", ensure_weight_tying=True),
+    "a saved table": lambda: lora(
+        "q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
+    "a saved head": lambda: lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True),
+}
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A model with a tied head, its graph, and what PEFT's model of an adapter computes."""
+
+    base: Any
+    gm: fx.GraphModule
+    directory: Path
+
+    def run(self, directory: Path) -> torch.Tensor:
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(self.base), str(directory)).eval()
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=IDS).logits
+        return logits
+
+
+@pytest.fixture
+def tied(tiny: Callable[..., nn.Module], tmp_path: Path) -> Callable[[str], Tied]:
+    def make(name: str) -> Tied:
+        torch.manual_seed(0)
+        base = tiny("Qwen2ForCausalLM", tie_word_embeddings=True, num_hidden_layers=1).eval()
+        model = peft.get_peft_model(copy.deepcopy(base), CASES[name]())
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3)
+        model.save_pretrained(str(tmp_path / "by_peft"))
+        gm = lora_fx.trace(base, (), {"input_ids": IDS})
+        return Tied(base, gm, tmp_path / "by_peft")
+
+    return make
+
+
+@pytest.mark.parametrize("by", ["model", "graph"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_head_computes_what_peft_s_does(
+    name: str, by: str, tied: Callable[[str], Tied], relative: Any
+) -> None:
+    case = tied(name)
+    adapter = load_adapter(case.directory, base=case.base if by == "model" else case.gm)
+    wanted = case.run(case.directory)
+    with torch.no_grad():
+        assert relative(lora_fx.inject(case.gm, adapter)(input_ids=IDS).logits, wanted) <= 1e-6
+        assert relative(case.gm(input_ids=IDS).logits, wanted) > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_tied_again(
+    name: str, tied: Callable[[str], Tied], relative: Any, tmp_path: Path
+) -> None:
+    case = tied(name)
+    save_adapter(load_adapter(case.directory, base=case.base), tmp_path / "written")
+    wanted = case.run(case.directory)
+    # Of an adapted table PEFT reads the two factors of the head in the table's own memory: the
+    # same numbers, added up in another order.
+    tolerance = 1e-6 if name == "an adapted table" else 0
+    assert relative(case.run(tmp_path / "written"), wanted) <= tolerance
+    with torch.no_grad():
+        assert relative(case.gm(input_ids=IDS).logits, wanted) > 1e-2
+
+
+def test_a_head_with_tokens_of_its_own_is_left_to_them(tied: Callable[[str], Tied]) -> None:
+    case = tied("tokens of both")
+    updates = load_adapter(case.directory, base=case.base).updates
+    stored = {path: u.stored for path, u in updates.items() if u.kind == "tokens" and u.stored}
+    indices = {path: s.settings["indices"] for path, s in stored.items()}
+    assert indices == {"model.embed_tokens": [1, 5], "lm_head": [1, 6]}
+    assert stored["lm_head"].settings["head"]
