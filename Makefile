@@ -6,14 +6,14 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy, strict, on an installed copy"
-	@echo "make bench   speed, memory and scaling"
+	@echo "make bench   speed, memory and scaling; make bench-quick in two minutes"
 	@echo "make clean   remove .venv, caches and outputs"
 
 demo: .venv/demo.stamp
@@ -41,6 +41,9 @@ types: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py
+
+bench-quick: .venv/dev.stamp
+	$(BIN)/python benchmarks/run.py --quick
 
 clean:
 	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info

@@ -25,17 +25,19 @@ RANK = 16
 SIZES = {"0.2B": 3, "0.5B": 24}
 
 
-def checkpoint(directory: Path, layers: int) -> None:
+SHAPE = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+
+
+def checkpoint(directory: Path, layers: int, **changes: Any) -> None:
     """Saves a model of random weights and an adapter for all its linear layers."""
-    config = transformers.Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        num_hidden_layers=layers,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    )
+    config = transformers.Qwen2Config(**{**SHAPE, "num_hidden_layers": layers, **changes})
     model = transformers.Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
     lora = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
@@ -80,7 +82,9 @@ def measured(step: Callable[[], Any]) -> tuple[float, float]:
     return seconds, memory.megabytes
 
 
-def run(sizes: dict[str, int] = SIZES, repeats: int = 3) -> dict[str, dict[str, float]]:
+def run(
+    sizes: dict[str, int] = SIZES, repeats: int = 3, **changes: Any
+) -> dict[str, dict[str, float]]:
     """Both in turn, each on a checkpoint that was just loaded.
 
     Returns:
@@ -90,7 +94,7 @@ def run(sizes: dict[str, int] = SIZES, repeats: int = 3) -> dict[str, dict[str, 
     rows = {}
     for name, layers in sizes.items():
         with tempfile.TemporaryDirectory() as directory:
-            checkpoint(Path(directory), layers)
+            checkpoint(Path(directory), layers, **changes)
             pairs = [
                 (measured(ours(Path(directory))), measured(theirs(Path(directory))))
                 for _ in range(repeats)

@@ -20,6 +20,7 @@ from lora_fx.editor import Editor
 from lora_fx.errors import PassError
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
+from lora_fx.recorded import made_anew
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,23 @@ class FoldLora(Pass):
                 editor.record("skip", module_path(region.layer), region.blocked)
             else:
                 _fold(editor, analysis, region)
+        editor.sweep()
+        for made, _, source in made_anew(editor.gm.graph):
+            _evaluate(editor, analysis, made, source)
+
+
+def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node) -> None:
+    """Puts a constant in the place of a weight that an adapter made and no layer alone reads."""
+    constants, name = analysis.constants, str(source.target)
+    shape, dtype = constants.shape(source), constants.dtype(source)
+    assert shape is not None
+    reader = next(iter(made.users))
+    key = ("made anew", constants.key(made))
+    value = Deferred(shape, dtype, lambda: _to(dtype, constants.value(made), name), key)
+    node = editor.constant(name, value, before=reader)
+    editor.remember(node, made)
+    editor.replace(made, node)
+    editor.record("fold", name, "made anew by an adapter")
 
 
 def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
@@ -138,7 +156,11 @@ def _names(path: str, weight: fx.Node) -> tuple[str, str]:
 def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
     with torch.no_grad():
         wide = dense(matrix, torch.promote_types(dtype, torch.float32))
-        rounded = wide.to(dtype).reshape(shape).contiguous()
+        return _to(dtype, wide.reshape(shape), name)
+
+
+def _to(dtype: torch.dtype, wide: torch.Tensor, name: str) -> torch.Tensor:
+    rounded = wide.to(dtype).contiguous()
     low, high = rounded.aminmax()  # one pass, where isfinite makes three tensors
     if not (low.isfinite() and high.isfinite()):
         raise PassError(

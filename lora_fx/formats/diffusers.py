@@ -37,7 +37,8 @@ def is_diffusers(path: Path, names: Collection[str]) -> bool:
         raise AdapterError(
             f"{path}: its keys begin with transformer. and end as PEFT's do, and nothing says what "
             "the scale is: a part of a pipeline has 1 in diffusers' format, a language model that "
-            'PEFT trained has alpha / r; pass format="diffusers", or format="peft_file" and alpha='
+            'PEFT trained has alpha / r; pass format="diffusers" for the one, or save the other '
+            "with PEFT, which puts base_model.model. in front and a config beside it"
         )
     return speaks is not False and (speaks is True or not is_bare(fields_in(path)))
 

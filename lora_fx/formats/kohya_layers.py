@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.formats.kohya_inputs import is_of_inputs, with_input_magnitude
 from lora_fx.formats.kohya_leaves import (
     DORA,
     DOWN_KEY,
@@ -19,10 +20,11 @@ from lora_fx.formats.kohya_leaves import (
     algorithm_of,
     rank_of_algorithm,
 )
+from lora_fx.formats.kohya_vectors import ia3_update, norm_update
 from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
 from lora_fx.kinds import KINDS, dora
 from lora_fx.layer_class import NORM
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.stored import Stored
 from lora_fx.update import Update
 
@@ -55,18 +57,28 @@ def updates_of(
     if (algorithm == "norm") != (layer.kind == NORM):
         raise AdapterError(f"{where} is of {path}, a {layer.name}: {sorted(tensors)} do not fit it")
     if algorithm == "norm":
-        return dict(_norm(path, leaf, tensor) for leaf, tensor in tensors.items())
+        return dict(norm_update(path, leaf, tensor) for leaf, tensor in tensors.items())
     if algorithm == "ia3":
-        return {path: _ia3(where, tensors, layer)}
+        return {path: ia3_update(where, tensors, layer)}
+    scale = tensors.get(DORA)
+    if scale is None or not is_of_inputs(scale, layer):
+        update = _update(file, where, roles, algorithm, layer)
+        return {path: _on_groups(where, update, tensors, layer)}
+    rest = {leaf: found for leaf, found in roles.items() if leaf != DORA}
+    plain = _update(file, where, rest, algorithm, layer)
+    return {path: with_input_magnitude(where, plain, tensors, layer)}
+
+
+def _update(file: Path, where: str, roles: Roles, algorithm: str, layer: BaseLayer) -> AnyUpdate:
+    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     if algorithm == "lora":
-        return {path: _on_groups(where, _lora(file, where, roles, layer), tensors, layer)}
+        return _lora(file, where, roles, layer)
     settings: dict[str, object] = {"shape": layer.shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
         settings["scale"] = _scale(file, algorithm, roles, tensors)
     if algorithm == "oft":
         settings["constraint"] = scalar_of(file, roles) or 0.0
-    update = KINDS[algorithm].read(where, tensors, settings)
-    return {path: _on_groups(where, update, tensors, layer)}
+    return KINDS[algorithm].read(where, tensors, settings)
 
 
 def _scale(file: Path, algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) -> float:
@@ -123,40 +135,6 @@ def _with_core(where: str, down: torch.Tensor, core: torch.Tensor) -> torch.Tens
     return torch.einsum("rq...,qi->ri...", core.to(wide), down.to(wide).flatten(1))
 
 
-def _norm(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
-    """What is added to a norm's weight or bias, as an update of that parameter."""
-    name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
-    stored = Stored({leaf: change})
-    return f"{path}.{name}", WeightUpdate("norm", _added, (change,), tuple(change.shape), stored)
-
-
-def _ia3(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
-    """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
-
-    Source: ``lycoris/modules/ia3.py`` of 4.1.3.
-    """
-    factors, side = tensors.get("weight"), tensors.get("on_input")
-    if factors is None or side is None or side.numel() != 1 or layer.shape is None:
-        raise AdapterError(
-            f"{where}: {sorted(tensors)}, expected weight, and on_input of one number"
-        )
-    on_input = bool(side.item())
-    size = layer.shape[int(on_input)]
-    if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
-        raise AdapterError(f"{where}: weight is {tuple(factors.shape)}, expected ({size},)")
-    wide = torch.promote_types(factors.dtype, torch.float32)
-    vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
-    if on_input:
-        return Scaling(col=vector, stored=stored)
-    row = vector.reshape(-1, *[1] * (len(layer.shape) - 1))
-    return WeightUpdate("ia3", _scaled, (row,), layer.shape, stored)
-
-
 def _added(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = torch.ops.aten.add.Tensor(value, change)
-    return result
-
-
-def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.mul.Tensor(weight, row)
     return result

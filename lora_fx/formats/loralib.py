@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError, AdapterWarning
-from lora_fx.formats.base_layers import BaseLayer, layers_of, parameter_of
+from lora_fx.errors import AdapterError
+from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.by_end import check_all_used, value_for
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.loralib_file import WEIGHT, LoralibFile, sort_keys
+from lora_fx.formats.loralib_base import check_base
+from lora_fx.formats.loralib_file import LoralibFile, sort_keys
 from lora_fx.formats.loralib_layers import update_of
 from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
 from lora_fx.formats.strict_json import parse_object
 from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
-from lora_fx.other_updates import AnyUpdate
 from lora_fx.ranks import checked_alpha
 
 
@@ -65,7 +62,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
         layer, is_table = _layer(path, module, file, own), own and own.kind == "embedding"
         updates[module] = update_of(path, module, roles, layer, alpha, hints, bool(is_table))
         if hints.base is not None and module in file.weights and layer is not None:
-            _check_base(path, module, updates[module], file.weights[module], layer, hints)
+            check_base(path, module, updates[module], file.weights[module], layer, hints)
     return Adapter(name, updates, file.replacements)
 
 
@@ -105,39 +102,6 @@ def _layer(
         return None if base is None else base.shape
     # Of a matrix the pair tells more: an embedding's and some linear layers' are turned.
     return tuple(weight.shape) if weight.ndim > 2 else None
-
-
-def _check_base(
-    path: Path,
-    module: str,
-    update: AnyUpdate,
-    weight: torch.Tensor,
-    layer: tuple[int, ...],
-    hints: Hints,
-) -> None:
-    """Refuses, or with ``strict=False`` warns of, an adapted weight that is not the base's."""
-    own = parameter_of(hints.base, module + WEIGHT)
-    if own is None:
-        return
-    wide = torch.promote_types(own.dtype, torch.float32)
-    whole = own.to(wide) if own.shape == layer else own.to(wide).T
-    known = [whole, update.weight(whole)] if whole.shape == layer else []
-    turned = [t.T for t in known if t.ndim == 2]
-    tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
-    if any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned):
-        return
-    message = (
-        f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
-        "give the base that the adapter was trained on"
-    )
-    if hints.strict:
-        raise AdapterError(f"{message}, or pass strict=False to leave the weight out")
-    warnings.warn(message, AdapterWarning, stacklevel=4)
-
-
-def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
-    return bool(gap <= tolerance * torch.linalg.vector_norm(other))
 
 
 def _fused(file: Path, hints: Hints, paths: Iterable[str]) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.peft_lokr import with_fields
 from lora_fx.formats.peft_types import LORA, TYPES, PeftType
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.update import Update
@@ -50,6 +51,9 @@ def choose(adapter: Adapter, target: Path) -> Chosen:
     if not layers:
         return Chosen(TYPES["TRAINABLE_TOKENS"], _explicit(tokens), {}, adapter)
     kind = _stored_type(layers)
+    if kind is not None and kind.kind == "lokr":
+        cut = with_fields(layers)
+        kind, layers = (kind, cut) if cut is not None else (None, layers)
     if kind is None and all(isinstance(u, Update) and _as_lora(u) for u in layers.values()):
         layers = {p: _plain(u) for p, u in layers.items() if isinstance(u, Update)}
         kind = LORA
@@ -89,8 +93,7 @@ def _holds(kind: PeftType, update: AnyUpdate) -> bool:
     if update.stored is None or (isinstance(update, Update) and not update.is_plain):
         return False
     known = {*kind.leaves, "alpha", *(("vera_A", "vera_B") if kind.name == "VERA" else ())}
-    is_complete = kind.kind != "lokr" or "decompose_factor" in update.stored.settings
-    return is_complete and update.stored.tensors.keys() <= known
+    return update.stored.tensors.keys() <= known
 
 
 def _as_lora(update: Update) -> bool:

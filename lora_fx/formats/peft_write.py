@@ -25,6 +25,7 @@ from lora_fx.other_updates import AnyUpdate
 from lora_fx.update import Update
 
 Tensors = dict[str, torch.Tensor]
+CORES = ("hada_t1", "hada_t2")
 
 
 def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:
@@ -104,6 +105,8 @@ def _adapter_tensors(chosen: Chosen, homes: Mapping[str, Home]) -> Tensors:
             own = lora_tensors(update, has_bias)
         else:
             own = {leaf: t for leaf, t in stored_of(update).items() if leaf in chosen.type.leaves}
+            # PEFT's cores have two axes for the kernel, LyCORIS' one where that has one.
+            own |= {leaf: t[..., None] for leaf, t in own.items() if leaf in CORES and t.ndim == 3}
         tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in own.items()}
     if chosen.type.name == "VERA":
         tensors |= _shared(chosen)

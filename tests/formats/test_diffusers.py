@@ -327,7 +327,7 @@ def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
     """A language model that PEFT trained may be called transformer too, and has alpha / r."""
     state = {f"transformer.h.0.attn.c_attn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
     file = write(tmp_path / "a.safetensors", state)
-    message = "nothing says what the scale is: .*; pass format=.diffusers., or format=.peft_file"
+    message = "nothing says what the scale is: .*; pass format=.diffusers. for the one, or save"
     with pytest.raises(AdapterError, match=message):
         load_adapter(file)
     [update] = load_adapter(file, format="diffusers").updates.values()

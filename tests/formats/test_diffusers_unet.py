@@ -252,7 +252,9 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
     with_config, without = (load_adapter(f) for f in (file, tmp_path / "b.safetensors"))
     others = {path.replace("unet.", "transformer."): u for path, u in without.updates.items()}
     mixed = Adapter("a", {**with_config.updates, **others})
-    with pytest.raises(AdapterError, match=r"a config of all components or of none, .* transformer"):
+    with pytest.raises(
+        AdapterError, match=r"a config of all components or of none, .* transformer"
+    ):
         save_adapter(mixed, tmp_path / "c.safetensors", format="diffusers")
     halves = {**with_config.updates, "unet.x": next(iter(without.updates.values()))}
     with pytest.raises(AdapterError, match="cannot hold LoKr beside others in one model, unet"):
@@ -260,9 +262,7 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
     turned = WeightUpdate("oft", torch.ops.aten.mul.Tensor, (torch.ones(2),), (2, 2))
     other = Adapter("a", {"unet.x": turned})
     with pytest.raises(AdapterError, match=r"cannot hold updates of kind 'oft', .*: unet.x"):
-        save_adapter(
-            Adapter("a", {"unet.x": louder}), tmp_path / "c.safetensors", format="diffusers"
-        )
+        save_adapter(other, tmp_path / "c.safetensors", format="diffusers")
 
 
 def test_the_metadata_is_diffusers_own(tmp_path: Path) -> None:

@@ -247,9 +247,9 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
         {**PAIR, f"{START}.lora_mid.weight": torch.ones(2, 2)},
         r"lora_mid.weight is \(2, 2\) beside lora_down.weight \(2, 3\), expected \(r, r, ",
     ),
-    "magnitudes of the inputs": (
-        {**PAIR, f"{START}.dora_scale": torch.ones(1, 3)},
-        r"dora_scale is \(1, 3\), expected \(out, 1, ...\): one number an input",
+    "magnitudes of nothing": (
+        {**PAIR, f"{START}.dora_scale": torch.ones(1, 4)},
+        r"dora_scale is \(1, 4\), expected \(out, 1, ...\)",
     ),
     "a norm's on a linear layer": (
         {f"{START}.w_norm": torch.ones(5)},

@@ -44,9 +44,9 @@ def loha(**settings: Any) -> AnyUpdate:
     return KINDS["loha"].read("here", tensors, {"scale": 0.75, **settings})
 
 
-def lokr() -> AnyUpdate:
-    tensors = {"lokr_w1": torch.randn(1, 1), "lokr_w2": torch.randn(5, 3)}
-    return KINDS["lokr"].read("here", tensors, {"scale": 0.75})
+def lokr(**settings: Any) -> AnyUpdate:
+    tensors = {"lokr_w1": torch.randn(5, 3), "lokr_w2": torch.randn(2, 1)}
+    return KINDS["lokr"].read("here", tensors, {"scale": 0.75, **settings})
 
 
 def dense() -> AnyUpdate:

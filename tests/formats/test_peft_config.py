@@ -106,7 +106,7 @@ OF_TYPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OF_TYPES)
 def test_every_type_has_a_record_of_its_fields(name: str, tmp_path: Path) -> None:
     fields = OF_TYPES[name]
-    config = read(tmp_path, lora_alpha=..., **{"peft_type": name, **fields})
+    config = read(tmp_path, **{"lora_alpha": ..., "peft_type": name, **fields})
     assert config.type.name == name
     options = dataclasses.asdict(config.options)
     assert all(options.get(key, value) == value for key, value in fields.items())

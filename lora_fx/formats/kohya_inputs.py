@@ -1,0 +1,80 @@
+"""DoRA with one magnitude an input, as LyCORIS has it with ``wd_on_output=False``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.stored import Stored
+from lora_fx.update import Update
+
+_aten = torch.ops.aten
+Function = Callable[..., torch.Tensor]
+
+
+def is_of_inputs(scale: torch.Tensor, layer: BaseLayer) -> bool:
+    """Whether a ``dora_scale`` is (1, in, 1, ...), and no (out, 1, ...) of the layer."""
+    shape = tuple(scale.shape)
+    if layer.shape is None or shape[:1] == layer.shape[:1]:
+        return False
+    return shape == (1, layer.shape[1], *[1] * (len(layer.shape) - 2))
+
+
+def with_input_magnitude(
+    where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
+) -> WeightUpdate:
+    """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
+
+    Source: ``weight_decompose`` of LyCORIS 4.1.3 with ``wd_on_out=False``; its older files are
+    like this.
+
+    Args:
+        where: file and layer, for messages.
+        update: without a magnitude: W' is what it makes of W.
+        tensors: all of the layer's, ``dora_scale`` among them.
+        layer: as the base has it.
+
+    Raises:
+        AdapterError: the kind has no magnitude.
+    """
+    if isinstance(update, Scaling) or layer.shape is None:
+        raise AdapterError(f"{where}: dora_scale stands beside kind {update.kind!r}")
+    values: tuple[torch.Tensor, ...]
+    if isinstance(update, Update):
+        function, values = _added, (update.delta().reshape(layer.shape),)
+        scale: object = update.scale
+    else:
+        function, values = update.function, update.values
+        scale = update.stored.settings["scale"] if update.stored else 1.0
+    magnitude, kind = tensors["dora_scale"].flatten(), update.kind
+    kind = "dora" if kind == "lora" else kind
+    stored = Stored(tensors, {"scale": scale, "writer": "lycoris"})
+    normed = _normed(function, layer.shape)
+    return WeightUpdate(kind, normed, (magnitude, *values), layer.shape, stored)
+
+
+def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _aten.add.Tensor(weight, delta)
+    return result
+
+
+def _normed(function: Function, shape: tuple[int, ...]) -> Function:
+    """What a function gives, each column at the length that the first value says."""
+    turned = (shape[1], shape[0], *shape[2:])
+
+    def normed(
+        weight: torch.Tensor, magnitude: torch.Tensor, *values: torch.Tensor
+    ) -> torch.Tensor:
+        columns = _aten.transpose.int(function(weight, *values), 0, 1)
+        flat = _aten.reshape.default(columns, [shape[1], -1])
+        norm = _aten.linalg_vector_norm.default(flat, 2, [1], True)
+        gain = _aten.div.Tensor(_aten.unsqueeze.default(magnitude, 1), norm)
+        scaled = _aten.reshape.default(_aten.mul.Tensor(flat, gain), list(turned))
+        result: torch.Tensor = _aten.transpose.int(scaled, 0, 1)
+        return result
+
+    return normed

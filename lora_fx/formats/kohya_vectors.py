@@ -1,0 +1,70 @@
+"""LyCORIS' vectors: what is added to a norm, and its own (IA)3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.stored import Stored
+
+
+def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
+    """What is added to a norm's weight or bias, as an update of that parameter.
+
+    Source: ``lycoris/modules/norms.py`` of 4.1.3.
+
+    Args:
+        path: of the norm.
+        leaf: ``"w_norm"`` or ``"b_norm"``.
+        change: (features,).
+
+    Returns:
+        The parameter's path, and its update.
+    """
+    name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
+    stored = Stored({leaf: change})
+    return f"{path}.{name}", WeightUpdate("norm", _added, (change,), tuple(change.shape), stored)
+
+
+def ia3_update(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
+    """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
+
+    Source: ``lycoris/modules/ia3.py`` of 4.1.3.
+
+    Args:
+        where: file and layer, for messages.
+        tensors: weight, (features,) or with axes of 1 around it, and on_input, one number.
+        layer: as the base has it.
+
+    Raises:
+        AdapterError: one of the two is missing, or of another shape.
+    """
+    factors, side = tensors.get("weight"), tensors.get("on_input")
+    if factors is None or side is None or side.numel() != 1 or layer.shape is None:
+        raise AdapterError(
+            f"{where}: {sorted(tensors)}, expected weight, and on_input of one number"
+        )
+    on_input = bool(side.item())
+    size = layer.shape[int(on_input)]
+    if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
+        raise AdapterError(f"{where}: weight is {tuple(factors.shape)}, expected ({size},)")
+    wide = torch.promote_types(factors.dtype, torch.float32)
+    vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
+    if on_input:
+        return Scaling(col=vector, stored=stored)
+    row = vector.reshape(-1, *[1] * (len(layer.shape) - 1))
+    return WeightUpdate("ia3", _scaled, (row,), layer.shape, stored)
+
+
+def _added(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.aten.add.Tensor(value, change)
+    return result
+
+
+def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.aten.mul.Tensor(weight, row)
+    return result

@@ -1,0 +1,62 @@
+"""The weights that a whole loralib state dict holds, against those of the base."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from lora_fx.errors import AdapterError, AdapterWarning
+from lora_fx.formats.base_layers import parameter_of
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.loralib_file import WEIGHT
+from lora_fx.other_updates import AnyUpdate
+
+
+def check_base(
+    path: Path,
+    module: str,
+    update: AnyUpdate,
+    weight: torch.Tensor,
+    layer: tuple[int, ...],
+    hints: Hints,
+) -> None:
+    """Refuses, or with ``strict=False`` warns of, an adapted weight that is not the base's.
+
+    It may be as it was, or with the update merged into it, as loralib does in evaluation mode, and
+    either way round.
+
+    Args:
+        path: the file, for messages.
+        module: path of the layer.
+        update: of the layer.
+        weight: as the file has it.
+        layer: (out, in / groups, *kernel).
+        hints: ``base`` and ``strict`` are heeded.
+
+    Raises:
+        AdapterError: it is neither, and ``strict`` is set.
+    """
+    own = parameter_of(hints.base, module + WEIGHT)
+    if own is None:
+        return
+    wide = torch.promote_types(own.dtype, torch.float32)
+    whole = own.to(wide) if own.shape == layer else own.to(wide).T
+    known = [whole, update.weight(whole)] if whole.shape == layer else []
+    turned = [t.T for t in known if t.ndim == 2]
+    tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
+    if any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned):
+        return
+    message = (
+        f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
+        "give the base that the adapter was trained on"
+    )
+    if hints.strict:
+        raise AdapterError(f"{message}, or pass strict=False to leave the weight out")
+    warnings.warn(message, AdapterWarning, stacklevel=4)
+
+
+def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
+    return bool(gap <= tolerance * torch.linalg.vector_norm(other))
