@@ -80,14 +80,13 @@ def seconds(step: Callable[[], object]) -> float:
     return taken
 
 
-def passes(
-    nodes: tuple[int, ...] = NODES, repeats: int = 5, seconds: Callable[..., float] = seconds
-) -> dict[str, dict[str, float]]:
+def passes(nodes: tuple[int, ...] = NODES, repeats: int = 5) -> dict[str, dict[str, float]]:
     """Each size beside the one before it, in turn, so that a slow moment meets both.
 
     Returns:
         Median seconds by pass at each size, and the median of the ratios to half the size.
     """
+    gc.freeze()  # what is there already is not looked through again at each measurement
     rows: dict[str, dict[str, float]] = {}
     small = steps(nodes[0] // 10)
     rows[f"{nodes[0]:,} nodes"] = {name: seconds(step) for name, step in small.items()}

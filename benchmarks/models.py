@@ -78,7 +78,7 @@ MODELS: dict[str, Callable[[], fx.GraphModule]] = {"MiniLM": encoder, "decoder":
 
 
 def run(
-    models: tuple[str, ...] = ("MiniLM", "decoder"), rounds: int = 21, block: float = 0.1
+    models: tuple[str, ...] = ("MiniLM", "decoder"), rounds: int = 25, block: float = 0.02
 ) -> dict[str, dict[str, float]]:
     """Every model in turn."""
     rows: dict[str, dict[str, float]] = {}

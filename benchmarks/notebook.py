@@ -62,7 +62,7 @@ def measure(into: int, out: int, rows: tuple[int, ...], rounds: int) -> dict[str
 
 
 def run(
-    rows: tuple[int, ...] = (1, 16, 256, 4096), rounds: int = 21
+    rows: tuple[int, ...] = (1, 16, 256, 4096), rounds: int = 31
 ) -> dict[str, dict[str, float]]:
     """The notebook's own size, and a square one."""
     return measure(768, 512, rows, rounds) | measure(768, 768, rows, rounds)

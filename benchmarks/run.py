@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, layers, merge, models, notebook, path, siblings, swap
+from benchmarks import growth, layers, merge, models, notebook, path, pieces, siblings, swap
 
 OUT = Path(__file__).parent / "out"
 Rows = dict[str, dict[str, float]]
@@ -30,6 +30,7 @@ _SMALL |= {"vocab_size": 8000}
 
 FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
     "layers": ("one layer, time over the merged one", layers.run),
+    "pieces": ("what the cost model is made of", pieces.run),
     "siblings": ("query, key and value, time over merged", siblings.run),
     "models": ("adapters on all linear layers, time over merged", models.run),
     "notebook": ("x @ (a @ b).T, ratios of time", notebook.run),
@@ -40,9 +41,10 @@ FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
     "swap": ("sessions and adapters: milliseconds", swap.run),
 }
 QUICK: dict[str, Callable[[], Rows]] = {
-    "layers": lambda: layers.run(layers.QUICK, rounds=9),
-    "siblings": lambda: siblings.run((384,), (1, 256), rounds=9),
-    "models": lambda: models.run(("MiniLM",), rounds=7, block=0.05),
+    "layers": lambda: layers.run(layers.QUICK, rounds=15),
+    "pieces": lambda: pieces.run(rounds=9),
+    "siblings": lambda: siblings.run((384,), (1, 256), rounds=15),
+    "models": lambda: models.run(("MiniLM",), rounds=9),
     "notebook": lambda: notebook.run((16, 256), rounds=9),
     "path": lambda: path.run({"0.01B": 4}, **_SMALL),
     "merge": lambda: merge.run({"0.01B": 4}, repeats=1, **_SMALL),

@@ -61,7 +61,7 @@ def measure(
 def run(
     widths: tuple[int, ...] = (384, 768),
     rows: tuple[int, ...] = (1, 16, 64, 256),
-    rounds: int = 21,
+    rounds: int = 31,
 ) -> dict[str, dict[str, float]]:
     """Every width in turn."""
     found: dict[str, dict[str, float]] = {}

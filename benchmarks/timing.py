@@ -1,4 +1,8 @@
-"""Ratios that can be compared: one thread, in turn within one run, medians and quartiles."""
+"""Ratios that can be compared: one thread, in turn within one run, medians and quartiles.
+
+What is timed is the processor time of the thread that calls: on a machine with other work, the
+time that this takes is no part of it.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +39,19 @@ class Spread:
 
 
 def seconds(run: Run, calls: int = 1) -> float:
-    """Time of one call, after one that only warms up, without garbage collection."""
+    """Processor time of one call, after one that only warms up, without garbage collection."""
     run()
     gc.disable()
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(calls):
         run()
-    taken = time.perf_counter() - start
+    taken = time.thread_time() - start
     gc.enable()
     return taken / calls
 
 
 def ratios(
-    runs: Mapping[str, Run], base: str, rounds: int = 15, block: float = 0.003
+    runs: Mapping[str, Run], base: str, rounds: int = 31, block: float = 0.002
 ) -> dict[str, Spread]:
     """Each over the base, which is measured anew just before each: a slow moment meets both.
 

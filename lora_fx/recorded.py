@@ -19,7 +19,7 @@ def value_names(path: str, name: str, count: int, bare: bool = False) -> list[st
 
 
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
-    """The operands that an adapter made: each with the node it was made of, the first argument.
+    """The operands that an adapter made: each with the stored weight that it was made of.
 
     Told by the names of the values that went in.
     """
@@ -65,8 +65,11 @@ def _is_constant(node: fx.Node, made: set[fx.Node], depth: int = _DEPTH) -> bool
 
 
 def _stored(end: fx.Node) -> fx.Node:
-    """The weight that a recorded operand is made of, along first arguments."""
-    node = end
-    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    """The weight that a recorded operand is made of: the one stored tensor that is no value."""
+    pending = [end]
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr" and _MARK not in str(node.target):
+            return node
+        pending.extend(node.all_input_nodes)
+    raise AssertionError(f"{end} is made of an adapter's values alone")

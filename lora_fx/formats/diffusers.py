@@ -8,12 +8,13 @@ from pathlib import Path
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats.diffusers_config import Fields, config_of, fields_in, is_bare
-from lora_fx.formats.diffusers_keys import LOKR, sort_by_component, speaks_diffusers
+from lora_fx.formats.diffusers_keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.diffusers_layers import lokr_updates, lora_updates
 from lora_fx.formats.diffusers_write import contents
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.pairs import Layers, check_pairs
 from lora_fx.formats.peft import CONFIG
+from lora_fx.formats.peft_replaced import PREFIX
 from lora_fx.formats.tensor_file import read_file, write_file
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.targets import TargetRule
@@ -30,9 +31,10 @@ def is_diffusers(path: Path, names: Collection[str]) -> bool:
     """
     if path.is_dir():
         return (path / WEIGHTS).exists() and not (path / CONFIG).exists()
-    speaks = speaks_diffusers(names)
-    if path.name == WEIGHTS and any("lora" in name or "lokr" in name for name in names):
+    is_lora = any(n.endswith(tuple(ENDINGS)) and not n.startswith(PREFIX) for n in names)
+    if is_lora and (path.name == WEIGHTS or is_bare(fields_in(path))):
         return True
+    speaks = speaks_diffusers(names)
     if speaks is None and fields_in(path) is None:
         raise AdapterError(
             f"{path}: its keys begin with transformer. and end as PEFT's do, and nothing says what "
@@ -40,7 +42,7 @@ def is_diffusers(path: Path, names: Collection[str]) -> bool:
             'PEFT trained has alpha / r; pass format="diffusers" for the one, or save the other '
             "with PEFT, which puts base_model.model. in front and a config beside it"
         )
-    return speaks is not False and (speaks is True or not is_bare(fields_in(path)))
+    return speaks is not False
 
 
 def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:

@@ -59,9 +59,8 @@ def speaks_diffusers(names: Collection[str]) -> bool | None:
     scale each: a language model's transformer is called that too.
     """
     starts = tuple(f"{component}." for component in COMPONENTS)
-    named = [
-        name for name in names if name.startswith(starts) and ("lora" in name or "lokr" in name)
-    ]
+    ends = tuple(ending for ending in ENDINGS if ending != ".alpha")
+    named = [n for n in names if n.startswith(starts) and (n.endswith(ends) or _OLD.search(n))]
     if not named:
         return False
     is_own = any(not name.endswith(_PEFT_ENDINGS) or _OWN_PARTS.search(name) for name in named)

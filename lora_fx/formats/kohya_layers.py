@@ -101,7 +101,7 @@ def _lora(file: Path, where: str, roles: Roles, layer: BaseLayer) -> AnyUpdate:
         stored = Stored(tensors, {"scale": scale})
     assert layer.shape is not None
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
-    if (len(up), down[0].numel()) != (layer.shape[0], math.prod(layer.shape[1:])):
+    if (len(up), math.prod(down.shape[1:])) != (layer.shape[0], math.prod(layer.shape[1:])):
         found = len(up), *down.shape[1:]
         raise AdapterError(
             f"{where} is made for a layer {found}, the {layer.name} is {layer.shape}"

@@ -42,8 +42,8 @@ def check_base(
     if own is None:
         return
     wide = torch.promote_types(own.dtype, torch.float32)
-    whole = own.to(wide) if own.shape == layer else own.to(wide).T
-    known = [whole, update.weight(whole)] if whole.shape == layer else []
+    forms = [own.to(wide), own.to(wide).T] if own.ndim == 2 else [own.to(wide)]
+    known = [f for whole in forms if whole.shape == layer for f in (whole, update.weight(whole))]
     turned = [t.T for t in known if t.ndim == 2]
     tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
     if any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned):

@@ -11,6 +11,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_lokr import with_fields
 from lora_fx.formats.peft_types import LORA, TYPES, PeftType
+from lora_fx.formats.peft_vera import shared_by
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.update import Update
 
@@ -79,6 +80,8 @@ def _stored_type(layers: Mapping[str, AnyUpdate]) -> PeftType | None:
     found = next((kind for kind in TYPES.values() if {kind.kind} == kinds), None)
     if found is None or not all(_holds(found, update) for update in layers.values()):
         return None
+    if found.name == "VERA" and shared_by(layers) is None:
+        return None
     return found
 
 
@@ -101,7 +104,7 @@ def _as_lora(update: Update) -> bool:
 
 
 def _plain(update: Update) -> Update:
-    """As LoRA: what its file called it no longer matters, but a table stays one."""
+    """As LoRA: what the file of another kind held no longer matters."""
     if update.kind in LORA_KINDS:
         return update
     return replace(update, kind="lora" if update.magnitude is None else "dora", stored=None)
@@ -131,22 +134,26 @@ def check_expressible(chosen: Chosen, target: Path) -> None:
         "PEFT cannot replace a parameter of the model itself, only of a module in it": rootless,
     }
     if chosen.type is LORA:
-        problems |= _lora_problems(low)
+        problems |= _lora_problems(chosen.layers, low)
     for problem, paths in problems.items():
         if paths:
             raise AdapterError(f"{target}: {problem}: {shorten(paths)}")
 
 
-def _lora_problems(low: Mapping[str, Update]) -> dict[str, list[str]]:
+def _lora_problems(
+    layers: Mapping[str, AnyUpdate], low: Mapping[str, Update]
+) -> dict[str, list[str]]:
     without = [path for path, update in low.items() if update.magnitude is None]
     biased = [path for path, update in low.items() if update.bias is not None]
     tables = [path for path, update in low.items() if is_table(update)]
+    named = [p for p, u in layers.items() if u.stored and "parameter" in u.stored.settings]
     is_dora = len(without) < len(low)
     return {
         "of rank 0, which PEFT does not load": [p for p, u in low.items() if u.rank == 0],
         "PEFT's use_dora is for all layers, but these have no magnitude": without * is_dora,
         "PEFT has no lora_bias beside DoRA": biased * is_dora,
         "PEFT has no lora_bias of embeddings": tables * bool(biased),
+        "PEFT has no DoRA or lora_bias of parameters": named * (is_dora or bool(biased)),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_chosen import Chosen
+from lora_fx.formats.peft_vera import is_drawn_again
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.safe_regex import MAX_LENGTH
 
@@ -35,6 +36,7 @@ def options_of(chosen: Chosen, target: Path) -> Fields:
         fields["use_effective_conv2d"] = fields["use_effective_conv2d"] or any(cores)
     if name == "VERA":
         fields["r"] = _agreed(chosen, "r", None, target)
+        fields["save_projection"] = not is_drawn_again(chosen.layers)
     if name == "ADALORA":
         fields |= _adalora(chosen, target)
     return fields

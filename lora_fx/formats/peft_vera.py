@@ -11,6 +11,8 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys
+from lora_fx.other_updates import AnyUpdate
+from lora_fx.update import Update
 
 
 def projections(
@@ -56,3 +58,40 @@ def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Kaiming-uniform values, by PEFT's own order of rounding."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+
+def shared_by(layers: Mapping[str, AnyUpdate]) -> Mapping[str, torch.Tensor] | None:
+    """The projections that all updates were read with, or None where they are of several files.
+
+    They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
+    """
+    every = [update.stored.tensors for update in layers.values() if update.stored is not None]
+    first = every[0]
+    for leaf in ("vera_A", "vera_B"):
+        if any(leaf not in tensors or not _same(tensors[leaf], first[leaf]) for tensors in every):
+            return None
+    out, into = _widest(layers)
+    return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
+
+
+def is_drawn_again(layers: Mapping[str, AnyUpdate]) -> bool:
+    """Whether PEFT draws the projections of these layers again from the seed that they came from.
+
+    Not if layers are gone: what is drawn is as wide as the widest.
+    """
+    for update in layers.values():
+        if update.stored is None or update.stored.settings.get("save_projection", True):
+            return False
+        tensors = update.stored.tensors
+        if _widest(layers) != (len(tensors["vera_B"]), tensors["vera_A"].shape[1]):
+            return False
+    return True
+
+
+def _widest(layers: Mapping[str, AnyUpdate]) -> tuple[int, int]:
+    shapes = [update.shape for update in layers.values() if isinstance(update, Update)]
+    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))

@@ -19,6 +19,7 @@ from lora_fx.formats.peft_lora import lora_tensors
 from lora_fx.formats.peft_paths import Home, homes_of
 from lora_fx.formats.peft_replaced import PREFIX, TOKEN_BASE, TOKENS, saved_module
 from lora_fx.formats.peft_types import LORA
+from lora_fx.formats.peft_vera import is_drawn_again, shared_by
 from lora_fx.formats.staging import publish
 from lora_fx.formats.tensor_rules import check_tensors
 from lora_fx.other_updates import AnyUpdate
@@ -122,10 +123,8 @@ def stored_of(update: AnyUpdate) -> Mapping[str, torch.Tensor]:
 
 def _shared(chosen: Chosen) -> Tensors:
     """VeRA's projections, if the file is to hold them."""
-    first = next(iter(chosen.layers.values()))
-    if first.stored is None or not first.stored.settings.get("save_projection", True):
-        return {}
-    return {key: first.stored.tensors[leaf] for key, leaf in SHARED.items()}
+    shared = None if is_drawn_again(chosen.layers) else shared_by(chosen.layers)
+    return {} if shared is None else {key: shared[leaf] for key, leaf in SHARED.items()}
 
 
 def _base_tensors(chosen: Chosen, homes: Mapping[str, Home], saved: list[str]) -> Tensors:

@@ -334,8 +334,9 @@ def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
     assert isinstance(update, Update)
     assert update.scale == 1
     alphas = {"transformer.h.0.attn.c_attn.alpha": torch.tensor(3.0)}
-    fields = {"transformer.r": 2, "transformer.lora_alpha": 3}
-    for number, (more, config) in enumerate([(alphas, None), ({}, fields)]):
+    fields = {"r": 2, "lora_alpha": 3, "peft_type": "LORA"}
+    of_part = {f"transformer.{key}": value for key, value in fields.items()}
+    for number, (more, config) in enumerate([(alphas, None), ({}, of_part), ({}, fields)]):
         file = write(tmp_path / f"{number}.safetensors", {**state, **more}, config)
         [update] = load_adapter(file).updates.values()
         assert isinstance(update, Update)

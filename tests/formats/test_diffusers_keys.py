@@ -106,6 +106,7 @@ SPEECH: dict[str, tuple[list[str], bool | None]] = {
     "a UNet beside": ([f"transformer.h.0.{A}", f"unet.fc.{A}"], True),
     "PEFT": ([f"base_model.model.transformer.h.0.{A}"], False),
     "no component": ([f"blocks.0.to_q.{A}"], False),
+    "loralib": (["unet.fc.lora_A", "unet.fc.lora_B"], False),
     "no adapter": (["transformer.h.0.fc.weight"], False),
 }
 

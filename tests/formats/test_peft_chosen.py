@@ -29,6 +29,10 @@ def table(**fields: Any) -> Update:
     return low(6, 11, stored=Stored({}, {"layer": "embedding"}), **fields)
 
 
+def parameter(**fields: Any) -> Update:
+    return low(stored=Stored({}, {"parameter": "w", "depth": 0}), **fields)
+
+
 def tokens(*indices: int, **settings: Any) -> AnyUpdate:
     rows = {"trainable_tokens_delta": torch.randn(len(indices), 6)}
     return KINDS["tokens"].read("here", rows, {"indices": list(indices), **settings})
@@ -87,6 +91,10 @@ REFUSED: dict[str, tuple[dict[str, AnyUpdate], str]] = {
         "no lora_bias beside DoRA: p",
     ),
     "a bias and a table": ({"p": low(bias=torch.ones(5)), "q": table()}, "of embeddings: q"),
+    "a parameter and dora": (
+        {"p": low(magnitude=torch.ones(5)), "q.w": parameter(magnitude=torch.ones(5))},
+        "no DoRA or lora_bias of parameters: q.w",
+    ),
     "rank 0": ({"p": low(rank=0)}, "rank 0, which PEFT does not load: p"),
     "a name of PEFT's": ({"a.base_layer.p": low()}, "for itself: a.base_layer.p"),
 }

@@ -1,0 +1,73 @@
+"""VeRA's projections, drawn again as PEFT drew them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats.peft_base import base_of
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_records import VeraOptions
+from lora_fx.formats.peft_replaced import SortedKeys
+from lora_fx.formats.peft_types import TYPES
+from lora_fx.formats.peft_vera import projections
+from lora_fx.kinds import KINDS
+
+# PEFT advises against seeds.
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
+
+
+@pytest.mark.parametrize("targets", [["0", "1"], ["0"], ["2"]])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_gives_the_numbers_of_peft(seed: int, targets: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 5), nn.Linear(5, 13))
+    fields = {"r": 2, "save_projection": False, "projection_prng_key": seed}
+    wrapped = peft.get_peft_model(model, peft.VeraConfig(target_modules=targets, **fields))
+    base = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 5), nn.Linear(5, 13))
+    config = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed))
+    keys = SortedKeys(layers={path: {} for path in targets})
+    found = projections("file", keys, config, base_of(base))
+    for name in ("vera_A", "vera_B"):
+        wanted = getattr(wrapped.base_model, name)["default"]
+        assert found[name].shape == wanted.shape
+        assert torch.equal(found[name], wanted)
+    other = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed + 1))
+    assert not torch.equal(
+        projections("file", keys, other, base_of(base))["vera_A"], found["vera_A"]
+    )
+
+
+def test_a_seed_is_not_written_when_the_widest_layer_is_gone(
+    save_peft_case: Any, tmp_path: Path
+) -> None:
+    case = save_peft_case("linear vera seed", tmp_path / "by_peft")
+    adapter = load_adapter(case.directory, base=case.base)
+    less = replace(adapter, updates={"wide": adapter.updates["wide"]}, expects=None)
+    for name, given, is_saved in (("all", adapter, False), ("less", less, True)):
+        save_adapter(given, tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["save_projection"] is is_saved
+        found = load_adapter(tmp_path / name, base=case.base).updates["wide"]
+        wanted = adapter.updates["wide"]
+        assert all(map(torch.equal, found.tensors(), wanted.tensors()))
+        layer = case.load(tmp_path / name).get_submodule("base_model.model.wide")
+        assert torch.allclose(layer.get_delta_weight("default"), found.delta(), atol=1e-6)
+
+
+def test_projections_of_two_files_become_lora(save_peft_case: Any, tmp_path: Path) -> None:
+    case = save_peft_case("linear vera", tmp_path / "by_peft")
+    adapter = load_adapter(case.directory, base=case.base)
+    stored = adapter.updates["wide"].stored
+    assert stored is not None
+    other = {**stored.tensors, "vera_A": 2 * stored.tensors["vera_A"]}
+    updates = {**adapter.updates, "wide": KINDS["vera"].read("here", other, stored.settings)}
+    save_adapter(replace(adapter, updates=updates), tmp_path / "a")
+    assert {u.kind for u in load_adapter(tmp_path / "a").updates.values()} == {"lora"}
