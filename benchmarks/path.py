@@ -44,6 +44,7 @@ def ids() -> torch.Tensor:
 def ours(directory: Path) -> Stages:
     """Folded, written and verified; then a swappable model, and each further adapter for it."""
     import lora_fx
+    import lora_fx.export  # loaded before anything is counted, as the other side's packages are
 
     stages: Stages = {}
     with peak() as memory:
@@ -89,8 +90,10 @@ class Logits(torch.nn.Module):
 
 def theirs(directory: Path) -> Stages:
     """PEFT's merge, torch.onnx.export and save."""
+    import onnxscript
     import peft
 
+    assert onnxscript.__version__
     stages: Stages = {}
     with peak() as memory:
         with stage(stages, "load"):

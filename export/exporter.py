@@ -36,7 +36,7 @@ def to_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     slots: str | Sequence[str] | None = None,
-    vectors: bool = False,
+    vectors: bool | None = None,
     opset: int | None = None,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
@@ -58,7 +58,8 @@ def to_onnx(
             ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
             the output embedding.
         vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
-            and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,).
+            and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
+            if an adapter in ``gm`` has one.
         opset: version of the ONNX operator set; the exporter's own choice by default.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.

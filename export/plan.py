@@ -76,7 +76,7 @@ class Swappable:
 
     @classmethod
     def of(
-        cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool = False
+        cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool | None = None
     ) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
         slots = tuple(chosen_slots(gm, wanted, vectors))

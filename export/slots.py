@@ -20,13 +20,13 @@ PROBE = "probe"
 
 
 def chosen_slots(
-    gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool = False
+    gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool | None = None
 ) -> list[Slot]:
     """The layers that an adapter shall be able to act on.
 
     Args:
         gm: a graph, with branches or without.
-        vectors: whether they take the vectors of DoRA and (IA)3 as well.
+        vectors: whether they take the vectors of DoRA and (IA)3 as well; None: if a branch does.
         wanted: module paths, ``"all-linear"``, or None: the layers that have a branch, and if
             there is none, all linear layers but the output embedding.
 
@@ -47,6 +47,8 @@ def chosen_slots(
             f"slots: {shorten(grouped)}: what a grouped convolution adds is shaped by its adapter; "
             "leave it out, or export the adapter as a constant"
         )
+    if vectors is None:
+        vectors = any(not b.is_plain or b.bias is not None for b in branches(gm))
     return [_slot(groups[path][0], vectors) for path in dict.fromkeys(paths)]
 
 

@@ -85,8 +85,10 @@ class Adapter:
 
 
 def _line(update: AnyUpdate) -> str:
-    out, into, *kernel = ("?" if size is None else size for size in update.shape)
-    sizes = f"{into} -> {out}" + (f" kernel {tuple(kernel)}" if kernel else "")
+    out, *rest = ("?" if size is None else size for size in update.shape)
+    into, kernel = rest[:1], tuple(rest[1:])
+    sizes = f"{into[0]} -> {out}" if into else f"{out}"
+    sizes += f" kernel {kernel}" if kernel else ""
     if isinstance(update, Update):
         return f"{update.kind}  {sizes}  rank {update.rank}  scale {update.scale:g}"
     return f"{update.kind}  {sizes}"

@@ -48,6 +48,9 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
     adapter: Adapters = None,
     mode: Annotated[Mode, typer.Option(help="Where the adapters go.")] = Mode.merged,
+    vectors: Annotated[
+        bool, typer.Option(help="Swappable slots that take DoRA and (IA)3 as well.")
+    ] = False,
     alpha: Alpha = None,
     enable_lora: EnableLora = None,
     use_rslora: UseRslora = False,
@@ -65,7 +68,9 @@ def export(
 
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
-        report = export_model(model, adapter or [], mode.value, out, force, progress, given)
+        report = export_model(
+            model, adapter or [], mode.value, out, force, progress, given, vectors
+        )
     show(as_json, report.to_dict(), str(report))
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at about 50 GB/s
-CALL_FLOPS = 1e5  # half a microsecond for each call of an operator
+BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at 50 to 90 GB/s
+CALL_FLOPS = 1e5  # up to half a microsecond for each call of an operator
 PANEL = 16  # columns that a matrix kernel computes together: a narrow product costs a whole panel
 
 

@@ -68,6 +68,9 @@ def _stored_shape(site: Layer) -> tuple[int, ...]:
 
 def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -> Update:
     """The same update with its kernel's axes as the layer has them, if the sizes say so."""
+    if update.kind == "vera" and update.down.shape[1] > shape[1] and len(shape) == 2:
+        # The shared projection is as wide as the widest layer: each reads its first columns.
+        update = replace(update, down=update.down[:, : shape[1]])
     for wanted in (shape, stored):
         size = 1
         for axis in wanted[1:]:

@@ -35,6 +35,7 @@ def export_model(
     force: bool,
     progress: Progress,
     given: Given | None = None,
+    vectors: bool = False,
 ) -> ExportReport:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -46,6 +47,7 @@ def export_model(
         force: replace files that exist.
         progress: told the name of each stage.
         given: what the adapters' formats do not store; the model is their base.
+        vectors: swappable slots take those of DoRA and (IA)3 even if no adapter here has any.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written.
@@ -65,7 +67,9 @@ def export_model(
         gm = fold(gm)
     kind = "input" if mode == "swappable" else "constant"
     with staged(out, names, MODEL, force) as draft:
-        report = to_onnx(gm, draft / MODEL, adapters=kind, progress=progress)
+        report = to_onnx(
+            gm, draft / MODEL, adapters=kind, vectors=vectors or None, progress=progress
+        )
         for adapter in loaded if mode == "swappable" else []:
             progress(f"adapter {adapter.name}")
             export_adapter(adapter, draft / MODEL, draft / _file_of(adapter))

@@ -185,12 +185,20 @@ def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:
 def readers(gm: fx.GraphModule, parameter: str) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Who reads ``<module path>.<name>``: pairs of a call and the ``get_attr`` node it reads.
 
-    Told by the module that made the call, since a tied parameter bears another module's name.
+    Told by the module that made the call, since a tied parameter bears another module's name;
+    where none did, by the layer that the graph has at that path, or the table of that name.
     """
     path, _, name = parameter.rpartition(".")
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or module_path(node) != path:
-            continue
+    calls = [n for n in gm.graph.nodes if n.op == "call_function" and module_path(n) == path]
+    if not calls:
+        layers = [site for site in sites(gm) if site.rows is None]
+        of_name = [s.node for s in layers if s.path == path]
+        calls = of_name or [s.node for s in layers if _is_table(s, parameter)]
+    for node in calls:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and str(source.target).rpartition(".")[2] == name:
                 yield node, source
+
+
+def _is_table(site: Site, parameter: str) -> bool:
+    return site.kind == "embedding" and site.weight.target == parameter

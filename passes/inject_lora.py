@@ -19,6 +19,7 @@ from lora_fx.fitted import fitted
 from lora_fx.layer_forms import down_as_stored, up_as_stored
 from lora_fx.pass_base import Pass
 from lora_fx.recorded import value_names
+from lora_fx.resolved import resolved
 from lora_fx.sites import Site, by_path, readers
 from lora_fx.terms import canonical
 
@@ -66,6 +67,7 @@ class InjectLora(Pass):
 
 def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
+    adapter = resolved(adapter, groups)
     skipped = check_fit(editor.gm, adapter, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lora_fx
@@ -18,9 +27,12 @@ from lora_fx.compare import TOLERANCE
 from lora_fx.sites import sites
 
 pytestmark = [
-    # PEFT says what it does about Conv1D, takes lora_bias for a broken shard, and advises on ties.
+    # PEFT says what it does about Conv1D, takes lora_bias for a broken shard, advises on ties, and
+    # says what it saves and what not.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape.*lora_B.bias"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
 
@@ -40,16 +52,75 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Options of other kinds: the class of the config and its fields, in place of LoRA's.
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dora": (PeftConfig, {"r": 4, "lora_alpha": 6, "use_dora": True}),
+    "dora_patterns": (
+        PeftConfig,
+        {"r": 4, "lora_alpha": 6, "use_dora": True, "rank_pattern": {"<0>": 7}, "use_rslora": True},
+    ),
+    "adalora": (AdaLoraConfig, {"init_r": 4, "target_r": 3, "lora_alpha": 6, "total_step": 10}),
+    "vera": (VeraConfig, {"r": 5, "projection_prng_key": 3}),
+    "vera_unsaved": (VeraConfig, {"r": 5, "save_projection": False}),
+    "loha": (LoHaConfig, {"r": 3, "alpha": 4}),
+    "loha_patterns": (LoHaConfig, {"r": 3, "alpha": 4, "rank_pattern": {"<0>": 2}}),
+    "lokr": (LoKrConfig, {"r": 2, "alpha": 3}),
+    "lokr_both": (LoKrConfig, {"r": 2, "alpha": 3, "decompose_both": True, "decompose_factor": 4}),
+    "ia3": (IA3Config, {"feedforward_modules": ["<1>"]}),
+    "oft": (OFTConfig, {"r": 0, "oft_block_size": 2}),
+    "oft_exact": (OFTConfig, {"r": 0, "oft_block_size": 2, "use_cayley_neumann": False}),
+    "embedding": (PeftConfig, {"r": 4, "lora_alpha": 6, "and": "<table>"}),
+    "embedding_dora": (PeftConfig, {"r": 4, "lora_alpha": 6, "and": "<table>", "use_dora": True}),
+    "tokens": (PeftConfig, {"r": 4, "lora_alpha": 6, "trainable_token_indices": [1, 5, 9]}),
+}
+TABLES = ("word_embeddings", "wte", "embed_tokens", "shared")
+
+
 def filled(value: Any, case: Any) -> Any:
     """Puts a case's own module names where an option says ``<0>``, ``<1>``, ``<head>``."""
-    names = {"<0>": case.targets[0], "<1>": case.targets[1], "<head>": case.head}
+    table = next(
+        (t for t in TABLES if any(p.endswith(f"{t}.weight") for p in case.model.state_dict())), ""
+    )
+    names = {"<0>": case.targets[0], "<1>": case.targets[1], "<head>": case.head, "<table>": table}
+    if value == "<table>":
+        return table
     if isinstance(value, dict):
         return {names.get(k, k): v for k, v in value.items()}
     return [names.get(v, v) for v in value] if isinstance(value, list) else value
 
 
 def options_for(case: Any, option: str) -> dict[str, Any]:
-    return {key: filled(value, case) for key, value in OPTIONS[option].items()}
+    lora = {"r": 4, "lora_alpha": 6, **OPTIONS.get(option, {})}
+    given = KINDS[option][1] if option in KINDS else lora
+    fields = {key: filled(value, case) for key, value in given.items()}
+    if isinstance(fields.get("feedforward_modules"), list):
+        fields["feedforward_modules"] = [
+            t for t in case.targets if t in fields["feedforward_modules"]
+        ]
+    return fields
+
+
+# How far from zero each kind of tensor is drawn, for an effect that is plain and does not saturate.
+SPREAD = {
+    "lora_E": 1.0,
+    "lora_": 0.15,
+    "hada_": 0.4,
+    "lokr_": 0.3,
+    "oft_R": 0.4,
+    "vera_lambda": 0.7,
+}
+
+
+def randomised(model: PeftModel) -> None:
+    """Values as if trained, every tensor with an effect."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("magnitude" in name or "ia3" in name):
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+            elif parameter.requires_grad:
+                spread = next((s for part, s in SPREAD.items() if part in name), 1.0)
+                parameter.normal_(0.0, spread)
 
 
 def saved_by_peft(case: Any, option: str, path: Path) -> PeftModel:
@@ -59,13 +130,12 @@ def saved_by_peft(case: Any, option: str, path: Path) -> PeftModel:
     targets = case.targets
     if "modules_to_save" in fields:
         targets = [t for t in targets if t not in fields["modules_to_save"]]
-    config = PeftConfig(r=4, lora_alpha=6, target_modules=targets, **fields)
+    if "and" in fields:
+        targets = [*targets, fields.pop("and")]
+    kind = KINDS[option][0] if option in KINDS else PeftConfig
+    config = kind(target_modules=targets, **fields)
     model = get_peft_model(copy.deepcopy(case.model), config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0.0, 0.15 if "lora_" in name else 1.0)
+    randomised(model)
     model.save_pretrained(path)
     file = path / "adapter_model.safetensors"
     save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -79,10 +149,14 @@ def applies(model: str, option: str) -> bool:
     no_layers = option == "layers_to_transform" and model in ("mlp", "vit")
     # PEFT refuses to add a bias to a layer without one.
     mixed_bias = option == "lora_bias" and model in ("mlp", "llama")
-    return not (no_bias or no_layers or mixed_bias)
+    no_table = option in ("embedding", "embedding_dora", "tokens") and model in ("mlp", "vit")
+    # PEFT has these kinds for torch's own linear layers alone.
+    no_conv1d = option.startswith(("loha", "lokr", "oft")) and model == "gpt2"
+    no_blocks = option.startswith("oft") and model == "mlp"  # of 3, 5 and 7
+    return not (no_bias or no_layers or mixed_bias or no_table or no_conv1d or no_blocks)
 
 
-CASES = [(m, o) for m in MODELS for o in OPTIONS if applies(m, o)]
+CASES = [(m, o) for m in MODELS for o in (*OPTIONS, *KINDS) if applies(m, o)]
 
 
 @pytest.mark.parametrize(("model", "option"), CASES)
@@ -92,7 +166,7 @@ def test_inject_and_fold_equal_peft(
     case, gm = zoo(model)
     peft = saved_by_peft(case, option, tmp_path / "french")
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
-    adapter = load_adapter(tmp_path / "french")
+    adapter = load_adapter(tmp_path / "french", base=case.model)
     injected = inject(gm, adapter)
     folded = fold(injected)
     with torch.no_grad():

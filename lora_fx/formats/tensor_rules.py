@@ -14,8 +14,8 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is kohya's alpha: one number, which its scripts may store as an integer."""
-    return name.endswith(".alpha") and count == 1
+    """Whether a tensor is kohya's alpha or LyCORIS' flag: one number, perhaps an integer."""
+    return name.endswith((".alpha", ".on_input")) and count == 1
 
 
 def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -264,6 +264,44 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
         save_adapter(other, tmp_path / "c.safetensors", format="diffusers")
 
 
+@pytest.mark.parametrize("case", LORA)
+def test_the_kind_is_what_the_config_says(tmp_path: Path, case: str) -> None:
+    file = written(tmp_path / "a", trained(case), case)
+    kind = "dora" if "dora" in case else "rslora" if case == "rslora" else "lora"
+    adapter = load_adapter(file)
+    assert {update.kind for update in adapter.updates.values()} == {kind}
+    save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers")
+    with safe_open(tmp_path / "b.safetensors", framework="pt") as opened:
+        fields = json.loads(opened.metadata()[METADATA])
+    assert fields["unet.use_rslora"] is ("rslora" in case)
+
+
+def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path, relative: Any) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(6, 8, 3, groups=2))
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"])
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        model = peft.get_peft_model(base(), config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.3) if parameter.requires_grad else None
+    state = get_peft_model_state_dict(model)
+    state = {key.replace("base_model.model", "unet"): value for key, value in state.items()}
+    assert state["unet.0.lora_B.weight"].shape == (8, 2, 1, 1)
+    save_file(state | {"unet.0.alpha": torch.tensor(6.0)}, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", component="unet")
+    x = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+    gm = lora_fx.trace(base(), (x,))
+    with torch.no_grad():
+        expected = model(x)
+        assert relative(lora_fx.inject(gm, adapter)(x), expected) <= 1e-6
+        assert relative(gm(x), expected) > 1e-2
+    save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers", component="unet")
+    found = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
 def test_the_metadata_is_diffusers_own(tmp_path: Path) -> None:
     file = written(tmp_path / "a", trained("dora"), "dora")
     save_adapter(load_adapter(file), tmp_path / "b.safetensors", format="diffusers")

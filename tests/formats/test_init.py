@@ -37,7 +37,7 @@ NAMES = {
     "peft_file": ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"),
     "loralib": ("fc.lora_A", "fc.lora_B"),
     "kohya": ("lora_te_fc.lora_down.weight", "lora_te_fc.lora_up.weight"),
-    "diffusers": ("transformer.fc.lora_A.weight", "transformer.fc.lora_B.weight"),
+    "diffusers": ("unet.fc.lora_A.weight", "unet.fc.lora_B.weight"),
 }
 
 
@@ -51,7 +51,7 @@ def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
     base = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
     hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
     found = load_adapter(file, base=base, **hints).updates
-    assert list(found) == (["transformer.fc"] if format == "diffusers" else ["fc"])
+    assert list(found) == (["unet.fc"] if format == "diffusers" else ["fc"])
     assert load_adapter(file, base=base, format=format, **hints).updates.keys() == found.keys()
 
 

@@ -1,0 +1,78 @@
+"""The paths of an adapter as the graph calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lora_fx.adapter import Adapter, AnyUpdate
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.fitted import fitted
+from lora_fx.sites import Site
+
+Groups = Mapping[str, list[Site]]
+
+
+def resolved(adapter: Adapter, groups: Groups) -> Adapter:
+    """An adapter whose paths are those of the graph's layers, where they mean one of those.
+
+    A module that has several names is called by one of them in a graph, and a file may name a
+    parameter where the graph has the layer that reads it: both are told by the stored weight.
+
+    Raises:
+        AdapterError: rows are trained of a table that another layer shares, which the file leaves
+            open.
+    """
+    updates: dict[str, AnyUpdate] = {}
+    matched = {_address(u) for path, u in adapter.updates.items() if path in groups}
+    for path, update in adapter.updates.items():
+        meant = _meant(path, update, groups)
+        if not meant and _address(update) in matched:
+            continue  # one module under another of its names
+        updates |= dict.fromkeys(meant or [path], update)
+    _check_shared_tokens(adapter.name, updates, groups)
+    return replace(adapter, updates=updates)
+
+
+def _address(update: AnyUpdate) -> int:
+    """Where the values of an update are: the same for one that is given under several names."""
+    return next(update.tensors()).data_ptr()
+
+
+def _meant(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
+    """The layers whose weight is stored under a path, or below it, and that the update fits."""
+    if path in groups:
+        return [path]
+    stored = (path, f"{path}.weight")
+    found = {p: calls[0] for p, calls in groups.items() if calls[0].weight.target in stored}
+    fitting = {p: site for p, site in found.items() if _fits(update, site)}
+    kinds = {site.kind for site in fitting.values()}
+    return list(fitting) if len(kinds) == 1 else []
+
+
+def _fits(update: AnyUpdate, site: Site) -> bool:
+    try:
+        fitted("", update, site)
+    except AdapterError:
+        return False
+    return True
+
+
+def _check_shared_tokens(name: str, updates: Mapping[str, AnyUpdate], groups: Groups) -> None:
+    """Refuses rows of a shared table that are not said of all who share it.
+
+    PEFT stores them once, and gives a tied head the same rows without a word in the file.
+    """
+    tables = {p for p, update in updates.items() if update.kind == "tokens" and p in groups}
+    weights = {groups[path][0].weight.target for path in tables}
+    sharing = [
+        path
+        for path, calls in groups.items()
+        if calls[0].weight.target in weights and path not in updates
+    ]
+    if sharing:
+        raise AdapterError(
+            f"adapter {name}: trained tokens of {shorten(sorted(tables))}, whose table "
+            f"{shorten(sharing)} shares: the file does not say whether the rows are meant there "
+            "too; load it with base=, the model"
+        )
