@@ -35,8 +35,9 @@ def resolved(adapter: Adapter, groups: Groups) -> Adapter:
 
 
 def _address(update: AnyUpdate) -> int:
-    """Where the values of an update are: the same for one that is given under several names."""
-    return next(update.tensors()).data_ptr()
+    """Where what a file held of an update is: the same if it is given under several names."""
+    held = update.stored.tensors.values() if update.stored else ()
+    return next(iter((*held, *update.tensors()))).data_ptr()
 
 
 def _meant(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
