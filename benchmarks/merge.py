@@ -37,6 +37,7 @@ SHAPE = {
 
 def checkpoint(directory: Path, layers: int, **changes: Any) -> None:
     """Saves a model of random weights and an adapter for all its linear layers."""
+    transformers.utils.logging.disable_progress_bar()
     config = transformers.Qwen2Config(**{**SHAPE, "num_hidden_layers": layers, **changes})
     model = transformers.Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
@@ -90,7 +91,6 @@ def run(
     Returns:
         By size, medians over the repeats: seconds, MB, and PEFT over ours for both.
     """
-    transformers.utils.logging.disable_progress_bar()
     rows = {}
     for name, layers in sizes.items():
         with tempfile.TemporaryDirectory() as directory:

@@ -312,6 +312,6 @@ def traced(name: str) -> tuple[Case, fx.GraphModule]:
     return Case(**fields), gm
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def zoo() -> Callable[[str], tuple[Case, fx.GraphModule]]:
     return traced
