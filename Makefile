@@ -6,13 +6,14 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-quick clean
+.PHONY: help demo test lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy, strict, on an installed copy"
+	@echo "make matrix  docs/KINDS.md: what works with what, measured"
 	@echo "make bench   speed, memory and scaling; make bench-quick in two minutes"
 	@echo "make clean   remove .venv, caches and outputs"
 
@@ -38,6 +39,9 @@ types: .venv/dev.stamp
 	existing=$$(find $(SOURCES) -name '*.py' | wc -l); \
 	echo "mypy checked $${checked:-0} files, $$existing exist"; \
 	test "$${checked:-0}" -ge "$$existing" && grep -q '^Success' .typecheck/mypy.log
+
+matrix: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_matrix.py
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py

@@ -100,13 +100,11 @@ def _probe(slot: Slot, rank: int, source: torch.Generator) -> Update:
     out, into, *kernel = layer.shape
     fan_in = 1 if layer.kind == "embedding" else math.prod(layer.shape[1:])
     down, up = random(rank, into, *kernel) / fan_in**0.5, random(out, rank) / rank**0.5
-    vectors: dict[str, torch.Tensor] = {}
-    if slot.vectors:
-        vectors = {"row": 1 + _GAIN * random(out), "bias": random(out)}
-    if "col" in slot.inputs:
-        vectors["col"] = 1 + _GAIN * random(into)
-    typed = {name: tensor.to(layer.dtype) for name, tensor in vectors.items()}
-    return Update(down.to(layer.dtype), up.to(layer.dtype), _GAIN, **typed)
+    dtype = layer.dtype
+    row = (1 + _GAIN * random(out)).to(dtype) if slot.vectors else None
+    bias = random(out).to(dtype) if slot.vectors else None
+    col = (1 + _GAIN * random(into)).to(dtype) if "col" in slot.inputs else None
+    return Update(down.to(dtype), up.to(dtype), _GAIN, row=row, bias=bias, col=col)
 
 
 def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from lora_fx.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
@@ -37,7 +39,8 @@ def resolved(adapter: Adapter, groups: Groups) -> Adapter:
 def _address(update: AnyUpdate) -> int:
     """Where what a file held of an update is: the same if it is given under several names."""
     held = update.stored.tensors.values() if update.stored else ()
-    return next(iter((*held, *update.tensors()))).data_ptr()
+    first: torch.Tensor = next(iter((*held, *update.tensors())))
+    return int(first.data_ptr())
 
 
 def _meant(path: str, update: AnyUpdate, groups: Groups) -> list[str]:

@@ -40,12 +40,14 @@ def block_of(
     value = made.get(value, value)
     if value.op == "get_attr":
         return value, None
-    split, place = value.args if value.target is operator.getitem else (None, None)
-    is_split = isinstance(split, fx.Node) and split.target in SPLITS
-    if not is_split or not isinstance(place, int) or call_argument(split, 2, "dim", 0) != 0:
+    if value.target is not operator.getitem:
         return None, None
-    source = made.get(split.args[0], split.args[0])
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
+    split, place = value.args
+    if not isinstance(split, fx.Node) or split.target not in SPLITS or not isinstance(place, int):
+        return None, None
+    source = split.args[0]
+    source = made.get(source, source) if isinstance(source, fx.Node) else None
+    if source is None or source.op != "get_attr" or call_argument(split, 2, "dim", 0) != 0:
         return None, None
     sizes = call_argument(split, 1, "split_sizes")
     start = sum(sizes[:place])

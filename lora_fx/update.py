@@ -113,7 +113,8 @@ class Update:
         dtype = torch.promote_types(self.up.dtype, self.down.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         product = self.up.to(wide) @ self.down.to(wide).flatten(1)
-        return self.scale * product.unflatten(1, self.down.shape[1:])
+        delta: torch.Tensor = self.scale * product
+        return delta.reshape(self.shape)
 
     def row_for(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The factor of every output: row, or DoRA's magnitude over the norm it is relative to.
@@ -128,7 +129,8 @@ class Update:
         if self.magnitude is None:
             return None if self.row is None else self.row.to(wide)
         whole = (weight.to(wide) + self.delta()).flatten(1)
-        return self.magnitude.to(whole.dtype) / torch.linalg.vector_norm(whole, dim=1)
+        norm: torch.Tensor = torch.linalg.vector_norm(whole, dim=1)
+        return self.magnitude.to(whole.dtype) / norm
 
     def weight(self, base: torch.Tensor) -> torch.Tensor:
         """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
@@ -184,7 +186,7 @@ class Update:
         error = float(values[rank:].norm()) / size if size > 0 else 0.0
         kind = self.kind if self.stored is None else "lora"
         stored = EMBEDDING if is_embedding(self.stored) else None
-        new_down = new_down.unflatten(1, self.down.shape[1:])
+        new_down = new_down.reshape(-1, *self.down.shape[1:])
         return replace(self, up=new_up, down=new_down, kind=kind, stored=stored), error
 
     def has_effect(self) -> bool:

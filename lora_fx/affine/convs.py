@@ -39,10 +39,10 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
         )
     patches = replace(patches, groups=groups)
     rows, columns = shape[0], prod(shape[1:])
-    matrix: Matrix = leaf(analysis.constants, kernel, (rows, columns))
+    whole: Matrix = leaf(analysis.constants, kernel, (rows, columns))
     gain = _gain(analysis, node, shape[1], dims) if groups == 1 else None
     if gain is not None:
-        x, matrix = gain[0], transposed(scaled(_each_place(gain[1], columns), transposed(matrix)))
+        x, whole = gain[0], transposed(scaled(_each_place(gain[1], columns), transposed(whole)))
     source = analysis.source(x, columns, dims, patches)
     bias = analysis.column(call_argument(node, 2, "bias"), Layout((rows,)))
     if source is None or (bias is None and call_argument(node, 2, "bias") is not None):
@@ -50,7 +50,7 @@ def conv(analysis: Analysis, node: fx.Node) -> Value:
     sizes = sizes_of(node)
     batch = sizes and (*sizes[: len(sizes) - dims - 1], *sizes[len(sizes) - dims :])
     dtype = analysis.constants.dtype(kernel)
-    return source.then(node, matrix, bias, Layout((rows,), dims, batch), dtype)
+    return source.then(node, whole, bias, Layout((rows,), dims, batch), dtype)
 
 
 def _gain(

@@ -17,7 +17,9 @@ MARKS = frozenset({"diff"})
 LEAVES = frozenset({*_SHAPES, "alpha"})
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> WeightUpdate:
+def read(
+    where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> WeightUpdate:
     """Reads ``W + scale * diff`` and ``b + scale * diff_b``.
 
     Source: ``full`` of LyCORIS 4.1.
