@@ -80,7 +80,7 @@ def seconds(step: Callable[[], object]) -> float:
     return taken
 
 
-def passes(nodes: tuple[int, ...] = NODES, repeats: int = 5) -> dict[str, dict[str, float]]:
+def passes(nodes: tuple[int, ...] = NODES, repeats: int = 3) -> dict[str, dict[str, float]]:
     """Each size beside the one before it, in turn, so that a slow moment meets both.
 
     Returns:

@@ -12,7 +12,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.export.adapter_check import read_adapter
 from lora_fx.formats.tensor_rules import check_tensors
-from lora_fx.sites import Layer
+from lora_fx.layer import Layer
 from lora_fx.terms import Terms, update_of
 
 _PARTS = {".lora_A": "down", ".lora_B": "up"} | {

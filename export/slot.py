@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fx.sites import Layer
+from lora_fx.layer import Layer
 
 
 class Input(NamedTuple):

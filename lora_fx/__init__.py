@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 # live in, and the name must always mean the function.
 from lora_fx.adapter import Adapter, Update
 from lora_fx.api import fold, inject, unfold
-from lora_fx.branches import adapter_from
 from lora_fx.combine import combine
 from lora_fx.compare import compare
 from lora_fx.config import LoraConfig
@@ -28,6 +27,7 @@ from lora_fx.errors import (
 )
 from lora_fx.explain import explain
 from lora_fx.extract import extract
+from lora_fx.read_back import adapter_from
 from lora_fx.text import text
 from lora_fx.trace import trace
 

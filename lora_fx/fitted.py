@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.layer import Layer
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.sites import Layer
 from lora_fx.update import Shape, Update
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.layer import Layer
 from lora_fx.ops import aten
-from lora_fx.sites import Layer, Site
+from lora_fx.sites import Site
 
 Call = tuple[Any, tuple[Any, ...]]
 _CONVS = {

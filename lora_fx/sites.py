@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import fx
 
 from lora_fx.deferred import raw
+from lora_fx.layer import Layer
 from lora_fx.ops import aten, call_argument, module_path
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Block, block_of
@@ -28,51 +28,6 @@ _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
     aten.conv3d.padding: ("conv3d", 0, 1, 2),
 }
 PACKED = ".in_proj_weight"  # of nn.MultiheadAttention: query, key and value in one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What an update needs to know of a layer.
-
-    Attributes:
-        path: path of the module.
-        kind: ``"linear"``, ``"linear_transposed"`` (transformers' Conv1D), ``"embedding"``,
-            ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
-        shape: (out, in, *kernel), whatever way W is stored; in is that of x, however many groups.
-        dtype: of W.
-        groups: of a convolution.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    groups: int = 1
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it acts on the last axis of activations."""
-        return self.kind in ("linear", "linear_transposed")
-
-    @property
-    def is_conv(self) -> bool:
-        """Whether it is a convolution."""
-        return self.kind.startswith("conv")
-
-    @property
-    def transposed(self) -> bool:
-        """Whether W is stored as (in, out)."""
-        return self.kind in ("linear_transposed", "embedding")
-
-    @property
-    def in_features(self) -> int:
-        """Size of the axis of x that is summed over; of an embedding, how many rows it has."""
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Size of the same axis of the result."""
-        return self.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)

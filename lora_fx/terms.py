@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.layer import Layer
 from lora_fx.layer_forms import (
     along_outputs,
     down_as_stored,
@@ -16,7 +17,6 @@ from lora_fx.layer_forms import (
     up_as_update,
 )
 from lora_fx.other_updates import AnyUpdate, Scaling
-from lora_fx.sites import Layer
 from lora_fx.stored import EMBEDDING
 from lora_fx.update import Update
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
-from lora_fx.beside import base_weight, beside, make_anew, put, reads
+from lora_fx.anew import base_weight, make_anew, reads
+from lora_fx.beside import beside, put
 from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor

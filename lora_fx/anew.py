@@ -1,0 +1,84 @@
+"""Weights made anew: a reader gets a function of what is stored in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.deferred import Deferred, raw
+from lora_fx.editor import Editor
+from lora_fx.errors import AdapterError
+from lora_fx.ops import aten
+from lora_fx.other_updates import WeightUpdate
+from lora_fx.recorded import adapter_of, value_names
+from lora_fx.sites import Site
+
+
+def base_weight(editor: Editor, site: Site) -> torch.Tensor:
+    """The weight of a layer as it is stored; one that is still to be computed is not kept."""
+    value = raw(editor.gm, str(site.weight.target))
+    weight: torch.Tensor = value.compute() if isinstance(value, Deferred) else value
+    return weight
+
+
+def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate, name: str) -> None:
+    """Makes the weight of a layer anew at all of its calls.
+
+    Raises:
+        AdapterError: another adapter has done so, or a value is not finite in the layer's dtype.
+    """
+    first = calls[0]
+    if adapter_of(first.operand):
+        raise AdapterError(
+            f"{first.path}: adapters {adapter_of(first.operand)} and {name} each make its weight "
+            "anew; fold the first, then inject the second"
+        )
+    names = value_names(first.path, name, len(update.values), first.bare)
+    function = _transposed(update.function) if first.transposed else update.function
+    for reader, source in dict.fromkeys(reads(site) for site in calls):
+        make_anew(editor, reader, source, update.values, function, names, first.dtype)
+
+
+def reads(site: Site) -> tuple[fx.Node, fx.Node]:
+    """Who reads the stored weight for a call, and what it reads: rows are read from a split."""
+    if site.rows is None:
+        return site.node, site.operand
+    split, *_ = site.operand.all_input_nodes
+    return split, split.all_input_nodes[0]
+
+
+def make_anew(
+    editor: Editor,
+    reader: fx.Node,
+    source: fx.Node,
+    values: Sequence[torch.Tensor],
+    function: Callable[..., Any],
+    names: Sequence[str],
+    dtype: torch.dtype,
+) -> None:
+    """Makes one reader of a tensor read a function of it and some values instead.
+
+    Raises:
+        AdapterError: a value is not finite in the dtype.
+    """
+    nodes = []
+    for target, value in zip(names, values, strict=True):
+        kept = value.to(dtype) if value.is_floating_point() else value
+        if not kept.isfinite().all():
+            raise AdapterError(f"{target}: NaN or infinity in {dtype}; save the adapter again")
+        held = nn.Parameter(kept, requires_grad=False) if kept.is_floating_point() else kept
+        nodes.append(editor.constant(target, held, before=reader))
+    made = editor.inline(function, [source, *nodes], before=reader, like=reader)
+    editor.rebind(reader, source, made)
+
+
+def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of W on a weight that is stored as W transposed."""
+
+    def on_stored(weight: Any, *values: Any) -> Any:
+        return aten.t.default(function(aten.t.default(weight), *values))
+
+    return on_stored

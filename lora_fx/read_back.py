@@ -1,0 +1,51 @@
+"""Adapters read back from the graphs that they were injected into."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lora_fx.adapter import Adapter, Update
+from lora_fx.branches import Branch, branches_of
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.graphs import attribute
+from lora_fx.recorded import made_anew
+from lora_fx.sites import Site, sites
+from lora_fx.terms import Terms, update_of
+
+
+def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
+    """Reads an injected adapter back, with the values it has now.
+
+    What DoRA or (IA)3 became beside its layer is read as the rows and columns that it scales.
+
+    Args:
+        gm: a graph with branches, such as one that was trained after `inject`.
+        name: which adapter; may be left out when there is one.
+
+    Raises:
+        AdapterError: there is no such adapter, several and no name, or one that made weights anew.
+    """
+    found = [(site, branch) for site in sites(gm) for branch in branches_of(site)]
+    made = [(adapter, str(source.target)) for _, adapter, source in made_anew(gm.graph)]
+    names = list(dict.fromkeys([b.name for _, b in found] + [adapter for adapter, _ in made]))
+    if not names or (name or names[0]) not in names or (name is None and len(names) > 1):
+        listed = shorten(names) or "none"
+        raise AdapterError(f"adapter {name!r}: the graph holds {listed}; name one of those")
+    chosen = name or names[0]
+    dense = [weight for adapter, weight in made if adapter == chosen]
+    if dense:
+        raise AdapterError(
+            f"adapter {chosen!r} made {shorten(dense)} anew, by a function that a graph does not "
+            "name; keep the Adapter that was injected"
+        )
+    mine = [(site, branch) for site, branch in found if branch.name == chosen]
+    return Adapter(chosen, {site.path: _update(gm, site, branch) for site, branch in mine})
+
+
+def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:
+    def read(node: fx.Node | None) -> torch.Tensor | None:
+        return None if node is None else attribute(gm, str(node.target)).detach().clone()
+
+    nodes = (branch.down, branch.up, branch.gain, branch.bias, branch.col)
+    return update_of(Terms(*map(read, nodes)), site, branch.scale)
