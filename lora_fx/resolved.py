@@ -6,47 +6,50 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from lora_fx.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
 from lora_fx.sites import Site
+from lora_fx.trace import example_of
 
 Groups = Mapping[str, list[Site]]
 
 
-def resolved(adapter: Adapter, groups: Groups) -> Adapter:
+def resolved(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> Adapter:
     """An adapter whose paths are those of the graph's layers, where they mean one of those.
 
-    A module that has several names is called by one of them in a graph, and a file may name a
-    parameter where the graph has the layer that reads it: both are told by the stored weight.
+    A module that has several names is called by some of them in a graph, and a file may name a
+    parameter where the graph has the layer that reads it.
 
     Raises:
         AdapterError: rows are trained of a table that another layer shares, which the file leaves
             open.
     """
+    example = example_of(gm)
+    aliases = example.aliases if example else {}
     updates: dict[str, AnyUpdate] = {}
     matched = {_address(u) for path, u in adapter.updates.items() if path in groups}
     for path, update in adapter.updates.items():
-        meant = _meant(path, update, groups)
-        if not meant and _address(update) in matched:
-            continue  # one module under another of its names
+        named = [name for name in (path, *aliases.get(path, ())) if name in groups]
+        meant = named or _stored_at(path, update, groups)
+        if not meant and update.kind == "tokens" and _address(update) in matched:
+            continue  # a table that is never called itself: those who share it have the rows
         updates |= dict.fromkeys(meant or [path], update)
     _check_shared_tokens(adapter.name, updates, groups)
     return replace(adapter, updates=updates)
 
 
 def _address(update: AnyUpdate) -> int:
-    """Where what a file held of an update is: the same if it is given under several names."""
+    """Where what a file held of an update is: the same if it is given for several modules."""
     held = update.stored.tensors.values() if update.stored else ()
     first: torch.Tensor = next(iter((*held, *update.tensors())))
     return int(first.data_ptr())
 
 
-def _meant(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
+def _stored_at(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
     """The layers whose weight is stored under a path, or below it, and that the update fits."""
-    if path in groups:
-        return [path]
     stored = (path, f"{path}.weight")
     found = {p: calls[0] for p, calls in groups.items() if calls[0].weight.target in stored}
     fitting = {p: site for p, site in found.items() if _fits(update, site)}

@@ -31,12 +31,14 @@ class Example:
         kwargs: example inputs by name, in the order of the model's signature.
         dynamic_shapes: as given to `trace`.
         output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
+        aliases: path of a module that has several names -> its other names.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     output_embedding: str | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def trace(
@@ -72,7 +74,7 @@ def trace(
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
-    example = Example(args, kwargs, dynamic_shapes, _output_embedding(model))
+    example = Example(args, kwargs, dynamic_shapes, _output_embedding(model), _aliases(model))
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
     if frontend == "export":
@@ -134,3 +136,16 @@ def _output_embedding(model: nn.Module) -> str | None:
     head = getattr(model, "get_output_embeddings", None)
     module = head() if callable(head) else None
     return next((path for path, m in model.named_modules() if m is module), None)
+
+
+def _aliases(model: object) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    for path, module in modules:
+        names.setdefault(id(module), []).append(path)
+    return {
+        path: tuple(other for other in several if other != path)
+        for several in names.values()
+        if len(several) > 1
+        for path in several
+    }

@@ -68,7 +68,7 @@ class InjectLora(Pass):
 
 def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
-    adapter = resolved(adapter, groups)
+    adapter = resolved(editor.gm, adapter, groups)
     skipped = check_fit(editor.gm, adapter, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)

@@ -103,7 +103,7 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
 def cat(analysis: Analysis, node: fx.Node) -> Value:
     """Features of several maps of one source, and zeros, one behind the other."""
     given, dim = call_argument(node, 0, "tensors"), call_argument(node, 1, "dim", 0)
-    found = [analysis.whole_map_of(value) or analysis.values.get(value) for value in given or ()]
+    found = [_part_of_cat(analysis, value, given) for value in given or ()]
     maps = [value for value in found if isinstance(value, Map)]
     if not maps or len(maps[0].layout.split) != 1:
         return Opaque("a concatenation of no maps")
@@ -125,6 +125,14 @@ def cat(analysis: Analysis, node: fx.Node) -> Value:
     dtype = result_dtype(node, reduce(promoted, [value.dtype for value in maps]))
     layout = first.layout.resized(0, sum(known))
     return source.then(node, weight, bias, layout, dtype, Link.JOIN)
+
+
+def _part_of_cat(analysis: Analysis, node: fx.Node, beside: Sequence[fx.Node]) -> Any:
+    """The value of a part; what has none is a source if it stands beside a function of it."""
+    known = analysis.whole_map_of(node) or analysis.values.get(node)
+    maps = (analysis.whole_map_of(other) for other in beside)
+    sources = (other.source for other in maps if other is not None)
+    return next((one for one in sources if one.node is node and one.reading is None), known)
 
 
 def _meeting(maps: list[Map]) -> Map | None:

@@ -9,7 +9,7 @@ from torch import fx
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Blocks
-from lora_fx.affine.ways import LAYERS, Way, way_in, way_out, weight_of
+from lora_fx.affine.ways import LAYERS, Way, reads_more, way_in, way_out, weight_of
 from lora_fx.ops import is_around, module_path
 
 _ROUNDS = 8  # graphs of a hundred random steps settle in three
@@ -123,7 +123,9 @@ def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
 def _candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
     """The layers between a source and a value of the shape of the whole, stored ones first."""
     shape = (value.size, source.size)
-    fitting = [n for n in sorted(nodes) if n.target in LAYERS and _fits(n, shape, analysis)]
+    layers = [n for n in sorted(nodes) if n.target in LAYERS]
+    fitting = [n for n in layers if _fits(n, shape, analysis)]
+    fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
     return sorted(fitting, key=lambda n: weight_of(n).op != "get_attr")
 
 
@@ -132,6 +134,13 @@ def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
     if node.kwargs:
         return False
     return isinstance(own, Map) and own.weight.shape == shape and not isinstance(own.weight, Blocks)
+
+
+def _is_wider(node: fx.Node, value: Map, source: Map, analysis: Analysis) -> bool:
+    """Whether a layer reads the source and more: the whole weight is a part of its own."""
+    own = analysis.values[node]
+    fits = isinstance(own, Map) and own.size == value.size and reads_more(node, source, analysis)
+    return fits and not node.kwargs
 
 
 def _between_two(value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]) -> Region | None:

@@ -49,6 +49,12 @@ def weight_of(layer: fx.Node) -> fx.Node:
     return weight
 
 
+def reads_more(layer: fx.Node, source: Map, analysis: Analysis) -> bool:
+    """Whether a layer reads the source with functions of it behind: ``concat(x, x A)``."""
+    x = input_of(layer)
+    return op_name(x) == "cat" and _only_moves(x.args[0][0], source, analysis)  # type: ignore[index, arg-type]
+
+
 def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
     """How the source comes to a layer without what the region does to it on the way."""
     x = input_of(layer)
@@ -56,6 +62,8 @@ def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
         return Way(source.node)
     if source.reading is not None or _only_moves(x, source, analysis):
         return Way(_before_idle_casts(x))
+    if reads_more(layer, source, analysis):
+        return Way(_before_idle_casts(x.args[0][0]))  # type: ignore[index, arg-type]
     moves: list[fx.Node] = []
     node = x
     while node is not source.node:

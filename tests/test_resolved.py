@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx import Adapter, AdapterError, Update, inject, trace
+from lora_fx.adapter import WeightUpdate
+from lora_fx.kinds import KINDS
+from lora_fx.resolved import resolved
+from lora_fx.sites import by_path
+
+
+class Tied(nn.Module):
+    """One table under two names, a head that shares it, and a kernel that is no module's weight."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(11, 5)
+        self.encoder = nn.ModuleDict({"table": self.shared})
+        self.head = nn.Linear(5, 11, bias=False)
+        if tied:
+            self.head.weight = self.shared.weight
+        self.narrow = Narrow()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.encoder["table"](ids))
+        y: torch.Tensor = self.head(torch.tanh(self.narrow(x)))
+        return y
+
+
+class Narrow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.kernel)
+
+
+def update(into: int, out: int) -> Update:
+    make = torch.Generator().manual_seed(into)
+    down, up = torch.randn(2, into, generator=make), torch.randn(out, 2, generator=make)
+    return Update(down, up, 1.5)
+
+
+def tokens(rows: torch.Tensor) -> Any:
+    found = KINDS["tokens"].read("it", {"trainable_tokens_delta": rows}, {"indices": [1, 5]})
+    assert isinstance(found, WeightUpdate)
+    return found
+
+
+@pytest.fixture
+def traced() -> Any:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (4, 7))
+    model = Tied().eval()
+    return model, trace(model, (ids,)), ids
+
+
+@pytest.mark.parametrize(
+    ("given", "meant", "sizes"),
+    [
+        ("shared", "encoder.table", (11, 5)),
+        ("head", "head", (5, 11)),
+        ("narrow.kernel", "narrow", (5, 5)),
+    ],
+)
+def test_a_path_may_be_another_name_of_the_layer(
+    traced: Any, given: str, meant: str, sizes: tuple[int, int], relative: Any
+) -> None:
+    _, gm, ids = traced
+    by_name, by_place = (Adapter("a", {path: update(*sizes)}) for path in (given, meant))
+    assert list(resolved(gm, by_name, by_path(gm)).updates) == [meant]
+    assert relative(inject(gm, by_name)(ids), inject(gm, by_place)(ids)) == 0
+    assert relative(inject(gm, by_name)(ids), gm(ids)) > 1e-2
+
+
+def test_what_is_stored_nowhere_stays_as_it_is_and_is_refused(traced: Any) -> None:
+    _, gm, _ = traced
+    strange = Adapter("a", {"shared.table": update(11, 5)})
+    assert list(resolved(gm, strange, by_path(gm)).updates) == ["shared.table"]
+    with pytest.raises(AdapterError, match=r"match nothing in the graph: shared\.table"):
+        inject(gm, strange)
+
+
+def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(
+    traced: Any, relative: Any
+) -> None:
+    model, gm, ids = traced
+    rows = torch.randn(2, 5)
+    alone = Adapter("a", {"shared": tokens(rows)})
+    with pytest.raises(AdapterError, match=r"encoder\.table, whose table head shares.*base="):
+        inject(gm, alone)
+    head = KINDS["tokens"].read(
+        "it", {"trainable_tokens_delta": rows}, {"indices": [1, 5], "head": True}
+    )
+    both = Adapter("a", {"shared": tokens(rows), "encoder.table": tokens(rows), "head": head})
+    tuned = Tied().eval()
+    tuned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        tuned.shared.weight[[1, 5]] = rows
+        assert relative(inject(gm, both)(ids), tuned(ids)) <= 1e-6
+        assert relative(gm(ids), tuned(ids)) > 1e-2
+    untied = trace(Tied(tied=False).eval(), (ids,))
+    assert inject(untied, alone) is not None
