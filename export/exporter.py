@@ -23,7 +23,7 @@ from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.trial import Trial, trial_of
 
-INLINE_LIMIT = 1_500_000_000  # protobuf ends at 2 GB
+INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 
 
 def to_onnx(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.branches import branches_of
 from lora_fx.deferred import Deferred, raw
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
@@ -31,10 +32,12 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate,
         AdapterError: another adapter has done so, or a value is not finite in the layer's dtype.
     """
     first = calls[0]
-    if adapter_of(first.operand):
+    scaled = (branch.name for branch in branches_of(first) if branch.gain is not None)
+    other = adapter_of(first.operand) or next(scaled, "")
+    if other:
         raise AdapterError(
-            f"{first.path}: adapters {adapter_of(first.operand)} and {name} each make its weight "
-            "anew; fold the first, then inject the second"
+            f"{first.path}: adapter {name} makes its weight anew, and {other} has made it anew or "
+            "scales what it gives; fold the first, then inject the second"
         )
     names = value_names(first.path, name, len(update.values), first.bare)
     function = _transposed(update.function) if first.transposed else update.function

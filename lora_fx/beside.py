@@ -14,6 +14,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.layer_forms import expand, shrink
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.recorded import adapter_of
 from lora_fx.row_blocks import block_of
 from lora_fx.sites import Site
 from lora_fx.terms import Terms, bias_alone, check_finite, terms_of
@@ -149,11 +150,11 @@ def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
 
 
 def _refuse_scaled(site: Site, mine: dict[str, fx.Node]) -> None:
-    """A gain is relative to the base's results, which another adapter's col changes."""
-    if "col" not in mine and col_of(site) is not None:
+    """A gain is relative to what the base gives, which another adapter may have changed."""
+    if ("col" not in mine and col_of(site) is not None) or adapter_of(site.operand):
         raise AdapterError(
-            f"{site.path}: a second adapter scales what the layer gives, and the first what it "
-            "reads; fold the first, then inject the second"
+            f"{site.path}: a second adapter scales what the layer gives, and the first changed "
+            "that; fold the first, then inject the second"
         )
 
 

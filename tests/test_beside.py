@@ -230,7 +230,17 @@ def test_two_adapters_are_summed_and_taken_away_alone(layer: str, relative: Any)
     assert text(StripLora("a")(both).graph_module) == text(inject(gm, two))
 
 
-@pytest.mark.parametrize("kinds", [("ia3_in", "dora"), ("dora", "ia3_in"), ("lokr", "lokr")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("ia3_in", "dora"),
+        ("dora", "ia3_in"),
+        ("ia3_in", "ia3_in"),
+        ("lokr", "lokr"),
+        ("lokr", "dora"),
+        ("ia3", "lokr"),
+    ],
+)
 def test_what_has_no_sum_is_refused(kinds: tuple[str, str]) -> None:
     _, _, gm = built("linear", "lora")
     one, two = (Adapter(n, {"layer": KINDS[k]((5, 3))}) for n, k in zip("ab", kinds, strict=True))

@@ -84,7 +84,10 @@ def test_weights_keep_their_names_and_are_stored_once(exported: Any, form: str) 
         assert weights.keys() <= stored.keys()
     sizes = sum(value.nbytes for value in weights.values())
     big = sum(len(t.raw_data) for n, t in stored.items() if "lora_" not in n)
-    assert big < sizes * 1.2
+    # B and the bias may be rows of W; nothing is stored twice.
+    widths = [update.shape[0] for update in sample.adapter(2).updates.values()]
+    stacked = 4 * 3 * sum(widths) if form == "constant" else 0
+    assert big < sizes * 1.2 + stacked
 
 
 @pytest.mark.parametrize("form", FORMS)

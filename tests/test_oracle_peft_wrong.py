@@ -1,0 +1,131 @@
+"""Where PEFT 0.21.2 computes something else than its own formula: the formula is what we keep.
+
+If one of these fails because PEFT agrees with us, it was mended there: drop the case.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_fx import fold, inject, load_adapter, trace
+from lora_fx.adapter import Update
+
+pytestmark = [
+    # PEFT says that it cannot merge into a grouped convolution.
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
+]
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.attends = layer, isinstance(layer, nn.MultiheadAttention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.attends:
+            y: torch.Tensor = self.layer(x, x, x, need_weights=False)[0]
+            return y
+        z: torch.Tensor = self.layer(torch.sin(x))
+        return torch.tanh(z)
+
+
+def saved(base: nn.Module, path: Path) -> Any:
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["layer"])
+    owner = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in owner.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.4)
+    owner.save_pretrained(path)
+    return owner.eval()
+
+
+GEOMETRIES: dict[str, Callable[[], nn.Module]] = {
+    "dilation": lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+    "circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+    "reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_convolution_keeps_its_geometry(geometry: str, relative: Any, tmp_path: Path) -> None:
+    """PEFT's branch drops dilation and padding mode (peft#3697); merged, it is right."""
+    torch.manual_seed(0)
+    base, x = Net(GEOMETRIES[geometry]()).eval(), torch.randn(3, 4, 7, 8)
+    owner = saved(base, tmp_path / "a")
+    gm = trace(base, (x,))
+    injected = inject(gm, load_adapter(tmp_path / "a"))
+    with torch.no_grad():
+        try:
+            unmerged = owner(x)
+        except RuntimeError:  # a branch of another size cannot even be added
+            unmerged = base(x)
+        merged = owner.merge_and_unload()(x)
+        assert relative(injected(x), merged) <= 1e-6
+        assert relative(fold(injected)(x), merged) <= 1e-5
+        assert relative(unmerged, merged) > 1e-2
+        assert relative(base(x), merged) > 1e-2
+
+
+def test_a_kernel_of_one_axis_in_three_dimensions_folds(relative: Any, tmp_path: Path) -> None:
+    """PEFT's merge takes a kernel (1, 1, k) for a point, and fails."""
+    torch.manual_seed(0)
+    base, x = Net(nn.Conv3d(4, 6, (1, 1, 3), padding=(0, 0, 1))).eval(), torch.randn(2, 4, 3, 4, 5)
+    owner = saved(base, tmp_path / "a")
+    injected = inject(trace(base, (x,)), load_adapter(tmp_path / "a"))
+    with torch.no_grad():
+        wanted = owner(x)
+        assert relative(injected(x), wanted) <= 1e-6
+        assert relative(fold(injected)(x), wanted) <= 1e-5
+        assert relative(base(x), wanted) > 1e-2
+    with pytest.raises(RuntimeError):
+        owner.merge_and_unload()
+
+
+def test_what_a_grouped_convolution_gets_stays_beside_it(
+    relative: Any, operators: Any, tmp_path: Path
+) -> None:
+    """Each output of the branch sees all inputs, which no grouped weight can say."""
+    torch.manual_seed(0)
+    base, x = Net(nn.Conv2d(4, 6, 3, padding=1, groups=2)).eval(), torch.randn(3, 4, 7, 8)
+    owner = saved(base, tmp_path / "a")
+    injected = inject(trace(base, (x,)), load_adapter(tmp_path / "a"))
+    folded = fold(injected)
+    with torch.no_grad():
+        wanted = owner(x)
+        assert relative(injected(x), wanted) <= 1e-6
+        assert relative(folded(x), wanted) <= 1e-5
+        assert relative(base(x), wanted) > 1e-2
+    assert operators(folded) == operators(injected)
+
+
+def test_the_output_projection_of_attention_is_adapted_once(relative: Any, tmp_path: Path) -> None:
+    """PEFT adds the delta of ``out_proj`` twice, in forward and in merge (peft#3774)."""
+    torch.manual_seed(0)
+    base, x = Net(nn.MultiheadAttention(12, 2, batch_first=True)).eval(), torch.randn(3, 5, 12)
+    owner = saved(base, tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a")
+    assert set(adapter.updates) == {"layer", "layer.out_proj"}
+    once, twice = copy.deepcopy(base), copy.deepcopy(base)
+    for tuned, times in ((once, 1), (twice, 2)):
+        inner, outer = adapter.updates["layer"], adapter.updates["layer.out_proj"]
+        assert isinstance(inner, Update)
+        assert isinstance(outer, Update)
+        with torch.no_grad():
+            tuned.layer.in_proj_weight += inner.delta()  # type: ignore[operator, union-attr]
+            tuned.layer.out_proj.weight += times * outer.delta()  # type: ignore[operator, union-attr]
+    injected = inject(trace(base, (x,)), adapter)
+    with torch.no_grad():
+        assert relative(injected(x), once(x)) <= 1e-6
+        assert relative(fold(injected)(x), once(x)) <= 1e-5
+        assert relative(owner(x), twice(x)) <= 1e-6
+        assert relative(owner(x), once(x)) > 1e-2
