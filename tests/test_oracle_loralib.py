@@ -1,8 +1,10 @@
-"""Models built from loralib's layers fold to torch's own, without a word about loralib."""
+"""loralib beside us: its layers fold to torch's own, and what it saves is what we inject."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import loralib
@@ -10,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import trace
+from lora_fx import Session, fold, inject, load_adapter, to_onnx, trace
+from lora_fx.compare import TOLERANCE
 
 
 class Two(nn.Module):
@@ -110,3 +113,40 @@ def test_loralib_folds_to_plain_layers(name: str, relative: Any, folds_to: Any) 
         wanted = model(other)
         assert relative(folded(other), wanted) <= 1e-5
         assert relative(base(other), wanted) >= 1e-2
+
+
+FUSED = {"wide": [True, False, True], "narrow": [False, True]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_what_loralib_saves_is_injected_folded_and_exported(
+    name: str, dtype: torch.dtype, relative: Any, tmp_path: Path
+) -> None:
+    model, base = built(name)
+    path, x, other = tmp_path / "a.pt", example(base, 4), example(base, 6)
+    torch.save(loralib.lora_state_dict(model), path)
+    # The scale of what loralib was given no alpha for is that of its default, 1.
+    hints: dict[str, Any] = {"alpha": {"wide": 3, "narrow": narrow_alpha(name)}}
+    if name.startswith("merged"):
+        hints |= {"enable_lora": FUSED}
+    adapter = load_adapter(path, format="loralib", base=base, allow_pickle=True, **hints)
+    with torch.no_grad():
+        wanted = model(other)
+    half, tolerance = copy.deepcopy(base).to(dtype), TOLERANCE[dtype]
+    cast = (lambda t: t) if x.dtype == torch.int64 else (lambda t: t.to(dtype))
+    gm = trace(half, (cast(x),), dynamic_shapes=({0: "batch"},))
+    injected = inject(gm, adapter)
+    for form in (injected, fold(injected)):
+        with torch.no_grad():
+            assert relative(form(cast(other)), wanted) <= tolerance
+            assert relative(gm(cast(other)), wanted) > 5 * tolerance
+        if dtype is torch.float32:
+            to_onnx(form, tmp_path / "m.onnx", force=True)
+            (found,) = Session(tmp_path / "m.onnx", threads=1).run({"x": other}).values()
+            assert relative(torch.from_numpy(found), wanted) <= tolerance
+
+
+def narrow_alpha(name: str) -> float:
+    """The alpha that `CASES` give the second layer."""
+    return 3 if name.startswith(("merged", "conv")) else 1
