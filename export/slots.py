@@ -134,11 +134,18 @@ def _as_input(model: ir.Model, old: str, new: str, shape: ir.Shape) -> ir.Value:
 
 
 def _forget_rank(start: ir.Value, until: ir.Value) -> None:
-    """Clears the shapes between A and B: they were recorded with the probe's rank."""
+    """Clears the shapes between A and B: they were recorded with the probe's rank.
+
+    Of a packed projection that is read in parts, each call expands with a slice of B.
+    """
+    parts = [out for node in until.consumers() if node.op_type == "Slice" for out in node.outputs]
+    for part in parts:
+        part.shape = None
+    ends = {until, *parts}
     open_values, seen = [start], {start}
     while open_values:
         for node in open_values.pop().consumers():
-            if until in node.inputs:
+            if not ends.isdisjoint(node.inputs):
                 continue
             for value in set(node.outputs) - seen:
                 value.shape = None

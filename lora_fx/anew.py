@@ -75,7 +75,8 @@ def make_anew(
         held = nn.Parameter(kept, requires_grad=False) if kept.is_floating_point() else kept
         nodes.append(editor.constant(target, held, before=reader))
     made = editor.inline(function, [source, *nodes], before=reader, like=reader)
-    editor.rebind(reader, source, made)
+    end = editor.call(aten.alias.default, (made,), before=reader, like=reader)
+    editor.rebind(reader, source, end)
 
 
 def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:

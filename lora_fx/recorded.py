@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from lora_fx.row_blocks import SPLITS
+from lora_fx.ops import aten
 
 _MARK = ".lora_weight_"
-_DEPTH = 6  # calls between a stored weight and the value that it meets
+_STEPS = 200  # nodes that an operand may be made of: what is more is no adapter's function
 
 
 def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
@@ -21,20 +21,12 @@ def value_names(path: str, name: str, count: int, bare: bool = False) -> list[st
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
     """The operands that an adapter made: each with the stored weight that it was made of.
 
-    Told by the names of the values that went in.
+    Such an operand is an ``alias``, which says where the adapter's calls end and the model's begin,
+    of what is computed from stored tensors alone, an adapter's values among them.
     """
-    seeds = [n for n in graph.nodes if n.op == "get_attr" and _MARK in str(n.target)]
-    made = set(seeds)
-    pending = list(seeds)
-    while pending:
-        for user in pending.pop().users:
-            is_new = user not in made and user.op == "call_function"
-            # What takes rows of a weight reads it: it is no part of how the weight was made.
-            if is_new and user.target not in SPLITS and _is_constant(user, made):
-                made.add(user)
-                pending.append(user)
-    ends = (n for n in made - set(seeds) if any(user not in made for user in n.users))
-    return {end: _stored(end) for end in ends}
+    ends = graph.find_nodes(op="call_function", target=aten.alias.default)
+    found = {end: _stored(end) for end in ends}
+    return {end: source for end, source in found.items() if source is not None}
 
 
 def made_anew(graph: fx.Graph) -> list[tuple[fx.Node, str, fx.Node]]:
@@ -44,32 +36,25 @@ def made_anew(graph: fx.Graph) -> list[tuple[fx.Node, str, fx.Node]]:
 
 def adapter_of(operand: fx.Node) -> str:
     """The name of the adapter that made an operand, or ``""`` if none did."""
-    pending, depth = [operand], _DEPTH
-    while pending and depth:
-        for node in pending:
-            if node.op == "get_attr" and _MARK in str(node.target):
-                return str(node.target).rpartition(".")[2]
-        pending = [n for node in pending for n in node.all_input_nodes]
-        depth -= 1
+    pending, steps = [operand], 0
+    while pending and steps < _STEPS:
+        node, steps = pending.pop(), steps + 1
+        if node.op == "get_attr" and _MARK in str(node.target):
+            return str(node.target).rpartition(".")[2]
+        pending.extend(node.all_input_nodes)
     return ""
 
 
-def _is_constant(node: fx.Node, made: set[fx.Node], depth: int = _DEPTH) -> bool:
-    """Whether a call reads nothing but what is stored or made from it, in a few steps."""
-    return depth > 0 and all(
-        n in made
-        or n.op == "get_attr"
-        or (n.op == "call_function" and n.all_input_nodes and _is_constant(n, made, depth - 1))
-        for n in node.all_input_nodes
-    )
-
-
-def _stored(end: fx.Node) -> fx.Node:
-    """The weight that a recorded operand is made of: the one stored tensor that is no value."""
-    pending = [end]
-    while pending:
-        node = pending.pop()
-        if node.op == "get_attr" and _MARK not in str(node.target):
-            return node
+def _stored(end: fx.Node) -> fx.Node | None:
+    """The weight that an adapter made an operand of, or None if no adapter did."""
+    source, is_made = None, False
+    pending, steps = list(end.all_input_nodes), 0
+    while pending and steps < _STEPS:
+        node, steps = pending.pop(), steps + 1
+        if node.op == "get_attr":
+            is_made = is_made or _MARK in str(node.target)
+            source = source if _MARK in str(node.target) else node
+        elif node.op != "call_function":
+            return None
         pending.extend(node.all_input_nodes)
-    raise AssertionError(f"{end} is made of an adapter's values alone")
+    return source if is_made and not pending else None

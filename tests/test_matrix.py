@@ -62,7 +62,8 @@ derived from `lora_fx.LoraFxError`; the footnote is its message.
 - **train**: `inject` of a fresh `LoraConfig` trains: the loss falls, and `adapter_from` reads back
   what was learned.
 - **save**: the first of these formats that `save_adapter` writes and `load_adapter` reads back,
-  with outputs equal to 1e-6; each is tried, and "no" has the messages of all.
+  with outputs equal to 1e-6; each is tried, and "no" has the messages of all. What PEFT itself
+  loads is held by `tests/test_oracle_kinds.py`.
 
 OFT is PEFT's on matrices and LyCORIS' `diag-oft` on convolutions; "fused" is loralib's
 `MergedLinear` with `enable_lora`; "full" is LyCORIS' difference of the whole weight; "tokens" are

@@ -32,6 +32,8 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     terms.remove(base)
     if any(isinstance(term, RowScaled) and base in parts(term.matrix, Sum) for term in terms):
         raise NotLowRankError("the base weight itself is scaled")
+    if not terms:
+        raise NotLowRankError("nothing is added to the base weight")
     pairs = [_split(term) for term in terms]
     down = torch.cat([dense(right, torch.float32) for _, right in pairs])
     up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)

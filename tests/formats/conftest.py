@@ -116,8 +116,10 @@ def fits(relative: Callable[[Any, Any], float]) -> Fits:
         gm = lora_fx.trace(base.eval(), (x,))
         louder = {p: replace(u, scale=1.1 * u.scale) for p, u in adapter.updates.items()}
         off = Adapter(adapter.name, louder, adapter.replacements)
+        injected = lora_fx.inject(gm, adapter)
         with torch.no_grad():
-            assert relative(lora_fx.inject(gm, adapter)(x), expected) <= 1e-5
+            assert relative(injected(x), expected) <= 1e-5
+            assert relative(lora_fx.fold(injected)(x), expected) <= 1e-5
             assert relative(lora_fx.inject(gm, off)(x), expected) > 1e-3
             assert relative(gm(x), expected) > 1e-2
 

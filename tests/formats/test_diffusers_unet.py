@@ -137,6 +137,7 @@ def test_a_file_of_a_pipeline(tmp_path: Path, relative: Any, case: str) -> None:
     assert axes == ({2} if "linear" in case else {2, 4})
     tuned = lora_fx.inject(traced(), adapter)
     assert relative(run(tuned), run(model)) <= 2e-6
+    assert relative(run(lora_fx.fold(tuned)), run(model)) <= 1e-5
     assert relative(run(traced()), run(model)) > 1e-2
     whole = load_adapter(tmp_path / "a")
     assert {f"unet.{path}" for path in adapter.updates} == set(whole.updates)

@@ -227,8 +227,13 @@ def test_a_graph_with_the_adapter_computes_what_lycoris_does(
     x = X.to(base.conv_in.weight)
     gm = lora_fx.trace(base, (x,))
     tuned = lora_fx.inject(gm, load_adapter(file, base=gm))
+    folded = lora_fx.fold(tuned)
     assert relative(tuned(x), expected) <= 1e-6
+    assert relative(folded(x), expected) <= 1e-5
     assert relative(gm(x), expected) > 1e-2
+    lora_fx.to_onnx(folded, tmp_path / "m.onnx")
+    (found,) = lora_fx.Session(tmp_path / "m.onnx").run({"x": x}).values()
+    assert relative(torch.from_numpy(found), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te_", "lora_te1_"])
