@@ -37,7 +37,7 @@ def chosen_slots(
     paths = _paths(gm, groups, wanted)
     unknown = [path for path in paths if path not in groups]
     if unknown:
-        known = shorten(list(groups))
+        known = shorten(list(groups)) or "none"
         raise ExportError(f"slots: no layer at {shorten(unknown)}; there are {known}")
     if not paths:
         raise ExportError('adapters="input": the graph has no linear layer to adapt')

@@ -62,7 +62,7 @@ def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> lis
     if not paths:
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "
-            f"{len(groups)} layers: {shorten(list(groups))}"
+            f"{len(groups)} layers: {shorten(list(groups)) or 'none'}"
         )
     _check_name(gm, config.name, [groups[path][0] for path in paths])
     return paths

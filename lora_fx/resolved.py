@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, AnyUpdate
+from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
-from lora_fx.sites import Site
+from lora_fx.sites import Site, readers
 from lora_fx.trace import example_of
 
 Groups = Mapping[str, list[Site]]
@@ -33,7 +33,7 @@ def resolved(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> Adapter:
     matched = {_address(u) for path, u in adapter.updates.items() if path in groups}
     for path, update in adapter.updates.items():
         named = [name for name in (path, *aliases.get(path, ())) if name in groups]
-        meant = named or _stored_at(path, update, groups)
+        meant = named or _stored_at(path, update, groups) or _parameter(gm, path, update)
         if not meant and update.kind == "tokens" and _address(update) in matched:
             continue  # a table that is never called itself: those who share it have the rows
         updates |= dict.fromkeys(meant or [path], update)
@@ -55,6 +55,13 @@ def _stored_at(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
     fitting = {p: site for p, site in found.items() if _fits(update, site)}
     kinds = {site.kind for site in fitting.values()}
     return list(fitting) if len(kinds) == 1 else []
+
+
+def _parameter(gm: fx.GraphModule, path: str, update: AnyUpdate) -> list[str]:
+    """The parameter of a module that is no layer of the graph, such as one that holds experts."""
+    weight = f"{path}.weight"
+    is_meant = isinstance(update, WeightUpdate) and next(readers(gm, path), None) is None
+    return [weight] if is_meant and next(readers(gm, weight), None) is not None else []
 
 
 def _fits(update: AnyUpdate, site: Site) -> bool:

@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import fx
+from torch import fx, nn
 
 import lora_fx
-from lora_fx import fold, inject, load_adapter, text, trace, unfold
+from lora_fx import Adapter, fold, inject, load_adapter, text, trace, unfold
+from lora_fx.adapter import WeightUpdate
 from lora_fx.passes import FoldLora, StripLora
 
 SIZES: dict[str, Any] = {
@@ -78,3 +79,45 @@ def test_experts_equal_peft_injected_folded_and_in_onnx(
     lora_fx.to_onnx(folded, path)
     (logits,) = lora_fx.Session(path).run({"input_ids": ids}).values()
     assert relative(torch.from_numpy(logits), wanted) <= 1e-5
+
+
+class Experts(nn.Module):
+    """Square weights of three experts, called ``weight``, which the model itself transposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x.unsqueeze(1), self.weight.transpose(1, 2)).sum(1)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Experts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(torch.sin(x))
+        return torch.tanh(y)
+
+
+def _added(weight: Any, delta: Any) -> Any:
+    return torch.ops.aten.add.Tensor(weight, delta)
+
+
+@pytest.mark.parametrize("path", ["layer", "layer.weight"])
+def test_calls_of_the_model_on_a_parameter_stay_its_own(path: str, relative: Any) -> None:
+    torch.manual_seed(0)
+    model, x, delta = Mixed().eval(), torch.randn(4, 7, 5), torch.randn(3, 5, 5)
+    gm = trace(model, (x,))
+    injected = inject(gm, Adapter("a", {path: WeightUpdate("full", _added, (delta,), (3, 5, 5))}))
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.layer.weight += delta
+        assert relative(injected(x), tuned(x)) <= 1e-6
+        assert relative(fold(injected)(x), tuned(x)) <= 1e-6
+        assert relative(gm(x), tuned(x)) > 1e-2
+    stripped = StripLora()(injected).graph_module
+    assert text(stripped) == text(gm)
+    assert relative(stripped(x), model(x)) == 0

@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
-import lora_fx
 from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, text, trace
 from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.branches import branches
@@ -248,20 +247,3 @@ def test_what_has_no_sum_is_refused(kinds: tuple[str, str]) -> None:
         inject(gm, [one, two])
     folded = inject(fold(inject(gm, one)), two)
     assert folded is not None
-
-
-@pytest.mark.parametrize(("layer", "kind"), [c for c in CASES if not refused(*c)])
-def test_every_form_exports_as_constants(
-    layer: str, kind: str, relative: Any, tmp_path: Any
-) -> None:
-    model, update, gm = built(layer, kind)
-    injected = inject(gm, Adapter("a", {"layer": update}))
-    x = example(layer, 6)
-    for form in (injected, fold(injected)):
-        path = tmp_path / "m.onnx"
-        lora_fx.to_onnx(form, path, force=True)
-        outputs = lora_fx.Session(path, threads=1).run({"x": x})
-        with torch.no_grad():
-            assert (
-                relative([torch.from_numpy(*outputs.values())], [merged(model, update)(x)]) <= 1e-5
-            )

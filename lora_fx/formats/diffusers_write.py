@@ -20,6 +20,7 @@ from lora_fx.formats.peft_paths import homes_of
 from lora_fx.formats.peft_types import TYPES
 from lora_fx.formats.unheld import check_held, not_lora
 from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.stored import is_embedding
 from lora_fx.targets import TargetRule
 from lora_fx.update import Update
 
@@ -60,7 +61,7 @@ def contents(adapter: Adapter, path: Path, component: str | None) -> tuple[Tenso
 def _problem(update: AnyUpdate) -> str | None:
     if _is_lokr(update):
         return None
-    if update.stored is not None and update.stored.settings.get("layer") == "embedding":
+    if is_embedding(update.stored):
         return "updates of embeddings"
     return not_lora(replace(update, bias=None) if isinstance(update, Update) else update)
 

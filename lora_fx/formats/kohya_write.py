@@ -17,7 +17,7 @@ from lora_fx.formats.kohya_leaves import (
 from lora_fx.formats.pairs import ALPHA, up_beside
 from lora_fx.formats.unheld import not_lora
 from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import Stored
+from lora_fx.stored import Stored, is_embedding
 from lora_fx.update import Update
 
 NORM_PARAMETERS = (".weight", ".bias")
@@ -39,7 +39,7 @@ def problem_with(update: AnyUpdate) -> str | None:
         found = not_lora(update)
         if found is None and isinstance(update, Update) and update.groups > 1:
             found = "grouped up-projections"
-        if update.stored is not None and update.stored.settings.get("layer") == "embedding":
+        if is_embedding(update.stored):
             found = "updates of embeddings"
     return "a scale of 0, which it reads as 1" if found is None and scale == 0 else found
 

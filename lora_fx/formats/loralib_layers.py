@@ -13,7 +13,7 @@ from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 from lora_fx.formats.pairs import Roles, matrices_of
 from lora_fx.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.ranks import checked_rank
-from lora_fx.stored import Stored
+from lora_fx.stored import EMBEDDING, Stored
 from lora_fx.update import Update
 
 Shape = tuple[int, ...]
@@ -60,7 +60,7 @@ def update_of(
         return _conv(where, down, up, layer, settings)
     groups = groups_of(file, path, down, up, hints, None if layer is None else layer[0])
     if groups is None:
-        table = Stored({}, {"layer": "embedding"}) if is_table else None
+        table = EMBEDDING if is_table else None
         return Update(down, up, alpha / rank, stored=table)
     stored = Stored({"lora_A": down, "lora_B": up}, settings | {"enable_lora": list(groups)})
     return Update(down, block_diagonal(up, groups), alpha / rank, "fused", stored=stored)

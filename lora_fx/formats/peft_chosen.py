@@ -13,6 +13,7 @@ from lora_fx.formats.peft_lokr import with_fields
 from lora_fx.formats.peft_types import LORA, TYPES, PeftType
 from lora_fx.formats.peft_vera import shared_by
 from lora_fx.other_updates import AnyUpdate
+from lora_fx.stored import is_embedding
 from lora_fx.update import Update
 
 LORA_KINDS = ("lora", "rslora", "dora")
@@ -159,4 +160,4 @@ def _lora_problems(
 
 def is_table(update: AnyUpdate) -> bool:
     """Whether an update says that it is of an embedding."""
-    return update.stored is not None and update.stored.settings.get("layer") == "embedding"
+    return is_embedding(update.stored)

@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.stored import Stored
+from lora_fx.stored import Stored, is_embedding
 from lora_fx.update import Update
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -105,7 +105,7 @@ def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
         has_bias: whether any layer of the adapter has a bias; one that has none gets zeros.
     """
     kernel = update.down.ndim - 2
-    is_table = update.stored is not None and update.stored.settings.get("layer") == "embedding"
+    is_table = is_embedding(update.stored)
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
     tensors = {first: update.down, second: update.up.reshape(*update.up.shape, *[1] * kernel)}
     if has_bias:

@@ -40,7 +40,9 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
             f"{where}: ia3_l is {tuple(factors.shape)} and {said}: expected {wanted}, or "
             "(1, n, 1, ...) of a convolution"
         )
-    if layer is not None and layer[is_input] != factors.numel():
+    # A grouped convolution reads more channels than one of its outputs sees.
+    grouped = is_input and len(layer or ()) > 2 and layer and factors.numel() % layer[1] == 0
+    if layer is not None and layer[is_input] != factors.numel() and not grouped:
         raise AdapterError(f"{where}: ia3_l has {factors.numel()} factors, the layer is {layer}")
     vector, stored = factors.reshape(-1), Stored(tensors, settings)
     return Scaling(col=vector, stored=stored) if is_input else Scaling(row=vector, stored=stored)
