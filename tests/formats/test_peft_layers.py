@@ -101,9 +101,9 @@ def test_the_dtype_of_the_file_is_kept(peft_case: Any, dtype: torch.dtype, tmp_p
         assert torch.equal(tensor, written[key]), key
 
 
-# Only the base tells the orientation of experts, and that a core with a kernel (3, 1) is of a
-# Conv1d; without one these are refused, if not here then by their layer.
-OPEN = ("experts", "conv1d loha core")
+# Only the base tells the orientation of experts, how wide VeRA draws from a seed, and that a core
+# with a kernel (3, 1) is of a Conv1d; without one these are refused, here or by their layer.
+OPEN = ("experts", "conv1d loha core", "linear vera seed")
 
 
 def test_without_a_base_nothing_else_is_read(
