@@ -179,15 +179,17 @@ def _is_worth_it(
     lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
     if not lasts:
         return weight_of(layer).op != "get_attr"
-    shared = _is_read(weight_of(layer), gone | {layer}, analysis)
-    return lasts != {Link.GLUE} or not shared or any(map(analysis.reads_constant, nodes - {layer}))
+    if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):
+        return True
+    return not _is_read(weight_of(layer), layer, gone, analysis)
 
 
-def _is_read(constant: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
-    """Whether any call that stays needs a constant, or one that is computed from it."""
-    left = [user for user in constant.users if user not in gone]
+def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
+    """Whether any call that stays, but the layer, needs a constant or what is computed from it."""
     return any(
-        user not in analysis.constants.nodes or _is_read(user, gone, analysis) for user in left
+        user not in analysis.constants.nodes or _is_read(user, layer, gone, analysis)
+        for user in constant.users
+        if user is not layer and user not in gone
     )
 
 
