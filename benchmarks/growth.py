@@ -30,11 +30,12 @@ class Deep(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mixes each layer's output with itself, so that no two layers are affine together."""
+        """Adds a little of each layer's output: no two are affine together, and none is lost."""
         for layer in self.layers:
-            x = layer(x)
-            for _ in range(4):
-                x = torch.tanh(torch.sin(x))
+            y = layer(x)
+            for _ in range(3):
+                y = torch.tanh(torch.sin(y))
+            x = x + 0.02 * y
         return x
 
 
@@ -43,7 +44,7 @@ def adapter_for(layers: int) -> Adapter:
     make = torch.Generator().manual_seed(0)
     updates = {
         f"layers.{index}": Update(
-            torch.randn(RANK, WIDTH, generator=make), torch.randn(WIDTH, RANK, generator=make), 1.0
+            torch.randn(RANK, WIDTH, generator=make), torch.randn(WIDTH, RANK, generator=make), 0.05
         )
         for index in range(layers)
     }
