@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-
 from lora_fx.errors import AdapterError
 from lora_fx.layer import Layer
-from lora_fx.ops import aten
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.update import Shape, Update
 
 
@@ -52,12 +49,7 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
 def dense(update: Update) -> WeightUpdate:
     """``W + delta``, evaluated: for a layer that has no form in two factors."""
     bias = None if update.bias is None else update.scale * update.bias
-    return WeightUpdate(update.kind, _added, (update.delta(),), update.shape, update.stored, bias)
-
-
-def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor = aten.add.Tensor(weight, delta)
-    return total
+    return WeightUpdate(update.kind, added, (update.delta(),), update.shape, update.stored, bias)
 
 
 def _stored_shape(site: Layer) -> tuple[int, ...]:

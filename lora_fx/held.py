@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.layer_class import is_conv1d_of_transformers
 from lora_fx.ops import module_path, op_name
 from lora_fx.sites import Site, sites
 
@@ -98,9 +99,7 @@ def _kind_of(module: nn.Module) -> str | None:
         return "embedding" if module.max_norm is None else None
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"conv{module.weight.ndim - 2}d" if module.groups == 1 else None
-    # transformers' own linear layer, told without importing transformers.
-    names = {(cls.__module__, cls.__name__) for cls in type(module).__mro__}
-    return "linear_transposed" if ("transformers.pytorch_utils", "Conv1D") in names else None
+    return "linear_transposed" if is_conv1d_of_transformers(module) else None
 
 
 def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:

@@ -39,7 +39,7 @@ def expand(site: Site, h: fx.Node, up: fx.Node, groups: int) -> Call:
 
 
 def down_as_stored(site: Layer, down: torch.Tensor) -> torch.Tensor:
-    """(r, in, *kernel) as the layer's shrink reads it: (in, r), or as it is for a convolution."""
+    """(r, in, *kernel) as the layer reads it, and back: turned around, but for a convolution."""
     return down.contiguous() if site.is_conv else down.t().contiguous()
 
 
@@ -48,11 +48,6 @@ def up_as_stored(site: Layer, up: torch.Tensor) -> torch.Tensor:
     if not site.is_conv:
         return up.t().contiguous()
     return up.reshape(*up.shape, *[1] * (len(site.shape) - 2)).contiguous()
-
-
-def down_as_update(site: Layer, down: torch.Tensor) -> torch.Tensor:
-    """The reverse of `down_as_stored`."""
-    return down.contiguous() if site.is_conv else down.t().contiguous()
 
 
 def up_as_update(site: Layer, up: torch.Tensor) -> torch.Tensor:

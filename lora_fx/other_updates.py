@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.ops import aten
 from lora_fx.stored import Stored
 from lora_fx.update import Shape, Update
 
@@ -110,6 +111,12 @@ class WeightUpdate:
     def is_finite(self) -> bool:
         """Whether every value is a finite number."""
         return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+
+
+def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """``W + delta``: the function of every update that is a difference."""
+    total: torch.Tensor = aten.add.Tensor(weight, delta)
+    return total
 
 
 AnyUpdate = Update | Scaling | WeightUpdate

@@ -12,7 +12,6 @@ from lora_fx.layer import Layer
 from lora_fx.layer_forms import (
     along_outputs,
     down_as_stored,
-    down_as_update,
     up_as_stored,
     up_as_update,
 )
@@ -73,14 +72,10 @@ def terms_of(
     row = None if update.row is None else update.row.to(wide)
     if update.magnitude is not None:
         row = update.row_for(canonical(site, weight()))
-    up = update.up.to(torch.promote_types(wide, update.up.dtype)) * update.scale
-    up = up if row is None else up * row[:, None].to(up.dtype)
-    added = None
-    if update.bias is not None:
-        added = (update.bias.to(wide) * update.scale).to(site.dtype)
+    down, up, added = update.factors(site.dtype, row)
     return Terms(
-        down_as_stored(site, update.down.to(site.dtype)) if update.rank else None,
-        up_as_stored(site, up.to(site.dtype)) if update.rank else None,
+        down_as_stored(site, down) if update.rank else None,
+        up_as_stored(site, up) if update.rank else None,
         None if row is None else along_outputs(site, (row - 1).to(site.dtype)),
         None if added is None else along_outputs(site, added),
         None if update.col is None else along_outputs(site, update.col.to(site.dtype)),
@@ -121,7 +116,7 @@ def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
         torch.zeros(out, 0, dtype=site.dtype),
     )
     if terms.down is not None and terms.up is not None:
-        down, up = down_as_update(site, terms.down), up_as_update(site, terms.up)
+        down, up = down_as_stored(site, terms.down), up_as_update(site, terms.up)
     if row is not None:  # it was folded into up
         up = torch.where(row[:, None] == 0, 0.0, up / row[:, None])
     return Update(

@@ -140,18 +140,26 @@ class Update:
             whole = whole * _along(self.col.to(wide), whole, 1)
         return whole if row is None else whole * _along(row, whole, 0)
 
-    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def factors(
+        self, dtype: torch.dtype, row: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The factored form: what computes this update in a dtype without a scale of its own.
 
         The scale is folded in float32 or wider, so that each value is rounded to the dtype once.
 
+        Args:
+            dtype: of the result.
+            row: (out,), a factor of every output of the product, or None.
+
         Returns:
-            down (r, in); up (out, r) and bias (out,), or None, with the scale folded in.
+            down (r, in, *kernel); up (out, r) with scale and row folded in; bias (out,) with the
+            scale folded in, or None.
         """
         wide = torch.promote_types(self.up.dtype, torch.float32)
-        up = (self.up.to(wide) * self.scale).to(dtype)
+        up = self.up.to(wide) * self.scale
+        up = up if row is None else up * row[:, None]
         bias = None if self.bias is None else (self.bias.to(wide) * self.scale).to(dtype)
-        return self.down.to(dtype), up, bias
+        return self.down.to(dtype), up.to(dtype), bias
 
     def to_rank(self, rank: int) -> tuple[Update, float]:
         """The nearest update of at most this rank; scale, bias and vectors stay as they are.

@@ -15,6 +15,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Adapter, fold, inject, load_adapter, text, trace, unfold
 from lora_fx.adapter import WeightUpdate
+from lora_fx.other_updates import added
 from lora_fx.passes import FoldLora, StripLora
 
 SIZES: dict[str, Any] = {
@@ -102,16 +103,12 @@ class Mixed(nn.Module):
         return torch.tanh(y)
 
 
-def _added(weight: Any, delta: Any) -> Any:
-    return torch.ops.aten.add.Tensor(weight, delta)
-
-
 @pytest.mark.parametrize("path", ["layer", "layer.weight"])
 def test_calls_of_the_model_on_a_parameter_stay_its_own(path: str, relative: Any) -> None:
     torch.manual_seed(0)
     model, x, delta = Mixed().eval(), torch.randn(4, 7, 5), torch.randn(3, 5, 5)
     gm = trace(model, (x,))
-    injected = inject(gm, Adapter("a", {path: WeightUpdate("full", _added, (delta,), (3, 5, 5))}))
+    injected = inject(gm, Adapter("a", {path: WeightUpdate("full", added, (delta,), (3, 5, 5))}))
     tuned = copy.deepcopy(model)
     with torch.no_grad():
         tuned.layer.weight += delta

@@ -15,6 +15,7 @@ from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, t
 from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.branches import branches
 from lora_fx.ops import aten
+from lora_fx.other_updates import added
 from lora_fx.passes import StripLora
 from lora_fx.sites import sites
 
@@ -84,11 +85,6 @@ def _kronecker(weight: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> to
     return total
 
 
-def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor = aten.add.Tensor(weight, delta)
-    return total
-
-
 SIZES: list[list[int]] = [[]]  # of the weight that `_kronecker` meets
 
 
@@ -111,7 +107,7 @@ KINDS: dict[str, Callable[[tuple[int, ...]], AnyUpdate]] = {
     "ia3": lambda s: Scaling(row=random(s[0]) + 1),
     "ia3_in": lambda s: Scaling(col=random(s[1]) + 1),
     "lokr": _lokr,
-    "full": lambda s: WeightUpdate("full", _added, (random(*s),), s, bias=random(s[0])),
+    "full": lambda s: WeightUpdate("full", added, (random(*s),), s, bias=random(s[0])),
 }
 
 

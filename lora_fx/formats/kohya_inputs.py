@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.stored import Stored
 from lora_fx.update import Update
 
@@ -45,7 +45,7 @@ def with_input_magnitude(
         raise AdapterError(f"{where}: dora_scale stands beside kind {update.kind!r}")
     values: tuple[torch.Tensor, ...]
     if isinstance(update, Update):
-        function, values = _added, (update.delta().reshape(layer.shape),)
+        function, values = added, (update.delta().reshape(layer.shape),)
         scale: object = update.scale
     else:
         function, values = update.function, update.values
@@ -55,11 +55,6 @@ def with_input_magnitude(
     stored = Stored(tensors, {"scale": scale, "writer": "lycoris"})
     normed = _normed(function, layer.shape)
     return WeightUpdate(kind, normed, (magnitude, *values), layer.shape, stored)
-
-
-def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _aten.add.Tensor(weight, delta)
-    return result
 
 
 def _normed(function: Function, shape: tuple[int, ...]) -> Function:

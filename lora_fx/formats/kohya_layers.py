@@ -24,7 +24,7 @@ from lora_fx.formats.kohya_vectors import ia3_update, norm_update
 from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
 from lora_fx.kinds import KINDS, dora
 from lora_fx.layer_class import NORM
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, WeightUpdate, added
 from lora_fx.stored import Stored
 from lora_fx.update import Update
 
@@ -119,7 +119,7 @@ def _on_groups(
     stored = update.stored or Stored(tensors, {"scale": update.scale})
     plain = replace(update, magnitude=None)
     assert layer.shape is not None
-    whole = WeightUpdate(update.kind, _added, (plain.delta(),), layer.shape, stored)
+    whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.shape, stored)
     return dora.with_magnitude(where, whole, {DORA: tensors[DORA]})
 
 
@@ -133,8 +133,3 @@ def _with_core(where: str, down: torch.Tensor, core: torch.Tensor) -> torch.Tens
         )
     wide = torch.promote_types(down.dtype, torch.float32)
     return torch.einsum("rq...,qi->ri...", core.to(wide), down.to(wide).flatten(1))
-
-
-def _added(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.add.Tensor(value, change)
-    return result

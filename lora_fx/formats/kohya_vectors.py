@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.stored import Stored
 
 
@@ -27,7 +27,7 @@ def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpd
     """
     name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
     stored = Stored({leaf: change})
-    return f"{path}.{name}", WeightUpdate("norm", _added, (change,), tuple(change.shape), stored)
+    return f"{path}.{name}", WeightUpdate("norm", added, (change,), tuple(change.shape), stored)
 
 
 def ia3_update(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
@@ -58,11 +58,6 @@ def ia3_update(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
         return Scaling(col=vector, stored=stored)
     row = vector.reshape(-1, *[1] * (len(layer.shape) - 1))
     return WeightUpdate("ia3", _scaled, (row,), layer.shape, stored)
-
-
-def _added(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.add.Tensor(value, change)
-    return result
 
 
 def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

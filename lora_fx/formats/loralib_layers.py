@@ -11,7 +11,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 from lora_fx.formats.pairs import Roles, matrices_of
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, WeightUpdate, added
 from lora_fx.ranks import checked_rank
 from lora_fx.stored import EMBEDDING, Stored
 from lora_fx.update import Update
@@ -93,7 +93,7 @@ def _conv(
         return Update(wide, up.reshape(out, -1), scale, stored=stored)
     dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
     delta = scale * (up.to(dtype) @ down.to(dtype)).reshape(layer)
-    return WeightUpdate("dense", _added, (delta,), layer, stored)
+    return WeightUpdate("dense", added, (delta,), layer, stored)
 
 
 def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:
@@ -107,8 +107,3 @@ def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:
 def as_points(up: torch.Tensor, size: int) -> torch.Tensor:
     """An up-projection (out, r) as loralib stores a convolution's: (out * k, r * k)."""
     return torch.kron(up.contiguous(), torch.eye(size, dtype=up.dtype, device=up.device))
-
-
-def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.add.Tensor(weight, delta)
-    return result

@@ -31,9 +31,6 @@ TASK_HEADS = {
 }
 
 
-PeftLora = PeftConfig
-
-
 def read_config(path: Path, strict: bool) -> PeftConfig:
     """Reads and checks an ``adapter_config.json``.
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.shapes import layer_shape, measure, number, wide
-from lora_fx.other_updates import WeightUpdate
+from lora_fx.other_updates import WeightUpdate, added
 from lora_fx.stored import Stored
 
 _SHAPES: dict[str, tuple[str, ...]] = {"diff": ("out", "in", "*kernel"), "diff_b": ("out",)}
@@ -45,9 +45,4 @@ def read(
     delta = diff if scale == 1 else wide(diff) * scale
     stored = Stored(tensors, settings)
     shift = None if bias is None else wide(bias) * scale
-    return WeightUpdate("full", _added, (delta,), tuple(diff.shape), stored, shift)
-
-
-def _added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.add.Tensor(weight, delta)
-    return result
+    return WeightUpdate("full", added, (delta,), tuple(diff.shape), stored, shift)
