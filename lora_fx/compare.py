@@ -74,10 +74,15 @@ def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Com
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Squares of the distance and of the expected size, and the largest distance."""
-    left, right = left.double(), right.double()
-    # Masked logits hold infinities on both sides; equal ones carry no information.
-    same = (left == right) | (left.isnan() & right.isnan())
-    gap = torch.where(same, 0.0, left - right)
-    size = torch.where(same & ~right.isfinite(), 0.0, right)
-    furthest = gap.abs().max() if gap.numel() else gap.new_zeros(())
-    return torch.stack([gap.square().sum(), size.square().sum(), furthest])
+    size = right.double()
+    gap = left.double() - size
+    if not gap.numel():
+        return gap.new_zeros(3)
+    low, high = gap.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        # Masked logits hold infinities on both sides; equal ones carry no information.
+        same = (left == right) | (left.isnan() & right.isnan())
+        gap = gap.masked_fill(same, 0.0)
+        size = size.masked_fill(same & ~right.isfinite(), 0.0)
+        low, high = gap.aminmax()
+    return torch.stack([gap.dot(gap), size.dot(size), torch.maximum(-low, high)])
