@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.affine import convs, einsums, features, layers, moves, sums
+from lora_fx.affine import convs, einsums, features, joins, layers, moves, sums
 from lora_fx.affine.analysis import Analysis, Rule
 
 
@@ -67,16 +67,16 @@ TRANSFER: dict[str, Rule] = {
     "split_with_sizes": features.split,
     "chunk": features.split,
     "getitem": features.getitem,
-    "cat": features.cat,
-    "concat": features.cat,
-    "pad": features.pad,
-    "constant_pad_nd": features.pad,
-    "index_put": features.index_put,
-    "slice_scatter": features.slice_scatter,
-    "zeros": features.uniform,
-    "ones": features.uniform,
-    "zeros_like": features.uniform,
-    "ones_like": features.uniform,
-    "new_zeros": features.uniform,
-    "new_ones": features.uniform,
+    "cat": joins.cat,
+    "concat": joins.cat,
+    "pad": joins.pad,
+    "constant_pad_nd": joins.pad,
+    "index_put": joins.index_put,
+    "slice_scatter": joins.slice_scatter,
+    "zeros": joins.uniform,
+    "ones": joins.uniform,
+    "zeros_like": joins.uniform,
+    "ones_like": joins.uniform,
+    "new_zeros": joins.uniform,
+    "new_ones": joins.uniform,
 }

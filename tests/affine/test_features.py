@@ -1,4 +1,4 @@
-"""What takes features apart and puts them together."""
+"""What takes features apart."""
 
 from __future__ import annotations
 
@@ -28,18 +28,6 @@ def split(m: Any, x: torch.Tensor) -> torch.Tensor:
 def places(m: Any, *order: int) -> torch.Tensor:
     """Places that a graph computes from constants."""
     return torch.stack([m.b.argsort()[0] * 0 + place for place in order])
-
-
-def three(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.square, m.b3)
-
-
-def zeros(x: torch.Tensor, size: int = 6) -> torch.Tensor:
-    return x.new_zeros(4, 7, size)
-
-
-def put(into: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return aten.index_put(into, [None, None, index], values)
 
 
 # name -> (function, input, the frontends that see enough; all by default)
@@ -80,66 +68,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "chunk": (lambda m, x: low(m, x).chunk(2, -1)[0], "batch"),
     "chunk, the rest": (lambda m, x: low(m, x).chunk(2, -1)[-1], "batch"),
     "chunk of more than fit": (lambda m, x: low(m, x).chunk(4, -1)[2], "batch"),
-    "cat": (lambda m, x: torch.cat((low(m, x), six(m, x) * 2), -1), "batch"),
-    "cat of one's own parts": (
-        lambda m, x: (lambda p: torch.cat((p[2], p[0], p[1]), -1))(low(m, x).split([1, 2, 2], -1)),
-        "batch",
-    ),
-    "cat without biases": (
-        lambda m, x: torch.cat((F.linear(x, m.w), six(m, x), F.linear(x, m.square)), dim=-1),
-        "batch",
-    ),
-    "cat turned": (
-        lambda m, x: torch.cat((F.conv1d(x, m.kernel1, m.b), F.conv1d(x, m.kernel1)), 1),
-        "long",
-        "export",
-    ),
-    "cat turned, from behind": (
-        lambda m, x: torch.concat((F.conv1d(x, m.kernel1, m.b), F.conv1d(x, m.kernel1)), -2),
-        "long",
-    ),
-    "pad": (lambda m, x: F.pad(low(m, x), (1, 2)), "batch"),
-    "pad by keyword": (lambda m, x: F.pad(low(m, x), pad=(0, 2), value=0.0), "batch"),
-    "pad turned": (lambda m, x: F.pad(low(m, x).transpose(-1, -2), (0, 0, 1, 2)), "batch"),
-    "aten's pad": (lambda m, x: aten.constant_pad_nd(low(m, x), [1, 2]), "batch"),
-    "assignment of places": (
-        lambda m, x: put(zeros(x), places(m, 4, 0, 3), three(m, x)),
-        "batch",
-        "export",
-    ),
-    "assignment of places from behind": (
-        lambda m, x: put(zeros(x), places(m, -1, 0, 3), three(m, x)),
-        "batch",
-        "export",
-    ),
-    "assignment of a mask": (
-        lambda m, x: put(zeros(x), m.b6 > m.b6.sort()[0][2], three(m, x)),
-        "batch",
-        "export",
-    ),
-    "assignment into a map": (
-        lambda m, x: put(six(m, x), places(m, 4, 0, 3), three(m, x)),
-        "batch",
-        "export",
-    ),
-    "assignment into a map without bias": (
-        lambda m, x: put(F.linear(x, m.six), places(m, 1, 5, 3), three(m, x)),
-        "batch",
-        "export",
-    ),
-    "assignment of a slice": (
-        lambda m, x: torch.slice_scatter(zeros(x), three(m, x), 2, 1, 6, 2),
-        "batch",
-        "export",
-    ),
-    "assignment of a slice into a map": (
-        lambda m, x: torch.slice_scatter(six(m, x), three(m, x), -1, 2, 5),
-        "batch",
-        "export",
-    ),
 }
 NO_FEATURES = "something else than the features"
-WHOLE = "something else than whole features"
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "slice of the batch": (lambda m, x: low(m, x)[:, 1:4], "batch", NO_FEATURES),
     "slice of unknown axes": (lambda m, x: low(m, x)[:, :, 1:], "batch", NO_FEATURES, "symbolic"),
@@ -162,85 +92,6 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         NO_FEATURES,
     ),
-    "cat with an activation": (
-        lambda m, x: torch.cat((low(m, x), torch.sin(x)), -1),
-        "batch",
-        "one source",
-    ),
-    "cat of two sources": (
-        lambda m, x: torch.cat((low(m, x), low(m, torch.sin(x))), -1),
-        "batch",
-        "one source",
-    ),
-    "cat of the batch": (
-        lambda m, x: torch.cat((low(m, x), low(m, x)), -2),
-        "batch",
-        "else than features",
-    ),
-    "cat of split features": (
-        lambda m, x: torch.cat((split(m, x), split(m, x)), -1),
-        "batch",
-        "no maps",
-        "export",
-    ),
-    "pad with ones": (lambda m, x: F.pad(low(m, x), (1, 2), value=1.0), "batch", "zeros"),
-    "pad by reflection": (lambda m, x: F.pad(low(m, x), (1, 2), "reflect"), "batch", "zeros"),
-    "pad the batch": (
-        lambda m, x: F.pad(low(m, x), (1, 2, 1, 0)),
-        "batch",
-        "else than the features",
-    ),
-    "pad less": (lambda m, x: F.pad(low(m, x), (-1, 0)), "batch", "zeros"),
-    "assignment to the batch": (
-        lambda m, x: aten.index_put(zeros(x, 5), [None, places(m, *range(7))], low(m, x)),
-        "batch",
-        WHOLE,
-        "export",
-    ),
-    "assignment that adds": (
-        lambda m, x: aten.index_put(
-            zeros(x), [None, None, places(m, 0, 1, 2)], three(m, x), accumulate=True
-        ),
-        "batch",
-        "accumulates",
-        "export",
-    ),
-    "assignment to places from data": (
-        lambda m, x: put(zeros(x), x[0, 0].argsort(), three(m, x)),
-        "batch",
-        "no constant",
-        "export",
-    ),
-    "assignment that broadcasts": (
-        lambda m, x: put(zeros(x), places(m, 0, 1, 2), three(m, x[:, :1])),
-        "batch",
-        "broadcasts",
-        "export",
-    ),
-    "assignment of one feature to all": (
-        lambda m, x: put(zeros(x), places(m, 0, 1, 2), F.linear(x, m.down[:1])),
-        "batch",
-        "else than features",
-        "export",
-    ),
-    "assignment into ones": (
-        lambda m, x: put(x.new_ones(4, 7, 6), places(m, 0, 1, 2), three(m, x)),
-        "batch",
-        "else than zeros",
-        "export",
-    ),
-    "assignment into another source": (
-        lambda m, x: put(six(m, torch.sin(x)), places(m, 0, 1, 2), three(m, x)),
-        "batch",
-        "one source",
-        "export",
-    ),
-    "a slice of the batch assigned": (
-        lambda m, x: torch.slice_scatter(low(m, x), low(m, x)[:, :2], 1, 0, 2),
-        "batch",
-        "else than features",
-        "export",
-    ),
 }
 
 
@@ -261,7 +112,6 @@ def test_what_is_not_about_features_says_why(name: str, frontend: str, check_rea
 KEYWORDS = {
     "split": lambda m, x: low(m, x).split(split_size=2, dim=-1)[0],
     "chunk": lambda m, x: torch.chunk(low(m, x), chunks=2, dim=-1)[0],
-    "slice_scatter": lambda m, x: torch.slice_scatter(low(m, x), src=low(m, x)[..., :2], dim=-1),
 }
 
 

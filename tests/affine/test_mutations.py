@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.affine import algebra, convs, einsums, features, layers, moves, sums
+from lora_fx.affine import algebra, convs, einsums, features, joins, layers, moves, sums
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
 from lora_fx.affine.evaluate import dense
 from lora_fx.affine.index import Index, slice_of
@@ -225,22 +225,22 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         "chunk",
     ),
     "getitem: pieces doubled": (rule(doubled, "getitem"), "features", "split, the rest"),
-    "cat: all in front": ((features, "placed", put_in_front), "features", "cat"),
-    "cat: in reverse": ((features, "slice_of", reversed_places), "features", "cat"),
-    "pad: on the wrong side": ((features, "placed", put_in_front), "features", "pad"),
+    "cat: all in front": ((joins, "placed", put_in_front), "joins", "cat"),
+    "cat: in reverse": ((joins, "slice_of", reversed_places), "joins", "cat"),
+    "pad: on the wrong side": ((joins, "placed", put_in_front), "joins", "pad"),
     "index_put: to the front": (
-        (features, "placed", put_in_front),
-        "features",
+        (joins, "placed", put_in_front),
+        "joins",
         "assignment of places",
     ),
     "index_put: what was there stays": (
-        (features, "all_but", kept_too),
-        "features",
+        (joins, "all_but", kept_too),
+        "joins",
         "assignment into a map",
     ),
     "slice_scatter: off by one": (
-        (features, "slice_of", one_off),
-        "features",
+        (joins, "slice_of", one_off),
+        "joins",
         "assignment of a slice",
     ),
     "uniform: ones are zeros": (

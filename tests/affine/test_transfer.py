@@ -19,7 +19,7 @@ from lora_fx.affine.transfer import TRANSFER
 from lora_fx.ops import op_name
 from lora_fx.passes import FoldLora
 
-TABLES = ("layers", "convs", "einsums", "sums", "moves", "features")
+TABLES = ("layers", "convs", "einsums", "sums", "moves", "features", "joins")
 # Names that only other versions of torch give: one function stands under several.
 ALIASES = {"unflatten", "mT", "split_with_sizes", "identity"}
 
