@@ -101,21 +101,6 @@ class LoraConfig:
         """A generator seeded with ``seed``, to be shared by all updates, or None without a seed."""
         return None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
-    def update_for(
-        self,
-        path: str,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-    ) -> Update:
-        """Makes the update of one linear layer whose base stays as it is; see `fresh`.
-
-        Returns:
-            The update: down (r, in_features), up (out_features, r).
-        """
-        return self.fresh(path, (out_features, in_features), "linear", dtype, None, generator)[0]
-
     def fresh(
         self,
         path: str,

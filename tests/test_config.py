@@ -34,7 +34,7 @@ def test_a_fresh_update_starts_as_in_peft(use_rslora: bool) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc"], **options))
     layer = wrapped.get_base_model().get_submodule("fc")
     assert isinstance(layer, Linear)
-    update = LoraConfig(**options).update_for("fc", 3, 5)
+    update = LoraConfig(**options).fresh("fc", (5, 3))[0]
     expected = layer.lora_A["default"].weight
     assert update.down.shape == expected.shape == (4, 3)
     assert update.up.shape == layer.lora_B["default"].weight.shape == (5, 4)
@@ -44,7 +44,7 @@ def test_a_fresh_update_starts_as_in_peft(use_rslora: bool) -> None:
 
 
 def test_the_initial_values_have_the_spread_of_peft() -> None:
-    down = LoraConfig(r=64, seed=0).update_for("fc", 400, 5).down
+    down = LoraConfig(r=64, seed=0).fresh("fc", (5, 400))[0].down
     bound = 400**-0.5
     assert down.abs().max() <= bound
     assert down.abs().max() > 0.99 * bound
@@ -55,7 +55,7 @@ def test_a_seed_makes_the_values_reproducible() -> None:
     def draw(config: LoraConfig) -> list[torch.Tensor]:
         generator = config.make_generator()
         paths = ("a", "b")
-        return [config.update_for(path, 3, 5, generator=generator).down for path in paths]
+        return [config.fresh(path, (5, 3), generator=generator)[0].down for path in paths]
 
     first, second = draw(LoraConfig(seed=3)), draw(LoraConfig(seed=3))
     assert all(map(torch.equal, first, second))
@@ -66,7 +66,7 @@ def test_a_seed_makes_the_values_reproducible() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_update_has_the_dtype_asked_for(dtype: torch.dtype) -> None:
-    update = LoraConfig(r=2).update_for("fc", 3, 5, dtype)
+    update = LoraConfig(r=2).fresh("fc", (5, 3), dtype=dtype)[0]
     assert update.down.dtype == update.up.dtype == dtype
     assert update.rank == 2
 
@@ -92,7 +92,7 @@ def test_what_changes_the_base_gives_its_new_weight(init: str) -> None:
     torch.testing.assert_close(update.weight(residual), weight)
     assert (update.weight(weight) - weight).norm() > 1e-2 * weight.norm()
     with pytest.raises(AdapterError, match=f"^fc: init='{init}' is made of the base weight"):
-        config.update_for("fc", 3, 5)
+        config.fresh("fc", (5, 3))
 
 
 def test_the_rule_is_made_of_the_fields() -> None:
