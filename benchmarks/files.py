@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import onnxruntime as ort
 import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import fx
 
 import lora_fx
@@ -23,6 +24,7 @@ from lora_fx.forms import Form
 from lora_fx.passes import ChooseForm
 from lora_fx.sites import by_path
 
+Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -111,3 +113,23 @@ def agree(runs: Mapping[str, Callable[[], Any]], first: str = "merged") -> None:
             error = np.linalg.norm(one - other) / np.linalg.norm(one)
             if not error < 1e-4:
                 raise AssertionError(f"{name} is off by {error:.1e}")
+
+
+def calls(nodes: list[NodeProto], inputs: Shapes, constants: Shapes) -> Run:
+    """A model of some nodes, the last of which gives ``y``, on random data."""
+    draw = np.random.default_rng(0)
+    data = {name: draw.standard_normal(shape, np.float32) for name, shape in inputs.items()}
+    stored = [
+        numpy_helper.from_array(draw.standard_normal(shape, np.float32), name)
+        for name, shape in constants.items()
+    ]
+    given = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * len(shape))
+        for name, shape in inputs.items()
+    ]
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "parts", given, [result], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return runner(ort.InferenceSession(model.SerializeToString(), options), data)

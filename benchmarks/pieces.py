@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from benchmarks.files import runner
+from benchmarks.files import calls
 from benchmarks.timing import Run, seconds
 from lora_fx.cost import PANEL
 
@@ -18,22 +16,13 @@ ROWS, WIDTH, CALLS = 256, 768, 64
 
 def piece(kinds: Sequence[str], shape: tuple[int, ...], constant: tuple[int, ...] | None) -> Run:
     """Operators one behind the other, each of the result before it and a constant."""
-    draw = np.random.default_rng(0)
     names = ["x", *(f"y{place}" for place in range(1, len(kinds))), "y"]
     more = ["c"] if constant else []
     nodes = [
         helper.make_node(kind, [names[place], *more], [names[place + 1]])
         for place, kind in enumerate(kinds)
     ]
-    stored = numpy_helper.from_array(draw.standard_normal(constant or (1,), np.float32), "c")
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * len(shape))
-    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "piece", [given], [result], [stored] if constant else [])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    opened = ort.InferenceSession(model.SerializeToString(), options)
-    return runner(opened, {"x": draw.standard_normal(shape, np.float32)})
+    return calls(nodes, {"x": shape}, {"c": constant} if constant else {})
 
 
 def run(rounds: int = 31) -> dict[str, dict[str, float]]:

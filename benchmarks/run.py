@@ -20,7 +20,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, layers, merge, models, notebook, path, pieces, siblings, swap
+from benchmarks import (
+    growth,
+    layers,
+    merge,
+    models,
+    notebook,
+    parts,
+    path,
+    pieces,
+    siblings,
+    swap,
+)
 
 OUT = Path(__file__).parent / "out"
 Rows = dict[str, dict[str, float]]
@@ -30,6 +41,7 @@ _SMALL |= {"vocab_size": 8000}
 
 FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
     "layers": ("one layer, time over the merged one", layers.run),
+    "parts": ("the calls of an augmented layer, time over the merged one", parts.run),
     "pieces": ("what the cost model is made of", pieces.run),
     "siblings": ("query, key and value, time over merged", siblings.run),
     "models": ("adapters on all linear layers, time over merged", models.run),
@@ -42,6 +54,7 @@ FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
 }
 QUICK: dict[str, Callable[[], Rows]] = {
     "layers": lambda: layers.run(layers.QUICK, rounds=15),
+    "parts": lambda: parts.run(layers.QUICK[:1], rounds=9),
     "pieces": lambda: pieces.run(rounds=9),
     "siblings": lambda: siblings.run((384,), (1, 256), rounds=15),
     "models": lambda: models.run(("MiniLM",), rounds=9),
