@@ -46,21 +46,20 @@ def verify_file(
     expected = [_expected(subject, trial.cases, evidence) for subject in subjects]
     first = trial.cases[0]
     control = _choose(controls, first, expected[-1][first.label], evidence)
+    at_first: list[Any] = []  # in the end, of the last subject, optimised
     for optimise in (False, True):
         session = open_session(path, threads=1, optimise=optimise, frugal=True)
         for subject, wanted in zip(subjects, expected, strict=True):
-            runs = [case for case in trial.cases if case.label in wanted]
-            for case in runs:
+            for case in (case for case in trial.cases if case.label in wanted):
                 found = _run(session, subject.adapter, trial, case)
-                row = _Row(subject.what, case.label, optimise, _precision(subject.eager))
+                row = _Row(subject, case, optimise)
                 evidence.checks += row.compare(trial.outputs, found, wanted[case.label])
-        if optimise and control is not None:
-            other, wrong = control
-            found = _run(session, subjects[-1].adapter, trial, first)
-            row = _Row(other.what, first.label, optimise, _precision(other.eager))
-            rows = row.compare(trial.outputs, found, wrong)
-            evidence.controls += [replace(row, ok=not row.ok) for row in rows]
+                at_first = found if case is first else at_first
         del session  # one thread pool at a time
+    if control is not None:
+        other, wrong = control
+        rows = _Row(other, first, optimise=True).compare(trial.outputs, at_first, wrong)
+        evidence.controls += [replace(row, ok=not row.ok) for row in rows]
     return evidence
 
 
@@ -108,9 +107,9 @@ def _run(session: Any, adapter: Path | None, trial: Trial, case: Case) -> list[A
 class _Row:
     """The part of a row that all outputs of one run share."""
 
-    def __init__(self, what: str, shape: str, optimise: bool, dtype: torch.dtype) -> None:
-        self._head = (what, shape, "all" if optimise else "off")
-        self._dtype = dtype
+    def __init__(self, subject: Subject, case: Case, optimise: bool) -> None:
+        self._head = (subject.what, case.label, "all" if optimise else "off")
+        self._dtype = _precision(subject.eager)
 
     def compare(
         self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
