@@ -53,7 +53,9 @@ def seconds(run: Run, calls: int = 1) -> float:
 def ratios(
     runs: Mapping[str, Run], base: str, rounds: int = 31, block: float = 0.002
 ) -> dict[str, Spread]:
-    """Each over the base, which is measured anew just before each: a slow moment meets both.
+    """Each over the base, the two in turn and nothing between: what is slow for a while meets both.
+
+    A third run between them would leave the caches to whichever is measured more often.
 
     Args:
         runs: what to call, by name.
@@ -63,8 +65,8 @@ def ratios(
     """
     calls = max(1, int(block / seconds(runs[base])))
     found: dict[str, list[float]] = {name: [] for name in runs if name != base}
-    for _ in range(rounds):
-        for name, values in found.items():
+    for name, values in found.items():
+        for _ in range(rounds):
             least = seconds(runs[base], calls)
             values.append(seconds(runs[name], calls) / least)
     return {name: Spread.of(values) for name, values in found.items()}

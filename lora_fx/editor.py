@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from lora_fx.deferred import Deferred, raw
-from lora_fx.errors import PassError
-from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
+from lora_fx.graphs import assemble, assign, attribute, copy_graph, remove, targets
 from lora_fx.origin import FOLDED, Origin
-from lora_fx.shells import frozen, shell
+from lora_fx.shells import frozen
+from lora_fx.store import Store
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,6 @@ class Edit:
     def __str__(self) -> str:
         """One line for a log."""
         return f"{self.action} {self.path}" + (f": {self.text}" if self.text else "")
-
-
-_TRIES = 10_000
 
 
 class Editor:
@@ -61,9 +57,7 @@ class Editor:
         self._source = gm
         self._origin: Origin | None = None
         self._stale: list[fx.Node] = []
-        self._wishes: dict[str, str] = {}
-        self._again: dict[str, str] = {}
-        self._constants: dict[str, list[tuple[str, torch.Tensor | Deferred]]] = defaultdict(list)
+        self._store = Store(self.gm)
 
     def record(self, action: str, path: str, text: str = "") -> None:
         """Notes an edit for the caller."""
@@ -80,10 +74,7 @@ class Editor:
         It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
         tensor of one name, such as that of a layer that is called twice, is kept once.
         """
-        target = next((t for t, v in self._constants[name] if _equal(v, value)), None)
-        if target is None:
-            target = self._store(name, value)
-            self._constants[name].append((target, value))
+        target = self._store.constant(name, value)
         with self._graph.inserting_before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
@@ -124,7 +115,7 @@ class Editor:
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
         """Calls a new module, whose training mode stays live, just before a node."""
-        target = self._store(name, module)
+        target = self._store.keep(name, module)
         with self._graph.inserting_before(before):
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
@@ -171,7 +162,7 @@ class Editor:
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
             value = raw(source, str(node.target))
-            copy.target = self._store_again(str(node.target), value)
+            copy.target = self._store.shared(str(node.target), value)
         return self._made(copy)
 
     def finish(self) -> fx.GraphModule:
@@ -215,35 +206,8 @@ class Editor:
         for target in unread - targets(self._graph).keys():
             remove(self.gm, target)
 
-    def _store(self, name: str, value: Any) -> str:
-        """Keeps a value under its name, or under another until that one comes free."""
-        candidate, number = name, 0
-        while not is_free(self.gm, candidate):
-            if number > _TRIES:
-                raise PassError(f"{name} lies below a tensor of the model: no name like it is free")
-            number += 1
-            candidate = f"{name}_{number}"
-        assign(self.gm, candidate, value)
-        if candidate != name:
-            self._wishes[candidate] = name
-        return candidate
-
-    def _store_again(self, name: str, value: Any) -> str:
-        """Keeps a value that several nodes of another graph fetch under one name: once."""
-        if not is_free(self.gm, name) and raw(self.gm, name) is value:
-            return name
-        if name not in self._again:
-            kept = shell(value) if isinstance(value, nn.Module) else value
-            self._again[name] = self._store(name, kept)
-        return self._again[name]
-
     def _rename(self) -> None:
-        granted = {}
-        for old, new in self._wishes.items():
-            if is_free(self.gm, new):
-                assign(self.gm, new, raw(self.gm, old))
-                remove(self.gm, old)
-                granted[old] = new
+        granted = self._store.settle()
         for node in self._graph.nodes if granted else ():
             if node.op in ("get_attr", "call_module") and str(node.target) in granted:
                 node.target = granted[str(node.target)]
@@ -251,9 +215,3 @@ class Editor:
 
 def _exchanged(old: Any, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
     return lambda node: new if node is old else node
-
-
-def _equal(one: torch.Tensor | Deferred, other: torch.Tensor | Deferred) -> bool:
-    if isinstance(one, Deferred) or isinstance(other, Deferred):
-        return isinstance(one, Deferred) and one.equals(other)
-    return torch.equal(one, other)

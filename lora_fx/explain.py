@@ -6,7 +6,8 @@ from torch import fx
 
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.maps import Map
-from lora_fx.affine.regions import Region, maximal_regions
+from lora_fx.affine.region import Region
+from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import LAYERS
 from lora_fx.choice import choices

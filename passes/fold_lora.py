@@ -12,7 +12,8 @@ from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.evaluate import dense
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
-from lora_fx.affine.regions import Region, maximal_regions
+from lora_fx.affine.region import Region
+from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import weight_of
 from lora_fx.deferred import Deferred

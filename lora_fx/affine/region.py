@@ -1,0 +1,149 @@
+"""One affine region of a graph: what is between a source and a node, and what may stand for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lora_fx.affine.analysis import Analysis, Opaque, Uniform
+from lora_fx.affine.maps import Link, Map
+from lora_fx.affine.matrices import Blocks
+from lora_fx.affine.ways import LAYERS, Way, reads_more, way_in, way_out, weight_of
+from lora_fx.ops import module_path
+
+
+@dataclass(frozen=True)
+class Region:
+    """Everything between a source and one node that is an affine function of it.
+
+    Attributes:
+        value: the Map of that node.
+        source: the Map that it is a function of.
+        nodes: the calls in between, the last node included.
+        layer: the base layer among them, whose operator, path and dtype are kept.
+        before: how the source comes to what the layer reads.
+        behind: how the layer's result comes to where the region's is.
+        blocked: why the region stays as it is, or ``""``.
+    """
+
+    value: Map
+    source: Map
+    nodes: frozenset[fx.Node]
+    layer: fx.Node
+    before: Way
+    behind: Way
+    blocked: str = ""
+
+
+def region_between(
+    value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]
+) -> Region | None:
+    """The region from a source to a value, or None if there is nothing in it to gain.
+
+    What is ``gone`` are calls that are known to go: what only they read, nobody reads.
+    """
+    nodes = calls_between(source, value.node, analysis)
+    layers = candidates(nodes, value, source, analysis)
+    if not layers or _ends_late(value, nodes, analysis):
+        return None
+    if not _is_worth_it(nodes, layers[0], analysis, gone):
+        return None
+    staying = _staying(nodes, value.node, gone)
+    reason = f"{layers[0].name} is also read outside the region"
+    for layer in layers:
+        if layer in staying:
+            continue
+        before, behind = way_in(layer, source, analysis), way_out(layer, value, nodes, analysis)
+        if before is not None and behind is not None:
+            return Region(value, source, frozenset(nodes), layer, before, behind)
+        reason = f"no reshape of the graph brings what {layer.name} reads or gives to the others"
+    if value.last is Link.MOVE:
+        return None  # the region that ends before the move says why
+    stays = Way(layers[0])
+    return Region(value, source, frozenset(nodes), layers[0], stays, stays, reason)
+
+
+def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node]:
+    """The calls from a source to a node that carry features: no sizes, no constants."""
+    found, pending = {node}, [node]
+    while pending:
+        here = pending.pop()
+        if isinstance(analysis.values[here], Uniform):
+            continue  # what it reads says its shape
+        for n in here.all_input_nodes:
+            known = analysis.values.get(n)
+            if n is source.node or n in found or known is None or isinstance(known, Opaque):
+                continue
+            found.add(n)
+            pending.append(n)
+    return found
+
+
+def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
+    """The layers between a source and a value of the shape of the whole, stored ones first."""
+    shape = (value.size, source.size)
+    layers = [n for n in sorted(nodes) if n.target in LAYERS]
+    fitting = [n for n in layers if _fits(n, shape, analysis)]
+    fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
+    return sorted(fitting, key=lambda n: weight_of(n).op != "get_attr")
+
+
+def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
+    own = analysis.values[node]
+    if node.kwargs:
+        return False
+    return isinstance(own, Map) and own.weight.shape == shape and not isinstance(own.weight, Blocks)
+
+
+def _is_wider(node: fx.Node, value: Map, source: Map, analysis: Analysis) -> bool:
+    """Whether a layer reads the source and more: the whole weight is a part of its own."""
+    own = analysis.values[node]
+    fits = isinstance(own, Map) and own.size == value.size and reads_more(node, source, analysis)
+    return fits and not node.kwargs
+
+
+def _is_worth_it(
+    nodes: set[fx.Node], layer: fx.Node, analysis: Analysis, gone: set[fx.Node]
+) -> bool:
+    """Whether there is more here than one stored layer and what merely moves its features.
+
+    A number that scales a layer is not worth a copy of a weight that others read.
+    """
+    values = (analysis.values[n] for n in nodes - {layer})
+    lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
+    if not lasts:
+        return weight_of(layer).op != "get_attr"
+    if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):
+        return True
+    return not _is_read(weight_of(layer), layer, gone, analysis)
+
+
+def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
+    """Whether any call that stays, but the layer, needs a constant or what is computed from it."""
+    return any(
+        user not in analysis.constants.nodes or _is_read(user, layer, gone, analysis)
+        for user in constant.users
+        if user is not layer and user not in gone
+    )
+
+
+def _ends_late(value: Map, nodes: set[fx.Node], analysis: Analysis) -> bool:
+    """Whether a region ends in moves of somebody who has no other part in it."""
+    moves: set[fx.Node] = set()
+    node = value.node
+    while (here := analysis.values.get(node)) and isinstance(here, Map) and here.last is Link.MOVE:
+        moves.add(node)
+        node = node.all_input_nodes[0]
+    paths = {module_path(n) for n in nodes - moves}
+    return bool(moves) and module_path(value.node) not in paths
+
+
+def _staying(nodes: set[fx.Node], end: fx.Node, gone: set[fx.Node]) -> set[fx.Node]:
+    """The calls of a region that its replacement would not save: somebody else needs them."""
+    staying: set[fx.Node] = set()
+    for node in sorted(nodes - {end}, reverse=True):
+        outside = (user for user in node.users if user not in nodes and user not in gone)
+        if any(outside) or any(user in staying for user in node.users):
+            staying.add(node)
+    return staying

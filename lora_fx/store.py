@@ -1,0 +1,77 @@
+"""The names of a graph under work, and what is kept under them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.deferred import Deferred, raw
+from lora_fx.errors import PassError
+from lora_fx.graphs import assign, is_free, remove
+from lora_fx.shells import shell
+
+_TRIES = 10_000
+
+
+class Store:
+    """Keeps new values in a graph module under the names that are wished for.
+
+    What is called ``name`` by somebody else is called ``name_1`` and so on, until `settle` grants
+    the names that came free meanwhile.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._wishes: dict[str, str] = {}
+        self._again: dict[str, str] = {}
+        self._constants: dict[str, list[tuple[str, torch.Tensor | Deferred]]] = defaultdict(list)
+
+    def keep(self, name: str, value: Any) -> str:
+        """Keeps a value, and gives the name that it has for now."""
+        candidate, number = name, 0
+        while not is_free(self._gm, candidate):
+            if number > _TRIES:
+                raise PassError(f"{name} lies below a tensor of the model: no name like it is free")
+            number += 1
+            candidate = f"{name}_{number}"
+        assign(self._gm, candidate, value)
+        if candidate != name:
+            self._wishes[candidate] = name
+        return candidate
+
+    def constant(self, name: str, value: torch.Tensor | Deferred) -> str:
+        """Keeps a tensor; an equal one of the same name is kept once."""
+        for target, known in self._constants[name]:
+            if _equal(known, value):
+                return target
+        target = self.keep(name, value)
+        self._constants[name].append((target, value))
+        return target
+
+    def shared(self, name: str, value: Any) -> str:
+        """Keeps a value that several nodes of another graph fetch under one name: once."""
+        if not is_free(self._gm, name) and raw(self._gm, name) is value:
+            return name
+        if name not in self._again:
+            kept = shell(value) if isinstance(value, nn.Module) else value
+            self._again[name] = self.keep(name, kept)
+        return self._again[name]
+
+    def settle(self) -> dict[str, str]:
+        """Grants the names that are free by now: what a value was called -> what it is."""
+        granted = {}
+        for old, new in self._wishes.items():
+            if is_free(self._gm, new):
+                assign(self._gm, new, raw(self._gm, old))
+                remove(self._gm, old)
+                granted[old] = new
+        return granted
+
+
+def _equal(one: torch.Tensor | Deferred, other: torch.Tensor | Deferred) -> bool:
+    if isinstance(one, Deferred) or isinstance(other, Deferred):
+        return isinstance(one, Deferred) and one.equals(other)
+    return torch.equal(one, other)
