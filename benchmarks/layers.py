@@ -68,7 +68,7 @@ def measure(size: Size, rounds: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def run(sizes: list[Size] = FULL, rounds: int = 31) -> dict[str, dict[str, float]]:
+def run(sizes: list[Size] = FULL, rounds: int = 61) -> dict[str, dict[str, float]]:
     """Every size in turn."""
     rows: dict[str, dict[str, float]] = {}
     for size in sizes:

@@ -84,7 +84,7 @@ def measured(step: Callable[[], Any]) -> tuple[float, float]:
 
 
 def run(
-    sizes: dict[str, int] = SIZES, repeats: int = 3, **changes: Any
+    sizes: dict[str, int] = SIZES, repeats: int = 5, **changes: Any
 ) -> dict[str, dict[str, float]]:
     """Both in turn, each on a checkpoint that was just loaded.
 
