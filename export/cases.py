@@ -58,7 +58,7 @@ def _same(size: int, place: int) -> int:
 
 
 def _larger(size: int, place: int) -> int:
-    return 2 * size + 1 + place
+    return size + 1 + place  # of a large vocabulary each token more costs memory
 
 
 def _smaller(size: int, place: int) -> int:

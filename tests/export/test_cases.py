@@ -33,10 +33,10 @@ def test_dimensions_of_one_name_change_together() -> None:
     found = tried(Pair(), torch.rand(4, 7, 3), torch.rand(4, 7, 2), dynamic_shapes=shapes)
     assert [case.label for case in found] == [
         "batch=4, length=7",
-        "batch=9, length=16",
+        "batch=5, length=9",
         "batch=2, length=4",
     ]
-    assert sizes(found)[1] == [(9, 16, 3), (9, 16, 2)]
+    assert sizes(found)[1] == [(5, 9, 3), (5, 9, 2)]
 
 
 def test_nameless_dimensions_of_one_size_change_together() -> None:
@@ -47,8 +47,8 @@ def test_nameless_dimensions_of_one_size_change_together() -> None:
         torch.rand(4, 7, 2),
         dynamic_shapes={"x": some, "y": some},
     )
-    assert sizes(found)[1:] == [[(9, 7, 3), (9, 7, 2)], [(2, 7, 3), (2, 7, 2)]]
-    assert found[1].label.startswith("x_dim_0=9")
+    assert sizes(found)[1:] == [[(5, 7, 3), (5, 7, 2)], [(2, 7, 3), (2, 7, 2)]]
+    assert found[1].label.startswith("x_dim_0=5")
 
 
 def test_sizes_stay_within_the_range_and_derived_ones_follow() -> None:
@@ -65,7 +65,7 @@ def test_sizes_stay_within_the_range_and_derived_ones_follow() -> None:
 def test_new_rows_repeat_the_traced_ones() -> None:
     x = torch.arange(8).reshape(4, 2) % 3
     found = tried(nn.Embedding(3, 5), x, dynamic_shapes={"input": {0: "rows"}})
-    assert torch.equal(found[1].tensors()[0], torch.cat([x, x, x])[:9])
+    assert torch.equal(found[1].tensors()[0], torch.cat([x, x])[:5])
 
 
 def test_without_dynamic_dimensions_there_is_one_case() -> None:

@@ -63,7 +63,7 @@ def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path, traced: Any) -> 
 
     few.forward = picky
     found = verify_file(tmp_path / "model.onnx", trial(gm), [Subject("model", few)], controls(gm))
-    assert found.notes == ["model: eager fails at batch=9, skipped: too many rows"]
+    assert found.notes == ["model: eager fails at batch=5, skipped: too many rows"]
     assert {row.shape for row in found.checks} == {"batch=4", "batch=2"}
 
 
