@@ -53,11 +53,11 @@ FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
     "swap": ("sessions and adapters: milliseconds", swap.run),
 }
 QUICK: dict[str, Callable[[], Rows]] = {
-    "layers": lambda: layers.run(layers.QUICK, rounds=15),
+    "layers": lambda: layers.run(layers.QUICK, rounds=11),
     "parts": lambda: parts.run(layers.QUICK[:1], rounds=9),
     "pieces": lambda: pieces.run(rounds=9),
     "siblings": lambda: siblings.run((384,), (1, 256), rounds=15),
-    "models": lambda: models.run(("MiniLM",), rounds=9),
+    "models": lambda: models.run(("MiniLM",), rounds=5),
     "notebook": lambda: notebook.run((16, 256), rounds=9),
     "path": lambda: path.run({"0.01B": 4}, **_SMALL),
     "merge": lambda: merge.run({"0.01B": 4}, repeats=1, **_SMALL),
