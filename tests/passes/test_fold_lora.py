@@ -151,6 +151,14 @@ def test_a_folded_weight_that_overflows_is_refused(ragged: Any) -> None:
         attribute(folded, "wide.weight")
 
 
+def test_large_values_whose_sum_overflows_are_folded(ragged: Any) -> None:
+    update = Update(torch.full((2, 3), 150.0), torch.full((5, 2), 200.0), 1.0)
+    folded = fold(inject(trace(ragged.half()), Adapter("a", {"wide": update})))
+    weight = attribute(folded, "wide.weight")
+    assert weight.isfinite().all()
+    assert (weight > 59_000).all()
+
+
 def test_a_weight_is_computed_when_it_is_read(ragged: Any, x: Any, make_adapter: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     folded = fold(injected)
