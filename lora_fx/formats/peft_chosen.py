@@ -10,7 +10,8 @@ from pathlib import Path
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_lokr import with_fields
-from lora_fx.formats.peft_types import LORA, TYPES, PeftType
+from lora_fx.formats.peft_type import PeftType
+from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.peft_vera import shared_by
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.stored import is_embedding

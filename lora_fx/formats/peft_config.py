@@ -19,7 +19,8 @@ from lora_fx.formats.peft_fields import (
     tokens_in,
 )
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.formats.peft_types import LORA, TYPES, PeftType
+from lora_fx.formats.peft_type import PeftType
+from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.strict_json import read_object
 from lora_fx.targets import TargetRule
 
@@ -79,6 +80,7 @@ def _parse(kind: PeftType, fields: Mapping[str, object]) -> PeftConfig:
     is_lora = kind is LORA
     ranks, alphas = patterns_in(fields) if kind.alpha and kind.name != "ADALORA" else ({}, {})
     return PeftConfig(
+        type=kind,
         r=rank_in(fields, *kind.rank) if kind.rank else 0,
         alpha=alpha_in(fields, kind.alpha) if kind.alpha else 0,
         use_rslora=is_lora and field_of(fields, "use_rslora", False),
@@ -94,7 +96,6 @@ def _parse(kind: PeftType, fields: Mapping[str, object]) -> PeftConfig:
         tokens=tokens_in(fields),
         ties=field_of(fields, "ensure_weight_tying", False),
         masks=masks_in(fields) if kind.name == "ADALORA" else {},
-        type=kind,
         options=options_in(fields, kind.options),
     )
 

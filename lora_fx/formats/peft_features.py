@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Collection, Mapping
 
 from lora_fx.errors import AdapterError, AdapterWarning
-from lora_fx.formats.peft_types import TYPES, PeftType
+from lora_fx.formats.peft_type import PeftType
+from lora_fx.formats.peft_types import TYPES
 
 # Fields that say nothing about the result: who made the adapter, and from what.
 NEUTRAL = frozenset(

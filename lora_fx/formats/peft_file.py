@@ -103,6 +103,7 @@ def _from_hints(path: Path, tensors: Mapping[str, torch.Tensor], hints: Hints) -
     rank = hints.r if hints.r is not None else common[0][0] if common else 1
     several = {} if hints.r is not None else {p: r for p, r in ranks.items() if r != rank}
     return PeftConfig(
+        type=LORA,
         r=checked_rank("r", rank),
         alpha=checked_alpha("alpha", hints.alpha),
         use_rslora=hints.use_rslora,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.formats.peft_records import NoOptions
-from lora_fx.formats.peft_types import LORA, PeftType
+from lora_fx.formats.peft_type import PeftType
 from lora_fx.ranks import scale_of
 from lora_fx.targets import TargetRule, pattern_value
 
@@ -17,6 +17,7 @@ class PeftConfig:
     """The fields of a PEFT config that decide what the adapter computes.
 
     Attributes:
+        type: the type of the config.
         r: rank where ``rank_pattern`` names none; AdaLoRA's before the pruning.
         alpha: alpha where ``alpha_pattern`` names none.
         use_rslora: scale by alpha / sqrt(r).
@@ -32,10 +33,10 @@ class PeftConfig:
         tokens: end of a table's path -> its trained tokens, or those of any table, or None.
         ties: what is adapted or stored of an embedding is stored of the head tied to it too.
         masks: AdaLoRA's, path -> which of the r are left.
-        type: the type of the config.
         options: the record of what only that type has.
     """
 
+    type: PeftType
     r: int = 0
     alpha: float = 0
     use_rslora: bool = False
@@ -51,7 +52,6 @@ class PeftConfig:
     tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
     ties: bool = False
     masks: Mapping[str, Sequence[bool]] = field(default_factory=dict)
-    type: PeftType = LORA
     options: Any = field(default_factory=NoOptions)
 
     def rank_and_scale(self, path: str) -> tuple[int, float]:

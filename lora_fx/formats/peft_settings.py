@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.safe_regex import compile_bounded
-
-if TYPE_CHECKING:
-    from lora_fx.formats.peft_record import PeftConfig
 
 Tensors = Mapping[str, torch.Tensor]
 

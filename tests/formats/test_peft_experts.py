@@ -13,8 +13,9 @@ from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_experts import read_experts
 from lora_fx.formats.peft_places import Place
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_types import LORA
 
-CONFIG = PeftConfig(r=2, alpha=3)
+CONFIG = PeftConfig(LORA, r=2, alpha=3)
 
 
 def base(shape: tuple[int, ...], is_transposed: bool) -> nn.Module:

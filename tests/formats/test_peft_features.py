@@ -19,8 +19,8 @@ from lora_fx.formats.peft_features import (
     honoured,
     type_of,
 )
+from lora_fx.formats.peft_type import PeftType as Type
 from lora_fx.formats.peft_types import LORA, TYPES
-from lora_fx.formats.peft_types import PeftType as Type
 
 UNSUPPORTED = sorted(LORA.unsupported)
 

@@ -12,7 +12,8 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_keys import sort_keys
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import PREFIX, SortedKeys
-from lora_fx.formats.peft_types import TYPES
+from lora_fx.formats.peft_type import PeftType
+from lora_fx.formats.peft_types import LORA, TYPES
 
 FILE = Path("adapter.safetensors")
 PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
@@ -20,8 +21,8 @@ ROWS = "token_adapter.trainable_tokens_delta"
 HEADS = frozenset({"classifier", "score"})
 
 
-def sort(*names: str, **fields: Any) -> SortedKeys:
-    config = PeftConfig(r=2, alpha=3, **fields)
+def sort(*names: str, type: PeftType = LORA, **fields: Any) -> SortedKeys:
+    config = PeftConfig(type, r=2, alpha=3, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}
     return sort_keys(FILE, {key.lstrip("!"): value for key, value in tensors.items()}, config)
 

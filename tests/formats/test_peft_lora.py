@@ -10,6 +10,7 @@ import torch
 from lora_fx import AdapterError
 from lora_fx.formats.peft_lora import lora_tensors, read_lora
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_types import LORA
 
 Shapes = dict[str, tuple[int, ...]]
 PAIR: Shapes = {"lora_A.weight": (2, 3), "lora_B.weight": (5, 2)}
@@ -37,7 +38,7 @@ LAYERS: dict[str, tuple[Shapes, dict[str, Any], tuple[int, ...]]] = {
 def test_what_is_read_is_written(name: str) -> None:
     shapes, fields, shape = LAYERS[name]
     tensors = {leaf: torch.randn(size) for leaf, size in shapes.items()}
-    update = read_lora("here", "fc", tensors, PeftConfig(r=2, alpha=3, **fields))
+    update = read_lora("here", "fc", tensors, PeftConfig(LORA, r=2, alpha=3, **fields))
     assert (update.shape, update.scale, update.rank) == (shape, 1.5, 2)
     written = lora_tensors(update, update.bias is not None)
     assert written.keys() == tensors.keys()
@@ -60,4 +61,4 @@ def test_what_is_read_is_written(name: str) -> None:
 def test_shapes_that_are_of_no_layer_are_refused(shapes: Shapes, message: str) -> None:
     tensors = {leaf: torch.ones(size) for leaf, size in shapes.items()}
     with pytest.raises(AdapterError, match=f"^here: .*{message}"):
-        read_lora("here", "fc", tensors, PeftConfig(r=2, alpha=3))
+        read_lora("here", "fc", tensors, PeftConfig(LORA, r=2, alpha=3))

@@ -17,6 +17,7 @@ from lora_fx.formats import load_adapter
 from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_places import Place, places_of
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_types import LORA
 
 # PEFT advises against seeds.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
@@ -32,7 +33,7 @@ class Holder(nn.Module):
 
 
 def places(*paths: str, base: nn.Module | None = None, **fields: Any) -> dict[str, Place]:
-    return places_of("file", paths, PeftConfig(r=2, alpha=3, **fields), base_of(base))
+    return places_of("file", paths, PeftConfig(LORA, r=2, alpha=3, **fields), base_of(base))
 
 
 def model() -> nn.Module:
