@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from onnx import helper
 
 from benchmarks.files import calls
-from benchmarks.timing import Run, seconds
+from benchmarks.timing import Run, medians
 from lora_fx.cost import PANEL
 
 ROWS, WIDTH, CALLS = 256, 768, 64
@@ -41,11 +40,7 @@ def run(rounds: int = 31) -> dict[str, dict[str, float]]:
         f"{PANEL} columns": piece(["MatMul"], (ROWS, WIDTH), (WIDTH, PANEL)),
         f"{PANEL + 1} columns": piece(["MatMul"], (ROWS, WIDTH), (WIDTH, PANEL + 1)),
     }
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, values in found.items():
-            values.append(seconds(runs[name], 20))
-    time = {name: statistics.median(values) for name, values in found.items()}
+    time = medians(runs, rounds, 20)
     flop = (time["product"] - time["nothing"]) / (2 * ROWS * WIDTH * WIDTH)
     byte = (time["sum"] - time["nothing"]) / (3 * 4 * ROWS * WIDTH)
     call = (time[f"{CALLS} calls"] - time["nothing"]) / (CALLS - 1)

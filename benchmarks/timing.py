@@ -50,6 +50,15 @@ def seconds(run: Run, calls: int = 1) -> float:
     return taken / calls
 
 
+def medians(runs: Mapping[str, Run], rounds: int, calls: int) -> dict[str, float]:
+    """Seconds of one call of each: the median over rounds, in each of which all are measured."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, values in found.items():
+            values.append(seconds(runs[name], calls))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def ratios(
     runs: Mapping[str, Run], base: str, rounds: int = 31, block: float = 0.002
 ) -> dict[str, Spread]:
