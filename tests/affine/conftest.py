@@ -57,6 +57,22 @@ class Holds(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         return self.function(self, x)
 
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        """Five features of three."""
+        return F.linear(x, self.w, self.b)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """Six features of three."""
+        return F.linear(x, self.six, self.b6)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Six features as two by three."""
+        return self.wide(x).reshape(4, 7, 2, 3)
+
+    def places(self, *order: int) -> torch.Tensor:
+        """Places that a graph computes from constants."""
+        return torch.stack([self.b.argsort()[0] * 0 + place for place in order])
+
 
 def _inputs() -> dict[str, torch.Tensor]:
     make = torch.Generator().manual_seed(1)

@@ -12,22 +12,13 @@ FRONTENDS = ["symbolic", "export"]
 einsum = torch.einsum
 
 
-def low(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.w, m.b)
-
-
-def split(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """Six features as two by three."""
-    return F.linear(x, m.six, m.b6).reshape(4, 7, 2, 3)
-
-
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
-    "dense": (lambda m, x: einsum("...i,oi->...o", low(m, x), m.v), "batch"),
-    "dense, transposed": (lambda m, x: einsum("...i,io->...o", low(m, x), m.v.T), "batch"),
-    "the constant in front": (lambda m, x: einsum("oi,bsi->bso", m.v, low(m, x)), "batch"),
+    "dense": (lambda m, x: einsum("...i,oi->...o", m.low(x), m.v), "batch"),
+    "dense, transposed": (lambda m, x: einsum("...i,io->...o", m.low(x), m.v.T), "batch"),
+    "the constant in front": (lambda m, x: einsum("oi,bsi->bso", m.v, m.low(x)), "batch"),
     "features in front of the last axis": (
-        lambda m, x: einsum("bis,oi->bos", low(m, x).transpose(-1, -2), m.v),
+        lambda m, x: einsum("bis,oi->bos", m.low(x).transpose(-1, -2), m.v),
         "batch",
     ),
     "features moved to the end": (
@@ -35,17 +26,17 @@ CASES: dict[str, tuple[Any, ...]] = {
         "long",
     ),
     "block diagonal": (
-        lambda m, x: einsum("bsgi,goi->bsgo", split(m, x), m.blocks),
+        lambda m, x: einsum("bsgi,goi->bsgo", m.split(x), m.blocks),
         "batch",
         "export",
     ),
     "block diagonal, transposed": (
-        lambda m, x: einsum("...gi,gio->...go", split(m, x), m.blocks.transpose(1, 2)),
+        lambda m, x: einsum("...gi,gio->...go", m.split(x), m.blocks.transpose(1, 2)),
         "batch",
         "export",
     ),
     "split features made one": (
-        lambda m, x: einsum("...gi,goi->...o", split(m, x), m.blocks),
+        lambda m, x: einsum("...gi,goi->...o", m.split(x), m.blocks),
         "batch",
         "export",
     ),
@@ -59,27 +50,27 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "three operands": (lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.b), "batch", "two operands"),
     "no arrow": (lambda m, x: einsum("bsi,oi", x, m.w), "batch", "two operands"),
     "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", REFUSED),
-    "the batch summed": (lambda m, x: einsum("bsi,oi->so", low(m, x), m.v), "batch", REFUSED),
-    "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", low(m, x), m.v), "batch", REFUSED),
+    "the batch summed": (lambda m, x: einsum("bsi,oi->so", m.low(x), m.v), "batch", REFUSED),
+    "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", m.low(x), m.v), "batch", REFUSED),
     "features to another place": (
-        lambda m, x: einsum("bsi,oi->bos", low(m, x), m.v),
+        lambda m, x: einsum("bsi,oi->bos", m.low(x), m.v),
         "batch",
         REFUSED,
     ),
     "a label of the constant alone": (
-        lambda m, x: einsum("bsi,oi->bs", low(m, x), m.v),
+        lambda m, x: einsum("bsi,oi->bs", m.low(x), m.v),
         "batch",
         REFUSED,
     ),
     "no map": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch", "no map"),
     "shared labels behind": (
-        lambda m, x: einsum("bsgi,gi->bsig", split(m, x), m.blocks[:, 0]),
+        lambda m, x: einsum("bsgi,gi->bsig", m.split(x), m.blocks[:, 0]),
         "batch",
         REFUSED,
         "export",
     ),
     "a diagonal": (
-        lambda m, x: einsum("bsrr,ro->bso", split(m, x)[..., :2], m.down),
+        lambda m, x: einsum("bsrr,ro->bso", m.split(x)[..., :2], m.down),
         "batch",
         "",
         "export",

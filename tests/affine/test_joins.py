@@ -12,24 +12,6 @@ FRONTENDS = ["symbolic", "export"]
 aten = torch.ops.aten
 
 
-def low(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.w, m.b)
-
-
-def six(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.six, m.b6)
-
-
-def split(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """Six features as two by three."""
-    return six(m, x).reshape(4, 7, 2, 3)
-
-
-def places(m: Any, *order: int) -> torch.Tensor:
-    """Places that a graph computes from constants."""
-    return torch.stack([m.b.argsort()[0] * 0 + place for place in order])
-
-
 def three(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, m.square, m.b3)
 
@@ -47,13 +29,13 @@ def put(into: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.
 
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
-    "cat": (lambda m, x: torch.cat((low(m, x), six(m, x) * 2), -1), "batch"),
+    "cat": (lambda m, x: torch.cat((m.low(x), m.wide(x) * 2), -1), "batch"),
     "cat of one's own parts": (
-        lambda m, x: (lambda p: torch.cat((p[2], p[0], p[1]), -1))(low(m, x).split([1, 2, 2], -1)),
+        lambda m, x: (lambda p: torch.cat((p[2], p[0], p[1]), -1))(m.low(x).split([1, 2, 2], -1)),
         "batch",
     ),
     "cat without biases": (
-        lambda m, x: torch.cat((F.linear(x, m.w), six(m, x), F.linear(x, m.square)), dim=-1),
+        lambda m, x: torch.cat((F.linear(x, m.w), m.wide(x), F.linear(x, m.square)), dim=-1),
         "batch",
     ),
     "cat turned": (
@@ -65,17 +47,17 @@ CASES: dict[str, tuple[Any, ...]] = {
         lambda m, x: torch.concat((F.conv1d(x, m.kernel1, m.b), F.conv1d(x, m.kernel1)), -2),
         "long",
     ),
-    "pad": (lambda m, x: F.pad(low(m, x), (1, 2)), "batch"),
-    "pad by keyword": (lambda m, x: F.pad(low(m, x), pad=(0, 2), value=0.0), "batch"),
-    "pad turned": (lambda m, x: F.pad(low(m, x).transpose(-1, -2), (0, 0, 1, 2)), "batch"),
-    "aten's pad": (lambda m, x: aten.constant_pad_nd(low(m, x), [1, 2]), "batch"),
+    "pad": (lambda m, x: F.pad(m.low(x), (1, 2)), "batch"),
+    "pad by keyword": (lambda m, x: F.pad(m.low(x), pad=(0, 2), value=0.0), "batch"),
+    "pad turned": (lambda m, x: F.pad(m.low(x).transpose(-1, -2), (0, 0, 1, 2)), "batch"),
+    "aten's pad": (lambda m, x: aten.constant_pad_nd(m.low(x), [1, 2]), "batch"),
     "assignment of places": (
-        lambda m, x: put(zeros(x), places(m, 4, 0, 3), three(m, x)),
+        lambda m, x: put(zeros(x), m.places(4, 0, 3), three(m, x)),
         "batch",
         "export",
     ),
     "assignment of places from behind": (
-        lambda m, x: put(zeros(x), places(m, -1, 0, 3), three(m, x)),
+        lambda m, x: put(zeros(x), m.places(-1, 0, 3), three(m, x)),
         "batch",
         "export",
     ),
@@ -85,12 +67,12 @@ CASES: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "assignment into a map": (
-        lambda m, x: put(six(m, x), places(m, 4, 0, 3), three(m, x)),
+        lambda m, x: put(m.wide(x), m.places(4, 0, 3), three(m, x)),
         "batch",
         "export",
     ),
     "assignment into a map without bias": (
-        lambda m, x: put(F.linear(x, m.six), places(m, 1, 5, 3), three(m, x)),
+        lambda m, x: put(F.linear(x, m.six), m.places(1, 5, 3), three(m, x)),
         "batch",
         "export",
     ),
@@ -100,7 +82,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "assignment of a slice into a map": (
-        lambda m, x: torch.slice_scatter(six(m, x), three(m, x), -1, 2, 5),
+        lambda m, x: torch.slice_scatter(m.wide(x), three(m, x), -1, 2, 5),
         "batch",
         "export",
     ),
@@ -108,43 +90,43 @@ CASES: dict[str, tuple[Any, ...]] = {
 WHOLE = "something else than whole features"
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "cat with an activation": (
-        lambda m, x: torch.cat((low(m, x), torch.sin(x)), -1),
+        lambda m, x: torch.cat((m.low(x), torch.sin(x)), -1),
         "batch",
         "one source",
     ),
     "cat of two sources": (
-        lambda m, x: torch.cat((low(m, x), low(m, torch.sin(x))), -1),
+        lambda m, x: torch.cat((m.low(x), m.low(torch.sin(x))), -1),
         "batch",
         "one source",
     ),
     "cat of the batch": (
-        lambda m, x: torch.cat((low(m, x), low(m, x)), -2),
+        lambda m, x: torch.cat((m.low(x), m.low(x)), -2),
         "batch",
         "else than features",
     ),
     "cat of split features": (
-        lambda m, x: torch.cat((split(m, x), split(m, x)), -1),
+        lambda m, x: torch.cat((m.split(x), m.split(x)), -1),
         "batch",
         "no maps",
         "export",
     ),
-    "pad with ones": (lambda m, x: F.pad(low(m, x), (1, 2), value=1.0), "batch", "zeros"),
-    "pad by reflection": (lambda m, x: F.pad(low(m, x), (1, 2), "reflect"), "batch", "zeros"),
+    "pad with ones": (lambda m, x: F.pad(m.low(x), (1, 2), value=1.0), "batch", "zeros"),
+    "pad by reflection": (lambda m, x: F.pad(m.low(x), (1, 2), "reflect"), "batch", "zeros"),
     "pad the batch": (
-        lambda m, x: F.pad(low(m, x), (1, 2, 1, 0)),
+        lambda m, x: F.pad(m.low(x), (1, 2, 1, 0)),
         "batch",
         "else than the features",
     ),
-    "pad less": (lambda m, x: F.pad(low(m, x), (-1, 0)), "batch", "zeros"),
+    "pad less": (lambda m, x: F.pad(m.low(x), (-1, 0)), "batch", "zeros"),
     "assignment to the batch": (
-        lambda m, x: aten.index_put(zeros(x, 5), [None, places(m, *range(7))], low(m, x)),
+        lambda m, x: aten.index_put(zeros(x, 5), [None, m.places(*range(7))], m.low(x)),
         "batch",
         WHOLE,
         "export",
     ),
     "assignment that adds": (
         lambda m, x: aten.index_put(
-            zeros(x), [None, None, places(m, 0, 1, 2)], three(m, x), accumulate=True
+            zeros(x), [None, None, m.places(0, 1, 2)], three(m, x), accumulate=True
         ),
         "batch",
         "accumulates",
@@ -157,31 +139,31 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "assignment that broadcasts": (
-        lambda m, x: put(zeros(x), places(m, 0, 1, 2), three(m, x[:, :1])),
+        lambda m, x: put(zeros(x), m.places(0, 1, 2), three(m, x[:, :1])),
         "batch",
         "broadcasts",
         "export",
     ),
     "assignment of one feature to all": (
-        lambda m, x: put(zeros(x), places(m, 0, 1, 2), F.linear(x, m.down[:1])),
+        lambda m, x: put(zeros(x), m.places(0, 1, 2), F.linear(x, m.down[:1])),
         "batch",
         "else than features",
         "export",
     ),
     "assignment into ones": (
-        lambda m, x: put(x.new_ones(4, 7, 6), places(m, 0, 1, 2), three(m, x)),
+        lambda m, x: put(x.new_ones(4, 7, 6), m.places(0, 1, 2), three(m, x)),
         "batch",
         "else than zeros",
         "export",
     ),
     "assignment into another source": (
-        lambda m, x: put(six(m, torch.sin(x)), places(m, 0, 1, 2), three(m, x)),
+        lambda m, x: put(m.wide(torch.sin(x)), m.places(0, 1, 2), three(m, x)),
         "batch",
         "one source",
         "export",
     ),
     "a slice of the batch assigned": (
-        lambda m, x: torch.slice_scatter(low(m, x), low(m, x)[:, :2], 1, 0, 2),
+        lambda m, x: torch.slice_scatter(m.low(x), m.low(x)[:, :2], 1, 0, 2),
         "batch",
         "else than features",
         "export",
@@ -207,7 +189,7 @@ def test_what_joins_something_else_says_why(name: str, frontend: str, check_reas
 
 def test_a_call_by_keyword_is_refused_or_right(analyse_function: Any) -> None:
     def scattered(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.slice_scatter(low(m, x), src=low(m, x)[..., :2], dim=-1)
+        return torch.slice_scatter(m.low(x), src=m.low(x)[..., :2], dim=-1)
 
     analysis, node = analyse_function(scattered, "batch", "symbolic")
     assert node in analysis.values

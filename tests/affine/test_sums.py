@@ -11,117 +11,108 @@ import torch.nn.functional as F
 FRONTENDS = ["symbolic", "export"]
 
 
-def low(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.w, m.b)
-
-
 def other(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.linear(F.linear(x, m.down), m.up, m.gain)
 
 
 def turned(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return low(m, x).transpose(-1, -2)
-
-
-def split(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """Six features as two by three."""
-    return F.linear(x, m.six, m.b6).reshape(4, 7, 2, 3)
+    return m.low(x).transpose(-1, -2)
 
 
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
-    "add": (lambda m, x: low(m, x) + other(m, x), "batch"),
-    "add the other way": (lambda m, x: other(m, x) + low(m, x), "batch"),
-    "add with alpha": (lambda m, x: torch.add(low(m, x), other(m, x), alpha=-2), "batch"),
-    "add itself": (lambda m, x: (lambda y: y + y)(low(m, x)), "batch"),
-    "add a number": (lambda m, x: low(m, x) + 2.5, "batch"),
-    "add to a number": (lambda m, x: 2 + low(m, x), "batch"),
-    "add a vector": (lambda m, x: low(m, x) + m.gain, "batch"),
-    "add to a vector": (lambda m, x: m.gain + low(m, x), "batch"),
-    "add a vector with alpha": (lambda m, x: torch.add(low(m, x), m.gain, alpha=3), "batch"),
-    "add to a vector with alpha": (lambda m, x: torch.add(m.gain, low(m, x), alpha=3), "batch"),
-    "add one element": (lambda m, x: low(m, x) + m.one, "batch"),
-    "add no axes": (lambda m, x: low(m, x) + m.one[0], "batch"),
-    "add by keyword": (lambda m, x: torch.add(low(m, x), other=m.gain), "batch"),
-    "residual": (lambda m, x: x + F.linear(low(m, x), m.w.T), "batch"),
-    "residual the other way": (lambda m, x: F.linear(low(m, x), m.w.T) + x, "batch"),
+    "add": (lambda m, x: m.low(x) + other(m, x), "batch"),
+    "add the other way": (lambda m, x: other(m, x) + m.low(x), "batch"),
+    "add with alpha": (lambda m, x: torch.add(m.low(x), other(m, x), alpha=-2), "batch"),
+    "add itself": (lambda m, x: (lambda y: y + y)(m.low(x)), "batch"),
+    "add a number": (lambda m, x: m.low(x) + 2.5, "batch"),
+    "add to a number": (lambda m, x: 2 + m.low(x), "batch"),
+    "add a vector": (lambda m, x: m.low(x) + m.gain, "batch"),
+    "add to a vector": (lambda m, x: m.gain + m.low(x), "batch"),
+    "add a vector with alpha": (lambda m, x: torch.add(m.low(x), m.gain, alpha=3), "batch"),
+    "add to a vector with alpha": (lambda m, x: torch.add(m.gain, m.low(x), alpha=3), "batch"),
+    "add one element": (lambda m, x: m.low(x) + m.one, "batch"),
+    "add no axes": (lambda m, x: m.low(x) + m.one[0], "batch"),
+    "add by keyword": (lambda m, x: torch.add(m.low(x), other=m.gain), "batch"),
+    "residual": (lambda m, x: x + F.linear(m.low(x), m.w.T), "batch"),
+    "residual the other way": (lambda m, x: F.linear(m.low(x), m.w.T) + x, "batch"),
     "add turned": (lambda m, x: turned(m, x) + other(m, x).transpose(-1, -2), "batch"),
     "add a vector, turned": (
         lambda m, x: turned(m, x) + m.gain.unsqueeze(-1),
         "batch",
         "export",
     ),
-    "add zeros of data": (lambda m, x: low(m, x) + torch.ones_like(low(m, x)), "batch", "export"),
-    "sub": (lambda m, x: low(m, x) - other(m, x), "batch"),
-    "sub with alpha": (lambda m, x: torch.sub(low(m, x), other(m, x), alpha=2), "batch"),
-    "sub a number": (lambda m, x: low(m, x) - 3, "batch"),
-    "sub from a number": (lambda m, x: 3 - low(m, x), "batch", "symbolic"),
-    "rsub": (lambda m, x: 3 - low(m, x), "batch"),
-    "sub a vector": (lambda m, x: low(m, x) - m.gain, "batch"),
-    "sub from a vector": (lambda m, x: m.gain - low(m, x), "batch"),
-    "sub from a vector with alpha": (lambda m, x: torch.sub(m.gain, low(m, x), alpha=2), "batch"),
-    "mul by a number": (lambda m, x: low(m, x) * 3, "batch"),
-    "mul of a number": (lambda m, x: -0.5 * low(m, x), "batch"),
-    "mul by a vector": (lambda m, x: low(m, x) * m.gain, "batch"),
-    "mul of a vector": (lambda m, x: m.gain * low(m, x), "batch"),
-    "mul by one element": (lambda m, x: low(m, x) * m.one, "batch"),
+    "add zeros of data": (lambda m, x: m.low(x) + torch.ones_like(m.low(x)), "batch", "export"),
+    "sub": (lambda m, x: m.low(x) - other(m, x), "batch"),
+    "sub with alpha": (lambda m, x: torch.sub(m.low(x), other(m, x), alpha=2), "batch"),
+    "sub a number": (lambda m, x: m.low(x) - 3, "batch"),
+    "sub from a number": (lambda m, x: 3 - m.low(x), "batch", "symbolic"),
+    "rsub": (lambda m, x: 3 - m.low(x), "batch"),
+    "sub a vector": (lambda m, x: m.low(x) - m.gain, "batch"),
+    "sub from a vector": (lambda m, x: m.gain - m.low(x), "batch"),
+    "sub from a vector with alpha": (lambda m, x: torch.sub(m.gain, m.low(x), alpha=2), "batch"),
+    "mul by a number": (lambda m, x: m.low(x) * 3, "batch"),
+    "mul of a number": (lambda m, x: -0.5 * m.low(x), "batch"),
+    "mul by a vector": (lambda m, x: m.low(x) * m.gain, "batch"),
+    "mul of a vector": (lambda m, x: m.gain * m.low(x), "batch"),
+    "mul by one element": (lambda m, x: m.low(x) * m.one, "batch"),
     "mul by ones and a vector": (
-        lambda m, x: low(m, x) * m.gain.reshape(1, 1, 5),
+        lambda m, x: m.low(x) * m.gain.reshape(1, 1, 5),
         "batch",
         "export",
     ),
     "mul turned": (lambda m, x: turned(m, x) * m.gain.reshape(5, 1), "batch", "export"),
     "mul split": (
-        lambda m, x: split(m, x) * m.gain6.reshape(2, 3) * m.gain3,
+        lambda m, x: m.split(x) * m.gain6.reshape(2, 3) * m.gain3,
         "batch",
         "export",
     ),
     "mul split by rows": (
-        lambda m, x: split(m, x) * m.gain6.reshape(2, 3)[:, 1:2],
+        lambda m, x: m.split(x) * m.gain6.reshape(2, 3)[:, 1:2],
         "batch",
         "export",
     ),
     "mul of an input": (lambda m, x: F.linear(x * m.gain3, m.w, m.b), "batch"),
-    "mul then linear": (lambda m, x: F.linear(low(m, x) * m.gain, m.v, m.b6), "batch"),
-    "div by a number": (lambda m, x: low(m, x) / 3, "batch"),
-    "div by a vector": (lambda m, x: low(m, x) / m.gain, "batch"),
-    "div by integers": (lambda m, x: low(m, x) / (m.gain * 3).long().abs().add(1), "batch"),
-    "truediv": (lambda m, x: low(m, x).div(m.one), "batch"),
-    "neg": (lambda m, x: -low(m, x), "batch"),
-    "neg method": (lambda m, x: low(m, x).neg(), "batch"),
+    "mul then linear": (lambda m, x: F.linear(m.low(x) * m.gain, m.v, m.b6), "batch"),
+    "div by a number": (lambda m, x: m.low(x) / 3, "batch"),
+    "div by a vector": (lambda m, x: m.low(x) / m.gain, "batch"),
+    "div by integers": (lambda m, x: m.low(x) / (m.gain * 3).long().abs().add(1), "batch"),
+    "truediv": (lambda m, x: m.low(x).div(m.one), "batch"),
+    "neg": (lambda m, x: -m.low(x), "batch"),
+    "neg method": (lambda m, x: m.low(x).neg(), "batch"),
 }
 BROADCASTS = "a sum that broadcasts"
 VECTOR = "no constant of the features"
 NEITHER = "neither a map of one source nor a constant"
 OPAQUE: dict[str, tuple[Any, ...]] = {
-    "two sources": (lambda m, x: low(m, x) + F.linear(torch.sin(x), m.w), "batch", "two sources"),
-    "an activation": (lambda m, x: low(m, x) + torch.sin(x @ m.w.T), "batch", "two sources"),
+    "two sources": (lambda m, x: m.low(x) + F.linear(torch.sin(x), m.w), "batch", "two sources"),
+    "an activation": (lambda m, x: m.low(x) + torch.sin(x @ m.w.T), "batch", "two sources"),
     "two inputs of no map": (lambda m, x: x + torch.sin(x), "batch", NEITHER),
     "a factor from data": (
-        lambda m, x: torch.add(low(m, x), other(m, x), alpha=x.shape[0]),
+        lambda m, x: torch.add(m.low(x), other(m, x), alpha=x.shape[0]),
         "batch",
         "no number",
         "symbolic",
     ),
     "laid out differently": (
-        lambda m, x: (lambda y: y + y.transpose(-1, -2))(low(m, x[:, :5])),
+        lambda m, x: (lambda y: y + y.transpose(-1, -2))(m.low(x[:, :5])),
         "batch",
         BROADCASTS,
     ),
-    "added along the batch": (lambda m, x: low(m, x) + m.b.expand(7, 5), "batch", NEITHER),
-    "added in new axes": (lambda m, x: low(m, x) + m.b.reshape(1, 1, 1, 5), "batch", NEITHER),
+    "added along the batch": (lambda m, x: m.low(x) + m.b.expand(7, 5), "batch", NEITHER),
+    "added in new axes": (lambda m, x: m.low(x) + m.b.reshape(1, 1, 1, 5), "batch", NEITHER),
     "broadcast feature": (
         lambda m, x: F.linear(x, m.w[:1]) + m.gain,
         "batch",
         NEITHER,
     ),
     "two widths": (
-        lambda m, x: F.linear(x, m.w[:1]) + low(m, x),
+        lambda m, x: F.linear(x, m.w[:1]) + m.low(x),
         "batch",
         BROADCASTS,
     ),
     "scaled along the batch": (
-        lambda m, x: low(m, x) * torch.cat((m.gain, m.one, m.one)).reshape(7, 1),
+        lambda m, x: m.low(x) * torch.cat((m.gain, m.one, m.one)).reshape(7, 1),
         "batch",
         VECTOR,
     ),
@@ -130,19 +121,19 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         VECTOR,
     ),
-    "product of activations": (lambda m, x: low(m, x) * x.sum(-1, keepdim=True), "batch", VECTOR),
-    "product of two maps": (lambda m, x: low(m, x) * other(m, x), "batch", VECTOR),
-    "divided by an activation": (lambda m, x: low(m, x) / x[..., :1], "batch", VECTOR),
-    "a constant divided": (lambda m, x: m.gain / low(m, x), "batch", "no map"),
+    "product of activations": (lambda m, x: m.low(x) * x.sum(-1, keepdim=True), "batch", VECTOR),
+    "product of two maps": (lambda m, x: m.low(x) * other(m, x), "batch", VECTOR),
+    "divided by an activation": (lambda m, x: m.low(x) / x[..., :1], "batch", VECTOR),
+    "a constant divided": (lambda m, x: m.gain / m.low(x), "batch", "no map"),
     "rounded": (
-        lambda m, x: torch.div(low(m, x), 2, rounding_mode="floor"),
+        lambda m, x: torch.div(m.low(x), 2, rounding_mode="floor"),
         "batch",
         "a division that rounds",
     ),
     "an input of unknown sizes": (lambda m, x: x * m.gain3, "batch", "no map", "symbolic"),
-    "written in place": (lambda m, x: low(m, x).add_(1), "batch", "", "symbolic"),
+    "written in place": (lambda m, x: m.low(x).add_(1), "batch", "", "symbolic"),
     "ones of data, unknown sizes": (
-        lambda m, x: low(m, x) + torch.ones_like(x[..., :1]),
+        lambda m, x: m.low(x) + torch.ones_like(x[..., :1]),
         "batch",
         NEITHER,
     ),
