@@ -6,11 +6,12 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types matrix bench bench-quick clean
+.PHONY: help demo test test-oldest lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
+	@echo "make test-oldest  a part of it, on the oldest versions that pyproject promises"
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy, strict, on an installed copy"
 	@echo "make matrix  docs/KINDS.md: what works with what, measured"
@@ -22,6 +23,12 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# What our own files, runs and readers of other packages' models are held against.
+OLDEST := tests/export tests/test_trace.py tests/test_cli.py $(wildcard tests/test_oracle_*.py)
+
+test-oldest: .venv-oldest/dev.stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto $(OLDEST)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(ROOMS)
@@ -50,7 +57,7 @@ bench-quick: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick
 
 clean:
-	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info
+	rm -rf .venv .venv-oldest .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -63,3 +70,10 @@ clean:
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev,demo]'
 	touch $@ .venv/demo.stamp
+
+.venv-oldest/dev.stamp: pyproject.toml constraints.txt tests/oldest_versions.py
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-oldest/constraints.txt -e '.[dev,demo]'
+	touch $@
