@@ -68,7 +68,7 @@ def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _switch_off(node: fx.Node) -> None:
-    for name, place in flags(node).items():
+    for name, (place, *_) in flags(node).items():
         if place < len(node.args):
             node.update_arg(place, EVAL_FLAGS[name])
         else:

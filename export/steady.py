@@ -13,6 +13,8 @@ from lora_fx.modes import EVAL_FLAGS, flags, source_of
 from lora_fx.ops import aten, call_argument, module_path, op_name, written_argument
 from lora_fx.written import written
 
+# What a table with max_norm writes is the same again when it is written again.
+_SAME_AGAIN = {"embedding", "embedding_bag", "embedding_renorm_"}
 _OVERWRITES = {"copy_", "fill_", "zero_"}
 
 
@@ -78,9 +80,9 @@ def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
         names = [node for node in fetched if id(values[node]) == tensor]
         users = {user for node in names for user in node.users}
         first = min(users, key=order.__getitem__)
-        source = first.args[0] if first.args else None
-        overwritten = op_name(first) in _OVERWRITES and source in names
-        if not overwritten and any(node in needed for node in names):
+        overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
+        steady = overwritten or all(op_name(user) in _SAME_AGAIN for user in users)
+        if not steady and any(node in needed for node in names):
             yield str(names[0].target)
 
 
@@ -96,6 +98,5 @@ def _draws(node: fx.Node) -> bool:
     tagged = (torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in overloads)
     if not any(tagged):
         return False
-    switches = {name: call_argument(node, place, name) for name, place in flags(node).items()}
-    given = {name: value for name, value in switches.items() if value is not None}
-    return not given or any(value != EVAL_FLAGS[name] for name, value in given.items())
+    switches = {name: call_argument(node, *at) for name, at in flags(node).items()}
+    return not switches or any(value != EVAL_FLAGS[name] for name, value in switches.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -23,14 +24,14 @@ def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
         key: the name of the key.
 
     Returns:
-        key of a node -> place or name of an argument -> its value in the second graph. A counter
+        key of a node -> name of an argument, or its place, -> its value in the second graph. A counter
         that only one of them has counts by 0 in the other.
 
     Raises:
         TraceError: they differ in more than numbers; names the module.
     """
     counters = list(_counters(one))
-    found: Numbers = {node.meta[key]: {1: 0} for node in counters}
+    found: Numbers = {node.meta[key]: {"other": 0} for node in counters}
     nodes, others = _calls(one, counters), _calls(other, list(_counters(other)))
     twins: dict[Any, Any] = {}
     for node, twin in zip(nodes, others, strict=False):
@@ -44,6 +45,25 @@ def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
         longer = max(nodes, others, key=len)
         raise _differ(longer[min(len(nodes), len(others))], None)
     return found
+
+
+def arguments(node: fx.Node) -> dict[int | str, Any]:
+    """What a call is given, by name where the operator has names, with what is left out."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**dict(enumerate(node.args)), **node.kwargs}
+    declared = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in declared}
+    names = [argument.name for argument in declared]
+    return {**given, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def put_argument(node: fx.Node, place: int | str, value: Any) -> None:
+    """Gives a call another value under a key of `arguments`."""
+    index = list(arguments(node)).index(place)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(str(place), value)
 
 
 def _calls(graph: fx.Graph, left_out: list[fx.Node]) -> list[fx.Node]:
@@ -62,9 +82,8 @@ def _counters(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _places(node: fx.Node, twin: fx.Node, twins: dict[Any, Any]) -> dict[int | str, Any]:
-    left = {**dict(enumerate(node.args)), **node.kwargs}
-    right = {**dict(enumerate(twin.args)), **twin.kwargs}
-    if list(left) != list(right):
+    left, right = arguments(node), arguments(twin)
+    if left.keys() != right.keys():
         raise _differ(node, twin)
     found: dict[int | str, Any] = {}
     for place, value in left.items():

@@ -105,11 +105,11 @@ class _Note(nn.Module):
 
     def __init__(self, seen: set[Any]) -> None:
         super().__init__()
-        self.seen = seen
+        self.add = seen.update  # the set itself would be put back with all that a model holds
 
     def forward(self, value: Any) -> None:
         tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-        self.seen.update(map(_digest, tensors))
+        self.add(map(_digest, tensors))
 
 
 def _noting(gm: fx.GraphModule, seen: set[Any]) -> fx.GraphModule:

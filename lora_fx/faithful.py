@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from lora_fx.blame import first_that_differs, first_that_draws
+from lora_fx.compare import compare
 from lora_fx.deferred import raw
 from lora_fx.errors import TraceError, shorten
 from lora_fx.graphs import targets
@@ -24,6 +25,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Calls after the first, where a call leaves something behind: enough for a counter to be seen.
 _MORE_CALLS = 3
+_PREPARED = (
+    "The example gives one tensor twice, or a view with gaps, and the model asks for that; a graph "
+    "cannot. Give the example as the graph takes it: .clone() of a tensor that is given twice, "
+    ".contiguous() of a view."
+)
 _CAUSES = (
     "Python code of the model took one way when it was traced and takes another when it is run: a "
     "condition on values or counts, on the type of something, on whether it is being traced or "
@@ -61,10 +67,9 @@ def check_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> str 
             found = _run(gm, model, "has a graph that refuses", inputs)
         said = difference(found, expected)
         if said is not None:
-            raise TraceError(_explained(model, gm, inputs, said, dirty))
+            _refuse(_Seen(model, gm, inputs, dirty), said, used, changed)
         if used:
-            at = first_that_draws(model, lambda called: _called_apart(called, inputs, dirty))
-            return f"{at} draws numbers from {' and '.join(used)}, which no graph holds"
+            return _Seen(model, gm, inputs, dirty).drawing(used)
     if again is None:
         return None
     return f"{again}: a call changes {shorten(changed)}, and the next call gives another output"
@@ -102,31 +107,62 @@ def _differing_call(model: nn.Module, inputs: Inputs, first: Any) -> str | None:
     return None
 
 
-def _explained(
-    model: nn.Module, gm: fx.GraphModule, inputs: Inputs, said: str, dirty: list[torch.Tensor]
-) -> str:
-    """The message: which module, and why if it can be told."""
-    place = first_that_differs(model, gm, lambda called: _called_apart(called, inputs, dirty))
-    head = f"{type(model).__name__}: its graph is not the model on the example inputs"
-    expected = _called_apart(model, inputs, dirty)
-    if difference(_called_apart(model, inputs, dirty), expected) is not None:
-        cause = "Two calls of the model itself differ, from the same random state."
-    elif _agree_on(distinct(inputs), model, gm, dirty):
-        cause = (
-            "The example gives one tensor twice, or a view with gaps, and the model asks for that; "
-            "a graph cannot. Give the example as the graph takes it: .clone() of a tensor that is "
-            "given twice, .contiguous() of a view."
+@dataclass(frozen=True)
+class _Seen:
+    """A model and its graph, for a closer look at what differs."""
+
+    model: nn.Module
+    gm: fx.GraphModule
+    inputs: Inputs
+    dirty: list[torch.Tensor]
+
+    def call(self, called: nn.Module) -> Any:
+        """One more call of the model or its graph, that leaves nothing behind."""
+        return _called_apart(called, self.inputs, self.dirty)
+
+    def drawing(self, used: list[str]) -> str:
+        """Which module draws random numbers that no graph can draw."""
+        at = first_that_draws(self.model, self.call)
+        return f"{at} draws numbers from {' and '.join(used)}, which no graph holds"
+
+    def agrees_as_prepared(self) -> bool:
+        """Whether they agree on inputs that are each a tensor of its own, without gaps."""
+        prepared = replace(self, inputs=distinct(self.inputs))
+        return difference(prepared.call(self.gm), prepared.call(self.model)) is None
+
+    def is_rounding(self) -> bool:
+        """Whether they differ no more than two ways to compute one thing do."""
+        pairs = zip(*(pytree.tree_leaves(self.call(c)) for c in (self.gm, self.model)), strict=True)
+        return all(
+            isinstance(a, torch.Tensor) and a.shape == b.shape and compare(a, b).ok
+            for a, b in pairs
+            if difference(a, b) is not None
         )
-    else:
-        cause = f"{_CAUSES}. Say it with tensors (torch.where), or fix it before tracing."
-    return f"{head}, first at {place}: {said}\n{cause}\nTo trace it all the same: check=False."
 
 
-def _agree_on(
-    inputs: Inputs, model: nn.Module, gm: fx.GraphModule, dirty: list[torch.Tensor]
-) -> bool:
-    found, expected = (_called_apart(called, inputs, dirty) for called in (gm, model))
-    return difference(found, expected) is None
+def _refuse(seen: _Seen, said: str, used: list[str], changed: list[str]) -> None:
+    """Names the module, and the cause if it can be told.
+
+    A model that takes another way for one tensor given twice, as torch's attention does, is the
+    same function of two.
+    """
+    prepared = not used and seen.agrees_as_prepared()
+    if prepared and seen.is_rounding():
+        return
+    place = first_that_differs(seen.model, seen.gm, seen.call)
+    cause = f"{_CAUSES}. Say it with tensors (torch.where), or fix it before tracing."
+    if used:
+        cause = f"{seen.drawing(used)}: draw them with torch."
+    elif difference(seen.call(seen.model), seen.call(seen.model)) is not None:
+        cause = "Two calls of the model itself differ, from the same random state."
+    elif prepared:
+        cause = _PREPARED
+    elif changed:
+        cause += f" A call of it changes {shorten(changed)}."
+    raise TraceError(
+        f"{type(seen.model).__name__}: its graph is not the model on the example inputs, first at "
+        f"{place}: {said}\n{cause}\nTo trace it all the same: check=False."
+    )
 
 
 def _called_apart(called: nn.Module, inputs: Inputs, dirty: list[torch.Tensor]) -> Any:

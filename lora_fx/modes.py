@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.aligned import Numbers, differing_numbers
+from lora_fx.aligned import Numbers, arguments, differing_numbers, put_argument
 from lora_fx.errors import TraceError, shorten
 from lora_fx.lazy_compile import compile_when_read
 from lora_fx.ops import aten, call_argument, function_name, module_path
@@ -60,10 +60,11 @@ class Source:
         if mode not in self._numbers:
             self._numbers[mode], self._unsteady[mode] = self._found(mode)
         wanted: Numbers = {}
+        nodes = {node.meta[_KEY]: node for node in self.graph.nodes}
         for other, known in self._numbers.items():
             for key, places in known.items():
-                node = self._by_key()[key]
-                held = {place: _held(node, place) for place in places}
+                given = arguments(nodes[key])
+                held = {place: given[place] for place in places}
                 wanted[key] = {**held, **wanted.get(key, {})}
                 if other == mode:
                     wanted[key] |= places
@@ -88,9 +89,6 @@ class Source:
                 "set the mode of injected modules alone: "
                 'gm.get_submodule("<path>.lora_dropout.<adapter>").train()'
             ) from error
-
-    def _by_key(self) -> dict[str, fx.Node]:
-        return {node.meta[_KEY]: node for node in self.graph.nodes if _KEY in node.meta}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         """Shared: it is never changed, and a copy would hold a second model."""
@@ -174,40 +172,50 @@ def follow(gm: fx.GraphModule, mode: bool) -> None:
         _refuse_flags(gm, mode)
         return
     numbers = source.numbers(mode)
-    changed = [_set(n, numbers[n.meta[_KEY]]) for n in gm.graph.nodes if n.meta.get(_KEY) in numbers]
+    changed = [
+        _set(n, numbers[n.meta[_KEY]]) for n in gm.graph.nodes if n.meta.get(_KEY) in numbers
+    ]
     if any(changed):
         compile_when_read(gm, gm.graph)
 
 
-def flags(node: fx.Node) -> dict[str, int]:
-    """The arguments of a call that say whether it runs in training, with their places."""
+def flags(node: fx.Node) -> dict[str, tuple[int, str, Any]]:
+    """The arguments of a call that say whether it runs in training.
+
+    Returns:
+        Its name -> its place, name and default, as `call_argument` takes them.
+    """
     if node.op != "call_function":
         return {}
-    names = argument_places(node.target)
-    mean = call_argument(node, names.get("running_mean", len(names)), "running_mean")
-    if "norm" in function_name(node.target) and mean is None:
-        return {}  # keeps no statistics: those of the batch are all it has, in eval mode too
-    return {name: names[name] for name in EVAL_FLAGS if name in names}
+    known = _declared(node.target)
+    if "norm" in function_name(node.target) and "running_mean" in known:
+        if call_argument(node, *known["running_mean"]) is None:
+            return {}  # keeps no statistics: those of the batch are all it has, in eval mode too
+    return {name: known[name] for name in EVAL_FLAGS if name in known}
 
 
 @cache
-def argument_places(target: Any) -> dict[str, int]:
-    """The place of each argument of a function, by name."""
+def _declared(target: Any) -> dict[str, tuple[int, str, Any]]:
+    """The arguments of a function by name."""
     if isinstance(target, torch._ops.OpOverload):
-        return {argument.name: i for i, argument in enumerate(target._schema.arguments)}
+        declared = enumerate(target._schema.arguments)
+        return {
+            argument.name: (i, argument.name, argument.default_value) for i, argument in declared
+        }
     try:
-        return {name: i for i, name in enumerate(inspect.signature(target).parameters)}
+        found = enumerate(inspect.signature(target).parameters.values())
+        return {p.name: (i, p.name, None if p.default is p.empty else p.default) for i, p in found}
     except ValueError:  # a builtin of torch: aten has it under the same name
         operator = getattr(getattr(aten, function_name(target), None), "default", None)
-        return {} if operator is None else argument_places(operator)
+        return {} if operator is None else _declared(operator)
 
 
 def _refuse_flags(gm: fx.GraphModule, mode: bool) -> None:
     wrong = [
         f"{module_path(node) or 'the model itself'} ({node.name})"
         for node in gm.graph.nodes
-        for name, place in flags(node).items()
-        if _is_wrong(name, call_argument(node, place, name), mode)
+        for name, at in flags(node).items()
+        if _is_wrong(name, call_argument(node, *at), mode)
     ]
     if wrong:
         now, word = ("training", "train") if mode else ("eval", "eval")
@@ -224,15 +232,9 @@ def _is_wrong(name: str, value: Any, mode: bool) -> bool:
     return value is not None and bool(value) != mode
 
 
-def _held(node: fx.Node, place: int | str) -> Any:
-    return node.args[place] if isinstance(place, int) else node.kwargs[place]
-
-
-def _set(node: fx.Node, places: dict[int | str, Any]) -> bool:
-    changed = {place: value for place, value in places.items() if _held(node, place) != value}
+def _set(node: fx.Node, values: dict[int | str, Any]) -> bool:
+    held = arguments(node)
+    changed = {place: value for place, value in values.items() if held[place] != value}
     for place, value in changed.items():
-        if isinstance(place, int):
-            node.update_arg(place, value)
-        else:
-            node.update_kwarg(place, value)
+        put_argument(node, place, value)
     return bool(changed)

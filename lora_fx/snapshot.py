@@ -15,6 +15,9 @@ from torch import nn
 
 from lora_fx.same import same_values
 
+_Read = Callable[[], Any]
+_Put = Callable[[Any], Any]
+
 _CONTAINERS = dict | list | set | deque
 _OPAQUE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Tensor)
 _PLAIN = (str, bytes, bool, int, float, type(None))
@@ -29,17 +32,18 @@ class Snapshot:
     Attributes:
         containers: dotted name, the container, and a copy: attributes of objects are dictionaries.
         tensors: dotted name, the tensor, and a copy.
-        generators: state of what draws random numbers, and what sets it.
+        generators: dotted name of what draws random numbers, its state, what reads and sets it.
     """
 
     containers: list[tuple[str, Any, Any]] = field(default_factory=list)
     tensors: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    generators: list[tuple[Any, Callable[[Any], Any]]] = field(default_factory=list)
+    generators: list[tuple[str, Any, _Read, _Put]] = field(default_factory=list)
 
     def changes(self) -> list[str]:
         """Dotted names of the attributes and tensors that are not what they were."""
         names = [n for name, now, old in self.containers for n in _changed(name, now, old)]
         names += [name for name, now, old in self.tensors if not same_values(now, old)]
+        names += [name for name, old, read, _ in self.generators if str(read()) != str(old)]
         return list(dict.fromkeys(names))
 
     def restore(self) -> None:
@@ -53,7 +57,7 @@ class Snapshot:
                 tensor.data = old
             elif not same_values(tensor, old):
                 tensor.data.copy_(old)
-        for state, put in self.generators:
+        for _, state, _, put in self.generators:
             put(state)
 
     def held_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,7 +82,8 @@ def snapshot(model: nn.Module) -> Snapshot:
         seen.add(id(value))
         generator = _generator(value)
         if generator is not None:
-            found.generators.append(generator)
+            read, put = generator
+            found.generators.append((name, read(), read, put))
             continue
         held = value if isinstance(value, _CONTAINERS | tuple) else _attributes(value)
         if held is None:
@@ -111,14 +116,16 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _generator(value: Any) -> tuple[Any, Callable[[Any], Any]] | None:
-    if isinstance(value, torch.Generator | np.random.RandomState):
-        return value.get_state(), value.set_state
+def _generator(value: Any) -> tuple[_Read, _Put] | None:
+    if isinstance(value, torch.Generator):
+        return lambda: value.get_state().tolist(), lambda s: value.set_state(torch.tensor(s).byte())
+    if isinstance(value, np.random.RandomState):
+        return value.get_state, value.set_state
     if isinstance(value, random.Random):
-        return value.getstate(), value.setstate
+        return value.getstate, value.setstate
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return bits.state, lambda state: setattr(bits, "state", state)
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
     return None
 
 
