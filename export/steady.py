@@ -44,14 +44,20 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
         )
 
 
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that an output depends on, by what they return or by what they write."""
+def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the calls that write to its memory."""
     writes: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         target = written_argument(node)
         if isinstance(target, fx.Node):
             for root in _memory(target):
                 writes.setdefault(root, []).append(node)
+    return writes
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes that an output depends on, by what they return or by what they write."""
+    writes = _writes(graph)
     needed: set[fx.Node] = set()
     pending = [graph.output_node()]
     while pending:
@@ -75,13 +81,15 @@ def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
     fetched = gm.graph.find_nodes(op="get_attr")
     values = {node: raw(gm, str(node.target)) for node in fetched}
     dirty = {id(values[node]) for node in written(gm.graph) if node.op == "get_attr"}
+    writes = _writes(gm.graph)
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     for tensor in dirty:
         names = [node for node in fetched if id(values[node]) == tensor]
         users = {user for node in names for user in node.users}
         first = min(users, key=order.__getitem__)
         overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
-        steady = overwritten or all(op_name(user) in _SAME_AGAIN for user in users)
+        writers = {op_name(write) for node in names for write in writes.get(node, [])}
+        steady = overwritten or (bool(writers) and writers <= _SAME_AGAIN)
         if not steady and any(node in needed for node in names):
             yield str(names[0].target)
 

@@ -24,8 +24,8 @@ def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
         key: the name of the key.
 
     Returns:
-        key of a node -> name of an argument, or its place, -> its value in the second graph. A counter
-        that only one of them has counts by 0 in the other.
+        Key of a node -> name or place of an argument -> its value in the second graph. A counter
+        that only the first one has counts by 0 in the other.
 
     Raises:
         TraceError: they differ in more than numbers; names the module.
@@ -112,6 +112,7 @@ def _is_twin(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
 
 
 def _differ(node: fx.Node, twin: fx.Node | None) -> TraceError:
-    path = module_path(node) or "the model itself"
+    inner = twin if twin is not None and node.op == "output" else node
+    path = module_path(inner) or "the model itself"
     calls = " and ".join(str(n.target) for n in (node, twin) if n is not None)
     return TraceError(f"{path} computes something else there ({calls})")

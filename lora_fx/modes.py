@@ -30,6 +30,21 @@ _KEY = "lora_fx.traced"
 EVAL_FLAGS = {"training": False, "train": False, "use_input_stats": False, "dropout_p": 0.0}
 
 
+@dataclass(frozen=True)
+class Again:
+    """A model in another mode.
+
+    Attributes:
+        graph: as it is traced there.
+        modes: path -> training mode of each module: a model may keep some of them as they are.
+        unsteady: why two calls may differ.
+    """
+
+    graph: fx.Graph
+    modes: dict[str, bool]
+    unsteady: str | None
+
+
 @dataclass
 class Source:
     """The model that a graph was traced from, for as long as the graph lives.
@@ -38,18 +53,17 @@ class Source:
         name: class of the model.
         graph: as it was traced.
         modes: path -> training mode of each module, as it was traced.
-        again: traces the model once more, all of it in the mode that is given; the graph, and
-            why two calls in that mode may differ.
+        again: traces the model once more, in the mode that is given.
         unsteady: the same of the mode that it was traced in.
     """
 
     name: str
     graph: fx.Graph
     modes: dict[str, bool]
-    again: Callable[[bool], tuple[fx.Graph, str | None]]
+    again: Callable[[bool], Again]
     unsteady: str | None
     _numbers: dict[bool, Numbers] = field(default_factory=dict)
-    _unsteady: dict[bool, str | None] = field(default_factory=dict)
+    _others: dict[bool, Again] = field(default_factory=dict)
 
     def numbers(self, mode: bool) -> Numbers:
         """What the graph holds in a mode, where the modes differ: key -> place -> value.
@@ -58,7 +72,7 @@ class Source:
             TraceError: the model cannot be traced in that mode, or takes another way there.
         """
         if mode not in self._numbers:
-            self._numbers[mode], self._unsteady[mode] = self._found(mode)
+            self._numbers[mode] = self._found(mode)
         wanted: Numbers = {}
         nodes = {node.meta[_KEY]: node for node in self.graph.nodes}
         for other, known in self._numbers.items():
@@ -72,15 +86,23 @@ class Source:
 
     def unsteady_in(self, mode: bool) -> str | None:
         """Why two calls of the model in a mode may differ, or None."""
-        self.numbers(mode)
-        return self._unsteady[mode]
+        return self._in(mode).unsteady
 
-    def _found(self, mode: bool) -> tuple[Numbers, str | None]:
-        if set(self.modes.values()) <= {mode}:
-            return {}, self.unsteady
-        graph, unsteady = self.again(mode)
+    def modes_in(self, mode: bool) -> dict[str, bool]:
+        """The mode of each module when the model is told to be in one."""
+        return self._in(mode).modes
+
+    def _in(self, mode: bool) -> Again:
+        if mode not in self._others:
+            as_it_is = set(self.modes.values()) <= {mode}
+            traced = Again(self.graph, self.modes, self.unsteady)
+            self._others[mode] = traced if as_it_is else self.again(mode)
+        return self._others[mode]
+
+    def _found(self, mode: bool) -> Numbers:
+        other = self._in(mode)
         try:
-            return differing_numbers(self.graph, graph, _KEY), unsteady
+            return differing_numbers(self.graph, other.graph, _KEY)
         except TraceError as error:
             was, now = ("eval", "training") if mode else ("training", "eval")
             raise TraceError(
@@ -114,6 +136,10 @@ class Traced(fx.GraphModule):
         """
         follow(self, mode)
         super().train(mode)
+        source = source_of(self)
+        own = source.modes_in(mode) if source is not None else {}
+        for path, module in self.named_modules():
+            module.training = own.get(path, mode)
         return self
 
 
@@ -124,8 +150,8 @@ def mark(gm: fx.GraphModule) -> None:
 
 
 @contextmanager
-def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
-    """All of a model in one mode.
+def in_mode(model: nn.Module, mode: bool) -> Iterator[dict[str, bool]]:
+    """A model in one mode, and the mode that each module then has.
 
     A ``train`` of its own, which may do anything to weights, is asked on a copy.
     """
@@ -142,7 +168,7 @@ def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
     try:
         for path, module in modules.items():
             module.training = wanted[path]
-        yield
+        yield wanted
     finally:
         for path, module in modules.items():
             module.training = before[path]
@@ -188,9 +214,9 @@ def flags(node: fx.Node) -> dict[str, tuple[int, str, Any]]:
     if node.op != "call_function":
         return {}
     known = _declared(node.target)
-    if "norm" in function_name(node.target) and "running_mean" in known:
-        if call_argument(node, *known["running_mean"]) is None:
-            return {}  # keeps no statistics: those of the batch are all it has, in eval mode too
+    mean = known.get("running_mean")
+    if mean is not None and call_argument(node, *mean) is None:
+        return {}  # keeps no statistics: those of the batch are all it has, in eval mode too
     return {name: known[name] for name in EVAL_FLAGS if name in known}
 
 

@@ -17,11 +17,11 @@ from lora_fx.errors import TraceError
 from lora_fx.faithful import call_once, check_faithful
 from lora_fx.graphs import assemble, copy_graph
 from lora_fx.left_behind import clear_caches
-from lora_fx.modes import Source, in_mode, mark, remember
+from lora_fx.modes import Again, Source, in_mode, mark, remember
 from lora_fx.normal_form import normalise
 from lora_fx.ops import GUARDS
-from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.preserved import preserved, random_kept
+from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.shells import unshared, untouched
 from lora_fx.symbolic import symbolic_graph
 
@@ -147,10 +147,10 @@ def _remember(
 ) -> None:
     """Lets a graph follow the modes of its model."""
 
-    def again(mode: bool) -> tuple[fx.Graph, str | None]:
-        with untouched(model), in_mode(model, mode):
+    def again(mode: bool) -> Again:
+        with untouched(model), in_mode(model, mode) as modes:
             other, unsteady = once()
-        return other.graph, unsteady
+        return Again(other.graph, modes, unsteady)
 
     mark(gm)
     modes = {path: module.training for path, module in model.named_modules()}
