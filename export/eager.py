@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,23 +11,24 @@ from torch.utils import _pytree as pytree
 from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.cases import Case
 from lora_fx.graphs import assemble, assign, copy_graph, targets
-from lora_fx.ops import aten, call_argument, function_name
+from lora_fx.modes import EVAL_FLAGS, flags, source_of
 from lora_fx.written import written
 
 Tensors = list[torch.Tensor]
-# How operators spell that they run in training, and what eval mode would have recorded.
-_EVAL = {"training": False, "train": False, "use_input_stats": False, "dropout_p": 0.0}
 
 
 def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in eval mode that shares the tensors, with any recorded training flag off.
+    """A copy in eval mode that shares the tensors, with what its model does in eval mode.
 
-    A tensor that is still to be computed is computed at each run, and held no longer than it is
-    used.
+    Where the model is not known, any recorded training flag is off. A tensor that is still to be
+    computed is computed at each run, and held no longer than it is used.
+
+    Raises:
+        TraceError: the graph was traced in training mode, and eval mode takes another way.
     """
     graph = copy_graph(gm.graph)
-    for node in graph.nodes:
-        if node.op == "call_function":
+    if source_of(gm) is None:
+        for node in graph.nodes:
             _switch_off(node)
     copy = assemble(gm, graph, training=False)
     copy.meta = dict(gm.meta)
@@ -69,26 +68,8 @@ def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _switch_off(node: fx.Node) -> None:
-    names = _argument_places(node.target)
-    mean = call_argument(node, names.get("running_mean", len(names)), "running_mean")
-    if "norm" in function_name(node.target) and mean is None:
-        return  # keeps no statistics: those of the batch are all it has, in eval mode too
-    for name, value in _EVAL.items():
-        place = names.get(name)
-        if place is None:
-            continue
+    for name, (place, *_) in flags(node).items():
         if place < len(node.args):
-            node.update_arg(place, value)
+            node.update_arg(place, EVAL_FLAGS[name])
         else:
-            node.update_kwarg(name, value)
-
-
-@cache
-def _argument_places(target: Any) -> dict[str, int]:
-    if isinstance(target, torch._ops.OpOverload):
-        return {argument.name: i for i, argument in enumerate(target._schema.arguments)}
-    try:
-        return {name: i for i, name in enumerate(inspect.signature(target).parameters)}
-    except ValueError:  # a builtin of torch: aten has it under the same name
-        operator = getattr(getattr(aten, function_name(target), None), "default", None)
-        return {} if operator is None else _argument_places(operator)
+            node.update_kwarg(name, EVAL_FLAGS[name])

@@ -21,6 +21,7 @@ from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.promises import promise_weights
 from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
+from lora_fx.export.steady import refuse_unsteady
 from lora_fx.export.trial import Trial, trial_of
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
@@ -69,7 +70,8 @@ def to_onnx(
         What was written, measured and checked.
 
     Raises:
-        ExportError: no example inputs, an operator without ONNX form, or the output exists.
+        ExportError: no example inputs, an operator without ONNX form, a model whose next call
+            gives something else, or the output exists.
         VerificationError: the file and eager disagree, or a control agreed.
     """
     if adapters not in ("constant", "input"):
@@ -81,6 +83,7 @@ def to_onnx(
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes)
     with clock.stage("trace"):
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
+        refuse_unsteady(plan.traced)
         trial = trial_of(plan.traced, inputs)
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)

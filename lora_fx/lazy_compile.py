@@ -7,6 +7,7 @@ one for its signature, as torch.export does, gets the true one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -45,4 +46,23 @@ def compile_when_read(gm: fx.GraphModule, graph: fx.Graph) -> None:
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
     """Compiles first: torch takes what is there before it compiles."""
     gm.recompile()
-    return fx.GraphModule.__reduce__(gm)
+    rebuild, given = fx.GraphModule.__reduce__(gm)
+    return _rebuilt, (_own_class(gm), rebuild, given)
+
+
+def _own_class(gm: fx.GraphModule) -> type[fx.GraphModule]:
+    """The class that a module was made as: torch derives one more for each object."""
+    return next(
+        c for c in type(gm).__mro__ if c.__name__ != type(gm).__name__ or c is fx.GraphModule
+    )
+
+
+def _rebuilt(
+    own: type[fx.GraphModule], rebuild: Callable[..., fx.GraphModule], given: tuple[Any, ...]
+) -> fx.GraphModule:
+    """Gives back the class that torch's pickles forget."""
+    plain = rebuild(*given)
+    gm = own.__new__(own)
+    gm.__dict__.update(plain.__dict__)
+    gm.graph = plain.graph
+    return gm

@@ -30,7 +30,7 @@ def export_program(
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
     root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
-    args, kwargs = _distinct((args, dict(kwargs)))
+    args, kwargs = distinct((args, dict(kwargs)))
     with warnings.catch_warnings():
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
@@ -85,7 +85,7 @@ def dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
     return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
 
 
-def _distinct(inputs: Any) -> Any:
+def distinct(inputs: Any) -> Any:
     """Copies a tensor that is given twice, or is a view with gaps.
 
     torch.export would take the one for the other, and refuse inputs without the gaps.

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import nn
+
+from lora_fx.snapshot import snapshot
 
 
 def shell(module: nn.Module) -> nn.Module:
@@ -22,7 +27,19 @@ def shell(module: nn.Module) -> nn.Module:
     clone.__dict__["_modules"] = {
         name: child if child is None else shell(child) for name, child in module._modules.items()
     }
+    if "forward" in clone.__dict__:
+        clone.__dict__["forward"] = _moved(clone.__dict__["forward"], module, clone)
     return clone
+
+
+def _moved(forward: Any, module: nn.Module, clone: nn.Module) -> Any:
+    """A ``forward`` that somebody bound to a module, bound to its clone."""
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return MethodType(forward.__func__, clone)
+    if isinstance(forward, partial):
+        given = [clone if value is module else value for value in forward.args]
+        return partial(_moved(forward.func, module, clone), *given, **forward.keywords)
+    return forward
 
 
 def unshared(model: nn.Module) -> nn.Module:
@@ -34,19 +51,12 @@ def unshared(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back every attribute that the model's own code sets while it is traced."""
-    before = {module: dict(module.__dict__) for module in model.modules()}
-    held = [v for values in before.values() for v in values.values()]
-    containers = [(value, value.copy()) for value in held if isinstance(value, list | dict | set)]
+    """Puts back every attribute that the model's own code sets, in objects that it holds too."""
+    before = snapshot(model)
     try:
         yield
     finally:
-        for module, values in before.items():
-            module.__dict__.clear()
-            module.__dict__.update(values)
-        for value, copy in containers:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(copy)
+        before.restore()
 
 
 def frozen(module: nn.Module) -> nn.Module:

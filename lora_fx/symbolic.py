@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lora_fx.called import as_called
 from lora_fx.errors import TraceError
 from lora_fx.graphs import targets
 from lora_fx.shells import untouched
@@ -51,10 +52,11 @@ def symbolic_graph(
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
     """
     fixed = _fixed(model, args, kwargs)
+    root = as_called(model)
     try:
-        with untouched(model), _no_autocast():
-            graph = LayerTracer().trace(model, concrete_args=fixed)
-            made = {name: getattr(model, name) for name in targets(graph) if _MADE.match(name)}
+        with untouched(model), untouched(root), _no_autocast():
+            graph = LayerTracer().trace(root, concrete_args=fixed)
+            made = {name: getattr(root, name) for name in targets(graph) if _MADE.match(name)}
     except Exception as error:  # the model's own code runs in here and may raise anything
         raise TraceError(explain_failure(model, "symbolic", error)) from error
     for node in graph.nodes:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.called import is_hooked
 from lora_fx.errors import TraceError
+from lora_fx.faithful import call_once, check_faithful
 from lora_fx.graphs import assemble, copy_graph
+from lora_fx.left_behind import clear_caches
+from lora_fx.modes import Again, Source, in_mode, mark, remember
 from lora_fx.normal_form import normalise
 from lora_fx.ops import GUARDS
+from lora_fx.preserved import preserved, random_kept
 from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
-from lora_fx.shells import unshared
+from lora_fx.shells import unshared, untouched
 from lora_fx.symbolic import symbolic_graph
 
 _META = "lora_fx.example"
@@ -48,6 +54,7 @@ def trace(
     *,
     dynamic_shapes: Any = None,
     frontend: str = "auto",
+    check: bool = True,
 ) -> fx.GraphModule:
     """Traces a model into a graph that passes can rewrite.
 
@@ -61,38 +68,94 @@ def trace(
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
 
+        check: run model and graph on the example inputs and compare, bit for bit. Without
+            example inputs nothing can be compared.
+
     Returns:
-        A GraphModule called as the model is called, bit-equal to it, sharing its tensors.
+        A GraphModule called as the model is called, bit-equal to it, sharing its tensors. Its
+        ``.train()`` and ``.eval()`` switch what was recorded of a mode; the first to ask for
+        another mode than the model was traced in traces it again.
 
     Raises:
-        TraceError: the model cannot be traced; says where and what to try.
+        TraceError: the model cannot be traced, or its graph computes something else; says where
+            and what to try.
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise TraceError(f"frontend {frontend!r}: expected 'auto', 'symbolic' or 'export'")
     if not isinstance(args, tuple):
         raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
     if isinstance(model, torch.export.ExportedProgram):
-        return _from_program(model)
+        return _from_program(model, check)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     example = Example(args, kwargs, dynamic_shapes, _output_embedding(model), _aliases(model))
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
-    if frontend == "export":
-        program = export_program(model, args, kwargs, dynamic_shapes)
-        flat = shapes_by_argument(model, args, kwargs, dynamic_shapes)
-        example = replace(example, dynamic_shapes=flat)
-        return _finish(*graph_of(program), example, model.training)
-    if isinstance(model, fx.GraphModule) and _opened(model):
-        return _finish(model, copy_graph(model.graph), example, model.training)
-    root = unshared(model)
-    graph, made = symbolic_graph(root, args, kwargs)
-    return _finish(root, graph, example, model.training, made)
+    once = partial(_once, model, example, frontend, check and bool(args or kwargs))
+    gm, unsteady = once()
+    _remember(gm, model, once, unsteady)
+    return gm
 
 
 def example_of(gm: fx.GraphModule) -> Example | None:
     """The example inputs that a graph was traced with, if it remembers any."""
     example = gm.meta.get(_META)
     return example if isinstance(example, Example) else None
+
+
+def _once(
+    model: nn.Module, example: Example, frontend: str, check: bool
+) -> tuple[fx.GraphModule, str | None]:
+    """The graph of a model in the mode that it is in, and why two calls of it may differ."""
+    inputs = example.args, dict(example.kwargs)
+    gm = _made(model, example, frontend)
+    if not check:
+        return gm, None
+    try:
+        return gm, check_faithful(model, gm, inputs)
+    except TraceError:
+        if not clear_caches():
+            raise
+    call_once(model, gm, inputs)  # caches that were filled by the trace are now filled for good
+    gm = _made(model, example, frontend)
+    return gm, check_faithful(model, gm, inputs)
+
+
+def _made(model: nn.Module, example: Example, frontend: str) -> fx.GraphModule:
+    with random_kept(), preserved(model, ()):
+        return _traced(model, example, frontend)
+
+
+def _traced(model: nn.Module, example: Example, frontend: str) -> fx.GraphModule:
+    args, kwargs, dynamic_shapes = example.args, example.kwargs, example.dynamic_shapes
+    if frontend == "export":
+        program = export_program(model, args, kwargs, dynamic_shapes)
+        flat = shapes_by_argument(model, args, kwargs, dynamic_shapes)
+        example = replace(example, dynamic_shapes=flat)
+        return _finish(*graph_of(program), example, model.training)
+    if isinstance(model, fx.GraphModule) and _opened(model) and not is_hooked(model):
+        return _finish(model, copy_graph(model.graph), example, model.training)
+    root = unshared(model)
+    graph, made = symbolic_graph(root, args, kwargs)
+    return _finish(root, graph, example, model.training, made)
+
+
+def _remember(
+    gm: fx.GraphModule,
+    model: nn.Module,
+    once: Callable[[], tuple[fx.GraphModule, str | None]],
+    unsteady: str | None,
+) -> None:
+    """Lets a graph follow the modes of its model."""
+
+    def again(mode: bool) -> Again:
+        with untouched(model), in_mode(model, mode) as modes:
+            other, unsteady = once()
+        return Again(other.graph, modes, unsteady)
+
+    mark(gm)
+    modes = {path: module.training for path, module in model.named_modules()}
+    source = Source(type(model).__name__, copy_graph(gm.graph), modes, again, unsteady)
+    remember(gm, source)
 
 
 def _finish(
@@ -108,7 +171,7 @@ def _finish(
     return gm
 
 
-def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def _from_program(program: torch.export.ExportedProgram, check: bool) -> fx.GraphModule:
     args, kwargs = program.example_inputs or ((), {})
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     users = [placeholders[name] for name in program.graph_signature.user_inputs if name]
@@ -118,7 +181,11 @@ def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
     names = list(inspect.signature(program.module().forward).parameters)
     dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
     example = Example(tuple(args), dict(kwargs), dynamic if any(shapes) else None)
-    return _finish(*graph_of(program), example, training=False)
+    module, graph = graph_of(program)
+    gm = _finish(module, graph, example, training=False)
+    if check and (args or kwargs):
+        check_faithful(module, gm, (tuple(args), dict(kwargs)))
+    return gm
 
 
 def _opened(gm: fx.GraphModule) -> bool:

@@ -1,0 +1,110 @@
+"""What a file cannot hold: state that a call leaves behind, and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from lora_fx.deferred import raw
+from lora_fx.errors import ExportError, shorten
+from lora_fx.modes import EVAL_FLAGS, flags, source_of
+from lora_fx.ops import aten, call_argument, module_path, op_name, written_argument
+from lora_fx.written import written
+
+# What a table with max_norm writes is the same again when it is written again.
+_SAME_AGAIN = {"embedding", "embedding_bag", "embedding_renorm_"}
+_OVERWRITES = {"copy_", "fill_", "zero_"}
+
+
+def refuse_unsteady(gm: fx.GraphModule) -> None:
+    """Refuses a graph whose later calls give something else than its first.
+
+    Args:
+        gm: in eval mode.
+
+    Raises:
+        ExportError: names the module or the buffer.
+    """
+    source = source_of(gm)
+    reasons = [source.unsteady_in(False)] if source is not None else []
+    needed = _needed(gm.graph)
+    reasons += [f"{place} draws random numbers in eval mode" for place in _random(needed)]
+    remembered = sorted(_remembered(gm, needed))
+    if remembered:
+        reasons.append(
+            f"a call changes {shorten(remembered)}, and the next call reads what it left there"
+        )
+    found = next((reason for reason in reasons if reason), None)
+    if found is not None:
+        raise ExportError(
+            f"{found}: an ONNX file gives the same output at every call. Make it an input and an "
+            "output of the model, or a constant"
+        )
+
+
+def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the calls that write to its memory."""
+    writes: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        target = written_argument(node)
+        if isinstance(target, fx.Node):
+            for root in _memory(target):
+                writes.setdefault(root, []).append(node)
+    return writes
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes that an output depends on, by what they return or by what they write."""
+    writes = _writes(graph)
+    needed: set[fx.Node] = set()
+    pending = [graph.output_node()]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [*node.all_input_nodes, *writes.get(node, [])]
+    return needed
+
+
+def _memory(node: fx.Node) -> list[fx.Node]:
+    """A node and what it may be a view of."""
+    chain = [node]
+    while chain[-1].op != "get_attr" and chain[-1].all_input_nodes:
+        chain.append(chain[-1].all_input_nodes[0])
+    return chain
+
+
+def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
+    """Stored tensors that are written to, and read before anything overwrites them whole."""
+    fetched = gm.graph.find_nodes(op="get_attr")
+    values = {node: raw(gm, str(node.target)) for node in fetched}
+    dirty = {id(values[node]) for node in written(gm.graph) if node.op == "get_attr"}
+    writes = _writes(gm.graph)
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    for tensor in dirty:
+        names = [node for node in fetched if id(values[node]) == tensor]
+        users = {user for node in names for user in node.users}
+        first = min(users, key=order.__getitem__)
+        overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
+        writers = {op_name(write) for node in names for write in writes.get(node, [])}
+        steady = overwritten or (bool(writers) and writers <= _SAME_AGAIN)
+        if not steady and any(node in needed for node in names):
+            yield str(names[0].target)
+
+
+def _random(needed: set[fx.Node]) -> Iterator[str]:
+    for node in needed:
+        if node.op in ("call_function", "call_method") and _draws(node):
+            yield f"{module_path(node) or 'the model itself'} ({op_name(node)})"
+
+
+def _draws(node: fx.Node) -> bool:
+    packet = getattr(aten, op_name(node).rstrip("_"), None)
+    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    tagged = (torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in overloads)
+    if not any(tagged):
+        return False
+    switches = {name: call_argument(node, *at) for name, at in flags(node).items()}
+    return not switches or any(value != EVAL_FLAGS[name] for name, value in switches.items())

@@ -1,0 +1,118 @@
+"""Two graphs of one model, node by node: where they differ in numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import TraceError
+from lora_fx.ops import GUARDS, aten, module_path
+
+Numbers = dict[str, dict[int | str, Any]]
+
+
+def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
+    """What the arguments of the first graph's calls are in the second, where they differ.
+
+    Args:
+        one: a graph whose nodes have a key in their meta.
+        other: a graph of the same model, made in another mode.
+        key: the name of the key.
+
+    Returns:
+        Key of a node -> name or place of an argument -> its value in the second graph. A counter
+        that only the first one has counts by 0 in the other.
+
+    Raises:
+        TraceError: they differ in more than numbers; names the module.
+    """
+    counters = list(_counters(one))
+    found: Numbers = {node.meta[key]: {"other": 0} for node in counters}
+    nodes, others = _calls(one, counters), _calls(other, list(_counters(other)))
+    twins: dict[Any, Any] = {}
+    for node, twin in zip(nodes, others, strict=False):
+        twins[node] = twin
+        if node.op != twin.op or node.target != twin.target:
+            raise _differ(node, twin)
+        places = _places(node, twin, twins)
+        if places:
+            found[node.meta[key]] = places
+    if len(nodes) != len(others):
+        longer = max(nodes, others, key=len)
+        raise _differ(longer[min(len(nodes), len(others))], None)
+    return found
+
+
+def arguments(node: fx.Node) -> dict[int | str, Any]:
+    """What a call is given, by name where the operator has names, with what is left out."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**dict(enumerate(node.args)), **node.kwargs}
+    declared = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in declared}
+    names = [argument.name for argument in declared]
+    return {**given, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def put_argument(node: fx.Node, place: int | str, value: Any) -> None:
+    """Gives a call another value under a key of `arguments`."""
+    index = list(arguments(node)).index(place)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(str(place), value)
+
+
+def _calls(graph: fx.Graph, left_out: list[fx.Node]) -> list[fx.Node]:
+    """All nodes but those that fetch tensors, which are known by their names, and guards."""
+    skipped = {*left_out, *graph.find_nodes(op="get_attr")}
+    return [n for n in graph.nodes if n not in skipped and n.target != GUARDS]
+
+
+def _counters(graph: fx.Graph) -> Iterator[fx.Node]:
+    """What counts calls, as batch-norm does in training: a tensor that nothing else reads."""
+    for node in graph.nodes:
+        if node.target is aten.add_.Tensor and not node.users and not node.kwargs:
+            tensor, step = node.args
+            if isinstance(step, int) and tensor.op == "get_attr" and len(tensor.users) == 1:
+                yield node
+
+
+def _places(node: fx.Node, twin: fx.Node, twins: dict[Any, Any]) -> dict[int | str, Any]:
+    left, right = arguments(node), arguments(twin)
+    if left.keys() != right.keys():
+        raise _differ(node, twin)
+    found: dict[int | str, Any] = {}
+    for place, value in left.items():
+        if _same(value, right[place], twins):
+            continue
+        if not all(isinstance(v, bool | int | float) for v in (value, right[place])):
+            raise _differ(node, twin)
+        found[place] = right[place]
+    return found
+
+
+def _same(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
+    leaves, spec = pytree.tree_flatten(value)
+    others, other_spec = pytree.tree_flatten(other)
+    if spec != other_spec:
+        return False
+    return all(_is_twin(a, b, twins) for a, b in zip(leaves, others, strict=True))
+
+
+def _is_twin(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
+    if not isinstance(value, fx.Node) or not isinstance(other, fx.Node):
+        return type(value) is type(other) and bool(value == other)
+    if value.op == "get_attr":
+        return other.op == "get_attr" and value.target == other.target
+    return twins.get(value) is other
+
+
+def _differ(node: fx.Node, twin: fx.Node | None) -> TraceError:
+    inner = twin if twin is not None and node.op == "output" else node
+    path = module_path(inner) or "the model itself"
+    calls = " and ".join(str(n.target) for n in (node, twin) if n is not None)
+    return TraceError(f"{path} computes something else there ({calls})")

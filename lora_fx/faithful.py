@@ -1,0 +1,185 @@
+"""Whether a graph is the model: both are run on the example inputs, and must agree bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from lora_fx.blame import first_that_differs, first_that_draws
+from lora_fx.compare import compare
+from lora_fx.deferred import raw
+from lora_fx.errors import TraceError, shorten
+from lora_fx.graphs import targets
+from lora_fx.left_behind import has_fakes
+from lora_fx.preserved import as_in_eager, own_inputs, preserved, random_kept, seed
+from lora_fx.program import distinct
+from lora_fx.same import difference
+from lora_fx.written import written
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Calls after the first, where a call leaves something behind: enough for a counter to be seen.
+_MORE_CALLS = 3
+_PREPARED = (
+    "The example gives one tensor twice, or a view with gaps, and the model asks for that; a graph "
+    "cannot. Give the example as the graph takes it: .clone() of a tensor that is given twice, "
+    ".contiguous() of a view."
+)
+_CAUSES = (
+    "Python code of the model took one way when it was traced and takes another when it is run: a "
+    "condition on values or counts, on the type of something, on whether it is being traced or "
+    "compiled, on random numbers, a try around what a tracer refuses"
+)
+
+
+def check_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> str | None:
+    """Runs a model and its graph on the same inputs, from the same random state.
+
+    Neither is changed: attributes, buffers, random states and inputs are put back.
+
+    Args:
+        model: in the mode that it was traced in.
+        gm: its graph.
+        inputs: args and kwargs, as the user gave them.
+
+    Returns:
+        Why a second call of the model may give something else than the first, or None.
+
+    Raises:
+        TraceError: they differ; names the first module whose output does.
+    """
+    if _without_values(model, inputs):
+        return None
+    dirty = _dirty(gm)
+    with as_in_eager(), random_kept():
+        drawn = seed()
+        with preserved(model, dirty) as before:
+            expected = _run(model, model, "fails", inputs)
+            used, changed = drawn(), before.changes()
+            again = _differing_call(model, inputs, expected) if changed else None
+        seed()
+        with preserved(gm, dirty):
+            found = _run(gm, model, "has a graph that refuses", inputs)
+        said = difference(found, expected)
+        if said is not None:
+            _refuse(_Seen(model, gm, inputs, dirty), said, used, changed)
+        if used:
+            return _Seen(model, gm, inputs, dirty).drawing(used)
+    if again is None:
+        return None
+    return f"{again}: a call changes {shorten(changed)}, and the next call gives another output"
+
+
+def call_once(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> None:
+    """Calls a model for what its code keeps outside of it, such as caches."""
+    with as_in_eager(), random_kept():
+        _called_apart(model, inputs, _dirty(gm))
+
+
+def _run(called: nn.Module, model: nn.Module, what: str, inputs: Inputs) -> Any:
+    """What a call returns, and what it makes of its inputs."""
+    args, kwargs = own_inputs(inputs)
+    try:
+        returned = called(*args, **kwargs)
+        if has_fakes(returned):
+            raise TypeError("its own code keeps a tensor of the trace, which has no values")
+        return {"output": returned, "inputs": (args, kwargs)}
+    except Exception as error:  # the model's own code runs in here and may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise TraceError(
+            f"{type(model).__name__} was traced, but {what} the example inputs:\n"
+            f"  {type(error).__name__}: {reason}\n"
+            "Try: call the model once before it is traced, clear caches that its code fills while "
+            "it is traced, and give the inputs that it is called with."
+        ) from error
+
+
+def _differing_call(model: nn.Module, inputs: Inputs, first: Any) -> str | None:
+    for number in range(2, 2 + _MORE_CALLS):
+        said = difference(_run(model, model, "fails when called again on", inputs), first)
+        if said is not None:
+            return f"call {number} on the same inputs differs from call 1 ({said})"
+    return None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A model and its graph, for a closer look at what differs."""
+
+    model: nn.Module
+    gm: fx.GraphModule
+    inputs: Inputs
+    dirty: list[torch.Tensor]
+
+    def call(self, called: nn.Module) -> Any:
+        """One more call of the model or its graph, that leaves nothing behind."""
+        return _called_apart(called, self.inputs, self.dirty)
+
+    def drawing(self, used: list[str]) -> str:
+        """Which module draws random numbers that no graph can draw."""
+        at = first_that_draws(self.model, self.call)
+        return f"{at} draws numbers from {' and '.join(used)}, which no graph holds"
+
+    def agrees_as_prepared(self) -> bool:
+        """Whether they agree on inputs that are each a tensor of its own, without gaps."""
+        prepared = replace(self, inputs=distinct(self.inputs))
+        return difference(prepared.call(self.gm), prepared.call(self.model)) is None
+
+    def is_rounding(self) -> bool:
+        """Whether they differ no more than two ways to compute one thing do."""
+        pairs = zip(*(pytree.tree_leaves(self.call(c)) for c in (self.gm, self.model)), strict=True)
+        return all(
+            isinstance(a, torch.Tensor) and a.shape == b.shape and compare(a, b).ok
+            for a, b in pairs
+            if difference(a, b) is not None
+        )
+
+
+def _refuse(seen: _Seen, said: str, used: list[str], changed: list[str]) -> None:
+    """Names the module, and the cause if it can be told.
+
+    A model that takes another way for one tensor given twice, as torch's attention does, is the
+    same function of two.
+    """
+    prepared = not used and seen.agrees_as_prepared()
+    if prepared and seen.is_rounding():
+        return
+    place = first_that_differs(seen.model, seen.gm, seen.call)
+    cause = f"{_CAUSES}. Say it with tensors (torch.where), or fix it before tracing."
+    if used:
+        cause = f"{seen.drawing(used)}: draw them with torch."
+    elif difference(seen.call(seen.model), seen.call(seen.model)) is not None:
+        cause = "Two calls of the model itself differ, from the same random state."
+    elif prepared:
+        cause = _PREPARED
+    elif changed:
+        cause += f" A call of it changes {shorten(changed)}."
+    raise TraceError(
+        f"{type(seen.model).__name__}: its graph is not the model on the example inputs, first at "
+        f"{place}: {said}\n{cause}\nTo trace it all the same: check=False."
+    )
+
+
+def _called_apart(called: nn.Module, inputs: Inputs, dirty: list[torch.Tensor]) -> Any:
+    """One more call that leaves nothing behind."""
+    seed()
+    with preserved(called, dirty):
+        return _run(called, called, "fails when called again on", inputs)
+
+
+def _dirty(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """The stored tensors that a graph writes to."""
+    held = {t: raw(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    values = [held[str(node.target)] for node in written(gm.graph) if node.op == "get_attr"]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _without_values(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether there is nothing to compute with: tensors of device meta, or fake ones."""
+    tensors = [*pytree.tree_leaves(inputs), *model.parameters(), *model.buffers()]
+    return any(isinstance(t, FakeTensor) or getattr(t, "is_meta", False) for t in tensors)
