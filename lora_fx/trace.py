@@ -18,6 +18,7 @@ from lora_fx.ops import GUARDS
 from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.shells import unshared
 from lora_fx.symbolic import symbolic_graph
+from lora_fx.traced import Traced
 
 _META = "lora_fx.example"
 
@@ -32,6 +33,7 @@ class Example:
         dynamic_shapes: as given to `trace`.
         output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
         aliases: path of a module that has several names -> its other names.
+        model: the module that was traced, as it was then; None once the graph is another's.
     """
 
     args: tuple[Any, ...] = ()
@@ -39,6 +41,7 @@ class Example:
     dynamic_shapes: Any = None
     output_embedding: str | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model: Traced | None = field(default=None, compare=False, repr=False)
 
 
 def trace(
@@ -74,7 +77,9 @@ def trace(
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
-    example = Example(args, kwargs, dynamic_shapes, _output_embedding(model), _aliases(model))
+    names = _output_embedding(model), _aliases(model)
+    model_then = Traced(model) if isinstance(model, nn.Module) else None
+    example = Example(args, kwargs, dynamic_shapes, *names, model_then)
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
     if frontend == "export":
@@ -93,6 +98,13 @@ def example_of(gm: fx.GraphModule) -> Example | None:
     """The example inputs that a graph was traced with, if it remembers any."""
     example = gm.meta.get(_META)
     return example if isinstance(example, Example) else None
+
+
+def forget_model(gm: fx.GraphModule) -> None:
+    """Notes that a graph no longer computes what the module that was traced does."""
+    example = example_of(gm)
+    if example is not None:
+        gm.meta[_META] = replace(example, model=None)
 
 
 def _finish(
@@ -117,8 +129,11 @@ def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
     by_args, by_kwargs = pytree.tree_unflatten(shapes, spec)
     names = list(inspect.signature(program.module().forward).parameters)
     dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
-    example = Example(tuple(args), dict(kwargs), dynamic if any(shapes) else None)
-    return _finish(*graph_of(program), example, training=False)
+    root, graph = graph_of(program)
+    example = Example(
+        tuple(args), dict(kwargs), dynamic if any(shapes) else None, model=Traced(root)
+    )
+    return _finish(root, graph, example, training=False)
 
 
 def _opened(gm: fx.GraphModule) -> bool:
