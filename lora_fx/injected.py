@@ -82,12 +82,14 @@ class Injected:
         tensors: how many tensors it held when it was given, those left out included.
         fresh: whether it came of a config, so that its values are the graph's alone.
         bound: path -> what its update became, at each layer that the path means.
+        lost: paths whose branches trained, and were gone when a pass first looked.
     """
 
     adapter: Adapter
     tensors: int
     fresh: bool
     bound: Mapping[str, tuple[Bound, ...]]
+    lost: tuple[str, ...] = ()
 
     def now(self, gm: fx.GraphModule) -> Adapter:
         """The adapter with the values that it has now, if it was trained.
@@ -95,19 +97,26 @@ class Injected:
         Raises:
             VerificationError: a branch that trained is no longer in the graph.
         """
-        updates, lost = {}, []
+        pinned = self.pinned(gm)
+        lost = pinned.lost if self.fresh else self.lost
+        if lost:
+            raise VerificationError(
+                f"adapter {self.adapter.name}: its branches at {shorten(list(lost))} are no longer "
+                "in the graph: a pass has lost them; strip an adapter with passes.StripLora"
+            )
+        return pinned.adapter
+
+    def pinned(self, gm: fx.GraphModule) -> Injected:
+        """The same with the values that the graph has now, for when it has them no more."""
+        updates, lost = {}, list(self.lost)
         for path, update in self.adapter.updates.items():
             present = [bound.now(gm, update) for bound in self.bound.get(path, ())]
             found = [value for value in present if value is not None]
             lost += [path] if self.fresh and not found else []
             changed = [value for value in found if value is not update]
             updates[path] = changed[0] if changed else update
-        if lost:
-            raise VerificationError(
-                f"adapter {self.adapter.name}: its branches at {shorten(lost)} are no longer in the "
-                "graph: a pass has lost them; strip an adapter with passes.StripLora"
-            )
-        return replace(self.adapter, updates=updates)
+        adapter = replace(self.adapter, updates=updates)
+        return replace(self, adapter=adapter, fresh=False, lost=tuple(dict.fromkeys(lost)))
 
 
 class Records(tuple[Injected, ...]):
@@ -144,7 +153,7 @@ def settle(source: fx.GraphModule, gm: fx.GraphModule) -> None:
     if not records:
         return
     gone = targets(source.graph).keys() - targets(gm.graph).keys()
-    remember(gm, [_pinned(record, source) if _names(record) & gone else record for record in records])
+    remember(gm, [r.pinned(source) if _names(r) & gone else r for r in records])
 
 
 def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:
@@ -167,10 +176,6 @@ def _without(record: Injected, gone: set[str]) -> Injected:
     # A path that is bound nowhere is a table that is never called: the others have its rows.
     updates = {p: u for p, u in record.adapter.updates.items() if bound[p] or not record.bound[p]}
     return replace(record, adapter=replace(record.adapter, updates=updates), bound=bound)
-
-
-def _pinned(record: Injected, source: fx.GraphModule) -> Injected:
-    return replace(record, adapter=record.now(source), fresh=False)
 
 
 def _names(record: Injected) -> set[str]:
