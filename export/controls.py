@@ -11,20 +11,26 @@ from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.graphs import assign
+from lora_fx.injected import injected
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.sites import sites
+from lora_fx.weight_form import WeightForm, weight_form
 
 _FACTOR = 1.1
 _ATTEMPTS = 8
 
 
-NO_ADAPTERS = "control: no adapters"
+NO_ADAPTER = "control: no adapter"  # of a file that takes one
+NO_ADAPTERS = f"{NO_ADAPTER}s"
 
 
 def controls(gm: fx.GraphModule) -> Iterator[Subject]:
     """Candidates, best first: the base, if the graph has an adapter, then a weight scaled."""
-    base = without_adapters(gm)
-    if base is not None:
+    bare = weight_form(gm, ()) if injected(gm) else ""
+    base = None if isinstance(bare, WeightForm) else without_adapters(gm)
+    if isinstance(bare, WeightForm):
+        yield Subject(NO_ADAPTERS, bare, like=gm)
+    elif base is not None:
         yield Subject(NO_ADAPTERS, evaluating(base))
     for name, changed in with_a_weight_scaled(gm):
         yield Subject(f"control: {name} x {_FACTOR}", changed)

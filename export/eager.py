@@ -12,6 +12,7 @@ from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.cases import Case
 from lora_fx.graphs import assemble, assign, copy_graph, targets
 from lora_fx.modes import EVAL_FLAGS, flags, source_of
+from lora_fx.weight_form import WeightForm
 from lora_fx.written import written
 
 Tensors = list[torch.Tensor]
@@ -39,16 +40,18 @@ def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
     return copy.eval()
 
 
-def call_eager(gm: fx.GraphModule, case: Case) -> Any:
-    """What a graph returns; whatever it writes to, inputs and tensors of its own, is a copy."""
+def call_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Any:
+    """What a model returns; whatever it writes to, inputs and tensors of its own, is a copy."""
+    if not isinstance(gm, fx.GraphModule):
+        return gm(*case.args, **case.kwargs)
     with torch.no_grad():
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
         # Looking for tied weights would read, and so compute, every weight: `_state` names all.
         return torch.func.functional_call(gm, _state(gm), args, kwargs, tie_weights=False)
 
 
-def run_eager(gm: fx.GraphModule, case: Case) -> Tensors:
-    """The tensors that a graph returns, in order."""
+def run_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Tensors:
+    """The tensors that a model returns, in order."""
     outputs = pytree.tree_leaves(call_eager(gm, case))
     return [value for value in outputs if isinstance(value, torch.Tensor)]
 

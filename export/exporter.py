@@ -110,6 +110,7 @@ def to_onnx(
         inputs=trial.inputs,
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],
+        coverage=evidence.coverage,
     )
 
 

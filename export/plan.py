@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import fx
 
 from lora_fx.branches import branches
+from lora_fx.errors import AdapterError
 from lora_fx.export.adapter_file import export_adapter
-from lora_fx.export.controls import controls
+from lora_fx.export.controls import NO_ADAPTER, controls
 from lora_fx.export.eager import evaluating
-from lora_fx.export.evidence import Evidence, Subject
+from lora_fx.export.evidence import Evidence
 from lora_fx.export.manifest import KEY, manifest_of
+from lora_fx.export.references import reference, swapped
 from lora_fx.export.slot import Slot
 from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
 from lora_fx.export.trial import Trial
 from lora_fx.export.verify import verify_file
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
+from lora_fx.resolved import resolved
+from lora_fx.sites import by_path
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)
@@ -57,7 +61,7 @@ class Constant:
 
     def verify(self, path: Path, trial: Trial) -> Evidence:
         """The file against the graph."""
-        return verify_file(path, trial, [Subject("model", self.expected)], controls(self.source))
+        return verify_file(path, trial, [reference("model", self.source)], controls(self.source))
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class Swappable:
     """Low-rank weights are inputs of the file, which alone is the base.
 
     Attributes:
+        source: the graph as it was given.
         base: the graph without adapters.
         traced: the base with a probe in each slot, which is exported.
         slots: where an adapter can act.
     """
 
+    source: fx.GraphModule
     base: fx.GraphModule
     traced: fx.GraphModule
     slots: tuple[Slot, ...]
@@ -83,7 +89,7 @@ class Swappable:
         base = StripLora()(gm).graph_module
         probed = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
         traced = ChooseForm(target="input")(probed).graph_module
-        return cls(evaluating(base), evaluating(traced), slots)
+        return cls(gm, evaluating(base), evaluating(traced), slots)
 
     def open(self, model: ir.Model) -> None:
         """Makes the probe's weights inputs, before anything can merge or evaluate them."""
@@ -95,14 +101,30 @@ class Swappable:
         model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
 
     def verify(self, path: Path, trial: Trial) -> Evidence:
-        """The file alone against the base, and with an adapter of other ranks against eager."""
+        """The file alone against the base; with the adapters of the graph, and one of other ranks.
+
+        The graph's own are tried at the traced shape alone: what shapes can do is the file's.
+        """
         adapter = probe(self.slots, _TRIED_RANKS, seed=1)
-        adapted = evaluating(InjectLora(adapter)(self.base).graph_module)
+        base = reference("base", self.base)
+        control = replace(base, what=NO_ADAPTER, notes=())
+        subjects, notes = [base], []
         with tempfile.TemporaryDirectory() as directory:
+            for place, (own, alone) in enumerate(swapped(self.source)):
+                file = Path(directory) / f"{place}.onnx_adapter"
+                try:
+                    export_adapter(resolved(alone, own, by_path(alone)), path, file)
+                except AdapterError as error:
+                    notes.append(f"not tried: {error}")
+                    continue
+                subjects.append(reference(own.name, alone, file, once=True))
             file = Path(directory) / "probe.onnx_adapter"
             export_adapter(adapter, path, file)
-            subjects = [Subject("base", self.base), Subject("adapted", adapted, file)]
-            return verify_file(path, trial, subjects, [Subject("control: no adapter", self.base)])
+            probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
+            subjects.append(replace(probed, coverage=None))
+            evidence = verify_file(path, trial, subjects, [control])
+        evidence.notes += notes
+        return evidence
 
 
 def _free_name(gm: fx.GraphModule) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import fx
@@ -13,9 +14,10 @@ from lora_fx.errors import ExportError, shorten
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import controls
 from lora_fx.export.eager import evaluating
-from lora_fx.export.evidence import Evidence, Subject
+from lora_fx.export.evidence import Evidence
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.model_file import load_proto
+from lora_fx.export.references import reference
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.session import Session
 from lora_fx.export.trial import Trial, trial_of
@@ -66,6 +68,7 @@ def verify_onnx(
         inputs=inputs,
         outputs=outputs,
         slots=slots,
+        coverage=evidence.coverage,
     )
 
 
@@ -82,12 +85,12 @@ def _evidence(
 ) -> Evidence:
     if not (swappable and adapters):
         whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
-        return verify_file(path, trial, [Subject("model", evaluating(whole))], controls(whole))
-    subjects = [Subject("base", evaluating(gm))]
+        return verify_file(path, trial, [reference("model", whole)], controls(whole))
+    subjects = [replace(reference("base", gm), coverage=None)]
     with tempfile.TemporaryDirectory() as directory:
         for adapter in adapters:
             adapted = InjectLora(adapter)(gm).graph_module
             file = Path(directory) / f"{len(subjects)}.onnx_adapter"
             export_adapter(adapter, path, file)
-            subjects.append(Subject(adapter.name, evaluating(adapted), file))
+            subjects.append(reference(adapter.name, adapted, file))
         return verify_file(path, trial, subjects, controls(adapted))

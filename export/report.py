@@ -45,6 +45,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How much of an adapter came into the model that the file was held against.
+
+    Attributes:
+        adapter: its name; several that are summed are joined by ``+``.
+        tensors: how many it was given with.
+        used: how many of them act somewhere.
+        layers: how many weights and biases they change.
+        off: how far the outputs are from those of the base, relative; None if it was not measured.
+    """
+
+    adapter: str
+    tensors: int
+    used: int
+    layers: int
+    off: float | None = None
+
+    def __str__(self) -> str:
+        """One line of the table."""
+        line = f"{self.used} of {self.tensors} adapter tensors, {self.layers} layers changed"
+        return line if self.off is None else f"{line}, output off the base by {self.off:.2g} (relative)"
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What `to_onnx` wrote and measured.
 
@@ -60,6 +84,7 @@ class ExportReport:
         inputs: names of the graph inputs.
         outputs: names of the graph outputs.
         slots: module paths that an adapter can act on; empty unless ``mode`` is ``"input"``.
+        coverage: how much of the adapters was used: of their sum, or of each if they swap.
     """
 
     path: str
@@ -73,6 +98,7 @@ class ExportReport:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
+    coverage: list[Coverage] = field(default_factory=list)
 
     @property
     def verified(self) -> bool:
@@ -95,6 +121,9 @@ class ExportReport:
         lines = [f"{self.path}  adapters={self.mode}  opset {self.opset}  {sizes}"]
         if self.slots:
             lines.append(f"slots {len(self.slots)}")
+        for one in self.coverage:
+            name = f"{one.adapter}: " if len(self.coverage) > 1 or self.slots else ""
+            lines.append(f"coverage {name}{one}")
         lines += [f"check    {row}" for row in _worst(self.checks)]
         lines += [f"control  {row}" for row in self.controls]
         lines += [f"note     {note}" for note in self.notes]

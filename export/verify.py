@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import AdapterWarning
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
-from lora_fx.export.controls import NO_ADAPTERS
+from lora_fx.export.controls import NO_ADAPTER, NO_ADAPTERS
 from lora_fx.export.eager import Tensors, run_eager
 from lora_fx.export.evidence import Evidence, Subject
 from lora_fx.export.report import Check
 from lora_fx.export.runtime import call, open_session
+from lora_fx.export.suspects import suspects
 from lora_fx.export.trial import Trial
 from lora_fx.graphs import targets
+from lora_fx.weight_form import WeightForm
 
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 
@@ -42,10 +44,16 @@ def verify_file(
     Returns:
         All rows, right or wrong.
     """
-    evidence = Evidence()
+    evidence = Evidence(notes=[note for subject in subjects for note in subject.notes])
     expected = [_expected(subject, trial.cases, evidence) for subject in subjects]
     first = trial.cases[0]
-    control = _choose(controls, first, expected[-1][first.label], evidence)
+    known = {id(s.eager): e[first.label] for s, e in zip(subjects, expected, strict=True)}
+    control, base = _choose(controls, first, expected[-1][first.label], known, evidence)
+    evidence.coverage = [
+        replace(subject.coverage, off=_off(wanted[first.label], base))
+        for subject, wanted in zip(subjects, expected, strict=True)
+        if subject.coverage is not None
+    ]
     at_first: list[Any] = []  # in the end, of the last subject, optimised
     for optimise in (False, True):
         session = open_session(path, threads=1, optimise=optimise, frugal=True)
@@ -53,8 +61,11 @@ def verify_file(
             for case in (case for case in trial.cases if case.label in wanted):
                 found = _run(session, subject.adapter, trial, case)
                 row = _Row(subject, case, optimise)
-                evidence.checks += row.compare(trial.outputs, found, wanted[case.label])
+                rows = row.compare(trial.outputs, found, wanted[case.label])
+                evidence.checks += rows
                 at_first = found if case is first else at_first
+                if not all(row.ok for row in rows) and not evidence.suspects:
+                    _suspect(subject, case, found, wanted[case.label], base, evidence)
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
@@ -66,6 +77,8 @@ def verify_file(
 def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> dict[str, Tensors]:
     """Eager's outputs by case; a shape that eager cannot run is noted, the traced one must."""
     outputs = {cases[0].label: run_eager(subject.eager, cases[0])}
+    if subject.once:
+        return outputs
     for case in cases[1:]:
         try:
             outputs[case.label] = run_eager(subject.eager, case)
@@ -78,19 +91,50 @@ def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> di
 
 
 def _choose(
-    candidates: Iterable[Subject], case: Case, expected: Tensors, evidence: Evidence
-) -> tuple[Subject, Tensors] | None:
-    """The first candidate that eager itself can tell from the model, and its outputs."""
+    candidates: Iterable[Subject],
+    case: Case,
+    expected: Tensors,
+    known: Mapping[int, Tensors],
+    evidence: Evidence,
+) -> tuple[tuple[Subject, Tensors] | None, Tensors | None]:
+    """The first candidate that eager itself can tell from the model, and its outputs.
+
+    Returns:
+        That, and the outputs of the base, if it was one of those that were tried.
+    """
+    base = None
     for control in candidates:
-        found = run_eager(control.eager, case)
-        if _differ(found, expected, _precision(control.eager)):
-            return control, found
+        found = known.get(id(control.eager)) or run_eager(control.eager, case)
+        base = found if control.what.startswith(NO_ADAPTER) else base
+        if _differ(found, expected, _precision(control.graph)):
+            return (control, found), base
         if control.what == NO_ADAPTERS:
             message = "the adapters change no output: is that what was meant?"
             warnings.warn(AdapterWarning(message), stacklevel=2)
             evidence.notes.append(message)
     evidence.notes.append("no control: nothing that was tried changes an output")
-    return None
+    return None, base
+
+
+def _off(found: Tensors, base: Tensors | None) -> float | None:
+    """How far outputs are from those of the base, the farthest of them."""
+    if base is None:
+        return None
+    numbers = [(a, b) for a, b in zip(found, base, strict=True) if b.is_floating_point()]
+    return max((compare(a, b).relative for a, b in numbers), default=None)
+
+
+def _suspect(
+    subject: Subject,
+    case: Case,
+    found: list[Any],
+    expected: Tensors,
+    base: Tensors | None,
+    evidence: Evidence,
+) -> None:
+    if isinstance(subject.eager, WeightForm) and subject.coverage is not None:
+        at_case = base if case.label == evidence.checks[0].shape else None
+        evidence.suspects += suspects(subject.eager, case, found, expected, at_case)
 
 
 def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
@@ -109,7 +153,7 @@ class _Row:
 
     def __init__(self, subject: Subject, case: Case, optimise: bool) -> None:
         self._head = (subject.what, case.label, "all" if optimise else "off")
-        self._dtype = _precision(subject.eager)
+        self._dtype = _precision(subject.graph)
 
     def compare(
         self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lora_fx.deferred import Deferred, raw
 from lora_fx.graphs import assemble, assign, attribute, copy_graph, remove, targets
+from lora_fx.injected import settle
 from lora_fx.origin import FOLDED, Origin
 from lora_fx.shells import frozen
 from lora_fx.store import Store
@@ -170,6 +171,7 @@ class Editor:
         self.sweep()
         self._rename()
         self._lint()
+        settle(self._source, self.gm)
         return self.gm
 
     def _lint(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,21 +24,73 @@ def resolved(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> Adapter:
     parameter where the graph has the layer that reads it.
 
     Raises:
-        AdapterError: rows are trained of a table that another layer shares, which the file leaves
-            open.
+        AdapterError: two paths mean one layer, with updates that differ; or rows are trained of a
+            table that another layer shares, which the file leaves open.
     """
-    example = example_of(gm)
-    aliases = example.aliases if example else {}
     updates: dict[str, AnyUpdate] = {}
+    given: dict[str, str] = {}
+    for path, meant in meanings(gm, adapter, groups).items():
+        update = adapter.updates[path]
+        for name in meant:
+            if name in given and not _are_same(update, updates[name]):
+                raise AdapterError(
+                    f"adapter {adapter.name}: {given[name]} and {path} are one layer of the model "
+                    f"({name}), and the two updates differ: leave out the one that is not meant"
+                )
+            given[name], updates[name] = path, update
+    _check_shared_tokens(adapter.name, updates, groups)
+    return replace(adapter, updates=updates, replacements=_replacements(gm, adapter))
+
+
+def meanings(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> dict[str, list[str]]:
+    """What each path of an adapter is called in the graph: itself, where nothing is known of it."""
+    aliases = _aliases(gm)
+    found: dict[str, list[str]] = {}
     matched = {_address(u) for path, u in adapter.updates.items() if path in groups}
     for path, update in adapter.updates.items():
         named = [name for name in (path, *aliases.get(path, ())) if name in groups]
         meant = named or _stored_at(path, update, groups) or _parameter(gm, path, update)
-        if not meant and update.kind == "tokens" and _address(update) in matched:
-            continue  # a table that is never called itself: those who share it have the rows
-        updates |= dict.fromkeys(meant or [path], update)
-    _check_shared_tokens(adapter.name, updates, groups)
-    return replace(adapter, updates=updates)
+        # A table that is never called itself: those who share it have the rows.
+        is_shared = not meant and update.kind == "tokens" and _address(update) in matched
+        found[path] = [] if is_shared else meant or [path]
+    return found
+
+
+def _aliases(gm: fx.GraphModule) -> Mapping[str, Sequence[str]]:
+    example = example_of(gm)
+    return example.aliases if example else {}
+
+
+def _replacements(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The replaced tensors by the names that the graph has for them."""
+    aliases = _aliases(gm)
+    found: dict[str, torch.Tensor] = {}
+    given: dict[str, str] = {}
+    for name, value in adapter.replacements.items():
+        module, dot, leaf = name.rpartition(".")
+        several = (name, *(f"{path}{dot}{leaf}" for path in aliases.get(module, ())))
+        called = [n for n in several if len(several) > 1 and next(readers(gm, n), None) is not None]
+        for known in called or [name]:
+            if known in given and not _are_equal(value, found[known]):
+                raise AdapterError(
+                    f"adapter {adapter.name}: {given[known]} and {name} are one parameter of the "
+                    "model, and the two values differ: leave out the one that is not meant"
+                )
+            given[known], found[known] = name, value
+    return found
+
+
+def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:
+    """Whether two updates, of two names of one module, hold the same numbers."""
+    pairs = zip(one.tensors(), other.tensors(), strict=False)
+    scales = (getattr(one, "scale", None), getattr(other, "scale", None))
+    counts = len(list(one.tensors())), len(list(other.tensors()))
+    same = one.kind == other.kind and counts[0] == counts[1] and scales[0] == scales[1]
+    return one is other or (same and all(_are_equal(a, b) for a, b in pairs))
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
 
 
 def _address(update: AnyUpdate) -> int:

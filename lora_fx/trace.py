@@ -24,6 +24,7 @@ from lora_fx.preserved import preserved, random_kept
 from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.shells import unshared, untouched
 from lora_fx.symbolic import symbolic_graph
+from lora_fx.traced import Traced
 
 _META = "lora_fx.example"
 
@@ -38,6 +39,7 @@ class Example:
         dynamic_shapes: as given to `trace`.
         output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
         aliases: path of a module that has several names -> its other names.
+        model: the module that was traced, as it was then; None once the graph is another's.
     """
 
     args: tuple[Any, ...] = ()
@@ -45,6 +47,7 @@ class Example:
     dynamic_shapes: Any = None
     output_embedding: str | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model: Traced | None = field(default=None, compare=False, repr=False)
 
 
 def trace(
@@ -87,7 +90,9 @@ def trace(
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, check)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
-    example = Example(args, kwargs, dynamic_shapes, _output_embedding(model), _aliases(model))
+    names = _output_embedding(model), _aliases(model)
+    model_then = Traced(model) if isinstance(model, nn.Module) else None
+    example = Example(args, kwargs, dynamic_shapes, *names, model_then)
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
     once = partial(_once, model, example, frontend, check and bool(args or kwargs))
@@ -100,6 +105,13 @@ def example_of(gm: fx.GraphModule) -> Example | None:
     """The example inputs that a graph was traced with, if it remembers any."""
     example = gm.meta.get(_META)
     return example if isinstance(example, Example) else None
+
+
+def forget_model(gm: fx.GraphModule) -> None:
+    """Notes that a graph no longer computes what the module that was traced does."""
+    example = example_of(gm)
+    if example is not None:
+        gm.meta[_META] = replace(example, model=None)
 
 
 def _once(
@@ -180,8 +192,9 @@ def _from_program(program: torch.export.ExportedProgram, check: bool) -> fx.Grap
     by_args, by_kwargs = pytree.tree_unflatten(shapes, spec)
     names = list(inspect.signature(program.module().forward).parameters)
     dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
-    example = Example(tuple(args), dict(kwargs), dynamic if any(shapes) else None)
     module, graph = graph_of(program)
+    shapes_or_none = dynamic if any(shapes) else None
+    example = Example(tuple(args), dict(kwargs), shapes_or_none, model=Traced(module))
     gm = _finish(module, graph, example, training=False)
     if check and (args or kwargs):
         check_faithful(module, gm, (tuple(args), dict(kwargs)))

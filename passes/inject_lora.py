@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.anew import base_weight, make_anew, reads
-from lora_fx.beside import beside, put
+from lora_fx.beside import beside as beside_layer
+from lora_fx.beside import put
+from lora_fx.bound import bind, bind_fresh, standing, weight_name
 from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor
@@ -20,7 +22,7 @@ from lora_fx.fitted import fitted
 from lora_fx.layer_forms import down_as_stored, up_as_stored
 from lora_fx.pass_base import Pass
 from lora_fx.recorded import value_names
-from lora_fx.resolved import resolved
+from lora_fx.resolved import meanings, resolved
 from lora_fx.sites import Site, by_path, readers
 from lora_fx.terms import canonical
 
@@ -68,10 +70,14 @@ class InjectLora(Pass):
 
 def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
+    given, meant = adapter, meanings(editor.gm, adapter, groups)
     adapter = resolved(editor.gm, adapter, groups)
     skipped = check_fit(editor.gm, adapter, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
+    if _replace(editor, {p: t for p, t in adapter.replacements.items() if p not in skipped}):
+        groups = by_path(editor.gm)
+    beside = {path: standing(groups[path]) for path in adapter.updates if path in groups}
     for path, update in adapter.updates.items():
         if path in skipped:
             continue
@@ -81,7 +87,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
-    _replace(editor, {p: t for p, t in adapter.replacements.items() if p not in skipped})
+    bind(editor.gm, given, adapter, meant, groups, beside, skipped)
 
 
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
@@ -97,7 +103,9 @@ def _words(update: AnyUpdate) -> str:
     return f"{update.kind} rank {update.rank}" if isinstance(update, Update) else update.kind
 
 
-def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
+def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> bool:
+    """Puts other tensors in the place of the model's; whether any differed."""
+    changed = False
     for name, value in replacements.items():
         found = list(readers(editor.gm, name))
         old = editor.tensor(found[0][1])
@@ -109,15 +117,24 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
         for reader, source in found:
             editor.rebind(reader, source, node)
         editor.record("replace", name, f"{tuple(value.shape)}")
+        changed = True
+    return changed
 
 
 def _inject_config(editor: Editor, config: LoraConfig) -> None:
     editor.freeze()
     groups = by_path(editor.gm)
     generator = config.make_generator()
+    updates: dict[str, Update] = {}
+    left: dict[str, torch.Tensor] = {}
+    beside = {}
     for path in fresh_targets(editor.gm, config, groups):
-        update = _fresh(editor, config, groups[path], generator)
         first = groups[path][0]
+        beside[path] = standing(groups[path])
+        updates[path], residual = _fresh(editor, config, groups[path], generator)
+        update = updates[path]
+        if residual is not None:
+            left[weight_name(first)] = residual
         names = parameter_names(path, config.name, first.bare)
         down = nn.Parameter(down_as_stored(first, update.down))
         up = nn.Parameter(up_as_stored(first, update.up))
@@ -127,14 +144,15 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
         }
         for site in groups[path]:
             x = _dropped(editor, site, config)
-            beside(editor, site, nodes, x, update.scale, update.groups)
+            beside_layer(editor, site, nodes, x, update.scale, update.groups)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
+    bind_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 
 
 def _fresh(
     editor: Editor, config: LoraConfig, calls: Sequence[Site], generator: torch.Generator | None
-) -> Update:
-    """New factors for a layer; what PiSSA and OLoRA take out of its weight is taken out."""
+) -> tuple[Update, torch.Tensor | None]:
+    """New factors for a layer; what PiSSA and OLoRA leave of its weight takes its place."""
     site = calls[0]
     update, residual = config.fresh(
         site.path,
@@ -146,12 +164,12 @@ def _fresh(
         site.groups,
     )
     if residual is not None:
-        stored = residual.t().contiguous() if site.transposed else residual
-        left = nn.Parameter(stored, requires_grad=False)
+        residual = residual.t().contiguous() if site.transposed else residual
+        left = nn.Parameter(residual, requires_grad=False)
         for reader, source in dict.fromkeys(map(reads, calls)):
             node = editor.constant(str(site.weight.target), left, before=reader)
             editor.rebind(reader, source, node)
-    return update
+    return update, residual
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:

@@ -8,8 +8,11 @@ from torch import fx
 
 from lora_fx.branches import Branch, branches
 from lora_fx.editor import Editor
+from lora_fx.graphs import targets
+from lora_fx.injected import stripped
 from lora_fx.pass_base import Pass
 from lora_fx.recorded import made_anew
+from lora_fx.trace import forget_model
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class StripLora(Pass):
 
     def rewrite(self, editor: Editor) -> None:
         """Makes readers read what was there before: sums, layers' inputs, and weights."""
+        before = targets(editor.gm.graph).keys()
         # Last first: what a later branch is added to may be an earlier branch.
         for branch in reversed(branches(editor.gm)):
             if self.name in (None, branch.name):
@@ -35,6 +39,9 @@ class StripLora(Pass):
             if self.name in (None, adapter):
                 editor.replace(made, source)
                 editor.record("strip", str(source.target), f"adapter {adapter}")
+        editor.sweep()
+        if not stripped(editor.gm, before - targets(editor.gm.graph).keys()):
+            forget_model(editor.gm)  # it holds what was stripped, and no record says so
 
 
 def _strip(editor: Editor, branch: Branch) -> None:

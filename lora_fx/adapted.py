@@ -1,0 +1,180 @@
+"""W', computed when its module reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.adapter import AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.deferred import Deferred
+from lora_fx.fitted import fitted
+from lora_fx.injected import Injected
+from lora_fx.layer import Layer
+from lora_fx.places import NoWeightFormError, Place
+from lora_fx.traced import read
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One update of one weight.
+
+    Attributes:
+        owner: the adapter that it is of.
+        path: as the adapter has it.
+        update: as the adapter has it.
+        place: where it acts.
+        summed: whether it is added to what the others make of the same base; otherwise their
+            result is its base, because they were folded before.
+    """
+
+    owner: Injected
+    path: str
+    update: AnyUpdate
+    place: Place
+    summed: bool
+
+    def weight(self, stored: torch.Tensor) -> torch.Tensor:
+        """W' of W, both as the module stores them."""
+        layer = self.place.layer
+        if layer is None:
+            return self.update.weight(stored)
+        update = fitted(self.path, self.update, layer)
+        if self.is_whole:
+            update = _whole_update(update, layer.groups)
+        if not layer.transposed:
+            return update.weight(stored)
+        return update.weight(stored.t()).t()
+
+    def bias(self, own: torch.Tensor) -> torch.Tensor:
+        """b' of b."""
+        if isinstance(self.update, Scaling):
+            return own if self.update.row is None else own * self.update.row
+        shift = self.update.bias
+        scale = self.update.scale if isinstance(self.update, Update) else 1.0
+        return own if shift is None else own + scale * shift
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
+        layer = self.place.layer
+        if layer is None or layer.groups == 1 or isinstance(self.update, WeightUpdate):
+            return False
+        return self.update.shape[1] == layer.shape[1]
+
+
+class Weight(Deferred):
+    """A parameter that is W' for those who read it, computed anew and never kept.
+
+    Attributes:
+        steps: the updates, in order.
+        called: whether the module read it in its own call.
+        lent: whether somebody else read it.
+        apart: whether each of the two sees the updates that mean it, or both see all.
+    """
+
+    def __init__(self, base: torch.Tensor | Deferred) -> None:
+        super().__init__(tuple(base.shape), base.dtype, self._made, ("weight form", id(self)))
+        self.steps: list[Step] = []
+        self.called = self.lent = self.apart = False
+        self._base = base
+        self._depth = 0
+
+    def add(self, step: Step) -> None:
+        """Takes another update.
+
+        Raises:
+            NoWeightFormError: of a grouped convolution, one mixes the groups and another does not.
+        """
+        self.steps.append(step)
+        if len({step.is_whole for step in self.steps}) > 1:
+            raise NoWeightFormError(f"updates of two kinds at {step.place.leaf}, a grouped weight")
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether any input could tell W' from W."""
+        return any(step.update.has_effect() for step in self.steps)
+
+    def keep(self) -> nn.Parameter:
+        """W', which goes when its reader is done with it."""
+        self.called |= self._depth > 0
+        self.lent |= self._depth == 0
+        return nn.Parameter(self._made(), requires_grad=False)
+
+    def compute(self) -> torch.Tensor:
+        """W', for who asks without being the model."""
+        return self._made()
+
+    def watch(self, module: nn.Module) -> None:
+        """Tells the module's own reads from those of others, for the time of a run."""
+        self._depth = 0
+        if any(step.is_whole for step in self.steps):
+            module.__dict__["groups"] = 1
+        module.register_forward_pre_hook(self._entered)
+        module.register_forward_hook(self._left)
+
+    def _entered(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _left(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def _made(self) -> torch.Tensor:
+        steps, base = self.steps, read(self._base)
+        if self.apart:
+            steps = [step for step in steps if step.place.inside == (self._depth > 0)]
+        layer = steps[0].place.layer if steps else None
+        if layer is not None and steps[0].is_whole:
+            base = ungrouped(base, layer.groups)
+        return composed(base, steps, Step.weight).to(self.dtype)
+
+
+def composed(
+    base: torch.Tensor, steps: Sequence[Step], act: Callable[[Step, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """All updates: those that stand beside each other are summed, a later one acts on the sum."""
+    start = total = base
+    for step in steps:
+        if not step.summed:
+            start = total
+        made = act(step, start)
+        total = made if total is start else total + (made - start)
+    return total
+
+
+def shifted(own: torch.Tensor | Deferred | None, steps: Sequence[Step]) -> torch.Tensor | None:
+    """The bias after all updates; None if there is none before and after."""
+    if own is not None:
+        bias = read(own)
+        wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+        return composed(wide, steps, Step.bias).to(bias.dtype)
+    added = [s for s in steps if not isinstance(s.update, Scaling) and s.update.bias is not None]
+    if not added:
+        return None
+    shift = added[0].update.bias  # type: ignore[union-attr]
+    assert shift is not None
+    return composed(torch.zeros_like(shift), added, Step.bias)
+
+
+def ungrouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """The weight of the convolution without groups that computes the same."""
+    out, into, *kernel = weight.shape
+    whole = weight.new_zeros(out, into * groups, *kernel)
+    for rows, columns, place in zip(
+        whole.chunk(groups), [into] * groups, range(groups), strict=True
+    ):
+        rows[:, place * columns : (place + 1) * columns] = weight.chunk(groups)[place]
+    return whole
+
+
+def _whole_update(update: AnyUpdate, groups: int) -> AnyUpdate:
+    """The same update with an up-projection that is not grouped."""
+    if not isinstance(update, Update) or update.groups == 1:
+        return update
+    return replace(update, up=ungrouped(update.up, groups))
+
+
+__all__ = ["Layer", "Step", "Weight", "composed", "shifted", "ungrouped"]

@@ -1,0 +1,129 @@
+"""Notes what was injected, and holds that each update was used, once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.branches import branches_of, parameter_names
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.injected import Bound, Injected, injected, remember, value_part
+from lora_fx.layer import Layer
+from lora_fx.recorded import adapter_of, value_names
+from lora_fx.sites import Site
+
+Groups = Mapping[str, Sequence[Site]]
+Beside = Mapping[str, frozenset[str]]
+
+
+def standing(calls: Sequence[Site]) -> frozenset[str]:
+    """Names of the adapters that stand at a layer."""
+    first = calls[0]
+    names = {branch.name for branch in branches_of(first)} | {adapter_of(first.operand)}
+    return frozenset(names - {""})
+
+
+def weight_name(site: Site) -> str:
+    """What the weight of a layer is called by the layer's own path."""
+    leaf = str(site.weight.target).rpartition(".")[2]
+    return site.path if site.bare else f"{site.path}.{leaf}"
+
+
+def bind(
+    gm: fx.GraphModule,
+    given: Adapter,
+    adapter: Adapter,
+    meant: Mapping[str, Sequence[str]],
+    groups: Groups,
+    beside: Beside,
+    skipped: Collection[str],
+) -> None:
+    """Makes a graph remember an adapter that has just been put into it.
+
+    Args:
+        gm: the graph.
+        given: the adapter as it was given.
+        adapter: the same by the graph's paths.
+        meant: path of ``given`` -> the graph's paths.
+        groups: the layers, by the graph's paths.
+        beside: which adapters stood there already, by the graph's paths.
+        skipped: what was left out, by the graph's paths.
+
+    Raises:
+        AdapterError: an update has not come into the graph.
+    """
+    bound = {
+        path: tuple(
+            _bound(gm, adapter.name, name, adapter.updates[name], groups, beside)
+            for name in names
+            if name not in skipped
+        )
+        for path, names in meant.items()
+        if not names or set(names) - set(skipped)
+    }
+    lost = [
+        path
+        for path, several in bound.items()
+        if any(any(True for _ in given.updates[path].tensors()) and not b.names for b in several)
+    ]
+    if lost:
+        raise AdapterError(
+            f"adapter {given.name}: the updates of {shorten(lost)} have not come into the graph; "
+            "please report the model"
+        )
+    kept = {path: given.updates[path] for path in bound}
+    replaced = {n: t for n, t in given.replacements.items() if n not in skipped}
+    known = replace(given, updates=kept, replacements=replaced)
+    record = Injected(known, tensors_of(given), False, bound)
+    remember(gm, [*injected(gm), record])
+
+
+def bind_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
+    """Makes a graph remember an adapter that trains, whose values are the graph's alone."""
+    bound = {
+        path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[union-attr]
+        for path, update in adapter.updates.items()
+    }
+    remember(gm, [*injected(gm), Injected(adapter, tensors_of(adapter), True, bound)])
+
+
+def tensors_of(adapter: Adapter) -> int:
+    """How many tensors an adapter holds, one that several updates share once."""
+    held = (t for update in adapter.updates.values() for t in held_by(update))
+    return len({id(tensor) for tensor in (*held, *adapter.replacements.values())})
+
+
+def held_by(update: AnyUpdate) -> list[object]:
+    """The tensors of an update as its file has them."""
+    stored = list(update.stored.tensors.values()) if update.stored else []
+    return [*stored] or [*update.tensors()]
+
+
+def _bound(
+    gm: fx.GraphModule,
+    adapter: str,
+    path: str,
+    update: AnyUpdate,
+    groups: Groups,
+    beside: Beside,
+    scale: float = 1.0,
+) -> Bound:
+    site = groups[path][0] if path in groups else None
+    bare = site is None or site.bare
+    parts = parameter_names(path, adapter, bare)._asdict()
+    # A dense update of a grouped convolution is one value, however many tensors it was given as.
+    count = len(update.values) if isinstance(update, WeightUpdate) else 1
+    values = value_names(path, adapter, count, bare)
+    names = {**parts, **{value_part(place): name for place, name in enumerate(values)}}
+    layer = None if site is None else _plain(site)
+    return Bound.of(gm, layer, names, scale, beside.get(path, frozenset()))
+
+
+def _plain(site: Site) -> Layer:
+    """The layer without the nodes of a graph."""
+    return Layer(
+        path=site.path, kind=site.kind, shape=site.shape, dtype=site.dtype, groups=site.groups
+    )

@@ -1,0 +1,196 @@
+"""What was injected into a graph, as it was given: what the graph must then compute.
+
+The graph itself says what it computes. This says what was meant, so that a branch which gets lost
+on the way is missed. It rides along in ``gm.meta``; a pickle drops it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.deferred import raw
+from lora_fx.errors import VerificationError, shorten
+from lora_fx.fitted import dense
+from lora_fx.graphs import targets
+from lora_fx.layer import Layer
+from lora_fx.terms import Terms, update_of
+
+_META = "lora_fx.injected"
+_VALUE = "value"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What one update became at one layer of a graph.
+
+    Attributes:
+        layer: the layer, or None for a parameter that no layer alone reads.
+        names: part (a field of `Terms`, or ``value 0`` and so on) -> name of the constant.
+        prints: a checksum of each.
+        scale: the factor of the low-rank part that is not folded in.
+        beside: names of adapters that stood at the layer: what was folded before is its base.
+    """
+
+    layer: Layer | None
+    names: Mapping[str, str]
+    prints: Mapping[str, int]
+    scale: float
+    beside: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, layer: Layer | None, names: Mapping[str, str], scale: float,
+        beside: Iterable[str],
+    ) -> Bound:  # fmt: skip
+        """What has just been put into a graph, under those of the names that are there."""
+        held = {part: value for part, name in names.items() if (value := _held(gm, name)) is not None}
+        prints = {part: _print(value) for part, value in held.items()}
+        return cls(layer, {p: names[p] for p in held}, prints, scale, frozenset(beside))
+
+    def now(self, gm: fx.GraphModule, update: AnyUpdate) -> AnyUpdate | None:
+        """The update with the values that the graph has now; None if it has them no more."""
+        found = {part: _held(gm, name) for part, name in self.names.items()}
+        held = {part: value for part, value in found.items() if value is not None}
+        if len(held) < len(found):
+            return None
+        if all(_print(value) == self.prints[part] for part, value in held.items()):
+            return update
+        held = {part: value.detach().clone() for part, value in held.items()}
+        if isinstance(update, Update) and value_part(0) in held:
+            update = dense(update)
+        if isinstance(update, WeightUpdate):
+            values = tuple(held[value_part(place)] for place in range(len(update.values)))
+            bias = held["bias"].flatten() if "bias" in held else None
+            return replace(update, values=values, bias=bias, stored=None)
+        assert self.layer is not None
+        return update_of(Terms(**held), self.layer, self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Injected:
+    """One adapter in a graph.
+
+    Attributes:
+        adapter: what was injected, by the paths that it was given with.
+        tensors: how many tensors it held when it was given, those left out included.
+        fresh: whether it came of a config, so that its values are the graph's alone.
+        bound: path -> what its update became, at each layer that the path means.
+        lost: paths whose branches trained, and were gone when a pass first looked.
+    """
+
+    adapter: Adapter
+    tensors: int
+    fresh: bool
+    bound: Mapping[str, tuple[Bound, ...]]
+    lost: tuple[str, ...] = ()
+
+    def now(self, gm: fx.GraphModule) -> Adapter:
+        """The adapter with the values that it has now, if it was trained.
+
+        Raises:
+            VerificationError: a branch that trained is no longer in the graph.
+        """
+        pinned = self.pinned(gm)
+        lost = pinned.lost if self.fresh else self.lost
+        if lost:
+            raise VerificationError(
+                f"adapter {self.adapter.name}: its branches at {shorten(list(lost))} are no longer "
+                "in the graph: a pass has lost them; strip an adapter with passes.StripLora"
+            )
+        return pinned.adapter
+
+    def pinned(self, gm: fx.GraphModule) -> Injected:
+        """The same with the values that the graph has now, for when it has them no more."""
+        updates, lost = {}, list(self.lost)
+        for path, update in self.adapter.updates.items():
+            present = [bound.now(gm, update) for bound in self.bound.get(path, ())]
+            found = [value for value in present if value is not None]
+            lost += [path] if self.fresh and not found else []
+            changed = [value for value in found if value is not update]
+            updates[path] = changed[0] if changed else update
+        adapter = replace(self.adapter, updates=updates)
+        return replace(self, adapter=adapter, fresh=False, lost=tuple(dict.fromkeys(lost)))
+
+
+class Records(tuple[Injected, ...]):
+    """All that was injected into a graph, in order."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Records:
+        """A copy of a graph is of the same adapters."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled graph remembers none."""
+        return Records, ()
+
+
+def injected(gm: fx.GraphModule) -> Records:
+    """What a graph remembers."""
+    records = gm.meta.get(_META)
+    return records if isinstance(records, Records) else Records()
+
+
+def remember(gm: fx.GraphModule, records: Sequence[Injected]) -> None:
+    """Makes a graph remember these."""
+    gm.meta[_META] = Records(records)
+
+
+def value_part(place: int) -> str:
+    """What the n-th value of a weight that is made anew is called among the parts."""
+    return f"{_VALUE} {place}"
+
+
+def settle(source: fx.GraphModule, gm: fx.GraphModule) -> None:
+    """Keeps the values of what a pass has folded away, as they were then."""
+    records = injected(gm)
+    if not records:
+        return
+    gone = targets(source.graph).keys() - targets(gm.graph).keys()
+    remember(gm, [r.pinned(source) if _names(r) & gone else r for r in records])
+
+
+def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:
+    """Forgets what a pass has taken out on purpose; what an adapter replaced stays.
+
+    Returns:
+        Whether all of the constants that went were of adapters that the graph remembers.
+    """
+    known: set[str] = set().union(*map(_names, injected(gm)))
+    left = (_without(record, gone) for record in injected(gm))
+    remember(gm, [r for r in left if r.adapter.updates or r.adapter.replacements])
+    return gone <= known
+
+
+def _without(record: Injected, gone: set[str]) -> Injected:
+    bound = {
+        path: tuple(b for b in several if gone.isdisjoint(b.names.values()))
+        for path, several in record.bound.items()
+    }
+    # A path that is bound nowhere is a table that is never called: the others have its rows.
+    updates = {p: u for p, u in record.adapter.updates.items() if bound[p] or not record.bound[p]}
+    return replace(record, adapter=replace(record.adapter, updates=updates), bound=bound)
+
+
+def _names(record: Injected) -> set[str]:
+    return {name for several in record.bound.values() for b in several for name in b.names.values()}
+
+
+def _held(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
+    try:
+        value = raw(gm, name)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _print(value: torch.Tensor) -> int:
+    """A checksum of the bytes: ``p.data`` can be written to without a trace on ``p``."""
+    held = value.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(held.view(torch.uint8).numpy())

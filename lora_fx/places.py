@@ -1,0 +1,126 @@
+"""Where an update acts in a tree of modules: found by path and class, never through a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lora_fx.layer import Layer
+from lora_fx.layer_class import NORM, layer_class
+from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.stored import is_embedding
+from lora_fx.traced import Traced
+
+
+class NoWeightFormError(Exception):
+    """The tree does not say which weight an update means; the text says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One parameter of one module.
+
+    Attributes:
+        module: the object itself, whatever its names.
+        leaf: name of the parameter.
+        layer: what reads it, or None: it is taken as it is stored.
+        inside: the module was named, and not its parameter: what others read of it is not meant,
+            if it is called as well.
+    """
+
+    module: nn.Module
+    leaf: str
+    layer: Layer | None
+    inside: bool
+
+    @property
+    def bias(self) -> str | None:
+        """Name of the bias beside it, whether or not there is one."""
+        return self.leaf.replace("weight", "bias") if self.leaf.endswith("weight") else None
+
+
+def place_of(traced: Traced, path: str, update: AnyUpdate, hint: Layer | None) -> Place:
+    """The place that a path means.
+
+    Args:
+        traced: the tree.
+        path: of a module, or of a parameter.
+        update: tells by its shape which way round a hand-written layer stores its weight.
+        hint: how the layer was called; asked where the weight is square and no class tells.
+
+    Raises:
+        NoWeightFormError: nothing is there, or more than one thing.
+    """
+    module = traced.modules.get(path)
+    if module is not None:
+        leaf = _leaf(traced, path, module, update)
+        return Place(module, leaf, _layer(traced, path, module, leaf, update, hint), inside=True)
+    owner, _, leaf = path.rpartition(".")
+    module = traced.modules.get(owner)
+    if module is None or traced.parameters(module).get(leaf) is None:
+        raise NoWeightFormError(f"the model has no module or parameter {path}")
+    return Place(module, leaf, _layer(traced, path, module, leaf, update, hint), inside=False)
+
+
+def _leaf(traced: Traced, path: str, module: nn.Module, update: AnyUpdate) -> str:
+    """The parameter that is meant by its module's name."""
+    held = traced.parameters(module)
+    matrices = [name for name, p in held.items() if p is not None and len(p.shape) > 1]
+    for usual in ("weight", "in_proj_weight"):
+        if usual in matrices:
+            return usual
+    if len(matrices) > 1:
+        sizes = sorted(size or 0 for size in update.shape)
+        matrices = [name for name in matrices if sorted(held[name].shape) == sizes]
+    if len(matrices) != 1:
+        raise NoWeightFormError(f"which parameter of {path} is meant is not told by its class")
+    return matrices[0]
+
+
+def _layer(
+    traced: Traced, path: str, module: nn.Module, leaf: str, update: AnyUpdate, hint: Layer | None
+) -> Layer | None:
+    held = traced.parameters(module)[leaf]
+    known = layer_class(module) if leaf == "weight" else None
+    if known is not None and known.kind != NORM:
+        out, into, *kernel = known.shape
+        shape = (out, into * known.groups, *kernel)
+        return Layer(
+            path=path, kind=known.kind, shape=shape, dtype=held.dtype, groups=known.groups
+        )
+    stored = tuple(held.shape)
+    if isinstance(update, WeightUpdate) and (len(stored) != 2 or _fits(update.shape, stored)):
+        return None
+    layer = Layer(path=path, kind="linear", shape=stored, dtype=held.dtype)
+    if len(stored) > 2:
+        return replace(layer, kind=f"conv{len(stored) - 2}d")
+    turned = not _fits(update.shape, stored)
+    if stored[0] == stored[1] and hint is not None:
+        turned = hint.transposed
+    if not turned:
+        return layer
+    kind = "embedding" if is_embedding(update.stored) else "linear_transposed"
+    return replace(layer, kind=kind, shape=stored[::-1])
+
+
+def _fits(found: tuple[int | None, ...], wanted: tuple[int, ...]) -> bool:
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(size in (None, axis) for size, axis in pairs)
+
+
+def replaced(traced: Traced, name: str) -> tuple[nn.Module, str, Mapping[str, Any]]:
+    """The module that holds a parameter or buffer of a name, its own name, and what it is among.
+
+    Raises:
+        NoWeightFormError: the tree holds none of this name.
+    """
+    owner, _, leaf = name.rpartition(".")
+    module = traced.modules.get(owner)
+    if module is not None:
+        for store in (traced.parameters(module), traced.buffers(module)):
+            if store.get(leaf) is not None:
+                return module, leaf, store
+    raise NoWeightFormError(f"the model has no parameter {name}")

@@ -1,0 +1,102 @@
+"""The module that a graph was traced from, kept to be run again as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.deferred import Deferred, Parameters
+
+# The dictionaries of every module: parameters, buffers, children, hooks.
+_STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+
+
+class Traced:
+    """A module with its tree as it was: the objects themselves, no copy of a tensor.
+
+    What is done to the tree afterwards (PEFT wraps layers in place) does not concern the graph,
+    so what every module held is kept beside it. Hooks, patched calls and references between
+    modules are the module's own, because it is run itself, and put back as it was found.
+    A copy of a graph shares this, and a pickle drops it.
+
+    Attributes:
+        modules: dotted path -> module; one with several names is there under each.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        while isinstance(inner := root._modules.get("_orig_mod"), nn.Module):
+            root = inner  # torch.compile's wrapper, which the paths of layers leave out
+        self._root = root
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self._then = {
+            module: (type(module), _copied(module.__dict__)) for module in root.modules()
+        }
+
+    def parameters(self, module: nn.Module) -> Mapping[str, Any]:
+        """What a module held by name: tensors, promises of tensors, or None."""
+        held = self._then[module][1].get("_parameters", {})
+        if not isinstance(held, Parameters):
+            return dict(held)
+        return {name: held.promised(name) for name in held}
+
+    def buffers(self, module: nn.Module) -> Mapping[str, Any]:
+        """The buffers of a module by name."""
+        return dict(self._then[module][1].get("_buffers", {}))
+
+    @contextmanager
+    def running(self) -> Iterator[nn.Module]:
+        """The module as it was, in eval mode: whatever is set on it meanwhile is put back."""
+        now = {module: (type(module), dict(module.__dict__)) for module in self._then}
+        inner = [v for _, held in now.values() for k, v in held.items() if k not in _STORES]
+        containers = [(v, v.copy()) for v in inner if isinstance(v, list | dict | set)]
+        copies: dict[int, torch.Tensor] = {}
+        try:
+            for module, (cls, then) in self._then.items():
+                _become(module, cls, _copied(then))
+                module.training = False
+                buffers = module.__dict__.get("_buffers", {})
+                buffers.update({name: _clone(b, copies) for name, b in buffers.items()})
+            yield self._root
+        finally:
+            for module, (cls, held) in now.items():
+                _become(module, cls, held)
+            for value, copy in containers:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        """A copy of a graph is of the same module."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled graph remembers no module."""
+        return type(None), ()
+
+
+def read(value: torch.Tensor | Deferred) -> torch.Tensor:
+    """A tensor, computed if it is still a promise, and then not kept."""
+    return value.compute().detach() if isinstance(value, Deferred) else value.detach()
+
+
+def _copied(held: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() if name in _STORES else value for name, value in held.items()}
+
+
+def _become(module: nn.Module, cls: type, held: Mapping[str, Any]) -> None:
+    if type(module) is not cls:
+        module.__class__ = cls
+    module.__dict__.clear()
+    module.__dict__.update(held)
+
+
+def _clone(buffer: torch.Tensor | None, copies: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    """One copy for all names of a buffer: a call may write into it."""
+    if buffer is None:
+        return None
+    if id(buffer) not in copies:
+        copies[id(buffer)] = buffer.clone()
+    return copies[id(buffer)]
