@@ -79,6 +79,8 @@ class _Rewrite:
         self._sweep()
         if not visible:
             self.write.graph.erase_node(self.write)
+        for view in reversed([*path[1:], *later]):
+            _sweep_view(view)
         return None
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -173,6 +175,15 @@ class _Rewrite:
                 node.graph.erase_node(node)
 
 
+def _sweep_view(view: fx.Node | None) -> None:
+    """Erases a view that nobody reads any more."""
+    while view is not None and not view._erased and not view.users:
+        source = viewed(view)
+        if source is not None:
+            view.graph.erase_node(view)
+        view = source
+
+
 def _fits(root: fx.Node, whole: fx.Node) -> bool:
     """Whether a value lies in memory as the old one does: views of it are taken for granted."""
     old, new = root.meta.get("val"), whole.meta.get("val")
@@ -206,7 +217,7 @@ def _is_seen(write: fx.Node) -> bool:
 
 
 def _look_again(graph: fx.Graph) -> None:
-    """Finds anew what each call gives: a program that was loaded does not say what shares memory."""
+    """Finds anew what calls give: a program from a file does not say what shares memory."""
     for node in graph.nodes:
         known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         if node.op == "call_function" and known:

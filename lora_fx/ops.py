@@ -94,7 +94,8 @@ def mutates(node: fx.Node) -> bool:
 def in_place(node: fx.Node) -> bool:
     """Whether a function is told to write into what it reads: ``F.relu(x, inplace=True)``."""
     place = inplace_place(node.target) if node.op == "call_function" else None
-    return bool(node.kwargs.get("inplace") or (place is not None and node.args[place : place + 1] == (True,)))
+    by_place = place is not None and node.args[place : place + 1] == (True,)
+    return bool(node.kwargs.get("inplace")) or by_place
 
 
 @cache
@@ -114,7 +115,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
             found += node.args[3:5]
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
         found = list(node.args) if _block_writes(node) else []
-    elif op_name(node) in ("embedding", "embedding_bag") and node.kwargs.get("max_norm") is not None:
+    elif "embedding" in op_name(node) and node.kwargs.get("max_norm") is not None:
         found = [call_argument(node, 1, "weight")]  # renormalised in place
     elif not mutates(node):
         return []

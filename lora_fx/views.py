@@ -186,7 +186,10 @@ def _dim(pieces: fx.Node, place: int) -> int:
 
 _NARROW = ("dim", "start", "length")
 # Operators that give several views.
-PIECES = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
+PIECES = {
+    *("split", "split_with_sizes", "chunk", "unbind", "tensor_split"),
+    *("unsafe_split", "unsafe_chunk"),
+}
 # What returns a view only if it can, or nothing but what it was given.
 _PERHAPS = {
     *("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as", "dropout"),
