@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -61,18 +60,8 @@ def call_argument(node: fx.Node, index: int, name: str, default: Any = None) -> 
 
 
 _IN_PLACE = {
-    operator.setitem,
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.imatmul,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-    operator.iand,
-    operator.ior,
-    operator.ixor,
+    *("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor"),
 }
 
 
@@ -87,7 +76,8 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if node.op == "call_function":
-        return node.target in _IN_PLACE or _is_in_place_name(function_name(node.target))
+        name = function_name(node.target)
+        return name in _IN_PLACE or _is_in_place_name(name)
     return node.op == "call_method" and _is_in_place_name(str(node.target))
 
 

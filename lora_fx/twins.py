@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.affine.layout import same_sizes
-from lora_fx.ops import aten, call_argument, function_name, in_place, inplace_place
+from lora_fx.ops import aten, function_name, in_place, inplace_place
 from lora_fx.views import Call, assigned, viewed
 
 Overload = torch._ops.OpOverload
 _BY_OPERATOR = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
+    "iadd": operator.add,
+    "isub": operator.sub,
+    "imul": operator.mul,
+    "itruediv": operator.truediv,
 }
 
 
@@ -111,8 +111,8 @@ def _of_python(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:
 
 
 def _counterpart(write: fx.Node) -> Any:
-    if write.target in _BY_OPERATOR:
-        return _BY_OPERATOR[write.target]
+    if write.op == "call_function" and function_name(write.target) in _BY_OPERATOR:
+        return _BY_OPERATOR[function_name(write.target)]
     name = str(write.target) if write.op == "call_method" else function_name(write.target)
     name = name.removesuffix("_")
     if name == "copy":
@@ -134,8 +134,11 @@ def _is_tensor(node: fx.Node) -> bool:
     if (source := viewed(node)) is not None:
         return _is_tensor(source)
     name = str(node.target) if node.op == "call_method" else function_name(node.target)
-    first = call_argument(node, 0, "input")
-    arithmetic = name in ("add", "sub", "mul", "truediv", "neg", "type_as")
-    if arithmetic and node.op == "call_function" and isinstance(first, fx.Node):
-        return _is_tensor(first)
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    if getattr(node.target, "__module__", "") == "_operator":  # of numbers too
+        return any(map(_is_tensor, node.all_input_nodes))
+    return _gives_tensor(name.removesuffix("_"))
+
+
+def _gives_tensor(name: str) -> bool:
+    returns = [o._schema.returns for o in _overloads(getattr(aten, name, None))]
+    return bool(returns) and all([str(r.type) for r in rs] == ["Tensor"] for rs in returns)
