@@ -50,7 +50,8 @@ class ExportReport:
 
     Attributes:
         path: the model file.
-        mode: ``"constant"`` or ``"input"``, as asked for.
+        mode: ``"merged"``, ``"unmerged"`` (some of an adapter is computed beside its layer) or
+            ``"swappable"``.
         files: name -> size in bytes of each file written.
         opset: version of the ONNX operator set.
         seconds: stage -> wall time.
@@ -92,7 +93,7 @@ class ExportReport:
     def __str__(self) -> str:
         """A short table: files, the worst check of each kind, controls, notes."""
         sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
-        lines = [f"{self.path}  adapters={self.mode}  opset {self.opset}  {sizes}"]
+        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
         if self.slots:
             lines.append(f"slots {len(self.slots)}")
         lines += [f"check    {row}" for row in _worst(self.checks)]

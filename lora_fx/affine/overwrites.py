@@ -38,10 +38,12 @@ def index_put(analysis: Analysis, node: fx.Node) -> Value:
     dims = [dim for dim, index in enumerate(given) if index is not None]
     if len(dims) != 1:
         return Opaque("an assignment to something else than whole features")
-    dim = dims[0] - len(sizes)
-    found = _overwritten(
-        analysis, node, into, values, dim, lambda size: constant_index(analysis, given[dims[0]], size)
-    )
+    index = given[dims[0]]
+
+    def places(size: int) -> Index | None:
+        return constant_index(analysis, index, size)
+
+    found = _overwritten(analysis, node, into, values, dims[0] - len(sizes), places)
     return found or Opaque("an assignment to something else than whole features")
 
 

@@ -59,7 +59,8 @@ def region_between(
             continue
         before, behind = way_in(layer, source, analysis), way_out(layer, value, nodes, analysis)
         if before is None or behind is None:
-            reason = f"no reshape of the graph brings what {layer.name} reads or gives to the others"
+            reason = f"no reshape of the graph brings what {layer.name} reads or gives to the "
+            reason += "others"
             continue
         place = _place(before, behind, value.node, analysis)
         if place is not None:
