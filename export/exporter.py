@@ -23,6 +23,7 @@ from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.steady import refuse_unsteady
 from lora_fx.export.trial import Trial, trial_of
+from lora_fx.unmerged import is_unmerged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 
@@ -100,7 +101,7 @@ def to_onnx(
         files = {file.name: file.stat().st_size for file in sorted(draft.parent.iterdir())}
     return ExportReport(
         path=str(target),
-        mode=adapters,
+        mode=_mode(gm, adapters),
         files=files,
         opset=model.opset_imports[""],
         seconds=clock.seconds,
@@ -112,6 +113,12 @@ def to_onnx(
         slots=[slot.path for slot in plan.slots],
         coverage=evidence.coverage,
     )
+
+
+def _mode(gm: fx.GraphModule, adapters: str) -> str:
+    if adapters == "input":
+        return "swappable"
+    return "unmerged" if is_unmerged(gm) else "merged"
 
 
 def _translated(

@@ -58,7 +58,7 @@ def verify_onnx(
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode="input" if slots else "constant",
+        mode=_mode(path, slots),
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
         seconds=clock.seconds,
@@ -70,6 +70,14 @@ def verify_onnx(
         slots=slots,
         coverage=evidence.coverage,
     )
+
+
+def _mode(path: Path, slots: list[str]) -> str:
+    """What a file is, told by the names of what it holds."""
+    if slots:
+        return "swappable"
+    names = (tensor.name for tensor in load_proto(path).graph.initializer)
+    return "unmerged" if any(".lora_" in name for name in names) else "merged"
 
 
 def _check_names(path: Path, what: str, of_file: list[str], of_model: list[str]) -> None:

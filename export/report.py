@@ -74,7 +74,8 @@ class ExportReport:
 
     Attributes:
         path: the model file.
-        mode: ``"constant"`` or ``"input"``, as asked for.
+        mode: ``"merged"``, ``"unmerged"`` (some of an adapter is computed beside its layer) or
+            ``"swappable"``.
         files: name -> size in bytes of each file written.
         opset: version of the ONNX operator set.
         seconds: stage -> wall time.
@@ -118,7 +119,7 @@ class ExportReport:
     def __str__(self) -> str:
         """A short table: files, the worst check of each kind, controls, notes."""
         sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
-        lines = [f"{self.path}  adapters={self.mode}  opset {self.opset}  {sizes}"]
+        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
         if self.slots:
             lines.append(f"slots {len(self.slots)}")
         for one in self.coverage:

@@ -19,7 +19,7 @@ from lora_fx.export.inputs import Inputs
 from lora_fx.export.lifting import lifted
 from lora_fx.export.lowering import inline_grad_modes
 from lora_fx.graphs import attribute, copy_graph
-from lora_fx.ops import GUARDS, written_argument
+from lora_fx.ops import GUARDS, written_arguments
 from lora_fx.trace import example_of
 
 
@@ -61,7 +61,7 @@ def _is_plain(node: fx.Node) -> bool:
         return isinstance(node.meta.get("val"), torch.Tensor | int | float | str | None)
     if node.op == "call_function":
         known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        return known and written_argument(node) is None
+        return known and not written_arguments(node)
     return node.op in ("get_attr", "output")
 
 

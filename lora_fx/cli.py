@@ -15,6 +15,7 @@ from lora_fx.options import (
     Adapters,
     Against,
     AllowPickle,
+    AllowUnmerged,
     Alpha,
     AsJson,
     Base,
@@ -51,6 +52,7 @@ def export(
     vectors: Annotated[
         bool, typer.Option(help="Swappable slots that take DoRA and (IA)3 as well.")
     ] = False,
+    allow_unmerged: AllowUnmerged = False,
     alpha: Alpha = None,
     enable_lora: EnableLora = None,
     use_rslora: UseRslora = False,
@@ -69,7 +71,7 @@ def export(
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
         report = export_model(
-            model, adapter or [], mode.value, out, force, progress, given, vectors
+            model, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged
         )
     show(as_json, report.to_dict(), str(report))
 

@@ -1,182 +1,228 @@
 """Writes in place, said without writing.
 
-``y = zeros(...); y.view(-1, 15)[:, mask] = v`` leaves no node that holds what y is in the end. If
-y is new memory that nothing else shares, the write becomes a value of its own, `index_put`, and
-everyone who reads y afterwards reads that. Whatever may share memory in other ways stays.
+``y = zeros(...); y.view(-1, 15)[:, mask] = v`` leaves no node that holds what y is in the end. So
+a write becomes a value of its own, `index_put`, and everyone who reads y afterwards, or any view
+of its memory, reads that. Memory that the caller can see, inputs and buffers, is written to all
+the same. Where the views of some memory can not be told apart the write stays, and those who read
+afterwards read an alias: so no node is ever read before and after a write.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_fx.ops import aten, op_name
-from lora_fx.written import FRESH
+from lora_fx.affine.layout import same_sizes
+from lora_fx.memory import Memory, storages
+from lora_fx.ops import aten, written_arguments
+from lora_fx.twins import NoTwinError, is_random, twin
+from lora_fx.views import path_to, put_back, viewed
 
-Overload = torch._ops.OpOverload
-_ARITHMETIC = {"add_", "sub_", "mul_", "div_"}
+_VISIBLE = ("placeholder", "get_attr")
 
 
 def functionalise(graph: fx.Graph) -> None:
-    """Rewrites writes into new memory, in a graph of aten operators, in place."""
-    for node in list(graph.nodes):
-        if _is_write(node):
-            _without_writing(node)
+    """Rewrites writes as values, in place."""
+    writes = [node for node in graph.nodes if written_arguments(node)]
+    if not all(map(_is_seen, writes)):
+        _look_again(graph)
+    memory = Memory(graph) if writes else None
+    for write in writes:
+        assert memory is not None
+        rewrite = _Rewrite(write, memory)
+        try:
+            rewrite.run()
+        except NoTwinError:
+            rewrite.undo()
+            rewrite.name_afterwards()
 
 
-def _is_write(node: fx.Node) -> bool:
-    is_aten = isinstance(node.target, Overload) and node.target.namespace == "aten"
-    return is_aten and node.target._schema.is_mutable and _twin(node) is not None  # type: ignore[union-attr]
+class _Rewrite:
+    """One write, and the nodes that are made for it."""
 
+    def __init__(self, write: fx.Node, memory: Memory) -> None:
+        self.write, self.memory = write, memory
+        self.made: list[fx.Node] = []
 
-def _without_writing(write: fx.Node) -> None:
-    """Replaces one write by the value it makes, seen through every view of the same memory."""
-    path = _views(write.args[0])
-    family = _family(path[0]) if path else set()
-    if not path or not _is_safe(write, family):
-        return
-    graph, root = write.graph, path[0]
-    with graph.inserting_before(write):
-        value = graph.call_function(_twin(write), write.args, write.kwargs)  # type: ignore[arg-type]
-        _describe(value, write, path[-1])
-        made = [value]
-        for outer, inner in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
-            made.append(_put_back(outer, inner, made[-1]))
-        # Views are said again from the root, so that the next write finds all of them.
-        now = {root: made[-1]}
-        for view in sorted(family - {root}):
-            is_read = any(user > write for user in view.users)
-            if view < write and (is_read or view is path[-1]):
-                _again(view, now)
-    for old, new in now.items():
-        for user in [user for user in old.users if user > write]:
-            user.replace_input_with(old, new)
-    write.replace_all_uses_with(now[path[-1]])
-    graph.erase_node(write)
-    for node in reversed([*made, *list(now.values())[1:]]):
-        if not node.users:
-            graph.erase_node(node)
+    def run(self) -> None:
+        """Replaces the write by the value it makes, seen through every view of the same memory.
 
-
-def _views(node: Any) -> list[fx.Node]:
-    """From new memory to a view of it, step by step; empty if it is not known to be new."""
-    path: list[Any] = [node] if isinstance(node, fx.Node) else []
-    while path and op_name(path[0]) in _BACK and _is_aten(path[0]):
-        path.insert(0, path[0].args[0])
-    return path if path and op_name(path[0]) in FRESH and _is_aten(path[0]) else []
-
-
-def _family(root: fx.Node) -> set[fx.Node]:
-    """All views of some memory that can be said again."""
-    family, pending = {root}, [root]
-    while pending:
-        for user in pending.pop().users:
-            if op_name(user) in _BACK and _is_aten(user):
-                family.add(user)
-                pending.append(user)
-    return family
-
-
-def _is_safe(write: fx.Node, family: set[fx.Node]) -> bool:
-    """Whether nobody who may share the memory is read after the write, and no dtype is lost."""
-    for user in _sharing(family, write):
-        if any(reader > write for reader in user.users):
-            return False
-    return op_name(write) not in _ARITHMETIC or _keeps_dtype(write)
-
-
-def _sharing(family: set[fx.Node], write: fx.Node) -> set[fx.Node]:
-    """What may share the memory before the write and is no view that can be said again."""
-    found: set[fx.Node] = set()
-    pending = list(family)
-    while pending:
-        for user in pending.pop().users:
-            fresh = op_name(user) in FRESH or user in found or user in family
-            if user < write and not fresh:
-                found.add(user)
-                pending.append(user)
-    return found
-
-
-def _keeps_dtype(write: fx.Node) -> bool:
-    values = [node.meta.get("val") for node in write.all_input_nodes]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return False
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    promoted = tensors[0].dtype
-    for value in tensors[1:]:
-        promoted = torch.promote_types(promoted, value.dtype)
-    whole = op_name(write) != "div_" and all(type(n) is int for n in write.args[1:2])
-    return promoted == tensors[0].dtype and (promoted.is_floating_point or whole)
-
-
-def _twin(node: fx.Node) -> Overload | None:
-    """The operator that returns what another writes."""
-    target = node.target
-    assert isinstance(target, Overload)
-    name = target._schema.name.split("::")[-1]
-    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
-    twin = getattr(packet, target._overloadname, None)
-    if twin is None or twin._schema.is_mutable:
+        Raises:
+            NoTwinError: the value has no operator, or something may share the memory in other ways.
+        """
+        into = self._into()
+        if torch.Tag.inplace_view in getattr(self.write.target, "tags", ()):
+            return self._turn(into)
+        path = path_to(into)
+        root = path[0]
+        later = self._later(root)
+        visible = root.op in _VISIBLE
+        if visible and (is_random(self.write) or not self._is_read(later)):
+            return None
+        value = twin(self.call, self.write, into)
+        whole = put_back(self.call, path, value)
+        if whole is None or not _fits(root, whole):
+            raise NoTwinError
+        now = {root: whole}
+        for view in later:
+            self._again(view, now)
+        self._again(into, now)
+        for old, new in now.items():
+            self._move_readers(old, new, visible)
+        self._move_readers(self.write, now[into], visible)
+        self._sweep()
+        if not visible:
+            self.write.graph.erase_node(self.write)
+        for view in reversed([*path[1:], *later]):
+            _sweep_view(view)
         return None
-    same = len(twin._schema.arguments) == len(target._schema.arguments)
-    return twin if same else None
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Makes a call just before the write, and notes what it gives as the tracer would."""
+        write = self.write
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        with write.graph.inserting_before(write):
+            node = write.graph.create_node(kind, target, args, kwargs)
+        node.meta.update({k: v for k, v in write.meta.items() if k != "val"})
+        self.made.append(node)
+        _note(node)
+        self.memory.add(node)
+        return node
+
+    def undo(self) -> None:
+        """Takes back what was made."""
+        for node in reversed(self.made):
+            node.graph.erase_node(node)
+        self.made = []
+
+    def name_afterwards(self) -> None:
+        """Gives what is read behind a write that stays a node of its own."""
+        write = self.write
+        for into in written_arguments(write):
+            for node in self.memory.group(into):
+                is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+                readers = [n for n in node.users if n > write and n.op != "output"]
+                if node > write or not is_tensor or not any(viewed(n) is None for n in readers):
+                    continue
+                with write.graph.inserting_after(write):
+                    alias = write.graph.call_function(aten.alias.default, (node,))
+                alias.meta.update(node.meta)
+                for reader in readers:
+                    reader.replace_input_with(node, alias)
+                self.memory.add(alias)
+
+    def _into(self) -> fx.Node:
+        written = written_arguments(self.write)
+        if len(written) != 1 or isinstance(self.write.target, torch._ops.HigherOrderOperator):
+            raise NoTwinError
+        return written[0]
+
+    def _later(self, root: fx.Node) -> list[fx.Node]:
+        """The views of the memory that are read after the write."""
+        found: list[fx.Node] = []
+        for node in self.memory.group(root):
+            if node is root or not node < self.write:
+                continue
+            is_read = any(user > self.write for user in node.users)
+            if path_to(node)[0] is root:
+                found += [node] if is_read else []
+            elif is_read or node.op in _VISIBLE:
+                raise NoTwinError
+        return found
+
+    def _is_read(self, later: Iterable[fx.Node]) -> bool:
+        """Whether somebody needs to know what visible memory holds after the write."""
+        root = path_to(self._into())[0]
+        behind = {user for n in (root, *later) for user in n.users if user > self.write}
+        return any(user.op != "output" for user in behind | set(self.write.users))
+
+    def _again(self, view: fx.Node, now: dict[fx.Node, fx.Node]) -> None:
+        """Says a view again, of what its memory holds now."""
+        if view in now:
+            return
+        source = viewed(view)
+        assert source is not None
+        self._again(source, now)
+        target: Any = view.target
+        now[view] = self.call(target, now[source], *view.args[1:], **view.kwargs)
+
+    def _move_readers(self, old: fx.Node, new: fx.Node, visible: bool) -> None:
+        for user in list(old.users):
+            if user > self.write and not (visible and user.op == "output"):
+                user.replace_input_with(old, new)
+
+    def _turn(self, into: fx.Node) -> None:
+        """``y.unsqueeze_(0)`` writes nothing: y itself is another view from then on."""
+        target: Any = self.write.target
+        packet = getattr(aten, target._schema.name.split("::")[-1].removesuffix("_"), None)
+        other = getattr(packet, target._overloadname, None)
+        if other is None:
+            raise NoTwinError
+        view = self.call(other, *self.write.args, **self.write.kwargs)
+        self._move_readers(into, view, visible=False)
+        self._move_readers(self.write, view, visible=False)
+        self.write.graph.erase_node(self.write)
+
+    def _sweep(self) -> None:
+        for node in reversed(self.made):
+            if not node.users:
+                node.graph.erase_node(node)
 
 
-def _is_aten(node: fx.Node) -> bool:
-    return isinstance(node.target, Overload)
+def _sweep_view(view: fx.Node | None) -> None:
+    """Erases a view that nobody reads any more."""
+    while view is not None and not view._erased and not view.users:
+        source = viewed(view)
+        if source is not None:
+            view.graph.erase_node(view)
+        view = source
 
 
-def _describe(node: fx.Node, write: fx.Node, written: fx.Node) -> None:
-    node.meta.update(write.meta)
-    if "val" in written.meta:
-        node.meta["val"] = written.meta["val"]
+def _fits(root: fx.Node, whole: fx.Node) -> bool:
+    """Whether a value lies in memory as the old one does: views of it are taken for granted."""
+    old, new = root.meta.get("val"), whole.meta.get("val")
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return not isinstance(old, torch.Tensor) or whole.target == "type_as"
+    return old.dtype == new.dtype and same_sizes(tuple(old.stride()), tuple(new.stride()))
 
 
-def _put_back(outer: fx.Node, inner: fx.Node, value: fx.Node) -> fx.Node:
-    """What ``outer`` holds once its view ``inner`` holds a value."""
-    target, arguments = _BACK[op_name(inner)]
-    made: fx.Node = outer.graph.call_function(target, arguments(outer, inner, value))
-    _describe(made, inner, outer)
-    return made
+def _note(node: fx.Node) -> None:
+    """Finds what the tracer would have seen of a call, if it has seen what the call reads."""
+    if node.op != "call_function" or not all("val" in n.meta for n in node.all_input_nodes):
+        return
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    leaves = [n.meta["val"] for n in node.all_input_nodes]
+    modes = [v.fake_mode for v in leaves if isinstance(v, FakeTensor)]
+    if not modes:
+        return
+    try:
+        with torch.no_grad(), modes[0], enable_python_dispatcher():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:  # a view that the new value has not, an operator without shapes
+        raise NoTwinError from error
 
 
-def _again(view: fx.Node, now: dict[fx.Node, fx.Node]) -> None:
-    """Says a view again, of what its memory holds now."""
-    source = view.args[0]
-    assert isinstance(source, fx.Node)
-    if source not in now:
-        _again(source, now)
-    made = view.graph.call_function(view.target, (now[source], *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
-    made.meta.update(view.meta)
-    now[view] = made
+def _is_seen(write: fx.Node) -> bool:
+    """Whether what was traced shows that a write returns what it writes into."""
+    own = storages(write.meta.get("val"))
+    if not own or not isinstance(write.target, torch._ops.OpOverload):
+        return True
+    return set(own) <= {s for n in written_arguments(write) for s in storages(n.meta.get("val"))}
 
 
-def _same(outer: fx.Node, inner: fx.Node, value: fx.Node) -> tuple[Any, ...]:
-    return (value,)
-
-
-def _scattered(outer: fx.Node, inner: fx.Node, value: fx.Node) -> tuple[Any, ...]:
-    return (outer, value, *inner.args[1:])
-
-
-def _turned(outer: fx.Node, inner: fx.Node, value: fx.Node) -> tuple[Any, ...]:
-    return (value, *inner.args[1:])
-
-
-def _beside(outer: fx.Node, inner: fx.Node, value: fx.Node) -> tuple[Any, ...]:
-    return (value, outer)
-
-
-# A view, and what undoes it.
-_BACK: dict[str, tuple[Any, Any]] = {
-    "alias": (aten.alias.default, _same),
-    "detach": (aten.alias.default, _same),
-    "view": (aten.view_as.default, _beside),
-    "view_as": (aten.view_as.default, _beside),
-    "slice": (aten.slice_scatter.default, _scattered),
-    "select": (aten.select_scatter.default, _scattered),
-    "transpose": (aten.transpose.int, _turned),
-}
+def _look_again(graph: fx.Graph) -> None:
+    """Finds anew what calls give: a program from a file does not say what shares memory."""
+    for node in graph.nodes:
+        known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if node.op == "call_function" and known:
+            before = node.meta.get("val")
+            try:
+                _note(node)
+            except NoTwinError:
+                node.meta["val"] = before

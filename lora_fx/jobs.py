@@ -17,6 +17,7 @@ from lora_fx.given import Given, base_of
 from lora_fx.model_source import ModelSource, find_model
 from lora_fx.output_dir import refuse_existing, staged
 from lora_fx.trace import trace
+from lora_fx.unmerged import unmerged
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
@@ -36,6 +37,7 @@ def export_model(
     progress: Progress,
     given: Given | None = None,
     vectors: bool = False,
+    allow_unmerged: bool = False,
 ) -> ExportReport:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -48,9 +50,11 @@ def export_model(
         progress: told the name of each stage.
         given: what the adapters' formats do not store; the model is their base.
         vectors: swappable slots take those of DoRA and (IA)3 even if no adapter here has any.
+        allow_unmerged: in merged mode, what cannot be folded stays beside its layer; the report's
+            mode is then ``"unmerged"``, and a note names the layers.
 
     Raises:
-        LoraFxError: names what cannot be read, exported or written.
+        LoraFxError: names what cannot be read, exported or written, or merged.
         VerificationError: the file and eager disagree.
     """
     from lora_fx.export import export_adapter, to_onnx
@@ -63,8 +67,10 @@ def export_model(
     gm = _trace(source, progress)
     if loaded:
         gm = inject(gm, loaded)
+    notes: list[str] = []
     if mode == "merged":
         gm = fold(gm)
+        notes = _not_merged(gm, allow_unmerged)
     kind = "input" if mode == "swappable" else "constant"
     with staged(out, names, MODEL, force) as draft:
         report = to_onnx(
@@ -73,7 +79,10 @@ def export_model(
         for adapter in loaded if mode == "swappable" else []:
             progress(f"adapter {adapter.name}")
             export_adapter(adapter, draft / MODEL, draft / _file_of(adapter))
-        report = replace(report, path=str(out / MODEL))
+        shown = mode if mode != "merged" else report.mode
+        report = replace(
+            report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes]
+        )
         report.save_json(draft / REPORT)
     return report
 
@@ -138,6 +147,20 @@ def verify_model(
     from lora_fx.export import verify_onnx
 
     return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)
+
+
+def _not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:
+    """What to note of layers that fold left with an adapter beside them; refused by default."""
+    left = unmerged(gm)
+    if not left:
+        return []
+    lines = shorten([f"{path} ({reason})" for path, reason in left.items()])
+    if allowed:
+        return [f"not merged, computed beside the layer: {lines}"]
+    raise ExportError(
+        f"mode merged: fold left an adapter beside {len(left)} layers: {lines}; export with --mode "
+        "unmerged, or with --allow-unmerged to merge the others alone"
+    )
 
 
 def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:

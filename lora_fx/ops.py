@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import operator
+import inspect
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -57,24 +60,14 @@ def call_argument(node: fx.Node, index: int, name: str, default: Any = None) -> 
 
 
 _IN_PLACE = {
-    operator.setitem,
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.imatmul,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-    operator.iand,
-    operator.ior,
-    operator.ixor,
+    *("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor"),
 }
 
 
 def mutates(node: fx.Node) -> bool:
     """Whether the call writes into its first argument."""
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+    if in_place(node) or node.kwargs.get("out") is not None:
         return True
     if node.op == "call_module":
         module = node.graph.owning_module
@@ -83,15 +76,59 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if node.op == "call_function":
-        return node.target in _IN_PLACE or _is_in_place_name(function_name(node.target))
+        name = function_name(node.target)
+        return name in _IN_PLACE or _is_in_place_name(name)
     return node.op == "call_method" and _is_in_place_name(str(node.target))
 
 
-def written_argument(node: fx.Node) -> Any:
-    """The argument that a call writes into, or None; the first one, but for two functions."""
-    if op_name(node) in ("embedding", "embedding_bag") and node.kwargs.get("max_norm") is not None:
-        return call_argument(node, 1, "weight")  # renormalised in place
-    return call_argument(node, 0, "input") if mutates(node) else None
+def in_place(node: fx.Node) -> bool:
+    """Whether a function is told to write into what it reads: ``F.relu(x, inplace=True)``."""
+    place = inplace_place(node.target) if node.op == "call_function" else None
+    by_place = place is not None and node.args[place : place + 1] == (True,)
+    return bool(node.kwargs.get("inplace")) or by_place
+
+
+@cache
+def inplace_place(target: Any) -> int | None:
+    """Where a function of Python takes ``inplace``, or None."""
+    if not inspect.isfunction(target):
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory a call writes into."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        found = [call_argument(node, *each) for each in _written_places(node.target)]
+        if node.target is aten.batch_norm.default and node.args[5]:  # the schema keeps it secret
+            found += node.args[3:5]
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        found = list(node.args) if _block_writes(node) else []
+    elif "embedding" in op_name(node) and node.kwargs.get("max_norm") is not None:
+        found = [call_argument(node, 1, "weight")]  # renormalised in place
+    elif not mutates(node):
+        return []
+    else:
+        out = node.kwargs.get("out")
+        found = [out if out is not None else call_argument(node, 0, "input")]
+    flat = pytree.tree_leaves(found, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+    return [leaf for leaf in flat if isinstance(leaf, fx.Node)]
+
+
+@cache
+def _written_places(target: torch._ops.OpOverload) -> list[tuple[int, str]]:
+    named = enumerate(target._schema.arguments)
+    return [(i, a.name) for i, a in named if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _block_writes(node: fx.Node) -> bool:
+    """Whether a block, such as what runs under ``torch.no_grad()``, writes into anything."""
+    module = node.graph.owning_module
+    blocks = [n for n in node.all_input_nodes if n.op == "get_attr"] if module is not None else []
+    inner = [attrgetter(str(n.target))(module) for n in blocks]
+    graphs = [block.graph for block in inner if isinstance(block, fx.GraphModule)]
+    return any(written_arguments(n) for graph in graphs for n in graph.nodes)
 
 
 def _is_in_place_name(name: str) -> bool:

@@ -15,6 +15,12 @@ Adapters = Annotated[
     list[Path] | None, typer.Option("--adapter", help="An adapter; repeated, they are summed.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+AllowUnmerged = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unmerged", help="In merged mode, keep beside its layer what cannot be folded."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_fx.called import as_called
 from lora_fx.errors import TraceError
 from lora_fx.graphs import targets
+from lora_fx.in_place import WritingProxy, copied_back, with_new_results, works_in_place
 from lora_fx.shells import untouched
 from lora_fx.trace_errors import explain_failure
 
@@ -36,17 +37,22 @@ class LayerTracer(fx.Tracer):
         """Keeps torch.nn's modules whole, except those with a layer's weights."""
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Gives values that record what is written into them."""
+        return WritingProxy(node, self)
+
 
 def symbolic_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+) -> tuple[fx.Graph, dict[str, Any]]:
     """Traces without running: shapes stay general.
 
     Arguments that are not tensors in the example, and optional ones (None, True, False by
     default) that the example leaves out, are fixed to their value: control flow may hang on them.
 
     Returns:
-        The graph, and the tensors that the model's own code makes of nothing, by name.
+        The graph, and by name what it reads in place of what the model has: the tensors that the
+        model's own code makes of nothing, and modules that work in place as ones that do not.
 
     Raises:
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
@@ -56,14 +62,29 @@ def symbolic_graph(
     try:
         with untouched(model), untouched(root), _no_autocast():
             graph = LayerTracer().trace(root, concrete_args=fixed)
-            made = {name: getattr(root, name) for name in targets(graph) if _MADE.match(name)}
+            names = targets(graph)
+            made: dict[str, Any] = {n: getattr(root, n) for n in names if _MADE.match(n)}
     except Exception as error:  # the model's own code runs in here and may raise anything
         raise TraceError(explain_failure(model, "symbolic", error)) from error
     for node in graph.nodes:
         name = str(node.target).rpartition("_")[0]
         if node.op == "placeholder" and name in fixed:
             node.target = name  # the tracer numbers fixed arguments: twice_1
+        called = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if called is not None and works_in_place(called):
+            made[str(node.target)] = with_new_results(called)
+            _copy_back(node)
+    graph.owning_module = model
     return graph, made
+
+
+def _copy_back(call: fx.Node) -> None:
+    readers = list(call.users)
+    with call.graph.inserting_after(call):
+        copy = copied_back(call.graph, call)
+    copy.meta.update(call.meta)
+    for reader in readers:
+        reader.replace_input_with(call, copy)
 
 
 @contextmanager

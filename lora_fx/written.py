@@ -1,43 +1,54 @@
-"""Values that something writes into: their node does not say what they hold."""
+"""Who reads memory after something was written into it: a node does not say what it holds then."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.ops import op_name, written_argument
+from lora_fx.memory import Memory
+from lora_fx.ops import written_arguments
 
-# Operators whose result is new memory: writing into it leaves the arguments alone, and the
-# other way round. Anything else may be a view.
-FRESH = {
-    *("linear", "addmm", "matmul", "mm", "bmm", "embedding", "conv1d", "conv2d", "conv3d"),
-    *("add", "sub", "mul", "div", "truediv", "neg", "clone", "layer_norm", "softmax", "gelu"),
-    *("new_zeros", "zeros", "zeros_like", "relu", "tanh", "sigmoid", "silu", "cat", "index_put"),
-    *("ones", "eye", "full", "repeat", "lift_fresh_copy", "slice_scatter", "select_scatter"),
-}
+
+class Written:
+    """The writes of a graph, and what they reach.
+
+    Attributes:
+        nodes: the calls that write, and every node whose memory, or memory it may share, is
+            written to at some time.
+        late: the nodes that write, or read what was written to since it was made.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes: set[fx.Node] = set()
+        self.late: set[fx.Node] = set()
+        self._calls: dict[fx.Node, list[fx.Node]] = {}
+        self._first: dict[fx.Node, fx.Node] = {}
+        calls = [node for node in graph.nodes if written_arguments(node)]
+        memory = Memory(graph) if calls else None
+        for call in calls:
+            assert memory is not None
+            self.late.add(call)
+            self.nodes.add(call)
+            for into in written_arguments(call):
+                self._note(call, memory.group(into))
+
+    def between(self, node: fx.Node, end: fx.Node) -> fx.Node | None:
+        """The first write into a node's memory after it was made and before another node."""
+        calls = (call for call in self._calls.get(node, ()) if node < call < end)
+        return next(calls, None)
+
+    def is_shared(self, node: fx.Node) -> bool:
+        """Whether memory that is written to has another name before this node."""
+        return node in self._first and self._first[node] is not node
+
+    def _note(self, call: fx.Node, group: list[fx.Node]) -> None:
+        self.nodes.update(group)
+        for node in group:
+            self._calls.setdefault(node, []).append(call)
+            self._first.setdefault(node, group[0])
+            if node < call:
+                self.late |= {user for user in node.users if user > call}
 
 
 def written(graph: fx.Graph) -> set[fx.Node]:
     """Every node whose memory, or memory it may share, is written to by a call of the graph."""
-    dirty: set[fx.Node] = set()
-    for node in graph.nodes:
-        if written_argument(node) is not None:
-            dirty |= _roots(node)
-    if dirty:
-        for node in graph.nodes:
-            if op_name(node) not in FRESH and any(n in dirty for n in node.all_input_nodes):
-                dirty.add(node)
-    return dirty
-
-
-def _roots(call: fx.Node) -> set[fx.Node]:
-    found = {call}
-    pending = [call]
-    while pending:
-        node = pending.pop()
-        if node is not call and op_name(node) in FRESH:
-            continue
-        sources = [written_argument(call)] if node is call else node.all_input_nodes[:1]
-        fresh = [n for n in sources if isinstance(n, fx.Node) and n not in found]
-        found.update(fresh)
-        pending.extend(fresh)
-    return found
+    return Written(graph).nodes

@@ -77,9 +77,9 @@ def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
     if layer.target is aten.embedding.default and bias is not None:
         weight, bias = Sum(weight, _spread(bias, weight.shape)), None
     make = _Maker(editor, analysis, region)
-    x = editor.along(region.before.moves, region.before.start, end)
+    x = editor.along(region.before.moves, region.before.start, region.place)
     folded = make.layer(x, weight, bias)
-    last = editor.along(region.behind.moves, folded, end)
+    last = editor.along(region.behind.moves, folded, region.place)
     editor.remember(last, end)
     editor.replace(end, last)
     editor.record("fold", module_path(layer), f"{len(region.nodes)} calls into one layer")
@@ -111,7 +111,7 @@ class _Maker:
         return self._call(target, x, at, shift)
 
     def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        layer, end = self.region.layer, self.region.value.node
+        layer, place = self.region.layer, self.region.place
         if target is aten.addmm.default:
             arguments: tuple[Any, ...] = (bias, x, weight)
         elif target is aten.embedding.default:
@@ -119,7 +119,7 @@ class _Maker:
         else:
             rest = layer.args[3:]
             arguments = (x, weight, bias, *rest) if bias is not None or rest else (x, weight)
-        return self.editor.call(target, arguments, before=end, like=layer)
+        return self.editor.call(target, arguments, before=place, like=layer)
 
     def _shape(self, target: Any, weight: Matrix) -> tuple[int, ...]:
         shape = self.analysis.constants.shape(weight_of(self.region.layer))
@@ -132,7 +132,7 @@ class _Maker:
         value = Deferred(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
         if self.analysis.constants.is_trained(self.region.nodes, but=self.region.layer):
             value.keep()
-        return self.editor.constant(name, value, before=self.region.value.node)
+        return self.editor.constant(name, value, before=self.region.place)
 
 
 def _spread(bias: Matrix, shape: tuple[int, int]) -> Matrix:

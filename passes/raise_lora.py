@@ -99,8 +99,8 @@ def _is_everywhere(editor: Editor, path: str, found: list[tuple[Region, Update]]
 
 def _strip(editor: Editor, region: Region) -> None:
     """The base layer alone, where the region was."""
-    layer, end = region.layer, region.value.node
-    x = editor.along(region.before.moves, region.before.start, end)
+    layer, end, place = region.layer, region.value.node, region.place
+    x = editor.along(region.before.moves, region.before.start, place)
     rest = tuple(x if argument is input_of(layer) else argument for argument in layer.args)
-    base = editor.call(layer.target, rest, before=end, like=layer)
-    editor.replace(end, editor.along(region.behind.moves, base, end))
+    base = editor.call(layer.target, rest, before=place, like=layer)
+    editor.replace(end, editor.along(region.behind.moves, base, place))

@@ -15,7 +15,7 @@ from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Map, OneHot, Patches, Reading
 from lora_fx.affine.matrices import Identity, Leaf, Matrix
 from lora_fx.ops import op_name
-from lora_fx.written import written
+from lora_fx.written import Written
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Analysis:
     Attributes:
         constants: the nodes that are computable from constants.
         values: what every other node is.
+        written: what calls write into, and who reads that afterwards.
     """
 
     def __init__(self, gm: fx.GraphModule, rules: Mapping[str, Rule]) -> None:
@@ -73,12 +74,18 @@ class Analysis:
         self.constants = Constants(gm)
         self.values: dict[fx.Node, Value] = {}
         self._sources: dict[tuple[fx.Node, int, Reading], Map] = {}
-        self._written = written(gm.graph)
+        self.written = Written(gm.graph)
         for node in gm.graph.nodes:
-            if node in self._written:
-                self.values[node] = Opaque("is written in place")
-            elif node.op not in ("placeholder", "output") and not self.constants.admit(node):
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in self.written.late or self._changes(node):
+                self.values[node] = Opaque("reads memory that is written in place")
+            elif not self.constants.admit(node):
                 self.values[node] = self._value(node, rules)
+
+    def _changes(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor of the model that the graph writes to."""
+        return node.op == "get_attr" and node in self.written.nodes
 
     def _value(self, node: fx.Node, rules: Mapping[str, Rule]) -> Value:
         name = op_name(node)
@@ -110,7 +117,7 @@ class Analysis:
         known = self.values.get(value)
         if isinstance(known, Same):
             return self.source(known.node, size, after, reading)
-        if value in self._written or not _countable(value, reading):
+        if not _countable(value, reading):
             return None
         fits = isinstance(known, Map) and reading is None and not known.grouped
         if fits and isinstance(known, Map) and _at(known.layout, size, after):

@@ -1,4 +1,4 @@
-"""Transfer functions of what puts features together, and of what overwrites some of them."""
+"""Transfer functions of what puts features together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.affine.algebra import placed, rows, total
+from lora_fx.affine.algebra import placed, total
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, result_dtype
-from lora_fx.affine.features import SLICE, constant_index, is_all
-from lora_fx.affine.index import Index, all_but, slice_of
-from lora_fx.affine.layout import Layout, Sizes, same_sizes, sizes_of
+from lora_fx.affine.index import slice_of
+from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Identity, Matrix
 from lora_fx.affine.sums import promoted
@@ -97,71 +96,3 @@ def pad(analysis: Analysis, node: fx.Node) -> Value:
     weight = placed(Identity(value.size), index, size)
     layout = value.layout.resized(0, size)
     return value.then(node, weight, None, layout, value.dtype, Link.PRODUCT)
-
-
-def index_put(analysis: Analysis, node: fx.Node) -> Value:
-    """Constant places of the last axis overwritten: ``y[:, mask] = values``."""
-    into, indices = node.args[0], call_argument(node, 1, "indices")
-    values = call_argument(node, 2, "values")
-    sizes = sizes_of(node)
-    if call_argument(node, 3, "accumulate", False) or sizes is None or type(sizes[-1]) is not int:
-        return Opaque("an assignment that accumulates, or into unknown sizes")
-    *front, last = indices if isinstance(indices, list | tuple) else [indices]
-    if any(i is not None for i in front) or len(front) + 1 != len(sizes):
-        return Opaque("an assignment to something else than whole features")
-    index = constant_index(analysis, last, sizes[-1])
-    if index is None:
-        return Opaque("an assignment to places that are no constant")
-    return _overwritten(analysis, node, into, values, index, sizes)
-
-
-def slice_scatter(analysis: Analysis, node: fx.Node) -> Value:
-    """A slice of the last axis overwritten: ``y[..., 2:5] = values``."""
-    into, values = node.args[0], call_argument(node, 1, "src")
-    dim = call_argument(node, 2, "dim", 0)
-    start, stop, step = (call_argument(node, 3 + i, n) for i, n in enumerate(SLICE))
-    if is_all(start, stop, step):
-        new = analysis.map_of(values)
-        return new.moved(node, new.layout, new.dtype) if new else Opaque("all of it overwritten")
-    sizes = sizes_of(node)
-    if sizes is None or dim not in (-1, len(sizes) - 1) or type(sizes[-1]) is not int:
-        return Opaque("an assignment to something else than features")
-    index = slice_of(sizes[-1], slice(start, stop, step))
-    return _overwritten(analysis, node, into, values, index, sizes)
-
-
-def uniform(analysis: Analysis, node: fx.Node) -> Value:
-    """A tensor of one number, in a shape that may hang on the input."""
-    like = analysis.map_of(node.args[0]) if op_name(node).endswith("_like") else None
-    return Uniform(1.0 if "ones" in op_name(node) else 0.0, like.layout if like else None)
-
-
-def _overwritten(
-    analysis: Analysis, node: fx.Node, into: Any, values: Any, index: Index, sizes: Any
-) -> Value:
-    source = analysis.whole_map_of(values)
-    under = analysis.values.get(into)
-    fits = source is not None and source.layout.after == 0 and len(source.layout.split) == 1
-    if source is None or not fits or source.size != index.count:
-        return Opaque("an assignment of something else than features")
-    if not same_sizes(source.layout.batch, tuple(sizes[:-1])):
-        return Opaque("an assignment that broadcasts")
-    layout = Layout((sizes[-1],), 0, source.layout.batch)
-    dtype = result_dtype(node, source.dtype)
-    if isinstance(under, Uniform) and under.number == 0:
-        weight = placed(Identity(source.size), index, sizes[-1])
-        return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
-    kept = analysis.whole_map_of(into)
-    root = meet(kept, source) if kept is not None else None
-    if kept is None or root is None or not kept.layout.same(layout):
-        return Opaque("an assignment into something else than zeros or a map of one source")
-    others = all_but(sizes[-1], index)
-    (own, shift), (new, new_shift) = kept.since(root), source.since(root)
-
-    def merged(old: Matrix | None, fresh: Matrix | None) -> Matrix | None:
-        old = old and placed(rows(old, others), others, sizes[-1])
-        return total(old, fresh and placed(fresh, index, sizes[-1]))
-
-    weight_2 = merged(own, new)
-    assert weight_2 is not None
-    return root.then(node, weight_2, merged(shift, new_shift), layout, dtype, Link.JOIN)

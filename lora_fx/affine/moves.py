@@ -57,6 +57,8 @@ def cast(analysis: Analysis, node: fx.Node) -> Value:
     if not isinstance(source, fx.Node):
         return Opaque("of no node")
     dtype, before = dtype_of(node) or _asked(analysis, node), dtype_of(source)
+    if dtype is None and op_name(node) == "type_as" and (like := analysis.map_of(node.args[1])):
+        dtype = like.dtype
     if dtype is None and any(n not in analysis.constants.nodes for n in node.all_input_nodes[1:]):
         return Opaque("a cast to the dtype of another activation")
     if dtype is not None and not dtype.is_floating_point and dtype != before:

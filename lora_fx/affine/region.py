@@ -24,6 +24,8 @@ class Region:
         layer: the base layer among them, whose operator, path and dtype are kept.
         before: how the source comes to what the layer reads.
         behind: how the layer's result comes to where the region's is.
+        place: the node in front of which the layer goes: its last one, or an earlier call that
+            writes into what it reads.
         blocked: why the region stays as it is, or ``""``.
     """
 
@@ -33,6 +35,7 @@ class Region:
     layer: fx.Node
     before: Way
     behind: Way
+    place: fx.Node
     blocked: str = ""
 
 
@@ -55,13 +58,33 @@ def region_between(
         if layer in staying:
             continue
         before, behind = way_in(layer, source, analysis), way_out(layer, value, nodes, analysis)
-        if before is not None and behind is not None:
-            return Region(value, source, frozenset(nodes), layer, before, behind)
-        reason = f"no reshape of the graph brings what {layer.name} reads or gives to the others"
+        if before is None or behind is None:
+            reason = f"no reshape of the graph brings what {layer.name} reads or gives to the "
+            reason += "others"
+            continue
+        place = _place(before, behind, value.node, analysis)
+        if place is not None:
+            return Region(value, source, frozenset(nodes), layer, before, behind, place)
+        reason = f"what {layer.name} reads or gives is written in place meanwhile"
     if value.last is Link.MOVE:
         return None  # the region that ends before the move says why
     stays = Way(layers[0])
-    return Region(value, source, frozenset(nodes), layers[0], stays, stays, reason)
+    return Region(value, source, frozenset(nodes), layers[0], stays, stays, value.node, reason)
+
+
+def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Node | None:
+    """Where a layer can stand for a region that ends in a node, or None.
+
+    It reads its source before anything is written into that, and what is written into its result
+    must have no other name: the new result shares memory with nobody.
+    """
+    if analysis.written.is_shared(end):
+        return None
+    first = analysis.written.between(before.start, end)
+    if first is None:
+        return end
+    needed = {n for move in (*before.moves, *behind.moves) for n in move.all_input_nodes[1:]}
+    return first if all(n < first for n in needed) else None
 
 
 def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.affine import convs, einsums, features, joins, layers, moves, sums
+from lora_fx.affine import convs, einsums, features, joins, layers, moves, overwrites, sums
 from lora_fx.affine.analysis import Analysis, Rule
 
 
@@ -71,12 +71,20 @@ TRANSFER: dict[str, Rule] = {
     "concat": joins.cat,
     "pad": joins.pad,
     "constant_pad_nd": joins.pad,
-    "index_put": joins.index_put,
-    "slice_scatter": joins.slice_scatter,
-    "zeros": joins.uniform,
-    "ones": joins.uniform,
-    "zeros_like": joins.uniform,
-    "ones_like": joins.uniform,
-    "new_zeros": joins.uniform,
-    "new_ones": joins.uniform,
+    "index_put": overwrites.index_put,
+    "slice_scatter": overwrites.slice_scatter,
+    "select_scatter": overwrites.select_scatter,
+    "copy": overwrites.copy,
+    "fill": overwrites.fill,
+    "zero": overwrites.fill,
+    "masked_fill": overwrites.masked_fill,
+    "zeros": overwrites.uniform,
+    "ones": overwrites.uniform,
+    "full": overwrites.uniform,
+    "zeros_like": overwrites.uniform,
+    "ones_like": overwrites.uniform,
+    "full_like": overwrites.uniform,
+    "new_zeros": overwrites.uniform,
+    "new_ones": overwrites.uniform,
+    "new_full": overwrites.uniform,
 }

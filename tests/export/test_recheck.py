@@ -18,7 +18,7 @@ def test_a_constant_file_must_hold_the_sum_of_the_adapters(exported_mlp: Any) ->
         sample.gm, path, adapters=[sample.adapter(2)], progress=lambda s: stages.append(s)
     )
     assert report.verified
-    assert (report.mode, report.slots, stages) == ("constant", [], ["prepare", "verify"])
+    assert (report.mode, report.slots, stages) == ("merged", [], ["prepare", "verify"])
     assert path.read_bytes() == before
     for wrong in ((), [sample.adapter(3)], [sample.adapter(2), sample.adapter(3)]):
         with pytest.raises(VerificationError, match="disagree with eager"):
@@ -29,7 +29,7 @@ def test_a_file_with_slots_is_run_alone_and_with_each_adapter(exported_mlp: Any)
     sample, path = exported_mlp.sample, exported_mlp.path("input")
     report = verify_onnx(sample.gm, path, adapters=[sample.adapter(2), sample.adapter(3)])
     assert report.verified
-    assert (report.mode, report.slots) == ("input", ["up", "tail.1"])
+    assert (report.mode, report.slots) == ("swappable", ["up", "tail.1"])
     assert {row.what for row in report.checks} == {"base", "rank2", "rank3"}
     assert {row.what for row in verify_onnx(sample.gm, path).checks} == {"model"}
 

@@ -1,0 +1,115 @@
+"""Which values of a graph may share memory.
+
+What torch.export has traced says so itself: tensors that share memory share their storage there.
+For other nodes the schema of the operator says which of its results may be views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from lora_fx.ops import aten, function_name, in_place, mutates, written_arguments
+
+# May return what they are given, or a view of it, and their schemas do not say so.
+_SILENT = {
+    *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d"),
+    *("dropout2d", "dropout3d", "einsum", "pad", "conj_physical", "interpolate", "upsample"),
+}
+_PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+
+
+class Memory:
+    """The nodes of a graph, grouped by memory that they may share.
+
+    Args:
+        graph: its nodes are looked at once; later ones are told to `add`.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._parents: dict[Hashable, Hashable] = {}
+        self._groups: dict[Hashable, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self.add(node)
+
+    def add(self, node: fx.Node) -> None:
+        """Takes a node in; those that it reads are known."""
+        keys = _own_keys(node)
+        if node.op != "output" and "val" not in node.meta:
+            keys += [node, *(n for n in shared_inputs(node) if n in self._parents)]
+        if not keys:
+            return  # a number
+        self._parents.setdefault(node, node)
+        whole = self._find(node)
+        group = self._groups.setdefault(whole, [])
+        group.append(node)
+        for other in {self._find(self._parents.setdefault(key, key)) for key in keys} - {whole}:
+            self._parents[other] = whole
+            group += self._groups.pop(other, [])
+
+    def group(self, node: fx.Node) -> list[fx.Node]:
+        """A node and all that may share its memory, in order; none that were erased."""
+        members = self._groups.get(self._find(node), []) if node in self._parents else []
+        return sorted(member for member in members if not member._erased)
+
+    def _find(self, key: Hashable) -> Hashable:
+        while self._parents[key] is not key and self._parents[key] != key:
+            self._parents[key] = self._parents[self._parents[key]]
+            key = self._parents[key]
+        return key
+
+
+def shared_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """What a node may return, or a view of it."""
+    if _makes_new(node):
+        return
+    if not isinstance(node.target, torch._ops.OpOverload):
+        yield from written_arguments(node) or node.all_input_nodes
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        silent = function_name(node.target) in _SILENT
+        if argument.alias_info is not None or (silent and place == 0):
+            leaves = pytree.tree_leaves(given, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+            yield from (leaf for leaf in leaves if isinstance(leaf, fx.Node))
+
+
+def storages(value: Any) -> list[int]:
+    """The storages of what a node was traced with."""
+    leaves = pytree.tree_leaves(value)
+    return [v.untyped_storage()._cdata for v in leaves if isinstance(v, torch.Tensor)]
+
+
+def _own_keys(node: fx.Node) -> list[Hashable]:
+    if node.op == "get_attr":
+        return [str(node.target), *storages(node.meta.get("val"))]
+    return list(storages(node.meta.get("val")))
+
+
+def _makes_new(node: fx.Node) -> bool:
+    """Whether the result is memory that nothing else has."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_module":
+        module = node.graph.owning_module
+        called = module.get_submodule(str(node.target)) if module is not None else None
+        is_known = type(called).__module__.startswith("torch.nn.modules")
+        return is_known and not isinstance(called, _PASSING) and not mutates(node)
+    if isinstance(node.target, torch._ops.OpOverload) or in_place(node):
+        return False
+    name = str(node.target) if node.op == "call_method" else function_name(node.target)
+    return name not in _SILENT and _is_new_by_schema(name)
+
+
+def _is_new_by_schema(name: str) -> bool:
+    packet = getattr(aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return name in ("truediv", "floordiv")
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    own = [s for s in schemas if not s.is_mutable]
+    return bool(own) and all(r.alias_info is None for s in own for r in s.returns)
