@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
+from math import prod
 
 import torch
 from torch import fx
@@ -55,7 +56,9 @@ class Pack:
             return False
         wanted = {node: _shape(site) for node, site in self.calls.items()}
         fits = all(self._matrix(node).shape == wanted[node] for node in self.regions)
-        return self._first.is_linear and fits and self._agrees()
+        # A table has no bias: what one would be is in its rows.
+        shifts = self._first.kind == "embedding" and any(map(self._bias, self.regions))
+        return fits and not shifts and self._agrees()
 
     def operand(self, layer: fx.Node, round_to: Round) -> fx.Node:
         """What a call reads of the folded weight."""
@@ -101,6 +104,10 @@ class Pack:
         region = self.regions[node]
         return region.value.since(region.source)[0]
 
+    def _bias(self, node: fx.Node) -> Matrix | None:
+        region = self.regions[node]
+        return region.value.since(region.source)[1]
+
     @cached_property
     def _parts(self) -> dict[Key, list[Matrix | None]]:
         """What the calls that read a part make of it; None is what is stored."""
@@ -139,7 +146,9 @@ class Pack:
         if matrix is None:
             return stored[_at(key, stored)]
         value = dense(matrix, stored.dtype)
-        return value.T if self._first.transposed else value
+        if self._first.transposed:
+            return value.T
+        return value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
 
 
 def packs_of(
@@ -152,15 +161,16 @@ def packs_of(
 
 
 def _shape(site: Site) -> tuple[int, int]:
-    """(out, in) of what a call reads."""
+    """Rows and columns of what a call reads, as a matrix."""
     out = site.out_features if site.outputs is None else len(site.outputs)
-    return out, site.in_features if site.inputs is None else len(site.inputs)
+    into = site.in_features if site.inputs is None else len(site.inputs)
+    return out, into * prod(site.shape[2:])
 
 
 def _at(key: Key, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = (
         torch.arange(size) if places is None else torch.tensor(list(places))
-        for places, size in zip(key, whole.shape, strict=True)
+        for places, size in zip(key, whole.shape[:2], strict=True)
     )
     return rows[:, None], columns
 
