@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.biases import bias_of
 from lora_fx.deferred import raw
 from lora_fx.errors import ExportError
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of
-from lora_fx.row_blocks import block_of
 from lora_fx.sites import Site, by_path
 
 KEY = "lora_fx.slots"
@@ -64,15 +64,15 @@ class Manifest:
 def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
     """Describes the slots of a graph, and digests the weights that they stand beside."""
     groups = by_path(gm)
-    return Manifest(tuple(_digested(gm, slot, groups[slot.path][0]) for slot in slots))
+    return Manifest(tuple(_digested(gm, slot, groups[slot.path]) for slot in slots))
 
 
-def _digested(gm: fx.GraphModule, slot: Slot, site: Site) -> Slot:
-    bias, _ = block_of(site.bias)
+def _digested(gm: fx.GraphModule, slot: Slot, calls: Sequence[Site]) -> Slot:
+    bias = bias_of(gm, calls)
     return replace(
         slot,
-        digest=digest_of(raw(gm, str(site.weight.target))),
-        bias_digest="" if bias is None else digest_of(raw(gm, str(bias.target))),
+        digest=digest_of(raw(gm, str(calls[0].weight.target))),
+        bias_digest="" if bias is None else digest_of(bias),
     )
 
 

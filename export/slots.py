@@ -136,9 +136,10 @@ def _as_input(model: ir.Model, old: str, new: str, shape: ir.Shape) -> ir.Value:
 def _forget_rank(start: ir.Value, until: ir.Value) -> None:
     """Clears the shapes between A and B: they were recorded with the probe's rank.
 
-    Of a packed projection that is read in parts, each call expands with a slice of B.
+    Of a packed projection that is read in parts, each call expands with a part of B.
     """
-    parts = [out for node in until.consumers() if node.op_type == "Slice" for out in node.outputs]
+    picks = [node for node in until.consumers() if node.op_type in ("Slice", "Gather")]
+    parts = [out for node in picks for out in node.outputs]
     for part in parts:
         part.shape = None
     ends = {until, *parts}

@@ -41,16 +41,8 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate,
         )
     names = value_names(first.path, name, len(update.values), first.bare)
     function = _transposed(update.function) if first.transposed else update.function
-    for reader, source in dict.fromkeys(reads(site) for site in calls):
+    for reader, source in dict.fromkeys(read for site in calls for read in site.reads):
         make_anew(editor, reader, source, update.values, function, names, first.dtype)
-
-
-def reads(site: Site) -> tuple[fx.Node, fx.Node]:
-    """Who reads the stored weight for a call, and what it reads: rows are read from a split."""
-    if site.rows is None:
-        return site.node, site.operand
-    split, *_ = site.operand.all_input_nodes
-    return split, split.all_input_nodes[0]
 
 
 def make_anew(

@@ -11,11 +11,11 @@ from lora_fx.anew import base_weight, make_layer_anew
 from lora_fx.branches import branches_of, col_of, last_of, parameter_names
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
-from lora_fx.layer_forms import expand, shrink
+from lora_fx.layer_forms import expand, pick, shrink
 from lora_fx.ops import aten
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.recorded import adapter_of
-from lora_fx.row_blocks import block_of
+from lora_fx.biases import bias_of
 from lora_fx.sites import Site
 from lora_fx.terms import Terms, bias_alone, check_finite, terms_of
 from lora_fx.update import Update
@@ -33,8 +33,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
         make_layer_anew(editor, calls, update, name)
         terms = Terms() if update.bias is None else bias_alone(update.bias, first)
     else:
-        bias, _ = block_of(first.bias)
-        own = None if bias is None else editor.tensor(bias)
+        own = _own_bias(editor, calls) if isinstance(update, Scaling) else None
         terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first.path, name, update, terms)
     names = parameter_names(first.path, name, first.bare)
@@ -75,16 +74,14 @@ def beside(
         _describe(site, node)
         return node
 
-    def rows(node: fx.Node) -> fx.Node:
-        if site.rows is None:
-            return node
-        return call(aten.slice.Tensor, node, -1, *site.rows)
+    def part(factor: str) -> fx.Node:
+        return _picked(editor, site, nodes[factor], factor, behind)
 
     terms: list[fx.Node] = []
     if "down" in nodes:
-        target, arguments = shrink(site, x or _read(site, nodes), nodes["down"])
+        target, arguments = shrink(site, x or _read(site, nodes), part("down"))
         narrow = call(target, *arguments)
-        target, arguments = expand(site, narrow, rows(nodes["up"]), groups)
+        target, arguments = expand(site, narrow, part("up"), groups)
         low = call(target, *arguments)
         _describe(site, narrow, channels=len(editor.tensor(nodes["down"])))
         terms.append(low if scale is None else call(aten.mul.Tensor, low, scale))
@@ -94,11 +91,11 @@ def beside(
         layer = site.node
         if site.bias is not None:
             layer = call(aten.sub.Tensor, layer, _broadcast(call, site, site.bias))
-        gained = call(aten.mul.Tensor, layer, rows(nodes["gain"]))
+        gained = call(aten.mul.Tensor, layer, part("gain"))
         without = [layer, gained]  # they read the layer, not the sum
         terms.append(gained)
-    if "bias" in nodes:
-        terms.append(rows(nodes["bias"]))
+    if "bias" in nodes and (site.inputs is None or 0 in site.inputs):
+        terms.append(part("bias"))  # once, where several calls sum up parts of the inputs
     if not terms:
         return
     delta = terms[0]
@@ -108,13 +105,40 @@ def beside(
     editor.replace(base, total, keep=without)
 
 
+def _own_bias(editor: Editor, calls: Sequence[Site]) -> torch.Tensor | None:
+    bias = bias_of(editor.gm, calls)
+    if bias is None and any(site.bias is not None for site in calls):
+        raise AdapterError(
+            f"{calls[0].path}: an adapter scales what it gives, and its bias is computed from the "
+            "inputs; leave the layer out"
+        )
+    return bias
+
+
+def _picked(
+    editor: Editor, site: Site, node: fx.Node, factor: str, before: fx.Node
+) -> fx.Node:
+    """The part of a factor or vector that belongs to what the call reads of its weight."""
+    found = pick(site, factor)
+    if found is None:
+        return node
+    axis, places = found
+    if isinstance(places, range):
+        steps = () if places.step == 1 else (places.step,)
+        arguments: tuple[object, ...] = (node, axis, places.start, places.stop, *steps)
+        return editor.call(aten.slice.Tensor, arguments, before=before, like=site.node)
+    held = editor.constant(f"{node.target}_places", torch.tensor(places), before=before)
+    arguments = (node, axis, held)
+    return editor.call(aten.index_select.default, arguments, before=before, like=site.node)
+
+
 def _describe(site: Site, node: fx.Node, channels: int | None = None) -> None:
     """Notes what torch.export notes of a convolution's results: how many places there are."""
     value = site.node.meta.get("val")
     if not site.is_conv or value is None:
         return
     sizes = list(value.shape)
-    sizes[1 - len(site.shape)] = channels or site.out_features
+    sizes[1 - len(site.shape)] = channels or sizes[1 - len(site.shape)]
     node.meta["val"] = value.new_empty(sizes)
 
 
@@ -142,7 +166,7 @@ def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
             f"{site.path}: a second adapter scales what the layer reads or gives, which has no "
             "sum with the first; fold the first, then inject the second"
         )
-    x = site.input
+    x, col = site.input, _picked(editor, site, col, "col", site.node)
     scaled = editor.call(aten.mul.Tensor, (x, col), before=site.node, like=site.node)
     if "val" in x.meta:
         scaled.meta["val"] = x.meta["val"]

@@ -96,7 +96,8 @@ def last_of(site: Site) -> fx.Node:
 def col_of(site: Site) -> fx.Node | None:
     """The vector that an adapter multiplies the layer's input with, or None."""
     parts = _parts(site.input, "mul")
-    return parts[1] if parts and _is_named(parts[1], site, "col") else None
+    col = whole(parts[1]) if parts else None
+    return col if _is_named(col, site, "col") else None
 
 
 def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
@@ -107,10 +108,10 @@ def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
 
 def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
     delta, bias, gain = out.args[1], None, None
-    if _is_named(alone := _whole(delta, site), site, "bias"):
+    if _is_named(alone := whole(delta), site, "bias"):
         return _bias_alone(alone, out, base, site)
-    if (parts := _parts(delta, "add")) and _is_named(_whole(parts[1], site), site, "bias"):
-        delta, bias = parts[0], _whole(parts[1], site)
+    if (parts := _parts(delta, "add")) and _is_named(whole(parts[1]), site, "bias"):
+        delta, bias = parts[0], whole(parts[1])
     low, rest = delta, _parts(delta, "add")
     if (found := _gain(delta, site)) is not None:
         low, gain = None, found
@@ -136,16 +137,17 @@ def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:
     expand = parts_of_expand(delta, site) if isinstance(delta, fx.Node) else None
     if expand is None or not isinstance(expand[0], fx.Node):
         return None
-    shrink, up = parts_of_shrink(expand[0], site), _whole(expand[1], site)
-    if shrink is None or not (_is_named(up, site, "up") and _is_named(shrink[1], site, "down")):
+    shrink, up = parts_of_shrink(expand[0], site), whole(expand[1])
+    down = whole(shrink[1]) if shrink else None
+    if not (_is_named(up, site, "up") and _is_named(down, site, "down")):
         return None
-    return shrink[1], up, scale
+    return down, up, scale
 
 
 def _gain(value: Any, site: Site) -> fx.Node | None:
     """The gain of ``mul(layer - b, gain)``."""
     parts = _parts(value, "mul")
-    gain = _whole(parts[1], site) if parts else None
+    gain = whole(parts[1]) if parts else None
     if parts is None or not _is_named(gain, site, "gain"):
         return None
     without = _parts(parts[0], "sub")
@@ -153,11 +155,10 @@ def _gain(value: Any, site: Site) -> fx.Node | None:
     return gain if is_layer else None
 
 
-def _whole(value: Any, site: Site) -> Any:
-    """The tensor of all outputs, of which a call that computes some of them takes a slice."""
-    if site.rows is not None and isinstance(value, fx.Node) and op_name(value) == "slice":
-        return value.args[0]
-    return value
+def whole(value: Any) -> Any:
+    """The factor or vector of a whole layer, of which a call that reads a part takes a part."""
+    is_part = isinstance(value, fx.Node) and op_name(value) in ("slice", "index_select")
+    return value.args[0] if is_part else value
 
 
 def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:

@@ -54,7 +54,7 @@ def choices(
 def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
     for site in sites(gm):
         beside = tuple(branches_of(site))
-        is_whole = site.is_linear and site.rows is None and site.operand is site.weight
+        is_whole = site.is_linear and site.operand is site.weight and _is_stored(site.bias)
         if not beside or not is_whole or not all(_is_simple(gm, site, b) for b in beside):
             continue
         rank = sum(_rank(gm, branch) for branch in beside)
@@ -62,6 +62,11 @@ def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
         rows, size = tokens_of(site.input, tokens), site.dtype.itemsize
         shape = Shape(rows, site.in_features, site.out_features, rank, size, biased)
         yield Member(site, beside, shape)
+
+
+def _is_stored(bias: fx.Node | None) -> bool:
+    """Whether a bias can be put beside another, which a part of one or a computed one cannot."""
+    return bias is None or bias.op == "get_attr"
 
 
 def _rank(gm: fx.GraphModule, branch: Branch) -> int:

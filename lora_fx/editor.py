@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,21 @@ class Editor:
                 copy = self._graph.node_copy(move, _exchanged(old, here))
             here = self._made(copy)
         return here
+
+    def again(
+        self, calls: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]
+    ) -> Mapping[fx.Node, fx.Node]:
+        """Makes calls again, each in front of itself, with some of what they read exchanged.
+
+        Returns:
+            ``given``, and each call -> its copy.
+        """
+        known = dict(given)
+        for call in calls:
+            with self._graph.inserting_before(call):
+                copy = self._graph.node_copy(call, lambda node: known.get(node, node))
+            known[call] = self._made(copy)
+        return known
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
         """Calls a new module, whose training mode stays live, just before a node."""

@@ -13,6 +13,7 @@ from lora_fx.deferred import raw
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
 from lora_fx.graphs import attribute, is_free
+from lora_fx.reach import check_reached
 from lora_fx.sites import Site, readers
 from lora_fx.targets import TargetRule
 from lora_fx.trace import example_of
@@ -33,6 +34,7 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
     for path, update in adapter.updates.items():
         if path in groups:
             fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
+            check_reached(gm, f"adapter {adapter.name}", path, groups)
     unknown = [path for path in adapter.updates if path not in groups]
     unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
     skipped = dict.fromkeys(unknown, "no layer of the graph has this path")
@@ -65,6 +67,8 @@ def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> lis
             f"{len(groups)} layers: {shorten(list(groups)) or 'none'}"
         )
     _check_name(gm, config.name, [groups[path][0] for path in paths])
+    for path in paths:
+        check_reached(gm, f"adapter {config.name}", path, groups)
     return paths
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from lora_fx.layer import Layer
 from lora_fx.ops import aten
+from lora_fx.row_blocks import Places
 from lora_fx.sites import Site
 
 Call = tuple[Any, tuple[Any, ...]]
@@ -58,6 +59,20 @@ def up_as_update(site: Layer, up: torch.Tensor) -> torch.Tensor:
 def along_outputs(site: Layer, vector: torch.Tensor) -> torch.Tensor:
     """A vector of (features,) that acts on the layer's results, or on its input."""
     return vector.reshape(-1, *[1] * (len(site.shape) - 2)) if site.is_conv else vector
+
+
+def pick(site: Site, factor: str) -> tuple[int, Places] | None:
+    """What a call that reads a part of its weight takes of a factor or vector: axis and places.
+
+    Args:
+        site: the call.
+        factor: ``"down"``, ``"up"``, ``"col"``, or another vector, along the outputs.
+    """
+    places = site.inputs if factor in ("down", "col") else site.outputs
+    if places is None:
+        return None
+    axes = {"down": 1, "up": 0} if site.is_conv else {"down": 0, "up": 1}
+    return axes.get(factor, 0), places
 
 
 def parts_of_shrink(node: fx.Node, site: Site) -> tuple[Any, Any] | None:

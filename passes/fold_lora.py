@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import fx
 from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.evaluate import dense
+from lora_fx.affine.layout import Layout
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
+from lora_fx.affine.packed import Pack, packs_of
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
@@ -47,11 +50,16 @@ class FoldLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
         analysis = analyse(editor.gm)
-        for region in maximal_regions(analysis, self.chains):
+        regions = maximal_regions(analysis, self.chains)
+        packs = packs_of(editor, analysis, regions)
+        for region in regions:
             if region.blocked:
                 editor.record("skip", module_path(region.layer), region.blocked)
             else:
-                _fold(editor, analysis, region)
+                _fold(editor, analysis, region, packs.get(region.layer))
+        for pack in dict.fromkeys(packs.values()):
+            for call in pack.rest():
+                _follow(editor, pack, call)
         editor.sweep()
         for made, _, source in made_anew(editor.gm.graph):
             _evaluate(editor, analysis, made, source)
@@ -71,12 +79,19 @@ def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node
     editor.record("fold", name, "made anew by an adapter")
 
 
-def _fold(editor: Editor, analysis: Analysis, region: Region) -> None:
+def _follow(editor: Editor, pack: Pack, call: fx.Node) -> None:
+    """Lets a call that is not folded read its part of a weight that is."""
+    new = editor.again([call], {weight_of(call): pack.operand(call, _round_to(pack.dtype))})
+    editor.remember(new[call], call)
+    editor.replace(call, new[call])
+
+
+def _fold(editor: Editor, analysis: Analysis, region: Region, pack: Pack | None) -> None:
     layer, end = region.layer, region.value.node
     weight, bias = region.value.since(region.source)
     if layer.target is aten.embedding.default and bias is not None:
         weight, bias = Sum(weight, _spread(bias, weight.shape)), None
-    make = _Maker(editor, analysis, region)
+    make = _Maker(editor, analysis, region, pack)
     x = editor.along(region.before.moves, region.before.start, region.place)
     folded = make.layer(x, weight, bias)
     last = editor.along(region.behind.moves, folded, region.place)
@@ -92,6 +107,7 @@ class _Maker:
     editor: Editor
     analysis: Analysis
     region: Region
+    pack: Pack | None = None
 
     def layer(self, x: fx.Node, weight: Matrix, bias: Matrix | None) -> fx.Node:
         """Calls the layer's operator on new constants.
@@ -104,11 +120,20 @@ class _Maker:
             target = aten.linear.default
         if target in (aten.addmm.default, aten.embedding.default):
             weight = transposed(weight)
-        names = _names(module_path(layer), weight_of(layer))
-        shape = self._shape(target, weight)
-        at = self._constant(names[0], weight, shape)
-        shift = None if bias is None else self._constant(names[1], bias, (bias.shape[0],))
-        return self._call(target, x, at, shift)
+        if self.pack is not None:
+            names = _names(module_path(layer), self.pack.weight)
+            at = self.pack.operand(layer, _round_to(self.pack.dtype))
+        else:
+            names = _names(module_path(layer), weight_of(layer))
+            at = self._constant(names[0], weight, self._shape(target, weight))
+        return self._call(target, x, at, self._shift(names[1], bias))
+
+    def _shift(self, name: str, bias: Matrix | None) -> fx.Node | None:
+        """The bias: that of a part of a weight stays what it was, if it is the same."""
+        own = self.pack.bias_of(self.region.layer) if self.pack else None
+        if bias is None or (own and bias == self.analysis.column(own, Layout(bias.shape[:1]))):
+            return own if bias is not None else None
+        return self._constant(name, bias, (bias.shape[0],))
 
     def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         layer, place = self.region.layer, self.region.place
@@ -158,6 +183,10 @@ def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: s
     with torch.no_grad():
         wide = dense(matrix, torch.promote_types(dtype, torch.float32))
         return _to(dtype, wide.reshape(shape), name)
+
+
+def _round_to(dtype: torch.dtype) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    return lambda wide, name: _to(dtype, wide, name)
 
 
 def _to(dtype: torch.dtype, wide: torch.Tensor, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
-from lora_fx.anew import base_weight, make_anew, reads
+from lora_fx.anew import base_weight, make_anew
 from lora_fx.beside import beside as beside_layer
 from lora_fx.beside import put
 from lora_fx.bound import bind, bind_fresh, standing, weight_name
@@ -166,7 +166,7 @@ def _fresh(
     if residual is not None:
         residual = residual.t().contiguous() if site.transposed else residual
         left = nn.Parameter(residual, requires_grad=False)
-        for reader, source in dict.fromkeys(map(reads, calls)):
+        for reader, source in dict.fromkeys(read for call in calls for read in call.reads):
             node = editor.constant(str(site.weight.target), left, before=reader)
             editor.rebind(reader, source, node)
     return update, residual

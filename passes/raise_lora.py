@@ -20,7 +20,7 @@ from lora_fx.editor import Editor
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
 from lora_fx.passes.inject_lora import InjectLora
-from lora_fx.sites import by_path, sites
+from lora_fx.sites import Site, by_path, sites
 
 _LINEAR = (aten.linear.default, aten.addmm.default)
 
@@ -64,20 +64,24 @@ class RaiseLora(Pass):
 def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, Update]]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
     found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
-    raised = {last_of(site) for site in sites(editor.gm)}
+    layers = {site.node: site for site in sites(editor.gm)}
+    raised = {last_of(site) for site in layers.values()}
     for region in reversed(maximal_regions(analysis)):
-        path = module_path(region.layer)
+        site = layers.get(region.layer)
+        path = site.path if site else module_path(region.layer)
         if region.value.node in raised:
             continue  # a branch already
         try:
-            found[path] += [(region, _update(analysis, region))]
+            found[path] += [(region, _update(analysis, region, site))]
         except NotLowRankError as reason:
             editor.record("skip", path, str(reason))
     return {path: regions for path, regions in found.items() if regions}
 
 
-def _update(analysis: Analysis, region: Region) -> Update:
+def _update(analysis: Analysis, region: Region, site: Site | None) -> Update:
     """What a region adds to its layer."""
+    if site is None or not site.is_whole:
+        raise NotLowRankError("it reads a part of its weight, or none that is stored")
     own = analysis.values[region.layer]
     if region.blocked or region.layer.target not in _LINEAR or not isinstance(own, Map):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")

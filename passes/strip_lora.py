@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.branches import Branch, branches
+from lora_fx.branches import Branch, branches, whole
 from lora_fx.editor import Editor
 from lora_fx.graphs import targets
 from lora_fx.injected import stripped
@@ -48,7 +48,8 @@ def _strip(editor: Editor, branch: Branch) -> None:
     if branch.out is not branch.base:
         editor.replace(branch.out, branch.base)
     if branch.col is not None:
-        (scaled,) = (node for node in branch.site.all_input_nodes if branch.col in node.args)
+        inputs = (node for node in branch.site.all_input_nodes if len(node.args) > 1)
+        (scaled,) = (node for node in inputs if whole(node.args[1]) is branch.col)
         x = scaled.args[0]
         assert isinstance(x, fx.Node)
         editor.rebind(branch.site, scaled, x)

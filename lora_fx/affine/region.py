@@ -11,6 +11,7 @@ from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Blocks
 from lora_fx.affine.ways import LAYERS, Way, reads_more, way_in, way_out, weight_of
 from lora_fx.ops import module_path
+from lora_fx.row_blocks import part_of
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _is_worth_it(
     values = (analysis.values[n] for n in nodes - {layer})
     lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
     if not lasts:
-        return weight_of(layer).op != "get_attr"
+        return part_of(analysis.gm, weight_of(layer)) is None
     if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):
         return True
     return not _is_read(weight_of(layer), layer, gone, analysis)

@@ -1,0 +1,65 @@
+"""Who reads a weight that is taken apart, beside the layers that read parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from lora_fx.errors import AdapterError
+from lora_fx.ops import module_path, op_name
+from lora_fx.recorded import recorded
+from lora_fx.sites import Site
+
+_SIZES = {"size", "sym_size", "getattr", "dim", "numel", "stride"}  # they ask for no numbers of it
+
+
+def check_reached(
+    gm: fx.GraphModule, who: str, path: str, groups: Mapping[str, Sequence[Site]]
+) -> None:
+    """Refuses a layer of whose weight an adapter would reach some parts alone.
+
+    Args:
+        gm: the graph.
+        who: the adapter, for the message.
+        path: of the layer.
+        groups: all layers of the graph.
+
+    Raises:
+        AdapterError: something that is no layer reads a part of the weight.
+    """
+    calls = groups[path]
+    if all(site.is_whole for site in calls):
+        return
+    layers = {site.node for group in groups.values() for site in group}
+    picks = {call for group in groups.values() for site in group for call in site.part.calls}
+    made = _made(gm.graph)
+    weight = calls[0].weight.target
+    pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
+    for node in pending:
+        for user in node.users:
+            if user in picks:
+                pending.append(user)
+            elif user not in layers and user not in made and _counts(user):
+                at = module_path(user) or "the model itself"
+                raise AdapterError(
+                    f"{who}, {path}: parts of its weight {weight} are read by layers, and one by "
+                    f"{op_name(user)} of {at}, which is none: the adapter would be missing there. "
+                    "Leave the layer out, or apply the parts as linear layers"
+                )
+
+
+def _counts(user: fx.Node) -> bool:
+    return op_name(user) not in _SIZES and (bool(user.users) or user.op == "output")
+
+
+def _made(graph: fx.Graph) -> set[fx.Node]:
+    """The calls by which adapters make weights anew."""
+    found: set[fx.Node] = set()
+    pending = list(recorded(graph))
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found

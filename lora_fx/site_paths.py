@@ -1,0 +1,55 @@
+"""What each layer is called: by the module that holds its weight, or by the weight's own name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+# Of nn.MultiheadAttention, which calls a layer of its own on each of them.
+PACKED = "in_proj_weight"  # query, key and value in one
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_INNER = ".out_proj"
+
+
+def is_packed(name: str) -> bool:
+    """Whether a weight is the projection of an attention module that packs three in one."""
+    return name.endswith(f".{PACKED}")
+
+
+def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Names layers by the calls of a graph.
+
+    A module that owns several weights (an attention module) has a layer for each, told apart by
+    the weight's own name; the packed projection is called as the module is, and what belongs to a
+    module further down is called as that is, whoever calls it.
+
+    Args:
+        calls: the path of the module that calls, and the name of the weight, each.
+
+    Returns:
+        Each of these -> the path of the layer.
+    """
+    weights: dict[str, set[str]] = defaultdict(set)
+    for path, name in calls:
+        weights[path].add(name)
+    alone = {path for path, names in weights.items() if path and len(names) == 1}
+    return {
+        (path, name): _path(path, name, names, alone)
+        for path, names in weights.items()
+        for name in names
+    }
+
+
+def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
+    holder, _, leaf = name.rpartition(".")
+    if path and not name.startswith(f"{path}."):  # a tied weight bears another module's name
+        attends = any(other.rpartition(".")[2] in (PACKED, *_APART) for other in names)
+        if attends and holder.endswith(_INNER):
+            return path + _INNER
+        return path if path in alone or leaf == PACKED else f"{path}.{leaf}"
+    if is_packed(name):
+        return holder
+    if path in alone and (holder == path or leaf != "weight"):
+        return path
+    owner = name.removesuffix(".weight")
+    return name if owner in alone else owner
