@@ -17,7 +17,7 @@ from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
 from lora_fx.export.base_weights import BaseWeights
-from lora_fx.export.digests import check_digests
+from lora_fx.export.changed import check_digests
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.publish import staged

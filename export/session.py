@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.adapter_check import active, check_adapter_file, load_adapter
-from lora_fx.export.digests import check_digests
+from lora_fx.export.changed import check_digests
 from lora_fx.export.external import check_external_data
 from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.runtime import call, open_session, to_array

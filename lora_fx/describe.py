@@ -58,7 +58,7 @@ def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from lora_fx.export.digests import check_digests
+    from lora_fx.export.changed import check_digests
     from lora_fx.export.model_file import load_proto, manifest_in
 
     proto = load_proto(path)
