@@ -17,6 +17,7 @@ from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
 from lora_fx.export.base_weights import BaseWeights
+from lora_fx.export.changed import check_digests
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.publish import staged
@@ -36,6 +37,7 @@ def export_adapter(
     out_path: str | Path,
     *,
     force: bool = False,
+    check: bool = True,
 ) -> None:
     """Writes an adapter as a file for a model that was exported with ``adapters="input"``.
 
@@ -44,12 +46,14 @@ def export_adapter(
 
     Args:
         adapter: an adapter, or a path for `lora_fx.load_adapter`.
-        model_path: the model; of its weights only those are read that DoRA and (IA)3 scale.
+        model_path: the model.
         out_path: the ``.onnx_adapter`` file.
         force: replace a file that exists.
+        check: read all weights of the model once, and refuse one that is not what was exported;
+            if False, only those are read that DoRA and (IA)3 scale.
 
     Raises:
-        ExportError: the model has no slots, or the output exists.
+        ExportError: the model has no slots, was changed, or the output exists.
         AdapterError: the adapter does not fit the slots, or holds what a slot cannot carry.
     """
     source = (
@@ -58,9 +62,13 @@ def export_adapter(
     out = Path(out_path)
     if out.resolve() in [path.resolve() for path in source]:
         raise ExportError(f"{out}: is an input of this call: give another name")
-    manifest = manifest_in(load_proto(Path(model_path)), Path(model_path))
+    proto = load_proto(Path(model_path))
+    manifest = manifest_in(proto, Path(model_path))
     if manifest is None:
         raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
+    if check:
+        check_digests(proto, Path(model_path))
+    del proto
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
     updates = _fitted(adapter, manifest, Path(model_path))

@@ -25,12 +25,31 @@ _CHATTER: dict[str, tuple[str, ...]] = {
 }
 
 
+# Older ones than torch.onnx translates to, and newer ones than onnxscript converts to, are passed
+# over by both without a word.
+OPSETS = range(18, 26)
+
+
+def check_opset(opset: object) -> None:
+    """Refuses what is no version of the ONNX operator set that can be written.
+
+    Raises:
+        ExportError: names what can.
+    """
+    if opset is not None and (type(opset) is not int or opset not in OPSETS):
+        raise ExportError(
+            f"opset={opset!r}: expected a whole number from {OPSETS[0]} to {OPSETS[-1]}, or None "
+            "for the exporter's own choice"
+        )
+
+
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
     """Translates a program operator by operator, unoptimised.
 
     Raises:
-        ExportError: an operator has no translation, or onnxruntime's dialect cannot hold it.
+        ExportError: an operator has no translation, or none in this opset.
     """
+    check_opset(opset)
     if not isinstance(program, LoweredProgram):
         _copy_before_reshape(program)
     with _quiet():
@@ -42,6 +61,11 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             raise ExportError(f"the graph has no ONNX form: {_cause(error)}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    written = onnx_program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ExportError(
+            f"opset={opset}: the graph could only be translated to opset {written}: ask for that"
+        )
     drop_made_biases(onnx_program.model)
     return onnx_program.model
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError
 from lora_fx.export.clean import anonymise, clean
-from lora_fx.export.convert import convert
+from lora_fx.export.convert import check_opset, convert
 from lora_fx.export.evidence import Evidence
 from lora_fx.export.inputs import Inputs, example_inputs
 from lora_fx.export.lowering import LoweredProgram
@@ -62,7 +62,7 @@ def to_onnx(
         vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
             if an adapter in ``gm`` has one.
-        opset: version of the ONNX operator set; the exporter's own choice by default.
+        opset: version of the ONNX operator set, 18 to 25; the exporter's own choice by default.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
         progress: told the name of each stage as it starts.
@@ -71,14 +71,15 @@ def to_onnx(
         What was written, measured and checked.
 
     Raises:
-        ExportError: no example inputs, an operator without ONNX form, a model whose next call
-            gives something else, or the output exists.
+        ExportError: no example inputs, an operator without ONNX form, an opset that cannot be
+            written, a model whose next call gives something else, or the output exists.
         VerificationError: the file and eager disagree, or a control agreed.
     """
     if adapters not in ("constant", "input"):
         raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input"')
+    check_opset(opset)
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes)

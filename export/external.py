@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto, external_data_helper, helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, external_data_helper, helper
 
 from lora_fx.errors import ExportError, shorten
 
@@ -17,14 +17,23 @@ _REQUIRED = {"location", "offset", "length"}
 
 
 @dataclass(frozen=True, order=True)
-class _Range:
+class Range:
+    """Where the bytes of a tensor lie.
+
+    Attributes:
+        location: name of the file.
+        offset: of the first byte.
+        length: in bytes.
+        tensor: its name.
+    """
+
     location: str
     offset: int
     length: int
     tensor: str
 
 
-def check_external_data(model: onnx.ModelProto, path: Path) -> None:
+def check_external_data(model: ModelProto, path: Path) -> None:
     """Refuses a model whose external data is not plainly its own.
 
     onnxruntime takes hard links, and ranges that overlap or are shifted within the file: the
@@ -37,10 +46,9 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         ExportError: names the tensor or file, what was found and what was expected.
     """
-    tensors = [t for t in model.graph.initializer if external_data_helper.uses_external_data(t)]
-    ranges = sorted(_range(tensor, path) for tensor in tensors)
+    ranges = sorted(range_of(tensor, path) for tensor in external_tensors(model))
     sizes = {location: _size(path, location) for location in {r.location for r in ranges}}
-    end = _Range("", 0, 0, "")
+    end = Range("", 0, 0, "")
     for one in ranges:
         if one.offset + one.length > sizes[one.location]:
             raise ExportError(
@@ -52,7 +60,23 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
         end = one
 
 
-def _range(tensor: TensorProto, path: Path) -> _Range:
+def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """The tensors whose bytes lie beside the model, in its graph and in those of its branches."""
+    graphs = [model.graph]
+    while graphs:
+        graph: GraphProto = graphs.pop()
+        attributes: list[AttributeProto] = [a for node in graph.node for a in node.attribute]
+        graphs += [inner for a in attributes for inner in (a.g, *a.graphs) if inner.node]
+        tensors = [*graph.initializer, *(t for a in attributes for t in (a.t, *a.tensors))]
+        yield from (t for t in tensors if external_data_helper.uses_external_data(t))
+
+
+def range_of(tensor: TensorProto, path: Path) -> Range:
+    """Where the bytes of a tensor lie.
+
+    Raises:
+        ExportError: it does not say so plainly.
+    """
     where = f"{path}: {tensor.name}"
     keys = [entry.key for entry in tensor.external_data]
     odd = [key for key in keys if key not in _KEYS or keys.count(key) > 1]
@@ -70,7 +94,7 @@ def _range(tensor: TensorProto, path: Path) -> _Range:
             f"{where}: {length} bytes of external data, its shape {list(tensor.dims)} takes "
             f"{math.prod(tensor.dims) * itemsize}"
         )
-    return _Range(values["location"], offset, length, tensor.name)
+    return Range(values["location"], offset, length, tensor.name)
 
 
 def _size(path: Path, location: str) -> int:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from onnx import ModelProto
 from torch import fx
 
 from lora_fx.biases import bias_of
 from lora_fx.deferred import raw
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of
 from lora_fx.sites import Site, by_path
@@ -99,6 +100,26 @@ def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
     if json.loads(manifest.to_json()) != values:
         raise ExportError(f"{where}: {KEY}: unknown or missing fields: export the model again")
     return manifest
+
+
+def check_slots(model: ModelProto, manifest: Manifest, where: str) -> None:
+    """Refuses a graph whose slots are not those of its manifest.
+
+    Raises:
+        ExportError: names the slots that are listed and gone, or there and not listed.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {value.name for value in model.graph.input if value.name in constants}
+    listed = [name for slot in manifest.slots for name in slot.names]
+    lost = [name for name in listed if name not in found]
+    unknown = sorted(found.difference(listed))
+    if lost or unknown:
+        raise ExportError(
+            f"{where}: its graph has no input, or none with a default, for the slots "
+            f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
+            "manifest does not list: another tool rewrote the file; use it as it was exported, or "
+            "export it again"
+        )
 
 
 def _slots(entries: Iterable[Any], where: str) -> Iterator[Slot]:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from lora_fx.errors import ExportError, LoraFxError
-from lora_fx.export.manifest import Manifest, read_manifest
+from lora_fx.export.digests import seal
+from lora_fx.export.manifest import Manifest, check_slots, read_manifest
 from lora_fx.export.publish import data_path
+from lora_fx.export.watched import Watched
 
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
+_INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
 
 
 def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> None:
     """Writes a model, with its weights in a file beside it if they are large.
 
+    Its metadata gets a digest of each weight, taken as that is written.
+
     Raises:
         ExportError: the result is not valid ONNX.
     """
-    weights = [v.const_value for v in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    external = data_path(path).name if size > external_data_above else None
-    _save(model, path, external)
+    weights = {value: value.const_value for value in _initializers(model)}
+    is_large = sum(tensor.nbytes for tensor in weights.values()) > external_data_above
+    try:
+        _save(model, path, data_path(path).name if is_large else None)
+    finally:
+        for value, tensor in weights.items():
+            value.const_value = tensor
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -33,14 +40,39 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> Non
 
 
 def _save(model: ir.Model, path: Path, external: str | None) -> None:
-    align: dict[str, Any] = {"alignment": _ALIGNMENT, "align_threshold": _ALIGNMENT - 1}
     try:
-        ir.save(model, path, external_data=external, **align if external else {})
+        digests = {} if external is None else _save_beside(model, path, external)
+        proto = ir.to_proto(model)
+        seal(proto, digests)
+        onnx.save(proto, str(path))
     except ir.serde.SerdeError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, LoraFxError):
             cause = cause.__cause__
         raise cause or ExportError(f"{path.name}: not written: {error}") from error
+
+
+def _save_beside(model: ir.Model, path: Path, external: str) -> dict[str, str]:
+    """Writes the large tensors to a file of their own, and gives the digest of each."""
+    tensors = []
+    for value in _initializers(model):
+        if value.const_value is not None and value.const_value.nbytes > _INLINE:
+            value.const_value = Watched(value.const_value, value.name)
+            tensors.append(value.const_value)
+    ir.external_data.unload_from_model(
+        model,
+        path.parent,
+        external,
+        size_threshold_bytes=_INLINE,
+        alignment=_ALIGNMENT,
+        align_threshold=_ALIGNMENT - 1,
+    )
+    return {str(tensor.name): tensor.digest for tensor in tensors}
+
+
+def _initializers(model: ir.Model) -> list[ir.Value]:
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    return [value for value in values if value.const_value is not None]
 
 
 def load_proto(path: Path) -> onnx.ModelProto:
@@ -61,6 +93,13 @@ def load_proto(path: Path) -> onnx.ModelProto:
 
 
 def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
-    """The manifest of a swappable model; None for any other."""
+    """The manifest of a swappable model, whose graph has its slots; None for any other.
+
+    Raises:
+        ExportError: the manifest is damaged, or the graph has other slots than it lists.
+    """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return read_manifest(metadata, str(path))
+    manifest = read_manifest(metadata, str(path))
+    if manifest is not None:
+        check_slots(model, manifest, str(path))
+    return manifest

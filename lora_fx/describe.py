@@ -28,7 +28,7 @@ def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
         ``kind``, ``path``, and what that kind has: targets or slots, shapes, norms, digests.
 
     Raises:
-        LoraFxError: it is missing, damaged, or none of these.
+        LoraFxError: it is missing, damaged, not what was exported, or none of these.
     """
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or directory")
@@ -58,10 +58,12 @@ def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
+    from lora_fx.export.changed import check_digests
     from lora_fx.export.model_file import load_proto, manifest_in
 
     proto = load_proto(path)
     manifest = manifest_in(proto, path)
+    check_digests(proto, path)
     slots = manifest.slots if manifest else ()
     fed = {name for slot in slots for name in slot.names}
     files = (path, path.with_name(f"{path.name}.data"))

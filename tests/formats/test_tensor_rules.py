@@ -18,6 +18,11 @@ def test_dense_finite_floats_pass(dtype: torch.dtype) -> None:
     check_tensors(FILE, {"a": torch.ones(3, 2, dtype=dtype), "b": torch.ones((), dtype=dtype)})
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (4, 0, 3, 3)])
+def test_the_strides_of_what_is_empty_mean_nothing(shape: tuple[int, ...]) -> None:
+    check_tensors(FILE, {"a": torch.empty(shape).as_strided(shape, [0] * len(shape))})
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
