@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +12,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.user_code import load_module, users_code
 
-_FORMS = "expected a Hugging Face directory, module:function, or a .pt2 file"
+_FORMS = "expected a Hugging Face directory, module:function, file.py:function, or a .pt2 file"
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ def find_model(spec: str) -> ModelSource:
     """Loads the model that a command line names.
 
     Args:
-        spec: a Hugging Face directory, ``module:function`` whose function returns
-            ``(model, args, kwargs, dynamic_shapes)`` (later ones optional), or a ``.pt2`` file.
+        spec: a Hugging Face directory, ``module:function`` or ``file.py:function`` whose function
+            returns ``(model, args, kwargs, dynamic_shapes)`` (later ones optional), or a ``.pt2``
+            file.
 
     Raises:
         LoraFxError: it is none of these, or it cannot be loaded.
@@ -63,25 +62,27 @@ def _from_program(path: Path) -> ModelSource:
         raise LoraFxError(f"{path}: is damaged or no program: write it with torch.export.save")
     try:
         return ModelSource(torch.export.load(path))
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what is damaged in it decides what torch raises
         raise LoraFxError(
             f"{path}: torch.export.load cannot read it ({error}): write it with torch.export.save"
         ) from error
 
 
 def _from_function(spec: str) -> ModelSource:
-    module_name, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:  # an installed script does not see the user's own directory
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise LoraFxError(f"{spec}: {module_name} cannot be imported: {error}") from error
-    except (AttributeError, ValueError) as error:
-        raise LoraFxError(f"{spec}: {module_name} has no function {name!r}; {_FORMS}") from error
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise LoraFxError(f"{place}: no such file; {_FORMS}")
+    with users_code(f"{spec}: {place} cannot be imported"):
+        module = load_module(place)
+    with users_code(spec):
+        function = getattr(module, name, None)
+    if function is None:
+        raise LoraFxError(f"{spec}: {place} has no function {name!r}; {_FORMS}")
     if not callable(function):
         raise LoraFxError(f"{spec}: found a {type(function).__name__}, expected a function")
-    return _checked(spec, function())
+    with users_code(spec):
+        returned = function()
+    return _checked(spec, returned)
 
 
 def _checked(spec: str, returned: Any) -> ModelSource:
