@@ -86,8 +86,8 @@ def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
     used = [n for n in wanted if not is_free(gm, n)]
     if used:
         raise AdapterError(
-            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model has "
-            "taken; load this one with another name="
+            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
+            "has taken; load this one with another name="
         )
 
 

@@ -47,7 +47,9 @@ def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph
     Raises:
         TraceError: the program's code would not be Python, for the names in it.
     """
-    refuse_attributes(str(spec.target) for spec in program.graph_signature.input_specs if spec.target)
+    refuse_attributes(
+        str(spec.target) for spec in program.graph_signature.input_specs if spec.target
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
         gm = program.module()

@@ -72,7 +72,7 @@ def _is_word(name: str) -> bool:
 
 
 def _is_attribute(name: str) -> bool:
-    quoted = not name.isidentifier() and name.isprintable() and not set(name) & set("\"\\")
+    quoted = not name.isidentifier() and name.isprintable() and not set(name) & set('"\\')
     return _is_word(name) or quoted
 
 
