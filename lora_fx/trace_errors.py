@@ -47,8 +47,8 @@ def refuse_inputs(names: Iterable[object]) -> None:
     if odd:
         raise TraceError(
             f"inputs are called {shorten([repr(name) for name in odd])}, which no parameter of a "
-            "traced graph can be called: wrap the model in a module whose forward takes them as a dictionary, "
-            "or by other names"
+            "traced graph can be called: wrap the model in a module whose forward takes them as a "
+            "dictionary, or by other names"
         )
 
 
