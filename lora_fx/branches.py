@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from lora_fx.adapter_names import name_in, part_of
 from lora_fx.layer_forms import parts_of_expand, parts_of_shrink
 from lora_fx.ops import aten, op_name
 from lora_fx.sites import Site, sites
@@ -65,7 +66,8 @@ def parameter_names(path: str, name: str, bare: bool = False) -> Names:
     Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
     """
     at = f"{path}_adapted" if bare else path
-    return Names(*(f"{at}.lora_{part}.{name}" for part in ("A", "B", "bias", "gain", "col")))
+    kinds = ("A", "B", "bias", "gain", "col")
+    return Names(*(f"{at}.lora_{kind}.{part_of(name)}" for kind in kinds))
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:
@@ -168,7 +170,7 @@ def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
 
 
 def _adapter(node: fx.Node | None) -> str:
-    return str(node.target).rpartition(".")[2] if node is not None else ""
+    return name_in(str(node.target)) if node is not None else ""
 
 
 def _is_named(value: Any, site: Site, part: str) -> bool:

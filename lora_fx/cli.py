@@ -1,16 +1,21 @@
-"""The command line. Exit codes: 0 done and verified, 1 verification failed, 2 bad input."""
+"""The command line.
+
+Exit codes: 0 done and verified, 1 verification failed, 2 anything else, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lora_fx.console import show, stages
-from lora_fx.errors import LoraFxError, VerificationError
+from lora_fx.errors import LoraFxError
+from lora_fx.failures import report as report_failure
 from lora_fx.options import (
     Adapters,
     Against,
@@ -26,7 +31,28 @@ from lora_fx.options import (
     UseRslora,
 )
 
+# Usage errors, which typer shows itself; what they derive from has no public name in every typer.
+_USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class Commands(TyperGroup):
+    """The one place where whatever a command raises becomes a message and an exit code.
+
+    It stands inside typer, which ends with 1 where a pipe was closed or an input had ended.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _USAGE):
+            raise
+        except BaseException as error:
+            sys.exit(report_failure(error))
+
+
 app = typer.Typer(
+    cls=Commands,
     name="lora-fx",
     help="From a PyTorch model with LoRA adapters to verified ONNX, merged or swappable.",
     no_args_is_help=True,
@@ -164,14 +190,4 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command, and ends the process with its exit code."""
-    try:
-        app(arguments)
-    except VerificationError as error:
-        _fail(error, 1)
-    except LoraFxError as error:
-        _fail(error, 2)
-
-
-def _fail(error: LoraFxError, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+    app(arguments)

@@ -18,8 +18,10 @@ from lora_fx.errors import AdapterWarning
 
 def show(as_json: bool, report: Mapping[str, Any], text: str) -> None:
     """Prints a result on stdout: as JSON alone, or as text."""
-    sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) if as_json else text)
-    sys.stdout.write("\n")
+    shown = json.dumps(report, indent=2, allow_nan=False) if as_json else text
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    readable = shown.encode(encoding, "backslashreplace").decode(encoding)
+    print(readable, flush=True)  # what cannot be written is told now, not when Python ends
 
 
 @contextmanager

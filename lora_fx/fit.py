@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import fx, nn
+from torch import fx
 
 from lora_fx.adapter import Adapter, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
@@ -87,12 +87,11 @@ def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
             "load this one with another name="
         )
     wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
-    # A parameter cannot be called what every module has already: train, half, ...
-    used = wanted if hasattr(nn.Module(), name) else [n for n in wanted if not is_free(gm, n)]
+    used = [n for n in wanted if not is_free(gm, n)]
     if used:
         raise AdapterError(
-            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model or "
-            "torch has taken; load this one with another name="
+            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
+            "has taken; load this one with another name="
         )
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from lora_fx.adapter import Adapter
+from lora_fx.adapter_task import task_of
 from lora_fx.api import fold, inject
+from lora_fx.directory import refuse_lacking
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.formats import save_adapter
 from lora_fx.given import Given, base_of
@@ -175,9 +177,11 @@ def _load(
     missing = [str(path) for path in paths if not path.exists()]
     if missing:  # told before a model is loaded, which can take long
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
-    source = find_model(spec)
+    given = given or Given()
+    source = find_model(spec, task_of(paths, given.allow_pickle))
     base = base_of(source) if paths else None
-    adapters = [(given or Given()).load(path, base) for path in paths]
+    adapters = [given.load(path, base) for path in paths]
+    refuse_lacking(spec, source.lacks, {n for adapter in adapters for n in adapter.replacements})
     names = [adapter.name for adapter in adapters]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Argument(help="A Hugging Face directory, module:function, or a .pt2 file.")
+    str,
+    typer.Argument(
+        help="A Hugging Face directory, module:function, file.py:function, or a .pt2 file."
+    ),
 ]
 Against = Annotated[str, typer.Option("--against", help="The model to compare with, as in export.")]
 Adapters = Annotated[

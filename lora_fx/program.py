@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import TraceError
 from lora_fx.graphs import copy_graph, without_guards
 from lora_fx.shells import unshared
-from lora_fx.trace_errors import explain_failure
+from lora_fx.trace_errors import explain_failure, refuse_attributes, refuse_inputs
 
 
 def export_program(
@@ -28,6 +28,7 @@ def export_program(
     """
     if not args and not kwargs:
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
+    refuse_inputs(kwargs)
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
     root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
     args, kwargs = distinct((args, dict(kwargs)))
@@ -41,7 +42,14 @@ def export_program(
 
 
 def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
-    """The module of a program and a copy of its graph."""
+    """The module of a program and a copy of its graph.
+
+    Raises:
+        TraceError: the program's code would not be Python, for the names in it.
+    """
+    refuse_attributes(
+        str(spec.target) for spec in program.graph_signature.input_specs if spec.target
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
         gm = program.module()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from lora_fx.adapter_names import name_in, part_of
 from lora_fx.ops import aten
 
 _MARK = ".lora_weight_"
@@ -15,7 +16,7 @@ _STEPS = 200  # nodes that an operand may be made of: what is more is no adapter
 def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
     """What adapter ``name`` calls the values from which it makes the weight of a layer anew."""
     at = f"{path}_adapted" if bare else path
-    return [f"{at}{_MARK}{place}.{name}" for place in range(count)]
+    return [f"{at}{_MARK}{place}.{part_of(name)}" for place in range(count)]
 
 
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
@@ -40,7 +41,7 @@ def adapter_of(operand: fx.Node) -> str:
     while pending and steps < _STEPS:
         node, steps = pending.pop(), steps + 1
         if node.op == "get_attr" and _MARK in str(node.target):
-            return str(node.target).rpartition(".")[2]
+            return name_in(str(node.target))
         pending.extend(node.all_input_nodes)
     return ""
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.called import is_hooked
 from lora_fx.errors import TraceError
 from lora_fx.faithful import call_once, check_faithful
-from lora_fx.graphs import assemble, copy_graph
+from lora_fx.graphs import assemble, copy_graph, targets
 from lora_fx.left_behind import clear_caches
 from lora_fx.modes import Again, Source, in_mode, mark, remember
 from lora_fx.normal_form import normalise
@@ -24,6 +24,7 @@ from lora_fx.preserved import preserved, random_kept
 from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.shells import unshared, untouched
 from lora_fx.symbolic import symbolic_graph
+from lora_fx.trace_errors import refuse_attributes, refuse_inputs
 from lora_fx.traced import Traced
 
 _META = "lora_fx.example"
@@ -178,9 +179,18 @@ def _finish(
     made: Mapping[str, torch.Tensor] | None = None,
 ) -> fx.GraphModule:
     normalise(graph)
+    refuse_attributes(targets(graph))
+    refuse_inputs(_parameters(graph))
     gm = assemble(root, graph, training, made)
     gm.meta[_META] = example
     return gm
+
+
+def _parameters(graph: fx.Graph) -> list[str]:
+    """What the code of a graph calls its inputs."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    nodes = (node for node in graph.nodes if node.op == "placeholder")
+    return list(info.orig_args) if info else [str(node.target).lstrip("*") for node in nodes]
 
 
 def _from_program(program: torch.export.ExportedProgram, check: bool) -> fx.GraphModule:

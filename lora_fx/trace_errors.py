@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import keyword
 import linecache
 import traceback
+from collections.abc import Iterable
 from types import FrameType
 
 from torch import nn
+
+from lora_fx.errors import TraceError, shorten
 
 _TRY = {
     "symbolic": "pass example inputs, so that torch.export traces it (frontend='export')",
@@ -19,6 +23,10 @@ _TRY = {
 }
 
 
+# What the code of every graph reads: an input of the same name would hide it.
+_OF_FX = frozenset({"torch", "pytree", "fx_pytree"})
+
+
 def explain_failure(model: nn.Module, frontend: str, error: Exception) -> str:
     """A message that names the module path, the source line, the reason and a way out."""
     reason = str(error).strip().split("\n")
@@ -27,6 +35,45 @@ def explain_failure(model: nn.Module, frontend: str, error: Exception) -> str:
         f"{type(model).__name__} cannot be traced ({frontend}){_place(model, error)}:\n"
         f"  {type(error).__name__}: {shown}\nTry: {_TRY[frontend]}."
     )
+
+
+def refuse_inputs(names: Iterable[object]) -> None:
+    """Refuses inputs by a name that the code of a graph cannot have: no word, or torch.fx's own.
+
+    Raises:
+        TraceError: names them.
+    """
+    odd = [n for n in names if not isinstance(n, str) or not _is_word(n) or n in _OF_FX]
+    if odd:
+        raise TraceError(
+            f"inputs are called {shorten([repr(name) for name in odd])}, which no parameter of a "
+            "traced graph can be called: wrap the model in a module whose forward takes them as a "
+            "dictionary, or by other names"
+        )
+
+
+def refuse_attributes(targets: Iterable[str]) -> None:
+    """Refuses modules and tensors by a name that torch.fx writes into code as it stands.
+
+    Raises:
+        TraceError: names them.
+    """
+    odd = [t for t in targets if any(not _is_attribute(part) for part in t.split("."))]
+    if odd:
+        raise TraceError(
+            f"the model holds {shorten(odd)}: torch.fx cannot write a graph that reads an "
+            "attribute called like a word of Python or with quotes in it; rename it in a copy of "
+            "the model"
+        )
+
+
+def _is_word(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _is_attribute(name: str) -> bool:
+    quoted = not name.isidentifier() and name.isprintable() and not set(name) & set('"\\')
+    return _is_word(name) or quoted
 
 
 def _place(model: nn.Module, error: Exception) -> str:

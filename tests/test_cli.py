@@ -359,10 +359,136 @@ def test_a_directory_of_transformers_is_a_model(home: Path, tiny: Any) -> None:
     out = home / "bert_out"
     assert call("export", home / "bert", "--mode", "unmerged", "-o", out) == 0
     session = ort.InferenceSession(str(out / "model.onnx"))
-    assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    assert [value.name for value in session.get_inputs()] == names
 
 
 def test_the_module_runs_as_a_program(home: Path) -> None:
     command = [sys.executable, "-m", "lora_fx", "inspect", str(home / "french"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["name"] == "french"
+
+
+RAISING = """
+import sys
+import torch
+from torch import nn
+
+
+class Leaves(nn.Linear):
+    def forward(self, input):
+        sys.exit(0)
+
+
+class Fails(nn.Linear):
+    def forward(self, input):
+        raise ArithmeticError("mine")
+
+
+def in_forward():
+    return Fails(3, 5), (torch.ones(2, 3),)
+
+
+def exit_in_forward():
+    return Leaves(3, 5), (torch.ones(2, 3),)
+
+
+def leaves():
+    sys.exit(0)
+
+
+def leaves_with_one():
+    sys.exit(1)
+
+
+def reads():
+    return input()
+
+
+def closes():
+    raise BrokenPipeError
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def verifies():
+    from lora_fx import VerificationError
+
+    raise VerificationError("mine")
+"""
+RAISED = {
+    "in_forward": (2, "ArithmeticError: mine"),
+    "exit_in_forward": (2, "the code called sys.exit(0), at "),
+    "leaves": (2, "the code called sys.exit(0), at "),
+    "leaves_with_one": (2, "the code called sys.exit(1), at "),
+    "reads": (2, "reads: "),
+    "closes": (2, "BrokenPipeError"),
+    "interrupted": (130, "interrupted"),
+    "verifies": (2, "VerificationError: mine"),
+}
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "adapter"])
+@pytest.mark.parametrize("name", RAISED)
+def test_the_users_own_errors_are_one_message(
+    home: Path, merged: Path, name: str, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1 is for verification alone, and 0 for what was done."""
+    (home / "raising.py").write_text(RAISING)
+    spec, out = f"./raising.py:{name}", home / "refused"
+    if command == "adapter" and "forward" in name:
+        return  # the base of names is not run
+    before = sorted(home.iterdir())
+    arguments = {
+        "export": (spec, "-o", out),
+        "verify": (merged / "model.onnx", "--against", spec),
+        "adapter": (home / "french", "--base", spec, "--to", "peft", "-o", out),
+    }
+    capfd.readouterr()
+    code, message = RAISED[name]
+    assert call(command, *arguments[command]) == code
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.err.count("error: ") == 1
+    assert "Traceback" not in shown.err
+    assert sorted(home.iterdir()) == before
+
+
+def test_a_defect_of_our_own_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_fx.describe.describe", lambda *_: 1 / 0)
+    assert call("inspect", home / "french") == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith("error: ZeroDivisionError: division by zero")
+    assert "set LORA_FX_TRACEBACK=1 to see the traceback" in shown
+    assert "Traceback" not in shown
+    monkeypatch.setenv("LORA_FX_TRACEBACK", "1")
+    assert call("inspect", home / "french") == 2
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+def test_a_reader_that_leaves_is_told_once(home: Path) -> None:
+    """As ``| head -0`` does; Python itself would complain at its end, and exit with 120."""
+    program = "import sys; from lora_fx.cli import main; sys.stdin.read(); main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "inspect", str(home / "french")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        running.stdout = None
+        _, shown = running.communicate("")
+    assert running.returncode == 2
+    assert shown == "error: the reader of the output closed it before everything was written\n"
+
+
+def test_usage_stays_typers(capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("export", "--no-such-option") == 2
+    assert call("no-such-command") == 2
+    capfd.readouterr()
+    assert call("--help") == 0
+    assert "inspect" in capfd.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.model_source import example_inputs, find_model
+from lora_fx.model_source import find_model
 
 SOURCE = """
 import torch
@@ -127,34 +127,92 @@ def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path, tiny: 
         find_model(str(tmp_path))
 
 
-def test_text_inputs_have_padding_and_two_dynamic_axes() -> None:
-    import transformers
+def test_a_file_of_python_is_loaded_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is called, beside others of its name, and with what lies beside it."""
+    import sys
 
-    inputs, shapes = example_inputs(transformers.BertConfig(vocab_size=31), "here")
-    assert inputs["input_ids"].shape == (2, 16)
-    assert int(inputs["input_ids"].max()) < 31
-    assert inputs["attention_mask"].sum(1).tolist() == [16, 12]
-    assert shapes == {name: {0: "batch", 1: "sequence"} for name in inputs}
-
-
-def test_a_decoder_has_its_own_length() -> None:
-    import transformers
-
-    inputs, shapes = example_inputs(transformers.T5Config(vocab_size=31), "here")
-    assert inputs["decoder_input_ids"].shape == (2, 8)
-    assert shapes["decoder_input_ids"] == {0: "batch", 1: "decoder_sequence"}
-
-
-def test_images_have_a_dynamic_batch() -> None:
-    import transformers
-
-    inputs, shapes = example_inputs(transformers.ViTConfig(image_size=8), "here")
-    assert inputs["pixel_values"].shape == (2, 3, 8, 8)
-    assert shapes == {"pixel_values": {0: "batch"}}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_file.py").write_text("from torch import nn\nSIZE = 4\n")
+    source = SOURCE.replace("from torch import nn", "from beside_the_file import SIZE, nn")
+    for place, size in (("my-model.v2.py", 5), ("one/json.py", 6), ("two/json.py", 7)):
+        file = tmp_path / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source.replace("(3, 5)", f"(3, {size})"))
+        for _ in range(2):
+            model = find_model(f"{file}:alone").model
+            assert isinstance(model, nn.Linear)
+            assert model.out_features == size
+    with pytest.raises(LoraFxError, match=r"absent\.py: no such file"):
+        find_model(f"{tmp_path / 'absent.py'}:alone")
 
 
-def test_a_config_of_neither_is_refused() -> None:
-    import transformers
+RAISING = """
+import sys
 
-    with pytest.raises(LoraFxError, match="here: no example inputs can be made for a time_series"):
-        example_inputs(transformers.TimeSeriesTransformerConfig(), "here")
+
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def raises():
+    return {}["key"]
+
+
+def leaves():
+    sys.exit(0)
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def silent():
+    raise Silent
+
+
+def verifies():
+    from lora_fx import VerificationError
+
+    raise VerificationError("mine")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"KeyError: 'key', at .*raising\.py:11: return {}\[\"key\"\]"),
+        ("leaves", r"the code called sys.exit\(0\), at .*raising\.py:15: sys.exit\(0\)"),
+        ("silent", r"raising\.py:silent: Silent, at .*raising\.py:23"),
+        ("verifies", r"VerificationError: mine, at .*raising\.py:29"),
+    ],
+)
+def test_what_the_users_function_raises_is_told_with_its_line(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    with pytest.raises(LoraFxError, match=message) as caught:
+        find_model(f"{tmp_path / 'raising.py'}:{name}")
+    assert type(caught.value) is LoraFxError
+    with pytest.raises(KeyboardInterrupt):
+        find_model(f"{tmp_path / 'raising.py'}:interrupted")
+
+
+@pytest.mark.parametrize("source", ["def f(:", "import no_module_of_this_name", "raise SystemExit"])
+def test_a_file_that_cannot_be_imported_is_told(source: str, tmp_path: Path) -> None:
+    (tmp_path / "damaged.py").write_text(source)
+    for _ in range(2):
+        with pytest.raises(LoraFxError, match=r"damaged\.py cannot be imported: .*"):
+            find_model(f"{tmp_path / 'damaged.py'}:make")
+
+
+def test_a_damaged_program_is_refused_whatever_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "saved.pt2"
+    torch.export.save(torch.export.export(nn.Linear(3, 5), (torch.ones(4, 3),)), path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole.replace(b'"nodes"', b'"n_des"'), whole[:-9]):
+        path.write_bytes(damaged)
+        with pytest.raises(LoraFxError, match=r"saved\.pt2: "):
+            find_model(str(path))

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
-import pytest
-from torch import nn
+import re
+from typing import Any
 
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.errors import TraceError
 from lora_fx.trace_errors import explain_failure
 
 
@@ -36,3 +42,53 @@ def test_the_innermost_module_and_line_are_named(frontend: str) -> None:
 def test_an_error_from_nowhere_in_the_model_has_no_place() -> None:
     message = explain_failure(nn.Linear(3, 5), "export", ValueError("no"))
     assert message.startswith("Linear cannot be traced (export):\n")
+
+
+class Keywords(nn.Module):
+    """Takes inputs by any name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return sum(self.layer(value) for value in inputs.values())
+
+
+@pytest.mark.parametrize("name", ["x.y", "my input", "a-b", "class", "None", "", "1"])
+def test_an_input_that_no_code_can_name_is_refused(name: str) -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(TraceError, match=re.escape(f"inputs are called {name!r}")):
+        lora_fx.trace(Keywords(), (), {name: x, "plain": x})
+    plain = lora_fx.trace(Keywords(), (), {"y": x, "plain": x})
+    assert torch.equal(plain(y=x, plain=x), Keywords.forward(plain_model(plain), y=x, plain=x))
+
+
+def plain_model(gm: fx.GraphModule) -> Any:
+    """The module with the tensors of a graph."""
+    model = Keywords()
+    model.load_state_dict(gm.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("name", ["torch", "pytree", "fx_pytree"])
+def test_an_input_that_hides_what_every_graph_reads_is_refused(name: str, frontend: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def forward(self, {name}): return self.layer({name})", space)
+    model = type("Hides", (Keywords,), {"forward": space["forward"]})()
+    with pytest.raises(TraceError, match=f"inputs are called '{name}'"):
+        lora_fx.trace(model, (torch.ones(2, 3),), frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("name", ["class", 'a"b', "is"])
+def test_a_module_that_no_code_can_name_is_refused(name: str, frontend: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(3, 5))
+    with pytest.raises(TraceError, match=re.escape(f"the model holds {name}.weight")):
+        lora_fx.trace(model, (torch.ones(2, 3),), frontend=frontend)
+    odd = nn.Sequential()
+    odd.add_module("a-b", nn.Linear(3, 5))
+    gm = lora_fx.trace(odd, (torch.ones(2, 3),), frontend=frontend)
+    assert torch.equal(gm(torch.ones(2, 3)), odd(torch.ones(2, 3)))

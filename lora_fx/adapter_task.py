@@ -1,0 +1,68 @@
+"""What adapters say of the model that they were trained on, before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.peft_replaced import PREFIX
+from lora_fx.formats.strict_json import parse_object, read_object
+from lora_fx.formats.tensor_file import is_pickle, metadata_of, read_file
+
+_CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The task of some adapters.
+
+    Attributes:
+        name: PEFT's ``task_type``, such as ``SEQ_CLS``; None if no adapter has one.
+        shapes: of the tensors that the adapters hold whole, by parameter path: heads among them.
+    """
+
+    name: str | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def task_of(paths: Sequence[Path], allow_pickle: bool = False) -> Task:
+    """The one task of all adapters, whatever their format.
+
+    Raises:
+        AdapterError: they were trained for different tasks, or a file cannot be read.
+    """
+    names: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        name = _config(path).get("task_type")
+        if isinstance(name, str):
+            names.setdefault(name, path)
+            shapes |= _shapes(path, allow_pickle)
+    if len(names) > 1:
+        told = shorten([f"{path} for {name}" for name, path in names.items()])
+        raise AdapterError(
+            f"--adapter: the adapters were trained for different tasks, {told}: one model has one "
+            "head; export them one by one"
+        )
+    return Task(next(iter(names), None), shapes)
+
+
+def _config(path: Path) -> Mapping[str, object]:
+    beside = path / _CONFIG if path.is_dir() else path.with_name(_CONFIG)
+    if path.is_dir() or path.stem == "adapter_model":
+        return read_object(beside) if beside.is_file() else {}
+    text = metadata_of(path).get(_METADATA) if path.suffix == ".safetensors" else None
+    return parse_object(text.encode(), f"{path}: {_METADATA}") if text is not None else {}
+
+
+def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+    files = [path / name for name in _WEIGHTS] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None or (is_pickle(file) and not allow_pickle):
+        return {}  # the adapter's reader says so, in its own words
+    tensors = read_file(file, Hints(allow_pickle=allow_pickle))
+    return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in tensors.items()}

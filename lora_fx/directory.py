@@ -1,0 +1,221 @@
+"""A Hugging Face directory as a model: the class that it is of, with every weight it needs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_fx.adapter_task import Task
+from lora_fx.errors import AdapterWarning, LoraFxError, shorten
+
+# PEFT's tasks and the classes of transformers that mean the same.
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+_GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers, in eval mode, and the parameters that its directory lacks."""
+
+    model: Any
+    lacks: tuple[str, ...]
+
+
+def load_directory(path: Path, task: Task) -> Loaded:
+    """Loads the model of a directory, of the class that its adapters were trained on.
+
+    Args:
+        path: holds ``config.json`` and weights.
+        task: of the adapters; it decides if the directory's own class is for another one.
+
+    Raises:
+        LoraFxError: it is no model, or transformers cannot load it.
+    """
+    if (path / "adapter_config.json").is_file():
+        raise LoraFxError(f"{path}: this is an adapter; name its base model, and it as --adapter")
+    if not (path / "config.json").is_file():
+        raise LoraFxError(f"{path}: holds no config.json, so it is no Hugging Face model")
+    try:
+        import transformers
+    except ImportError as error:
+        raise LoraFxError(
+            f"{path}: reading it needs transformers: pip install lora-fx[demo]"
+        ) from error
+    with _quiet(transformers.utils.logging):
+        return _load(path, task, transformers)
+
+
+def _load(path: Path, task: Task, transformers: Any) -> Loaded:
+    here = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **here)
+    except Exception as error:  # a config may hold anything
+        raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
+    kind = _class_of(path, config, task, transformers)
+    for part in (config, *_parts(config)):
+        part.use_cache = False
+    try:
+        model, told = kind.from_pretrained(
+            path,
+            config=config,
+            ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
+            output_loading_info=True,
+            **here,
+        )
+    except Exception as error:
+        raise LoraFxError(f"{path}: transformers cannot load it: {error}") from error
+    if told["unexpected_keys"]:
+        warnings.warn(
+            f"{path}: a {kind.__name__} has no place for {shorten(sorted(told['unexpected_keys']))}"
+            ", which are left out",
+            AdapterWarning,
+            stacklevel=5,
+        )
+    lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+    return Loaded(model.eval(), tuple(sorted(lacks)))
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Shows neither a bar nor the report of a load: what it would warn of, we say ourselves."""
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def refuse_lacking(where: str, lacks: Collection[str], replaced: Collection[str]) -> None:
+    """Refuses parameters that neither a directory nor an adapter has values for.
+
+    Raises:
+        LoraFxError: names them.
+    """
+    missing = [name for name in lacks if name not in replaced]
+    if missing:
+        raise LoraFxError(
+            f"{where}: holds no weights, or weights of another shape, for {shorten(missing)}: they "
+            "would be random numbers. Save the model whole, name the class that was saved in "
+            "config.json's architectures, or give the adapter whose modules_to_save hold them"
+        )
+
+
+def prepared_by(path: Path, config: Any) -> tuple[list[str], dict[str, Any]]:
+    """What a directory's tokenizer gives a model, and how its images or sounds are prepared.
+
+    Without a word of the directory's own, the tokenizer is the one that transformers has for it.
+    """
+    import transformers
+
+    prepared = _json(path / "preprocessor_config.json")
+    names: list[object] = []
+    for said in (_json(path / "tokenizer_config.json"), prepared):
+        found = said.get("model_input_names")
+        names += found if isinstance(found, list) else []
+    mapping = transformers.TOKENIZER_MAPPING
+    known = mapping[type(config)] if not names and type(config) in mapping else ()
+    for kind in known if isinstance(known, tuple) else (known,):
+        names += getattr(kind, "model_input_names", [])
+    return [name for name in names if isinstance(name, str)], prepared
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoraFxError(f"{file}: cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _parts(config: Any) -> list[Any]:
+    """The configs inside a config: of the text, the image, the decoder."""
+    return [part for part in vars(config).values() if hasattr(part, "model_type")]
+
+
+def _class_of(path: Path, config: Any, task: Task, transformers: Any) -> Any:
+    names = config.architectures or []
+    own = getattr(transformers, names[0], None) if names else None
+    is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+    if task.name in _AUTO and not (is_model and _does(own, task.name, config, transformers)):
+        return _class_for(path, config, task, transformers)
+    if not names:
+        raise LoraFxError(
+            f"{path}: config.json names no architectures, so the class of the model is unknown: "
+            'add it, such as "architectures": ["BertModel"], or give module:function'
+        )
+    if not is_model:
+        raise LoraFxError(
+            f"{path}: config.json names the architecture {names[0]!r:.80}, which is no model of "
+            f"transformers {transformers.__version__}: correct it, or give module:function"
+        )
+    return own
+
+
+def _does(kind: Any, task: str, config: Any, transformers: Any) -> bool:
+    """Whether a class of transformers is for a task of PEFT's."""
+    if task in _GENERATE and issubclass(kind, transformers.GenerationMixin):
+        return True
+    return kind in _classes(config, task, transformers)
+
+
+def _classes(config: Any, task: str, transformers: Any) -> tuple[Any, ...]:
+    mapping = getattr(transformers, _AUTO[task])._model_mapping
+    found = mapping[type(config)] if type(config) in mapping else ()  # noqa: SIM401  # no get()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _class_for(path: Path, config: Any, task: Task, transformers: Any) -> Any:
+    assert task.name is not None, "the caller looked"
+    found = _classes(config, task.name, transformers)
+    if not found:
+        raise LoraFxError(
+            f"{path}: the adapter's task_type is {task.name}, which needs transformers' "
+            f"{_AUTO[task.name]}, and that has no class for a {config.model_type}: name the base "
+            "that the adapter was trained on, or give module:function"
+        )
+    labels = _labels(path, found[0], config, task)
+    if labels is not None:
+        config.num_labels = labels
+    return found[0]
+
+
+def _labels(path: Path, kind: Any, config: Any, task: Task) -> int | None:
+    """How many labels the head in the adapter's file has: by the axes that follow the count."""
+    few, many = (_meta_shapes(kind, config, count) for count in (3, 5))
+    found = {
+        task.shapes[name][axis]
+        for name, shape in few.items()
+        if name in task.shapes and len(task.shapes[name]) == len(shape)
+        for axis in range(len(shape))
+        if (shape[axis], many[name][axis]) == (3, 5)
+    }
+    if len(found) > 1:
+        raise LoraFxError(f"{path}: the adapter's heads are for {sorted(found)} labels")
+    return next(iter(found), None)
+
+
+def _meta_shapes(kind: Any, config: Any, labels: int) -> dict[str, tuple[int, ...]]:
+    config = type(config).from_dict(config.to_dict())
+    config.num_labels = labels
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in kind(config).named_parameters()}

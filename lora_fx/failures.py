@@ -1,0 +1,50 @@
+"""What the command line says, and exits with, when a command raises: one message, always."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from lora_fx.errors import LoraFxError, VerificationError
+from lora_fx.user_code import users_line, words
+
+TRACEBACK = "LORA_FX_TRACEBACK"
+
+
+def report(error: BaseException) -> int:
+    """Prints one message on stderr, and gives the exit code.
+
+    The environment variable ``LORA_FX_TRACEBACK`` shows the traceback too.
+    """
+    if isinstance(error, BrokenPipeError):
+        _give_up_stdout()
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    print(f"error: {_message(error)}", file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 1 if isinstance(error, VerificationError) else 2
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, LoraFxError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return "the reader of the output closed it before everything was written"
+    line = users_line(error)
+    if line or isinstance(error, OSError | MemoryError | SystemExit):
+        return words(error) + line
+    if isinstance(error, ImportError):
+        return f"{words(error)}: install what is missing: pip install lora-fx"
+    return (
+        f"{words(error)}: this is a defect of lora-fx; set {TRACEBACK}=1 to see the traceback, "
+        "and report it with the command"
+    )
+
+
+def _give_up_stdout() -> None:
+    """Python writes what is left when it ends, and would complain again."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process runs
