@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.deferred import raw
 from lora_fx.errors import ExportError, shorten
 from lora_fx.modes import EVAL_FLAGS, flags, source_of
-from lora_fx.ops import aten, call_argument, module_path, op_name, written_argument
+from lora_fx.ops import aten, call_argument, module_path, op_name, written_arguments
 from lora_fx.written import written
 
 # What a table with max_norm writes is the same again when it is written again.
@@ -48,8 +48,7 @@ def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """By node, the calls that write to its memory."""
     writes: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        target = written_argument(node)
-        if isinstance(target, fx.Node):
+        for target in written_arguments(node):
             for root in _memory(target):
                 writes.setdefault(root, []).append(node)
     return writes
