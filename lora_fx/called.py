@@ -34,7 +34,9 @@ def as_called(model: nn.Module, named: Collection[str]) -> nn.Module:
     if not is_hooked(model):
         return model
     own = type(model)
-    stand_in: nn.Module = object.__new__(type(own.__name__, (own,), {"forward": _forward(model, named)}))
+    stand_in: nn.Module = object.__new__(
+        type(own.__name__, (own,), {"forward": _forward(model, named)})
+    )
     stand_in.__dict__ = {name: v for name, v in model.__dict__.items() if name != "forward"}
     return stand_in
 

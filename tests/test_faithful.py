@@ -1,4 +1,4 @@
-"""The graph is the model: what tracers follow wrongly is refused by name, and nothing is changed."""
+"""The graph is the model: what a tracer follows wrongly is refused, and nothing is changed."""
 
 from __future__ import annotations
 

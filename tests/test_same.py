@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.same import difference, same_values
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024 - as models return them
+Point = namedtuple("Point", "x y")
 
 
 @dataclass
