@@ -64,7 +64,7 @@ def trace(
         kwargs: example inputs by name.
         dynamic_shapes: as torch.export takes it; an axis may also be given a name
             (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred.
-        frontend: ``"symbolic"`` (torch.fx, shapes stay general, dropout stays live),
+        frontend: ``"symbolic"`` (torch.fx, shapes stay general),
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
 
