@@ -21,6 +21,11 @@ from lora_fx.program import distinct
 from lora_fx.same import difference
 from lora_fx.written import written
 
+
+class CallError(TraceError):
+    """The model, or its graph, cannot be called on the example inputs."""
+
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Calls after the first, where a call leaves something behind: enough for a counter to be seen.
@@ -91,7 +96,7 @@ def _run(called: nn.Module, model: nn.Module, what: str, inputs: Inputs) -> Any:
         return {"output": returned, "inputs": (args, kwargs)}
     except Exception as error:  # the model's own code runs in here and may raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise TraceError(
+        raise CallError(
             f"{type(model).__name__} was traced, but {what} the example inputs:\n"
             f"  {type(error).__name__}: {reason}\n"
             "Try: call the model once before it is traced, clear caches that its code fills while "

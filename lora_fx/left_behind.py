@@ -21,7 +21,8 @@ def clear_caches() -> bool:
     Such a function, called for the first time while a model is traced, would give everyone who
     calls it later, the model itself included, a tensor without values.
     """
-    caches = [c for c in gc.get_objects() if isinstance(c, _lru_cache_wrapper)]
+    # Not isinstance: some objects of torch warn when they are asked for their class.
+    caches: list[Any] = [c for c in gc.get_objects() if type(c) is _lru_cache_wrapper]
     stale = [cache for cache in caches if _keeps_fakes(cache)]
     for cache in stale:
         cache.cache_clear()

@@ -58,7 +58,7 @@ def symbolic_graph(
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
     """
     fixed = _fixed(model, args, kwargs)
-    root = as_called(model)
+    root = as_called(model, kwargs)
     try:
         with untouched(model), untouched(root), _no_autocast():
             graph = LayerTracer().trace(root, concrete_args=fixed)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.called import is_hooked
 from lora_fx.errors import TraceError
-from lora_fx.faithful import call_once, check_faithful
+from lora_fx.faithful import CallError, call_once, check_faithful
 from lora_fx.graphs import assemble, copy_graph, targets
 from lora_fx.left_behind import clear_caches
 from lora_fx.modes import Again, Source, in_mode, mark, remember
@@ -68,7 +68,7 @@ def trace(
         kwargs: example inputs by name.
         dynamic_shapes: as torch.export takes it; an axis may also be given a name
             (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred.
-        frontend: ``"symbolic"`` (torch.fx, shapes stay general, dropout stays live),
+        frontend: ``"symbolic"`` (torch.fx, shapes stay general),
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
 
@@ -125,7 +125,7 @@ def _once(
         return gm, None
     try:
         return gm, check_faithful(model, gm, inputs)
-    except TraceError:
+    except CallError:
         if not clear_caches():
             raise
     call_once(model, gm, inputs)  # caches that were filled by the trace are now filled for good

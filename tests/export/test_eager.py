@@ -114,18 +114,36 @@ def test_each_run_starts_alike_and_writes_to_copies(frontend: str) -> None:
     assert not torch.equal(model.count, before["count"])
 
 
+class Notes(nn.Module):
+    """Writes to its input, to a counter, and to a buffer that each call fills anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        self.count.add_(1)
+        self.last.copy_(x)
+        return self.fc(x) + self.last.sum()
+
+
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("adapters", ["constant", "input"])
 def test_export_changes_neither_buffers_nor_inputs(
     adapters: str, frontend: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model, x = Writes().eval(), torch.randn(4, 3)
+    model, x = Notes().eval(), torch.randn(4, 3)
     given, before = x.clone(), {n: v.clone() for n, v in model.state_dict().items()}
     gm = trace(model, (x,), frontend=frontend)
     assert to_onnx(gm, tmp_path / "model.onnx", adapters=adapters).verified
     assert torch.equal(x, given)
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    model(x)
+    assert not any(torch.equal(before[n], model.state_dict()[n]) for n in ("count", "last"))
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
