@@ -54,6 +54,7 @@ def export_model(
         VerificationError: the file and eager disagree.
     """
     from lora_fx.export import export_adapter, to_onnx
+    from lora_fx.export.recheck import check_adapter_files
 
     refuse_existing(out, [MODEL, REPORT], force)
     progress("load")
@@ -61,6 +62,7 @@ def export_model(
     names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
     refuse_existing(out, names, force)
     gm = _trace(source, progress)
+    base = gm
     if loaded:
         gm = inject(gm, loaded)
     if mode == "merged":
@@ -73,6 +75,9 @@ def export_model(
         for adapter in loaded if mode == "swappable" else []:
             progress(f"adapter {adapter.name}")
             export_adapter(adapter, draft / MODEL, draft / _file_of(adapter))
+        if mode == "swappable":
+            pairs = [(adapter, draft / _file_of(adapter)) for adapter in loaded]
+            check_adapter_files(base, draft / MODEL, pairs)
         report = replace(report, path=str(out / MODEL))
         report.save_json(draft / REPORT)
     return report
