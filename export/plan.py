@@ -106,7 +106,7 @@ class Swappable:
         The graph's own are tried at the traced shape alone: what shapes can do is the file's.
         """
         adapter = probe(self.slots, _TRIED_RANKS, seed=1)
-        base = reference("base", self.base)
+        base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
         subjects, notes = [base], []
         with tempfile.TemporaryDirectory() as directory:

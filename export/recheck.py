@@ -80,6 +80,26 @@ def _mode(path: Path, slots: list[str]) -> str:
     return "unmerged" if any(".lora_" in name for name in names) else "merged"
 
 
+def check_adapter_files(
+    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
+) -> None:
+    """Runs a swappable file with adapter files that were made for it, at the traced shape.
+
+    Args:
+        gm: the traced model without adapters.
+        path: the ``.onnx`` file.
+        files: each adapter, and the file that was made of it.
+
+    Raises:
+        VerificationError: the file and the module with the adapter disagree.
+    """
+    trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+    graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
+    subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
+    if subjects:
+        verify_file(path, trial, subjects, []).judge(str(path))
+
+
 def _check_names(path: Path, what: str, of_file: list[str], of_model: list[str]) -> None:
     if of_file != of_model:
         raise ExportError(

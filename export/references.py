@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import fx
 
 from lora_fx.adapter import Adapter
-from lora_fx.bound import held_by
+from lora_fx.bound import tensors_of
 from lora_fx.branches import branches
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
@@ -59,8 +59,6 @@ def _coverage(records: tuple[Injected, ...], form: WeightForm) -> Coverage | Non
     if not records:
         return None
     adapters = [record.adapter for record in records]
-    held = (t for a in adapters for update in a.updates.values() for t in held_by(update))
-    replaced = (t for a in adapters for t in a.replacements.values())
-    used = len({id(tensor) for tensor in (*held, *replaced)})
+    used = sum(map(tensors_of, adapters))
     name = " + ".join(adapter.name for adapter in adapters)
     return Coverage(name, sum(record.tensors for record in records), used, form.changed)

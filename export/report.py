@@ -65,7 +65,11 @@ class Coverage:
     def __str__(self) -> str:
         """One line of the table."""
         line = f"{self.used} of {self.tensors} adapter tensors, {self.layers} layers changed"
-        return line if self.off is None else f"{line}, output off the base by {self.off:.2g} (relative)"
+        return (
+            line
+            if self.off is None
+            else f"{line}, output off the base by {self.off:.2g} (relative)"
+        )
 
 
 @dataclass(frozen=True)

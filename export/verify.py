@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lora_fx.compare import TOLERANCE, compare
 from lora_fx.deferred import Deferred, raw
-from lora_fx.errors import AdapterWarning
+from lora_fx.errors import AdapterWarning, VerificationError, shorten
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
 from lora_fx.export.controls import NO_ADAPTER, NO_ADAPTERS
@@ -45,7 +45,7 @@ def verify_file(
         All rows, right or wrong.
     """
     evidence = Evidence(notes=[note for subject in subjects for note in subject.notes])
-    expected = [_expected(subject, trial.cases, evidence) for subject in subjects]
+    expected = [_expected(s, trial.cases, trial.outputs, evidence) for s in subjects]
     first = trial.cases[0]
     known = {id(s.eager): e[first.label] for s, e in zip(subjects, expected, strict=True)}
     control, base = _choose(controls, first, expected[-1][first.label], known, evidence)
@@ -74,9 +74,12 @@ def verify_file(
     return evidence
 
 
-def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> dict[str, Tensors]:
+def _expected(
+    subject: Subject, cases: Sequence[Case], wanted: Sequence[str], evidence: Evidence
+) -> dict[str, Tensors]:
     """Eager's outputs by case; a shape that eager cannot run is noted, the traced one must."""
     outputs = {cases[0].label: run_eager(subject.eager, cases[0])}
+    _check_count(subject, outputs[cases[0].label], wanted)
     if subject.once:
         return outputs
     for case in cases[1:]:
@@ -88,6 +91,15 @@ def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> di
     if len(outputs) == 1:
         evidence.notes.append(f"{subject.what}: checked at the traced shape only")
     return outputs
+
+
+def _check_count(subject: Subject, found: Tensors, wanted: Sequence[str]) -> None:
+    if len(found) != len(wanted):
+        raise VerificationError(
+            f"{subject.what}: the module that was traced returns {len(found)} tensors, the file "
+            f"has {len(wanted)} outputs: {shorten(list(wanted))}. A graph that was changed on "
+            "purpose is the model of its own: trace it, lora_fx.trace(gm, args)"
+        )
 
 
 def _choose(

@@ -50,7 +50,7 @@ class Step:
         return update.weight(stored.t()).t()
 
     def bias(self, own: torch.Tensor) -> torch.Tensor:
-        """b' of b."""
+        """B' of b."""
         if isinstance(self.update, Scaling):
             return own if self.update.row is None else own * self.update.row
         shift = self.update.bias

@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.injected import Bound, Injected, injected, remember, value_part
+from lora_fx.injected import Bound, Injected, add, value_part
 from lora_fx.layer import Layer
 from lora_fx.recorded import adapter_of, value_names
 from lora_fx.sites import Site
@@ -78,7 +78,7 @@ def bind(
     replaced = {n: t for n, t in given.replacements.items() if n not in skipped}
     known = replace(given, updates=kept, replacements=replaced)
     record = Injected(known, tensors_of(given), False, bound)
-    remember(gm, [*injected(gm), record])
+    add(gm, record)
 
 
 def bind_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
@@ -87,7 +87,7 @@ def bind_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Bes
         path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[union-attr]
         for path, update in adapter.updates.items()
     }
-    remember(gm, [*injected(gm), Injected(adapter, tensors_of(adapter), True, bound)])
+    add(gm, Injected(adapter, tensors_of(adapter), True, bound))
 
 
 def tensors_of(adapter: Adapter) -> int:

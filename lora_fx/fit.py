@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from lora_fx.adapter import Adapter, WeightUpdate
@@ -13,6 +14,7 @@ from lora_fx.deferred import raw
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
 from lora_fx.graphs import attribute, is_free
+from lora_fx.injected import injected
 from lora_fx.reach import check_reached
 from lora_fx.sites import Site, readers
 from lora_fx.targets import TargetRule
@@ -37,6 +39,7 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
             check_reached(gm, f"adapter {adapter.name}", path, groups)
     unknown = [path for path in adapter.updates if path not in groups]
     unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
+    _check_replaced(gm, adapter)
     skipped = dict.fromkeys(unknown, "no layer of the graph has this path")
     skipped |= _unknown_parameters(gm, adapter)
     if skipped and strict:
@@ -127,6 +130,19 @@ def _unknown_parameters(gm: fx.GraphModule, adapter: Adapter) -> dict[str, str]:
                 f"the model's is {tuple(shape)}. Use the base that it was trained on"
             )
     return unknown
+
+
+def _check_replaced(gm: fx.GraphModule, adapter: Adapter) -> None:
+    """Refuses what another adapter has replaced by something else: there is no sum of the two."""
+    for record in injected(gm):
+        known = record.adapter.replacements
+        both = [name for name in adapter.replacements if name in known]
+        others = [n for n in both if not torch.equal(known[n], adapter.replacements[n])]
+        if others and not record.fresh:
+            raise AdapterError(
+                f"adapter {adapter.name}: {shorten(others)} is replaced by adapter "
+                f"{record.adapter.name} too, and the values differ: leave one of them out"
+            )
 
 
 def _missing(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> list[str]:

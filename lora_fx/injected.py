@@ -50,7 +50,9 @@ class Bound:
         beside: Iterable[str],
     ) -> Bound:  # fmt: skip
         """What has just been put into a graph, under those of the names that are there."""
-        held = {part: value for part, name in names.items() if (value := _held(gm, name)) is not None}
+        held = {
+            part: value for part, name in names.items() if (value := _held(gm, name)) is not None
+        }
         prints = {part: _print(value) for part, value in held.items()}
         return cls(layer, {p: names[p] for p in held}, prints, scale, frozenset(beside))
 
@@ -137,6 +139,12 @@ def injected(gm: fx.GraphModule) -> Records:
     return records if isinstance(records, Records) else Records()
 
 
+def add(gm: fx.GraphModule, record: Injected) -> None:
+    """Makes a graph remember one more; what another of its name called its constants is over."""
+    taken = _names(record)
+    remember(gm, [*(_unnamed(known, taken) for known in injected(gm)), record])
+
+
 def remember(gm: fx.GraphModule, records: Sequence[Injected]) -> None:
     """Makes a graph remember these."""
     gm.meta[_META] = Records(records)
@@ -166,6 +174,16 @@ def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:
     left = (_without(record, gone) for record in injected(gm))
     remember(gm, [r for r in left if r.adapter.updates or r.adapter.replacements])
     return gone <= known
+
+
+def _unnamed(record: Injected, taken: set[str]) -> Injected:
+    bound = {
+        path: tuple(
+            b if taken.isdisjoint(b.names.values()) else replace(b, names={}) for b in several
+        )
+        for path, several in record.bound.items()
+    }
+    return replace(record, bound=bound)
 
 
 def _without(record: Injected, gone: set[str]) -> Injected:

@@ -60,6 +60,7 @@ def export_model(
         VerificationError: the file and eager disagree.
     """
     from lora_fx.export import export_adapter, to_onnx
+    from lora_fx.export.recheck import check_adapter_files
 
     refuse_existing(out, [MODEL, REPORT], force)
     progress("load")
@@ -67,6 +68,7 @@ def export_model(
     names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
     refuse_existing(out, names, force)
     gm = _trace(source, progress)
+    base = gm
     if loaded:
         gm = inject(gm, loaded)
     notes: list[str] = []
@@ -81,6 +83,9 @@ def export_model(
         for adapter in loaded if mode == "swappable" else []:
             progress(f"adapter {adapter.name}")
             export_adapter(adapter, draft / MODEL, draft / _file_of(adapter), check=False)
+        if mode == "swappable":
+            pairs = [(adapter, draft / _file_of(adapter)) for adapter in loaded]
+            check_adapter_files(base, draft / MODEL, pairs)
         shown = mode if mode != "merged" else report.mode
         report = replace(
             report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes]

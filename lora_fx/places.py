@@ -88,9 +88,7 @@ def _layer(
     if known is not None and known.kind != NORM:
         out, into, *kernel = known.shape
         shape = (out, into * known.groups, *kernel)
-        return Layer(
-            path=path, kind=known.kind, shape=shape, dtype=held.dtype, groups=known.groups
-        )
+        return Layer(path=path, kind=known.kind, shape=shape, dtype=held.dtype, groups=known.groups)
     stored = tuple(held.shape)
     if isinstance(update, WeightUpdate) and (len(stored) != 2 or _fits(update.shape, stored)):
         return None

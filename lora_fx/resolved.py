@@ -44,11 +44,11 @@ def resolved(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> Adapter:
 
 def meanings(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> dict[str, list[str]]:
     """What each path of an adapter is called in the graph: itself, where nothing is known of it."""
-    aliases = _aliases(gm)
+    others = aliases(gm)
     found: dict[str, list[str]] = {}
     matched = {_address(u) for path, u in adapter.updates.items() if path in groups}
     for path, update in adapter.updates.items():
-        named = [name for name in (path, *aliases.get(path, ())) if name in groups]
+        named = [name for name in (path, *others.get(path, ())) if name in groups]
         meant = named or _stored_at(path, update, groups) or _parameter(gm, path, update)
         # A table that is never called itself: those who share it have the rows.
         is_shared = not meant and update.kind == "tokens" and _address(update) in matched
@@ -56,19 +56,20 @@ def meanings(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> dict[str, 
     return found
 
 
-def _aliases(gm: fx.GraphModule) -> Mapping[str, Sequence[str]]:
+def aliases(gm: fx.GraphModule) -> Mapping[str, Sequence[str]]:
+    """Path of a module that has several names -> its other names."""
     example = example_of(gm)
     return example.aliases if example else {}
 
 
 def _replacements(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
     """The replaced tensors by the names that the graph has for them."""
-    aliases = _aliases(gm)
+    others = aliases(gm)
     found: dict[str, torch.Tensor] = {}
     given: dict[str, str] = {}
     for name, value in adapter.replacements.items():
         module, dot, leaf = name.rpartition(".")
-        several = (name, *(f"{path}{dot}{leaf}" for path in aliases.get(module, ())))
+        several = (name, *(f"{path}{dot}{leaf}" for path in others.get(module, ())))
         called = [n for n in several if len(several) > 1 and next(readers(gm, n), None) is not None]
         for known in called or [name]:
             if known in given and not _are_equal(value, found[known]):

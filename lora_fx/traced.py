@@ -32,9 +32,7 @@ class Traced:
             root = inner  # torch.compile's wrapper, which the paths of layers leave out
         self._root = root
         self.modules = dict(root.named_modules(remove_duplicate=False))
-        self._then = {
-            module: (type(module), _copied(module.__dict__)) for module in root.modules()
-        }
+        self._then = {module: (type(module), _copied(module.__dict__)) for module in root.modules()}
 
     def parameters(self, module: nn.Module) -> Mapping[str, Any]:
         """What a module held by name: tensors, promises of tensors, or None."""

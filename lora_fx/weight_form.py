@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.adapted import Step, Weight, shifted
 from lora_fx.adapter import AnyUpdate, Scaling
-from lora_fx.adapted import Step, Weight, composed, shifted
 from lora_fx.deferred import promise, raw
 from lora_fx.injected import Injected, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
@@ -84,10 +84,13 @@ class WeightForm:
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # reads weights past their modules
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                with self._traced.running() as model:
-                    self._dress()
-                    return model(*args, **kwargs)
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                self._traced.running() as model,
+            ):
+                self._dress()
+                return model(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -140,9 +143,7 @@ class WeightForm:
         return own is not None and not torch.equal(read(own), self._values[slot])
 
 
-def weight_form(
-    gm: fx.GraphModule, records: Sequence[Injected] | None = None
-) -> WeightForm | str:
+def weight_form(gm: fx.GraphModule, records: Sequence[Injected] | None = None) -> WeightForm | str:
     """The weight form of a graph, or why it has none.
 
     Args:
@@ -182,9 +183,9 @@ def _statistics(gm: fx.GraphModule, traced: Traced) -> dict[Slot, torch.Tensor]:
     for path, module in traced.modules.items():
         for leaf, value in traced.buffers(module).items():
             held = _tensor(gm, f"{path}.{leaf}".removeprefix("."))
-            if value is not None and held is not None and held is not value:
-                if held.shape == value.shape:
-                    found[module, leaf] = held
+            if value is None or held is None or held is value or held.shape != value.shape:
+                continue
+            found[module, leaf] = held
     return found
 
 

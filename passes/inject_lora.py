@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -22,7 +23,7 @@ from lora_fx.fitted import fitted
 from lora_fx.layer_forms import down_as_stored, up_as_stored
 from lora_fx.pass_base import Pass
 from lora_fx.recorded import value_names
-from lora_fx.resolved import meanings, resolved
+from lora_fx.resolved import aliases, meanings, resolved
 from lora_fx.sites import Site, by_path, readers
 from lora_fx.terms import canonical
 
@@ -127,20 +128,22 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
     generator = config.make_generator()
     updates: dict[str, Update] = {}
     left: dict[str, torch.Tensor] = {}
+    made: dict[str, _Fresh] = {}
     beside = {}
     for path in fresh_targets(editor.gm, config, groups):
         first = groups[path][0]
         beside[path] = standing(groups[path])
-        updates[path], residual = _fresh(editor, config, groups[path], generator)
-        update = updates[path]
-        if residual is not None:
-            left[weight_name(first)] = residual
+        # A module of two names has one update, as it has one weight.
+        twin = next((made[name] for name in aliases(editor.gm).get(path, ()) if name in made), None)
+        fresh = made[path] = twin or _fresh(editor, config, groups[path], generator)
+        updates[path] = update = fresh.update
+        if fresh.residual is not None:
+            left[weight_name(first)] = fresh.residual.data
+            _leave(editor, groups[path], fresh.residual)
         names = parameter_names(path, config.name, first.bare)
-        down = nn.Parameter(down_as_stored(first, update.down))
-        up = nn.Parameter(up_as_stored(first, update.up))
         nodes = {
-            "down": editor.constant(names.down, down, before=first.node),
-            "up": editor.constant(names.up, up, before=first.node),
+            "down": editor.constant(names.down, fresh.down, before=first.node),
+            "up": editor.constant(names.up, fresh.up, before=first.node),
         }
         for site in groups[path]:
             x = _dropped(editor, site, config)
@@ -149,10 +152,19 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
     bind_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 
 
+class _Fresh(NamedTuple):
+    """A new update, the parameters that train it, and what is left of the weight it came of."""
+
+    update: Update
+    down: nn.Parameter
+    up: nn.Parameter
+    residual: nn.Parameter | None
+
+
 def _fresh(
     editor: Editor, config: LoraConfig, calls: Sequence[Site], generator: torch.Generator | None
-) -> tuple[Update, torch.Tensor | None]:
-    """New factors for a layer; what PiSSA and OLoRA leave of its weight takes its place."""
+) -> _Fresh:
+    """New factors for a layer, and what PiSSA and OLoRA leave of its weight."""
     site = calls[0]
     update, residual = config.fresh(
         site.path,
@@ -163,13 +175,19 @@ def _fresh(
         generator,
         site.groups,
     )
+    left = None
     if residual is not None:
-        residual = residual.t().contiguous() if site.transposed else residual
-        left = nn.Parameter(residual, requires_grad=False)
-        for reader, source in dict.fromkeys(read for call in calls for read in call.reads):
-            node = editor.constant(str(site.weight.target), left, before=reader)
-            editor.rebind(reader, source, node)
-    return update, residual
+        stored = residual.t().contiguous() if site.transposed else residual
+        left = nn.Parameter(stored, requires_grad=False)
+    down, up = down_as_stored(site, update.down), up_as_stored(site, update.up)
+    return _Fresh(update, nn.Parameter(down), nn.Parameter(up), left)
+
+
+def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> None:
+    """Puts what was left of a weight in its place."""
+    for reader, source in dict.fromkeys(read for call in calls for read in call.reads):
+        node = editor.constant(str(calls[0].weight.target), residual, before=reader)
+        editor.rebind(reader, source, node)
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:

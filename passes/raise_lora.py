@@ -17,6 +17,7 @@ from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import input_of
 from lora_fx.branches import last_of
 from lora_fx.editor import Editor
+from lora_fx.injected import injected, remember
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
 from lora_fx.passes.inject_lora import InjectLora
@@ -58,7 +59,9 @@ class RaiseLora(Pass):
                 editor.record("skip", path, "its calls are updated differently")
         editor.sweep()
         if updates:
+            known = injected(editor.gm)
             InjectLora(Adapter(self.name, updates)).rewrite(editor)
+            remember(editor.gm, known)  # the model holds it already: nothing was put in
 
 
 def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, Update]]]:
