@@ -79,10 +79,10 @@ def _functional(target: Overload) -> Overload | None:
     """The overload that returns what another writes: the same arguments, but for ``out``."""
     name = target._schema.name.split("::")[-1]
     packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    wanted = [str(a.type) for a in target._schema.arguments if not a.is_out]
     for overload in _overloads(packet):
         schema = overload._schema
-        same = [(a.name, str(a.type)) for a in schema.arguments] == wanted
+        same = [str(a.type) for a in schema.arguments] == wanted
         if same and not schema.is_mutable and len(schema.returns) == 1:
             return overload
     return None
