@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.anew import base_weight, make_layer_anew
+from lora_fx.biases import bias_of
 from lora_fx.branches import branches_of, col_of, last_of, parameter_names
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
@@ -15,7 +16,6 @@ from lora_fx.layer_forms import expand, pick, shrink
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.recorded import adapter_of
-from lora_fx.biases import bias_of
 from lora_fx.sites import Site
 from lora_fx.terms import Terms, bias_alone, check_finite, terms_of
 from lora_fx.update import Update
@@ -115,9 +115,7 @@ def _own_bias(editor: Editor, calls: Sequence[Site]) -> torch.Tensor | None:
     return bias
 
 
-def _picked(
-    editor: Editor, site: Site, node: fx.Node, factor: str, before: fx.Node
-) -> fx.Node:
+def _picked(editor: Editor, site: Site, node: fx.Node, factor: str, before: fx.Node) -> fx.Node:
     """The part of a factor or vector that belongs to what the call reads of its weight."""
     found = pick(site, factor)
     if found is None:

@@ -141,7 +141,7 @@ def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:
         return None
     shrink, up = parts_of_shrink(expand[0], site), whole(expand[1])
     down = whole(shrink[1]) if shrink else None
-    if not (_is_named(up, site, "up") and _is_named(down, site, "down")):
+    if down is None or not (_is_named(up, site, "up") and _is_named(down, site, "down")):
         return None
     return down, up, scale
 

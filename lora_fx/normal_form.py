@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +70,8 @@ def normalise(graph: fx.Graph) -> None:
 
     Layer functions become their aten operators, torch.export's notes on dtypes go (its guards,
     which refuse other inputs than the graph is good for, stay), writes into new memory become
-    values, casts that do nothing are read by the module that made them alone, and every tensor is
-    fetched right where it is first read.
+    values, pieces that nobody reads go, casts that do nothing are read by the module that made them
+    alone, and every tensor is fetched right where it is first read.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _LAYERS:
@@ -78,6 +79,9 @@ def normalise(graph: fx.Graph) -> None:
         elif node.target in _NOTES:
             graph.erase_node(node)
     functionalise(graph)
+    for node in reversed(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)  # a piece that nobody reads would keep what it is cut of
     for node in list(graph.nodes):
         if node.target is aten.to.dtype and _is_idle(node):
             _give_back(node)

@@ -1,7 +1,7 @@
 """What an expression of a graph picks of one stored tensor: which places of it, in which order.
 
-There is no table of views. The expression is run: on a tensor without memory, whose strides say what
-a view is of, or else on the places' own numbers. What comes out are places only if nothing was
+There is no table of views. The expression is run: on a tensor without memory, whose strides say
+what a view is of, or else on the places' own numbers. What comes out are places only if nothing was
 computed on the way, so a second run on numbers that mean nothing must pick the same.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from lora_fx.deferred import Deferred, raw
+from lora_fx.deferred import raw
 from lora_fx.ops import mutates
 
 _STEPS = 64  # calls that an operand may be made of: what is more is no way to take a weight apart
@@ -126,7 +126,7 @@ def grid_of(expression: Expression) -> Grid | None:
             if result.untyped_storage()._cdata == base.untyped_storage()._cdata:
                 steps = zip(result.shape, result.stride(), strict=True)
                 offsets = tuple(torch.arange(size) * stride for size, stride in steps)
-                return Grid(result.storage_offset(), offsets)
+                return Grid(int(result.storage_offset()), offsets)
         return _counted(expression)
 
 
@@ -141,8 +141,10 @@ def _counted(expression: Expression) -> Grid | None:
     if places.min() < 0 or places.max() >= size or not torch.equal(secret[places], again):
         return None
     origin = places.flatten()[0]
-    lines = [places.movedim(axis, 0).flatten(1) for axis in range(places.ndim)]
-    offsets = [line[:, 0] - origin for line in (lines if places.ndim > 1 else [places[:, None]])]
+    offsets = [
+        places.movedim(axis, 0).reshape(size, -1)[:, 0] - origin
+        for axis, size in enumerate(places.shape)
+    ]
     total = origin
     for axis, offset in enumerate(offsets):
         total = total + offset.reshape(-1, *[1] * (places.ndim - 1 - axis))
@@ -157,7 +159,7 @@ def _run(expression: Expression, base: torch.Tensor) -> Any:
 
     try:
         for step in expression.steps:
-            args, kwargs = map_aggregate((step.args, step.kwargs), known)  # type: ignore[misc]
+            args, kwargs = map_aggregate((step.args, step.kwargs), known)
             if step.op == "get_attr":
                 values.append(step.target.to(base.device))
             elif step.op == "call_method":
@@ -180,14 +182,15 @@ def _is_unsteady(node: fx.Node) -> bool:
 
 def _picking(gm: fx.GraphModule, node: fx.Node) -> _Step | None:
     value = raw(gm, str(node.target))
-    if not isinstance(value, torch.Tensor) or isinstance(value, Deferred) or value.is_meta:
+    if not isinstance(value, torch.Tensor) or value.is_meta:
         return None
     is_index = not value.is_floating_point() and not value.is_complex()
     return _Step("get_attr", value.cpu()) if is_index and value.numel() <= _INDICES else None
 
 
 def _written(node: fx.Node, refs: Mapping[fx.Node, _Ref]) -> _Step:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), refs.__getitem__)
+    known: Any = refs.__getitem__
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
     return _Step(node.op, node.target, args, kwargs)
 
 

@@ -78,9 +78,7 @@ def _is_floating(gm: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
-def _read(
-    shape: tuple[int, ...], grid: Grid
-) -> tuple[Places | None, Places | None, bool] | None:
+def _read(shape: tuple[int, ...], grid: Grid) -> tuple[Places | None, Places | None, bool] | None:
     """Rows, columns and whether it is turned, if a grid is whole places of both axes."""
     if len(grid.offsets) != len(shape):
         return None

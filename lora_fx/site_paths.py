@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -9,11 +10,14 @@ from collections.abc import Iterable
 PACKED = "in_proj_weight"  # query, key and value in one
 _APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _INNER = ".out_proj"
+# With the number that a new weight has while the old one is read elsewhere.
+_PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
+_NUMBERED = re.compile(r"weight_\d+$")
 
 
 def is_packed(name: str) -> bool:
     """Whether a weight is the projection of an attention module that packs three in one."""
-    return name.endswith(f".{PACKED}")
+    return bool(_PACKED.search(name))
 
 
 def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -49,7 +53,11 @@ def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
         return path if path in alone or leaf == PACKED else f"{path}.{leaf}"
     if is_packed(name):
         return holder
-    if path in alone and (holder == path or leaf != "weight"):
+    is_inner = leaf == "weight" or _NUMBERED.match(leaf)
+    if path in alone and (holder == path or not is_inner):
         return path
+    siblings = [other for other in names if other.rpartition(".")[0] == holder]
+    if _NUMBERED.match(leaf) and holder != path and len(siblings) == 1:
+        return holder
     owner = name.removesuffix(".weight")
     return name if owner in alone else owner

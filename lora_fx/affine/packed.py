@@ -1,4 +1,4 @@
-"""Weights of which several calls read parts: folded, they stay one, and the parts are picked again.
+"""Weights of which calls read parts: folded, they stay one, and the parts are picked again.
 
 ``linear(x, chunk(W)[0], b)  ->  linear(x, chunk(W')[0], b)``: so the layer keeps its path and shape.
 """
@@ -151,9 +151,7 @@ class Pack:
         return value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
 
 
-def packs_of(
-    editor: Editor, analysis: Analysis, regions: Sequence[Region]
-) -> dict[fx.Node, Pack]:
+def packs_of(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> dict[fx.Node, Pack]:
     """The packs of a graph that is folded, by the node of each of their calls."""
     by_layer = {region.layer: region for region in regions if not region.blocked}
     packs = [Pack(editor, analysis, calls, by_layer) for calls in by_path(editor.gm).values()]
