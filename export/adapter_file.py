@@ -41,7 +41,7 @@ def export_adapter(
 ) -> None:
     """Writes an adapter as a file for a model that was exported with ``adapters="input"``.
 
-    A layer that the adapter leaves alone gets a value of rank 0. The scale is folded into B in
+    A layer that the adapter leaves alone gets a value of no effect. The scale is folded into B in
     float32 or wider, then both are rounded once to the type of the slot.
 
     Args:

@@ -24,8 +24,8 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     """Reads an ``.onnx_adapter`` that was made by `export_adapter`.
 
     A is stored as (in, r) and B as (r, out) with the scale folded in: they are turned around, and
-    the scale is 1. A gain is read as the row that it was made of. A layer of rank 0 whose vectors
-    do nothing was left alone, and is left out.
+    the scale is 1. A gain is read as the row that it was made of. A layer whose factors are empty,
+    or zeros of rank 1, and whose vectors do nothing was left alone, and is left out.
 
     Args:
         path: the file.
@@ -82,6 +82,8 @@ def _update(path: Path, module: str, terms: dict[str, torch.Tensor]) -> Update |
         raise AdapterError(
             f"{path}: {module}: A {tuple(down.shape)} and B {tuple(up.shape)} are of two ranks"
         )
+    if rank == 1 and is_conv and not (down.any() or up.any()):  # what stands for no rank there
+        rank, down, up = 0, down[:0], up[:, :0]
     neutral = {"gain": 0.0, "bias": 0.0, "col": 1.0}
     acting = {k: v for k, v in terms.items() if k in neutral and bool((v != neutral[k]).any())}
     if not rank and not acting:

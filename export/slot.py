@@ -79,10 +79,14 @@ class Slot:
         return [value.name for value in self.inputs.values()]
 
     def neutral(self) -> dict[str, torch.Tensor]:
-        """What has no effect: rank 0, gains and biases of zero, columns of one; by input name."""
-        dtype = self.layer.dtype
+        """What has no effect, by input name: no rank, gains and biases of zero, columns of one.
+
+        A convolution gets zeros of rank 1: there are versions of onnxruntime (1.31) whose
+        convolutions leave the result of no channels as the memory was.
+        """
+        dtype, rank = self.layer.dtype, 1 if self.kernel else 0
         make = {"col": torch.ones}
         return {
-            value.name: make.get(part, torch.zeros)(value.sized(0), dtype=dtype)
+            value.name: make.get(part, torch.zeros)(value.sized(rank), dtype=dtype)
             for part, value in self.inputs.items()
         }

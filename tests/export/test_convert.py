@@ -92,9 +92,8 @@ def test_an_opset_that_cannot_be_written_is_refused(
     attending: fx.GraphModule, tmp_path: Path, opset: Any
 ) -> None:
     told: list[str] = []
-    with pytest.raises(
-        ExportError, match=r"opset=.*expected a whole number from 18 to 25, or None"
-    ):
+    reason = r"opset=.*expected a whole number from 18 to 25, or None"
+    with pytest.raises(ExportError, match=reason):
         to_onnx(attending, tmp_path / "model.onnx", opset=opset, progress=told.append)
     assert (told, list(tmp_path.iterdir())) == ([], [])
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter import Adapter, Scaling
 from lora_fx.compare import compare
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
+from lora_fx.export.adapter_check import read_adapter
+from lora_fx.export.adapter_read import read_adapter_file
 from lora_fx.export.slots import chosen_slots, probe
 from lora_fx.passes import InjectLora
 from lora_fx.trace import trace
@@ -128,3 +130,48 @@ def test_probe_fills_each_slot_with_its_own_rank(mlp: Any) -> None:
     assert [update.shape for update in first.updates.values()] == [(5, 3), (4, 5)]
     again = probe(chosen_slots(mlp.gm, None), (1, 4))
     assert np.array_equal(first.updates["up"].down, again.updates["up"].down)
+
+
+class Convolved(nn.Module):
+    """Two convolutions in a row, as onnxruntime 1.31 computed wrongly at rank 0, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 5, 1)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.two(torch.relu(self.one(self.head(x))))
+        return y
+
+
+def test_a_thousand_runs_of_convolutions_that_are_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm = trace(nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 5, 1)).eval())
+    x, path = torch.randn(1000, 2, 3, 16), tmp_path / "model.onnx"
+    to_onnx(gm, path, adapters="input", slots=["0", "2"], args=(x[0],))
+    export_adapter(probe(chosen_slots(gm, ["0", "2"]), (2,)), path, tmp_path / "probe")
+    session = Session(path, threads=1)
+    with torch.no_grad():
+        expected = gm(x.flatten(0, 1)).unflatten(0, (1000, 2))
+    found = [session.run({"input": part})["output"] for part in x]
+    assert sum(not compare(*pair).ok for pair in zip(found, expected, strict=True)) == 0
+    control = session.run({"input": x[0]}, tmp_path / "probe")["output"]
+    assert compare(control, expected[0]).relative > 1e-2
+
+
+def test_what_is_neutral_has_channels_where_it_is_convolved(tmp_path: Path) -> None:
+    gm = trace(Convolved().eval(), (torch.randn(2, 3, 16),))
+    path, names = tmp_path / "model.onnx", ["one", "two", "head"]
+    to_onnx(gm, path, adapters="input", slots=names, vectors=True)
+    ranks = {"one": 1, "two": 1, "head": 0}
+    stored = {tensor.name: list(tensor.dims) for tensor in onnx.load(path).graph.initializer}
+    for name, rank in ranks.items():
+        assert stored[f"{name}.lora_B"][0 if name == "head" else 1] == rank
+    row = {"one": Scaling(row=torch.full((8,), 1.5))}
+    export_adapter(Adapter("a", row), path, tmp_path / "a")
+    values = {k: v.numpy() for k, v in read_adapter(tmp_path / "a").get_parameters().items()}
+    for name, rank in ranks.items():
+        assert values[f"{name}.lora_B"].shape[0 if name == "head" else 1] == rank
+    found = read_adapter_file(tmp_path / "a", "a").updates
+    assert {name: update.rank for name, update in found.items()} == {"one": 0}
