@@ -59,6 +59,8 @@ def test_weights_of_another_shape_are_named(bert: Path) -> None:
     [
         (None, "names no architectures"),
         ([], "names no architectures"),
+        (7, "names no architectures"),
+        ([["BertModel"]], "names no architectures"),
         (
             ["BertForNothing"],
             "the architecture 'BertForNothing', which is no model of transformers",
