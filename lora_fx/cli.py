@@ -32,7 +32,11 @@ from lora_fx.options import (
 )
 
 # Usage errors, which typer shows itself; what they derive from has no public name in every typer.
-_USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_USAGE: type[Exception] = next(
+    kind
+    for kind in typer.BadParameter.__mro__
+    if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
 
 
 class Commands(TyperGroup):

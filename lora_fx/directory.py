@@ -153,7 +153,8 @@ def _parts(config: Any) -> list[Any]:
 
 
 def _class_of(path: Path, config: Any, task: Task, transformers: Any) -> Any:
-    names = config.architectures or []
+    said = config.architectures if isinstance(config.architectures, list) else []
+    names = [name for name in said if isinstance(name, str)]
     own = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
     if task.name in _AUTO and not (is_model and _does(own, task.name, config, transformers)):

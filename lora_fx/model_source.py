@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,23 @@ def _from_program(path: Path) -> ModelSource:
     if not zipfile.is_zipfile(path):  # torch would print a traceback before it raises
         raise LoraFxError(f"{path}: is damaged or no program: write it with torch.export.save")
     try:
-        return ModelSource(torch.export.load(path))
+        with _unlogged():
+            return ModelSource(torch.export.load(path))
     except Exception as error:  # what is damaged in it decides what torch raises
         raise LoraFxError(
             f"{path}: torch.export.load cannot read it ({error}): write it with torch.export.save"
         ) from error
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs the traceback of what it meets in a damaged file, and then raises something."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _from_function(spec: str) -> ModelSource:

@@ -19,14 +19,11 @@ import torch
 
 from lora_fx.errors import LoraFxError
 
+_HERE = Path(__file__).parent
+_ROOMS = (_HERE, _HERE.with_name("passes"), _HERE.with_name("export"))  # beside it in a checkout
+_INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
 _NOT_THE_USERS = tuple(
-    f"{Path(place)}{os.sep}"
-    for place in (
-        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-        Path(__file__).parent,  # passes and export stand beside it in a checkout
-        *(Path(__file__).parent.with_name(room) for room in ("passes", "export")),
-        Path(torch.__file__).parents[1],
-    )
+    f"{place}{os.sep}" for place in (*_ROOMS, *_INSTALLED, Path(torch.__file__).parents[1])
 )
 
 

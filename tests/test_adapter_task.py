@@ -44,5 +44,5 @@ def test_no_task_is_none(tmp_path: Path) -> None:
 
 def test_two_tasks_are_refused(tmp_path: Path) -> None:
     paths = [written(tmp_path / "a", "SEQ_CLS"), written(tmp_path / "b", "CAUSAL_LM")]
-    with pytest.raises(AdapterError, match="different tasks, .*a for SEQ_CLS, .*b for CAUSAL_LM"):
+    with pytest.raises(AdapterError, match=r"different tasks, .*a for SEQ_CLS, .*b for CAUSAL_LM"):
         task_of(paths)

@@ -59,6 +59,8 @@ def test_weights_of_another_shape_are_named(bert: Path) -> None:
     [
         (None, "names no architectures"),
         ([], "names no architectures"),
+        (7, "names no architectures"),
+        ([["BertModel"]], "names no architectures"),
         (
             ["BertForNothing"],
             "the architecture 'BertForNothing', which is no model of transformers",
@@ -104,8 +106,8 @@ def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path, 
     tiny("T5ForConditionalGeneration").save_pretrained(tmp_path)
     loaded = load_directory(tmp_path, Task("CAUSAL_LM"))
     assert type(loaded.model).__name__ == "T5ForConditionalGeneration"
+    tiny("ViTModel").save_pretrained(tmp_path / "vit")
     with pytest.raises(LoraFxError, match=r"needs transformers' .* no class for a vit"):
-        tiny("ViTModel").save_pretrained(tmp_path / "vit")
         load_directory(tmp_path / "vit", Task("TOKEN_CLS"))
 
 
@@ -142,8 +144,8 @@ def test_a_classifier_on_a_language_model_is_what_peft_computes(
     told = told.replace("TOKEN_CLS", "SEQ_CLS")
     (tmp_path / "sorter" / "adapter_config.json").write_text(told)
     nowhere = tmp_path / "nowhere"
+    both = [tmp_path / "tagger", tmp_path / "sorter"]
     with pytest.raises(LoraFxError, match=r"tagger for TOKEN_CLS.*sorter for SEQ_CLS"):
-        both = [tmp_path / "tagger", tmp_path / "sorter"]
         export_model(spec, both, "merged", nowhere, False, lambda _: None)
     edited(tmp_path / "base", architectures=["BertForTokenClassification"], num_labels=5)
     with pytest.raises(LoraFxError, match=r"for classifier\.bias, classifier\.weight"):

@@ -208,11 +208,16 @@ def test_a_file_that_cannot_be_imported_is_told(source: str, tmp_path: Path) -> 
             find_model(f"{tmp_path / 'damaged.py'}:make")
 
 
-def test_a_damaged_program_is_refused_whatever_is_damaged(tmp_path: Path) -> None:
+def test_a_damaged_program_is_refused_whatever_is_damaged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "saved.pt2"
     torch.export.save(torch.export.export(nn.Linear(3, 5), (torch.ones(4, 3),)), path)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole.replace(b'"nodes"', b'"n_des"'), whole[:-9]):
+    half, flipped = whole[: len(whole) // 2], bytearray(whole)
+    flipped[200::97] = bytes(byte ^ 0x5A for byte in flipped[200::97])
+    for damaged in (half, whole.replace(b'"nodes"', b'"n_des"'), whole[:-9], bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(LoraFxError, match=r"saved\.pt2: "):
             find_model(str(path))
+    assert "Traceback" not in capfd.readouterr().err
