@@ -69,6 +69,7 @@ clean:
 
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev,demo]'
+	$(INSTALL) --no-deps --upgrade --target .venv/zoo torchvision timm
 	touch $@ .venv/demo.stamp
 
 .venv-oldest/dev.stamp: pyproject.toml constraints.txt tests/oldest_versions.py

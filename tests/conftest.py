@@ -22,25 +22,6 @@ from lora_fx.pass_base import PassResult
 from lora_fx.passes import FoldLora
 
 torch.set_num_threads(1)
-
-
-def _without_operators_of_torchvision() -> None:
-    """Lets torchvision, and so transformers and timm, be imported beside a CPU build of torch.
-
-    torchvision's wheel is built for CUDA: its operators are missing there, and it raises when it
-    describes them. None of its networks needs them.
-    """
-    register = torch.library.register_fake
-
-    def passing(op: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(op, str) and op.startswith("torchvision::"):
-            return lambda function: function
-        return register(op, *args, **kwargs)
-
-    torch.library.register_fake = passing
-
-
-_without_operators_of_torchvision()
 # The same examples in every run: a change is judged by what it changed.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
