@@ -9,8 +9,9 @@ from torch import fx
 
 from lora_fx.deferred import raw
 from lora_fx.errors import ExportError, shorten
-from lora_fx.modes import EVAL_FLAGS, flags, source_of
+from lora_fx.flags import EVAL_FLAGS, flags
 from lora_fx.ops import aten, call_argument, module_path, op_name, written_argument
+from lora_fx.source import source_of
 from lora_fx.written import written
 
 # What a table with max_norm writes is the same again when it is written again.
