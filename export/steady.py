@@ -103,7 +103,8 @@ def _random(needed: set[fx.Node]) -> Iterator[str]:
 
 def _draws(node: fx.Node) -> bool:
     packet = getattr(aten, op_name(node).rstrip("_"), None)
-    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    known = isinstance(packet, torch._ops.OpOverloadPacket)
+    overloads = packet.overloads() if known else []  # type: ignore[no-untyped-call]
     tagged = (torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in overloads)
     if not any(tagged):
         return False
