@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.cases import Case
+from lora_fx.flags import EVAL_FLAGS, flags
 from lora_fx.graphs import assemble, assign, copy_graph, targets
-from lora_fx.modes import EVAL_FLAGS, flags, source_of
+from lora_fx.source import source_of
 from lora_fx.weight_form import WeightForm
 from lora_fx.written import written
 

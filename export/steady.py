@@ -9,8 +9,9 @@ from torch import fx
 
 from lora_fx.deferred import raw
 from lora_fx.errors import ExportError, shorten
-from lora_fx.modes import EVAL_FLAGS, flags, source_of
+from lora_fx.flags import EVAL_FLAGS, flags
 from lora_fx.ops import aten, call_argument, module_path, op_name, written_arguments
+from lora_fx.source import source_of
 from lora_fx.written import written
 
 # What a table with max_norm writes is the same again when it is written again.
@@ -101,7 +102,8 @@ def _random(needed: set[fx.Node]) -> Iterator[str]:
 
 def _draws(node: fx.Node) -> bool:
     packet = getattr(aten, op_name(node).rstrip("_"), None)
-    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    known = isinstance(packet, torch._ops.OpOverloadPacket)
+    overloads = packet.overloads() if known else []  # type: ignore[no-untyped-call]
     tagged = (torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in overloads)
     if not any(tagged):
         return False

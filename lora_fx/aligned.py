@@ -50,11 +50,14 @@ def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
 def arguments(node: fx.Node) -> dict[int | str, Any]:
     """What a call is given, by name where the operator has names, with what is left out."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return {**dict(enumerate(node.args)), **node.kwargs}
+        by_place: dict[int | str, Any] = {**dict(enumerate(node.args))}
+        by_place.update(node.kwargs)
+        return by_place
     declared = node.target._schema.arguments
-    given = {argument.name: argument.default_value for argument in declared}
-    names = [argument.name for argument in declared]
-    return {**given, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[int | str, Any] = {a.name: a.default_value for a in declared}
+    given.update(zip((a.name for a in declared), node.args, strict=False))
+    given.update(node.kwargs)
+    return given
 
 
 def put_argument(node: fx.Node, place: int | str, value: Any) -> None:

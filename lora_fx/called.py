@@ -74,4 +74,6 @@ def _given(parameter: inspect.Parameter, by_name: bool) -> str:
 
 
 def _star(parameter: inspect.Parameter) -> str:
-    return {_KINDS.VAR_POSITIONAL: "*", _KINDS.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    if parameter.kind is _KINDS.VAR_POSITIONAL:
+        return "*"
+    return "**" if parameter.kind is _KINDS.VAR_KEYWORD else ""

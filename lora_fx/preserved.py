@@ -93,5 +93,6 @@ def own_inputs(inputs: Any) -> Any:
 
 
 def _states() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {"random": random.getstate(), "numpy.random": (name, bytes(keys), *rest)}

@@ -57,7 +57,7 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     if not spec.is_leaf():
         return dict(enumerate(leaves))
     own = getattr(value, "__dict__", None)
-    return own if type(value).__eq__ is object.__eq__ and own else None
+    return own if getattr(type(value), "__eq__", None) is object.__eq__ and own else None
 
 
 def _equal(found: Any, expected: Any) -> bool:

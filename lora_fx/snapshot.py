@@ -18,7 +18,7 @@ from lora_fx.same import same_values
 _Read = Callable[[], Any]
 _Put = Callable[[Any], Any]
 
-_CONTAINERS = dict | list | set | deque
+_CONTAINERS: Any = dict | list | set | deque
 _OPAQUE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Tensor)
 _PLAIN = (str, bytes, bool, int, float, type(None))
 # Of objects that are no modules, those of these packages hold no state of a model.
