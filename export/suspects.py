@@ -41,7 +41,8 @@ def suspects(
         if distance < nearest:
             nearest, where = distance, path
     if where:
-        yield f"the file is nearest without the update of {where}: {nearest:.1e} instead of {start:.1e}"
+        numbers = f"{nearest:.1e} instead of {start:.1e}"
+        yield f"the file is nearest without the update of {where}: {numbers}"
 
 
 def _distance(found: Sequence[Any], expected: Tensors) -> tuple[float, bool]:

@@ -211,4 +211,4 @@ def _held(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
 def _print(value: torch.Tensor) -> int:
     """A checksum of the bytes: ``p.data`` can be written to without a trace on ``p``."""
     held = value.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(held.view(torch.uint8).numpy())
+    return zlib.crc32(held.view(torch.uint8).numpy().data)
