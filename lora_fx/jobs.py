@@ -80,9 +80,7 @@ def export_model(
             progress(f"adapter {adapter.name}")
             export_adapter(adapter, draft / MODEL, draft / _file_of(adapter))
         shown = mode if mode != "merged" else report.mode
-        report = replace(
-            report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes]
-        )
+        report = replace(report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes])
         report.save_json(draft / REPORT)
     return report
 
