@@ -87,9 +87,7 @@ def export_model(
             pairs = [(adapter, draft / _file_of(adapter)) for adapter in loaded]
             check_adapter_files(base, draft / MODEL, pairs)
         shown = mode if mode != "merged" else report.mode
-        report = replace(
-            report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes]
-        )
+        report = replace(report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes])
         report.save_json(draft / REPORT)
     return report
 

@@ -141,4 +141,4 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _gives_tensor(name: str) -> bool:
     returns = [o._schema.returns for o in _overloads(getattr(aten, name, None))]
-    return bool(returns) and all([str(r.type) for r in rs] == ["Tensor"] for rs in returns)
+    return any([str(r.type) for r in rs] == ["Tensor"] for rs in returns)

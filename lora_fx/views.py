@@ -52,7 +52,7 @@ def put_back(call: Call, path: list[fx.Node], value: fx.Node | None) -> fx.Node 
 
 def assigned(call: Call, whole: fx.Node, places: Any, value: Any) -> fx.Node | None:
     """What a tensor holds after ``whole[places] = value``; None where places are not plain."""
-    steps = _steps(places)
+    steps = steps_of(places)
     if steps is None:
         return None
     path = [whole]
@@ -73,10 +73,10 @@ def _is_cut(node: fx.Node, source: fx.Node) -> bool:
     """Whether Python's indexing takes a part of a tensor, and not one of several results."""
     seen, places = source.meta.get("val"), node.args[1]
     is_tensor = isinstance(places, tuple) if seen is None else isinstance(seen, torch.Tensor)
-    return is_tensor and bool(_steps(places))
+    return is_tensor and bool(steps_of(places))
 
 
-def _steps(places: Any) -> list[tuple[Any, tuple[Any, ...]]] | None:
+def steps_of(places: Any) -> list[tuple[Any, tuple[Any, ...]]] | None:
     """Python's indexing as selections and slices, one at a time, or None if it is more."""
     given = list(places) if isinstance(places, tuple) else [places]
     if any(not (v is ... or isinstance(v, slice) or type(v) is int) for v in given):
@@ -167,7 +167,7 @@ def _taken(call: Call, outer: fx.Node, inner: fx.Node, value: fx.Node) -> fx.Nod
     assert isinstance(pieces, fx.Node)
     if op_name(pieces) not in PIECES:
         path = [outer]
-        for target, arguments in _steps(place) or []:
+        for target, arguments in steps_of(place) or []:
             path.append(call(target, path[-1], *arguments))
         return put_back(call, path, value)
     if op_name(pieces) == "unbind":

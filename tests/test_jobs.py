@@ -178,3 +178,25 @@ def test_a_failure_while_writing_leaves_no_draft(
 def test_a_missing_file_is_not_verified(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"model\.onnx: no such file"):
         verify_model(tmp_path / "model.onnx", SPEC, [], nothing)
+
+
+def test_what_cannot_be_merged_is_refused_by_name_or_noted(
+    home: Path, french: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_fx.jobs.fold", lambda gm: gm)  # nothing folds
+    arguments = (SPEC, [french], "merged", home / "refused", False, lambda stage: None)
+    with pytest.raises(ExportError, match=r"beside 1 layers: one \(.*--allow-unmerged"):
+        export_model(*arguments)
+    assert not (home / "refused").exists()
+    report = export_model(*arguments, allow_unmerged=True)
+    assert report.mode == "unmerged"
+    assert any(note.startswith("not merged") and "one (" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable"])
+def test_a_report_speaks_of_the_mode_as_it_was_asked_for(
+    mode: str, home: Path, french: Path
+) -> None:
+    out = home / f"report_{mode}"
+    export_model(SPEC, [french], mode, out, False, lambda stage: None)
+    assert json.loads((out / "report.json").read_text())["mode"] == mode

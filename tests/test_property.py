@@ -34,7 +34,9 @@ class Random(nn.Module):
         super().__init__()
         self.seed = seed
         self.image = bool(seed % 2)
-        make: Any = (lambda o: nn.Conv2d(4, o, 3, padding=1)) if self.image else (lambda o: nn.Linear(4, o))
+        make: Any = (
+            (lambda o: nn.Conv2d(4, o, 3, padding=1)) if self.image else (lambda o: nn.Linear(4, o))
+        )
         self.one, self.two, self.tied, self.tail = (make(4) for _ in range(4))
         self.pair, self.single, self.packed = make(2), make(1), make(12)
         self.tied.weight = self.one.weight  # one parameter in two modules
@@ -123,7 +125,10 @@ def adapter(gm: fx.GraphModule, name: str) -> Adapter:
         found.pop("alias", None)  # an adapter of one name is the module's
     for site in found.values():
         out, into, *kernel = site.shape
-        down, up = torch.randn(2, into, *kernel, generator=make), torch.randn(out, 2, generator=make)
+        down, up = (
+            torch.randn(2, into, *kernel, generator=make),
+            torch.randn(out, 2, generator=make),
+        )
         updates[site.path] = Update(down / down.norm(), up / up.norm(), 1.5)
     return Adapter(name, updates)
 

@@ -12,7 +12,8 @@ from lora_fx.affine.index import Index, along, slice_of
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Map
 from lora_fx.affine.moves import identity
-from lora_fx.ops import call_argument, op_name
+from lora_fx.ops import aten, call_argument, op_name
+from lora_fx.views import steps_of
 
 SLICE = ("start", "end", "step")  # how operators call the arguments of a slice
 _PIECES = ("split_size", "split_size_or_sections", "split_sizes", "chunks")
@@ -40,15 +41,7 @@ def narrow(analysis: Analysis, node: fx.Node) -> Value:
 
 def select(analysis: Analysis, node: fx.Node) -> Value:
     """One feature, whose axis is gone."""
-    value, axis = _feature(analysis, node.args[0], call_argument(node, 1, "dim"))
-    place = call_argument(node, 2, "index")
-    if value is None or axis is None or not isinstance(place, int):
-        return _NO_FEATURES
-    place %= value.layout.split[axis]
-    layout = value.layout
-    index = along(axis, layout.split, slice_of(layout.split[axis], slice(place, place + 1)))
-    split = (*layout.split[:axis], *layout.split[axis + 1 :])
-    return value.picked(node, index, Layout(split, layout.after, layout.batch))
+    return _one(analysis, node, call_argument(node, 1, "dim"), call_argument(node, 2, "index"))
 
 
 def index_select(analysis: Analysis, node: fx.Node) -> Value:
@@ -86,15 +79,15 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
     value = analysis.values.get(source) if isinstance(source, fx.Node) else None
     if isinstance(value, Parts) and isinstance(place, int):
         return value.values[place].of(node)
-    if not isinstance(value, Map) or not isinstance(place, tuple) or value.layout.after:
+    if not isinstance(value, Map) or not isinstance(place, tuple):
         return _NO_FEATURES
-    *front, last = place
-    axes = value.layout.axes
-    reaches = Ellipsis in front or (axes is not None and len(place) == axes)
-    whole = all(step is Ellipsis or step == slice(None) for step in front)
-    if not reaches or not whole or not isinstance(last, slice):
+    steps = steps_of(place)
+    if steps is None or len(steps) != 1:
         return _NO_FEATURES
-    return _picked(analysis, node, -1, last)
+    ((target, (dim, *cut)),) = steps
+    if target is aten.select.int:
+        return _one(analysis, node, dim, cut[0])
+    return _picked(analysis, node, dim, slice(*cut))
 
 
 def constant_index(analysis: Analysis, node: Any, size: int) -> Index | None:
@@ -123,6 +116,17 @@ def _picked(analysis: Analysis, node: fx.Node, dim: Any, cut: slice) -> Value:
     if value is None or axis is None or not _is_plain(cut):
         return _NO_FEATURES
     return _taken(node, value, axis, slice_of(value.layout.split[axis], cut))
+
+
+def _one(analysis: Analysis, node: fx.Node, dim: Any, place: Any) -> Value:
+    value, axis = _feature(analysis, node.args[0], dim)
+    if value is None or axis is None or not isinstance(place, int):
+        return _NO_FEATURES
+    place %= value.layout.split[axis]
+    layout = value.layout
+    index = along(axis, layout.split, slice_of(layout.split[axis], slice(place, place + 1)))
+    split = (*layout.split[:axis], *layout.split[axis + 1 :])
+    return value.picked(node, index, Layout(split, layout.after, layout.batch))
 
 
 def _taken(node: fx.Node, value: Map, axis: int, index: Index) -> Map:

@@ -86,6 +86,55 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "assignment into ones": (
+        lambda m, x: put(x.new_ones(4, 7, 6), m.places(0, 1, 2), three(m, x)),
+        "batch",
+        "export",
+    ),
+    "assignment of one place": (
+        lambda m, x: aten.select_scatter(m.wide(x), m.wide(x)[..., 2], -1, 4),
+        "batch",
+        "export",
+    ),
+    "assignment of one place of zeros": (
+        lambda m, x: aten.select_scatter(zeros(x), m.wide(x)[..., 2], 2, 4),
+        "batch",
+        "export",
+    ),
+    "assignment of channels": (
+        lambda m, x: torch.slice_scatter(
+            F.conv2d(x, m.kernel, m.b), F.conv2d(x, m.other_kernel)[:, 1:3], 1, 0, 4, 2
+        ),
+        "image",
+        "export",
+    ),
+    "assignment from behind": (
+        lambda m, x: torch.slice_scatter(m.wide(x), three(m, x), -1, -3, 9),
+        "batch",
+    ),
+    "assignment to split features": (
+        lambda m, x: torch.slice_scatter(m.split(x), m.split(x)[:, :, :1] * 2, 2, 1, 2),
+        "batch",
+        "export",
+    ),
+    "assignment of a number": (
+        lambda m, x: torch.slice_scatter(m.wide(x), zeros(x, 2) + 0, -1, 1, 3),
+        "batch",
+        "export",
+    ),
+    "assignment of a constant": (
+        lambda m, x: torch.slice_scatter(m.wide(x), aten.copy(m.wide(x)[..., :3], m.b3), -1, 2, 5),
+        "batch",
+        "export",
+    ),
+    "assignment of what is filled": (
+        lambda m, x: torch.slice_scatter(m.wide(x), aten.fill(m.wide(x)[..., :3], 2.5), -1, 2, 5),
+        "batch",
+    ),
+    "copied": (lambda m, x: aten.copy(m.low(x), m.low(x) * 2), "batch"),
+    "copied constant": (lambda m, x: aten.copy(m.low(x), m.b), "batch"),
+    "masked": (lambda m, x: m.low(x).masked_fill(m.b > m.b.sort()[0][2], 2.5), "batch"),
+    "masked with zeros": (lambda m, x: m.low(x).masked_fill(m.b > m.b.sort()[0][2], 0), "batch"),
 }
 WHOLE = "something else than whole features"
 OPAQUE: dict[str, tuple[Any, ...]] = {
@@ -150,18 +199,32 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "else than features",
         "export",
     ),
-    "assignment into ones": (
-        lambda m, x: put(x.new_ones(4, 7, 6), m.places(0, 1, 2), three(m, x)),
-        "batch",
-        "else than zeros",
-        "export",
-    ),
     "assignment into another source": (
         lambda m, x: put(m.wide(torch.sin(x)), m.places(0, 1, 2), three(m, x)),
         "batch",
         "one source",
         "export",
     ),
+    "a slice that the input moves": (
+        lambda m, x: torch.slice_scatter(m.low(x), m.low(x)[..., :2], -1, 0, x.shape[0]),
+        "batch",
+        "moves",
+        "symbolic",
+    ),
+    "a place of the batch assigned": (
+        lambda m, x: aten.select_scatter(m.low(x), m.low(x)[:, 2], 1, 4),
+        "batch",
+        "else than features",
+        "export",
+    ),
+    "copied and repeated": (
+        lambda m, x: aten.copy(m.low(x), m.low(x)[:, :1]),
+        "batch",
+        "broadcasts",
+        "export",
+    ),
+    "masked by data": (lambda m, x: m.low(x).masked_fill(x[..., :1] > 0, 1.0), "batch", "a mask"),
+    "filled with data": (lambda m, x: aten.fill(m.low(x), x.sum()), "batch", "than a number"),
     "a slice of the batch assigned": (
         lambda m, x: torch.slice_scatter(m.low(x), m.low(x)[:, :2], 1, 0, 2),
         "batch",

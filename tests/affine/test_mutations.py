@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.affine import algebra, convs, einsums, features, joins, layers, moves, sums
+from lora_fx.affine import algebra, convs, einsums, features, joins, layers, moves, overwrites, sums
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
 from lora_fx.affine.evaluate import dense
 from lora_fx.affine.index import Index, slice_of
@@ -229,20 +229,39 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "cat: in reverse": ((joins, "slice_of", reversed_places), "joins", "cat"),
     "pad: on the wrong side": ((joins, "placed", put_in_front), "joins", "pad"),
     "index_put: to the front": (
-        (joins, "placed", put_in_front),
+        (overwrites, "placed", put_in_front),
         "joins",
         "assignment of places",
     ),
     "index_put: what was there stays": (
-        (joins, "all_but", kept_too),
+        (overwrites, "all_but", kept_too),
         "joins",
         "assignment into a map",
     ),
     "slice_scatter: off by one": (
-        (joins, "slice_of", one_off),
+        (overwrites, "slice_of", one_off),
         "joins",
         "assignment of a slice",
     ),
+    "slice_scatter: along all features": (
+        (overwrites, "along", in_order),
+        "joins",
+        "assignment to split features",
+    ),
+    "select_scatter: off by one": (
+        (overwrites, "slice_of", one_off),
+        "joins",
+        "assignment of one place",
+    ),
+    "copy: nothing is copied": (("TRANSFER", "copy", passes_on), "joins", "copied"),
+    "copy: no constant": (("TRANSFER", "copy", passes_on), "joins", "copied constant"),
+    "fill: with zeros": (
+        ("TRANSFER", "fill", lambda analysis, node: Uniform(0.0)),
+        "joins",
+        "assignment of what is filled",
+    ),
+    "masked_fill: nothing is": (("TRANSFER", "masked_fill", passes_on), "joins", "masked"),
+    "masked_fill: with zeros": (rule(without_bias, "masked_fill"), "joins", "masked"),
     "uniform: ones are zeros": (
         ("TRANSFER", "ones_like", lambda analysis, node: Uniform(0.0)),
         "sums",

@@ -131,7 +131,11 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "a division that rounds",
     ),
     "an input of unknown sizes": (lambda m, x: x * m.gain3, "batch", "no map", "symbolic"),
-    "written in place": (lambda m, x: m.low(x).add_(1), "batch", "", "symbolic"),
+    "written in place": (
+        lambda m, x: (lambda y: (y.as_strided((3,), (1,)).add_(1), y * 2)[1])(m.low(x)),
+        "batch",
+        "written in place",
+    ),
     "ones of data, unknown sizes": (
         lambda m, x: m.low(x) + torch.ones_like(x[..., :1]),
         "batch",

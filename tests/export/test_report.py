@@ -10,7 +10,7 @@ GOOD = Check("model", "batch=2", "off", "output", 1e-7, 2e-7, 1e-5, ok=True)
 CONTROL = Check(
     "control: no adapters", "batch=2", "all", "output", 1.0, float("inf"), 1e-5, ok=True
 )
-REPORT = ExportReport("model.onnx", "constant", {"model.onnx": 1200}, 20, {"trace": 0.5})
+REPORT = ExportReport("model.onnx", "merged", {"model.onnx": 1200}, 20, {"trace": 0.5})
 
 
 def test_verified_needs_checks_that_agree_and_a_control_that_does_not() -> None:
