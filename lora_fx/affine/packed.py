@@ -1,6 +1,6 @@
 """Weights of which calls read parts: folded, they stay one, and the parts are picked again.
 
-``linear(x, chunk(W)[0], b)  ->  linear(x, chunk(W')[0], b)``: so the layer keeps its path and shape.
+``linear(x, chunk(W)[0], b)  ->  linear(x, chunk(W')[0], b)``: the layer keeps its path and shape.
 """
 
 from __future__ import annotations
