@@ -44,6 +44,8 @@ def verify_file(
     """
     evidence = Evidence()
     expected = [_expected(subject, trial.cases, evidence) for subject in subjects]
+    for subject, wanted in zip(subjects, expected, strict=True):
+        evidence.notes += _not_finite(subject, trial.outputs, wanted)
     first = trial.cases[0]
     control = _choose(controls, first, expected[-1][first.label], evidence)
     at_first: list[Any] = []  # in the end, of the last subject, optimised
@@ -75,6 +77,16 @@ def _expected(subject: Subject, cases: Sequence[Case], evidence: Evidence) -> di
     if len(outputs) == 1:
         evidence.notes.append(f"{subject.what}: checked at the traced shape only")
     return outputs
+
+
+def _not_finite(subject: Subject, names: Sequence[str], found: dict[str, Tensors]) -> Iterator[str]:
+    """What of eager's outputs is no number: there the file is only held to be no number too."""
+    for place, name in enumerate(names):
+        values = [outputs[place] for outputs in found.values()]
+        count = sum(int((~value.isfinite()).sum()) for value in values)
+        if count:
+            total = sum(value.numel() for value in values)
+            yield f"{subject.what}: output {name!r}: {count} of {total} values are NaN or infinite"
 
 
 def _choose(

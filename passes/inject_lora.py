@@ -81,7 +81,8 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
-    _replace(editor, {p: t for p, t in adapter.replacements.items() if p not in skipped})
+    kept = {p: t for p, t in adapter.replacements.items() if p not in skipped}
+    _replace(editor, kept, adapter.name)
 
 
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
@@ -97,7 +98,7 @@ def _words(update: AnyUpdate) -> str:
     return f"{update.kind} rank {update.rank}" if isinstance(update, Update) else update.kind
 
 
-def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
+def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: str) -> None:
     for name, value in replacements.items():
         found = list(readers(editor.gm, name))
         old = editor.tensor(found[0][1])
@@ -105,6 +106,11 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> None:
             editor.record("keep", name, "the adapter's is equal to the model's own")
             continue
         new = nn.Parameter(value.to(old.dtype), requires_grad=False)
+        if not new.isfinite().all():
+            raise AdapterError(
+                f"{name}: adapter {adapter} replaces it by NaN or infinity, or by values that "
+                f"overflow {old.dtype}; load the model in a wider dtype, or save the adapter again"
+            )
         node = editor.constant(name, new, before=found[0][0])
         for reader, source in found:
             editor.rebind(reader, source, node)
