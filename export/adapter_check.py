@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnxruntime as ort
+import torch
+from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
+from lora_fx.finite import overflow
+from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.terms import Terms
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
@@ -47,6 +52,23 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
         )
     for slot in manifest.slots:
         _check_slot(path, slot, shapes)
+    values = values_of(path, stored)
+    for slot in manifest.slots:
+        terms = Terms(**{part: values[name] for part, (name, _) in slot.inputs.items()})
+        if what := overflow(slot.layer, terms):
+            raise AdapterError(f"{path}: {slot.path}: {what} overflows {slot.dtype}; make it again")
+
+
+def values_of(path: Path, stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file, by name: views of its memory.
+
+    Raises:
+        AdapterError: one is not of floats, or holds NaN or infinity.
+    """
+    parameters = stored.get_parameters()
+    values = {name: from_dlpack(parameters[name]) for name in sorted(parameters)}
+    check_tensors(path, values)  # numpy would refuse bfloat16
+    return values
 
 
 def _shapes(path: Path, stored: ort.AdapterFormat) -> Shapes:

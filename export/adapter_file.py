@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from lora_fx.export.publish import staged
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of, to_numpy
+from lora_fx.finite import check_finite
 from lora_fx.fitted import fitted
-from lora_fx.terms import Terms, check_finite, terms_of
+from lora_fx.terms import Terms, terms_of
 
 Array = np.ndarray[Any, Any]
 _ADAPTER_VERSION = 1
@@ -128,7 +130,7 @@ def _values(
         values = slot.neutral()
         if (update := updates.get(slot.path)) is not None:
             terms = _terms(update, slot, base)
-            check_finite(slot.path, name, update, terms)
+            check_finite(slot.layer, name, update, terms, partial(base.weight, slot))
             values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
         yield from values.items()
 

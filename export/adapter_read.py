@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime as ort
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.export.adapter_check import read_adapter
-from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.export.adapter_check import read_adapter, values_of
 from lora_fx.layer import Layer
 from lora_fx.terms import Terms, update_of
 
@@ -38,17 +35,11 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
         AdapterError: it is missing, damaged, or holds what is no pair of A and B.
     """
     stored = read_adapter(path)
-    values = {key: _copy(value) for key, value in sorted(stored.get_parameters().items())}
-    check_tensors(path, values)
+    # The file's memory is gone with the file.
+    values = {key: value.clone() for key, value in values_of(path, stored).items()}
     layers = _sorted(path, values)
     updates = {module: _update(path, module, terms) for module, terms in layers.items()}
     return Adapter(name, {module: update for module, update in updates.items() if update})
-
-
-def _copy(value: ort.OrtValue) -> torch.Tensor:
-    # The file's memory is gone with the file; numpy() would refuse bfloat16.
-    tensor: torch.Tensor = from_dlpack(value)
-    return tensor.clone()
 
 
 def _sorted(path: Path, values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

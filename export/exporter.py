@@ -23,6 +23,7 @@ from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.steady import refuse_unsteady
 from lora_fx.export.trial import Trial, trial_of
+from lora_fx.finite import check_branches
 from lora_fx.unmerged import is_unmerged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
@@ -73,6 +74,7 @@ def to_onnx(
     Raises:
         ExportError: no example inputs, an operator without ONNX form, an opset that cannot be
             written, a model whose next call gives something else, or the output exists.
+        AdapterError: a branch of the graph holds NaN or infinity, or its products overflow.
         VerificationError: the file and eager disagree, or a control agreed.
     """
     if adapters not in ("constant", "input"):
@@ -82,6 +84,7 @@ def to_onnx(
     check_opset(opset)
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
+    check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes)
     with clock.stage("trace"):
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)

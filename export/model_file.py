@@ -27,7 +27,8 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> Non
         ExportError: the result is not valid ONNX.
     """
     weights = {value: value.const_value for value in _initializers(model)}
-    is_large = sum(tensor.nbytes for tensor in weights.values()) > external_data_above
+    size = sum(tensor.nbytes for tensor in weights.values() if tensor is not None)
+    is_large = size > external_data_above
     try:
         _save(model, path, data_path(path).name if is_large else None)
     finally:

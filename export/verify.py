@@ -46,6 +46,8 @@ def verify_file(
     """
     evidence = Evidence(notes=[note for subject in subjects for note in subject.notes])
     expected = [_expected(s, trial.cases, trial.outputs, evidence) for s in subjects]
+    for subject, wanted in zip(subjects, expected, strict=True):
+        evidence.notes += _not_finite(subject, trial.outputs, wanted)
     first = trial.cases[0]
     known = {id(s.eager): e[first.label] for s, e in zip(subjects, expected, strict=True)}
     control, base = _choose(controls, first, expected[-1][first.label], known, evidence)
@@ -100,6 +102,16 @@ def _check_count(subject: Subject, found: Tensors, wanted: Sequence[str]) -> Non
             f"has {len(wanted)} outputs: {shorten(list(wanted))}. A graph that was changed on "
             "purpose is the model of its own: trace it, lora_fx.trace(gm, args)"
         )
+
+
+def _not_finite(subject: Subject, names: Sequence[str], found: dict[str, Tensors]) -> Iterator[str]:
+    """What of eager's outputs is no number: there the file is only held to be no number too."""
+    for place, name in enumerate(names):
+        values = [outputs[place] for outputs in found.values()]
+        count = sum(int((~value.isfinite()).sum()) for value in values)
+        if count:
+            total = sum(value.numel() for value in values)
+            yield f"{subject.what}: output {name!r}: {count} of {total} values are NaN or infinite"
 
 
 def _choose(

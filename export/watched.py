@@ -39,12 +39,13 @@ class _Both:
         self._digest = digest
 
     def write(self, data: Any) -> int:
-        content = np.frombuffer(data, np.uint8)  # flat, which ctypes' arrays are not
+        content: Any = np.frombuffer(data, np.uint8)  # flat, which ctypes' arrays are not
         if content.nbytes < _LARGE:
             self._digest.update(content)
-            return self._file.write(content)
+            self._file.write(content)
+            return len(content)
         with ThreadPoolExecutor(1) as beside:
             digested = beside.submit(self._digest.update, content)
-            count = self._file.write(content)
+            self._file.write(content)
             digested.result()
-        return count
+        return len(content)

@@ -12,12 +12,13 @@ from lora_fx.biases import bias_of
 from lora_fx.branches import branches_of, col_of, last_of, parameter_names
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
+from lora_fx.finite import check_finite
 from lora_fx.layer_forms import expand, pick, shrink
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.recorded import adapter_of
 from lora_fx.sites import Site
-from lora_fx.terms import Terms, bias_alone, check_finite, terms_of
+from lora_fx.terms import Terms, bias_alone, terms_of
 from lora_fx.update import Update
 
 
@@ -35,7 +36,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
     else:
         own = _own_bias(editor, calls) if isinstance(update, Scaling) else None
         terms = terms_of(update, first, lambda: base_weight(editor, first), own)
-    check_finite(first.path, name, update, terms)
+    check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
     groups = update.groups if isinstance(update, Update) else 1
     nodes = {

@@ -55,7 +55,8 @@ def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Com
             booleans must be equal.
 
     Returns:
-        The distance and the tolerance. A wrong shape or a NaN on one side is infinitely far.
+        The distance and the tolerance. A wrong shape or a NaN on one side is infinitely far, and
+        so is what holds no finite number at all: that says nothing.
     """
     left, right = torch.as_tensor(actual).detach().cpu(), torch.as_tensor(expected).detach().cpu()
     tolerance = TOLERANCE.get(dtype or right.dtype, 0.0)
@@ -67,17 +68,20 @@ def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Com
     parts = torch.stack([_distance(left[i : i + _PIECE], right[i : i + _PIECE]) for i in starts])
     gap, size = parts[:, :2].sum(0).sqrt().tolist()
     max_abs = parts[:, 2].max().item()
+    if right.numel() and not bool(parts[:, 3].any()):
+        return Comparison(float("inf"), float("inf"), tolerance)
     if max_abs == 0.0:
         return Comparison(0.0, 0.0, tolerance)
     return Comparison(max_abs, gap / size if size > 0 else float("inf"), tolerance)
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Squares of the distance and of the expected size, and the largest distance."""
+    """Squares of the distance and of the expected size, the largest distance; is any finite?"""
     size = right.double()
     gap = left.double() - size
     if not gap.numel():
-        return gap.new_zeros(3)
+        return gap.new_zeros(4)
+    told = gap.new_ones(())
     low, high = gap.aminmax()
     if not (low.isfinite() and high.isfinite()):
         # Masked logits hold infinities on both sides; equal ones carry no information.
@@ -85,4 +89,5 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         gap = gap.masked_fill(same, 0.0)
         size = size.masked_fill(same & ~right.isfinite(), 0.0)
         low, high = gap.aminmax()
-    return torch.stack([gap.dot(gap), size.dot(size), torch.maximum(-low, high)])
+        told = right.isfinite().any().double()
+    return torch.stack([gap.dot(gap), size.dot(size), torch.maximum(-low, high), told])

@@ -82,10 +82,10 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
-    from lora_fx.export.adapter_check import read_adapter
+    from lora_fx.export.adapter_check import read_adapter, values_of
 
     stored = read_adapter(path)
-    values = {name: value.numpy() for name, value in sorted(stored.get_parameters().items())}
+    values = values_of(path, stored)
     return {
         "kind": "adapter file",
         "path": str(path),
@@ -94,8 +94,8 @@ def _adapter_file(path: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "shape": list(value.shape),
-                "dtype": str(value.dtype),
-                "norm": float((value.astype("float64") ** 2).sum() ** 0.5),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "norm": float(value.double().norm()),
             }
             for name, value in values.items()
         ],

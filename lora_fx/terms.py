@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lora_fx.errors import AdapterError
 from lora_fx.layer import Layer
 from lora_fx.layer_forms import (
     along_outputs,
@@ -15,7 +14,7 @@ from lora_fx.layer_forms import (
     up_as_stored,
     up_as_update,
 )
-from lora_fx.other_updates import AnyUpdate, Scaling
+from lora_fx.other_updates import Scaling
 from lora_fx.stored import EMBEDDING
 from lora_fx.update import Update
 
@@ -127,23 +126,4 @@ def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
         row=row,
         col=None if terms.col is None else terms.col.flatten(),
         stored=EMBEDDING if site.kind == "embedding" else None,
-    )
-
-
-def check_finite(path: str, name: str, update: AnyUpdate, terms: Terms) -> None:
-    """Refuses values that no layer of this dtype can hold.
-
-    Raises:
-        AdapterError: the adapter holds NaN or infinity, or its values overflow the dtype.
-    """
-    loud = [key for key, tensor in terms.each().items() if not tensor.isfinite().all()]
-    if not loud:
-        return
-    if not update.is_finite():
-        raise AdapterError(f"{path}: adapter {name} holds NaN or infinity; save it again")
-    dtype = terms.each()[loud[0]].dtype
-    reason = "DoRA's norm of a row is zero, or values overflow" if terms.gain is not None else ""
-    raise AdapterError(
-        f"{path}: adapter {name}: {reason or 'values overflow'} {dtype}, the dtype of the layer, "
-        f"in {', '.join(loud)}; load the model in a wider dtype"
     )

@@ -76,7 +76,8 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     skipped = check_fit(editor.gm, adapter, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
-    if _replace(editor, {p: t for p, t in adapter.replacements.items() if p not in skipped}):
+    kept = {p: t for p, t in adapter.replacements.items() if p not in skipped}
+    if _replace(editor, kept, adapter.name):
         groups = by_path(editor.gm)
     beside = {path: standing(groups[path]) for path in adapter.updates if path in groups}
     for path, update in adapter.updates.items():
@@ -104,7 +105,7 @@ def _words(update: AnyUpdate) -> str:
     return f"{update.kind} rank {update.rank}" if isinstance(update, Update) else update.kind
 
 
-def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> bool:
+def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: str) -> bool:
     """Puts other tensors in the place of the model's; whether any differed."""
     changed = False
     for name, value in replacements.items():
@@ -114,6 +115,11 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor]) -> bool:
             editor.record("keep", name, "the adapter's is equal to the model's own")
             continue
         new = nn.Parameter(value.to(old.dtype), requires_grad=False)
+        if not new.isfinite().all():
+            raise AdapterError(
+                f"{name}: adapter {adapter} replaces it by NaN or infinity, or by values that "
+                f"overflow {old.dtype}; load the model in a wider dtype, or save the adapter again"
+            )
         node = editor.constant(name, new, before=found[0][0])
         for reader, source in found:
             editor.rebind(reader, source, node)

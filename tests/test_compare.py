@@ -44,3 +44,11 @@ def test_integers_must_be_equal_and_zero_is_only_zero() -> None:
     assert not compare(torch.tensor([1, 3]), torch.tensor([1, 2])).ok
     assert not compare(torch.tensor([1e-9]), torch.tensor([0.0])).ok
     assert compare(torch.zeros(0), torch.zeros(0)).ok
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_holds_no_finite_number_proves_nothing(value: float) -> None:
+    empty = torch.full((5, 3), value)
+    assert not compare(empty, empty).ok
+    empty[4, 2] = 1.0
+    assert compare(empty, empty).ok

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
+from lora_fx import load_adapter
+from lora_fx.describe import describe
 from lora_fx.errors import AdapterError
-from lora_fx.export import export_adapter
-from lora_fx.export.adapter_check import check_adapter_file
+from lora_fx.export import Session, export_adapter, to_onnx
+from lora_fx.export.adapter_check import check_adapter_file, read_adapter
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.model_file import load_proto, manifest_in
 
@@ -109,3 +113,53 @@ def test_damaged_files_never_end_in_a_crash(exported_mlp: Any, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 50  # flipped values inside the tensors cannot be told
+
+
+@pytest.mark.parametrize("part", ["A", "B", "gain", "bias", "col"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_is_refused_by_name(
+    vector_slots: tuple[Path, Arrays, int],
+    tmp_path: Path,
+    part: str,
+    bad: float,
+) -> None:
+    model, arrays, version = vector_slots
+    name = f"up.lora_{part}"
+    spoilt = {key: value.copy() for key, value in arrays.items()}
+    spoilt[name].flat[0] = bad
+    good, file = tmp_path / "good", tmp_path / "a"
+    write(good, arrays, version)
+    write(file, spoilt, version)
+    x = {"x": torch.ones(4, 7, 3)}
+    Session(model).run(x, good)
+    for read in (
+        lambda: Session(model).run(x, file),
+        lambda: load_adapter(file),
+        lambda: describe(file.rename(tmp_path / "a.onnx_adapter")),
+    ):
+        with pytest.raises(AdapterError, match=rf"'{re.escape(name)}' holds NaN or infinity"):
+            read()
+
+
+def test_a_product_that_overflows_is_refused(
+    vector_slots: tuple[Path, Arrays, int], tmp_path: Path
+) -> None:
+    model, arrays, version = vector_slots
+    large = {k: np.full_like(v, 1e25) if k[-1] in "AB" else v for k, v in arrays.items()}
+    write(tmp_path / "a", large, version)
+    with pytest.raises(AdapterError, match="up: the product of down and up overflows float32"):
+        Session(model).run({"x": torch.ones(4, 7, 3)}, tmp_path / "a")
+
+
+@pytest.fixture(scope="module")
+def vector_slots(
+    exported_mlp: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Arrays, int]:
+    """A model whose slots take vectors, what an adapter for it holds, and its version."""
+    directory = tmp_path_factory.mktemp("vectors")
+    model, file = directory / "model.onnx", directory / "a.onnx_adapter"
+    to_onnx(exported_mlp.sample.gm, model, adapters="input", vectors=True, verify=False)
+    export_adapter(exported_mlp.sample.adapter(2), model, file)
+    stored = read_adapter(file)
+    arrays = {name: value.numpy().copy() for name, value in stored.get_parameters().items()}
+    return model, arrays, stored.get_model_version()

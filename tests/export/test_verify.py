@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from lora_fx.errors import VerificationError
 from lora_fx.export import to_onnx
 from lora_fx.export.controls import controls
 from lora_fx.export.eager import evaluating
@@ -70,3 +71,27 @@ def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path, traced: Any) -> 
 def test_one_shape_alone_is_noted(tmp_path: Path, traced: Any) -> None:
     report = to_onnx(traced(Sized(), torch.randn(4, 7, 3)), tmp_path / "model.onnx")
     assert report.notes == ["model: checked at the traced shape only"]
+
+
+def test_values_that_are_no_numbers_are_noted(tmp_path: Path, traced: Any) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tensor([False, True, False, False, False])
+            return self.fc(x).masked_fill(hidden, float("-inf"))
+
+    report = to_onnx(traced(Masked(), torch.randn(4, 3)), tmp_path / "model.onnx")
+    assert "model: output 'output': 4 of 20 values are NaN or infinite" in report.notes
+    assert report.verified
+
+
+def test_an_output_without_any_number_proves_nothing(tmp_path: Path, traced: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 5))
+    with torch.no_grad():
+        model[0].bias.fill_(float("nan"))
+    with pytest.raises(VerificationError, match="disagree with eager"):
+        to_onnx(traced(model, torch.randn(4, 3)), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
