@@ -79,7 +79,7 @@ def _from_program(path: Path) -> ModelSource:
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """torch logs the traceback of what it meets in a damaged file, and then raises something."""
+    """Keeps torch quiet: it logs the traceback of what it meets in a damaged file, then raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
