@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "assignment of a number": (
-        lambda m, x: torch.slice_scatter(m.wide(x), zeros(x, 2) + 0, -1, 1, 3),
+        lambda m, x: torch.slice_scatter(m.wide(x), zeros(x, 2), -1, 1, 3),
         "batch",
         "export",
     ),

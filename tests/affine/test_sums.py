@@ -135,6 +135,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         lambda m, x: (lambda y: (y.as_strided((3,), (1,)).add_(1), y * 2)[1])(m.low(x)),
         "batch",
         "written in place",
+        "symbolic",
     ),
     "ones of data, unknown sizes": (
         lambda m, x: m.low(x) + torch.ones_like(x[..., :1]),
