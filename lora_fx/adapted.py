@@ -58,6 +58,13 @@ class Step:
         return own if shift is None else own + scale * shift
 
     @property
+    def changes_bias(self) -> bool:
+        """Whether B' is another than b."""
+        if isinstance(self.update, Scaling):
+            return self.update.row is not None
+        return self.update.bias is not None
+
+    @property
     def is_whole(self) -> bool:
         """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
         layer = self.place.layer

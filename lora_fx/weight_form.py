@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapted import Step, Weight, shifted
-from lora_fx.adapter import AnyUpdate, Scaling
+from lora_fx.adapter import AnyUpdate
 from lora_fx.deferred import promise, raw
 from lora_fx.injected import Injected, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
@@ -127,10 +127,11 @@ class WeightForm:
         if any(s.owner is record and s.place.inside == place.inside for s in weight.steps):
             return  # another name of the same module, with the same numbers
         weight.add(step)
-        if place.bias is not None:
-            self._biases.setdefault((place.module, place.bias), []).append(step)
-        elif getattr(update, "bias", None) is not None or isinstance(update, Scaling):
+        if not step.changes_bias:
+            return
+        if place.bias is None:
             raise NoWeightFormError(f"which bias belongs to {path} is not told by its name")
+        self._biases.setdefault((place.module, place.bias), []).append(step)
 
     def _own(self, module: nn.Module, leaf: str) -> Any:
         """A parameter before any update: the module's, or what an adapter put in its place."""

@@ -206,7 +206,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "a slice that the input moves": (
-        lambda m, x: torch.slice_scatter(m.low(x), m.low(x)[..., :2], -1, 0, x.shape[0]),
+        lambda m, x: torch.slice_scatter(m.low(x), m.low(x)[..., :4], -1, 0, x.shape[0]),
         "batch",
         "moves",
         "symbolic",
@@ -252,7 +252,7 @@ def test_what_joins_something_else_says_why(name: str, frontend: str, check_reas
 
 def test_a_call_by_keyword_is_refused_or_right(analyse_function: Any) -> None:
     def scattered(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.slice_scatter(m.low(x), src=m.low(x)[..., :2], dim=-1)
+        return torch.slice_scatter(m.low(x), src=m.low(x)[..., :2], dim=-1, end=2)
 
     analysis, node = analyse_function(scattered, "batch", "symbolic")
     assert node in analysis.values
