@@ -25,7 +25,7 @@ from lora_fx.export.publish import staged
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of, to_numpy
-from lora_fx.finite import check_finite
+from lora_fx.finite import check_finite, check_product
 from lora_fx.fitted import fitted
 from lora_fx.terms import Terms, terms_of
 
@@ -131,6 +131,7 @@ def _values(
         if (update := updates.get(slot.path)) is not None:
             terms = _terms(update, slot, base)
             check_finite(slot.layer, name, update, terms, partial(base.weight, slot))
+            check_product(slot.layer, name, terms)
             values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
         yield from values.items()
 

@@ -21,7 +21,10 @@ from lora_fx.terms import Terms, canonical
 def check_finite(
     site: Layer, name: str, update: AnyUpdate, terms: Terms, weight: Callable[[], torch.Tensor]
 ) -> None:
-    """Refuses values that no layer of this dtype can hold, or whose products overflow it.
+    """Refuses values that no layer of this dtype can hold.
+
+    A product of down and up may be too large for a branch and fit the layer once it is merged:
+    `check_product` is for those who keep it beside.
 
     Args:
         site: the layer.
@@ -42,10 +45,21 @@ def check_finite(
             f"{site.path}: adapter {name}: {reason}values overflow {site.dtype}, the dtype of the "
             f"layer, in {', '.join(loud)}; load the model in a wider dtype"
         )
-    if isinstance(update, WeightUpdate):
-        what = _made_anew(site, update, weight)
-    else:
-        what = overflow(site, terms) or _scaled(site, terms, weight)
+    is_anew = isinstance(update, WeightUpdate)
+    what = _made_anew(site, update, weight) if is_anew else _scaled(site, terms, weight)
+    _refuse(site, name, what)
+
+
+def check_product(site: Layer, name: str, terms: Terms) -> None:
+    """Refuses a low-rank part that overflows the dtype of its layer when it is run beside it.
+
+    Raises:
+        AdapterError: names the layer and the adapter.
+    """
+    _refuse(site, name, overflow(site, terms))
+
+
+def _refuse(site: Layer, name: str, what: str) -> None:
     if what:
         raise AdapterError(
             f"{site.path}: adapter {name}: its values are finite, but {what} overflows "
