@@ -92,9 +92,10 @@ class Pack:
             value.keep()
         starts = [next(iter(site.part.calls), node) for node, site in self.calls.items()]
         weight = self._editor.constant(name, value, before=min(starts))
-        for node, site in self.calls.items():
-            known = self._editor.again(site.part.calls, {leaf: weight for _, leaf in site.reads})
-            self._now[node] = known[site.operand]
+        picks = sorted({pick for site in self.calls.values() for pick in site.part.calls})
+        leaves = {leaf: weight for site in self.calls.values() for _, leaf in site.reads}
+        known = self._editor.again(picks, leaves)
+        self._now = {node: known[site.operand] for node, site in self.calls.items()}
 
     def _is_trained(self) -> bool:
         constants = self._analysis.constants
