@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from lora_fx.deferred import raw
 from lora_fx.errors import ExportError, shorten
 from lora_fx.flags import EVAL_FLAGS, flags
-from lora_fx.ops import aten, call_argument, module_path, op_name, written_arguments
+from lora_fx.ops import call_argument, draws, module_path, op_name, written_arguments
 from lora_fx.source import source_of
 from lora_fx.written import written
 
 # What a table with max_norm writes is the same again when it is written again.
 _SAME_AGAIN = {"embedding", "embedding_bag", "embedding_renorm_"}
 _OVERWRITES = {"copy_", "fill_", "zero_"}
+# The same as values: of what they are given first, they take the shape.
+_SHAPED_LIKE = {name.rstrip("_") for name in _OVERWRITES}
 
 
 def refuse_unsteady(gm: fx.GraphModule) -> None:
@@ -85,13 +86,17 @@ def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     for tensor in dirty:
         names = [node for node in fetched if id(values[node]) == tensor]
-        users = {user for node in names for user in node.users}
+        users = {user for node in names for user in node.users if not _takes_shape(user, node)}
         first = min(users, key=order.__getitem__)
         overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
         writers = {op_name(write) for node in names for write in writes.get(node, [])}
         steady = overwritten or (bool(writers) and writers <= _SAME_AGAIN)
         if not steady and any(node in needed for node in names):
             yield str(names[0].target)
+
+
+def _takes_shape(user: fx.Node, node: fx.Node) -> bool:
+    return op_name(user) in _SHAPED_LIKE and user.args[0] is node and node not in user.args[1:]
 
 
 def _random(needed: set[fx.Node]) -> Iterator[str]:
@@ -101,11 +106,7 @@ def _random(needed: set[fx.Node]) -> Iterator[str]:
 
 
 def _draws(node: fx.Node) -> bool:
-    packet = getattr(aten, op_name(node).rstrip("_"), None)
-    known = isinstance(packet, torch._ops.OpOverloadPacket)
-    overloads = packet.overloads() if known else []  # type: ignore[no-untyped-call]
-    tagged = (torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in overloads)
-    if not any(tagged):
+    if not draws(node):
         return False
     switches = {name: call_argument(node, *at) for name, at in flags(node).items()}
     return not switches or any(value != EVAL_FLAGS[name] for name, value in switches.items())

@@ -18,10 +18,9 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_fx.affine.layout import same_sizes
 from lora_fx.memory import Memory, storages
-from lora_fx.ops import aten, written_arguments
-from lora_fx.twins import NoTwinError, is_random, twin
+from lora_fx.ops import aten, draws, written_arguments
+from lora_fx.twins import NoTwinError, twin
 from lora_fx.views import path_to, put_back, viewed
 
 _VISIBLE = ("placeholder", "get_attr")
@@ -63,7 +62,7 @@ class _Rewrite:
         root = path[0]
         later = self._later(root)
         visible = root.op in _VISIBLE
-        if visible and (is_random(self.write) or not self._is_read(later)):
+        if visible and (draws(self.write) or not self._is_read(later)):
             return None
         value = twin(self.call, self.write, into)
         whole = put_back(self.call, path, value)
@@ -189,7 +188,12 @@ def _fits(root: fx.Node, whole: fx.Node) -> bool:
     old, new = root.meta.get("val"), whole.meta.get("val")
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return not isinstance(old, torch.Tensor) or whole.target == "type_as"
-    return old.dtype == new.dtype and same_sizes(tuple(old.stride()), tuple(new.stride()))
+    return old.dtype == new.dtype and _seen(old.stride()) == _seen(new.stride())
+
+
+def _seen(sizes: Iterable[Any]) -> list[Any]:
+    """Sizes as the example has them: the same may be written ``21`` and ``Min(21, 21 * s)``."""
+    return [s.node.hint if isinstance(s, torch.SymInt) and s.node.has_hint() else s for s in sizes]
 
 
 def _note(node: fx.Node) -> None:

@@ -81,6 +81,14 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_method" and _is_in_place_name(str(node.target))
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a call is of an operator that draws random numbers, in whatever spelling."""
+    packets = (getattr(aten, name, None) for name in (op_name(node), op_name(node).rstrip("_")))
+    found = [p for p in packets if isinstance(p, torch._ops.OpOverloadPacket)]
+    tags = [getattr(packet, name).tags for packet in found for name in packet.overloads()]
+    return any(torch.Tag.nondeterministic_seeded in each for each in tags)
+
+
 def in_place(node: fx.Node) -> bool:
     """Whether a function is told to write into what it reads: ``F.relu(x, inplace=True)``."""
     place = inplace_place(node.target) if node.op == "call_function" else None

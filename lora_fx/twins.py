@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.affine.layout import same_sizes
-from lora_fx.ops import aten, function_name, in_place, inplace_place
+from lora_fx.ops import aten, draws, function_name, in_place, inplace_place
 from lora_fx.views import Call, assigned, viewed
 
 Overload = torch._ops.OpOverload
@@ -52,12 +52,6 @@ def twin(call: Call, write: fx.Node, into: fx.Node) -> fx.Node:
     return value
 
 
-def is_random(write: fx.Node) -> bool:
-    """Whether the twin would give other numbers than the write."""
-    is_operator = isinstance(write.target, Overload)
-    return is_operator and torch.Tag.nondeterministic_seeded in write.target.tags  # type: ignore[union-attr]
-
-
 def _of_operator(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:
     if write.target is aten.copy_.default and _is_of_module(write):
         return write.args[1]  # type: ignore[return-value]
@@ -94,6 +88,8 @@ def _overloads(packet: Any) -> Iterator[Overload]:
 
 
 def _of_python(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:
+    if draws(write):
+        return None  # ``y.bernoulli()`` draws with y's values for probabilities
     if in_place(write):
         args, place = list(write.args), inplace_place(write.target)
         if place is not None and place < len(args):

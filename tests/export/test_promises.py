@@ -114,7 +114,8 @@ def test_weights_are_computed_while_they_are_written_and_not_kept(
     assert sorted(computed) == sorted(map(id, promises.values()))  # each once
     report = to_onnx(gm, tmp_path / "model.onnx", external_data_above=limit)
     assert report.verified
-    assert sum(key == computed[0] for key in computed) > 2  # again for the eager side
+    # Once more for this file: what it is held against is the module, not the folded graph.
+    assert sorted(computed) == sorted([*map(id, promises.values())] * 2)
     assert all(value._kept is None for value in promises.values())
     stored = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     for name, value in promises.items():
