@@ -46,11 +46,14 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate,
 
 
 def reads(site: Site) -> tuple[fx.Node, fx.Node]:
-    """Who reads the stored weight for a call, and what it reads: rows are read from a split."""
-    if site.rows is None:
-        return site.node, site.operand
-    split, *_ = site.operand.all_input_nodes
-    return split, split.all_input_nodes[0]
+    """Who reads the stored weight for a call, and what it reads.
+
+    Rows are read from a split, and a weight may be turned around or given a batch on the way.
+    """
+    reader, source = site.node, site.operand
+    while source.op != "get_attr" and source.target is not aten.alias.default:
+        reader, source = source, source.all_input_nodes[0]
+    return reader, source
 
 
 def make_anew(

@@ -96,7 +96,8 @@ def last_of(site: Site) -> fx.Node:
 def col_of(site: Site) -> fx.Node | None:
     """The vector that an adapter multiplies the layer's input with, or None."""
     parts = _parts(site.input, "mul")
-    return parts[1] if parts and _is_named(parts[1], site, "col") else None
+    col = _whole(parts[1], site) if parts else None
+    return col if _is_named(col, site, "col") else None
 
 
 def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
@@ -154,7 +155,12 @@ def _gain(value: Any, site: Site) -> fx.Node | None:
 
 
 def _whole(value: Any, site: Site) -> Any:
-    """The tensor of all outputs, of which a call that computes some of them takes a slice."""
+    """The tensor of all outputs, of which a call that computes some of them takes a slice.
+
+    Where features are not on the last axis, what it takes is a view.
+    """
+    if site.labels is not None and isinstance(value, fx.Node) and op_name(value) == "view":
+        value = value.args[0]
     if site.rows is not None and isinstance(value, fx.Node) and op_name(value) == "slice":
         return value.args[0]
     return value

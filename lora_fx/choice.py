@@ -55,7 +55,12 @@ def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
     for site in sites(gm):
         beside = tuple(branches_of(site))
         is_whole = site.is_linear and site.rows is None and site.operand is site.weight
-        if not beside or not is_whole or not all(_is_simple(gm, site, b) for b in beside):
+        if (
+            not beside
+            or not is_whole
+            or site.labels is not None
+            or not all(_is_simple(gm, site, b) for b in beside)
+        ):
             continue
         rank = sum(_rank(gm, branch) for branch in beside)
         biased = site.bias is not None or any(branch.bias for branch in beside)

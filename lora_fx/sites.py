@@ -12,13 +12,14 @@ from torch import fx
 from lora_fx.deferred import raw
 from lora_fx.layer import Layer
 from lora_fx.ops import aten, call_argument, module_path
+from lora_fx.products import Labels, product_of
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Block, block_of
+from lora_fx.turned import turned_from
 
-# A layer's operator: its kind, and where it reads its input, its weight and its bias.
+# The operator of a layer that is no product with one matrix: its kind, and where it reads its
+# input, its weight and its bias.
 _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
-    aten.linear.default: ("linear", 0, 1, 2),
-    aten.addmm.default: ("linear_transposed", 1, 2, 0),
     aten.embedding.default: ("embedding", 1, 0, None),
     aten.conv1d.default: ("conv1d", 0, 1, 2),
     aten.conv2d.default: ("conv2d", 0, 1, 2),
@@ -27,6 +28,7 @@ _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
     aten.conv2d.padding: ("conv2d", 0, 1, 2),
     aten.conv3d.padding: ("conv3d", 0, 1, 2),
 }
+_CALLED = {aten.linear.default, aten.addmm.default}
 PACKED = ".in_proj_weight"  # of nn.MultiheadAttention: query, key and value in one
 
 
@@ -35,32 +37,46 @@ class Site(Layer):
     """One call of a layer.
 
     Attributes:
-        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight,
-            ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``. Several calls may be of one path.
+        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight, any
+            other `Product`, ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``. Several calls may be
+            of one path.
         weight: the ``get_attr`` node of W.
         bias: the node of b, (out,), or None.
         rows: the outputs that this call computes, where it reads a part of W.
+        labels: where a product has its features; None for the last axis.
     """
 
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     rows: Block | None = None
+    labels: Labels | None = None
 
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][1]])
+        product = product_of(self.node)
+        place = 0 if product else _OPERATORS[self.node.target][1]
+        return product.x if product else cast(fx.Node, self.node.args[place])
 
     @property
     def operand(self) -> fx.Node:
         """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][2]])
+        product = product_of(self.node)
+        place = 0 if product else _OPERATORS[self.node.target][2]
+        return product.operand if product else cast(fx.Node, self.node.args[place])
 
     @property
     def bare(self) -> bool:
         """Whether the weight is a parameter that no module of its own holds."""
-        return self.path == self.weight.target
+        name = self.path.rpartition(".")[2]
+        is_named = name == _leaf(self.weight) and name != "weight"
+        return is_named or self.path == self.weight.target
+
+    @property
+    def spelled(self) -> bool:
+        """Whether it is written out as a product, and no call of a layer's own function."""
+        return self.is_linear and self.node.target not in _CALLED
 
     @property
     def packed(self) -> bool:
@@ -80,18 +96,30 @@ def sites(gm: fx.GraphModule) -> list[Site]:
     for site in found:
         weights[site.path].add(str(site.weight.target))
     modules = {path for path, names in weights.items() if path and len(names) == 1}
-    return [s if s.path in modules and not s.packed else _by_weight(s, modules) for s in found]
+    return [s if _is_of_module(s, modules) else _by_weight(s, modules) for s in found]
+
+
+def _is_of_module(site: Site, modules: set[str]) -> bool:
+    """Whether a layer is called as the module that makes the call, which has no other weight."""
+    return site.path in modules and not site.packed and _leaf(site.weight).startswith("weight")
 
 
 def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -> Site | None:
-    operator = _OPERATORS.get(node.target)
-    if operator is None or (operator[0] == "linear_transposed" and len(node.args) != 3):
+    product = product_of(node)
+    if product is not None:
+        source, turns = turned_from(product.matrix, bases)
+        weight, rows = block_of(source, bases)
+        kind = "linear" if product.turned != turns else "linear_transposed"
+        bias, labels = product.bias, product.labels
+        if rows is not None and kind != "linear":
+            return None  # parts of what is summed
+    elif node.target in _OPERATORS:
+        kind, _, place, at = _OPERATORS[node.target]
+        weight, rows = block_of(node.args[place], bases)
+        bias, labels = None if at is None else call_argument(node, at, "bias"), None
+    else:
         return None
-    kind, _, place, bias = operator
-    weight, rows = block_of(node.args[place], bases)
-    if weight is None or (kind == "linear_transposed" and node.kwargs):
-        return None
-    if _is_factor(str(weight.target)):
+    if weight is None or _is_factor(str(weight.target)):
         return None
     tensor = raw(gm, str(weight.target))
     axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
@@ -101,24 +129,28 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     out, into, *kernel = tensor.shape
     if kind in ("linear_transposed", "embedding"):
         out, into = into, out
-    shape = (out, into * groups, *kernel)
-    b = None if bias is None else call_argument(node, bias, "bias")
     return Site(
         path=module_path(node),
         kind=kind,
-        shape=shape,
+        shape=(out, into * groups, *kernel),
         dtype=tensor.dtype,
         groups=groups,
         node=node,
         weight=weight,
-        bias=b,
+        bias=bias,
         rows=rows,
+        labels=labels,
     )
 
 
 def _is_factor(target: str) -> bool:
     """Whether a tensor is one that an injected adapter brought: `branches.parameter_names`."""
-    return target.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
+    *_, holder, name = ("", *target.split("."))
+    return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
+
+
+def _leaf(weight: fx.Node) -> str:
+    return str(weight.target).rpartition(".")[2]
 
 
 def _by_weight(site: Site, modules: set[str]) -> Site:

@@ -15,13 +15,15 @@ from lora_fx.affine.matrices import Leaf, Matrix, Sum
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import weight_of
+from lora_fx.affine.ways import LAYERS, stored_in, weight_of
 from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
 from lora_fx.errors import PassError
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
+from lora_fx.products import Product, batches_of, product_of
 from lora_fx.recorded import made_anew
+from lora_fx.turned import steps_from, turned_from
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ class _Maker:
         """
         layer = self.region.layer
         target: Any = layer.target
+        product = product_of(layer)
+        if product is not None and (target not in LAYERS or stored_in(layer) not in layer.args):
+            return self._product(product, x, weight, bias)
         if target is aten.addmm.default and bias is None:
             target = aten.linear.default
         if target in (aten.addmm.default, aten.embedding.default):
@@ -109,6 +114,28 @@ class _Maker:
         at = self._constant(names[0], weight, shape)
         shift = None if bias is None else self._constant(names[1], bias, (bias.shape[0],))
         return self._call(target, x, at, shift)
+
+    def _product(
+        self, product: Product, x: fx.Node, weight: Matrix, bias: Matrix | None
+    ) -> fx.Node:
+        """The same call of x and a new matrix, which is stored, turned and repeated as the old."""
+        layer, end = self.region.layer, self.region.value.node
+        layer, end = self.region.layer, self.region.value.node
+        source, turns = turned_from(product.matrix)
+        moves = [*steps_from(product.matrix), *batches_of(product)]
+        if source.op != "get_attr":
+            source, turns, moves = product.matrix, False, batches_of(product)
+        stored = weight if product.turned != turns else transposed(weight)
+        names = _names(module_path(layer), source)
+        operand = self.editor.along(moves, self._constant(names[0], stored, stored.shape), end)
+        behind = product.labels.behind if product.labels else 0
+        sizes = (weight.shape[0], *[1] * behind)
+        shift = None if bias is None else self._constant(names[1], bias, sizes)
+        target, arguments = product.again(layer, x, operand, shift)
+        call = self.editor.call(target, arguments, before=end, like=layer)
+        if shift is None or shift in call.all_input_nodes:
+            return call
+        return self.editor.call(aten.add.Tensor, (call, shift), before=end, like=layer)
 
     def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         layer, end = self.region.layer, self.region.value.node

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.affine.analysis import Analysis
@@ -17,12 +18,11 @@ from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import input_of
 from lora_fx.branches import last_of
 from lora_fx.editor import Editor
-from lora_fx.ops import aten, module_path
+from lora_fx.ops import module_path
 from lora_fx.pass_base import Pass
 from lora_fx.passes.inject_lora import InjectLora
+from lora_fx.products import product_of
 from lora_fx.sites import by_path, sites
-
-_LINEAR = (aten.linear.default, aten.addmm.default)
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ class RaiseLora(Pass):
 def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, Update]]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
     found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
-    raised = {last_of(site) for site in sites(editor.gm)}
+    layers = sites(editor.gm)
+    paths = {site.node: site.path for site in layers}
+    raised = {last_of(site) for site in layers}
     for region in reversed(maximal_regions(analysis)):
-        path = module_path(region.layer)
+        path = paths.get(region.layer, module_path(region.layer))
         if region.value.node in raised:
             continue  # a branch already
         try:
@@ -79,7 +81,7 @@ def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, U
 def _update(analysis: Analysis, region: Region) -> Update:
     """What a region adds to its layer."""
     own = analysis.values[region.layer]
-    if region.blocked or region.layer.target not in _LINEAR or not isinstance(own, Map):
+    if region.blocked or product_of(region.layer) is None or not isinstance(own, Map):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
     weight, bias = region.value.since(region.source)
     down, up = factors_beside(own.weight, weight)
@@ -101,6 +103,7 @@ def _strip(editor: Editor, region: Region) -> None:
     """The base layer alone, where the region was."""
     layer, end = region.layer, region.value.node
     x = editor.along(region.before.moves, region.before.start, end)
-    rest = tuple(x if argument is input_of(layer) else argument for argument in layer.args)
+    read = input_of(layer)
+    rest = fx.node.map_arg(layer.args, lambda node: x if node is read else node)
     base = editor.call(layer.target, rest, before=end, like=layer)
     editor.replace(end, editor.along(region.behind.moves, base, end))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Link
@@ -30,11 +31,15 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     sizes = dict(zip(own, shape, strict=True))
     split = tuple(sizes[label] for label in plan.inputs)
     x = operands[1 - constant]
-    source = analysis.whole_map_of(x)
+    is_matrix = len(own) == 2 and not plan.shared
+    source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
     if source is None or source.layout.split != split or source.layout.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
     layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.after, source.layout.batch)
-    weight = plan.weight(analysis, operands[constant], sizes)
+    matrix = analysis.matrix(operands[constant]) if is_matrix else None
+    weight: Matrix = plan.weight(analysis, operands[constant], sizes)
+    if matrix is not None:
+        weight = matrix if own[0] == plan.outputs[0] else transposed(matrix)
     dtype = result_dtype(node, source.dtype)
     return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
 

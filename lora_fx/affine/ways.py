@@ -11,8 +11,10 @@ from lora_fx.affine.maps import Link, Map, Patches
 from lora_fx.affine.matrices import Identity
 from lora_fx.affine.moves import CASTS
 from lora_fx.ops import aten, op_name
+from lora_fx.products import product_of
+from lora_fx.turned import turned_from
 
-# A layer's operator, and where it reads its input and its weight.
+# A layer's own operators, and where they read their input and their weight.
 LAYERS = {
     aten.linear.default: (0, 1),
     aten.addmm.default: (1, 2),
@@ -20,6 +22,7 @@ LAYERS = {
     **{packet.default: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
     **{packet.padding: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
 }
+_OTHERS = LAYERS.keys() - {aten.linear.default, aten.addmm.default}
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,37 @@ class Way:
     moves: tuple[fx.Node, ...] = ()
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Whether a call may stand for a region: a layer, or a product that is written out."""
+    return node.target in LAYERS or product_of(node) is not None
+
+
 def input_of(layer: fx.Node) -> fx.Node:
     """What a layer reads."""
-    x = layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
+    product = None if layer.target in LAYERS else product_of(layer)
+    x = product.x if product else layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
     assert isinstance(x, fx.Node)
     return x
 
 
 def weight_of(layer: fx.Node) -> fx.Node:
     """The constant that a layer multiplies with."""
-    weight = layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
+    product = None if layer.target in LAYERS else product_of(layer)
+    weight = product.matrix if product else layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
     assert isinstance(weight, fx.Node)
     return weight
+
+
+def stored_in(layer: fx.Node) -> fx.Node | None:
+    """The ``get_attr`` node of a layer's weight, which it may turn around; or None."""
+    weight = weight_of(layer)
+    source = weight if layer.target in _OTHERS else turned_from(weight)[0]
+    return source if source.op == "get_attr" else None
+
+
+def is_stored(layer: fx.Node) -> bool:
+    """Whether a call is a layer of its own: a product with what is computed may be an adapter's."""
+    return layer.target in LAYERS or stored_in(layer) is not None
 
 
 def reads_more(layer: fx.Node, source: Map, analysis: Analysis) -> bool:

@@ -16,6 +16,8 @@ einsum = torch.einsum
 CASES: dict[str, tuple[Any, ...]] = {
     "dense": (lambda m, x: einsum("...i,oi->...o", m.low(x), m.v), "batch"),
     "dense, transposed": (lambda m, x: einsum("...i,io->...o", m.low(x), m.v.T), "batch"),
+    "of an input": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch"),
+    "of an input, features in front": (lambda m, x: einsum("oi,...ib->...ob", m.w, x), "turned"),
     "the constant in front": (lambda m, x: einsum("oi,bsi->bso", m.v, m.low(x)), "batch"),
     "features in front of the last axis": (
         lambda m, x: einsum("bis,oi->bos", m.low(x).transpose(-1, -2), m.v),
@@ -62,7 +64,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         REFUSED,
     ),
-    "no map": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch", "no map"),
+    "no map": (lambda m, x: einsum("bsi,io->bsio", x, m.w.T), "batch", "no map"),
     "shared labels behind": (
         lambda m, x: einsum("bsgi,gi->bsig", m.split(x), m.blocks[:, 0]),
         "batch",
