@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -9,7 +10,7 @@ from torch import fx
 from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.layout import Layout, sizes_of
-from lora_fx.affine.maps import Link, OneHot
+from lora_fx.affine.maps import Link, Map, OneHot
 from lora_fx.affine.matrices import Matrix
 from lora_fx.ops import call_argument, op_name
 from lora_fx.products import product_of
@@ -62,10 +63,11 @@ def _tensordot(analysis: Analysis, node: fx.Node) -> Value:
         return Opaque("a tensordot over several axes, or of unknown ones")
     matrix, labels = analysis.matrix(product.matrix), product.labels
     matrix = matrix if product.turned or matrix is None else transposed(matrix)
-    if labels is not None and labels.before != labels.behind:
-        return Opaque("a tensordot that moves its features")
-    after = labels.before if labels else 0
-    return dense_layer(analysis, node, product.x, product.matrix, matrix, after=after)
+    after, behind = (labels.before, labels.behind) if labels else (0, 0)
+    value = dense_layer(analysis, node, product.x, product.matrix, matrix, after=after)
+    if not isinstance(value, Map):
+        return value
+    return replace(value, layout=replace(value.layout, after=behind))
 
 
 def embedding(analysis: Analysis, node: fx.Node) -> Value:

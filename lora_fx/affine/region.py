@@ -21,6 +21,8 @@ from lora_fx.affine.ways import (
 )
 from lora_fx.ops import module_path, op_name
 
+_SHAPES = {"unsqueeze", "view", "reshape", "getitem", "slice", "alias"}  # of a bias, to fit
+
 
 @dataclass(frozen=True)
 class Region:
@@ -152,10 +154,13 @@ def _is_worth_it(
 
 def _is_bias_alone(others: set[fx.Node], layer: fx.Node, analysis: Analysis) -> bool:
     """Whether a product is followed by a stored bias alone: it has none of its own."""
-    *_, last = sorted(others)
+    moving = {n for n in others if isinstance(v := analysis.values[n], Map) and v.last is Link.MOVE}
+    last, *more = sorted(others - moving, reverse=True)
     bias = last.args[1] if op_name(last) == "add" and len(last.args) == 2 else None
+    while isinstance(bias, fx.Node) and op_name(bias) in _SHAPES:
+        bias = bias.args[0]
     is_stored = isinstance(bias, fx.Node) and bias.op == "get_attr" and not last.kwargs
-    return is_stored and len(others) == 1 and stored_in(layer) is not None
+    return is_stored and not more and stored_in(layer) is not None
 
 
 def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
