@@ -9,10 +9,11 @@ from lora_fx.affine.maps import Map
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import is_layer, is_stored
+from lora_fx.affine.ways import LAYERS, is_layer, stored_in
 from lora_fx.choice import choices
 from lora_fx.errors import shorten
 from lora_fx.ops import module_path, op_name
+from lora_fx.sites import is_factor
 
 
 def explain(gm: fx.GraphModule) -> None:
@@ -38,7 +39,10 @@ def explained(gm: fx.GraphModule) -> list[str]:
 
 
 def _is_own(node: fx.Node) -> bool:
-    return is_layer(node) and is_stored(node)
+    """Whether a call is a layer, and no factor that an adapter brought."""
+    weight = stored_in(node) if is_layer(node) else None
+    is_named = weight is not None and not is_factor(str(weight.target))
+    return node.target in LAYERS or is_named
 
 
 def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:

@@ -119,7 +119,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
         bias, labels = None if at is None else call_argument(node, at, "bias"), None
     else:
         return None
-    if weight is None or _is_factor(str(weight.target)):
+    if weight is None or is_factor(str(weight.target)):
         return None
     tensor = raw(gm, str(weight.target))
     axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
@@ -143,7 +143,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     )
 
 
-def _is_factor(target: str) -> bool:
+def is_factor(target: str) -> bool:
     """Whether a tensor is one that an injected adapter brought: `branches.parameter_names`."""
     *_, holder, name = ("", *target.split("."))
     return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
