@@ -57,13 +57,18 @@ def _paths(
 ) -> list[str]:
     if isinstance(wanted, str) and wanted != "all-linear":
         raise ExportError(f'slots={wanted!r}: give "all-linear" or a list of module paths')
-    linear = [path for path, calls in groups.items() if calls[0].is_linear]
+    linear = [path for path, calls in groups.items() if _is_linear_module(calls[0])]
     if wanted is not None:
         return linear if wanted == "all-linear" else list(wanted)
     example = example_of(gm)
     head = example.output_embedding if example else None
     branched = [branch.path for branch in branches(gm)]
     return branched or [path for path in linear if path != head]
+
+
+def _is_linear_module(site: Site) -> bool:
+    """Whether all linear layers are meant to hold it: a product that is written out is named."""
+    return site.is_linear and not (site.spelled and site.bare)
 
 
 def _slot(site: Site, vectors: bool) -> Slot:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch.fx.node import map_aggregate
 from lora_fx.deferred import raw
 from lora_fx.ops import mutates
 
-_STEPS = 64  # calls that an operand may be made of: what is more is no way to take a weight apart
+_STEPS = 200  # nodes that an operand may be made of, an adapter's function of a weight included
 _INDICES = 2**16  # entries of a tensor that picks
+_NOTHING: Mapping[fx.Node, fx.Node] = MappingProxyType({})
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
@@ -67,7 +69,7 @@ class Grid:
     offsets: tuple[torch.Tensor, ...]
 
 
-def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node] = _NOTHING) -> list[fx.Node]:
     """What a value is computed from, itself last, if that is stored tensors alone; else nothing.
 
     Args:

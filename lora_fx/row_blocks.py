@@ -38,6 +38,13 @@ class Part(NamedTuple):
     calls: tuple[fx.Node, ...] = ()
     reads: tuple[Read, ...] = ()
 
+    def behind(self, matrix: fx.Node, moves: Sequence[fx.Node]) -> Part:
+        """The same part where calls that move it as a whole, to give it a batch, follow."""
+        if not moves:
+            return self
+        reads = self.reads or ((moves[0], matrix),)
+        return self._replace(calls=(*self.calls, *moves), reads=reads)
+
 
 def part_of(
     gm: fx.GraphModule, value: object, made: Mapping[fx.Node, fx.Node] = _NOTHING

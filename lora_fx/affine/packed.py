@@ -90,11 +90,18 @@ class Pack:
         value = Deferred(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
         if self._is_trained():
             value.keep()
-        starts = [next(iter(site.part.calls), node) for node, site in self.calls.items()]
+        starts = [
+            self._place(node) or next(iter(s.part.calls), node) for node, s in self.calls.items()
+        ]
         weight = self._editor.constant(name, value, before=min(starts))
         for node, site in self.calls.items():
-            known = self._editor.again(site.part.calls, {leaf: weight for _, leaf in site.reads})
+            given = {leaf: weight for _, leaf in site.reads}
+            known = self._editor.again(site.part.calls, given, self._place(node))
             self._now[node] = known[site.operand]
+
+    def _place(self, node: fx.Node) -> fx.Node | None:
+        """Where the layer of a region goes, which may be earlier than its call was."""
+        return self.regions[node].place if node in self.regions else None
 
     def _is_trained(self) -> bool:
         constants = self._analysis.constants
