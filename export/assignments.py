@@ -89,7 +89,7 @@ class _Places:
 
     def scattered(self, x: Tensor) -> Tensor:
         """The reverse."""
-        apart = x.unflatten(self.at, self.sizes)
+        apart: Tensor = aten.unflatten.int(x, self.at, self.sizes)
         return apart if self._together else apart.movedim(tuple(range(len(self.axes))), self.axes)
 
     def sources(self) -> Tensor:
@@ -113,7 +113,8 @@ def _places(into: Tensor, indices: Sequence[Tensor | None]) -> _Places | None:
     sizes = tuple(into.shape[axis] for axis in axes)
     if not all(type(size) is int for size in sizes):
         return None
-    each = torch.broadcast_tensors(*(i % size for i, size in zip(found, sizes, strict=True)))
+    within = [i % size for i, size in zip(found, sizes, strict=True)]
+    each = aten.broadcast_tensors.default(within)
     steps = [prod(sizes[place + 1 :]) for place in range(len(sizes))]
     flat = reduce(torch.add, (i * step for i, step in zip(each, steps, strict=True)))
     return _Places(tuple(axes), sizes, tuple(flat.shape), flat.reshape(-1))
@@ -122,7 +123,8 @@ def _places(into: Tensor, indices: Sequence[Tensor | None]) -> _Places | None:
 def _rewrite(state: _State, node: fx.Node, places: _Places) -> None:
     def read(x: Tensor, flat: Tensor) -> Tensor:
         picked = places.gathered(x).index_select(places.at, flat)
-        return picked.unflatten(places.at, places.shape)
+        found: Tensor = aten.unflatten.int(picked, places.at, places.shape)
+        return found
 
     def put(x: Tensor, flat: Tensor, values: Tensor, sources: Tensor) -> Tensor:
         picked = read(x, flat)
@@ -174,7 +176,7 @@ class _State:
         program = self._program
         first = next(iter(program.graph.nodes))
         with program.graph.inserting_before(first):
-            node = program.graph.placeholder(f"places_{len(self._held)}")
+            node: fx.Node = program.graph.placeholder(f"places_{len(self._held)}")
         mode = first.meta["val"].fake_mode
         node.meta["val"] = mode.from_tensor(value)
         argument = signature.TensorArgument(node.name)

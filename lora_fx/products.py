@@ -87,7 +87,8 @@ class Product:
         if call.target in _UNBIASED:
             return call.target, (bias, x, operand)
         new = {self.x: x, self.operand: operand}
-        return call.target, fx.node.map_arg(call.args, lambda node: new.get(node, node))
+        arguments: Any = fx.node.map_arg(call.args, lambda node: new.get(node, node))
+        return call.target, arguments
 
 
 def product_of(node: fx.Node) -> Product | None:
@@ -118,12 +119,14 @@ def rank_of(node: fx.Node) -> int | None:
 
 
 def _linear(node: fx.Node) -> Product | None:
-    x, weight, *bias = node.args
+    args: Any = node.args
+    x, weight, *bias = args
     return _made(x, weight, turned=True, bias=bias[0] if bias else None)
 
 
 def _matmul(node: fx.Node) -> Product | None:
-    left, right = node.args
+    args: Any = node.args
+    left, right = args
     found = _made(left, right, turned=False)
     if found is not None:
         return found
@@ -135,12 +138,14 @@ def _matmul(node: fx.Node) -> Product | None:
 def _biased(node: fx.Node) -> Product | None:
     if len(node.args) != 3:
         return None  # with factors
-    bias, x, weight = node.args
+    args: Any = node.args
+    bias, x, weight = args
     return _made(x, weight, turned=False, bias=bias)
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation, operands = str(node.args[0]).replace(" ", "").replace("...", "."), node.args[1]
+    args: Any = node.args
+    equation, operands = str(args[0]).replace(" ", "").replace("...", "."), args[1]
     inputs, arrow, output = equation.partition("->")
     labels = inputs.split(",")
     if not isinstance(operands, list | tuple) or not len(operands) == len(labels) == 2:
@@ -156,7 +161,8 @@ def _einsum(node: fx.Node) -> Product | None:
 
 
 def _tensordot(node: fx.Node) -> Product | None:
-    one, two, *dims = node.args
+    args: Any = node.args
+    one, two, *dims = args
     if len(dims) != 2 or any(len(axes) != 1 for axes in dims):
         return None
     place = 1 if is_fixed(two) else 0

@@ -137,8 +137,11 @@ class _Maker:
     def _shift(self, name: str, bias: Matrix | None, behind: int = 0) -> fx.Node | None:
         """The bias: that of a part of a weight stays what it was, if it is the same."""
         own = self.pack.bias_of(self.region.layer) if self.pack else None
-        if bias is None or (own and bias == self.analysis.column(own, Layout(bias.shape[:1]))):
-            return own if bias is not None else None
+        if bias is None:
+            return None
+        is_known = own is not None and own < self.region.place
+        if is_known and bias == self.analysis.column(own, Layout(bias.shape[:1])):
+            return own
         return self._constant(name, bias, (bias.shape[0], *[1] * behind))
 
     def _product(

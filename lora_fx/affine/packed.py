@@ -1,6 +1,6 @@
 """Weights of which calls read parts: folded, they stay one, and the parts are picked again.
 
-``linear(x, chunk(W)[0], b)  ->  linear(x, chunk(W')[0], b)``: so the layer keeps its path and shape.
+``linear(x, chunk(W)[0], b)  ->  linear(x, chunk(W')[0], b)``: the layer keeps its path and shape.
 """
 
 from __future__ import annotations
@@ -90,18 +90,18 @@ class Pack:
         value = Deferred(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
         if self._is_trained():
             value.keep()
-        starts = [
-            self._place(node) or next(iter(s.part.calls), node) for node, s in self.calls.items()
-        ]
-        weight = self._editor.constant(name, value, before=min(starts))
-        for node, site in self.calls.items():
-            given = {leaf: weight for _, leaf in site.reads}
-            known = self._editor.again(site.part.calls, given, self._place(node))
-            self._now[node] = known[site.operand]
+        order = sorted(self.calls, key=self._place)
+        weight = self._editor.constant(name, value, before=self._place(order[0]))
+        reads = (read for site in self.calls.values() for read in site.reads)
+        known: Mapping[fx.Node, fx.Node] = {leaf: weight for _, leaf in reads}
+        for node in order:  # a pick of several calls is made again for the first
+            calls = self.calls[node].part.calls
+            known = self._editor.again(calls, known, self._place(node))
+            self._now[node] = known[self.calls[node].operand]
 
-    def _place(self, node: fx.Node) -> fx.Node | None:
-        """Where the layer of a region goes, which may be earlier than its call was."""
-        return self.regions[node].place if node in self.regions else None
+    def _place(self, node: fx.Node) -> fx.Node:
+        """Where a call is, or the layer of its region goes, which may be earlier."""
+        return self.regions[node].place if node in self.regions else node
 
     def _is_trained(self) -> bool:
         constants = self._analysis.constants

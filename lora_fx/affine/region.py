@@ -20,6 +20,7 @@ from lora_fx.affine.ways import (
     weight_of,
 )
 from lora_fx.ops import module_path, op_name
+from lora_fx.products import batches_of, product_of
 
 _SHAPES = {"unsqueeze", "view", "reshape", "getitem", "slice", "alias"}  # of a bias, to fit
 
@@ -95,6 +96,9 @@ def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Nod
     if first is None:
         return end
     needed = {n for move in (*before.moves, *behind.moves) for n in move.all_input_nodes[1:]}
+    product = product_of(behind.start)
+    for call in batches_of(product) if product else ():
+        needed |= set(call.all_input_nodes) - analysis.constants.nodes
     return first if all(n < first for n in needed) else None
 
 
