@@ -21,8 +21,7 @@ from lora_fx.affine.ways import (
 )
 from lora_fx.ops import module_path, op_name
 from lora_fx.products import batches_of, product_of
-
-_SHAPES = {"unsqueeze", "view", "reshape", "getitem", "slice", "alias"}  # of a bias, to fit
+from lora_fx.row_blocks import picked_from
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,10 @@ def _is_bias_alone(others: set[fx.Node], layer: fx.Node, analysis: Analysis) -> 
     moving = {n for n in others if isinstance(v := analysis.values[n], Map) and v.last is Link.MOVE}
     last, *more = sorted(others - moving, reverse=True)
     bias = last.args[1] if op_name(last) == "add" and len(last.args) == 2 else None
-    while isinstance(bias, fx.Node) and op_name(bias) in _SHAPES:
-        bias = bias.args[0]
-    is_stored = isinstance(bias, fx.Node) and bias.op == "get_attr" and not last.kwargs
-    return is_stored and not more and stored_in(layer, analysis.gm) is not None
+    if more or last.kwargs or not isinstance(bias, fx.Node):
+        return False
+    is_bias = bias.op == "get_attr" or picked_from(analysis.gm, bias) is not None
+    return is_bias and stored_in(layer, analysis.gm) is not None
 
 
 def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:
