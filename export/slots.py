@@ -13,6 +13,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
+from lora_fx.reach import is_one_way
 from lora_fx.sites import Site, by_path
 from lora_fx.trace import example_of
 
@@ -46,6 +47,12 @@ def chosen_slots(
         raise ExportError(
             f"slots: {shorten(grouped)}: what a grouped convolution adds is shaped by its adapter; "
             "leave it out, or export the adapter as a constant"
+        )
+    both = [path for path in paths if not is_one_way(groups[path])]
+    if both:
+        raise ExportError(
+            f"slots: {shorten(both)}: one call multiplies with the weight, another with its "
+            "transpose, and a slot stands beside one side alone; leave it out of slots="
         )
     if vectors is None:
         vectors = any(not b.is_plain or b.bias is not None for b in branches(gm))

@@ -30,7 +30,7 @@ from lora_fx import (
     trace,
     unfold,
 )
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, ExportError
 from lora_fx.ops import op_name
 from lora_fx.passes import FoldLora, RaiseLora
 from lora_fx.sites import sites
@@ -198,6 +198,146 @@ def test_vectors_go_along_its_features(name: str, relative: Any) -> None:
     for graph in (injected, fold(injected)):
         assert relative(graph(OTHER), changed(OTHER)) <= 1e-5
     assert calls(fold(injected)) == calls(gm)
+
+
+def three(cut: Any) -> list[Any]:
+    return [cut[place] for place in range(3)]
+
+
+def each(product: Callable[[Any, Any], Any], x: Any, weights: list[Any]) -> list[Any]:
+    return [product(y, w) for y, w in zip((x.sin(), x.cos(), x), weights, strict=True)]
+
+
+# Products with parts of (5, 12), or of (12, 5).
+PARTS: dict[str, Callable[[Any, Any], list[Any]]] = {
+    "chunks": lambda m, x: each(torch.matmul, x, three(m.w.chunk(3, 1))),
+    "slices and bias": lambda m, x: [
+        x.sin() @ m.w[:, :4],
+        x.cos() @ m.w[:, 4:8] + m.b[4:8],
+        x @ m.w[:, -4:] + m.b.chunk(3)[2],
+    ],
+    "steps": lambda m, x: each(torch.matmul, x, [m.w[:, place::3] for place in range(3)]),
+    "heads": lambda m, x: each(torch.matmul, x, three(m.w.view(5, 3, 4).unbind(1))),
+    "turned": lambda m, x: [x.sin() @ m.v[:4].t(), x.cos() @ m.v.T[:, 4:8], x @ m.v[8:].mT],
+    "einsum": lambda m, x: each(
+        lambda y, w: einsum("bsi,io->bso", y, w), x, three(m.w.split(4, 1))
+    ),
+    "einsum, features moved": lambda m, x: each(
+        lambda y, w: einsum("bsi,oi->bos", y, w), x, three(m.v.chunk(3))
+    ),
+    "bmm": lambda m, x: each(
+        lambda y, w: torch.bmm(y, w.expand(x.shape[0], -1, -1)), x, three(m.w.chunk(3, 1))
+    ),
+    "tensordot": lambda m, x: each(
+        lambda y, w: torch.tensordot(y, w, 1), x, three(m.w.chunk(3, 1))
+    ),
+    "from the left": lambda m, x: each(lambda y, w: w @ y.mT, x, three(m.v.chunk(3))),
+    "all spellings": lambda m, x: [
+        F.linear(x.sin(), m.v[:4], m.b[:4]),
+        x.cos() @ m.v[4:8].T + m.b[4:8],
+        einsum("...i,oi->...o", x, m.v[8:]),
+    ],
+    "parts of the inputs": lambda m, x: [
+        x.sin()[..., :2] @ m.w[:2] + x.sin()[..., 2:] @ m.w[2:],
+        x.cos() @ m.w,
+        x @ m.w,
+    ],
+    "parts that meet": lambda m, x: [
+        (x.sin() @ m.w)[..., :4],
+        x.cos() @ m.w[:, 2:6],
+        x @ m.w[:, 8:],
+    ],
+}
+WIDE = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(5))
+WIDER = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(6))
+
+
+class Apart(Block):
+    """A weight of which three products read parts."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self.w, self.v = nn.Parameter(torch.randn(5, 12)), nn.Parameter(torch.randn(12, 5))
+        self.b = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three = self.function(self, x)
+        return one.tanh() * two.sigmoid() + three.sin()
+
+
+def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphModule, Adapter, Any]:
+    """A model, its graph, an adapter of its layer, and what it then gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("block", Apart(PARTS[name]))
+    model.add_module("end", nn.Tanh())
+    model.eval().requires_grad_(False)
+    gm = trace(model, (WIDE,), dynamic_shapes=({0: "batch"},), frontend=frontend)
+    (path,) = {site.path for site in sites(gm)}
+    make = torch.Generator().manual_seed(3)
+    factors = torch.randn(2, 5, generator=make), torch.randn(12, 2, generator=make)
+    adapter = Adapter("french", {path: Update(*factors, scale)})
+    changed = copy.deepcopy(model)
+    weight = changed.get_parameter(path)
+    delta = Update(*factors, 1.5).delta()
+    weight.add_(delta if weight.shape == (12, 5) else delta.T)
+    return model, gm, adapter, changed(WIDER)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_product_with_a_part_of_a_weight_is_a_layer(
+    name: str, frontend: str, relative: Any
+) -> None:
+    _, gm, adapter, wanted = apart(name, frontend)
+    injected = inject(gm, adapter)
+    folded = fold(injected)
+    for graph in (injected, folded):
+        assert relative(graph(WIDER), wanted) <= 1e-5
+    for control in (gm, inject(gm, apart(name, frontend, 1.35)[2])):
+        assert relative(control(WIDER), wanted) > 1e-2
+    assert not calls(folded) - calls(gm)
+    assert {site.path for site in sites(folded)} == adapter.updates.keys()
+    assert FoldLora()(folded).modified is FoldLora()(gm).modified is False
+    assert torch.equal(unfold(folded)(WIDER), injected(WIDER))
+    ((path, found),) = adapter_from(injected).updates.items()
+    assert found.delta().allclose(adapter.updates[path].delta(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["chunks", "einsum, features moved", "bmm", "all spellings"])
+def test_a_file_of_it_is_held_against_the_weight_form(
+    name: str, relative: Any, tmp_path: Path
+) -> None:
+    _, gm, adapter, wanted = apart(name, "export")
+    report = to_onnx(fold(inject(gm, adapter)), tmp_path / "merged.onnx")
+    assert "coverage 2 of 2 adapter tensors, 1 layers changed" in str(report)
+    to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots=list(adapter.updates))
+    export_adapter(adapter, tmp_path / "m.onnx", tmp_path / "french.onnx_adapter")
+    session = Session(tmp_path / "m.onnx")
+    (base,) = session.run({"input": WIDER}).values()
+    (adapted,) = session.run({"input": WIDER}, adapter=tmp_path / "french.onnx_adapter").values()
+    assert relative(torch.from_numpy(adapted), wanted) <= 1e-5
+    assert relative(torch.from_numpy(base), wanted) > 1e-2
+
+
+class BothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x @ self.w) @ self.w.t())
+
+
+def test_a_weight_that_is_read_both_ways_is_refused(tmp_path: Path) -> None:
+    gm = trace(BothWays(), (torch.randn(3, 6),))
+    mine = Adapter("french", {"w": Update(torch.randn(2, 6), torch.randn(4, 2), 1.5)})
+    for adapter in (mine, LoraConfig(r=2, target_modules=["w"])):
+        with pytest.raises(AdapterError, match="w: one call multiplies with its weight w, another"):
+            inject(gm, adapter)
+    with pytest.raises(ExportError, match="slots: w: one call multiplies with the weight"):
+        to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots=["w"])
+    assert not list(tmp_path.iterdir())
 
 
 class Square(nn.Module):

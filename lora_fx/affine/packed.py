@@ -19,6 +19,7 @@ from lora_fx.affine.matrices import Matrix
 from lora_fx.affine.region import Region
 from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
+from lora_fx.reach import is_one_way
 from lora_fx.row_blocks import Places
 from lora_fx.sites import Site, by_path
 from lora_fx.stacked import Held
@@ -53,6 +54,8 @@ class Pack:
     def is_one(self) -> bool:
         """Whether there is one weight that every call could read its part of."""
         if all(site.is_whole for site in self.calls.values()) or not self.regions:
+            return False
+        if not is_one_way(list(self.calls.values())):
             return False
         wanted = {node: _shape(site) for node, site in self.calls.items()}
         fits = all(self._matrix(node).shape == wanted[node] for node in self.regions)
