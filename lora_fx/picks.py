@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from lora_fx.deferred import raw
 from lora_fx.ops import mutates
 
-_STEPS = 200  # nodes that an operand may be made of, an adapter's function of a weight included
+_STEPS = 64  # nodes that an operand may be made of: what is more is no way to take a weight apart
 _INDICES = 2**16  # entries of a tensor that picks
 _NOTHING: Mapping[fx.Node, fx.Node] = MappingProxyType({})
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
@@ -69,12 +69,15 @@ class Grid:
     offsets: tuple[torch.Tensor, ...]
 
 
-def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node] = _NOTHING) -> list[fx.Node]:
+def calls_of(
+    value: fx.Node, leaves: Mapping[fx.Node, fx.Node] = _NOTHING, most: int = _STEPS
+) -> list[fx.Node]:
     """What a value is computed from, itself last, if that is stored tensors alone; else nothing.
 
     Args:
         value: a node.
         leaves: nodes that stand for a stored tensor, besides those that fetch one.
+        most: how many nodes are looked at.
     """
     found, pending = {value}, [value]
     while pending:
@@ -86,7 +89,7 @@ def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node] = _NOTHING) -> li
         fresh = [source for source in node.all_input_nodes if source not in found]
         found.update(fresh)
         pending.extend(fresh)
-        if len(found) > _STEPS:
+        if len(found) > most:
             return []
     return sorted(found)
 

@@ -12,6 +12,7 @@ from lora_fx.ops import aten, call_argument, op_name
 from lora_fx.picks import calls_of
 
 _UNBIASED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+_STEPS = 200  # nodes that a matrix may be made of, an adapter's function of a weight included
 _BATCHES = {"unsqueeze", "expand", "repeat", "broadcast_to"}  # give a matrix a batch
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -109,7 +110,9 @@ def batches_of(product: Product) -> list[fx.Node]:
 
 def is_fixed(value: Any) -> bool:
     """Whether a node is a stored tensor, or computed from such alone."""
-    return isinstance(value, fx.Node) and (value.op == "get_attr" or bool(calls_of(value)))
+    return isinstance(value, fx.Node) and (
+        value.op == "get_attr" or bool(calls_of(value, most=_STEPS))
+    )
 
 
 def rank_of(node: fx.Node) -> int | None:
