@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError
+from lora_fx.export.assignments import has_masks, without_masks
 from lora_fx.export.conv_bias import drop_made_biases
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.ops import aten
@@ -54,6 +55,9 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         _copy_before_reshape(program)
     with _quiet():
         try:
+            if has_masks(program):
+                program = program.run_decompositions({})  # writes become values
+                without_masks(program)
             onnx_program = torch.onnx.export(
                 program, dynamo=True, optimize=False, verbose=False, opset_version=opset
             )

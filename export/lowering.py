@@ -52,7 +52,7 @@ def inline_grad_modes(gm: fx.GraphModule, graph: fx.Graph) -> None:
             assert isinstance(block, fx.Node)
             inner = gm.get_submodule(str(block.target))
             if isinstance(inner, fx.GraphModule) and not inner.graph.find_nodes(op="get_attr"):
-                _splice(node, inner.graph, inputs)
+                splice(node, inner.graph, inputs)
             if not block.users:
                 graph.erase_node(block)
 
@@ -73,10 +73,10 @@ def _decompose(node: fx.Node, table: Table) -> None:
     parts = make_fx(call, decomposition_table=dict(table))(*values).graph
     if parts.find_nodes(op="get_attr"):
         raise ExportError(f"{node.name}: what it is made of holds tensors")
-    _splice(node, parts, inputs)
+    splice(node, parts, inputs)
 
 
-def _splice(node: fx.Node, block: fx.Graph, inputs: list[Any]) -> None:
+def splice(node: fx.Node, block: fx.Graph, inputs: list[Any]) -> None:
     """Puts a copy of a graph in the place of a call of it."""
     known = dict(zip(block.find_nodes(op="placeholder"), inputs, strict=True))
     for inner in block.nodes:

@@ -13,6 +13,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
+from lora_fx.reach import is_one_way
 from lora_fx.sites import Site, by_path
 from lora_fx.trace import example_of
 
@@ -47,6 +48,12 @@ def chosen_slots(
             f"slots: {shorten(grouped)}: what a grouped convolution adds is shaped by its adapter; "
             "leave it out, or export the adapter as a constant"
         )
+    both = [path for path in paths if not is_one_way(groups[path])]
+    if both:
+        raise ExportError(
+            f"slots: {shorten(both)}: one call multiplies with the weight, another with its "
+            "transpose, and a slot stands beside one side alone; leave it out of slots="
+        )
     if vectors is None:
         vectors = any(not b.is_plain or b.bias is not None for b in branches(gm))
     return [_slot(groups[path][0], vectors) for path in dict.fromkeys(paths)]
@@ -57,13 +64,18 @@ def _paths(
 ) -> list[str]:
     if isinstance(wanted, str) and wanted != "all-linear":
         raise ExportError(f'slots={wanted!r}: give "all-linear" or a list of module paths')
-    linear = [path for path, calls in groups.items() if calls[0].is_linear]
+    linear = [path for path, calls in groups.items() if _is_linear_module(calls[0])]
     if wanted is not None:
         return linear if wanted == "all-linear" else list(wanted)
     example = example_of(gm)
     head = example.output_embedding if example else None
     branched = [branch.path for branch in branches(gm)]
     return branched or [path for path in linear if path != head]
+
+
+def _is_linear_module(site: Site) -> bool:
+    """Whether all linear layers are meant to hold it: a product that is written out is named."""
+    return site.is_linear and not (site.spelled and site.bare)
 
 
 def _slot(site: Site, vectors: bool) -> Slot:

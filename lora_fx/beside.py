@@ -13,7 +13,7 @@ from lora_fx.branches import branches_of, col_of, last_of, parameter_names
 from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
 from lora_fx.finite import check_finite
-from lora_fx.layer_forms import expand, pick, shrink
+from lora_fx.layer_forms import axes_behind, expand, pick, shrink
 from lora_fx.ops import aten
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.recorded import adapter_of
@@ -78,6 +78,9 @@ def beside(
     def part(factor: str) -> fx.Node:
         return _picked(editor, site, nodes[factor], factor, behind)
 
+    def vector(name: str) -> fx.Node:
+        return _along(editor, site, part(name), axes_behind(site), before=behind)
+
     terms: list[fx.Node] = []
     if "down" in nodes:
         target, arguments = shrink(site, x or _read(site, nodes), part("down"))
@@ -92,11 +95,11 @@ def beside(
         layer = site.node
         if site.bias is not None:
             layer = call(aten.sub.Tensor, layer, _broadcast(call, site, site.bias))
-        gained = call(aten.mul.Tensor, layer, part("gain"))
+        gained = call(aten.mul.Tensor, layer, vector("gain"))
         without = [layer, gained]  # they read the layer, not the sum
         terms.append(gained)
     if "bias" in nodes and (site.inputs is None or 0 in site.inputs):
-        terms.append(part("bias"))  # once, where several calls sum up parts of the inputs
+        terms.append(vector("bias"))  # once, where several calls sum up parts of the inputs
     if not terms:
         return
     delta = terms[0]
@@ -149,6 +152,14 @@ def _broadcast(call: Callable[..., fx.Node], site: Site, vector: fx.Node) -> fx.
     return viewed
 
 
+def _along(editor: Editor, site: Site, vector: fx.Node, behind: int, before: fx.Node) -> fx.Node:
+    """A vector of features that have axes behind them."""
+    if not behind:
+        return vector
+    sizes = [-1, *[1] * behind]
+    return editor.call(aten.view.default, (vector, sizes), before=before, like=site.node)
+
+
 def _read(site: Site, nodes: dict[str, fx.Node]) -> fx.Node:
     """What the low-rank part reads: what came in, unless its own adapter scales that."""
     if "col" in nodes or col_of(site) is None:
@@ -166,6 +177,7 @@ def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
             "sum with the first; fold the first, then inject the second"
         )
     x, col = site.input, _picked(editor, site, col, "col", site.node)
+    col = _along(editor, site, col, axes_behind(site, outputs=False), before=site.node)
     scaled = editor.call(aten.mul.Tensor, (x, col), before=site.node, like=site.node)
     if "val" in x.meta:
         scaled.meta["val"] = x.meta["val"]

@@ -158,9 +158,13 @@ def _gain(value: Any, site: Site) -> fx.Node | None:
 
 
 def whole(value: Any) -> Any:
-    """The factor or vector of a whole layer, of which a call that reads a part takes a part."""
-    is_part = isinstance(value, fx.Node) and op_name(value) in ("slice", "index_select")
-    return value.args[0] if is_part else value
+    """The factor or vector of a whole layer, of which a call that reads a part takes a part.
+
+    Where features are not on the last axis, what a call takes of a vector is a view.
+    """
+    while isinstance(value, fx.Node) and op_name(value) in ("view", "slice", "index_select"):
+        value = value.args[0]
+    return value
 
 
 def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:

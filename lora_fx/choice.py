@@ -55,7 +55,8 @@ def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
     for site in sites(gm):
         beside = tuple(branches_of(site))
         is_whole = site.is_linear and site.operand is site.weight and _is_stored(site.bias)
-        if not beside or not is_whole or not all(_is_simple(gm, site, b) for b in beside):
+        is_plain = is_whole and site.labels is None
+        if not beside or not is_plain or not all(_is_simple(gm, site, b) for b in beside):
             continue
         rank = sum(_rank(gm, branch) for branch in beside)
         biased = site.bias is not None or any(branch.bias for branch in beside)

@@ -115,16 +115,27 @@ class Editor:
         return here
 
     def again(
-        self, calls: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]
+        self,
+        calls: Sequence[fx.Node],
+        given: Mapping[fx.Node, fx.Node],
+        before: fx.Node | None = None,
     ) -> Mapping[fx.Node, fx.Node]:
-        """Makes calls again, each in front of itself, with some of what they read exchanged.
+        """Makes calls again, with some of what they read exchanged.
+
+        Args:
+            calls: in order.
+            given: a node -> what is read instead.
+            before: where they go, with the tensors that they read; in front of themselves if None.
 
         Returns:
             ``given``, and each call -> its copy.
         """
         known = dict(given)
-        for call in calls:
-            with self._graph.inserting_before(call):
+        late = [n for call in calls for n in call.all_input_nodes if n.op == "get_attr"]
+        for call in [*(n for n in dict.fromkeys(late) if before and before < n), *calls]:
+            if call in given:
+                continue
+            with self._graph.inserting_before(before or call):
                 copy = self._graph.node_copy(call, lambda node: known.get(node, node))
             known[call] = self._made(copy)
         return known

@@ -9,10 +9,11 @@ from lora_fx.affine.maps import Map
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import LAYERS
+from lora_fx.affine.ways import LAYERS, is_layer, stored_in
 from lora_fx.choice import choices
 from lora_fx.errors import shorten
 from lora_fx.ops import module_path, op_name
+from lora_fx.sites import is_factor
 
 
 def explain(gm: fx.GraphModule) -> None:
@@ -32,9 +33,16 @@ def explained(gm: fx.GraphModule) -> list[str]:
     """The lines that `explain` prints."""
     analysis = analyse(gm)
     regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}
-    layers = [node for node in analysis.values if node.target in LAYERS]
+    layers = [node for node in analysis.values if _is_own(node, gm)]
     forms = _forms(gm)
     return [_line(node, analysis, regions.get(node)) + forms.get(node, "") for node in layers]
+
+
+def _is_own(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether a call is a layer, and no factor that an adapter brought."""
+    weight = stored_in(node, gm) if is_layer(node) else None
+    is_named = weight is not None and not is_factor(str(weight.target))
+    return node.target in LAYERS or is_named
 
 
 def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -81,4 +89,4 @@ def _why(user: fx.Node, analysis: Analysis) -> str:
     value = analysis.values.get(user)
     if isinstance(value, Opaque):
         return f"{reader}: {value.reason}"
-    return f"{reader}: a layer of its own" if user.target in LAYERS else f"{reader}: affine"
+    return f"{reader}: a layer of its own" if _is_own(user, analysis.gm) else f"{reader}: affine"

@@ -15,7 +15,7 @@ from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
 from lora_fx.graphs import attribute, is_free
 from lora_fx.injected import injected
-from lora_fx.reach import check_reached
+from lora_fx.reach import check_one_way, check_reached
 from lora_fx.sites import Site, readers
 from lora_fx.targets import TargetRule
 from lora_fx.trace import example_of
@@ -37,6 +37,8 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
         if path in groups:
             fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
             check_reached(gm, f"adapter {adapter.name}", path, groups)
+            if not isinstance(update, WeightUpdate):
+                check_one_way(f"adapter {adapter.name}", path, groups[path])
     unknown = [path for path in adapter.updates if path not in groups]
     unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
     _check_replaced(gm, adapter)
@@ -72,6 +74,7 @@ def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> lis
     _check_name(gm, config.name, [groups[path][0] for path in paths])
     for path in paths:
         check_reached(gm, f"adapter {config.name}", path, groups)
+        check_one_way(f"adapter {config.name}", path, groups[path])
     return paths
 
 

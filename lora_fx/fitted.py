@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from lora_fx.errors import AdapterError
 from lora_fx.layer import Layer
+from lora_fx.of_parameter import for_layer
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.update import Shape, Update
 
@@ -33,7 +34,7 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
         is_flat = len(update.shape) == 2
         _check(who, update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
         return update
-    update = _in_shape(update, site.shape, stored)
+    update = _in_shape(for_layer(update, site.transposed), site.shape, stored)
     if update.col is not None and site.kind == "embedding":
         raise AdapterError(f"{who}: a col scales what a layer reads, and an embedding reads ids")
     if update.shape == site.shape:

@@ -27,11 +27,15 @@ def shrink(site: Site, x: fx.Node, down: fx.Node) -> Call:
         return aten.embedding.default, (down, x)
     if site.is_conv:  # its own stride, padding and dilation, over all of its inputs
         return site.node.target, (x, down, None, *site.node.args[3:_GROUPS])
+    if site.labels is not None:
+        return aten.einsum.default, (site.labels.shrink(), [x, down])
     return aten.matmul.default, (x, down)
 
 
 def expand(site: Site, h: fx.Node, up: fx.Node, groups: int) -> Call:
     """R features -> the layer's outputs, point by point."""
+    if site.labels is not None:
+        return aten.einsum.default, (site.labels.expand(), [h, up])
     if not site.is_conv:
         return aten.matmul.default, (h, up)
     dims = len(site.shape) - 2
@@ -79,11 +83,28 @@ def parts_of_shrink(node: fx.Node, site: Site) -> tuple[Any, Any] | None:
     """X and down of a call of `shrink`."""
     if site.kind == "embedding" and node.target is aten.embedding.default:
         return node.args[1], node.args[0]
+    if site.labels is not None:
+        return _of_einsum(node, site.labels.shrink())
     is_call = node.target is (site.node.target if site.is_conv else aten.matmul.default)
     return (node.args[0], node.args[1]) if is_call else None
 
 
 def parts_of_expand(node: fx.Node, site: Site) -> tuple[Any, Any] | None:
     """The r features and up of a call of `expand`."""
+    if site.labels is not None:
+        return _of_einsum(node, site.labels.expand())
     wanted = _CONVS[site.kind] if site.is_conv else aten.matmul.default
     return (node.args[0], node.args[1]) if node.target is wanted else None
+
+
+def axes_behind(site: Site, outputs: bool = True) -> int:
+    """How many axes are behind the features of a product's result, or of its input."""
+    if site.labels is None:
+        return 0
+    return site.labels.behind if outputs else site.labels.before
+
+
+def _of_einsum(node: fx.Node, equation: str) -> tuple[Any, Any] | None:
+    is_call = node.target is aten.einsum.default and node.args[0] == equation
+    one, other = node.args[1] if is_call else (None, None)  # type: ignore[misc]
+    return (one, other) if is_call else None

@@ -38,6 +38,41 @@ def _addmm(node: fx.Node) -> Arguments | None:
     return _input(node), call_argument(node, 1, "mat1"), call_argument(node, 2, "mat2")
 
 
+def _plain(node: fx.Node) -> Arguments | None:
+    """Positional arguments, however they were given; None if there are others."""
+    names = [n for n in ("other", "mat2") if n in node.kwargs]
+    if len(names) < len(node.kwargs) or len(names) + len(node.args) != 2:
+        return None
+    return (*node.args, *(node.kwargs[name] for name in names))
+
+
+def _baddbmm(node: fx.Node) -> Arguments | None:
+    if set(node.kwargs) & {"beta", "alpha", "out"}:
+        return None
+    return _input(node), call_argument(node, 1, "batch1"), call_argument(node, 2, "batch2")
+
+
+def _einsum(node: fx.Node) -> Arguments | None:
+    if node.kwargs or not isinstance(node.args[0], str):
+        return None
+    rest: Any = node.args[1:]
+    given = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
+    return node.args[0], list(given)
+
+
+def _tensordot(node: fx.Node) -> Arguments | None:
+    dims = call_argument(node, 2, "dims", 2)
+    if type(dims) is int:  # the last axes of the one, the first of the other
+        dims = [list(range(-dims, 0)), list(range(dims))]
+    is_static = isinstance(dims, list | tuple) and len(dims) == 2
+    if not is_static or node.kwargs.get("out") is not None:
+        return None
+    one, two = ([axes] if type(axes) is int else axes for axes in dims)
+    if not all(isinstance(axes, list | tuple) for axes in (one, two)):
+        return None
+    return call_argument(node, 0, "a"), call_argument(node, 1, "b"), list(one), list(two)
+
+
 def _conv(node: fx.Node) -> Arguments | None:
     stride = call_argument(node, 3, "stride", 1)
     padding = call_argument(node, 4, "padding", 0)
@@ -59,9 +94,21 @@ _LAYERS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
     F.linear: (aten.linear.default, _linear),
     F.embedding: (aten.embedding.default, _embedding),
     torch.addmm: (aten.addmm.default, _addmm),
+    torch.baddbmm: (aten.baddbmm.default, _baddbmm),
+    operator.matmul: (aten.matmul.default, _plain),
+    torch.matmul: (aten.matmul.default, _plain),
+    torch.mm: (aten.mm.default, _plain),
+    torch.bmm: (aten.bmm.default, _plain),
+    torch.einsum: (aten.einsum.default, _einsum),
+    torch.tensordot: (aten.tensordot.default, _tensordot),
     torch.conv1d: (aten.conv1d.default, _conv),
     torch.conv2d: (aten.conv2d.default, _conv),
     torch.conv3d: (aten.conv3d.default, _conv),
+}
+
+# Methods of tensors by the function of that name.
+_METHODS: dict[Any, Any] = {
+    name: getattr(torch, name) for name in ("addmm", "baddbmm", "matmul", "mm", "bmm")
 }
 
 
@@ -74,7 +121,9 @@ def normalise(graph: fx.Graph) -> None:
     alone, and every tensor is fetched right where it is first read.
     """
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _LAYERS:
+        if node.op == "call_method" and node.target in _METHODS:
+            _to_aten(_as_function(node))
+        elif node.op == "call_function" and node.target in _LAYERS:
             _to_aten(node)
         elif node.target in _NOTES:
             graph.erase_node(node)
@@ -88,6 +137,16 @@ def normalise(graph: fx.Graph) -> None:
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         _fetch_late(node, order)
+
+
+def _as_function(node: fx.Node) -> fx.Node:
+    """``x.matmul(w)  ->  matmul(x, w)``."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(_METHODS[node.target], node.args, node.kwargs)
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
 
 
 def _to_aten(node: fx.Node) -> None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch.fx.node import map_aggregate
 from lora_fx.deferred import raw
 from lora_fx.ops import mutates
 
-_STEPS = 64  # calls that an operand may be made of: what is more is no way to take a weight apart
+_STEPS = 64  # nodes that an operand may be made of: what is more is no way to take a weight apart
 _INDICES = 2**16  # entries of a tensor that picks
+_NOTHING: Mapping[fx.Node, fx.Node] = MappingProxyType({})
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
@@ -67,12 +69,15 @@ class Grid:
     offsets: tuple[torch.Tensor, ...]
 
 
-def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+def calls_of(
+    value: fx.Node, leaves: Mapping[fx.Node, fx.Node] = _NOTHING, most: int = _STEPS
+) -> list[fx.Node]:
     """What a value is computed from, itself last, if that is stored tensors alone; else nothing.
 
     Args:
         value: a node.
         leaves: nodes that stand for a stored tensor, besides those that fetch one.
+        most: how many nodes are looked at.
     """
     found, pending = {value}, [value]
     while pending:
@@ -84,7 +89,7 @@ def calls_of(value: fx.Node, leaves: Mapping[fx.Node, fx.Node]) -> list[fx.Node]
         fresh = [source for source in node.all_input_nodes if source not in found]
         found.update(fresh)
         pending.extend(fresh)
-        if len(found) > _STEPS:
+        if len(found) > most:
             return []
     return sorted(found)
 

@@ -14,6 +14,25 @@ from lora_fx.sites import Site
 _SIZES = {"size", "sym_size", "getattr", "dim", "numel", "stride"}  # they ask for no numbers of it
 
 
+def is_one_way(calls: Sequence[Site]) -> bool:
+    """Whether all calls of a layer read its weight on the same side."""
+    return len({site.transposed for site in calls}) == 1
+
+
+def check_one_way(who: str, path: str, calls: Sequence[Site]) -> None:
+    """Refuses factors beside a weight whose inputs are the outputs of another call.
+
+    Raises:
+        AdapterError: one call multiplies with the weight, another with its transpose.
+    """
+    if not is_one_way(calls):
+        raise AdapterError(
+            f"{who}, {path}: one call multiplies with its weight {calls[0].weight.target}, another "
+            "with the transpose, and factors stand beside one side alone. Leave the layer out, or "
+            "give each call a weight of its own"
+        )
+
+
 def check_reached(
     gm: fx.GraphModule, who: str, path: str, groups: Mapping[str, Sequence[Site]]
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -9,6 +12,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import Branch, branches_of
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graphs import attribute
+from lora_fx.of_parameter import of_parameter
 from lora_fx.recorded import made_anew
 from lora_fx.sites import Site, sites
 from lora_fx.terms import Terms, update_of
@@ -40,7 +44,25 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
             "name; keep the Adapter that was injected"
         )
     mine = [(site, branch) for site, branch in found if branch.name == chosen]
-    return Adapter(chosen, {site.path: _update(gm, site, branch) for site, branch in mine})
+    updates = {site.path: _update(gm, site, branch) for site, branch in mine}
+    return Adapter(chosen, updates | _of_parameters(mine, updates))
+
+
+def _of_parameters(
+    found: list[tuple[Site, Branch]], updates: Mapping[str, Update]
+) -> dict[str, Update]:
+    """The updates that PEFT would keep as those of a parameter, by path.
+
+    Of several of one module the order counts, which a graph does not tell.
+    """
+    bare = {site.path: site for site, _ in found if site.bare and site.is_linear}
+    owners = Counter(path.rpartition(".")[0] for path in bare)
+    return {
+        path: of_parameter(updates[path], path.rpartition(".")[2], site.transposed)
+        for path, site in bare.items()
+        if owners[path.rpartition(".")[0]] == 1 and "." in path
+        if updates[path].is_plain and updates[path].bias is None
+    }
 
 
 def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:

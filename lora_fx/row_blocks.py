@@ -38,6 +38,13 @@ class Part(NamedTuple):
     calls: tuple[fx.Node, ...] = ()
     reads: tuple[Read, ...] = ()
 
+    def behind(self, matrix: fx.Node, moves: Sequence[fx.Node]) -> Part:
+        """The same part where calls that move it as a whole, to give it a batch, follow."""
+        if not moves:
+            return self
+        reads = self.reads or ((moves[0], matrix),)
+        return self._replace(calls=(*self.calls, *moves), reads=reads)
+
 
 def part_of(
     gm: fx.GraphModule, value: object, made: Mapping[fx.Node, fx.Node] = _NOTHING
@@ -58,6 +65,27 @@ def part_of(
         return None
     if value in made or value.op == "get_attr":
         return Part(made.get(value, value))
+    picked = picked_from(gm, value, made)
+    found = _read(picked.shape, picked.grid) if picked else None
+    if picked is None or found is None:
+        return None
+    return Part(picked.source, *found, picked.calls, picked.reads)
+
+
+class Picked(NamedTuple):
+    """Any places of one stored tensor: source, calls and reads as in `Part`."""
+
+    source: fx.Node
+    calls: tuple[fx.Node, ...]
+    reads: tuple[Read, ...]
+    shape: tuple[int, ...]
+    grid: Grid
+
+
+def picked_from(
+    gm: fx.GraphModule, value: fx.Node, made: Mapping[fx.Node, fx.Node] = _NOTHING
+) -> Picked | None:
+    """What a call's result picks of one stored tensor, or None if it is no such thing."""
     nodes = calls_of(value, made)
     leaves = {node: made.get(node, node) for node in nodes if node in made or node.op == "get_attr"}
     stored = {node: at for node, at in leaves.items() if _is_floating(gm, at)}
@@ -65,12 +93,11 @@ def part_of(
         return None
     expression = expression_of(gm, nodes, stored)
     grid = grid_of(expression) if expression else None
-    found = _read(expression.shape, grid) if expression and grid else None
-    if found is None:
+    if expression is None or grid is None:
         return None
     calls = tuple(node for node in nodes if node not in leaves)
     reads = [(call, at) for call in calls for at in call.all_input_nodes if at in stored]
-    return Part(next(iter(stored.values())), *found, calls, tuple(reads))
+    return Picked(next(iter(stored.values())), calls, tuple(reads), expression.shape, grid)
 
 
 def _is_floating(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -50,11 +50,12 @@ def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
         attends = any(other.rpartition(".")[2] in (PACKED, *_APART) for other in names)
         if attends and holder.endswith(_INNER):
             return path + _INNER
-        return path if path in alone or leaf == PACKED else f"{path}.{leaf}"
+        is_own = path in alone and leaf.startswith("weight")
+        return path if is_own or leaf == PACKED else f"{path}.{leaf}"
     if is_packed(name):
         return holder
     is_inner = leaf == "weight" or _NUMBERED.match(leaf)
-    if path in alone and (holder == path or not is_inner):
+    if path in alone and leaf.startswith("weight") and (holder == path or not is_inner):
         return path
     siblings = [other for other in names if other.rpartition(".")[0] == holder]
     if _NUMBERED.match(leaf) and holder != path and len(siblings) == 1:

@@ -12,14 +12,14 @@ from torch import fx
 from lora_fx.deferred import raw
 from lora_fx.layer import Layer
 from lora_fx.ops import aten, call_argument, module_path
+from lora_fx.products import Labels, batches_of, product_of
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Part, Places, Read, part_of
 from lora_fx.site_paths import is_packed, paths_of
 
-# A layer's operator: its kind, and where it reads its input, its weight and its bias.
+# The operator of a layer that is no product with one matrix: its kind, and where it reads its
+# input, its weight and its bias.
 _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
-    aten.linear.default: ("linear", 0, 1, 2),
-    aten.addmm.default: ("linear_transposed", 1, 2, 0),
     aten.embedding.default: ("embedding", 1, 0, None),
     aten.conv1d.default: ("conv1d", 0, 1, 2),
     aten.conv2d.default: ("conv2d", 0, 1, 2),
@@ -30,8 +30,7 @@ _OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
 }
 
 _CALLS = ("call_function", "call_method")
-# The kind of a layer whose operand is what is stored, transposed.
-_TURNED = {"linear": "linear_transposed", "linear_transposed": "linear"}
+_CALLED = {aten.linear.default, aten.addmm.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +38,34 @@ class Site(Layer):
     """One call of a layer.
 
     Attributes:
-        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight,
-            ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``. Several calls may be of one path.
+        node: the call: ``linear(x, W, b)``, or ``addmm(b, x, W)`` for a transposed weight, any
+            other `Product`, ``embedding(W, ids)``, ``conv2d(x, W, b, ...)``. Several calls may be
+            of one path.
         weight: the ``get_attr`` node of W.
         bias: the node of b, (out,), or None.
         part: what the call reads of W.
+        labels: where a product has its features; None for the last axis.
     """
 
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     part: Part
+    labels: Labels | None = None
 
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][1]])
+        product = product_of(self.node)
+        place = 0 if product else _OPERATORS[self.node.target][1]
+        return product.x if product else cast(fx.Node, self.node.args[place])
 
     @property
     def operand(self) -> fx.Node:
         """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
-        return cast(fx.Node, self.node.args[_OPERATORS[self.node.target][2]])
+        product = product_of(self.node)
+        place = 0 if product else _OPERATORS[self.node.target][2]
+        return product.operand if product else cast(fx.Node, self.node.args[place])
 
     @property
     def outputs(self) -> Places | None:
@@ -84,7 +90,14 @@ class Site(Layer):
     @property
     def bare(self) -> bool:
         """Whether the weight is a parameter that no module of its own holds."""
-        return self.path == self.weight.target
+        name = self.path.rpartition(".")[2]
+        is_named = name == _leaf(self.weight) and name != "weight"
+        return is_named or self.path == self.weight.target
+
+    @property
+    def spelled(self) -> bool:
+        """Whether it is written out as a product, and no call of a layer's own function."""
+        return self.is_linear and self.node.target not in _CALLED
 
     @property
     def packed(self) -> bool:
@@ -101,44 +114,53 @@ def sites(gm: fx.GraphModule) -> list[Site]:
 
 
 def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -> Site | None:
-    operator = _OPERATORS.get(node.target)
-    if operator is None or (operator[0] == "linear_transposed" and len(node.args) != 3):
+    product = product_of(node)
+    if product is not None:
+        part, kind = part_of(gm, product.matrix, bases), ""
+        bias, labels = product.bias, product.labels
+    elif node.target in _OPERATORS:
+        kind, _, place, at = _OPERATORS[node.target]
+        part, labels = part_of(gm, node.args[place], bases), None
+        bias = None if at is None else call_argument(node, at, "bias")
+    else:
         return None
-    kind, _, place, bias = operator
-    part = part_of(gm, node.args[place], bases)
-    if part is None or (kind == "linear_transposed" and node.kwargs):
-        return None
-    if _is_factor(str(part.source.target)):
+    if part is None or is_factor(str(part.source.target)):
         return None
     tensor = raw(gm, str(part.source.target))
     axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
     if len(tensor.shape) != axes:
         return None  # a vector: nothing with an input and an output side
-    kind = _TURNED.get(kind, "") if part.turned else kind
     groups = int(call_argument(node, 6, "groups", 1)) if kind.startswith("conv") else 1
-    if not kind or (groups > 1 and part.calls):
+    if product is not None:
+        kind = "linear" if product.turned != part.turned else "linear_transposed"
+        part = part.behind(product.matrix, batches_of(product))
+    elif part.turned or (groups > 1 and part.calls):
         return None
     out, into, *kernel = tensor.shape
     if kind in ("linear_transposed", "embedding"):
         out, into = into, out
-    shape = (out, into * groups, *kernel)
-    b = None if bias is None else call_argument(node, bias, "bias")
     return Site(
         path=module_path(node),
         kind=kind,
-        shape=shape,
+        shape=(out, into * groups, *kernel),
         dtype=tensor.dtype,
         groups=groups,
         node=node,
         weight=part.source,
-        bias=b,
+        bias=bias,
         part=part,
+        labels=labels,
     )
 
 
-def _is_factor(target: str) -> bool:
+def is_factor(target: str) -> bool:
     """Whether a tensor is one that an injected adapter brought: `branches.parameter_names`."""
-    return target.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
+    *_, holder, name = ("", *target.split("."))
+    return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
+
+
+def _leaf(weight: fx.Node) -> str:
+    return str(weight.target).rpartition(".")[2]
 
 
 def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:

@@ -37,3 +37,13 @@ def is_embedding(stored: Stored | None) -> bool:
     return stored is not None and (
         stored.settings.get("layer") == "embedding" or "lora_embedding_A" in stored.tensors
     )
+
+
+def kept(stored: Stored | None) -> Stored | None:
+    """What is still true of an update that was made anew: what kind of weight it is of."""
+    if is_embedding(stored):
+        return EMBEDDING
+    if stored is None or "parameter" not in stored.settings:
+        return None
+    names = ("parameter", "depth", "turned")
+    return Stored({}, {n: stored.settings[n] for n in names if n in stored.settings})

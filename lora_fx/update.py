@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.stored import EMBEDDING, Stored, is_embedding
+from lora_fx.stored import Stored, kept
 
 Shape = tuple[int | None, ...]
 
@@ -193,7 +193,7 @@ class Update:
         size = float(values.norm())
         error = float(values[rank:].norm()) / size if size > 0 else 0.0
         kind = self.kind if self.stored is None else "lora"
-        stored = EMBEDDING if is_embedding(self.stored) else None
+        stored = kept(self.stored)
         new_down = new_down.reshape(-1, *self.down.shape[1:])
         return replace(self, up=new_up, down=new_down, kind=kind, stored=stored), error
 

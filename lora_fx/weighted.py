@@ -10,8 +10,9 @@ from functools import reduce
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.of_parameter import for_parameter, name_of
 from lora_fx.other_updates import AnyUpdate, low_rank
-from lora_fx.stored import EMBEDDING, is_embedding
+from lora_fx.stored import EMBEDDING, is_embedding, kept
 from lora_fx.update import Update
 
 
@@ -52,7 +53,7 @@ def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Upda
     Raises:
         AdapterError: the layers or, for ``"linear"``, the ranks differ, or the sum is not finite.
     """
-    terms = _aligned(terms)
+    terms = _aligned(_of_one_kind(path, terms))
     _check_shapes(path, terms)
     update = WAYS[how](path, terms)
     if not update.is_finite():
@@ -62,9 +63,21 @@ def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Upda
         )
     if how == "svd":
         update = update.to_rank(rank or max(term.update.rank for term in terms))[0]
-    if not all(is_embedding(term.update.stored) for term in terms):
-        return update
-    return replace(update, stored=EMBEDDING)
+    if all(is_embedding(term.update.stored) for term in terms):
+        return replace(update, stored=EMBEDDING)
+    first = terms[0].update
+    return update if name_of(first) is None else replace(update, stored=kept(first.stored))
+
+
+def _of_one_kind(path: str, terms: Sequence[Term]) -> list[Term]:
+    """The terms as updates of a parameter, if they are; of a layer, if none is of a parameter."""
+    names = {name_of(term.update) for term in terms}
+    if len(names) > 1:
+        raise AdapterError(
+            f"{path}: some adapters are of the parameter {', '.join(filter(None, names))} as it is "
+            "stored, others of a layer; combine adapters of one kind"
+        )
+    return [replace(term, update=for_parameter(term.update)) for term in terms]
 
 
 def _aligned(terms: Sequence[Term]) -> list[Term]:

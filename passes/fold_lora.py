@@ -18,13 +18,15 @@ from lora_fx.affine.packed import Pack, packs_of
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import weight_of
+from lora_fx.affine.ways import LAYERS, weight_of
 from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
 from lora_fx.errors import PassError
 from lora_fx.ops import aten, module_path
 from lora_fx.pass_base import Pass
+from lora_fx.products import Product, batches_of, product_of
 from lora_fx.recorded import made_anew
+from lora_fx.row_blocks import Part, part_of
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class _Maker:
         """
         layer = self.region.layer
         target: Any = layer.target
+        product = product_of(layer)
+        is_plain = target in LAYERS and weight_of(layer).op == "get_attr" and not self.pack
+        if product is not None and not is_plain:
+            return self._product(product, x, weight, bias)
         if target is aten.addmm.default and bias is None:
             target = aten.linear.default
         if target in (aten.addmm.default, aten.embedding.default):
@@ -128,12 +134,42 @@ class _Maker:
             at = self._constant(names[0], weight, self._shape(target, weight))
         return self._call(target, x, at, self._shift(names[1], bias))
 
-    def _shift(self, name: str, bias: Matrix | None) -> fx.Node | None:
+    def _shift(self, name: str, bias: Matrix | None, behind: int = 0) -> fx.Node | None:
         """The bias: that of a part of a weight stays what it was, if it is the same."""
         own = self.pack.bias_of(self.region.layer) if self.pack else None
-        if bias is None or (own and bias == self.analysis.column(own, Layout(bias.shape[:1]))):
-            return own if bias is not None else None
-        return self._constant(name, bias, (bias.shape[0],))
+        if bias is None:
+            return None
+        is_known = own is not None and own < self.region.place
+        if is_known and bias == self.analysis.column(own, Layout(bias.shape[:1])):
+            return own
+        return self._constant(name, bias, (bias.shape[0], *[1] * behind))
+
+    def _product(
+        self, product: Product, x: fx.Node, weight: Matrix, bias: Matrix | None
+    ) -> fx.Node:
+        """The same call of x and a new matrix, which is stored, turned and repeated as the old."""
+        layer, place = self.region.layer, self.region.place
+        part = self._whole(product.matrix).behind(product.matrix, batches_of(product))
+        names = _names(module_path(layer), self.pack.weight if self.pack else part.source)
+        if self.pack is not None:
+            operand = self.pack.operand(layer, _round_to(self.pack.dtype))
+        else:
+            stored = weight if product.turned != part.turned else transposed(weight)
+            constant = self._constant(names[0], stored, stored.shape)
+            given = dict.fromkeys((part.source, *(leaf for _, leaf in part.reads)), constant)
+            operand = self.editor.again(part.calls, given, place)[product.operand]
+        shift = self._shift(names[1], bias, product.labels.behind if product.labels else 0)
+        target, arguments = product.again(layer, x, operand, shift)
+        call = self.editor.call(target, arguments, before=place, like=layer)
+        if shift is None or shift in call.all_input_nodes:
+            return call
+        return self.editor.call(aten.add.Tensor, (call, shift), before=place, like=layer)
+
+    def _whole(self, matrix: fx.Node) -> Part:
+        """How a stored weight comes to the matrix, if all of it does: else that is what is new."""
+        part = part_of(self.analysis.gm, matrix)
+        is_whole = part is not None and part.rows is None and part.columns is None
+        return part if part is not None and is_whole else Part(matrix)
 
     def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         layer, place = self.region.layer, self.region.place

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.affine.analysis import Analysis
@@ -18,12 +20,11 @@ from lora_fx.affine.ways import input_of
 from lora_fx.branches import last_of
 from lora_fx.editor import Editor
 from lora_fx.injected import injected, remember
-from lora_fx.ops import aten, module_path
+from lora_fx.ops import module_path
 from lora_fx.pass_base import Pass
 from lora_fx.passes.inject_lora import InjectLora
+from lora_fx.products import product_of
 from lora_fx.sites import Site, by_path, sites
-
-_LINEAR = (aten.linear.default, aten.addmm.default)
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class RaiseLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Puts the base layer in place of each region, then the branches beside them."""
         analysis = analyse(editor.gm)
-        found = _found(editor, analysis)
+        layers = {site.node: site for site in sites(editor.gm)}
+        found = _found(editor, analysis, layers)
         updates: dict[str, Update] = {}
         for path, regions in found.items():
             if _is_everywhere(editor, path, regions):
                 updates[path] = regions[0][1]
                 for region, _ in regions:
-                    _strip(editor, region)
+                    _strip(editor, region, layers[region.layer])
             else:
                 editor.record("skip", path, "its calls are updated differently")
         editor.sweep()
@@ -64,10 +66,11 @@ class RaiseLora(Pass):
             remember(editor.gm, known)  # the model holds it already: nothing was put in
 
 
-def _found(editor: Editor, analysis: Analysis) -> dict[str, list[tuple[Region, Update]]]:
+def _found(
+    editor: Editor, analysis: Analysis, layers: Mapping[fx.Node, Site]
+) -> dict[str, list[tuple[Region, Update]]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
     found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
-    layers = {site.node: site for site in sites(editor.gm)}
     raised = {last_of(site) for site in layers.values()}
     for region in reversed(maximal_regions(analysis)):
         site = layers.get(region.layer)
@@ -86,7 +89,7 @@ def _update(analysis: Analysis, region: Region, site: Site | None) -> Update:
     if site is None or not site.is_whole:
         raise NotLowRankError("it reads a part of its weight, or none that is stored")
     own = analysis.values[region.layer]
-    if region.blocked or region.layer.target not in _LINEAR or not isinstance(own, Map):
+    if region.blocked or product_of(region.layer) is None or not isinstance(own, Map):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
     weight, bias = region.value.since(region.source)
     down, up = factors_beside(own.weight, weight)
@@ -104,10 +107,11 @@ def _is_everywhere(editor: Editor, path: str, found: list[tuple[Region, Update]]
     return same and {site.node for site in calls} <= {region.layer for region, _ in found}
 
 
-def _strip(editor: Editor, region: Region) -> None:
+def _strip(editor: Editor, region: Region, site: Site) -> None:
     """The base layer alone, where the region was."""
     layer, end, place = region.layer, region.value.node, region.place
     x = editor.along(region.before.moves, region.before.start, place)
-    rest = tuple(x if argument is input_of(layer) else argument for argument in layer.args)
+    known = editor.again(site.part.calls, {input_of(layer): x}, place)
+    rest = fx.node.map_arg(layer.args, lambda node: known.get(node, node))
     base = editor.call(layer.target, rest, before=place, like=layer)
     editor.replace(end, editor.along(region.behind.moves, base, place))

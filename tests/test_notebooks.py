@@ -215,6 +215,27 @@ def assert_runs(layer: Layer, path: Path, relative: Any) -> None:
         assert relative(layer.base()(other), wanted) >= 1e-2
 
 
+PATTERNS = [tuple(bool(bits >> place & 1) for place in range(3)) for bits in range(1, 8)]
+
+
+@pytest.mark.parametrize("rank", [2, 7])
+@pytest.mark.parametrize("enabled", PATTERNS)
+def test_every_pattern_of_a_fused_layer_runs_as_it_is_and_merged(
+    enabled: tuple[bool, ...], rank: int, relative: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layer = FusedLora(5, 21, rank, list(enabled)).eval()
+    gm, other = traced(layer, batch(layer, 4, 7)), batch(layer, 2, 9)
+    assert operators(fold(gm)) == operators(traced(layer.base(), batch(layer, 4, 7)))
+    assert relative(fold(gm)(other), layer(other)) <= 1e-5
+    to_onnx(gm, tmp_path / "beside.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "beside.onnx")
+    (actual,) = session.run(None, {"x": other.numpy()})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(actual), layer(other)) <= 1e-5
+        assert relative(layer.base()(other), layer(other)) >= 1e-2
+
+
 @pytest.mark.parametrize("name", ["linear", "fused", "concat"])
 def test_a_notebook_layer_becomes_swappable(name: str, relative: Any, tmp_path: Path) -> None:
     layer = made(name)

@@ -9,7 +9,7 @@ PATHS: list[tuple[list[tuple[str, str, str]], str]] = [
     ([("head", "embed.weight", "head"), ("embed", "embed.weight", "embed")], "tied"),
     ([("", "fc.weight", "fc"), ("", "w", "w")], "called by the root"),
     ([("", "fc.weight", "fc.weight"), ("fc", "fc.weight", "fc")], "called by both"),
-    ([("m", "m.w", "m")], "a bare weight alone"),
+    ([("m", "m.w", "m.w")], "a bare weight alone"),
     ([("m", "m.v", "m.v"), ("m", "m.w", "m.w")], "two bare weights"),
     ([("m", "m.fc.weight", "m.fc")], "a layer that its owner calls"),
     (

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Link
@@ -30,12 +31,18 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     sizes = dict(zip(own, shape, strict=True))
     split = tuple(sizes[label] for label in plan.inputs)
     x = operands[1 - constant]
-    source = analysis.whole_map_of(x)
+    is_matrix = len(own) == 2 and not plan.shared
+    source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
     if source is None or source.layout.split != split or source.layout.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
-    layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.after, source.layout.batch)
-    weight = plan.weight(analysis, operands[constant], sizes)
+    layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.behind, source.layout.batch)
+    matrix = analysis.matrix(operands[constant]) if is_matrix else None
+    weight: Matrix = plan.weight(analysis, operands[constant], sizes)
+    if matrix is not None:
+        weight = matrix if own[0] == plan.outputs[0] else transposed(matrix)
     dtype = result_dtype(node, source.dtype)
+    if is_matrix:  # as of any other product with it
+        dtype = dtype or analysis.constants.dtype(operands[constant])
     return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
 
 
@@ -50,7 +57,7 @@ class _Einsum:
         self.shared = [label for label in self.inputs if label in self.outputs]
         batch = [label for label in plain_x if label not in own]
         kept = [label for label in plain_out if label not in own]
-        self.after = _behind(plain_x, own)
+        self.after, self.behind = _behind(plain_x, own), _behind(plain_out, own)
         count = len(self.shared)
         self.is_layer = (
             batch == kept
@@ -58,8 +65,9 @@ class _Einsum:
             and "." not in own
             and _together(plain_x, own)
             and _together(plain_out, own)
-            and self.after == _behind(plain_out, own)
+            and (self.after == self.behind or (len(own) == 2 and not self.shared))
             and "." not in plain_x[len(plain_x) - self.after :]
+            and "." not in plain_out[len(plain_out) - self.behind :]
             and self.inputs[:count] == self.shared == self.outputs[:count]
             and set(own) <= {*self.inputs, *self.outputs}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -9,11 +10,13 @@ from torch import fx
 from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.layout import Layout, sizes_of
-from lora_fx.affine.maps import Link, OneHot
+from lora_fx.affine.maps import Link, Map, OneHot
 from lora_fx.affine.matrices import Matrix
 from lora_fx.ops import call_argument, op_name
+from lora_fx.products import product_of
+from lora_fx.turned import turns
 
-_PRODUCTS = {"matmul", "mm", "bmm"}
+_PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "tensordot"}
 
 
 def linear(analysis: Analysis, node: fx.Node) -> Value:
@@ -23,25 +26,48 @@ def linear(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def addmm(analysis: Analysis, node: fx.Node) -> Value:
-    """``addmm(b, x, W)`` with W of (in, out)."""
+    """``addmm(b, x, W)`` with W of (in, out), or ``baddbmm``."""
     if len(node.args) != 3 or node.kwargs:
         return Opaque("addmm with factors")
     bias, x, weight = node.args
+    weight = _without_batch(analysis, node, weight)
     matrix = analysis.matrix(weight)
     return dense_layer(analysis, node, x, weight, matrix and transposed(matrix), bias)
 
 
 def matmul(analysis: Analysis, node: fx.Node) -> Value:
-    """``x @ C`` with a constant C of (in, out), or ``C @ x`` along the axis before the last."""
-    left, right = call_argument(node, 0, "input"), _right(analysis, node)
+    """``x @ C`` with a constant C of (in, out), or ``C @ x`` along the axis before the last.
+
+    `tensordot` is the same along any axis.
+    """
+    if op_name(node) == "tensordot":
+        return _tensordot(analysis, node)
+    left = _without_batch(analysis, node, call_argument(node, 0, "input"))
+    right = call_argument(node, 1, "mat2", node.kwargs.get("other"))
+    right = _without_batch(analysis, node, right)
     matrix = analysis.matrix(right)
     if matrix is not None or analysis.matrix(left) is None:
         return dense_layer(analysis, node, left, right, matrix and transposed(matrix))
     known = analysis.map_of(right)
     axes = known.layout.sizes if known else sizes_of(right)
-    if axes is None or len(axes) < 2:
+    is_matrix = len(axes) > 1 if axes is not None else right is not None and turns(right)
+    if not is_matrix:
         return Opaque("a product from the left with something of unknown axes")
     return dense_layer(analysis, node, right, left, analysis.matrix(left), after=1)
+
+
+def _tensordot(analysis: Analysis, node: fx.Node) -> Value:
+    """``tensordot(x, C, [-1], [0])`` and its kin: a sum over one axis of a constant matrix."""
+    product = product_of(node)
+    if product is None:
+        return Opaque("a tensordot over several axes, or of unknown ones")
+    matrix, labels = analysis.matrix(product.matrix), product.labels
+    matrix = matrix if product.turned or matrix is None else transposed(matrix)
+    after, behind = (labels.before, labels.behind) if labels else (0, 0)
+    value = dense_layer(analysis, node, product.x, product.matrix, matrix, after=after)
+    if not isinstance(value, Map):
+        return value
+    return replace(value, layout=replace(value.layout, after=behind))
 
 
 def embedding(analysis: Analysis, node: fx.Node) -> Value:
@@ -81,12 +107,12 @@ def dense_layer(
     return source.then(node, matrix, column, layout, analysis.constants.dtype(constant), link)
 
 
-def _right(analysis: Analysis, node: fx.Node) -> Any:
-    """The right operand; that of `bmm`, which has a batch, seen through to what it repeats."""
-    right = call_argument(node, 1, "mat2", node.kwargs.get("other"))
-    while op_name(node) == "bmm" and isinstance(right, fx.Node) and _repeats(analysis, right):
-        right = right.args[0]
-    return right
+def _without_batch(analysis: Analysis, node: fx.Node, operand: Any) -> Any:
+    """An operand; that of `bmm`, which has a batch, seen through to what it repeats."""
+    has_batch = op_name(node) in ("bmm", "baddbmm")
+    while has_batch and isinstance(operand, fx.Node) and _repeats(analysis, operand):
+        operand = operand.args[0]
+    return operand
 
 
 def _repeats(analysis: Analysis, node: fx.Node) -> bool:
@@ -100,6 +126,8 @@ def _repeats(analysis: Analysis, node: fx.Node) -> bool:
     sizes = rest[0] if len(rest) == 1 and not isinstance(rest[0], int) else rest
     sizes = sizes or node.kwargs.get("size")
     shape = analysis.constants.shape(source)
+    if op_name(node) == "repeat" and shape is not None and isinstance(sizes, list | tuple):
+        return list(sizes[-2:]) == [1, 1]
     if op_name(node) != "expand" or shape is None or not isinstance(sizes, list | tuple):
         return False
     return all(n in (-1, m) for n, m in zip(sizes[-2:], shape[-2:], strict=True))

@@ -19,6 +19,7 @@ from lora_fx.affine.matrices import Matrix
 from lora_fx.affine.region import Region
 from lora_fx.deferred import Deferred
 from lora_fx.editor import Editor
+from lora_fx.reach import is_one_way
 from lora_fx.row_blocks import Places
 from lora_fx.sites import Site, by_path
 from lora_fx.stacked import Held
@@ -53,6 +54,8 @@ class Pack:
     def is_one(self) -> bool:
         """Whether there is one weight that every call could read its part of."""
         if all(site.is_whole for site in self.calls.values()) or not self.regions:
+            return False
+        if not is_one_way(list(self.calls.values())):
             return False
         wanted = {node: _shape(site) for node, site in self.calls.items()}
         fits = all(self._matrix(node).shape == wanted[node] for node in self.regions)
@@ -90,12 +93,18 @@ class Pack:
         value = Deferred(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
         if self._is_trained():
             value.keep()
-        starts = [next(iter(site.part.calls), node) for node, site in self.calls.items()]
-        weight = self._editor.constant(name, value, before=min(starts))
-        picks = sorted({pick for site in self.calls.values() for pick in site.part.calls})
-        leaves = {leaf: weight for site in self.calls.values() for _, leaf in site.reads}
-        known = self._editor.again(picks, leaves)
-        self._now = {node: known[site.operand] for node, site in self.calls.items()}
+        order = sorted(self.calls, key=self._place)
+        weight = self._editor.constant(name, value, before=self._place(order[0]))
+        reads = (read for site in self.calls.values() for read in site.reads)
+        known: Mapping[fx.Node, fx.Node] = {leaf: weight for _, leaf in reads}
+        for node in order:  # a pick of several calls is made again for the first
+            calls = self.calls[node].part.calls
+            known = self._editor.again(calls, known, self._place(node))
+            self._now[node] = known[self.calls[node].operand]
+
+    def _place(self, node: fx.Node) -> fx.Node:
+        """Where a call is, or the layer of its region goes, which may be earlier."""
+        return self.regions[node].place if node in self.regions else node
 
     def _is_trained(self) -> bool:
         constants = self._analysis.constants

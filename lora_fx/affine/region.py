@@ -9,9 +9,19 @@ from torch import fx
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.matrices import Blocks
-from lora_fx.affine.ways import LAYERS, Way, reads_more, way_in, way_out, weight_of
-from lora_fx.ops import module_path
-from lora_fx.row_blocks import part_of
+from lora_fx.affine.ways import (
+    LAYERS,
+    Way,
+    is_layer,
+    reads_more,
+    stored_in,
+    way_in,
+    way_out,
+    weight_of,
+)
+from lora_fx.ops import module_path, op_name
+from lora_fx.products import batches_of, product_of
+from lora_fx.row_blocks import picked_from
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,9 @@ def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Nod
     if first is None:
         return end
     needed = {n for move in (*before.moves, *behind.moves) for n in move.all_input_nodes[1:]}
+    product = product_of(behind.start)
+    for call in batches_of(product) if product else ():
+        needed |= set(call.all_input_nodes) - analysis.constants.nodes
     return first if all(n < first for n in needed) else None
 
 
@@ -105,12 +118,35 @@ def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node
 
 
 def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
-    """The layers between a source and a value of the shape of the whole, stored ones first."""
+    """The layers between a source and a value of the shape of the whole, the likeliest first.
+
+    A layer's own operator is likelier than a product that is written out, and one that no other
+    follows or precedes is likelier than a factor; then those that are stored.
+    """
     shape = (value.size, source.size)
-    layers = [n for n in sorted(nodes) if n.target in LAYERS]
+    layers = [n for n in sorted(nodes) if is_layer(n)]
     fitting = [n for n in layers if _fits(n, shape, analysis)]
     fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
-    return sorted(fitting, key=lambda n: weight_of(n).op != "get_attr")
+    if len(fitting) < 2:
+        return fitting
+    products = {n for n in layers if n.target not in LAYERS}
+    before = {n for n in products if _goes_through(n, set(layers) - {n}, nodes)}
+    behind = {n for n in products if any(_goes_through(m, {n}, nodes) for m in products - {n})}
+    computed = {n for n in fitting if stored_in(n, analysis.gm) is None}
+    order = (products, before, behind, computed)
+    return sorted(fitting, key=lambda n: [n in found for found in order])
+
+
+def _goes_through(node: fx.Node, others: set[fx.Node], nodes: set[fx.Node]) -> bool:
+    """Whether a call's result is multiplied again before it leaves a region."""
+    seen, pending = {node}, [node]
+    while pending:
+        fresh = {user for user in pending.pop().users if user in nodes} - seen
+        if fresh & others:
+            return True
+        seen |= fresh
+        pending += fresh
+    return False
 
 
 def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
@@ -136,11 +172,24 @@ def _is_worth_it(
     """
     values = (analysis.values[n] for n in nodes - {layer})
     lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
-    if not lasts:
-        return part_of(analysis.gm, weight_of(layer)) is None
+    if not lasts:  # a product with what is computed is one call already
+        return layer.target in LAYERS and stored_in(layer, analysis.gm) is None
+    if layer.target not in LAYERS and _is_bias_alone(nodes - {layer}, layer, analysis):
+        return False
     if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):
         return True
-    return not _is_read(weight_of(layer), layer, gone, analysis)
+    return not _is_read(stored_in(layer, analysis.gm) or weight_of(layer), layer, gone, analysis)
+
+
+def _is_bias_alone(others: set[fx.Node], layer: fx.Node, analysis: Analysis) -> bool:
+    """Whether a product is followed by a stored bias alone: it has none of its own."""
+    moving = {n for n in others if isinstance(v := analysis.values[n], Map) and v.last is Link.MOVE}
+    last, *more = sorted(others - moving, reverse=True)
+    bias = last.args[1] if op_name(last) == "add" and len(last.args) == 2 else None
+    if more or last.kwargs or not isinstance(bias, fx.Node):
+        return False
+    is_bias = bias.op == "get_attr" or picked_from(analysis.gm, bias) is not None
+    return is_bias and stored_in(layer, analysis.gm) is not None
 
 
 def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: Analysis) -> bool:

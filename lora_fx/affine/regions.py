@@ -7,7 +7,9 @@ from torch import fx
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.region import Region, calls_between, candidates, region_between
+from lora_fx.affine.ways import is_stored
 from lora_fx.ops import is_around
+from lora_fx.products import product_of
 
 _ROUNDS = 8  # graphs of a hundred random steps settle in three
 
@@ -68,13 +70,17 @@ def _sources(value: Map, analysis: Analysis, chains: bool) -> list[Map]:
     """How far up a region may reach: over one layer, and what its own modules do around it."""
     found: list[Map] = []
     layer: fx.Node | None = None
+    is_found = False
     glue: list[fx.Node] = []
     here = value
     while here.parent is not None:
         own = _layer_of(here, analysis)
         glue += here.glued()
-        if own is not None and layer is not None and not chains:
-            break
+        if own is not None and is_stored(own, analysis.gm):
+            if is_found and not chains:
+                break
+            is_found = True
+            layer = layer if layer is not None and is_stored(layer, analysis.gm) else own
         layer = layer or own
         if layer is not None and not chains and not all(is_around(n, layer) for n in glue):
             break
@@ -88,6 +94,8 @@ def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
     """The layer that a link is, or that a join holds."""
     if value.link is Link.LAYER:
         return value.start
+    if value.link is Link.PRODUCT and value.start is not None and product_of(value.start):
+        return value.start if is_stored(value.start, analysis.gm) else None
     if value.link is not Link.JOIN or value.parent is None:
         return None
     nodes = calls_between(value.parent, value.node, analysis)

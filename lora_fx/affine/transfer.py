@@ -16,9 +16,11 @@ def analyse(gm: fx.GraphModule) -> Analysis:
 TRANSFER: dict[str, Rule] = {
     "linear": layers.linear,
     "addmm": layers.addmm,
+    "baddbmm": layers.addmm,
     "matmul": layers.matmul,
     "mm": layers.matmul,
     "bmm": layers.matmul,
+    "tensordot": layers.matmul,
     "embedding": layers.embedding,
     "einsum": einsums.einsum,
     "conv1d": convs.conv,

@@ -11,8 +11,10 @@ from lora_fx.affine.maps import Link, Map, Patches
 from lora_fx.affine.matrices import Identity
 from lora_fx.affine.moves import CASTS
 from lora_fx.ops import aten, op_name
+from lora_fx.products import product_of
+from lora_fx.row_blocks import part_of
 
-# A layer's operator, and where it reads its input and its weight.
+# A layer's own operators, and where they read their input and their weight.
 LAYERS = {
     aten.linear.default: (0, 1),
     aten.addmm.default: (1, 2),
@@ -35,18 +37,36 @@ class Way:
     moves: tuple[fx.Node, ...] = ()
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Whether a call may stand for a region: a layer, or a product that is written out."""
+    return node.target in LAYERS or product_of(node) is not None
+
+
 def input_of(layer: fx.Node) -> fx.Node:
     """What a layer reads."""
-    x = layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
+    product = None if layer.target in LAYERS else product_of(layer)
+    x = product.x if product else layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
     assert isinstance(x, fx.Node)
     return x
 
 
 def weight_of(layer: fx.Node) -> fx.Node:
     """The constant that a layer multiplies with."""
-    weight = layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
+    product = None if layer.target in LAYERS else product_of(layer)
+    weight = product.matrix if product else layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
     assert isinstance(weight, fx.Node)
     return weight
+
+
+def stored_in(layer: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
+    """The ``get_attr`` node of the weight that a layer reads, or reads a part of; or None."""
+    part = part_of(gm, weight_of(layer))
+    return part and part.source
+
+
+def is_stored(layer: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether a call is a layer of its own: a product with what is computed may be an adapter's."""
+    return layer.target in LAYERS or stored_in(layer, gm) is not None
 
 
 def reads_more(layer: fx.Node, source: Map, analysis: Analysis) -> bool:

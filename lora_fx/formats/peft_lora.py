@@ -8,6 +8,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.of_parameter import for_parameter
 from lora_fx.stored import Stored, is_embedding
 from lora_fx.update import Update
 
@@ -104,6 +105,7 @@ def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
         update: of low rank, with no vector but a magnitude.
         has_bias: whether any layer of the adapter has a bias; one that has none gets zeros.
     """
+    update = for_parameter(update)
     kernel = update.down.ndim - 2
     is_table = is_embedding(update.stored)
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)

@@ -16,6 +16,12 @@ einsum = torch.einsum
 CASES: dict[str, tuple[Any, ...]] = {
     "dense": (lambda m, x: einsum("...i,oi->...o", m.low(x), m.v), "batch"),
     "dense, transposed": (lambda m, x: einsum("...i,io->...o", m.low(x), m.v.T), "batch"),
+    "of an input": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch"),
+    "of an input, features in front": (lambda m, x: einsum("oi,...ib->...ob", m.w, x), "turned"),
+    "features to another place": (
+        lambda m, x: einsum("bsi,oi->bos", m.low(x), m.v),
+        "batch",
+    ),
     "the constant in front": (lambda m, x: einsum("oi,bsi->bso", m.v, m.low(x)), "batch"),
     "features in front of the last axis": (
         lambda m, x: einsum("bis,oi->bos", m.low(x).transpose(-1, -2), m.v),
@@ -52,17 +58,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", REFUSED),
     "the batch summed": (lambda m, x: einsum("bsi,oi->so", m.low(x), m.v), "batch", REFUSED),
     "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", m.low(x), m.v), "batch", REFUSED),
-    "features to another place": (
-        lambda m, x: einsum("bsi,oi->bos", m.low(x), m.v),
-        "batch",
-        REFUSED,
-    ),
     "a label of the constant alone": (
         lambda m, x: einsum("bsi,oi->bs", m.low(x), m.v),
         "batch",
         REFUSED,
     ),
-    "no map": (lambda m, x: einsum("bsi,oi->bso", x, m.w), "batch", "no map"),
+    "no map": (lambda m, x: einsum("bsi,io->bsio", x, m.w.T), "batch", "no map"),
     "shared labels behind": (
         lambda m, x: einsum("bsgi,gi->bsig", m.split(x), m.blocks[:, 0]),
         "batch",

@@ -40,6 +40,17 @@ CASES: dict[str, tuple[Any, ...]] = {
         "turned",
         "export",
     ),
+    "bmm after repeat": (lambda m, x: torch.bmm(x, m.w.T.unsqueeze(0).repeat(4, 1, 1)), "batch"),
+    "bmm from the left": (lambda m, x: torch.bmm(m.w.expand(4, 5, 3), x), "turned", "export"),
+    "baddbmm": (lambda m, x: torch.baddbmm(m.b, x, m.w.T.expand(4, 3, 5)), "batch"),
+    "matmul from the left, turned": (lambda m, x: m.w @ x.mT, "batch"),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.w, dims=([-1], [1])), "batch"),
+    "tensordot by a number": (lambda m, x: torch.tensordot(x, m.w.T, 1), "batch"),
+    "tensordot from the left": (
+        lambda m, x: torch.tensordot(m.w, x.t(), ([1], [0])),
+        "flat",
+        "export",
+    ),
     "embedding": (lambda m, x: F.embedding(x, m.table), "ids"),
     "embedding with padding": (lambda m, x: F.embedding(x, m.table, padding_idx=2), "ids"),
     "embedding then linear": (

@@ -136,6 +136,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "matmul: transpose dropped": ((layers, "transposed", straight), "layers", "matmul"),
     "matmul: features elsewhere": (rule(turned, "matmul"), "layers", "matmul from the left"),
     "matmul: bmm's weight doubled": (rule(doubled, "bmm"), "layers", "bmm"),
+    "matmul: tensordot's weight doubled": (rule(doubled, "tensordot"), "layers", "tensordot"),
     "embedding: transpose dropped": ((layers, "transposed", straight), "layers", "embedding"),
     "conv: kernel read in another order": ((convs, "leaf", dense_kernel), "convs", "conv2d"),
     "conv: stride for dilation": (

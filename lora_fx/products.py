@@ -1,0 +1,245 @@
+"""Products with one matrix, however they are spelled: ``x @ w``, ``mm``, ``bmm``, ``einsum``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.ops import aten, call_argument, op_name
+from lora_fx.picks import calls_of
+
+_UNBIASED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+_STEPS = 200  # nodes that a matrix may be made of, an adapter's function of a weight included
+_BATCHES = {"unsqueeze", "expand", "repeat", "broadcast_to"}  # give a matrix a batch
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where a call keeps its features, if not on the last axis, as einsum writes it.
+
+    Attributes:
+        of_x: the axes of x, ``bin``.
+        output: the axes of the result, ``bon``.
+        summed: the letter of the features of x.
+        new: that of the features of the result.
+    """
+
+    of_x: str
+    output: str
+    summed: str
+    new: str
+
+    @property
+    def before(self) -> int:
+        """How many axes of x are behind its features."""
+        return len(self.of_x) - 1 - self.of_x.index(self.summed)
+
+    @property
+    def behind(self) -> int:
+        """How many axes of the result are behind its features."""
+        return len(self.output) - 1 - self.output.index(self.new)
+
+    def shrink(self) -> str:
+        """The equation of x and (in, r)."""
+        rank = self._rank()
+        return _spelled(f"{self.of_x},{self.summed}{rank}->{self.output.replace(self.new, rank)}")
+
+    def expand(self) -> str:
+        """The equation of r features and (r, out)."""
+        rank = self._rank()
+        return _spelled(f"{self.output.replace(self.new, rank)},{rank}{self.new}->{self.output}")
+
+    def _rank(self) -> str:
+        return next(n for n in _LETTERS if n not in {*self.of_x, *self.output})
+
+
+@dataclass(frozen=True)
+class Product:
+    """A call that multiplies its input with one constant matrix.
+
+    Attributes:
+        x: the input.
+        operand: what it is multiplied with, which may have a batch.
+        matrix: the operand without one, of two axes.
+        turned: whether the matrix is (out, in).
+        bias: what is added, or None.
+        labels: where features are; None for the last axis of x and of the result.
+    """
+
+    x: fx.Node
+    operand: fx.Node
+    matrix: fx.Node
+    turned: bool
+    bias: fx.Node | None = None
+    labels: Labels | None = None
+
+    def again(
+        self, call: fx.Node, x: fx.Node, operand: fx.Node, bias: fx.Node | None
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The same call of other operands; the bias is left out where it has no place for one."""
+        if call.target is aten.linear.default:
+            return call.target, (x, operand) if bias is None else (x, operand, bias)
+        if call.target in _UNBIASED and bias is None:
+            return _UNBIASED[call.target], (x, operand)
+        if call.target in _UNBIASED:
+            return call.target, (bias, x, operand)
+        new = {self.x: x, self.operand: operand}
+        arguments: Any = fx.node.map_arg(call.args, lambda node: new.get(node, node))
+        return call.target, arguments
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """Reads a call in normal form, or None if it is no product with one constant matrix."""
+    read = _READERS.get(node.target)
+    return read(node) if read is not None and not node.kwargs else None
+
+
+def batches_of(product: Product) -> list[fx.Node]:
+    """The calls that give a product's matrix a batch, in order."""
+    calls: list[fx.Node] = []
+    node = product.operand
+    while node is not product.matrix:
+        calls.insert(0, node)
+        node = node.all_input_nodes[0]
+    return calls
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a node is a stored tensor, or computed from such alone."""
+    return isinstance(value, fx.Node) and (
+        value.op == "get_attr" or bool(calls_of(value, most=_STEPS))
+    )
+
+
+def rank_of(node: fx.Node) -> int | None:
+    """How many axes a node was traced with."""
+    value = node.meta.get("val")
+    return value.ndim if isinstance(value, torch.Tensor) else None
+
+
+def _linear(node: fx.Node) -> Product | None:
+    args: Any = node.args
+    x, weight, *bias = args
+    return _made(x, weight, turned=True, bias=bias[0] if bias else None)
+
+
+def _matmul(node: fx.Node) -> Product | None:
+    args: Any = node.args
+    left, right = args
+    found = _made(left, right, turned=False)
+    if found is not None:
+        return found
+    is_vector = isinstance(right, fx.Node) and rank_of(right) == 1
+    labels = None if is_vector else Labels(".in", ".on", "i", "o")
+    return _made(right, left, turned=True, labels=labels)
+
+
+def _biased(node: fx.Node) -> Product | None:
+    if len(node.args) != 3:
+        return None  # with factors
+    args: Any = node.args
+    bias, x, weight = args
+    return _made(x, weight, turned=False, bias=bias)
+
+
+def _einsum(node: fx.Node) -> Product | None:
+    args: Any = node.args
+    equation, operands = str(args[0]).replace(" ", "").replace("...", "."), args[1]
+    inputs, arrow, output = equation.partition("->")
+    labels = inputs.split(",")
+    if not isinstance(operands, list | tuple) or not len(operands) == len(labels) == 2:
+        return None
+    output = output if arrow else _implied(labels)
+    place = 1 if is_fixed(operands[1]) else 0
+    own, of_x = labels[place], labels[1 - place]
+    found = _labels(own, of_x, output)
+    if found is None:
+        return None
+    turned = own[0] == found.new
+    return _made(operands[1 - place], operands[place], turned, labels=_placed(found))
+
+
+def _tensordot(node: fx.Node) -> Product | None:
+    args: Any = node.args
+    one, two, *dims = args
+    if len(dims) != 2 or any(len(axes) != 1 for axes in dims):
+        return None
+    place = 1 if is_fixed(two) else 0
+    x, weight = (two, one) if place == 0 else (one, two)
+    axis, own = dims[1 - place][0], dims[place][0] % 2
+    rank = rank_of(x) if isinstance(x, fx.Node) else None
+    if rank is None and (axis != -1 or place == 0):
+        return None
+    batch = "." if rank is None else _LETTERS[: rank - 1].replace("i", "Y").replace("o", "Z")
+    at = len(batch) if axis == -1 else axis % (rank or 1)
+    output = f"{batch}o" if place == 1 else f"o{batch}"
+    labels = Labels(f"{batch[:at]}i{batch[at:]}", output, "i", "o")
+    return _made(x, weight, own == 1, labels=_placed(labels))
+
+
+def _made(
+    x: Any, operand: Any, turned: bool, bias: Any = None, labels: Labels | None = None
+) -> Product | None:
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node) or is_fixed(x):
+        return None
+    matrix = _without_batch(x, operand)
+    if not is_fixed(matrix) or (bias is not None and not isinstance(bias, fx.Node)):
+        return None
+    return Product(x, operand, matrix, turned, bias, labels)
+
+
+def _without_batch(x: fx.Node, operand: fx.Node) -> fx.Node:
+    """The matrix that an operand repeats for each of a batch that x has too."""
+    node = operand
+    while op_name(node) in _BATCHES and isinstance(node.args[0], fx.Node):
+        if op_name(node) == "unsqueeze" and call_argument(node, 1, "dim") != 0:
+            return operand
+        node = node.args[0]
+    users = {op_name(user) for user in operand.users}
+    has_batch = users <= {"bmm", "baddbmm"} or (rank_of(x) or 0) >= 3
+    return node if has_batch else operand
+
+
+def _spelled(equation: str) -> str:
+    return equation.replace(".", "...")
+
+
+def _implied(labels: list[str]) -> str:
+    """The output of an equation that names none: letters that occur once, in order."""
+    every = "".join(labels)
+    return "." * ("." in every) + "".join(sorted(n for n in set(every) if every.count(n) == 1))
+
+
+def _labels(own: str, of_x: str, output: str) -> Labels | None:
+    """The labels of an equation that sums one letter of x with a matrix of two, for a new one."""
+    if any(len(set(labels)) < len(labels) for labels in (own, of_x, output)) or len(own) != 2:
+        return None
+    summed = [n for n in own if n in of_x and n not in output]
+    new = [n for n in own if n in output and n not in of_x]
+    if len(summed) != 1 or len(new) != 1 or set(of_x) - {*summed} != set(output) - {*new}:
+        return None
+    found = Labels(of_x, output, summed[0], new[0])
+    behind = of_x[len(of_x) - found.before :] + output[len(output) - found.behind :]
+    return None if "." in behind else found  # how many axes these are is not known
+
+
+def _placed(labels: Labels) -> Labels | None:
+    """None for what is the last axis on both sides."""
+    is_plain = labels.before == labels.behind == 0 and labels.of_x[:-1] == labels.output[:-1]
+    return None if is_plain else labels
+
+
+_READERS: dict[Any, Any] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _biased,
+    aten.baddbmm.default: _biased,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.einsum.default: _einsum,
+    aten.tensordot.default: _tensordot,
+}
