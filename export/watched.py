@@ -21,7 +21,8 @@ class Watched(ir.LazyTensor):
     """
 
     def __init__(self, tensor: ir.TensorProtocol, name: str | None) -> None:
-        super().__init__(lambda: tensor, dtype=tensor.dtype, shape=tensor.shape, name=name)
+        shape = ir.Shape(tensor.shape.numpy())
+        super().__init__(lambda: tensor, dtype=tensor.dtype, shape=shape, name=name)
         self.digest = ""
 
     def tofile(self, file: BinaryIO) -> None:

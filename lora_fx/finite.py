@@ -45,9 +45,10 @@ def check_finite(
             f"{site.path}: adapter {name}: {reason}values overflow {site.dtype}, the dtype of the "
             f"layer, in {', '.join(loud)}; load the model in a wider dtype"
         )
-    is_anew = isinstance(update, WeightUpdate)
-    what = _made_anew(site, update, weight) if is_anew else _scaled(site, terms, weight)
-    _refuse(site, name, what)
+    if isinstance(update, WeightUpdate):
+        _refuse(site, name, _made_anew(site, update, weight))
+    else:
+        _refuse(site, name, _scaled(site, terms, weight))
 
 
 def check_product(site: Layer, name: str, terms: Terms) -> None:
@@ -82,7 +83,7 @@ def overflow(site: Layer, terms: Terms) -> str:
     if not reach.numel():
         return ""
     groups = max(1, len(reach) // max(1, up.shape[1]))  # of the up beside a grouped convolution
-    sums = up.unflatten(0, (groups, -1)) @ reach.reshape(groups, -1, 1)
+    sums = up.reshape(groups, -1, up.shape[1]) @ reach.reshape(groups, -1, 1)
     if float(reach.max()) > limit:
         return "what down gives of an input of size one"
     return "the product of down and up" if float(sums.max()) > limit else ""

@@ -21,22 +21,22 @@ def iadd(x: Any, other: Any) -> Any:
     A function of our own: torch.fx writes ``operator.iadd`` as a statement, which changes the
     variable, and so what others read of a number that is never written to.
     """
-    return operator.iadd(x, other)
+    return operator.iadd(x, other)  # type: ignore[no-untyped-call]
 
 
 def isub(x: Any, other: Any) -> Any:
     """What ``x -= other`` leaves in x."""
-    return operator.isub(x, other)
+    return operator.isub(x, other)  # type: ignore[no-untyped-call]
 
 
 def imul(x: Any, other: Any) -> Any:
     """What ``x *= other`` leaves in x."""
-    return operator.imul(x, other)
+    return operator.imul(x, other)  # type: ignore[no-untyped-call]
 
 
 def itruediv(x: Any, other: Any) -> Any:
     """What ``x /= other`` leaves in x."""
-    return operator.itruediv(x, other)
+    return operator.itruediv(x, other)  # type: ignore[no-untyped-call]
 
 
 class WritingProxy(fx.Proxy):

@@ -110,6 +110,7 @@ def _is_new_by_schema(name: str) -> bool:
     packet = getattr(aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return name in ("truediv", "floordiv")
-    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    names = packet.overloads()  # type: ignore[no-untyped-call]
+    schemas = [getattr(packet, name)._schema for name in names]
     own = [s for s in schemas if not s.is_mutable]
     return bool(own) and all(r.alias_info is None for s in own for r in s.returns)

@@ -85,7 +85,8 @@ def draws(node: fx.Node) -> bool:
     """Whether a call is of an operator that draws random numbers, in whatever spelling."""
     packets = (getattr(aten, name, None) for name in (op_name(node), op_name(node).rstrip("_")))
     found = [p for p in packets if isinstance(p, torch._ops.OpOverloadPacket)]
-    tags = [getattr(packet, name).tags for packet in found for name in packet.overloads()]
+    overloads = ((packet, name) for packet in found for name in packet.overloads())  # type: ignore[no-untyped-call]
+    tags = [getattr(packet, name).tags for packet, name in overloads]
     return any(torch.Tag.nondeterministic_seeded in each for each in tags)
 
 

@@ -74,7 +74,7 @@ def symbolic_graph(
         if called is not None and works_in_place(called):
             made[str(node.target)] = with_new_results(called)
             _copy_back(node)
-    graph.owning_module = model
+    graph.owning_module = model  # type: ignore[assignment]  # what its calls of modules are of
     return graph, made
 
 

@@ -55,7 +55,7 @@ def twin(call: Call, write: fx.Node, into: fx.Node) -> fx.Node:
 def _of_operator(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:
     if write.target is aten.copy_.default and _is_of_module(write):
         return write.args[1]  # type: ignore[return-value]
-    target = _functional(write.target)  # type: ignore[arg-type]
+    target = _functional(write.target)
     if target is None:
         return None
     kwargs = {name: value for name, value in write.kwargs.items() if value is not into}
@@ -84,7 +84,8 @@ def _functional(target: Overload) -> Overload | None:
 
 def _overloads(packet: Any) -> Iterator[Overload]:
     if isinstance(packet, torch._ops.OpOverloadPacket):
-        yield from (getattr(packet, name) for name in packet.overloads())
+        names = packet.overloads()  # type: ignore[no-untyped-call]
+        yield from (getattr(packet, name) for name in names)
 
 
 def _of_python(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:

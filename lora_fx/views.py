@@ -151,7 +151,8 @@ def _turned(target: Any) -> Undo:
 
 
 def _permuted(call: Call, outer: fx.Node, inner: fx.Node, value: fx.Node) -> fx.Node:
-    given = inner.args[1:] if len(inner.args) > 2 else call_argument(inner, 1, "dims")
+    several = len(inner.args) > 2
+    given: Any = inner.args[1:] if several else call_argument(inner, 1, "dims")
     order = [axis % len(given) for axis in given]
     return call(aten.permute.default, value, [order.index(axis) for axis in range(len(order))])
 
@@ -173,7 +174,9 @@ def _taken(call: Call, outer: fx.Node, inner: fx.Node, value: fx.Node) -> fx.Nod
     if op_name(pieces) == "unbind":
         return call(aten.select_scatter.default, outer, _plain(value), _dim(pieces, 1), place)
     seen, dim = pieces.meta.get("val"), _dim(pieces, 2)
-    sizes = [piece.shape[dim] for piece in seen[: int(place) + 1]] if seen else [None]  # type: ignore[arg-type]
+    sizes: list[Any] = [None]
+    if seen:
+        sizes = [piece.shape[dim] for piece in seen[: int(place) + 1]]  # type: ignore[arg-type]
     if not all(type(size) is int for size in sizes):
         return None
     ends = sum(sizes[:-1]), sum(sizes)
