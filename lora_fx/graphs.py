@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.deferred import Deferred, promise, raw
 from lora_fx.lazy_compile import compile_when_read
-from lora_fx.modes import Traced
+from lora_fx.modes import TracedGraph
 from lora_fx.ops import GUARDS
 from lora_fx.shells import shell
 
@@ -56,7 +56,7 @@ def assemble(
     What the root does not hold is in ``more``. Tensors are the same objects; called modules become
     shells, so that training mode can be set on the result alone.
     """
-    gm = Traced({}, fx.Graph())
+    gm = TracedGraph({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
         value: Any = more[target] if more and target in more else raw(root, target)

@@ -21,10 +21,10 @@ from lora_fx.lazy_compile import compile_when_read
 from lora_fx.source import KEY, source_of
 
 
-class Traced(fx.GraphModule):
+class TracedGraph(fx.GraphModule):
     """A GraphModule whose recorded flags follow its mode."""
 
-    def train(self, mode: bool = True) -> Traced:
+    def train(self, mode: bool = True) -> TracedGraph:
         """Sets the mode of every module, and of what the graph has recorded.
 
         Raises:
@@ -47,11 +47,11 @@ def in_mode(model: nn.Module, mode: bool) -> Iterator[dict[str, bool]]:
     """
     modules = dict(model.named_modules())
     wanted = dict.fromkeys(modules, mode)
-    own = any(type(m).train not in (nn.Module.train, Traced.train) for m in modules.values())
+    own = any(type(m).train not in (nn.Module.train, TracedGraph.train) for m in modules.values())
     if own:
         probe = copy.deepcopy(model).train(mode)
         wanted = {path: module.training for path, module in probe.named_modules()}
-    graph = model if isinstance(model, Traced) else None
+    graph = model if isinstance(model, TracedGraph) else None
     before = {path: module.training for path, module in modules.items()}
     if graph is not None:
         follow(graph, mode)

@@ -12,7 +12,7 @@ from lora_fx.layer import Layer
 from lora_fx.layer_class import NORM, layer_class
 from lora_fx.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.stored import is_embedding
-from lora_fx.traced import Traced
+from lora_fx.traced import TracedModule
 
 
 class NoWeightFormError(Exception):
@@ -42,7 +42,7 @@ class Place:
         return self.leaf.replace("weight", "bias") if self.leaf.endswith("weight") else None
 
 
-def place_of(traced: Traced, path: str, update: AnyUpdate, hint: Layer | None) -> Place:
+def place_of(traced: TracedModule, path: str, update: AnyUpdate, hint: Layer | None) -> Place:
     """The place that a path means.
 
     Args:
@@ -65,7 +65,7 @@ def place_of(traced: Traced, path: str, update: AnyUpdate, hint: Layer | None) -
     return Place(module, leaf, _layer(traced, path, module, leaf, update, hint), inside=False)
 
 
-def _leaf(traced: Traced, path: str, module: nn.Module, update: AnyUpdate) -> str:
+def _leaf(traced: TracedModule, path: str, module: nn.Module, update: AnyUpdate) -> str:
     """The parameter that is meant by its module's name."""
     held = traced.parameters(module)
     matrices = [name for name, p in held.items() if p is not None and len(p.shape) > 1]
@@ -81,7 +81,12 @@ def _leaf(traced: Traced, path: str, module: nn.Module, update: AnyUpdate) -> st
 
 
 def _layer(
-    traced: Traced, path: str, module: nn.Module, leaf: str, update: AnyUpdate, hint: Layer | None
+    traced: TracedModule,
+    path: str,
+    module: nn.Module,
+    leaf: str,
+    update: AnyUpdate,
+    hint: Layer | None,
 ) -> Layer | None:
     held = traced.parameters(module)[leaf]
     known = layer_class(module) if leaf == "weight" else None
@@ -109,7 +114,7 @@ def _fits(found: tuple[int | None, ...], wanted: tuple[int, ...]) -> bool:
     return len(found) == len(wanted) and all(size in (None, axis) for size, axis in pairs)
 
 
-def replaced(traced: Traced, name: str) -> tuple[nn.Module, str, Mapping[str, Any]]:
+def replaced(traced: TracedModule, name: str) -> tuple[nn.Module, str, Mapping[str, Any]]:
     """The module that holds a parameter or buffer of a name, its own name, and what it is among.
 
     Raises:

@@ -26,7 +26,7 @@ from lora_fx.shells import unshared, untouched
 from lora_fx.source import Again, Source, mark, remember
 from lora_fx.symbolic import symbolic_graph
 from lora_fx.trace_errors import refuse_attributes, refuse_inputs
-from lora_fx.traced import Traced
+from lora_fx.traced import TracedModule
 
 _META = "lora_fx.example"
 
@@ -49,7 +49,7 @@ class Example:
     dynamic_shapes: Any = None
     output_embedding: str | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    model: Traced | None = field(default=None, compare=False, repr=False)
+    model: TracedModule | None = field(default=None, compare=False, repr=False)
 
 
 def trace(
@@ -93,7 +93,7 @@ def trace(
         return _from_program(model, check)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     names = _output_embedding(model), _aliases(model)
-    model_then = Traced(model) if isinstance(model, nn.Module) else None
+    model_then = TracedModule(model) if isinstance(model, nn.Module) else None
     example = Example(args, kwargs, dynamic_shapes, *names, model_then)
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
@@ -205,7 +205,7 @@ def _from_program(program: torch.export.ExportedProgram, check: bool) -> fx.Grap
     dynamic = dict(zip(names, by_args, strict=False)) | by_kwargs
     module, graph = graph_of(program)
     shapes_or_none = dynamic if any(shapes) else None
-    example = Example(tuple(args), dict(kwargs), shapes_or_none, model=Traced(module))
+    example = Example(tuple(args), dict(kwargs), shapes_or_none, model=TracedModule(module))
     gm = _finish(module, graph, example, training=False)
     if check and (args or kwargs):
         check_faithful(module, gm, (tuple(args), dict(kwargs)))

@@ -15,7 +15,7 @@ from lora_fx.deferred import Deferred, Parameters
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
 
-class Traced:
+class TracedModule:
     """A module with its tree as it was: the objects themselves, no copy of a tensor.
 
     What is done to the tree afterwards (PEFT wraps layers in place) does not concern the graph,
@@ -66,7 +66,7 @@ class Traced:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(copy)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         """A copy of a graph is of the same module."""
         return self
 

@@ -21,7 +21,7 @@ from lora_fx.deferred import promise, raw
 from lora_fx.injected import Injected, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
 from lora_fx.trace import example_of
-from lora_fx.traced import Traced, read
+from lora_fx.traced import TracedModule, read
 from lora_fx.written import written
 
 Slot = tuple[nn.Module, str]
@@ -36,7 +36,9 @@ class WeightForm:
         changed: how many weights and biases differ from the module's own.
     """
 
-    def __init__(self, gm: fx.GraphModule, traced: Traced, records: Sequence[Injected]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, traced: TracedModule, records: Sequence[Injected]
+    ) -> None:
         self._traced = traced
         self._values = _statistics(gm, traced)
         self._weights: dict[Slot, Weight] = {}
@@ -178,7 +180,7 @@ def _adding(bias: torch.Tensor, steps: Sequence[Step]) -> Any:
     return lambda module, inputs, output: output + shift
 
 
-def _statistics(gm: fx.GraphModule, traced: Traced) -> dict[Slot, torch.Tensor]:
+def _statistics(gm: fx.GraphModule, traced: TracedModule) -> dict[Slot, torch.Tensor]:
     """Buffers that the graph has its own of: training moves them there, and not in the module."""
     found: dict[Slot, torch.Tensor] = {}
     for path, module in traced.modules.items():
@@ -190,7 +192,7 @@ def _statistics(gm: fx.GraphModule, traced: Traced) -> dict[Slot, torch.Tensor]:
     return found
 
 
-def _written(gm: fx.GraphModule, traced: Traced) -> set[Slot]:
+def _written(gm: fx.GraphModule, traced: TracedModule) -> set[Slot]:
     """Parameters that a call writes to."""
     names = {str(node.target) for node in written(gm.graph) if node.op == "get_attr"}
     paths = (name.rpartition(".") for name in names)
