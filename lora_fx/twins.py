@@ -116,7 +116,8 @@ def _counterpart(write: fx.Node) -> Any:
         return aten.copy.default
     if write.op == "call_method" and hasattr(torch.Tensor, name):
         return name
-    places = (torch, F) if write.op == "call_function" else ()
+    is_python = not isinstance(write.target, torch._ops.OpOverloadPacket)
+    places = (torch, F) if write.op == "call_function" and is_python else ()
     found = (getattr(place, name, None) for place in places)
     return next((f for f in found if f is not None), None) or getattr(aten, name, None)
 
