@@ -151,6 +151,9 @@ class _Maker:
         layer, place = self.region.layer, self.region.place
         part = self._whole(product.matrix).behind(product.matrix, batches_of(product))
         names = _names(module_path(layer), self.pack.weight if self.pack else part.source)
+        if self.pack is None and self._is_own(names[0]):  # nobody else reads the new one
+            at = self._constant(names[0], weight, weight.shape)
+            return self._call(layer.target, x, at, self._shift(names[1], bias))
         if self.pack is not None:
             operand = self.pack.operand(layer, _round_to(self.pack.dtype))
         else:
@@ -164,6 +167,11 @@ class _Maker:
         if shift is None or shift in call.all_input_nodes:
             return call
         return self.editor.call(aten.add.Tensor, (call, shift), before=place, like=layer)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a linear layer reads the weight of its own module, turned around or not."""
+        layer = self.region.layer
+        return layer.target is aten.linear.default and name == f"{module_path(layer)}.weight"
 
     def _whole(self, matrix: fx.Node) -> Part:
         """How a stored weight comes to the matrix, if all of it does: else that is what is new."""
