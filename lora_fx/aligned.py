@@ -70,8 +70,13 @@ def put_argument(node: fx.Node, place: int | str, value: Any) -> None:
 
 
 def _calls(graph: fx.Graph, left_out: list[fx.Node]) -> list[fx.Node]:
-    """All nodes but those that fetch tensors, which are known by their names, and guards."""
-    skipped = {*left_out, *graph.find_nodes(op="get_attr")}
+    """All nodes but those that fetch tensors, which are known by their names, and guards.
+
+    A tensor that is contiguous already is its own copy, which a tracer does not write down:
+    attention lays out its result otherwise in training.
+    """
+    copies = graph.find_nodes(op="call_function", target=aten.contiguous.default)
+    skipped = {*left_out, *copies, *graph.find_nodes(op="get_attr")}
     return [n for n in graph.nodes if n not in skipped and n.target != GUARDS]
 
 
@@ -109,9 +114,17 @@ def _same(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
 def _is_twin(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
     if not isinstance(value, fx.Node) or not isinstance(other, fx.Node):
         return type(value) is type(other) and bool(value == other)
+    value, other = _copied(value), _copied(other)
     if value.op == "get_attr":
         return other.op == "get_attr" and value.target == other.target
     return twins.get(value) is other
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    """What a node is a contiguous copy of."""
+    while node.target is aten.contiguous.default:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _differ(node: fx.Node, twin: fx.Node | None) -> TraceError:

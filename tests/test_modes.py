@@ -168,3 +168,33 @@ def test_where_the_model_is_not_known_a_recorded_flag_is_refused() -> None:
     assert plain.train().training
     live = recorded(trace(FOLLOW["dropout"]().eval())).train()
     assert not torch.equal(live(x), live(x))
+
+
+class Attends(nn.Module):
+    """Makes a copy of what attention gives, which is none where it is laid out so already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p.unflatten(-1, (2, 4)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        kept = 0.5 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=kept).transpose(1, 2).contiguous()
+        result: torch.Tensor = self.out(y.reshape(*x.shape))
+        return result
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_copy_that_one_mode_does_not_need_is_no_difference(start: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Attends(), torch.randn(3, 5, 8)
+    gm = trace(model.train(start), (x,))
+    for mode in (True, False, True):
+        gm.train(mode)
+        torch.manual_seed(1)
+        wanted = model.train(mode)(x)
+        torch.manual_seed(1)
+        assert torch.equal(gm(x), wanted)
+    gm.eval()
+    assert not torch.equal(gm(x), wanted)  # control: dropout was on
