@@ -105,6 +105,9 @@ def _stored_at(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
     """The layers whose weight is stored under a path, or below it, and that the update fits."""
     stored = (path, f"{path}.weight")
     found = {p: calls[0] for p, calls in groups.items() if calls[0].weight.target in stored}
+    own = [p for p, calls in groups.items() if calls[0].bare and p.rpartition(".")[0] == path]
+    if not found and len(own) == 1:  # a module that holds one matrix, whatever it calls it
+        found = {own[0]: groups[own[0]][0]}
     fitting = {p: site for p, site in found.items() if _fits(update, site)}
     kinds = {site.kind for site in fitting.values()}
     return list(fitting) if len(kinds) == 1 else []

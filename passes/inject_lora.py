@@ -144,7 +144,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
         fresh = made[path] = twin or _fresh(editor, config, groups[path], generator)
         updates[path] = update = fresh.update
         if fresh.residual is not None:
-            left[weight_name(first)] = fresh.residual.data
+            left[weight_name(first)] = fresh.residual.detach()
             _leave(editor, groups[path], fresh.residual)
         names = parameter_names(path, config.name, first.bare)
         nodes = {

@@ -66,7 +66,7 @@ def traced() -> Any:
     [
         ("shared", "encoder.table", (11, 5)),
         ("head", "head", (5, 11)),
-        ("narrow.kernel", "narrow", (5, 5)),
+        ("narrow", "narrow.kernel", (5, 5)),
     ],
 )
 def test_a_path_may_be_another_name_of_the_layer(
