@@ -116,7 +116,7 @@ def _is_twin(value: Any, other: Any, twins: dict[Any, Any]) -> bool:
         return type(value) is type(other) and bool(value == other)
     value, other = _copied(value), _copied(other)
     if value.op == "get_attr":
-        return other.op == "get_attr" and value.target == other.target
+        return other.op == "get_attr" and bool(value.target == other.target)
     return twins.get(value) is other
 
 
