@@ -51,14 +51,14 @@ class Bound:
     ) -> Bound:  # fmt: skip
         """What has just been put into a graph, under those of the names that are there."""
         held = {
-            part: value for part, name in names.items() if (value := _held(gm, name)) is not None
+            part: value for part, name in names.items() if (value := held_by(gm, name)) is not None
         }
         prints = {part: _print(value) for part, value in held.items()}
         return cls(layer, {p: names[p] for p in held}, prints, scale, frozenset(beside))
 
     def now(self, gm: fx.GraphModule, update: AnyUpdate) -> AnyUpdate | None:
         """The update with the values that the graph has now; None if it has them no more."""
-        found = {part: _held(gm, name) for part, name in self.names.items()}
+        found = {part: held_by(gm, name) for part, name in self.names.items()}
         held = {part: value for part, value in found.items() if value is not None}
         if len(held) < len(found):
             return None
@@ -200,7 +200,8 @@ def _names(record: Injected) -> set[str]:
     return {name for several in record.bound.values() for b in several for name in b.names.values()}
 
 
-def _held(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
+def held_by(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
+    """A tensor of a graph by its dotted name; None if it has none, or a promise of one."""
     try:
         value = raw(gm, name)
     except AttributeError:

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapted import Step, Weight, shifted
 from lora_fx.adapter import AnyUpdate
-from lora_fx.deferred import promise, raw
-from lora_fx.injected import Injected, injected
+from lora_fx.deferred import promise
+from lora_fx.injected import Injected, held_by, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
 from lora_fx.trace import example_of
 from lora_fx.traced import TracedModule, read
@@ -185,7 +185,7 @@ def _statistics(gm: fx.GraphModule, traced: TracedModule) -> dict[Slot, torch.Te
     found: dict[Slot, torch.Tensor] = {}
     for path, module in traced.modules.items():
         for leaf, value in traced.buffers(module).items():
-            held = _tensor(gm, f"{path}.{leaf}".removeprefix("."))
+            held = held_by(gm, f"{path}.{leaf}".removeprefix("."))
             if value is None or held is None or held is value or held.shape != value.shape:
                 continue
             found[module, leaf] = held
@@ -198,14 +198,6 @@ def _written(gm: fx.GraphModule, traced: TracedModule) -> set[Slot]:
     paths = (name.rpartition(".") for name in names)
     found = {(traced.modules.get(path), leaf) for path, _, leaf in paths}
     return {(m, n) for m, n in found if m is not None and traced.parameters(m).get(n) is not None}
-
-
-def _tensor(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
-    try:
-        value = raw(gm, name)
-    except AttributeError:
-        return None
-    return value if isinstance(value, torch.Tensor) else None
 
 
 __all__ = ["NoWeightFormError", "Place", "WeightForm", "weight_form"]
