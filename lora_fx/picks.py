@@ -178,11 +178,14 @@ def _run(expression: Expression, base: torch.Tensor) -> Any:
 
 def _is_unsteady(node: fx.Node) -> bool:
     """Whether a call writes, or may give something else the next time."""
-    if mutates(node):
-        return True
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags
-    return not node.all_input_nodes
+        return _is_unsteady_operator(node.target)
+    return mutates(node) or not node.all_input_nodes
+
+
+@functools.cache
+def _is_unsteady_operator(target: torch._ops.OpOverload) -> bool:
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _picking(gm: fx.GraphModule, node: fx.Node) -> _Step | None:

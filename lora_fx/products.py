@@ -17,6 +17,9 @@ _BATCHES = {"unsqueeze", "expand", "repeat", "broadcast_to"}  # give a matrix a 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+Place = tuple[int, ...]  # of an argument: its number, and in a list its number there
+
+
 @dataclass(frozen=True)
 class Labels:
     """Where a call keeps its features, if not on the last axis, as einsum writes it.
@@ -68,12 +71,14 @@ class Product:
         turned: whether the matrix is (out, in).
         bias: what is added, or None.
         labels: where features are; None for the last axis of x and of the result.
+        at: where the call has x, and where the operand.
     """
 
     x: fx.Node
     operand: fx.Node
     matrix: fx.Node
     turned: bool
+    at: tuple[Place, Place]
     bias: fx.Node | None = None
     labels: Labels | None = None
 
@@ -90,6 +95,14 @@ class Product:
         new = {self.x: x, self.operand: operand}
         arguments: Any = fx.node.map_arg(call.args, lambda node: new.get(node, node))
         return call.target, arguments
+
+
+def argument_at(node: fx.Node, place: Place) -> Any:
+    """What a call has at a place of its arguments."""
+    found: Any = node.args
+    for index in place:
+        found = found[index]
+    return found
 
 
 def product_of(node: fx.Node) -> Product | None:
@@ -115,35 +128,29 @@ def is_fixed(value: Any) -> bool:
     )
 
 
-def rank_of(node: fx.Node) -> int | None:
+def rank_of(node: object) -> int | None:
     """How many axes a node was traced with."""
-    value = node.meta.get("val")
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value.ndim if isinstance(value, torch.Tensor) else None
 
 
 def _linear(node: fx.Node) -> Product | None:
-    args: Any = node.args
-    x, weight, *bias = args
-    return _made(x, weight, turned=True, bias=bias[0] if bias else None)
+    bias = call_argument(node, 2, "bias")
+    return _made(node, ((0,), (1,)), turned=True, bias=bias)
 
 
 def _matmul(node: fx.Node) -> Product | None:
-    args: Any = node.args
-    left, right = args
-    found = _made(left, right, turned=False)
+    found = _made(node, ((0,), (1,)), turned=False)
     if found is not None:
         return found
-    is_vector = isinstance(right, fx.Node) and rank_of(right) == 1
+    is_vector = rank_of(node.args[1]) == 1
     labels = None if is_vector else Labels(".in", ".on", "i", "o")
-    return _made(right, left, turned=True, labels=labels)
+    return _made(node, ((1,), (0,)), turned=True, labels=labels)
 
 
 def _biased(node: fx.Node) -> Product | None:
-    if len(node.args) != 3:
-        return None  # with factors
-    args: Any = node.args
-    bias, x, weight = args
-    return _made(x, weight, turned=False, bias=bias)
+    has_factors = len(node.args) != 3
+    return None if has_factors else _made(node, ((1,), (2,)), turned=False, bias=node.args[0])
 
 
 def _einsum(node: fx.Node) -> Product | None:
@@ -160,7 +167,7 @@ def _einsum(node: fx.Node) -> Product | None:
     if found is None:
         return None
     turned = own[0] == found.new
-    return _made(operands[1 - place], operands[place], turned, labels=_placed(found))
+    return _made(node, ((1, 1 - place), (1, place)), turned, labels=_placed(found))
 
 
 def _tensordot(node: fx.Node) -> Product | None:
@@ -169,27 +176,33 @@ def _tensordot(node: fx.Node) -> Product | None:
     if len(dims) != 2 or any(len(axes) != 1 for axes in dims):
         return None
     place = 1 if is_fixed(two) else 0
-    x, weight = (two, one) if place == 0 else (one, two)
     axis, own = dims[1 - place][0], dims[place][0] % 2
-    rank = rank_of(x) if isinstance(x, fx.Node) else None
+    rank = rank_of(two if place == 0 else one)
     if rank is None and (axis != -1 or place == 0):
         return None
     batch = "." if rank is None else _LETTERS[: rank - 1].replace("i", "Y").replace("o", "Z")
     at = len(batch) if axis == -1 else axis % (rank or 1)
     output = f"{batch}o" if place == 1 else f"o{batch}"
     labels = Labels(f"{batch[:at]}i{batch[at:]}", output, "i", "o")
-    return _made(x, weight, own == 1, labels=_placed(labels))
+    return _made(node, ((1 - place,), (place,)), own == 1, labels=_placed(labels))
 
 
 def _made(
-    x: Any, operand: Any, turned: bool, bias: Any = None, labels: Labels | None = None
+    node: fx.Node,
+    at: tuple[Place, Place],
+    turned: bool,
+    bias: Any = None,
+    labels: Labels | None = None,
 ) -> Product | None:
-    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node) or is_fixed(x):
+    x, operand = (argument_at(node, place) for place in at)
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
         return None
     matrix = _without_batch(x, operand)
-    if not is_fixed(matrix) or (bias is not None and not isinstance(bias, fx.Node)):
+    if not is_fixed(matrix) or is_fixed(x):
         return None
-    return Product(x, operand, matrix, turned, bias, labels)
+    if bias is not None and not isinstance(bias, fx.Node):
+        return None
+    return Product(x, operand, matrix, turned, at, bias, labels)
 
 
 def _without_batch(x: fx.Node, operand: fx.Node) -> fx.Node:

@@ -12,7 +12,7 @@ from torch import fx
 from lora_fx.deferred import raw
 from lora_fx.layer import Layer
 from lora_fx.ops import aten, call_argument, module_path
-from lora_fx.products import Labels, batches_of, product_of
+from lora_fx.products import Labels, Place, argument_at, batches_of, product_of
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Part, Places, Read, part_of
 from lora_fx.site_paths import is_packed, paths_of
@@ -44,6 +44,7 @@ class Site(Layer):
         weight: the ``get_attr`` node of W.
         bias: the node of b, (out,), or None.
         part: what the call reads of W.
+        at: where the call has x, and where its weight.
         labels: where a product has its features; None for the last axis.
     """
 
@@ -51,21 +52,18 @@ class Site(Layer):
     weight: fx.Node
     bias: fx.Node | None
     part: Part
+    at: tuple[Place, Place]
     labels: Labels | None = None
 
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        product = product_of(self.node)
-        place = 0 if product else _OPERATORS[self.node.target][1]
-        return product.x if product else cast(fx.Node, self.node.args[place])
+        return cast(fx.Node, argument_at(self.node, self.at[0]))
 
     @property
     def operand(self) -> fx.Node:
         """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
-        product = product_of(self.node)
-        place = 0 if product else _OPERATORS[self.node.target][2]
-        return product.operand if product else cast(fx.Node, self.node.args[place])
+        return cast(fx.Node, argument_at(self.node, self.at[1]))
 
     @property
     def outputs(self) -> Places | None:
@@ -117,10 +115,10 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     product = product_of(node)
     if product is not None:
         part, kind = part_of(gm, product.matrix, bases), ""
-        bias, labels = product.bias, product.labels
+        bias, labels, places = product.bias, product.labels, product.at
     elif node.target in _OPERATORS:
-        kind, _, place, at = _OPERATORS[node.target]
-        part, labels = part_of(gm, node.args[place], bases), None
+        kind, x, place, at = _OPERATORS[node.target]
+        part, labels, places = part_of(gm, node.args[place], bases), None, ((x,), (place,))
         bias = None if at is None else call_argument(node, at, "bias")
     else:
         return None
@@ -149,6 +147,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
         weight=part.source,
         bias=bias,
         part=part,
+        at=places,
         labels=labels,
     )
 

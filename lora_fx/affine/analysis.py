@@ -15,6 +15,7 @@ from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Map, OneHot, Patches, Reading
 from lora_fx.affine.matrices import Identity, Leaf, Matrix
 from lora_fx.ops import op_name
+from lora_fx.products import Product, product_of
 from lora_fx.written import Written
 
 
@@ -74,6 +75,7 @@ class Analysis:
         self.constants = Constants(gm)
         self.values: dict[fx.Node, Value] = {}
         self._sources: dict[tuple[fx.Node, int, Reading], Map] = {}
+        self._products: dict[fx.Node, Product | None] = {}
         self.written = Written(gm.graph)
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -92,6 +94,12 @@ class Analysis:
         if name not in rules:
             return Opaque(f"{name} is not known to be affine")
         return rules[name](self, node) if node.args else Opaque(f"{name} is called by keywords")
+
+    def product(self, node: fx.Node) -> Product | None:
+        """`product_of`, asked once for each node: what is analysed does not change meanwhile."""
+        if node not in self._products:
+            self._products[node] = product_of(node)
+        return self._products[node]
 
     def map_of(self, value: object) -> Map | None:
         """The Map of an argument, or None."""

@@ -12,7 +12,6 @@ from lora_fx.affine.matrices import Blocks
 from lora_fx.affine.ways import (
     LAYERS,
     Way,
-    is_layer,
     reads_more,
     stored_in,
     way_in,
@@ -20,7 +19,7 @@ from lora_fx.affine.ways import (
     weight_of,
 )
 from lora_fx.ops import module_path, op_name
-from lora_fx.products import batches_of, product_of
+from lora_fx.products import batches_of
 from lora_fx.row_blocks import picked_from
 
 
@@ -95,7 +94,7 @@ def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Nod
     if first is None:
         return end
     needed = {n for move in (*before.moves, *behind.moves) for n in move.all_input_nodes[1:]}
-    product = product_of(behind.start)
+    product = analysis.product(behind.start)
     for call in batches_of(product) if product else ():
         needed |= set(call.all_input_nodes) - analysis.constants.nodes
     return first if all(n < first for n in needed) else None
@@ -124,7 +123,7 @@ def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis)
     follows or precedes is likelier than a factor; then those that are stored.
     """
     shape = (value.size, source.size)
-    layers = [n for n in sorted(nodes) if is_layer(n)]
+    layers = [n for n in sorted(nodes) if n.target in LAYERS or analysis.product(n)]
     fitting = [n for n in layers if _fits(n, shape, analysis)]
     fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
     if len(fitting) < 2:

@@ -9,7 +9,6 @@ from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.region import Region, calls_between, candidates, region_between
 from lora_fx.affine.ways import is_stored
 from lora_fx.ops import is_around
-from lora_fx.products import product_of
 
 _ROUNDS = 8  # graphs of a hundred random steps settle in three
 
@@ -94,7 +93,7 @@ def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
     """The layer that a link is, or that a join holds."""
     if value.link is Link.LAYER:
         return value.start
-    if value.link is Link.PRODUCT and value.start is not None and product_of(value.start):
+    if value.link is Link.PRODUCT and value.start is not None and analysis.product(value.start):
         return value.start if is_stored(value.start, analysis.gm) else None
     if value.link is not Link.JOIN or value.parent is None:
         return None

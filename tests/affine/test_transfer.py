@@ -124,7 +124,7 @@ def steps_of(kinds: tuple[str, ...]) -> Any:
 def check(steps: list[tuple[str, int, int]], frozen: bool, frontend: str) -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2)).double()
     module = Random(steps).eval().double().requires_grad_(not frozen)
-    gm = trace(module, (x, IDS), frontend=frontend)
+    gm = trace(module, (x, IDS), frontend=frontend, check=False)  # held against the module below
     folded = fold(gm)
     rounds = any(kind == "narrow" for kind, _, _ in steps)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_fold_changes_no_result_on_200_sums_of_convolutions(
 ) -> None:
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(2)).double()
     module = Images(steps).eval().double()
-    gm = trace(module, (x,), frontend="symbolic")
+    gm = trace(module, (x,), frontend="symbolic", check=False)  # held against the module below
     folded = fold(gm)
     with torch.no_grad():
         got, wanted = folded(x), module(x)
