@@ -37,8 +37,16 @@ class LoweredProgram(torch.export.ExportedProgram):
         for node in list(self.graph.nodes):
             if node.op == "call_function" and _is_composed(node.target, table):
                 _decompose(node, table)
+        self._name_outputs()
         self.graph_module.recompile()
         return self
+
+    def _name_outputs(self) -> None:
+        """Notes which nodes the outputs are now: the signature names them."""
+        outputs: Any = self.graph.output_node().args[0]
+        for node, spec in zip(outputs, self.graph_signature.output_specs, strict=True):
+            if isinstance(node, fx.Node):
+                spec.arg.name = node.name  # type: ignore[union-attr]  # a constant is no node
 
 
 def inline_grad_modes(gm: fx.GraphModule, graph: fx.Graph) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx.export import to_onnx
+from lora_fx.export.convert import convert
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.export.untraced import program_of
@@ -60,6 +61,19 @@ def test_only_what_the_table_names_is_decomposed() -> None:
     assert not {*table, aten.dropout.default, aten.movedim.int, aten.to.dtype} & after
     assert all("val" in node.meta for node in found.graph.nodes if node.op == "call_function")
     found.graph.lint()
+
+
+def test_outputs_that_are_decomposed_need_no_second_trace() -> None:
+    class Ends(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = torch.relu(x)
+            kept = nn.functional.dropout(y, 0.5, self.training)
+            return y.movedim(0, 1), kept, {"again": kept}
+
+    gm = trace(Ends().eval(), (torch.randn(4, 7, 3),))
+    found = program_of(gm, example_inputs(gm, None, None, None))
+    assert isinstance(found, LoweredProgram)
+    assert len(convert(found, None).graph.outputs) == 3
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
