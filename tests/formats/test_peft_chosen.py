@@ -35,22 +35,22 @@ def parameter(**fields: Any) -> Update:
 
 def tokens(*indices: int, **settings: Any) -> AnyUpdate:
     rows = {"trainable_tokens_delta": torch.randn(len(indices), 6)}
-    return KINDS["tokens"].read("here", rows, {"indices": list(indices), **settings})
+    return KINDS["tokens"].read(rows, {"indices": list(indices), **settings})
 
 
 def ia3() -> AnyUpdate:
-    return KINDS["ia3"].read("here", {"ia3_l": torch.ones(5, 1)}, {"feedforward": False})
+    return KINDS["ia3"].read({"ia3_l": torch.ones(5, 1)}, {"feedforward": False})
 
 
 def loha(**settings: Any) -> AnyUpdate:
     leaves = {"hada_w1_a": (7, 2), "hada_w1_b": (2, 5), "hada_w2_a": (7, 2), "hada_w2_b": (2, 5)}
     tensors = {leaf: torch.randn(shape) for leaf, shape in leaves.items()}
-    return KINDS["loha"].read("here", tensors, {"scale": 0.75, **settings})
+    return KINDS["loha"].read(tensors, {"scale": 0.75, **settings})
 
 
 def lokr(**settings: Any) -> AnyUpdate:
     tensors = {"lokr_w1": torch.randn(5, 3), "lokr_w2": torch.randn(2, 1)}
-    return KINDS["lokr"].read("here", tensors, {"scale": 0.75, **settings})
+    return KINDS["lokr"].read(tensors, {"scale": 0.75, **settings})
 
 
 def dense() -> AnyUpdate:

@@ -68,6 +68,6 @@ def test_projections_of_two_files_become_lora(save_peft_case: Any, tmp_path: Pat
     stored = adapter.updates["wide"].stored
     assert stored is not None
     other = {**stored.tensors, "vera_A": 2 * stored.tensors["vera_A"]}
-    updates = {**adapter.updates, "wide": KINDS["vera"].read("here", other, stored.settings)}
+    updates = {**adapter.updates, "wide": KINDS["vera"].read(other, stored.settings)}
     save_adapter(replace(adapter, updates=updates), tmp_path / "a")
     assert {u.kind for u in load_adapter(tmp_path / "a").updates.values()} == {"lora"}
