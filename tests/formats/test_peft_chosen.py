@@ -18,8 +18,6 @@ from lora_fx.kinds import KINDS
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.stored import Stored
 
-HERE = Path("here")
-
 
 def low(out: int = 5, into: int = 3, rank: int = 2, **fields: Any) -> Update:
     return Update(torch.randn(rank, into), torch.randn(out, rank), 1.5, **fields)
@@ -73,7 +71,7 @@ CHOSEN: dict[str, tuple[dict[str, AnyUpdate], str]] = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_one_type_holds_all_layers(name: str) -> None:
     updates, expected = CHOSEN[name]
-    chosen = choose(Adapter("a", updates), HERE)
+    chosen = choose(Adapter("a", updates))
     assert chosen.type.name == expected
     assert chosen.layers.keys() | chosen.tokens.keys() == updates.keys()
 
@@ -103,8 +101,8 @@ REFUSED: dict[str, tuple[dict[str, AnyUpdate], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_type_holds_is_refused_by_name(name: str, tmp_path: Path) -> None:
     updates, message = REFUSED[name]
-    with pytest.raises(AdapterError, match=rf"^here: .*{message}"):
-        check_expressible(choose(Adapter("a", updates), HERE), HERE)
+    with pytest.raises(AdapterError, match=message):
+        check_expressible(choose(Adapter("a", updates)))
     with pytest.raises(AdapterError):
         save_adapter(Adapter("a", updates), tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -140,7 +138,7 @@ def test_a_table_and_a_convolution_that_were_made_here_load_into_peft(
 
 def test_what_peft_ties_itself_is_not_written(tmp_path: Path) -> None:
     updates = {"e": tokens(1, 2), "head": tokens(1, 2, head=True, tied="e"), "fc": low()}
-    chosen = choose(Adapter("a", updates), HERE)
+    chosen = choose(Adapter("a", updates))
     assert set(chosen.tokens) == {"e"}
 
 
