@@ -48,7 +48,7 @@ def update(into: int, out: int) -> Update:
 
 
 def tokens(rows: torch.Tensor) -> Any:
-    found = KINDS["tokens"].read("it", {"trainable_tokens_delta": rows}, {"indices": [1, 5]})
+    found = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5]})
     assert isinstance(found, WeightUpdate)
     return found
 

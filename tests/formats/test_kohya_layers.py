@@ -110,7 +110,7 @@ def test_magnitudes_are_doras() -> None:
         ),
         ({"diff": torch.ones(5, 4)}, r"diff is \(5, 4\), the layer is \(5, 3\)"),
         ({"oft_blocks": torch.ones(2, 2, 2)}, r"the layer is \(5, 3\)"),
-        ({"b_norm": torch.ones(5)}, "x, a Linear: .'b_norm'. do not fit it"),
+        ({"b_norm": torch.ones(5)}, "^.'b_norm'. do not fit x, a Linear"),
     ],
 )
 def test_tensors_that_are_not_of_the_layer_are_refused(
