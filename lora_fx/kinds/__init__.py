@@ -1,6 +1,7 @@
 """What a layer's tensors mean, one file a kind of adapter; the formats know whose tensors they are.
 
 To support another kind, add one file with its leaves and its reader, and one line to ``KINDS``.
+A reader says what is wrong with the tensors; who calls it says where, by `lora_fx.errors.within`.
 """
 
 from __future__ import annotations
