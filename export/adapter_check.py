@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
@@ -35,11 +35,16 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
         AdapterError: it is no adapter file, is damaged, or belongs to another model.
     """
     stored = read_adapter(path)
+    with within(path):
+        _check(stored, manifest, model)
+
+
+def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
     found, expected = stored.get_model_version(), manifest.model_version
-    shapes = _shapes(path, stored)
+    shapes = _shapes(stored)
     if found != expected:
         raise AdapterError(
-            f"{path}: made for another model: model version {found}, {model} has {expected}; make "
+            f"made for another model: model version {found}, {model} has {expected}; make "
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
         )
     names = [name for slot in manifest.slots for name in slot.names]
@@ -47,19 +52,19 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
     unknown = [name for name in shapes if name not in set(names)]
     if missing or unknown:
         raise AdapterError(
-            f"{path}: does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
+            f"does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
             f"values without a slot: {shorten(unknown) or 'none'}"
         )
     for slot in manifest.slots:
-        _check_slot(path, slot, shapes)
-    values = values_of(path, stored)
+        _check_slot(slot, shapes)
+    values = values_of(stored)
     for slot in manifest.slots:
         terms = Terms(**{part: values[name] for part, (name, _) in slot.inputs.items()})
         if what := overflow(slot.layer, terms):
-            raise AdapterError(f"{path}: {slot.path}: {what} overflows {slot.dtype}; make it again")
+            raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
 
 
-def values_of(path: Path, stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
+def values_of(stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file, by name: views of its memory.
 
     Raises:
@@ -67,31 +72,31 @@ def values_of(path: Path, stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
     """
     parameters = stored.get_parameters()
     values = {name: from_dlpack(parameters[name]) for name in sorted(parameters)}
-    check_tensors(path, values)  # numpy would refuse bfloat16
+    check_tensors(values)  # numpy would refuse bfloat16
     return values
 
 
-def _shapes(path: Path, stored: ort.AdapterFormat) -> Shapes:
+def _shapes(stored: ort.AdapterFormat) -> Shapes:
     try:
         values = stored.get_parameters()
         return {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
     except _DAMAGE as error:
-        raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
+        raise AdapterError(f"damaged: {_first_line(error)}") from error
 
 
-def _check_slot(path: Path, slot: Slot, shapes: Shapes) -> None:
+def _check_slot(slot: Slot, shapes: Shapes) -> None:
     ranks = set()
     for name, sizes in slot.inputs.values():
         found, dtype = shapes[name]
         fits = len(found) == len(sizes)
         if not fits or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
             expected = tuple("r" if size is None else size for size in sizes)
-            raise AdapterError(f"{path}: {name} is {found}, expected {expected}")
+            raise AdapterError(f"{name} is {found}, expected {expected}")
         if dtype != _TYPES[slot.dtype]:
-            raise AdapterError(f"{path}: {name} holds {dtype}, expected {_TYPES[slot.dtype]}")
+            raise AdapterError(f"{name} holds {dtype}, expected {_TYPES[slot.dtype]}")
         ranks |= {size for size, want in zip(found, sizes, strict=True) if want is None}
     if len(ranks) > 1:
-        raise AdapterError(f"{path}: {slot.path}: A and B are of ranks {sorted(ranks)}")
+        raise AdapterError(f"{slot.path}: A and B are of ranks {sorted(ranks)}")
 
 
 def read_adapter(path: Path) -> ort.AdapterFormat:

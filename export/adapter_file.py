@@ -15,7 +15,7 @@ from torch.utils.dlpack import from_dlpack
 
 import lora_fx
 from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
-from lora_fx.errors import AdapterError, ExportError, shorten
+from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
 from lora_fx.export.base_weights import BaseWeights
 from lora_fx.export.changed import check_digests
@@ -97,25 +97,26 @@ def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Upda
         raise AdapterError(
             f"{who}: no slot at {shorten(unmatched)}; the model has slots at {shorten(list(slots))}"
         )
-    return {
-        path: _for_slot(f"{who}: {path}", update, slots[path])
-        for path, update in adapter.updates.items()
-    }
+    found = {}
+    for path, update in adapter.updates.items():
+        with within(f"{who}: {path}"):
+            found[path] = _for_slot(update, slots[path])
+    return found
 
 
-def _for_slot(who: str, update: AnyUpdate, slot: Slot) -> Update | Scaling:
+def _for_slot(update: AnyUpdate, slot: Slot) -> Update | Scaling:
     """An update in the shape of its slot, if a slot of this kind can carry it."""
-    update = fitted(who, update, slot.layer)
+    update = fitted(update, slot.layer)
     if isinstance(update, WeightUpdate):
         raise AdapterError(
-            f"{who}: an update of kind {update.kind!r} makes the weight anew, which no slot can "
+            f"an update of kind {update.kind!r} makes the weight anew, which no slot can "
             "carry; fold it into a model of its own"
         )
     vectors = isinstance(update, Scaling) or not update.is_plain or update.bias is not None
     if vectors and not slot.vectors:
         what = update.kind if not isinstance(update, Update) or update.bias is None else "lora_bias"
         raise AdapterError(
-            f"{who}: {what} needs a vector beside the factors, and the slot takes none; export the "
+            f"{what} needs a vector beside the factors, and the slot takes none; export the "
             "model with vectors=True, or fold the adapter into a model of its own"
         )
     return update

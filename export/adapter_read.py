@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapter import Adapter, Update
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.adapter_check import read_adapter, values_of
 from lora_fx.layer import Layer
 from lora_fx.terms import Terms, update_of
@@ -35,14 +35,14 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
         AdapterError: it is missing, damaged, or holds what is no pair of A and B.
     """
     stored = read_adapter(path)
-    # The file's memory is gone with the file.
-    values = {key: value.clone() for key, value in values_of(path, stored).items()}
-    layers = _sorted(path, values)
-    updates = {module: _update(path, module, terms) for module, terms in layers.items()}
+    with within(path):
+        # The file's memory is gone with the file.
+        values = {key: value.clone() for key, value in values_of(stored).items()}
+        updates = {module: _update(module, terms) for module, terms in _sorted(values).items()}
     return Adapter(name, {module: update for module, update in updates.items() if update})
 
 
-def _sorted(path: Path, values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors by layer and part."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     unused = []
@@ -55,23 +55,23 @@ def _sorted(path: Path, values: dict[str, torch.Tensor]) -> dict[str, dict[str, 
             layers.setdefault(module, {})[part] = value
     if unused:
         raise AdapterError(
-            f"{path}: values that are no A (in, r) or B (r, out) of a layer: {shorten(unused)}; "
+            f"values that are no A (in, r) or B (r, out) of a layer: {shorten(unused)}; "
             "expected <path>.lora_A and <path>.lora_B, as export_adapter writes them"
         )
     halves = [module for module, terms in layers.items() if not {"down", "up"} <= terms.keys()]
     if halves or not layers:
-        raise AdapterError(f"{path}: half of a pair, or none: {shorten(halves) or 'no values'}")
+        raise AdapterError(f"half of a pair, or none: {shorten(halves) or 'no values'}")
     return layers
 
 
-def _update(path: Path, module: str, terms: dict[str, torch.Tensor]) -> Update | None:
+def _update(module: str, terms: dict[str, torch.Tensor]) -> Update | None:
     """The update of one layer, or None if nothing is done to it."""
     down, up = terms["down"], terms["up"]
     is_conv = down.ndim > 2
     rank, other = (down.shape[0], up.shape[1]) if is_conv else (down.shape[1], up.shape[0])
     if rank != other or down.ndim != up.ndim:
         raise AdapterError(
-            f"{path}: {module}: A {tuple(down.shape)} and B {tuple(up.shape)} are of two ranks"
+            f"{module}: A {tuple(down.shape)} and B {tuple(up.shape)} are of two ranks"
         )
     if rank == 1 and is_conv and not (down.any() or up.any()):  # what stands for no rank there
         rank, down, up = 0, down[:0], up[:, :0]

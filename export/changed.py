@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx import ModelProto, TensorProto
 
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.digests import (
     KEY,
     VERSION,
@@ -46,7 +46,8 @@ def check_digests(model: ModelProto, path: Path) -> None:
     text = metadata(model).get(KEY)
     if text is None:
         return
-    stored = _read(text, path)
+    with within(f"{path}: {KEY}"):
+        stored = _read(text)
     check_external_data(model, path)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         waiting = {t.name: pool.submit(_digest_on_disk, t, path) for t in external_tensors(model)}
@@ -66,18 +67,18 @@ def _digest_on_disk(tensor: TensorProto, path: Path) -> str:
     return short(digest)
 
 
-def _read(text: str, path: Path) -> Digests:
+def _read(text: str) -> Digests:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ExportError(f"{path}: {KEY}: not JSON ({error}): export the model again") from error
+        raise ExportError(f"not JSON ({error}): export the model again") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
-        raise ExportError(f"{path}: {KEY}: version {version!r}, expected {VERSION}: export again")
+        raise ExportError(f"version {version!r}, expected {VERSION}: export again")
     graph, tensors, whole = (values.get(name) for name in ("graph", "tensors", "whole"))
     texts = [graph, whole, *(tensors.values() if isinstance(tensors, dict) else [None])]
     if len(values) != 4 or not all(isinstance(value, str) for value in texts):
-        raise ExportError(f"{path}: {KEY}: unknown or missing fields: export the model again")
+        raise ExportError("unknown or missing fields: export the model again")
     return Digests(graph, tensors, whole)
 
 

@@ -77,7 +77,7 @@ def _digested(gm: fx.GraphModule, slot: Slot, calls: Sequence[Site]) -> Slot:
     )
 
 
-def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
+def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
     """Reads the manifest of a model, or None if it has none.
 
     Raises:
@@ -89,20 +89,20 @@ def read_manifest(metadata: Mapping[str, str], where: str) -> Manifest | None:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ExportError(f"{where}: {KEY}: not JSON ({error}): export the model again") from error
+        raise ExportError(f"{KEY}: not JSON ({error}): export the model again") from error
     found = values.get("version") if isinstance(values, dict) else None
     if found != VERSION:
-        raise ExportError(f"{where}: {KEY}: version {found!r}, expected {VERSION}: export again")
+        raise ExportError(f"{KEY}: version {found!r}, expected {VERSION}: export again")
     slots = values.get("slots")
     if not isinstance(slots, list) or not isinstance(values.get("base"), str):
-        raise ExportError(f"{where}: {KEY}: no list of slots or no base digest: export again")
-    manifest = Manifest(tuple(_slots(slots, where)))
+        raise ExportError(f"{KEY}: no list of slots or no base digest: export again")
+    manifest = Manifest(tuple(_slots(slots)))
     if json.loads(manifest.to_json()) != values:
-        raise ExportError(f"{where}: {KEY}: unknown or missing fields: export the model again")
+        raise ExportError(f"{KEY}: unknown or missing fields: export the model again")
     return manifest
 
 
-def check_slots(model: ModelProto, manifest: Manifest, where: str) -> None:
+def check_slots(model: ModelProto, manifest: Manifest) -> None:
     """Refuses a graph whose slots are not those of its manifest.
 
     Raises:
@@ -115,24 +115,22 @@ def check_slots(model: ModelProto, manifest: Manifest, where: str) -> None:
     unknown = sorted(found.difference(listed))
     if lost or unknown:
         raise ExportError(
-            f"{where}: its graph has no input, or none with a default, for the slots "
+            f"its graph has no input, or none with a default, for the slots "
             f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
             "manifest does not list: another tool rewrote the file; use it as it was exported, or "
             "export it again"
         )
 
 
-def _slots(entries: Iterable[Any], where: str) -> Iterator[Slot]:
+def _slots(entries: Iterable[Any]) -> Iterator[Slot]:
     for place, entry in enumerate(entries):
         for name, kind in _FIELDS.items():
             value = entry.get(name) if isinstance(entry, dict) else None
             if type(value) is not kind:
-                raise ExportError(f"{where}: {KEY}: slot {place}: {name} is {value!r}")
+                raise ExportError(f"{KEY}: slot {place}: {name} is {value!r}")
         sizes = [entry["in_features"], entry["out_features"], *entry["kernel"]]
         whole = all(type(size) is int and size > 0 for size in sizes)
         if entry["dtype"] not in DTYPES or entry["kind"] not in KINDS or not whole:
-            raise ExportError(
-                f"{where}: {KEY}: slot {place}: kind, dtype or size out of range: {entry}"
-            )
+            raise ExportError(f"{KEY}: slot {place}: kind, dtype or size out of range: {entry}")
         fields = {name: entry[name] for name in _FIELDS}
         yield Slot(**{**fields, "kernel": tuple(entry["kernel"])})

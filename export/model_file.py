@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from lora_fx.errors import ExportError, LoraFxError
+from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.export.digests import seal
 from lora_fx.export.manifest import Manifest, check_slots, read_manifest
 from lora_fx.export.publish import data_path
@@ -100,7 +100,8 @@ def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
         ExportError: the manifest is damaged, or the graph has other slots than it lists.
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    manifest = read_manifest(metadata, str(path))
-    if manifest is not None:
-        check_slots(model, manifest, str(path))
+    with within(path):
+        manifest = read_manifest(metadata)
+        if manifest is not None:
+            check_slots(model, manifest)
     return manifest

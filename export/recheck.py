@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import fx
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import controls
 from lora_fx.export.eager import evaluating
@@ -51,8 +51,9 @@ def verify_onnx(
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
         trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
-        _check_names(path, "inputs", inputs, trial.inputs)
-        _check_names(path, "outputs", outputs, trial.outputs)
+        with within(path):
+            _check_names("inputs", inputs, trial.inputs)
+            _check_names("outputs", outputs, trial.outputs)
     with clock.stage("verify"):
         evidence = _evidence(gm, path, adapters, trial, swappable=bool(slots))
     evidence.judge(str(path))
@@ -100,10 +101,10 @@ def check_adapter_files(
         verify_file(path, trial, subjects, []).judge(str(path))
 
 
-def _check_names(path: Path, what: str, of_file: list[str], of_model: list[str]) -> None:
+def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:
     if of_file != of_model:
         raise ExportError(
-            f"{path}: has {what} {shorten(of_file)}; the model it is held against has "
+            f"has {what} {shorten(of_file)}; the model it is held against has "
             f"{shorten(of_model)}: is it another model?"
         )
 

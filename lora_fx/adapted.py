@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fx.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.deferred import Deferred
+from lora_fx.errors import within
 from lora_fx.fitted import fitted
 from lora_fx.injected import Injected
 from lora_fx.layer import Layer
@@ -42,7 +43,8 @@ class Step:
         layer = self.place.layer
         if layer is None:
             return self.update.weight(stored)
-        update = fitted(self.path, self.update, layer)
+        with within(self.path):
+            update = fitted(self.update, layer)
         if self.is_whole:
             update = _whole_update(update, layer.groups)
         if not layer.transposed:

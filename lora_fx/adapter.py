@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, low_rank
 from lora_fx.update import Update
 
@@ -67,10 +67,10 @@ class Adapter:
             raise AdapterError(
                 f"adapter {self.name}: NaN or infinity in {shorten(damaged)}; save it again"
             )
-        reduced = {
-            path: low_rank(path, update, "to_rank").to_rank(rank)
-            for path, update in self.updates.items()
-        }
+        reduced = {}
+        for path, update in self.updates.items():
+            with within(path):
+                reduced[path] = low_rank(update, "to_rank").to_rank(rank)
         adapter = replace(self, updates={path: update for path, (update, _) in reduced.items()})
         return Reduced(adapter, {path: error for path, (_, error) in reduced.items()})
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_replaced import PREFIX
 from lora_fx.formats.strict_json import parse_object, read_object
@@ -56,7 +56,10 @@ def _config(path: Path) -> Mapping[str, object]:
     if path.is_dir() or path.stem == "adapter_model":
         return read_object(beside) if beside.is_file() else {}
     text = metadata_of(path).get(_METADATA) if path.suffix == ".safetensors" else None
-    return parse_object(text.encode(), f"{path}: {_METADATA}") if text is not None else {}
+    if text is None:
+        return {}
+    with within(f"{path}: {_METADATA}"):
+        return parse_object(text.encode())
 
 
 def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:

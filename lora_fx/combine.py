@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.ranks import checked_rank
 from lora_fx.weighted import WAYS, Term, summed, term_of
 
@@ -48,7 +48,10 @@ def combine(
     """
     _check_arguments(adapters, how, rank)
     terms = _terms(adapters)
-    updates = {path: summed(path, found, how, rank) for path, found in terms.items()}
+    updates = {}
+    for path, found in terms.items():
+        with within(path):
+            updates[path] = summed(found, how, rank)
     rules = [adapter.expects for adapter, _ in adapters]
     return Adapter(
         name or "_".join(dict.fromkeys(adapter.name for adapter, _ in adapters)),

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from lora_fx.adapter import Update, check_name
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.initial import Weight, checked_init, initial
 from lora_fx.ranks import (
     checked_alpha,
@@ -132,12 +132,10 @@ class LoraConfig:
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
         scale = scale_of(alpha, rank, self.use_rslora)
-        try:
+        with within(path):
             made = initial(
                 self.init, shape, rank, scale, layer, weight, generator, dtype=dtype, groups=groups
             )
-        except AdapterError as error:
-            raise AdapterError(f"{path}: {error}") from error
         kind = "rslora" if self.use_rslora else "lora"
         stored = EMBEDDING if layer == "embedding" else None
         return Update(made.down, made.up, scale, kind, stored=stored), made.residual

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_fx.adapter import Adapter
 from lora_fx.describe_update import describe_update
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, within
 from lora_fx.formats.tensor_file import SAFETENSORS, is_pickle
 from lora_fx.given import Given
 
@@ -85,7 +85,8 @@ def _adapter_file(path: Path) -> dict[str, Any]:
     from lora_fx.export.adapter_check import read_adapter, values_of
 
     stored = read_adapter(path)
-    values = values_of(path, stored)
+    with within(path):
+        values = values_of(stored)
     return {
         "kind": "adapter file",
         "path": str(path),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapter_task import Task
-from lora_fx.errors import AdapterWarning, LoraFxError, shorten
+from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
 
 # PEFT's tasks and the classes of transformers that mean the same.
 _AUTO = {
@@ -65,7 +65,8 @@ def _load(path: Path, task: Task, transformers: Any) -> Loaded:
         config = transformers.AutoConfig.from_pretrained(path, **here)
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
-    kind = _class_of(path, config, task, transformers)
+    with within(path):
+        kind = _class_of(config, task, transformers)
     for part in (config, *_parts(config)):
         part.use_cache = False
     try:
@@ -103,7 +104,7 @@ def _quiet(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def refuse_lacking(where: str, lacks: Collection[str], replaced: Collection[str]) -> None:
+def refuse_lacking(lacks: Collection[str], replaced: Collection[str]) -> None:
     """Refuses parameters that neither a directory nor an adapter has values for.
 
     Raises:
@@ -112,7 +113,7 @@ def refuse_lacking(where: str, lacks: Collection[str], replaced: Collection[str]
     missing = [name for name in lacks if name not in replaced]
     if missing:
         raise LoraFxError(
-            f"{where}: holds no weights, or weights of another shape, for {shorten(missing)}: they "
+            f"holds no weights, or weights of another shape, for {shorten(missing)}: they "
             "would be random numbers. Save the model whole, name the class that was saved in "
             "config.json's architectures, or give the adapter whose modules_to_save hold them"
         )
@@ -152,21 +153,21 @@ def _parts(config: Any) -> list[Any]:
     return [part for part in vars(config).values() if hasattr(part, "model_type")]
 
 
-def _class_of(path: Path, config: Any, task: Task, transformers: Any) -> Any:
+def _class_of(config: Any, task: Task, transformers: Any) -> Any:
     said = config.architectures if isinstance(config.architectures, list) else []
     names = [name for name in said if isinstance(name, str)]
     own = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
     if task.name in _AUTO and not (is_model and _does(own, task.name, config, transformers)):
-        return _class_for(path, config, task, transformers)
+        return _class_for(config, task, transformers)
     if not names:
         raise LoraFxError(
-            f"{path}: config.json names no architectures, so the class of the model is unknown: "
+            "config.json names no architectures, so the class of the model is unknown: "
             'add it, such as "architectures": ["BertModel"], or give module:function'
         )
     if not is_model:
         raise LoraFxError(
-            f"{path}: config.json names the architecture {names[0]!r:.80}, which is no model of "
+            f"config.json names the architecture {names[0]!r:.80}, which is no model of "
             f"transformers {transformers.__version__}: correct it, or give module:function"
         )
     return own
@@ -185,22 +186,22 @@ def _classes(config: Any, task: str, transformers: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _class_for(path: Path, config: Any, task: Task, transformers: Any) -> Any:
+def _class_for(config: Any, task: Task, transformers: Any) -> Any:
     assert task.name is not None, "the caller looked"
     found = _classes(config, task.name, transformers)
     if not found:
         raise LoraFxError(
-            f"{path}: the adapter's task_type is {task.name}, which needs transformers' "
+            f"the adapter's task_type is {task.name}, which needs transformers' "
             f"{_AUTO[task.name]}, and that has no class for a {config.model_type}: name the base "
             "that the adapter was trained on, or give module:function"
         )
-    labels = _labels(path, found[0], config, task)
+    labels = _labels(found[0], config, task)
     if labels is not None:
         config.num_labels = labels
     return found[0]
 
 
-def _labels(path: Path, kind: Any, config: Any, task: Task) -> int | None:
+def _labels(kind: Any, config: Any, task: Task) -> int | None:
     """How many labels the head in the adapter's file has: by the axes that follow the count."""
     few, many = (_meta_shapes(kind, config, count) for count in (3, 5))
     found = {
@@ -211,7 +212,7 @@ def _labels(path: Path, kind: Any, config: Any, task: Task) -> int | None:
         if (shape[axis], many[name][axis]) == (3, 5)
     }
     if len(found) > 1:
-        raise LoraFxError(f"{path}: the adapter's heads are for {sorted(found)} labels")
+        raise LoraFxError(f"the adapter's heads are for {sorted(found)} labels")
     return next(iter(found), None)
 
 

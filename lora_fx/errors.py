@@ -1,5 +1,10 @@
 """The typed errors: each message names what was found, what was expected, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LoraFxError(Exception):
     """Base of every error that a caller of lora_fx may catch."""
@@ -34,3 +39,17 @@ def shorten(names: list[str], limit: int = 10) -> str:
     shown = ", ".join(names[:limit])
     hidden = len(names) - limit
     return f"{shown}, and {hidden} more" if hidden > 0 else shown
+
+
+@contextmanager
+def within(where: object) -> Iterator[None]:
+    """Puts ``where`` (a file, a layer, an adapter) before the message of any error raised inside.
+
+    The error stays what it was: type, cause and traceback. Borders nest, the outermost first.
+    Warnings are not inside, nor is what a tensor or a generator computes after the block.
+    """
+    try:
+        yield
+    except LoraFxError as error:
+        error.args = (f"{where}: {error}",)
+        raise

@@ -50,13 +50,12 @@ Made = tuple[torch.Tensor, dict[int, str]]
 
 
 def example_inputs(
-    model: Any, where: str, names: Collection[str] = (), prepared: Mapping[str, Any] | None = None
+    model: Any, names: Collection[str] = (), prepared: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
     """Inputs for a model of transformers, with named dynamic axes.
 
     Args:
         model: of transformers.
-        where: it comes from, for messages.
         names: what its tokenizer gives.
         prepared: the directory's ``preprocessor_config.json``.
 
@@ -67,24 +66,24 @@ def example_inputs(
     parameters = inspect.signature(model.forward).parameters
     kind = model.config.model_type
     if facts.main not in parameters:
-        raise _refusal(where, kind, facts.main)
+        raise _refusal(kind, facts.main)
     wanted = _wanted(model, facts, parameters, names)
     for name in wanted:
         if name not in _MAKERS or (name != "input_ids" and _has_placeholder(facts, parameters)):
-            raise _refusal(where, kind, name)
+            raise _refusal(kind, name)
     made: dict[str, Made] = {}
     for name in sorted(wanted, key=list(_MAKERS).index):  # a mask needs to know what it masks
         value = _MAKERS[name](facts, made)
         if value is None:
-            raise _refusal(where, kind, name)
+            raise _refusal(kind, name)
         made[name] = value
     made = {name: made[name] for name in parameters if name in made}
     return {n: value for n, (value, _) in made.items()}, {n: axes for n, (_, axes) in made.items()}
 
 
-def _refusal(where: str, kind: str, name: str) -> LoraFxError:
+def _refusal(kind: str, name: str) -> LoraFxError:
     return LoraFxError(
-        f"{where}: no example inputs can be made for a {kind}: its {name} is of no kind that its "
+        f"no example inputs can be made for a {kind}: its {name} is of no kind that its "
         "config gives sizes for; give module:function, which returns the model and its inputs"
     )
 

@@ -11,7 +11,7 @@ from lora_fx.adapter import Adapter, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.deferred import raw
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.fitted import fitted
 from lora_fx.graphs import attribute, is_free
 from lora_fx.injected import injected
@@ -32,13 +32,14 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
     Raises:
         AdapterError: a shape differs, the name is taken, or, if ``strict``, anything is left over.
     """
-    _check_name(gm, adapter.name, [groups[p][0] for p in adapter.updates if p in groups])
-    for path, update in adapter.updates.items():
-        if path in groups:
-            fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
-            check_reached(gm, f"adapter {adapter.name}", path, groups)
+    known = {path: update for path, update in adapter.updates.items() if path in groups}
+    _check_name(gm, adapter.name, [groups[path][0] for path in known])
+    for path, update in known.items():
+        with within(f"adapter {adapter.name}, {path}"):
+            fitted(update, groups[path][0])
+            check_reached(gm, path, groups)
             if not isinstance(update, WeightUpdate):
-                check_one_way(f"adapter {adapter.name}", path, groups[path])
+                check_one_way(groups[path])
     unknown = [path for path in adapter.updates if path not in groups]
     unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
     _check_replaced(gm, adapter)
@@ -73,8 +74,9 @@ def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> lis
         )
     _check_name(gm, config.name, [groups[path][0] for path in paths])
     for path in paths:
-        check_reached(gm, f"adapter {config.name}", path, groups)
-        check_one_way(f"adapter {config.name}", path, groups[path])
+        with within(f"adapter {config.name}, {path}"):
+            check_reached(gm, path, groups)
+            check_one_way(groups[path])
     return paths
 
 

@@ -12,7 +12,7 @@ from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.update import Shape, Update
 
 
-def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
+def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
     """Brings an update into the shape of a layer, where that says the same.
 
     Files store the kernel of a convolution flat, or a linear layer as a convolution of one point.
@@ -20,7 +20,6 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
     function of the weight.
 
     Args:
-        who: adapter and layer, for messages.
         update: of any kind.
         site: the layer.
 
@@ -28,22 +27,22 @@ def fitted(who: str, update: AnyUpdate, site: Layer) -> AnyUpdate:
         AdapterError: it is made for another layer, or its kind has no form on this one.
     """
     if isinstance(update, Scaling):
-        return _scaling(who, update, site)
+        return _scaling(update, site)
     stored = _stored_shape(site)
     if isinstance(update, WeightUpdate):
         is_flat = len(update.shape) == 2
-        _check(who, update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
+        _check(update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
         return update
     update = _in_shape(for_layer(update, site.transposed), site.shape, stored)
     if update.col is not None and site.kind == "embedding":
-        raise AdapterError(f"{who}: a col scales what a layer reads, and an embedding reads ids")
+        raise AdapterError("a col scales what a layer reads, and an embedding reads ids")
     if update.shape == site.shape:
         if site.groups > 1 and update.magnitude is not None:
-            raise AdapterError(f"{who}: DoRA on a grouped convolution has no weight to norm")
+            raise AdapterError("DoRA on a grouped convolution has no weight to norm")
         return update
-    _check(who, update.shape, stored)
+    _check(update.shape, stored)
     if not update.is_plain:
-        raise AdapterError(f"{who}: vectors beside a grouped convolution's weight have no form")
+        raise AdapterError("vectors beside a grouped convolution's weight have no form")
     return dense(update)
 
 
@@ -75,19 +74,19 @@ def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -
     return update
 
 
-def _scaling(who: str, update: Scaling, site: Layer) -> Scaling:
+def _scaling(update: Scaling, site: Layer) -> Scaling:
     if update.col is not None and site.kind == "embedding":
-        raise AdapterError(f"{who}: (IA)3 scales what a layer reads, and an embedding reads ids")
-    _check(who, update.shape, site.shape[:2])
+        raise AdapterError("(IA)3 scales what a layer reads, and an embedding reads ids")
+    _check(update.shape, site.shape[:2])
     return update
 
 
-def _check(who: str, found: Shape, wanted: tuple[int, ...]) -> None:
+def _check(found: Shape, wanted: tuple[int, ...]) -> None:
     same = len(found) == len(wanted)
     if same and all(size in (None, axis) for size, axis in zip(found, wanted, strict=True)):
         return
     raise AdapterError(
-        f"{who}: made for a layer {_words(found)}, the model's is {_words(wanted)}. "
+        f"made for a layer {_words(found)}, the model's is {_words(wanted)}. "
         "Use the base that it was trained on"
     )
 

@@ -13,7 +13,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.adapter_task import task_of
 from lora_fx.api import fold, inject
 from lora_fx.directory import refuse_lacking
-from lora_fx.errors import AdapterError, ExportError, shorten
+from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.formats import save_adapter
 from lora_fx.given import Given, base_of
 from lora_fx.model_source import ModelSource, find_model
@@ -184,7 +184,8 @@ def _load(
     source = find_model(spec, task_of(paths, given.allow_pickle))
     base = base_of(source) if paths else None
     adapters = [given.load(path, base) for path in paths]
-    refuse_lacking(spec, source.lacks, {n for adapter in adapters for n in adapter.replacements})
+    with within(spec):
+        refuse_lacking(source.lacks, {n for adapter in adapters for n in adapter.replacements})
     names = [adapter.name for adapter in adapters]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

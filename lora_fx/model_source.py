@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_fx.adapter_task import Task
 from lora_fx.directory import load_directory, prepared_by
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, within
 from lora_fx.example_inputs import example_inputs
 from lora_fx.user_code import load_module, users_code
 
@@ -122,5 +122,6 @@ def _checked(spec: str, returned: Any) -> ModelSource:
 def _from_directory(path: Path, task: Task) -> ModelSource:
     loaded = load_directory(path, task)
     names, prepared = prepared_by(path, loaded.model.config)
-    kwargs, shapes = example_inputs(loaded.model, str(path), names, prepared)
+    with within(path):
+        kwargs, shapes = example_inputs(loaded.model, names, prepared)
     return ModelSource(loaded.model, (), kwargs, shapes, loaded.lacks)

@@ -122,11 +122,10 @@ def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 AnyUpdate = Update | Scaling | WeightUpdate
 
 
-def low_rank(path: str, update: AnyUpdate, purpose: str) -> Update:
+def low_rank(update: AnyUpdate, purpose: str) -> Update:
     """The update, if it is a product of two factors and no vector.
 
     Args:
-        path: module path, for the message.
         update: of the layer there.
         purpose: what wants a plain product, for the message: ``"how='svd'"``.
 
@@ -136,6 +135,6 @@ def low_rank(path: str, update: AnyUpdate, purpose: str) -> Update:
     if isinstance(update, Update) and update.is_plain:
         return update
     raise AdapterError(
-        f"{path}: an update of kind {update.kind!r} is no plain product of two factors, which "
+        f"an update of kind {update.kind!r} is no plain product of two factors, which "
         f"{purpose} needs"
     )

@@ -19,7 +19,7 @@ def is_one_way(calls: Sequence[Site]) -> bool:
     return len({site.transposed for site in calls}) == 1
 
 
-def check_one_way(who: str, path: str, calls: Sequence[Site]) -> None:
+def check_one_way(calls: Sequence[Site]) -> None:
     """Refuses factors beside a weight whose inputs are the outputs of another call.
 
     Raises:
@@ -27,20 +27,17 @@ def check_one_way(who: str, path: str, calls: Sequence[Site]) -> None:
     """
     if not is_one_way(calls):
         raise AdapterError(
-            f"{who}, {path}: one call multiplies with its weight {calls[0].weight.target}, another "
+            f"one call multiplies with its weight {calls[0].weight.target}, another "
             "with the transpose, and factors stand beside one side alone. Leave the layer out, or "
             "give each call a weight of its own"
         )
 
 
-def check_reached(
-    gm: fx.GraphModule, who: str, path: str, groups: Mapping[str, Sequence[Site]]
-) -> None:
+def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
     """Refuses a layer of whose weight an adapter would reach some parts alone.
 
     Args:
         gm: the graph.
-        who: the adapter, for the message.
         path: of the layer.
         groups: all layers of the graph.
 
@@ -62,7 +59,7 @@ def check_reached(
             elif user not in layers and user not in made and _counts(user):
                 at = module_path(user) or "the model itself"
                 raise AdapterError(
-                    f"{who}, {path}: parts of its weight {weight} are read by layers, and one by "
+                    f"parts of its weight {weight} are read by layers, and one by "
                     f"{op_name(user)} of {at}, which is none: the adapter would be missing there. "
                     "Leave the layer out, or apply the parts as linear layers"
                 )

@@ -122,7 +122,7 @@ def _parameter(gm: fx.GraphModule, path: str, update: AnyUpdate) -> list[str]:
 
 def _fits(update: AnyUpdate, site: Site) -> bool:
     try:
-        fitted("", update, site)
+        fitted(update, site)
     except AdapterError:
         return False
     return True

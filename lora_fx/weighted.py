@@ -9,7 +9,7 @@ from functools import reduce
 
 import torch
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.of_parameter import for_parameter, name_of
 from lora_fx.other_updates import AnyUpdate, low_rank
 from lora_fx.stored import EMBEDDING, is_embedding, kept
@@ -31,21 +31,20 @@ def term_of(adapter: str, path: str, update: AnyUpdate, weight: float) -> Term:
     Raises:
         AdapterError: the update is no product of two factors that can be added to another.
     """
-    where = f"adapter {adapter}, {path}"
-    plain = low_rank(where, update, "a weighted sum")
-    if plain.groups > 1:
-        raise AdapterError(
-            f"{where}: the update of a grouped convolution, whose factors cannot be joined to "
-            "others; leave it out"
-        )
+    with within(f"adapter {adapter}, {path}"):
+        plain = low_rank(update, "a weighted sum")
+        if plain.groups > 1:
+            raise AdapterError(
+                "the update of a grouped convolution, whose factors cannot be joined to others; "
+                "leave it out"
+            )
     return Term(adapter, plain, weight * plain.scale)
 
 
-def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Update:
+def summed(terms: Sequence[Term], how: str, rank: int | None) -> Update:
     """The update of one layer; an embedding's stays one.
 
     Args:
-        path: of the layer, for messages.
         terms: what to add.
         how: one of `WAYS`.
         rank: for ``"svd"``; by default the highest of the terms'.
@@ -53,12 +52,12 @@ def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Upda
     Raises:
         AdapterError: the layers or, for ``"linear"``, the ranks differ, or the sum is not finite.
     """
-    terms = _aligned(_of_one_kind(path, terms))
-    _check_shapes(path, terms)
-    update = WAYS[how](path, terms)
+    terms = _aligned(_of_one_kind(terms))
+    _check_shapes(terms)
+    update = WAYS[how](terms)
     if not update.is_finite():
         raise AdapterError(
-            f"{path}: the sum is not finite in {update.up.dtype}: an adapter holds NaN or "
+            f"the sum is not finite in {update.up.dtype}: an adapter holds NaN or "
             "infinity, or a weight is too large"
         )
     if how == "svd":
@@ -69,12 +68,12 @@ def summed(path: str, terms: Sequence[Term], how: str, rank: int | None) -> Upda
     return update if name_of(first) is None else replace(update, stored=kept(first.stored))
 
 
-def _of_one_kind(path: str, terms: Sequence[Term]) -> list[Term]:
+def _of_one_kind(terms: Sequence[Term]) -> list[Term]:
     """The terms as updates of a parameter, if they are; of a layer, if none is of a parameter."""
     names = {name_of(term.update) for term in terms}
     if len(names) > 1:
         raise AdapterError(
-            f"{path}: some adapters are of the parameter {', '.join(filter(None, names))} as it is "
+            f"some adapters are of the parameter {', '.join(filter(None, names))} as it is "
             "stored, others of a layer; combine adapters of one kind"
         )
     return [replace(term, update=for_parameter(term.update)) for term in terms]
@@ -91,12 +90,12 @@ def _aligned(terms: Sequence[Term]) -> list[Term]:
     ]
 
 
-def _check_shapes(path: str, terms: Sequence[Term]) -> None:
+def _check_shapes(terms: Sequence[Term]) -> None:
     first = terms[0]
     for term in terms:
         if term.update.shape != first.update.shape:
             raise AdapterError(
-                f"{path}: adapter {first.adapter} is made for a layer {_sizes(first.update)}, "
+                f"adapter {first.adapter} is made for a layer {_sizes(first.update)}, "
                 f"adapter {term.adapter} for one {_sizes(term.update)}; "
                 "combine adapters of one base"
             )
@@ -107,7 +106,7 @@ def _sizes(update: Update) -> str:
     return f"{into} -> {out}" + (f" kernel {tuple(kernel)}" if kernel else "")
 
 
-def _concatenated(path: str, terms: Sequence[Term]) -> Update:
+def _concatenated(terms: Sequence[Term]) -> Update:
     """Rank on rank: ``[f1 up1, f2 up2] @ [down1; down2] = f1 up1 @ down1 + f2 up2 @ down2``."""
     wide = _wide(terms)
     down = torch.cat([term.update.down.to(wide) for term in terms])
@@ -115,11 +114,11 @@ def _concatenated(path: str, terms: Sequence[Term]) -> Update:
     return Update(down, up, 1.0, bias=_bias(terms, wide))
 
 
-def _blended(path: str, terms: Sequence[Term]) -> Update:
+def _blended(terms: Sequence[Term]) -> Update:
     """``(sum of root up) @ (sum of root down)``; the sign goes to one side, or it would vanish."""
     ranks = [term.update.rank for term in terms]
     if len(set(ranks)) > 1:
-        raise AdapterError(f"{path}: how='linear' needs equal ranks, found {ranks}; use 'svd'")
+        raise AdapterError(f"how='linear' needs equal ranks, found {ranks}; use 'svd'")
     wide = _wide(terms)
     roots = [math.sqrt(abs(term.factor)) for term in terms]
     signed = [math.copysign(root, t.factor) for root, t in zip(roots, terms, strict=True)]
@@ -145,7 +144,7 @@ def _sum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 # An svd starts from the exact sum.
-WAYS: Mapping[str, Callable[[str, Sequence[Term]], Update]] = {
+WAYS: Mapping[str, Callable[[Sequence[Term]], Update]] = {
     "cat": _concatenated,
     "linear": _blended,
     "svd": _concatenated,

@@ -17,7 +17,7 @@ from lora_fx.bound import bind, bind_fresh, standing, weight_name
 from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.editor import Editor
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.fitted import fitted
 from lora_fx.layer_forms import down_as_stored, up_as_stored
@@ -84,7 +84,8 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
         if path in skipped:
             continue
         if path in groups:
-            update = fitted(f"adapter {adapter.name}, {path}", update, groups[path][0])
+            with within(f"adapter {adapter.name}, {path}"):
+                update = fitted(update, groups[path][0])
             put(editor, groups[path], update, adapter.name)
         else:
             _on_parameter(editor, path, update, adapter.name)

@@ -1,6 +1,24 @@
 from __future__ import annotations
 
-from lora_fx.errors import shorten
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_fx.deferred import Deferred
+from lora_fx.errors import (
+    AdapterError,
+    AdapterWarning,
+    LoraFxError,
+    TraceError,
+    VerificationError,
+    shorten,
+    within,
+)
+from lora_fx.faithful import CallError
 
 
 def test_up_to_ten_names_are_shown_whole() -> None:
@@ -9,3 +27,94 @@ def test_up_to_ten_names_are_shown_whole() -> None:
     assert shorten(names[:10]).endswith("n8, n9")
     assert shorten(names).endswith("n9, and 2 more")
     assert shorten([]) == ""
+
+
+@pytest.mark.parametrize(
+    "kind", [LoraFxError, AdapterError, TraceError, VerificationError, CallError]
+)
+def test_borders_name_where_the_outermost_first_each_once(kind: type[LoraFxError]) -> None:
+    error = kind("rank is 0")
+    with pytest.raises(kind) as caught, within(Path("a.file")), within("fc"), within("lora_A"):
+        raise error
+    assert str(caught.value) == "a.file: fc: lora_A: rank is 0"
+    assert caught.value is error
+
+
+def test_cause_and_traceback_stay() -> None:
+    def parse() -> None:
+        try:
+            int("x")
+        except ValueError as error:
+            raise AdapterError("no number") from error
+
+    with (
+        pytest.raises(AdapterError, match=r"^a: b: no number$") as caught,
+        within("a"),
+        within("b"),
+    ):
+        parse()
+    assert isinstance(caught.value.__cause__, ValueError)
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert frames[-1] == "parse"
+    assert "within" not in frames
+
+
+def test_what_is_caught_inside_of_a_border_gets_what_is_around_it() -> None:
+    """An error that answers another has both, and only the new one is changed outside."""
+
+    def answer() -> None:
+        try:
+            with within("b"):
+                raise AdapterError("first")
+        except AdapterError as error:
+            raise AdapterError(f"second, after {error}") from error
+
+    with pytest.raises(AdapterError) as caught, within("a"):
+        answer()
+    assert str(caught.value) == "a: second, after b: first"
+    assert str(caught.value.__cause__) == "b: first"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, KeyboardInterrupt, StopIteration])
+def test_other_errors_pass_as_they_are(kind: type[BaseException]) -> None:
+    with pytest.raises(kind) as caught, within("fc"):
+        raise kind("x")
+    assert caught.value.args == ("x",)
+
+
+def test_warnings_are_not_inside() -> None:
+    with pytest.warns(AdapterWarning, match=r"^as it is$"), within("fc"):
+        warnings.warn("as it is", AdapterWarning, stacklevel=1)
+
+
+def test_what_a_generator_does_after_the_block_is_outside() -> None:
+    def lines() -> Iterator[int]:
+        yield 0
+        raise AdapterError("read late")
+
+    with within("fc"):
+        found = lines()
+        next(found)
+    with pytest.raises(AdapterError, match=r"^read late$"):
+        list(found)
+    with pytest.raises(AdapterError, match=r"^fc: read late$"), within("fc"):
+        list(lines())
+
+
+def test_a_tensor_is_named_where_it_is_computed() -> None:
+    """Who makes a promise puts a border in it, if the tensor can fail."""
+
+    def make() -> torch.Tensor:
+        raise AdapterError("holds NaN")
+
+    def named() -> torch.Tensor:
+        with within("fc"):
+            return make()
+
+    with within("outside"):
+        plain, own = (Deferred((5,), torch.float32, made, "key") for made in (make, named))
+    with pytest.raises(AdapterError, match=r"^holds NaN$"):
+        plain.keep()
+    for _ in range(2):  # each reading has an error of its own, so that none gathers prefixes
+        with pytest.raises(AdapterError, match=r"^read: fc: holds NaN$"), within("read"):
+            own.keep()

@@ -114,7 +114,7 @@ def model_of(name: str) -> Any:
 @pytest.mark.parametrize("name", FED)
 def test_a_model_is_fed_what_it_takes(name: str) -> None:
     model = model_of(name)
-    inputs, axes = example_inputs(model, "here")
+    inputs, axes = example_inputs(model)
     assert {key: tuple(value.shape) for key, value in inputs.items()} == FED[name][1]
     assert axes.keys() == inputs.keys()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_model_is_fed_what_it_takes(name: str) -> None:
 def test_every_input_tells(name: str) -> None:
     """A graph that left one out, or took its default, would be found out."""
     model = model_of(name)
-    inputs, _ = example_inputs(model, "here")
+    inputs, _ = example_inputs(model)
     optional = {key for key in inputs if key != model.main_input_name}
     with torch.no_grad():
         whole = model(**inputs)[0]
@@ -136,18 +136,18 @@ def test_every_input_tells(name: str) -> None:
 
 def test_axes_have_names() -> None:
     text = {0: "batch", 1: "sequence"}
-    assert example_inputs(model_of("BertModel"), "")[1] == dict.fromkeys((WORDS, MASK, TYPES), text)
-    assert example_inputs(model_of("BartModel"), "")[1][ANSWER] == {
+    assert example_inputs(model_of("BertModel"))[1] == dict.fromkeys((WORDS, MASK, TYPES), text)
+    assert example_inputs(model_of("BartModel"))[1][ANSWER] == {
         0: "batch",
         1: "decoder_sequence",
     }
-    assert example_inputs(model_of("CLIPModel"), "")[1][PIXELS] == {0: "image_batch"}
-    assert example_inputs(model_of("ViTModel"), "")[1] == {PIXELS: {0: "batch"}}
-    assert example_inputs(model_of("HubertModel"), "")[1] == {SOUND: {0: "batch", 1: "samples"}}
+    assert example_inputs(model_of("CLIPModel"))[1][PIXELS] == {0: "image_batch"}
+    assert example_inputs(model_of("ViTModel"))[1] == {PIXELS: {0: "batch"}}
+    assert example_inputs(model_of("HubertModel"))[1] == {SOUND: {0: "batch", 1: "samples"}}
 
 
 def test_text_ends_and_is_padded_and_holds_no_other_special_token() -> None:
-    inputs, _ = example_inputs(model_of("GPT2Model"), "here")
+    inputs, _ = example_inputs(model_of("GPT2Model"))
     ids, mask = inputs[WORDS], inputs[MASK]
     assert mask.sum(1).tolist() == [9, 6]
     assert ids[0, 8] == ids[1, 5] == SPECIAL["eos_token_id"]
@@ -160,8 +160,8 @@ def test_what_the_tokenizer_names_is_fed_where_the_config_is_silent() -> None:
 
     config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=24, vocab_size=60)
     model = transformers.XLNetModel(config)
-    assert TYPES not in example_inputs(model, "here")[0]
-    assert TYPES in example_inputs(model, "here", [TYPES, "no_input_of_the_model"])[0]
+    assert TYPES not in example_inputs(model)[0]
+    assert TYPES in example_inputs(model, [TYPES, "no_input_of_the_model"])[0]
 
 
 def test_an_image_takes_its_size_from_its_preparation() -> None:
@@ -170,25 +170,25 @@ def test_an_image_takes_its_size_from_its_preparation() -> None:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
     model = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
     for said in ({"crop_size": {"height": 32, "width": 48}}, {"size": [32, 48]}):
-        assert example_inputs(model, "", (), said)[0][PIXELS].shape == (2, 3, 32, 48)
-    assert example_inputs(model, "", (), {"size": {"shortest_edge": 40}})[0][PIXELS].shape[2:] == (
+        assert example_inputs(model, (), said)[0][PIXELS].shape == (2, 3, 32, 48)
+    assert example_inputs(model, (), {"size": {"shortest_edge": 40}})[0][PIXELS].shape[2:] == (
         40,
         40,
     )
     with pytest.raises(LoraFxError, match=r"made for a resnet: its pixel_values .*module:function"):
-        example_inputs(model, "here")
+        example_inputs(model)
 
 
 def test_what_cannot_be_made_is_refused_by_name() -> None:
     import transformers
 
     series = transformers.TimeSeriesTransformerConfig(prediction_length=4, d_model=8)
-    with pytest.raises(LoraFxError, match=r"here: no example inputs .* time_series_.*past_values"):
-        example_inputs(transformers.TimeSeriesTransformerModel(series), "here")
+    with pytest.raises(LoraFxError, match=r"^no example inputs .* time_series_.*past_values"):
+        example_inputs(transformers.TimeSeriesTransformerModel(series))
     parts = {"model_type": "llama", **TEXT}, {"model_type": "clip_vision_model", **IMAGE}
     both = transformers.LlavaConfig(text_config=parts[0], vision_config=parts[1], image_token_id=5)
     with pytest.raises(LoraFxError, match="made for a llava: its pixel_values"):
-        example_inputs(transformers.LlavaForConditionalGeneration(both), "here")
+        example_inputs(transformers.LlavaForConditionalGeneration(both))
 
 
 @pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "HubertModel"])

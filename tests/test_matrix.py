@@ -165,7 +165,7 @@ def drawn(*shapes: tuple[int, ...]) -> Iterator[torch.Tensor]:
 
 def read(kind: str, leaves: Mapping[str, tuple[int, ...]], **settings: Any) -> AnyUpdate:
     tensors = dict(zip(leaves, drawn(*leaves.values()), strict=True))
-    return READERS[kind].read("layer", tensors, settings)
+    return READERS[kind].read(tensors, settings)
 
 
 def lora(layer: Layer, kind: str = "lora", vector: str = "") -> AnyUpdate:

@@ -48,7 +48,7 @@ def update(into: int, out: int) -> Update:
 
 
 def tokens(rows: torch.Tensor) -> Any:
-    found = KINDS["tokens"].read("it", {"trainable_tokens_delta": rows}, {"indices": [1, 5]})
+    found = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5]})
     assert isinstance(found, WeightUpdate)
     return found
 
@@ -95,9 +95,7 @@ def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(
     alone = Adapter("a", {"shared": tokens(rows)})
     with pytest.raises(AdapterError, match=r"encoder\.table, whose table head shares.*base="):
         inject(gm, alone)
-    head = KINDS["tokens"].read(
-        "it", {"trainable_tokens_delta": rows}, {"indices": [1, 5], "head": True}
-    )
+    head = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5], "head": True})
     both = Adapter("a", {"shared": tokens(rows), "encoder.table": tokens(rows), "head": head})
     tuned = Tied().eval()
     tuned.load_state_dict(model.state_dict())

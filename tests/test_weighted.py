@@ -27,7 +27,7 @@ def update(shape: tuple[int, ...] = (5, 3), seed: int = 0, **fields: Any) -> Upd
 
 def sum_of(updates: list[Update], how: str = "cat", rank: int | None = None) -> Update:
     terms = [term_of(n, "fc", u, w) for n, u, w in zip("ab", updates, (0.7, -0.3), strict=False)]
-    return summed("fc", terms, how, rank)
+    return summed(terms, how, rank)
 
 
 def exact(one: Update, two: Update) -> torch.Tensor:

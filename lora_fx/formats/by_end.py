@@ -17,7 +17,7 @@ def value_for(values: Mapping[str, T], path: str) -> T | None:
     return next((values[end] for end in ends if end in values), None)
 
 
-def check_all_used(where: str, values: Mapping[str, object], paths: Iterable[str]) -> None:
+def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]) -> None:
     """Refuses a name that no path is or ends in: a misspelt one would change the result.
 
     Raises:
@@ -27,4 +27,4 @@ def check_all_used(where: str, values: Mapping[str, object], paths: Iterable[str
     ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
     unused = [name for name in values if name not in ends]
     if unused:
-        raise AdapterError(f"{where} names what is no layer of the file: {shorten(unused)}")
+        raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")

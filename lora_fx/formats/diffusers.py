@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.diffusers_config import Fields, config_of, fields_in, is_bare
 from lora_fx.formats.diffusers_keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.diffusers_layers import lokr_updates, lora_updates
@@ -64,9 +64,11 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     file = path / WEIGHTS if path.is_dir() else path
     fields = fields_in(file)
     bare = is_bare(fields)
-    components = sort_by_component(file, read_file(file, hints), bare)
-    if hints.component is not None and not bare:
-        components = _chosen(file, components, hints.component)
+    tensors = read_file(file, hints)
+    with within(file):
+        components = sort_by_component(tensors, bare)
+        if hints.component is not None and not bare:
+            components = _chosen(components, hints.component)
     updates: dict[str, AnyUpdate] = {}
     rule = None
     for component, layers in (components or {"": {}}).items():
@@ -91,14 +93,15 @@ def write_diffusers(adapter: Adapter, path: Path, hints: Hints, force: bool) -> 
     Raises:
         AdapterError: the target exists, or the format cannot hold the adapter.
     """
-    tensors, metadata = contents(adapter, path, hints.component)
+    with within(path):
+        tensors, metadata = contents(adapter, hints.component)
     write_file(path, tensors, metadata, force)
 
 
-def _chosen(file: Path, components: dict[str, Layers], wanted: str) -> dict[str, Layers]:
+def _chosen(components: dict[str, Layers], wanted: str) -> dict[str, Layers]:
     if wanted not in tuple(components):
         raise AdapterError(
-            f"{file}: component is {wanted!r:.80}, the file has {', '.join(components) or 'none'}"
+            f"component is {wanted!r:.80}, the file has {', '.join(components) or 'none'}"
         )
     return {wanted: components[wanted]}
 
@@ -110,7 +113,8 @@ def _part(file: Path, layers: Layers, fields: Fields | None, component: str, str
         raise AdapterError(f"{file}: {lokr[0]} is LoKr, other layers of {component} are LoRA")
     config = config_of(file, fields, component, "LOKR" if lokr else "LORA", strict)
     rule = None if config is None else config.rule
-    if lokr:
-        return lokr_updates(file, layers, config), rule
-    check_pairs(file, layers)
-    return lora_updates(file, layers, config), rule
+    with within(file):
+        if lokr:
+            return lokr_updates(layers, config), rule
+        check_pairs(layers)
+        return lora_updates(layers, config), rule

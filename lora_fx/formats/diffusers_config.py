@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_config import parse_config
 from lora_fx.formats.peft_file import METADATA
 from lora_fx.formats.peft_record import PeftConfig
@@ -18,7 +18,10 @@ Fields = Mapping[str, object]
 def fields_in(file: Path) -> Fields | None:
     """The fields in the file's metadata, or None."""
     text = metadata_of(file).get(METADATA)
-    return None if text is None else parse_object(text.encode(), f"{file}: {METADATA}")
+    if text is None:
+        return None
+    with within(f"{file}: {METADATA}"):
+        return parse_object(text.encode())
 
 
 def is_bare(fields: Fields | None) -> bool:
@@ -32,7 +35,7 @@ def config_of(
     """The config of one component, or None where the file has no metadata.
 
     Args:
-        file: for messages.
+        file: that holds them.
         fields: of the metadata.
         component: whose config it is; ``""`` where the file has no components.
         kind: of PEFT's types, the one that the tensors are of.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import torch
 
@@ -67,13 +66,10 @@ def speaks_diffusers(names: Collection[str]) -> bool | None:
     return True if is_own or any(name.endswith(".alpha") for name in names) else None
 
 
-def sort_by_component(
-    file: Path, tensors: Mapping[str, torch.Tensor], bare: bool = False
-) -> dict[str, Layers]:
+def sort_by_component(tensors: Mapping[str, torch.Tensor], bare: bool = False) -> dict[str, Layers]:
     """Sorts every tensor of a file by component, layer and role.
 
     Args:
-        file: for messages.
         tensors: by key.
         bare: the keys begin with no component's name; they are all of the component ``""``.
 
@@ -87,16 +83,16 @@ def sort_by_component(
         leaf = rest.rpartition(".")[2]
         feature = next((_FOREIGN[start] for start in _FOREIGN if leaf.startswith(start)), None)
         if feature is not None:
-            raise AdapterError(f"{file}: tensor {key!r} is {feature}, which is not supported")
+            raise AdapterError(f"tensor {key!r} is {feature}, which is not supported")
         found = _parsed(component, rest)
         if (component not in COMPONENTS and not bare) or found is None:
             unused.append(key)
             continue
         path, role = found
-        add(file, components.setdefault(component, {}), path, role, key, tensor)
+        add(components.setdefault(component, {}), path, role, key, tensor)
     if unused:
         raise AdapterError(
-            f"{file}: {len(unused)} tensors have names of no known use: {shorten(unused)}; "
+            f"{len(unused)} tensors have names of no known use: {shorten(unused)}; "
             f"expected one of {', '.join(COMPONENTS)}, a path, and an ending such as "
             ".lora_A.weight, .lora.down.weight or .alpha"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.diffusers_keys import LOKR
 from lora_fx.formats.pairs import ALPHA, BIAS, MAGNITUDE, Layers, Roles, factors_of, scalar_of
 from lora_fx.formats.peft_file import METADATA
@@ -15,11 +13,10 @@ from lora_fx.stored import Stored
 from lora_fx.update import Update
 
 
-def lora_updates(file: Path, layers: Layers, config: PeftConfig | None) -> dict[str, AnyUpdate]:
+def lora_updates(layers: Layers, config: PeftConfig | None) -> dict[str, AnyUpdate]:
     """LoRA or DoRA of every layer of a component.
 
     Args:
-        file: for messages.
         layers: path -> tensors by role, pairs all of them.
         config: the component's in the metadata, or None.
 
@@ -31,18 +28,18 @@ def lora_updates(file: Path, layers: Layers, config: PeftConfig | None) -> dict[
     without = [path for path, roles in layers.items() if ALPHA not in roles]
     if with_alpha and (without or config is not None):
         other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
-        raise AdapterError(f"{file}: .alpha for {shorten(with_alpha)}, and {other}; which holds?")
-    is_dora = _same_for_all(file, layers, MAGNITUDE, "a magnitude")
-    _same_for_all(file, layers, BIAS, "a bias of its up-projection")
+        raise AdapterError(f".alpha for {shorten(with_alpha)}, and {other}; which holds?")
+    is_dora = _same_for_all(layers, MAGNITUDE, "a magnitude")
+    _same_for_all(layers, BIAS, "a bias of its up-projection")
     if config is not None and config.use_dora != is_dora:
         found = "has" if is_dora else "lacks"
         raise AdapterError(
-            f"{file}: use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
+            f"use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
         )
-    return {path: _update(file, path, roles, config) for path, roles in layers.items()}
+    return {path: _update(path, roles, config) for path, roles in layers.items()}
 
 
-def lokr_updates(file: Path, layers: Layers, config: PeftConfig | None) -> dict[str, AnyUpdate]:
+def lokr_updates(layers: Layers, config: PeftConfig | None) -> dict[str, AnyUpdate]:
     """LoKr of every layer of a component; without a config alpha is in the weights already.
 
     Source: ``_create_lokr_config`` of diffusers 0.42.
@@ -52,37 +49,37 @@ def lokr_updates(file: Path, layers: Layers, config: PeftConfig | None) -> dict[
     """
     updates = {}
     for path, roles in layers.items():
-        where = f"{file}: {path}"
         extra = sorted(roles.keys() - LOKR)
         if extra:
-            raise AdapterError(f"{where}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
+            raise AdapterError(f"{path}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
         tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
         settings = {"scale": 1.0, "writer": "peft"}
-        if config is not None:
-            settings = config.type.settings(config, path, tensors)
-        updates[path] = KINDS["lokr"].read(where, tensors, settings)
+        with within(path):
+            if config is not None:
+                settings = config.type.settings(config, path, tensors)
+            updates[path] = KINDS["lokr"].read(tensors, settings)
     return updates
 
 
-def _same_for_all(file: Path, layers: Layers, role: str, what: str) -> bool:
+def _same_for_all(layers: Layers, role: str, what: str) -> bool:
     """Whether all layers have a tensor of a role, as PEFT's one config has it for all or none."""
     having = [path for path, roles in layers.items() if role in roles]
     lacking = [path for path, roles in layers.items() if role not in roles]
     if having and lacking:
-        raise AdapterError(f"{file}: {shorten(having)} has {what}, {shorten(lacking)} has none")
+        raise AdapterError(f"{shorten(having)} has {what}, {shorten(lacking)} has none")
     return bool(having)
 
 
-def _update(file: Path, path: str, roles: Roles, config: PeftConfig | None) -> AnyUpdate:
-    down, up = factors_of(file, roles, grouped=True)
+def _update(path: str, roles: Roles, config: PeftConfig | None) -> AnyUpdate:
+    down, up = factors_of(roles, grouped=True)
     rank, scale, kind = len(down), 1.0, "lora"
     if config is None:
-        alpha = scalar_of(file, roles)
+        alpha = scalar_of(roles)
         scale = 1.0 if alpha is None else alpha / rank
     else:
         expected, scale = config.rank_and_scale(path)
         if rank != expected:
-            raise AdapterError(f"{file}: {path}: rank {rank}, {METADATA} says {expected}")
+            raise AdapterError(f"{path}: rank {rank}, {METADATA} says {expected}")
         kind = "rslora" if config.use_rslora else "lora"
     bias, stored = roles[BIAS][1] if BIAS in roles else None, None
     if MAGNITUDE in roles:
@@ -90,4 +87,5 @@ def _update(file: Path, path: str, roles: Roles, config: PeftConfig | None) -> A
         kind = "dora"
     magnitude = {"lora_magnitude_vector": roles[MAGNITUDE][1]} if MAGNITUDE in roles else {}
     update = Update(down, up, scale, kind, bias, stored=stored)
-    return dora.with_magnitude(f"{file}: {path}", update, magnitude)
+    with within(path):
+        return dora.with_magnitude(update, magnitude)

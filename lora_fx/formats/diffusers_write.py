@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -29,30 +28,29 @@ FORM = "diffusers' format"
 FACTOR = "decompose_factor"  # of a LoKr config: PEFT cannot do without
 
 
-def contents(adapter: Adapter, path: Path, component: str | None) -> tuple[Tensors, dict[str, str]]:
+def contents(adapter: Adapter, component: str | None) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a file and its metadata.
 
     Args:
         adapter: what to write.
-        path: where to, for messages.
         component: what the paths are of; None where each begins with a component's name.
 
     Raises:
         AdapterError: the format cannot hold the adapter.
     """
-    check_held(adapter, path, FORM, adapter.replacements, _problem)
+    check_held(adapter, FORM, adapter.replacements, _problem)
     tensors: Tensors = {}
     fields: dict[str, object] = {}
     without = []
     rule = adapter.expects if component is not None else None
-    for name, part in _parts(adapter, path, component).items():
-        own, config = _part(path, name, part, rule)
+    for name, part in _parts(adapter, component).items():
+        own, config = _part(name, part, rule)
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         fields |= {f"{name}.{key}": value for key, value in (config or {}).items()}
         without += [name] if config is None else []
     if without and fields:
         raise AdapterError(
-            f"{path}: {FORM} holds a config of all components or of none, and the LoKr of "
+            f"{FORM} holds a config of all components or of none, and the LoKr of "
             f"{shorten(without)} has none; write the components to files of their own"
         )
     return tensors, {METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
@@ -76,31 +74,31 @@ def _is_lokr(update: AnyUpdate) -> bool:
 
 
 def _part(
-    path: Path, name: str, part: Mapping[str, AnyUpdate], rule: TargetRule | None
+    name: str, part: Mapping[str, AnyUpdate], rule: TargetRule | None
 ) -> tuple[Tensors, dict[str, object] | None]:
     """The tensors of one component by key, and the fields of its config."""
     lokr = [module for module, update in part.items() if _is_lokr(update)]
     if not lokr:
-        return _lora(path, name, {m: u for m, u in part.items() if isinstance(u, Update)}, rule)
+        return _lora(name, {m: u for m, u in part.items() if isinstance(u, Update)}, rule)
     said = {FACTOR in u.stored.settings for u in part.values() if u.stored}
     if len(lokr) < len(part) or len(said) > 1:
-        raise AdapterError(f"{path}: {FORM} cannot hold LoKr beside others in one model, {name}")
+        raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
     stored = {module: update.stored for module, update in part.items() if update.stored}
     tensors = {f"{m}.{leaf}": t for m, own in stored.items() for leaf, t in own.tensors.items()}
     if said == {False}:
         return tensors, None
     chosen = Chosen(TYPES["LOKR"], part, {}, Adapter("part", part, expects=rule))
-    return tensors, describe_chosen(chosen, homes_of(part), [], path)
+    return tensors, describe_chosen(chosen, homes_of(part), [])
 
 
 def _lora(
-    path: Path, name: str, part: Mapping[str, Update], rule: TargetRule | None
+    name: str, part: Mapping[str, Update], rule: TargetRule | None
 ) -> tuple[Tensors, dict[str, object]]:
     is_biased = any(update.bias is not None for update in part.values())
     is_dora = [update.magnitude is not None for update in part.values()]
     if any(is_dora) and (is_biased or not all(is_dora)):
         mixed = "biases of up-projections (lora_bias)" if is_biased else "plain LoRA"
-        raise AdapterError(f"{path}: {FORM} cannot hold DoRA beside {mixed} in one model, {name}")
+        raise AdapterError(f"{FORM} cannot hold DoRA beside {mixed} in one model, {name}")
     tensors: Tensors = {}
     for module, update in part.items():
         tensors[f"{module}.lora_A.weight"] = update.down
@@ -121,7 +119,7 @@ def _as_peft(update: Update, magnitude: torch.Tensor) -> torch.Tensor:
     return magnitude.reshape(1, -1, *[1] * axes) if axes else magnitude
 
 
-def _parts(adapter: Adapter, path: Path, component: str | None) -> dict[str, dict[str, AnyUpdate]]:
+def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:
     """The updates of each component, their paths being those in the component's model."""
     expected = ", ".join(COMPONENTS)
     if component is not None:
@@ -133,7 +131,7 @@ def _parts(adapter: Adapter, path: Path, component: str | None) -> dict[str, dic
         start, _, rest = module.partition(".")
         if start not in COMPONENTS or not rest:
             raise AdapterError(
-                f"{path}: {module} begins with no component's name; pass component=, one of "
+                f"{module} begins with no component's name; pass component=, one of "
                 f"{expected}, to say what the paths are of"
             )
         groups.setdefault(start, {})[rest] = update

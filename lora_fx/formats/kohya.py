@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.base_layers import layers_of
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya_layers import updates_of
@@ -46,12 +46,15 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             f"{path}: kohya's names lose the dots of a path; pass base=, the model or the traced "
             "graph that the adapter is for"
         )
-    layers, base = _sorted(path, read_file(path, hints), hints.component), layers_of(hints.base)
-    check_no_half(path, [roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA}])
-    paths = resolve(path, layers, base)
+    tensors, base = read_file(path, hints), layers_of(hints.base)
     updates: dict[str, AnyUpdate] = {}
-    for key, roles in layers.items():
-        updates |= updates_of(path, key, roles, paths[key], base[paths[key]])
+    with within(path):
+        layers = _sorted(tensors, hints.component)
+        check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
+        paths = resolve(layers, base)
+        for key, roles in layers.items():
+            with within(key):
+                updates |= updates_of(roles, paths[key], base[paths[key]])
     return Adapter(name, updates)
 
 
@@ -74,20 +77,26 @@ def write_kohya(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None
         AdapterError: the target exists, two paths would get one name, or the format cannot hold
             the adapter.
     """
-    check_held(adapter, path, "kohya's format", adapter.replacements, problem_with)
+    with within(path):
+        tensors = _contents(adapter, hints.component)
+    write_file(path, tensors, {}, force)
+
+
+def _contents(adapter: Adapter, component: str | None) -> dict[str, torch.Tensor]:
+    check_held(adapter, "kohya's format", adapter.replacements, problem_with)
     modules = {key: module_of(key, update) for key, update in adapter.updates.items()}
     owners: dict[str, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     for key, update in adapter.updates.items():
         module = modules[key]
-        name = name_of(path, module, adapter.updates, hints.component)
+        name = name_of(module, adapter.updates, component)
         if owners.setdefault(name, module) != module:
-            raise AdapterError(f"{path}: {owners[name]} and {module} would both be called {name}")
+            raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in leaves_for(update).items()}
-    write_file(path, tensors, {}, force)
+    return tensors
 
 
-def _sorted(file: Path, tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
+def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
     """The tensors by layer and leaf."""
     if component is not None:
         check_part(component)
@@ -100,19 +109,17 @@ def _sorted(file: Path, tensors: Mapping[str, torch.Tensor], component: str | No
             continue
         feature = None if part is None else feature_of(leaf)
         if feature is not None:
-            raise AdapterError(f"{file}: tensor {key!r} is {feature}, which is not supported")
+            raise AdapterError(f"tensor {key!r} is {feature}, which is not supported")
         if part is None or leaf not in LEAVES:
             unused.append(key)
         else:
-            add(file, layers, name, leaf, key, tensor)
+            add(layers, name, leaf, key, tensor)
     if unused:
         raise AdapterError(
-            f"{file}: {len(unused)} tensors have names of no known use: {shorten(unused)}; "
+            f"{len(unused)} tensors have names of no known use: {shorten(unused)}; "
             f"expected {' or '.join(PREFIXES.values())}<path> and then .{', .'.join(ROLES)}, "
             ".alpha, or what LyCORIS writes"
         )
     if not layers:
-        raise AdapterError(
-            f"{file}: no layer of {component or 'any part'} in it: nothing is adapted"
-        )
+        raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers

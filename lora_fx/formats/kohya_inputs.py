@@ -25,7 +25,7 @@ def is_of_inputs(scale: torch.Tensor, layer: BaseLayer) -> bool:
 
 
 def with_input_magnitude(
-    where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
 ) -> WeightUpdate:
     """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
 
@@ -33,7 +33,6 @@ def with_input_magnitude(
     like this.
 
     Args:
-        where: file and layer, for messages.
         update: without a magnitude: W' is what it makes of W.
         tensors: all of the layer's, ``dora_scale`` among them.
         layer: as the base has it.
@@ -42,7 +41,7 @@ def with_input_magnitude(
         AdapterError: the kind has no magnitude.
     """
     if isinstance(update, Scaling) or layer.shape is None:
-        raise AdapterError(f"{where}: dora_scale stands beside kind {update.kind!r}")
+        raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
     values: tuple[torch.Tensor, ...]
     if isinstance(update, Update):
         function, values = added, (update.delta().reshape(layer.shape),)

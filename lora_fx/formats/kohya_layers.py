@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -29,17 +28,13 @@ from lora_fx.stored import Stored
 from lora_fx.update import Update
 
 
-def updates_of(
-    file: Path, name: str, roles: Roles, path: str, layer: BaseLayer
-) -> dict[str, AnyUpdate]:
+def updates_of(roles: Roles, path: str, layer: BaseLayer) -> dict[str, AnyUpdate]:
     """What the tensors of one name change: a layer, or the parameters of a norm.
 
     The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
     alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already.
 
     Args:
-        file: for messages.
-        name: kohya's, for messages.
         roles: leaf -> key and tensor.
         path: of the layer in the base.
         layer: as the base has it.
@@ -51,67 +46,65 @@ def updates_of(
         AdapterError: tensors of several algorithms, of another layer, or of wrong shapes.
     """
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
-    algorithm, where = algorithm_of(tensors), f"{file}: {name}"
+    algorithm = algorithm_of(tensors)
     if algorithm is None:
-        raise AdapterError(f"{where}: {sorted(tensors)} are of no single algorithm, or part of one")
+        raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
-        raise AdapterError(f"{where} is of {path}, a {layer.name}: {sorted(tensors)} do not fit it")
+        raise AdapterError(f"{sorted(tensors)} do not fit {path}, a {layer.name}")
     if algorithm == "norm":
         return dict(norm_update(path, leaf, tensor) for leaf, tensor in tensors.items())
     if algorithm == "ia3":
-        return {path: ia3_update(where, tensors, layer)}
+        return {path: ia3_update(tensors, layer)}
     scale = tensors.get(DORA)
     if scale is None or not is_of_inputs(scale, layer):
-        update = _update(file, where, roles, algorithm, layer)
-        return {path: _on_groups(where, update, tensors, layer)}
+        update = _update(roles, algorithm, layer)
+        return {path: _on_groups(update, tensors, layer)}
     rest = {leaf: found for leaf, found in roles.items() if leaf != DORA}
-    plain = _update(file, where, rest, algorithm, layer)
-    return {path: with_input_magnitude(where, plain, tensors, layer)}
+    plain = _update(rest, algorithm, layer)
+    return {path: with_input_magnitude(plain, tensors, layer)}
 
 
-def _update(file: Path, where: str, roles: Roles, algorithm: str, layer: BaseLayer) -> AnyUpdate:
+def _update(roles: Roles, algorithm: str, layer: BaseLayer) -> AnyUpdate:
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     if algorithm == "lora":
-        return _lora(file, where, roles, layer)
+        return _lora(roles, layer)
     settings: dict[str, object] = {"shape": layer.shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        settings["scale"] = _scale(file, algorithm, roles, tensors)
+        settings["scale"] = _scale(algorithm, roles, tensors)
     if algorithm == "oft":
-        settings["constraint"] = scalar_of(file, roles) or 0.0
-    return KINDS[algorithm].read(where, tensors, settings)
+        settings["constraint"] = scalar_of(roles) or 0.0
+    return KINDS[algorithm].read(tensors, settings)
 
 
-def _scale(file: Path, algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) -> float:
+def _scale(algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) -> float:
     rank = rank_of_algorithm(algorithm, tensors)
-    return 1.0 if rank is None else (scalar_of(file, roles) or rank) / rank
+    return 1.0 if rank is None else (scalar_of(roles) or rank) / rank
 
 
-def _lora(file: Path, where: str, roles: Roles, layer: BaseLayer) -> AnyUpdate:
+def _lora(roles: Roles, layer: BaseLayer) -> AnyUpdate:
     """LoRA, LoCon's Tucker form of it, and DoRA over either.
 
     The Tucker form has a core (r, r, *kernel) between a down- and an up-projection of single
     points. Joined with the core, down is (r, in, *kernel): the same product, exactly.
     """
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
-    check_no_half(file, [{ROLES.get(leaf, leaf): found for leaf, found in roles.items()}])
-    down, up = factors_of(file, {ROLES[leaf]: roles[leaf] for leaf in ROLES})
-    scale, stored = _scale(file, "lora", roles, tensors), None
+    check_no_half([{ROLES.get(leaf, leaf): found for leaf, found in roles.items()}])
+    down, up = factors_of({ROLES[leaf]: roles[leaf] for leaf in ROLES})
+    scale, stored = _scale("lora", roles, tensors), None
     if MID in tensors:
-        down = _with_core(where, down, tensors[MID])
+        down = _with_core(down, tensors[MID])
         stored = Stored(tensors, {"scale": scale})
     assert layer.shape is not None
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
     if (len(up), math.prod(down.shape[1:])) != (layer.shape[0], math.prod(layer.shape[1:])):
         found = len(up), *down.shape[1:]
-        raise AdapterError(
-            f"{where} is made for a layer {found}, the {layer.name} is {layer.shape}"
-        )
+        raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.shape}")
     update = Update(down, up, scale, "dora" if DORA in tensors else "lora", stored=stored)
-    return dora.with_magnitude(where, update, {k: t for k, t in tensors.items() if k == DORA})
+    return dora.with_magnitude(update, {k: t for k, t in tensors.items() if k == DORA})
 
 
 def _on_groups(
-    where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
 ) -> AnyUpdate:
     """DoRA on a grouped convolution as a function of the weight, the one form that it has."""
     if not isinstance(update, Update) or update.magnitude is None or layer.groups == 1:
@@ -120,15 +113,15 @@ def _on_groups(
     plain = replace(update, magnitude=None)
     assert layer.shape is not None
     whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.shape, stored)
-    return dora.with_magnitude(where, whole, {DORA: tensors[DORA]})
+    return dora.with_magnitude(whole, {DORA: tensors[DORA]})
 
 
-def _with_core(where: str, down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+def _with_core(down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """(r, in, *kernel) in float32 or wider, of (r, in, 1, ...) and (r, r, *kernel)."""
     points, rank = all(size == 1 for size in down.shape[2:]), len(down)
     if core.ndim < 3 or core.ndim != down.ndim or not points or core.shape[:2] != (rank, rank):
         raise AdapterError(
-            f"{where}: {MID} is {tuple(core.shape)} beside {DOWN_KEY} {tuple(down.shape)}, "
+            f"{MID} is {tuple(core.shape)} beside {DOWN_KEY} {tuple(down.shape)}, "
             "expected (r, r, *kernel) beside (r, in, 1, ...)"
         )
     wide = torch.promote_types(down.dtype, torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.base_layers import BaseLayer
@@ -43,11 +42,10 @@ def flat(path: str) -> str:
     return path.replace(".", "_")
 
 
-def name_of(file: Path, path: str, paths: Collection[str], component: str | None) -> str:
+def name_of(path: str, paths: Collection[str], component: str | None) -> str:
     """What kohya calls the layer at a path.
 
     Args:
-        file: for messages.
         path: of the layer.
         paths: of all layers of the adapter: they tell one text encoder from the first of several.
         component: what the paths are of; None where each begins with a part's name in a pipeline.
@@ -62,18 +60,17 @@ def name_of(file: Path, path: str, paths: Collection[str], component: str | None
     part = next((part for part, holders in HOLDERS.items() if holder in holders), None)
     if part is None or not rest:
         raise AdapterError(
-            f"{file}: {path} begins with no part of a pipeline; pass component=, one of "
+            f"{path} begins with no part of a pipeline; pass component=, one of "
             f"{', '.join(PREFIXES)}, to say what the paths are of"
         )
     is_double = part == "te" and any(other.startswith("text_encoder_") for other in paths)
     return PREFIXES["te1" if is_double else part] + flat(rest)
 
 
-def resolve(file: Path, names: Iterable[str], base: Mapping[str, BaseLayer]) -> dict[str, str]:
+def resolve(names: Iterable[str], base: Mapping[str, BaseLayer]) -> dict[str, str]:
     """Finds the layer that each name means.
 
     Args:
-        file: for messages.
         names: such as ``lora_unet_mid_block_proj``.
         base: the layers of the model, or of a pipeline whose children hold the parts.
 
@@ -88,17 +85,17 @@ def resolve(file: Path, names: Iterable[str], base: Mapping[str, BaseLayer]) -> 
     for path in base:
         index[flat(path)].append(path)
     found = {name: _candidates(name, index) for name in names}
-    _check_found(file, found, base)
+    _check_found(found, base)
     owners: dict[str, str] = {}
     for name, (path,) in found.items():
         if base[path].kind is None:
             raise AdapterError(
-                f"{file}: {name} is of {path}, a {base[path].name}; linear, embedding, convolution "
+                f"{name} is of {path}, a {base[path].name}; linear, embedding, convolution "
                 "and norm layers are supported"
             )
         if owners.setdefault(path, name) != name:
             raise AdapterError(
-                f"{file}: {owners[path]} and {name} are both of {path}; "
+                f"{owners[path]} and {name} are both of {path}; "
                 f"pass component={part_of(name)!r} to read one part"
             )
     return {name: path for name, (path,) in found.items()}
@@ -120,11 +117,11 @@ def _candidates(name: str, index: Mapping[str, list[str]]) -> list[str]:
     return inside + index.get(rest, [])
 
 
-def _check_found(file: Path, found: Mapping[str, list[str]], base: Mapping[str, BaseLayer]) -> None:
+def _check_found(found: Mapping[str, list[str]], base: Mapping[str, BaseLayer]) -> None:
     several = [f"{name} ({' or '.join(paths)})" for name, paths in found.items() if len(paths) > 1]
     if several:
         raise AdapterError(
-            f"{file}: names that mean several layers of the base: {shorten(several)}; rename one "
+            f"names that mean several layers of the base: {shorten(several)}; rename one "
             "of the layers, or convert the file where it was made"
         )
     missing = [name for name, paths in found.items() if not paths]
@@ -133,6 +130,6 @@ def _check_found(file: Path, found: Mapping[str, list[str]], base: Mapping[str, 
     parts = sorted({part for name in found if (part := part_of(name))})
     advice = f"; pass component= to read one part of {', '.join(parts)}" if len(parts) > 1 else ""
     raise AdapterError(
-        f"{file}: {len(missing)} names mean no layer of the base: {shorten(missing)}; its layers: "
+        f"{len(missing)} names mean no layer of the base: {shorten(missing)}; its layers: "
         f"{shorten(list(base)) or 'none'}{advice}"
     )

@@ -30,13 +30,12 @@ def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpd
     return f"{path}.{name}", WeightUpdate("norm", added, (change,), tuple(change.shape), stored)
 
 
-def ia3_update(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
+def ia3_update(tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
     """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
 
     Source: ``lycoris/modules/ia3.py`` of 4.1.3.
 
     Args:
-        where: file and layer, for messages.
         tensors: weight, (features,) or with axes of 1 around it, and on_input, one number.
         layer: as the base has it.
 
@@ -45,13 +44,11 @@ def ia3_update(where: str, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
     """
     factors, side = tensors.get("weight"), tensors.get("on_input")
     if factors is None or side is None or side.numel() != 1 or layer.shape is None:
-        raise AdapterError(
-            f"{where}: {sorted(tensors)}, expected weight, and on_input of one number"
-        )
+        raise AdapterError(f"{sorted(tensors)}, expected weight, and on_input of one number")
     on_input = bool(side.item())
     size = layer.shape[int(on_input)]
     if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
-        raise AdapterError(f"{where}: weight is {tuple(factors.shape)}, expected ({size},)")
+        raise AdapterError(f"weight is {tuple(factors.shape)}, expected ({size},)")
     wide = torch.promote_types(factors.dtype, torch.float32)
     vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
     if on_input:

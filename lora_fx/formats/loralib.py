@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.by_end import check_all_used, value_for
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_base import check_base
-from lora_fx.formats.loralib_file import LoralibFile, sort_keys
+from lora_fx.formats.loralib_file import sort_keys
 from lora_fx.formats.loralib_layers import update_of
 from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
 from lora_fx.formats.strict_json import parse_object
@@ -47,22 +49,22 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     Raises:
         AdapterError: names the file, the tensor or hint, and what is wrong with it.
     """
-    file = sort_keys(path, read_file(path, hints), hints.base)
-    alphas = _alphas(path, hints, file.layers)
-    hints = replace(hints, enable_lora=_fused(path, hints, file.layers))
+    tensors, texts = read_file(path, hints), metadata_of(path)
     base = {} if hints.base is None else layers_of(hints.base)
-    updates = {}
-    for module, roles in file.layers.items():
-        alpha = value_for(alphas, module) if isinstance(alphas, Mapping) else alphas
-        if alpha is None:
-            raise AdapterError(
-                f"{path}: {module}: no alpha is given for this layer; add it to alpha="
-            )
-        own = base.get(module)
-        layer, is_table = _layer(path, module, file, own), own and own.kind == "embedding"
-        updates[module] = update_of(path, module, roles, layer, alpha, hints, bool(is_table))
-        if hints.base is not None and module in file.weights and layer is not None:
-            check_base(path, module, updates[module], file.weights[module], layer, hints)
+    with within(path):
+        file = sort_keys(tensors, hints.base)
+        alphas = _alphas(texts, hints, file.layers)
+        hints = replace(hints, enable_lora=_fused(texts, hints, file.layers))
+        layers = {m: _layer(m, file.weights.get(m), base.get(m)) for m in file.layers}
+        tables = {module for module, own in base.items() if own.kind == "embedding"}
+        updates = {
+            module: update_of(module, pair, layers[module], alphas[module], hints, module in tables)
+            for module, pair in file.layers.items()
+        }
+    for module, weight in file.weights.items():
+        layer = layers[module]
+        if hints.base is not None and layer is not None:
+            check_base(path, module, updates[module], weight, layer, hints)
     return Adapter(name, updates, file.replacements)
 
 
@@ -84,52 +86,60 @@ def write_loralib(adapter: Adapter, path: Path, hints: Hints, force: bool) -> No
     Raises:
         AdapterError: the target exists, or the format cannot hold the adapter.
     """
-    tensors, metadata = contents(adapter, path)
+    with within(path):
+        tensors, metadata = contents(adapter, path.suffix)
     write_file(path, tensors, metadata, force, PICKLES)
 
 
 def _layer(
-    path: Path, module: str, file: LoralibFile, base: BaseLayer | None
+    module: str, weight: torch.Tensor | None, base: BaseLayer | None
 ) -> tuple[int, ...] | None:
     """(out, in / groups, *kernel) of a layer, from the base or from the file; None if unknown."""
     if base is not None and not base.is_matrix:
         raise AdapterError(
-            f"{path}: {module} is of a {base.name}; linear, embedding and convolution layers are "
-            "supported"
+            f"{module} is of a {base.name}; linear, embedding and convolution layers are supported"
         )
-    weight = file.weights.get(module)
     if base is not None or weight is None:
         return None if base is None else base.shape
     # Of a matrix the pair tells more: an embedding's and some linear layers' are turned.
     return tuple(weight.shape) if weight.ndim > 2 else None
 
 
-def _fused(file: Path, hints: Hints, paths: Iterable[str]) -> Any:
+def _fused(texts: Mapping[str, str], hints: Hints, paths: Iterable[str]) -> Any:
     """What is fused, from the hint or the file."""
-    text, given = metadata_of(file).get(FUSED), hints.enable_lora
+    text, given = texts.get(FUSED), hints.enable_lora
     if text is not None:
         if given is not None:
-            raise AdapterError(f"{file}: says what is fused; leave the hint enable_lora out")
-        return parse_object(text.encode(), f"{file}: {FUSED}")
+            raise AdapterError("says what is fused; leave the hint enable_lora out")
+        with within(FUSED):
+            return parse_object(text.encode())
     if isinstance(given, Mapping):
-        check_all_used(f"{file}: enable_lora", given, paths)
+        check_all_used("enable_lora", given, paths)
     return given
 
 
-def _alphas(file: Path, hints: Hints, paths: Iterable[str]) -> Mapping[str, float] | float:
-    """The alpha of all layers, or by the end of a path, from the hint or the file."""
-    text = metadata_of(file).get(ALPHAS)
+def _alphas(texts: Mapping[str, str], hints: Hints, paths: Collection[str]) -> dict[str, float]:
+    """The alpha of each layer, from the hint or the file: one for all, or by the end of a path."""
+    text = texts.get(ALPHAS)
     given: object = hints.alpha
     if text is not None:
         if given is not None:
-            raise AdapterError(f"{file}: says what alpha is; leave the hint alpha out")
-        given = parse_object(text.encode(), f"{file}: {ALPHAS}")
+            raise AdapterError("says what alpha is; leave the hint alpha out")
+        with within(ALPHAS):
+            given = parse_object(text.encode())
     if given is None:
         raise AdapterError(
-            f"{file}: loralib stores no alpha, so the scale is unknown; pass alpha=, the "
+            "loralib stores no alpha, so the scale is unknown; pass alpha=, the "
             "lora_alpha of the layers"
         )
     if not isinstance(given, Mapping):
-        return checked_alpha("alpha", given)
-    check_all_used(f"{file}: alpha", given, paths)
-    return {name: checked_alpha(f"alpha[{name!r}]", alpha) for name, alpha in given.items()}
+        return dict.fromkeys(paths, checked_alpha("alpha", given))
+    check_all_used("alpha", given, paths)
+    by_end = {name: checked_alpha(f"alpha[{name!r}]", alpha) for name, alpha in given.items()}
+    alphas = {}
+    for path in paths:
+        alpha = value_for(by_end, path)
+        if alpha is None:
+            raise AdapterError(f"{path}: no alpha is given for this layer; add it to alpha=")
+        alphas[path] = alpha
+    return alphas

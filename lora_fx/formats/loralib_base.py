@@ -28,7 +28,7 @@ def check_base(
     either way round.
 
     Args:
-        path: the file, for messages.
+        path: the file.
         module: path of the layer.
         update: of the layer.
         weight: as the file has it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -33,7 +32,7 @@ class LoralibFile:
     replacements: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def sort_keys(path: Path, tensors: Mapping[str, torch.Tensor], base: object) -> LoralibFile:
+def sort_keys(tensors: Mapping[str, torch.Tensor], base: object) -> LoralibFile:
     """Sorts every tensor of a file to its use.
 
     loralib freezes the weights that it adapts, so those of a whole state dict are the base's and
@@ -41,7 +40,6 @@ def sort_keys(path: Path, tensors: Mapping[str, torch.Tensor], base: object) -> 
     the base is given and has the same.
 
     Args:
-        path: the file, for messages.
         tensors: by key.
         base: the model or graph, or None.
 
@@ -52,10 +50,10 @@ def sort_keys(path: Path, tensors: Mapping[str, torch.Tensor], base: object) -> 
     for key, tensor in tensors.items():
         end = next((end for end in ROLES if key.endswith(end)), None)
         if end is not None and key != end:
-            add(path, file.layers, key.removesuffix(end), ROLES[end], key, tensor)
+            add(file.layers, key.removesuffix(end), ROLES[end], key, tensor)
         else:
             others[key] = tensor
-    check_pairs(path, file.layers)
+    check_pairs(file.layers)
     named = {_outer(key, file.layers): tensor for key, tensor in others.items()}
     file.weights = {m: named[m + WEIGHT] for m in file.layers if m + WEIGHT in named}
     is_whole = file.weights.keys() == file.layers.keys()
@@ -65,7 +63,7 @@ def sort_keys(path: Path, tensors: Mapping[str, torch.Tensor], base: object) -> 
     unused += [] if is_whole else [module + WEIGHT for module in file.weights]
     if unused:
         raise AdapterError(
-            f"{path}: {len(unused)} tensors are no part of an adapter: {shorten(unused)}; expected "
+            f"{len(unused)} tensors are no part of an adapter: {shorten(unused)}; expected "
             "<module>.lora_A, <module>.lora_B and biases, as loralib.lora_state_dict(model) gives, "
             "or the whole model.state_dict()"
         )

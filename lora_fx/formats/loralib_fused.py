@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,6 @@ Groups = tuple[bool, ...]
 
 
 def groups_of(
-    file: Path,
     path: str,
     down: torch.Tensor,
     up: torch.Tensor,
@@ -25,7 +23,6 @@ def groups_of(
     """Which outputs of a layer are adapted, or None for a layer of one output.
 
     Args:
-        file: for messages.
         path: of the layer.
         down: ``lora_A``, (r, in), or (r * adapted, in).
         up: ``lora_B``, (out, r), or (size * adapted, r).
@@ -35,25 +32,24 @@ def groups_of(
     Raises:
         AdapterError: the hint is missing, or contradicts the shapes.
     """
-    shapes = f"{file}: {path}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
     count, rest = divmod(len(down), up.shape[1])
     if rest or not count or len(up) % count:
-        raise AdapterError(f"{shapes}: the ranks differ, expected (r, in) and (out, r)")
+        raise AdapterError("the ranks differ, expected (r, in) and (out, r)")
     groups = _hinted(path, hints, count, len(up), out)
     if groups is None and count > 1:
         raise AdapterError(
-            f"{shapes}: a fused layer (MergedLinear) with {count} adapted outputs; pass "
+            f"a fused layer (MergedLinear) with {count} adapted outputs; pass "
             "enable_lora=, such as [True, False, True], as its model has it"
         )
     if groups is not None and sum(groups) != count:
         raise AdapterError(
-            f"{shapes}: {count} outputs are adapted, enable_lora={list(groups)} says {sum(groups)}"
+            f"{count} outputs are adapted, enable_lora={list(groups)} says {sum(groups)}"
         )
     size = len(up) // count * len(groups or (True,))
     if out is not None and out != size:
         said = "no enable_lora" if groups is None else f"enable_lora={list(groups)}"
         raise AdapterError(
-            f"{shapes}: with {said} of an output of {size}, the base's is of {out}; "
+            f"with {said} of an output of {size}, the base's is of {out}; "
             "pass enable_lora= as its model has it"
         )
     return groups

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 from lora_fx.formats.pairs import Roles, matrices_of
@@ -21,7 +20,6 @@ LEAVES = frozenset({"lora_A", "lora_B"})
 
 
 def update_of(
-    file: Path,
     path: str,
     roles: Roles,
     layer: Shape | None,
@@ -32,7 +30,6 @@ def update_of(
     """The update of one layer: ``W + alpha / r * (lora_B @ lora_A)``, viewed as W is.
 
     Args:
-        file: for messages.
         path: of the layer.
         roles: its pair.
         layer: (out, in / groups, *kernel), or None if unknown, and then no convolution.
@@ -43,22 +40,22 @@ def update_of(
     Raises:
         AdapterError: the shapes are not of the layer, or a hint contradicts them.
     """
-    down, up = matrices_of(file, roles)
-    where = f"{file}: {path}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
+    down, up = matrices_of(roles)
     kernel = () if layer is None else layer[2:]
     size = kernel[0] if kernel else 1
     rank, rest = divmod(up.shape[1], size)
-    if rest or not rank:
-        raise AdapterError(f"{where}: the layer's kernel is {kernel}, expected r * {size} ranks")
-    if hints.r is not None and checked_rank("r", hints.r) != rank:
-        raise AdapterError(
-            f"{where} are of rank {rank}, the hint r is {hints.r}; a convolution's matrices have "
-            "r times its kernel's size: pass base= if it is one"
-        )
-    settings = {"alpha": alpha, "r": rank, "scale": alpha / rank}
-    if layer is not None and kernel:
-        return _conv(where, down, up, layer, settings)
-    groups = groups_of(file, path, down, up, hints, None if layer is None else layer[0])
+    with within(f"{path}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"):
+        if rest or not rank:
+            raise AdapterError(f"the layer's kernel is {kernel}, expected r * {size} ranks")
+        if hints.r is not None and checked_rank("r", hints.r) != rank:
+            raise AdapterError(
+                f"of rank {rank}, the hint r is {hints.r}; a convolution's matrices have "
+                "r times its kernel's size: pass base= if it is one"
+            )
+        settings = {"alpha": alpha, "r": rank, "scale": alpha / rank}
+        if layer is not None and kernel:
+            return _conv(down, up, layer, settings)
+        groups = groups_of(path, down, up, hints, None if layer is None else layer[0])
     if groups is None:
         table = EMBEDDING if is_table else None
         return Update(down, up, alpha / rank, stored=table)
@@ -67,7 +64,7 @@ def update_of(
 
 
 def _conv(
-    where: str, down: torch.Tensor, up: torch.Tensor, layer: Shape, settings: dict[str, float]
+    down: torch.Tensor, up: torch.Tensor, layer: Shape, settings: dict[str, float]
 ) -> AnyUpdate:
     """The update of a convolution, which loralib reads off a matrix of (out * k, in * k).
 
@@ -79,7 +76,7 @@ def _conv(
     size, cells, rank = kernel[0], math.prod(kernel), len(down)
     if len(set(kernel)) > 1 or rank != up.shape[1] or len(up) * down.shape[1] != math.prod(layer):
         raise AdapterError(
-            f"{where} are not of a convolution {layer}: expected (r * k, in * k) and "
+            f"no pair of a convolution {layer}: expected (r * k, in * k) and "
             "(out / groups * k, r * k), whose product has as many numbers as the weight"
         )
     scale, stored = settings["scale"], Stored({"lora_A": down, "lora_B": up}, settings)

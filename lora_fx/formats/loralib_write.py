@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 
@@ -22,18 +21,18 @@ ALPHAS, FUSED = "lora_alpha", "enable_lora"
 PICKLES = (".pt", ".pth", ".bin")
 
 
-def contents(adapter: Adapter, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def contents(adapter: Adapter, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file and its metadata.
 
     Raises:
         AdapterError: the format cannot hold the adapter.
     """
     others = [key for key in adapter.replacements if not key.endswith(BIAS)]
-    check_held(adapter, path, "loralib's format", others, _problem)
+    check_held(adapter, "loralib's format", others, _problem)
     alphas = {module: _alpha(update) for module, update in adapter.updates.items()}
-    if path.suffix in PICKLES and len(set(alphas.values())) > 1:
+    if suffix in PICKLES and len(set(alphas.values())) > 1:
         found = shorten([f"{p}: {alpha:g}" for p, alpha in alphas.items()])
-        raise AdapterError(f"{path}: its layers have several alphas ({found}): write .safetensors")
+        raise AdapterError(f"its layers have several alphas ({found}): write .safetensors")
     tensors = dict(adapter.replacements)
     fused = {}
     for module, update in adapter.updates.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ Roles = dict[str, tuple[str, torch.Tensor]]
 Layers = dict[str, Roles]
 
 
-def add(file: Path, layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) -> None:
+def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) -> None:
     """Files a tensor under its layer's path and its role in it.
 
     Raises:
@@ -23,24 +22,23 @@ def add(file: Path, layers: Layers, path: str, role: str, key: str, tensor: torc
     roles = layers.setdefault(path, {})
     if role in roles:
         raise AdapterError(
-            f"{file}: tensors {roles[role][0]!r} and {key!r} are both the {role} of {path}; "
-            "remove one"
+            f"tensors {roles[role][0]!r} and {key!r} are both the {role} of {path}; remove one"
         )
     roles[role] = key, tensor
 
 
-def check_pairs(file: Path, layers: Layers) -> None:
+def check_pairs(layers: Layers) -> None:
     """Refuses a file that adapts nothing, and a layer that has only half of a pair.
 
     Raises:
         AdapterError: names the tensors that stand alone.
     """
-    check_no_half(file, layers.values())
+    check_no_half(layers.values())
     if not layers:
-        raise AdapterError(f"{file}: no pair of down and up in it, so nothing is adapted")
+        raise AdapterError("no pair of down and up in it, so nothing is adapted")
 
 
-def check_no_half(file: Path, layers: Iterable[Roles]) -> None:
+def check_no_half(layers: Iterable[Roles]) -> None:
     """Refuses a layer that has only half of a pair.
 
     Raises:
@@ -50,12 +48,10 @@ def check_no_half(file: Path, layers: Iterable[Roles]) -> None:
         key for roles in layers if not {DOWN, UP} <= roles.keys() for key, _ in roles.values()
     ]
     if halves:
-        raise AdapterError(
-            f"{file}: half of a pair, down without up or up without: {shorten(halves)}"
-        )
+        raise AdapterError(f"half of a pair, down without up or up without: {shorten(halves)}")
 
 
-def matrices_of(file: Path, roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices_of(roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
     """The down- and the up-projection of a layer, both matrices.
 
     Raises:
@@ -63,17 +59,14 @@ def matrices_of(file: Path, roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
     """
     down, up = roles[DOWN][1], roles[UP][1]
     if down.ndim != 2 or up.ndim != 2:
-        raise AdapterError(f"{_shapes(file, roles)}: expected matrices, (r, in) and (out, r)")
+        raise AdapterError(f"{_shapes(roles)}: expected matrices, (r, in) and (out, r)")
     return down, up
 
 
-def factors_of(
-    file: Path, roles: Roles, grouped: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(roles: Roles, grouped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The down- and the up-projection of a layer: of a linear one, or of a convolution.
 
     Args:
-        file: for messages.
         roles: of the layer: down (r, in, *kernel), and up (out, r), or (out, r, 1, ...) with as
             many axes as down.
         grouped: whether up may be (out, r / groups, 1, ...), beside a grouped convolution.
@@ -88,20 +81,18 @@ def factors_of(
     fits = down.ndim >= 2 and up.ndim in (2, down.ndim) and all(n == 1 for n in up.shape[2:])
     if not fits:
         raise AdapterError(
-            f"{_shapes(file, roles)}: expected (r, in) and (out, r), or of a convolution "
+            f"{_shapes(roles)}: expected (r, in) and (out, r), or of a convolution "
             "(r, in, *kernel) and (out, r, 1, ...)"
         )
     rank, inner = down.shape[0], up.shape[1]
     if rank != inner and not (grouped and down.ndim > 2 and inner and rank % inner == 0):
-        raise AdapterError(
-            f"{_shapes(file, roles)}: the ranks differ, expected (r, in) and (out, r)"
-        )
+        raise AdapterError(f"{_shapes(roles)}: the ranks differ, expected (r, in) and (out, r)")
     return down, up.flatten(1)
 
 
-def _shapes(file: Path, roles: Roles) -> str:
+def _shapes(roles: Roles) -> str:
     (down_key, down), (up_key, up) = roles[DOWN], roles[UP]
-    return f"{file}: {down_key!r} is {tuple(down.shape)} and {up_key!r} is {tuple(up.shape)}"
+    return f"{down_key!r} is {tuple(down.shape)} and {up_key!r} is {tuple(up.shape)}"
 
 
 def up_beside(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -109,7 +100,7 @@ def up_beside(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return up.reshape(*up.shape, *[1] * (down.ndim - 2))
 
 
-def scalar_of(file: Path, roles: Roles) -> float | None:
+def scalar_of(roles: Roles) -> float | None:
     """The alpha that a layer's tensors hold, or None.
 
     Raises:
@@ -119,5 +110,5 @@ def scalar_of(file: Path, roles: Roles) -> float | None:
         return None
     key, tensor = roles[ALPHA]
     if tensor.numel() != 1:
-        raise AdapterError(f"{file}: {key!r} is {tuple(tensor.shape)}, expected one number")
+        raise AdapterError(f"{key!r} is {tuple(tensor.shape)}, expected one number")
     return float(tensor.item())

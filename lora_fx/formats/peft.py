@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_config import read_config
@@ -61,19 +61,20 @@ def assemble(
 
     Args:
         name: of the adapter.
-        weights: the file of the tensors, for messages.
+        weights: the file of the tensors.
         tensors: by PEFT's keys.
         config: what decides ranks, scales and uses.
-        origin: where the config comes from, for messages.
+        origin: where the config comes from.
         hints: ``strict`` refuses pattern keys that match nothing; ``base`` is heeded.
 
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
     base = base_of(hints.base)
-    keys = sort_keys(weights, tensors, config)
-    updates, asked = read_layers(str(weights), keys, config, base)
-    updates |= read_tokens(str(weights), keys, config, base)
+    with within(weights):
+        keys = sort_keys(tensors, config)
+        updates, asked = read_layers(keys, config, base)
+        updates |= read_tokens(keys, config, base)
     _check_patterns(origin, config, asked, hints.strict)
     return Adapter(name, updates, keys.replacements, expects=config.rule)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
@@ -37,7 +36,7 @@ class Chosen:
     adapter: Adapter
 
 
-def choose(adapter: Adapter, target: Path) -> Chosen:
+def choose(adapter: Adapter) -> Chosen:
     """Finds the type that holds every update of an adapter.
 
     Updates of one kind are written as that kind, from the very tensors that they were read from.
@@ -48,7 +47,7 @@ def choose(adapter: Adapter, target: Path) -> Chosen:
         AdapterError: the kinds are mixed, or PEFT has no type for one; lists them.
     """
     if not adapter.updates:
-        raise AdapterError(f"{target}: the adapter {adapter.name} has no update to write")
+        raise AdapterError(f"the adapter {adapter.name} has no update to write")
     tokens = {path: update for path, update in adapter.updates.items() if update.kind == "tokens"}
     layers = {path: update for path, update in adapter.updates.items() if path not in tokens}
     if not layers:
@@ -61,10 +60,10 @@ def choose(adapter: Adapter, target: Path) -> Chosen:
         layers = {p: _plain(u) for p, u in layers.items() if isinstance(u, Update)}
         kind = LORA
     if kind is None:
-        raise AdapterError(f"{target}: no one type of PEFT holds {_kinds(layers)}")
+        raise AdapterError(f"no one type of PEFT holds {_kinds(layers)}")
     if tokens and "trainable_token_indices" not in kind.own:
         raise AdapterError(
-            f"{target}: PEFT has no trained tokens ({shorten(list(tokens))}) beside {kind.name}"
+            f"PEFT has no trained tokens ({shorten(list(tokens))}) beside {kind.name}"
         )
     return Chosen(kind, layers, _explicit(tokens), adapter)
 
@@ -119,7 +118,7 @@ def _kinds(layers: Mapping[str, AnyUpdate]) -> str:
     return "; ".join(f"{kind}: {shorten(paths, 3)}" for kind, paths in sorted(by_kind.items()))
 
 
-def check_expressible(chosen: Chosen, target: Path) -> None:
+def check_expressible(chosen: Chosen) -> None:
     """Refuses what PEFT would not load, or not as it is meant.
 
     Raises:
@@ -139,7 +138,7 @@ def check_expressible(chosen: Chosen, target: Path) -> None:
         problems |= _lora_problems(chosen.layers, low)
     for problem, paths in problems.items():
         if paths:
-            raise AdapterError(f"{target}: {problem}: {shorten(paths)}")
+            raise AdapterError(f"{problem}: {shorten(paths)}")
 
 
 def _lora_problems(

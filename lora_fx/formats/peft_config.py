@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_features import check_features, check_init, check_oft, type_of
 from lora_fx.formats.peft_fields import (
     alpha_in,
@@ -55,14 +55,14 @@ def parse_config(
 
     Args:
         fields: of an ``adapter_config.json``.
-        origin: where they come from, for messages.
+        origin: where they come from.
         strict: as in `read_config`.
         types: those that the caller knows how to read.
 
     Raises:
         AdapterError: names the origin and the field.
     """
-    try:
+    with within(origin):
         kind = type_of(fields, types)
         check_features(fields, kind)
         if kind is LORA:
@@ -70,8 +70,6 @@ def parse_config(
         if kind.name == "OFT":
             check_oft(fields, origin, strict)
         return _parse(kind, fields)
-    except AdapterError as error:
-        raise AdapterError(f"{origin}: {error}") from error
 
 
 def _parse(kind: PeftType, fields: Mapping[str, object]) -> PeftConfig:

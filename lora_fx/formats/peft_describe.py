@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
@@ -33,19 +32,16 @@ def describe(adapter: Adapter, saved: list[str]) -> Fields:
         The fields; one r and one alpha, and patterns for the modules that differ.
     """
     chosen = Chosen(LORA, adapter.updates, {}, adapter)
-    return describe_chosen(chosen, homes_of(adapter.updates), saved, Path(adapter.name))
+    return describe_chosen(chosen, homes_of(adapter.updates), saved)
 
 
-def describe_chosen(
-    chosen: Chosen, homes: Mapping[str, Home], saved: list[str], target: Path
-) -> Fields:
+def describe_chosen(chosen: Chosen, homes: Mapping[str, Home], saved: list[str]) -> Fields:
     """Makes the fields of an ``adapter_config.json`` of any type.
 
     Args:
         chosen: the adapter, and what it is written as.
         homes: where its updates are kept.
         saved: paths of the modules stored whole.
-        target: where to, for messages.
 
     Raises:
         AdapterError: one config cannot say what all layers need.
@@ -59,15 +55,15 @@ def describe_chosen(
     }
     fields |= {"modules_to_save": saved or None} if chosen.type.name != "TRAINABLE_TOKENS" else {}
     fields |= _targets(chosen, homes)
-    fields |= _bias(chosen, saved, target)
+    fields |= _bias(chosen, saved)
     fields |= _lora_fields(chosen) if chosen.type is LORA else {}
     if chosen.type.name in ("LORA", "LOHA", "LOKR"):
-        fields |= ranks_of(chosen, homes, target)
+        fields |= ranks_of(chosen, homes)
     if chosen.tokens:
         fields["trainable_token_indices"] = {
             path: list(settings_of(update)["indices"]) for path, update in chosen.tokens.items()
         }
-    return fields | options_of(chosen, target)
+    return fields | options_of(chosen)
 
 
 def is_base_weight(adapter: Adapter, name: str) -> bool:
@@ -122,14 +118,14 @@ def _exact_targets(paths: list[str]) -> str | list[str]:
     return regex if at_root and len(regex) <= MAX_LENGTH else paths
 
 
-def _bias(chosen: Chosen, saved: list[str], target: Path) -> Fields:
+def _bias(chosen: Chosen, saved: list[str]) -> Fields:
     """The narrowest mode that holds every lone bias."""
     adapter, modes = chosen.adapter, chosen.type.biases
     names = [name for name in adapter.replacements if not is_base_weight(adapter, name)]
     modules = [name.rpartition(".")[0] for name in names]
     alone = [m for m in modules if not saved_module(m, saved)]
     if alone and not modes:
-        raise AdapterError(f"{target}: PEFT's {chosen.type.name} holds no biases: {shorten(alone)}")
+        raise AdapterError(f"PEFT's {chosen.type.name} holds no biases: {shorten(alone)}")
     if not alone:
         return {"bias": "none"} if modes else {}
     return {"bias": modes[1] if all(module in chosen.layers for module in alone) else modes[2]}

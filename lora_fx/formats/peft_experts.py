@@ -18,7 +18,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def read_experts(
-    where: str, place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase
+    place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase
 ) -> WeightUpdate:
     """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
 
@@ -26,7 +26,6 @@ def read_experts(
     (out, r * experts) their columns of one rank next to each other: ``ParamWrapper`` of PEFT 0.21.
 
     Args:
-        where: file and layer, for messages.
         place: of the parameter, with its shape: (experts, out, in), or (experts, in, out).
         tensors: ``lora_A.weight`` and ``lora_B.weight``.
         config: decides rank and scale.
@@ -36,22 +35,22 @@ def read_experts(
         AdapterError: a tensor is missing or of another shape, or the orientation is not known.
     """
     if sorted(tensors) != [DOWN, UP]:
-        raise AdapterError(f"{where}: has {sorted(tensors)}, expected {DOWN} and {UP} of experts")
+        raise AdapterError(f"has {sorted(tensors)}, expected {DOWN} and {UP} of experts")
     rank, scale = config.rank_and_scale(place.asked)
     shape = place.shape
     if shape is None:
         raise AdapterError(
-            f"{where}: {DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {rank}, "
+            f"{DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {rank}, "
             "whose orientation the file does not say; pass base=, the model"
         )
     count, rows, columns = shape
-    transposed = _is_transposed(where, place, tensors, base)
+    transposed = _is_transposed(place, tensors, base)
     out, into = (columns, rows) if transposed else (rows, columns)
     expected = (rank * count, into), (out, rank * count)
     found = tuple(tensors[DOWN].shape), tuple(tensors[UP].shape)
     if found != expected:
         raise AdapterError(
-            f"{where}: lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
+            f"lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
             f"{place.parameter} {shape}"
         )
     wide = torch.promote_types(tensors[DOWN].dtype, torch.float32)
@@ -67,7 +66,7 @@ def read_experts(
     return WeightUpdate(kind, _added, values, shape, stored)
 
 
-def _is_transposed(where: str, place: Place, tensors: Tensors, base: PeftBase) -> bool:
+def _is_transposed(place: Place, tensors: Tensors, base: PeftBase) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
     assert base.model is not None
@@ -83,7 +82,7 @@ def _is_transposed(where: str, place: Place, tensors: Tensors, base: PeftBase) -
     _, rows, columns = place.shape
     if rows == columns:
         raise AdapterError(
-            f"{where}: each of the experts is {rows} by {columns}, and a graph does not say which "
+            f"each of the experts is {rows} by {columns}, and a graph does not say which "
             "of the two is the input; pass base=, the model itself"
         )
     return tuple(tensors[DOWN].shape[1:]) == (rows,)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import CONFIG, assemble
 from lora_fx.formats.peft_config import parse_config, read_config
@@ -69,7 +69,8 @@ def write_peft_file(adapter: Adapter, path: Path, hints: Hints, force: bool) -> 
     Raises:
         AdapterError: the target exists, or PEFT's format cannot express the adapter.
     """
-    config, tensors = contents(adapter, path)
+    with within(path):
+        config, tensors = contents(adapter)
     write_file(path, tensors, {METADATA: json.dumps(config, sort_keys=True)}, force)
 
 
@@ -77,7 +78,8 @@ def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     text = metadata_of(path).get(METADATA)
     if text is not None:
         origin = f"{path}: {METADATA}"
-        fields = parse_object(text.encode(), origin)
+        with within(origin):
+            fields = parse_object(text.encode())
         return parse_config(fields, origin, hints.strict, tuple(TYPES)), path
     beside = path.with_name(CONFIG)
     if path.stem == OWN_NAME and beside.is_file():

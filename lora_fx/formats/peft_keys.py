@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,7 @@ from lora_fx.formats.peft_replaced import (
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 
 
-def sort_keys(file: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> SortedKeys:
+def sort_keys(tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> SortedKeys:
     """Sorts every tensor of a file to its use.
 
     Raises:
@@ -37,15 +36,13 @@ def sort_keys(file: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfi
     if unused:
         expected = ", ".join(f".{leaf}" for leaf in config.leaves)
         raise AdapterError(
-            f"{file}: {len(unused)} tensors that the config gives no use: {shorten(unused)}; "
+            f"{len(unused)} tensors that the config gives no use: {shorten(unused)}; "
             f"expected {PREFIX}<module> and one of {expected} under {config.type.name}, biases by "
             "the field bias, and modules by modules_to_save"
         )
     if not keys.layers and not keys.tokens:
-        raise AdapterError(
-            f"{file}: no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted"
-        )
-    _check_saved(file, keys, config)
+        raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")
+    _check_saved(keys, config)
     return keys
 
 
@@ -67,16 +64,15 @@ def _sort_adapter(key: str, tensor: torch.Tensor, config: PeftConfig, keys: Sort
     return True
 
 
-def _check_saved(file: Path, keys: SortedKeys, config: PeftConfig) -> None:
+def _check_saved(keys: SortedKeys, config: PeftConfig) -> None:
     """Refuses a module that the config says is stored whole but the file lacks, and a clash."""
     modules = [name.rpartition(".")[0] for name in keys.replacements]
     for name in config.modules_to_save:
         if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):
-            raise AdapterError(f"{file}: modules_to_save names {name!r}, but no tensor is of it")
+            raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")
     clash = [path for path in keys.layers if saved_module(path, config.modules_to_save)]
     clash += [path for path in keys.tokens if path in keys.layers]
     if clash:
         raise AdapterError(
-            f"{file}: both adapted and stored whole, by modules_to_save or as tokens: "
-            f"{shorten(clash)}"
+            f"both adapted and stored whole, by modules_to_save or as tokens: {shorten(clash)}"
         )

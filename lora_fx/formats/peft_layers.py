@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_experts import read_experts
 from lora_fx.formats.peft_lora import DOWN, read_lora
@@ -23,12 +23,11 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def read_layers(
-    where: str, keys: SortedKeys, config: PeftConfig, base: PeftBase
+    keys: SortedKeys, config: PeftConfig, base: PeftBase
 ) -> tuple[dict[str, AnyUpdate], list[str]]:
     """Reads every layer of a file.
 
     Args:
-        where: the file, for messages.
         keys: its tensors by use.
         config: what they mean.
         base: what is known of the model.
@@ -37,50 +36,44 @@ def read_layers(
         The updates by path, and what the patterns may be asked about.
 
     Raises:
-        AdapterError: names the file, the layer, and what is wrong with it.
+        AdapterError: names the layer, and what is wrong with it.
     """
+    updates: dict[str, AnyUpdate] = {}
     if config.type.kind == "lora":
-        places = places_of(where, keys.layers, config, base)
-        updates = {
-            place.path: _lora(f"{where}: {path}", place, keys.layers[path], config, base)
-            for path, place in places.items()
-        }
+        places = places_of(keys.layers, config, base)
+        for path, place in places.items():
+            with within(path):
+                updates[place.path] = _lora(place, keys.layers[path], config, base)
         return updates, [place.asked for place in places.values()]
-    shared = projections(where, keys, config, base) if config.type.name == "VERA" else {}
-    updates = {
-        path: _of_kind(f"{where}: {path}", path, {**tensors, **shared}, config, base)
-        for path, tensors in keys.layers.items()
-    }
+    shared = projections(keys, config, base) if config.type.name == "VERA" else {}
+    for path, tensors in keys.layers.items():
+        with within(path):
+            updates[path] = _of_kind(path, {**tensors, **shared}, config, base)
     return updates, list(updates)
 
 
-def read_tokens(
-    where: str, keys: SortedKeys, config: PeftConfig, base: PeftBase
-) -> dict[str, AnyUpdate]:
+def read_tokens(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> dict[str, AnyUpdate]:
     """Reads the trained rows of every table of a file, and of the heads tied to them.
 
     Args:
-        where: the file, for messages.
         keys: its tensors by use.
         config: which tokens they are.
         base: tells the heads: PEFT trains what ``tie_word_embeddings`` ties, and stores one.
 
     Raises:
-        AdapterError: names the file, the table, and what is wrong with it.
+        AdapterError: names the table, and what is wrong with it.
     """
     if config.tokens is not None and not keys.tokens:
-        raise AdapterError(
-            f"{where}: trainable_token_indices is there, but no .trainable_tokens_delta is"
-        )
+        raise AdapterError("trainable_token_indices is there, but no .trainable_tokens_delta is")
     updates: dict[str, AnyUpdate] = {}
     for path, rows in keys.tokens.items():
-        indices = _indices(where, path, config)
+        indices = _indices(path, config)
         tensors = {"trainable_tokens_delta": rows}
-        updates[path] = _rows(where, path, tensors, {"indices": indices}, base)
+        updates[path] = _rows(path, tensors, {"indices": indices}, base)
         for tied in base.tied_to(path):
             if tied not in keys.tokens:
                 settings = {"indices": indices, "tied": path}
-                updates[tied] = _rows(where, tied, tensors, settings, base)
+                updates[tied] = _rows(tied, tensors, settings, base)
     return updates
 
 
@@ -91,57 +84,49 @@ def is_head(path: str, base: PeftBase) -> bool:
     return "head" in path.rpartition(".")[2]
 
 
-def _rows(
-    where: str, path: str, tensors: Tensors, settings: Mapping[str, object], base: PeftBase
-) -> AnyUpdate:
+def _rows(path: str, tensors: Tensors, settings: Mapping[str, object], base: PeftBase) -> AnyUpdate:
     own = {"head": is_head(path, base), **_shape(path, base)}
-    return KINDS["tokens"].read(f"{where}: {path}", tensors, {**settings, **own})
+    with within(path):
+        return KINDS["tokens"].read(tensors, {**settings, **own})
 
 
-def _indices(where: str, path: str, config: PeftConfig) -> list[int]:
+def _indices(path: str, config: PeftConfig) -> list[int]:
     if not isinstance(config.tokens, Mapping):
         return list(config.tokens or ())
     for name, indices in config.tokens.items():
         if path.endswith(name):
             return list(indices)
     raise AdapterError(
-        f"{where}: trainable_token_indices names {', '.join(config.tokens)}, not {path}, of which "
+        f"trainable_token_indices names {', '.join(config.tokens)}, not {path}, of which "
         "there are trained tokens"
     )
 
 
-def _lora(
-    where: str, place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase
-) -> AnyUpdate:
+def _lora(place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase) -> AnyUpdate:
     if place.parameter is None:
-        return read_lora(where, place.asked, tensors, config)
+        return read_lora(place.asked, tensors, config)
     rank = config.rank_and_scale(place.asked)[0]
     down = tensors.get(DOWN)
     is_stack = down is not None and down.shape[:1] != (rank,)
     if is_stack if place.shape is None else len(place.shape) == 3:
-        return read_experts(where, place, tensors, config, base)
-    update = read_lora(where, place.asked, tensors, config)
+        return read_experts(place, tensors, config, base)
+    update = read_lora(place.asked, tensors, config)
     settings = {"parameter": place.parameter, "depth": place.depth}
     return replace(update, stored=Stored({}, settings))
 
 
-def _of_kind(
-    where: str, path: str, tensors: Tensors, config: PeftConfig, base: PeftBase
-) -> AnyUpdate:
-    try:
-        settings = config.type.settings(config, path, tensors)
-    except AdapterError as error:
-        raise AdapterError(f"{where}: {error}") from error
+def _of_kind(path: str, tensors: Tensors, config: PeftConfig, base: PeftBase) -> AnyUpdate:
+    settings = config.type.settings(config, path, tensors)
     rank = config.rank_and_scale(path)[0]
     for leaf in config.type.ranked:
         if leaf in tensors and tensors[leaf].shape[:1] != (rank,):
             raise AdapterError(
-                f"{where}: {leaf} {tuple(tensors[leaf].shape)} should be of rank {rank} by "
+                f"{leaf} {tuple(tensors[leaf].shape)} should be of rank {rank} by "
                 f"{config.type.rank[0] if config.type.rank else 'r'} or rank_pattern"
             )
     if config.type.kind == "tokens":
         settings["head"] = is_head(path, base)
-    return KINDS[config.type.kind].read(where, tensors, {**settings, **_shape(path, base)})
+    return KINDS[config.type.kind].read(tensors, {**settings, **_shape(path, base)})
 
 
 def _shape(path: str, base: PeftBase) -> dict[str, object]:

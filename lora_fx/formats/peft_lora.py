@@ -18,7 +18,7 @@ MAGNITUDE = "lora_magnitude_vector"
 Tensors = Mapping[str, torch.Tensor]
 
 
-def read_lora(where: str, path: str, tensors: Tensors, config: PeftConfig) -> Update:
+def read_lora(path: str, tensors: Tensors, config: PeftConfig) -> Update:
     """Reads the update of one layer: shapes and rank must agree with each other and the config.
 
     ``lora_A`` is (r, in) or (r, in, *kernel), ``lora_B`` (out, r) or (out, r / groups, 1, ...); of
@@ -27,7 +27,6 @@ def read_lora(where: str, path: str, tensors: Tensors, config: PeftConfig) -> Up
     (1, out, 1, ...) of a convolution.
 
     Args:
-        where: file and layer, for messages.
         path: what the patterns are asked about.
         tensors: by leaf.
         config: what decides rank and scale.
@@ -37,7 +36,7 @@ def read_lora(where: str, path: str, tensors: Tensors, config: PeftConfig) -> Up
     """
     is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
-    _check_leaves(where, tensors, (first, second), config, is_table)
+    _check_leaves(tensors, (first, second), config, is_table)
     down, up, bias = tensors[first], tensors[second], tensors.get(UP_BIAS)
     rank, scale = config.rank_and_scale(path)
     shapes = f"{first.partition('.')[0]} {tuple(down.shape)} and {tuple(up.shape)}"
@@ -45,19 +44,19 @@ def read_lora(where: str, path: str, tensors: Tensors, config: PeftConfig) -> Up
     fits = kernel in ((0,) if is_table else (0, 1, 2, 3)) and up.ndim == down.ndim
     if not fits or any(size != 1 for size in up.shape[2:]):
         raise AdapterError(
-            f"{where}: {shapes} are no pair: expected (r, in) and (out, r), or of a "
+            f"{shapes} are no pair: expected (r, in) and (out, r), or of a "
             "convolution (r, in, *kernel) and (out, r, 1, ...)"
         )
     ranks = up.shape[1] if kernel == 0 else rank - rank % max(up.shape[1], 1)
     if down.shape[0] != rank or ranks != rank:
         raise AdapterError(
-            f"{where}: {shapes} should be of rank {rank} by r or rank_pattern: (r, in) and (out, r)"
+            f"{shapes} should be of rank {rank} by r or rank_pattern: (r, in) and (out, r)"
         )
     if bias is not None and bias.shape != (up.shape[0],):
         raise AdapterError(
-            f"{where}: lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
+            f"lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
         )
-    magnitude = _magnitude(where, tensors, up.shape[0], kernel)
+    magnitude = _magnitude(tensors, up.shape[0], kernel)
     plain = "rslora" if config.use_rslora else "lora"
     kind = plain if magnitude is None else "dora"
     settings: dict[str, object] = {"layer": "embedding"} if is_table else {}
@@ -69,31 +68,29 @@ def read_lora(where: str, path: str, tensors: Tensors, config: PeftConfig) -> Up
 
 
 def _check_leaves(
-    where: str, tensors: Tensors, pair: tuple[str, str], config: PeftConfig, is_table: bool
+    tensors: Tensors, pair: tuple[str, str], config: PeftConfig, is_table: bool
 ) -> None:
     missing = [leaf for leaf in pair if leaf not in tensors]
     if missing:
-        raise AdapterError(
-            f"{where}: half of a pair, {missing[0]} is missing beside {sorted(tensors)}"
-        )
+        raise AdapterError(f"half of a pair, {missing[0]} is missing beside {sorted(tensors)}")
     wanted = {*pair, *([MAGNITUDE] if config.use_dora else [])}
     wanted |= {UP_BIAS} if config.lora_bias and not is_table else set()
     odd = sorted(wanted ^ tensors.keys())
     if odd:
         raise AdapterError(
-            f"{where}: has {sorted(tensors)}, expected {sorted(wanted)}: lora_bias is "
+            f"has {sorted(tensors)}, expected {sorted(wanted)}: lora_bias is "
             f"{config.lora_bias} and use_dora {config.use_dora}"
         )
 
 
-def _magnitude(where: str, tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
+def _magnitude(tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
     magnitude = tensors.get(MAGNITUDE)
     if magnitude is None:
         return None
     expected = (1, out, *[1] * kernel) if kernel else (out,)
     if tuple(magnitude.shape) != expected:
         raise AdapterError(
-            f"{where}: {MAGNITUDE} {tuple(magnitude.shape)}, expected {expected} as lora_B has it"
+            f"{MAGNITUDE} {tuple(magnitude.shape)}, expected {expected} as lora_B has it"
         )
     return magnitude.flatten()
 

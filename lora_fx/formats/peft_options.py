@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import AdapterError, shorten
@@ -17,7 +16,7 @@ from lora_fx.safe_regex import MAX_LENGTH
 Fields = dict[str, Any]
 
 
-def options_of(chosen: Chosen, target: Path) -> Fields:
+def options_of(chosen: Chosen) -> Fields:
     """The fields of the type's record, which all updates have to agree on.
 
     Raises:
@@ -25,20 +24,20 @@ def options_of(chosen: Chosen, target: Path) -> Fields:
     """
     name = chosen.type.name
     if name == "IA3":
-        return {"feedforward_modules": _feedforward(chosen, target)}
+        return {"feedforward_modules": _feedforward(chosen)}
     if name == "TRAINABLE_TOKENS":
-        return {"token_indices": list(_agreed(chosen, "indices", (), target))}
+        return {"token_indices": list(_agreed(chosen, "indices", ()))}
     fields = {}
     for field in dataclasses.fields(chosen.type.options):
-        fields[field.name] = _agreed(chosen, field.name, field.default, target)
+        fields[field.name] = _agreed(chosen, field.name, field.default)
     if name == "LOHA":
         cores = ["hada_t1" in tensors_of(update) for update in chosen.layers.values()]
         fields["use_effective_conv2d"] = fields["use_effective_conv2d"] or any(cores)
     if name == "VERA":
-        fields["r"] = _agreed(chosen, "r", None, target)
+        fields["r"] = _agreed(chosen, "r", None)
         fields["save_projection"] = not is_drawn_again(chosen.layers)
     if name == "ADALORA":
-        fields |= _adalora(chosen, target)
+        fields |= _adalora(chosen)
     return fields
 
 
@@ -52,25 +51,25 @@ def tensors_of(update: AnyUpdate) -> Mapping[str, Any]:
     return {} if update.stored is None else update.stored.tensors
 
 
-def _agreed(chosen: Chosen, name: str, default: object, target: Path) -> Any:
+def _agreed(chosen: Chosen, name: str, default: object) -> Any:
     values: dict[str, tuple[Any, list[str]]] = {}
     for path, update in chosen.layers.items():
         value = settings_of(update).get(name, default)
         values.setdefault(repr(value), (value, []))[1].append(path)
     if len(values) > 1:
         told = "; ".join(f"{text} at {shorten(paths, 3)}" for text, (_, paths) in values.items())
-        raise AdapterError(f"{target}: PEFT has one {name} for all layers, but it is {told}")
+        raise AdapterError(f"PEFT has one {name} for all layers, but it is {told}")
     [(value, _)] = values.values()
     return value
 
 
-def _adalora(chosen: Chosen, target: Path) -> Fields:
+def _adalora(chosen: Chosen) -> Fields:
     """PEFT refuses a config without steps to train; those here are never taken."""
     masks = {f"{p}.lora_E": settings_of(u).get("mask") for p, u in chosen.layers.items()}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
     return {
-        "init_r": int(_agreed(chosen, "ranknum", None, target)),
-        "lora_alpha": _agreed(chosen, "alpha", None, target),
+        "init_r": int(_agreed(chosen, "ranknum", None)),
+        "lora_alpha": _agreed(chosen, "alpha", None),
         "rank_pattern": masks or None,
         "total_step": 1,
         "tinit": 0,
@@ -78,7 +77,7 @@ def _adalora(chosen: Chosen, target: Path) -> Fields:
     }
 
 
-def _feedforward(chosen: Chosen, target: Path) -> str | list[str]:
+def _feedforward(chosen: Chosen) -> str | list[str]:
     """The layers that are scaled at their input: PEFT compares ends of paths, or a regex."""
     every = sorted(chosen.layers)
     inner = [path for path in every if settings_of(chosen.layers[path])["feedforward"]]
@@ -88,7 +87,7 @@ def _feedforward(chosen: Chosen, target: Path) -> str | list[str]:
     extra = [path for path in every if path.endswith(tuple(inner)) and path not in inner]
     if inner and extra:
         raise AdapterError(
-            f"{target}: PEFT's feedforward_modules would mean {shorten(extra)} too, which is "
+            f"PEFT's feedforward_modules would mean {shorten(extra)} too, which is "
             "scaled at its output"
         )
     return inner

@@ -34,9 +34,7 @@ class Place:
     shape: tuple[int, ...] | None = None
 
 
-def places_of(
-    where: str, paths: Iterable[str], config: PeftConfig, base: PeftBase
-) -> dict[str, Place]:
+def places_of(paths: Iterable[str], config: PeftConfig, base: PeftBase) -> dict[str, Place]:
     """Finds what each path of a file means.
 
     PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
@@ -44,7 +42,6 @@ def places_of(
     order in which their module registered them.
 
     Args:
-        where: the file, for messages.
         paths: as the file has them.
         config: holds ``target_parameters``.
         base: tells the order of several parameters of a module.
@@ -63,20 +60,19 @@ def places_of(
         modules[module].append(path)
     places: dict[str, Place] = {}
     for module, nested in modules.items():
-        names = _parameters(where, module, nested, config, base)
+        names = _parameters(module, nested, config, base)
         if names:
             places |= _in_parameters(module, nested, names, base)
         else:
-            places[module] = _in_module(where, module, nested, modules)
+            places[module] = _in_module(module, nested, modules)
     return places
 
 
-def _in_module(where: str, module: str, nested: list[str], modules: Iterable[str]) -> Place:
+def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Place:
     owner, found, inner = module.partition(f"{WRAPPED}.")
     if len(nested) > 1 or nested[0] != module or (found and owner not in modules):
         raise AdapterError(
-            f"{where}: {nested[-1]}: an adapter nested in another, which target_parameters does "
-            "not name"
+            f"{nested[-1]}: an adapter nested in another, which target_parameters does not name"
         )
     return Place(f"{owner}.{inner}", owner, module) if found else Place(module, module, module)
 
@@ -93,9 +89,7 @@ def _in_parameters(
     return places
 
 
-def _parameters(
-    where: str, module: str, nested: list[str], config: PeftConfig, base: PeftBase
-) -> list[str]:
+def _parameters(module: str, nested: list[str], config: PeftConfig, base: PeftBase) -> list[str]:
     """The parameters of a module that are adapted, in the order it registered them."""
     names, open_ended = [], False
     for target in config.target_parameters:
@@ -112,12 +106,12 @@ def _parameters(
         base.is_graph and len(found) > 1
     ):
         raise AdapterError(
-            f"{where}: {module}: target_parameters may mean {', '.join(names)} of it, and which, "
+            f"{module}: target_parameters may mean {', '.join(names)} of it, and which, "
             "and in which order, the file does not say; pass base=, the model itself"
         )
     if found and len(found) != len(nested):
         raise AdapterError(
-            f"{where}: {module}: {len(nested)} adapters in it, but target_parameters names "
+            f"{module}: {len(nested)} adapters in it, but target_parameters names "
             f"{', '.join(found)} of it"
         )
     return found

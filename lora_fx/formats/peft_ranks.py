@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import AdapterError, shorten
@@ -21,7 +20,7 @@ from lora_fx.update import Update
 Numbers = dict[str, float]
 
 
-def ranks_of(chosen: Chosen, homes: Mapping[str, Home], target: Path) -> dict[str, object]:
+def ranks_of(chosen: Chosen, homes: Mapping[str, Home]) -> dict[str, object]:
     """The most common rank and alpha, and patterns for the layers that differ.
 
     Raises:
@@ -32,7 +31,7 @@ def ranks_of(chosen: Chosen, homes: Mapping[str, Home], target: Path) -> dict[st
     odd = [p for p, o in inside.items() if (ranks[p], alphas[p]) != (ranks[o], alphas[o])]
     if odd:
         raise AdapterError(
-            f"{target}: PEFT has one rank and one alpha for an attention module and its output "
+            f"PEFT has one rank and one alpha for an attention module and its output "
             f"projection, but these differ: {shorten(odd)}"
         )
     asked = {home.asked: path for path, home in homes.items() if home.asked}

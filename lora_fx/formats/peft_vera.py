@@ -15,16 +15,13 @@ from lora_fx.other_updates import AnyUpdate
 from lora_fx.update import Update
 
 
-def projections(
-    where: str, keys: SortedKeys, config: PeftConfig, base: PeftBase
-) -> Mapping[str, torch.Tensor]:
+def projections(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> Mapping[str, torch.Tensor]:
     """``vera_A`` (r, widest in) and ``vera_B`` (widest out, r) of all layers of a file.
 
     A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
     layer that is adapted, which only the base tells.
 
     Args:
-        where: the file, for messages.
         keys: of the file.
         config: holds ``save_projection`` and ``projection_prng_key``.
         base: tells how wide the layers are.
@@ -36,7 +33,7 @@ def projections(
     saved = config.options.save_projection
     if sorted(keys.shared) != (["vera_A", "vera_B"] if saved else []):
         raise AdapterError(
-            f"{where}: holds {sorted(keys.shared) or 'no projection'}, but save_projection is "
+            f"holds {sorted(keys.shared) or 'no projection'}, but save_projection is "
             f"{saved}: expected {'vera_A and vera_B' if saved else 'neither vera_A nor vera_B'}"
         )
     if saved:
@@ -44,7 +41,7 @@ def projections(
     unknown = [path for path in keys.layers if path not in base.layers]
     if unknown:
         raise AdapterError(
-            f"{where}: save_projection is False, so the projections are drawn from a seed, as wide "
+            f"save_projection is False, so the projections are drawn from a seed, as wide "
             f"as the widest layer; pass base=, a model that has {', '.join(unknown[:3])}"
         )
     shapes = [base.layers[path] for path in keys.layers]

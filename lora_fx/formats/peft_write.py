@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_chosen import Chosen, check_expressible, choose
 from lora_fx.formats.peft_describe import describe_chosen, is_base_weight
@@ -45,7 +45,8 @@ def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> 
     Raises:
         AdapterError: the target exists, or PEFT's format cannot express the adapter.
     """
-    config, tensors = contents(adapter, directory)
+    with within(directory):
+        config, tensors = contents(adapter)
     files = {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
@@ -53,29 +54,28 @@ def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> 
     publish(directory, files, force)
 
 
-def contents(adapter: Adapter, target: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def contents(adapter: Adapter) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """The fields of PEFT's config and the tensors by PEFT's keys.
 
     Args:
         adapter: what to write.
-        target: where to, for messages.
 
     Raises:
         AdapterError: PEFT cannot express the adapter.
     """
-    chosen = choose(adapter, target)
-    check_expressible(chosen, target)
+    chosen = choose(adapter)
+    check_expressible(chosen)
     homes = homes_of(chosen.layers)
     saved = _saved_modules(adapter)
-    _check_saved(adapter, saved, target)
-    fields = describe_chosen(chosen, homes, saved, target)
+    _check_saved(adapter, saved)
+    fields = describe_chosen(chosen, homes, saved)
     tensors = _adapter_tensors(chosen, homes) | _base_tensors(chosen, homes, saved)
     # Clones, for safetensors refuses shared memory.
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    check_tensors(target, tensors)
+    check_tensors(tensors)
     return fields, tensors
 
 
@@ -86,11 +86,11 @@ def _saved_modules(adapter: Adapter) -> list[str]:
     return sorted(m for m in owners if not any(m.startswith(f"{other}.") for other in owners))
 
 
-def _check_saved(adapter: Adapter, saved: list[str], directory: Path) -> None:
+def _check_saved(adapter: Adapter, saved: list[str]) -> None:
     clash = [path for path in adapter.updates if saved_module(path, saved)]
     if clash:
         raise AdapterError(
-            f"{directory}: PEFT cannot both adapt and replace a module: {shorten(clash)} "
+            f"PEFT cannot both adapt and replace a module: {shorten(clash)} "
             f"beside the replaced {shorten(saved)}"
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.tensor_rules import check_tensors
 
 
@@ -27,7 +27,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     ):
         raise AdapterError(f"{path}: holds no state dict, expected names to tensors")
-    check_tensors(path, content)
+    with within(path):
+        check_tensors(content)
     return dict(content)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.strict_json import parse_object
 from lora_fx.formats.tensor_rules import check_tensors, may_be_integer
 
@@ -32,7 +32,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from error
-    check_tensors(path, tensors)
+    with within(path):
+        check_tensors(tensors)
     return tensors
 
 
@@ -61,14 +62,18 @@ def check_header(path: Path) -> None:
 
 def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     """The entries of the tensors and the metadata of a header that was found good."""
-    header, data_size = _read_header(path)
+    with within(path):
+        return _parsed(*_read_header(path))
+
+
+def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterError(f"{path}: __metadata__ is {metadata!r:.200}, expected names to strings")
+        raise AdapterError(f"__metadata__ is {metadata!r:.200}, expected names to strings")
     if len(header) > MAX_TENSORS:
-        raise AdapterError(f"{path}: {len(header)} tensors, expected at most {MAX_TENSORS}")
-    ranges = sorted((*_check_entry(path, name, entry), name) for name, entry in header.items())
-    _check_layout(path, ranges, data_size)
+        raise AdapterError(f"{len(header)} tensors, expected at most {MAX_TENSORS}")
+    ranges = sorted((*_check_entry(name, entry), name) for name, entry in header.items())
+    _check_layout(ranges, data_size)
     return header, metadata
 
 
@@ -81,21 +86,22 @@ def _read_header(path: Path) -> tuple[dict[str, object], int]:
             length = int.from_bytes(prefix, "little")
             data = file.read(length) if length <= min(MAX_HEADER, size) else b""
     except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+        raise AdapterError(f"cannot be read: {error.strerror}") from error
     if len(prefix) < 8:
-        raise AdapterError(f"{path}: {size} bytes, expected a safetensors file of at least 8")
+        raise AdapterError(f"{size} bytes, expected a safetensors file of at least 8")
     if length > MAX_HEADER:
-        raise AdapterError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}")
+        raise AdapterError(f"header of {length} bytes, expected at most {MAX_HEADER}")
     if length > size - 8:
-        raise AdapterError(f"{path}: header of {length} bytes, but only {size - 8} follow")
+        raise AdapterError(f"header of {length} bytes, but only {size - 8} follow")
     if not data.startswith(b"{"):
-        raise AdapterError(f"{path}: the header starts with {data[:1]!r}, expected an object")
-    return parse_object(data, f"{path}: header"), size - 8 - length
+        raise AdapterError(f"the header starts with {data[:1]!r}, expected an object")
+    with within("header"):
+        return parse_object(data), size - 8 - length
 
 
-def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
+def _check_entry(name: str, entry: object) -> tuple[int, int]:
     """Checks one tensor's entry and returns where its bytes begin and end."""
-    where = f"{path}: tensor {name!r:.80}"
+    where = f"tensor {name!r:.80}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise AdapterError(f"{where}: the name is empty, over {MAX_NAME} long, or not printable")
     if "/" in name or "\\" in name or ".." in name:
@@ -118,19 +124,17 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
     return begin, end
 
 
-def _check_layout(path: Path, ranges: list[tuple[int, int, str]], data_size: int) -> None:
+def _check_layout(ranges: list[tuple[int, int, str]], data_size: int) -> None:
     """Refuses overlaps, holes, a truncated payload and trailing bytes."""
     expected = 0
     for begin, end, name in ranges:
         if begin != expected:
             problem = "overlaps the one before" if begin < expected else "leaves a hole before it"
-            raise AdapterError(
-                f"{path}: tensor {name!r} {problem}: begins at {begin}, expected {expected}"
-            )
+            raise AdapterError(f"tensor {name!r} {problem}: begins at {begin}, expected {expected}")
         expected = end
     if expected != data_size:
         problem = "truncated" if expected > data_size else "trailing bytes"
-        raise AdapterError(f"{path}: {problem}: {data_size} bytes of data, expected {expected}")
+        raise AdapterError(f"{problem}: {data_size} bytes of data, expected {expected}")
 
 
 def _is_counts(value: object) -> bool:

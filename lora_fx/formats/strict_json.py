@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 
 MAX_BYTES = 1 << 20
 
@@ -25,23 +25,23 @@ def read_object(path: Path) -> dict[str, object]:
         data = path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_object(data, str(path))
+    with within(path):
+        return parse_object(data)
 
 
-def parse_object(data: bytes, origin: str) -> dict[str, object]:
+def parse_object(data: bytes) -> dict[str, object]:
     """Parses bytes as one JSON object.
 
     Args:
         data: UTF-8 text.
-        origin: where the bytes come from, for the message.
 
     Raises:
         AdapterError: not UTF-8, not JSON, a duplicate key, NaN or Infinity, or not an object.
     """
     if not data.strip():
-        raise AdapterError(f"{origin}: empty, expected a JSON object")
+        raise AdapterError("empty, expected a JSON object")
     if data.startswith(b"\xef\xbb\xbf"):
-        raise AdapterError(f"{origin}: starts with a byte order mark; save it as plain UTF-8")
+        raise AdapterError("starts with a byte order mark; save it as plain UTF-8")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -49,13 +49,13 @@ def parse_object(data: bytes, origin: str) -> dict[str, object]:
             parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
-        raise AdapterError(f"{origin}: not UTF-8 text: {error}") from error
+        raise AdapterError(f"not UTF-8 text: {error}") from error
     except RecursionError as error:
-        raise AdapterError(f"{origin}: nested too deeply") from error
+        raise AdapterError("nested too deeply") from error
     except ValueError as error:  # also a number of too many digits
-        raise AdapterError(f"{origin}: not strict JSON: {error}") from error
+        raise AdapterError(f"not strict JSON: {error}") from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{origin}: holds a {type(value).__name__}, expected a JSON object")
+        raise AdapterError(f"holds a {type(value).__name__}, expected a JSON object")
     return value
 
 

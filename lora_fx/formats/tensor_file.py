@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.pickle_file import read_pickle
 from lora_fx.formats.safetensors_file import read_metadata, read_names, read_tensors
@@ -81,7 +81,8 @@ def write_file(
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    check_tensors(path, copies)
+    with within(path):
+        check_tensors(copies)
     if path.suffix == SAFETENSORS:
         content = save(copies, metadata={"format": "pt", **metadata})
         publish_file(path, _reproducible(content), force)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -18,24 +17,24 @@ def may_be_integer(name: str, count: int) -> bool:
     return name.endswith((".alpha", ".on_input")) and count == 1
 
 
-def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuses a tensor that is not dense, of a floating dtype, and finite.
 
     Raises:
-        AdapterError: names the file and the first such tensor.
+        AdapterError: names the first such tensor.
     """
     for name, tensor in tensors.items():
-        where = f"{path}: tensor {name!r}"
+        what = f"tensor {name!r}"
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise AdapterError(f"{where} is sparse, quantised or without data, expected dense")
+            raise AdapterError(f"{what} is sparse, quantised or without data, expected dense")
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
         # What holds no values has strides that mean nothing: some readers give zeros.
         if tensor.numel() and any(size > 1 and stride == 0 for size, stride in sizes):
-            raise AdapterError(f"{where} is expanded: fewer values are stored than it shows")
+            raise AdapterError(f"{what} is expanded: fewer values are stored than it shows")
         is_integer = tensor.dtype in INTEGERS and may_be_integer(name, tensor.numel())
         if tensor.dtype not in DTYPES and not is_integer:
             raise AdapterError(
-                f"{where} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+                f"{what} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{where} holds NaN or infinity; the adapter is damaged")
+            raise AdapterError(f"{what} holds NaN or infinity; the adapter is damaged")

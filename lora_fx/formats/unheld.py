@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
@@ -15,14 +14,11 @@ from lora_fx.update import Update
 Problem = Callable[[AnyUpdate], str | None]
 
 
-def check_held(
-    adapter: Adapter, path: Path, form: str, replaced: Iterable[str], problem: Problem
-) -> None:
+def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Problem) -> None:
     """Refuses an adapter that a format cannot hold.
 
     Args:
         adapter: what is to be written.
-        path: where to, for the message.
         form: the name of the format, for the message.
         replaced: parameters that the adapter replaces and the format has no place for.
         problem: what the format cannot hold of an update, in words, or None.
@@ -31,7 +27,7 @@ def check_held(
         AdapterError: no update, or something without a place; names the layers.
     """
     if not adapter.updates:
-        raise AdapterError(f"{path}: the adapter {adapter.name} has no update to write")
+        raise AdapterError(f"the adapter {adapter.name} has no update to write")
     problems: dict[str, list[str]] = defaultdict(list)
     for module, update in adapter.updates.items():
         found = problem(update)
@@ -41,7 +37,7 @@ def check_held(
     for what, names in problems.items():
         if names:
             raise AdapterError(
-                f"{path}: {form} cannot hold {what}: {shorten(names)}; "
+                f"{form} cannot hold {what}: {shorten(names)}; "
                 "write a PEFT directory, or leave them out"
             )
 

@@ -1,6 +1,7 @@
 """What a layer's tensors mean, one file a kind of adapter; the formats know whose tensors they are.
 
 To support another kind, add one file with its leaves and its reader, and one line to ``KINDS``.
+A reader says what is wrong with the tensors; who calls it says where, by `lora_fx.errors.within`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from lora_fx.kinds import adalora, dense, ia3, loha, lokr, oft, tokens, vera
 from lora_fx.other_updates import AnyUpdate
 
-Reader = Callable[[str, Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
+Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Kind:
     Attributes:
         name: ``"loha"``, ...
         leaves: names of the tensors below a layer's path, as PEFT and LyCORIS write them.
-        read: from where (for messages), tensors by leaf, and settings, to the update; what it was
-            given stands on its ``stored``.
+        read: from tensors by leaf, and settings, to the update; what it was given stands on its
+            ``stored``.
         marks: the leaves that this kind alone has; one of them is there.
     """
 

@@ -18,14 +18,13 @@ MARKS = frozenset({"lora_E"})
 LEAVES = frozenset(_SHAPES)
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``scale / (ranknum + 1e-5) * B diag(E) A``.
 
     Source: Zhang et al., AdaLoRA, arXiv:2303.10512; ``adalora`` of PEFT 0.21, which keeps dividing
     by the rank before the pruning (``init_r``), whatever rank is left in the file.
 
     Args:
-        where: file and layer, for messages.
         tensors: lora_A (r, in * kernel), lora_B (out, r), lora_E (r, 1).
         settings: ``scale``: the config's lora_alpha, or the rank in the file where that is not
             positive; ``ranknum``: its init_r; ``shape`` of a convolution, whose kernel no tensor
@@ -38,11 +37,11 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     Raises:
         AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
     """
-    scale, ranknum = (number(where, settings, name) for name in ("scale", "ranknum"))
+    scale, ranknum = (number(settings, name) for name in ("scale", "ranknum"))
     if ranknum <= 0:
-        raise AdapterError(f"{where}: setting ranknum is {ranknum}, expected a positive number")
-    measure(where, tensors, _SHAPES)
+        raise AdapterError(f"setting ranknum is {ranknum}, expected a positive number")
+    measure(tensors, _SHAPES)
     down = wide(tensors["lora_E"]) * wide(tensors["lora_A"])
-    down = unflatten(where, "lora_A", down, layer_shape(where, settings))
+    down = unflatten("lora_A", down, layer_shape(settings))
     stored = Stored(tensors, settings)
     return Update(down, tensors["lora_B"], scale / (ranknum + 1e-5), kind="adalora", stored=stored)

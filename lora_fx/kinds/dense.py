@@ -17,15 +17,12 @@ MARKS = frozenset({"diff"})
 LEAVES = frozenset({*_SHAPES, "alpha"})
 
 
-def read(
-    where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> WeightUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> WeightUpdate:
     """Reads ``W + scale * diff`` and ``b + scale * diff_b``.
 
     Source: ``full`` of LyCORIS 4.1.
 
     Args:
-        where: file and layer, for messages.
         tensors: diff (out, in, *kernel); diff_b (out,) where the bias was trained too. ``alpha``
             is kept, and is no factor here.
         settings: ``scale``, 1 where it is not given; ``shape`` of the layer, if known.
@@ -37,11 +34,11 @@ def read(
         AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
     """
     own = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "alpha"}
-    scale, layer = number(where, settings, "scale", 1.0), layer_shape(where, settings)
-    measure(where, own, {leaf: _SHAPES[leaf] for leaf in ("diff", *own) if leaf in _SHAPES})
+    scale, layer = number(settings, "scale", 1.0), layer_shape(settings)
+    measure(own, {leaf: _SHAPES[leaf] for leaf in ("diff", *own) if leaf in _SHAPES})
     diff, bias = own["diff"], own.get("diff_b")
     if layer is not None and tuple(diff.shape) != layer:
-        raise AdapterError(f"{where}: diff is {tuple(diff.shape)}, the layer is {layer}")
+        raise AdapterError(f"diff is {tuple(diff.shape)}, the layer is {layer}")
     delta = diff if scale == 1 else wide(diff) * scale
     stored = Stored(tensors, settings)
     shift = None if bias is None else wide(bias) * scale

@@ -23,14 +23,13 @@ def split(
     return own, {leaf: tensor for leaf, tensor in tensors.items() if leaf in LEAVES}
 
 
-def with_magnitude(where: str, update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> AnyUpdate:
+def with_magnitude(update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> AnyUpdate:
     """The update, with ``row = magnitude / norm(W')`` over it.
 
     Source: Liu et al., DoRA, arXiv:2402.09353, as PEFT and LyCORIS (``wd_on_out``) compute it.
     LyCORIS adds the dtype's eps to the norm, which no weight of a trained layer can tell.
 
     Args:
-        where: file and layer, for messages.
         update: without a magnitude.
         tensors: PEFT's ``lora_magnitude_vector``, (out,) or with axes of 1 around it, or LyCORIS'
             and kohya's ``dora_scale``, (out, 1, ...); or neither.
@@ -45,25 +44,25 @@ def with_magnitude(where: str, update: AnyUpdate, tensors: Mapping[str, torch.Te
     if not tensors:
         return update
     if len(tensors) > 1 or isinstance(update, Scaling):
-        raise AdapterError(f"{where}: {sorted(tensors)} beside kind {update.kind!r}, expected one")
+        raise AdapterError(f"{sorted(tensors)} beside kind {update.kind!r}, expected one")
     leaf, tensor = next(iter(tensors.items()))
-    vector = _vector(where, leaf, tensor, update.shape[0])
+    vector = _vector(leaf, tensor, update.shape[0])
     if isinstance(update, Update):
         return replace(update, magnitude=vector)
     function = _normed(update.function)
     return replace(update, function=function, values=(vector, *update.values))
 
 
-def _vector(where: str, leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+def _vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
     found = tuple(tensor.shape)
     if leaf == "dora_scale" and (tensor.ndim < 2 or found[0] != tensor.numel()):
         raise AdapterError(
-            f"{where}: dora_scale is {found}, expected (out, 1, ...): one number an input "
+            f"dora_scale is {found}, expected (out, 1, ...): one number an input "
             "(wd_on_out=False) is no factor of the outputs and is not supported; train with "
             "wd_on_out=True, or merge it where it was made"
         )
     if max(found, default=0) != tensor.numel() or (out is not None and tensor.numel() != out):
-        raise AdapterError(f"{where}: {leaf} is {found}, expected ({out or 'out'},)")
+        raise AdapterError(f"{leaf} is {found}, expected ({out or 'out'},)")
     return tensor.reshape(-1)
 
 

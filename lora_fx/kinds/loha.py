@@ -32,7 +32,7 @@ MARKS = frozenset(_TUCKER)
 LEAVES = MARKS | {"alpha", "dora_scale"}
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``scale * (w1_a w1_b) ∘ (w2_a w2_b)`` as ``up @ down``.
 
     Row o of ``up`` is the Kronecker product of the rows o of the two ``a`` (face-splitting), column
@@ -41,7 +41,6 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     Source: Hyeon-Woo et al., FedPara, arXiv:2108.06098; ``loha`` of PEFT 0.21 and LyCORIS 4.1.
 
     Args:
-        where: file and layer, for messages.
         tensors: w1_a, w2_a (out, r) and w1_b, w2_b (r, in * kernel); or w1_a, w2_a (r, out), w1_b,
             w2_b (r, in) and t1, t2 (r, r, *kernel). ``alpha`` is kept, ``dora_scale`` heeded.
         settings: ``scale``; ``shape`` of a convolution, whose kernel the plain form does not tell.
@@ -56,17 +55,17 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     """
     own, magnitude = dora.split(tensors)
     own.pop("alpha", None)
-    scale, shape = number(where, settings, "scale"), layer_shape(where, settings)
+    scale, shape = number(settings, "scale"), layer_shape(settings)
     is_tucker = "hada_t1" in own or "hada_t2" in own
-    measure(where, own, _TUCKER if is_tucker else _PLAIN)
+    measure(own, _TUCKER if is_tucker else _PLAIN)
     one, other = (_factors(own, half, is_tucker) for half in "12")
     if one[1].shape[1:] != other[1].shape[1:]:
         shapes = f"{tuple(own['hada_t1'].shape)} and {tuple(own['hada_t2'].shape)}"
-        raise AdapterError(f"{where}: hada_t1 and hada_t2 are {shapes}, expected equal kernels")
+        raise AdapterError(f"hada_t1 and hada_t2 are {shapes}, expected equal kernels")
     up = (one[0][:, :, None] * other[0][:, None, :]).flatten(1)
-    down = unflatten(where, "hada_w1_b", (one[1][:, None] * other[1][None]).flatten(0, 1), shape)
+    down = unflatten("hada_w1_b", (one[1][:, None] * other[1][None]).flatten(0, 1), shape)
     update = Update(down, up, scale, kind="loha", stored=Stored(tensors, settings))
-    return dora.with_magnitude(where, update, magnitude)
+    return dora.with_magnitude(update, magnitude)
 
 
 def _factors(

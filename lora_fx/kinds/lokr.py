@@ -31,13 +31,12 @@ LEAVES = MARKS | {"alpha", "dora_scale"}
 _aten = torch.ops.aten
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``W + scale * kron(w1, w2)``.
 
     Source: Yeh et al., LyCORIS, arXiv:2309.14859; ``lokr`` of PEFT 0.21 and LyCORIS 4.1.
 
     Args:
-        where: file and layer, for messages.
         tensors: w1 (a, b) and w2 (c, d, *kernel) of a layer (a c, b d, *kernel). Instead of w1
             there may be w1_a (a, r) and w1_b (r, b); instead of w2 w2_a (c, r) and w2_b
             (r, d * kernel), or w2_a (r, c), w2_b (r, d) and t2 (r, r, *kernel). ``alpha`` is
@@ -54,10 +53,10 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     """
     own, magnitude = dora.split(tensors)
     own.pop("alpha", None)
-    scale, layer = number(where, settings, "scale"), layer_shape(where, settings)
-    first, second = _factors(where, own)
-    shape = _shape(where, first, second, layer)
-    if second.ndim == 3 and _writer(where, settings) == "peft":
+    scale, layer = number(settings, "scale"), layer_shape(settings)
+    first, second = _factors(own)
+    shape = _shape(first, second, layer)
+    if second.ndim == 3 and _writer(settings) == "peft":
         # PEFT leaves w1 a matrix beside the w2 of a Conv1d, so torch.kron pairs the last axes: the
         # layer's numbers in another order, which such an adapter has learned to live with.
         first = first.unsqueeze(0)
@@ -69,16 +68,16 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     second = second.reshape([n for size in second.shape for n in (1, size)])
     stored = Stored(tensors, settings)
     update = WeightUpdate("lokr", _added, (first, second), layer or shape, stored)
-    return dora.with_magnitude(where, update, magnitude)
+    return dora.with_magnitude(update, magnitude)
 
 
-def _factors(where: str, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """w1 (a, b) and w2 (c, d, *kernel), in float32 or wider."""
     is_low = "lokr_w1_a" in own or "lokr_w1_b" in own
     expected = dict(_FIRST_LOW if is_low else _FIRST)
     is_tucker, is_low_second = "lokr_t2" in own, "lokr_w2_a" in own or "lokr_w2_b" in own
     expected |= _SECOND_TUCKER if is_tucker else _SECOND_LOW if is_low_second else _SECOND
-    measure(where, own, expected)
+    measure(own, expected)
     parts = {leaf: wide(tensor) for leaf, tensor in own.items()}
     first = parts["lokr_w1_a"] @ parts["lokr_w1_b"] if is_low else parts["lokr_w1"]
     if is_tucker:
@@ -90,7 +89,7 @@ def _factors(where: str, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def _shape(
-    where: str, first: torch.Tensor, second: torch.Tensor, layer: tuple[int, ...] | None
+    first: torch.Tensor, second: torch.Tensor, layer: tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """(out, in, *kernel), or (out, in * kernel), of the layer that the factors make."""
     out, into = (one * two for one, two in zip(first.shape, second.shape[:2], strict=True))
@@ -99,15 +98,15 @@ def _shape(
         return shape
     known = 1 if second.ndim == 2 else 2
     if layer[:known] != shape[:known] or math.prod(layer) != math.prod(shape):
-        raise AdapterError(f"{where}: the LoKr factors make {shape}, the layer is {layer}")
+        raise AdapterError(f"the LoKr factors make {shape}, the layer is {layer}")
     return shape
 
 
-def _writer(where: str, settings: Mapping[str, Any]) -> str:
+def _writer(settings: Mapping[str, Any]) -> str:
     writer = settings.get("writer")
     if writer not in ("peft", "lycoris"):
         raise AdapterError(
-            f"{where}: setting writer is {writer!r:.80}: lokr_w2 of a one-dimensional convolution "
+            f"setting writer is {writer!r:.80}: lokr_w2 of a one-dimensional convolution "
             "means different things to 'peft' and to 'lycoris', expected one of them"
         )
     return str(writer)

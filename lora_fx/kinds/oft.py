@@ -20,13 +20,12 @@ LEAVES = MARKS | {"rescale", "alpha"}
 _aten = torch.ops.aten
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``W diag(R)^T`` (PEFT), or ``rescale * diag(R)^T W`` (LyCORIS, and PEFT's tables).
 
     Source: Qiu et al., arXiv:2306.07280; ``oft`` of PEFT 0.21, ``diag-oft`` of LyCORIS 4.1.
 
     Args:
-        where: file and layer, for messages.
         tensors: oft_R.weight, or oft_embedding_R.weight of a table, (blocks, b (b - 1) / 2), one
             row if all blocks share it; or oft_blocks (blocks, b, b), and perhaps rescale
             (out, 1, ...). ``alpha`` is kept.
@@ -43,39 +42,37 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
             the layer is a convolution with a kernel under PEFT, whose own forward is no
             convolution then: it adds up the patches that overlap.
     """
-    layer, own = layer_shape(where, settings), dict(tensors)
+    layer, own = layer_shape(settings), dict(tensors)
     own.pop("alpha", None)
     leaf = next(iter(sorted(own.keys() & MARKS)), "oft_R.weight")
     on_inputs, is_shared = leaf == "oft_R.weight", False
     if leaf == "oft_blocks":
-        blocks = _of_lycoris(where, own, settings)
+        blocks = _of_lycoris(own, settings)
     else:
-        measure(where, own, {leaf: ("blocks", "values")})
-        blocks = from_peft(where, leaf, own[leaf], settings).mT
-        is_shared = flag(where, settings, "block_share", False)
+        measure(own, {leaf: ("blocks", "values")})
+        blocks = from_peft(leaf, own[leaf], settings).mT
+        is_shared = flag(settings, "block_share", False)
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
-    side.check(where, leaf, layer)
+    side.check(leaf, layer)
     values, stored = (blocks.contiguous(),), Stored(tensors, settings)
     return WeightUpdate("oft", side.function(), values, layer or side.shape, stored)
 
 
-def _of_lycoris(
-    where: str, own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> torch.Tensor:
+def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:
     """What multiplies each block of rows: the rotation, turned, and the factors of the rows."""
     found = tuple(own["oft_blocks"].shape)
     if len(found) == 4:
-        raise AdapterError(f"{where}: oft_blocks is {found}: BOFT is not supported; merge it first")
+        raise AdapterError(f"oft_blocks is {found}: BOFT is not supported; merge it first")
     expected = {"oft_blocks": ("blocks", "b", "b"), "rescale": ("out", "*ones")}
-    sizes = measure(where, own, {leaf: axes for leaf, axes in expected.items() if leaf in own})
+    sizes = measure(own, {leaf: axes for leaf, axes in expected.items() if leaf in own})
     count, size = sizes["blocks"], sizes["b"]
-    limit = number(where, settings, "constraint", 0.0) * count * size
+    limit = number(settings, "constraint", 0.0) * count * size
     turned, rescale = from_lycoris(own["oft_blocks"], limit).mT, own.get("rescale")
     if rescale is None:
         return turned
     if len(rescale) != rescale.numel() or len(rescale) != count * size:
         found = tuple(rescale.shape)
-        raise AdapterError(f"{where}: rescale is {found}, expected ({count * size}, 1, ...)")
+        raise AdapterError(f"rescale is {found}, expected ({count * size}, 1, ...)")
     return turned * wide(rescale).reshape(count, size, 1)
 
 
@@ -94,23 +91,21 @@ class _On:
         known = None if self.is_shared else self.count * self.size
         return (None, known) if self.inputs else (known, None)
 
-    def check(self, where: str, leaf: str, layer: tuple[int, ...] | None) -> None:
+    def check(self, leaf: str, layer: tuple[int, ...] | None) -> None:
         """Raises AdapterError where the blocks do not fit the layer, or PEFT's kernels do not."""
         if self.is_shared and self.count != 1:
-            raise AdapterError(
-                f"{where}: {leaf} has {self.count} blocks, expected 1 that is shared"
-            )
+            raise AdapterError(f"{leaf} has {self.count} blocks, expected 1 that is shared")
         if layer is None:
             return
         if leaf == "oft_R.weight" and any(size > 1 for size in layer[2:]):
             raise AdapterError(
-                f"{where}: OFT of PEFT on a convolution {layer}: its forward adds up the patches "
+                f"OFT of PEFT on a convolution {layer}: its forward adds up the patches "
                 "that overlap, which no weight does; if the merged form is meant, merge it in PEFT"
             )
         found, whole = layer[self.inputs], self.count * self.size
         if found % self.size if self.is_shared else found != whole:
             blocks = f"{self.count} blocks of {self.size}"
-            raise AdapterError(f"{where}: {leaf} rotates {blocks}, the layer is {layer}")
+            raise AdapterError(f"{leaf} rotates {blocks}, the layer is {layer}")
 
     def function(self) -> Callable[..., torch.Tensor]:
         """W and the blocks to W'."""

@@ -12,9 +12,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.kinds.shapes import flag, number, wide
 
 
-def from_peft(
-    where: str, leaf: str, values: torch.Tensor, settings: Mapping[str, Any]
-) -> torch.Tensor:
+def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
     """The rotations of PEFT's OFT: an exact or a cut off Cayley transform.
 
     With S skew-symmetric, ``(I - S)(I + S)^-1``, or the series of ``(I + S)(I - S)^-1``, which is
@@ -22,8 +20,7 @@ def from_peft(
     first. Source: ``OFTRotationModule`` of PEFT 0.21.
 
     Args:
-        where: file and layer, for messages.
-        leaf: that the values are, for messages.
+        leaf: that the values are.
         values: (blocks, b (b - 1) / 2), what stands above the diagonals.
         settings: as in PEFT's config, and with its defaults.
 
@@ -36,22 +33,20 @@ def from_peft(
     count, length = values.shape
     size = (1 + math.isqrt(1 + 8 * length)) // 2
     if size * (size - 1) // 2 != length or not count:
-        raise AdapterError(
-            f"{where}: {leaf} is {tuple(values.shape)}, expected (blocks, b (b - 1) / 2)"
-        )
+        raise AdapterError(f"{leaf} is {tuple(values.shape)}, expected (blocks, b (b - 1) / 2)")
     numbers = wide(values)
     skew = numbers.new_zeros(count, size, size)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = numbers
     skew = skew - skew.mT
-    if flag(where, settings, "coft", False):
-        skew = _shortened(skew, number(where, settings, "eps", 6e-5) / math.sqrt(count))
+    if flag(settings, "coft", False):
+        skew = _shortened(skew, number(settings, "eps", 6e-5) / math.sqrt(count))
     eye = torch.eye(size, dtype=skew.dtype)
-    if flag(where, settings, "use_cayley_neumann", True):
+    if flag(settings, "use_cayley_neumann", True):
         terms = settings.get("num_cayley_neumann_terms", 5)
         if type(terms) is not int:
             said = f"setting num_cayley_neumann_terms is {terms!r:.80}"
-            raise AdapterError(f"{where}: {said}, expected an integer")
+            raise AdapterError(f"{said}, expected an integer")
         return _series(skew, eye, terms)
     return _cayley(-skew, eye)
 

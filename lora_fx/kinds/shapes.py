@@ -12,12 +12,11 @@ from lora_fx.errors import AdapterError
 
 
 def measure(
-    where: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[str, ...]]
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[str, ...]]
 ) -> dict[str, int]:
     """Holds tensors against shapes in which a name is of one size everywhere.
 
     Args:
-        where: file and layer, for messages.
         tensors: by leaf.
         expected: leaf -> names of sizes, such as ``("out", "r")``; ``"1"`` is 1. A last name with a
             star stands for any further axes, none too.
@@ -30,20 +29,18 @@ def measure(
     """
     missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     if missing:
-        raise AdapterError(f"{where}: {missing[0]} is missing beside {sorted(tensors)}")
+        raise AdapterError(f"{missing[0]} is missing beside {sorted(tensors)}")
     if extra:
-        raise AdapterError(f"{where}: {extra[0]} is not used beside {sorted(expected)}")
+        raise AdapterError(f"{extra[0]} is not used beside {sorted(expected)}")
     sizes = {"1": 1}
     for leaf, axes in expected.items():
-        _one(where, leaf, tensors[leaf], axes, sizes)
+        _one(leaf, tensors[leaf], axes, sizes)
     return sizes
 
 
-def _one(
-    where: str, leaf: str, tensor: torch.Tensor, axes: tuple[str, ...], sizes: dict[str, int]
-) -> None:
+def _one(leaf: str, tensor: torch.Tensor, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
     if not tensor.is_floating_point():
-        raise AdapterError(f"{where}: {leaf} is {tensor.dtype}, expected floating point")
+        raise AdapterError(f"{leaf} is {tensor.dtype}, expected floating point")
     is_open = str(axes[-1]).startswith("*")
     names, found = axes[:-1] if is_open else axes, tuple(tensor.shape)
     fits = len(found) >= len(names) if is_open else len(found) == len(names)
@@ -53,15 +50,12 @@ def _one(
         known = [f"{name} = {sizes[name]}" for name in names if name in sizes and name != "1"]
         shape = f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
         raise AdapterError(
-            f"{where}: {leaf} is {found}, expected {shape}{' with ' if known else ''}"
-            + " and ".join(known)
+            f"{leaf} is {found}, expected {shape}{' with ' if known else ''}" + " and ".join(known)
         )
     sizes.update(together)
 
 
-def number(
-    where: str, settings: Mapping[str, Any], name: str, default: float | None = None
-) -> float:
+def number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """A setting that is a finite number.
 
     Raises:
@@ -70,11 +64,11 @@ def number(
     value = settings.get(name, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise AdapterError(f"{where}: setting {name} is {value!r:.80}, expected a finite number")
+        raise AdapterError(f"setting {name} is {value!r:.80}, expected a finite number")
     return float(value)
 
 
-def flag(where: str, settings: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
+def flag(settings: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
     """A setting that is true or false.
 
     Raises:
@@ -82,11 +76,11 @@ def flag(where: str, settings: Mapping[str, Any], name: str, default: bool | Non
     """
     value = settings.get(name, default)
     if not isinstance(value, bool):
-        raise AdapterError(f"{where}: setting {name} is {value!r:.80}, expected true or false")
+        raise AdapterError(f"setting {name} is {value!r:.80}, expected true or false")
     return value
 
 
-def layer_shape(where: str, settings: Mapping[str, Any]) -> tuple[int, ...] | None:
+def layer_shape(settings: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The setting ``shape``: (out, in, *kernel) of the layer, or None if nobody said.
 
     Raises:
@@ -98,18 +92,15 @@ def layer_shape(where: str, settings: Mapping[str, Any]) -> tuple[int, ...] | No
     is_list = isinstance(shape, tuple | list) and len(shape) >= 2
     if not is_list or any(type(size) is not int or size < 1 for size in shape):
         raise AdapterError(
-            f"{where}: setting shape is {shape!r:.80}, expected (out, in, *kernel) of the layer"
+            f"setting shape is {shape!r:.80}, expected (out, in, *kernel) of the layer"
         )
     return tuple(shape)
 
 
-def unflatten(
-    where: str, leaf: str, down: torch.Tensor, shape: tuple[int, ...] | None
-) -> torch.Tensor:
+def unflatten(leaf: str, down: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
     """Gives a down-projection the axes of its layer, of which the file holds the product alone.
 
     Args:
-        where: file and layer, for messages.
         leaf: that the columns come from.
         down: (r, in * kernel), or (r, in, *kernel).
         shape: (out, in, *kernel) of the layer; None leaves ``down`` as it is.
@@ -121,7 +112,7 @@ def unflatten(
         return down
     found = tuple(down.shape[1:])
     if math.prod(found) != math.prod(shape[1:]):
-        raise AdapterError(f"{where}: {leaf} gives columns {found}, the layer is {shape}")
+        raise AdapterError(f"{leaf} gives columns {found}, the layer is {shape}")
     return down.reshape(len(down), *shape[1:])
 
 

@@ -15,13 +15,12 @@ from lora_fx.stored import Stored
 LEAVES = frozenset({"trainable_tokens_delta"})
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``W`` with some tokens replaced; in spite of the name nothing is added.
 
     Source: ``trainable_tokens`` of PEFT 0.21.
 
     Args:
-        where: file and layer, for messages.
         tensors: trainable_tokens_delta (n, dim).
         settings: ``indices``: the n tokens, as the config has them; ``head``: true where the layer
             is linear and has a token a row, as a head tied to the table does; ``shape`` of the
@@ -33,14 +32,14 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     Raises:
         AdapterError: the tensor is missing or of another shape; a setting is wrong.
     """
-    sizes = measure(where, tensors, {"trainable_tokens_delta": ("n", "dim")})
-    axis = 0 if flag(where, settings, "head", False) else 1
-    layer = layer_shape(where, settings)
+    sizes = measure(tensors, {"trainable_tokens_delta": ("n", "dim")})
+    axis = 0 if flag(settings, "head", False) else 1
+    layer = layer_shape(settings)
     num = None if layer is None else layer[axis]
     if layer is not None and layer[1 - axis] != sizes["dim"]:
         found = f"trainable_tokens_delta has dim {sizes['dim']}"
-        raise AdapterError(f"{where}: {found}, the layer is {layer} with tokens along axis {axis}")
-    indices = _indices(where, settings, sizes["n"], num)
+        raise AdapterError(f"{found}, the layer is {layer} with tokens along axis {axis}")
+    indices = _indices(settings, sizes["n"], num)
     rows = tensors["trainable_tokens_delta"]
     shape = (sizes["dim"], num) if axis else (num, sizes["dim"])
 
@@ -52,18 +51,16 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     return WeightUpdate("tokens", replaced, values, shape, Stored(tensors, settings))
 
 
-def _indices(where: str, settings: Mapping[str, Any], count: int, num: int | None) -> list[int]:
+def _indices(settings: Mapping[str, Any], count: int, num: int | None) -> list[int]:
     """The tokens, each of them once and inside the table."""
     given = settings.get("indices")
     if not isinstance(given, tuple | list) or any(type(token) is not int for token in given):
-        raise AdapterError(
-            f"{where}: setting indices is {given!r:.80}, expected a list of integers"
-        )
+        raise AdapterError(f"setting indices is {given!r:.80}, expected a list of integers")
     if len(given) != count or len(set(given)) != count:
         found = f"{len(given)} indices, {len(set(given))} of them different"
-        raise AdapterError(f"{where}: {found}, and {count} rows of trainable_tokens_delta")
+        raise AdapterError(f"{found}, and {count} rows of trainable_tokens_delta")
     outside = [token for token in given if token < 0 or (num is not None and token >= num)]
     if outside:
         limit = "" if num is None else f" and below {num}"
-        raise AdapterError(f"{where}: token {outside[0]} of indices, expected at least 0{limit}")
+        raise AdapterError(f"token {outside[0]} of indices, expected at least 0{limit}")
     return list(given)

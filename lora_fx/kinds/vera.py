@@ -23,13 +23,12 @@ MARKS = frozenset({"vera_lambda_b", "vera_lambda_d"})
 LEAVES = frozenset(_SHAPES)
 
 
-def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
+def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``diag(lambda_b) B[:out] diag(lambda_d) A[:, :in]`` as ``up @ down``.
 
     Source: Kopiczko et al., VeRA, arXiv:2310.11454; ``vera`` of PEFT 0.21.
 
     Args:
-        where: file and layer, for messages.
         tensors: vera_lambda_b (out,) and vera_lambda_d (r,) of the layer; vera_A (r, widest in)
             and vera_B (widest out, r), which all layers of the file share.
         settings: ``shape`` of the layer, whose ``in`` no tensor tells; without it that of vera_A.
@@ -43,18 +42,16 @@ def read(where: str, tensors: Mapping[str, torch.Tensor], settings: Mapping[str,
     shared = sorted({"vera_A", "vera_B"} - tensors.keys())
     if shared:
         raise AdapterError(
-            f"{where}: {shared[0]} is missing: the file holds a seed in its place, from which only "
+            f"{shared[0]} is missing: the file holds a seed in its place, from which only "
             "the program that made it draws the same numbers; save it with save_projection=True"
         )
-    sizes, layer = measure(where, tensors, _SHAPES), layer_shape(where, settings)
+    sizes, layer = measure(tensors, _SHAPES), layer_shape(settings)
     out, into = sizes["out"], sizes["widest in"]
     if layer is not None and (len(layer) > 2 or layer[0] != out or layer[1] > into):
-        raise AdapterError(
-            f"{where}: a VeRA of out {out} and in up to {into}, the layer is {layer}"
-        )
+        raise AdapterError(f"a VeRA of out {out} and in up to {into}, the layer is {layer}")
     if sizes["widest out"] < out:
         found = tuple(tensors["vera_B"].shape)
-        raise AdapterError(f"{where}: vera_B is {found}, expected at least {out} rows")
+        raise AdapterError(f"vera_B is {found}, expected at least {out} rows")
     columns = into if layer is None else layer[1]
     down = wide(tensors["vera_lambda_d"])[:, None] * wide(tensors["vera_A"][:, :columns])
     up = wide(tensors["vera_lambda_b"])[:, None] * wide(tensors["vera_B"][:out])

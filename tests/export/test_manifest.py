@@ -30,8 +30,8 @@ def slot(**fields: Any) -> list[dict[str, Any]]:
 
 
 def test_reading_gives_back_what_was_written() -> None:
-    assert read_manifest({KEY: MANIFEST.to_json()}, "model.onnx") == MANIFEST
-    assert read_manifest({"other": "x"}, "model.onnx") is None
+    assert read_manifest({KEY: MANIFEST.to_json()}) == MANIFEST
+    assert read_manifest({"other": "x"}) is None
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_reading_gives_back_what_was_written() -> None:
     ],
 )
 def test_a_damaged_manifest_is_refused(text: str, reason: str) -> None:
-    with pytest.raises(ExportError, match=f"model.onnx: {KEY}: .*{reason}"):
-        read_manifest({KEY: text}, "model.onnx")
+    with pytest.raises(ExportError, match=f"^{KEY}: .*{reason}"):
+        read_manifest({KEY: text})
 
 
 def test_the_version_tells_weights_and_slots_apart() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats.diffusers_keys import COMPONENTS, sort_by_component, speaks_diffusers
 from lora_fx.formats.pairs import ALPHA, BIAS, DOWN, MAGNITUDE, UP
 
-FILE = Path("a.safetensors")
 SPELLINGS = {
     "unet.b.0.attn1.to_q.lora_A.weight": ("unet", "b.0.attn1.to_q", DOWN),
     "unet.b.0.attn1.to_q.lora_B.weight": ("unet", "b.0.attn1.to_q", UP),
@@ -44,7 +41,7 @@ SPELLINGS = {
 def test_a_key_has_one_component_path_and_role(key: str) -> None:
     component, path, role = SPELLINGS[key]
     tensor = torch.ones(2, 3)
-    assert sort_by_component(FILE, {key: tensor}) == {component: {path: {role: (key, tensor)}}}
+    assert sort_by_component({key: tensor}) == {component: {path: {role: (key, tensor)}}}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,7 @@ def test_a_key_has_one_component_path_and_role(key: str) -> None:
 def test_another_key_is_named(key: str) -> None:
     assert "vae" not in COMPONENTS
     with pytest.raises(AdapterError, match=f"1 tensors have names of no known use: {key}; exp"):
-        sort_by_component(FILE, {key: torch.ones(1)})
+        sort_by_component({key: torch.ones(1)})
 
 
 @pytest.mark.parametrize("key", [key for key in SPELLINGS if "processor" not in key])
@@ -71,7 +68,7 @@ def test_a_file_of_one_model_has_no_component(key: str) -> None:
     component, path, role = SPELLINGS[key]
     if component != "text_encoder" and not component.startswith("text"):
         rest = key.removeprefix(f"{component}.")
-        found = sort_by_component(FILE, {rest: torch.ones(1)}, bare=True)
+        found = sort_by_component({rest: torch.ones(1)}, bare=True)
         assert {p: list(roles) for p, roles in found[""].items()} == {path: [role]}
 
 
@@ -86,7 +83,7 @@ def test_a_file_of_one_model_has_no_component(key: str) -> None:
 )
 def test_a_feature_is_refused_by_name(ending: str, feature: str) -> None:
     with pytest.raises(AdapterError, match=f"'transformer.fc.{ending}' is {feature}"):
-        sort_by_component(FILE, {f"transformer.fc.{ending}": torch.ones(1)})
+        sort_by_component({f"transformer.fc.{ending}": torch.ones(1)})
 
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -120,4 +117,4 @@ def test_names_that_diffusers_alone_gives_are_told(case: str) -> None:
 def test_two_spellings_of_one_tensor_are_refused() -> None:
     keys = ("unet.attn.to_q.lora_A.weight", "unet.attn.processor.to_q_lora.down.weight")
     with pytest.raises(AdapterError, match=r"are both the down of attn\.to_q"):
-        sort_by_component(FILE, {key: torch.ones(2, 3) for key in keys})
+        sort_by_component({key: torch.ones(2, 3) for key in keys})

@@ -55,6 +55,37 @@ def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
     assert load_adapter(file, base=base, format=format, **hints).updates.keys() == found.keys()
 
 
+# What stands after the file where the ranks of a pair differ: its layer, or the names of both.
+LAYERS = {
+    "peft_file": "fc: lora_A",
+    "loralib": "fc: lora_A",
+    "kohya": "lora_te_fc: 'lora_te_fc.lora_down.weight'",
+    "diffusers": "'unet.fc.lora_A.weight'",
+}
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_file_and_layer_stand_before_what_is_wrong_each_once(tmp_path: Path, format: str) -> None:
+    file, base = tmp_path / "a.safetensors", torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
+    save_file(dict(zip(NAMES[format], (torch.ones(2, 3), torch.ones(5, 7)), strict=True)), file)
+    hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(file, base=base, format=format, **hints)
+    assert str(caught.value).startswith(f"{file}: {LAYERS[format]} ")
+    assert str(caught.value).count(str(file)) == 1
+
+
+@pytest.mark.parametrize("format", [*NAMES, "peft"])
+def test_the_target_stands_before_what_cannot_be_written_once(tmp_path: Path, format: str) -> None:
+    target = tmp_path / "a.safetensors"
+    empty = Update(torch.ones(0, 3), torch.ones(5, 0), 1.0)
+    with pytest.raises(AdapterError) as caught:
+        save_adapter(Adapter("a", {"unet.fc": empty}), target, format=format)
+    assert str(caught.value).startswith(f"{target}: ")
+    assert str(caught.value).count(str(target)) == 1
+    assert not target.exists()
+
+
 def test_names_of_no_format_ask_for_one(tmp_path: Path) -> None:
     save_file({"fc.weight": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match=r"names \(fc\.weight\); pass format=, one of .*kohya"):

@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "alpha of two": ({**PAIR, f"{START}.alpha": torch.ones(2)}, r"alpha' is \(2,\), expected one"),
     "a convolution": (
         {f"{START}.lora_down.weight": torch.ones(2, 3, 3, 3), f"{START}.lora_up.weight": UP},
-        r"proj_in is made for a layer \(5, 3, 3, 3\), the Linear is \(5, 3\)",
+        r"a\.safe.*: lora_unet_proj_in: made for a layer \(5, 3, 3, 3\), the Linear is \(5, 3\)",
     ),
     "an up with a kernel": (
         {
@@ -253,7 +253,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     ),
     "a norm's on a linear layer": (
         {f"{START}.w_norm": torch.ones(5)},
-        "lora_unet_proj_in is of proj_in, a Linear: .'w_norm'. do not fit it",
+        "lora_unet_proj_in: .'w_norm'. do not fit proj_in, a Linear",
     ),
     "ranks": (
         {f"{START}.lora_down.weight": torch.ones(4, 3), f"{START}.lora_up.weight": UP},
@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     ),
     "a norm": (
         {key.replace("proj_in", "norm"): value for key, value in PAIR.items()},
-        "lora_unet_norm is of norm, a LayerNorm",
+        "lora_unet_norm: .*do not fit norm, a LayerNorm",
     ),
     "an embedding beside": (
         {**PAIR, "bundle_emb.x.string_to_param": torch.ones(3)},

@@ -304,7 +304,7 @@ def test_what_lycoris_has_no_scale_for_is_refused(tmp_path: Path) -> None:
     from lora_fx.kinds import KINDS
 
     tensors = {"lokr_w1": torch.ones(2, 3), "lokr_w2": torch.ones(5, 2)}
-    update = KINDS["lokr"].read("here", tensors, {"scale": 1.5, "writer": "peft"})
+    update = KINDS["lokr"].read(tensors, {"scale": 1.5, "writer": "peft"})
     assert isinstance(update, WeightUpdate)
     for name in ("to_q", "unet.to_q"):
         with pytest.raises(AdapterError, match=r"cannot hold a scale of 1.5 of kind 'lokr'"):

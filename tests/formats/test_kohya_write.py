@@ -48,12 +48,12 @@ def test_an_alpha_is_exact(value: float) -> None:
 def loha(scale: float) -> Any:
     leaves = {"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 2), "hada_w2_b": (2, 3)}
     tensors = {leaf: random(*shape) for leaf, shape in leaves.items()}
-    return KINDS["loha"].read("here", tensors, {"scale": scale, "writer": "peft"})
+    return KINDS["loha"].read(tensors, {"scale": scale, "writer": "peft"})
 
 
 def lokr(scale: float, second: tuple[int, ...] = (5, 2), **more: Any) -> Any:
     tensors = {"lokr_w1": random(2, 3), "lokr_w2": random(*second), **more}
-    return KINDS["lokr"].read("here", tensors, {"scale": scale, "writer": "peft"})
+    return KINDS["lokr"].read(tensors, {"scale": scale, "writer": "peft"})
 
 
 @pytest.mark.parametrize("update", [loha(1.25), lokr(1.0)], ids=["loha", "lokr"])

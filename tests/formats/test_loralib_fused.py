@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import loralib
@@ -13,7 +12,6 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 
-FILE = Path("a.pt")
 ENABLED = [
     [True],
     [True, False],
@@ -57,7 +55,7 @@ def test_the_pair_makes_the_delta_of_loralib(enabled: list[bool], rank: int, tur
 def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
     layer = fused(enabled)
     hints = Hints(enable_lora=hint)
-    return groups_of(FILE, "a.qkv", layer.lora_A, layer.lora_B, hints, base)
+    return groups_of("a.qkv", layer.lora_A, layer.lora_B, hints, base)
 
 
 @pytest.mark.parametrize("enabled", [e for e in ENABLED if sum(e) > 1], ids=str)
@@ -105,4 +103,4 @@ def test_a_hint_that_does_not_fit_is_refused(case: str) -> None:
 def test_ranks_that_differ_are_refused(down: Any, up: Any) -> None:
     hints = Hints(enable_lora=[True, True])
     with pytest.raises(AdapterError, match="the ranks differ"):
-        groups_of(FILE, "fc", torch.ones(down), torch.ones(up), hints, None)
+        groups_of("fc", torch.ones(down), torch.ones(up), hints, None)

@@ -255,11 +255,11 @@ def test_a_base_that_is_another_is_refused(tmp_path: Path) -> None:
 
 A, B = torch.ones(6, 18), torch.ones(12, 6)
 REFUSED: dict[str, tuple[torch.Tensor, torch.Tensor, nn.Module, dict[str, Any], str]] = {
-    "rank": (A, B, nn.Conv2d(6, 4, 3), {"r": 6}, r"\(12, 6\) are of rank 2, the hint r is 6"),
+    "rank": (A, B, nn.Conv2d(6, 4, 3), {"r": 6}, r"\(12, 6\): of rank 2, the hint r is 6"),
     "no multiple": (torch.ones(4, 18), torch.ones(12, 4), nn.Conv2d(6, 4, 3), {}, "expected r . 3"),
-    "other sizes": (A, B, nn.Conv2d(5, 4, 3), {}, r"are not of a convolution \(4, 5, 3, 3\)"),
-    "no square": (A, B, nn.Conv2d(6, 4, (3, 1)), {}, r"not of a convolution \(4, 6, 3, 1\)"),
-    "a line": (A, B, nn.Conv1d(6, 4, 3), {}, r"are not of a convolution \(4, 6, 3\)"),
+    "other sizes": (A, B, nn.Conv2d(5, 4, 3), {}, r"no pair of a convolution \(4, 5, 3, 3\)"),
+    "no square": (A, B, nn.Conv2d(6, 4, (3, 1)), {}, r"no pair of a convolution \(4, 6, 3, 1\)"),
+    "a line": (A, B, nn.Conv1d(6, 4, 3), {}, r"no pair of a convolution \(4, 6, 3\)"),
 }
 
 

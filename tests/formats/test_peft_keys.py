@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from lora_fx.formats.peft_replaced import PREFIX, SortedKeys
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
 
-FILE = Path("adapter.safetensors")
 PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
 ROWS = "token_adapter.trainable_tokens_delta"
 HEADS = frozenset({"classifier", "score"})
@@ -24,7 +22,7 @@ HEADS = frozenset({"classifier", "score"})
 def sort(*names: str, type: PeftType = LORA, **fields: Any) -> SortedKeys:
     config = PeftConfig(type, r=2, alpha=3, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}
-    return sort_keys(FILE, {key.lstrip("!"): value for key, value in tensors.items()}, config)
+    return sort_keys({key.lstrip("!"): value for key, value in tensors.items()}, config)
 
 
 def test_every_kind_of_key_finds_its_use() -> None:
@@ -94,7 +92,7 @@ def test_the_bias_of_an_adapted_layer_may_be_named_either_way() -> None:
 def test_a_key_without_a_use_is_refused_by_name(
     names: tuple[str, ...], fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(AdapterError, match=rf"^adapter\.safetensors: .*{message}"):
+    with pytest.raises(AdapterError, match=message):
         sort(*names, **fields)
 
 

@@ -54,7 +54,7 @@ def adapter_of(layer: Any, leaves: Leaves, scale: float = 0.75) -> Adapter:
     make = torch.Generator().manual_seed(0)
     tensors = {leaf: torch.randn(shape, generator=make) for leaf, shape in leaves.items()}
     settings = {"scale": scale, "shape": tuple(layer.weight.shape), "writer": "lycoris"}
-    return Adapter("a", {"0": KINDS["lokr"].read("here", tensors, settings)})
+    return Adapter("a", {"0": KINDS["lokr"].read(tensors, settings)})
 
 
 @pytest.mark.parametrize("name", CASES)

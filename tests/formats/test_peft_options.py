@@ -16,12 +16,12 @@ from lora_fx.other_updates import AnyUpdate
 
 
 def oft(**settings: Any) -> AnyUpdate:
-    return KINDS["oft"].read("here", {"oft_R.weight": torch.randn(4, 1)}, settings)
+    return KINDS["oft"].read({"oft_R.weight": torch.randn(4, 1)}, settings)
 
 
 def ia3(feedforward: bool) -> AnyUpdate:
     tensor = torch.randn(1, 5) if feedforward else torch.randn(5, 1)
-    return KINDS["ia3"].read("here", {"ia3_l": tensor}, {"feedforward": feedforward})
+    return KINDS["ia3"].read({"ia3_l": tensor}, {"feedforward": feedforward})
 
 
 def written(updates: dict[str, AnyUpdate], path: Path) -> dict[str, Any]:

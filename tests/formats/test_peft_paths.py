@@ -24,9 +24,7 @@ def test_an_output_projection_is_inside_of_its_attention() -> None:
     homes = homes_of({"mha": update(), "mha.out_proj": update(), "other.out_proj": update()})
     assert homes["mha.out_proj"] == Home("mha.base_layer.out_proj", "")
     assert homes["other.out_proj"] == Home("other.out_proj", "other.out_proj")
-    places = places_of(
-        "file", [home.key for home in homes.values()], PeftConfig(LORA), base_of(None)
-    )
+    places = places_of([home.key for home in homes.values()], PeftConfig(LORA), base_of(None))
     assert {path: places[home.key].path for path, home in homes.items()} == {p: p for p in homes}
 
 

@@ -34,15 +34,13 @@ def test_a_seed_gives_the_numbers_of_peft(seed: int, targets: list[str]) -> None
     base = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 5), nn.Linear(5, 13))
     config = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed))
     keys = SortedKeys(layers={path: {} for path in targets})
-    found = projections("file", keys, config, base_of(base))
+    found = projections(keys, config, base_of(base))
     for name in ("vera_A", "vera_B"):
         wanted = getattr(wrapped.base_model, name)["default"]
         assert found[name].shape == wanted.shape
         assert torch.equal(found[name], wanted)
     other = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed + 1))
-    assert not torch.equal(
-        projections("file", keys, other, base_of(base))["vera_A"], found["vera_A"]
-    )
+    assert not torch.equal(projections(keys, other, base_of(base))["vera_A"], found["vera_A"])
 
 
 def test_a_seed_is_not_written_when_the_widest_layer_is_gone(
@@ -68,6 +66,6 @@ def test_projections_of_two_files_become_lora(save_peft_case: Any, tmp_path: Pat
     stored = adapter.updates["wide"].stored
     assert stored is not None
     other = {**stored.tensors, "vera_A": 2 * stored.tensors["vera_A"]}
-    updates = {**adapter.updates, "wide": KINDS["vera"].read("here", other, stored.settings)}
+    updates = {**adapter.updates, "wide": KINDS["vera"].read(other, stored.settings)}
     save_adapter(replace(adapter, updates=updates), tmp_path / "a")
     assert {u.kind for u in load_adapter(tmp_path / "a").updates.values()} == {"lora"}

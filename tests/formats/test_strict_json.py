@@ -36,8 +36,8 @@ def test_an_object_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_strict_object_is_refused(data: bytes, message: str) -> None:
-    with pytest.raises(AdapterError, match=f"^here: .*{message}"):
-        parse_object(data, "here")
+    with pytest.raises(AdapterError, match=message):
+        parse_object(data)
 
 
 def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.tensor_rules import DTYPES, check_tensors
 
-FILE = Path("adapter.file")
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_finite_floats_pass(dtype: torch.dtype) -> None:
-    check_tensors(FILE, {"a": torch.ones(3, 2, dtype=dtype), "b": torch.ones((), dtype=dtype)})
+    check_tensors({"a": torch.ones(3, 2, dtype=dtype), "b": torch.ones((), dtype=dtype)})
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 5), (4, 0, 3, 3)])
 def test_the_strides_of_what_is_empty_mean_nothing(shape: tuple[int, ...]) -> None:
-    check_tensors(FILE, {"a": torch.empty(shape).as_strided(shape, [0] * len(shape))})
+    check_tensors({"a": torch.empty(shape).as_strided(shape, [0] * len(shape))})
 
 
 @pytest.mark.parametrize(
@@ -38,5 +34,5 @@ def test_the_strides_of_what_is_empty_mean_nothing(shape: tuple[int, ...]) -> No
     ],
 )
 def test_others_are_refused_by_name(tensor: torch.Tensor, message: str) -> None:
-    with pytest.raises(AdapterError, match=rf"adapter\.file: tensor 'bad' .*{message}"):
-        check_tensors(FILE, {"good": torch.ones(2), "bad": tensor})
+    with pytest.raises(AdapterError, match=rf"^tensor 'bad' .*{message}"):
+        check_tensors({"good": torch.ones(2), "bad": tensor})

@@ -137,7 +137,7 @@ def read() -> Callable[..., AnyUpdate]:
 
     def reading(kind: str, tensors: dict[str, torch.Tensor], **settings: Any) -> AnyUpdate:
         assert tensors.keys() <= KINDS[kind].leaves
-        update = KINDS[kind].read("french: fc", tensors, settings)
+        update = KINDS[kind].read(tensors, settings)
         assert update.kind == kind
         assert update.stored is not None
         assert update.stored.settings == settings

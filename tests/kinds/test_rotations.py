@@ -14,7 +14,7 @@ def skew_of(values):
 def test_are_rotations(noise):
     values = noise(4, 3, dtype=torch.float64)
     eye = torch.eye(3, dtype=torch.float64).expand(4, 3, 3)
-    exact = from_peft("fc", "oft_R.weight", values, {"use_cayley_neumann": False})
+    exact = from_peft("oft_R.weight", values, {"use_cayley_neumann": False})
     other = from_lycoris(noise(4, 3, 3, dtype=torch.float64), 0)
     for rotation in (exact, other):
         assert torch.allclose(rotation @ rotation.mT, eye)
@@ -24,11 +24,11 @@ def test_are_rotations(noise):
 
 def test_the_series_tends_to_the_inverse_of_the_exact_one(noise):
     values = noise(4, 3, dtype=torch.float64) / 10
-    exact = from_peft("fc", "oft_R.weight", values, {"use_cayley_neumann": False})
+    exact = from_peft("oft_R.weight", values, {"use_cayley_neumann": False})
     gaps = []
     for terms in (1, 2, 3, 5, 40):
         settings = {"num_cayley_neumann_terms": terms}
-        series = from_peft("fc", "oft_R.weight", values, settings)
+        series = from_peft("oft_R.weight", values, settings)
         gaps.append(float((series - exact.mT).norm()))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 1e-1
@@ -43,7 +43,7 @@ def test_the_last_power_of_the_series_counts_once(terms, factors, noise):
     skew, expected = skew_of(values), torch.eye(3, dtype=torch.float64).expand(4, 3, 3)
     for exponent, factor in enumerate(factors, 1):
         expected = expected + factor * torch.linalg.matrix_power(skew, exponent)
-    series = from_peft("fc", "oft_R.weight", values, {"num_cayley_neumann_terms": terms})
+    series = from_peft("oft_R.weight", values, {"num_cayley_neumann_terms": terms})
     assert torch.allclose(series, expected)
 
 
@@ -57,5 +57,5 @@ def test_a_limit_shortens_what_is_longer(noise):
 
 
 def test_blocks_of_one_number_are_not_turned(noise):
-    rotation = from_peft("fc", "oft_R.weight", noise(4, 0), {})
+    rotation = from_peft("oft_R.weight", noise(4, 0), {})
     assert torch.equal(rotation, torch.ones(4, 1, 1))
