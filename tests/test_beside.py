@@ -18,6 +18,7 @@ from lora_fx.ops import aten
 from lora_fx.other_updates import added
 from lora_fx.passes import StripLora
 from lora_fx.sites import sites
+from lora_fx.testing import folds_to, operators, relative
 
 
 class Net(nn.Module):
@@ -164,9 +165,7 @@ def built(layer: str, kind: str) -> tuple[nn.Module, AnyUpdate, fx.GraphModule]:
 
 
 @pytest.mark.parametrize(("layer", "kind"), CASES)
-def test_the_graph_form_is_the_weight_form(
-    layer: str, kind: str, relative: Any, folds_to: Any, operators: Any
-) -> None:
+def test_the_graph_form_is_the_weight_form(layer: str, kind: str) -> None:
     model, update, gm = built(layer, kind)
     adapter, x = Adapter("a", {"layer": update}), example(layer, 6)
     if refused(layer, kind):
@@ -189,7 +188,7 @@ def test_the_graph_form_is_the_weight_form(
 
 
 @pytest.mark.parametrize(("layer", "kind"), [c for c in CASES if not refused(*c)])
-def test_what_was_injected_is_read_back(layer: str, kind: str, relative: Any) -> None:
+def test_what_was_injected_is_read_back(layer: str, kind: str) -> None:
     _, update, gm = built(layer, kind)
     injected = inject(gm, Adapter("a", {"layer": update}))
     if isinstance(update, WeightUpdate) or (layer == "conv2d_grouped" and kind[:4] == "lora"):
@@ -206,7 +205,7 @@ def test_what_was_injected_is_read_back(layer: str, kind: str, relative: Any) ->
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "transposed"])
-def test_two_adapters_are_summed_and_taken_away_alone(layer: str, relative: Any) -> None:
+def test_two_adapters_are_summed_and_taken_away_alone(layer: str) -> None:
     model, _, gm = built(layer, "lora")
     weight, _, transposed = weight_of(model)
     shape = tuple(weight.T.shape if transposed else weight.shape)

@@ -13,6 +13,7 @@ from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, fol
 from lora_fx.bound import tensors_of
 from lora_fx.injected import injected
 from lora_fx.stored import Stored
+from lora_fx.testing import relative
 from lora_fx.trace import example_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -53,7 +54,7 @@ def update(into: int, out: int, seed: int) -> Update:
     ],
 )
 def test_two_updates_of_one_weight_are_refused_by_both_names(
-    model: Any, x: torch.Tensor, out: int, paths: tuple[str, str], relative: Any
+    model: Any, x: torch.Tensor, out: int, paths: tuple[str, str]
 ) -> None:
     gm = trace(model().eval(), (x,))
     one, other = update(4, out, 1), update(4, out, 2)
@@ -66,7 +67,7 @@ def test_two_updates_of_one_weight_are_refused_by_both_names(
     assert relative(gm(x), alone(x)) > 1e-2
 
 
-def test_two_values_of_one_parameter_are_refused(relative: Any) -> None:
+def test_two_values_of_one_parameter_are_refused() -> None:
     gm = trace(Two().eval(), (X,))
     names = ("a.bias", "b.bias")
     with pytest.raises(AdapterError, match=r"a\.bias and b\.bias are one parameter"):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import trace
+from lora_fx.testing import zoo
 
 
 class Holds(nn.Module):
@@ -66,7 +67,7 @@ def test_what_is_no_plain_layer_stays_as_it_was_called(name: str) -> None:
         assert torch.equal(gm(x), module(x))
 
 
-def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone(zoo: Any) -> None:
+def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone() -> None:
     _, gm = zoo("bert")
     nodes = list(gm.graph.nodes)
     assert not any("_assert_tensor_metadata" in node.name for node in nodes)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import AdapterError, fold, inject, load_adapter, save_adapter, text, trace, unfold
 from lora_fx.compare import TOLERANCE
+from lora_fx.testing import relative
 
 pytestmark = [
     # PEFT says what it does about Conv1D, what it saves besides, and what it makes of odd sizes.
@@ -126,7 +127,7 @@ def saved(layer: str, kind: str, path: Path) -> Any:
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_injected_folded_and_in_onnx_as_peft_computes_it(
-    layer: str, kind: str, relative: Any, tmp_path: Path
+    layer: str, kind: str, tmp_path: Path
 ) -> None:
     owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
     gm = trace(base_of(layer), (example(layer),), dynamic_shapes=({0: "batch"},))
@@ -147,7 +148,7 @@ def test_injected_folded_and_in_onnx_as_peft_computes_it(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_half_precision_is_within_the_table(
-    layer: str, kind: str, dtype: str, relative: Any, tmp_path: Path
+    layer: str, kind: str, dtype: str, tmp_path: Path
 ) -> None:
     saved(layer, kind, tmp_path / "french")
     half = base_of(layer).to(DTYPES[dtype])
@@ -168,9 +169,7 @@ def test_half_precision_is_within_the_table(
 
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
-def test_what_we_write_is_what_peft_computes(
-    layer: str, kind: str, relative: Any, tmp_path: Path
-) -> None:
+def test_what_we_write_is_what_peft_computes(layer: str, kind: str, tmp_path: Path) -> None:
     owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
     adapter = load_adapter(tmp_path / "french", base=base_of(layer))
     save_adapter(adapter, tmp_path / "again")

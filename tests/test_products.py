@@ -34,6 +34,7 @@ from lora_fx.errors import AdapterError, ExportError
 from lora_fx.ops import op_name
 from lora_fx.passes import FoldLora, RaiseLora
 from lora_fx.sites import sites
+from lora_fx.testing import relative
 
 Tensor = torch.Tensor
 
@@ -125,7 +126,7 @@ def calls(gm: fx.GraphModule) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("name", "frontend"), ALL)
-def test_a_product_is_a_layer(name: str, frontend: str, relative: Any) -> None:
+def test_a_product_is_a_layer(name: str, frontend: str) -> None:
     model, gm, path = made(name, frontend)
     assert torch.equal(gm(X), model(X))
     (site,) = sites(gm)
@@ -166,7 +167,7 @@ def test_all_linear_leaves_bare_parameters_out() -> None:
     ("name", "frontend"),
     [(name, FRONTENDS[place % 2]) for place, name in enumerate(SPELLINGS)],
 )
-def test_it_is_a_slot(name: str, frontend: str, relative: Any, tmp_path: Path) -> None:
+def test_it_is_a_slot(name: str, frontend: str, tmp_path: Path) -> None:
     model, gm, path = made(name, frontend)
     wanted = weight_form(model, path, update())
     file, adapter = tmp_path / "m.onnx", tmp_path / "french.onnx_adapter"
@@ -184,7 +185,7 @@ VECTORS = ("operator", "t", "from the left", "bmm", "baddbmm", "einsum, features
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_vectors_go_along_its_features(name: str, relative: Any) -> None:
+def test_vectors_go_along_its_features(name: str) -> None:
     model, gm, path = made(name, "export")
     make = torch.Generator().manual_seed(4)
     row, col = torch.rand(5, generator=make) + 0.5, torch.rand(3, generator=make) + 0.5
@@ -286,9 +287,7 @@ def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphMo
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", PARTS)
-def test_a_product_with_a_part_of_a_weight_is_a_layer(
-    name: str, frontend: str, relative: Any
-) -> None:
+def test_a_product_with_a_part_of_a_weight_is_a_layer(name: str, frontend: str) -> None:
     _, gm, adapter, wanted = apart(name, frontend)
     injected = inject(gm, adapter)
     folded = fold(injected)
@@ -305,9 +304,7 @@ def test_a_product_with_a_part_of_a_weight_is_a_layer(
 
 
 @pytest.mark.parametrize("name", ["chunks", "einsum, features moved", "bmm", "all spellings"])
-def test_a_file_of_it_is_held_against_the_weight_form(
-    name: str, relative: Any, tmp_path: Path
-) -> None:
+def test_a_file_of_it_is_held_against_the_weight_form(name: str, tmp_path: Path) -> None:
     _, gm, adapter, wanted = apart(name, "export")
     report = to_onnx(fold(inject(gm, adapter)), tmp_path / "merged.onnx")
     assert "coverage 2 of 2 adapter tensors, 1 layers changed" in str(report)
@@ -353,9 +350,7 @@ class Square(nn.Module):
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("make", [Square, lambda: Block(SPELLINGS["operator"])])
-def test_target_parameters_act_on_it_as_in_peft(
-    make: Any, frontend: str, relative: Any, tmp_path: Path
-) -> None:
+def test_target_parameters_act_on_it_as_in_peft(make: Any, frontend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(make(), nn.Tanh()).eval()
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["0.w"])
@@ -407,7 +402,7 @@ class SquareFactors(Written):
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("make", [Written, SquareFactors])
-def test_a_written_adapter_folds_into_its_layer(make: Any, frontend: str, relative: Any) -> None:
+def test_a_written_adapter_folds_into_its_layer(make: Any, frontend: str) -> None:
     torch.manual_seed(0)
     model = make().eval()
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
@@ -430,7 +425,7 @@ class Beside(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-def test_it_is_raised_beside_its_layer(frontend: str, relative: Any) -> None:
+def test_it_is_raised_beside_its_layer(frontend: str) -> None:
     torch.manual_seed(0)
     model, x = Beside().eval(), torch.randn(4, 6)
     raised = RaiseLora("french")(trace(model, (x,), frontend=frontend)).graph_module

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx import trace
 from lora_fx.sites import by_path, readers, sites
+from lora_fx.testing import zoo
 
 
 def test_a_site_is_read_into_a_record(ragged: Any) -> None:
@@ -49,7 +50,7 @@ def test_a_computed_weight_is_no_site() -> None:
     assert sites(trace(Masked(3, 5))) == []
 
 
-def test_readers_are_told_by_module_and_not_by_name(zoo: Any) -> None:
+def test_readers_are_told_by_module_and_not_by_name() -> None:
     _, gm = zoo("qwen2")
     (call, source), *others = readers(gm, "lm_head.weight")
     assert not others

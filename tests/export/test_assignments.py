@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
+from lora_fx.testing import relative
 from lora_fx.trace import trace
 
 Tensor = torch.Tensor
@@ -81,7 +82,7 @@ def ran(path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "frontend"), CASES)
-def test_a_mask_becomes_a_gather(name: str, frontend: str, relative: Any, tmp_path: Path) -> None:
+def test_a_mask_becomes_a_gather(name: str, frontend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Assigns({**ITEMS, **CALLS}[name]).eval()
     x, other = torch.randn(4, 7, 3), torch.randn(2, 7, 3)
@@ -95,7 +96,7 @@ def test_a_mask_becomes_a_gather(name: str, frontend: str, relative: Any, tmp_pa
     assert not {"NonZero", "GatherND"} & kinds
 
 
-def test_the_last_write_to_a_place_stays(relative: Any, tmp_path: Path) -> None:
+def test_the_last_write_to_a_place_stays(tmp_path: Path) -> None:
     places = torch.tensor([True, False, True, False, False])
     repeats = [None, None, torch.tensor([1, 4, 1])]
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from lora_fx.export.inputs import example_inputs
 from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.trial import Trial, trial_of
 from lora_fx.passes import InjectLora
+from lora_fx.testing import make_adapter, traced
 from lora_fx.text import text
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
@@ -60,7 +61,7 @@ class Notebook(nn.Module):
 
 
 def test_a_low_rank_product_is_exported_in_its_cheapest_form_however_it_was_spelled(
-    traced: Any, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
     gm = traced(Notebook(), torch.randn(4, 7, 3), dynamic_shapes=({0: "batch"},))
@@ -82,7 +83,7 @@ def test_a_constant_plan_is_judged_by_the_graph_as_it_was_given(mlp: Any) -> Non
     assert text(base.traced) == text(base.expected) == text(mlp.gm)
 
 
-def test_an_adapter_of_the_name_that_is_given_to_what_is_read_out(traced: Any) -> None:
+def test_an_adapter_of_the_name_that_is_given_to_what_is_read_out() -> None:
     torch.manual_seed(0)
     gm = traced(Notebook(), torch.randn(4, 7, 3))
     update = Update(torch.randn(2, 3), torch.randn(5, 2), 1.0)
@@ -92,9 +93,7 @@ def test_an_adapter_of_the_name_that_is_given_to_what_is_read_out(traced: Any) -
     assert compare(plan.traced(X), gm(X)).relative > 1e-2
 
 
-def test_slots_of_many_rows_make_their_weight_and_take_any_rank(
-    traced: Any, tmp_path: Path, make_adapter: Any
-) -> None:
+def test_slots_of_many_rows_make_their_weight_and_take_any_rank(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 512, 64)
     gm = traced(nn.Sequential(nn.Linear(64, 48)), x)

@@ -1,0 +1,154 @@
+"""Tiny nets. Ragged sizes tell axes apart; no two sizes are equal by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Ragged(nn.Module):
+    """3 -> 5 -> 7 with a bias and without, a layer called twice, and something in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(3, 5)
+        self.again = nn.Linear(5, 5, bias=False)
+        self.drop = nn.Dropout(0.5)
+        self.narrow = nn.Linear(5, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 3) -> (..., 7)."""
+        x = torch.tanh(self.wide(x))
+        x = torch.tanh(self.again(x))
+        x = torch.sigmoid(self.again(x))
+        y: torch.Tensor = self.narrow(self.drop(x))
+        return y
+
+
+class Shared(nn.Module):
+    """One module under two names, a function on another's weight, a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 5)
+        self.two = self.one
+        self.weight = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(..., 3) -> ``out`` (..., 3) and ``tied`` (..., 5)."""
+        hidden = F.relu(self.one(x)) - F.relu(self.two(2 * x))
+        return {"out": F.linear(hidden, self.weight), "tied": F.linear(x, self.one.weight)}
+
+
+class Outputs(nn.Module):
+    """3 -> 5 -> 4 with two outputs by name, one of them read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(3, 5)
+        self.tail = nn.Sequential(nn.ReLU(), nn.Linear(5, 4, bias=False))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(..., 3) -> ``hidden`` (..., 5) and ``score`` (..., 4)."""
+        hidden = self.up(x)
+        return {"hidden": hidden, "score": self.tail(hidden)}
+
+
+class Blocks(nn.Module):
+    """3 -> 5 -> 7 -> 6 -> 4 -> 9 -> 2: numbered layers, a norm, a layer without bias, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.norm = nn.LayerNorm(5)
+        self.layers = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(6, 4)])
+        self.block = nn.ModuleDict({"fc": nn.Linear(4, 9, bias=False)})
+        self.classifier = nn.Linear(9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 3) -> (..., 2)."""
+        x = torch.tanh(self.norm(self.fc(x)))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        output: torch.Tensor = self.classifier(torch.tanh(self.block["fc"](x)))
+        return output
+
+
+class Between(nn.Module):
+    """A layer between two functions that are not affine."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer takes, ids or numbers, to what it gives."""
+        y: torch.Tensor = self.layer(torch.sin(x) if x.is_floating_point() else x)
+        return torch.tanh(y)
+
+
+class Two(nn.Module):
+    """Two layers with something between them that is not affine."""
+
+    def __init__(self, wide: nn.Module, narrow: nn.Module) -> None:
+        super().__init__()
+        self.wide, self.narrow = wide, narrow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``wide`` takes to what ``narrow`` gives."""
+        result: torch.Tensor = self.narrow(torch.tanh(self.wide(x)))
+        return result
+
+
+class Attention(nn.Module):
+    """A packed projection, read whole, or in two calls where the query differs from the key."""
+
+    def __init__(self, size: int, crossed: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(size, 2, bias=bias, batch_first=True)
+        self.crossed = crossed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, length, size) -> the same."""
+        other = torch.cos(x) if self.crossed else x
+        y: torch.Tensor = self.layer(x, other, other, need_weights=False)[0]
+        return y
+
+
+class Experts(nn.Module):
+    """A parameter that holds a matrix for each of three experts, 4 -> 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, ..., 4) -> (n, 3, ..., 6)."""
+        return torch.matmul(x.unsqueeze(1), self.up_proj.transpose(1, 2))
+
+
+class Computes(nn.Module):
+    """A function of one input and of what is given by name, as a module.
+
+    Args:
+        function: from this module and x to the outputs.
+        **values: attributes. A tensor that is no buffer becomes a parameter, and a tuple of sizes
+            a parameter of random numbers.
+    """
+
+    def __init__(self, function: Callable[..., Any], **values: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                value = torch.randn(value)
+            is_new = type(value) is torch.Tensor and not isinstance(value, nn.Buffer)
+            setattr(self, name, nn.Parameter(value) if is_new else value)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the function says."""
+        return self.function(self, x)
