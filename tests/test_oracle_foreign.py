@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import fold, text, trace, unfold
 from lora_fx.compare import TOLERANCE
 from lora_fx.passes import FoldLora
-from lora_fx.testing import folds_to, operators, relative, zoo
+from lora_fx.testing import Two, folds_to, operators, relative, zoo
 
 pytestmark = [
     # PEFT says what it does about Conv1D, and advises on tied embeddings.
@@ -30,18 +30,6 @@ pytestmark = [
 
 BOTH = ["wide", "narrow"]
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": BOTH}
-
-
-class Two(nn.Module):
-    """Two layers with something between them that is not affine."""
-
-    def __init__(self, wide: nn.Module, narrow: nn.Module) -> None:
-        super().__init__()
-        self.wide, self.narrow = wide, narrow
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.narrow(torch.tanh(self.wide(x)))
-        return result
 
 
 def wrapped(base: nn.Module, configs: tuple[Any, ...], spread: float = 0.4) -> Any:

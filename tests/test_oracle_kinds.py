@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import AdapterError, fold, inject, load_adapter, save_adapter, text, trace, unfold
 from lora_fx.compare import TOLERANCE
-from lora_fx.testing import relative
+from lora_fx.testing import Between, relative
 
 pytestmark = [
     # PEFT says what it does about Conv1D, what it saves besides, and what it makes of odd sizes.
@@ -28,18 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
 ]
-
-
-class Net(nn.Module):
-    """A layer between two functions that are not affine."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x if x.dtype == torch.int64 else torch.sin(x))
-        return torch.tanh(y)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -94,7 +82,7 @@ RIGHT = [c for c in CASES if c not in NOT_IN_PEFT | _WRONG]
 
 def base_of(layer: str) -> nn.Module:
     torch.manual_seed(0)
-    return Net(LAYERS[layer][0]()).eval()
+    return Between(LAYERS[layer][0]()).eval()
 
 
 def example(layer: str, batch: int = 4) -> torch.Tensor:

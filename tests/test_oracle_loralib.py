@@ -14,19 +14,7 @@ from torch import nn
 
 from lora_fx import Session, fold, inject, load_adapter, to_onnx, trace
 from lora_fx.compare import TOLERANCE
-from lora_fx.testing import folds_to, relative
-
-
-class Two(nn.Module):
-    """Two layers with something between them that is not affine."""
-
-    def __init__(self, wide: nn.Module, narrow: nn.Module) -> None:
-        super().__init__()
-        self.wide, self.narrow = wide, narrow
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.narrow(torch.tanh(self.wide(x)))
-        return result
+from lora_fx.testing import Two, folds_to, relative
 
 
 def linears(**options: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from lora_fx import Adapter, LoraConfig, Update, VerificationError, fold, inject, trace
 from lora_fx.adapter import AnyUpdate, Scaling
 from lora_fx.passes import ChooseForm, StripLora
-from lora_fx.testing import relative
+from lora_fx.testing import Attention, relative
 from lora_fx.weight_form import WeightForm, weight_form
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -97,17 +97,6 @@ class Patched(nn.Module):
         self.seen.append(self.calls)
         y: torch.Tensor = self.act(x) + self.layers[0](x)
         return y
-
-
-class Attention(nn.Module):
-    def __init__(self, crossed: bool, bias: bool = True) -> None:
-        super().__init__()
-        self.m, self.crossed = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True), crossed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        other = torch.cos(x) if self.crossed else x
-        y: torch.Tensor = self.m(x, other, other, need_weights=False)[0]
-        return torch.tanh(y)
 
 
 def net() -> nn.Module:
@@ -197,8 +186,9 @@ def test_the_module_with_w_prime_is_what_the_graph_computes(name: str, frontend:
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_attention(crossed: bool, bias: bool) -> None:
     torch.manual_seed(0)
-    gm = trace(Attention(crossed, bias).eval(), (Y,))
-    updates = {"m": update(8, 24, bias=vector(24)), "m.out_proj": update(8, 8)}
+    attention = nn.Sequential(Attention(8, crossed, bias), nn.Tanh())
+    gm = trace(attention.eval(), (Y,))
+    updates = {"0.layer": update(8, 24, bias=vector(24)), "0.layer.out_proj": update(8, 8)}
     agree(inject(gm, Adapter("n", updates)), gm, Y)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -136,19 +136,48 @@ class Computes(nn.Module):
 
     Args:
         function: from this module and x to the outputs.
-        **values: attributes. A tensor that is no buffer becomes a parameter, and a tuple of sizes
-            a parameter of random numbers.
+        sizes: parameters of random numbers: name -> shape.
+        **attributes: modules, parameters, buffers or anything else.
     """
 
-    def __init__(self, function: Callable[..., Any], **values: Any) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+        **attributes: Any,
+    ) -> None:
         super().__init__()
         self.function = function
-        for name, value in values.items():
-            if isinstance(value, tuple):
-                value = torch.randn(value)
-            is_new = type(value) is torch.Tensor and not isinstance(value, nn.Buffer)
-            setattr(self, name, nn.Parameter(value) if is_new else value)
+        drawn = {name: nn.Parameter(torch.randn(size)) for name, size in (sizes or {}).items()}
+        for name, value in {**drawn, **attributes}.items():
+            setattr(self, name, value)
 
     def forward(self, x: torch.Tensor) -> Any:
         """What the function says."""
         return self.function(self, x)
+
+
+class Notebook(nn.Module):
+    """LoRA as notebooks write it: a layer, and a delta of full size of two factors."""
+
+    def __init__(self, into: int = 6, out: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(into, out)
+        self.a, self.b = nn.Parameter(torch.randn(out, 2)), nn.Parameter(torch.randn(2, into))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., into) -> (..., out)."""
+        y: torch.Tensor = self.fc(x) + 1.5 * (x @ (self.a @ self.b).T)
+        return y
+
+
+class Tied(nn.Module):
+    """An embedding 6 x 5 whose table is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids below 6, (...) -> (..., 6)."""
+        return F.linear(self.table(ids), self.table.weight)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_fx import Adapter, adapter_from, fold, inject, text, trace
 from lora_fx.branches import branches
 from lora_fx.passes import RaiseLora
-from lora_fx.testing import check_pass
+from lora_fx.testing import Notebook, check_pass
 
 BRANCH = """\
 x = input()
@@ -22,19 +22,6 @@ matmul = matmul(x, fc.lora_A.{name})
 matmul_1 = matmul(matmul, fc.lora_B.{name})
 add = add(linear, matmul_1)
 return add"""
-
-
-class Notebook(nn.Module):
-    """A delta of full size that is made of two factors."""
-
-    def __init__(self, calls: int = 1) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 10)
-        self.a, self.b = nn.Parameter(torch.randn(10, 2)), nn.Parameter(torch.randn(2, 6))
-        self.calls = calls
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + 1.5 * (x @ (self.a @ self.b).T)
 
 
 @pytest.fixture
