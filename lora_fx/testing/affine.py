@@ -45,6 +45,11 @@ SHAPES = {
 class Holds(nn.Module):
     """A function of one input and of constants, as a module. No two sizes are equal by chance."""
 
+    w: torch.Tensor
+    b: torch.Tensor
+    six: torch.Tensor
+    b6: torch.Tensor
+
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         make = torch.Generator().manual_seed(0)

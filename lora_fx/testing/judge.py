@@ -59,7 +59,8 @@ def same_adapter(found: Adapter, expected: Adapter) -> None:
         AssertionError: they differ in a layer, a scale, a factor or a tensor that is replaced.
     """
     assert dict(found.updates).keys() == dict(expected.updates).keys()
-    for path, update in found.updates.items():
+    for path in found.updates:
+        update: Any = found.updates[path]
         other: Any = expected.updates[path]
         assert update.scale == other.scale, path
         same_bits(update.down, other.down)

@@ -67,9 +67,10 @@ def _even() -> nn.Module:
 
 
 def _transposed() -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
+    from transformers import pytorch_utils
 
-    return Two(Conv1D(5, 3), Conv1D(7, 5))
+    make: Any = pytorch_utils.Conv1D
+    return Two(make(5, 3), make(7, 5))
 
 
 def _embedding() -> nn.Module:

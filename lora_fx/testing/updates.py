@@ -92,7 +92,7 @@ def _lora(layer: LayerShape, kind: str = "lora", vector: str = "") -> AnyUpdate:
     vectors = {vector: third.abs() + 0.5} if vector else {}
     scale = ALPHA / (RANK**0.5 if kind == "rslora" else RANK)
     stored = EMBEDDING if layer.is_table else None
-    return Update(down, up, scale, kind, **vectors, stored=stored)  # type: ignore[arg-type]
+    return Update(down, up, scale, kind, **vectors, stored=stored)
 
 
 def _of_experts(layer: LayerShape, base: nn.Module, kind: str) -> AnyUpdate:
