@@ -17,6 +17,7 @@ from lora_fx import Adapter, LoraConfig
 from lora_fx.adapter import WeightUpdate
 from lora_fx.adapter_names import name_in, part_of
 from lora_fx.branches import branches
+from lora_fx.testing import make_adapter, relative
 
 ODD = ["is", "None", "match", "_", "train", "forward", "training", "__class__", "self", "a" * 300]
 EVERY = [*keyword.kwlist, *keyword.softkwlist, *dir(nn.Module()), *dir(builtins), *ODD]
@@ -32,9 +33,7 @@ def test_every_name_is_read_back_as_it_was_and_no_two_meet() -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_graph_runs_and_remembers_the_name(
-    name: str, ragged: Any, make_adapter: Any, relative: Any, x: torch.Tensor
-) -> None:
+def test_a_graph_runs_and_remembers_the_name(name: str, ragged: Any, x: torch.Tensor) -> None:
     gm = lora_fx.trace(ragged, (x,))
     shapes = {"wide": (5, 3), "narrow": (7, 5)}
     expected = lora_fx.inject(gm, make_adapter(shapes))(x)
@@ -48,7 +47,7 @@ def test_a_graph_runs_and_remembers_the_name(
     assert lora_fx.adapter_from(trained).name == name
 
 
-def test_two_taken_names_stay_apart(ragged: Any, make_adapter: Any, x: torch.Tensor) -> None:
+def test_two_taken_names_stay_apart(ragged: Any, x: torch.Tensor) -> None:
     gm = lora_fx.trace(ragged, (x,))
     both = [
         make_adapter({"wide": (5, 3)}, name=name, rank=r) for name, r in (("is", 2), ("is_", 3))
@@ -60,7 +59,7 @@ def test_two_taken_names_stay_apart(ragged: Any, make_adapter: Any, x: torch.Ten
 
 
 def test_a_weight_that_is_made_anew_by_an_adapter_named_like_a_keyword(
-    ragged: Any, relative: Any, x: torch.Tensor
+    ragged: Any, x: torch.Tensor
 ) -> None:
     added = torch.full((5, 3), 0.5)
     update = WeightUpdate("full", torch.ops.aten.add.Tensor, (added,), (5, 3))
@@ -73,7 +72,7 @@ def test_a_weight_that_is_made_anew_by_an_adapter_named_like_a_keyword(
 
 
 def test_a_directory_named_like_a_keyword_is_exported(
-    ragged: Any, make_adapter: Any, x: torch.Tensor, tmp_path: Path
+    ragged: Any, x: torch.Tensor, tmp_path: Path
 ) -> None:
     adapter = make_adapter({"wide": (5, 3)})
     lora_fx.save_adapter(adapter, tmp_path / "or")

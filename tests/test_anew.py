@@ -17,6 +17,7 @@ from lora_fx import Adapter, fold, inject, load_adapter, text, trace, unfold
 from lora_fx.adapter import WeightUpdate
 from lora_fx.other_updates import added
 from lora_fx.passes import FoldLora, StripLora
+from lora_fx.testing import Between, relative
 
 SIZES: dict[str, Any] = {
     "hidden_size": 12,
@@ -59,7 +60,7 @@ def saved(model: Any, path: Path, targets: list[str]) -> Any:
 
 @pytest.mark.parametrize("targets", [TARGETS, TARGETS[:1], TARGETS[1:]])
 def test_experts_equal_peft_injected_folded_and_in_onnx(
-    mixtral: Any, targets: list[str], relative: Any, tmp_path: Path
+    mixtral: Any, targets: list[str], tmp_path: Path
 ) -> None:
     model, gm = mixtral
     owner = saved(model, tmp_path / "french", targets)
@@ -93,20 +94,10 @@ class Experts(nn.Module):
         return torch.matmul(x.unsqueeze(1), self.weight.transpose(1, 2)).sum(1)
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = Experts()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(torch.sin(x))
-        return torch.tanh(y)
-
-
 @pytest.mark.parametrize("path", ["layer", "layer.weight"])
-def test_calls_of_the_model_on_a_parameter_stay_its_own(path: str, relative: Any) -> None:
+def test_calls_of_the_model_on_a_parameter_stay_its_own(path: str) -> None:
     torch.manual_seed(0)
-    model, x, delta = Mixed().eval(), torch.randn(4, 7, 5), torch.randn(3, 5, 5)
+    model, x, delta = Between(Experts()).eval(), torch.randn(4, 7, 5), torch.randn(3, 5, 5)
     gm = trace(model, (x,))
     injected = inject(gm, Adapter("a", {path: WeightUpdate("full", added, (delta,), (3, 5, 5))}))
     tuned = copy.deepcopy(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.testing import make_adapter
 
 SUBMODULES_FIRST = """
 import lora_fx.sites, lora_fx.fit, lora_fx.compare, lora_fx.text, lora_fx.trace, lora_fx
@@ -26,7 +27,7 @@ def test_a_function_is_never_hidden_by_the_module_it_lives_in() -> None:
     subprocess.run([sys.executable, "-c", SUBMODULES_FIRST], check=True)
 
 
-def test_the_passes_as_functions(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_the_passes_as_functions(ragged: Any, x: Any) -> None:
     gm = lora_fx.trace(ragged, (x,))
     injected = lora_fx.inject(gm, make_adapter({"wide": (5, 3)}))
     folded = lora_fx.fold(injected)

@@ -18,31 +18,7 @@ from lora_fx.ops import aten
 from lora_fx.other_updates import added
 from lora_fx.passes import StripLora
 from lora_fx.sites import sites
-
-
-class Net(nn.Module):
-    """A layer between two functions that are not affine."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x if x.dtype == torch.int64 else torch.sin(x))
-        return torch.tanh(y)
-
-
-class Attention(nn.Module):
-    """The packed projection of an attention module, read whole or in two pieces."""
-
-    def __init__(self, crossed: bool) -> None:
-        super().__init__()
-        self.layer, self.crossed = nn.MultiheadAttention(12, 2, batch_first=True), crossed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        other = torch.cos(x) if self.crossed else x
-        y: torch.Tensor = self.layer(x, other, other, need_weights=False)[0]
-        return y
+from lora_fx.testing import Attention, Between, folds_to, operators, relative
 
 
 def conv(dims: int, kernel: Any = (3, 2, 1), **options: Any) -> nn.Module:
@@ -51,18 +27,18 @@ def conv(dims: int, kernel: Any = (3, 2, 1), **options: Any) -> nn.Module:
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: Net(nn.Linear(3, 5)),
-    "linear_no_bias": lambda: Net(nn.Linear(3, 5, bias=False)),
-    "transposed": lambda: Net(Conv1D(5, 3)),
-    "embedding": lambda: Net(nn.Embedding(11, 5, padding_idx=0)),
-    "conv1d": lambda: Net(conv(1, stride=2, padding=1)),
-    "conv2d": lambda: Net(conv(2, stride=(2, 1), padding=1, dilation=(1, 2))),
-    "conv2d_same": lambda: Net(conv(2, (3, 5), padding="same", bias=False)),
-    "conv2d_circular": lambda: Net(conv(2, padding=1, padding_mode="circular")),
-    "conv3d": lambda: Net(conv(3, stride=(1, 2, 1), padding=(1, 0, 1))),
-    "conv2d_grouped": lambda: Net(conv(2, groups=2, padding=1)),
-    "attention": lambda: Attention(False),
-    "attention_crossed": lambda: Attention(True),
+    "linear": lambda: Between(nn.Linear(3, 5)),
+    "linear_no_bias": lambda: Between(nn.Linear(3, 5, bias=False)),
+    "transposed": lambda: Between(Conv1D(5, 3)),
+    "embedding": lambda: Between(nn.Embedding(11, 5, padding_idx=0)),
+    "conv1d": lambda: Between(conv(1, stride=2, padding=1)),
+    "conv2d": lambda: Between(conv(2, stride=(2, 1), padding=1, dilation=(1, 2))),
+    "conv2d_same": lambda: Between(conv(2, (3, 5), padding="same", bias=False)),
+    "conv2d_circular": lambda: Between(conv(2, padding=1, padding_mode="circular")),
+    "conv3d": lambda: Between(conv(3, stride=(1, 2, 1), padding=(1, 0, 1))),
+    "conv2d_grouped": lambda: Between(conv(2, groups=2, padding=1)),
+    "attention": lambda: Attention(12),
+    "attention_crossed": lambda: Attention(12, crossed=True),
 }
 
 
@@ -164,9 +140,7 @@ def built(layer: str, kind: str) -> tuple[nn.Module, AnyUpdate, fx.GraphModule]:
 
 
 @pytest.mark.parametrize(("layer", "kind"), CASES)
-def test_the_graph_form_is_the_weight_form(
-    layer: str, kind: str, relative: Any, folds_to: Any, operators: Any
-) -> None:
+def test_the_graph_form_is_the_weight_form(layer: str, kind: str) -> None:
     model, update, gm = built(layer, kind)
     adapter, x = Adapter("a", {"layer": update}), example(layer, 6)
     if refused(layer, kind):
@@ -189,7 +163,7 @@ def test_the_graph_form_is_the_weight_form(
 
 
 @pytest.mark.parametrize(("layer", "kind"), [c for c in CASES if not refused(*c)])
-def test_what_was_injected_is_read_back(layer: str, kind: str, relative: Any) -> None:
+def test_what_was_injected_is_read_back(layer: str, kind: str) -> None:
     _, update, gm = built(layer, kind)
     injected = inject(gm, Adapter("a", {"layer": update}))
     if isinstance(update, WeightUpdate) or (layer == "conv2d_grouped" and kind[:4] == "lora"):
@@ -206,7 +180,7 @@ def test_what_was_injected_is_read_back(layer: str, kind: str, relative: Any) ->
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "transposed"])
-def test_two_adapters_are_summed_and_taken_away_alone(layer: str, relative: Any) -> None:
+def test_two_adapters_are_summed_and_taken_away_alone(layer: str) -> None:
     model, _, gm = built(layer, "lora")
     weight, _, transposed = weight_of(model)
     shape = tuple(weight.T.shape if transposed else weight.shape)

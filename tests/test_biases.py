@@ -10,17 +10,12 @@ from torch import nn
 from lora_fx import trace
 from lora_fx.biases import bias_of
 from lora_fx.sites import by_path
+from lora_fx.testing import Computes
 
 
-class Layer(nn.Module):
-    def __init__(self, run: Any) -> None:
-        super().__init__()
-        self.fc, self.run = nn.Linear(5, 6), run
-        self.b = nn.Parameter(torch.randn(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.run(self, x, self.fc.weight, self.fc.bias)
-        return y
+def layer(run: Any) -> nn.Module:
+    function = lambda m, x: run(m, x, m.fc.weight, m.fc.bias)  # noqa: E731
+    return Computes(function, {"b": (2,)}, fc=nn.Linear(5, 6))
 
 
 def parts(m: Any, x: Any, w: Any, b: Any) -> Any:
@@ -52,7 +47,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 def test_a_bias_is_put_together_of_what_the_calls_have(name: str) -> None:
     run, wanted = CASES[name]
     torch.manual_seed(0)
-    model = Layer(run).eval().requires_grad_(False)
+    model = layer(run).eval().requires_grad_(False)
     gm = trace(model, (torch.randn(3, 5),))
     found = bias_of(gm, by_path(gm)["fc"])
     if name == "twice":  # the whole call's and the parts' agree where both have one

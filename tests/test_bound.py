@@ -13,6 +13,7 @@ from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, fol
 from lora_fx.bound import tensors_of
 from lora_fx.injected import injected
 from lora_fx.stored import Stored
+from lora_fx.testing import Attention, relative
 from lora_fx.trace import example_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -29,16 +30,6 @@ class Two(nn.Module):
         return y
 
 
-class Packed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.m = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.m(x, x, x, need_weights=False)[0]
-        return y
-
-
 def update(into: int, out: int, seed: int) -> Update:
     make = torch.Generator().manual_seed(seed)
     return Update(torch.randn(2, into, generator=make), torch.randn(out, 2, generator=make), 1.5)
@@ -49,11 +40,11 @@ def update(into: int, out: int, seed: int) -> Update:
     [
         (Two, X, 4, ("a", "b")),
         (lambda: nn.Sequential(nn.Linear(4, 4)), X, 4, ("0", "0.weight")),
-        (Packed, X[None], 12, ("m", "m.in_proj_weight")),
+        (lambda: Attention(4), X[None], 12, ("layer", "layer.in_proj_weight")),
     ],
 )
 def test_two_updates_of_one_weight_are_refused_by_both_names(
-    model: Any, x: torch.Tensor, out: int, paths: tuple[str, str], relative: Any
+    model: Any, x: torch.Tensor, out: int, paths: tuple[str, str]
 ) -> None:
     gm = trace(model().eval(), (x,))
     one, other = update(4, out, 1), update(4, out, 2)
@@ -66,7 +57,7 @@ def test_two_updates_of_one_weight_are_refused_by_both_names(
     assert relative(gm(x), alone(x)) > 1e-2
 
 
-def test_two_values_of_one_parameter_are_refused(relative: Any) -> None:
+def test_two_values_of_one_parameter_are_refused() -> None:
     gm = trace(Two().eval(), (X,))
     names = ("a.bias", "b.bias")
     with pytest.raises(AdapterError, match=r"a\.bias and b\.bias are one parameter"):

@@ -8,9 +8,10 @@ import torch
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
 from lora_fx.branches import branches, last_of
 from lora_fx.sites import by_path
+from lora_fx.testing import make_adapter
 
 
-def test_branches_are_read_back_from_structure(ragged: Any, make_adapter: Any) -> None:
+def test_branches_are_read_back_from_structure(ragged: Any) -> None:
     gm = inject(trace(ragged), make_adapter({"wide": (5, 3), "again": (5, 5)}))
     found = branches(gm)
     assert [(b.path, b.name, b.scale) for b in found] == [
@@ -23,7 +24,7 @@ def test_branches_are_read_back_from_structure(ragged: Any, make_adapter: Any) -
     assert found[0].base is found[0].site
 
 
-def test_a_chain_of_branches_ends_in_the_last_sum(ragged: Any, make_adapter: Any) -> None:
+def test_a_chain_of_branches_ends_in_the_last_sum(ragged: Any) -> None:
     names = ["french", "german", "latin"]
     adapters = [make_adapter({"wide": (5, 3)}, name=name) for name in names]
     gm = inject(trace(ragged), adapters)
@@ -55,7 +56,7 @@ def test_an_adapter_comes_back_as_it_went_in(ragged: Any) -> None:
     assert adapter_from(gm, "b").updates["wide"].scale == 3.0
 
 
-def test_an_adapter_that_is_not_there_is_refused(ragged: Any, make_adapter: Any) -> None:
+def test_an_adapter_that_is_not_there_is_refused(ragged: Any) -> None:
     with pytest.raises(AdapterError, match="none"):
         adapter_from(trace(ragged))
     gm = inject(trace(ragged), make_adapter({"wide": (5, 3)}))

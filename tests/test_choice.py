@@ -11,6 +11,7 @@ from torch import nn
 from lora_fx import Adapter, Update, inject, trace
 from lora_fx.choice import TOKENS, choices, tokens_of
 from lora_fx.forms import FACTORED, Form
+from lora_fx.testing import make_adapter
 
 
 def layer(into: int, out: int, rank: int = 8, shape: Any = (2, 7), dynamic: Any = None) -> Any:
@@ -61,7 +62,7 @@ def test_a_wanted_form_is_taken_where_it_exists() -> None:
     assert group.members[0].form == wanted
 
 
-def test_a_layer_that_is_called_twice_has_one_form(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_a_layer_that_is_called_twice_has_one_form(ragged: Any, x: Any) -> None:
     gm = inject(trace(ragged, (x,)), make_adapter({"again": (5, 5)}))
     forms = {member.form for group in choices(gm) for member in group.members}
     assert len(choices(gm)) == 2

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from lora_fx.cli import main
+from lora_fx.testing import tiny
 
 MODEL = """
 import torch
@@ -354,7 +354,7 @@ def test_an_exported_program_is_a_model(home: Path) -> None:
     assert distance(out / "model.onnx", *eager(home / "french")) <= 1e-5
 
 
-def test_a_directory_of_transformers_is_a_model(home: Path, tiny: Any) -> None:
+def test_a_directory_of_transformers_is_a_model(home: Path) -> None:
     tiny("BertModel").save_pretrained(home / "bert")
     out = home / "bert_out"
     assert call("export", home / "bert", "--mode", "unmerged", "-o", out) == 0

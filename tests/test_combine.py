@@ -26,6 +26,7 @@ from lora_fx import (
     trace,
 )
 from lora_fx.targets import TargetRule
+from lora_fx.testing import make_adapter, relative
 
 WAYS = ["cat", "linear", "svd"]
 
@@ -178,9 +179,7 @@ def test_a_layer_of_one_adapter_gets_that_adapter_s_part() -> None:
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_the_sum_runs_as_both_adapters_run(
-    how: str, ragged: Any, x: torch.Tensor, relative: Any, make_adapter: Any
-) -> None:
+def test_the_sum_runs_as_both_adapters_run(how: str, ragged: Any, x: torch.Tensor) -> None:
     shapes = {"wide": (5, 3), "again": (5, 5)}
     french, latin = make_adapter(shapes), make_adapter({"wide": (5, 3), "narrow": (7, 5)}, 3)
     latin = Adapter("latin", latin.updates, {"wide.bias": torch.arange(5.0)})

@@ -17,12 +17,13 @@ from lora_fx import Adapter
 from lora_fx.describe import as_text, describe
 from lora_fx.errors import LoraFxError
 from lora_fx.given import Given
+from lora_fx.testing import make_adapter
 
 MakeAdapter = Callable[..., Adapter]
 
 
 @pytest.fixture
-def french(make_adapter: MakeAdapter) -> Adapter:
+def french() -> Adapter:
     return make_adapter({"0": (5, 3)}, rank=2, scale=1.5)
 
 

@@ -15,6 +15,7 @@ from lora_fx.adapter_task import Task
 from lora_fx.directory import load_directory, refuse_lacking
 from lora_fx.errors import AdapterWarning, LoraFxError
 from lora_fx.jobs import export_model, verify_model
+from lora_fx.testing import relative, tiny
 
 NO_TASK = Task()
 
@@ -28,7 +29,7 @@ def edited(path: Path, **fields: Any) -> Path:
 
 
 @pytest.fixture
-def bert(tmp_path: Path, tiny: Any) -> Path:
+def bert(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     tiny("BertForMaskedLM").save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
@@ -102,7 +103,7 @@ def test_the_task_of_an_adapter_decides_the_class(bert: Path, task: str) -> None
     assert type(load_directory(again, Task(task)).model).__name__ == TASKS[task]
 
 
-def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path, tiny: Any) -> None:
+def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path) -> None:
     tiny("T5ForConditionalGeneration").save_pretrained(tmp_path)
     loaded = load_directory(tmp_path, Task("CAUSAL_LM"))
     assert type(loaded.model).__name__ == "T5ForConditionalGeneration"
@@ -112,9 +113,7 @@ def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path, 
 
 
 @pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")
-def test_a_classifier_on_a_language_model_is_what_peft_computes(
-    tmp_path: Path, tiny: Any, relative: Any
-) -> None:
+def test_a_classifier_on_a_language_model_is_what_peft_computes(tmp_path: Path) -> None:
     """The head is the adapter's own; without it, or with the head of another task, refused."""
     from transformers import AutoModelForTokenClassification
 

@@ -14,6 +14,7 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.example_inputs import example_inputs
 from lora_fx.model_source import find_model
+from lora_fx.testing import relative
 
 SMALL = {
     "hidden_size": 16,
@@ -192,7 +193,7 @@ def test_what_cannot_be_made_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "HubertModel"])
-def test_a_directory_becomes_a_verified_file(name: str, tmp_path: Path, relative: Any) -> None:
+def test_a_directory_becomes_a_verified_file(name: str, tmp_path: Path) -> None:
     """Run on inputs of other sizes too, beside the model itself."""
     model_of(name).save_pretrained(tmp_path / "model")
     source = find_model(str(tmp_path / "model"))

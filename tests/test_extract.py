@@ -19,6 +19,7 @@ from torch import nn
 from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adapter, text, trace
 from lora_fx.deferred import Deferred, raw
 from lora_fx.sites import sites
+from lora_fx.testing import make_adapter, relative, zoo
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 # qwen2's case has no bias of its own to train beside its tied head, and T5 has no biases.
@@ -65,7 +66,7 @@ def merged_by_peft(case: Any, architecture: str) -> tuple[nn.Module, dict[str, t
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT, about Conv1D
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_peft_merged_is_found_again(architecture: str, zoo: Any, relative: Any) -> None:
+def test_what_peft_merged_is_found_again(architecture: str) -> None:
     case, gm = zoo(architecture)
     merged, added = merged_by_peft(case, architecture)
     adapter, errors, left_out = extract(case.model, merged, rank=3)
@@ -87,7 +88,7 @@ def test_what_peft_merged_is_found_again(architecture: str, zoo: Any, relative: 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT, about Conv1D
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_graphs_tell_what_their_modules_tell(architecture: str, zoo: Any, relative: Any) -> None:
+def test_graphs_tell_what_their_modules_tell(architecture: str) -> None:
     case, gm = zoo(architecture)
     merged, _ = merged_by_peft(case, architecture)
     tuned = trace(merged, (), case.inputs, dynamic_shapes=case.dynamic)
@@ -103,9 +104,7 @@ def test_graphs_tell_what_their_modules_tell(architecture: str, zoo: Any, relati
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mlp", "qwen2"])
-def test_a_folded_graph_is_read_one_weight_at_a_time(
-    architecture: str, zoo: Any, make_adapter: Any, relative: Any
-) -> None:
+def test_a_folded_graph_is_read_one_weight_at_a_time(architecture: str) -> None:
     case, gm = zoo(architecture)
     targets = {s.path: s.shape for s in sites(gm) if s.path.endswith(tuple(case.targets))}
     folded = fold(inject(gm, make_adapter(targets, scale=0.1)))
@@ -412,7 +411,7 @@ def test_a_square_conv1d_is_not_taken_for_a_linear_layer() -> None:
         extract(sequence(Conv1D(5, 5)), sequence(nn.Linear(5, 5)), rank=1)
 
 
-def test_a_graph_with_branches_is_to_be_folded_first(ragged: Any, make_adapter: Any) -> None:
+def test_a_graph_with_branches_is_to_be_folded_first(ragged: Any) -> None:
     gm = trace(ragged)
     with pytest.raises(AdapterError, match=r"differ in structure.*fold adapters first"):
         extract(gm, inject(gm, make_adapter({"wide": (5, 3)})), rank=2)

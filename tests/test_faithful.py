@@ -15,26 +15,19 @@ import torch
 from torch import nn
 
 from lora_fx import TraceError, trace
+from lora_fx.testing import Computes
 
 FRONTENDS = ["symbolic", "export"]
 Forward = Callable[[Any, torch.Tensor], Any]
 
 
-class Layer(nn.Module):
+def layer(compute: Forward) -> Computes:
     """A linear layer and whatever a case computes around it."""
-
-    def __init__(self, compute: Forward, **attributes: Any) -> None:
-        super().__init__()
-        self.fc, self.compute = nn.Linear(5, 5), compute
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.compute(self, x)
+    return Computes(compute, fc=nn.Linear(5, 5))
 
 
-def model_of(compute: Forward, **attributes: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 5), Layer(compute, **attributes)).eval()
+def model_of(compute: Forward) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), layer(compute)).eval()
 
 
 def either(condition: Forward) -> Forward:
@@ -211,15 +204,15 @@ def test_a_branch_on_one_tensor_given_twice_is_refused(is_one: Any, frontend: st
 
 
 def test_a_branch_on_gaps_is_refused_and_gaps_alone_are_not() -> None:
-    class Asks(Layer):
+    class Asks(Computes):
         pass
 
-    model = Asks(lambda m, x: m.fc(x) * 2 if x.is_contiguous() else m.fc(x))
+    model = Asks(lambda m, x: m.fc(x) * 2 if x.is_contiguous() else m.fc(x), fc=nn.Linear(5, 5))
     gapped = torch.randn(4, 10)[:, ::2]
     with pytest.raises(TraceError, match=r"\.contiguous\(\)"):
         trace(model, (gapped,))
     trace(model, (gapped.contiguous(),))
-    plain = Layer(lambda m, x: m.fc(x))
+    plain = layer(lambda m, x: m.fc(x))
     assert torch.equal(trace(plain, (gapped,))(gapped), plain(gapped))
 
 

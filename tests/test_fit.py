@@ -10,9 +10,10 @@ from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.sites import by_path
 from lora_fx.targets import TargetRule
+from lora_fx.testing import make_adapter
 
 
-def test_what_does_not_match_is_returned_with_its_reason(ragged: Any, make_adapter: Any) -> None:
+def test_what_does_not_match_is_returned_with_its_reason(ragged: Any) -> None:
     gm = trace(ragged)
     updates = make_adapter({"wide": (5, 3), "head": (5, 3)}).updates
     adapter = Adapter("a", updates, {"gone.bias": torch.ones(5)}, TargetRule(["wide", "again"]))
@@ -23,7 +24,7 @@ def test_what_does_not_match_is_returned_with_its_reason(ragged: Any, make_adapt
         check_fit(gm, adapter, by_path(gm), strict=True)
 
 
-def test_an_adapter_that_fits_leaves_nothing_over(ragged: Any, make_adapter: Any) -> None:
+def test_an_adapter_that_fits_leaves_nothing_over(ragged: Any) -> None:
     gm = trace(ragged)
     adapter = make_adapter({"wide": (5, 3), "again": (5, 5)})
     assert check_fit(gm, adapter, by_path(gm), strict=True) == {}

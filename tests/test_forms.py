@@ -11,12 +11,13 @@ from lora_fx import cost, inject, trace
 from lora_fx.choice import choices
 from lora_fx.cost import Shape
 from lora_fx.forms import FACTORED, Form, Group, Member, forms_of
+from lora_fx.testing import make_adapter
 
 SHAPE = Shape(256, 768, 768, 8)
 
 
 @pytest.fixture
-def member(ragged: Any, x: Any, make_adapter: Any) -> Member:
+def member(ragged: Any, x: Any) -> Member:
     (group,) = choices(inject(trace(ragged, (x,)), make_adapter({"wide": (5, 3)})))
     return group.members[0]
 

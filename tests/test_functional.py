@@ -13,24 +13,15 @@ from torch import nn
 
 from lora_fx import trace
 from lora_fx.ops import mutates
+from lora_fx.testing import Computes
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([True, False, True, True, False])
 
 
-class Writes(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.register_buffer("mask", MASK)
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
-
-
 def traced(function: Callable[..., Any]) -> tuple[Any, Any, int]:
     """What the graph computes, what the module does, and how many writes are left."""
-    module = Writes(function)
+    module = Computes(function, mask=nn.Buffer(MASK))
     gm = trace(module, (X.clone(),))
     left = sum(mutates(node) for node in gm.graph.nodes)
     return gm(X.clone()), module(X.clone()), left

@@ -8,9 +8,10 @@ from torch import nn
 
 from lora_fx import trace
 from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
+from lora_fx.testing import zoo
 
 
-def test_a_copied_graph_keeps_names_meta_and_calling_convention(zoo: Any) -> None:
+def test_a_copied_graph_keeps_names_meta_and_calling_convention() -> None:
     case, gm = zoo("bert")
     copy = copy_graph(gm.graph)
     assert str(copy) == str(gm.graph)

@@ -1,17 +1,16 @@
 """What the commands do: whole outputs or none, and refusals by name."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import lora_fx
-from lora_fx import Adapter
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
 from lora_fx.given import Given
 from lora_fx.jobs import convert_adapter, export_model, verify_model
+from lora_fx.testing import make_adapter
 
 MODEL = """
 import torch
@@ -47,7 +46,7 @@ def source(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def french(home: Path, make_adapter: Callable[..., Adapter]) -> Path:
+def french(home: Path) -> Path:
     if not (home / "french").exists():
         lora_fx.save_adapter(make_adapter({"one": (5, 3)}), home / "french")
     return home / "french"
@@ -74,7 +73,7 @@ def test_a_swappable_export_is_a_model_its_report_and_adapters(swappable: Path) 
 
 
 def test_verify_tells_stages_and_finds_another_adapter(
-    swappable: Path, french: Path, make_adapter: Callable[..., Adapter], tmp_path: Path
+    swappable: Path, french: Path, tmp_path: Path
 ) -> None:
     stages: list[str] = []
     report = verify_model(swappable / "model.onnx", SPEC, [french], stages.append)
@@ -99,9 +98,7 @@ def test_an_adapter_is_written_for_a_model_or_as_peft(
 
 
 @pytest.mark.parametrize("program", [False, True])
-def test_the_model_is_the_base_of_lossy_names(
-    program: bool, home: Path, make_adapter: Callable[..., Adapter], tmp_path: Path
-) -> None:
+def test_the_model_is_the_base_of_lossy_names(program: bool, home: Path, tmp_path: Path) -> None:
     file, spec = tmp_path / "kohya.safetensors", SPEC
     lora_fx.save_adapter(make_adapter({"one": (5, 3)}), file, format="kohya", component="unet")
     if program:
@@ -146,9 +143,7 @@ def test_what_exists_stays_without_force(swappable: Path, french: Path, tmp_path
         export_model(SPEC, [], "merged", tmp_path / "file", True, nothing)
 
 
-def test_a_failure_leaves_nothing(
-    tmp_path: Path, french: Path, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path, french: Path) -> None:
     out = tmp_path / "deep" / "out"
     with pytest.raises(AdapterError, match="french is given twice"):
         export_model(SPEC, [french, french], "merged", out, False, nothing)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,12 +30,10 @@ from lora_fx import (
 from lora_fx.adapter import AnyUpdate, Scaling
 from lora_fx.explain import explained
 from lora_fx.formats.loralib_fused import block_diagonal
-from lora_fx.formats.peft_lokr import split
-from lora_fx.kinds import KINDS as READERS
-from lora_fx.stored import EMBEDDING, Stored
+from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of
+from lora_fx.testing.updates import ALPHA, RANK
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "KINDS.md"
-RANK, ALPHA = 2, 3.0
 Row = tuple[str, ...]
 COLUMNS = ("inject", "fold", "constant", "swappable", "train", "save")
 FORMATS: list[tuple[str, str, dict[str, Any]]] = [
@@ -83,42 +80,6 @@ Left out, because the kind is not defined there:
 """
 
 
-class Net(nn.Module):
-    """A layer between two functions that are not affine."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x if x.dtype == torch.int64 else torch.sin(x))
-        return torch.tanh(y)
-
-
-class Attention(nn.Module):
-    """A packed projection, read whole, or in two calls where the query differs from the key."""
-
-    def __init__(self, crossed: bool) -> None:
-        super().__init__()
-        self.layer, self.crossed = nn.MultiheadAttention(4, 2, batch_first=True), crossed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        other = torch.cos(x) if self.crossed else x
-        y: torch.Tensor = self.layer(x, other, other, need_weights=False)[0]
-        return y
-
-
-class Experts(nn.Module):
-    """A parameter that holds a matrix for each of three experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(3, 6, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(x.unsqueeze(1), self.up_proj.transpose(1, 2))
-
-
 @dataclass(frozen=True)
 class Layer:
     """A model with one layer: its inputs beside the batch, its weight as (out, in, *kernel)."""
@@ -130,10 +91,9 @@ class Layer:
     groups: int = 1
     is_table: bool = False
 
-    @property
-    def columns(self) -> int:
-        """Of the weight as a matrix."""
-        return torch.Size(self.shape[1:]).numel()
+    def update(self, kind: str) -> AnyUpdate:
+        make = self.make if self.path != "layer" else None
+        return update_of(kind, LayerShape(self.shape, self.groups, self.is_table, self.path, make))
 
     def example(self, batch: int) -> torch.Tensor:
         source = torch.Generator().manual_seed(batch)
@@ -143,141 +103,37 @@ class Layer:
 
 
 LAYERS: dict[str, Layer] = {
-    "linear": Layer(lambda: Net(nn.Linear(4, 6)), (7, 4), (6, 4)),
-    "Conv1D of transformers": Layer(lambda: Net(Conv1D(6, 4)), (7, 4), (6, 4)),
-    "embedding": Layer(lambda: Net(nn.Embedding(10, 6)), (7,), (6, 10), is_table=True),
-    "conv1d": Layer(lambda: Net(nn.Conv1d(4, 6, 3, stride=2)), (4, 9), (6, 4, 3)),
-    "conv2d": Layer(lambda: Net(nn.Conv2d(4, 6, (3, 2), padding=1)), (4, 7, 8), (6, 4, 3, 2)),
-    "conv3d": Layer(lambda: Net(nn.Conv3d(4, 6, (3, 2, 1))), (4, 7, 8, 5), (6, 4, 3, 2, 1)),
+    "linear": Layer(lambda: Between(nn.Linear(4, 6)), (7, 4), (6, 4)),
+    "Conv1D of transformers": Layer(lambda: Between(Conv1D(6, 4)), (7, 4), (6, 4)),
+    "embedding": Layer(lambda: Between(nn.Embedding(10, 6)), (7,), (6, 10), is_table=True),
+    "conv1d": Layer(lambda: Between(nn.Conv1d(4, 6, 3, stride=2)), (4, 9), (6, 4, 3)),
+    "conv2d": Layer(lambda: Between(nn.Conv2d(4, 6, (3, 2), padding=1)), (4, 7, 8), (6, 4, 3, 2)),
+    "conv3d": Layer(lambda: Between(nn.Conv3d(4, 6, (3, 2, 1))), (4, 7, 8, 5), (6, 4, 3, 2, 1)),
     "grouped conv2d": Layer(
-        lambda: Net(nn.Conv2d(4, 6, (3, 2), groups=2)), (4, 7, 8), (6, 2, 3, 2), groups=2
+        lambda: Between(nn.Conv2d(4, 6, (3, 2), groups=2)), (4, 7, 8), (6, 2, 3, 2), groups=2
     ),
-    "packed attention": Layer(lambda: Attention(False), (7, 4), (12, 4)),
-    "rows of a packed attention": Layer(lambda: Attention(True), (7, 4), (12, 4)),
-    "experts": Layer(lambda: Net(Experts()), (7, 4), (3, 6, 4), "layer.up_proj"),
+    "packed attention": Layer(lambda: Attention(4), (7, 4), (12, 4)),
+    "rows of a packed attention": Layer(lambda: Attention(4, crossed=True), (7, 4), (12, 4)),
+    "experts": Layer(lambda: Between(Experts()), (7, 4), (3, 6, 4), "layer.up_proj"),
 }
 
 
-def drawn(*shapes: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    source = torch.Generator().manual_seed(3)
-    return (torch.randn(*shape, generator=source) * 0.5 for shape in shapes)
-
-
-def read(kind: str, leaves: Mapping[str, tuple[int, ...]], **settings: Any) -> AnyUpdate:
-    tensors = dict(zip(leaves, drawn(*leaves.values()), strict=True))
-    return READERS[kind].read(tensors, settings)
-
-
-def lora(layer: Layer, kind: str = "lora", vector: str = "") -> AnyUpdate:
-    """In PEFT's shapes, which have all inputs of a grouped convolution in its down."""
-    if layer.path != "layer":
-        return of_experts(layer, kind)
-    out, into, *kernel = layer.shape
-    shapes = (RANK, into * layer.groups, *kernel), (out, RANK // layer.groups), (out,)
-    down, up, third = drawn(*shapes)
-    vectors = {vector: third.abs() + 0.5} if vector else {}
-    scale = ALPHA / (RANK**0.5 if kind == "rslora" else RANK)
-    stored = EMBEDDING if layer.is_table else None
-    return Update(down, up, scale, kind, **vectors, stored=stored)  # type: ignore[arg-type]
-
-
-def of_experts(layer: Layer, kind: str) -> AnyUpdate:
-    """Read from a file of PEFT, whose reader alone knows how the experts are packed."""
-    count, out, into = layer.shape
-    down, up = drawn((RANK * count, into), (out, RANK * count))
-    start = "base_model.model.layer.lora_"
-    fields = f'"peft_type": "LORA", "r": {RANK}, "lora_alpha": {ALPHA}, "target_modules": []'
-    rslora = f'"use_rslora": {"true" if kind == "rslora" else "false"}'
-    with tempfile.TemporaryDirectory() as name:
-        config = f'{{{fields}, {rslora}, "target_parameters": ["layer.up_proj"]}}'
-        Path(name, "adapter_config.json").write_text(config)
-        tensors = {f"{start}A.weight": down, f"{start}B.weight": up}
-        save_file(tensors, Path(name, "adapter_model.safetensors"))
-        adapter = lora_fx.load_adapter(name, name="a", base=layer.make())
-        return adapter.updates[layer.path]
-
-
-def fused(layer: Layer) -> AnyUpdate:
-    """loralib's ``MergedLinear`` with the first and the last of three outputs adapted."""
-    out, into = layer.shape
-    down, up = drawn((2 * RANK, into), (out // 3 * 2, RANK))
-    groups = True, False, True
-    settings = {"alpha": ALPHA, "r": RANK, "scale": ALPHA / RANK, "enable_lora": list(groups)}
-    stored = Stored({"lora_A": down, "lora_B": up}, settings)
-    return Update(down, block_diagonal(up, groups), ALPHA / RANK, "fused", stored=stored)
-
-
-def adalora(layer: Layer) -> AnyUpdate:
-    """Of three ranks one was pruned."""
-    leaves = {"lora_A": (RANK, layer.columns), "lora_B": (layer.shape[0], RANK)}
-    leaves["lora_E"] = RANK, 1
-    settings = {"scale": ALPHA, "ranknum": 3, "alpha": ALPHA, "mask": [True, False, True]}
-    return read("adalora", leaves, **settings, shape=layer.shape)
-
-
-def vera(layer: Layer) -> AnyUpdate:
-    out, into = layer.shape
-    leaves = {"vera_lambda_b": (out,), "vera_lambda_d": (3,), "vera_A": (3, into)}
-    return read("vera", leaves | {"vera_B": (out, 3)}, r=3, shape=layer.shape)
-
-
-def loha(layer: Layer) -> AnyUpdate:
-    sides = {"a": (layer.shape[0], RANK), "b": (RANK, layer.columns)}
-    leaves = {f"hada_w{half}_{side}": sides[side] for half in "12" for side in "ab"}
-    settings = {"r": RANK, "alpha": ALPHA, "scale": ALPHA / RANK, "writer": "peft"}
-    return read("loha", leaves, **settings, shape=layer.shape)
-
-
-def lokr(layer: Layer) -> AnyUpdate:
-    """Both factors whole, cut as PEFT cuts a layer: its r is too high for low rank."""
-    (a, c), (b, d) = (split(size, -1) for size in layer.shape[:2])
-    settings = {"r": 8, "alpha": 4.0, "scale": 0.5, "writer": "peft", "decompose_factor": -1}
-    leaves = {"lokr_w1": (a, b), "lokr_w2": (c, d, *layer.shape[2:])}
-    return read("lokr", leaves, **settings, shape=layer.shape)
-
-
-def ia3(layer: Layer, inputs: bool) -> AnyUpdate:
-    size = layer.shape[1] * layer.groups if inputs else layer.shape[0]
-    ones = [1] * (len(layer.shape) - 2)
-    flat = (1, size) if inputs else (size, 1)
-    return read("ia3", {"ia3_l": (1, size, *ones) if ones else flat}, feedforward=inputs)
-
-
-def oft(layer: Layer) -> AnyUpdate:
-    """PEFT's, and LyCORIS' of convolutions, for which PEFT's own forward is no convolution."""
-    out, into, *kernel = layer.shape
-    if kernel:
-        return read("oft", {"oft_blocks": (out // 2, 2, 2)}, shape=layer.shape)
-    leaf, size = ("oft_embedding_R.weight", out) if layer.is_table else ("oft_R.weight", into)
-    settings = {"oft_block_size": 2, "r": size // 2, "use_cayley_neumann": False}
-    return read("oft", {leaf: (size // 2, 1)}, **settings, shape=layer.shape)
-
-
-def full(layer: Layer) -> AnyUpdate:
-    bias = {} if layer.is_table else {"diff_b": layer.shape[:1]}
-    return read("full", {"diff": layer.shape, **bias}, shape=layer.shape)
-
-
-def tokens(layer: Layer) -> AnyUpdate:
-    leaves = {"trainable_tokens_delta": (2, layer.shape[0])}
-    return read("tokens", leaves, indices=[2, 7], shape=layer.shape)
-
-
-KINDS: dict[str, Callable[[Layer], AnyUpdate]] = {
-    "LoRA": lora,
-    "rsLoRA": lambda layer: lora(layer, "rslora"),
-    "LoRA with bias": lambda layer: lora(layer, vector="bias"),
-    "DoRA": lambda layer: lora(layer, "dora", "magnitude"),
-    "AdaLoRA": adalora,
-    "VeRA": vera,
-    "LoHa": loha,
-    "LoKr": lokr,
-    "(IA)3 on outputs": lambda layer: ia3(layer, False),
-    "(IA)3 on inputs": lambda layer: ia3(layer, True),
-    "OFT": oft,
-    "fused": fused,
-    "full": full,
-    "tokens": tokens,
+# As the document calls a kind -> its name in `UPDATES`.
+KINDS = {
+    "LoRA": "lora",
+    "rsLoRA": "rslora",
+    "LoRA with bias": "lora_bias",
+    "DoRA": "dora",
+    "AdaLoRA": "adalora",
+    "VeRA": "vera",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "(IA)3 on outputs": "ia3",
+    "(IA)3 on inputs": "ia3_in",
+    "OFT": "oft",
+    "fused": "fused",
+    "full": "full",
+    "tokens": "tokens",
 }
 _CONVOLUTIONS = [name for name in LAYERS if "conv" in name]
 # Kind -> the layers that it is not defined on, and why.
@@ -289,10 +145,6 @@ LEFT_OUT["tokens"] |= dict.fromkeys(LAYERS.keys() - {"embedding"}, "tokens are r
 for _kind in KINDS.keys() - {"LoRA", "rsLoRA", "tokens"}:
     LEFT_OUT[_kind] |= {"experts": "files hold LoRA alone of a parameter"}
 CASES = [(kind, layer) for kind in KINDS for layer in LAYERS if layer not in LEFT_OUT[kind]]
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return lora_fx.compare(actual, expected).relative
 
 
 @functools.cache
@@ -360,7 +212,7 @@ class Case:
     def __init__(self, kind: str, layer: str, directory: Path) -> None:
         self.kind, self.name, self.layer, self.directory = kind, layer, LAYERS[layer], directory
         self.model, self.gm = base_of(layer)
-        self.update = KINDS[kind](self.layer)
+        self.update = self.layer.update(KINDS[kind])
         self.adapter = Adapter("a", {self.layer.path: self.update})
         self.x = self.layer.example(6)
 

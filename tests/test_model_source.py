@@ -2,7 +2,6 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.model_source import find_model
+from lora_fx.testing import tiny
 
 SOURCE = """
 import torch
@@ -114,7 +114,7 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path, tiny: Any) -> None:
+def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path) -> None:
     model = tiny("BertForMaskedLM")
     model.save_pretrained(tmp_path)
     source = find_model(str(tmp_path))

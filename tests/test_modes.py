@@ -15,19 +15,14 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx import LoraConfig, TraceError, fold, inject, trace
+from lora_fx.testing import Computes
 
 FRONTENDS = ["symbolic", "export"]
 
 
-class Calls(nn.Module):
+def calls(call: Callable[[torch.Tensor, bool], torch.Tensor]) -> nn.Module:
     """A layer and a function of it and of the mode."""
-
-    def __init__(self, call: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
-        super().__init__()
-        self.fc, self.call = nn.Linear(3, 3), call
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(self.fc(x), self.training)
+    return Computes(lambda m, x: call(m.fc(x), m.training), fc=nn.Linear(3, 3))
 
 
 class KeepsNorm(nn.Module):
@@ -55,13 +50,13 @@ FOLLOW: dict[str, Callable[[], nn.Module]] = {
     "alpha dropout": lambda: nn.Sequential(nn.Linear(3, 3), nn.AlphaDropout(0.5)),
     "rrelu": lambda: nn.Sequential(nn.Linear(3, 3), nn.RReLU()),
     "lstm": lambda: nn.Sequential(nn.LSTM(3, 5, 2, dropout=0.5)),
-    "function": lambda: Calls(lambda x, on: F.dropout(x, 0.5, on)),
-    "attention": lambda: Calls(
+    "function": lambda: calls(lambda x, on: F.dropout(x, 0.5, on)),
+    "attention": lambda: calls(
         lambda x, on: F.scaled_dot_product_attention(x, x, x, None, 0.3 if on else 0.0)
     ),
-    "a number": lambda: Calls(lambda x, on: x * (2.0 if on else 1.0)),
-    "always on": lambda: Calls(lambda x, on: F.dropout(x, 0.5, True)),
-    "always off": lambda: Calls(lambda x, on: F.dropout(x, 0.5, False)),
+    "a number": lambda: calls(lambda x, on: x * (2.0 if on else 1.0)),
+    "always on": lambda: calls(lambda x, on: F.dropout(x, 0.5, True)),
+    "always off": lambda: calls(lambda x, on: F.dropout(x, 0.5, False)),
     "a frozen part": KeepsNorm,
 }
 
@@ -96,9 +91,9 @@ def test_a_graph_follows_both_ways(name: str, start: bool, frontend: str) -> Non
 
 
 TURNS: dict[str, Callable[[], nn.Module]] = {
-    "own branch": lambda: Calls(lambda x, on: x * 2 if on else x),
-    "dropout in one mode": lambda: Calls(lambda x, on: F.dropout(x, 0.5) if on else x),
-    "other operator": lambda: Calls(lambda x, on: x.relu() if on else x.tanh()),
+    "own branch": lambda: calls(lambda x, on: x * 2 if on else x),
+    "dropout in one mode": lambda: calls(lambda x, on: F.dropout(x, 0.5) if on else x),
+    "other operator": lambda: calls(lambda x, on: x.relu() if on else x.tanh()),
 }
 
 

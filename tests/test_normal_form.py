@@ -6,21 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lora_fx import trace
+from lora_fx.testing import Computes, zoo
 
-
-class Holds(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.w, self.b = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
-        self.k1 = nn.Parameter(torch.randn(5, 3, 2))
-        self.k2 = nn.Parameter(torch.randn(5, 3, 2, 2))
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
+SIZES = {"w": (5, 3), "b": (5,), "k1": (5, 3, 2), "k2": (5, 3, 2, 2)}
 
 
 FLAT, LONG, IDS = torch.randn(4, 3), torch.randn(2, 3, 8), torch.tensor([[0, 4], [2, 1]])
@@ -42,7 +32,7 @@ SPELLED: dict[str, tuple[Callable[..., Any], torch.Tensor, str]] = {
 @pytest.mark.parametrize("name", SPELLED)
 def test_every_spelling_of_a_layer_becomes_its_aten_call(name: str) -> None:
     function, x, target = SPELLED[name]
-    module = Holds(function)
+    module = Computes(function, SIZES)
     for frontend in ("symbolic", "export"):
         gm = trace(module, (x,), frontend=frontend)
         assert target in {str(node.target) for node in gm.graph.nodes}
@@ -59,14 +49,14 @@ KEPT: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_no_plain_layer_stays_as_it_was_called(name: str) -> None:
     function, x = KEPT[name]
-    module = Holds(function)
+    module = Computes(function, SIZES)
     gm = trace(module)
     assert not any(str(node.target).startswith("aten.") for node in gm.graph.nodes)
     with torch.no_grad():
         assert torch.equal(gm(x), module(x))
 
 
-def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone(zoo: Any) -> None:
+def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone() -> None:
     _, gm = zoo("bert")
     nodes = list(gm.graph.nodes)
     assert not any("_assert_tensor_metadata" in node.name for node in nodes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import pytest
@@ -25,6 +24,7 @@ from lora_fx import (
 )
 from lora_fx.ops import GUARDS, op_name
 from lora_fx.passes import FoldLora, RaiseLora
+from lora_fx.testing import relative
 
 
 class LinearLora(nn.Module):
@@ -148,7 +148,7 @@ def operators(gm: fx.GraphModule) -> Counter[str]:
     [(name, "export") for name in LAYERS]
     + [(name, "symbolic") for name in ("linear", "linear_of_more_rank", "concat", "pad")],
 )
-def test_a_notebook_layer_folds_to_one_linear(name: str, frontend: str, relative: Any) -> None:
+def test_a_notebook_layer_folds_to_one_linear(name: str, frontend: str) -> None:
     layer = made(name)
     x, other = batch(layer, 4, 7), batch(layer, 2, 9)
     gm, base = (traced(m, x, frontend) for m in (layer, layer.base()))
@@ -197,12 +197,12 @@ def test_merging_in_place_and_back_is_not_exact() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "fused", "concat", "pad"])
-def test_the_merged_layer_runs_in_onnxruntime(name: str, relative: Any, tmp_path: Path) -> None:
+def test_the_merged_layer_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     layer = made(name)
-    assert_runs(layer, tmp_path / "merged.onnx", relative)
+    assert_runs(layer, tmp_path / "merged.onnx")
 
 
-def assert_runs(layer: Layer, path: Path, relative: Any) -> None:
+def assert_runs(layer: Layer, path: Path) -> None:
     folded = fold(traced(layer, batch(layer, 4, 7)))
     to_onnx(folded, path)
     other = batch(layer, 2, 9)
@@ -221,7 +221,7 @@ PATTERNS = [tuple(bool(bits >> place & 1) for place in range(3)) for bits in ran
 @pytest.mark.parametrize("rank", [2, 7])
 @pytest.mark.parametrize("enabled", PATTERNS)
 def test_every_pattern_of_a_fused_layer_runs_as_it_is_and_merged(
-    enabled: tuple[bool, ...], rank: int, relative: Any, tmp_path: Path
+    enabled: tuple[bool, ...], rank: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     layer = FusedLora(5, 21, rank, list(enabled)).eval()
@@ -237,7 +237,7 @@ def test_every_pattern_of_a_fused_layer_runs_as_it_is_and_merged(
 
 
 @pytest.mark.parametrize("name", ["linear", "fused", "concat"])
-def test_a_notebook_layer_becomes_swappable(name: str, relative: Any, tmp_path: Path) -> None:
+def test_a_notebook_layer_becomes_swappable(name: str, tmp_path: Path) -> None:
     layer = made(name)
     raised = RaiseLora("french")(traced(layer, batch(layer, 4, 7))).graph_module
     adapter = adapter_from(raised, "french")
@@ -256,7 +256,7 @@ def test_a_notebook_layer_becomes_swappable(name: str, relative: Any, tmp_path: 
     assert update.rank == 2 if isinstance(layer, LinearLora) else 4
 
 
-def test_the_fused_layer_at_the_size_of_the_notebook(relative: Any, tmp_path: Path) -> None:
+def test_the_fused_layer_at_the_size_of_the_notebook(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         layer = FusedLora(4096, 3 * 4096, 8, [True, False, True])
@@ -270,4 +270,4 @@ def test_the_fused_layer_at_the_size_of_the_notebook(relative: Any, tmp_path: Pa
     raised = RaiseLora()(gm).graph_module
     assert adapter_from(raised).updates["target"].rank == 16  # two groups of 8
     assert relative(raised(batch(layer, 2, 5)), layer(batch(layer, 2, 5))) <= 1e-5
-    assert_runs(layer, tmp_path / "merged.onnx", relative)
+    assert_runs(layer, tmp_path / "merged.onnx")

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import fold, text, trace, unfold
 from lora_fx.compare import TOLERANCE
 from lora_fx.passes import FoldLora
+from lora_fx.testing import Two, folds_to, operators, relative, zoo
 
 pytestmark = [
     # PEFT says what it does about Conv1D, and advises on tied embeddings.
@@ -29,18 +30,6 @@ pytestmark = [
 
 BOTH = ["wide", "narrow"]
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": BOTH}
-
-
-class Two(nn.Module):
-    """Two layers with something between them that is not affine."""
-
-    def __init__(self, wide: nn.Module, narrow: nn.Module) -> None:
-        super().__init__()
-        self.wide, self.narrow = wide, narrow
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.narrow(torch.tanh(self.wide(x)))
-        return result
 
 
 def wrapped(base: nn.Module, configs: tuple[Any, ...], spread: float = 0.4) -> Any:
@@ -192,7 +181,7 @@ def graphs(base: nn.Module, model: nn.Module, x: Any, axes: Any) -> list[fx.Grap
 
 
 @pytest.mark.parametrize("name", [*LINEAR, *CONV])
-def test_a_wrapped_layer_folds_to_the_layer(name: str, relative: Any, folds_to: Any) -> None:
+def test_a_wrapped_layer_folds_to_the_layer(name: str) -> None:
     base, model = built((LINEAR | CONV)[name])
     (x, axes), (other, _) = example(base, 4), example(base, 6)
     base_graph, gm = graphs(base, model, x, axes)
@@ -215,9 +204,7 @@ def test_the_folded_graph_reads_as_the_base(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["lora", "dora", "two_lora", "vera", "ia3", "transposed_lora", "embedding_lora"]
 )
-def test_casts_around_a_wide_adapter_fold_too(
-    name: str, dtype: torch.dtype, relative: Any, folds_to: Any
-) -> None:
+def test_casts_around_a_wide_adapter_fold_too(name: str, dtype: torch.dtype) -> None:
     base, _ = built(LINEAR[name])
     configs = LINEAR[name][1]
     base = base.to(dtype)
@@ -263,7 +250,7 @@ MOVED: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", [*APART, *MOVED])
-def test_what_is_no_layer_stays_right(name: str, relative: Any, operators: Any) -> None:
+def test_what_is_no_layer_stays_right(name: str) -> None:
     base, model = built((APART | MOVED)[name])
     (x, axes), (other, _) = example(base, 4), example(base, 6)
     base_graph, gm = graphs(base, model, x, axes)
@@ -312,9 +299,7 @@ WHOLE += [("llama", "lora", "lm_head"), ("gpt2", "ia3", "")]
 
 
 @pytest.mark.parametrize(("name", "kind", "more"), WHOLE)
-def test_a_wrapped_model_folds_to_the_model(
-    name: str, kind: str, more: str, zoo: Any, relative: Any, folds_to: Any
-) -> None:
+def test_a_wrapped_model_folds_to_the_model(name: str, kind: str, more: str) -> None:
     case, base_graph = zoo(name)
     targets = case.targets + [more] * bool(more)
     # LoHa multiplies four factors: small ones would make an adapter of no effect.

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import AdapterError, fold, inject, load_adapter, save_adapter, text, trace, unfold
 from lora_fx.compare import TOLERANCE
+from lora_fx.testing import Between, relative
 
 pytestmark = [
     # PEFT says what it does about Conv1D, what it saves besides, and what it makes of odd sizes.
@@ -27,18 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
 ]
-
-
-class Net(nn.Module):
-    """A layer between two functions that are not affine."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x if x.dtype == torch.int64 else torch.sin(x))
-        return torch.tanh(y)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -93,7 +82,7 @@ RIGHT = [c for c in CASES if c not in NOT_IN_PEFT | _WRONG]
 
 def base_of(layer: str) -> nn.Module:
     torch.manual_seed(0)
-    return Net(LAYERS[layer][0]()).eval()
+    return Between(LAYERS[layer][0]()).eval()
 
 
 def example(layer: str, batch: int = 4) -> torch.Tensor:
@@ -126,7 +115,7 @@ def saved(layer: str, kind: str, path: Path) -> Any:
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_injected_folded_and_in_onnx_as_peft_computes_it(
-    layer: str, kind: str, relative: Any, tmp_path: Path
+    layer: str, kind: str, tmp_path: Path
 ) -> None:
     owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
     gm = trace(base_of(layer), (example(layer),), dynamic_shapes=({0: "batch"},))
@@ -147,7 +136,7 @@ def test_injected_folded_and_in_onnx_as_peft_computes_it(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_half_precision_is_within_the_table(
-    layer: str, kind: str, dtype: str, relative: Any, tmp_path: Path
+    layer: str, kind: str, dtype: str, tmp_path: Path
 ) -> None:
     saved(layer, kind, tmp_path / "french")
     half = base_of(layer).to(DTYPES[dtype])
@@ -168,9 +157,7 @@ def test_half_precision_is_within_the_table(
 
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
-def test_what_we_write_is_what_peft_computes(
-    layer: str, kind: str, relative: Any, tmp_path: Path
-) -> None:
+def test_what_we_write_is_what_peft_computes(layer: str, kind: str, tmp_path: Path) -> None:
     owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
     adapter = load_adapter(tmp_path / "french", base=base_of(layer))
     save_adapter(adapter, tmp_path / "again")

@@ -14,18 +14,7 @@ from torch import nn
 
 from lora_fx import Session, fold, inject, load_adapter, to_onnx, trace
 from lora_fx.compare import TOLERANCE
-
-
-class Two(nn.Module):
-    """Two layers with something between them that is not affine."""
-
-    def __init__(self, wide: nn.Module, narrow: nn.Module) -> None:
-        super().__init__()
-        self.wide, self.narrow = wide, narrow
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.narrow(torch.tanh(self.wide(x)))
-        return result
+from lora_fx.testing import Two, folds_to, relative
 
 
 def linears(**options: Any) -> nn.Module:
@@ -104,7 +93,7 @@ def built(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loralib_folds_to_plain_layers(name: str, relative: Any, folds_to: Any) -> None:
+def test_loralib_folds_to_plain_layers(name: str) -> None:
     model, base = built(name)
     x, other = example(base, 4), example(base, 6)
     gm, plain = (trace(m, (x,), dynamic_shapes=({0: "batch"},)) for m in (model, base))
@@ -121,7 +110,7 @@ FUSED = {"wide": [True, False, True], "narrow": [False, True]}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_what_loralib_saves_is_injected_folded_and_exported(
-    name: str, dtype: torch.dtype, relative: Any, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, base = built(name)
     path, x, other = tmp_path / "a.pt", example(base, 4), example(base, 6)

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 
 import lora_fx
 from lora_fx import Session, compare, export_adapter, fold, inject, load_adapter, to_onnx
+from lora_fx.testing import zoo
 
 MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 RANKS = (2, 8, 32)
@@ -54,7 +55,7 @@ def worst(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_form_equals_peft(model: str, zoo: Any, tmp_path: Path) -> None:
+def test_every_form_equals_peft(model: str, tmp_path: Path) -> None:
     case, gm = zoo(model)
     wanted = {name: named(out) for name, out in peft_adapters(case, tmp_path).items()}
     with torch.no_grad():

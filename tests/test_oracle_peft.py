@@ -25,6 +25,7 @@ import lora_fx
 from lora_fx import fold, inject, load_adapter, text, unfold
 from lora_fx.compare import TOLERANCE
 from lora_fx.sites import sites
+from lora_fx.testing import relative, zoo
 
 pytestmark = [
     # PEFT says what it does about Conv1D, takes lora_bias for a broken shard, advises on ties, and
@@ -160,9 +161,7 @@ CASES = [(m, o) for m in MODELS for o in (*OPTIONS, *KINDS) if applies(m, o)]
 
 
 @pytest.mark.parametrize(("model", "option"), CASES)
-def test_inject_and_fold_equal_peft(
-    model: str, option: str, zoo: Any, relative: Any, tmp_path: Path
-) -> None:
+def test_inject_and_fold_equal_peft(model: str, option: str, tmp_path: Path) -> None:
     case, gm = zoo(model)
     peft = saved_by_peft(case, option, tmp_path / "french")
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
@@ -181,7 +180,7 @@ def test_inject_and_fold_equal_peft(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
 def test_half_precision_folds_within_the_table(
-    model: str, dtype: torch.dtype, zoo: Any, relative: Any, tmp_path: Path
+    model: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     case, _ = zoo(model)
     saved_by_peft(case, "plain", tmp_path / "french")
@@ -200,9 +199,7 @@ def test_half_precision_folds_within_the_table(
 
 
 @pytest.mark.parametrize("model", ["qwen2", "gpt2", "llama"])
-def test_an_adapted_head_that_peft_stores_whole_as_well(
-    model: str, zoo: Any, relative: Any, tmp_path: Path
-) -> None:
+def test_an_adapted_head_that_peft_stores_whole_as_well(model: str, tmp_path: Path) -> None:
     case, gm = zoo(model)
     config = PeftConfig(r=4, lora_alpha=6, target_modules=[*case.targets, "lm_head"])
     peft = get_peft_model(copy.deepcopy(case.model), config).eval()
@@ -234,9 +231,7 @@ def test_an_adapted_head_that_peft_stores_whole_as_well(
 
 
 @pytest.mark.parametrize(("model", "frontend"), [("mlp", "symbolic"), ("bert", "export")])
-def test_an_adapter_trained_here_loads_into_peft(
-    model: str, frontend: str, zoo: Any, relative: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_trained_here_loads_into_peft(model: str, frontend: str, tmp_path: Path) -> None:
     case, _ = zoo(model)
     base = lora_fx.trace(
         case.model, (), case.inputs, dynamic_shapes=case.dynamic, frontend=frontend

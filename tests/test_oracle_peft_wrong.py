@@ -17,24 +17,12 @@ from torch import nn
 
 from lora_fx import fold, inject, load_adapter, trace
 from lora_fx.adapter import Update
+from lora_fx.testing import Attention, Between, operators, relative
 
 pytestmark = [
     # PEFT says that it cannot merge into a grouped convolution.
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
 ]
-
-
-class Net(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.attends = layer, isinstance(layer, nn.MultiheadAttention)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.attends:
-            y: torch.Tensor = self.layer(x, x, x, need_weights=False)[0]
-            return y
-        z: torch.Tensor = self.layer(torch.sin(x))
-        return torch.tanh(z)
 
 
 def saved(base: nn.Module, path: Path) -> Any:
@@ -57,10 +45,10 @@ GEOMETRIES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_convolution_keeps_its_geometry(geometry: str, relative: Any, tmp_path: Path) -> None:
+def test_a_convolution_keeps_its_geometry(geometry: str, tmp_path: Path) -> None:
     """PEFT's branch drops dilation and padding mode (peft#3697); merged, it is right."""
     torch.manual_seed(0)
-    base, x = Net(GEOMETRIES[geometry]()).eval(), torch.randn(3, 4, 7, 8)
+    base, x = Between(GEOMETRIES[geometry]()).eval(), torch.randn(3, 4, 7, 8)
     owner = saved(base, tmp_path / "a")
     gm = trace(base, (x,))
     injected = inject(gm, load_adapter(tmp_path / "a"))
@@ -76,10 +64,11 @@ def test_a_convolution_keeps_its_geometry(geometry: str, relative: Any, tmp_path
         assert relative(base(x), merged) > 1e-2
 
 
-def test_a_kernel_of_one_axis_in_three_dimensions_folds(relative: Any, tmp_path: Path) -> None:
+def test_a_kernel_of_one_axis_in_three_dimensions_folds(tmp_path: Path) -> None:
     """PEFT's merge takes a kernel (1, 1, k) for a point, and fails."""
     torch.manual_seed(0)
-    base, x = Net(nn.Conv3d(4, 6, (1, 1, 3), padding=(0, 0, 1))).eval(), torch.randn(2, 4, 3, 4, 5)
+    base = Between(nn.Conv3d(4, 6, (1, 1, 3), padding=(0, 0, 1))).eval()
+    x = torch.randn(2, 4, 3, 4, 5)
     owner = saved(base, tmp_path / "a")
     injected = inject(trace(base, (x,)), load_adapter(tmp_path / "a"))
     with torch.no_grad():
@@ -91,12 +80,10 @@ def test_a_kernel_of_one_axis_in_three_dimensions_folds(relative: Any, tmp_path:
         owner.merge_and_unload()
 
 
-def test_what_a_grouped_convolution_gets_stays_beside_it(
-    relative: Any, operators: Any, tmp_path: Path
-) -> None:
+def test_what_a_grouped_convolution_gets_stays_beside_it(tmp_path: Path) -> None:
     """Each output of the branch sees all inputs, which no grouped weight can say."""
     torch.manual_seed(0)
-    base, x = Net(nn.Conv2d(4, 6, 3, padding=1, groups=2)).eval(), torch.randn(3, 4, 7, 8)
+    base, x = Between(nn.Conv2d(4, 6, 3, padding=1, groups=2)).eval(), torch.randn(3, 4, 7, 8)
     owner = saved(base, tmp_path / "a")
     injected = inject(trace(base, (x,)), load_adapter(tmp_path / "a"))
     folded = fold(injected)
@@ -108,10 +95,10 @@ def test_what_a_grouped_convolution_gets_stays_beside_it(
     assert operators(folded) == operators(injected)
 
 
-def test_the_output_projection_of_attention_is_adapted_once(relative: Any, tmp_path: Path) -> None:
+def test_the_output_projection_of_attention_is_adapted_once(tmp_path: Path) -> None:
     """PEFT adds the delta of ``out_proj`` twice, in forward and in merge (peft#3774)."""
     torch.manual_seed(0)
-    base, x = Net(nn.MultiheadAttention(12, 2, batch_first=True)).eval(), torch.randn(3, 5, 12)
+    base, x = Attention(12).eval(), torch.randn(3, 5, 12)
     owner = saved(base, tmp_path / "a")
     adapter = load_adapter(tmp_path / "a")
     assert set(adapter.updates) == {"layer", "layer.out_proj"}

@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import AdapterError, load_adapter, trace
+from lora_fx.testing import relative, zoo
 
 pytestmark = [
     # PEFT says what it does about Conv1D, and loralib's adapter has no PEFT owner.
@@ -36,7 +37,7 @@ SPREAD = {"lora_E": 1.0, "lora_": 0.15, "hada_": 0.4, "vera_lambda": 0.7}
 
 
 @pytest.fixture(scope="module", params=["llama", "bert"])
-def exported(request: Any, zoo: Any, tmp_path_factory: Any) -> tuple[Any, Path, Path]:
+def exported(request: Any, tmp_path_factory: Any) -> tuple[Any, Path, Path]:
     """A model exported twice, with vectors and without, before any adapter is known."""
     case, gm = zoo(request.param)
     plain, vectors = (tmp_path_factory.mktemp(n) / "model.onnx" for n in ("plain", "vectors"))
@@ -60,7 +61,7 @@ def saved(case: Any, kind: str, path: Path) -> Any:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_one_file_takes_every_kind_that_peft_saves(
-    exported: tuple[Any, Path, Path], kind: str, relative: Any, tmp_path: Path
+    exported: tuple[Any, Path, Path], kind: str, tmp_path: Path
 ) -> None:
     case, plain, vectors = exported
     owner = saved(case, kind, tmp_path / "a")
@@ -99,7 +100,7 @@ class Fused(nn.Module):
 @pytest.mark.parametrize("enable", [[True, False, True], [False, True, False], [True] * 3])
 @pytest.mark.parametrize("rank", [2, 5])
 def test_one_file_takes_fused_adapters_of_loralib(
-    enable: list[bool], rank: int, relative: Any, tmp_path: Path
+    enable: list[bool], rank: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     base = Fused(nn.Linear(5, 18)).eval()

@@ -4,11 +4,12 @@ from typing import Any
 
 from lora_fx import fold, inject, text, trace, unfold
 from lora_fx.origin import FOLDED, origins
+from lora_fx.testing import make_adapter
 
 SHAPES = {"wide": (5, 3), "again": (5, 5)}
 
 
-def test_a_folded_node_knows_the_graph_before(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_a_folded_node_knows_the_graph_before(ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     folded = fold(injected)
     first, *others = origins(folded)
@@ -23,7 +24,7 @@ def test_a_folded_node_knows_the_graph_before(ragged: Any, x: Any, make_adapter:
     ]
 
 
-def test_the_memory_is_private(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_the_memory_is_private(ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     before, folded = text(injected), fold(injected)
     out = next(n for n in injected.graph.nodes if n.op == "output")

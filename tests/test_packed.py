@@ -33,6 +33,7 @@ from lora_fx.branches import branches
 from lora_fx.other_updates import Scaling
 from lora_fx.passes import FoldLora, StripLora
 from lora_fx.sites import by_path
+from lora_fx.testing import relative
 
 OUT, D, INTO = 12, 4, 5
 Cut = Callable[[Any], Any]
@@ -112,9 +113,7 @@ def in_place(model: nn.Module, updates: dict[str, Any]) -> Any:
     return tuned
 
 
-def check(
-    model: nn.Module, gm: fx.GraphModule, x: Any, names: dict[str, Any], relative: Any
-) -> Any:
+def check(model: nn.Module, gm: fx.GraphModule, x: Any, names: dict[str, Any]) -> Any:
     """Injects, folds, gives back; every result against the weight form, the base is the control.
 
     Args:
@@ -137,16 +136,14 @@ def check(
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("way", CUTS)
-def test_a_weight_taken_apart_in_any_way_is_one_layer(
-    way: str, frontend: str, relative: Any
-) -> None:
+def test_a_weight_taken_apart_in_any_way_is_one_layer(way: str, frontend: str) -> None:
     torch.manual_seed(0)
     model, x = Net(Packed(CUTS[way])).eval().requires_grad_(False), torch.randn(6, 7, INTO)
     gm = trace(model, (x,), frontend=frontend)
     assert FoldLora()(gm).modified is False
     update, other = rank2(OUT, INTO), rank2(OUT, INTO, seed=4)
     path, name = "proj.qkv", "proj.qkv.weight"
-    injected, folded, _ = check(model, gm, x, {path: (name, update)}, relative)
+    injected, folded, _ = check(model, gm, x, {path: (name, update)})
     back = adapter_from(injected).updates[path]
     torch.testing.assert_close(back.weight(torch.zeros(OUT, INTO)), update.delta())
     # A second adapter on the folded layer acts on all of it, as on the base.
@@ -210,7 +207,7 @@ class Table(nn.Module):
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("cls", [Inputs, Columns, Kernel, Table])
 def test_inputs_columns_kernels_and_tables_are_taken_apart_too(
-    cls: type[nn.Module], frontend: str, relative: Any
+    cls: type[nn.Module], frontend: str
 ) -> None:
     torch.manual_seed(0)
     model, x = cls().eval().requires_grad_(False), torch.randn(6, 7, INTO)
@@ -219,7 +216,7 @@ def test_inputs_columns_kernels_and_tables_are_taken_apart_too(
     make = torch.Generator().manual_seed(3)
     down = torch.randn(2, into, *kernel, generator=make)
     update = Update(down, torch.randn(out, 2, generator=make), 0.5)
-    check(model, gm, x, {"fc": ("fc.weight", update)}, relative)
+    check(model, gm, x, {"fc": ("fc.weight", update)})
 
 
 class Biased(Packed):
@@ -234,9 +231,7 @@ class Biased(Packed):
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_results_are_scaled_with_the_biases_that_the_parts_have(
-    frontend: str, relative: Any
-) -> None:
+def test_results_are_scaled_with_the_biases_that_the_parts_have(frontend: str) -> None:
     torch.manual_seed(0)
     model, x = Biased().eval().requires_grad_(False), torch.randn(6, 7, INTO)
     row = torch.rand(OUT) + 0.5
@@ -274,7 +269,7 @@ class WithLora(Packed):
         return q.tanh() * F.linear(torch.cos(x), two).tanh() + F.linear(x, three).tanh()
 
 
-def test_lora_on_one_of_the_parts_folds_into_the_one_weight(relative: Any, tmp_path: Path) -> None:
+def test_lora_on_one_of_the_parts_folds_into_the_one_weight(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = WithLora().eval().requires_grad_(False), torch.randn(6, 7, INTO)
     gm = trace(model, (x,))
@@ -296,10 +291,10 @@ def outputs(path: Path, x: torch.Tensor, adapter: Path | None = None) -> torch.T
 
 
 def check_exports(
-    model: nn.Module, gm: fx.GraphModule, x: Any, names: dict[str, Any], relative: Any, to: Path
+    model: nn.Module, gm: fx.GraphModule, x: Any, names: dict[str, Any], to: Path
 ) -> None:
     """Constant, folded and swappable files against the weight form."""
-    injected, folded, wanted = check(model, gm, x, names, relative)
+    injected, folded, wanted = check(model, gm, x, names)
     adapter = Adapter("a", {path: update for path, (_, update) in names.items()})
     for graph, file in ((injected, to / "beside.onnx"), (folded, to / "merged.onnx")):
         assert lora_fx.to_onnx(graph, file).verified
@@ -313,13 +308,13 @@ def check_exports(
 
 @pytest.mark.parametrize(("way", "frontend"), [("steps", "symbolic"), ("lists", "export")])
 def test_parts_are_exported_as_constants_merged_and_swappable(
-    way: str, frontend: str, relative: Any, tmp_path: Path
+    way: str, frontend: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model, x = Net(Packed(CUTS[way])).eval().requires_grad_(False), torch.randn(6, 7, INTO)
     gm = trace(model, (x,), frontend=frontend)
     names = {"proj.qkv": ("proj.qkv.weight", rank2(OUT, INTO))}
-    check_exports(model, gm, x, names, relative, tmp_path)
+    check_exports(model, gm, x, names, tmp_path)
 
 
 # nn.MultiheadAttention.
@@ -400,14 +395,12 @@ EVERY = [(name, False) for name in ATTENTIONS] + [(name, True) for name in UNBAT
 
 
 @pytest.mark.parametrize(("name", "unbatched"), EVERY)
-def test_attention_is_adapted_whatever_it_is_called_with(
-    name: str, unbatched: bool, relative: Any
-) -> None:
+def test_attention_is_adapted_whatever_it_is_called_with(name: str, unbatched: bool) -> None:
     model, gm, x = attending(name, unbatched)
     apart = [f"attn.{part}_proj_weight" for part in "qkv"]
     layers = [*(apart if name.startswith("kdim") else ["attn"]), "attn.out_proj"]
     assert list(by_path(gm)) == layers
-    check(model, gm, x, every_update(gm), relative)
+    check(model, gm, x, every_update(gm))
     fresh = inject(gm, LoraConfig(r=2, alpha=4, target_modules=layers))
     found = {b.path: fresh.get_parameter(str(b.up.target)).shape for b in branches(fresh) if b.up}
     assert found == {path: (2, calls[0].shape[0]) for path, calls in by_path(gm).items()}
@@ -417,14 +410,14 @@ def test_attention_is_adapted_whatever_it_is_called_with(
 
 
 @pytest.mark.parametrize("name", ["kdim", "bias_k", "every pattern"])
-def test_attention_is_exported(name: str, relative: Any, tmp_path: Path) -> None:
+def test_attention_is_exported(name: str, tmp_path: Path) -> None:
     model, gm, x = attending(name, unbatched=name == "bias_k")
-    check_exports(model, gm, x, every_update(gm), relative, tmp_path)
+    check_exports(model, gm, x, every_update(gm), tmp_path)
 
 
 @pytest.mark.parametrize("unbatched", [False, True])
 @pytest.mark.parametrize("name", ["all differ", "positions", "self and cross"])
-def test_attention_equals_peft(name: str, unbatched: bool, relative: Any, tmp_path: Path) -> None:
+def test_attention_equals_peft(name: str, unbatched: bool, tmp_path: Path) -> None:
     model, gm, x = attending(name, unbatched)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attn"])
     with warnings.catch_warnings():
@@ -446,7 +439,7 @@ def test_attention_equals_peft(name: str, unbatched: bool, relative: Any, tmp_pa
 
 
 @pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_attention_of_torchs_own_layers_is_adapted(cls: Any, relative: Any) -> None:
+def test_attention_of_torchs_own_layers_is_adapted(cls: Any) -> None:
     torch.manual_seed(0)
     model = cls(WIDE, 2, 10, dropout=0.2, batch_first=True).eval().requires_grad_(False)
     x = torch.randn(3, 7, WIDE)

@@ -13,6 +13,7 @@ from lora_fx.editor import Edit, Editor
 from lora_fx.ops import aten
 from lora_fx.pass_base import Pass
 from lora_fx.passes import FoldLora, InjectLora, Pipeline, UnfoldLora
+from lora_fx.testing import check_pass, make_adapter
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class SwapTanh(Pass):
                 editor.record("swap", "", node.name)
 
 
-def test_a_pass_reports_its_edits_and_leaves_its_input(
-    ragged: Any, x: Any, check_pass: Any
-) -> None:
+def test_a_pass_reports_its_edits_and_leaves_its_input(ragged: Any, x: Any) -> None:
     gm = trace(ragged, (x,))
-    seen = check_pass(SwapTanh(), gm, x)
+    hidden = torch.sigmoid(ragged.again(torch.sigmoid(ragged.wide(x))))
+    expected = ragged.narrow(torch.sigmoid(ragged.again(hidden)))
+    seen = check_pass(SwapTanh(), gm, x, expected=expected, control=ragged(x))
     assert seen.result.edits == (Edit("swap", "", "tanh"), Edit("swap", "", "tanh_1"))
     assert "tanh" not in seen.after
     assert seen.after.count("sigmoid(") == 3
@@ -39,7 +40,7 @@ def test_a_pass_reports_its_edits_and_leaves_its_input(
     assert again.result.edits == ()
 
 
-def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any) -> None:
     gm = trace(ragged, (x,))
     adapter = make_adapter({"wide": (5, 3)})
     result = PassManager(passes=[InjectLora(adapter), FoldLora()])(gm)
@@ -50,7 +51,7 @@ def test_passes_run_inside_torchs_pass_manager(ragged: Any, x: Any, make_adapter
     assert [edit.action for edit in ours.edits] == ["inject", "fold"]
 
 
-def test_a_pipeline_is_a_pass_and_shows_its_steps(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_a_pipeline_is_a_pass_and_shows_its_steps(ragged: Any, x: Any) -> None:
     gm = trace(ragged, (x,))
     steps = Pipeline(
         [

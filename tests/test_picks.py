@@ -8,25 +8,23 @@ import torch
 from torch import fx, nn
 
 from lora_fx.picks import Grid, calls_of, expression_of, grid_of
+from lora_fx.testing import Computes
 
 
-class Takes(nn.Module):
-    """Reads something of a weight."""
-
-    def __init__(self, take: Callable[[Any], Any], own: bool = False) -> None:
-        super().__init__()
-        self.w, self.take, self.own = nn.Parameter(torch.randn(6, 5)), take, own
-        self.index, self.other = nn.Buffer(torch.tensor([4, 1])), nn.Parameter(torch.randn(6, 5))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return x @ self.take(self if self.own else self.w)
+def takes(take: Callable[[Any], Any], own: bool) -> nn.Module:
+    """Reads something of a weight, or of what stands beside it."""
+    return Computes(
+        lambda m, x: x @ take(m if own else m.w),
+        {"w": (6, 5), "other": (6, 5)},
+        index=nn.Buffer(torch.tensor([4, 1])),
+    )
 
 
 def grid(take: Callable[[Any], Any], own: bool = False) -> Grid | None:
     """What is picked, from a graph of torch's own functions and methods."""
     tracer = fx.Tracer()
     tracer.proxy_buffer_attributes = True
-    model = Takes(take, own)
+    model = takes(take, own)
     graph = tracer.trace(model)
     gm = fx.GraphModule(model, graph)
     value = graph.output_node().args[0].args[1]  # type: ignore[union-attr]

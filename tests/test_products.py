@@ -34,31 +34,18 @@ from lora_fx.errors import AdapterError, ExportError
 from lora_fx.ops import op_name
 from lora_fx.passes import FoldLora, RaiseLora
 from lora_fx.sites import sites
+from lora_fx.testing import Computes, relative
 
 Tensor = torch.Tensor
 
 
-class Block(nn.Module):
+def block(function: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """A layer as (in, out) and one as (out, in), of which a function reads one."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(3, 5))
-        self.v = nn.Parameter(torch.randn(5, 3))
-        self.b = nn.Parameter(torch.randn(5))
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+    return Computes(function, {"w": (3, 5), "v": (5, 3), "b": (5,)})
 
 
-class Model(nn.Module):
-    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.block = Block(function)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.block(x))
+def model_of(function: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return Computes(lambda m, x: torch.tanh(m.block(x)), block=block(function))
 
 
 einsum = torch.einsum
@@ -96,10 +83,10 @@ X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
 OTHER = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(2))
 
 
-def made(name: str, frontend: str) -> tuple[Model, fx.GraphModule, str]:
+def made(name: str, frontend: str) -> tuple[nn.Module, fx.GraphModule, str]:
     """A model, its graph and the path of its layer."""
     torch.manual_seed(0)
-    model = Model(SPELLINGS[name]).eval().requires_grad_(False)
+    model = model_of(SPELLINGS[name]).eval().requires_grad_(False)
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
     (site,) = sites(gm)
     return model, gm, site.path
@@ -110,7 +97,7 @@ def update(scale: float = 1.5) -> Update:
     return Update(torch.randn(2, 3, generator=make), torch.randn(5, 2, generator=make), scale)
 
 
-def weight_form(model: Model, path: str, of: Update) -> Tensor:
+def weight_form(model: nn.Module, path: str, of: Update) -> Tensor:
     """The model's result with the update in a copy of its parameter."""
     changed = copy.deepcopy(model)
     weight = changed.get_parameter(path)
@@ -125,7 +112,7 @@ def calls(gm: fx.GraphModule) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("name", "frontend"), ALL)
-def test_a_product_is_a_layer(name: str, frontend: str, relative: Any) -> None:
+def test_a_product_is_a_layer(name: str, frontend: str) -> None:
     model, gm, path = made(name, frontend)
     assert torch.equal(gm(X), model(X))
     (site,) = sites(gm)
@@ -166,7 +153,7 @@ def test_all_linear_leaves_bare_parameters_out() -> None:
     ("name", "frontend"),
     [(name, FRONTENDS[place % 2]) for place, name in enumerate(SPELLINGS)],
 )
-def test_it_is_a_slot(name: str, frontend: str, relative: Any, tmp_path: Path) -> None:
+def test_it_is_a_slot(name: str, frontend: str, tmp_path: Path) -> None:
     model, gm, path = made(name, frontend)
     wanted = weight_form(model, path, update())
     file, adapter = tmp_path / "m.onnx", tmp_path / "french.onnx_adapter"
@@ -184,7 +171,7 @@ VECTORS = ("operator", "t", "from the left", "bmm", "baddbmm", "einsum, features
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_vectors_go_along_its_features(name: str, relative: Any) -> None:
+def test_vectors_go_along_its_features(name: str) -> None:
     model, gm, path = made(name, "export")
     make = torch.Generator().manual_seed(4)
     row, col = torch.rand(5, generator=make) + 0.5, torch.rand(3, generator=make) + 0.5
@@ -252,24 +239,22 @@ WIDE = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(5))
 WIDER = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(6))
 
 
-class Apart(Block):
+def parts_of(function: Any) -> nn.Module:
     """A weight of which three products read parts."""
 
-    def __init__(self, function: Any) -> None:
-        super().__init__(function)
-        self.w, self.v = nn.Parameter(torch.randn(5, 12)), nn.Parameter(torch.randn(12, 5))
-        self.b = nn.Parameter(torch.randn(12))
+    def mixed(m: Any, x: Tensor) -> Tensor:
+        one, two, three = function(m, x)
+        y: Tensor = one.tanh() * two.sigmoid() + three.sin()
+        return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        one, two, three = self.function(self, x)
-        return one.tanh() * two.sigmoid() + three.sin()
+    return Computes(mixed, {"w": (5, 12), "v": (12, 5), "b": (12,)})
 
 
 def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphModule, Adapter, Any]:
     """A model, its graph, an adapter of its layer, and what it then gives."""
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module("block", Apart(PARTS[name]))
+    model.add_module("block", parts_of(PARTS[name]))
     model.add_module("end", nn.Tanh())
     model.eval().requires_grad_(False)
     gm = trace(model, (WIDE,), dynamic_shapes=({0: "batch"},), frontend=frontend)
@@ -286,9 +271,7 @@ def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphMo
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", PARTS)
-def test_a_product_with_a_part_of_a_weight_is_a_layer(
-    name: str, frontend: str, relative: Any
-) -> None:
+def test_a_product_with_a_part_of_a_weight_is_a_layer(name: str, frontend: str) -> None:
     _, gm, adapter, wanted = apart(name, frontend)
     injected = inject(gm, adapter)
     folded = fold(injected)
@@ -305,9 +288,7 @@ def test_a_product_with_a_part_of_a_weight_is_a_layer(
 
 
 @pytest.mark.parametrize("name", ["chunks", "einsum, features moved", "bmm", "all spellings"])
-def test_a_file_of_it_is_held_against_the_weight_form(
-    name: str, relative: Any, tmp_path: Path
-) -> None:
+def test_a_file_of_it_is_held_against_the_weight_form(name: str, tmp_path: Path) -> None:
     _, gm, adapter, wanted = apart(name, "export")
     report = to_onnx(fold(inject(gm, adapter)), tmp_path / "merged.onnx")
     assert "coverage 2 of 2 adapter tensors, 1 layers changed" in str(report)
@@ -352,10 +333,8 @@ class Square(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-@pytest.mark.parametrize("make", [Square, lambda: Block(SPELLINGS["operator"])])
-def test_target_parameters_act_on_it_as_in_peft(
-    make: Any, frontend: str, relative: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("make", [Square, lambda: block(SPELLINGS["operator"])])
+def test_target_parameters_act_on_it_as_in_peft(make: Any, frontend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(make(), nn.Tanh()).eval()
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["0.w"])
@@ -407,7 +386,7 @@ class SquareFactors(Written):
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("make", [Written, SquareFactors])
-def test_a_written_adapter_folds_into_its_layer(make: Any, frontend: str, relative: Any) -> None:
+def test_a_written_adapter_folds_into_its_layer(make: Any, frontend: str) -> None:
     torch.manual_seed(0)
     model = make().eval()
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
@@ -430,7 +409,7 @@ class Beside(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-def test_it_is_raised_beside_its_layer(frontend: str, relative: Any) -> None:
+def test_it_is_raised_beside_its_layer(frontend: str) -> None:
     torch.manual_seed(0)
     model, x = Beside().eval(), torch.randn(4, 6)
     raised = RaiseLora("french")(trace(model, (x,), frontend=frontend)).graph_module

@@ -10,17 +10,7 @@ from torch import nn
 from lora_fx import AdapterError, trace
 from lora_fx.reach import check_reached
 from lora_fx.sites import by_path
-
-
-class Layer(nn.Module):
-    def __init__(self, run: Any) -> None:
-        super().__init__()
-        self.fc, self.run = nn.Linear(5, 6, bias=False), run
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.run(x, self.fc.weight)
-        return y
-
+from lora_fx.testing import Computes
 
 FINE: dict[str, Any] = {
     "all parts": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:]),
@@ -38,7 +28,9 @@ MISSED: dict[str, Any] = {
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("name", [*FINE, *MISSED])
 def test_a_part_that_is_read_by_no_layer_is_told(name: str, frontend: str) -> None:
-    model = Layer((FINE | MISSED)[name]).eval()
+    run = (FINE | MISSED)[name]
+    fc = nn.Linear(5, 6, bias=False)
+    model = Computes(lambda m, x: run(x, m.fc.weight), fc=fc).eval()
     gm = trace(model, (torch.randn(3, 5),), frontend=frontend)
     if name in FINE:
         check_reached(gm, "fc", by_path(gm))

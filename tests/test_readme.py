@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_fx import text, trace
+from lora_fx.testing import check_pass
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLE, PASS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -34,7 +35,7 @@ def test_the_example_runs(
     assert "control" in capsys.readouterr().out
 
 
-def test_the_pass_runs(check_pass: Any) -> None:
+def test_the_pass_runs() -> None:
     class Copies(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.tanh(x.clone()).clone()

@@ -12,6 +12,7 @@ from lora_fx.adapter import WeightUpdate
 from lora_fx.kinds import KINDS
 from lora_fx.resolved import resolved
 from lora_fx.sites import by_path
+from lora_fx.testing import relative
 
 
 class Tied(nn.Module):
@@ -70,7 +71,7 @@ def traced() -> Any:
     ],
 )
 def test_a_path_may_be_another_name_of_the_layer(
-    traced: Any, given: str, meant: str, sizes: tuple[int, int], relative: Any
+    traced: Any, given: str, meant: str, sizes: tuple[int, int]
 ) -> None:
     _, gm, ids = traced
     by_name, by_place = (Adapter("a", {path: update(*sizes)}) for path in (given, meant))
@@ -87,9 +88,7 @@ def test_what_is_stored_nowhere_stays_as_it_is_and_is_refused(traced: Any) -> No
         inject(gm, strange)
 
 
-def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(
-    traced: Any, relative: Any
-) -> None:
+def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(traced: Any) -> None:
     model, gm, ids = traced
     rows = torch.randn(2, 5)
     alone = Adapter("a", {"shared": tokens(rows)})

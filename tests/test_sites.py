@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx import trace
 from lora_fx.sites import by_path, readers, sites
+from lora_fx.testing import Attention, zoo
 
 
 def test_a_site_is_read_into_a_record(ragged: Any) -> None:
@@ -29,16 +30,8 @@ def test_sites_are_grouped_by_path(ragged: Any) -> None:
 
 
 def test_a_module_with_several_weights_has_a_site_for_each() -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.attn(x, x, x, need_weights=False)[0]
-
-    gm = trace(Attends().eval(), (torch.randn(2, 7, 6),))
-    assert [site.path for site in sites(gm)] == ["attn", "attn.out_proj"]
+    gm = trace(Attention(6).eval(), (torch.randn(2, 7, 6),))
+    assert [site.path for site in sites(gm)] == ["layer", "layer.out_proj"]
 
 
 def test_a_computed_weight_is_no_site() -> None:
@@ -49,7 +42,7 @@ def test_a_computed_weight_is_no_site() -> None:
     assert sites(trace(Masked(3, 5))) == []
 
 
-def test_readers_are_told_by_module_and_not_by_name(zoo: Any) -> None:
+def test_readers_are_told_by_module_and_not_by_name() -> None:
     _, gm = zoo("qwen2")
     (call, source), *others = readers(gm, "lm_head.weight")
     assert not others

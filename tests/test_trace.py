@@ -9,6 +9,7 @@ from torch import nn
 import lora_fx
 from lora_fx import TraceError, text, trace
 from lora_fx.sites import sites
+from lora_fx.testing import make_adapter, zoo
 from lora_fx.trace import example_of
 
 FRONTENDS = ["symbolic", "export"]
@@ -16,7 +17,7 @@ MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_export_is_bit_equal_and_shares_the_tensors(model: str, zoo: Any) -> None:
+def test_export_is_bit_equal_and_shares_the_tensors(model: str) -> None:
     case, _ = zoo(model)
     before = dict(case.model.named_parameters())
     values = {name: p.clone() for name, p in before.items()}
@@ -57,14 +58,14 @@ def test_shared_modules_keep_their_own_paths(frontend: str, shared: Any, x: Any)
     assert shared.two is shared.one
 
 
-def test_tied_weights_are_told_apart_by_node(zoo: Any) -> None:
+def test_tied_weights_are_told_apart_by_node() -> None:
     case, gm = zoo("qwen2")
     assert case.model.lm_head.weight is case.model.model.embed_tokens.weight
     assert sites(gm)[-1].path == "lm_head"
     assert example_of(gm).output_embedding == "lm_head"
 
 
-def test_conv1d_is_a_site_with_a_transposed_weight(zoo: Any) -> None:
+def test_conv1d_is_a_site_with_a_transposed_weight() -> None:
     _, gm = zoo("gpt2")
     site = next(s for s in sites(gm) if s.path == "transformer.h.0.mlp.c_fc")
     assert site.transposed
@@ -115,7 +116,7 @@ def test_optional_arguments_that_are_left_out_are_fixed() -> None:
     assert torch.equal(both(x, torch.ones(5), True), model(x, torch.ones(5), True))
 
 
-def test_positional_and_keyword_calls_agree(zoo: Any) -> None:
+def test_positional_and_keyword_calls_agree() -> None:
     case, _ = zoo("bert")
     swapped = dict(reversed(case.inputs.items()))
     gm = trace(case.model, (), swapped)
@@ -231,7 +232,7 @@ class Guarded(nn.Module):
         return -y if negate else y
 
 
-def test_inputs_that_the_graph_is_not_good_for_are_refused(make_adapter: Any) -> None:
+def test_inputs_that_the_graph_is_not_good_for_are_refused() -> None:
     model = Guarded()
     fixed = trace(model, (torch.randn(2, 1, 3),))
     injected = lora_fx.inject(fixed, make_adapter({"fc": (5, 3)}))

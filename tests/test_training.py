@@ -22,6 +22,7 @@ from lora_fx import (
     save_adapter,
     trace,
 )
+from lora_fx.testing import relative
 
 pytestmark = [
     # PEFT says what it does about Conv1D, and what it cannot do itself with groups.
@@ -78,7 +79,7 @@ def trained(gm: Any, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_trains_and_the_result_loads_into_peft(
-    layer: str, frontend: str, relative: Any, tmp_path: Path
+    layer: str, frontend: str, tmp_path: Path
 ) -> None:
     model, base, ids = built(layer, frontend)
     rank = 4  # a multiple of the groups
@@ -103,7 +104,7 @@ def test_every_layer_trains_and_the_result_loads_into_peft(
 @pytest.mark.parametrize("layer", ["linear", "transposed"])
 @pytest.mark.parametrize("init", INITS)
 def test_every_start_is_the_base_and_says_what_it_learned(
-    init: str, layer: str, rslora: bool, relative: Any
+    init: str, layer: str, rslora: bool
 ) -> None:
     model, base, ids = built(layer, "export")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_fx.testing import analyse_function, check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 
 
@@ -115,20 +117,18 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_a_convolution_computes_what_the_graph_does(
-    name: str, frontend: str, check_case: Any
-) -> None:
+def test_a_convolution_computes_what_the_graph_does(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_is_no_layer_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_is_no_layer_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)
 
 
-def test_a_convolution_onto_a_convolution_is_a_function_of_the_first(analyse_function: Any) -> None:
+def test_a_convolution_onto_a_convolution_is_a_function_of_the_first() -> None:
     analysis, node = analyse_function(
         lambda m, x: F.conv2d(image(m, x), m.kernel.transpose(0, 1).contiguous()), "image"
     )

@@ -14,19 +14,13 @@ from lora_fx.affine.evaluate import dense
 from lora_fx.affine.factored import factored
 from lora_fx.affine.matrices import Leaf, Matrix, Product, Sum, Transposed, parts
 from lora_fx.affine.transfer import analyse
+from lora_fx.testing import Computes
 
 
-class Constant(nn.Module):
-    def __init__(self, function: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__()
-        make = torch.Generator().manual_seed(0)
-        shapes = {"w": (5, 3), "a": (5, 2), "b": (2, 3), "v": (5,)}
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape, generator=make)))
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.function(self).sum()
+def constant(function: Callable[[Any], torch.Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"w": (5, 3), "a": (5, 2), "b": (2, 3), "v": (5,)}
+    return Computes(lambda m, x: x * function(m).sum(), sizes)
 
 
 CASES: dict[str, tuple[Callable[[Any], torch.Tensor], type]] = {
@@ -49,7 +43,7 @@ CASES: dict[str, tuple[Callable[[Any], torch.Tensor], type]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_an_expression_equals_the_constant(name: str, frontend: str) -> None:
     function, kind = CASES[name]
-    module = Constant(function)
+    module = constant(function)
     gm = trace(module, (torch.ones(4, 3),), frontend=frontend)
     analysis = analyse(gm)
     total = next(n for n in gm.graph.nodes if "sum" in n.name)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from lora_fx.testing import analyse_function, check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 aten = torch.ops.aten
 
@@ -79,14 +81,14 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_features_hold_what_the_graph_computes(name: str, frontend: str, check_case: Any) -> None:
+def test_features_hold_what_the_graph_computes(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_is_not_about_features_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_is_not_about_features_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)
 
 
@@ -97,6 +99,6 @@ KEYWORDS = {
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_calls_by_keyword_are_refused_or_right(name: str, analyse_function: Any) -> None:
+def test_calls_by_keyword_are_refused_or_right(name: str) -> None:
     analysis, node = analyse_function(KEYWORDS[name], "batch", "symbolic")
     assert node in analysis.values

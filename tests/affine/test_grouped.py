@@ -11,20 +11,14 @@ from torch import nn
 
 from lora_fx import text, trace
 from lora_fx.passes import FoldLora
+from lora_fx.testing import Computes
 
 
-class Grouped(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two = (nn.Conv1d(6, 4, 3, groups=2) for _ in range(2))
-        self.mix = nn.Conv1d(4, 4, 1)
-        self.gain = nn.Parameter(torch.randn(4, 1))
-        self.register_buffer("order", torch.tensor([2, 3, 0, 1]))
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
+def grouped(function: Callable[..., Any]) -> nn.Module:
+    torch.manual_seed(0)
+    one, two = (nn.Conv1d(6, 4, 3, groups=2) for _ in range(2))
+    mix, order = nn.Conv1d(4, 4, 1), nn.Buffer(torch.tensor([2, 3, 0, 1]))
+    return Computes(function, {"gain": (4, 1)}, one=one, two=two, mix=mix, order=order)
 
 
 FOLDED: dict[str, Callable[..., Any]] = {
@@ -49,7 +43,7 @@ MIXED: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("chains", [False, True])
 @pytest.mark.parametrize("name", FOLDED | MIXED)
 def test_a_fold_of_grouped_convolutions_changes_nothing(name: str, chains: bool) -> None:
-    module = Grouped((FOLDED | MIXED)[name]).double().eval()
+    module = grouped((FOLDED | MIXED)[name]).double().eval()
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)).double()
     gm = trace(module, (x,))
     folded = FoldLora(chains=chains)(gm).graph_module

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_fx.testing import analyse_function, check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 aten = torch.ops.aten
 
@@ -237,20 +239,18 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_joined_features_hold_what_the_graph_computes(
-    name: str, frontend: str, check_case: Any
-) -> None:
+def test_joined_features_hold_what_the_graph_computes(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_joins_something_else_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_joins_something_else_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)
 
 
-def test_a_call_by_keyword_is_refused_or_right(analyse_function: Any) -> None:
+def test_a_call_by_keyword_is_refused_or_right() -> None:
     def scattered(m: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.slice_scatter(m.low(x), src=m.low(x)[..., :2], dim=-1, end=2)
 

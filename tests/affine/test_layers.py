@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_fx.testing import analyse_function, check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 
 # name -> (function, input, the frontends that see enough; all by default)
@@ -97,18 +99,18 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_a_layer_computes_what_the_graph_does(name: str, frontend: str, check_case: Any) -> None:
+def test_a_layer_computes_what_the_graph_does(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_is_no_layer_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_is_no_layer_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)
 
 
-def test_a_repeated_row_is_not_seen_through(analyse_function: Any) -> None:
+def test_a_repeated_row_is_not_seen_through() -> None:
     """``expand`` from (1, 3) makes rows: the matrix that bmm multiplies with is (3, 3)."""
     analysis, node = analyse_function(
         lambda m, x: torch.bmm(x, m.gain3.reshape(1, 3).expand(4, 3, 3)), "batch"
@@ -117,6 +119,6 @@ def test_a_repeated_row_is_not_seen_through(analyse_function: Any) -> None:
     assert value is None or value.since(value.parent)[0].shape == (3, 3)
 
 
-def test_unsqueeze_by_keyword_in_front_of_bmm(check_case: Any) -> None:
+def test_unsqueeze_by_keyword_in_front_of_bmm() -> None:
     case = (lambda m, x: torch.bmm(x, m.w.T.unsqueeze(dim=0).expand(4, 3, 5)), "batch")
     check_case(case, "symbolic")

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_fx.testing import check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 
 
@@ -163,22 +165,22 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_a_move_computes_what_the_graph_does(name: str, frontend: str, check_case: Any) -> None:
+def test_a_move_computes_what_the_graph_does(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", CASTS | HALVES)
-def test_a_cast_computes_what_the_graph_does(name: str, frontend: str, check_case: Any) -> None:
+def test_a_cast_computes_what_the_graph_does(name: str, frontend: str) -> None:
     check_case((CASTS | HALVES)[name], frontend, 1e-6 if name in CASTS else 1e-2)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_is_no_move_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_is_no_move_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)
 
 
-def test_t_of_one_axis_moves_nothing(check_case: Any) -> None:
+def test_t_of_one_axis_moves_nothing() -> None:
     check_case((lambda m, x: m.low(x).t() * m.gain, "one"), "export")

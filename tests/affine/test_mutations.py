@@ -19,6 +19,7 @@ from lora_fx.affine.index import Index, slice_of
 from lora_fx.affine.maps import Map, Patches
 from lora_fx.affine.matrices import Blocks, Leaf
 from lora_fx.affine.transfer import TRANSFER
+from lora_fx.testing import check_case, check_reason
 
 
 def doubled(value: Any) -> Any:
@@ -278,9 +279,7 @@ def tables() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_function_is_seen_by_a_case(
-    name: str, tables: Any, monkeypatch: Any, check_case: Any, check_reason: Any
-) -> None:
+def test_a_broken_function_is_seen_by_a_case(name: str, tables: Any, monkeypatch: Any) -> None:
     (target, attribute, broken), file, case = MUTANTS[name]
     table = tables[file]
     cases = table["CASES"] | table.get("CASTS", {})

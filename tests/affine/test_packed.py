@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx import Adapter, Update, explain, fold, inject, text, trace, unfold
 from lora_fx.sites import by_path, sites
+from lora_fx.testing import relative
 
 
 class Parts(nn.Module):
@@ -38,7 +39,7 @@ def meeting(w: Any) -> Any:
     return w, w[:3], w[2:]
 
 
-def folded(cut: Any, add: tuple[bool, bool, bool], relative: Any) -> Any:
+def folded(cut: Any, add: tuple[bool, bool, bool]) -> Any:
     torch.manual_seed(0)
     model, x = Parts(cut, add).eval().requires_grad_(False), torch.randn(3, 7, 5)
     gm = trace(model, (x,))
@@ -48,25 +49,25 @@ def folded(cut: Any, add: tuple[bool, bool, bool], relative: Any) -> Any:
     return found
 
 
-def test_calls_that_are_not_folded_read_the_folded_weight(relative: Any) -> None:
-    gm = folded(apart, (True, False, False), relative)
+def test_calls_that_are_not_folded_read_the_folded_weight() -> None:
+    gm = folded(apart, (True, False, False))
     (target,) = {str(site.weight.target) for site in sites(gm)}
     assert target == "fc.weight"
     assert [site.outputs for site in by_path(gm)["fc"]] == [range(2), range(2, 4), range(4, 6)]
     assert "chunk(fc.bias, 3)" in text(gm)
 
 
-def test_parts_that_meet_stay_one_weight_if_they_agree(relative: Any) -> None:
-    gm = folded(meeting, (True, True, True), relative)
+def test_parts_that_meet_stay_one_weight_if_they_agree() -> None:
+    gm = folded(meeting, (True, True, True))
     assert {str(site.weight.target) for site in sites(gm)} == {"fc.weight"}
 
 
-def test_parts_that_meet_and_differ_are_weights_of_their_own(relative: Any) -> None:
-    gm = folded(meeting, (False, True, False), relative)
+def test_parts_that_meet_and_differ_are_weights_of_their_own() -> None:
+    gm = folded(meeting, (False, True, False))
     assert len({str(site.weight.target) for site in sites(gm)}) > 1
 
 
-def test_a_weight_that_is_only_cut_is_left_alone(relative: Any, capsys: Any) -> None:
+def test_a_weight_that_is_only_cut_is_left_alone(capsys: Any) -> None:
     torch.manual_seed(0)
     model = Parts(apart, (False, False, False)).eval()
     gm = trace(model, (torch.randn(3, 7, 5),))
@@ -75,7 +76,7 @@ def test_a_weight_that_is_only_cut_is_left_alone(relative: Any, capsys: Any) -> 
     assert "becomes" not in capsys.readouterr().out
 
 
-def test_another_who_reads_the_weight_keeps_what_it_was(relative: Any) -> None:
+def test_another_who_reads_the_weight_keeps_what_it_was() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()

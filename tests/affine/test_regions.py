@@ -10,25 +10,19 @@ from torch import nn
 from lora_fx import fold, text, trace
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
+from lora_fx.testing import Computes
 
 
-class Layers(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
-        self.down, self.up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
-        self.table, self.gain = nn.Embedding(9, 4), nn.Parameter(torch.randn(4))
-        self.norm = nn.LayerNorm(4)
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
+def layers(function: Callable[..., Any]) -> nn.Module:
+    one, two, norm = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
+    sizes = {"down": (4, 2), "up": (2, 4), "gain": (4,)}
+    return Computes(function, sizes, one=one, two=two, table=nn.Embedding(9, 4), norm=norm)
 
 
 def regions_of(
     function: Callable[..., Any], chains: bool = False
 ) -> list[tuple[str, str, int, bool]]:
-    found = maximal_regions(analyse(trace(Layers(function))), chains)
+    found = maximal_regions(analyse(trace(layers(function))), chains)
     return [(r.value.node.name, r.layer.name, len(r.nodes), bool(r.blocked)) for r in found]
 
 
@@ -106,12 +100,11 @@ def test_chains_fold_when_asked(name: str) -> None:
 
 
 def test_reshapes_around_a_layer_are_kept() -> None:
-    class Around(Layers):
-        def forward(self, x: torch.Tensor) -> Any:
-            flat = torch.addmm(self.gain, x.view(-1, 4), self.one.weight.T.contiguous())
-            return flat.view(4, 7, 4) + x @ self.down @ self.up
+    def around(m: Any, x: torch.Tensor) -> Any:
+        flat = torch.addmm(m.gain, x.view(-1, 4), m.one.weight.T.contiguous())
+        return flat.view(4, 7, 4) + x @ m.down @ m.up
 
-    module, x = Around(lambda m, x: x), torch.randn(4, 7, 4)
+    module, x = layers(around), torch.randn(4, 7, 4)
     folded = fold(trace(module, (x,)))
     assert text(folded).count("view(") == 2
     assert text(folded).count("addmm(") == 1
@@ -122,11 +115,10 @@ def test_reshapes_around_a_layer_are_kept() -> None:
 def test_only_what_is_read_is_replaced() -> None:
     """A region between another one's layer and its source: not a region of its own."""
 
-    class Nested(Layers):
-        def forward(self, x: torch.Tensor) -> Any:
-            y = self.two(x) + x @ self.down @ self.up
-            pieces = torch.chunk(y, 2, -1)
-            return self.one(torch.cat((pieces[1], pieces[0]), -1))
+    def nested(m: Any, x: torch.Tensor) -> Any:
+        y = m.two(x) + x @ m.down @ m.up
+        pieces = torch.chunk(y, 2, -1)
+        return m.one(torch.cat((pieces[1], pieces[0]), -1))
 
-    module, x = Nested(lambda m, x: x), torch.randn(3, 4)
+    module, x = layers(nested), torch.randn(3, 4)
     torch.testing.assert_close(fold(trace(module))(x), module(x))

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_fx.testing import check_case, check_reason
+
 FRONTENDS = ["symbolic", "export"]
 
 
@@ -148,12 +150,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in CASES.items() for f in c[2:] or FRONTENDS]
 )
-def test_arithmetic_computes_what_the_graph_does(name: str, frontend: str, check_case: Any) -> None:
+def test_arithmetic_computes_what_the_graph_does(name: str, frontend: str) -> None:
     check_case(CASES[name], frontend)
 
 
 @pytest.mark.parametrize(
     ("name", "frontend"), [(n, f) for n, c in OPAQUE.items() for f in c[3:] or FRONTENDS]
 )
-def test_what_is_not_affine_says_why(name: str, frontend: str, check_reason: Any) -> None:
+def test_what_is_not_affine_says_why(name: str, frontend: str) -> None:
     check_reason(OPAQUE[name], frontend)

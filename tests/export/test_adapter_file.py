@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lora_fx.compare import compare
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.passes import InjectLora
+from lora_fx.testing import traced
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -48,9 +48,7 @@ def test_a_layer_that_the_adapter_leaves_alone_stays_the_base(
         assert not compare(value, base).ok
 
 
-def test_half_precision_adapters_are_rounded_once(
-    traced: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_half_precision_adapters_are_rounded_once(tmp_path: Path) -> None:
     x = torch.randn(4, 7, 3).half()
     gm = traced(nn.Sequential(nn.Linear(3, 5)).half(), x)
     to_onnx(gm, tmp_path / "model.onnx", adapters="input")
@@ -67,7 +65,7 @@ def test_half_precision_adapters_are_rounded_once(
     assert not (tmp_path / "loud.onnx_adapter").exists()
 
 
-def test_bfloat16_adapters_keep_every_bit(traced: Callable[..., Any], tmp_path: Path) -> None:
+def test_bfloat16_adapters_keep_every_bit(tmp_path: Path) -> None:
     gm = traced(nn.Sequential(nn.Linear(3, 5)).bfloat16(), torch.randn(4, 7, 3).bfloat16())
     model, file = tmp_path / "model.onnx", tmp_path / "a.onnx_adapter"
     to_onnx(gm, model, adapters="input", verify=False)

@@ -14,28 +14,23 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
+from lora_fx.testing import Computes, relative
 from lora_fx.trace import trace
 
 Tensor = torch.Tensor
 ROWS = [True, False, True, False, False, False, True]
 
 
-class Assigns(nn.Module):
+def assigns(assign: Callable[[Any, Tensor, Tensor], Tensor]) -> nn.Module:
     """Two activations, (batch, 7, 5) and (batch, 7, 3), of which something is assigned."""
-
-    def __init__(self, assign: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.wide, self.narrow = nn.Linear(3, 5), nn.Linear(3, 3)
-        self.assign = assign
-        self.mask: Tensor
-        self.grid: Tensor
-        self.rows: Tensor
-        self.register_buffer("mask", torch.tensor([True, False, True, True, False]))
-        self.register_buffer("grid", torch.arange(35).reshape(7, 5) % 3 == 1)
-        self.register_buffer("rows", torch.tensor(ROWS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.assign(self, torch.tanh(self.wide(x)), torch.sin(self.narrow(x)))
+    grid = torch.arange(35).reshape(7, 5) % 3 == 1
+    masks = {"mask": torch.tensor([True, False, True, True, False]), "grid": grid}
+    return Computes(
+        lambda m, x: assign(m, torch.tanh(m.wide(x)), torch.sin(m.narrow(x))),
+        wide=nn.Linear(3, 5),
+        narrow=nn.Linear(3, 3),
+        **{name: nn.Buffer(mask) for name, mask in (masks | {"rows": torch.tensor(ROWS)}).items()},
+    )
 
 
 def put(y: Tensor, places: Any, values: Any) -> Tensor:
@@ -81,9 +76,9 @@ def ran(path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "frontend"), CASES)
-def test_a_mask_becomes_a_gather(name: str, frontend: str, relative: Any, tmp_path: Path) -> None:
+def test_a_mask_becomes_a_gather(name: str, frontend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Assigns({**ITEMS, **CALLS}[name]).eval()
+    model = assigns({**ITEMS, **CALLS}[name]).eval()
     x, other = torch.randn(4, 7, 3), torch.randn(2, 7, 3)
     gm = trace(model, (x,), dynamic_shapes=({0: "batch"},), frontend=frontend)
     to_onnx(gm, tmp_path / "m.onnx")
@@ -95,11 +90,11 @@ def test_a_mask_becomes_a_gather(name: str, frontend: str, relative: Any, tmp_pa
     assert not {"NonZero", "GatherND"} & kinds
 
 
-def test_the_last_write_to_a_place_stays(relative: Any, tmp_path: Path) -> None:
+def test_the_last_write_to_a_place_stays(tmp_path: Path) -> None:
     places = torch.tensor([True, False, True, False, False])
     repeats = [None, None, torch.tensor([1, 4, 1])]
     torch.manual_seed(0)
-    model = Assigns(
+    model = assigns(
         lambda m, y, z: torch.ops.aten.index_put(put(y, (..., places), 0.0), repeats, z)
     ).eval()
     x = torch.randn(4, 7, 3)
@@ -111,7 +106,7 @@ def test_a_mask_of_the_input_is_refused_as_it_was(tmp_path: Path) -> None:
     def assign(m: Any, y: Tensor, z: Tensor) -> Tensor:
         return torch.ops.aten.index_put(y, [None, None, z[0, 0].sum() > m.mask], z[..., :1])
 
-    gm = trace(Assigns(assign).eval(), (torch.randn(4, 7, 3),), dynamic_shapes=({0: "batch"},))
+    gm = trace(assigns(assign).eval(), (torch.randn(4, 7, 3),), dynamic_shapes=({0: "batch"},))
     with pytest.raises(ExportError, match="no ONNX form"):
         to_onnx(gm, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -10,16 +10,8 @@ from torch import nn
 from lora_fx.export.clean import anonymise, clean
 from lora_fx.export.convert import convert
 from lora_fx.program import export_program
+from lora_fx.testing import Tied
 from lora_fx.trace import trace
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(6, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.table(ids), self.table.weight)
 
 
 class Twice(nn.Module):

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_fx.export.controls import controls, without_adapters
 from lora_fx.passes import FoldLora, InjectLora
+from lora_fx.testing import traced
 
 
 def test_controls_of_a_folded_graph_are_its_base(mlp: Any) -> None:
@@ -29,7 +30,7 @@ def test_scaling_a_weight_leaves_the_graph_alone(mlp: Any) -> None:
         assert torch.equal(value, before[name])
 
 
-def test_a_graph_without_weights_has_no_control(traced: Any) -> None:
+def test_a_graph_without_weights_has_no_control() -> None:
     gm = traced(nn.ReLU(), torch.randn(4, 7))
     assert without_adapters(gm) is None
     assert list(controls(gm)) == []

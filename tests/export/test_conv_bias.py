@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -9,12 +8,13 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.testing import relative
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_without_a_bias_has_none_in_onnx(
-    dims: int, bias: bool, tmp_path: Path, relative: Any
+    dims: int, bias: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.export import to_onnx
 from lora_fx.export.cases import Case
 from lora_fx.export.eager import evaluating, run_eager
+from lora_fx.testing import Computes
 from lora_fx.trace import example_of, trace
 
 FRONTENDS = ("symbolic", "export")
@@ -36,15 +37,9 @@ def test_evaluating_switches_dropout_off_in_a_copy(frontend: str) -> None:
     assert example_of(copy) is example_of(gm)
 
 
-class Calls(nn.Module):
+def calls(call: Callable[[torch.Tensor, bool], torch.Tensor]) -> nn.Module:
     """One function of the kind that takes the training flag as a number or by place."""
-
-    def __init__(self, call: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(x, self.training)
+    return Computes(lambda m, x: call(x, m.training))
 
 
 TRAINING: dict[str, Callable[[], nn.Module]] = {
@@ -57,9 +52,9 @@ TRAINING: dict[str, Callable[[], nn.Module]] = {
     "feature alpha dropout": lambda: nn.FeatureAlphaDropout(0.5),
     "rrelu": lambda: nn.RReLU(),
     "lstm": lambda: nn.LSTM(3, 5, 2, dropout=0.5),
-    "functions": lambda: Calls(lambda x, on: F.alpha_dropout(F.dropout(x, 0.5, on), 0.5, on)),
-    "builtins": lambda: Calls(lambda x, on: torch.dropout(x, 0.5, on)),
-    "attention": lambda: Calls(
+    "functions": lambda: calls(lambda x, on: F.alpha_dropout(F.dropout(x, 0.5, on), 0.5, on)),
+    "builtins": lambda: calls(lambda x, on: torch.dropout(x, 0.5, on)),
+    "attention": lambda: calls(
         lambda x, on: F.scaled_dot_product_attention(x, x, x, None, 0.5 if on else 0.0)
     ),
 }

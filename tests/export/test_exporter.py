@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.compare import compare
@@ -21,6 +20,7 @@ from lora_fx.export import Session, to_onnx
 from lora_fx.export.convert import convert
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.passes import FoldLora, InjectLora
+from lora_fx.testing import traced
 from lora_fx.text import text
 from lora_fx.trace import trace
 
@@ -216,7 +216,7 @@ def test_nested_inputs_and_outputs_are_named_and_repeated_ones_kept_apart(tmp_pa
     assert {row.tolerance for row in report.checks if row.output == "output_1_0"} == {0.0}
 
 
-def test_an_output_that_is_no_tensor_is_refused(traced: Any, tmp_path: Path) -> None:
+def test_an_output_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     class Counted(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
             return {"y": x + 1, "count": 3}
@@ -226,7 +226,7 @@ def test_an_output_that_is_no_tensor_is_refused(traced: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("adapters", ["constant", "input"])
-def test_float16(traced: Callable[..., fx.GraphModule], adapters: str, tmp_path: Path) -> None:
+def test_float16(adapters: str, tmp_path: Path) -> None:
     gm = traced(nn.Sequential(nn.Linear(3, 5).half()), torch.randn(4, 7, 3).half())
     report = to_onnx(gm, tmp_path / "model.onnx", adapters=adapters)
     assert report.verified
@@ -234,9 +234,7 @@ def test_float16(traced: Callable[..., fx.GraphModule], adapters: str, tmp_path:
 
 
 @pytest.mark.parametrize("adapters", ["constant", "input"])
-def test_bfloat16_is_an_error_that_says_what_to_do(
-    traced: Any, adapters: str, tmp_path: Path
-) -> None:
+def test_bfloat16_is_an_error_that_says_what_to_do(adapters: str, tmp_path: Path) -> None:
     gm = traced(nn.Sequential(nn.Linear(3, 5)).bfloat16(), torch.randn(4, 7, 3).bfloat16())
     with pytest.raises(ExportError, match="float32 or float16"):
         to_onnx(gm, tmp_path / "model.onnx", adapters=adapters)

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.inputs import example_inputs
+from lora_fx.testing import traced
 from lora_fx.trace import trace
 
 X = torch.randn(4, 7, 3)
 
 
-def test_inputs_are_those_given_or_remembered(traced: Any) -> None:
+def test_inputs_are_those_given_or_remembered() -> None:
     shapes = {"input": {0: "rows"}}
     gm = traced(nn.Linear(3, 5), X, dynamic_shapes=shapes)
     remembered = example_inputs(gm, None, None, None)

@@ -9,6 +9,7 @@ from torch import nn
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.export.untraced import program_of
+from lora_fx.testing import traced
 
 
 class Mixed(nn.Module):
@@ -26,7 +27,7 @@ class Mixed(nn.Module):
 
 
 @pytest.fixture
-def program(traced: Any) -> LoweredProgram:
+def program() -> LoweredProgram:
     gm = traced(Mixed(), torch.randint(0, 6, (4, 7)), 3)
     found = program_of(gm, example_inputs(gm, None, None, None))
     assert isinstance(found, LoweredProgram)

@@ -16,6 +16,7 @@ from lora_fx.export.inputs import example_inputs
 from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.trial import Trial, trial_of
 from lora_fx.passes import InjectLora
+from lora_fx.testing import Notebook, make_adapter, traced
 from lora_fx.text import text
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
@@ -49,23 +50,13 @@ def test_a_swappable_file_with_another_weight_fails_alone_and_adapted(
     assert {("base", "score"), ("adapted", "score")} <= wrong
 
 
-class Notebook(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 5)
-        self.a, self.b = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + 1.5 * (x @ (self.a @ self.b).T)
-
-
 def test_a_low_rank_product_is_exported_in_its_cheapest_form_however_it_was_spelled(
-    traced: Any, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
-    gm = traced(Notebook(), torch.randn(4, 7, 3), dynamic_shapes=({0: "batch"},))
+    gm = traced(Notebook(3, 5), torch.randn(4, 7, 3), dynamic_shapes=({0: "batch"},))
     plan = Constant.of(gm)
-    assert "matmul(x, linear.lora_shrink)" in text(plan.traced)
+    assert "matmul(x, fc.lora_shrink)" in text(plan.traced)
     assert text(plan.expected) == text(gm)
     report = to_onnx(gm, tmp_path / "model.onnx")
     assert all(row.ok for row in report.checks)
@@ -82,19 +73,17 @@ def test_a_constant_plan_is_judged_by_the_graph_as_it_was_given(mlp: Any) -> Non
     assert text(base.traced) == text(base.expected) == text(mlp.gm)
 
 
-def test_an_adapter_of_the_name_that_is_given_to_what_is_read_out(traced: Any) -> None:
+def test_an_adapter_of_the_name_that_is_given_to_what_is_read_out() -> None:
     torch.manual_seed(0)
-    gm = traced(Notebook(), torch.randn(4, 7, 3))
+    gm = traced(Notebook(3, 5), torch.randn(4, 7, 3))
     update = Update(torch.randn(2, 3), torch.randn(5, 2), 1.0)
-    both = InjectLora(Adapter("raised", {"linear": update}))(gm).graph_module
+    both = InjectLora(Adapter("raised", {"fc": update}))(gm).graph_module
     plan = Constant.of(both)
     assert compare(plan.traced(X), both(X)).relative <= 1e-5
     assert compare(plan.traced(X), gm(X)).relative > 1e-2
 
 
-def test_slots_of_many_rows_make_their_weight_and_take_any_rank(
-    traced: Any, tmp_path: Path, make_adapter: Any
-) -> None:
+def test_slots_of_many_rows_make_their_weight_and_take_any_rank(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 512, 64)
     gm = traced(nn.Sequential(nn.Linear(64, 48)), x)

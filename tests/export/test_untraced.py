@@ -15,6 +15,7 @@ from lora_fx.export.trial import trial_of
 from lora_fx.export.untraced import program_of
 from lora_fx.passes import FoldLora, InjectLora
 from lora_fx.program import export_program
+from lora_fx.testing import traced
 from lora_fx.trace import trace
 
 
@@ -92,7 +93,7 @@ class Writes(nn.Module):
         return x + self.count
 
 
-def test_what_it_cannot_tell_is_traced_again(mlp: Any, traced: Any) -> None:
+def test_what_it_cannot_tell_is_traced_again(mlp: Any) -> None:
     x = torch.randn(4, 7, 3)
     symbolic = trace(nn.Linear(3, 5), (x,), frontend="symbolic")
     given = Inputs((), {"x": x}, None)

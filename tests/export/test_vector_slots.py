@@ -14,6 +14,7 @@ import lora_fx
 from lora_fx import Adapter, AdapterError, ExportError, Update, inject, load_adapter, trace
 from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.ops import aten
+from lora_fx.testing import relative
 
 
 class Net(nn.Module):
@@ -91,9 +92,7 @@ def exported(request: Any, tmp_path_factory: Any) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_one_file_takes_every_kind(
-    exported: tuple[Any, Path], kind: str, relative: Any, tmp_path: Path
-) -> None:
+def test_one_file_takes_every_kind(exported: tuple[Any, Path], kind: str, tmp_path: Path) -> None:
     gm, path = exported
     adapter, ids = ADAPTERS[kind](), torch.randint(0, 11, (3, 7))
     file = tmp_path / "a.onnx_adapter"

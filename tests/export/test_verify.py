@@ -16,6 +16,7 @@ from lora_fx.export.inputs import example_inputs
 from lora_fx.export.trial import Trial, trial_of
 from lora_fx.export.verify import verify_file
 from lora_fx.passes import InjectLora
+from lora_fx.testing import traced
 
 
 def trial(gm: fx.GraphModule) -> Trial:
@@ -52,7 +53,7 @@ class Sized(nn.Module):
         return self.fc(x)
 
 
-def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path, traced: Any) -> None:
+def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path) -> None:
     gm = traced(Sized(), torch.randn(4, 7, 3), dynamic_shapes={"x": {0: "batch"}})
     to_onnx(gm, tmp_path / "model.onnx", verify=False)
     few = evaluating(gm)
@@ -68,12 +69,12 @@ def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path, traced: Any) -> 
     assert {row.shape for row in found.checks} == {"batch=4", "batch=2"}
 
 
-def test_one_shape_alone_is_noted(tmp_path: Path, traced: Any) -> None:
+def test_one_shape_alone_is_noted(tmp_path: Path) -> None:
     report = to_onnx(traced(Sized(), torch.randn(4, 7, 3)), tmp_path / "model.onnx")
     assert report.notes == ["model: checked at the traced shape only"]
 
 
-def test_values_that_are_no_numbers_are_noted(tmp_path: Path, traced: Any) -> None:
+def test_values_that_are_no_numbers_are_noted(tmp_path: Path) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -88,7 +89,7 @@ def test_values_that_are_no_numbers_are_noted(tmp_path: Path, traced: Any) -> No
     assert report.verified
 
 
-def test_an_output_without_any_number_proves_nothing(tmp_path: Path, traced: Any) -> None:
+def test_an_output_without_any_number_proves_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5))
     with torch.no_grad():
         model[0].bias.fill_(float("nan"))

@@ -26,6 +26,7 @@ from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft_file import METADATA
 from lora_fx.stored import Stored
+from lora_fx.testing import fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
@@ -140,7 +141,7 @@ def write(path: Path, state: Tensors, fields: dict[str, Any] | None = None) -> P
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("component", ["unet", "transformer"])
 def test_outputs_are_those_of_diffusers(
-    tmp_path: Path, fits: Callable[..., None], component: str, spelling: str, alphas: str
+    tmp_path: Path, component: str, spelling: str, alphas: str
 ) -> None:
     state, values = pairs(component), ALPHAS[alphas]
     file = {SPELLINGS[spelling](key): value for key, value in state.items()}
@@ -173,9 +174,7 @@ def fields_of(case: str, component: str = "unet") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_the_metadata_decides_the_scales(
-    tmp_path: Path, fits: Callable[..., None], case: str
-) -> None:
+def test_the_metadata_decides_the_scales(tmp_path: Path, case: str) -> None:
     state = pairs("unet", ranks=RANKS[case])
     file = write(tmp_path / "a.safetensors", state, fields_of(case))
     adapter = load_adapter(file, component="unet")
@@ -184,9 +183,7 @@ def test_the_metadata_decides_the_scales(
     fits(adapter, seeded(), X, loaded_by_diffusers("unet", state, None, CONFIGS[case]))
 
 
-def test_without_a_component_paths_are_those_of_the_pipeline(
-    tmp_path: Path, same: Callable[..., None]
-) -> None:
+def test_without_a_component_paths_are_those_of_the_pipeline(tmp_path: Path) -> None:
     state = pairs("unet") | pairs("text_encoder", seed=1)
     file = write(tmp_path / "a.safetensors", state)
     whole = load_adapter(file)
@@ -194,14 +191,14 @@ def test_without_a_component_paths_are_those_of_the_pipeline(
     for component in ("unet", "text_encoder"):
         part = load_adapter(file, component=component)
         own = {p: whole.updates[f"{component}.{p}"] for p in LAYERS}
-        same(part, Adapter("a", own))
+        same_adapter(part, Adapter("a", own))
     with pytest.raises(AdapterError, match="component is 'vae', the file has text_encoder, unet"):
         load_adapter(file, component="vae")
 
 
-def test_a_directory_is_read(tmp_path: Path, same: Callable[..., None]) -> None:
+def test_a_directory_is_read(tmp_path: Path) -> None:
     file = write(tmp_path / WEIGHTS, pairs("unet"))
-    same(load_adapter(tmp_path), load_adapter(file))
+    same_adapter(load_adapter(tmp_path), load_adapter(file))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match=r"adapter_config\.json: peft_type is missing"):
         load_adapter(tmp_path)
@@ -211,11 +208,7 @@ def test_a_directory_is_read(tmp_path: Path, same: Callable[..., None]) -> None:
 @pytest.mark.parametrize("component", ["unet", "text_encoder", None], ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_load_save_load_keeps_every_bit(
-    tmp_path: Path,
-    same: Callable[..., None],
-    case: str,
-    component: str | None,
-    dtype: torch.dtype,
+    tmp_path: Path, case: str, component: str | None, dtype: torch.dtype
 ) -> None:
     hints: dict[str, Any] = {} if component is None else {"component": component}
     state: Tensors = {}
@@ -226,14 +219,12 @@ def test_load_save_load_keeps_every_bit(
     first = load_adapter(write(tmp_path / "a.safetensors", state, fields), name="a", **hints)
     save_adapter(first, tmp_path / "b.safetensors", format="diffusers", **hints)
     second = load_adapter(tmp_path / "b.safetensors", name="a", **hints)
-    same(second, first)
+    same_adapter(second, first)
     assert str(second) == str(first)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_diffusers_computes_the_same_from_what_is_written(
-    tmp_path: Path, relative: Any, case: str
-) -> None:
+def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: str) -> None:
     state = pairs("unet", ranks=RANKS[case])
     first = load_adapter(write(tmp_path / "a.safetensors", state, fields_of(case)))
     save_adapter(first, tmp_path / "b.safetensors", format="diffusers")

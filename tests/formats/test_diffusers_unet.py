@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft_file import METADATA
+from lora_fx.testing import relative
 
 diffusers = pytest.importorskip("diffusers")
 # PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
@@ -125,12 +125,12 @@ def loaded(file: Path, **options: Any) -> Any:
     return model.eval()
 
 
-def test_the_graph_is_the_model(relative: Any) -> None:
+def test_the_graph_is_the_model() -> None:
     assert relative(traced()(*INPUTS)[0], run(unet())) == 0
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_of_a_pipeline(tmp_path: Path, relative: Any, case: str) -> None:
+def test_a_file_of_a_pipeline(tmp_path: Path, case: str) -> None:
     model = trained(case)
     adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
     axes = {len(update.shape) for update in adapter.updates.values()}
@@ -144,7 +144,7 @@ def test_a_file_of_a_pipeline(tmp_path: Path, relative: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_that_diffusers_merges(tmp_path: Path, relative: Any, case: str) -> None:
+def test_weights_are_those_that_diffusers_merges(tmp_path: Path, case: str) -> None:
     model = trained(case)
     adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
     model.fuse_lora()
@@ -157,7 +157,7 @@ def test_weights_are_those_that_diffusers_merges(tmp_path: Path, relative: Any, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_of_one_model(tmp_path: Path, case: str, same: Callable[..., None]) -> None:
+def test_a_file_of_one_model(tmp_path: Path, case: str) -> None:
     model = trained(case)
     model.save_lora_adapter(str(tmp_path / "a"))
     adapter = load_adapter(tmp_path / "a" / WEIGHTS)
@@ -187,9 +187,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_diffusers_computes_the_same_from_what_is_written(
-    tmp_path: Path, relative: Any, case: str
-) -> None:
+def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: str) -> None:
     model = trained(case)
     adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
     save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers", component="unet")
@@ -199,7 +197,7 @@ def test_diffusers_computes_the_same_from_what_is_written(
 
 
 @pytest.mark.parametrize("case", ["plain", "dora", "lokr of linear layers"])
-def test_a_file_without_metadata_has_a_scale_of_1(tmp_path: Path, relative: Any, case: str) -> None:
+def test_a_file_without_metadata_has_a_scale_of_1(tmp_path: Path, case: str) -> None:
     file = written(tmp_path / "a", trained(case), case)
     state = load_file(file)
     save_file(state, tmp_path / "b.safetensors")
@@ -214,7 +212,7 @@ def test_a_file_without_metadata_has_a_scale_of_1(tmp_path: Path, relative: Any,
         assert (METADATA in opened.metadata()) == ("lokr" not in case)
 
 
-def test_a_text_encoder_beside_the_model(tmp_path: Path, relative: Any) -> None:
+def test_a_text_encoder_beside_the_model(tmp_path: Path) -> None:
     """As the pipeline writes it: the text encoder in another spelling."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -277,7 +275,7 @@ def test_the_kind_is_what_the_config_says(tmp_path: Path, case: str) -> None:
     assert fields["unet.use_rslora"] is ("rslora" in case)
 
 
-def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path, relative: Any) -> None:
+def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path) -> None:
     def base() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(6, 8, 3, groups=2))

@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import fits, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
@@ -120,9 +121,7 @@ def write(path: Path, state: Tensors) -> Path:
 
 @pytest.mark.parametrize("alpha", [3.0, 0.5, -2.0, 0.0, None], ids=str)
 @pytest.mark.parametrize("prefix", ["lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3"])
-def test_outputs_are_those_of_the_rule(
-    tmp_path: Path, fits: Callable[..., None], prefix: str, alpha: float | None
-) -> None:
+def test_outputs_are_those_of_the_rule(tmp_path: Path, prefix: str, alpha: float | None) -> None:
     base = seeded(Block)
     state = trained(layers(base, prefix), alpha)
     adapter = load_adapter(write(tmp_path / "a.safetensors", state), base=base)
@@ -130,11 +129,11 @@ def test_outputs_are_those_of_the_rule(
     fits(adapter, base, X, expected_of(Block, {"": prefix}, state))
 
 
-def test_a_graph_resolves_the_names_too(tmp_path: Path, same: Callable[..., None]) -> None:
+def test_a_graph_resolves_the_names_too(tmp_path: Path) -> None:
     base = seeded(Block)
     file = write(tmp_path / "a.safetensors", trained(layers(base, "lora_unet")))
     gm = lora_fx.trace(base, (X,))
-    same(load_adapter(file, base=gm), load_adapter(file, base=base))
+    same_adapter(load_adapter(file, base=gm), load_adapter(file, base=base))
 
 
 def pipeline_state() -> Tensors:
@@ -146,7 +145,7 @@ def pipeline_state() -> Tensors:
     return state
 
 
-def test_a_whole_pipeline(tmp_path: Path, fits: Callable[..., None]) -> None:
+def test_a_whole_pipeline(tmp_path: Path) -> None:
     state = pipeline_state()
     base = seeded(Pipeline)
     adapter = load_adapter(write(tmp_path / "a.safetensors", state), base=base)
@@ -155,7 +154,7 @@ def test_a_whole_pipeline(tmp_path: Path, fits: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("holder", PARTS)
-def test_one_part_of_a_pipeline(tmp_path: Path, fits: Callable[..., None], holder: str) -> None:
+def test_one_part_of_a_pipeline(tmp_path: Path, holder: str) -> None:
     state = pipeline_state()
     file = write(tmp_path / "a.safetensors", state)
     base = seeded(Pipeline).get_submodule(holder)
@@ -170,7 +169,7 @@ def test_one_part_of_a_pipeline(tmp_path: Path, fits: Callable[..., None], holde
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("component", ["unet", "te", "te1", "te2", "te3", None], ids=str)
 def test_load_save_load_keeps_every_bit(
-    tmp_path: Path, same: Callable[..., None], component: str | None, dtype: torch.dtype
+    tmp_path: Path, component: str | None, dtype: torch.dtype
 ) -> None:
     base = seeded(Pipeline) if component is None else seeded(Block)
     state = pipeline_state() if component is None else trained(layers(base, f"lora_{component}"))
@@ -178,7 +177,7 @@ def test_load_save_load_keeps_every_bit(
     first = load_adapter(write(tmp_path / "a.safetensors", state), base=base)
     hints: dict[str, Any] = {} if component is None else {"component": component}
     save_adapter(first, tmp_path / "b.safetensors", format="kohya", **hints)
-    same(load_adapter(tmp_path / "b.safetensors", base=base), first)
+    same_adapter(load_adapter(tmp_path / "b.safetensors", base=base), first)
     written = load_file(tmp_path / "b.safetensors")
     assert written.keys() == state.keys()
     assert all(written[k].item() == v.item() for k, v in state.items() if k.endswith("alpha"))
@@ -186,14 +185,12 @@ def test_load_save_load_keeps_every_bit(
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.5, torch.float32), (16 / 3**0.5, torch.float64)])
-def test_rslora_and_odd_scales_survive(
-    tmp_path: Path, same: Callable[..., None], scale: float, dtype: torch.dtype
-) -> None:
+def test_rslora_and_odd_scales_survive(tmp_path: Path, scale: float, dtype: torch.dtype) -> None:
     adapter = Adapter("a", {"fc": Update(torch.ones(3, 2), torch.ones(5, 3), scale, "rslora")})
     file = tmp_path / "a.safetensors"
     save_adapter(adapter, file, format="kohya", component="unet")
     assert load_file(file)["lora_unet_fc.alpha"].dtype == dtype
-    same(load_adapter(file, base=nn.ModuleDict({"fc": nn.Linear(2, 5)})), adapter)
+    same_adapter(load_adapter(file, base=nn.ModuleDict({"fc": nn.Linear(2, 5)})), adapter)
 
 
 def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lora_fx.adapter import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.kohya_layers import updates_of
+from lora_fx.testing import relative
 
 NAME = "lora_unet_x"
 CONVS: dict[int, tuple[Any, Any]] = {
@@ -41,9 +42,7 @@ def random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tucker", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_a_convolution_is_two_or_three_convolutions(
-    relative: Any, kernel: tuple[int, ...], tucker: bool
-) -> None:
+def test_a_convolution_is_two_or_three_convolutions(kernel: tuple[int, ...], tucker: bool) -> None:
     size = len(kernel)
     points = [1] * size
     make, conv = CONVS[size]

@@ -20,6 +20,7 @@ import lora_fx
 from lora_fx.adapter import Adapter, WeightUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import relative
 
 lycoris = pytest.importorskip("lycoris")
 X = torch.linspace(-1, 1, 4 * 3 * 6 * 7, dtype=torch.float64).reshape(4, 3, 6, 7)
@@ -162,9 +163,7 @@ def file_of(path: Path, case: str, **options: Any) -> tuple[Path, torch.Tensor]:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("case", ALGORITHMS)
-def test_weights_are_those_of_lycoris(
-    tmp_path: Path, relative: Any, case: str, groups: int
-) -> None:
+def test_weights_are_those_of_lycoris(tmp_path: Path, case: str, groups: int) -> None:
     file, expected = file_of(tmp_path / "a.safetensors", case, groups=groups)
     adapter = load_adapter(file, base=seeded(groups=groups))
     layers = {"conv_in", "down.0", "point", "line", "to_q", "out.to_out"}
@@ -192,9 +191,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str, dtype: torch.
 
 
 @pytest.mark.parametrize("case", [case for case in ALGORITHMS if case != "ia3"])
-def test_lycoris_computes_the_same_from_what_is_written(
-    tmp_path: Path, relative: Any, case: str
-) -> None:
+def test_lycoris_computes_the_same_from_what_is_written(tmp_path: Path, case: str) -> None:
     """LyCORIS itself loads no (IA)3: it makes a module of two tensors from one."""
     file, expected = file_of(tmp_path / "a.safetensors", case)
     save_adapter(
@@ -220,7 +217,7 @@ def test_lycoris_computes_the_same_from_what_is_written(
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("case", ALGORITHMS)
 def test_a_graph_with_the_adapter_computes_what_lycoris_does(
-    tmp_path: Path, relative: Any, case: str, groups: int
+    tmp_path: Path, case: str, groups: int
 ) -> None:
     file, expected = file_of(tmp_path / "a.safetensors", case, groups=groups)
     base = seeded(case, groups=groups)
@@ -256,7 +253,7 @@ def test_the_names_of_a_pipeline_mean_the_same(tmp_path: Path, prefix: str) -> N
     assert torch.equal(one.updates["to_q"].weight(weight), other.updates["to_q"].weight(weight))
 
 
-def test_a_rank_stabilised_scale_is_in_alpha(tmp_path: Path, relative: Any) -> None:
+def test_a_rank_stabilised_scale_is_in_alpha(tmp_path: Path) -> None:
     model = seeded()
     network = lycoris.LycorisNetwork(
         model, 1.0, 3, 2, 2.5, 5.0, network_module="locon", rs_lora=True

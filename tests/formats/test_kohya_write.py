@@ -15,6 +15,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.kohya_write import as_tensor, leaves_for, module_of, problem_with
 from lora_fx.kinds import KINDS
+from lora_fx.testing import relative, same_adapter
 
 MAKE = torch.Generator().manual_seed(0)
 
@@ -57,7 +58,7 @@ def lokr(scale: float, second: tuple[int, ...] = (5, 2), **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("update", [loha(1.25), lokr(1.0)], ids=["loha", "lokr"])
-def test_what_peft_wrote_lycoris_reads(tmp_path: Path, relative: Any, update: Any) -> None:
+def test_what_peft_wrote_lycoris_reads(tmp_path: Path, update: Any) -> None:
     out, into = update.shape
     adapter = Adapter("a", {"fc": update})
     save_adapter(adapter, tmp_path / "a.safetensors", format="kohya", component="lycoris")
@@ -76,17 +77,17 @@ def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
     assert line == "updates of kind 'lokr', which are no product of two factors"
 
 
-def test_a_convolution_goes_through_every_format(tmp_path: Path, same: Any) -> None:
+def test_a_convolution_goes_through_every_format(tmp_path: Path) -> None:
     base = nn.ModuleDict({"unet": nn.ModuleDict({"conv": nn.Conv2d(3, 6, 4)})})
     first = Adapter("a", {"unet.conv": Update(random(2, 3, 4, 4), random(6, 2), 1.5)})
     save_adapter(first, tmp_path / "1.safetensors", format="kohya")
     adapter = load_adapter(tmp_path / "1.safetensors", base=base)
-    same(adapter, first)
+    same_adapter(adapter, first)
     for number, form in enumerate(("diffusers", "loralib", "peft_file", "kohya"), 2):
         file = tmp_path / f"{number}.safetensors"
         save_adapter(adapter, file, format=form)
         adapter = load_adapter(file, base=base)
-        same(adapter, first)
+        same_adapter(adapter, first)
 
 
 def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib import ALPHAS
+from lora_fx.testing import fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 
@@ -87,7 +88,7 @@ FUSED: list[list[bool] | None] = [
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("enabled", FUSED, ids=str)
 def test_outputs_are_those_of_loralib(
-    tmp_path: Path, fits: Callable[..., None], enabled: Any, name: str, turned: bool
+    tmp_path: Path, enabled: Any, name: str, turned: bool
 ) -> None:
     model = owner(enabled, fan_in_fan_out=turned)
     base = base_of(model, turned)
@@ -108,7 +109,7 @@ def test_a_fused_layer_keeps_the_scale_of_one_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_are_replaced(tmp_path: Path, fits: Callable[..., None], bias: str) -> None:
+def test_biases_are_replaced(tmp_path: Path, bias: str) -> None:
     model = owner()
     base = base_of(model)
     with torch.no_grad():
@@ -129,14 +130,12 @@ def test_each_layer_may_have_its_own_alpha(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("enabled", FUSED, ids=str)
-def test_load_save_load_keeps_every_bit(
-    tmp_path: Path, same: Callable[..., None], enabled: Any, dtype: torch.dtype
-) -> None:
+def test_load_save_load_keeps_every_bit(tmp_path: Path, enabled: Any, dtype: torch.dtype) -> None:
     model = owner(enabled, alpha=7, r=3).to(dtype)
     hint = {} if enabled is None else {"enable_lora": {"qkv": enabled}}
     first = load_adapter(write(tmp_path / "a.safetensors", model, "all"), alpha=7, **hint)
     save_adapter(first, tmp_path / "b.safetensors", format="loralib")
-    same(load_adapter(tmp_path / "b.safetensors"), first)
+    same_adapter(load_adapter(tmp_path / "b.safetensors"), first)
     own, again = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
     assert own.keys() == again.keys()
     assert all(torch.equal(own[key], again[key]) for key in own)
@@ -145,18 +144,16 @@ def test_load_save_load_keeps_every_bit(
             load_adapter(tmp_path / "b.safetensors", **hint)
 
 
-def test_a_pickle_needs_the_alpha_again(tmp_path: Path, same: Callable[..., None]) -> None:
+def test_a_pickle_needs_the_alpha_again(tmp_path: Path) -> None:
     first = load_adapter(write(tmp_path / "a.safetensors", owner()), alpha=3)
     save_adapter(first, tmp_path / "b.pt", format="loralib")
-    same(load_adapter(tmp_path / "b.pt", alpha=3, allow_pickle=True), first)
+    same_adapter(load_adapter(tmp_path / "b.pt", alpha=3, allow_pickle=True), first)
     with pytest.raises(AdapterError, match="loralib stores no alpha"):
         load_adapter(tmp_path / "b.pt", allow_pickle=True)
 
 
 @pytest.mark.parametrize("name", ["b.pt", "b.safetensors"])
-def test_loralib_computes_the_same_from_what_is_written(
-    tmp_path: Path, relative: Any, name: str
-) -> None:
+def test_loralib_computes_the_same_from_what_is_written(tmp_path: Path, name: str) -> None:
     model = owner()
     save_adapter(
         load_adapter(write(tmp_path / "a.safetensors", model), alpha=3),
@@ -174,14 +171,12 @@ def test_loralib_computes_the_same_from_what_is_written(
         assert relative(other(X), model(X)) > 1e-3
 
 
-def test_rslora_is_written_as_the_alpha_of_its_scale(
-    tmp_path: Path, same: Callable[..., None]
-) -> None:
+def test_rslora_is_written_as_the_alpha_of_its_scale(tmp_path: Path) -> None:
     make = torch.Generator().manual_seed(0)
     down, up = (torch.randn(s, generator=make) for s in ((3, 4), (5, 3)))
     adapter = Adapter("a", {"fc": Update(down, up, 16 / 3**0.5, "rslora")})
     save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
-    same(load_adapter(tmp_path / "a.safetensors"), adapter)
+    same_adapter(load_adapter(tmp_path / "a.safetensors"), adapter)
 
 
 A, B = torch.ones(2, 3), torch.ones(5, 2)

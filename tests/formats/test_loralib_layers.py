@@ -22,6 +22,7 @@ from lora_fx.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib_layers import as_points
+from lora_fx.testing import relative, same_adapter
 
 PLANE = torch.linspace(-1, 1, 4 * 6 * 5 * 7, dtype=torch.float64).reshape(4, 6, 5, 7)
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8]])
@@ -142,7 +143,7 @@ def run(case: str, model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_graphs_are_those_of_loralib(tmp_path: Path, relative: Any, case: str) -> None:
+def test_weights_and_graphs_are_those_of_loralib(tmp_path: Path, case: str) -> None:
     model, base = owner(case), base_of(case)
     file = write(tmp_path / "a.safetensors", loralib.lora_state_dict(model))
     gm = lora_fx.trace(base, (CASES[case][3],))
@@ -165,7 +166,7 @@ def test_weights_and_graphs_are_those_of_loralib(tmp_path: Path, relative: Any, 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_a_whole_state_dict_says_the_same(
-    tmp_path: Path, relative: Any, case: str, with_base: bool, mode: str
+    tmp_path: Path, case: str, with_base: bool, mode: str
 ) -> None:
     """In evaluation mode loralib has merged the update into the weight."""
     model, base = owner(case), base_of(case)
@@ -194,7 +195,7 @@ def test_biases_of_all_layers_are_replaced(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_load_save_load_keeps_every_bit(tmp_path: Path, relative: Any, case: str) -> None:
+def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str) -> None:
     model, base = owner(case), base_of(case)
     state = loralib.lora_state_dict(model)
     file, alpha = write(tmp_path / "a.safetensors", state), model.body[0].lora_alpha
@@ -212,7 +213,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, relative: Any, case: str
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (1,)])
 def test_any_square_convolution_of_two_factors_can_be_written(
-    tmp_path: Path, same: Callable[..., None], relative: Any, kernel: tuple[int, ...]
+    tmp_path: Path, kernel: tuple[int, ...]
 ) -> None:
     make = torch.Generator().manual_seed(0)
     shape = (2, 6, *kernel)
@@ -221,7 +222,7 @@ def test_any_square_convolution_of_two_factors_can_be_written(
     save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
     size = len(kernel)
     base = nn.ModuleDict({"body": nn.ModuleList([(nn.Conv1d, nn.Conv2d)[size - 1](6, 4, kernel)])})
-    same(load_adapter(tmp_path / "a.safetensors", base=base), adapter)
+    same_adapter(load_adapter(tmp_path / "a.safetensors", base=base), adapter)
     layer = (loralib.Conv1d, loralib.Conv2d)[size - 1](6, 4, kernel[0], r=2, lora_alpha=3)
     state = {k.removeprefix("body.0."): v for k, v in load_file(tmp_path / "a.safetensors").items()}
     assert not layer.load_state_dict(state, strict=False).unexpected_keys

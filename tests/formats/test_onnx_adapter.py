@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import lora_fx
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import fits, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 
@@ -42,9 +42,7 @@ def trained(**scales: float) -> Adapter:
     return Adapter("a", updates)
 
 
-def test_what_is_written_for_a_model_is_read_back(
-    tmp_path: Path, model: Path, fits: Callable[..., None]
-) -> None:
+def test_what_is_written_for_a_model_is_read_back(tmp_path: Path, model: Path) -> None:
     adapter = trained(layer0=1.7, layer2=0.3)
     file = tmp_path / "french.onnx_adapter"
     save_adapter(adapter, file, format="onnx_adapter", model=model)
@@ -58,17 +56,15 @@ def test_what_is_written_for_a_model_is_read_back(
     fits(found, base(), X, torch.from_numpy(output))
 
 
-def test_load_save_load_keeps_every_bit(
-    tmp_path: Path, model: Path, same: Callable[..., None]
-) -> None:
+def test_load_save_load_keeps_every_bit(tmp_path: Path, model: Path) -> None:
     save_adapter(trained(layer2=1.7), tmp_path / "a.bin", format="onnx_adapter", model=model)
     first = load_adapter(tmp_path / "a.bin")
     assert list(first.updates) == ["2"]
     save_adapter(first, tmp_path / "b.bin", format="onnx_adapter", model=model)
-    same(load_adapter(tmp_path / "b.bin", format="onnx_adapter"), first)
+    same_adapter(load_adapter(tmp_path / "b.bin", format="onnx_adapter"), first)
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
     save_adapter(first, tmp_path / "peft")
-    same(load_adapter(tmp_path / "peft"), first)
+    same_adapter(load_adapter(tmp_path / "peft"), first)
 
 
 def test_writing_needs_the_model(tmp_path: Path, model: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import AdapterError
 from lora_fx.formats.peft_base import base_of
+from lora_fx.testing import tiny
 
 
 def test_without_a_base_nothing_is_known() -> None:
@@ -39,7 +38,7 @@ def test_parameters_are_in_the_order_of_registration() -> None:
     assert list(base_of(nn.ModuleDict({"m": module})).parameters("m")) == ["z", "a"]
 
 
-def test_the_head_that_transformers_ties_is_found(tiny: Any) -> None:
+def test_the_head_that_transformers_ties_is_found() -> None:
     ids = {"input_ids": torch.tensor([[1, 2, 3]])}
     for is_tied in (True, False):
         model = tiny("Qwen2ForCausalLM", tie_word_embeddings=is_tied, num_hidden_layers=1).eval()

@@ -17,6 +17,7 @@ from lora_fx.formats.peft_chosen import check_expressible, choose
 from lora_fx.kinds import KINDS
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.stored import Stored
+from lora_fx.testing import relative
 
 
 def low(out: int = 5, into: int = 3, rank: int = 2, **fields: Any) -> Update:
@@ -108,7 +109,7 @@ def test_what_no_type_holds_is_refused_by_name(name: str, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_mixed_plain_kinds_become_lora_of_their_rank(lab: Any, relative: Any) -> None:
+def test_mixed_plain_kinds_become_lora_of_their_rank(lab: Any) -> None:
     updates = {"fc": low(), "layers.0": loha()}
     save_adapter(Adapter("a", updates), lab.root / "a")
     found = load_adapter(lab.root / "a").updates
@@ -121,9 +122,7 @@ def test_mixed_plain_kinds_become_lora_of_their_rank(lab: Any, relative: Any) ->
         assert relative(1.1 * update.delta(), wanted) > 1e-2
 
 
-def test_a_table_and_a_convolution_that_were_made_here_load_into_peft(
-    relative: Any, tmp_path: Path
-) -> None:
+def test_a_table_and_a_convolution_that_were_made_here_load_into_peft(tmp_path: Path) -> None:
     conv = Update(torch.randn(2, 4, 3), torch.randn(5, 2), 0.5)
     updates: dict[str, Update] = {"0": table(), "1": conv}
     save_adapter(Adapter("a", updates), tmp_path / "a")

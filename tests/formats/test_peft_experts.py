@@ -14,6 +14,7 @@ from lora_fx.formats.peft_experts import read_experts
 from lora_fx.formats.peft_places import Place
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
+from lora_fx.testing import relative
 
 CONFIG = PeftConfig(LORA, r=2, alpha=3)
 
@@ -34,7 +35,7 @@ def factors() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_every_expert_has_its_own_product(is_transposed: bool, relative: Any) -> None:
+def test_every_expert_has_its_own_product(is_transposed: bool) -> None:
     shape = (4, 3, 5) if is_transposed else (4, 5, 3)
     model = base(shape, is_transposed)
     place = Place("experts.kernel", "experts.kernel", "experts", "kernel", shape=shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft_file import METADATA
+from lora_fx.testing import fits, same_adapter
 
 pytestmark = [
     # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
@@ -47,20 +47,20 @@ def alone(lab: Any, options: dict[str, Any]) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hints_take_the_place_of_the_config(lab: Any, same: Callable[..., None], case: str) -> None:
+def test_hints_take_the_place_of_the_config(lab: Any, case: str) -> None:
     options, hints = CASES[case]
     directory, file = alone(lab, options)
     expected = load_adapter(directory)
     found = load_adapter(file, **hints)
-    same(found, expected)
+    same_adapter(found, expected)
     assert {u.kind for u in found.updates.values()} == {u.kind for u in expected.updates.values()}
     louder = load_adapter(file, **{**hints, "alpha": 1.1 * hints["alpha"]})
     with pytest.raises(AssertionError):
-        same(louder, expected)
+        same_adapter(louder, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_those_of_peft(lab: Any, fits: Callable[..., None], case: str) -> None:
+def test_outputs_are_those_of_peft(lab: Any, case: str) -> None:
     options, hints = CASES[case]
     directory, file = alone(lab, options)
     expected = lab.run("mlp", lab.read("mlp", directory))
@@ -68,11 +68,9 @@ def test_outputs_are_those_of_peft(lab: Any, fits: Callable[..., None], case: st
     fits(load_adapter(file, **hints), lab.base("mlp"), x, expected)
 
 
-def test_the_file_in_peft_s_directory_has_its_config_beside_it(
-    lab: Any, same: Callable[..., None]
-) -> None:
+def test_the_file_in_peft_s_directory_has_its_config_beside_it(lab: Any) -> None:
     directory = lab.write(**RAGGED, modules_to_save=["classifier"])
-    same(load_adapter(directory / "adapter_model.safetensors"), load_adapter(directory))
+    same_adapter(load_adapter(directory / "adapter_model.safetensors"), load_adapter(directory))
     with pytest.raises(AdapterError, match=r"adapter_config\.json: says what alpha"):
         load_adapter(directory / "adapter_model.safetensors", alpha=3)
 
@@ -97,12 +95,12 @@ WRITTEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", WRITTEN)
 def test_load_save_load_keeps_every_bit(
-    lab: Any, tmp_path: Path, same: Callable[..., None], case: str, dtype: torch.dtype
+    lab: Any, tmp_path: Path, case: str, dtype: torch.dtype
 ) -> None:
     first = load_adapter(lab.write(dtype=dtype, **WRITTEN[case]), name="same")
     save_adapter(first, tmp_path / "a.safetensors", format="peft_file")
     second = load_adapter(tmp_path / "a.safetensors", name="same")
-    same(second, first)
+    same_adapter(second, first)
     assert str(second) == str(first)
     save_adapter(second, tmp_path / "b.safetensors", format="peft_file")
     written = [(tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors")]

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import relative, save_peft_case
 from lora_fx.update import Update
 
 pytestmark = [
@@ -49,7 +50,7 @@ def weight_at(model: nn.Module, path: str) -> torch.Tensor:
     return canonical(module)
 
 
-def test_every_weight_is_the_one_that_peft_merges(peft_case: Any, relative: Any) -> None:
+def test_every_weight_is_the_one_that_peft_merges(peft_case: Any) -> None:
     adapter = load_adapter(peft_case.directory, base=peft_case.base)
     oracle = peft_case.load(peft_case.directory)
     grouped = [p for p, u in adapter.updates.items() if isinstance(u, Update) and u.groups > 1]
@@ -62,7 +63,7 @@ def test_every_weight_is_the_one_that_peft_merges(peft_case: Any, relative: Any)
         assert relative(weight, wanted) > 1e-2, path
 
 
-def test_what_is_written_is_what_was_read(peft_case: Any, relative: Any, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_read(peft_case: Any, tmp_path: Path) -> None:
     adapter = load_adapter(peft_case.directory, base=peft_case.base)
     save_adapter(adapter, tmp_path / "written")
     files = [d / "adapter_model.safetensors" for d in (peft_case.directory, tmp_path / "written")]
@@ -107,7 +108,7 @@ OPEN = ("experts", "conv1d loha core", "linear vera seed")
 
 
 def test_without_a_base_nothing_else_is_read(
-    peft_case: Any, request: pytest.FixtureRequest, relative: Any
+    peft_case: Any, request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.params["peft_case"]
     gm = lora_fx.trace(peft_case.base, (peft_case.x,))
@@ -194,7 +195,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_agree_is_refused(name: str, save_peft_case: Any, tmp_path: Path) -> None:
+def test_what_does_not_agree_is_refused(name: str, tmp_path: Path) -> None:
     of, fields, shapes, message = WRONG[name]
     case = save_peft_case(of, tmp_path / "a")
     config = case.directory / "adapter_config.json"
@@ -210,7 +211,7 @@ HINTED = ["embedding dora", "conv2d grouped lora", "conv3d dora", "attention lor
 
 
 @pytest.mark.parametrize("name", HINTED)
-def test_hints_take_the_place_of_a_config(name: str, save_peft_case: Any, tmp_path: Path) -> None:
+def test_hints_take_the_place_of_a_config(name: str, tmp_path: Path) -> None:
     case = save_peft_case(name, tmp_path / "a")
     alone = tmp_path / "alone.safetensors"
     (case.directory / "adapter_model.safetensors").rename(alone)
@@ -223,9 +224,7 @@ ATTENTION = ["attention lora", "attention rslora", "attention lora_bias"]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_peft_adds_the_update_of_an_output_projection_twice(
-    name: str, save_peft_case: Any, relative: Any, tmp_path: Path
-) -> None:
+def test_peft_adds_the_update_of_an_output_projection_twice(name: str, tmp_path: Path) -> None:
     """The updates are what PEFT says they are, but its forward is not made of them (peft#3774).
 
     It has the weight of the output projection twice, and the bias of the packed one not at all.

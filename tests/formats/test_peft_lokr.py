@@ -15,6 +15,7 @@ from lora_fx import Adapter, AdapterError
 from lora_fx.formats import save_adapter
 from lora_fx.formats.peft_lokr import split
 from lora_fx.kinds import KINDS
+from lora_fx.testing import relative
 
 Leaves = dict[str, tuple[int, ...]]
 
@@ -58,7 +59,7 @@ def adapter_of(layer: Any, leaves: Leaves, scale: float = 0.75) -> Adapter:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_peft_cuts_the_layer_the_same_way(name: str, relative: Any, tmp_path: Path) -> None:
+def test_peft_cuts_the_layer_the_same_way(name: str, tmp_path: Path) -> None:
     layer, leaves = CASES[name]
     torch.manual_seed(0)
     base = nn.Sequential(type(layer)(*sizes(layer)))

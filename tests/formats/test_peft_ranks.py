@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lora_fx import Adapter, AdapterError, Update
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import save_peft_case
 
 # PEFT does not see the keys of parameters.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not")
@@ -33,9 +33,7 @@ def test_an_output_projection_has_the_rank_of_its_attention(other: Update, tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_patterns_give_every_layer_its_rank_and_alpha(
-    name: str, save_peft_case: Any, tmp_path: Path
-) -> None:
+def test_patterns_give_every_layer_its_rank_and_alpha(name: str, tmp_path: Path) -> None:
     case = save_peft_case(name, tmp_path / "by_peft")
     adapter = load_adapter(case.directory, base=case.base, name="a")
     save_adapter(replace(adapter, expects=None), tmp_path / "written")

@@ -11,10 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
 import lora_fx
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import relative, tiny
 
 pytestmark = [
     # PEFT says that it stores the embedding whole, and advises on ties.
@@ -61,7 +62,7 @@ class Tied:
 
 
 @pytest.fixture
-def tied(tiny: Callable[..., nn.Module], tmp_path: Path) -> Callable[[str], Tied]:
+def tied(tmp_path: Path) -> Callable[[str], Tied]:
     def make(name: str) -> Tied:
         torch.manual_seed(0)
         base = tiny("Qwen2ForCausalLM", tie_word_embeddings=True, num_hidden_layers=1).eval()
@@ -80,7 +81,7 @@ def tied(tiny: Callable[..., nn.Module], tmp_path: Path) -> Callable[[str], Tied
 @pytest.mark.parametrize("by", ["model", "graph"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_head_computes_what_peft_s_does(
-    name: str, by: str, tied: Callable[[str], Tied], relative: Any
+    name: str, by: str, tied: Callable[[str], Tied]
 ) -> None:
     case = tied(name)
     adapter = load_adapter(case.directory, base=case.base if by == "model" else case.gm)
@@ -92,7 +93,7 @@ def test_the_head_computes_what_peft_s_does(
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_is_tied_again(
-    name: str, tied: Callable[[str], Tied], relative: Any, tmp_path: Path
+    name: str, tied: Callable[[str], Tied], tmp_path: Path
 ) -> None:
     case = tied(name)
     save_adapter(load_adapter(case.directory, base=case.base), tmp_path / "written")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -20,6 +19,7 @@ from lora_fx.formats.peft_replaced import SortedKeys
 from lora_fx.formats.peft_types import TYPES
 from lora_fx.formats.peft_vera import projections
 from lora_fx.kinds import KINDS
+from lora_fx.testing import save_peft_case
 
 # PEFT advises against seeds.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
@@ -43,9 +43,7 @@ def test_a_seed_gives_the_numbers_of_peft(seed: int, targets: list[str]) -> None
     assert not torch.equal(projections(keys, other, base_of(base))["vera_A"], found["vera_A"])
 
 
-def test_a_seed_is_not_written_when_the_widest_layer_is_gone(
-    save_peft_case: Any, tmp_path: Path
-) -> None:
+def test_a_seed_is_not_written_when_the_widest_layer_is_gone(tmp_path: Path) -> None:
     case = save_peft_case("linear vera seed", tmp_path / "by_peft")
     adapter = load_adapter(case.directory, base=case.base)
     less = replace(adapter, updates={"wide": adapter.updates["wide"]}, expects=None)
@@ -60,7 +58,7 @@ def test_a_seed_is_not_written_when_the_widest_layer_is_gone(
         assert torch.allclose(layer.get_delta_weight("default"), found.delta(), atol=1e-6)
 
 
-def test_projections_of_two_files_become_lora(save_peft_case: Any, tmp_path: Path) -> None:
+def test_projections_of_two_files_become_lora(tmp_path: Path) -> None:
     case = save_peft_case("linear vera", tmp_path / "by_peft")
     adapter = load_adapter(case.directory, base=case.base)
     stored = adapter.updates["wide"].stored

@@ -5,14 +5,15 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import adalora
+from lora_fx.testing import means, read_kind
 
 SHAPES = {"lora_A": (2, 3), "lora_B": (5, 2), "lora_E": (2, 1)}
 
 
-def test_is_a_product_with_its_singular_values(means, read, noise, dtype):
+def test_is_a_product_with_its_singular_values(noise, dtype):
     tensors = {leaf: noise(*shape, dtype=dtype) for leaf, shape in SHAPES.items()}
     A, B, E = (tensor.double() for tensor in tensors.values())
-    base, update = noise(5, 3), read("adalora", tensors, scale=6.0, ranknum=4)
+    base, update = noise(5, 3), read_kind("adalora", tensors, scale=6.0, ranknum=4)
     delta = B @ torch.diag(E[:, 0]) @ A
     rate = 6 / (4 + 1e-5)
     means(update, base, base + rate * delta, base + 1.1 * rate * delta, base + rate * B @ A)
@@ -30,9 +31,7 @@ def config(**changes):
 @pytest.mark.parametrize("alpha", [3, 0])
 @pytest.mark.parametrize("kept", [None, [True, False, True, True], [False, False, True, False]])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_means_after_it_was_saved_and_loaded(
-    layer, kept, alpha, means, read, tmp_path
-):
+def test_means_what_peft_means_after_it_was_saved_and_loaded(layer, kept, alpha, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(LAYERS[layer]())
     base = model[0].weight.detach().clone()
@@ -53,14 +52,14 @@ def test_means_what_peft_means_after_it_was_saved_and_loaded(
     }
     rank = len(tensors["lora_E"])
     assert rank == (4 if kept is None else sum(kept))
-    update = read("adalora", tensors, scale=alpha or rank, ranknum=4, shape=tuple(base.shape))
+    update = read_kind("adalora", tensors, scale=alpha or rank, ranknum=4, shape=tuple(base.shape))
     off = base + 1.1 * (merged - base)
     means(update, base, merged, off)
 
 
-def test_a_layer_may_be_pruned_to_nothing(read, noise):
+def test_a_layer_may_be_pruned_to_nothing(noise):
     tensors = {"lora_A": noise(0, 3), "lora_B": noise(5, 0), "lora_E": noise(0, 1)}
-    update = read("adalora", tensors, scale=1.0, ranknum=4)
+    update = read_kind("adalora", tensors, scale=1.0, ranknum=4)
     assert torch.equal(update.weight(torch.ones(5, 3)), torch.ones(5, 3))
     assert not update.has_effect()
 

@@ -6,16 +6,17 @@ from torch import nn
 from lora_fx import AdapterError
 from lora_fx.kinds import dense
 from lora_fx.other_updates import WeightUpdate
+from lora_fx.testing import means, read_kind
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (6, 4, 3, 2), (6, 2, 2)])
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.5}])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_is_a_sum(has_bias, settings, shape, means, read, noise, dtype):
+def test_is_a_sum(has_bias, settings, shape, noise, dtype):
     tensors = {"diff": noise(*shape, dtype=dtype)}
     if has_bias:
         tensors["diff_b"] = noise(shape[0], dtype=dtype)
-    base, update = noise(*shape), read("full", tensors, **settings)
+    base, update = noise(*shape), read_kind("full", tensors, **settings)
     scale = settings.get("scale", 1)
     delta = scale * tensors["diff"].double()
     means(update, base, base + delta, base + 1.1 * delta)
@@ -27,7 +28,7 @@ def test_is_a_sum(has_bias, settings, shape, means, read, noise, dtype):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_means_what_lycoris_means(has_bias, read):
+def test_means_what_lycoris_means(has_bias):
     torch.manual_seed(0)
     layer = nn.Linear(3, 5, bias=has_bias).double()
     base, bias = (None if p is None else p.detach().clone() for p in (layer.weight, layer.bias))
@@ -36,7 +37,7 @@ def test_means_what_lycoris_means(has_bias, read):
     for parameter in module.parameters():
         parameter.data.normal_()
     module.apply_to()  # only what is applied saves a difference
-    update = read("full", {leaf: t.detach() for leaf, t in module.state_dict().items()})
+    update = read_kind("full", {leaf: t.detach() for leaf, t in module.state_dict().items()})
     if has_bias:
         bias = bias + update.bias
     actual = nn.functional.linear(x, update.weight(base), bias)

@@ -6,6 +6,7 @@ from torch import nn
 from lora_fx import AdapterError, Update
 from lora_fx.kinds import dora
 from lora_fx.other_updates import Scaling, WeightUpdate
+from lora_fx.testing import by_peft, means
 
 
 def add(weight, delta):
@@ -15,7 +16,7 @@ def add(weight, delta):
 @pytest.mark.parametrize("kernel", [(), (2,), (3, 2)])
 @pytest.mark.parametrize("form", ["product", "function"])
 @pytest.mark.parametrize("leaf", sorted(dora.LEAVES))
-def test_gives_each_row_a_length(leaf, form, kernel, means, noise):
+def test_gives_each_row_a_length(leaf, form, kernel, noise):
     down, up, base, length = noise(2, 3, *kernel), noise(5, 2), noise(5, 3, *kernel), noise(5)
     update = Update(down, up, 1.5)
     if form == "function":
@@ -46,7 +47,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_means(layer, by_peft, means):
+def test_means_what_peft_means(layer):
     made, leaves = LAYERS[layer]
     config = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["layer"])
     foreign = by_peft(made(), config)

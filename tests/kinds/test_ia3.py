@@ -6,10 +6,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fx import AdapterError
 from lora_fx.kinds import ia3
+from lora_fx.testing import by_peft, means, read_kind
 
 
 @pytest.mark.parametrize("kernel", [(), (2,), (3, 2)])
-def test_scales_outputs_or_inputs(kernel, means, read, noise, dtype):
+def test_scales_outputs_or_inputs(kernel, noise, dtype):
     ones = [1] * len(kernel)
     base = noise(5, 3, *kernel)
     rows, columns = noise(5, dtype=dtype), noise(3, dtype=dtype)
@@ -17,9 +18,16 @@ def test_scales_outputs_or_inputs(kernel, means, read, noise, dtype):
     by_rows = torch.einsum("o,oi...->oi...", rows.float(), base)
     by_columns = torch.einsum("i,oi...->oi...", columns.float(), base)
     settings = {"shape": (5, 3, *kernel)}
-    means(read("ia3", {"ia3_l": stored}, feedforward=False, **settings), base, by_rows, by_columns)
+    means(
+        read_kind("ia3", {"ia3_l": stored}, feedforward=False, **settings),
+        base,
+        by_rows,
+        by_columns,
+    )
     stored = columns.reshape(1, 3, *ones)
-    means(read("ia3", {"ia3_l": stored}, feedforward=True, **settings), base, by_columns, by_rows)
+    means(
+        read_kind("ia3", {"ia3_l": stored}, feedforward=True, **settings), base, by_columns, by_rows
+    )
 
 
 LAYERS = {
@@ -32,7 +40,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("is_input", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_means(layer, is_input, by_peft, means, read):
+def test_means_what_peft_means(layer, is_input):
     made = LAYERS[layer]()
     config = peft.IA3Config(
         target_modules=["layer"],
@@ -40,7 +48,7 @@ def test_means_what_peft_means(layer, is_input, by_peft, means, read):
         fan_in_fan_out=layer == "transposed",
     )
     foreign = by_peft(made, config)
-    update = read("ia3", foreign.tensors, feedforward=is_input)
+    update = read_kind("ia3", foreign.tensors, feedforward=is_input)
     base, merged = foreign.base, foreign.merged
     if layer == "transposed":
         base, merged = base.T, merged.T

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import loha
+from lora_fx.testing import by_lycoris, by_peft, means, read_kind
 
 
 def tensors_of(noise, out, into, r, s, dtype=torch.float32):
@@ -20,9 +21,9 @@ def hadamard(t):
     return (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
 
 
-def test_is_a_hadamard_product_of_products(means, read, noise, dtype):
+def test_is_a_hadamard_product_of_products(noise, dtype):
     tensors, base = tensors_of(noise, 5, 3, 2, 2, dtype), noise(5, 3)
-    update = read("loha", tensors, scale=1.5)
+    update = read_kind("loha", tensors, scale=1.5)
     means(update, base, base + 1.5 * hadamard(tensors), base + 1.65 * hadamard(tensors))
     assert update.rank == 4
 
@@ -53,12 +54,12 @@ LAYERS = {
 
 @pytest.mark.parametrize("is_effective", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_means(layer, is_effective, by_peft, means, read):
+def test_means_what_peft_means(layer, is_effective):
     config = peft.LoHaConfig(
         r=2, alpha=3, target_modules=["layer"], use_effective_conv2d=is_effective
     )
     foreign = by_peft(LAYERS[layer](), config)
-    update = read("loha", foreign.tensors, scale=1.5, shape=tuple(foreign.base.shape))
+    update = read_kind("loha", foreign.tensors, scale=1.5, shape=tuple(foreign.base.shape))
     off = foreign.base + 1.1 * (foreign.merged - foreign.base)
     means(update, foreign.base, foreign.merged, off)
 
@@ -66,20 +67,22 @@ def test_means_what_peft_means(layer, is_effective, by_peft, means, read):
 @pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("is_tucker", [False, True])
 @pytest.mark.parametrize("layer", [*LAYERS, "conv3d"])
-def test_means_what_lycoris_means(layer, is_tucker, is_dora, by_lycoris, means, read):
+def test_means_what_lycoris_means(layer, is_tucker, is_dora):
     made = LAYERS[layer]() if layer in LAYERS else nn.Conv3d(4, 6, (1, 2, 3))
     options = {"use_tucker": is_tucker, "weight_decompose": is_dora}
     foreign = by_lycoris("LohaModule", made, lora_dim=2, alpha=3, **options)
     scale = float(foreign.tensors["alpha"]) / 2
-    update = read("loha", foreign.tensors, scale=scale, shape=tuple(foreign.base.shape))
+    update = read_kind("loha", foreign.tensors, scale=scale, shape=tuple(foreign.base.shape))
     off = foreign.base + 1.1 * (foreign.merged - foreign.base)
     means(update, foreign.base, foreign.merged, off)
     assert (update.magnitude is not None) == is_dora
 
 
-def test_without_a_shape_a_convolution_is_a_matrix_in_the_order_of_its_kernel(read, noise):
+def test_without_a_shape_a_convolution_is_a_matrix_in_the_order_of_its_kernel(noise):
     tensors = tensors_of(noise, 5, 3 * 4, 2, 2)
-    flat, whole = (read("loha", tensors, scale=1.0, **s) for s in ({}, {"shape": (5, 3, 2, 2)}))
+    flat, whole = (
+        read_kind("loha", tensors, scale=1.0, **s) for s in ({}, {"shape": (5, 3, 2, 2)})
+    )
     assert flat.down.shape == (4, 12)
     assert torch.equal(flat.down.reshape(4, 3, 2, 2), whole.down)
 

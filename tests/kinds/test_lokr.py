@@ -5,6 +5,7 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import lokr
+from lora_fx.testing import by_lycoris, by_peft, means, read_kind
 
 W1 = {"lokr_w1": (5, 3)}
 W1_LOW = {"lokr_w1_a": (5, 2), "lokr_w1_b": (2, 3)}
@@ -23,10 +24,10 @@ def kron(t):
 @pytest.mark.parametrize("second", [W2, W2_LOW])
 @pytest.mark.parametrize("first", [W1, W1_LOW])
 @pytest.mark.parametrize("settings", [{}, {"shape": (10, 12)}])
-def test_is_a_kronecker_product(first, second, settings, means, read, noise, dtype):
+def test_is_a_kronecker_product(first, second, settings, noise, dtype):
     shapes = {**first, **second}
     tensors = {leaf: noise(*shape, dtype=dtype) for leaf, shape in shapes.items()}
-    base, update = noise(10, 12), read("lokr", tensors, scale=1.5, **settings)
+    base, update = noise(10, 12), read_kind("lokr", tensors, scale=1.5, **settings)
     means(update, base, base + 1.5 * kron(tensors), base + 1.65 * kron(tensors))
     assert update.shape == (10, 12)
 
@@ -48,12 +49,12 @@ FORMS = {
 @pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_means(layer, form, is_known, by_peft, means, read):
+def test_means_what_peft_means(layer, form, is_known):
     config = peft.LoKrConfig(**FORMS[form], alpha=3, target_modules=["layer"])
     foreign = by_peft(LAYERS[layer](), config)
     settings = {"shape": tuple(foreign.base.shape)} if is_known else {}
     scale = 3 / FORMS[form]["r"]
-    update = read("lokr", foreign.tensors, scale=scale, writer="peft", **settings)
+    update = read_kind("lokr", foreign.tensors, scale=scale, writer="peft", **settings)
     off = foreign.base + 1.1 * (foreign.merged - foreign.base)
     means(update, foreign.base, foreign.merged, off)
 
@@ -69,18 +70,18 @@ LYCORIS = {
 
 @pytest.mark.parametrize("form", LYCORIS)
 @pytest.mark.parametrize("layer", [*LAYERS, "conv3d"])
-def test_means_what_lycoris_means(layer, form, by_lycoris, means, read):
+def test_means_what_lycoris_means(layer, form):
     made = LAYERS[layer]() if layer in LAYERS else nn.Conv3d(6, 10, (1, 2, 3))
     foreign = by_lycoris("LokrModule", made, alpha=3, **LYCORIS[form])
     scale = 1.0 if form == "full" else 3.0 / LYCORIS[form]["lora_dim"]
-    update = read("lokr", foreign.tensors, scale=scale, writer="lycoris")
+    update = read_kind("lokr", foreign.tensors, scale=scale, writer="lycoris")
     off = foreign.base + 1.1 * (foreign.merged - foreign.base)
     means(update, foreign.base, foreign.merged, off)
 
 
-def test_the_two_programs_differ_in_a_one_dimensional_kernel(read, noise):
+def test_the_two_programs_differ_in_a_one_dimensional_kernel(noise):
     tensors, base = {"lokr_w1": noise(2, 3), "lokr_w2": noise(3, 2, 4)}, noise(6, 6, 4)
-    by = {w: read("lokr", tensors, scale=1.0, writer=w) for w in ("peft", "lycoris")}
+    by = {w: read_kind("lokr", tensors, scale=1.0, writer=w) for w in ("peft", "lycoris")}
     assert not torch.allclose(by["peft"].weight(base), by["lycoris"].weight(base), rtol=1e-2)
 
 

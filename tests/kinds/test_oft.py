@@ -5,6 +5,7 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import oft
+from lora_fx.testing import by_lycoris, by_peft, means, read_kind
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 5),
@@ -24,7 +25,7 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.filterwarnings("ignore:.*COFT.*")
-def test_means_what_peft_means(layer, settings, is_known, by_peft, means, read):
+def test_means_what_peft_means(layer, settings, is_known):
     changes = SETTINGS[settings]
     config = peft.OFTConfig(r=0, oft_block_size=4, target_modules=["layer"], **changes)
     foreign = by_peft(LAYERS[layer](), config)
@@ -32,18 +33,18 @@ def test_means_what_peft_means(layer, settings, is_known, by_peft, means, read):
     if layer == "table":
         base, merged = base.T, merged.T
     known = {"shape": tuple(base.shape)} if is_known else {}
-    update = read("oft", foreign.tensors, **changes, **known)
+    update = read_kind("oft", foreign.tensors, **changes, **known)
     means(update, base, merged, base + 1.1 * (merged - base))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_means_what_peft_computes_unmerged(layer, by_peft, read):
+def test_means_what_peft_computes_unmerged(layer):
     config = peft.OFTConfig(r=3, oft_block_size=0, target_modules=["layer"])
     foreign = by_peft(LAYERS[layer](), config)
     base, plain = foreign.base, foreign.layer.base_layer
     shape = {"linear": (4, 12), "pointwise": (4, 12, 3, 2)}.get(layer)
     x = torch.arange(7) if shape is None else torch.randn(shape, dtype=torch.float64)
-    update = read("oft", foreign.tensors)
+    update = read_kind("oft", foreign.tensors)
     weight = update.weight(base) if shape else update.weight(base.T).T
     expected, before = foreign.layer(x), plain(x)
     plain.weight.data.copy_(weight)
@@ -63,34 +64,34 @@ LYCORIS = {
 @pytest.mark.parametrize("constraint", [0, 0.1])
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("layer", LYCORIS)
-def test_means_what_lycoris_means(layer, rescaled, constraint, is_known, by_lycoris, means, read):
+def test_means_what_lycoris_means(layer, rescaled, constraint, is_known):
     options = {"lora_dim": 4, "rescaled": rescaled, "constraint": constraint}
     # LyCORIS inverts in float32, and its forward adds a difference to what the layer gave.
     options |= {"dtype": torch.float32}
     foreign = by_lycoris("DiagOFTModule", LYCORIS[layer](), **options)
     known = {"shape": tuple(foreign.base.shape)} if is_known else {}
     alpha = float(foreign.tensors["alpha"])
-    update = read("oft", foreign.tensors, constraint=alpha, **known)
+    update = read_kind("oft", foreign.tensors, constraint=alpha, **known)
     base, merged = foreign.base, foreign.merged
     means(update, base, merged, base + 1.1 * (merged - base), within=1e-5)
 
 
-def test_rotates_in_any_dtype(means, read, noise, dtype):
+def test_rotates_in_any_dtype(noise, dtype):
     blocks, base = noise(2, 3, 3, dtype=dtype), noise(6, 5)
     skew = blocks.double() - blocks.double().mT
     eye = torch.eye(3, dtype=torch.float64)
     whole = torch.block_diag(*(((eye + q) @ (eye - q).inverse()).mT for q in skew))
     expected = whole @ base.double()
-    means(read("oft", {"oft_blocks": blocks}), base, expected, expected * 1.1)
+    means(read_kind("oft", {"oft_blocks": blocks}), base, expected, expected * 1.1)
 
 
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [({}, (None, 12)), ({"shape": (5, 12)}, (5, 12)), ({"block_share": True}, (None, None))],
 )
-def test_knows_the_axis_that_it_rotates(settings, shape, read, noise):
+def test_knows_the_axis_that_it_rotates(settings, shape, noise):
     rows = 1 if "block_share" in settings else 3
-    assert read("oft", {"oft_R.weight": noise(rows, 6)}, **settings).shape == shape
+    assert read_kind("oft", {"oft_R.weight": noise(rows, 6)}, **settings).shape == shape
 
 
 PEFT = {"oft_R.weight": (3, 6)}

@@ -5,14 +5,15 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import tokens
+from lora_fx.testing import by_peft, means, read_kind
 
 DELTA = "trainable_tokens_delta"
 
 
 @pytest.mark.parametrize("settings", [{}, {"shape": (3, 11)}])
-def test_rows_of_the_table_are_replaced(settings, means, read, noise, dtype):
+def test_rows_of_the_table_are_replaced(settings, noise, dtype):
     rows, base = noise(2, 3, dtype=dtype), noise(3, 11)
-    update = read("tokens", {DELTA: rows}, indices=[7, 2], **settings)
+    update = read_kind("tokens", {DELTA: rows}, indices=[7, 2], **settings)
     expected, swapped = base.clone(), base.clone()
     expected[:, 7], expected[:, 2] = rows.float()
     swapped[:, 2], swapped[:, 7] = rows.float()
@@ -20,28 +21,28 @@ def test_rows_of_the_table_are_replaced(settings, means, read, noise, dtype):
     assert update.shape == (3, 11 if settings else None)
 
 
-def test_rows_of_a_head_are_replaced(means, read, noise):
+def test_rows_of_a_head_are_replaced(noise):
     rows, base = noise(2, 3), noise(11, 3)
-    update = read("tokens", {DELTA: rows}, indices=[7, 2], head=True)
+    update = read_kind("tokens", {DELTA: rows}, indices=[7, 2], head=True)
     expected = base.clone()
     expected[[7, 2]] = rows
     means(update, base, expected, within=0)
     assert update.shape == (None, 3)
 
 
-def test_means_what_peft_means(by_peft, means, read):
+def test_means_what_peft_means():
     config = peft.TrainableTokensConfig(target_modules=["layer"], token_indices=[7, 2])
     foreign = by_peft(nn.Embedding(11, 3), config)
-    update = read("tokens", foreign.tensors, indices=[7, 2])
+    update = read_kind("tokens", foreign.tensors, indices=[7, 2])
     means(update, foreign.base.T, foreign.merged.T, within=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch.onnx says of itself is not what is tested
 @pytest.mark.parametrize("is_head", [False, True])
-def test_exports(is_head, read, noise, tmp_path):
+def test_exports(is_head, noise, tmp_path):
     import onnxruntime
 
-    update = read("tokens", {DELTA: noise(2, 3)}, indices=[7, 2], head=is_head)
+    update = read_kind("tokens", {DELTA: noise(2, 3)}, indices=[7, 2], head=is_head)
 
     class Table(nn.Module):
         def __init__(self):

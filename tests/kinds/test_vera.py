@@ -5,25 +5,26 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.kinds import vera
+from lora_fx.testing import means, read_kind
 
 SHAPES = {"vera_lambda_b": (5,), "vera_lambda_d": (2,), "vera_A": (2, 4), "vera_B": (7, 2)}
 
 
-def test_is_two_vectors_between_slices_of_shared_projections(means, read, noise, dtype):
+def test_is_two_vectors_between_slices_of_shared_projections(noise, dtype):
     tensors = {leaf: noise(*shape, dtype=dtype) for leaf, shape in SHAPES.items()}
     b, d, A, B = (tensor.double() for tensor in tensors.values())
-    base, update = noise(5, 3), read("vera", tensors, shape=(5, 3))
+    base, update = noise(5, 3), read_kind("vera", tensors, shape=(5, 3))
     delta = torch.diag(b) @ B[:5] @ torch.diag(d) @ A[:, :3]
     other_slice = torch.diag(b) @ B[2:] @ torch.diag(d) @ A[:, 1:]
     means(update, base, base + delta, base + 1.1 * delta, base + other_slice)
 
 
-def test_without_a_shape_it_is_as_wide_as_the_projection(read, noise):
+def test_without_a_shape_it_is_as_wide_as_the_projection(noise):
     tensors = {leaf: noise(*shape) for leaf, shape in SHAPES.items()}
-    assert read("vera", tensors).shape == (5, 4)
+    assert read_kind("vera", tensors).shape == (5, 4)
 
 
-def test_means_what_peft_means(means, read):
+def test_means_what_peft_means():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
     bases = [layer.weight.detach().clone() for layer in model]
@@ -37,7 +38,7 @@ def test_means_what_peft_means(means, read):
     merged = wrapped.merge_and_unload()
     for place, base in enumerate(bases):
         own = {leaf: saved[f"base_model.model.{place}.{leaf}"] for leaf in vera.MARKS}
-        update = read("vera", own | shared, shape=tuple(base.shape))
+        update = read_kind("vera", own | shared, shape=tuple(base.shape))
         expected = merged[place].weight.detach()
         means(update, base, expected, base + 1.1 * (expected - base))
 

@@ -14,6 +14,7 @@ from lora_fx.deferred import raw
 from lora_fx.forms import FACTORED, Form
 from lora_fx.graphs import targets
 from lora_fx.passes import ChooseForm, StripLora
+from lora_fx.testing import check_pass, folds_to, make_adapter, relative, tiny
 
 FORMS = [Form(kind, ones) for kind in ("factored", "augmented") for ones in (False, True)]
 ALONE = """\
@@ -75,16 +76,14 @@ class Siblings(nn.Module):
 
 
 @pytest.fixture
-def siblings(x: torch.Tensor, make_adapter: Any) -> Any:
+def siblings(x: torch.Tensor) -> Any:
     torch.manual_seed(0)
     shapes = {f"part.{name}": (5, 3) for name in ("query", "key", "value")}
     base = trace(Siblings().requires_grad_(False).eval(), (x,))
     return base, inject(base, make_adapter(shapes))
 
 
-def test_a_layer_and_its_branch_become_one_layer(
-    ragged: Any, x: Any, make_adapter: Any, check_pass: Any
-) -> None:
+def test_a_layer_and_its_branch_become_one_layer(ragged: Any, x: Any) -> None:
     gm = trace(ragged, (x,))
     injected = inject(gm, make_adapter(SHAPES))
     step = ChooseForm(form=AUGMENTED)
@@ -94,7 +93,7 @@ def test_a_layer_and_its_branch_become_one_layer(
     assert [edit.path for edit in seen.result.edits] == ["wide", "again", "again"]
 
 
-def test_layers_that_read_one_x_share_a_shrink(siblings: Any, x: Any, check_pass: Any) -> None:
+def test_layers_that_read_one_x_share_a_shrink(siblings: Any, x: Any) -> None:
     base, injected = siblings
     step = ChooseForm(form=AUGMENTED)
     seen = check_pass(step, injected, x, expected=injected(x), control=base(x))
@@ -106,9 +105,7 @@ def test_layers_that_read_one_x_share_a_shrink(siblings: Any, x: Any, check_pass
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_every_form_keeps_the_numbers(
-    form: Form, share: bool, siblings: Any, x: Any, check_pass: Any, relative: Any
-) -> None:
+def test_every_form_keeps_the_numbers(form: Form, share: bool, siblings: Any, x: Any) -> None:
     base, injected = siblings
     expected = injected(x)
     step = ChooseForm(form=form, share=share)
@@ -119,9 +116,7 @@ def test_every_form_keeps_the_numbers(
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_every_form_folds_to_the_base(
-    form: Form, share: bool, siblings: Any, x: Any, folds_to: Any, relative: Any
-) -> None:
+def test_every_form_folds_to_the_base(form: Form, share: bool, siblings: Any, x: Any) -> None:
     base, injected = siblings
     chosen = ChooseForm(form=form, share=share)(injected).graph_module
     folded = folds_to(chosen, base)
@@ -130,7 +125,7 @@ def test_every_form_folds_to_the_base(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_transposed_weight(form: Form, tiny: Any, relative: Any) -> None:
+def test_a_transposed_weight(form: Form) -> None:
     ids = torch.arange(14).reshape(2, 7)
     base = trace(tiny("GPT2LMHeadModel").eval(), (), {"input_ids": ids})
     injected = inject(base, LoraConfig(r=2, alpha=3, target_modules=["c_attn", "c_fc"], seed=0))
@@ -145,9 +140,7 @@ def test_a_transposed_weight(form: Form, tiny: Any, relative: Any) -> None:
     assert result.modified == (form != FACTORED)
 
 
-def test_several_branches_with_biases_are_one(
-    ragged: Any, x: Any, make_adapter: Any, check_pass: Any, relative: Any
-) -> None:
+def test_several_branches_with_biases_are_one(ragged: Any, x: Any) -> None:
     update = Update(torch.randn(3, 3), torch.randn(5, 3), 2.0, bias=torch.randn(5))
     gm = trace(ragged, (x,))
     both = inject(gm, [make_adapter({"wide": (5, 3)}), Adapter("german", {"wide": update})])
@@ -166,7 +159,7 @@ def test_no_weight_is_computed_before_it_is_read(siblings: Any) -> None:
     assert [weight._kept for weight in weights] == [None] * 3
 
 
-def test_a_weight_that_others_read_is_not_held_twice(shared: Any, x: Any, relative: Any) -> None:
+def test_a_weight_that_others_read_is_not_held_twice(shared: Any, x: Any) -> None:
     gm = trace(shared, (x,))
     update = Update(torch.randn(2, 3), torch.randn(5, 2), 1.0)
     injected = inject(gm, Adapter("a", {"one": update}))
@@ -190,7 +183,7 @@ def test_training_dropout_stays_and_that_of_eval_mode_goes(ragged: Any, x: Any) 
     assert "lora_dropout" not in text(chosen.graph_module)
 
 
-def test_a_trained_factor_is_read_at_once(ragged: Any, x: Any, relative: Any) -> None:
+def test_a_trained_factor_is_read_at_once(ragged: Any, x: Any) -> None:
     tuned = inject(trace(ragged, (x,)), LoraConfig(r=2, target_modules=["wide"], seed=0))
     up = dict(tuned.named_parameters())["wide.lora_B.default"]
     with torch.no_grad():
@@ -203,9 +196,7 @@ def test_a_trained_factor_is_read_at_once(ragged: Any, x: Any, relative: Any) ->
 
 
 @pytest.mark.parametrize("rows", [2, 512])
-def test_slots_stay_as_they_are_but_for_many_rows(
-    rows: int, make_adapter: Any, check_pass: Any
-) -> None:
+def test_slots_stay_as_they_are_but_for_many_rows(rows: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, rows, 64)
     gm = trace(nn.Sequential(nn.Linear(64, 48)).eval(), (x,))

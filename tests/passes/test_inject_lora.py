@@ -9,6 +9,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
 from lora_fx.passes import InjectLora
 from lora_fx.targets import TargetRule
+from lora_fx.testing import check_pass, make_adapter, relative, zoo
 
 BEFORE = """\
 x = input()
@@ -55,9 +56,7 @@ def by_hand(model: nn.Module, adapter: Adapter, factor: float = 1.0) -> nn.Modul
     return tuned
 
 
-def test_the_subgraph_and_the_weight_form_agree(
-    ragged: Any, x: Any, make_adapter: Any, check_pass: Any, relative: Any
-) -> None:
+def test_the_subgraph_and_the_weight_form_agree(ragged: Any, x: Any) -> None:
     adapter = make_adapter(SHAPES)
     gm = trace(ragged, (x,))
     seen = check_pass(
@@ -71,7 +70,7 @@ def test_the_subgraph_and_the_weight_form_agree(
     ]
 
 
-def test_the_bias_of_the_up_projection_is_scaled(ragged: Any, x: Any, relative: Any) -> None:
+def test_the_bias_of_the_up_projection_is_scaled(ragged: Any, x: Any) -> None:
     update = Update(torch.randn(2, 3), torch.randn(5, 2), 3.0, bias=torch.randn(5))
     tuned = by_hand(ragged, Adapter("a", {"wide": update}))
     with torch.no_grad():
@@ -82,7 +81,7 @@ def test_the_bias_of_the_up_projection_is_scaled(ragged: Any, x: Any, relative: 
     torch.testing.assert_close(read_back.bias, 3.0 * update.bias)
 
 
-def test_several_adapters_are_summed(ragged: Any, x: Any, make_adapter: Any, relative: Any) -> None:
+def test_several_adapters_are_summed(ragged: Any, x: Any) -> None:
     one = make_adapter(SHAPES, rank=2)
     two = make_adapter({"wide": (5, 3), "narrow": (7, 5)}, rank=3, name="german")
     both = inject(trace(ragged, (x,)), [one, two])
@@ -94,9 +93,7 @@ def test_several_adapters_are_summed(ragged: Any, x: Any, make_adapter: Any, rel
         adapter_from(both)
 
 
-def test_replaced_parameters_reach_every_call_and_nothing_else(
-    ragged: Any, x: Any, relative: Any
-) -> None:
+def test_replaced_parameters_reach_every_call_and_nothing_else(ragged: Any, x: Any) -> None:
     weight, bias = torch.randn(5, 5), torch.randn(5)
     adapter = Adapter("a", {}, {"again.weight": weight, "wide.bias": bias})
     tuned = by_hand(ragged, adapter)
@@ -108,7 +105,7 @@ def test_replaced_parameters_reach_every_call_and_nothing_else(
     assert relative(gm(x), tuned(x)) > 1e-2
 
 
-def test_a_config_trains_the_branches_alone(ragged: Any, x: Any, relative: Any) -> None:
+def test_a_config_trains_the_branches_alone(ragged: Any, x: Any) -> None:
     config = LoraConfig(r=2, alpha=3, dropout=0.4, target_modules=["wide", "again"], seed=0)
     flags = {name: p.requires_grad for name, p in ragged.named_parameters()}
     gm = inject(trace(ragged), config)
@@ -132,7 +129,7 @@ def test_a_config_trains_the_branches_alone(ragged: Any, x: Any, relative: Any) 
     assert all(p.grad is None for p in ragged.parameters())
 
 
-def test_all_linear_leaves_the_output_embedding_out(zoo: Any) -> None:
+def test_all_linear_leaves_the_output_embedding_out() -> None:
     _, gm = zoo("qwen2")
     edits = InjectLora(LoraConfig(r=2))(gm).edits
     assert "lm_head" not in {edit.path for edit in edits}
@@ -149,16 +146,14 @@ def test_all_linear_leaves_the_output_embedding_out(zoo: Any) -> None:
     ],
 )
 def test_an_adapter_for_another_model_is_refused_by_name(
-    adapter: Any, says: str, ragged: Any, make_adapter: Any
+    adapter: Any, says: str, ragged: Any
 ) -> None:
     with pytest.raises(AdapterError) as caught:
         inject(trace(ragged), make_adapter(adapter))
     assert says in str(caught.value)
 
 
-def test_what_does_not_match_becomes_an_edit_when_not_strict(
-    ragged: Any, x: Any, make_adapter: Any, relative: Any
-) -> None:
+def test_what_does_not_match_becomes_an_edit_when_not_strict(ragged: Any, x: Any) -> None:
     result = InjectLora(make_adapter({"wide": (5, 3), "head": (5, 3)}), strict=False)(trace(ragged))
     assert [(edit.action, edit.path) for edit in result.edits] == [
         ("skip", "head"),
@@ -169,14 +164,14 @@ def test_what_does_not_match_becomes_an_edit_when_not_strict(
     assert relative(only.graph_module(x), ragged(x)) == 0
 
 
-def test_layers_that_the_config_names_and_the_file_lacks(ragged: Any, make_adapter: Any) -> None:
+def test_layers_that_the_config_names_and_the_file_lacks(ragged: Any) -> None:
     adapter = make_adapter({"wide": (5, 3)})
     partial = Adapter("a", adapter.updates, expects=TargetRule(["wide", "again"]))
     with pytest.raises(AdapterError, match="no tensors for: again"):
         inject(trace(ragged), partial)
 
 
-def test_two_adapters_of_one_name_are_refused(ragged: Any, make_adapter: Any) -> None:
+def test_two_adapters_of_one_name_are_refused(ragged: Any) -> None:
     once = inject(trace(ragged), make_adapter(SHAPES))
     with pytest.raises(AdapterError, match=r"french.*already.*another name="):
         inject(once, make_adapter(SHAPES))

@@ -13,6 +13,7 @@ from torch import nn
 from lora_fx import Adapter, adapter_from, fold, inject, text, trace
 from lora_fx.branches import branches
 from lora_fx.passes import RaiseLora
+from lora_fx.testing import Notebook, check_pass
 
 BRANCH = """\
 x = input()
@@ -23,26 +24,13 @@ add = add(linear, matmul_1)
 return add"""
 
 
-class Notebook(nn.Module):
-    """A delta of full size that is made of two factors."""
-
-    def __init__(self, calls: int = 1) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 10)
-        self.a, self.b = nn.Parameter(torch.randn(10, 2)), nn.Parameter(torch.randn(2, 6))
-        self.calls = calls
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + 1.5 * (x @ (self.a @ self.b).T)
-
-
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
-def test_a_hand_written_delta_becomes_a_branch(frontend: str, x: Any, check_pass: Any) -> None:
+def test_a_hand_written_delta_becomes_a_branch(frontend: str, x: Any) -> None:
     module = Notebook().eval()
     gm = trace(module, (x,), frontend=frontend)
     seen = check_pass(RaiseLora("french"), gm, x, expected=module(x), control=module.fc(x))
@@ -64,7 +52,7 @@ def test_its_adapter_goes_into_the_base(x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_peft_wrapped_becomes_a_branch(bias: bool, x: Any, check_pass: Any) -> None:
+def test_what_peft_wrapped_becomes_a_branch(bias: bool, x: Any) -> None:
     base = nn.Sequential(nn.Linear(6, 10, bias=bias), nn.Tanh(), nn.Linear(10, 7))
     before = base(x)
     config = PeftConfig(
@@ -80,7 +68,7 @@ def test_what_peft_wrapped_becomes_a_branch(bias: bool, x: Any, check_pass: Any)
     assert text(fold(seen.gm)) == text(fold(gm))
 
 
-def test_two_active_adapters_become_one_of_both_ranks(x: Any, check_pass: Any) -> None:
+def test_two_active_adapters_become_one_of_both_ranks(x: Any) -> None:
     base = nn.Sequential(nn.Linear(6, 10))
     before = base(x)
     model = get_peft_model(base, PeftConfig(r=2, target_modules=["0"], init_lora_weights=False))
@@ -124,7 +112,7 @@ def test_calls_that_are_updated_differently_stay(x: torch.Tensor) -> None:
     assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
 
 
-def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any, check_pass: Any) -> None:
+def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any) -> None:
     class Twice(Notebook):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.tanh(super().forward(x)) + torch.sin(super().forward(2 * x))

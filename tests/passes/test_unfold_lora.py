@@ -9,14 +9,13 @@ from lora_fx import PassError, fold, inject, text, trace, unfold
 from lora_fx.editor import Editor
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.sites import sites
+from lora_fx.testing import check_pass, make_adapter
 
 SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
-def test_unfold_gives_back_what_fold_was_given(
-    frontend: str, ragged: Any, x: Any, make_adapter: Any, check_pass: Any
-) -> None:
+def test_unfold_gives_back_what_fold_was_given(frontend: str, ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,), frontend=frontend), make_adapter(SHAPES))
     folded = fold(injected)
     seen = check_pass(UnfoldLora(), folded, x, expected=injected(x), control=ragged(x))
@@ -28,7 +27,7 @@ def test_unfold_gives_back_what_fold_was_given(
     assert not check_pass(UnfoldLora(), seen.gm, x).result.modified
 
 
-def test_a_thousand_cycles_change_nothing(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_a_thousand_cycles_change_nothing(ragged: Any, x: Any) -> None:
     gm = first = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     for _ in range(1000):
         gm = unfold(fold(gm))
@@ -37,13 +36,13 @@ def test_a_thousand_cycles_change_nothing(ragged: Any, x: Any, make_adapter: Any
     assert all(torch.equal(gm.state_dict()[name], wanted[name]) for name in wanted)
 
 
-def test_only_the_latest_fold_is_undone(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_only_the_latest_fold_is_undone(ragged: Any, x: Any) -> None:
     once = fold(inject(trace(ragged, (x,)), make_adapter(SHAPES)))
     again = inject(once, make_adapter({"wide": (5, 3)}, rank=3, name="german"))
     assert text(unfold(fold(again))) == text(again)
 
 
-def test_edits_beside_a_folded_layer_survive(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_edits_beside_a_folded_layer_survive(ragged: Any, x: Any) -> None:
     folded = fold(inject(trace(ragged, (x,)), make_adapter({"wide": (5, 3)})))
     more = inject(folded, make_adapter({"narrow": (7, 5)}, name="german"))
     both = unfold(more)
@@ -52,11 +51,11 @@ def test_edits_beside_a_folded_layer_survive(ragged: Any, x: Any, make_adapter: 
     assert "narrow.lora_A.german" in text(both)
 
 
-def test_a_plain_graph_has_nothing_to_unfold(ragged: Any, x: Any, check_pass: Any) -> None:
+def test_a_plain_graph_has_nothing_to_unfold(ragged: Any, x: Any) -> None:
     assert not check_pass(UnfoldLora(), trace(ragged, (x,)), x, expected=ragged(x)).result.modified
 
 
-def test_a_region_whose_source_is_gone_is_refused(ragged: Any, x: Any, make_adapter: Any) -> None:
+def test_a_region_whose_source_is_gone_is_refused(ragged: Any, x: Any) -> None:
     folded = fold(inject(trace(ragged, (x,)), make_adapter({"again": (5, 5)})))
     editor = Editor(folded)
     second = sites(editor.gm)[1]

@@ -1,20 +1,19 @@
-"""Holds a Map against what the graph computes."""
+"""Holds a `Map`, what the analysis says of a node, against what the graph computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx import trace
 from lora_fx.affine.analysis import Analysis, Opaque, Same
 from lora_fx.affine.evaluate import dense
 from lora_fx.affine.maps import Map, OneHot
 from lora_fx.affine.transfer import analyse
+from lora_fx.trace import trace
 
 SHAPES = {
     "w": (5, 3),
@@ -46,6 +45,11 @@ SHAPES = {
 class Holds(nn.Module):
     """A function of one input and of constants, as a module. No two sizes are equal by chance."""
 
+    w: torch.Tensor
+    b: torch.Tensor
+    six: torch.Tensor
+    b6: torch.Tensor
+
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         make = torch.Generator().manual_seed(0)
@@ -55,6 +59,7 @@ class Holds(nn.Module):
         self.function = function
 
     def forward(self, x: torch.Tensor) -> Any:
+        """What the function says, of a model and x."""
         return self.function(self, x)
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
@@ -181,33 +186,22 @@ def reason(function: Callable[..., Any], x: torch.Tensor, frontend: str) -> str:
     return value.reason
 
 
-@pytest.fixture
-def check_case() -> Callable[..., None]:
-    """Runs one entry of a table of cases: ``(function, name of the input, ...)``."""
-
-    def check(case: tuple[Any, ...], frontend: str, tolerance: float = 1e-9) -> None:
-        computes(case[0], INPUTS[case[1]], frontend, tolerance)
-
-    return check
+def check_case(case: tuple[Any, ...], frontend: str, tolerance: float = 1e-9) -> None:
+    """`computes` of one entry of a table of cases: ``(function, name of the input, ...)``."""
+    computes(case[0], INPUTS[case[1]], frontend, tolerance)
 
 
-@pytest.fixture
-def check_reason() -> Callable[..., None]:
-    """Runs one entry of a table of refusals: ``(function, name of the input, words, ...)``."""
+def check_reason(case: tuple[Any, ...], frontend: str) -> None:
+    """Asserts the refusal of one entry of a table: ``(function, name of the input, words, ...)``.
 
-    def check(case: tuple[Any, ...], frontend: str) -> None:
-        assert case[2] in reason(case[0], INPUTS[case[1]], frontend)
+    Raises:
+        AssertionError: the result is affine, or the reason has other words.
+    """
+    assert case[2] in reason(case[0], INPUTS[case[1]], frontend)
 
-    return check
 
-
-@pytest.fixture
-def analyse_function() -> Callable[..., tuple[Analysis, Any]]:
-    """The analysis of a function's graph, and the node of its result."""
-
-    def analysis_of(
-        function: Callable[..., Any], name: str = "batch", frontend: str = "export"
-    ) -> tuple[Analysis, Any]:
-        return analysed(function, INPUTS[name], frontend)
-
-    return analysis_of
+def analyse_function(
+    function: Callable[..., Any], name: str = "batch", frontend: str = "export"
+) -> tuple[Analysis, Any]:
+    """The analysis of a function's graph on an input by name, and the node of its result."""
+    return analysed(function, INPUTS[name], frontend)
