@@ -225,10 +225,10 @@ def test_every_function_of_the_table_is_in_some_case() -> None:
     seen: set[str] = set()
     for table in TABLES:
         cases = runpy.run_path(str(Path(__file__).with_name(f"test_{table}.py")))
+        tracer = "export" if table == "sums" else "symbolic"  # which alone gives an rsub
         for function, name, *only in (cases["CASES"] | cases.get("CASTS", {})).values():
-            for frontend in only or ("symbolic", "export"):
-                analysis, _ = analyse_function(function, name, frontend)
-                seen |= {op_name(node) for node in analysis.gm.graph.nodes}
+            analysis, _ = analyse_function(function, name, *(only[:1] or [tracer]))
+            seen |= {op_name(node) for node in analysis.gm.graph.nodes}
     rules = {TRANSFER[name].__name__ for name in seen & set(TRANSFER)}
     assert rules == {rule.__name__ for rule in TRANSFER.values()}
 
