@@ -16,6 +16,14 @@ aten = torch.ops.aten
 # The module by which torch.export refuses inputs that its graph is not good for.
 GUARDS = "_guards_fn"
 
+NAMED_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+CASTS = {"to", "_to_copy", "type_as", *NAMED_CASTS}
+
 
 def op_name(node: fx.Node) -> str:
     """Names the operator of a node: ``matmul`` for torch's, aten's, Tensor's and Python's.

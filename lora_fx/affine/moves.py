@@ -19,15 +19,7 @@ from lora_fx.affine.analysis import (
 from lora_fx.affine.index import reordered
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Map
-from lora_fx.ops import call_argument, op_name
-
-_NAMED = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-CASTS = {"to", "_to_copy", "type_as", *_NAMED}
+from lora_fx.ops import NAMED_CASTS, call_argument, op_name
 
 
 def identity(analysis: Analysis, node: fx.Node) -> Value:
@@ -136,8 +128,8 @@ def _movable(analysis: Analysis, value: object) -> Map | None:
 
 def _asked(analysis: Analysis, node: fx.Node) -> torch.dtype | None:
     """The dtype that a cast names."""
-    if op_name(node) in _NAMED:
-        return _NAMED[op_name(node)]
+    if op_name(node) in NAMED_CASTS:
+        return NAMED_CASTS[op_name(node)]
     given = [*node.args[1:], node.kwargs.get("dtype")]
     known = [
         analysis.constants.on_meta(value)
