@@ -36,6 +36,16 @@ SPELLED: dict[str, tuple[Callable[..., Any], torch.Tensor, str]] = {
         IMAGE,
         "aten.conv2d.default",
     ),
+    "padding by name": (
+        lambda m, x: F.conv1d(x, m.k1, dilation=2, padding="same"),
+        LONG,
+        "aten.conv1d.padding",
+    ),
+    "no padding by name": (
+        lambda m, x: torch.conv2d(x, m.k2, m.b, padding="valid"),
+        IMAGE,
+        "aten.conv2d.padding",
+    ),
 }
 
 
@@ -51,7 +61,6 @@ def test_every_spelling_of_a_layer_becomes_its_aten_call(name: str) -> None:
 
 KEPT: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "renormalising": (lambda m, x: F.embedding(x, m.w, max_norm=1.0), IDS),
-    "padding by name": (lambda m, x: F.conv1d(x, m.k1, dilation=2, padding="same"), LONG),
     "factors": (lambda m, x: torch.addmm(m.b, x, m.w.T, beta=2), FLAT),
 }
 
