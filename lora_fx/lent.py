@@ -29,5 +29,5 @@ def _holder(site: Site, model: TracedModule) -> str | None:
     if calls is None or holds is None or f"{holder}.".startswith(f"{caller}.") or not caller:
         return None
     own, held = model.parameters(calls), model.parameters(holds).get(leaf)
-    is_own = leaf in own or any(value is held for value in own.values())  # tied
+    is_own = any(value is held for value in own.values())  # tied
     return None if held is None or is_own or layer_class(holds) else holder

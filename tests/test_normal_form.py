@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import trace
+from lora_fx import Adapter, Update, fold, inject, text, trace
 
 
 class Holds(nn.Module):
@@ -73,6 +74,20 @@ def test_what_is_no_plain_layer_stays_as_it_was_called(name: str) -> None:
     assert not any(str(node.target).startswith("aten.") for node in gm.graph.nodes)
     with torch.no_grad():
         assert torch.equal(gm(x), module(x))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_convolution_that_pads_by_name_is_a_layer(padding: str, relative: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 5, 2, padding=padding, dilation=2), nn.Tanh()).eval()
+    gm = trace(model, (LONG,), frontend="symbolic")
+    one = Update(torch.randn(2, 3, 2), torch.randn(5, 2), 1.5)
+    folded = fold(inject(gm, Adapter("french", {"0": one})))
+    changed = copy.deepcopy(model).requires_grad_(False)
+    changed[0].weight.add_(one.delta())
+    assert text(folded) == text(gm)
+    assert relative(folded(LONG), changed(LONG)) <= 1e-5
+    assert relative(gm(LONG), changed(LONG)) > 1e-2
 
 
 def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone(zoo: Any) -> None:

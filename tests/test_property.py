@@ -353,7 +353,8 @@ def spread(weight: Tensor, groups: int) -> Tensor:
 
 def by_weight(model: Random, adapters: list[Adapter], but: str = "") -> Random:
     """A copy with each changed weight put where its path names it."""
-    changed = copy.deepcopy(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for one in adapters:
         for path, update in one.updates.items():
             if path != but:
@@ -389,7 +390,7 @@ class Drawn(NamedTuple):
 
 
 def drawn(seed: int, frontend: str) -> Drawn:
-    """The first module of a seed in which every update changes the output, so none is lost unseen."""
+    """The first module of a seed whose output every update changes, so that none is lost unseen."""
     for again in range(100):
         torch.manual_seed(seed + 10**6 * again)
         model = Random(seed, frontend).eval().requires_grad_(False)
@@ -456,7 +457,7 @@ def plain_attention() -> Iterator[None]:
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + GRAPHS))
 @torch.no_grad()
 def test_a_random_module_is_merged_whole_and_right(seed: int, tmp_path: Path) -> None:
-    frontend = "symbolic" if seed % 3 == 0 else "export"
+    frontend = "symbolic" if seed // 2 % 2 else "export"
     made = drawn(seed, frontend)
     model, x, adapters, wanted = made
     draw = random.Random(seed)
