@@ -411,12 +411,14 @@ def walked(
     """The graph after injections, folds and unfolds in some order, with how many are in it."""
     steps = ["inject"] * len(adapters) + draw.choices(["fold", "unfold"], k=2)
     draw.shuffle(steps)
-    done = 0
+    done = folds = 0
     for step in steps:
         if step == "inject":  # a folded layer is another than the one that is meant
-            gm, done = lora_fx.inject(lora_fx.unfold(gm), adapters[done]), done + 1
+            for _ in range(folds):
+                gm = lora_fx.unfold(gm)
+            gm, done, folds = lora_fx.inject(gm, adapters[done]), done + 1, 0
         else:
-            gm = getattr(lora_fx, step)(gm)
+            gm, folds = getattr(lora_fx, step)(gm), folds + (step == "fold")
         yield gm, done
 
 
