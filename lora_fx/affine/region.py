@@ -106,9 +106,11 @@ def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node
     found, pending = {node}, [node]
     while pending:
         here = pending.pop()
-        if isinstance(analysis.values[here], Uniform):
+        value = analysis.values[here]
+        if isinstance(value, Uniform):
             continue  # what it reads says its shape
-        for n in here.all_input_nodes:
+        is_move = isinstance(value, Map) and value.last is Link.MOVE
+        for n in here.all_input_nodes[:1] if is_move else here.all_input_nodes:  # others say sizes
             known = analysis.values.get(n)
             if n is source.node or n in found or known is None or isinstance(known, Opaque):
                 continue
