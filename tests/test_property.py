@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx import Adapter, Update, compare
 from lora_fx.affine.ways import is_layer
 from lora_fx.branches import branches
+from lora_fx.passes import FoldLora
 
 GRAPHS = int(os.environ.get("LORA_FX_GRAPHS", "100"))
 FIRST = int(os.environ.get("LORA_FX_FROM", "0"))
@@ -471,6 +472,7 @@ def test_a_random_module_is_merged_whole_and_right(seed: int, tmp_path: Path) ->
         assert compare(state(x), wanted[done]).relative <= 1e-5
     folded = lora_fx.fold(states[-1][0])
     assert compare(folded(x), wanted[-1]).relative <= 1e-5
+    assert not FoldLora()(folded).modified
     left = branches(folded)  # LoRA beside a grouped convolution is no convolution of its groups
     assert {branch.path for branch in left} <= {"grouped", "thin"}
     layers = [node for node in folded.graph.nodes if is_layer(node)]
