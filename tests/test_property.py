@@ -9,6 +9,7 @@ import copy
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,6 +300,7 @@ STEPS = {
     ]
 }
 TURNED = ("w", "packs", "twice.w", "table")
+GROUPED = {"grouped", "thin"}  # LoRA beside these stays: together they are no convolution of groups
 
 
 class Reading(Random):
@@ -434,18 +436,17 @@ def is_right_in_files(made: Drawn, state: fx.GraphModule, wanted: Tensor, path: 
 
 
 def is_right_in_slots(made: Drawn, gm: fx.GraphModule, path: Path) -> bool:
-    """Whether one file takes each of the adapters, and none."""
-    file = path / "slots.onnx"
-    lora_fx.to_onnx(gm, file, adapters="input", slots=list(made.adapters[0].updates))
+    """Whether one file takes each of the adapters, and none; grouped convolutions have no slot."""
+    file, ends = path / "slots.onnx", []
+    slots = [name for name in made.adapters[0].updates if name not in GROUPED]
+    lora_fx.to_onnx(gm, file, adapters="input", slots=slots)
     session = lora_fx.Session(file)
-    for one in made.adapters:
-        lora_fx.export_adapter(one, file, path / f"{one.name}.onnx_adapter")
-    return agrees(session, made.x, made.wanted[0]) and all(
-        agrees(
-            session, made.x, by_weight(made.model, [one])(made.x), path / f"{one.name}.onnx_adapter"
-        )
-        for one in made.adapters
-    )
+    for given in made.adapters:
+        one = replace(given, updates={name: given.updates[name] for name in slots})
+        mine = path / f"{one.name}.onnx_adapter"
+        lora_fx.export_adapter(one, file, mine)
+        ends.append(agrees(session, made.x, by_weight(made.model, [one])(made.x), mine))
+    return all(ends) and agrees(session, made.x, made.wanted[0])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -473,14 +474,14 @@ def test_a_random_module_is_merged_whole_and_right(seed: int, tmp_path: Path) ->
     folded = lora_fx.fold(states[-1][0])
     assert compare(folded(x), wanted[-1]).relative <= 1e-5
     assert not FoldLora()(folded).modified
-    left = branches(folded)  # LoRA beside a grouped convolution is no convolution of its groups
-    assert {branch.path for branch in left} <= {"grouped", "thin"}
+    left = branches(folded)
+    assert {branch.path for branch in left} <= GROUPED
     layers = [node for node in folded.graph.nodes if is_layer(node)]
     assert len(layers) - 2 * len(left) == sum(STEPS[step].layers for step in model.steps) + 1
     if seed % 25 == 2:
         assert is_right_in_files(made, folded, wanted[-1], tmp_path)
+    if seed % 100 == 2:
         some, done = draw.choice(states)
-        if draw.random() < 0.5 or {"grouped", "thin"} & adapters[0].updates.keys():
-            assert is_right_in_files(made, some, wanted[done], tmp_path)
-        else:
-            assert is_right_in_slots(made, gm, tmp_path)
+        assert is_right_in_files(made, some, wanted[done], tmp_path)
+    if seed % 100 == 27:
+        assert is_right_in_slots(made, gm, tmp_path)
