@@ -23,7 +23,7 @@ from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
 from lora_fx.export.trial import Trial
 from lora_fx.export.verify import verify_file
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
-from lora_fx.resolved import resolved
+from lora_fx.resolved import aliases, resolved
 from lora_fx.sites import by_path
 
 _TRACED_RANK = (3,)
@@ -93,7 +93,7 @@ class Swappable:
 
     def open(self, model: ir.Model) -> None:
         """Makes the probe's weights inputs, before anything can merge or evaluate them."""
-        open_slots(model, self.slots)
+        open_slots(model, self.slots, aliases(self.base))
 
     def close(self, model: ir.Model) -> None:
         """Adds the defaults and the manifest."""

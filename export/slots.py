@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -14,6 +14,7 @@ from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
 from lora_fx.reach import is_one_way
+from lora_fx.resolved import aliases
 from lora_fx.sites import Site, by_path
 from lora_fx.trace import example_of
 
@@ -56,7 +57,15 @@ def chosen_slots(
         )
     if vectors is None:
         vectors = any(not b.is_plain or b.bias is not None for b in branches(gm))
-    return [_slot(groups[path][0], vectors) for path in dict.fromkeys(paths)]
+    return [_slot(groups[path][0], vectors) for path in _once(gm, paths)]
+
+
+def _once(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
+    """One path for each layer: of a module that has several names, the first in the model."""
+    others = aliases(gm)
+    order = {path: place for place, path in enumerate(others)}
+    named = ({path, *others.get(path, ())} & {*paths} for path in paths)
+    return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))
 
 
 def _paths(
@@ -119,10 +128,15 @@ def _probe(slot: Slot, rank: int, source: torch.Generator) -> Update:
     return Update(down.to(dtype), up.to(dtype), _GAIN, row=row, bias=bias, col=col)
 
 
-def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:
+def open_slots(model: ir.Model, slots: Sequence[Slot], others: Mapping[str, Sequence[str]]) -> None:
     """Turns the probe's initializers into graph inputs, of symbolic rank, in place.
 
     They get no default yet: an optimiser may evaluate what has one.
+
+    Args:
+        model: what was exported.
+        slots: where the probe is.
+        others: other names of a slot's module, whose calls read the same inputs.
     """
     for slot in slots:
         rank = ir.SymbolicDim(f"rank:{slot.path}")
@@ -133,6 +147,9 @@ def open_slots(model: ir.Model, slots: Sequence[Slot]) -> None:
         for part, (name, sizes) in slot.inputs.items():
             shape = ir.Shape([rank if size is None else size for size in sizes])
             opened[part] = _as_input(model, getattr(names, part), name, shape)
+            for other in others.get(slot.path, ()):
+                again = getattr(parameter_names(other, PROBE), part)
+                _read_instead(model, again, opened[part])
         _forget_rank(opened["down"], until=opened["up"])
 
 
@@ -143,6 +160,12 @@ def _as_input(model: ir.Model, old: str, new: str, shape: ir.Shape) -> ir.Value:
     value.const_value, value.name, value.shape = None, new, shape
     model.graph.inputs.append(value)
     return value
+
+
+def _read_instead(model: ir.Model, old: str, new: ir.Value) -> None:
+    value = model.graph.initializers.pop(old, None)
+    if value is not None:
+        ir.convenience.replace_all_uses_with(value, new)
 
 
 def _forget_rank(start: ir.Value, until: ir.Value) -> None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from lora_fx.deferred import Deferred, raw
 from lora_fx.graphs import assemble, assign, attribute, copy_graph, remove, targets
 from lora_fx.injected import settle
+from lora_fx.ops import HOLDER
 from lora_fx.origin import FOLDED, Origin
 from lora_fx.shells import frozen
 from lora_fx.store import Store
@@ -209,8 +210,9 @@ class Editor:
             raw(self.gm, target)
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
-        if like is not None and "nn_module_stack" in like.meta:
-            node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+        for key in ("nn_module_stack", HOLDER):
+            if like is not None and key in like.meta:
+                node.meta[key] = like.meta[key]
         self.modified = True
         return node
 

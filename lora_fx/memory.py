@@ -21,6 +21,7 @@ _SILENT = {
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d"),
     *("dropout2d", "dropout3d", "einsum", "pad", "conj_physical", "interpolate", "upsample"),
 }
+_SAYS = {"shape", "ndim", "dtype", "device", "layout"}  # attributes of a tensor that are no memory
 _PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 
 
@@ -102,6 +103,8 @@ def _makes_new(node: fx.Node) -> bool:
         return is_known and not isinstance(called, _PASSING) and not mutates(node)
     if isinstance(node.target, torch._ops.OpOverload) or in_place(node):
         return False
+    if node.target is getattr:
+        return node.args[1] in _SAYS
     name = str(node.target) if node.op == "call_method" else function_name(node.target)
     return name not in _SILENT and _is_new_by_schema(name)
 

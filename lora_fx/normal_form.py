@@ -76,14 +76,14 @@ def _tensordot(node: fx.Node) -> Arguments | None:
 def _conv(node: fx.Node) -> Arguments | None:
     stride = call_argument(node, 3, "stride", 1)
     padding = call_argument(node, 4, "padding", 0)
-    if isinstance(padding, str):
-        return None
     dilation, groups = call_argument(node, 5, "dilation", 1), call_argument(node, 6, "groups", 1)
     dims = int(node.target.__name__[4])  # type: ignore[union-attr]  # conv1d, conv2d, conv3d
-    spread = [list(v) if isinstance(v, tuple | list) else [v] * dims for v in (stride, padding)]
-    dilated = list(dilation) if isinstance(dilation, tuple | list) else [dilation] * dims
+    stride, padding, dilation = (
+        v if isinstance(v, str) else list(v) if isinstance(v, tuple | list) else [v] * dims
+        for v in (stride, padding, dilation)
+    )
     weight, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
-    return _input(node), weight, bias, *spread, dilated, groups
+    return _input(node), weight, bias, stride, padding, dilation, groups
 
 
 def _input(node: fx.Node) -> Any:
@@ -152,6 +152,8 @@ def _as_function(node: fx.Node) -> fx.Node:
 def _to_aten(node: fx.Node) -> None:
     target, translate = _LAYERS[node.target]
     arguments = translate(node)
+    if translate is _conv and arguments is not None and isinstance(arguments[4], str):
+        target = target.overloadpacket.padding  # "same" or "valid"
     if arguments is not None:
         node.target, node.args, node.kwargs = target, arguments, {}
 

@@ -15,6 +15,7 @@ aten = torch.ops.aten
 
 # The module by which torch.export refuses inputs that its graph is not good for.
 GUARDS = "_guards_fn"
+HOLDER = "lora_fx.holder"  # in the meta of a call: who holds its weight, if not its own module
 
 NAMED_CASTS = {
     "float": torch.float32,
@@ -54,6 +55,11 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = list(stack.values())[-1][0]
     return str(path)
+
+
+def holder_path(node: fx.Node) -> str:
+    """The path of the module that holds the weight of a layer's call: whose forward made it."""
+    return str(node.meta.get(HOLDER, module_path(node)))
 
 
 def is_around(node: fx.Node, layer: fx.Node) -> bool:

@@ -134,6 +134,14 @@ def rank_of(node: object) -> int | None:
     return value.ndim if isinstance(value, torch.Tensor) else None
 
 
+def listed(x: Any, own: str, of_x: str, output: str) -> tuple[str, str]:
+    """The labels of x and the result with a letter for each axis of ``.``, if these are known."""
+    rank = rank_of(x) if isinstance(x, fx.Node) else None
+    free = [n for n in _LETTERS if n not in {*own, *of_x, *output}]
+    rest = "." if rank is None else "".join(free[: rank + 1 - len(of_x)])
+    return of_x.replace(".", rest), output.replace(".", rest)
+
+
 def _linear(node: fx.Node) -> Product | None:
     bias = call_argument(node, 2, "bias")
     return _made(node, ((0,), (1,)), turned=True, bias=bias)
@@ -163,7 +171,9 @@ def _einsum(node: fx.Node) -> Product | None:
     output = output if arrow else _implied(labels)
     place = 1 if is_fixed(operands[1]) else 0
     own, of_x = labels[place], labels[1 - place]
-    found = _labels(own, of_x, output)
+    found = _labels(own, of_x, output) or _labels(
+        own, *listed(operands[1 - place], own, of_x, output)
+    )
     if found is None:
         return None
     turned = own[0] == found.new

@@ -11,7 +11,7 @@ from torch import fx
 
 from lora_fx.deferred import raw
 from lora_fx.layer import Layer
-from lora_fx.ops import aten, call_argument, module_path
+from lora_fx.ops import aten, call_argument, holder_path
 from lora_fx.products import Labels, Place, argument_at, batches_of, product_of
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Part, Places, Read, part_of
@@ -138,7 +138,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     if kind in ("linear_transposed", "embedding"):
         out, into = into, out
     return Site(
-        path=module_path(node),
+        path=holder_path(node),
         kind=kind,
         shape=(out, into * groups, *kernel),
         dtype=tensor.dtype,
@@ -177,7 +177,7 @@ def readers(gm: fx.GraphModule, parameter: str) -> Iterator[Read]:
     where none did, by the layer that the graph has at that path, or the table of that name.
     """
     path, _, name = parameter.rpartition(".")
-    calls = [n for n in gm.graph.nodes if n.op in _CALLS and module_path(n) == path]
+    calls = [n for n in gm.graph.nodes if n.op in _CALLS and holder_path(n) == path]
     if not calls:
         layers = sites(gm)
         of_name = [s for s in layers if s.path == path]

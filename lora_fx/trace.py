@@ -17,6 +17,7 @@ from lora_fx.errors import TraceError
 from lora_fx.faithful import CallError, call_once, check_faithful
 from lora_fx.graphs import assemble, copy_graph, targets
 from lora_fx.left_behind import clear_caches
+from lora_fx.lent import note_holders
 from lora_fx.modes import in_mode
 from lora_fx.normal_form import normalise
 from lora_fx.ops import GUARDS
@@ -184,6 +185,8 @@ def _finish(
     refuse_inputs(_parameters(graph))
     gm = assemble(root, graph, training, made)
     gm.meta[_META] = example
+    if example.model is not None:
+        note_holders(gm, example.model)
     return gm
 
 

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lora_fx import trace
-from lora_fx.testing import Computes, zoo
+from lora_fx import Adapter, Update, fold, inject, text, trace
+from lora_fx.testing import Computes, relative, zoo
 
 SIZES = {"w": (5, 3), "b": (5,), "k1": (5, 3, 2), "k2": (5, 3, 2, 2)}
 
@@ -26,6 +28,16 @@ SPELLED: dict[str, tuple[Callable[..., Any], torch.Tensor, str]] = {
         IMAGE,
         "aten.conv2d.default",
     ),
+    "padding by name": (
+        lambda m, x: F.conv1d(x, m.k1, dilation=2, padding="same"),
+        LONG,
+        "aten.conv1d.padding",
+    ),
+    "no padding by name": (
+        lambda m, x: torch.conv2d(x, m.k2, m.b, padding="valid"),
+        IMAGE,
+        "aten.conv2d.padding",
+    ),
 }
 
 
@@ -41,7 +53,6 @@ def test_every_spelling_of_a_layer_becomes_its_aten_call(name: str) -> None:
 
 KEPT: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "renormalising": (lambda m, x: F.embedding(x, m.w, max_norm=1.0), IDS),
-    "padding by name": (lambda m, x: F.conv1d(x, m.k1, dilation=2, padding="same"), LONG),
     "factors": (lambda m, x: torch.addmm(m.b, x, m.w.T, beta=2), FLAT),
 }
 
@@ -54,6 +65,20 @@ def test_what_is_no_plain_layer_stays_as_it_was_called(name: str) -> None:
     assert not any(str(node.target).startswith("aten.") for node in gm.graph.nodes)
     with torch.no_grad():
         assert torch.equal(gm(x), module(x))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_convolution_that_pads_by_name_is_a_layer(padding: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 5, 2, padding=padding, dilation=2), nn.Tanh()).eval()
+    gm = trace(model, (LONG,), frontend="symbolic")
+    one = Update(torch.randn(2, 3, 2), torch.randn(5, 2), 1.5)
+    folded = fold(inject(gm, Adapter("french", {"0": one})))
+    changed = copy.deepcopy(model).requires_grad_(False)
+    changed[0].weight.add_(one.delta())
+    assert text(folded) == text(gm)
+    assert relative(folded(LONG), changed(LONG)) <= 1e-5
+    assert relative(gm(LONG), changed(LONG)) > 1e-2
 
 
 def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone() -> None:

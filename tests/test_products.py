@@ -143,6 +143,26 @@ def test_a_fresh_adapter_trains_beside_it(name: str, frontend: str) -> None:
     assert any(bool(p.grad.any()) for p in trained.values() if p.grad is not None)
 
 
+def test_an_ellipsis_behind_the_features_is_as_many_axes_as_were_traced() -> None:
+    torch.manual_seed(0)
+    model = (
+        model_of(lambda m, x: torch.einsum("bi...,io->bo...", x, m.w)).eval().requires_grad_(False)
+    )
+    image = torch.randn(2, 3, 4, 6)
+    gm = trace(model, (image,))
+    (site,) = sites(gm)
+    assert site.path == "block.w"
+    changed = copy.deepcopy(model)
+    changed.get_parameter("block.w").add_(update().delta().T)
+    injected = inject(gm, Adapter("french", {"block.w": update()}))
+    folded = fold(injected)
+    for graph in (injected, folded):
+        assert relative(graph(image), changed(image)) <= 1e-5
+    assert relative(gm(image), changed(image)) > 1e-2
+    assert calls(folded) == calls(gm)
+    assert sites(trace(model)) == []  # how many axes these are is not known
+
+
 def test_all_linear_leaves_bare_parameters_out() -> None:
     _, gm, _ = made("operator", "export")
     with pytest.raises(AdapterError, match=r"match none of the 1 layers: block\.w"):

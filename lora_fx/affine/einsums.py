@@ -12,6 +12,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Link
 from lora_fx.affine.matrices import Blocks, Matrix
+from lora_fx.products import listed
 
 
 def einsum(analysis: Analysis, node: fx.Node) -> Value:
@@ -23,7 +24,7 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
         return Opaque("an einsum of other than two operands")
     constant = 1 if operands[1] in analysis.constants.nodes else 0
     own, of_x = labels[constant], labels[1 - constant]
-    plan = _Einsum(of_x, own, output)
+    plan = _Einsum(own, *listed(operands[1 - constant], own, _short(of_x), _short(output)))
     known = operands[constant] in analysis.constants.nodes
     shape = analysis.constants.shape(operands[constant]) if known else None
     if not plan.is_layer or shape is None:
@@ -49,9 +50,8 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
 class _Einsum:
     """``(batch, shared, summed) x (shared, summed, new) -> (batch, shared, new)``."""
 
-    def __init__(self, of_x: str, own: str, output: str) -> None:
+    def __init__(self, own: str, plain_x: str, plain_out: str) -> None:
         self.own = own
-        plain_x, plain_out = of_x.replace("...", "."), output.replace("...", ".")
         self.inputs = [label for label in plain_x if label in own]
         self.outputs = [label for label in plain_out if label in own]
         self.shared = [label for label in self.inputs if label in self.outputs]
@@ -85,6 +85,10 @@ class _Einsum:
         return Blocks(
             blocks, key, lambda: analysis.constants.value(node).permute(order).reshape(blocks)
         )
+
+
+def _short(labels: str) -> str:
+    return labels.replace("...", ".")
 
 
 def _operands(node: fx.Node) -> list[Any]:

@@ -22,6 +22,8 @@ from lora_fx.ops import module_path, op_name
 from lora_fx.products import batches_of
 from lora_fx.row_blocks import picked_from
 
+_LIKE = {"view_as", "reshape_as", "type_as", "to"}  # read another tensor for its shape or dtype
+
 
 @dataclass(frozen=True)
 class Region:
@@ -105,15 +107,21 @@ def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node
     found, pending = {node}, [node]
     while pending:
         here = pending.pop()
-        if isinstance(analysis.values[here], Uniform):
-            continue  # what it reads says its shape
-        for n in here.all_input_nodes:
+        for n in _read_for_features(here, analysis):
             known = analysis.values.get(n)
             if n is source.node or n in found or known is None or isinstance(known, Opaque):
                 continue
             found.add(n)
             pending.append(n)
     return found
+
+
+def _read_for_features(node: fx.Node, analysis: Analysis) -> list[fx.Node]:
+    """What a call reads, but for who only says the shape or dtype of its result."""
+    if isinstance(analysis.values[node], Uniform):
+        return []
+    nodes = node.all_input_nodes
+    return nodes[:1] if op_name(node) in _LIKE else nodes
 
 
 def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:

@@ -10,6 +10,7 @@ from torch import nn
 from lora_fx import fold, text, trace
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
+from lora_fx.passes import FoldLora
 from lora_fx.testing import Computes
 
 
@@ -122,3 +123,31 @@ def test_only_what_is_read_is_replaced() -> None:
 
     module, x = layers(nested), torch.randn(3, 4)
     torch.testing.assert_close(fold(trace(module))(x), module(x))
+
+
+class Shaped(nn.Module):
+    """Takes the shape of another layer's result, and its dtype, on the way to a layer."""
+
+    def __init__(self, like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 5)
+        self.like = like
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x.flatten(0, 1))
+        return torch.tanh(self.two(self.like(torch.tanh(y).view(4, 7, 5), y)))
+
+
+LIKE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "view_as": lambda y, like: y.view_as(like),
+    "reshape_as": lambda y, like: y.reshape_as(like),
+    "type_as": lambda y, like: y.type_as(like),
+}
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_who_gives_a_shape_is_no_part_of_a_region(name: str) -> None:
+    gm = trace(Shaped(LIKE[name]).eval(), (torch.randn(4, 7, 3),))
+    assert text(fold(gm)) == text(gm)
+    assert not FoldLora()(gm).modified
+    assert {len(region.nodes) for region in maximal_regions(analyse(gm)) if region.layer} <= {1}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,42 @@ def test_what_is_neutral_has_channels_where_it_is_convolved(tmp_path: Path) -> N
         assert values[f"{name}.lora_B"].shape[0 if name == "head" else 1] == rank
     found = read_adapter_file(tmp_path / "a", "a").updates
     assert {name: update.rank for name, update in found.items()} == {"one": 0}
+
+
+class Renamed(nn.Module):
+    """A module of two names that is called by both, the later name first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.one, self.end = layer, nn.Linear(3, 5)
+        self.other = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(torch.tanh(self.one(torch.tanh(self.other(x)))))
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("slots", [None, ["one"], ["other", "one"]])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(4, 4, 3, padding=1)])
+def test_a_module_of_two_names_has_one_slot(
+    layer: nn.Module, slots: list[str] | None, frontend: str, tmp_path: Path
+) -> None:
+    if slots is None and isinstance(layer, nn.Conv1d):
+        slots = ["end", "one"]
+    model, x = Renamed(layer).eval().requires_grad_(False), torch.randn(2, 4, 3)
+    gm = trace(model, (x,), frontend=frontend)
+    chosen = chosen_slots(gm, slots)
+    assert [slot.path for slot in chosen if slot.path != "end"] == ["one"]
+    file = tmp_path / "m.onnx"
+    to_onnx(gm, file, adapters="input", slots=slots, vectors=frontend == "export")
+    adapter = probe([slot for slot in chosen if slot.path == "one"], (2,))
+    export_adapter(adapter, file, tmp_path / "a.onnx_adapter")
+    session = Session(file)
+    (base,) = session.run({"x": x}).values()
+    (adapted,) = session.run({"x": x}, adapter=tmp_path / "a.onnx_adapter").values()
+    assert compare(base, model(x)).ok
+    changed = Renamed(copy.deepcopy(layer)).eval().requires_grad_(False)
+    changed.end = model.end
+    changed.one.weight.add_(adapter.updates["one"].delta())
+    assert compare(adapted, changed(x)).ok
+    assert compare(base, changed(x)).relative > 1e-2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_places import Place, places_of
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
+from lora_fx.testing import save_peft_case
 
 # PEFT advises against seeds.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
@@ -85,27 +85,16 @@ def test_a_parameter_that_the_base_lacks_is_none_of_the_module() -> None:
     assert places("m", base=model(), **fields)["m"].parameter is None
 
 
-Saver = Callable[[str, Path], Any]
-
-
-@pytest.fixture
-def saver(request: pytest.FixtureRequest) -> Saver:
-    saved: Saver = request.getfixturevalue("save_peft_case")
-    return saved
-
-
 @pytest.mark.parametrize("name", ["experts one", "experts lora", "experts transposed"])
-def test_experts_need_the_base(name: str, saver: Saver, tmp_path: Path) -> None:
-    case = saver(name, tmp_path / "a")
+def test_experts_need_the_base(name: str, tmp_path: Path) -> None:
+    case = save_peft_case(name, tmp_path / "a")
     with pytest.raises(AdapterError, match=r"pass base=, the model"):
         load_adapter(case.directory)
 
 
 @pytest.mark.parametrize("name", ["experts one"])
-def test_a_graph_tells_the_orientation_by_its_shapes(
-    name: str, saver: Saver, tmp_path: Path
-) -> None:
-    case = saver(name, tmp_path / "a")
+def test_a_graph_tells_the_orientation_by_its_shapes(name: str, tmp_path: Path) -> None:
+    case = save_peft_case(name, tmp_path / "a")
     gm = lora_fx.trace(case.base, (case.x,))
     by_graph, by_model = (load_adapter(case.directory, base=b) for b in (gm, case.base))
     for path, update in by_model.updates.items():
@@ -113,15 +102,15 @@ def test_a_graph_tells_the_orientation_by_its_shapes(
         assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_experts_of_another_shape_are_refused(saver: Saver, tmp_path: Path) -> None:
-    case = saver("experts one", tmp_path / "a")
+def test_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
+    case = save_peft_case("experts one", tmp_path / "a")
     file = case.directory / "adapter_model.safetensors"
     save_file({k: v[:, :-1].clone() for k, v in load_file(file).items()}, file)
     with pytest.raises(AdapterError, match=r"narrow: lora_A and lora_B are .* expected .* rank 2"):
         load_adapter(case.directory, base=case.base)
 
 
-def test_seeds_need_the_base(saver: Saver, tmp_path: Path) -> None:
-    case = saver("linear vera seed", tmp_path / "a")
+def test_seeds_need_the_base(tmp_path: Path) -> None:
+    case = save_peft_case("linear vera seed", tmp_path / "a")
     with pytest.raises(AdapterError, match=r"drawn from a seed.*pass base=.*narrow"):
         load_adapter(case.directory)
