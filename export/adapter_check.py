@@ -13,7 +13,7 @@ from lora_fx.export.manifest import Manifest
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
 from lora_fx.finite import overflow
-from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.io.tensor_checks import check_tensors
 from lora_fx.terms import Terms
 
 IDENTIFIER = b"TORT"

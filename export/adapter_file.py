@@ -21,12 +21,12 @@ from lora_fx.export.base_weights import BaseWeights
 from lora_fx.export.changed import check_digests
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.model_file import load_proto, manifest_in
-from lora_fx.export.publish import staged
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of, to_numpy
 from lora_fx.finite import check_finite, check_product
 from lora_fx.fitted import fitted
+from lora_fx.io.publish import staged
 from lora_fx.terms import Terms, terms_of
 
 Array = np.ndarray[Any, Any]

@@ -19,11 +19,11 @@ from lora_fx.export.model_file import write_model
 from lora_fx.export.names import rename
 from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.promises import promise_weights
-from lora_fx.export.publish import refuse_existing, staged
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.steady import refuse_unsteady
 from lora_fx.export.trial import Trial, trial_of
 from lora_fx.finite import check_branches
+from lora_fx.io.publish import refuse_existing, staged
 from lora_fx.unmerged import is_unmerged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written

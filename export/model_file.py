@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError
 from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.export.digests import seal
 from lora_fx.export.manifest import Manifest, check_slots, read_manifest
-from lora_fx.export.publish import data_path
 from lora_fx.export.watched import Watched
+from lora_fx.io.publish import data_path
 
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it

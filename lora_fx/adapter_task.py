@@ -9,8 +9,8 @@ from pathlib import Path
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_replaced import PREFIX
-from lora_fx.formats.strict_json import parse_object, read_object
-from lora_fx.formats.tensor_file import is_pickle, metadata_of, read_file
+from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
+from lora_fx.io.strict_json import parse_object, read_object
 
 _CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _METADATA = "lora_adapter_metadata"

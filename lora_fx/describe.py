@@ -11,8 +11,8 @@ from typing import Any
 from lora_fx.adapter import Adapter
 from lora_fx.describe_update import describe_update
 from lora_fx.errors import LoraFxError, within
-from lora_fx.formats.tensor_file import SAFETENSORS, is_pickle
 from lora_fx.given import Given
+from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20
 

@@ -21,7 +21,7 @@ from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, wri
 from lora_fx.formats.peft import is_peft, read_peft
 from lora_fx.formats.peft_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.formats.peft_write import write_peft
-from lora_fx.formats.tensor_file import names_in
+from lora_fx.io.state_dict import names_in
 
 
 @dataclass(frozen=True)

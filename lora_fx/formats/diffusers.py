@@ -15,7 +15,7 @@ from lora_fx.formats.hints import Hints
 from lora_fx.formats.pairs import Layers, check_pairs
 from lora_fx.formats.peft import CONFIG
 from lora_fx.formats.peft_replaced import PREFIX
-from lora_fx.formats.tensor_file import read_file, write_file
+from lora_fx.io.state_dict import read_file, write_file
 from lora_fx.other_updates import AnyUpdate
 from lora_fx.targets import TargetRule
 

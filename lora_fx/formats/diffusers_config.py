@@ -9,8 +9,8 @@ from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_config import parse_config
 from lora_fx.formats.peft_file import METADATA
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_file import metadata_of
+from lora_fx.io.state_dict import metadata_of
+from lora_fx.io.strict_json import parse_object
 
 Fields = Mapping[str, object]
 

@@ -16,8 +16,8 @@ from lora_fx.formats.kohya_leaves import DORA, LEAVES, ROLES, feature_of
 from lora_fx.formats.kohya_names import PREFIXES, check_part, name_of, part_of, resolve
 from lora_fx.formats.kohya_write import leaves_for, module_of, problem_with
 from lora_fx.formats.pairs import ALPHA, Layers, add, check_no_half
-from lora_fx.formats.tensor_file import read_file, write_file
 from lora_fx.formats.unheld import check_held
+from lora_fx.io.state_dict import read_file, write_file
 from lora_fx.other_updates import AnyUpdate
 
 

@@ -18,8 +18,8 @@ from lora_fx.formats.loralib_base import check_base
 from lora_fx.formats.loralib_file import sort_keys
 from lora_fx.formats.loralib_layers import update_of
 from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
-from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
+from lora_fx.io.state_dict import metadata_of, read_file, write_file
+from lora_fx.io.strict_json import parse_object
 from lora_fx.ranks import checked_alpha
 
 

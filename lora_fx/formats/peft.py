@@ -16,7 +16,7 @@ from lora_fx.formats.peft_config import read_config
 from lora_fx.formats.peft_keys import sort_keys
 from lora_fx.formats.peft_layers import read_layers, read_tokens
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.formats.tensor_file import read_file
+from lora_fx.io.state_dict import read_file
 from lora_fx.targets import pattern_matches
 
 CONFIG = "adapter_config.json"

@@ -21,7 +21,7 @@ from lora_fx.formats.peft_fields import (
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
-from lora_fx.formats.strict_json import read_object
+from lora_fx.io.strict_json import read_object
 from lora_fx.targets import TargetRule
 
 # PEFT lists these heads for every model of the task, whatever its own head is called.

@@ -20,8 +20,8 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import PREFIX
 from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.peft_write import contents
-from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_file import metadata_of, read_file, write_file
+from lora_fx.io.state_dict import metadata_of, read_file, write_file
+from lora_fx.io.strict_json import parse_object
 from lora_fx.ranks import checked_alpha, checked_rank
 
 # Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import ExportError
-from lora_fx.output_dir import refuse_existing, staged
+from lora_fx.io.output_dir import refuse_existing, staged
 
 NAMES = ("model", "report")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.strict_json import MAX_BYTES, parse_object, read_object
+from lora_fx.io.strict_json import MAX_BYTES, parse_object, read_object
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import ExportError
-from lora_fx.export.publish import data_path, staged
+from lora_fx.io.publish import data_path, staged
 
 
 def publish(
@@ -30,7 +30,7 @@ def test_files_appear_together_and_the_target_last(
         order.append(Path(target).name)
         replace(source, target)
 
-    monkeypatch.setattr("lora_fx.export.publish.os.replace", watched)
+    monkeypatch.setattr("lora_fx.io.publish.os.replace", watched)
     target = tmp_path / "model.onnx"
     with staged(target) as draft:
         draft.write_text("model")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.tensor_rules import DTYPES, check_tensors
+from lora_fx.io.tensor_checks import DTYPES, check_tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

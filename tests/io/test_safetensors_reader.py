@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.safetensors_file import (
+from lora_fx.io.safetensors_reader import (
     MAX_HEADER,
     MAX_TENSORS,
     check_header,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.tensor_file import metadata_of, names_in, read_file, write_file
+from lora_fx.io.state_dict import metadata_of, names_in, read_file, write_file
 
 TRUSTED = Hints(allow_pickle=True)
 TENSORS = {"b": torch.randn(5, 3).T, "a.alpha": torch.tensor(1.5), "c": torch.randn(2).bfloat16()}

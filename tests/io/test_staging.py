@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.staging import publish, publish_file
+from lora_fx.io.staging import publish, publish_file
 
 FILES = {"adapter_config.json": b"new"}
 

@@ -12,10 +12,10 @@ from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.pickle_file import read_pickle
-from lora_fx.formats.safetensors_file import read_metadata, read_names, read_tensors
-from lora_fx.formats.staging import publish_file
-from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.io.pickle_file import read_pickle
+from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
+from lora_fx.io.staging import publish_file
+from lora_fx.io.tensor_checks import check_tensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.tensor_rules import check_tensors
+from lora_fx.io.tensor_checks import check_tensors
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:

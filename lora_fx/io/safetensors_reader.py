@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.strict_json import parse_object
-from lora_fx.formats.tensor_rules import check_tensors, may_be_integer
+from lora_fx.io.strict_json import parse_object
+from lora_fx.io.tensor_checks import check_tensors, may_be_integer
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
