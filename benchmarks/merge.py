@@ -17,8 +17,8 @@ from torch import nn
 
 import lora_fx
 from benchmarks.memory import peak
-from lora_fx.deferred import Deferred, raw
-from lora_fx.graphs import targets
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
 
 RANK = 16
 # Qwen2-0.5B's shape, and one of a tenth of its layers.

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.affine.layout import same_sizes
 from lora_fx.export.lowering import splice
-from lora_fx.ops import aten, call_argument, mutates
+from lora_fx.graph.ops import aten, call_argument, mutates
 
 Tensor = torch.Tensor
 _PUTS = {aten.index_put.default, aten._unsafe_index_put.default}

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
-from lora_fx.graphs import assign
+from lora_fx.graph.graph_module import assign
+from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
 from lora_fx.injected import injected
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.sites import sites

@@ -19,7 +19,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.assignments import has_masks, without_masks
 from lora_fx.export.conv_bias import drop_made_biases
 from lora_fx.export.lowering import LoweredProgram
-from lora_fx.ops import aten
+from lora_fx.graph.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
     "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),

@@ -8,13 +8,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.deferred import Deferred, Fleeting, raw
 from lora_fx.export.cases import Case
-from lora_fx.flags import EVAL_FLAGS, flags
-from lora_fx.graphs import assemble, assign, copy_graph, targets
-from lora_fx.source import source_of
+from lora_fx.graph.graph_module import assemble, assign, copy_graph, targets
+from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
+from lora_fx.graph.mutation import written
+from lora_fx.graph.retracing import source_of
+from lora_fx.graph.training_flags import EVAL_FLAGS, flags
 from lora_fx.weight_form import WeightForm
-from lora_fx.written import written
 
 Tensors = list[torch.Tensor]
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.export.inputs import Inputs
 from lora_fx.export.lowering import LoweredProgram
-from lora_fx.graphs import attribute
+from lora_fx.graph.graph_module import attribute
 
 
 def lifted(

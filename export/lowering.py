@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.errors import ExportError
-from lora_fx.ops import aten
+from lora_fx.graph.ops import aten
 
 _GRAD_MODE = "wrap_with_set_grad_enabled"
 # Compositions that torch always takes apart, so that no table names them, and what does nothing

@@ -13,9 +13,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graphs import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lora_fx.deferred import Deferred
+from lora_fx.graph.lazy_tensor import Deferred
 
 
 def digest_of(weight: torch.Tensor | Deferred) -> str:

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 
 from lora_fx.compare import TOLERANCE, compare
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import AdapterWarning, VerificationError, shorten
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
@@ -24,7 +23,8 @@ from lora_fx.export.report import Check
 from lora_fx.export.runtime import call, open_session
 from lora_fx.export.suspects import suspects
 from lora_fx.export.trial import Trial
-from lora_fx.graphs import targets
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.weight_form import WeightForm
 
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lora_fx.adapter import AnyUpdate, Scaling, Update, WeightUpdate
-from lora_fx.deferred import Deferred
 from lora_fx.errors import within
 from lora_fx.fitted import fitted
+from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.injected import Injected
 from lora_fx.layer import Layer
 from lora_fx.places import NoWeightFormError, Place

@@ -9,10 +9,10 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branches import branches_of
-from lora_fx.deferred import Deferred, raw
-from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError
-from lora_fx.ops import aten
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.ops import aten
 from lora_fx.other_updates import WeightUpdate
 from lora_fx.recorded import adapter_of, value_names
 from lora_fx.sites import Site

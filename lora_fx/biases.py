@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lora_fx.affine.constants import Constants
-from lora_fx.deferred import Deferred, raw
+from lora_fx.graph.constants import Constants
+from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.sites import Site
 
 

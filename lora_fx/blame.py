@@ -14,8 +14,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils import _pytree as pytree
 
-from lora_fx.graphs import assemble, copy_graph
-from lora_fx.lazy_compile import compile_when_read
+from lora_fx.graph.graph_module import assemble, copy_graph
+from lora_fx.graph.lazy_compile import compile_when_read
 from lora_fx.preserved import seed
 
 _ITSELF = "the model itself"

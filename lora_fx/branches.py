@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from lora_fx.adapter_names import name_in, part_of
+from lora_fx.graph.ops import aten, op_name
 from lora_fx.layer_forms import parts_of_expand, parts_of_shrink
-from lora_fx.ops import aten, op_name
 from lora_fx.sites import Site, sites
 
 

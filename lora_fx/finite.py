@@ -10,7 +10,7 @@ from torch import fx
 
 from lora_fx.branches import branches_of
 from lora_fx.errors import AdapterError
-from lora_fx.graphs import attribute
+from lora_fx.graph.graph_module import attribute
 from lora_fx.layer import Layer
 from lora_fx.layer_forms import down_as_stored, up_as_update
 from lora_fx.other_updates import AnyUpdate, WeightUpdate

@@ -10,10 +10,10 @@ from torch import fx
 from lora_fx.adapter import Adapter, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
-from lora_fx.deferred import raw
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.fitted import fitted
-from lora_fx.graphs import attribute, is_free
+from lora_fx.graph.graph_module import attribute, is_free
+from lora_fx.graph.lazy_tensor import raw
 from lora_fx.injected import injected
 from lora_fx.reach import check_one_way, check_reached
 from lora_fx.sites import Site, readers

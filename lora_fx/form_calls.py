@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branches import parameter_names
-from lora_fx.editor import Editor
 from lora_fx.forms import Member
-from lora_fx.ops import aten
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.ops import aten
 from lora_fx.stacked import Factors, Held, Make
 
 

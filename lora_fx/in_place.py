@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.ops import aten
-from lora_fx.shells import shell
+from lora_fx.graph.module_copy import shell
+from lora_fx.graph.ops import aten
 
 
 def iadd(x: Any, other: Any) -> Any:

@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
-from lora_fx.deferred import raw
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.fitted import dense
-from lora_fx.graphs import targets
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import raw
 from lora_fx.layer import Layer
 from lora_fx.terms import Terms, update_of
 

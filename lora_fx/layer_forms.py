@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.graph.ops import aten
 from lora_fx.layer import Layer
-from lora_fx.ops import aten
 from lora_fx.row_blocks import Places
 from lora_fx.sites import Site
 

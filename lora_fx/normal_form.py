@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.functional import functionalise
-from lora_fx.ops import aten, call_argument, module_path
+from lora_fx.graph.ops import aten, call_argument, module_path
 
 Arguments = tuple[Any, ...]
 

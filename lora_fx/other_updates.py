@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.ops import aten
+from lora_fx.graph.ops import aten
 from lora_fx.stored import Stored
 from lora_fx.update import Shape, Update
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from lora_fx.deferred import raw
-from lora_fx.ops import mutates
+from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.ops import mutates
 
 _STEPS = 64  # nodes that an operand may be made of: what is more is no way to take a weight apart
 _INDICES = 2**16  # entries of a tensor that picks

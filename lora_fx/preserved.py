@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.snapshot import Snapshot, snapshot
+from lora_fx.graph.module_state import Snapshot, snapshot
 
 # A larger tensor is kept only if it is known to be written to: copies of all would be a second
 # model where weights are buffers.

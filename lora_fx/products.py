@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.ops import aten, call_argument, op_name
+from lora_fx.graph.ops import aten, call_argument, op_name
 from lora_fx.picks import calls_of
 
 _UNBIASED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}

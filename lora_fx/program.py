@@ -13,8 +13,8 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.graphs import copy_graph, without_guards
-from lora_fx.shells import unshared
+from lora_fx.graph.graph_module import copy_graph, without_guards
+from lora_fx.graph.module_copy import unshared
 from lora_fx.trace_errors import explain_failure, refuse_attributes, refuse_inputs
 
 

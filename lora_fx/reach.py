@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from lora_fx.errors import AdapterError
-from lora_fx.ops import module_path, op_name
+from lora_fx.graph.ops import module_path, op_name
 from lora_fx.recorded import recorded
 from lora_fx.sites import Site
 

@@ -11,7 +11,7 @@ from torch import fx
 from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import Branch, branches_of
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.graphs import attribute
+from lora_fx.graph.graph_module import attribute
 from lora_fx.of_parameter import of_parameter
 from lora_fx.recorded import made_anew
 from lora_fx.sites import Site, sites

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from lora_fx.deferred import raw
+from lora_fx.graph.lazy_tensor import raw
 from lora_fx.picks import Grid, calls_of, expression_of, grid_of
 
 Places = range | tuple[int, ...]  # in order; a range where they follow each other at equal steps

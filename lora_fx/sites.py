@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from torch import fx
 
-from lora_fx.deferred import raw
+from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.ops import aten, call_argument, holder_path
 from lora_fx.layer import Layer
-from lora_fx.ops import aten, call_argument, holder_path
 from lora_fx.products import Labels, Place, argument_at, batches_of, product_of
 from lora_fx.recorded import recorded
 from lora_fx.row_blocks import Part, Places, Read, part_of

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.affine.constants import version
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import PassError
+from lora_fx.graph.constants import version
+from lora_fx.graph.lazy_tensor import Deferred, raw
 
 Make = Callable[[], torch.Tensor]
 

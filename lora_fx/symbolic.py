@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_fx.called import as_called
 from lora_fx.errors import TraceError
-from lora_fx.graphs import targets
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.module_copy import untouched
 from lora_fx.in_place import WritingProxy, copied_back, with_new_results, works_in_place
-from lora_fx.shells import untouched
 from lora_fx.trace_errors import explain_failure
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one

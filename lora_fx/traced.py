@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.deferred import Deferred, Parameters
+from lora_fx.graph.lazy_tensor import Deferred, Parameters
 
 # The dictionaries of every module: parameters, buffers, children, hooks.
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))

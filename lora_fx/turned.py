@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import op_name
+from lora_fx.graph.ops import op_name
 
 _TURNS = {"t", "T", "numpy_T", "mT", "adjoint"}
 

@@ -8,7 +8,7 @@ from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branches import branches
-from lora_fx.ops import module_path
+from lora_fx.graph.ops import module_path
 from lora_fx.recorded import made_anew
 
 

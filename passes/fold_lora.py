@@ -19,11 +19,11 @@ from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import LAYERS, weight_of
-from lora_fx.deferred import Deferred
-from lora_fx.editor import Editor
 from lora_fx.errors import PassError
-from lora_fx.ops import aten, module_path
-from lora_fx.pass_base import Pass
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.ops import aten, module_path
+from lora_fx.graph.pass_base import Pass
 from lora_fx.products import Product, batches_of, product_of
 from lora_fx.recorded import made_anew
 from lora_fx.row_blocks import Part, part_of

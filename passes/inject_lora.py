@@ -16,12 +16,12 @@ from lora_fx.beside import put
 from lora_fx.bound import bind, bind_fresh, standing, weight_name
 from lora_fx.branches import parameter_names
 from lora_fx.config import LoraConfig
-from lora_fx.editor import Editor
 from lora_fx.errors import AdapterError, within
 from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.fitted import fitted
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.pass_base import Pass
 from lora_fx.layer_forms import down_as_stored, up_as_stored
-from lora_fx.pass_base import Pass
 from lora_fx.recorded import value_names
 from lora_fx.resolved import aliases, meanings, resolved
 from lora_fx.sites import Site, by_path, readers

@@ -18,10 +18,10 @@ from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import input_of
 from lora_fx.branches import last_of
-from lora_fx.editor import Editor
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.ops import module_path
+from lora_fx.graph.pass_base import Pass
 from lora_fx.injected import injected, remember
-from lora_fx.ops import module_path
-from lora_fx.pass_base import Pass
 from lora_fx.passes.inject_lora import InjectLora
 from lora_fx.products import product_of
 from lora_fx.sites import Site, by_path, sites

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.branches import Branch, branches, whole
-from lora_fx.editor import Editor
-from lora_fx.graphs import targets
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.pass_base import Pass
 from lora_fx.injected import stripped
-from lora_fx.pass_base import Pass
 from lora_fx.recorded import made_anew
 from lora_fx.trace import forget_model
 

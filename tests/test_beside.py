@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, text, trace
 from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.branches import branches
-from lora_fx.ops import aten
+from lora_fx.graph.ops import aten
 from lora_fx.other_updates import added
 from lora_fx.passes import StripLora
 from lora_fx.sites import sites

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_fx.deferred import Deferred
 from lora_fx.errors import (
     AdapterError,
     AdapterWarning,
@@ -19,6 +18,7 @@ from lora_fx.errors import (
     within,
 )
 from lora_fx.faithful import CallError
+from lora_fx.graph.lazy_tensor import Deferred
 
 
 def test_up_to_ten_names_are_shown_whole() -> None:

@@ -9,8 +9,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import trace
-from lora_fx.deferred import raw
 from lora_fx.explain import explained
+from lora_fx.graph.lazy_tensor import raw
 
 
 class Model(nn.Module):

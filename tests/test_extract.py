@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import nn
 
 from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adapter, text, trace
-from lora_fx.deferred import Deferred, raw
+from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.sites import sites
 from lora_fx.testing import make_adapter, relative, zoo
 

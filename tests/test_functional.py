@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.ops import mutates
+from lora_fx.graph.ops import mutates
 from lora_fx.testing import Computes
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from lora_fx import (
     trace,
     unfold,
 )
-from lora_fx.ops import GUARDS, op_name
+from lora_fx.graph.ops import GUARDS, op_name
 from lora_fx.passes import FoldLora, RaiseLora
 from lora_fx.testing import relative
 

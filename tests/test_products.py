@@ -31,7 +31,7 @@ from lora_fx import (
     unfold,
 )
 from lora_fx.errors import AdapterError, ExportError
-from lora_fx.ops import op_name
+from lora_fx.graph.ops import op_name
 from lora_fx.passes import FoldLora, RaiseLora
 from lora_fx.sites import sites
 from lora_fx.testing import Computes, relative

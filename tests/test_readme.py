@@ -16,8 +16,8 @@ README = Path(__file__).parent.parent / "README.md"
 EXAMPLE, PASS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 IMPORTS = """
 from dataclasses import dataclass
-from lora_fx.editor import Editor
-from lora_fx.ops import module_path, op_name
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.ops import module_path, op_name
 from lora_fx.passes import Pass
 """
 

@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx import PassError, trace
-from lora_fx.deferred import Deferred
-from lora_fx.graphs import assign
+from lora_fx.graph.graph_module import assign
+from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.stacked import Factors, Held
 
 

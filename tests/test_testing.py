@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from lora_fx import Adapter, PassError, inject, text, trace
-from lora_fx.editor import Editor
-from lora_fx.graphs import attribute
-from lora_fx.ops import aten
-from lora_fx.pass_base import Pass, PassResult
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.graph_module import attribute
+from lora_fx.graph.ops import aten
+from lora_fx.graph.pass_base import Pass, PassResult
 from lora_fx.passes import FoldLora, InjectLora
 from lora_fx.testing import (
     UPDATES,

@@ -9,14 +9,14 @@ from math import prod
 import torch
 from torch import fx
 
-from lora_fx.affine.constants import Constants
 from lora_fx.affine.factored import factored
 from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Map, OneHot, Patches, Reading
 from lora_fx.affine.matrices import Identity, Leaf, Matrix
-from lora_fx.ops import op_name
+from lora_fx.graph.constants import Constants
+from lora_fx.graph.mutation import Written
+from lora_fx.graph.ops import op_name
 from lora_fx.products import Product, product_of
-from lora_fx.written import Written
 
 
 @dataclass(frozen=True)

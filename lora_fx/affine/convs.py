@@ -18,7 +18,7 @@ from lora_fx.affine.layers import dense_layer
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Patches
 from lora_fx.affine.matrices import Blocks, Leaf, Matrix
-from lora_fx.ops import call_argument, is_around, op_name
+from lora_fx.graph.ops import call_argument, is_around, op_name
 
 
 def conv(analysis: Analysis, node: fx.Node) -> Value:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx
 
 from lora_fx.affine.algebra import product, signed, transposed
-from lora_fx.affine.constants import Constants
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
-from lora_fx.ops import call_argument, op_name
+from lora_fx.graph.constants import Constants
+from lora_fx.graph.ops import call_argument, op_name
 
 _TURNS = {"t", "T", "numpy_T", "mT", "adjoint"}
 _PASSES = {"to", "float", "double", "clone", "contiguous", "detach", "alias", "_to_copy"}

@@ -12,8 +12,8 @@ from lora_fx.affine.index import Index, along, slice_of
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Map
 from lora_fx.affine.moves import identity
-from lora_fx.ops import aten, call_argument, op_name
-from lora_fx.views import steps_of
+from lora_fx.graph.memory_views import steps_of
+from lora_fx.graph.ops import aten, call_argument, op_name
 
 SLICE = ("start", "end", "step")  # how operators call the arguments of a slice
 _PIECES = ("split_size", "split_size_or_sections", "split_sizes", "chunks")

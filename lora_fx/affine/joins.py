@@ -16,7 +16,7 @@ from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Identity, Matrix
 from lora_fx.affine.sums import promoted
-from lora_fx.ops import call_argument, op_name
+from lora_fx.graph.ops import call_argument, op_name
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:

@@ -19,7 +19,7 @@ from lora_fx.affine.analysis import (
 from lora_fx.affine.index import reordered
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Map
-from lora_fx.ops import NAMED_CASTS, call_argument, op_name
+from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name
 
 
 def identity(analysis: Analysis, node: fx.Node) -> Value:

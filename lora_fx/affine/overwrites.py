@@ -23,7 +23,7 @@ from lora_fx.affine.index import Index, all_but, along, slice_of
 from lora_fx.affine.layout import Layout, same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Identity, Matrix
-from lora_fx.ops import call_argument, op_name
+from lora_fx.graph.ops import call_argument, op_name
 
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size
 

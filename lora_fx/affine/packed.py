@@ -17,8 +17,8 @@ from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.evaluate import dense
 from lora_fx.affine.matrices import Matrix
 from lora_fx.affine.region import Region
-from lora_fx.deferred import Deferred
-from lora_fx.editor import Editor
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.reach import is_one_way
 from lora_fx.row_blocks import Places
 from lora_fx.sites import Site, by_path

@@ -18,7 +18,7 @@ from lora_fx.affine.ways import (
     way_out,
     weight_of,
 )
-from lora_fx.ops import module_path, op_name
+from lora_fx.graph.ops import module_path, op_name
 from lora_fx.products import batches_of
 from lora_fx.row_blocks import picked_from
 

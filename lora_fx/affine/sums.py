@@ -13,7 +13,7 @@ from lora_fx.affine.evaluate import dense
 from lora_fx.affine.layout import same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
 from lora_fx.affine.matrices import Leaf, Matrix, Sum
-from lora_fx.ops import call_argument
+from lora_fx.graph.ops import call_argument
 
 
 def add(analysis: Analysis, node: fx.Node) -> Value:

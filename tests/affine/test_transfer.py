@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from lora_fx import fold, text, trace, unfold
 from lora_fx.affine.transfer import TRANSFER
-from lora_fx.ops import op_name
+from lora_fx.graph.ops import op_name
 from lora_fx.passes import FoldLora
 from lora_fx.testing import analyse_function
 

@@ -19,7 +19,6 @@ from torch import fx, nn
 
 from lora_fx import fold, inject
 from lora_fx.adapter import Adapter, Update
-from lora_fx.deferred import raw
 from lora_fx.describe import describe
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx, verify_onnx
@@ -27,6 +26,7 @@ from lora_fx.export.digests import KEY
 from lora_fx.export.manifest import KEY as SLOTS
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.slot import Slot
+from lora_fx.graph.lazy_tensor import raw
 from lora_fx.trace import trace
 
 DATA = "model.onnx.data"

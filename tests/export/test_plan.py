@@ -15,9 +15,9 @@ from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.trial import Trial, trial_of
+from lora_fx.graph.printer import text
 from lora_fx.passes import InjectLora
 from lora_fx.testing import Notebook, make_adapter, traced
-from lora_fx.text import text
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
 

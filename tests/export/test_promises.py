@@ -12,12 +12,12 @@ from onnx import numpy_helper
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
 from lora_fx.export.eager import evaluating
 from lora_fx.export.promises import Promise, promise_weights, with_stand_ins
-from lora_fx.graphs import targets
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.passes import FoldLora, InjectLora
 
 MODES = ("inline", "beside")

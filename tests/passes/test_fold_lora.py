@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
-from lora_fx.deferred import Deferred, raw
-from lora_fx.graphs import attribute
+from lora_fx.graph.graph_module import attribute
+from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.passes import FoldLora
 from lora_fx.testing import check_pass, make_adapter, zoo
 

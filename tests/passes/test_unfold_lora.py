@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fx import PassError, fold, inject, text, trace, unfold
-from lora_fx.editor import Editor
+from lora_fx.graph.editor import Editor
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.sites import sites
 from lora_fx.testing import check_pass, make_adapter

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.aligned import Numbers, arguments, differing_numbers
 from lora_fx.errors import TraceError
+from lora_fx.graph.alignment import Numbers, arguments, differing_numbers
 
 _META = "lora_fx.source"
 KEY = "lora_fx.traced"  # in the meta of each node: which node of the traced graph it is

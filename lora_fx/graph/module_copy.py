@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.snapshot import snapshot
+from lora_fx.graph.module_state import snapshot
 
 
 def shell(module: nn.Module) -> nn.Module:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.deferred import raw
 from lora_fx.errors import PassError
-from lora_fx.ops import function_name, mutates, op_name
+from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.ops import function_name, mutates, op_name
 
 _RANDOM = {
     *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import PassError
-from lora_fx.graphs import remove
-from lora_fx.store import Store
+from lora_fx.graph.graph_module import remove
+from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.namespace import Store
 
 
 @pytest.fixture

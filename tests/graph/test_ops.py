@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lora_fx.ops import call_argument, module_path, mutates, op_name
+from lora_fx.graph.ops import call_argument, module_path, mutates, op_name
 
 
 def single(build: Any) -> fx.Node:

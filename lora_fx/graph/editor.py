@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, raw
-from lora_fx.graphs import assemble, assign, attribute, copy_graph, remove, targets
+from lora_fx.graph.graph_module import assemble, assign, attribute, copy_graph, remove, targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.module_copy import frozen
+from lora_fx.graph.namespace import Store
+from lora_fx.graph.ops import HOLDER
+from lora_fx.graph.provenance import FOLDED, Origin
 from lora_fx.injected import settle
-from lora_fx.ops import HOLDER
-from lora_fx.origin import FOLDED, Origin
-from lora_fx.shells import frozen
-from lora_fx.store import Store
 
 
 @dataclass(frozen=True)

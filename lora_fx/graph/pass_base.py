@@ -8,8 +8,8 @@ from typing import Self, cast
 from torch import fx
 from torch.fx.passes.infra import pass_base as torch_passes
 
-from lora_fx.editor import Edit, Editor
 from lora_fx.errors import PassError
+from lora_fx.graph.editor import Edit, Editor
 
 
 class PassResult(torch_passes.PassResult):

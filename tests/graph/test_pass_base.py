@@ -9,9 +9,9 @@ from torch.fx.passes.infra.pass_base import PassResult as TorchResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from lora_fx import PassError, text, trace
-from lora_fx.editor import Edit, Editor
-from lora_fx.ops import aten
-from lora_fx.pass_base import Pass
+from lora_fx.graph.editor import Edit, Editor
+from lora_fx.graph.ops import aten
+from lora_fx.graph.pass_base import Pass
 from lora_fx.passes import FoldLora, InjectLora, Pipeline, UnfoldLora
 from lora_fx.testing import check_pass, make_adapter
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, promise, raw
-from lora_fx.lazy_compile import compile_when_read
-from lora_fx.modes import TracedGraph
-from lora_fx.ops import GUARDS
-from lora_fx.shells import shell
+from lora_fx.graph.lazy_compile import compile_when_read
+from lora_fx.graph.lazy_tensor import Deferred, promise, raw
+from lora_fx.graph.module_copy import shell
+from lora_fx.graph.ops import GUARDS
+from lora_fx.graph.train_eval import TracedGraph
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

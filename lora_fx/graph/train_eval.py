@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.aligned import arguments, put_argument
-from lora_fx.flags import refuse_flags
-from lora_fx.lazy_compile import compile_when_read
-from lora_fx.source import KEY, source_of
+from lora_fx.graph.alignment import arguments, put_argument
+from lora_fx.graph.lazy_compile import compile_when_read
+from lora_fx.graph.retracing import KEY, source_of
+from lora_fx.graph.training_flags import refuse_flags
 
 
 class TracedGraph(fx.GraphModule):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.memory import storages
-from lora_fx.ops import aten, call_argument, op_name
+from lora_fx.graph.aliasing import storages
+from lora_fx.graph.ops import aten, call_argument, op_name
 
 Call = Callable[..., fx.Node]
 Undo = Callable[[Call, fx.Node, fx.Node, fx.Node], fx.Node | None]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.shells import frozen, shell, unshared, untouched
+from lora_fx.graph.module_copy import frozen, shell, unshared, untouched
 
 
 def test_a_shell_shares_tensors_and_nothing_else(ragged: Any) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from lora_fx import text, trace
-from lora_fx.editor import Edit, Editor
-from lora_fx.ops import aten
+from lora_fx.graph.editor import Edit, Editor
+from lora_fx.graph.ops import aten
 from lora_fx.sites import sites
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx import trace
-from lora_fx.affine.constants import Constants
-from lora_fx.graphs import assign
+from lora_fx.graph.constants import Constants
+from lora_fx.graph.graph_module import assign
 
 
 class Computes(nn.Module):

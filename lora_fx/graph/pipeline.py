@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-from lora_fx.pass_base import PassResult
+from lora_fx.graph.pass_base import PassResult
 
 AnyPass = Callable[[fx.GraphModule], PassResult]
 

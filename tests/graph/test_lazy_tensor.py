@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.deferred import Deferred, Parameters, promise, raw
+from lora_fx.graph.lazy_tensor import Deferred, Parameters, promise, raw
 
 VALUE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import TraceError, shorten
-from lora_fx.ops import aten, call_argument, function_name, module_path
+from lora_fx.graph.ops import aten, call_argument, function_name, module_path
 
 # What eval mode would have recorded.
 EVAL_FLAGS = {"training": False, "train": False, "use_input_stats": False, "dropout_p": 0.0}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.deferred import Deferred, raw
 from lora_fx.errors import PassError
-from lora_fx.graphs import assign, is_free, remove
-from lora_fx.shells import shell
+from lora_fx.graph.graph_module import assign, is_free, remove
+from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.module_copy import shell
 
 _TRIES = 10_000
 

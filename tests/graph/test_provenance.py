@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_fx import fold, inject, text, trace, unfold
-from lora_fx.origin import FOLDED, origins
+from lora_fx.graph.provenance import FOLDED, origins
 from lora_fx.testing import make_adapter
 
 SHAPES = {"wide": (5, 3), "again": (5, 5)}

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.ops import GUARDS, aten, module_path
+from lora_fx.graph.ops import GUARDS, aten, module_path
 
 Numbers = dict[str, dict[int | str, Any]]
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx import trace
-from lora_fx.graphs import assemble, copy_graph
+from lora_fx.graph.graph_module import assemble, copy_graph
 
 
 def assembled(model: nn.Module, *args: Any) -> fx.GraphModule:

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.graphs import assemble, assign, attribute, copy_graph, is_free, remove, targets
+from lora_fx.graph.graph_module import (
+    assemble,
+    assign,
+    attribute,
+    copy_graph,
+    is_free,
+    remove,
+    targets,
+)
 from lora_fx.testing import zoo
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from lora_fx.ops import aten, function_name, in_place, mutates, written_arguments
+from lora_fx.graph.ops import aten, function_name, in_place, mutates, written_arguments
 
 # May return what they are given, or a view of it, and their schemas do not say so.
 _SILENT = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.ops import GUARDS, op_name
+from lora_fx.graph.ops import GUARDS, op_name
 
 
 def text(gm: fx.GraphModule) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.written import written
+from lora_fx.graph.mutation import written
 
 
 class Writes(nn.Module):

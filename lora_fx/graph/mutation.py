@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.memory import Memory
-from lora_fx.ops import written_arguments
+from lora_fx.graph.aliasing import Memory
+from lora_fx.graph.ops import written_arguments
 
 
 class Written:

@@ -1,0 +1,1 @@
+"""torch.fx plumbing: operators, memory, copies, lazy tensors, editor, passes; no adapters."""
