@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.affine.algebra import transposed
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.evaluate import dense
 from lora_fx.affine.layout import Layout
-from lora_fx.affine.matrices import Leaf, Matrix, Sum
 from lora_fx.affine.packed import Pack, packs_of
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import LAYERS, weight_of
+from lora_fx.algebra.constructors import transposed
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred

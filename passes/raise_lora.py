@@ -11,12 +11,12 @@ from torch import fx
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.low_rank import NotLowRankError, column_beside, factors_beside
 from lora_fx.affine.maps import Map
 from lora_fx.affine.region import Region
 from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.affine.ways import input_of
+from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
 from lora_fx.branches import last_of
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import module_path

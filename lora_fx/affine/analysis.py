@@ -12,7 +12,7 @@ from torch import fx
 from lora_fx.affine.factored import factored
 from lora_fx.affine.layout import Layout, Sizes, sizes_of
 from lora_fx.affine.maps import Map, OneHot, Patches, Reading
-from lora_fx.affine.matrices import Identity, Leaf, Matrix
+from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.mutation import Written
 from lora_fx.graph.ops import op_name

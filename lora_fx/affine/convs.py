@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.affine.algebra import scaled, transposed
 from lora_fx.affine.analysis import Analysis, Opaque, Value
-from lora_fx.affine.evaluate import dense
 from lora_fx.affine.factored import leaf
 from lora_fx.affine.layers import dense_layer
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Patches
-from lora_fx.affine.matrices import Blocks, Leaf, Matrix
+from lora_fx.algebra.constructors import scaled, transposed
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix
 from lora_fx.graph.ops import call_argument, is_around, op_name
 
 

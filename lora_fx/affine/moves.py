@@ -16,9 +16,9 @@ from lora_fx.affine.analysis import (
     Value,
     dtype_of,
 )
-from lora_fx.affine.index import reordered
 from lora_fx.affine.layout import Layout, sizes_of
 from lora_fx.affine.maps import Map
+from lora_fx.algebra.index_expr import reordered
 from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.affine.algebra import number, placed, repeated, rows, signed, total
 from lora_fx.affine.analysis import (
     Analysis,
     Opaque,
@@ -19,10 +18,11 @@ from lora_fx.affine.analysis import (
     result_dtype,
 )
 from lora_fx.affine.features import SLICE, constant_index, is_all
-from lora_fx.affine.index import Index, all_but, along, slice_of
 from lora_fx.affine.layout import Layout, same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
-from lora_fx.affine.matrices import Identity, Matrix
+from lora_fx.algebra.constructors import number, placed, repeated, rows, signed, total
+from lora_fx.algebra.index_expr import Index, all_but, along, slice_of
+from lora_fx.algebra.matrix_expr import Identity, Matrix
 from lora_fx.graph.ops import call_argument, op_name
 
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.evaluate import dense
-from lora_fx.affine.matrices import Matrix
 from lora_fx.affine.region import Region
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.reach import is_one_way

@@ -8,7 +8,6 @@ from torch import fx
 
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform
 from lora_fx.affine.maps import Link, Map
-from lora_fx.affine.matrices import Blocks
 from lora_fx.affine.ways import (
     LAYERS,
     Way,
@@ -18,6 +17,7 @@ from lora_fx.affine.ways import (
     way_out,
     weight_of,
 )
+from lora_fx.algebra.matrix_expr import Blocks
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.products import batches_of
 from lora_fx.row_blocks import picked_from

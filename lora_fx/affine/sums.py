@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.affine.algebra import number, repeated, signed, total
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
-from lora_fx.affine.evaluate import dense
 from lora_fx.affine.layout import same_sizes, sizes_of
 from lora_fx.affine.maps import Link, Map, meet
-from lora_fx.affine.matrices import Leaf, Matrix, Sum
+from lora_fx.algebra.constructors import number, repeated, signed, total
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum
 from lora_fx.graph.ops import call_argument
 
 

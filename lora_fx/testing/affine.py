@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.affine.analysis import Analysis, Opaque, Same
-from lora_fx.affine.evaluate import dense
 from lora_fx.affine.maps import Map, OneHot
 from lora_fx.affine.transfer import analyse
+from lora_fx.algebra.evaluate import dense
 from lora_fx.trace import trace
 
 SHAPES = {

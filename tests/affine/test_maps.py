@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lora_fx.affine.evaluate import dense
-from lora_fx.affine.index import slice_of
 from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Link, Map, meet
-from lora_fx.affine.matrices import Identity, Leaf, Matrix
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.index_expr import slice_of
+from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
 
 
 def layout(size: int) -> Layout:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.affine import algebra, convs, einsums, features, joins, layers, moves, overwrites, sums
+from lora_fx.affine import convs, einsums, features, joins, layers, moves, overwrites, sums
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
-from lora_fx.affine.evaluate import dense
-from lora_fx.affine.index import Index, slice_of
 from lora_fx.affine.maps import Map, Patches
-from lora_fx.affine.matrices import Blocks, Leaf
 from lora_fx.affine.transfer import TRANSFER
+from lora_fx.algebra import constructors as algebra
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.index_expr import Index, slice_of
+from lora_fx.algebra.matrix_expr import Blocks, Leaf
 from lora_fx.testing import check_case, check_reason
 
 

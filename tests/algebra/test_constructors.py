@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.affine.algebra import (
+from lora_fx.algebra.constructors import (
     number,
     placed,
     product,
@@ -17,9 +17,9 @@ from lora_fx.affine.algebra import (
     total,
     transposed,
 )
-from lora_fx.affine.evaluate import dense
-from lora_fx.affine.index import slice_of
-from lora_fx.affine.matrices import Blocks, Identity, Leaf, Matrix, Product, Sum
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.index_expr import slice_of
+from lora_fx.algebra.matrix_expr import Blocks, Identity, Leaf, Matrix, Product, Sum
 
 Pair = tuple[Matrix, torch.Tensor]
 OPERATIONS = ("product", "sum", "scaled", "number", "rows", "placed", "transposed", "blocks")

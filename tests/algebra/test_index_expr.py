@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.affine.index import Index, all_but, along, reordered, slice_of
+from lora_fx.algebra.index_expr import Index, all_but, along, reordered, slice_of
 
 EDGES = st.one_of(st.none(), st.integers(-8, 8))
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from lora_fx.affine.index import slice_of
-from lora_fx.affine.matrices import (
+from lora_fx.algebra.index_expr import slice_of
+from lora_fx.algebra.matrix_expr import (
     Blocks,
     Identity,
     Leaf,

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from lora_fx.affine.matrices import (
+from lora_fx.algebra.matrix_expr import (
     Blocks,
     Identity,
     Leaf,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.affine.index import Index
-from lora_fx.affine.matrices import (
+from lora_fx.algebra.index_expr import Index
+from lora_fx.algebra.matrix_expr import (
     Blocks,
     Identity,
     Leaf,

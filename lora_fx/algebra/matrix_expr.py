@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_fx.affine.index import Index
+from lora_fx.algebra.index_expr import Index
 
 
 @dataclass(frozen=True)

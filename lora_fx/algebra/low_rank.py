@@ -6,9 +6,9 @@ from functools import reduce
 
 import torch
 
-from lora_fx.affine.algebra import product
-from lora_fx.affine.evaluate import dense
-from lora_fx.affine.matrices import Matrix, Product, RowScaled, Sum, parts
+from lora_fx.algebra.constructors import product
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Matrix, Product, RowScaled, Sum, parts
 
 
 class NotLowRankError(Exception):
