@@ -21,8 +21,8 @@ from lora_fx.export import export_adapter, to_onnx
 from lora_fx.export.eager import evaluating
 from lora_fx.export.plan import Constant
 from lora_fx.forms import Form
+from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm
-from lora_fx.sites import by_path
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, np.ndarray[Any, Any]]

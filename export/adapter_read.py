@@ -9,7 +9,7 @@ import torch
 from lora_fx.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.adapter_check import read_adapter, values_of
-from lora_fx.layer import Layer
+from lora_fx.layers.layer import Layer
 from lora_fx.terms import Terms, update_of
 
 _PARTS = {".lora_A": "down", ".lora_B": "up"} | {

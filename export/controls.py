@@ -12,8 +12,8 @@ from lora_fx.export.evidence import Subject
 from lora_fx.graph.graph_module import assign
 from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
 from lora_fx.injected import injected
+from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
-from lora_fx.sites import sites
 from lora_fx.weight_form import WeightForm, weight_form
 
 _FACTOR = 1.1

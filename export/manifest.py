@@ -11,12 +11,12 @@ from typing import Any
 from onnx import ModelProto
 from torch import fx
 
-from lora_fx.biases import bias_of
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of
 from lora_fx.graph.lazy_tensor import raw
-from lora_fx.sites import Site, by_path
+from lora_fx.layers.layer_bias import bias_of
+from lora_fx.layers.sites import Site, by_path
 
 KEY = "lora_fx.slots"
 VERSION = 2

@@ -22,9 +22,9 @@ from lora_fx.export.slot import Slot
 from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
 from lora_fx.export.trial import Trial
 from lora_fx.export.verify import verify_file
+from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
 from lora_fx.resolved import aliases, resolved
-from lora_fx.sites import by_path
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)

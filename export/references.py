@@ -15,9 +15,9 @@ from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.export.report import Coverage
 from lora_fx.injected import Injected, injected
+from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.passes import StripLora
 from lora_fx.read_back import adapter_from
-from lora_fx.recorded import made_anew
 from lora_fx.weight_form import WeightForm, weight_form
 
 

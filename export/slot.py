@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fx.layer import Layer
+from lora_fx.layers.layer import Layer
 
 
 class Input(NamedTuple):

@@ -13,9 +13,9 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.graph.ops import aten
+from lora_fx.layers.parametrized_weights import adapter_of, value_names
+from lora_fx.layers.sites import Site
 from lora_fx.other_updates import WeightUpdate
-from lora_fx.recorded import adapter_of, value_names
-from lora_fx.sites import Site
 
 
 def base_weight(editor: Editor, site: Site) -> torch.Tensor:

@@ -11,9 +11,9 @@ from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injected import Bound, Injected, add, value_part
-from lora_fx.layer import Layer
-from lora_fx.recorded import adapter_of, value_names
-from lora_fx.sites import Site
+from lora_fx.layers.layer import Layer
+from lora_fx.layers.parametrized_weights import adapter_of, value_names
+from lora_fx.layers.sites import Site
 
 Groups = Mapping[str, Sequence[Site]]
 Beside = Mapping[str, frozenset[str]]

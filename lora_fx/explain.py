@@ -13,7 +13,7 @@ from lora_fx.affine.ways import LAYERS, is_layer, stored_in
 from lora_fx.choice import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.sites import is_factor
+from lora_fx.layers.sites import is_factor
 
 
 def explain(gm: fx.GraphModule) -> None:

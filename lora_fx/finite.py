@@ -11,10 +11,10 @@ from torch import fx
 from lora_fx.branches import branches_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.graph_module import attribute
-from lora_fx.layer import Layer
-from lora_fx.layer_forms import down_as_stored, up_as_update
+from lora_fx.layers.layer import Layer
+from lora_fx.layers.layer_types import down_as_stored, up_as_update
+from lora_fx.layers.sites import sites
 from lora_fx.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.sites import sites
 from lora_fx.terms import Terms, canonical
 
 

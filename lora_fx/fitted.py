@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from lora_fx.errors import AdapterError
-from lora_fx.layer import Layer
+from lora_fx.layers.layer import Layer
 from lora_fx.of_parameter import for_layer
 from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.update import Shape, Update

@@ -9,7 +9,7 @@ from torch import fx
 from lora_fx import cost
 from lora_fx.branches import Branch
 from lora_fx.cost import Cost, Shape
-from lora_fx.sites import Site
+from lora_fx.layers.sites import Site
 
 
 @dataclass(frozen=True)

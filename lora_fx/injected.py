@@ -19,7 +19,7 @@ from lora_fx.errors import VerificationError, shorten
 from lora_fx.fitted import dense
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
-from lora_fx.layer import Layer
+from lora_fx.layers.layer import Layer
 from lora_fx.terms import Terms, update_of
 
 _META = "lora_fx.injected"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from lora_fx.graph.ops import HOLDER, module_path
-from lora_fx.layer_class import layer_class
-from lora_fx.sites import Site, sites
+from lora_fx.layers.layer_class import layer_class
+from lora_fx.layers.sites import Site, sites
 from lora_fx.traced import TracedModule
 
 

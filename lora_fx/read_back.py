@@ -12,9 +12,9 @@ from lora_fx.adapter import Adapter, Update
 from lora_fx.branches import Branch, branches_of
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.graph_module import attribute
+from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.sites import Site, sites
 from lora_fx.of_parameter import of_parameter
-from lora_fx.recorded import made_anew
-from lora_fx.sites import Site, sites
 from lora_fx.terms import Terms, update_of
 
 

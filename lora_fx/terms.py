@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lora_fx.layer import Layer
-from lora_fx.layer_forms import (
+from lora_fx.layers.layer import Layer
+from lora_fx.layers.layer_types import (
     along_outputs,
     down_as_stored,
     up_as_stored,

@@ -9,7 +9,7 @@ from lora_fx.affine.regions import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branches import branches
 from lora_fx.graph.ops import module_path
-from lora_fx.recorded import made_anew
+from lora_fx.layers.parametrized_weights import made_anew
 
 
 def is_unmerged(gm: fx.GraphModule) -> bool:

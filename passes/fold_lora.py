@@ -24,9 +24,9 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.graph.ops import aten, module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.products import Product, batches_of, product_of
-from lora_fx.recorded import made_anew
-from lora_fx.row_blocks import Part, part_of
+from lora_fx.layers.matrix_products import Product, batches_of, product_of
+from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.weight_parts import Part, part_of
 
 
 @dataclass(frozen=True)

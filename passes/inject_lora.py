@@ -21,10 +21,10 @@ from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.fitted import fitted
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.pass_base import Pass
-from lora_fx.layer_forms import down_as_stored, up_as_stored
-from lora_fx.recorded import value_names
+from lora_fx.layers.layer_types import down_as_stored, up_as_stored
+from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.sites import Site, by_path, readers
 from lora_fx.resolved import aliases, meanings, resolved
-from lora_fx.sites import Site, by_path, readers
 from lora_fx.terms import canonical
 
 Injectable = Adapter | LoraConfig

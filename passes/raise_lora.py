@@ -22,9 +22,9 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injected import injected, remember
+from lora_fx.layers.matrix_products import product_of
+from lora_fx.layers.sites import Site, by_path, sites
 from lora_fx.passes.inject_lora import InjectLora
-from lora_fx.products import product_of
-from lora_fx.sites import Site, by_path, sites
 
 
 @dataclass(frozen=True)

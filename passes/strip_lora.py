@@ -11,7 +11,7 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injected import stripped
-from lora_fx.recorded import made_anew
+from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.trace import forget_model
 
 

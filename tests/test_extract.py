@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adapter, text, trace
 from lora_fx.graph.lazy_tensor import Deferred, raw
-from lora_fx.sites import sites
+from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, relative, zoo
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]

@@ -8,7 +8,7 @@ import torch
 from lora_fx import AdapterError, Update
 from lora_fx.adapter import Scaling, WeightUpdate
 from lora_fx.fitted import fitted
-from lora_fx.layer import Layer
+from lora_fx.layers.layer import Layer
 
 
 def layer(kind: str, *shape: int, groups: int = 1) -> Layer:

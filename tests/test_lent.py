@@ -24,7 +24,7 @@ from lora_fx import (
     trace,
 )
 from lora_fx.kinds import dense
-from lora_fx.sites import sites
+from lora_fx.layers.sites import sites
 from lora_fx.testing import relative
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))

@@ -30,9 +30,9 @@ from lora_fx import (
     unfold,
 )
 from lora_fx.branches import branches
+from lora_fx.layers.sites import by_path
 from lora_fx.other_updates import Scaling
 from lora_fx.passes import FoldLora, StripLora
-from lora_fx.sites import by_path
 from lora_fx.testing import relative
 
 OUT, D, INTO = 12, 4, 5

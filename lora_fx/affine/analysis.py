@@ -16,7 +16,7 @@ from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.mutation import Written
 from lora_fx.graph.ops import op_name
-from lora_fx.products import Product, product_of
+from lora_fx.layers.matrix_products import Product, product_of
 
 
 @dataclass(frozen=True)

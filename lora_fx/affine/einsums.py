@@ -12,7 +12,7 @@ from lora_fx.affine.layout import Layout
 from lora_fx.affine.maps import Link
 from lora_fx.algebra.constructors import transposed
 from lora_fx.algebra.matrix_expr import Blocks, Matrix
-from lora_fx.products import listed
+from lora_fx.layers.matrix_products import listed
 
 
 def einsum(analysis: Analysis, node: fx.Node) -> Value:

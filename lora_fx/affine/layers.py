@@ -13,8 +13,8 @@ from lora_fx.affine.maps import Link, Map, OneHot
 from lora_fx.algebra.constructors import transposed
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.ops import call_argument, op_name
-from lora_fx.products import product_of
-from lora_fx.turned import turns
+from lora_fx.layers.matrix_products import product_of
+from lora_fx.layers.transposes import turns
 
 _PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "tensordot"}
 

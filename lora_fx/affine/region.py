@@ -19,8 +19,8 @@ from lora_fx.affine.ways import (
 )
 from lora_fx.algebra.matrix_expr import Blocks
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.products import batches_of
-from lora_fx.row_blocks import picked_from
+from lora_fx.layers.matrix_products import batches_of
+from lora_fx.layers.weight_parts import picked_from
 
 _LIKE = {"view_as", "reshape_as", "type_as", "to"}  # read another tensor for its shape or dtype
 

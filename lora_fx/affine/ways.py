@@ -10,8 +10,8 @@ from lora_fx.affine.analysis import Analysis, Same, dtype_of
 from lora_fx.affine.maps import Link, Map, Patches
 from lora_fx.algebra.matrix_expr import Identity
 from lora_fx.graph.ops import CASTS, aten, op_name
-from lora_fx.products import product_of
-from lora_fx.row_blocks import part_of
+from lora_fx.layers.matrix_products import product_of
+from lora_fx.layers.weight_parts import part_of
 
 # A layer's own operators, and where they read their input and their weight.
 LAYERS = {

@@ -12,8 +12,8 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layer_class import NORM, layer_class
-from lora_fx.sites import Site, by_path, readers
+from lora_fx.layers.layer_class import NORM, layer_class
+from lora_fx.layers.sites import Site, by_path, readers
 from lora_fx.trace import example_of
 
 

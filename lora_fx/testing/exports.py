@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.api import fold, inject
-from lora_fx.sites import by_path
+from lora_fx.layers.sites import by_path
 from lora_fx.testing.models import Outputs
 from lora_fx.testing.zoo import tiny
 from lora_fx.trace import example_of, trace

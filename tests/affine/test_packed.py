@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import Adapter, Update, explain, fold, inject, text, trace, unfold
-from lora_fx.sites import by_path, sites
+from lora_fx.layers.sites import by_path, sites
 from lora_fx.testing import relative
 
 

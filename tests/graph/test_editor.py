@@ -7,7 +7,7 @@ import torch
 from lora_fx import text, trace
 from lora_fx.graph.editor import Edit, Editor
 from lora_fx.graph.ops import aten
-from lora_fx.sites import sites
+from lora_fx.layers.sites import sites
 
 
 def test_an_edit_reads_as_a_line() -> None:

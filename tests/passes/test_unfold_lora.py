@@ -7,8 +7,8 @@ import torch
 
 from lora_fx import PassError, fold, inject, text, trace, unfold
 from lora_fx.graph.editor import Editor
+from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
-from lora_fx.sites import sites
 from lora_fx.testing import check_pass, make_adapter
 
 SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}

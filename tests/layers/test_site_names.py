@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_fx.site_paths import is_packed, paths_of
+from lora_fx.layers.site_names import is_packed, paths_of
 
 PATHS: list[tuple[list[tuple[str, str, str]], str]] = [
     ([("fc", "fc.weight", "fc")], "a layer"),

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from lora_fx.graph.ops import aten
-from lora_fx.layer import Layer
-from lora_fx.row_blocks import Places
-from lora_fx.sites import Site
+from lora_fx.layers.layer import Layer
+from lora_fx.layers.sites import Site
+from lora_fx.layers.weight_parts import Places
 
 Call = tuple[Any, tuple[Any, ...]]
 _CONVS = {

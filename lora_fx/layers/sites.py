@@ -11,11 +11,11 @@ from torch import fx
 
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.ops import aten, call_argument, holder_path
-from lora_fx.layer import Layer
-from lora_fx.products import Labels, Place, argument_at, batches_of, product_of
-from lora_fx.recorded import recorded
-from lora_fx.row_blocks import Part, Places, Read, part_of
-from lora_fx.site_paths import is_packed, paths_of
+from lora_fx.layers.layer import Layer
+from lora_fx.layers.matrix_products import Labels, Place, argument_at, batches_of, product_of
+from lora_fx.layers.parametrized_weights import recorded
+from lora_fx.layers.site_names import is_packed, paths_of
+from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
 # The operator of a layer that is no product with one matrix: its kind, and where it reads its
 # input, its weight and its bias.

@@ -32,8 +32,8 @@ from lora_fx import (
 )
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.graph.ops import op_name
+from lora_fx.layers.sites import sites
 from lora_fx.passes import FoldLora, RaiseLora
-from lora_fx.sites import sites
 from lora_fx.testing import Computes, relative
 
 Tensor = torch.Tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lora_fx.row_blocks import part_of
+from lora_fx.layers.weight_parts import part_of
 
 
 class Cuts(nn.Module):

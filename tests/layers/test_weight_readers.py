@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import AdapterError, trace
-from lora_fx.reach import check_reached
-from lora_fx.sites import by_path
+from lora_fx.layers.sites import by_path
+from lora_fx.layers.weight_readers import check_reached
 from lora_fx.testing import Computes
 
 FINE: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import fx
 
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.lazy_tensor import Deferred, raw
-from lora_fx.sites import Site
+from lora_fx.layers.sites import Site
 
 
 def bias_of(gm: fx.GraphModule, calls: Sequence[Site]) -> torch.Tensor | None:

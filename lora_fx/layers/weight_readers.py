@@ -8,8 +8,8 @@ from torch import fx
 
 from lora_fx.errors import AdapterError
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.recorded import recorded
-from lora_fx.sites import Site
+from lora_fx.layers.parametrized_weights import recorded
+from lora_fx.layers.sites import Site
 
 _SIZES = {"size", "sym_size", "getattr", "dim", "numel", "stride"}  # they ask for no numbers of it
 

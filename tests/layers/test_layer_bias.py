@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.biases import bias_of
-from lora_fx.sites import by_path
+from lora_fx.layers.layer_bias import bias_of
+from lora_fx.layers.sites import by_path
 from lora_fx.testing import Computes
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lora_fx.picks import Grid, calls_of, expression_of, grid_of
+from lora_fx.layers.picked_elements import Grid, calls_of, expression_of, grid_of
 from lora_fx.testing import Computes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.ops import aten, call_argument, op_name
-from lora_fx.picks import calls_of
+from lora_fx.layers.picked_elements import calls_of
 
 _UNBIASED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 _STEPS = 200  # nodes that a matrix may be made of, an adapter's function of a weight included

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.lazy_tensor import raw
-from lora_fx.picks import Grid, calls_of, expression_of, grid_of
+from lora_fx.layers.picked_elements import Grid, calls_of, expression_of, grid_of
 
 Places = range | tuple[int, ...]  # in order; a range where they follow each other at equal steps
 Read = tuple[fx.Node, fx.Node]  # who reads, and the node that it reads

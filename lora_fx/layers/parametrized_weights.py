@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from lora_fx.adapter_names import name_in, part_of
 from lora_fx.graph.ops import aten
+from lora_fx.layers.parameter_names import name_in, part_of
 
 _MARK = ".lora_weight_"
 _STEPS = 200  # nodes that an operand may be made of: what is more is no adapter's function

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.sites import by_path, readers, sites
+from lora_fx.layers.sites import by_path, readers, sites
 from lora_fx.testing import Attention, zoo
 
 
