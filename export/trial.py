@@ -17,7 +17,7 @@ from lora_fx.export.names import free_names, output_names
 from lora_fx.export.promises import Promise, with_stand_ins
 from lora_fx.export.runtime import to_array
 from lora_fx.export.untraced import program_of
-from lora_fx.program import export_program, outputs_of
+from lora_fx.frontend.torch_export import export_program, outputs_of
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from lora_fx.export.inputs import Inputs
 from lora_fx.export.lifting import lifted
 from lora_fx.export.lowering import inline_grad_modes
+from lora_fx.frontend.trace import example_of
 from lora_fx.graph.graph_module import attribute, copy_graph
 from lora_fx.graph.ops import GUARDS, written_arguments
-from lora_fx.trace import example_of
 
 
 def program_of(gm: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram | None:

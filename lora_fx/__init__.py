@@ -27,9 +27,9 @@ from lora_fx.errors import (
 )
 from lora_fx.explain import explain
 from lora_fx.extract import extract
+from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
 from lora_fx.read_back import adapter_from
-from lora_fx.trace import trace
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx

@@ -12,13 +12,13 @@ from lora_fx.branches import branches_of, parameter_names
 from lora_fx.config import LoraConfig
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.fitted import fitted
+from lora_fx.frontend.trace import example_of
 from lora_fx.graph.graph_module import attribute, is_free
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.injected import injected
 from lora_fx.layers.sites import Site, readers
 from lora_fx.layers.weight_readers import check_one_way, check_reached
 from lora_fx.targets import TargetRule
-from lora_fx.trace import example_of
 
 Groups = Mapping[str, list[Site]]
 

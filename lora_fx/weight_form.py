@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapted import Step, Weight, shifted
 from lora_fx.adapter import AnyUpdate
+from lora_fx.frontend.trace import example_of
+from lora_fx.frontend.traced_module import TracedModule, read
 from lora_fx.graph.lazy_tensor import promise
 from lora_fx.graph.mutation import written
 from lora_fx.injected import Injected, held_by, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
-from lora_fx.trace import example_of
-from lora_fx.traced import TracedModule, read
 
 Slot = tuple[nn.Module, str]
 

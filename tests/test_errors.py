@@ -17,7 +17,7 @@ from lora_fx.errors import (
     shorten,
     within,
 )
-from lora_fx.faithful import CallError
+from lora_fx.frontend.check_trace import CallError
 from lora_fx.graph.lazy_tensor import Deferred
 
 

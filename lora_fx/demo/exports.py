@@ -13,7 +13,7 @@ from lora_fx.api import fold, inject
 from lora_fx.demo.encoder import Batch, Encode
 from lora_fx.demo.forms import Form
 from lora_fx.formats import load_adapter
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 if TYPE_CHECKING:
     from lora_fx.export import Session

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.formats.base_layers import layers_of
+from lora_fx.frontend.trace import example_of
 from lora_fx.layers.sites import by_path
-from lora_fx.trace import example_of
 
 Shape = tuple[int, ...]
 

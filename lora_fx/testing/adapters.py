@@ -12,9 +12,9 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.api import fold, inject
+from lora_fx.frontend.trace import trace
 from lora_fx.testing.judge import distance, relative
 from lora_fx.testing.updates import update_of
-from lora_fx.trace import trace
 
 
 def make_adapter(

@@ -13,7 +13,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Same
 from lora_fx.affine.maps import Map, OneHot
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 SHAPES = {
     "w": (5, 3),

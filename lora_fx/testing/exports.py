@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter import Adapter, Update
 from lora_fx.api import fold, inject
+from lora_fx.frontend.trace import example_of, trace
 from lora_fx.layers.sites import by_path
 from lora_fx.testing.models import Outputs
 from lora_fx.testing.zoo import tiny
-from lora_fx.trace import example_of, trace
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport

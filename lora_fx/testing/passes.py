@@ -13,13 +13,13 @@ from torch import fx
 
 from lora_fx.compare import compare
 from lora_fx.errors import LoraFxError
+from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
+from lora_fx.frontend.trace import example_of
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.ops import op_name
 from lora_fx.graph.pass_base import PassResult
 from lora_fx.graph.printer import text
-from lora_fx.preserved import own_inputs, preserved, random_kept, seed
 from lora_fx.testing.judge import relative, tensors
-from lora_fx.trace import example_of
 
 Step = Callable[[fx.GraphModule], PassResult]
 

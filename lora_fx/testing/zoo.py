@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.frontend.trace import trace
 from lora_fx.testing.models import Ragged
-from lora_fx.trace import trace
 
 _SMALL = {
     "hidden_size": 24,

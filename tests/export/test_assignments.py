@@ -14,8 +14,8 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
+from lora_fx.frontend.trace import trace
 from lora_fx.testing import Computes, relative
-from lora_fx.trace import trace
 
 Tensor = torch.Tensor
 ROWS = [True, False, True, False, False, False, True]

@@ -8,8 +8,8 @@ from torch import nn
 from lora_fx.export.cases import Case, cases
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.leaves import input_leaves
-from lora_fx.program import export_program
-from lora_fx.trace import trace
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
 
 
 class Pair(nn.Module):

@@ -26,8 +26,8 @@ from lora_fx.export.digests import KEY
 from lora_fx.export.manifest import KEY as SLOTS
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.slot import Slot
+from lora_fx.frontend.trace import trace
 from lora_fx.graph.lazy_tensor import raw
-from lora_fx.trace import trace
 
 DATA = "model.onnx.data"
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_fx.export.clean import anonymise, clean
 from lora_fx.export.convert import convert
-from lora_fx.program import export_program
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
 from lora_fx.testing import Tied
-from lora_fx.trace import trace
 
 
 class Twice(nn.Module):

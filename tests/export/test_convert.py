@@ -13,8 +13,8 @@ from torch import fx, nn
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
 from lora_fx.export.convert import OPSETS, convert
-from lora_fx.program import export_program
-from lora_fx.trace import trace
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
 
 
 def test_an_operator_without_onnx_form_is_named() -> None:

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from lora_fx.export import to_onnx
 from lora_fx.export.cases import Case
 from lora_fx.export.eager import evaluating, run_eager
+from lora_fx.frontend.trace import example_of, trace
 from lora_fx.testing import Computes
-from lora_fx.trace import example_of, trace
 
 FRONTENDS = ("symbolic", "export")
 

@@ -19,10 +19,10 @@ from lora_fx.errors import AdapterWarning, ExportError, VerificationError
 from lora_fx.export import Session, to_onnx
 from lora_fx.export.convert import convert
 from lora_fx.export.lowering import LoweredProgram
+from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
 from lora_fx.passes import FoldLora, InjectLora
 from lora_fx.testing import traced
-from lora_fx.trace import trace
 
 FORMS = ("constant", "folded", "input")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, to_onnx
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.inputs import example_inputs
+from lora_fx.frontend.trace import trace
 from lora_fx.testing import traced
-from lora_fx.trace import trace
 
 X = torch.randn(4, 7, 3)
 

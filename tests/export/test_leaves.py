@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_fx.export.leaves import Leaf, dimension_names, input_leaves
-from lora_fx.program import export_program
-from lora_fx.trace import trace
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
 
 X = torch.randn(4, 7)
 

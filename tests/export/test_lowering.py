@@ -12,7 +12,7 @@ from lora_fx.export.convert import convert
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.lowering import LoweredProgram
 from lora_fx.export.untraced import program_of
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.manifest import KEY, Manifest, manifest_of, read_manifest
 from lora_fx.export.slot import Slot
 from lora_fx.export.slots import chosen_slots
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 MANIFEST = Manifest(
     (

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError, VerificationError
 from lora_fx.export import verify_onnx
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 
 def test_a_constant_file_must_hold_the_sum_of_the_adapters(exported_mlp: Any) -> None:

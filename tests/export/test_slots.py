@@ -18,8 +18,8 @@ from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.adapter_check import read_adapter
 from lora_fx.export.adapter_read import read_adapter_file
 from lora_fx.export.slots import chosen_slots, probe
+from lora_fx.frontend.trace import trace
 from lora_fx.passes import InjectLora
-from lora_fx.trace import trace
 
 
 def test_each_slot_is_an_overridable_input_of_symbolic_rank(exported: Any) -> None:

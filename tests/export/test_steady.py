@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export import to_onnx
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 FRONTENDS = ["symbolic", "export"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx.export import to_onnx
-from lora_fx.trace import trace
+from lora_fx.frontend.trace import trace
 
 
 class Tied(nn.Module):

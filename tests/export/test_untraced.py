@@ -13,10 +13,10 @@ from lora_fx.export.lowering import LoweredProgram
 from lora_fx.export.promises import with_stand_ins
 from lora_fx.export.trial import trial_of
 from lora_fx.export.untraced import program_of
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
 from lora_fx.passes import FoldLora, InjectLora
-from lora_fx.program import export_program
 from lora_fx.testing import traced
-from lora_fx.trace import trace
 
 
 def program(gm: fx.GraphModule) -> torch.export.ExportedProgram:

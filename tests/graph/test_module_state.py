@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
 from lora_fx.graph.module_state import snapshot
-from lora_fx.preserved import own_inputs, preserved, random_kept, seed
 
 
 class Notes:

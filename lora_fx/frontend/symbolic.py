@@ -12,12 +12,17 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_fx.called import as_called
 from lora_fx.errors import TraceError
+from lora_fx.frontend.diagnostics import explain_failure
+from lora_fx.frontend.recorded_writes import (
+    WritingProxy,
+    copied_back,
+    with_new_results,
+    works_in_place,
+)
+from lora_fx.frontend.root_call import as_called
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.module_copy import untouched
-from lora_fx.in_place import WritingProxy, copied_back, with_new_results, works_in_place
-from lora_fx.trace_errors import explain_failure
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one
 # call of its module, so that dropout and batch-norm keep their training behaviour.

@@ -18,10 +18,10 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lora_fx.frontend.out_of_place import NoTwinError, twin
 from lora_fx.graph.aliasing import Memory, storages
 from lora_fx.graph.memory_views import path_to, put_back, viewed
 from lora_fx.graph.ops import aten, draws, written_arguments
-from lora_fx.twins import NoTwinError, twin
 
 _VISIBLE = ("placeholder", "get_attr")
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import TraceError, text, trace
+from lora_fx.frontend.trace import example_of
 from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, zoo
-from lora_fx.trace import example_of
 
 FRONTENDS = ["symbolic", "export"]
 MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]

@@ -13,9 +13,9 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.graph.graph_module import copy_graph, without_guards
 from lora_fx.graph.module_copy import unshared
-from lora_fx.trace_errors import explain_failure, refuse_attributes, refuse_inputs
 
 
 def export_program(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.frontend.traced_module import TracedModule
 from lora_fx.graph.ops import HOLDER, module_path
 from lora_fx.layers.layer_class import layer_class
 from lora_fx.layers.sites import Site, sites
-from lora_fx.traced import TracedModule
 
 
 def note_holders(gm: fx.GraphModule, model: TracedModule) -> None:

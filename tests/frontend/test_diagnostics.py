@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import TraceError
-from lora_fx.trace_errors import explain_failure
+from lora_fx.frontend.diagnostics import explain_failure
 
 
 class Inner(nn.Module):

@@ -12,22 +12,22 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.called import is_hooked
 from lora_fx.errors import TraceError
-from lora_fx.faithful import CallError, call_once, check_faithful
+from lora_fx.frontend.check_trace import CallError, call_once, check_faithful
+from lora_fx.frontend.diagnostics import refuse_attributes, refuse_inputs
+from lora_fx.frontend.isolated_run import preserved, random_kept
+from lora_fx.frontend.leaked_fakes import clear_caches
+from lora_fx.frontend.lent_parameters import note_holders
+from lora_fx.frontend.normalize import normalise
+from lora_fx.frontend.root_call import is_hooked
+from lora_fx.frontend.symbolic import symbolic_graph
+from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of, shapes_by_argument
+from lora_fx.frontend.traced_module import TracedModule
 from lora_fx.graph.graph_module import assemble, copy_graph, targets
 from lora_fx.graph.module_copy import unshared, untouched
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
 from lora_fx.graph.train_eval import in_mode
-from lora_fx.left_behind import clear_caches
-from lora_fx.lent import note_holders
-from lora_fx.normal_form import normalise
-from lora_fx.preserved import preserved, random_kept
-from lora_fx.program import dynamic_axes, export_program, graph_of, shapes_by_argument
-from lora_fx.symbolic import symbolic_graph
-from lora_fx.trace_errors import refuse_attributes, refuse_inputs
-from lora_fx.traced import TracedModule
 
 _META = "lora_fx.example"
 

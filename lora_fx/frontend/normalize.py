@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.functional import functionalise
+from lora_fx.frontend.functionalize import functionalise
 from lora_fx.graph.ops import aten, call_argument, module_path
 
 Arguments = tuple[Any, ...]

@@ -14,9 +14,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils import _pytree as pytree
 
+from lora_fx.frontend.isolated_run import seed
 from lora_fx.graph.graph_module import assemble, copy_graph
 from lora_fx.graph.lazy_compile import compile_when_read
-from lora_fx.preserved import seed
 
 _ITSELF = "the model itself"
 
