@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import graph_signature as signature
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lora_fx.affine.layout import same_sizes
+from lora_fx.affine.feature_layout import same_sizes
 from lora_fx.export.lowering import splice
 from lora_fx.graph.ops import aten, call_argument, mutates
 

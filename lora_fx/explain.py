@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis, Opaque
-from lora_fx.affine.maps import Map
 from lora_fx.affine.region import Region
-from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.region_boundary import LAYERS, is_layer, stored_in
+from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import LAYERS, is_layer, stored_in
 from lora_fx.choice import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name

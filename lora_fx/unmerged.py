@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from lora_fx.affine.analysis import Analysis, Opaque
-from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branches import branches
 from lora_fx.graph.ops import module_path

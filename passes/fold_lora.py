@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.layout import Layout
-from lora_fx.affine.packed import Pack, packs_of
+from lora_fx.affine.feature_layout import Layout
+from lora_fx.affine.packed_weights import Pack, packs_of
 from lora_fx.affine.region import Region
-from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.region_boundary import LAYERS, weight_of
+from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import LAYERS, weight_of
 from lora_fx.algebra.constructors import transposed
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from lora_fx.adapter import Adapter, Update
+from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.maps import Map
 from lora_fx.affine.region import Region
-from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.region_boundary import input_of
+from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.affine.ways import input_of
 from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
 from lora_fx.branches import last_of
 from lora_fx.graph.editor import Editor

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Adapter, Update, compare
-from lora_fx.affine.ways import is_layer
+from lora_fx.affine.region_boundary import is_layer
 from lora_fx.branches import branches
 
 GRAPHS = int(os.environ.get("LORA_FX_GRAPHS", "100"))

@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import fx
 
-from lora_fx.affine.factored import factored
-from lora_fx.affine.layout import Layout, Sizes, sizes_of
-from lora_fx.affine.maps import Map, OneHot, Patches, Reading
+from lora_fx.affine.affine_map import Map, OneHot, Patches, Reading
+from lora_fx.affine.constant_expr import factored
+from lora_fx.affine.feature_layout import Layout, Sizes, sizes_of
 from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.mutation import Written

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform
-from lora_fx.affine.maps import Link, Map
-from lora_fx.affine.ways import (
+from lora_fx.affine.region_boundary import (
     LAYERS,
     Way,
     reads_more,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lora_fx.affine.affine_map import Map, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Same
-from lora_fx.affine.maps import Map, OneHot
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
 from lora_fx.frontend.trace import trace

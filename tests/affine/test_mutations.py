@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.affine import convs, einsums, features, joins, layers, moves, overwrites, sums
+from lora_fx.affine.affine_map import Map, Patches
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
-from lora_fx.affine.maps import Map, Patches
-from lora_fx.affine.transfer import TRANSFER
+from lora_fx.affine.transfer import TRANSFER, overwrites
+from lora_fx.affine.transfer import concat as joins
+from lora_fx.affine.transfer import convolution as convs
+from lora_fx.affine.transfer import einsum as einsums
+from lora_fx.affine.transfer import elementwise as sums
+from lora_fx.affine.transfer import linear as layers
+from lora_fx.affine.transfer import slicing as features
+from lora_fx.affine.transfer import views as moves
 from lora_fx.algebra import constructors as algebra
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import Index, slice_of

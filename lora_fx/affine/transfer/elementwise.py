@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
-from lora_fx.affine.layout import same_sizes, sizes_of
-from lora_fx.affine.maps import Link, Map, meet
+from lora_fx.affine.feature_layout import same_sizes, sizes_of
 from lora_fx.algebra.constructors import number, repeated, signed, total
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_fx import fold, text, trace
-from lora_fx.affine.regions import maximal_regions
+from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.passes import FoldLora
 from lora_fx.testing import Computes

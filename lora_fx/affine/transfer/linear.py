@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
-from lora_fx.affine.layout import Layout, sizes_of
-from lora_fx.affine.maps import Link, Map, OneHot
+from lora_fx.affine.feature_layout import Layout, sizes_of
 from lora_fx.algebra.constructors import transposed
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.ops import call_argument, op_name

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lora_fx.affine.layout import Layout
-from lora_fx.affine.maps import Link, Map, meet
+from lora_fx.affine.affine_map import Link, Map, meet
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix

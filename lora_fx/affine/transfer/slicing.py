@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Value
-from lora_fx.affine.layout import Layout
-from lora_fx.affine.maps import Map
-from lora_fx.affine.moves import identity
+from lora_fx.affine.feature_layout import Layout
+from lora_fx.affine.transfer.views import identity
 from lora_fx.algebra.index_expr import Index, along, slice_of
 from lora_fx.graph.memory_views import steps_of
 from lora_fx.graph.ops import aten, call_argument, op_name

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.affine.affine_map import Patches
 from lora_fx.affine.analysis import Analysis, Opaque, Value
-from lora_fx.affine.factored import leaf
-from lora_fx.affine.layers import dense_layer
-from lora_fx.affine.layout import Layout, sizes_of
-from lora_fx.affine.maps import Patches
+from lora_fx.affine.constant_expr import leaf
+from lora_fx.affine.feature_layout import Layout, sizes_of
+from lora_fx.affine.transfer.linear import dense_layer
 from lora_fx.algebra.constructors import scaled, transposed
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, result_dtype
-from lora_fx.affine.layout import Layout, Sizes, sizes_of
-from lora_fx.affine.maps import Link, Map, meet
-from lora_fx.affine.sums import promoted
+from lora_fx.affine.feature_layout import Layout, Sizes, sizes_of
+from lora_fx.affine.transfer.elementwise import promoted
 from lora_fx.algebra.constructors import placed, total
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import (
     Analysis,
     Opaque,
@@ -16,8 +17,7 @@ from lora_fx.affine.analysis import (
     Value,
     dtype_of,
 )
-from lora_fx.affine.layout import Layout, sizes_of
-from lora_fx.affine.maps import Map
+from lora_fx.affine.feature_layout import Layout, sizes_of
 from lora_fx.algebra.index_expr import reordered
 from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import (
     Analysis,
     Opaque,
@@ -17,9 +18,8 @@ from lora_fx.affine.analysis import (
     dtype_of,
     result_dtype,
 )
-from lora_fx.affine.features import SLICE, constant_index, is_all
-from lora_fx.affine.layout import Layout, same_sizes, sizes_of
-from lora_fx.affine.maps import Link, Map, meet
+from lora_fx.affine.feature_layout import Layout, same_sizes, sizes_of
+from lora_fx.affine.transfer.slicing import SLICE, constant_index, is_all
 from lora_fx.algebra.constructors import number, placed, repeated, rows, signed, total
 from lora_fx.algebra.index_expr import Index, all_but, along, slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix

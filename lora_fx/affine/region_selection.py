@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map
 from lora_fx.affine.analysis import Analysis
-from lora_fx.affine.maps import Link, Map
 from lora_fx.affine.region import Region, calls_between, candidates, region_between
-from lora_fx.affine.ways import is_stored
+from lora_fx.affine.region_boundary import is_stored
 from lora_fx.graph.ops import is_around
 
 _ROUNDS = 8  # graphs of a hundred random steps settle in three

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.affine.factored import factored
+from lora_fx.affine.constant_expr import factored
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Product, Sum, Transposed, parts

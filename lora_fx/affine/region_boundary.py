@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lora_fx.affine.affine_map import Link, Map, Patches
 from lora_fx.affine.analysis import Analysis, Same, dtype_of
-from lora_fx.affine.maps import Link, Map, Patches
 from lora_fx.algebra.matrix_expr import Identity
 from lora_fx.graph.ops import CASTS, aten, op_name
 from lora_fx.layers.matrix_products import product_of
