@@ -14,7 +14,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lora_fx
-from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.adapter_check import check_adapter_file, read_adapter
 from lora_fx.export.base_weights import BaseWeights

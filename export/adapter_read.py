@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.adapter_check import read_adapter, values_of
 from lora_fx.layers.layer import Layer

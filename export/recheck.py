@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import fx
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import controls

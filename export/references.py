@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import fx
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.bound import tensors_of
 from lora_fx.branches import branches
 from lora_fx.export.eager import evaluating

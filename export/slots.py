@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot

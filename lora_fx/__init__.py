@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 # Imported here and not lazily: `trace`, `compare` and `text` are functions and the modules they
 # live in, and the name must always mean the function.
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.extraction import extract
+from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.adapters.merging import combine
 from lora_fx.api import fold, inject, unfold
-from lora_fx.combine import combine
 from lora_fx.compare import compare
-from lora_fx.config import LoraConfig
 from lora_fx.errors import (
     AdapterError,
     AdapterWarning,
@@ -26,7 +27,6 @@ from lora_fx.errors import (
     VerificationError,
 )
 from lora_fx.explain import explain
-from lora_fx.extract import extract
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
 from lora_fx.read_back import adapter_from

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapter import AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import within
 from lora_fx.fitted import fitted
 from lora_fx.frontend.traced_module import read

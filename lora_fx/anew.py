@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.branches import branches_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
@@ -15,7 +16,6 @@ from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.graph.ops import aten
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
 from lora_fx.layers.sites import Site
-from lora_fx.other_updates import WeightUpdate
 
 
 def base_weight(editor: Editor, site: Site) -> torch.Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from lora_fx.adapter import Adapter
-from lora_fx.config import LoraConfig
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.lora_config import LoraConfig
 
 
 def inject(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.branches import branches_of, parameter_names
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injected import Bound, Injected, add, value_part

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.describe_update import describe_update
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.describe import describe_update
 from lora_fx.errors import LoraFxError, within
 from lora_fx.given import Given
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle

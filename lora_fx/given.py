@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats import FORMATS, load_adapter
 from lora_fx.frontend.trace import trace

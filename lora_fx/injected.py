@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.fitted import dense
 from lora_fx.graph.graph_module import targets

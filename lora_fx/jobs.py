@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from lora_fx.adapter import Adapter
 from lora_fx.adapter_task import task_of
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.directory import refuse_lacking
 from lora_fx.errors import AdapterError, ExportError, shorten, within

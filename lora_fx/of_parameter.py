@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_fx.stored import Stored
-from lora_fx.update import Update
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
 
 _NAME, _DEPTH, _TURNED = "parameter", "depth", "turned"
 

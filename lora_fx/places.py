@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.source_record import is_embedding
 from lora_fx.frontend.traced_module import TracedModule
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_class import NORM, layer_class
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.stored import is_embedding
 
 
 class NoWeightFormError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.branches import Branch, branches_of
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.graph_module import attribute

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.fitted import fitted
 from lora_fx.frontend.trace import example_of

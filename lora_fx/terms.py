@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from lora_fx.adapters.other_updates import Scaling
+from lora_fx.adapters.source_record import EMBEDDING
+from lora_fx.adapters.updates import Update
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import (
     along_outputs,
@@ -14,9 +17,6 @@ from lora_fx.layers.layer_types import (
     up_as_stored,
     up_as_update,
 )
-from lora_fx.other_updates import Scaling
-from lora_fx.stored import EMBEDDING
-from lora_fx.update import Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapted import Step, Weight, shifted
-from lora_fx.adapter import AnyUpdate
+from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.frontend.trace import example_of
 from lora_fx.frontend.traced_module import TracedModule, read
 from lora_fx.graph.lazy_tensor import promise

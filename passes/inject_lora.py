@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.anew import base_weight, make_anew
 from lora_fx.beside import beside as beside_layer
 from lora_fx.beside import put
 from lora_fx.bound import bind, bind_fresh, standing, weight_name
 from lora_fx.branches import parameter_names
-from lora_fx.config import LoraConfig
 from lora_fx.errors import AdapterError, within
 from lora_fx.fit import check_fit, fresh_targets
 from lora_fx.fitted import fitted

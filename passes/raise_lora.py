@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region

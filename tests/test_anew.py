@@ -14,8 +14,8 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Adapter, fold, inject, load_adapter, text, trace, unfold
-from lora_fx.adapter import WeightUpdate
-from lora_fx.other_updates import added
+from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.passes import FoldLora, StripLora
 from lora_fx.testing import Between, relative
 

@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from lora_fx import inject, to_onnx, trace
-from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError
 from lora_fx.export import export_adapter
 from lora_fx.finite import check_branches
-from lora_fx.other_updates import added
 
 HALF, SINGLE = torch.float16, torch.float32
 

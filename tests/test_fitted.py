@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fx import AdapterError, Update
-from lora_fx.adapter import Scaling, WeightUpdate
+from lora_fx.adapters.adapter import Scaling, WeightUpdate
 from lora_fx.fitted import fitted
 from lora_fx.layers.layer import Layer
 

@@ -27,7 +27,7 @@ from lora_fx import (
     inject,
     text,
 )
-from lora_fx.adapter import AnyUpdate, Scaling
+from lora_fx.adapters.adapter import AnyUpdate, Scaling
 from lora_fx.explain import explained
 from lora_fx.formats.loralib_fused import block_diagonal
 from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx import fold, inject, load_adapter, trace
-from lora_fx.adapter import Update
+from lora_fx.adapters.adapter import Update
 from lora_fx.testing import Attention, Between, operators, relative
 
 pytestmark = [

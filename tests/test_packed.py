@@ -29,9 +29,9 @@ from lora_fx import (
     trace,
     unfold,
 )
+from lora_fx.adapters.other_updates import Scaling
 from lora_fx.branches import branches
 from lora_fx.layers.sites import by_path
-from lora_fx.other_updates import Scaling
 from lora_fx.passes import FoldLora, StripLora
 from lora_fx.testing import relative
 

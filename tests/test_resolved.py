@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update, inject, trace
-from lora_fx.adapter import WeightUpdate
+from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.kinds import KINDS
 from lora_fx.layers.sites import by_path
 from lora_fx.resolved import resolved

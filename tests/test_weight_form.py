@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx import Adapter, LoraConfig, Update, VerificationError, fold, inject, trace
-from lora_fx.adapter import AnyUpdate, Scaling
+from lora_fx.adapters.adapter import AnyUpdate, Scaling
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import Attention, relative
 from lora_fx.weight_form import WeightForm, weight_form

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter, check_name
+from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.errors import AdapterError, AdapterWarning, shorten
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.diffusers_config import Fields, config_of, fields_in, is_bare
 from lora_fx.formats.diffusers_keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
@@ -16,8 +18,6 @@ from lora_fx.formats.pairs import Layers, check_pairs
 from lora_fx.formats.peft import CONFIG
 from lora_fx.formats.peft_replaced import PREFIX
 from lora_fx.io.state_dict import read_file, write_file
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.targets import TargetRule
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.diffusers_keys import LOKR
 from lora_fx.formats.pairs import ALPHA, BIAS, MAGNITUDE, Layers, Roles, factors_of, scalar_of
 from lora_fx.formats.peft_file import METADATA
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.kinds import KINDS, dora
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import Stored
-from lora_fx.update import Update
 
 
 def lora_updates(layers: Layers, config: PeftConfig | None) -> dict[str, AnyUpdate]:

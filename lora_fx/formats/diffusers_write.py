@@ -8,7 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.source_record import is_embedding
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.diffusers_keys import COMPONENTS, LOKR
 from lora_fx.formats.pairs import up_beside
@@ -18,10 +22,6 @@ from lora_fx.formats.peft_file import METADATA
 from lora_fx.formats.peft_paths import homes_of
 from lora_fx.formats.peft_types import TYPES
 from lora_fx.formats.unheld import check_held, not_lora
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.stored import is_embedding
-from lora_fx.targets import TargetRule
-from lora_fx.update import Update
 
 Tensors = dict[str, torch.Tensor]
 FORM = "diffusers' format"

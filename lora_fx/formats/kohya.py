@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.base_layers import layers_of
 from lora_fx.formats.hints import Hints
@@ -18,7 +19,6 @@ from lora_fx.formats.kohya_write import leaves_for, module_of, problem_with
 from lora_fx.formats.pairs import ALPHA, Layers, add, check_no_half
 from lora_fx.formats.unheld import check_held
 from lora_fx.io.state_dict import read_file, write_file
-from lora_fx.other_updates import AnyUpdate
 
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:

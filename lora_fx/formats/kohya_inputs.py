@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
-from lora_fx.stored import Stored
-from lora_fx.update import Update
 
 _aten = torch.ops.aten
 Function = Callable[..., torch.Tensor]

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.formats.kohya_inputs import is_of_inputs, with_input_magnitude
@@ -23,9 +26,6 @@ from lora_fx.formats.kohya_vectors import ia3_update, norm_update
 from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
 from lora_fx.kinds import KINDS, dora
 from lora_fx.layers.layer_class import NORM
-from lora_fx.other_updates import AnyUpdate, WeightUpdate, added
-from lora_fx.stored import Stored
-from lora_fx.update import Update
 
 
 def updates_of(roles: Roles, path: str, layer: BaseLayer) -> dict[str, AnyUpdate]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, added
-from lora_fx.stored import Stored
 
 
 def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import Stored, is_embedding
+from lora_fx.adapters.updates import Update
 from lora_fx.formats.alphas import alpha_for
 from lora_fx.formats.kohya_leaves import (
     DORA,
@@ -16,9 +19,6 @@ from lora_fx.formats.kohya_leaves import (
 )
 from lora_fx.formats.pairs import ALPHA, up_beside
 from lora_fx.formats.unheld import not_lora
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import Stored, is_embedding
-from lora_fx.update import Update
 
 NORM_PARAMETERS = (".weight", ".bias")
 

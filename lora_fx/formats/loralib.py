@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.scaling import checked_alpha
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.by_end import check_all_used, value_for
@@ -20,7 +21,6 @@ from lora_fx.formats.loralib_layers import update_of
 from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
 from lora_fx.io.state_dict import metadata_of, read_file, write_file
 from lora_fx.io.strict_json import parse_object
-from lora_fx.ranks import checked_alpha
 
 
 def is_loralib(path: Path, names: Collection[str]) -> bool:

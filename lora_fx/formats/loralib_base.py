@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats.base_layers import parameter_of
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_file import WEIGHT
-from lora_fx.other_updates import AnyUpdate
 
 
 def check_base(

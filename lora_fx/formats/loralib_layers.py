@@ -6,14 +6,14 @@ import math
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
+from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.source_record import EMBEDDING, Stored
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_fused import block_diagonal, groups_of
 from lora_fx.formats.pairs import Roles, matrices_of
-from lora_fx.other_updates import AnyUpdate, WeightUpdate, added
-from lora_fx.ranks import checked_rank
-from lora_fx.stored import EMBEDDING, Stored
-from lora_fx.update import Update
 
 Shape = tuple[int, ...]
 LEAVES = frozenset({"lora_A", "lora_B"})

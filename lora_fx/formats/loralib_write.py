@@ -6,15 +6,15 @@ import json
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.alphas import alpha_for
 from lora_fx.formats.loralib_file import BIAS
 from lora_fx.formats.loralib_layers import LEAVES, as_points
 from lora_fx.formats.unheld import check_held, not_lora
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import Stored
-from lora_fx.update import Update
 
 # Keys of the safetensors metadata, ours: loralib keeps both in the model's constructor.
 ALPHAS, FUSED = "lora_alpha", "enable_lora"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_base import base_of
@@ -17,7 +18,6 @@ from lora_fx.formats.peft_keys import sort_keys
 from lora_fx.formats.peft_layers import read_layers, read_tokens
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.io.state_dict import read_file
-from lora_fx.targets import pattern_matches
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

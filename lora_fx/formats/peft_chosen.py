@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import is_embedding
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_lokr import with_fields
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.peft_vera import shared_by
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import is_embedding
-from lora_fx.update import Update
 
 LORA_KINDS = ("lora", "rslora", "dora")
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_features import check_features, check_init, check_oft, type_of
 from lora_fx.formats.peft_fields import (
@@ -22,7 +23,6 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.io.strict_json import read_object
-from lora_fx.targets import TargetRule
 
 # PEFT lists these heads for every model of the task, whatever its own head is called.
 TASK_HEADS = {

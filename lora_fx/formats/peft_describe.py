@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.safe_regex import MAX_LENGTH
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_chosen import Chosen
 from lora_fx.formats.peft_options import options_of, settings_of
@@ -13,8 +15,6 @@ from lora_fx.formats.peft_paths import Home, homes_of
 from lora_fx.formats.peft_ranks import is_rslora, ranks_of
 from lora_fx.formats.peft_replaced import saved_module
 from lora_fx.formats.peft_types import LORA
-from lora_fx.safe_regex import MAX_LENGTH
-from lora_fx.update import Update
 
 Fields = dict[str, object]
 # Whose format it is: PEFT takes the files of OFT that do not say for those of older formulas.

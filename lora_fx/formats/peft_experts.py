@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.other_updates import WeightUpdate
+from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_lora import DOWN, UP
 from lora_fx.formats.peft_places import Place
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.other_updates import WeightUpdate
-from lora_fx.stored import Stored
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from lora_fx.adapters.scaling import checked_alpha, checked_alphas, checked_rank, checked_ranks
 from lora_fx.errors import AdapterError
-from lora_fx.ranks import checked_alpha, checked_alphas, checked_rank, checked_ranks
 
 T = TypeVar("T")
 Fields = Mapping[str, object]

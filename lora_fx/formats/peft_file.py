@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import CONFIG, assemble
@@ -22,7 +23,6 @@ from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.formats.peft_write import contents
 from lora_fx.io.state_dict import metadata_of, read_file, write_file
 from lora_fx.io.strict_json import parse_object
-from lora_fx.ranks import checked_alpha, checked_rank
 
 # Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.
 METADATA = "lora_adapter_metadata"

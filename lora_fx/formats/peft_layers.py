@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_experts import read_experts
@@ -16,8 +18,6 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys
 from lora_fx.formats.peft_vera import projections
 from lora_fx.kinds import KINDS
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.stored import Stored
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 
 Pair = tuple[int, int]
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.safe_regex import MAX_LENGTH
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_chosen import Chosen
 from lora_fx.formats.peft_vera import is_drawn_again
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.safe_regex import MAX_LENGTH
 
 Fields = dict[str, Any]
 

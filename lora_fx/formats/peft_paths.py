@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.formats.peft_places import WRAPPED
-from lora_fx.other_updates import AnyUpdate
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.alphas import alpha_for
 from lora_fx.formats.peft_chosen import Chosen
 from lora_fx.formats.peft_options import settings_of, tensors_of
 from lora_fx.formats.peft_paths import Home
 from lora_fx.formats.peft_types import LORA
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.update import Update
 
 Numbers = dict[str, float]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.adapters.scaling import scale_of
+from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.formats.peft_records import NoOptions
 from lora_fx.formats.peft_type import PeftType
-from lora_fx.ranks import scale_of
-from lora_fx.targets import TargetRule, pattern_value
 
 
 @dataclass(frozen=True)

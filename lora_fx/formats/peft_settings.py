@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.safe_regex import compile_bounded
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.update import Update
 
 
 def projections(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> Mapping[str, torch.Tensor]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_chosen import Chosen, check_expressible, choose
@@ -22,8 +24,6 @@ from lora_fx.formats.peft_types import LORA
 from lora_fx.formats.peft_vera import is_drawn_again, shared_by
 from lora_fx.io.staging import publish
 from lora_fx.io.tensor_checks import check_tensors
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.update import Update
 
 Tensors = dict[str, torch.Tensor]
 CORES = ("hada_t1", "hada_t2")

@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.other_updates import AnyUpdate
-from lora_fx.update import Update
 
 Problem = Callable[[AnyUpdate], str | None]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.kinds import adalora, dense, ia3, loha, lokr, oft, tokens, vera
-from lora_fx.other_updates import AnyUpdate
 
 Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
 

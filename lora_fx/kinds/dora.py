@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.other_updates import AnyUpdate, Scaling
-from lora_fx.update import Update
 
 LEAVES = frozenset({"lora_magnitude_vector", "dora_scale"})
 _aten = torch.ops.aten

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Shape
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.rotations import from_lycoris, from_peft
 from lora_fx.kinds.shapes import flag, layer_shape, measure, number, wide
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.stored import Stored
-from lora_fx.update import Shape
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
 LEAVES = MARKS | {"rescale", "alpha"}

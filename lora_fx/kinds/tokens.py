@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.shapes import flag, layer_shape, measure
-from lora_fx.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.stored import Stored
 
 LEAVES = frozenset({"trainable_tokens_delta"})
 

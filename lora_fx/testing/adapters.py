@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from lora_fx.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.api import fold, inject
 from lora_fx.frontend.trace import trace
 from lora_fx.testing.judge import distance, relative

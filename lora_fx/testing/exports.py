@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.api import fold, inject
 from lora_fx.frontend.trace import example_of, trace
 from lora_fx.layers.sites import by_path

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.compare import compare
 
 

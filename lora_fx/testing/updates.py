@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapter import AnyUpdate, Update
+from lora_fx.adapters.adapter import AnyUpdate, Update
+from lora_fx.adapters.source_record import EMBEDDING, Stored
 from lora_fx.formats.loralib_fused import block_diagonal
 from lora_fx.formats.peft_lokr import split
 from lora_fx.kinds import KINDS
-from lora_fx.stored import EMBEDDING, Stored
 
 RANK, ALPHA = 2, 3.0
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.compare import compare
 from lora_fx.errors import AdapterWarning, ExportError, VerificationError
 from lora_fx.export import Session, to_onnx

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter, Scaling
+from lora_fx.adapters.adapter import Adapter, Scaling
 from lora_fx.compare import compare
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import Adapter, AdapterError, ExportError, Update, inject, load_adapter, trace
-from lora_fx.adapter import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.graph.ops import aten
 from lora_fx.testing import relative
 

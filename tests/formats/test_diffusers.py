@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft_file import METADATA
-from lora_fx.stored import Stored
 from lora_fx.testing import fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)

@@ -13,7 +13,7 @@ import torch
 from onnxruntime import AdapterFormat, OrtValue
 from safetensors.torch import save_file
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import FORMATS, load_adapter, save_adapter
 from lora_fx.formats.hints import Hints

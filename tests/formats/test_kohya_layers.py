@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.adapter import Update
+from lora_fx.adapters.adapter import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.kohya_layers import updates_of

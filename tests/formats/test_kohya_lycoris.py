@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, WeightUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import relative

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.kohya_write import as_tensor, leaves_for, module_of, problem_with
 from lora_fx.kinds import KINDS

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib_layers import as_points

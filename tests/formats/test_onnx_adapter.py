@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import fits, same_adapter

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.adapters.source_record import Stored
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft_chosen import check_expressible, choose
 from lora_fx.kinds import KINDS
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.stored import Stored
 from lora_fx.testing import relative
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft_describe import describe
-from lora_fx.targets import TargetRule
 
 
 def update(

@@ -14,7 +14,7 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft_file import METADATA

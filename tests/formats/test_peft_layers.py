@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import AdapterError
+from lora_fx.adapters.updates import Update
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import relative, save_peft_case
-from lora_fx.update import Update
 
 pytestmark = [
     # PEFT says what it does about Conv1D, groups, seeds, and about sizes that blocks do not divide.

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lora_fx import Adapter, AdapterError
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.kinds import KINDS
-from lora_fx.other_updates import AnyUpdate
 
 
 def oft(**settings: Any) -> AnyUpdate:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from lora_fx import Update
+from lora_fx.adapters.source_record import Stored
 from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_paths import Home, homes_of
 from lora_fx.formats.peft_places import places_of
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
-from lora_fx.stored import Stored
 
 
 def update(**settings: Any) -> Update:

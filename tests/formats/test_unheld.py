@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.formats.unheld import check_held, not_lora
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError, Update
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate
 from lora_fx.kinds import dora
-from lora_fx.other_updates import Scaling, WeightUpdate
 from lora_fx.testing import by_peft, means
 
 

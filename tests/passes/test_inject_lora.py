@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.passes import InjectLora
-from lora_fx.targets import TargetRule
 from lora_fx.testing import check_pass, make_adapter, relative, zoo
 
 BEFORE = """\

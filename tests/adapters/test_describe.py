@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_fx.adapter import AnyUpdate, Scaling, Update, WeightUpdate
-from lora_fx.describe_update import describe_update
+from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.describe import describe_update
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from lora_fx import (
     save_adapter,
     trace,
 )
-from lora_fx.targets import TargetRule
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.testing import make_adapter, relative
 
 WAYS = ["cat", "linear", "svd"]

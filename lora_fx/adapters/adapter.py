@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, low_rank
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.other_updates import AnyUpdate, Scaling, WeightUpdate, low_rank
-from lora_fx.update import Update
 
 if TYPE_CHECKING:
-    from lora_fx.targets import TargetRule
+    from lora_fx.adapters.target_rule import TargetRule
 
 
 @dataclass(frozen=True, eq=False)

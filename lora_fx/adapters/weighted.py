@@ -9,11 +9,11 @@ from functools import reduce
 
 import torch
 
+from lora_fx.adapters.other_updates import AnyUpdate, low_rank
+from lora_fx.adapters.source_record import EMBEDDING, is_embedding, kept
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.of_parameter import for_parameter, name_of
-from lora_fx.other_updates import AnyUpdate, low_rank
-from lora_fx.stored import EMBEDDING, is_embedding, kept
-from lora_fx.update import Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapter import AnyUpdate, Scaling, Update
+from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update
 
 _VECTORS = ("bias", "magnitude", "row", "col")
 

@@ -8,10 +8,9 @@ from types import MappingProxyType
 
 import torch
 
-from lora_fx.adapter import Update, check_name
-from lora_fx.errors import AdapterError, within
-from lora_fx.initial import Weight, checked_init, initial
-from lora_fx.ranks import (
+from lora_fx.adapters.adapter import Update, check_name
+from lora_fx.adapters.initialization import Weight, checked_init, initial
+from lora_fx.adapters.scaling import (
     checked_alpha,
     checked_alphas,
     checked_rank,
@@ -19,8 +18,9 @@ from lora_fx.ranks import (
     is_number,
     scale_of,
 )
-from lora_fx.stored import EMBEDDING
-from lora_fx.targets import TargetRule, pattern_value
+from lora_fx.adapters.source_record import EMBEDDING
+from lora_fx.adapters.target_rule import TargetRule, pattern_value
+from lora_fx.errors import AdapterError, within
 
 
 @dataclass(frozen=True)

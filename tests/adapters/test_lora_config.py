@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from lora_fx.config import LoraConfig
+from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number, scale_of
 from lora_fx.errors import AdapterError
-from lora_fx.ranks import checked_alpha, checked_rank, is_number, scale_of
 
 
 def test_the_scale_is_alpha_over_the_rank_or_its_root() -> None:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter, Update, check_name
+from lora_fx.adapters.adapter import Adapter, Update, check_name
+from lora_fx.adapters.model_diff import Pair, matched, shared
+from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
-from lora_fx.held import Pair, matched, shared
-from lora_fx.ranks import checked_rank
-from lora_fx.stored import EMBEDDING
 
 
 class Extracted(NamedTuple):

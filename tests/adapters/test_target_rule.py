@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from lora_fx.adapters.target_rule import TargetRule, pattern_matches, pattern_value
 from lora_fx.errors import AdapterError
-from lora_fx.targets import TargetRule, pattern_matches, pattern_value
 
 PATHS = [
     "fc",

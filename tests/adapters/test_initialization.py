@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.adapters.initialization import Initial, checked_init, initial
 from lora_fx.errors import AdapterError
-from lora_fx.initial import Initial, checked_init, initial
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (5, 3),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_fx.adapters.source_record import Stored, kept
 from lora_fx.errors import AdapterError
-from lora_fx.stored import Stored, kept
 
 Shape = tuple[int | None, ...]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError, trace
-from lora_fx.held import matched, shared
+from lora_fx.adapters.model_diff import matched, shared
 
 
 class Every(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fx.changed_base import Factors, olora_factors, pissa_factors
+from lora_fx.adapters.changed_base import Factors, olora_factors, pissa_factors
 from lora_fx.errors import AdapterError
 
 Weight = Callable[[], torch.Tensor]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TypeGuard
 
+from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.errors import AdapterError
-from lora_fx.safe_regex import compile_bounded
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:

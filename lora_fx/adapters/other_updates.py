@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Shape, Update
 from lora_fx.errors import AdapterError
 from lora_fx.graph.ops import aten
-from lora_fx.stored import Stored
-from lora_fx.update import Shape, Update
 
 
 @dataclass(frozen=True, eq=False)

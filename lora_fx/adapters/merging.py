@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.weighted import WAYS, Term, summed, term_of
 from lora_fx.errors import AdapterError, within
-from lora_fx.ranks import checked_rank
-from lora_fx.weighted import WAYS, Term, summed, term_of
 
 
 def combine(

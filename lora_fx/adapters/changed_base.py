@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.update import Update
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
 from lora_fx.errors import AdapterError
-from lora_fx.safe_regex import MAX_LENGTH, compile_bounded
 
 USUAL = [
     "q_proj",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
+from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.errors import AdapterError
-from lora_fx.safe_regex import compile_bounded
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fx import AdapterError
-from lora_fx.adapter import Adapter, Update
+from lora_fx.adapters.adapter import Adapter, Update
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

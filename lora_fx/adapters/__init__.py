@@ -1,0 +1,1 @@
+"""Adapters as values: updates, targets, scaling, initialization, merging, extraction."""
