@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.kinds import adalora, dense, ia3, loha, lokr, oft, tokens, vera
+from lora_fx.kinds import adalora, full, ia3, loha, lokr, oft, trainable_tokens, vera
 
 Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
 
@@ -45,8 +45,8 @@ KINDS: dict[str, Kind] = {
         Kind("adalora", adalora.LEAVES, adalora.read, adalora.MARKS),
         Kind("ia3", ia3.LEAVES, ia3.read, ia3.LEAVES),
         Kind("oft", oft.LEAVES, oft.read, oft.MARKS),
-        Kind("full", dense.LEAVES, dense.read, dense.MARKS),
-        Kind("tokens", tokens.LEAVES, tokens.read, tokens.LEAVES),
+        Kind("full", full.LEAVES, full.read, full.MARKS),
+        Kind("tokens", trainable_tokens.LEAVES, trainable_tokens.read, trainable_tokens.LEAVES),
     )
 }
 

@@ -12,7 +12,7 @@ from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
-from lora_fx.kinds.shapes import layer_shape, measure, number, unflatten, wide
+from lora_fx.kinds.validation import layer_shape, measure, number, unflatten, wide
 
 _PLAIN: dict[str, tuple[str, ...]] = {
     "hada_w1_a": ("out", "r"),

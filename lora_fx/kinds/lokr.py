@@ -12,7 +12,7 @@ from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
-from lora_fx.kinds.shapes import layer_shape, measure, number, wide
+from lora_fx.kinds.validation import layer_shape, measure, number, wide
 
 _FIRST: dict[str, tuple[str, ...]] = {"lokr_w1": ("a", "b")}
 _FIRST_LOW: dict[str, tuple[str, ...]] = {"lokr_w1_a": ("a", "r"), "lokr_w1_b": ("r", "b")}

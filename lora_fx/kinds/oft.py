@@ -13,7 +13,7 @@ from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Shape
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.rotations import from_lycoris, from_peft
-from lora_fx.kinds.shapes import flag, layer_shape, measure, number, wide
+from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
 LEAVES = MARKS | {"rescale", "alpha"}

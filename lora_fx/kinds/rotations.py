@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.shapes import flag, number, wide
+from lora_fx.kinds.validation import flag, number, wide
 
 
 def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

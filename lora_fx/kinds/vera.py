@@ -11,7 +11,7 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.shapes import layer_shape, measure, wide
+from lora_fx.kinds.validation import layer_shape, measure, wide
 
 _SHAPES = {
     "vera_lambda_b": ("out",),

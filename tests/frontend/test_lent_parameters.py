@@ -23,7 +23,7 @@ from lora_fx import (
     to_onnx,
     trace,
 )
-from lora_fx.kinds import dense
+from lora_fx.kinds import full as dense
 from lora_fx.layers.sites import sites
 from lora_fx.testing import relative
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_fx import AdapterError
-from lora_fx.kinds.shapes import flag, layer_shape, measure, number, unflatten, wide
+from lora_fx.kinds.validation import flag, layer_shape, measure, number, unflatten, wide
 
 
 def zeros(**shapes):

@@ -10,7 +10,7 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.shapes import flag, layer_shape, measure
+from lora_fx.kinds.validation import flag, layer_shape, measure
 
 LEAVES = frozenset({"trainable_tokens_delta"})
 

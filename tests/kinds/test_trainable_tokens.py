@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError
-from lora_fx.kinds import tokens
+from lora_fx.kinds import trainable_tokens as tokens
 from lora_fx.testing import by_peft, means, read_kind
 
 DELTA = "trainable_tokens_delta"

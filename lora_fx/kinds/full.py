@@ -10,7 +10,7 @@ import torch
 from lora_fx.adapters.other_updates import WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.shapes import layer_shape, measure, number, wide
+from lora_fx.kinds.validation import layer_shape, measure, number, wide
 
 _SHAPES: dict[str, tuple[str, ...]] = {"diff": ("out", "in", "*kernel"), "diff_b": ("out",)}
 MARKS = frozenset({"diff"})

@@ -5,7 +5,7 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.adapters.other_updates import WeightUpdate
-from lora_fx.kinds import dense
+from lora_fx.kinds import full as dense
 from lora_fx.testing import means, read_kind
 
 
