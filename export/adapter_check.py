@@ -12,9 +12,9 @@ from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.manifest import Manifest
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
-from lora_fx.finite import overflow
+from lora_fx.injection.branch_tensors import Terms
+from lora_fx.injection.finite_values import overflow
 from lora_fx.io.tensor_checks import check_tensors
-from lora_fx.terms import Terms
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1

@@ -24,10 +24,10 @@ from lora_fx.export.model_file import load_proto, manifest_in
 from lora_fx.export.runtime import ERRORS
 from lora_fx.export.slot import Slot
 from lora_fx.export.values import digest_of, to_numpy
-from lora_fx.finite import check_finite, check_product
-from lora_fx.fitted import fitted
+from lora_fx.injection.branch_tensors import Terms, terms_of
+from lora_fx.injection.conform import fitted
+from lora_fx.injection.finite_values import check_finite, check_product
 from lora_fx.io.publish import staged
-from lora_fx.terms import Terms, terms_of
 
 Array = np.ndarray[Any, Any]
 _ADAPTER_VERSION = 1

@@ -9,8 +9,8 @@ import torch
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.adapter_check import read_adapter, values_of
+from lora_fx.injection.branch_tensors import Terms, update_of
 from lora_fx.layers.layer import Layer
-from lora_fx.terms import Terms, update_of
 
 _PARTS = {".lora_A": "down", ".lora_B": "up"} | {
     f".lora_{vector}": vector for vector in ("gain", "bias", "col")

@@ -11,7 +11,7 @@ from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.graph.graph_module import assign
 from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
-from lora_fx.injected import injected
+from lora_fx.injection.injected_adapters import injected
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.weight_form import WeightForm, weight_form

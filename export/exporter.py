@@ -22,7 +22,7 @@ from lora_fx.export.promises import promise_weights
 from lora_fx.export.report import Clock, ExportReport
 from lora_fx.export.steady import refuse_unsteady
 from lora_fx.export.trial import Trial, trial_of
-from lora_fx.finite import check_branches
+from lora_fx.injection.finite_values import check_branches
 from lora_fx.io.publish import refuse_existing, staged
 from lora_fx.unmerged import is_unmerged
 

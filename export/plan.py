@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
-from lora_fx.branches import branches
 from lora_fx.errors import AdapterError
 from lora_fx.export.adapter_file import export_adapter
 from lora_fx.export.controls import NO_ADAPTER, controls
@@ -22,9 +21,10 @@ from lora_fx.export.slot import Slot
 from lora_fx.export.slots import chosen_slots, open_slots, probe, set_defaults
 from lora_fx.export.trial import Trial
 from lora_fx.export.verify import verify_file
+from lora_fx.injection.match_branch import branches
+from lora_fx.injection.resolved import aliases, resolved
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
-from lora_fx.resolved import aliases, resolved
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)

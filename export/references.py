@@ -9,15 +9,15 @@ from pathlib import Path
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.bound import tensors_of
-from lora_fx.branches import branches
 from lora_fx.export.eager import evaluating
 from lora_fx.export.evidence import Subject
 from lora_fx.export.report import Coverage
-from lora_fx.injected import Injected, injected
+from lora_fx.injection.injected_adapters import Injected, injected
+from lora_fx.injection.match_branch import branches
+from lora_fx.injection.read_adapter import adapter_from
+from lora_fx.injection.usage_check import tensors_of
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.passes import StripLora
-from lora_fx.read_back import adapter_from
 from lora_fx.weight_form import WeightForm, weight_form
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.branches import branches, parameter_names
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slot import Slot
 from lora_fx.frontend.trace import example_of
+from lora_fx.injection.match_branch import branches, parameter_names
+from lora_fx.injection.resolved import aliases
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_readers import is_one_way
-from lora_fx.resolved import aliases
 
 PROBE = "probe"
 

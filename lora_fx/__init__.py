@@ -29,7 +29,7 @@ from lora_fx.errors import (
 from lora_fx.explain import explain
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
-from lora_fx.read_back import adapter_from
+from lora_fx.injection.read_adapter import adapter_from
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx

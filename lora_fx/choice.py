@@ -10,10 +10,10 @@ from math import prod
 from torch import fx, nn
 
 from lora_fx import cost
-from lora_fx.branches import Branch, branches_of
 from lora_fx.cost import Shape
 from lora_fx.forms import FACTORED, Form, Group, Member, forms_of
 from lora_fx.graph.lazy_tensor import raw
+from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.sites import Site, sites
 
 TOKENS = 256  # what the rows of an activation are taken to be where they are not known

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.branches import parameter_names
 from lora_fx.forms import Member
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
+from lora_fx.injection.match_branch import parameter_names
 from lora_fx.stacked import Factors, Held, Make
 
 

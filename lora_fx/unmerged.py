@@ -7,8 +7,8 @@ from torch import fx
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.branches import branches
 from lora_fx.graph.ops import module_path
+from lora_fx.injection.match_branch import branches
 from lora_fx.layers.parametrized_weights import made_anew
 
 

@@ -21,7 +21,7 @@ from lora_fx.frontend.trace import example_of
 from lora_fx.frontend.traced_module import TracedModule, read
 from lora_fx.graph.lazy_tensor import promise
 from lora_fx.graph.mutation import written
-from lora_fx.injected import Injected, held_by, injected
+from lora_fx.injection.injected_adapters import Injected, held_by, injected
 from lora_fx.places import NoWeightFormError, Place, place_of, replaced
 
 Slot = tuple[nn.Module, str]

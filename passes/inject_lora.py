@@ -11,21 +11,21 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
-from lora_fx.anew import base_weight, make_anew
-from lora_fx.beside import beside as beside_layer
-from lora_fx.beside import put
-from lora_fx.bound import bind, bind_fresh, standing, weight_name
-from lora_fx.branches import parameter_names
 from lora_fx.errors import AdapterError, within
-from lora_fx.fit import check_fit, fresh_targets
-from lora_fx.fitted import fitted
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.bind import check_fit, fresh_targets
+from lora_fx.injection.branch_tensors import canonical
+from lora_fx.injection.conform import fitted
+from lora_fx.injection.emit_branch import beside as beside_layer
+from lora_fx.injection.emit_branch import put
+from lora_fx.injection.match_branch import parameter_names
+from lora_fx.injection.parametrize import base_weight, make_anew
+from lora_fx.injection.resolved import aliases, meanings, resolved
+from lora_fx.injection.usage_check import bind, bind_fresh, standing, weight_name
 from lora_fx.layers.layer_types import down_as_stored, up_as_stored
 from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import Site, by_path, readers
-from lora_fx.resolved import aliases, meanings, resolved
-from lora_fx.terms import canonical
 
 Injectable = Adapter | LoraConfig
 

@@ -17,11 +17,11 @@ from lora_fx.affine.region_boundary import input_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
-from lora_fx.branches import last_of
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injected import injected, remember
+from lora_fx.injection.injected_adapters import injected, remember
+from lora_fx.injection.match_branch import last_of
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.sites import Site, by_path, sites
 from lora_fx.passes.inject_lora import InjectLora

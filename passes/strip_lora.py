@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.branches import Branch, branches, whole
 from lora_fx.frontend.trace import forget_model
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injected import stripped
+from lora_fx.injection.injected_adapters import stripped
+from lora_fx.injection.match_branch import Branch, branches, whole
 from lora_fx.layers.parametrized_weights import made_anew
 
 

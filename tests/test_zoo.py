@@ -19,7 +19,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Adapter, Update, compare
-from lora_fx.branches import branches
+from lora_fx.injection.match_branch import branches
 from lora_fx.layers.sites import sites
 from lora_fx.unmerged import unmerged
 

@@ -15,7 +15,7 @@ from lora_fx.graph.module_copy import frozen
 from lora_fx.graph.namespace import Store
 from lora_fx.graph.ops import HOLDER
 from lora_fx.graph.provenance import FOLDED, Origin
-from lora_fx.injected import settle
+from lora_fx.injection.injected_adapters import settle
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from onnx import numpy_helper
 from torch import nn
 
 from lora_fx import Adapter, Update, compare
-from lora_fx.branches import branches
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.inputs import example_inputs
 from lora_fx.export.plan import Constant, Swappable
 from lora_fx.export.trial import Trial, trial_of
 from lora_fx.graph.printer import text
+from lora_fx.injection.match_branch import branches
 from lora_fx.passes import InjectLora
 from lora_fx.testing import Notebook, make_adapter, traced
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, Update, fold, inject, trace
-from lora_fx.branches import branches
 from lora_fx.graph.aliasing import Memory
+from lora_fx.injection.match_branch import branches
 from lora_fx.testing import relative
 
 

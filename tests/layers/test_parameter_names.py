@@ -15,7 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Adapter, LoraConfig
 from lora_fx.adapters.adapter import WeightUpdate
-from lora_fx.branches import branches
+from lora_fx.injection.match_branch import branches
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.testing import make_adapter, relative
 

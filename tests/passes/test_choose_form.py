@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
-from lora_fx.branches import branches
 from lora_fx.forms import FACTORED, Form
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
+from lora_fx.injection.match_branch import branches
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import check_pass, folds_to, make_adapter, relative, tiny
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update, inject, trace
 from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.injection.resolved import resolved
 from lora_fx.kinds import KINDS
 from lora_fx.layers.sites import by_path
-from lora_fx.resolved import resolved
 from lora_fx.testing import relative
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
-from lora_fx.branches import branches_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.graph_module import attribute
+from lora_fx.injection.branch_tensors import Terms, canonical
+from lora_fx.injection.match_branch import branches_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import down_as_stored, up_as_update
 from lora_fx.layers.sites import sites
-from lora_fx.terms import Terms, canonical
 
 
 def check_finite(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
-from lora_fx.branches import branches, last_of
+from lora_fx.injection.match_branch import branches, last_of
 from lora_fx.layers.sites import by_path
 from lora_fx.testing import make_adapter
 

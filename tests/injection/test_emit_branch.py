@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, text, trace
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.other_updates import added
-from lora_fx.branches import branches
 from lora_fx.graph.ops import aten
+from lora_fx.injection.match_branch import branches
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora
 from lora_fx.testing import Attention, Between, folds_to, operators, relative

@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.other_updates import WeightUpdate
-from lora_fx.branches import branches_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.graph.ops import aten
+from lora_fx.injection.match_branch import branches_of
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
 from lora_fx.layers.sites import Site
 

@@ -14,7 +14,7 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, Weight
 from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError
 from lora_fx.export import export_adapter
-from lora_fx.finite import check_branches
+from lora_fx.injection.finite_values import check_branches
 
 HALF, SINGLE = torch.float16, torch.float32
 

@@ -9,17 +9,17 @@ from torch import fx, nn
 
 from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.updates import Update
-from lora_fx.anew import base_weight, make_layer_anew
-from lora_fx.branches import branches_of, col_of, last_of, parameter_names
 from lora_fx.errors import AdapterError
-from lora_fx.finite import check_finite
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
+from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
+from lora_fx.injection.finite_values import check_finite
+from lora_fx.injection.match_branch import branches_of, col_of, last_of, parameter_names
+from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.layer_types import axes_behind, expand, pick, shrink
 from lora_fx.layers.parametrized_weights import adapter_of
 from lora_fx.layers.sites import Site
-from lora_fx.terms import Terms, bias_alone, terms_of
 
 
 def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:

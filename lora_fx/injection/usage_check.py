@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
-from lora_fx.branches import branches_of, parameter_names
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.injected import Bound, Injected, add, value_part
+from lora_fx.injection.injected_adapters import Bound, Injected, add, value_part
+from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
 from lora_fx.layers.sites import Site

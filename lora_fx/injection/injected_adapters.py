@@ -16,11 +16,11 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.errors import VerificationError, shorten
-from lora_fx.fitted import dense
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
+from lora_fx.injection.branch_tensors import Terms, update_of
+from lora_fx.injection.conform import dense
 from lora_fx.layers.layer import Layer
-from lora_fx.terms import Terms, update_of
 
 _META = "lora_fx.injected"
 _VALUE = "value"

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.fit import check_fit, fresh_targets
+from lora_fx.injection.bind import check_fit, fresh_targets
 from lora_fx.layers.sites import by_path
 from lora_fx.testing import make_adapter
 

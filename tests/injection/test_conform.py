@@ -7,7 +7,7 @@ import torch
 
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.adapter import Scaling, WeightUpdate
-from lora_fx.fitted import fitted
+from lora_fx.injection.conform import fitted
 from lora_fx.layers.layer import Layer
 
 

@@ -10,8 +10,8 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.fitted import fitted
 from lora_fx.frontend.trace import example_of
+from lora_fx.injection.conform import fitted
 from lora_fx.layers.sites import Site, readers
 
 Groups = Mapping[str, list[Site]]

@@ -10,13 +10,13 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.branches import branches_of, parameter_names
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.fitted import fitted
 from lora_fx.frontend.trace import example_of
 from lora_fx.graph.graph_module import attribute, is_free
 from lora_fx.graph.lazy_tensor import raw
-from lora_fx.injected import injected
+from lora_fx.injection.conform import fitted
+from lora_fx.injection.injected_adapters import injected
+from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.layers.sites import Site, readers
 from lora_fx.layers.weight_readers import check_one_way, check_reached
 

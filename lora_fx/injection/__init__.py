@@ -1,0 +1,1 @@
+"""Where an adapter meets a graph: bound, conformed, emitted, matched, read back."""
