@@ -14,7 +14,7 @@ from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
-from lora_fx.weight_form import WeightForm, weight_form
+from lora_fx.reference.reference_run import WeightForm, weight_form
 
 _FACTOR = 1.1
 _ATTEMPTS = 8

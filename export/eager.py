@@ -14,7 +14,7 @@ from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
 from lora_fx.graph.mutation import written
 from lora_fx.graph.retracing import source_of
 from lora_fx.graph.training_flags import EVAL_FLAGS, flags
-from lora_fx.weight_form import WeightForm
+from lora_fx.reference.reference_run import WeightForm
 
 Tensors = list[torch.Tensor]
 

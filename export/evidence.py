@@ -9,7 +9,7 @@ from torch import fx
 
 from lora_fx.errors import VerificationError
 from lora_fx.export.report import Check, Coverage
-from lora_fx.weight_form import WeightForm
+from lora_fx.reference.reference_run import WeightForm
 
 _SHOWN = 10
 

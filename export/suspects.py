@@ -8,7 +8,7 @@ from typing import Any
 from lora_fx.compare import compare
 from lora_fx.export.cases import Case
 from lora_fx.export.eager import Tensors, run_eager
-from lora_fx.weight_form import WeightForm
+from lora_fx.reference.reference_run import WeightForm
 
 _TRIED = 64
 _NEARER = 0.9

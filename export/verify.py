@@ -25,7 +25,7 @@ from lora_fx.export.suspects import suspects
 from lora_fx.export.trial import Trial
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import Deferred, raw
-from lora_fx.weight_form import WeightForm
+from lora_fx.reference.reference_run import WeightForm
 
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 

@@ -16,7 +16,7 @@ from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.injected_adapters import Injected
 from lora_fx.layers.layer import Layer
-from lora_fx.places import NoWeightFormError, Place
+from lora_fx.reference.module_layers import NoWeightFormError, Place
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from torch import fx, nn
 from lora_fx import Adapter, LoraConfig, Update, VerificationError, fold, inject, trace
 from lora_fx.adapters.adapter import AnyUpdate, Scaling
 from lora_fx.passes import ChooseForm, StripLora
+from lora_fx.reference.reference_run import WeightForm, weight_form
 from lora_fx.testing import Attention, relative
-from lora_fx.weight_form import WeightForm, weight_form
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 2], [7, 0, 3]])
