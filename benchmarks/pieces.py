@@ -8,7 +8,7 @@ from onnx import helper
 
 from benchmarks.files import calls
 from benchmarks.timing import Run, medians
-from lora_fx.cost import PANEL
+from lora_fx.branch_lowering.cost import PANEL
 
 ROWS, WIDTH, CALLS = 256, 768, 64
 

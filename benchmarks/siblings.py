@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from benchmarks.files import adapter_for, agree, caller, runner, session, write
 from benchmarks.timing import columns, ratios
-from lora_fx.cost import Shape
+from lora_fx.branch_lowering.cost import Shape
 
 FORMS = {"merged": True, "separate": False, "shared": True}
 

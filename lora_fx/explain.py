@@ -10,7 +10,7 @@ from lora_fx.affine.region import Region
 from lora_fx.affine.region_boundary import LAYERS, is_layer, stored_in
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.choice import choices
+from lora_fx.branch_lowering.selection import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.sites import is_factor

@@ -9,10 +9,10 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from lora_fx.choice import TOKENS, choices
+from lora_fx.branch_lowering.emit_form import Maker, shrunk
+from lora_fx.branch_lowering.forms import Form, Group
+from lora_fx.branch_lowering.selection import TOKENS, choices
 from lora_fx.errors import PassError
-from lora_fx.form_calls import Maker, shrunk
-from lora_fx.forms import Form, Group
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
 from lora_fx.graph.pass_base import Pass

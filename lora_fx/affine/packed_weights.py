@@ -17,12 +17,12 @@ from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
+from lora_fx.branch_lowering.stacked_weights import Held
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
 from lora_fx.layers.weight_readers import is_one_way
-from lora_fx.stacked import Held
 
 _AGREES = 1e-6  # of the largest weight: what rounding does to parts that were composed apart
 Round = Callable[[torch.Tensor, str], torch.Tensor]

@@ -9,9 +9,9 @@ from math import prod
 
 from torch import fx, nn
 
-from lora_fx import cost
-from lora_fx.cost import Shape
-from lora_fx.forms import FACTORED, Form, Group, Member, forms_of
+from lora_fx.branch_lowering import cost
+from lora_fx.branch_lowering.cost import Shape
+from lora_fx.branch_lowering.forms import FACTORED, Form, Group, Member, forms_of
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.sites import Site, sites

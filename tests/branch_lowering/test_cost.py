@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_fx import cost
-from lora_fx.cost import Cost, Shape
+from lora_fx.branch_lowering import cost
+from lora_fx.branch_lowering.cost import Cost, Shape
 
 SQUARE = Shape(n=256, d=768, o=768, r=16, size=4, biased=False)
 

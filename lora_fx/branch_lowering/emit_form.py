@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.forms import Member
+from lora_fx.branch_lowering.forms import Member
+from lora_fx.branch_lowering.stacked_weights import Factors, Held, Make
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
 from lora_fx.injection.match_branch import parameter_names
-from lora_fx.stacked import Factors, Held, Make
 
 
 class Maker:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx import cost
-from lora_fx.cost import Cost, Shape
+from lora_fx.branch_lowering import cost
+from lora_fx.branch_lowering.cost import Cost, Shape
 from lora_fx.injection.match_branch import Branch
 from lora_fx.layers.sites import Site
 
