@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_fx.compare import compare
 from lora_fx.export.cases import Case
 from lora_fx.export.eager import Tensors, run_eager
+from lora_fx.numerics import compare
 from lora_fx.reference.reference_run import WeightForm
 
 _TRIED = 64

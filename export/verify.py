@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lora_fx.compare import TOLERANCE, compare
 from lora_fx.errors import AdapterWarning, VerificationError, shorten
 from lora_fx.export.adapter_check import active, load_adapter
 from lora_fx.export.cases import Case
@@ -25,6 +24,7 @@ from lora_fx.export.suspects import suspects
 from lora_fx.export.trial import Trial
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.numerics import TOLERANCE, compare
 from lora_fx.reference.reference_run import WeightForm
 
 _EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)

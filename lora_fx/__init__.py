@@ -16,7 +16,6 @@ from lora_fx.adapters.extraction import extract
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.adapters.merging import combine
 from lora_fx.api import fold, inject, unfold
-from lora_fx.compare import compare
 from lora_fx.errors import (
     AdapterError,
     AdapterWarning,
@@ -26,10 +25,11 @@ from lora_fx.errors import (
     TraceError,
     VerificationError,
 )
-from lora_fx.explain import explain
+from lora_fx.explanation import explain
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
 from lora_fx.injection.read_adapter import adapter_from
+from lora_fx.numerics import compare
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx

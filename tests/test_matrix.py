@@ -28,7 +28,7 @@ from lora_fx import (
     text,
 )
 from lora_fx.adapters.adapter import AnyUpdate, Scaling
-from lora_fx.explain import explained
+from lora_fx.explanation import explained
 from lora_fx.formats.loralib_fused import block_diagonal
 from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of
 from lora_fx.testing.updates import ALPHA, RANK

@@ -14,7 +14,7 @@ from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx import fold, text, trace, unfold
-from lora_fx.compare import TOLERANCE
+from lora_fx.numerics import TOLERANCE
 from lora_fx.passes import FoldLora
 from lora_fx.testing import Two, folds_to, operators, relative, zoo
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import AdapterError, fold, inject, load_adapter, save_adapter, text, trace, unfold
-from lora_fx.compare import TOLERANCE
+from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import Between, relative
 
 pytestmark = [

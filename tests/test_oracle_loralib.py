@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx import Session, fold, inject, load_adapter, to_onnx, trace
-from lora_fx.compare import TOLERANCE
+from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import Two, folds_to, relative
 
 

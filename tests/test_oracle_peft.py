@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_fx
 from lora_fx import fold, inject, load_adapter, text, unfold
-from lora_fx.compare import TOLERANCE
 from lora_fx.layers.sites import sites
+from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import relative, zoo
 
 pytestmark = [

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_fx.compare import compare
 from lora_fx.demo.docstrings import Subject
 from lora_fx.demo.encoder import Batches, Tokenizer
 from lora_fx.demo.forms import Form, Measured
 from lora_fx.demo.scoring import Score, centroids, score
 from lora_fx.errors import VerificationError
+from lora_fx.numerics import compare
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import compare
 from lora_fx.errors import TraceError, shorten
 from lora_fx.frontend.first_difference import first_that_differs, first_that_draws
 from lora_fx.frontend.isolated_run import as_in_eager, own_inputs, preserved, random_kept, seed
@@ -19,6 +18,7 @@ from lora_fx.frontend.torch_export import distinct
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.mutation import written
+from lora_fx.numerics import compare
 from lora_fx.same import difference
 
 

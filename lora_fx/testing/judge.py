@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.compare import compare
+from lora_fx.numerics import compare
 
 
 def tensors(outputs: Any) -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from lora_fx.compare import compare
 from lora_fx.errors import LoraFxError
 from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
 from lora_fx.frontend.trace import example_of
@@ -19,6 +18,7 @@ from lora_fx.graph.graph_module import targets
 from lora_fx.graph.ops import op_name
 from lora_fx.graph.pass_base import PassResult
 from lora_fx.graph.printer import text
+from lora_fx.numerics import compare
 from lora_fx.testing.judge import relative, tensors
 
 Step = Callable[[fx.GraphModule], PassResult]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.compare import compare
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
+from lora_fx.numerics import compare
 from lora_fx.passes import InjectLora
 from lora_fx.testing import traced
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.compare import compare
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, to_onnx
 from lora_fx.export.names import free_names, output_names
 from lora_fx.frontend.trace import trace
+from lora_fx.numerics import compare
 
 T = torch.zeros(1)
 Pair = namedtuple("Pair", ["left", "right"])

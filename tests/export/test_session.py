@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import fx
 
-from lora_fx.compare import compare
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
+from lora_fx.numerics import compare
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Scaling
-from lora_fx.compare import compare
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.adapter_check import read_adapter
 from lora_fx.export.adapter_read import read_adapter_file
 from lora_fx.export.slots import chosen_slots, probe
 from lora_fx.frontend.trace import trace
+from lora_fx.numerics import compare
 from lora_fx.passes import InjectLora
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.compare import TOLERANCE, compare
+from lora_fx.numerics import TOLERANCE, compare
 
 MAKE = torch.Generator().manual_seed(0)
 VALUES = torch.randn(5, 3, generator=MAKE)

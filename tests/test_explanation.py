@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import trace
-from lora_fx.explain import explained
+from lora_fx.explanation import explained
 from lora_fx.graph.lazy_tensor import raw
 
 
