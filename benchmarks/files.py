@@ -19,8 +19,8 @@ from benchmarks.timing import Run
 from lora_fx import Adapter, Update
 from lora_fx.branch_lowering.forms import Form
 from lora_fx.export import export_adapter, to_onnx
-from lora_fx.export.eager import evaluating
-from lora_fx.export.plan import Constant
+from lora_fx.export.modes import Constant
+from lora_fx.export.verification.eager import evaluating
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm
 

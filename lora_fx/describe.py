@@ -58,8 +58,8 @@ def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from lora_fx.export.changed import check_digests
-    from lora_fx.export.model_file import load_proto, manifest_in
+    from lora_fx.export.onnx_model.changed_file import check_digests
+    from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 
     proto = load_proto(path)
     manifest = manifest_in(proto, path)
@@ -82,7 +82,7 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
-    from lora_fx.export.adapter_check import read_adapter, values_of
+    from lora_fx.export.slots.check_adapter import read_adapter, values_of
 
     stored = read_adapter(path)
     with within(path):

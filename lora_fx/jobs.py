@@ -60,7 +60,7 @@ def export_model(
         VerificationError: the file and eager disagree.
     """
     from lora_fx.export import export_adapter, to_onnx
-    from lora_fx.export.recheck import check_adapter_files
+    from lora_fx.export.verification.verify_onnx import check_adapter_files
 
     refuse_existing(out, [MODEL, REPORT], force)
     progress("load")

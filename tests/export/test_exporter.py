@@ -16,8 +16,8 @@ from torch import nn
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterWarning, ExportError, VerificationError
 from lora_fx.export import Session, to_onnx
-from lora_fx.export.convert import convert
-from lora_fx.export.lowering import LoweredProgram
+from lora_fx.export.onnx_model.convert import convert
+from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.printer import text
 from lora_fx.numerics import compare

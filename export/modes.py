@@ -1,0 +1,134 @@
+"""What an export of either kind exports, and what the file must then agree with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import fx
+
+from lora_fx.errors import AdapterError
+from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.insert import chosen_slots, open_slots, probe, set_defaults
+from lora_fx.export.slots.manifest import KEY, manifest_of
+from lora_fx.export.slots.slot import Slot
+from lora_fx.export.verification.eager import evaluating
+from lora_fx.export.verification.evidence import Evidence
+from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
+from lora_fx.export.verification.references import reference, swapped
+from lora_fx.export.verification.verify import verify_file
+from lora_fx.injection.match_branch import branches
+from lora_fx.injection.resolved import aliases, resolved
+from lora_fx.layers.sites import by_path
+from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
+
+_TRACED_RANK = (3,)
+_TRIED_RANKS = (1, 4, 2, 7)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every weight is a constant of the file.
+
+    Attributes:
+        source: the graph as it was given.
+        expected: the same in eval mode, which the file must agree with.
+        traced: the same with each low-rank product in its cheapest form, which is exported.
+        slots: none.
+    """
+
+    source: fx.GraphModule
+    expected: fx.GraphModule
+    traced: fx.GraphModule
+    slots: tuple[Slot, ...] = ()
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Constant:
+        """Plans the export of a graph: what it computes, not how it was spelled."""
+        expected = evaluating(gm)
+        raised = RaiseLora(_free_name(expected))(expected).graph_module
+        return cls(gm, expected, evaluating(ChooseForm()(raised).graph_module))
+
+    def open(self, model: ir.Model) -> None:
+        """Changes nothing: there are no slots."""
+
+    def close(self, model: ir.Model) -> None:
+        """Changes nothing."""
+
+    def verify(self, path: Path, trial: Trial) -> Evidence:
+        """The file against the graph."""
+        return verify_file(path, trial, [reference("model", self.source)], controls(self.source))
+
+
+@dataclass(frozen=True)
+class Swappable:
+    """Low-rank weights are inputs of the file, which alone is the base.
+
+    Attributes:
+        source: the graph as it was given.
+        base: the graph without adapters.
+        traced: the base with a probe in each slot, which is exported.
+        slots: where an adapter can act.
+    """
+
+    source: fx.GraphModule
+    base: fx.GraphModule
+    traced: fx.GraphModule
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool | None = None
+    ) -> Swappable:
+        """Plans the export of a graph with its adapters taken out and slots in their place."""
+        slots = tuple(chosen_slots(gm, wanted, vectors))
+        base = StripLora()(gm).graph_module
+        probed = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
+        traced = ChooseForm(target="input")(probed).graph_module
+        return cls(gm, evaluating(base), evaluating(traced), slots)
+
+    def open(self, model: ir.Model) -> None:
+        """Makes the probe's weights inputs, before anything can merge or evaluate them."""
+        open_slots(model, self.slots, aliases(self.base))
+
+    def close(self, model: ir.Model) -> None:
+        """Adds the defaults and the manifest."""
+        set_defaults(model, self.slots)
+        model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
+
+    def verify(self, path: Path, trial: Trial) -> Evidence:
+        """The file alone against the base; with the adapters of the graph, and one of other ranks.
+
+        The graph's own are tried at the traced shape alone: what shapes can do is the file's.
+        """
+        adapter = probe(self.slots, _TRIED_RANKS, seed=1)
+        base = replace(reference("base", self.base), coverage=None)
+        control = replace(base, what=NO_ADAPTER, notes=())
+        subjects, notes = [base], []
+        with tempfile.TemporaryDirectory() as directory:
+            for place, (own, alone) in enumerate(swapped(self.source)):
+                file = Path(directory) / f"{place}.onnx_adapter"
+                try:
+                    export_adapter(resolved(alone, own, by_path(alone)), path, file, check=False)
+                except AdapterError as error:
+                    notes.append(f"not tried: {error}")
+                    continue
+                subjects.append(reference(own.name, alone, file, once=True))
+            file = Path(directory) / "probe.onnx_adapter"
+            export_adapter(adapter, path, file, check=False)  # it was just written
+            probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
+            subjects.append(replace(probed, coverage=None))
+            evidence = verify_file(path, trial, subjects, [control])
+        evidence.notes += notes
+        return evidence
+
+
+def _free_name(gm: fx.GraphModule) -> str:
+    """A name for the adapter that is read out of a graph, which no branch of it has."""
+    taken = {branch.name for branch in branches(gm)}
+    names = ("raised", *(f"raised_{number}" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)

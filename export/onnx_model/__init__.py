@@ -1,0 +1,1 @@
+"""The ONNX model: translated, optimized, written, and read back."""

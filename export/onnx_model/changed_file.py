@@ -1,0 +1,101 @@
+"""Tells a model file that was changed since it was exported, and how."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto
+
+from lora_fx.errors import ExportError, shorten, within
+from lora_fx.export.onnx_model.digests import (
+    KEY,
+    VERSION,
+    Digests,
+    digests_of,
+    metadata,
+    short,
+    start,
+    whole_of,
+)
+from lora_fx.export.onnx_model.external_data import check_external_data, external_tensors, range_of
+
+_CHUNK = 1 << 20
+_ADVICE = (
+    "use the file as it was exported, or export again. Was it meant to be changed, by a quantiser "
+    f"or another tool: Session(path, check=False) runs it as it is, and without its metadata {KEY} "
+    "nothing is held against it"
+)
+_PRODUCER = "pytorch"  # what torch.onnx signs with
+
+
+def check_digests(model: ModelProto, path: Path) -> None:
+    """Reads every weight of a file, and refuses one that is not what was exported.
+
+    A file of another tool, or of an earlier version, has no digests and passes.
+
+    Args:
+        model: the model, loaded without its external data.
+        path: where it lies.
+
+    Raises:
+        ExportError: names what was changed, and what to do.
+    """
+    text = metadata(model).get(KEY)
+    if text is None:
+        return
+    with within(f"{path}: {KEY}"):
+        stored = _read(text)
+    check_external_data(model, path)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        waiting = {t.name: pool.submit(_digest_on_disk, t, path) for t in external_tensors(model)}
+        found = digests_of(model, lambda tensor: waiting[tensor.name].result())
+    if found != stored:
+        raise ExportError(f"{path}: not what was exported: {_difference(found, stored, model)}")
+
+
+def _digest_on_disk(tensor: TensorProto, path: Path) -> str:
+    digest, place = start(tensor.data_type, tensor.dims), range_of(tensor, path)
+    with path.with_name(place.location).open("rb") as file:
+        file.seek(place.offset)
+        left = place.length
+        while left and (chunk := file.read(min(left, _CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return short(digest)
+
+
+def _read(text: str) -> Digests:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"not JSON ({error}): export the model again") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise ExportError(f"version {version!r}, expected {VERSION}: export again")
+    graph, tensors, whole = (values.get(name) for name in ("graph", "tensors", "whole"))
+    texts = [graph, whole, *(tensors.values() if isinstance(tensors, dict) else [None])]
+    if len(values) != 4 or not all(isinstance(value, str) for value in texts):
+        raise ExportError("unknown or missing fields: export the model again")
+    return Digests(graph, tensors, whole)
+
+
+def _difference(found: Digests, stored: Digests, model: ModelProto) -> str:
+    """What differs, in words, and what to do."""
+    both = found.tensors.keys() & stored.tensors.keys()
+    other = [name for name in both if found.tensors[name] != stored.tensors[name]]
+    reasons = {
+        "other values in": sorted(other),
+        "lacks": [name for name in stored.tensors if name not in both],
+        "has besides": [name for name in found.tensors if name not in both],
+    }
+    words = [f"{what} {shorten(names)}" for what, names in reasons.items() if names]
+    if found.graph != stored.graph:
+        words.append("its graph was rewritten")
+    if whole_of(stored.graph, stored.tensors, model) != stored.whole:
+        words.append("its manifest was changed")
+    if model.producer_name != _PRODUCER:
+        words.append(f"last written by {model.producer_name!r}")
+    return f"{'; '.join(words)}: {_ADVICE}"

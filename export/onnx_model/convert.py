@@ -1,0 +1,144 @@
+"""From a graph to an ONNX model in memory: the only caller of torch.onnx."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.onnx._internal.exporter import _registration as registration
+
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.conv_bias import drop_made_biases
+from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
+from lora_fx.export.program.decompose import LoweredProgram
+from lora_fx.graph.ops import aten
+
+_CHATTER: dict[str, tuple[str, ...]] = {
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
+    "torch.onnx._internal.exporter._core": (
+        "Output node output has None output",  # left out of the names too
+        "Skipping constant argument",  # an argument that is no tensor is no graph input
+    ),
+}
+
+
+# Older ones than torch.onnx translates to, and newer ones than onnxscript converts to, are passed
+# over by both without a word.
+OPSETS = range(18, 26)
+
+
+def check_opset(opset: object) -> None:
+    """Refuses what is no version of the ONNX operator set that can be written.
+
+    Raises:
+        ExportError: names what can.
+    """
+    if opset is not None and (type(opset) is not int or opset not in OPSETS):
+        raise ExportError(
+            f"opset={opset!r}: expected a whole number from {OPSETS[0]} to {OPSETS[-1]}, or None "
+            "for the exporter's own choice"
+        )
+
+
+def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
+    """Translates a program operator by operator, unoptimised.
+
+    Raises:
+        ExportError: an operator has no translation, or none in this opset.
+    """
+    check_opset(opset)
+    if not isinstance(program, LoweredProgram):
+        _copy_before_reshape(program)
+    with _quiet():
+        try:
+            if has_masks(program):
+                program = program.run_decompositions({})  # writes become values
+                without_masks(program)
+            with _translations_kept():
+                onnx_program = torch.onnx.export(
+                    program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+                )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"the graph has no ONNX form: {_cause(error)}") from error
+    if onnx_program is None:
+        raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    written = onnx_program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ExportError(
+            f"opset={opset}: the graph could only be translated to opset {written}: ask for that"
+        )
+    drop_made_biases(onnx_program.model)
+    return onnx_program.model
+
+
+def _copy_before_reshape(program: torch.export.ExportedProgram) -> None:
+    """Puts a contiguous copy before each reshape.
+
+    With symbolic sizes torch.onnx decomposes a reshape of a transposed tensor into a view, which
+    then fails. The copy is an Identity in ONNX, and goes away again.
+    """
+    for node in list(program.graph.nodes):
+        source = node.args[0] if node.target is aten.reshape.default else None
+        if not isinstance(source, fx.Node):
+            continue
+        with program.graph.inserting_before(node):
+            layout = {"memory_format": torch.contiguous_format}
+            copy = program.graph.call_function(aten.clone.default, (source,), layout)
+        copy.meta = {**source.meta, "val": source.meta["val"].clone(**layout)}
+        node.replace_input_with(source, copy)
+    program.graph_module.recompile()
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost two reasons: what failed, at which node."""
+    reasons = []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        reasons.append(str(error).partition("\n")[0])
+    return "; ".join(reasons[-2:][::-1]) or str(error).partition("\n")[0]
+
+
+@contextmanager
+def _translations_kept() -> Iterator[None]:
+    """Lets torch.onnx list what translates operators once: it parses all of it for each export."""
+    exporter: Any = registration
+    apis = exporter.onnxscript_apis
+    known = _translations(apis)
+    exporter.onnxscript_apis = SimpleNamespace(get_torchlib_ops=lambda: known)
+    try:
+        yield
+    finally:
+        exporter.onnxscript_apis = apis
+
+
+@cache
+def _translations(apis: Any) -> list[Any]:
+    return list(apis.get_torchlib_ops())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says about itself rather than about the model."""
+    filters = []
+    for name, starts in _CHATTER.items():
+
+        def wanted(record: logging.LogRecord, starts: tuple[str, ...] = starts) -> bool:
+            return not record.getMessage().startswith(starts)
+
+        logging.getLogger(name).addFilter(wanted)
+        filters.append((name, wanted))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        for name, wanted in filters:
+            logging.getLogger(name).removeFilter(wanted)

@@ -1,0 +1,107 @@
+"""Writing a model file, and reading what it says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from lora_fx.errors import ExportError, LoraFxError, within
+from lora_fx.export.onnx_model.digested_writes import Watched
+from lora_fx.export.onnx_model.digests import seal
+from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
+from lora_fx.io.publish import data_path
+
+_ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
+_INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
+
+
+def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> None:
+    """Writes a model, with its weights in a file beside it if they are large.
+
+    Its metadata gets a digest of each weight, taken as that is written.
+
+    Raises:
+        ExportError: the result is not valid ONNX.
+    """
+    weights = {value: value.const_value for value in _initializers(model)}
+    size = sum(tensor.nbytes for tensor in weights.values() if tensor is not None)
+    is_large = size > external_data_above
+    try:
+        _save(model, path, data_path(path).name if is_large else None)
+    finally:
+        for value, tensor in weights.items():
+            value.const_value = tensor
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name}: the result is not valid ONNX: {error}") from error
+
+
+def _save(model: ir.Model, path: Path, external: str | None) -> None:
+    try:
+        digests = {} if external is None else _save_beside(model, path, external)
+        proto = ir.to_proto(model)
+        seal(proto, digests)
+        onnx.save(proto, str(path))
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LoraFxError):
+            cause = cause.__cause__
+        raise cause or ExportError(f"{path.name}: not written: {error}") from error
+
+
+def _save_beside(model: ir.Model, path: Path, external: str) -> dict[str, str]:
+    """Writes the large tensors to a file of their own, and gives the digest of each."""
+    tensors = []
+    for value in _initializers(model):
+        if value.const_value is not None and value.const_value.nbytes > _INLINE:
+            value.const_value = Watched(value.const_value, value.name)
+            tensors.append(value.const_value)
+    ir.external_data.unload_from_model(
+        model,
+        path.parent,
+        external,
+        size_threshold_bytes=_INLINE,
+        alignment=_ALIGNMENT,
+        align_threshold=_ALIGNMENT - 1,
+    )
+    return {str(tensor.name): tensor.digest for tensor in tensors}
+
+
+def _initializers(model: ir.Model) -> list[ir.Value]:
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    return [value for value in values if value.const_value is not None]
+
+
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Reads a model without its external data.
+
+    Raises:
+        ExportError: the file is missing or no ONNX model.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    except (DecodeError, ValueError) as error:
+        raise ExportError(f"{path}: not an ONNX file: {error}") from error
+    if not model.graph.node and not model.graph.output:
+        raise ExportError(f"{path}: not an ONNX file: it holds no graph")
+    return model
+
+
+def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
+    """The manifest of a swappable model, whose graph has its slots; None for any other.
+
+    Raises:
+        ExportError: the manifest is damaged, or the graph has other slots than it lists.
+    """
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    with within(path):
+        manifest = read_manifest(metadata)
+        if manifest is not None:
+            check_slots(model, manifest)
+    return manifest

@@ -1,0 +1,1 @@
+"""The program behind a file: traced or not, its signature, its inputs, its weights."""

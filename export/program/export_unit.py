@@ -1,0 +1,75 @@
+"""What a file is tried on: the program behind it, inputs of several shapes, and all names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from lora_fx.export.program.example_inputs import Inputs
+from lora_fx.export.program.io_signature import Leaf, input_leaves
+from lora_fx.export.program.lazy_weights import Promise, with_stand_ins
+from lora_fx.export.program.output_names import free_names, output_names
+from lora_fx.export.program.shape_variants import Case, cases
+from lora_fx.export.program.without_retracing import program_of
+from lora_fx.export.runtime.ort import to_array
+from lora_fx.frontend.torch_export import export_program, outputs_of
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A graph as torch.export sees it, and what to call and feed its ONNX form.
+
+    Attributes:
+        program: what is translated to ONNX.
+        leaves: the tensor inputs, in order.
+        cases: inputs of several shapes, the traced one first.
+        outputs: names of the graph outputs.
+        notes: outputs that could not have the name that the model gives them.
+        promises: weights that the program has stand-ins for.
+    """
+
+    program: torch.export.ExportedProgram
+    leaves: Sequence[Leaf]
+    cases: Sequence[Case]
+    outputs: list[str]
+    notes: list[str]
+    promises: list[Promise]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the graph inputs."""
+        return [leaf.name for leaf in self.leaves]
+
+    def feeds(self, case: Case) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs of a case by name."""
+        named = zip(self.inputs, case.tensors(), strict=True)
+        return {name: to_array(name, value) for name, value in named}
+
+
+def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Trial:
+    """Makes a program of a graph on example inputs, and finds the other shapes that it takes.
+
+    Args:
+        gm: the graph.
+        inputs: what to call it with.
+        retrace: trace it again even if torch.export made it.
+
+    Raises:
+        TraceError: torch.export cannot follow the graph.
+        ExportError: an output is no tensor.
+    """
+    hollow, promises = with_stand_ins(gm)
+    program = None if retrace else program_of(hollow, inputs)
+    if program is None:
+        program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
+    leaves = input_leaves(gm, program, inputs.dynamic_shapes)
+    wanted = output_names(outputs_of(program))
+    outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
+    changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
+    notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
+    return Trial(program, leaves, cases(program, leaves), outputs, notes, promises)

@@ -1,0 +1,132 @@
+"""Inputs of other shapes than the traced one, within what a model allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lora_fx.export.program.io_signature import Leaf, dimension_names
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one shape.
+
+    Attributes:
+        label: sizes of the dynamic dimensions, ``"batch=2, sequence=7"``.
+        args: inputs by position.
+        kwargs: inputs by name.
+    """
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the inputs, in the order of the graph inputs."""
+        flat = pytree.tree_leaves((self.args, self.kwargs))
+        return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+def cases(program: torch.export.ExportedProgram, leaves: Sequence[Leaf]) -> list[Case]:
+    """The traced inputs first, then larger and smaller ones within what the program allows.
+
+    New inputs repeat or drop rows of the traced ones, so ids stay valid. Dimensions of one name
+    change together, and nameless ones together with all others of their traced size.
+    """
+    traced, names = _traced(leaves, program), dimension_names(leaves)
+    groups = _groups(leaves, names, traced)
+    found: list[Case] = []
+    for change in (_same, _larger, _smaller):
+        sizes: dict[str, int] = {}
+        for place, members in enumerate(groups):
+            low, high = _limits(program, members)
+            size = min(max(change(traced[members[0]], place), low), high)
+            sizes |= dict.fromkeys(members, size)
+        case = _case(program, leaves, sizes, names)
+        if case.label not in {known.label for known in found}:
+            found.append(case)
+    return found
+
+
+def _same(size: int, place: int) -> int:
+    return size
+
+
+def _larger(size: int, place: int) -> int:
+    return size + 1 + place  # of a large vocabulary each token more costs memory
+
+
+def _smaller(size: int, place: int) -> int:
+    return max(1, (size + 1) // 2)
+
+
+def _traced(leaves: Sequence[Leaf], program: torch.export.ExportedProgram) -> dict[str, int]:
+    """Symbol -> the size it was traced with."""
+    args, kwargs = program.example_inputs or ((), {})
+    tensors = Case("", tuple(args), dict(kwargs)).tensors()
+    return {
+        str(size): tensor.shape[axis]
+        for leaf, tensor in zip(leaves, tensors, strict=True)
+        for axis, size in enumerate(leaf.sizes)
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    }
+
+
+def _groups(
+    leaves: Sequence[Leaf], names: Mapping[str, str], traced: Mapping[str, int]
+) -> list[list[str]]:
+    given = {
+        str(leaf.sizes[axis])
+        for leaf in leaves
+        for axis, label in leaf.axes.items()
+        if label is not None
+    }
+    groups: dict[Any, list[str]] = {}
+    for symbol in traced:
+        key = names[symbol] if symbol in given else traced[symbol]
+        groups.setdefault(key, []).append(symbol)
+    return list(groups.values())
+
+
+def _limits(program: torch.export.ExportedProgram, members: Sequence[str]) -> tuple[int, int]:
+    """The sizes that every symbol of a group allows."""
+    low, high = 1, 2**31
+    for symbol, allowed in program.range_constraints.items():
+        if str(symbol) in members:
+            low = max(low, int(allowed.lower))
+            high = min(high, int(allowed.upper)) if allowed.upper < high else high
+    return low, high
+
+
+def _case(
+    program: torch.export.ExportedProgram,
+    leaves: Sequence[Leaf],
+    sizes: Mapping[str, int],
+    names: Mapping[str, str],
+) -> Case:
+    args, kwargs = program.example_inputs or ((), {})
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    rest = iter(leaves)
+    resized = [
+        _resize(value, next(rest), sizes) if isinstance(value, torch.Tensor) else value
+        for value in flat
+    ]
+    labels = {names[symbol]: size for symbol, size in sizes.items()}
+    label = ", ".join(f"{name}={size}" for name, size in labels.items())
+    new_args, new_kwargs = pytree.tree_unflatten(resized, spec)
+    return Case(label or "as traced", new_args, new_kwargs)
+
+
+def _resize(tensor: torch.Tensor, leaf: Leaf, sizes: Mapping[str, int]) -> torch.Tensor:
+    for axis, size in enumerate(leaf.sizes):
+        if isinstance(size, torch.SymInt):
+            expression = size.node.expr
+            known = {symbol: sizes[str(symbol)] for symbol in expression.free_symbols}
+            wanted = int(expression.subs(known))
+            tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
+    return tensor

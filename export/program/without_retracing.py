@@ -1,0 +1,91 @@
+"""The program of a graph that torch.export made: what it found out is still on the nodes.
+
+To trace again takes as long as to trace. Only what passes have added is not known yet.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from lora_fx.export.program.decompose import inline_grad_modes
+from lora_fx.export.program.example_inputs import Inputs
+from lora_fx.export.program.lifting import lifted
+from lora_fx.frontend.trace import example_of
+from lora_fx.graph.graph_module import attribute, copy_graph
+from lora_fx.graph.ops import GUARDS, written_arguments
+
+
+def program_of(gm: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram | None:
+    """The program of a graph, or None where it has to be traced again.
+
+    That is a graph of another frontend, other inputs than it was traced with, a write into
+    memory, or a call that is no operator.
+    """
+    graph = copy_graph(gm.graph)
+    modes = {value.fake_mode for value in _inputs(graph) if isinstance(value, FakeTensor)}
+    if len(modes) != 1 or not _was_traced_with(gm, inputs):
+        return None
+    for guard in graph.find_nodes(op="call_module", target=GUARDS):
+        graph.erase_node(guard)
+    inline_grad_modes(gm, graph)
+    if not all(map(_is_plain, graph.nodes)):
+        return None
+    mode = modes.pop()
+    _propagate(gm, graph, mode)
+    ranges = mode.shape_env.var_to_range if mode.shape_env is not None else {}
+    return lifted(gm, graph, inputs, ranges)
+
+
+def _inputs(graph: fx.Graph) -> Iterator[Any]:
+    return (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+
+
+def _was_traced_with(gm: fx.GraphModule, inputs: Inputs) -> bool:
+    example = example_of(gm)
+    if example is None or not isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
+        return False
+    same = inputs.args is example.args and inputs.kwargs is example.kwargs
+    return same and inputs.dynamic_shapes is example.dynamic_shapes
+
+
+def _is_plain(node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return isinstance(node.meta.get("val"), torch.Tensor | int | float | str | None)
+    if node.op == "call_function":
+        known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        return known and not written_arguments(node)
+    return node.op in ("get_attr", "output")
+
+
+def _propagate(gm: fx.GraphModule, graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Finds shapes of what passes have added, and of what follows as far as that differs."""
+    changed: set[fx.Node] = set()
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        for node in graph.nodes:
+            known = node.meta.get("val")
+            if node.op == "get_attr" and known is None:
+                node.meta["val"] = _without_values(attribute(gm, str(node.target)))
+            if node.op != "call_function":
+                continue
+            if known is None or not changed.isdisjoint(node.all_input_nodes):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
+                if _form(known) != _form(node.meta["val"]):
+                    changed.add(node)
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def _form(value: Any) -> Any:
+    leaves = pytree.tree_leaves(value)
+    return [(v.dtype, str(v.shape)) if isinstance(v, torch.Tensor) else str(v) for v in leaves]

@@ -1,0 +1,1 @@
+"""onnxruntime: opened and called."""

@@ -1,0 +1,1 @@
+"""Adapters as inputs of a swappable model: slots, the manifest, adapter files."""

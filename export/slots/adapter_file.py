@@ -1,0 +1,170 @@
+"""From an adapter to the file that onnxruntime loads beside a swappable model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch.utils.dlpack import from_dlpack
+
+import lora_fx
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.errors import AdapterError, ExportError, shorten, within
+from lora_fx.export.onnx_model.changed_file import check_digests
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+from lora_fx.export.onnx_model.tensors import digest_of, to_numpy
+from lora_fx.export.runtime.ort import ERRORS
+from lora_fx.export.slots.base_weights import BaseWeights
+from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot import Slot
+from lora_fx.injection.branch_tensors import Terms, terms_of
+from lora_fx.injection.conform import fitted
+from lora_fx.injection.finite_values import check_finite, check_product
+from lora_fx.io.publish import staged
+
+Array = np.ndarray[Any, Any]
+_ADAPTER_VERSION = 1
+
+
+def export_adapter(
+    adapter: Adapter | str | Path,
+    model_path: str | Path,
+    out_path: str | Path,
+    *,
+    force: bool = False,
+    check: bool = True,
+) -> None:
+    """Writes an adapter as a file for a model that was exported with ``adapters="input"``.
+
+    A layer that the adapter leaves alone gets a value of no effect. The scale is folded into B in
+    float32 or wider, then both are rounded once to the type of the slot.
+
+    Args:
+        adapter: an adapter, or a path for `lora_fx.load_adapter`.
+        model_path: the model.
+        out_path: the ``.onnx_adapter`` file.
+        force: replace a file that exists.
+        check: read all weights of the model once, and refuse one that is not what was exported;
+            if False, only those are read that DoRA and (IA)3 scale.
+
+    Raises:
+        ExportError: the model has no slots, was changed, or the output exists.
+        AdapterError: the adapter does not fit the slots, or holds what a slot cannot carry.
+    """
+    source = (
+        [Path(model_path)] if isinstance(adapter, Adapter) else [Path(adapter), Path(model_path)]
+    )
+    out = Path(out_path)
+    if out.resolve() in [path.resolve() for path in source]:
+        raise ExportError(f"{out}: is an input of this call: give another name")
+    proto = load_proto(Path(model_path))
+    manifest = manifest_in(proto, Path(model_path))
+    if manifest is None:
+        raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
+    if check:
+        check_digests(proto, Path(model_path))
+    del proto
+    if not isinstance(adapter, Adapter):
+        adapter = lora_fx.load_adapter(adapter)
+    updates = _fitted(adapter, manifest, Path(model_path))
+    values = _values(adapter.name, updates, manifest.slots, Path(model_path))
+    arrays = {name: to_numpy(value) for name, value in values}
+    with staged(out, force=force) as draft:
+        _write(draft, arrays, manifest)
+        check_adapter_file(draft, manifest, Path(model_path))
+        _check_bits(draft, arrays)
+
+
+def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Update | Scaling]:
+    """The updates by slot, or a refusal of what the slots cannot carry."""
+    slots = {slot.path: slot for slot in manifest.slots}
+    who = f"adapter {adapter.name!r} for {model}"
+    weights = {f"{slot.path}.weight": slot.digest for slot in manifest.slots}
+    # PEFT stores an adapted embedding's or head's own weight too: what is unchanged is no matter.
+    changed = [n for n, t in adapter.replacements.items() if weights.get(n) != digest_of(t)]
+    if changed:
+        names = shorten(changed)
+        raise AdapterError(f"{who}: replaces {names}: a slot cannot; fold it into its own model")
+    unmatched = [path for path in adapter.updates if path not in slots]
+    if unmatched:
+        raise AdapterError(
+            f"{who}: no slot at {shorten(unmatched)}; the model has slots at {shorten(list(slots))}"
+        )
+    found = {}
+    for path, update in adapter.updates.items():
+        with within(f"{who}: {path}"):
+            found[path] = _for_slot(update, slots[path])
+    return found
+
+
+def _for_slot(update: AnyUpdate, slot: Slot) -> Update | Scaling:
+    """An update in the shape of its slot, if a slot of this kind can carry it."""
+    update = fitted(update, slot.layer)
+    if isinstance(update, WeightUpdate):
+        raise AdapterError(
+            f"an update of kind {update.kind!r} makes the weight anew, which no slot can "
+            "carry; fold it into a model of its own"
+        )
+    vectors = isinstance(update, Scaling) or not update.is_plain or update.bias is not None
+    if vectors and not slot.vectors:
+        what = update.kind if not isinstance(update, Update) or update.bias is None else "lora_bias"
+        raise AdapterError(
+            f"{what} needs a vector beside the factors, and the slot takes none; export the "
+            "model with vectors=True, or fold the adapter into a model of its own"
+        )
+    return update
+
+
+def _values(
+    name: str, updates: Mapping[str, Update | Scaling], slots: Sequence[Slot], model: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What goes into each input, every scale folded in; slots left alone get what is neutral."""
+    base = BaseWeights(model)
+    for slot in slots:
+        values = slot.neutral()
+        if (update := updates.get(slot.path)) is not None:
+            terms = _terms(update, slot, base)
+            check_finite(slot.layer, name, update, terms, partial(base.weight, slot))
+            check_product(slot.layer, name, terms)
+            values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
+        yield from values.items()
+
+
+def _terms(update: Update | Scaling, slot: Slot, base: BaseWeights) -> Terms:
+    bias = base.bias(slot) if isinstance(update, Scaling) and update.row is not None else None
+    return terms_of(update, slot.layer, lambda: base.weight(slot), bias)
+
+
+def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
+    types = {name: slot.dtype for slot in manifest.slots for name in slot.names}
+    values = {name: _to_ort(array, types[name]) for name, array in arrays.items()}
+    file = ort.AdapterFormat()
+    file.set_adapter_version(_ADAPTER_VERSION)
+    file.set_model_version(manifest.model_version)
+    file.set_parameters(values)
+    try:
+        # Reads the memory of `arrays` through `values`: both must live until it returns.
+        file.export_adapter(str(draft))
+    except (*ERRORS, RuntimeError) as error:
+        raise ExportError(f"{draft.name}: not written by onnxruntime: {error}") from error
+
+
+def _to_ort(array: Array, dtype: str) -> ort.OrtValue:
+    if dtype == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
+    stored = read_adapter(draft).get_parameters()
+    for name, array in arrays.items():
+        found = to_numpy(from_dlpack(stored[name]))  # numpy() refuses bfloat16
+        if found.shape != array.shape or found.tobytes() != array.tobytes():
+            raise ExportError(f"{draft.name}: {name}: read back other values than were written")

@@ -1,0 +1,73 @@
+"""The weights of a swappable model, read back from its file: what DoRA's norm is taken of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.export.onnx_model.external_data import check_external_data
+from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.onnx_model.tensors import digest_of, to_torch
+from lora_fx.export.slots.slot import Slot
+
+
+class BaseWeights:
+    """The constants of a model file: each is read when asked for, and told by its digest.
+
+    Args:
+        path: the ``.onnx`` file, opened when the first constant is asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _values(self) -> Mapping[str, ir.Value]:
+        check_external_data(load_proto(self._path), self._path)
+        return ir.load(self._path).graph.initializers
+
+    def weight(self, slot: Slot) -> torch.Tensor:
+        """W of a slot's layer, as the layer stores it.
+
+        Raises:
+            AdapterError: no constant of the file is this weight.
+            ExportError: the file is damaged.
+        """
+        out, into, *kernel = slot.layer.shape
+        shape = (into, out) if slot.layer.transposed else (out, into, *kernel)
+        return self._find(slot, "weight", shape, slot.digest)
+
+    def bias(self, slot: Slot) -> torch.Tensor | None:
+        """The bias of a slot's layer, (out,), or None if it has none.
+
+        Raises:
+            AdapterError: no constant of the file is this bias.
+        """
+        if not slot.bias_digest:
+            return None
+        return self._find(slot, "bias", (slot.out_features,), slot.bias_digest)
+
+    def _find(self, slot: Slot, leaf: str, shape: tuple[int, ...], digest: str) -> torch.Tensor:
+        for tensor in self._candidates(f"{slot.path}.{leaf}", math.prod(shape)):
+            # The exporter may have stored a matrix the other way round.
+            for held in (tensor, tensor.T if tensor.ndim == 2 else None):
+                if held is not None and held.shape == shape and digest_of(held) == digest:
+                    return held.contiguous()
+        raise AdapterError(
+            f"{self._path}: the {leaf} of {slot.path} is not among the model's constants as it was "
+            "exported; export the model again"
+        )
+
+    def _candidates(self, name: str, size: int) -> Iterator[torch.Tensor]:
+        """The constants of a size, that of a name first: a shared one bears another's."""
+        named = sorted(self._values.items(), key=lambda item: item[0] != name)
+        for _, value in named:
+            tensor = value.const_value
+            if tensor is not None and tensor.size == size:
+                yield to_torch(tensor)

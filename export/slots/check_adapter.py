@@ -1,0 +1,150 @@
+"""Adapter files as they are read: onnxruntime itself checks almost nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.export.runtime.ort import ERRORS
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot import Slot
+from lora_fx.injection.branch_tensors import Terms
+from lora_fx.injection.finite_values import overflow
+from lora_fx.io.tensor_checks import check_tensors
+
+IDENTIFIER = b"TORT"
+FORMAT_VERSION = 1
+_DAMAGE = (*ERRORS, RuntimeError, ValueError)  # ValueError: a name that is not UTF-8
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "float64": "tensor(double)",
+}
+
+
+def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
+    """Checks that a file was made for this model, and fills exactly its slots.
+
+    Raises:
+        AdapterError: it is no adapter file, is damaged, or belongs to another model.
+    """
+    stored = read_adapter(path)
+    with within(path):
+        _check(stored, manifest, model)
+
+
+def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
+    found, expected = stored.get_model_version(), manifest.model_version
+    shapes = _shapes(stored)
+    if found != expected:
+        raise AdapterError(
+            f"made for another model: model version {found}, {model} has {expected}; make "
+            f"it again: export_adapter(adapter, {str(model)!r}, ...)"
+        )
+    names = [name for slot in manifest.slots for name in slot.names]
+    missing = [name for name in names if name not in shapes]
+    unknown = [name for name in shapes if name not in set(names)]
+    if missing or unknown:
+        raise AdapterError(
+            f"does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
+            f"values without a slot: {shorten(unknown) or 'none'}"
+        )
+    for slot in manifest.slots:
+        _check_slot(slot, shapes)
+    values = values_of(stored)
+    for slot in manifest.slots:
+        terms = Terms(**{part: values[name] for part, (name, _) in slot.inputs.items()})
+        if what := overflow(slot.layer, terms):
+            raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
+
+
+def values_of(stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file, by name: views of its memory.
+
+    Raises:
+        AdapterError: one is not of floats, or holds NaN or infinity.
+    """
+    parameters = stored.get_parameters()
+    values = {name: from_dlpack(parameters[name]) for name in sorted(parameters)}
+    check_tensors(values)  # numpy would refuse bfloat16
+    return values
+
+
+def _shapes(stored: ort.AdapterFormat) -> Shapes:
+    try:
+        values = stored.get_parameters()
+        return {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
+    except _DAMAGE as error:
+        raise AdapterError(f"damaged: {_first_line(error)}") from error
+
+
+def _check_slot(slot: Slot, shapes: Shapes) -> None:
+    ranks = set()
+    for name, sizes in slot.inputs.values():
+        found, dtype = shapes[name]
+        fits = len(found) == len(sizes)
+        if not fits or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
+            expected = tuple("r" if size is None else size for size in sizes)
+            raise AdapterError(f"{name} is {found}, expected {expected}")
+        if dtype != _TYPES[slot.dtype]:
+            raise AdapterError(f"{name} holds {dtype}, expected {_TYPES[slot.dtype]}")
+        ranks |= {size for size, want in zip(found, sizes, strict=True) if want is None}
+    if len(ranks) > 1:
+        raise AdapterError(f"{slot.path}: A and B are of ranks {sorted(ranks)}")
+
+
+def read_adapter(path: Path) -> ort.AdapterFormat:
+    """Reads an adapter file.
+
+    Raises:
+        AdapterError: it is missing, is no adapter file, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    if start[4:8] != IDENTIFIER:
+        raise AdapterError(
+            f"{path}: not an adapter file: identifier {start[4:8]!r}, expected {IDENTIFIER!r}; "
+            "make one with export_adapter"
+        )
+    try:
+        stored = ort.AdapterFormat.read_adapter(str(path))
+    except _DAMAGE as error:
+        raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
+    if stored.get_format_version() != FORMAT_VERSION:
+        found = stored.get_format_version()
+        raise AdapterError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
+    return stored
+
+
+def load_adapter(path: Path) -> ort.LoraAdapter:
+    """Maps an adapter file for running.
+
+    Raises:
+        AdapterError: onnxruntime refuses it.
+    """
+    adapter = ort.LoraAdapter()
+    try:
+        adapter.Load(str(path))
+    except _DAMAGE as error:
+        raise AdapterError(f"{path}: not loaded by onnxruntime: {_first_line(error)}") from error
+    return adapter
+
+
+def active(adapter: ort.LoraAdapter) -> ort.RunOptions:
+    """Run options with one adapter, which the caller must keep alive while they are used."""
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

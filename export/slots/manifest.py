@@ -1,0 +1,136 @@
+"""The manifest of a swappable model: its slots, kept in the file's metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from onnx import ModelProto
+from torch import fx
+
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.onnx_model.tensors import digest_of
+from lora_fx.export.slots.slot import Slot
+from lora_fx.graph.lazy_tensor import raw
+from lora_fx.layers.layer_bias import bias_of
+from lora_fx.layers.sites import Site, by_path
+
+KEY = "lora_fx.slots"
+VERSION = 2
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+KINDS = ("linear", "linear_transposed", "embedding", "conv1d", "conv2d", "conv3d")
+_FIELDS = {
+    **dict.fromkeys(("path", "kind", "dtype", "digest", "bias_digest"), str),
+    **dict.fromkeys(("in_features", "out_features"), int),
+    "kernel": list,
+    "vectors": bool,
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a swappable model says about itself.
+
+    Attributes:
+        slots: in the order of the graph.
+    """
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def base(self) -> str:
+        """Digest of the slotted weights, names and bytes."""
+        parts = "".join(f"{slot.path}:{slot.digest};" for slot in self.slots)
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> str:
+        """The text that is stored in the model."""
+        slots = [
+            {**asdict(slot), "kernel": list(slot.kernel), "inputs": slot.names}
+            for slot in self.slots
+        ]
+        manifest = {"version": VERSION, "base": self.base, "slots": slots}
+        return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def model_version(self) -> int:
+        """31 bits of a digest of the manifest: what an adapter file remembers of its model."""
+        digest = hashlib.blake2b(self.to_json().encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "big") & 0x7FFFFFFF or 1  # 0 is what other tools leave
+
+
+def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
+    """Describes the slots of a graph, and digests the weights that they stand beside."""
+    groups = by_path(gm)
+    return Manifest(tuple(_digested(gm, slot, groups[slot.path]) for slot in slots))
+
+
+def _digested(gm: fx.GraphModule, slot: Slot, calls: Sequence[Site]) -> Slot:
+    bias = bias_of(gm, calls)
+    return replace(
+        slot,
+        digest=digest_of(raw(gm, str(calls[0].weight.target))),
+        bias_digest="" if bias is None else digest_of(bias),
+    )
+
+
+def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
+    """Reads the manifest of a model, or None if it has none.
+
+    Raises:
+        ExportError: the manifest is damaged or of another version.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"{KEY}: not JSON ({error}): export the model again") from error
+    found = values.get("version") if isinstance(values, dict) else None
+    if found != VERSION:
+        raise ExportError(f"{KEY}: version {found!r}, expected {VERSION}: export again")
+    slots = values.get("slots")
+    if not isinstance(slots, list) or not isinstance(values.get("base"), str):
+        raise ExportError(f"{KEY}: no list of slots or no base digest: export again")
+    manifest = Manifest(tuple(_slots(slots)))
+    if json.loads(manifest.to_json()) != values:
+        raise ExportError(f"{KEY}: unknown or missing fields: export the model again")
+    return manifest
+
+
+def check_slots(model: ModelProto, manifest: Manifest) -> None:
+    """Refuses a graph whose slots are not those of its manifest.
+
+    Raises:
+        ExportError: names the slots that are listed and gone, or there and not listed.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {value.name for value in model.graph.input if value.name in constants}
+    listed = [name for slot in manifest.slots for name in slot.names]
+    lost = [name for name in listed if name not in found]
+    unknown = sorted(found.difference(listed))
+    if lost or unknown:
+        raise ExportError(
+            f"its graph has no input, or none with a default, for the slots "
+            f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
+            "manifest does not list: another tool rewrote the file; use it as it was exported, or "
+            "export it again"
+        )
+
+
+def _slots(entries: Iterable[Any]) -> Iterator[Slot]:
+    for place, entry in enumerate(entries):
+        for name, kind in _FIELDS.items():
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if type(value) is not kind:
+                raise ExportError(f"{KEY}: slot {place}: {name} is {value!r}")
+        sizes = [entry["in_features"], entry["out_features"], *entry["kernel"]]
+        whole = all(type(size) is int and size > 0 for size in sizes)
+        if entry["dtype"] not in DTYPES or entry["kind"] not in KINDS or not whole:
+            raise ExportError(f"{KEY}: slot {place}: kind, dtype or size out of range: {entry}")
+        fields = {name: entry[name] for name in _FIELDS}
+        yield Slot(**{**fields, "kernel": tuple(entry["kernel"])})

@@ -1,0 +1,79 @@
+"""The eager side of a comparison: in eval mode, and each run as if it were the first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.export.program.shape_variants import Case
+from lora_fx.graph.graph_module import assemble, assign, copy_graph, targets
+from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
+from lora_fx.graph.mutation import written
+from lora_fx.graph.retracing import source_of
+from lora_fx.graph.training_flags import EVAL_FLAGS, flags
+from lora_fx.reference.reference_run import WeightForm
+
+Tensors = list[torch.Tensor]
+
+
+def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode that shares the tensors, with what its model does in eval mode.
+
+    Where the model is not known, any recorded training flag is off. A tensor that is still to be
+    computed is computed at each run, and held no longer than it is used.
+
+    Raises:
+        TraceError: the graph was traced in training mode, and eval mode takes another way.
+    """
+    graph = copy_graph(gm.graph)
+    if source_of(gm) is None:
+        for node in graph.nodes:
+            _switch_off(node)
+    copy = assemble(gm, graph, training=False)
+    copy.meta = dict(gm.meta)
+    for target in targets(graph):
+        value = raw(copy, target)
+        if isinstance(value, Deferred):
+            assign(copy, target, Fleeting(value))
+    return copy.eval()
+
+
+def call_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Any:
+    """What a model returns; whatever it writes to, inputs and tensors of its own, is a copy."""
+    if not isinstance(gm, fx.GraphModule):
+        return gm(*case.args, **case.kwargs)
+    with torch.no_grad():
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
+        # Looking for tied weights would read, and so compute, every weight: `_state` names all.
+        return torch.func.functional_call(gm, _state(gm), args, kwargs, tie_weights=False)
+
+
+def run_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Tensors:
+    """The tensors that a model returns, in order."""
+    outputs = pytree.tree_leaves(call_eager(gm, case))
+    return [value for value in outputs if isinstance(value, torch.Tensor)]
+
+
+def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that a call may write to: large weights are not among them."""
+    held = {t: raw(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    dirty = {id(held[str(n.target)]) for n in written(gm.graph) if n.op == "get_attr"}
+    state = {target: value for target, value in held.items() if id(value) in dirty}
+    for target in {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
+        state |= gm.get_submodule(target).named_buffers(target, remove_duplicate=False)
+    copies: dict[int, torch.Tensor] = {}  # one for all names of a tensor
+    for value in state.values():
+        if id(value) not in copies:
+            copies[id(value)] = value.compute() if isinstance(value, Deferred) else value.clone()
+    return {name: copies[id(value)] for name, value in state.items()}
+
+
+def _switch_off(node: fx.Node) -> None:
+    for name, (place, *_) in flags(node).items():
+        if place < len(node.args):
+            node.update_arg(place, EVAL_FLAGS[name])
+        else:
+            node.update_kwarg(name, EVAL_FLAGS[name])

@@ -1,0 +1,68 @@
+"""Models that must not agree with the exported one: a check that cannot fail checks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from lora_fx.export.verification.eager import evaluating
+from lora_fx.export.verification.evidence import Subject
+from lora_fx.graph.graph_module import assign
+from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
+from lora_fx.injection.injected_adapters import injected
+from lora_fx.layers.sites import sites
+from lora_fx.passes import StripLora, UnfoldLora
+from lora_fx.reference.reference_run import WeightForm, weight_form
+
+_FACTOR = 1.1
+_ATTEMPTS = 8
+
+
+NO_ADAPTER = "control: no adapter"  # of a file that takes one
+NO_ADAPTERS = f"{NO_ADAPTER}s"
+
+
+def controls(gm: fx.GraphModule) -> Iterator[Subject]:
+    """Candidates, best first: the base, if the graph has an adapter, then a weight scaled."""
+    bare = weight_form(gm, ()) if injected(gm) else ""
+    base = None if isinstance(bare, WeightForm) else without_adapters(gm)
+    if isinstance(bare, WeightForm):
+        yield Subject(NO_ADAPTERS, bare, like=gm)
+    elif base is not None:
+        yield Subject(NO_ADAPTERS, evaluating(base))
+    for name, changed in with_a_weight_scaled(gm):
+        yield Subject(f"control: {name} x {_FACTOR}", changed)
+
+
+def without_adapters(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """The base of a graph, folded or not; None if it has no adapter that was injected."""
+    stripped = StripLora()(UnfoldLora()(gm).graph_module)
+    return stripped.graph_module if stripped.modified else None
+
+
+def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The graph with one weight made 10 % larger: layers first, a few attempts.
+
+    A layer in front of a normalisation may not care, so there is more than one.
+    """
+    layers = [str(site.weight.target) for site in sites(gm)]
+    others = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+    for target in list(dict.fromkeys([*layers, *others]))[:_ATTEMPTS]:
+        weight = raw(gm, target)
+        if isinstance(weight, torch.Tensor | Deferred) and weight.dtype.is_floating_point:
+            changed = evaluating(gm)
+            assign(changed, target, _larger(weight))
+            yield target, changed
+
+
+def _larger(weight: torch.Tensor | Deferred) -> torch.Tensor | Deferred:
+    if isinstance(weight, Deferred):
+        make = weight.compute
+        return Fleeting(
+            Deferred(weight.shape, weight.dtype, lambda: make() * _FACTOR, ("larger", weight.key))
+        )
+    larger = weight.detach() * _FACTOR
+    is_parameter = isinstance(weight, nn.Parameter)
+    return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

@@ -1,0 +1,214 @@
+"""The exported file against eager, and against a control that must not agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import AdapterWarning, VerificationError, shorten
+from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.program.shape_variants import Case
+from lora_fx.export.report import Check
+from lora_fx.export.runtime.ort import call, open_session
+from lora_fx.export.slots.check_adapter import active, load_adapter
+from lora_fx.export.verification.eager import Tensors, run_eager
+from lora_fx.export.verification.evidence import Evidence, Subject
+from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
+from lora_fx.export.verification.suspects import suspects
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.numerics import TOLERANCE, compare
+from lora_fx.reference.reference_run import WeightForm
+
+_EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
+
+
+def verify_file(
+    path: Path, trial: Trial, subjects: Sequence[Subject], controls: Iterable[Subject]
+) -> Evidence:
+    """Runs a file and eager models on the same inputs.
+
+    Args:
+        path: the model file.
+        trial: what to run.
+        subjects: what the file must agree with; the last is what the control is held against.
+        controls: candidates for what it must not agree with, best first.
+
+    Returns:
+        All rows, right or wrong.
+    """
+    evidence = Evidence(notes=[note for subject in subjects for note in subject.notes])
+    expected = [_expected(s, trial.cases, trial.outputs, evidence) for s in subjects]
+    for subject, wanted in zip(subjects, expected, strict=True):
+        evidence.notes += _not_finite(subject, trial.outputs, wanted)
+    first = trial.cases[0]
+    known = {id(s.eager): e[first.label] for s, e in zip(subjects, expected, strict=True)}
+    control, base = _choose(controls, first, expected[-1][first.label], known, evidence)
+    evidence.coverage = [
+        replace(subject.coverage, off=_off(wanted[first.label], base))
+        for subject, wanted in zip(subjects, expected, strict=True)
+        if subject.coverage is not None
+    ]
+    at_first: list[Any] = []  # in the end, of the last subject, optimised
+    for optimise in (False, True):
+        session = open_session(path, threads=1, optimise=optimise, frugal=True)
+        for subject, wanted in zip(subjects, expected, strict=True):
+            for case in (case for case in trial.cases if case.label in wanted):
+                found = _run(session, subject.adapter, trial, case)
+                row = _Row(subject, case, optimise)
+                rows = row.compare(trial.outputs, found, wanted[case.label])
+                evidence.checks += rows
+                at_first = found if case is first else at_first
+                if not all(row.ok for row in rows) and not evidence.suspects:
+                    _suspect(subject, case, found, wanted[case.label], base, evidence)
+        del session  # one thread pool at a time
+    if control is not None:
+        other, wrong = control
+        rows = _Row(other, first, optimise=True).compare(trial.outputs, at_first, wrong)
+        evidence.controls += [replace(row, ok=not row.ok) for row in rows]
+    return evidence
+
+
+def _expected(
+    subject: Subject, cases: Sequence[Case], wanted: Sequence[str], evidence: Evidence
+) -> dict[str, Tensors]:
+    """Eager's outputs by case; a shape that eager cannot run is noted, the traced one must."""
+    outputs = {cases[0].label: run_eager(subject.eager, cases[0])}
+    _check_count(subject, outputs[cases[0].label], wanted)
+    if subject.once:
+        return outputs
+    for case in cases[1:]:
+        try:
+            outputs[case.label] = run_eager(subject.eager, case)
+        except _EAGER_ERRORS as error:
+            reason = str(error).partition("\n")[0]
+            evidence.notes.append(f"{subject.what}: eager fails at {case.label}, skipped: {reason}")
+    if len(outputs) == 1:
+        evidence.notes.append(f"{subject.what}: checked at the traced shape only")
+    return outputs
+
+
+def _check_count(subject: Subject, found: Tensors, wanted: Sequence[str]) -> None:
+    if len(found) != len(wanted):
+        raise VerificationError(
+            f"{subject.what}: the module that was traced returns {len(found)} tensors, the file "
+            f"has {len(wanted)} outputs: {shorten(list(wanted))}. A graph that was changed on "
+            "purpose is the model of its own: trace it, lora_fx.trace(gm, args)"
+        )
+
+
+def _not_finite(subject: Subject, names: Sequence[str], found: dict[str, Tensors]) -> Iterator[str]:
+    """What of eager's outputs is no number: there the file is only held to be no number too."""
+    for place, name in enumerate(names):
+        values = [outputs[place] for outputs in found.values()]
+        count = sum(int((~value.isfinite()).sum()) for value in values)
+        if count:
+            total = sum(value.numel() for value in values)
+            yield f"{subject.what}: output {name!r}: {count} of {total} values are NaN or infinite"
+
+
+def _choose(
+    candidates: Iterable[Subject],
+    case: Case,
+    expected: Tensors,
+    known: Mapping[int, Tensors],
+    evidence: Evidence,
+) -> tuple[tuple[Subject, Tensors] | None, Tensors | None]:
+    """The first candidate that eager itself can tell from the model, and its outputs.
+
+    Returns:
+        That, and the outputs of the base, if it was one of those that were tried.
+    """
+    base = None
+    for control in candidates:
+        found = known.get(id(control.eager)) or run_eager(control.eager, case)
+        base = found if control.what.startswith(NO_ADAPTER) else base
+        if _differ(found, expected, _precision(control.graph)):
+            return (control, found), base
+        if control.what == NO_ADAPTERS:
+            message = "the adapters change no output: is that what was meant?"
+            warnings.warn(AdapterWarning(message), stacklevel=2)
+            evidence.notes.append(message)
+    evidence.notes.append("no control: nothing that was tried changes an output")
+    return None, base
+
+
+def _off(found: Tensors, base: Tensors | None) -> float | None:
+    """How far outputs are from those of the base, the farthest of them."""
+    if base is None:
+        return None
+    numbers = [(a, b) for a, b in zip(found, base, strict=True) if b.is_floating_point()]
+    return max((compare(a, b).relative for a, b in numbers), default=None)
+
+
+def _suspect(
+    subject: Subject,
+    case: Case,
+    found: list[Any],
+    expected: Tensors,
+    base: Tensors | None,
+    evidence: Evidence,
+) -> None:
+    if isinstance(subject.eager, WeightForm) and subject.coverage is not None:
+        at_case = base if case.label == evidence.checks[0].shape else None
+        evidence.suspects += suspects(subject.eager, case, found, expected, at_case)
+
+
+def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
+
+
+def _run(session: Any, adapter: Path | None, trial: Trial, case: Case) -> list[Any]:
+    loaded = None if adapter is None else load_adapter(adapter)
+    outputs = call(session, trial.feeds(case), None if loaded is None else active(loaded))
+    return [outputs[name] for name in trial.outputs]
+
+
+class _Row:
+    """The part of a row that all outputs of one run share."""
+
+    def __init__(self, subject: Subject, case: Case, optimise: bool) -> None:
+        self._head = (subject.what, case.label, "all" if optimise else "off")
+        self._dtype = _precision(subject.graph)
+
+    def compare(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> list[Check]:
+        return list(self._checks(names, found, expected))
+
+    def _checks(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> Iterator[Check]:
+        for name, actual, wanted in zip(names, found, expected, strict=True):
+            result = compare(actual, wanted, _allowance(wanted, self._dtype))
+            same_type = str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
+            numbers = (result.max_abs, result.relative, result.tolerance)
+            yield Check(*self._head, name, *numbers, result.ok and same_type)
+
+
+def _precision(gm: fx.GraphModule) -> torch.dtype:
+    """The coarsest type that the graph's weights have: what its outputs can be held to."""
+    found = {dtype for dtype in _dtypes(gm) if dtype in TOLERANCE}
+    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
+    for target in targets(gm.graph):
+        value = raw(gm, target)
+        if isinstance(value, nn.Module):
+            yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
+        elif isinstance(value, torch.Tensor | Deferred):
+            yield value.dtype
+
+
+def _allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Numbers are held to the model's precision; integers and booleans must be equal."""
+    return dtype if wanted.is_floating_point() else None

@@ -1,0 +1,125 @@
+"""A file that exists, whoever made it and when, against the eager model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import fx
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.errors import ExportError, shorten, within
+from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.program.example_inputs import example_inputs
+from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.report import Clock, ExportReport
+from lora_fx.export.runtime.session import Session
+from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.verification.eager import evaluating
+from lora_fx.export.verification.evidence import Evidence
+from lora_fx.export.verification.negative_controls import controls
+from lora_fx.export.verification.references import reference
+from lora_fx.export.verification.verify import verify_file
+from lora_fx.passes import InjectLora
+
+
+def verify_onnx(
+    gm: fx.GraphModule,
+    path: str | Path,
+    *,
+    adapters: Sequence[Adapter] = (),
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Runs a file and eager models side by side, and a control that must differ.
+
+    Args:
+        gm: the traced model, which remembers its example inputs. It is not changed.
+        path: the ``.onnx`` file; not changed.
+        adapters: a file that takes adapters is run alone and with each; any other must hold
+            their sum.
+        progress: told the name of each stage as it starts.
+
+    Raises:
+        ExportError: the file cannot be read or run, or has other inputs or outputs.
+        AdapterError: an adapter does not fit.
+        VerificationError: the file and eager disagree, or the control agreed.
+    """
+    path, clock, session = Path(path), Clock(progress), Session(path)
+    slots, inputs, outputs = session.slots, session.inputs, session.outputs
+    del session  # its threads would disturb those that follow
+    with clock.stage("prepare"):
+        trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+        with within(path):
+            _check_names("inputs", inputs, trial.inputs)
+            _check_names("outputs", outputs, trial.outputs)
+    with clock.stage("verify"):
+        evidence = _evidence(gm, path, adapters, trial, swappable=bool(slots))
+    evidence.judge(str(path))
+    return ExportReport(
+        path=str(path),
+        mode=_mode(path, slots),
+        files={path.name: path.stat().st_size},
+        opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
+        seconds=clock.seconds,
+        checks=evidence.checks,
+        controls=evidence.controls,
+        notes=[*trial.notes, *evidence.notes],
+        inputs=inputs,
+        outputs=outputs,
+        slots=slots,
+        coverage=evidence.coverage,
+    )
+
+
+def _mode(path: Path, slots: list[str]) -> str:
+    """What a file is, told by the names of what it holds."""
+    if slots:
+        return "swappable"
+    names = (tensor.name for tensor in load_proto(path).graph.initializer)
+    return "unmerged" if any(".lora_" in name for name in names) else "merged"
+
+
+def check_adapter_files(
+    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
+) -> None:
+    """Runs a swappable file with adapter files that were made for it, at the traced shape.
+
+    Args:
+        gm: the traced model without adapters.
+        path: the ``.onnx`` file.
+        files: each adapter, and the file that was made of it.
+
+    Raises:
+        VerificationError: the file and the module with the adapter disagree.
+    """
+    trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+    graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
+    subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
+    if subjects:
+        verify_file(path, trial, subjects, []).judge(str(path))
+
+
+def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:
+    if of_file != of_model:
+        raise ExportError(
+            f"has {what} {shorten(of_file)}; the model it is held against has "
+            f"{shorten(of_model)}: is it another model?"
+        )
+
+
+def _evidence(
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter], trial: Trial, swappable: bool
+) -> Evidence:
+    if not (swappable and adapters):
+        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+        return verify_file(path, trial, [reference("model", whole)], controls(whole))
+    subjects = [replace(reference("base", gm), coverage=None)]
+    with tempfile.TemporaryDirectory() as directory:
+        for adapter in adapters:
+            adapted = InjectLora(adapter)(gm).graph_module
+            file = Path(directory) / f"{len(subjects)}.onnx_adapter"
+            export_adapter(adapter, path, file, check=False)  # the session did
+            subjects.append(reference(adapter.name, adapted, file))
+        return verify_file(path, trial, subjects, controls(adapted))

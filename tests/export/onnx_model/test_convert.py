@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import fx, nn
+
+from lora_fx.errors import ExportError
+from lora_fx.export import to_onnx
+from lora_fx.export.onnx_model.convert import OPSETS, convert
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
+
+
+def test_an_operator_without_onnx_form_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(x).real
+
+    x = torch.randn(5, 5)
+    gm = trace(Odd(), (x,))
+    with pytest.raises(ExportError, match=r"no ONNX form: .*linalg_eig"):
+        convert(export_program(gm, (x,), {}, None), None)
+
+
+def test_the_exporter_is_quiet(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gm = trace(nn.Linear(3, 5), (torch.randn(4, 3),))
+    convert(export_program(gm, (torch.randn(4, 3),), {}, None), None)
+    assert [r for r in caplog.records if r.name.startswith("torch.onnx")] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_t5_whose_attention_reshapes_a_transposed_tensor(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=100, use_cache=False
+    )
+    ids = torch.randint(0, 100, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["decoder_input_ids"] = ids[:, :5].clone()
+    shapes = {name: {0: "batch", 1: "length"} for name in inputs}
+    shapes["decoder_input_ids"] = {0: "batch", 1: "written"}
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    report = to_onnx(trace(model, (), inputs, dynamic_shapes=shapes), tmp_path / "model.onnx")
+    assert report.verified
+    assert report.outputs == ["logits", "encoder_last_hidden_state"]
+
+
+class Attending(nn.Module):
+    """Operators whose form differs from opset to opset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm = nn.Linear(12, 36), nn.LayerNorm(12)
+        self.conv = nn.Conv1d(12, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(-2)
+        x = self.norm(x + F.gelu(mixed))
+        return (x + self.conv(x.mT).mT).softmax(-1).cumsum(1)
+
+
+@pytest.fixture(scope="module")
+def attending() -> fx.GraphModule:
+    torch.manual_seed(0)
+    model = Attending().eval()
+    return trace(model, (torch.randn(2, 7, 12),), dynamic_shapes=({0: "batch", 1: "length"},))
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_the_opset_that_is_asked_for_is_written(
+    attending: fx.GraphModule, tmp_path: Path, opset: int
+) -> None:
+    report = to_onnx(attending, tmp_path / "model.onnx", opset=opset)
+    assert report.verified
+    assert report.opset == opset
+    found = onnx.load(tmp_path / "model.onnx").opset_import
+    assert [(entry.domain, entry.version) for entry in found] == [("", opset)]
+
+
+@pytest.mark.parametrize(
+    "opset", [10, 13, 17, 26, 0, -1, 999, True, False, "18", 18.0, float("nan"), 10**30, [18]]
+)
+def test_an_opset_that_cannot_be_written_is_refused(
+    attending: fx.GraphModule, tmp_path: Path, opset: Any
+) -> None:
+    told: list[str] = []
+    reason = r"opset=.*expected a whole number from 18 to 25, or None"
+    with pytest.raises(ExportError, match=reason):
+        to_onnx(attending, tmp_path / "model.onnx", opset=opset, progress=told.append)
+    assert (told, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_a_conversion_that_falls_short_is_refused(
+    attending: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_fx.export.onnx_model.convert.OPSETS", range(10, 26))
+    with pytest.raises(ExportError, match=r"opset=13: .* only be translated to opset 18"):
+        to_onnx(attending, tmp_path / "model.onnx", opset=13)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from lora_fx.export.onnx_model.digested_writes import Watched
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        TorchTensor(torch.randn(5, 3)),
+        TorchTensor(torch.randn(600, 500)),  # digested beside the writing
+        TorchTensor(torch.randn(7, 3).bfloat16()),
+        TorchTensor(torch.randn(5, 3).t()),
+        ir.tensor(np.arange(6).reshape(2, 3)),
+        ir.tensor(np.ones((2, 3), ml_dtypes.bfloat16)),
+    ],
+)
+def test_the_digest_is_of_what_lies_in_the_file(tensor: ir.TensorProtocol, tmp_path: Path) -> None:
+    watched = Watched(tensor, "x")
+    assert (watched.name, watched.shape, watched.nbytes) == ("x", tensor.shape, tensor.nbytes)
+    with (tmp_path / "data").open("wb") as file:
+        watched.tofile(file)
+    content = (tmp_path / "data").read_bytes()
+    assert content == tensor.tobytes()
+    start = f"{int(tensor.dtype)}:{tuple(tensor.shape.numpy())}:".encode()
+    assert watched.digest == hashlib.sha256(start + content).hexdigest()[:32]

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+
+
+def test_a_graph_that_is_not_valid_onnx_is_refused(exported_mlp: Any, tmp_path: Path) -> None:
+    model = ir.load(exported_mlp.path("constant"))
+    write_model(model, tmp_path / "good.onnx", external_data_above=10**9)
+    for node in model.graph:
+        node.op_type = node.op_type.replace("Relu", "Rellu")
+    with pytest.raises(ExportError, match=r"not valid ONNX: .*Rellu"):
+        write_model(model, tmp_path / "bad.onnx", external_data_above=10**9)
+
+
+def test_a_written_file_says_whether_it_has_slots(exported_mlp: Any) -> None:
+    found = manifest_in(load_proto(exported_mlp.path("input")), Path("x"))
+    assert found is not None
+    assert [slot.path for slot in found.slots] == ["up", "tail.1"]
+    assert manifest_in(load_proto(exported_mlp.path("folded")), Path("x")) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no model", onnx.ModelProto(ir_version=9).SerializeToString()]
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(ExportError, match=r"x\.onnx: not an ONNX file"):
+        load_proto(tmp_path / "x.onnx")
+    with pytest.raises(ExportError, match="cannot be read: Is a directory"):
+        load_proto(tmp_path)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.export.onnx_model.convert import convert
+from lora_fx.export.onnx_model.optimize import anonymise, clean
+from lora_fx.frontend.torch_export import export_program
+from lora_fx.frontend.trace import trace
+from lora_fx.testing import Tied
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.fc(x)))
+
+
+def cleaned(module: nn.Module, *args: Any) -> ir.Model:
+    gm = trace(module.eval(), args)
+    model = convert(export_program(gm, args, {}, None), None)
+    clean(model)
+    anonymise(model)
+    return model
+
+
+def shown(model: ir.Model) -> list[str]:
+    return [f"{n.op_type}({', '.join(v.name or '' for v in n.inputs if v)})" for n in model.graph]
+
+
+def test_a_transposed_weight_is_stored_as_it_is_read_under_its_name() -> None:
+    module = nn.Sequential(nn.Linear(3, 5))
+    model = cleaned(module, torch.randn(4, 7, 3))
+    assert shown(model) == ["MatMul(input, 0.weight)", "Add(val_1, 0.bias)"]
+    stored = model.graph.initializers["0.weight"].const_value
+    assert isinstance(stored, ir.LazyTensor)
+    assert torch.equal(torch.from_numpy(stored.numpy()), module[0].weight.detach().T)
+
+
+def test_a_layer_called_twice_shares_one_stored_weight() -> None:
+    model = cleaned(Twice(), torch.randn(4, 7, 5))
+    assert list(model.graph.initializers) == ["fc.weight"]
+    assert shown(model) == ["MatMul(x, fc.weight)", "Relu(linear)", "MatMul(relu, fc.weight)"]
+
+
+def test_a_tied_weight_stays_as_it_is_and_is_multiplied_where_it_lies() -> None:
+    model = cleaned(Tied(), torch.randint(0, 6, (4, 7)))
+    floats = [n for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT]
+    assert floats == ["table.weight"]
+    assert [
+        n.op_type for n in model.graph if n.inputs[1:2] == (model.graph.initializers[floats[0]],)
+    ] == ["Gemm"]
+
+
+def test_arithmetic_on_weights_is_not_evaluated() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight / self.weight.norm(dim=0))
+
+    model = cleaned(Normed(), torch.randn(4, 7, 3))
+    assert [n for n, v in model.graph.initializers.items() if v.shape and len(v.shape) == 2] == [
+        "weight"
+    ]
+
+
+def test_nothing_of_the_tracer_is_left() -> None:
+    model = cleaned(Twice(), torch.randn(4, 7, 5))
+    values = [value for node in model.graph for value in node.outputs]
+    values += [*model.graph.inputs, *model.graph.initializers.values()]
+    for thing in (model, model.graph, *model.graph, *values):
+        assert not thing.metadata_props
+        assert not thing.doc_string
+
+
+@pytest.mark.parametrize("module", [Tied(), Twice()])
+def test_a_second_run_changes_nothing(module: nn.Module) -> None:
+    x = torch.randint(0, 6, (4, 7)) if isinstance(module, Tied) else torch.randn(4, 7, 5)
+    model = cleaned(module, x)
+    before = shown(model)
+    clean(model)
+    assert shown(model) == before

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fx.errors import ExportError
+from lora_fx.export.runtime.ort import call, open_session, to_array
+
+
+def test_outputs_come_by_name_at_every_setting(exported_mlp: Any) -> None:
+    feeds = {"x": np.ones((4, 7, 3), np.float32)}
+    for optimise in (False, True):
+        session = open_session(exported_mlp.path("constant"), threads=1, optimise=optimise)
+        assert list(call(session, feeds)) == ["hidden", "score"]
+
+
+def test_unknown_providers_are_named(exported_mlp: Any) -> None:
+    with pytest.raises(ExportError, match="providers NowhereProvider: this onnxruntime has"):
+        open_session(exported_mlp.path("constant"), providers=["NowhereProvider"])
+
+
+def test_inputs_become_arrays() -> None:
+    x = torch.randn(4, 7, requires_grad=True)
+    assert np.array_equal(to_array("x", x), x.detach().numpy())
+    assert to_array("x", [1, 2]).shape == (2,)
+    with pytest.raises(ExportError, match="'x' is a object"):
+        to_array("x", object())
