@@ -461,7 +461,7 @@ def test_the_users_own_errors_are_one_message(
 def test_a_defect_of_our_own_says_so(
     home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_fx.describe.describe", len)
+    monkeypatch.setattr("lora_fx.cli.inspect.describe", len)
     assert call("inspect", home / "french") == 2
     shown = capfd.readouterr().err
     assert shown.startswith("error: TypeError: len() takes exactly one argument")

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lora_fx import fold, inject
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.describe import describe
+from lora_fx.cli.inspect import describe
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx, verify_onnx
 from lora_fx.export.onnx_model.digests import KEY

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_fx import load_adapter
-from lora_fx.describe import describe
+from lora_fx.cli.inspect import describe
 from lora_fx.errors import AdapterError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in

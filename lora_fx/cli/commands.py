@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from lora_fx.adapter_task import task_of
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
-from lora_fx.directory import refuse_lacking
+from lora_fx.cli.adapter_options import Given, base_of
+from lora_fx.cli.adapter_task import task_of
+from lora_fx.cli.hf_directory import refuse_lacking
+from lora_fx.cli.model_source import ModelSource, find_model
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.formats import save_adapter
 from lora_fx.frontend.trace import trace
-from lora_fx.given import Given, base_of
 from lora_fx.io.output_dir import refuse_existing, staged
-from lora_fx.model_source import ModelSource, find_model
 from lora_fx.unmerged import unmerged
 
 if TYPE_CHECKING:

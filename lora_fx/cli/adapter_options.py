@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.cli.model_source import ModelSource, find_model
 from lora_fx.errors import AdapterError
 from lora_fx.formats import FORMATS, load_adapter
 from lora_fx.frontend.trace import trace
-from lora_fx.model_source import ModelSource, find_model
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.cli.model_source import find_model
 from lora_fx.errors import LoraFxError
-from lora_fx.model_source import find_model
 from lora_fx.testing import tiny
 
 SOURCE = """

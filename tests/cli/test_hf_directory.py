@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 
-from lora_fx.adapter_task import Task
-from lora_fx.directory import load_directory, refuse_lacking
+from lora_fx.cli.adapter_task import Task
+from lora_fx.cli.commands import export_model, verify_model
+from lora_fx.cli.hf_directory import load_directory, refuse_lacking
 from lora_fx.errors import AdapterWarning, LoraFxError
-from lora_fx.jobs import export_model, verify_model
 from lora_fx.testing import relative, tiny
 
 NO_TASK = Task()

@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 
+from lora_fx.cli.user_code import users_line, words
 from lora_fx.errors import LoraFxError, VerificationError
-from lora_fx.user_code import users_line, words
 
 TRACEBACK = "LORA_FX_TRACEBACK"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapter_task import Task
+from lora_fx.cli.adapter_task import Task
 from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
 
 # PEFT's tasks and the classes of transformers that mean the same.

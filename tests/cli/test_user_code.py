@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_fx.cli.user_code import load_module, users_code, users_line
 from lora_fx.errors import LoraFxError
-from lora_fx.user_code import load_module, users_code, users_line
 
 
 def raised_by(function: object) -> BaseException:

@@ -14,9 +14,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter
-from lora_fx.describe import as_text, describe
+from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.inspect import as_text, describe
 from lora_fx.errors import LoraFxError
-from lora_fx.given import Given
 from lora_fx.testing import make_adapter
 
 MakeAdapter = Callable[..., Adapter]

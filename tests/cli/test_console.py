@@ -7,8 +7,8 @@ import warnings
 import pytest
 from rich.console import Console
 
-from lora_fx import console
-from lora_fx.console import show, stages
+from lora_fx.cli import console
+from lora_fx.cli.console import show, stages
 from lora_fx.errors import AdapterWarning
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.commands import convert_adapter, export_model, verify_model
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
-from lora_fx.given import Given
-from lora_fx.jobs import convert_adapter, export_model, verify_model
 from lora_fx.testing import make_adapter
 
 MODEL = """
@@ -178,7 +178,7 @@ def test_a_missing_file_is_not_verified(tmp_path: Path) -> None:
 def test_what_cannot_be_merged_is_refused_by_name_or_noted(
     home: Path, french: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_fx.jobs.fold", lambda gm: gm)  # nothing folds
+    monkeypatch.setattr("lora_fx.cli.commands.fold", lambda gm: gm)  # nothing folds
     arguments = (SPEC, [french], "merged", home / "refused", False, lambda stage: None)
     with pytest.raises(ExportError, match=r"beside 1 layers: one \(.*--allow-unmerged"):
         export_model(*arguments)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lora_fx.cli.error_exit import report
 from lora_fx.errors import AdapterError, VerificationError
-from lora_fx.failures import report
 
 CASES: list[tuple[BaseException, int, str]] = [
     (VerificationError("far off"), 1, "far off"),

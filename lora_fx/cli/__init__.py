@@ -13,10 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lora_fx.console import show, stages
-from lora_fx.errors import LoraFxError
-from lora_fx.failures import report as report_failure
-from lora_fx.options import (
+from lora_fx.cli.console import show, stages
+from lora_fx.cli.error_exit import report as report_failure
+from lora_fx.cli.options import (
     Adapters,
     Against,
     AllowPickle,
@@ -30,6 +29,7 @@ from lora_fx.options import (
     Model,
     UseRslora,
 )
+from lora_fx.errors import LoraFxError
 
 # Usage errors, which typer shows itself; what they derive from has no public name in every typer.
 _USAGE: type[Exception] = next(
@@ -95,8 +95,8 @@ def export(
 
     In swappable mode each adapter is also written as OUT/NAME.onnx_adapter.
     """
-    from lora_fx.given import Given
-    from lora_fx.jobs import export_model
+    from lora_fx.cli.adapter_options import Given
+    from lora_fx.cli.commands import export_model
 
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
@@ -124,8 +124,8 @@ def adapter(
     as_json: AsJson = False,
 ) -> None:
     """Convert an adapter, for one exported model or to another format."""
-    from lora_fx.given import Given
-    from lora_fx.jobs import convert_adapter
+    from lora_fx.cli.adapter_options import Given
+    from lora_fx.cli.commands import convert_adapter
 
     if (model is None) == (to is None):
         raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
@@ -148,8 +148,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show targets, ranks, scales, norms, slots and digests."""
-    from lora_fx.describe import as_text, describe
-    from lora_fx.given import Given
+    from lora_fx.cli.adapter_options import Given
+    from lora_fx.cli.inspect import as_text, describe
 
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle, base)
     with stages():
@@ -170,8 +170,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare an exported model with the eager one, and with a control that must differ."""
-    from lora_fx.given import Given
-    from lora_fx.jobs import verify_model
+    from lora_fx.cli.adapter_options import Given
+    from lora_fx.cli.commands import verify_model
 
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:

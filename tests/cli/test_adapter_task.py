@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_fx.adapter_task import Task, task_of
+from lora_fx.cli.adapter_task import Task, task_of
 from lora_fx.errors import AdapterError
 
 

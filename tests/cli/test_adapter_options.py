@@ -11,8 +11,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, AdapterError, Update
-from lora_fx.given import Given, base_of
-from lora_fx.model_source import ModelSource
+from lora_fx.cli.adapter_options import Given, base_of
+from lora_fx.cli.model_source import ModelSource
 
 
 @pytest.mark.parametrize(

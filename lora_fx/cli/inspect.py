@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.describe import describe_update
+from lora_fx.cli.adapter_options import Given
 from lora_fx.errors import LoraFxError, within
-from lora_fx.given import Given
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20

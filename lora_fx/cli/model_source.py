@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapter_task import Task
-from lora_fx.directory import load_directory, prepared_by
+from lora_fx.cli.adapter_task import Task
+from lora_fx.cli.hf_directory import load_directory, prepared_by
+from lora_fx.cli.hf_inputs import example_inputs
+from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
-from lora_fx.example_inputs import example_inputs
-from lora_fx.user_code import load_module, users_code
 
 _FORMS = "expected a Hugging Face directory, module:function, file.py:function, or a .pt2 file"
 
