@@ -17,7 +17,7 @@ from torch import fx
 import lora_fx
 from benchmarks.timing import Run
 from lora_fx import Adapter, Update
-from lora_fx.branch_lowering.forms import Form
+from lora_fx.branch_lowering.selection import Form
 from lora_fx.export import export_adapter, to_onnx
 from lora_fx.export.modes import Constant
 from lora_fx.export.verification.eager import evaluating

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from torch import fx
 
 from lora_fx.errors import ExportError
+from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
 from lora_fx.export.onnx_model.model_file import write_model
@@ -17,14 +18,12 @@ from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import promise_weights
-from lora_fx.export.program.output_names import rename
-from lora_fx.export.report import Clock, ExportReport
-from lora_fx.export.verification.evidence import Evidence
+from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.io.publish import refuse_existing, staged
-from lora_fx.unmerged import is_unmerged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 

@@ -12,12 +12,11 @@ from torch import fx
 
 from lora_fx.errors import AdapterError
 from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.report import Evidence
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.insert import chosen_slots, open_slots, probe, set_defaults
-from lora_fx.export.slots.manifest import KEY, manifest_of
-from lora_fx.export.slots.slot import Slot
+from lora_fx.export.slots.manifest import KEY, Slot, manifest_of
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.evidence import Evidence
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file

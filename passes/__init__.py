@@ -1,7 +1,6 @@
 """The passes: callables from a graph to a new graph and a report of edits."""
 
-from lora_fx.graph.pass_base import Pass, PassResult
-from lora_fx.graph.pipeline import Pipeline
+from lora_fx.graph.pass_base import Pass, PassResult, Pipeline
 from lora_fx.passes.choose_form import ChooseForm
 from lora_fx.passes.fold_lora import FoldLora
 from lora_fx.passes.inject_lora import InjectLora

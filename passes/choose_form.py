@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.branch_lowering.emit_form import Maker, shrunk
-from lora_fx.branch_lowering.forms import Form, Group
-from lora_fx.branch_lowering.selection import TOKENS, choices
+from lora_fx.branch_lowering.selection import TOKENS, Form, Group, choices
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten

@@ -16,9 +16,8 @@ from lora_fx.affine.region import Region
 from lora_fx.affine.region_boundary import LAYERS, weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
-from lora_fx.algebra.constructors import transposed
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum
+from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, transposed
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.same import difference, same_values
+from lora_fx.numerics import difference, same_values
 
 Point = namedtuple("Point", "x y")
 

@@ -11,9 +11,8 @@ import torch
 from torch import fx
 
 from lora_fx.export.program.example_inputs import Inputs
-from lora_fx.export.program.io_signature import Leaf, input_leaves
+from lora_fx.export.program.io_signature import Leaf, free_names, input_leaves, output_names
 from lora_fx.export.program.lazy_weights import Promise, with_stand_ins
-from lora_fx.export.program.output_names import free_names, output_names
 from lora_fx.export.program.shape_variants import Case, cases
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.runtime.ort import to_array

@@ -14,7 +14,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.onnx_model.tensors import digest_of, to_torch
-from lora_fx.export.slots.slot import Slot
+from lora_fx.export.slots.manifest import Slot
 
 
 class BaseWeights:

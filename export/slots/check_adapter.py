@@ -10,8 +10,7 @@ from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
-from lora_fx.export.slots.manifest import Manifest
-from lora_fx.export.slots.slot import Slot
+from lora_fx.export.slots.manifest import Manifest, Slot
 from lora_fx.injection.branch_tensors import Terms
 from lora_fx.injection.finite_values import overflow
 from lora_fx.io.tensor_checks import check_tensors

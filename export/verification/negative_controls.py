@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from lora_fx.export.report import Subject
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.evidence import Subject
 from lora_fx.graph.graph_module import assign
 from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
 from lora_fx.injection.injected_adapters import injected

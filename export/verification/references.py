@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.export.report import Coverage
+from lora_fx.export.report import Coverage, Subject
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.evidence import Subject
 from lora_fx.injection.injected_adapters import Injected, injected
 from lora_fx.injection.match_branch import branches
 from lora_fx.injection.read_adapter import adapter_from

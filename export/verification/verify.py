@@ -15,11 +15,10 @@ from torch import fx, nn
 from lora_fx.errors import AdapterWarning, VerificationError, shorten
 from lora_fx.export.program.export_unit import Trial
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.export.report import Check
+from lora_fx.export.report import Check, Evidence, Subject
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.verification.eager import Tensors, run_eager
-from lora_fx.export.verification.evidence import Evidence, Subject
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
 from lora_fx.export.verification.suspects import suspects
 from lora_fx.graph.graph_module import targets

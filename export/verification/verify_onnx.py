@@ -14,11 +14,10 @@ from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
-from lora_fx.export.report import Clock, ExportReport
+from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.evidence import Evidence
 from lora_fx.export.verification.negative_controls import controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file

@@ -12,7 +12,7 @@ from torch import fx, nn
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.layer_class import is_conv1d_of_transformers
+from lora_fx.layers.layer import is_conv1d_of_transformers
 from lora_fx.layers.sites import Site, sites
 
 # How a key of a module tells layers whose weights may have one shape.

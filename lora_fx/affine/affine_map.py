@@ -15,9 +15,8 @@ import torch
 from torch import fx
 
 from lora_fx.affine.feature_layout import Layout
-from lora_fx.algebra.constructors import product, rows, scaled, total
 from lora_fx.algebra.index_expr import Index
-from lora_fx.algebra.matrix_expr import Identity, Matrix
+from lora_fx.algebra.matrix_expr import Identity, Matrix, product, rows, scaled, total
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.algebra.constructors import product, signed, transposed
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum
+from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, product, signed, transposed
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.ops import call_argument, op_name
 

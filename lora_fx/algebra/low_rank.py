@@ -6,9 +6,8 @@ from functools import reduce
 
 import torch
 
-from lora_fx.algebra.constructors import product
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Matrix, Product, RowScaled, Sum, parts
+from lora_fx.algebra.matrix_expr import Matrix, Product, RowScaled, Sum, parts, product
 
 
 class NotLowRankError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.branch_lowering.forms import Member
+from lora_fx.branch_lowering.selection import Member
 from lora_fx.branch_lowering.stacked_weights import Factors, Held, Make
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten

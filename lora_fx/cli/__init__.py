@@ -13,9 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lora_fx.cli.console import show, stages
-from lora_fx.cli.error_exit import report as report_failure
-from lora_fx.cli.options import (
+from lora_fx.cli.adapter_options import (
     Adapters,
     Against,
     AllowPickle,
@@ -29,6 +27,8 @@ from lora_fx.cli.options import (
     Model,
     UseRslora,
 )
+from lora_fx.cli.console import show, stages
+from lora_fx.cli.error_exit import report as report_failure
 from lora_fx.errors import LoraFxError
 
 # Usage errors, which typer shows itself; what they derive from has no public name in every typer.

@@ -16,10 +16,10 @@ from lora_fx.cli.adapter_task import task_of
 from lora_fx.cli.hf_directory import refuse_lacking
 from lora_fx.cli.model_source import ModelSource, find_model
 from lora_fx.errors import AdapterError, ExportError, shorten, within
+from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
 from lora_fx.frontend.trace import trace
 from lora_fx.io.output_dir import refuse_existing, staged
-from lora_fx.unmerged import unmerged
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport

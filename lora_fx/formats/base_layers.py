@@ -13,7 +13,7 @@ from lora_fx.frontend.trace import example_of
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.layer_class import NORM, layer_class
+from lora_fx.layers.layer import NORM, layer_class
 from lora_fx.layers.sites import Site, by_path, readers
 
 

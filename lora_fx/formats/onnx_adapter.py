@@ -38,7 +38,7 @@ def read_onnx_adapter(path: Path, name: str, hints: Hints) -> Adapter:
     Raises:
         AdapterError: it is damaged, or holds what is no pair of A and B.
     """
-    from lora_fx.export.slots.adapter_read import read_adapter_file
+    from lora_fx.export.slots.adapter_file import read_adapter_file
 
     return read_adapter_file(path, name)
 

@@ -18,8 +18,7 @@ from lora_fx.frontend.torch_export import distinct
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.mutation import written
-from lora_fx.numerics import compare
-from lora_fx.same import difference
+from lora_fx.numerics import compare, difference
 
 
 class CallError(TraceError):

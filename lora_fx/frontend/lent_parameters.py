@@ -6,7 +6,7 @@ from torch import fx
 
 from lora_fx.frontend.traced_module import TracedModule
 from lora_fx.graph.ops import HOLDER, module_path
-from lora_fx.layers.layer_class import layer_class
+from lora_fx.layers.layer import layer_class
 from lora_fx.layers.sites import Site, sites
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.same import same_values
+from lora_fx.numerics import same_values
 
 _Read = Callable[[], Any]
 _Put = Callable[[Any], Any]

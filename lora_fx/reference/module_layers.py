@@ -11,8 +11,7 @@ from torch import nn
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.frontend.traced_module import TracedModule
-from lora_fx.layers.layer import Layer
-from lora_fx.layers.layer_class import NORM, layer_class
+from lora_fx.layers.layer import NORM, Layer, layer_class
 
 
 class NoWeightFormError(Exception):

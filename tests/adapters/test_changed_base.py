@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, combine, load_adapter
-from lora_fx.adapters.changed_base import converted, olora_factors, pissa_factors
+from lora_fx.adapters.initialization import converted, olora_factors, pissa_factors
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,8 +11,8 @@ import torch
 
 from lora_fx import Adapter, AdapterError, Update, combine
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.adapters.merging import summed, term_of
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.weighted import summed, term_of
 
 WAYS = ["cat", "linear", "svd"]
 SHAPES = [(5, 3), (5, 3, 2), (5, 3, 2, 4), (5, 3, 1, 2, 3)]

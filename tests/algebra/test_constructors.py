@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.algebra.constructors import (
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.index_expr import slice_of
+from lora_fx.algebra.matrix_expr import (
+    Blocks,
+    Identity,
+    Leaf,
+    Matrix,
+    Product,
+    Sum,
     number,
     placed,
     product,
@@ -17,9 +25,6 @@ from lora_fx.algebra.constructors import (
     total,
     transposed,
 )
-from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.index_expr import slice_of
-from lora_fx.algebra.matrix_expr import Blocks, Identity, Leaf, Matrix, Product, Sum
 
 Pair = tuple[Matrix, torch.Tensor]
 OPERATIONS = ("product", "sum", "scaled", "number", "rows", "placed", "transposed", "blocks")

@@ -4,9 +4,18 @@ from itertools import permutations
 
 import torch
 
-from lora_fx.algebra.constructors import product, total
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Blocks, Identity, Leaf, Matrix, Product, Sum, Transposed
+from lora_fx.algebra.matrix_expr import (
+    Blocks,
+    Identity,
+    Leaf,
+    Matrix,
+    Product,
+    Sum,
+    Transposed,
+    product,
+    total,
+)
 
 MAKE = torch.Generator().manual_seed(0)
 

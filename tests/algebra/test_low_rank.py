@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.algebra.constructors import number, placed, product, scaled, signed
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum
+from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, number, placed, product, scaled, signed
 
 
 def leaf(name: str, rows: int, columns: int) -> Leaf:

@@ -10,8 +10,7 @@ import pytest
 from lora_fx import inject, trace
 from lora_fx.branch_lowering import cost
 from lora_fx.branch_lowering.cost import Shape
-from lora_fx.branch_lowering.forms import FACTORED, Form, Group, Member, forms_of
-from lora_fx.branch_lowering.selection import choices
+from lora_fx.branch_lowering.selection import FACTORED, Form, Group, Member, choices, forms_of
 from lora_fx.testing import make_adapter
 
 SHAPE = Shape(256, 768, 768, 8)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, Update, inject, trace
-from lora_fx.branch_lowering.forms import FACTORED, Form
-from lora_fx.branch_lowering.selection import TOKENS, choices, tokens_of
+from lora_fx.branch_lowering.selection import FACTORED, TOKENS, Form, choices, tokens_of
 from lora_fx.testing import make_adapter
 
 

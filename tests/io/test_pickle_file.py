@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.io.pickle_file import read_pickle
+from lora_fx.io.state_dict import read_pickle
 
 
 def test_a_state_dict_is_read(tmp_path: Path) -> None:

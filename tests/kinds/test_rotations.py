@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_fx.kinds.rotations import from_lycoris, from_peft
+from lora_fx.kinds.oft import from_lycoris, from_peft
 
 
 def skew_of(values):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lora_fx.layers.layer_class import LayerClass, is_conv1d_of_transformers, layer_class
+from lora_fx.layers.layer import LayerClass, is_conv1d_of_transformers, layer_class
 
 MAKE: Any = Conv1D
 

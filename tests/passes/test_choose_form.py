@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
-from lora_fx.branch_lowering.forms import FACTORED, Form
+from lora_fx.branch_lowering.selection import FACTORED, Form
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.injection.match_branch import branches

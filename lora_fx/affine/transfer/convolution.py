@@ -15,9 +15,8 @@ from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.constant_expr import leaf
 from lora_fx.affine.feature_layout import Layout, sizes_of
 from lora_fx.affine.transfer.linear import dense_layer
-from lora_fx.algebra.constructors import scaled, transposed
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix
+from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, scaled, transposed
 from lora_fx.graph.ops import call_argument, is_around, op_name
 
 

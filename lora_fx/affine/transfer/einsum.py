@@ -10,8 +10,7 @@ from torch import fx
 from lora_fx.affine.affine_map import Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
-from lora_fx.algebra.constructors import transposed
-from lora_fx.algebra.matrix_expr import Blocks, Matrix
+from lora_fx.algebra.matrix_expr import Blocks, Matrix, transposed
 from lora_fx.layers.matrix_products import listed
 
 

@@ -20,9 +20,17 @@ from lora_fx.affine.analysis import (
 )
 from lora_fx.affine.feature_layout import Layout, same_sizes, sizes_of
 from lora_fx.affine.transfer.slicing import SLICE, constant_index, is_all
-from lora_fx.algebra.constructors import number, placed, repeated, rows, signed, total
 from lora_fx.algebra.index_expr import Index, all_but, along, slice_of
-from lora_fx.algebra.matrix_expr import Identity, Matrix
+from lora_fx.algebra.matrix_expr import (
+    Identity,
+    Matrix,
+    number,
+    placed,
+    repeated,
+    rows,
+    signed,
+    total,
+)
 from lora_fx.graph.ops import call_argument, op_name
 
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size

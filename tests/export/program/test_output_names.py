@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, to_onnx
-from lora_fx.export.program.output_names import free_names, output_names
+from lora_fx.export.program.io_signature import free_names, output_names
 from lora_fx.frontend.trace import trace
 from lora_fx.numerics import compare
 

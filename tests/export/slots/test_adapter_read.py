@@ -13,7 +13,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.export import export_adapter
-from lora_fx.export.slots.adapter_read import read_adapter_file
+from lora_fx.export.slots.adapter_file import read_adapter_file
 
 
 def write(path: Path, arrays: dict[str, Any], bfloat16: bool = False) -> Path:

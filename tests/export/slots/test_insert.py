@@ -14,7 +14,7 @@ from torch import nn
 from lora_fx.adapters.adapter import Adapter, Scaling
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
-from lora_fx.export.slots.adapter_read import read_adapter_file
+from lora_fx.export.slots.adapter_file import read_adapter_file
 from lora_fx.export.slots.check_adapter import read_adapter
 from lora_fx.export.slots.insert import chosen_slots, probe
 from lora_fx.frontend.trace import trace

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_fx.errors import VerificationError
-from lora_fx.export.report import Check
-from lora_fx.export.verification.evidence import Evidence
+from lora_fx.export.report import Check, Evidence
 
 ROW = Check("model", "batch=2", "off", "output", 1e-7, 2e-7, 1e-5, ok=True)
 WRONG = replace(ROW, output="score", relative=0.3, ok=False)

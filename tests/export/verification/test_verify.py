@@ -11,8 +11,8 @@ from lora_fx.errors import VerificationError
 from lora_fx.export import to_onnx
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.report import Subject
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.evidence import Subject
 from lora_fx.export.verification.negative_controls import controls
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.passes import InjectLora
