@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.frontend.trace import forget_model
 from lora_fx.graph.editor import Editor
+from lora_fx.graph.example import forget_model
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.injected_adapters import stripped

@@ -11,7 +11,7 @@ import lora_fx
 from lora_fx.testing import make_adapter
 
 SUBMODULES_FIRST = """
-import lora_fx.layers.sites, lora_fx.fit, lora_fx.compare, lora_fx.text, lora_fx.trace, lora_fx
+import lora_fx.layers.sites, lora_fx.frontend.trace, lora_fx.explanation, lora_fx
 assert callable(lora_fx.trace) and callable(lora_fx.compare) and callable(lora_fx.text)
 """
 

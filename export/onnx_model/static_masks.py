@@ -18,9 +18,9 @@ from torch import fx
 from torch.export import graph_signature as signature
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lora_fx.affine.feature_layout import same_sizes
 from lora_fx.export.program.decompose import splice
 from lora_fx.graph.ops import aten, call_argument, mutates
+from lora_fx.graph.sizes import same_sizes
 
 Tensor = torch.Tensor
 _PUTS = {aten.index_put.default, aten._unsafe_index_put.default}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.errors import ExportError
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.export.program.decompose import LoweredProgram, inline_grad_modes
 from lora_fx.export.program.example_inputs import Inputs
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute, copy_graph
 from lora_fx.graph.ops import GUARDS, written_arguments
 

@@ -12,7 +12,7 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import Slot
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.injection.match_branch import branches, parameter_names
 from lora_fx.injection.resolved import aliases
 from lora_fx.layers.sites import Site, by_path

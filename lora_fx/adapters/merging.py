@@ -12,11 +12,11 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate, low_rank
+from lora_fx.adapters.parameter_updates import for_parameter, name_of
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.adapters.source_record import EMBEDDING, is_embedding, kept
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
-from lora_fx.injection.parameter_updates import for_parameter, name_of
 
 
 def combine(

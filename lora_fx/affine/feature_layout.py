@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
-import torch
-
-Sizes = tuple[Any, ...]  # of ints, and of SymInts where an axis is dynamic
+from lora_fx.graph.sizes import Sizes, same_sizes
 
 
 @dataclass(frozen=True)
@@ -116,22 +113,3 @@ class Layout:
         lead = front[: len(front) - len(own)]
         fits = all(n in (1, m) for n, m in zip(reversed(own), reversed(self.split), strict=False))
         return fits and all(n == 1 for n in (*behind, *lead))
-
-
-def same_sizes(one: Sizes | None, other: Sizes | None) -> bool:
-    """Whether sizes are equal whatever the inputs are; unknown ones are those of one source."""
-    if one is None or other is None:
-        return one is other
-    return len(one) == len(other) and all(map(_same, one, other))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
-        return bool(one.node.expr == other.node.expr)
-    return type(one) is type(other) and bool(one == other)
-
-
-def sizes_of(node: Any) -> Sizes | None:
-    """The sizes that a node was traced with, or None."""
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None

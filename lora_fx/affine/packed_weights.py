@@ -17,9 +17,9 @@ from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
-from lora_fx.branch_lowering.stacked_weights import Held
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.stacked_weights import Held
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
 from lora_fx.layers.weight_readers import is_one_way

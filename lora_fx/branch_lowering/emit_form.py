@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branch_lowering.selection import Member
-from lora_fx.branch_lowering.stacked_weights import Factors, Held, Make
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
+from lora_fx.graph.stacked_weights import Factors, Held, Make
 from lora_fx.injection.match_branch import parameter_names
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft_replaced import PREFIX
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
@@ -67,5 +66,5 @@ def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
     file = next((file for file in files if file.is_file()), None)
     if file is None or (is_pickle(file) and not allow_pickle):
         return {}  # the adapter's reader says so, in its own words
-    tensors = read_file(file, Hints(allow_pickle=allow_pickle))
+    tensors = read_file(file, allow_pickle)
     return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -142,7 +142,7 @@ def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str,
 def _detect(source: Path, allow_pickle: bool) -> str:
     """The format of an existing file or directory: the first that knows it."""
     is_tensors = source.is_file() and not is_onnx_adapter(source, ())
-    names = names_in(source, Hints(allow_pickle=allow_pickle)) if is_tensors else ()
+    names = names_in(source, allow_pickle) if is_tensors else ()
     found = next((form for form, entry in FORMATS.items() if entry.is_it(source, names)), None)
     if found is None:
         supported = ", ".join(FORMATS)

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.graph.ops import module_path, op_name

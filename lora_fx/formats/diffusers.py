@@ -64,7 +64,7 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     file = path / WEIGHTS if path.is_dir() else path
     fields = fields_in(file)
     bare = is_bare(fields)
-    tensors = read_file(file, hints)
+    tensors = read_file(file, hints.allow_pickle)
     with within(file):
         components = sort_by_component(tensors, bare)
         if hints.component is not None and not bare:

@@ -46,7 +46,7 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             f"{path}: kohya's names lose the dots of a path; pass base=, the model or the traced "
             "graph that the adapter is for"
         )
-    tensors, base = read_file(path, hints), layers_of(hints.base)
+    tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
     updates: dict[str, AnyUpdate] = {}
     with within(path):
         layers = _sorted(tensors, hints.component)

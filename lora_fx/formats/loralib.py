@@ -49,7 +49,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     Raises:
         AdapterError: names the file, the tensor or hint, and what is wrong with it.
     """
-    tensors, texts = read_file(path, hints), metadata_of(path)
+    tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
     base = {} if hints.base is None else layers_of(hints.base)
     with within(path):
         file = sort_keys(tensors, hints.base)

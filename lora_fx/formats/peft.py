@@ -45,7 +45,7 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
     weights = directory / WEIGHTS
     if not weights.exists() and (directory / PICKLE).exists():
         weights = directory / PICKLE
-    tensors = read_file(_existing(directory, weights.name), hints)
+    tensors = read_file(_existing(directory, weights.name), hints.allow_pickle)
     return assemble(name, weights, tensors, config, directory / CONFIG, hints)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.formats.base_layers import layers_of
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.layers.sites import by_path
 
 Shape = tuple[int, ...]

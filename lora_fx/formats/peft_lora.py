@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.parameter_updates import for_parameter
 from lora_fx.adapters.source_record import Stored, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.injection.parameter_updates import for_parameter
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TABLE_DOWN, TABLE_UP = "lora_embedding_A", "lora_embedding_B"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.frontend.traced_module import TracedModule
 from lora_fx.graph.ops import HOLDER, module_path
+from lora_fx.graph.traced_module import TracedModule
 from lora_fx.layers.layer import layer_class
 from lora_fx.layers.sites import Site, sites
 

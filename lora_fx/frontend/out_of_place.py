@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.affine.feature_layout import same_sizes
 from lora_fx.graph.memory_views import Call, assigned, viewed
 from lora_fx.graph.ops import aten, draws, function_name, in_place, inplace_place
+from lora_fx.graph.sizes import same_sizes
 
 Overload = torch._ops.OpOverload
 _BY_OPERATOR = {

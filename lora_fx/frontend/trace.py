@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,35 +22,13 @@ from lora_fx.frontend.normalize import normalise
 from lora_fx.frontend.root_call import is_hooked
 from lora_fx.frontend.symbolic import symbolic_graph
 from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of, shapes_by_argument
-from lora_fx.frontend.traced_module import TracedModule
+from lora_fx.graph.example import Example, example_of, remember_example
 from lora_fx.graph.graph_module import assemble, copy_graph, targets
 from lora_fx.graph.module_copy import unshared, untouched
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
+from lora_fx.graph.traced_module import TracedModule
 from lora_fx.graph.train_eval import in_mode
-
-_META = "lora_fx.example"
-
-
-@dataclass(frozen=True)
-class Example:
-    """What a graph was traced with, kept for export.
-
-    Attributes:
-        args: positional example inputs.
-        kwargs: example inputs by name, in the order of the model's signature.
-        dynamic_shapes: as given to `trace`.
-        output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
-        aliases: path of a module that has several names -> its other names.
-        model: the module that was traced, as it was then; None once the graph is another's.
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    dynamic_shapes: Any = None
-    output_embedding: str | None = None
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    model: TracedModule | None = field(default=None, compare=False, repr=False)
 
 
 def trace(
@@ -102,19 +80,6 @@ def trace(
     gm, unsteady = once()
     _remember(gm, model, once, unsteady)
     return gm
-
-
-def example_of(gm: fx.GraphModule) -> Example | None:
-    """The example inputs that a graph was traced with, if it remembers any."""
-    example = gm.meta.get(_META)
-    return example if isinstance(example, Example) else None
-
-
-def forget_model(gm: fx.GraphModule) -> None:
-    """Notes that a graph no longer computes what the module that was traced does."""
-    example = example_of(gm)
-    if example is not None:
-        gm.meta[_META] = replace(example, model=None)
 
 
 def _once(
@@ -184,7 +149,7 @@ def _finish(
     refuse_attributes(targets(graph))
     refuse_inputs(_parameters(graph))
     gm = assemble(root, graph, training, made)
-    gm.meta[_META] = example
+    remember_example(gm, example)
     if example.model is not None:
         note_holders(gm, example.model)
     return gm
@@ -217,7 +182,7 @@ def _from_program(program: torch.export.ExportedProgram, check: bool) -> fx.Grap
 
 def _opened(gm: fx.GraphModule) -> bool:
     calls = (n for n in gm.graph.nodes if n.op == "call_module" and n.target != GUARDS)
-    return _META in gm.meta or not any(calls)
+    return example_of(gm) is not None or not any(calls)
 
 
 def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from lora_fx.graph.lazy_tensor import Deferred, raw
 from lora_fx.graph.module_copy import frozen
 from lora_fx.graph.namespace import Store
 from lora_fx.graph.ops import HOLDER
-from lora_fx.graph.provenance import FOLDED, Origin
-from lora_fx.injection.injected_adapters import settle
+from lora_fx.graph.provenance import FOLDED, Origin, follow
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Editor:
         self.sweep()
         self._rename()
         self._lint()
-        settle(self._source, self.gm)
+        follow(self._source, self.gm)
         return self.gm
 
     def _lint(self) -> None:

@@ -11,7 +11,7 @@ from lora_fx.adapters.adapter import Adapter, WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute, is_free
 from lora_fx.graph.lazy_tensor import raw
 from lora_fx.injection.conform import fitted

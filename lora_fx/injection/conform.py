@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.parameter_updates import for_layer
 from lora_fx.adapters.updates import Shape, Update
 from lora_fx.errors import AdapterError
-from lora_fx.injection.parameter_updates import for_layer
 from lora_fx.layers.layer import Layer
 
 

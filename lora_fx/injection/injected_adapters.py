@@ -124,6 +124,11 @@ class Injected:
 class Records(tuple[Injected, ...]):
     """All that was injected into a graph, in order."""
 
+    def after(self, before: fx.GraphModule, now: fx.GraphModule) -> Records:
+        """The same once a pass has edited the graph: what it folded away keeps its last values."""
+        gone = targets(before.graph).keys() - targets(now.graph).keys()
+        return Records(r.pinned(before) if _names(r) & gone else r for r in self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Records:
         """A copy of a graph is of the same adapters."""
         return self
@@ -153,15 +158,6 @@ def remember(gm: fx.GraphModule, records: Sequence[Injected]) -> None:
 def value_part(place: int) -> str:
     """What the n-th value of a weight that is made anew is called among the parts."""
     return f"{_VALUE} {place}"
-
-
-def settle(source: fx.GraphModule, gm: fx.GraphModule) -> None:
-    """Keeps the values of what a pass has folded away, as they were then."""
-    records = injected(gm)
-    if not records:
-        return
-    gone = targets(source.graph).keys() - targets(gm.graph).keys()
-    remember(gm, [r.pinned(source) if _names(r) & gone else r for r in records])
 
 
 def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:

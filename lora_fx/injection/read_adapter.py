@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.parameter_updates import of_parameter
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import Terms, update_of
 from lora_fx.injection.match_branch import Branch, branches_of
-from lora_fx.injection.parameter_updates import of_parameter
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import Site, sites
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.injection.conform import fitted
 from lora_fx.layers.sites import Site, readers
 

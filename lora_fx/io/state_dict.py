@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.hints import Hints
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
 from lora_fx.io.staging import publish_file
 from lora_fx.io.tensor_checks import check_tensors
@@ -27,7 +26,7 @@ def is_pickle(path: Path) -> bool:
     return path.suffix.lower() in PICKLES
 
 
-def read_file(path: Path, hints: Hints) -> dict[str, torch.Tensor]:
+def read_file(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """Reads every tensor of a file, in its own dtype.
 
     Raises:
@@ -37,7 +36,7 @@ def read_file(path: Path, hints: Hints) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{path}: a directory, expected one file of tensors")
     if not is_pickle(path):
         return read_tensors(path)
-    if not hints.allow_pickle:
+    if not allow_pickle:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened; save the adapter as safetensors, "
             "or pass allow_pickle=True if you trust the file"
@@ -45,9 +44,9 @@ def read_file(path: Path, hints: Hints) -> dict[str, torch.Tensor]:
     return {key: tensor.detach() for key, tensor in read_pickle(path).items()}
 
 
-def names_in(path: Path, hints: Hints) -> Collection[str]:
+def names_in(path: Path, allow_pickle: bool) -> Collection[str]:
     """The names of the tensors in a file, without reading a safetensors file's values."""
-    return read_file(path, hints).keys() if is_pickle(path) else read_names(path)
+    return read_file(path, allow_pickle).keys() if is_pickle(path) else read_names(path)
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import within
-from lora_fx.frontend.traced_module import read
 from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.traced_module import read
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.injected_adapters import Injected
 from lora_fx.layers.layer import Layer

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import is_embedding
-from lora_fx.frontend.traced_module import TracedModule
+from lora_fx.graph.traced_module import TracedModule
 from lora_fx.layers.layer import NORM, Layer, layer_class
 
 

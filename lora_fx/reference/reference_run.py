@@ -16,10 +16,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
-from lora_fx.frontend.trace import example_of
-from lora_fx.frontend.traced_module import TracedModule, read
+from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import promise
 from lora_fx.graph.mutation import written
+from lora_fx.graph.traced_module import TracedModule, read
 from lora_fx.injection.injected_adapters import Injected, held_by, injected
 from lora_fx.reference.merged_parameters import Step, Weight, shifted
 from lora_fx.reference.module_layers import NoWeightFormError, Place, place_of, replaced

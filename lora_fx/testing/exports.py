@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.api import fold, inject
-from lora_fx.frontend.trace import example_of, trace
+from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import example_of
 from lora_fx.layers.sites import by_path
 from lora_fx.testing.models import Outputs
 from lora_fx.testing.zoo import tiny

@@ -13,7 +13,7 @@ from torch import fx
 
 from lora_fx.errors import LoraFxError
 from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.ops import op_name
 from lora_fx.graph.pass_base import PassResult

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.affine.feature_layout import Layout, same_sizes
+from lora_fx.affine.feature_layout import Layout
+from lora_fx.graph.sizes import same_sizes
 
 SIZES = st.lists(st.integers(1, 4), max_size=2).map(tuple)
 SOME = st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple)

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import TraceError, text, trace
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, zoo
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, fold, inject, trace
 from lora_fx.adapters.source_record import Stored
-from lora_fx.frontend.trace import example_of
+from lora_fx.graph.example import example_of
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.usage_check import tensors_of
 from lora_fx.testing import Attention, relative

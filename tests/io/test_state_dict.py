@@ -10,18 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import metadata_of, names_in, read_file, write_file
 
-TRUSTED = Hints(allow_pickle=True)
 TENSORS = {"b": torch.randn(5, 3).T, "a.alpha": torch.tensor(1.5), "c": torch.randn(2).bfloat16()}
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, name: str) -> None:
     write_file(tmp_path / name, TENSORS, {"key": "text"}, False, (".pt",))
-    found = read_file(tmp_path / name, TRUSTED)
-    assert set(names_in(tmp_path / name, TRUSTED)) == set(found) == set(TENSORS)
+    found = read_file(tmp_path / name, allow_pickle=True)
+    assert set(names_in(tmp_path / name, allow_pickle=True)) == set(found) == set(TENSORS)
     assert all(torch.equal(found[key], tensor) for key, tensor in TENSORS.items())
     assert all(found[key].dtype == tensor.dtype for key, tensor in TENSORS.items())
     text = {} if name == "a.pt" else {"format": "pt", "key": "text"}
@@ -51,15 +49,15 @@ def test_a_pickle_is_read_only_when_asked_for(tmp_path: Path, name: str) -> None
     torch.save({"a": torch.nn.Parameter(torch.ones(3))}, tmp_path / name)
     for read in (read_file, names_in):
         with pytest.raises(AdapterError, match=r"a pickle can run code .* allow_pickle=True"):
-            read(tmp_path / name, Hints())
-    found = read_file(tmp_path / name, TRUSTED)["a"]
+            read(tmp_path / name, allow_pickle=False)
+    found = read_file(tmp_path / name, allow_pickle=True)["a"]
     assert not found.requires_grad
     assert metadata_of(tmp_path / name) == {}
 
 
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="a directory, expected one file of tensors"):
-        read_file(tmp_path, Hints())
+        read_file(tmp_path, allow_pickle=False)
 
 
 @pytest.mark.parametrize("name", ["a", "a.pt", "a.onnx", "a.SAFETENSORS"])

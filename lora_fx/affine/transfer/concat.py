@@ -11,11 +11,12 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, result_dtype
-from lora_fx.affine.feature_layout import Layout, Sizes, sizes_of
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, total
 from lora_fx.graph.ops import call_argument, op_name
+from lora_fx.graph.sizes import Sizes, sizes_of
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:

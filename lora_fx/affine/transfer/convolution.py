@@ -13,11 +13,12 @@ from torch import fx
 from lora_fx.affine.affine_map import Patches
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.constant_expr import leaf
-from lora_fx.affine.feature_layout import Layout, sizes_of
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, scaled, transposed
 from lora_fx.graph.ops import call_argument, is_around, op_name
+from lora_fx.graph.sizes import sizes_of
 
 
 def conv(analysis: Analysis, node: fx.Node) -> Value:

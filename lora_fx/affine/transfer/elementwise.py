@@ -9,10 +9,10 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
-from lora_fx.affine.feature_layout import same_sizes, sizes_of
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, number, repeated, signed, total
 from lora_fx.graph.ops import call_argument
+from lora_fx.graph.sizes import same_sizes, sizes_of
 
 
 def add(analysis: Analysis, node: fx.Node) -> Value:

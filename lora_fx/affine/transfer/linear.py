@@ -9,9 +9,10 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
-from lora_fx.affine.feature_layout import Layout, sizes_of
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Matrix, transposed
 from lora_fx.graph.ops import call_argument, op_name
+from lora_fx.graph.sizes import sizes_of
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.transposes import turns
 

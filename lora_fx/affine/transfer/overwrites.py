@@ -18,7 +18,7 @@ from lora_fx.affine.analysis import (
     dtype_of,
     result_dtype,
 )
-from lora_fx.affine.feature_layout import Layout, same_sizes, sizes_of
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.slicing import SLICE, constant_index, is_all
 from lora_fx.algebra.index_expr import Index, all_but, along, slice_of
 from lora_fx.algebra.matrix_expr import (
@@ -32,6 +32,7 @@ from lora_fx.algebra.matrix_expr import (
     total,
 )
 from lora_fx.graph.ops import call_argument, op_name
+from lora_fx.graph.sizes import same_sizes, sizes_of
 
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size
 

@@ -17,9 +17,10 @@ from lora_fx.affine.analysis import (
     Value,
     dtype_of,
 )
-from lora_fx.affine.feature_layout import Layout, sizes_of
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.index_expr import reordered
 from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name
+from lora_fx.graph.sizes import sizes_of
 
 
 def identity(analysis: Analysis, node: fx.Node) -> Value:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from lora_fx.export import to_onnx
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.verification.eager import evaluating, run_eager
-from lora_fx.frontend.trace import example_of, trace
+from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import example_of
 from lora_fx.testing import Computes
 
 FRONTENDS = ("symbolic", "export")

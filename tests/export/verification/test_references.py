@@ -17,7 +17,7 @@ from lora_fx.errors import VerificationError
 from lora_fx.export import export_adapter, to_onnx, verify_onnx
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify_onnx import check_adapter_files
-from lora_fx.frontend.trace import forget_model
+from lora_fx.graph.example import forget_model
 from lora_fx.reference.reference_run import WeightForm
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))

@@ -7,9 +7,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx import PassError, trace
-from lora_fx.branch_lowering.stacked_weights import Factors, Held
 from lora_fx.graph.graph_module import assign
 from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.stacked_weights import Factors, Held
 
 
 @pytest.fixture

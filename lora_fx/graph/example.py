@@ -1,0 +1,52 @@
+"""What a graph was traced with: example inputs, and the module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from lora_fx.graph.traced_module import TracedModule
+
+_META = "lora_fx.example"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a graph was traced with, kept for export.
+
+    Attributes:
+        args: positional example inputs.
+        kwargs: example inputs by name, in the order of the model's signature.
+        dynamic_shapes: as given to `trace`.
+        output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
+        aliases: path of a module that has several names -> its other names.
+        model: the module that was traced, as it was then; None once the graph is another's.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+    output_embedding: str | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model: TracedModule | None = field(default=None, compare=False, repr=False)
+
+
+def remember_example(gm: fx.GraphModule, example: Example) -> None:
+    """Notes what a graph was traced with."""
+    gm.meta[_META] = example
+
+
+def example_of(gm: fx.GraphModule) -> Example | None:
+    """The example inputs that a graph was traced with, if it remembers any."""
+    example = gm.meta.get(_META)
+    return example if isinstance(example, Example) else None
+
+
+def forget_model(gm: fx.GraphModule) -> None:
+    """Notes that a graph no longer computes what the module that was traced does."""
+    example = example_of(gm)
+    if example is not None:
+        gm.meta[_META] = replace(example, model=None)
