@@ -25,7 +25,7 @@ test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # What our own files, runs and readers of other packages' models are held against.
-OLDEST := tests/export tests/test_trace.py tests/test_cli.py $(wildcard tests/test_oracle_*.py)
+OLDEST := tests/export tests/frontend/test_trace.py tests/cli/test_cli.py tests/oracle
 
 test-oldest: .venv-oldest/dev.stamp
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto $(OLDEST)
@@ -48,7 +48,7 @@ types: .venv/dev.stamp
 	test "$${checked:-0}" -ge "$$existing" && grep -q '^Success' .typecheck/mypy.log
 
 matrix: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python tests/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/oracle/test_matrix.py
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py

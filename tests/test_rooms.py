@@ -13,6 +13,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("lora_fx", "passes", "export")
+# Room -> the rooms that it may import besides errors and numerics; those of a later line, never.
+ALLOWED: dict[str, set[str]] = {
+    "io": set(),
+    "graph": set(),
+    "algebra": set(),
+    "layers": {"graph"},
+    "frontend": {"graph", "layers"},
+    "affine": {"graph", "algebra", "layers"},
+    "adapters": {"graph", "layers"},
+    "kinds": {"adapters"},
+    "injection": {"graph", "layers", "adapters"},
+    "reference": {"graph", "layers", "adapters", "injection"},
+    "branch_lowering": {"graph", "layers", "injection"},
+    "passes": {"graph", "layers", "affine", "algebra", "adapters", "injection", "branch_lowering"},
+}
+ALLOWED["formats"] = {"io", "graph", "layers", "adapters", "kinds"}
+ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {"kinds", "formats"}
+FREE = {"api", "cli", "demo", "explanation", "testing", "__init__", "__main__"}  # any room
+LOOSE = {"__init__", "__main__", "api", "errors", "explanation", "numerics"}
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 HEAVY = ONNX | {"transformers", "peft"}
 
@@ -57,6 +76,81 @@ def offences(rooms: tuple[str, ...], banned: set[str], at_module_level: bool = F
         names = sorted({name for part in parts for name in imported(part) if within(name, banned)})
         found += [f"{path.relative_to(ROOT)}: {name}" for name in names]
     return found
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if parts[0] != "lora_fx" else parts[1].removesuffix(".py")
+
+
+def arrows(room: str) -> Iterator[tuple[str, str]]:
+    """Each file of a room, and each room that it imports when it is imported itself."""
+    rooms = {*ALLOWED, *FREE, *LOOSE}
+    for path in sources(*ROOMS):
+        if room_of(path) != room:
+            continue
+        for statement in module_level(ast.parse(path.read_text())):
+            for name in imported(statement):
+                top, _, rest = name.partition(".")
+                other = rest.partition(".")[0] if top == "lora_fx" else ""
+                if other in rooms - {room}:
+                    yield str(path.relative_to(ROOT)), other
+
+
+def test_the_table_names_every_room() -> None:
+    assert {room_of(path) for path in sources(*ROOMS)} == {*ALLOWED, *FREE, *LOOSE}
+    assert {path.stem for path in (ROOT / "lora_fx").glob("*.py")} == LOOSE
+
+
+def test_the_order_of_the_table_is_one() -> None:
+    above: set[str] = set()
+    for room, allowed in ALLOWED.items():
+        assert allowed - FREE <= above, f"{room} may import what stands below it"
+        above.add(room)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_those_that_the_table_says(room: str) -> None:
+    known = ALLOWED[room] | {"errors", "numerics"}
+    assert [arrow for arrow in arrows(room) if arrow[1] not in known] == []
+
+
+def test_errors_and_numerics_import_no_room() -> None:
+    assert [*arrows("errors"), *arrows("numerics")] == []
+    assert set(dict(arrows("kinds")).values()) >= {"adapters"}, "the control: arrows are seen"
+
+
+def imports_of_files() -> dict[str, set[str]]:
+    """Every file, and the files that it imports when it is imported itself."""
+    names: dict[str, Path] = {}
+    for path in sources(*ROOMS):
+        inside = path.relative_to(ROOT).with_suffix("")
+        parts = [part for part in inside.parts if part != "__init__"]
+        names[".".join(parts if parts[0] == "lora_fx" else ["lora_fx", *parts])] = path
+    return {
+        name: {
+            other
+            for statement in module_level(ast.parse(path.read_text()))
+            for other in imported(statement)
+            if other in names and other != name and not name.startswith(f"{other}.")
+        }
+        for name, path in names.items()
+    }
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names in a circle, and what leads to one: what is left when all leaves are gone."""
+    left = {name: set(others) for name, others in graph.items()}
+    while leaves := {name for name, others in left.items() if not others}:
+        left = {name: others - leaves for name, others in left.items() if name not in leaves}
+    return sorted(left)
+
+
+def test_no_files_form_a_circle() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
+    graph = imports_of_files()
+    assert "lora_fx.graph.ops" in graph["lora_fx.graph.editor"] | graph["lora_fx.layers.sites"]
+    assert circle(graph) == []
 
 
 def test_only_export_imports_onnx() -> None:

@@ -33,7 +33,7 @@ from lora_fx.formats.loralib_fused import block_diagonal
 from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of
 from lora_fx.testing.updates import ALPHA, RANK
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "KINDS.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "KINDS.md"
 Row = tuple[str, ...]
 COLUMNS = ("inject", "fold", "constant", "swappable", "train", "save")
 FORMATS: list[tuple[str, str, dict[str, Any]]] = [
@@ -43,10 +43,10 @@ FORMATS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 TEXT = """# Kinds of adapters, layer by layer
 
-Written by `make matrix` (`python tests/test_matrix.py`): every cell is what a small model did, and
-`tests/test_matrix.py` holds this file against it again, row by row. In every cell the base alone is
-off by more than 1e-2, so that an adapter which is ignored agrees with nothing. "no" is an error
-derived from `lora_fx.LoraFxError`; the footnote is its message.
+Written by `make matrix` (`python tests/oracle/test_matrix.py`): every cell is what a small model
+did, and `tests/oracle/test_matrix.py` holds this file against it again, row by row. In every cell
+the base alone is off by more than 1e-2, so that an adapter which is ignored agrees with nothing.
+"no" is an error derived from `lora_fx.LoraFxError`; the footnote is its message.
 
 - **inject**: the graph of `inject` agrees with the weight form W', put into a copy of the model, to
   1e-6.
@@ -60,7 +60,7 @@ derived from `lora_fx.LoraFxError`; the footnote is its message.
   what was learned.
 - **save**: the first of these formats that `save_adapter` writes and `load_adapter` reads back,
   with outputs equal to 1e-6; each is tried, and "no" has the messages of all. What PEFT itself
-  loads is held by `tests/test_oracle_kinds.py`.
+  loads is held by `tests/oracle/test_kinds.py`.
 
 OFT is PEFT's on matrices and LyCORIS' `diag-oft` on convolutions; "fused" is loralib's
 `MergedLinear` with `enable_lora`; "full" is LyCORIS' difference of the whole weight; "tokens" are
