@@ -1,4 +1,4 @@
-"""What an export of either kind exports, and what the file must then agree with."""
+"""The modes of an export, constant and swappable: what is exported, and held against what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors on their way into files and out of them: bits, and what tells them apart."""
+"""Tensors as bits and digests, on their way into files and out of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file is tried on: the program behind it, inputs of several shapes, and all names."""
+"""The unit that is exported: program, I/O signature, test inputs of several shapes."""
 
 from __future__ import annotations
 

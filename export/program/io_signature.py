@@ -1,4 +1,4 @@
-"""The tensors among a model's inputs: their names, and which sizes may change."""
+"""The I/O signature of a model: names of inputs and outputs, and which axes may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The eager side of a comparison: in eval mode, and each run as if it were the first."""
+"""The reference run in eager mode: eval, no gradients, each run as if it were the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that must not agree with the exported one: a check that cannot fail checks nothing."""
+"""Negative controls: models that must not agree with the file, or the check checks nothing."""
 
 from __future__ import annotations
 

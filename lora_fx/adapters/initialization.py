@@ -1,4 +1,4 @@
-"""The values that a fresh adapter starts from, layer by layer."""
+"""Initialization of a fresh adapter, layer by layer; PEFT's ``init_lora_weights``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters that are adapters again."""
+"""Merges adapters: weighted sums that are adapters again."""
 
 from __future__ import annotations
 

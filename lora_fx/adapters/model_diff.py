@@ -1,4 +1,4 @@
-"""The tensors of two models, matched by the places that read them."""
+"""Two models compared tensor by tensor, paired by the operators that read them."""
 
 from __future__ import annotations
 

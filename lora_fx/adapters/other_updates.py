@@ -1,4 +1,4 @@
-"""Updates that are no product of two factors: vectors alone, and functions of the weight."""
+"""Updates beyond low rank: per-feature scaling, and functions of the weight."""
 
 from __future__ import annotations
 

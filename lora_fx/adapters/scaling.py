@@ -1,4 +1,4 @@
-"""Ranks and alphas, checked, and the scale that they mean."""
+"""Rank and alpha, checked, and the scale that they mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file held of one layer, beside what it means: kept, so that it can be written again."""
+"""The source record of a layer: what its file held, so that it can be written again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The low-rank update of one layer: two factors, and vectors beside them."""
+"""The low-rank update of one layer: down, up, scale, and vectors beside them."""
 
 from __future__ import annotations
 

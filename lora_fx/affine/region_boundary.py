@@ -1,4 +1,4 @@
-"""What surrounds a layer that stands for a region: the base layer's own reshapes and casts."""
+"""The views and casts at the edges of a region, re-applied around the layer that replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an expression to numbers."""
+"""Evaluates matrix expressions: dense, cheapest product first, in float32 or wider."""
 
 from __future__ import annotations
 

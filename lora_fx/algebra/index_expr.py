@@ -1,4 +1,4 @@
-"""Which rows of a matrix: a list of places, made when it is needed."""
+"""Index expressions: which rows of a matrix, computed when needed."""
 
 from __future__ import annotations
 

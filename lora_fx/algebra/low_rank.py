@@ -1,4 +1,4 @@
-"""A matrix read as a base plus low-rank products of known factors."""
+"""Low-rank decomposition of an expression: a base plus products of known factors."""
 
 from __future__ import annotations
 

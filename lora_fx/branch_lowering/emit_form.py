@@ -1,4 +1,4 @@
-"""Writes a layer with its branches into a graph, in one of its forms."""
+"""Emits a layer with its branches in one of its forms."""
 
 from __future__ import annotations
 

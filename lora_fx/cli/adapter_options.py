@@ -1,4 +1,4 @@
-"""What a user of the command line knows of adapters, beside where they are."""
+"""Options that commands share: adapters, and what their files do not say."""
 
 from __future__ import annotations
 

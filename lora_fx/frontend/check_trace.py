@@ -1,4 +1,4 @@
-"""Whether a graph is the model: both are run on the example inputs, and must agree bit for bit."""
+"""Checks a trace: model and graph run on the example inputs and must agree bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which module of a model is the first to do something, found by watching another run."""
+"""The first module whose output differs, or that draws random numbers, found by hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it, on inputs of its own, from one random state."""
+"""Runs a model without side effects: state and RNGs put back, inputs copied, one seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors without values that a trace leaves in caches of the user's code."""
+"""Fake tensors that a trace leaves in caches of the user's code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that a module multiplies with, and another one holds."""
+"""Parameters that one module holds and another one multiplies with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The value that a call which writes would leave behind, computed without writing."""
+"""The out-of-place form of in-place operators: the value that a write would leave behind."""
 
 from __future__ import annotations
 

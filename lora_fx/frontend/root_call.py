@@ -1,4 +1,4 @@
-"""A model whose call is more than its class's ``forward``, as a module whose forward is that."""
+"""Hooks and a patched forward of the root module, made part of what is traced."""
 
 from __future__ import annotations
 

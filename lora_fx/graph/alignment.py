@@ -1,4 +1,4 @@
-"""Two graphs of one model, node by node: where they differ in numbers alone."""
+"""Node-by-node alignment of two graphs of one model: they differ in numbers alone, or not."""
 
 from __future__ import annotations
 

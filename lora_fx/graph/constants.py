@@ -1,4 +1,4 @@
-"""What a graph computes from its own constants alone, evaluated when asked for."""
+"""Constant evaluation: what a graph computes from its own tensors alone, when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only hand that changes a graph."""
+"""The editor: every change of a graph goes through it, and is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying graphs while sharing what they read."""
+"""Copies of a GraphModule that share its tensors, and its attributes by dotted name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of memory: what each is a view of, and what the whole holds once a view holds a value."""
+"""Views: which memory each shows, and what the base holds once a view is written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Module shells: new module objects around the same tensors."""
+"""Structural copies of modules: new module objects around the same tensors."""
 
 from __future__ import annotations
 

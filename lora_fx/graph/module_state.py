@@ -1,4 +1,4 @@
-"""What a model holds beside its weights, so that it can be put back: attributes and states."""
+"""Snapshots of a module's state beside its weights, to be put back: attributes, buffers, RNGs."""
 
 from __future__ import annotations
 

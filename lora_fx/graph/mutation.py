@@ -1,4 +1,4 @@
-"""Who reads memory after something was written into it: a node does not say what it holds then."""
+"""Mutation analysis: who reads memory after an in-place operator has written to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of a graph under work, and what is kept under them."""
+"""Names of a graph under edit: free ones, and what is stored under them."""
 
 from __future__ import annotations
 

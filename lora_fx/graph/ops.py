@@ -1,4 +1,4 @@
-"""What a node computes, by one name for every way to spell it."""
+"""Operators of nodes, by one name for every spelling: aten, torch, Tensor methods, Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a graph comes from: the model that it was traced from, and that model in other modes."""
+"""The model behind a graph: traced again when another mode is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How operators spell that they run in training."""
+"""The arguments by which operators are told that they run in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a graph, before anything is changed."""
+"""Binds an adapter to a graph: which update goes to which sites, or why it does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an update becomes beside its layer, the weight known: factors and vectors in its dtype."""
+"""The tensors of a branch, for a known weight: down, up, gain, bias and column factors."""
 
 from __future__ import annotations
 

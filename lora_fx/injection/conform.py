@@ -1,4 +1,4 @@
-"""An update as its layer needs it: the same values in the layer's shape, or a refusal."""
+"""Brings an update into the shape of its layer, values unchanged, or refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes an update into a graph: what it adds, beside the layer."""
+"""Emits a low-rank branch beside its layer."""
 
 from __future__ import annotations
 

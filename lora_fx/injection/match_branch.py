@@ -1,4 +1,4 @@
-"""The low-rank branches of a graph, read back from its structure."""
+"""Matches low-rank branches in a graph, by its structure."""
 
 from __future__ import annotations
 

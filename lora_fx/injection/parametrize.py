@@ -1,4 +1,4 @@
-"""Weights made anew: a reader gets a function of what is stored in its place."""
+"""Parametrizes a weight in a graph: its reader gets f(W, values). LoKr, OFT, full differences."""
 
 from __future__ import annotations
 

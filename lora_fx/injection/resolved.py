@@ -1,4 +1,4 @@
-"""The paths of an adapter as the graph calls them."""
+"""Module paths of an adapter, translated to those of the graph: aliases, wrappers, ties."""
 
 from __future__ import annotations
 

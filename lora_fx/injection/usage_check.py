@@ -1,4 +1,4 @@
-"""Notes what was injected, and holds that each update was used, once."""
+"""Notes where each update of an adapter went, and that none was lost or used twice."""
 
 from __future__ import annotations
 

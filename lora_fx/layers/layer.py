@@ -1,4 +1,4 @@
-"""What an update needs to know of a layer."""
+"""A layer as updates see it: its type, shape, groups and dtype, of a graph or of an nn.Module."""
 
 from __future__ import annotations
 

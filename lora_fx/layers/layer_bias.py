@@ -1,4 +1,4 @@
-"""The bias of a layer as one vector, however its calls come by it."""
+"""The bias of a layer as one vector, added by its own call or behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's name as the last part of its tensors' names, whatever the name is."""
+"""Names of an adapter's parameters in a graph, whatever the adapter is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that an adapter made anew: ``function(W, values)``, as the graph computes it."""
+"""Parametrized weights: ``W' = f(W, values)`` where an adapter put it into a graph."""
 
 from __future__ import annotations
 

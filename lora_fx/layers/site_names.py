@@ -1,4 +1,4 @@
-"""What each layer is called: by the module that holds its weight, or by the weight's own name."""
+"""Module paths of sites: of the module that holds the weight, or the weight's own name."""
 
 from __future__ import annotations
 

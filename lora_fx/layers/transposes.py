@@ -1,4 +1,4 @@
-"""Calls that swap the axes of a matrix."""
+"""Operators that swap the two axes of a matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that read a part of a weight: one projection that holds several."""
+"""Slices of a weight that a layer reads: rows and columns of a packed projection."""
 
 from __future__ import annotations
 

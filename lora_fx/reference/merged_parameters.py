@@ -1,4 +1,4 @@
-"""W', computed when its module reads it."""
+"""Parameters that read as W', the merged weight, while their module runs."""
 
 from __future__ import annotations
 

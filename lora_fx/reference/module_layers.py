@@ -1,4 +1,4 @@
-"""Where an update acts in a tree of modules: found by path and class, never through a graph."""
+"""Layers of an nn.Module by path and class, without a graph: where an update acts."""
 
 from __future__ import annotations
 
