@@ -61,8 +61,9 @@ def _is_plain(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return isinstance(node.meta.get("val"), torch.Tensor | int | float | str | None)
     if node.op == "call_function":
+        is_size = isinstance(node.meta.get("val"), int | torch.SymInt)
         known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        return known and not written_arguments(node)
+        return (known or is_size) and not written_arguments(node)
     return node.op in ("get_attr", "output")
 
 

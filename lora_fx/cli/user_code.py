@@ -19,7 +19,7 @@ import torch
 
 from lora_fx.errors import LoraFxError
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 _ROOMS = (_HERE, _HERE.with_name("passes"), _HERE.with_name("export"))  # beside it in a checkout
 _INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
 _NOT_THE_USERS = tuple(

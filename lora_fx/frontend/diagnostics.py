@@ -81,7 +81,7 @@ def _place(model: nn.Module, error: Exception) -> str:
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = paths.get(id(_receiver(frame)))
-        if path is not None and not _inside_torch(frame):
+        if path is not None and not _is_tracer(frame):
             source = linecache.getline(frame.f_code.co_filename, line).strip()
             where = path or "the model itself"
             found = f", at {where}, {frame.f_code.co_filename}:{line}: {source}"
@@ -93,5 +93,6 @@ def _receiver(frame: FrameType) -> object:
     return frame.f_locals.get(names[0]) if names else None
 
 
-def _inside_torch(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "lora_fx"))
+def _is_tracer(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.startswith(("torch.", "lora_fx")) and not name.startswith("lora_fx.testing")

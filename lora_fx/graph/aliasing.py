@@ -87,9 +87,10 @@ def storages(value: Any) -> list[int]:
 
 
 def _own_keys(node: fx.Node) -> list[Hashable]:
+    found = set(storages(node.meta.get("val")))
     if node.op == "get_attr":
-        return [str(node.target), *storages(node.meta.get("val"))]
-    return list(storages(node.meta.get("val")))
+        return [str(node.target), *found]
+    return list(found) if len(found) == 1 else []  # several results: whoever takes one says which
 
 
 def _makes_new(node: fx.Node) -> bool:

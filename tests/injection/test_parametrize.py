@@ -16,6 +16,8 @@ import lora_fx
 from lora_fx import Adapter, fold, inject, load_adapter, text, trace, unfold
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.other_updates import added
+from lora_fx.export.program.example_inputs import example_inputs
+from lora_fx.export.program.without_retracing import program_of
 from lora_fx.passes import FoldLora, StripLora
 from lora_fx.testing import Between, relative
 
@@ -77,6 +79,7 @@ def test_experts_equal_peft_injected_folded_and_in_onnx(
     assert FoldLora()(folded).modified is False
     assert text(unfold(folded)) == text(injected)
     assert text(StripLora()(injected).graph_module) == text(gm)
+    assert program_of(folded, example_inputs(folded, None, None, None)) is not None  # as traced
     path = tmp_path / "m.onnx"
     lora_fx.to_onnx(folded, path)
     (logits,) = lora_fx.Session(path).run({"input_ids": ids}).values()

@@ -22,7 +22,7 @@ from lora_fx.affine.transfer import elementwise as sums
 from lora_fx.affine.transfer import linear as layers
 from lora_fx.affine.transfer import slicing as features
 from lora_fx.affine.transfer import views as moves
-from lora_fx.algebra import constructors as algebra
+from lora_fx.algebra import matrix_expr as algebra
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import Index, slice_of
 from lora_fx.algebra.matrix_expr import Blocks, Leaf

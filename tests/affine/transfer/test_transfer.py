@@ -227,7 +227,7 @@ def test_every_function_of_the_table_is_in_some_case() -> None:
         cases = runpy.run_path(str(Path(__file__).with_name(f"test_{table}.py")))
         tracer = "export" if table == "elementwise" else "symbolic"  # which alone gives an rsub
         for function, name, *only in (cases["CASES"] | cases.get("CASTS", {})).values():
-            analysis, _ = analyse_function(function, name, *(only[:1] or [tracer]))
+            analysis, _ = analyse_function(function, name, *(only[:1] or [tracer]), check=False)
             seen |= {op_name(node) for node in analysis.gm.graph.nodes}
     rules = {TRANSFER[name].__name__ for name in seen & set(TRANSFER)}
     assert rules == {rule.__name__ for rule in TRANSFER.values()}
