@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_fx import Update
 from lora_fx.cli.user_code import load_module, users_code, users_line
 from lora_fx.errors import LoraFxError
 
@@ -24,6 +25,12 @@ def test_the_line_is_the_users_though_torch_raised() -> None:
     error = raised_by(lambda: torch.ones(2) @ torch.ones(3))
     assert "test_user_code.py" in users_line(error)
     assert "torch.ones(2) @ torch.ones(3)" in users_line(error)
+
+
+def test_the_line_is_the_users_though_we_raised() -> None:
+    error = raised_by(lambda: Update(torch.ones(2), torch.ones(3, 2), 1.0))
+    assert "test_user_code.py" in users_line(error)
+    assert "torch.ones(3, 2)" in users_line(error)
 
 
 def test_an_error_of_ours_has_no_line_of_the_user() -> None:
