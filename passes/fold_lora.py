@@ -20,7 +20,7 @@ from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, transposed
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
@@ -73,7 +73,7 @@ def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node
     assert shape is not None
     reader = next(iter(made.users))
     key = ("made anew", constants.key(made))
-    value = Deferred(shape, dtype, lambda: _to(dtype, constants.value(made), name), key)
+    value = LazyTensor(shape, dtype, lambda: _to(dtype, constants.value(made), name), key)
     node = editor.constant(name, value, before=reader)
     editor.remember(node, made)
     editor.replace(made, node)
@@ -197,9 +197,9 @@ class _Maker:
     def _constant(self, name: str, matrix: Matrix, shape: tuple[int, ...]) -> fx.Node:
         dtype = self.analysis.constants.dtype(weight_of(self.region.layer))
         key = (matrix, shape, dtype)
-        value = Deferred(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
+        value = LazyTensor(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
         if self.analysis.constants.is_trained(self.region.nodes, but=self.region.layer):
-            value.keep()
+            value.materialize()
         return self.editor.constant(name, value, before=self.region.place)
 
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Promise:
     """
 
     name: str
-    weight: Deferred
+    weight: LazyTensor
     stand_in: nn.Parameter
 
 
@@ -40,8 +40,8 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Promise]]:
     known: dict[int, nn.Parameter] = {}
     promises = []
     for target in targets(gm.graph):
-        weight = raw(gm, target)
-        if isinstance(weight, Deferred):
+        weight = get_unevaluated(gm, target)
+        if isinstance(weight, LazyTensor):
             if id(weight) not in known:
                 memory = torch.empty(weight.shape, dtype=weight.dtype)
                 known[id(weight)] = nn.Parameter(memory, requires_grad=False)
@@ -77,9 +77,9 @@ def _address(tensor: ir.TensorProtocol | None) -> int:
     return held.data_ptr() if isinstance(held, torch.Tensor) else 0
 
 
-def _lazy(weight: Deferred, value: ir.Value) -> ir.LazyTensor:
+def _lazy(weight: LazyTensor, value: ir.Value) -> ir.LazyTensor:
     def compute() -> ir.TensorProtocol:
-        return TorchTensor(weight.compute().detach(), name=value.name)
+        return TorchTensor(weight.evaluate().detach(), name=value.name)
 
     assert value.dtype is not None
     shape = ir.Shape(weight.shape)

@@ -18,7 +18,7 @@ from lora_fx.affine.region import Region
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.stacked_weights import Held
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
@@ -90,9 +90,9 @@ class Pack:
     def _make(self, round_to: Round) -> None:
         name, shape = str(self._first.weight.target), tuple(self._held.value.shape)
         key = ("packed", name, tuple(self._parts.items()))
-        value = Deferred(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
+        value = LazyTensor(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
         if self._is_trained():
-            value.keep()
+            value.materialize()
         order = sorted(self.calls, key=self._place)
         weight = self._editor.constant(name, value, before=self._place(order[0]))
         reads = (read for site in self.calls.values() for read in site.reads)

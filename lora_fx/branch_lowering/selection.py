@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lora_fx.branch_lowering import cost
 from lora_fx.branch_lowering.cost import Cost, Shape
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.sites import Site, sites
 
@@ -71,14 +71,16 @@ def _is_stored(bias: fx.Node | None) -> bool:
 
 def _rank(gm: fx.GraphModule, branch: Branch) -> int:
     assert branch.down is not None
-    return int(raw(gm, str(branch.down.target)).shape[1])
+    return int(get_unevaluated(gm, str(branch.down.target)).shape[1])
 
 
 def _is_simple(gm: fx.GraphModule, site: Site, branch: Branch) -> bool:
     """Whether a branch is plain, in the layer's dtype, and alone in reading its base."""
     if not branch.is_plain or branch.down is None or len(branch.base.users) > 1:
         return False
-    dtypes = {raw(gm, str(node.target)).dtype for node in (branch.down, branch.up) if node}
+    dtypes = {
+        get_unevaluated(gm, str(node.target)).dtype for node in (branch.down, branch.up) if node
+    }
     return dtypes == {site.dtype} and _reads(gm, branch.down, site.input)
 
 
@@ -109,13 +111,13 @@ def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
     """Paths of layers whose weight is read by more than their own calls with branches."""
     readers: dict[int, set[fx.Node]] = defaultdict(set)
     for node in gm.graph.find_nodes(op="get_attr"):
-        readers[id(raw(gm, str(node.target)))].update(node.users)
+        readers[id(get_unevaluated(gm, str(node.target)))].update(node.users)
     calls: dict[str, list[Member]] = defaultdict(list)
     for member in members:
         calls[member.site.path].append(member)
 
     def is_read(path: str) -> bool:
-        weight = raw(gm, str(calls[path][0].site.weight.target))
+        weight = get_unevaluated(gm, str(calls[path][0].site.weight.target))
         return not readers[id(weight)] <= {member.site.node for member in calls[path]}
 
     return {path for path in calls if is_read(path)}

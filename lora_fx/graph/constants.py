@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import PassError
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import function_name, mutates, op_name
 
 _RANDOM = {
@@ -120,7 +120,7 @@ class Constants:
         return (step.target, repr(arguments))
 
     def _is_tensor(self, node: fx.Node) -> bool:
-        value = raw(self._gm, str(node.target))
+        value = get_unevaluated(self._gm, str(node.target))
         if not hasattr(value, "dtype"):
             return False
         self._tensors[node] = value
@@ -143,7 +143,7 @@ class Constants:
                 f"{self._steps[node].target} was changed in place after the graph was folded and "
                 "before the folded weights were read: fold again"
             )
-        return _widened(value.detach() if isinstance(value, torch.Tensor) else value.compute())
+        return _widened(value.detach() if isinstance(value, torch.Tensor) else value.evaluate())
 
     def on_meta(self, node: fx.Node) -> Any:
         """The constant without its numbers: a meta tensor, or a value that is no tensor."""

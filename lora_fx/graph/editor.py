@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.graph.graph_module import assemble, assign, attribute, copy_graph, remove, targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.module_copy import frozen
 from lora_fx.graph.namespace import Store
 from lora_fx.graph.ops import HOLDER
@@ -69,7 +69,7 @@ class Editor:
         value: torch.Tensor = attribute(self.gm, str(node.target))
         return value
 
-    def constant(self, name: str, value: torch.Tensor | Deferred, before: fx.Node) -> fx.Node:
+    def constant(self, name: str, value: torch.Tensor | LazyTensor, before: fx.Node) -> fx.Node:
         """Fetches a new tensor just before a node.
 
         It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
@@ -188,7 +188,7 @@ class Editor:
         with self._graph.inserting_after(after):
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
-            value = raw(source, str(node.target))
+            value = get_unevaluated(source, str(node.target))
             copy.target = self._store.shared(str(node.target), value)
         return self._made(copy)
 
@@ -206,7 +206,7 @@ class Editor:
         self._graph.lint()
         self._graph.owning_module = self.gm
         for target in targets(self._graph):
-            raw(self.gm, target)
+            get_unevaluated(self.gm, target)
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         for key in ("nn_module_stack", HOLDER):

@@ -1,7 +1,7 @@
 """Parameters that are computed when somebody reads them.
 
-A module keeps its parameters in a dictionary. `Parameters` is one that may hold a `Deferred` in
-place of a tensor: whoever reads it gets the tensor, whoever asks `raw` gets the promise. So a
+A module keeps its parameters in a dictionary. `Parameters` is one that may hold a `LazyTensor` in
+place of a tensor: whoever reads it gets the tensor, `get_unevaluated` what will compute it. So a
 folded graph holds one weight at a time until it is run.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 
-class Deferred:
+class LazyTensor:
     """A tensor to be.
 
     Args:
@@ -35,34 +35,34 @@ class Deferred:
         self.dtype = dtype
         self.key = key
         self._make: Callable[[], torch.Tensor] | None = make
-        self._kept: nn.Parameter | None = None
+        self._cached: nn.Parameter | None = None
 
     def equals(self, other: object) -> bool:
         """Whether another is computed alike from the same tensors."""
-        return isinstance(other, Deferred) and self.key == other.key
+        return isinstance(other, LazyTensor) and self.key == other.key
 
-    def compute(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         """The tensor, which is not kept: for those who write it somewhere and go on."""
-        return self._make() if self._kept is None and self._make else self.keep()
+        return self._make() if self._cached is None and self._make else self.materialize()
 
-    def keep(self) -> nn.Parameter:
+    def materialize(self) -> nn.Parameter:
         """The tensor, computed once for all who read it; what it is made of is let go."""
-        if self._kept is None and self._make is not None:
-            self._kept = nn.Parameter(self._make(), requires_grad=False)
+        if self._cached is None and self._make is not None:
+            self._cached = nn.Parameter(self._make(), requires_grad=False)
             self._make = None
-        assert self._kept is not None
-        return self._kept
+        assert self._cached is not None
+        return self._cached
 
 
-class Fleeting(Deferred):
+class Fleeting(LazyTensor):
     """A promise that is computed anew for whoever reads it, and never kept."""
 
-    def __init__(self, promise: Deferred) -> None:
-        super().__init__(promise.shape, promise.dtype, promise.compute, promise.key)
+    def __init__(self, promise: LazyTensor) -> None:
+        super().__init__(promise.shape, promise.dtype, promise.evaluate, promise.key)
 
-    def keep(self) -> nn.Parameter:
+    def materialize(self) -> nn.Parameter:
         """The tensor, which goes when its reader is done with it."""
-        return nn.Parameter(self.compute(), requires_grad=False)
+        return nn.Parameter(self.evaluate(), requires_grad=False)
 
 
 class Parameters(dict[str, Any]):
@@ -71,7 +71,7 @@ class Parameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """Computes what is read."""
         value = super().__getitem__(name)
-        return value.keep() if isinstance(value, Deferred) else value
+        return value.materialize() if isinstance(value, LazyTensor) else value
 
     def __iter__(self) -> Iterator[str]:
         """Keeps ``dict(self)`` from copying the promises unread."""
@@ -93,9 +93,9 @@ class Parameters(dict[str, Any]):
 
     def copy(self) -> Parameters:
         """A copy that promises the same."""
-        return Parameters({name: self.promised(name) for name in self})
+        return Parameters({name: self.unevaluated(name) for name in self})
 
-    def promised(self, name: str) -> Any:
+    def unevaluated(self, name: str) -> Any:
         """The tensor, or what will compute it."""
         return super().__getitem__(name)
 
@@ -104,7 +104,7 @@ class Parameters(dict[str, Any]):
         return dict, (list(self.items()),)
 
 
-def raw(root: nn.Module, target: str) -> Any:
+def get_unevaluated(root: nn.Module, target: str) -> Any:
     """Looks up a dotted name; a deferred parameter is not computed."""
     *path, name = target.split(".")
     holder: Any = root
@@ -112,11 +112,11 @@ def raw(root: nn.Module, target: str) -> Any:
         holder = getattr(holder, step)
     store = holder.__dict__.get("_parameters") if isinstance(holder, nn.Module) else None
     if isinstance(store, Parameters) and name in store:
-        return store.promised(name)
+        return store.unevaluated(name)
     return getattr(holder, name)
 
 
-def promise(holder: nn.Module, name: str, value: Deferred) -> None:
+def set_lazy(holder: nn.Module, name: str, value: LazyTensor) -> None:
     """Gives a module a parameter that is computed when read."""
     if not isinstance(holder._parameters, Parameters):
         holder.__dict__["_parameters"] = Parameters(holder._parameters)

@@ -10,7 +10,7 @@ from torch import fx
 
 from lora_fx.errors import PassError
 from lora_fx.graph.constants import version
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 
 Make = Callable[[], torch.Tensor]
 
@@ -26,13 +26,13 @@ class Held:
     """
 
     name: str
-    value: torch.Tensor | Deferred
+    value: torch.Tensor | LazyTensor
     count: int
 
     @classmethod
     def of(cls, gm: fx.GraphModule, node: fx.Node) -> Held:
         """What a ``get_attr`` node fetches."""
-        value = raw(gm, str(node.target))
+        value = get_unevaluated(gm, str(node.target))
         return cls(str(node.target), value, version(value))
 
     def read(self) -> torch.Tensor:
@@ -41,8 +41,8 @@ class Held:
         Raises:
             PassError: it was written to in the meantime.
         """
-        if isinstance(self.value, Deferred):
-            return self.value.compute().detach()
+        if isinstance(self.value, LazyTensor):
+            return self.value.evaluate().detach()
         if version(self.value) != self.count:
             raise PassError(
                 f"{self.name} was changed in place after a form was chosen and before its "
@@ -104,9 +104,9 @@ class Factors:
 
     def promise(
         self, shape: tuple[int, ...], dtype: torch.dtype, make: Make, key: object
-    ) -> Deferred:
+    ) -> LazyTensor:
         """A constant made of these tensors; computed at once if a factor is being trained."""
-        value = Deferred(shape, dtype, lambda: make().contiguous(), (key, self.key))
+        value = LazyTensor(shape, dtype, lambda: make().contiguous(), (key, self.key))
         if self.is_trained:
-            value.keep()
+            value.materialize()
         return value

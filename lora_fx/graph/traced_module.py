@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.graph.lazy_tensor import Deferred, Parameters
+from lora_fx.graph.lazy_tensor import LazyTensor, Parameters
 
 # The dictionaries of every module: parameters, buffers, children, hooks.
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -39,7 +39,7 @@ class TracedModule:
         held = self._then[module][1].get("_parameters", {})
         if not isinstance(held, Parameters):
             return dict(held)
-        return {name: held.promised(name) for name in held}
+        return {name: held.unevaluated(name) for name in held}
 
     def buffers(self, module: nn.Module) -> Mapping[str, Any]:
         """The buffers of a module by name."""
@@ -75,9 +75,9 @@ class TracedModule:
         return type(None), ()
 
 
-def read(value: torch.Tensor | Deferred) -> torch.Tensor:
+def read(value: torch.Tensor | LazyTensor) -> torch.Tensor:
     """A tensor, computed if it is still a promise, and then not kept."""
-    return value.compute().detach() if isinstance(value, Deferred) else value.detach()
+    return value.evaluate().detach() if isinstance(value, LazyTensor) else value.detach()
 
 
 def _copied(held: Mapping[str, Any]) -> dict[str, Any]:

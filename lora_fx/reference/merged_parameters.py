@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import within
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.traced_module import read
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.injected_adapters import Injected
@@ -75,7 +75,7 @@ class Step:
         return self.update.shape[1] == layer.shape[1]
 
 
-class Weight(Deferred):
+class Weight(LazyTensor):
     """A parameter that is W' for those who read it, computed anew and never kept.
 
     Attributes:
@@ -85,7 +85,7 @@ class Weight(Deferred):
         apart: whether each of the two sees the updates that mean it, or both see all.
     """
 
-    def __init__(self, base: torch.Tensor | Deferred) -> None:
+    def __init__(self, base: torch.Tensor | LazyTensor) -> None:
         super().__init__(tuple(base.shape), base.dtype, self._made, ("weight form", id(self)))
         self.steps: list[Step] = []
         self.called = self.lent = self.apart = False
@@ -107,13 +107,13 @@ class Weight(Deferred):
         """Whether any input could tell W' from W."""
         return any(step.update.has_effect() for step in self.steps)
 
-    def keep(self) -> nn.Parameter:
+    def materialize(self) -> nn.Parameter:
         """W', which goes when its reader is done with it."""
         self.called |= self._depth > 0
         self.lent |= self._depth == 0
         return nn.Parameter(self._made(), requires_grad=False)
 
-    def compute(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         """W', for who asks without being the model."""
         return self._made()
 
@@ -154,7 +154,7 @@ def composed(
     return total
 
 
-def shifted(own: torch.Tensor | Deferred | None, steps: Sequence[Step]) -> torch.Tensor | None:
+def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> torch.Tensor | None:
     """The bias after all updates; None if there is none before and after."""
     if own is not None:
         bias = read(own)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.graph.example import example_of
-from lora_fx.graph.lazy_tensor import promise
+from lora_fx.graph.lazy_tensor import set_lazy
 from lora_fx.graph.mutation import written
 from lora_fx.graph.traced_module import TracedModule, read
 from lora_fx.injection.injected_adapters import Injected, held_by, injected
@@ -103,7 +103,7 @@ class WeightForm:
         for module, leaf in self._written:
             _put(module, leaf, read(self._traced.parameters(module)[leaf]))
         for (module, leaf), weight in self._weights.items():
-            promise(module, leaf, weight)
+            set_lazy(module, leaf, weight)
             weight.watch(module)
         for (module, leaf), steps in self._biases.items():
             own = self._own(module, leaf)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.graph.lazy_tensor import Deferred, Parameters, promise, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, Parameters, get_unevaluated, set_lazy
 
 VALUE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -23,17 +23,17 @@ class Counted:
         return VALUE.clone()
 
 
-def promised() -> tuple[nn.Module, Counted, Deferred]:
+def promised() -> tuple[nn.Module, Counted, LazyTensor]:
     make = Counted()
     holder = nn.Linear(3, 5)
-    deferred = Deferred((5, 3), torch.float32, make, "key")
-    promise(holder, "weight", deferred)
+    deferred = LazyTensor((5, 3), torch.float32, make, "key")
+    set_lazy(holder, "weight", deferred)
     return holder, make, deferred
 
 
 def test_nothing_is_computed_before_it_is_read_and_once_after() -> None:
     holder, make, deferred = promised()
-    assert raw(holder, "weight") is deferred
+    assert get_unevaluated(holder, "weight") is deferred
     assert "weight" in holder._parameters
     assert list(holder._parameters) == ["weight", "bias"]
     assert make.count == 0
@@ -61,18 +61,18 @@ def test_whoever_reads_gets_the_tensor(read: str) -> None:
 
 def test_what_is_computed_for_somebody_who_goes_on_is_not_kept() -> None:
     _, make, deferred = promised()
-    assert torch.equal(deferred.compute(), VALUE)
-    assert torch.equal(deferred.compute(), VALUE)
+    assert torch.equal(deferred.evaluate(), VALUE)
+    assert torch.equal(deferred.evaluate(), VALUE)
     assert make.count == 2
-    kept = deferred.keep()
-    assert deferred.compute() is kept
+    kept = deferred.materialize()
+    assert deferred.evaluate() is kept
     assert make.count == 3
 
 
 def test_promises_of_one_key_are_equal() -> None:
-    one = Deferred((5, 3), torch.float32, Counted(), ("w", 1))
-    assert one.equals(Deferred((5, 3), torch.float32, Counted(), ("w", 1)))
-    assert not one.equals(Deferred((5, 3), torch.float32, Counted(), ("w", 2)))
+    one = LazyTensor((5, 3), torch.float32, Counted(), ("w", 1))
+    assert one.equals(LazyTensor((5, 3), torch.float32, Counted(), ("w", 1)))
+    assert not one.equals(LazyTensor((5, 3), torch.float32, Counted(), ("w", 2)))
     assert not one.equals(VALUE)
 
 
@@ -91,7 +91,7 @@ def test_the_dictionary_promises_on() -> None:
     holder, make, deferred = promised()
     store = holder._parameters
     assert isinstance(store, Parameters)
-    assert store.copy().promised("weight") is deferred
+    assert store.copy().unevaluated("weight") is deferred
     assert store.get("nothing", 1) == 1
     assert make.count == 0
     value = store.get("weight")
@@ -114,6 +114,6 @@ def test_an_error_is_raised_where_the_weight_is_read() -> None:
         raise ValueError("not finite")
 
     holder = nn.Linear(3, 5)
-    promise(holder, "weight", Deferred((5, 3), torch.float32, fails, "key"))
+    set_lazy(holder, "weight", LazyTensor((5, 3), torch.float32, fails, "key"))
     with pytest.raises(ValueError, match="not finite"):
         holder.state_dict()

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import remove
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.namespace import Store
 
 
@@ -50,13 +50,13 @@ def test_promises_are_equal_by_their_key_and_stay_uncomputed(gm: fx.GraphModule)
     def never() -> torch.Tensor:
         raise AssertionError("computed")
 
-    def promise(key: str) -> Deferred:
-        return Deferred((5, 2), torch.float32, never, key)
+    def promise(key: str) -> LazyTensor:
+        return LazyTensor((5, 2), torch.float32, never, key)
 
     store, kept = Store(gm), promise("a")
     assert store.constant("up", kept) == store.constant("up", promise("a")) == "up"
     assert store.constant("up", promise("b")) == "up_1"
-    assert raw(gm, "up") is kept
+    assert get_unevaluated(gm, "up") is kept
 
 
 def test_a_shared_value_is_kept_once_however_many_fetch_it(gm: fx.GraphModule) -> None:

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from lora_fx import PassError, trace
 from lora_fx.graph.graph_module import assign
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.stacked_weights import Factors, Held
 
 
@@ -59,14 +59,14 @@ def test_constants_are_computed_when_read_unless_a_factor_is_trained(
     both = factors(gm, trained)
     value = both.promise((3, 3), torch.float32, lambda: both.down(False, torch.float32), "a")
     assert both.is_trained == trained
-    assert (value._kept is not None) == trained
+    assert (value._cached is not None) == trained
 
 
 def test_equal_constants_have_equal_keys(gm: fx.GraphModule) -> None:
     one, other = factors(gm), factors(gm)
     same = Factors(one.downs, one.ups, one.biases)
 
-    def key(of: Factors, name: str = "a") -> Deferred:
+    def key(of: Factors, name: str = "a") -> LazyTensor:
         return of.promise((3, 3), torch.float32, lambda: of.down(False, torch.float32), name)
 
     assert key(one).equals(key(same))

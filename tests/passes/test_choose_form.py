@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
 from lora_fx.branch_lowering.selection import FACTORED, Form
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.match_branch import branches
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import check_pass, folds_to, make_adapter, relative, tiny
@@ -155,8 +155,10 @@ def test_several_branches_with_biases_are_one(ragged: Any, x: Any) -> None:
 def test_no_weight_is_computed_before_it_is_read(siblings: Any) -> None:
     _, injected = siblings
     chosen = ChooseForm(form=AUGMENTED)(injected).graph_module
-    weights = [raw(chosen, target) for target in targets(chosen.graph) if "weight" in target]
-    assert [weight._kept for weight in weights] == [None] * 3
+    weights = [
+        get_unevaluated(chosen, target) for target in targets(chosen.graph) if "weight" in target
+    ]
+    assert [weight._cached for weight in weights] == [None] * 3
 
 
 def test_a_weight_that_others_read_is_not_held_twice(shared: Any, x: Any) -> None:

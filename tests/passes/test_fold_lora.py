@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
 from lora_fx.graph.graph_module import attribute
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.passes import FoldLora
 from lora_fx.testing import check_pass, make_adapter, zoo
 
@@ -161,8 +161,8 @@ def test_large_values_whose_sum_overflows_are_folded(ragged: Any) -> None:
 def test_a_weight_is_computed_when_it_is_read(ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     folded = fold(injected)
-    promised = raw(folded, "wide.weight")
-    assert isinstance(promised, Deferred)
+    promised = get_unevaluated(folded, "wide.weight")
+    assert isinstance(promised, LazyTensor)
     wanted = ragged.wide.weight + make_adapter(SHAPES).updates["wide"].delta()
     torch.testing.assert_close(attribute(folded, "wide.weight"), wanted)
     assert attribute(folded, "wide.weight") is attribute(folded, "wide.weight")

@@ -17,7 +17,7 @@ from lora_fx.export import to_onnx
 from lora_fx.export.program.lazy_weights import Promise, promise_weights, with_stand_ins
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.passes import FoldLora, InjectLora
 
 MODES = ("inline", "beside")
@@ -27,23 +27,23 @@ def folded(sample: Any) -> fx.GraphModule:
     return FoldLora()(InjectLora(sample.adapter(2))(sample.gm).graph_module).graph_module
 
 
-def deferred(gm: fx.GraphModule) -> dict[str, Deferred]:
-    found = {target: raw(gm, target) for target in targets(gm.graph)}
-    return {target: value for target, value in found.items() if isinstance(value, Deferred)}
+def deferred(gm: fx.GraphModule) -> dict[str, LazyTensor]:
+    found = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
+    return {target: value for target, value in found.items() if isinstance(value, LazyTensor)}
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The keys of all promises that were computed, in order."""
     keys: list[int] = []
-    compute = Deferred.compute
+    compute = LazyTensor.evaluate
 
-    def note(self: Deferred) -> torch.Tensor:
-        if type(self) is Deferred:
+    def note(self: LazyTensor) -> torch.Tensor:
+        if type(self) is LazyTensor:
             keys.append(id(self))
         return compute(self)
 
-    monkeypatch.setattr(Deferred, "compute", note)
+    monkeypatch.setattr(LazyTensor, "evaluate", note)
     return keys
 
 
@@ -56,8 +56,8 @@ def test_a_stand_in_has_the_shape_and_computes_nothing(mlp: Any, computed: list[
         assert stand_in is promise.stand_in
         assert (stand_in.shape, stand_in.dtype) == (promise.weight.shape, promise.weight.dtype)
     assert computed == []
-    assert all(value._kept is None for value in deferred(gm).values())
-    deferred(gm)["up.weight"].compute()  # control: this is seen
+    assert all(value._cached is None for value in deferred(gm).values())
+    deferred(gm)["up.weight"].evaluate()  # control: this is seen
     assert len(computed) == 1
 
 
@@ -71,7 +71,7 @@ def model_of(*tensors: tuple[str, torch.Tensor]) -> ir.Model:
 
 
 def promise_of(weight: torch.Tensor) -> Promise:
-    later = Deferred(tuple(weight.shape), weight.dtype, weight.clone, "fc.weight")
+    later = LazyTensor(tuple(weight.shape), weight.dtype, weight.clone, "fc.weight")
     return Promise("fc.weight", later, nn.Parameter(torch.full_like(weight, torch.nan)))
 
 
@@ -116,10 +116,10 @@ def test_weights_are_computed_while_they_are_written_and_not_kept(
     assert report.verified
     # Once more for this file: what it is held against is the module, not the folded graph.
     assert sorted(computed) == sorted([*map(id, promises.values())] * 2)
-    assert all(value._kept is None for value in promises.values())
+    assert all(value._cached is None for value in promises.values())
     stored = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     for name, value in promises.items():
-        read = value.keep().detach()  # as whoever reads the graph gets it
+        read = value.materialize().detach()  # as whoever reads the graph gets it
         found = torch.from_numpy(numpy_helper.to_array(stored[name]).copy())
         assert torch.equal(found, read) or (read.ndim == 2 and torch.equal(found.mT, read)), name
 
