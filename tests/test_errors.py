@@ -102,7 +102,7 @@ def test_what_a_generator_does_after_the_block_is_outside() -> None:
 
 
 def test_a_tensor_is_named_where_it_is_computed() -> None:
-    """Who makes a promise puts a border in it, if the tensor can fail."""
+    """Who makes a lazy tensor puts a border in it, if it can fail."""
 
     def make() -> torch.Tensor:
         raise AdapterError("holds NaN")

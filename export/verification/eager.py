@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.graph.graph_module import assemble, assign, copy_graph, targets
-from lora_fx.graph.lazy_tensor import Fleeting, LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.mutation import written
 from lora_fx.graph.retracing import source_of
 from lora_fx.graph.training_flags import EVAL_FLAGS, flags
@@ -37,7 +37,7 @@ def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
     for target in targets(graph):
         value = get_unevaluated(copy, target)
         if isinstance(value, LazyTensor):
-            assign(copy, target, Fleeting(value))
+            assign(copy, target, value.uncached())
     return copy.eval()
 
 
@@ -67,7 +67,7 @@ def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     copies: dict[int, torch.Tensor] = {}  # one for all names of a tensor
     for value in state.values():
         if id(value) not in copies:
-            copies[id(value)] = value.evaluate() if isinstance(value, LazyTensor) else value.clone()
+            copies[id(value)] = evaluate(value).clone()
     return {name: copies[id(value)] for name, value in state.items()}
 
 

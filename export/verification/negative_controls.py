@@ -10,7 +10,7 @@ from torch import fx, nn
 from lora_fx.export.report import Subject
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.graph.graph_module import assign
-from lora_fx.graph.lazy_tensor import Fleeting, LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
@@ -59,10 +59,8 @@ def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModu
 
 def _larger(weight: torch.Tensor | LazyTensor) -> torch.Tensor | LazyTensor:
     if isinstance(weight, LazyTensor):
-        make = weight.evaluate
-        return Fleeting(
-            LazyTensor(weight.shape, weight.dtype, lambda: make() * _FACTOR, ("larger", weight.key))
-        )
+        larger, key = (lambda: weight.evaluate() * _FACTOR), ("larger", weight.key)
+        return LazyTensor(weight.shape, weight.dtype, larger, key, cache=False)
     larger = weight.detach() * _FACTOR
     is_parameter = isinstance(weight, nn.Parameter)
     return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.layer import is_conv1d_of_transformers
 from lora_fx.layers.sites import Site, sites
@@ -37,10 +37,10 @@ class Held:
 
     def read(self) -> torch.Tensor:
         """The tensor; one that is still to be computed is not kept."""
-        value = self.value.evaluate() if isinstance(self.value, LazyTensor) else self.value
+        value = evaluate(self.value)
         if value.is_meta:
             raise AdapterError(f"{self.name}: the tensor has no data; load the model's weights")
-        return value.detach()
+        return value
 
 
 Pair = tuple[Held, Held]

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from lora_fx.branch_lowering.selection import Member
 from lora_fx.graph.editor import Editor
+from lora_fx.graph.lazy_tensor import TensorSnapshot
 from lora_fx.graph.ops import aten
-from lora_fx.graph.stacked_weights import Factors, Held, Make
+from lora_fx.graph.stacked_weights import Factors, Make
 from lora_fx.injection.match_branch import parameter_names
 
 
@@ -24,9 +25,9 @@ class Maker:
         branches, gm = member.branches, editor.gm
         biases = [node for node in (self.site.bias, *(b.bias for b in branches)) if node]
         self.factors = Factors(
-            tuple(Held.of(gm, b.down) for b in branches if b.down),
-            tuple((Held.of(gm, b.up), b.scale) for b in branches if b.up),
-            tuple(Held.of(gm, node) for node in biases),
+            tuple(TensorSnapshot.of(gm, str(b.down.target)) for b in branches if b.down),
+            tuple((TensorSnapshot.of(gm, str(b.up.target)), b.scale) for b in branches if b.up),
+            tuple(TensorSnapshot.of(gm, str(node.target)) for node in biases),
         )
         names = parameter_names(self.site.path, "", self.site.bare)
         self.at = names.down.removesuffix(".lora_A.")
@@ -60,7 +61,7 @@ class Maker:
 
     def _stacked(self) -> fx.Node:
         """[W; B], (out, in + rank), under the name of W."""
-        held = Held.of(self.editor.gm, self.site.weight)
+        held = TensorSnapshot.of(self.editor.gm, str(self.site.weight.target))
 
         def stacked() -> torch.Tensor:
             base = held.read()
@@ -75,14 +76,14 @@ class Maker:
             return self.site.node
         if not self.site.transposed:
             return self._linear(self.site.input, self.site.weight)
-        held = Held.of(self.editor.gm, self.site.weight)
+        held = TensorSnapshot.of(self.editor.gm, str(self.site.weight.target))
         shape = self.site.shape[0], self.site.shape[1]
         weight = self._weight_constant(shape, lambda: held.read().T, held, "turned")
         return self._linear(self.site.input, weight)
 
     def _weight(self) -> fx.Node:
         """``x (W + A B) + b``."""
-        held = Held.of(self.editor.gm, self.site.weight)
+        held = TensorSnapshot.of(self.editor.gm, str(self.site.weight.target))
         weight = self.site.weight
         if not self.site.transposed:
             shape = self.site.shape[1], self.site.shape[0]
@@ -112,7 +113,9 @@ class Maker:
         value = self.factors.promise(shape, self.site.dtype, make, (name, self.ones))
         return self.editor.constant(f"{self.at}.{name}", value, before=self.member.out)
 
-    def _weight_constant(self, shape: tuple[int, ...], make: Make, held: Held, how: str) -> fx.Node:
+    def _weight_constant(
+        self, shape: tuple[int, ...], make: Make, held: TensorSnapshot, how: str
+    ) -> fx.Node:
         key = (how, self.ones, id(held.value))
         value = self.factors.promise(shape, self.site.dtype, make, key)
         return self.editor.constant(str(self.site.weight.target), value, before=self.member.out)

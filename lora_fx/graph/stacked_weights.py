@@ -6,54 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
-from lora_fx.errors import PassError
-from lora_fx.graph.constants import version
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot
 
 Make = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A tensor of a graph as it is now, to be read later.
-
-    Attributes:
-        name: in the graph.
-        value: the tensor, or what computes it.
-        count: how often it had been written to.
-    """
-
-    name: str
-    value: torch.Tensor | LazyTensor
-    count: int
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, node: fx.Node) -> Held:
-        """What a ``get_attr`` node fetches."""
-        value = get_unevaluated(gm, str(node.target))
-        return cls(str(node.target), value, version(value))
-
-    def read(self) -> torch.Tensor:
-        """The tensor.
-
-        Raises:
-            PassError: it was written to in the meantime.
-        """
-        if isinstance(self.value, LazyTensor):
-            return self.value.evaluate().detach()
-        if version(self.value) != self.count:
-            raise PassError(
-                f"{self.name} was changed in place after a form was chosen and before its "
-                "weights were read: choose again"
-            )
-        return self.value.detach()
-
-    def wide(self, scale: float = 1.0) -> torch.Tensor:
-        """The tensor times a number, in float32 or wider."""
-        value = self.read()
-        return value.to(torch.promote_types(value.dtype, torch.float32)) * scale
 
 
 @dataclass(frozen=True)
@@ -66,9 +22,9 @@ class Factors:
         biases: each (out,): the layer's own and the branches'.
     """
 
-    downs: tuple[Held, ...]
-    ups: tuple[tuple[Held, float], ...]
-    biases: tuple[Held, ...]
+    downs: tuple[TensorSnapshot, ...]
+    ups: tuple[tuple[TensorSnapshot, float], ...]
+    biases: tuple[TensorSnapshot, ...]
 
     @property
     def rank(self) -> int:
@@ -88,19 +44,19 @@ class Factors:
 
     def up(self, ones: bool, dtype: torch.dtype) -> torch.Tensor:
         """(rank, out), and with ``ones`` the bias as one row more."""
-        rows = [up.wide(scale).to(dtype) for up, scale in self.ups]
+        rows = [(_wide(up) * scale).to(dtype) for up, scale in self.ups]
         return torch.cat([*rows, *([self.bias(dtype)[None]] if ones else [])])
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """(out,), the sum of all."""
-        total = sum((held.wide() for held in self.biases[1:]), self.biases[0].wide())
+        total = sum(map(_wide, self.biases[1:]), _wide(self.biases[0]))
         return total.to(dtype)
 
     @property
     def is_trained(self) -> bool:
         """Whether a factor takes gradients; the layer's own weight may."""
         held = [*self.downs, *(up for up, _ in self.ups)]
-        return any(getattr(one.value, "requires_grad", False) for one in held)
+        return any(one.is_trained for one in held)
 
     def promise(
         self, shape: tuple[int, ...], dtype: torch.dtype, make: Make, key: object
@@ -110,3 +66,9 @@ class Factors:
         if self.is_trained:
             value.materialize()
         return value
+
+
+def _wide(held: TensorSnapshot) -> torch.Tensor:
+    """The tensor in float32 or wider."""
+    value = held.read()
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -197,7 +197,7 @@ def _names(record: Injected) -> set[str]:
 
 
 def held_by(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
-    """A tensor of a graph by its dotted name; None if it has none, or a promise of one."""
+    """A tensor of a graph by its dotted name; None if it has none, or a lazy one."""
     try:
         value = get_unevaluated(gm, name)
     except AttributeError:

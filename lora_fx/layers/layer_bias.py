@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.constants import Constants
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.layers.sites import Site
 
 
@@ -47,8 +47,7 @@ def _value(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
     if node is None:
         return None
     if node.op == "get_attr":
-        value = get_unevaluated(gm, str(node.target))
-        return (value.evaluate() if isinstance(value, LazyTensor) else value).detach()
+        return evaluate(get_unevaluated(gm, str(node.target)))
     constants = Constants(gm)
     if not all(constants.admit(step) for step in _needed(node)):
         return None

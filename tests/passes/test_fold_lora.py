@@ -161,8 +161,8 @@ def test_large_values_whose_sum_overflows_are_folded(ragged: Any) -> None:
 def test_a_weight_is_computed_when_it_is_read(ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     folded = fold(injected)
-    promised = get_unevaluated(folded, "wide.weight")
-    assert isinstance(promised, LazyTensor)
+    lazy = get_unevaluated(folded, "wide.weight")
+    assert isinstance(lazy, LazyTensor)
     wanted = ragged.wide.weight + make_adapter(SHAPES).updates["wide"].delta()
     torch.testing.assert_close(attribute(folded, "wide.weight"), wanted)
     assert attribute(folded, "wide.weight") is attribute(folded, "wide.weight")
