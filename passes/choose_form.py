@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
-from torch import fx
 
-from lora_fx.branch_lowering.emit_form import Maker, shrunk
-from lora_fx.branch_lowering.selection import TOKENS, Form, Group, choices
+from lora_fx.branch_lowering.emit_form import emit
+from lora_fx.branch_lowering.selection import TOKENS, Form, choices
 from lora_fx.errors import PassError
+from lora_fx.graph.constants import Constants
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.ops import aten
 from lora_fx.graph.pass_base import Pass
 
 
@@ -48,33 +45,9 @@ class ChooseForm(Pass):
         """Rewrites the layers of one x after those of another."""
         if self.target not in ("constant", "input"):
             raise PassError(f"target={self.target!r}: expected 'constant' or 'input'")
+        constants = Constants(editor.gm)
         for group in choices(editor.gm, self.target, self.tokens, self.form, self.share):
-            narrow = _shared(editor, group) if group.shared else [None] * len(group.members)
-            for member, h in zip(group.members, narrow, strict=True):
-                if h is None and member.is_as_injected:
-                    continue
-                new = Maker(editor, member).made(h)
+            for member, new in emit(editor, constants, group):
                 editor.remember(new, member.out)
                 editor.replace(member.out, new)
                 editor.record("choose", member.site.path, group.why(member))
-
-
-def _shared(editor: Editor, group: Group) -> list[fx.Node]:
-    """One product that shrinks x for all members, cut into what each expands."""
-    makers = [Maker(editor, member) for member in group.members]
-    first = group.members[0].site
-    whole = shrunk(editor, makers, _holder(group), before=first.node)
-    widths = [maker.width for maker in makers]
-    call = aten.split_with_sizes.default
-    cut = editor.call(call, (whole, widths, -1), before=first.node, like=first.node)
-    return [
-        editor.call(operator.getitem, (cut, place), before=first.node, like=maker.site.node)
-        for place, maker in enumerate(makers)
-    ]
-
-
-def _holder(group: Group) -> str:
-    """The path of the module that holds all layers of a group."""
-    paths = [member.site.path.split(".")[:-1] for member in group.members]
-    steps = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in steps)

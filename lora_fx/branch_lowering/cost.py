@@ -1,15 +1,24 @@
-"""What a layer with a low-rank update costs in each form: FLOPs, bytes and calls, from shapes.
+"""What a form of a layer costs: FLOPs, bytes and calls, counted over a trace of it.
 
-A layer takes n rows of d features to o, with an update of rank r; its weight is read once and
-each activation is read and written once a call. The formulas are counts of the definition
-``x W + (x A) B + b`` (Hu et al., LoRA, arXiv:2106.09685, section 4.1), term by term. The three
-constants that make one number of them are of onnxruntime's CPU kernels and can be measured again
-with ``benchmarks/pieces.py``.
+A layer takes n rows of d features to o, with an update of rank r. Each operator of the trace reads
+what it is given and writes what it gives, once; what is computed from constants alone costs
+nothing. The three constants that make one number of the counts are of onnxruntime's CPU kernels
+and can be measured again with ``benchmarks/pieces.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.branch_lowering import forms
+from lora_fx.graph.ops import op_name
 
 BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at 50 to 90 GB/s
 CALL_FLOPS = 1e5  # up to half a microsecond for each call of an operator
@@ -70,6 +79,44 @@ class Shape:
         return self.r * (self.d + self.o) / (self.d * self.o)
 
 
+@cache
+def cost_of(
+    function: forms.FormFunction, shape: Shape, ones: bool = False, slots: bool = False
+) -> Cost:
+    """What a form costs, but for the product that makes its ``narrow``.
+
+    Args:
+        function: as `forms` has them.
+        shape: of the layer.
+        ones: whether the bias is a row of B.
+        slots: whether A and B are given at each call.
+    """
+    rank, is_biased = shape.r + ones, shape.biased and not ones
+    given = {
+        "x": _meta(shape.n, shape.d),
+        "weight": _meta(shape.o, shape.d),
+        "matrix": _meta(shape.d, shape.o),
+        "bias": _meta(shape.o) if is_biased else None,
+        "narrow": _meta(shape.n, rank),
+        "down": _meta(shape.d, shape.r),
+        "up": _meta(rank, shape.o),
+    }
+    fixed = {"weight", "matrix", "bias", *(() if slots else ("down", "up"))}
+    taken = {name: given[name] for name in forms.operands_of(function)}
+    return _counted(function, taken, fixed, shape.size)
+
+
+@cache
+def cost_of_shrink(shape: Shape, widths: tuple[int, ...], ones: bool = False) -> Cost:
+    """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
+    given = {
+        "x": _meta(shape.n, shape.d),
+        "downs": [_meta(shape.d, width) for width in widths],
+        "ones": _meta(sum(widths)) if ones else None,
+    }
+    return _counted(partial(forms.shrink, widths=widths), given, {"downs", "ones"}, shape.size)
+
+
 def product(n: int, d: int, o: int, size: int) -> Cost:
     """``(n, d) @ (d, o)``; what is narrower than a panel costs a panel."""
     wide = -(-o // PANEL) * PANEL
@@ -81,38 +128,66 @@ def moved(elements: int, size: int) -> Cost:
     return Cost(0.0, float(size * elements), 1)
 
 
-def bias(shape: Shape) -> Cost:
-    """``y + b``, in place."""
-    return moved(2 * shape.n * shape.o, shape.size) if shape.biased else Cost()
+def _meta(*sizes: int) -> torch.Tensor:
+    return torch.empty(sizes, device="meta")
 
 
-def merged(shape: Shape) -> Cost:
-    """``x W + b``."""
-    return product(shape.n, shape.d, shape.o, shape.size) + bias(shape)
+def _counted(
+    function: Callable[..., Any], operands: Mapping[str, Any], fixed: Collection[str], size: int
+) -> Cost:
+    """The sum over the calls of a function that read more than fixed operands."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+
+    def proxy(name: str, value: torch.Tensor) -> fx.Proxy:
+        node = graph.placeholder(name)
+        node.meta.update(val=value, fixed=name in fixed)
+        return fx.Proxy(node, tracer)
+
+    function(
+        **{
+            name: pytree.tree_map_only(torch.Tensor, partial(proxy, name), value)
+            for name, value in operands.items()
+        }
+    )
+    total = Cost()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = node.target(*arguments[0], **arguments[1])
+        node.meta["fixed"] = all(source.meta["fixed"] for source in node.all_input_nodes)
+        if not node.meta["fixed"]:
+            total += _cost(node, size)
+    return total
 
 
-def shrink(shape: Shape, rank: int | None = None, ones: bool = False) -> Cost:
-    """``x A``, of this rank or another; ``ones`` adds a vector that makes a column of ones."""
-    rank = shape.r if rank is None else rank
-    made = product(shape.n, shape.d, rank, shape.size)
-    return made + moved(2 * shape.n * rank, shape.size) if ones else made
+def _cost(node: fx.Node, size: int) -> Cost:
+    if op_name(node) == "linear":
+        x, weight, *bias = node.args
+        return _product(x, weight, size, 1) + (moved(2 * _count(node), size) if bias else Cost())
+    if op_name(node) == "matmul":
+        return _product(*node.args, size, 0)
+    if op_name(node) == "getitem" or (
+        _is_view(node.target) and op_name(node) != "split_with_sizes"
+    ):
+        return Cost()
+    axes = pytree.tree_leaves(node.meta["val"])[0].ndim
+    read = [source for source in node.all_input_nodes if source.meta["val"].ndim == axes]
+    return moved(_count(node) + sum(map(_count, read)), size)  # but for what is broadcast
 
 
-def factored(shape: Shape, ones: bool = False) -> Cost:
-    """``x W + b + h B`` from ``h = x A``; with ``ones`` the bias is a row of B."""
-    n, o, rank = shape.n, shape.o, shape.r + ones
-    base = product(n, shape.d, o, shape.size) + (Cost() if ones else bias(shape))
-    return base + product(n, rank, o, shape.size) + moved(3 * n * o, shape.size)
+def _product(x: Any, weight: Any, size: int, axis: int) -> Cost:
+    """A product with a weight; one that is made at each call is laid out for the kernel first."""
+    d, o = weight.meta["val"].shape[axis], weight.meta["val"].shape[1 - axis]
+    is_made = weight.op == "call_function" and not weight.meta["fixed"]
+    laid_out = moved(2 * d * o, size) if is_made else Cost()
+    return product(_count(x) // d, d, o, size) + laid_out
 
 
-def augmented(shape: Shape, ones: bool = False) -> Cost:
-    """``concat(x, h) @ [W; B] + b`` from ``h = x A``; with ``ones`` the bias is a row as well."""
-    wide = shape.d + shape.r + ones
-    joined = moved(2 * shape.n * wide, shape.size)
-    return joined + product(shape.n, wide, shape.o, shape.size) + (Cost() if ones else bias(shape))
+def _is_view(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.is_view
 
 
-def weight(shape: Shape) -> Cost:
-    """``x (W + A B) + b`` with a weight that is made, and laid out for the kernel, at each call."""
-    d, o, r, size = shape.d, shape.o, shape.r, shape.size
-    return product(d, r, o, size) + moved(3 * d * o, size) + moved(2 * d * o, size) + merged(shape)
+def _count(node: fx.Node) -> int:
+    return sum(value.numel() for value in pytree.tree_leaves(node.meta["val"]))

@@ -64,7 +64,7 @@ def make_anew(
             raise AdapterError(f"{target}: NaN or infinity in {dtype}; save the adapter again")
         held = nn.Parameter(kept, requires_grad=False) if kept.is_floating_point() else kept
         nodes.append(editor.constant(target, held, before=reader))
-    made = editor.inline(function, [source, *nodes], before=reader, like=reader)
+    made, _ = editor.inline(function, [source, *nodes], before=reader, like=reader)
     end = editor.call(aten.alias.default, (made,), before=reader, like=reader)
     editor.rebind(reader, source, end)
 
