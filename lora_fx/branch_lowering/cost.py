@@ -8,17 +8,17 @@ and can be measured again with ``benchmarks/pieces.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.branch_lowering import forms
-from lora_fx.graph.ops import op_name
+from lora_fx.graph.ops import function_name
 
 BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at 50 to 90 GB/s
 CALL_FLOPS = 1e5  # up to half a microsecond for each call of an operator
@@ -81,40 +81,39 @@ class Shape:
 
 @cache
 def cost_of(
-    function: forms.FormFunction, shape: Shape, ones: bool = False, slots: bool = False
+    form: forms.FormFunction, shape: Shape, ones: bool = False, slots: bool = False
 ) -> Cost:
     """What a form costs, but for the product that makes its ``narrow``.
 
     Args:
-        function: as `forms` has them.
+        form: as `forms` has them.
         shape: of the layer.
         ones: whether the bias is a row of B.
         slots: whether A and B are given at each call.
     """
-    rank, is_biased = shape.r + ones, shape.biased and not ones
-    given = {
-        "x": _meta(shape.n, shape.d),
-        "weight": _meta(shape.o, shape.d),
-        "matrix": _meta(shape.d, shape.o),
-        "bias": _meta(shape.o) if is_biased else None,
-        "narrow": _meta(shape.n, rank),
-        "down": _meta(shape.d, shape.r),
-        "up": _meta(rank, shape.o),
-    }
-    fixed = {"weight", "matrix", "bias", *(() if slots else ("down", "up"))}
-    taken = {name: given[name] for name in forms.operands_of(function)}
-    return _counted(function, taken, fixed, shape.size)
+    rank = shape.r + ones
+    x, narrow = _meta(shape.n, shape.d), _meta(shape.n, rank)
+    weight, matrix = _meta(shape.o, shape.d), _meta(shape.d, shape.o)
+    bias = _meta(shape.o) if shape.biased and not ones else None
+    down, up = _meta(shape.d, shape.r), _meta(rank, shape.o)
+    constants = [weight, matrix, bias] if slots else [weight, matrix, bias, down, up]
+    given = {"x": x, "weight": weight, "matrix": matrix, "bias": bias, "narrow": narrow}
+    with _Counter(_tensors(constants), shape.size) as counter:
+        if "base" in forms.operands_of(form):
+            given["base"] = forms.merged(x, weight, bias)
+        given |= {"down": down, "up": up}
+        form(**{name: given[name] for name in forms.operands_of(form)})
+    return counter.total
 
 
 @cache
 def cost_of_shrink(shape: Shape, widths: tuple[int, ...], ones: bool = False) -> Cost:
     """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
-    given = {
-        "x": _meta(shape.n, shape.d),
-        "downs": [_meta(shape.d, width) for width in widths],
-        "ones": _meta(sum(widths)) if ones else None,
-    }
-    return _counted(partial(forms.shrink, widths=widths), given, {"downs", "ones"}, shape.size)
+    downs = [_meta(shape.d, width) for width in widths]
+    column = _meta(sum(widths)) if ones else None
+    with _Counter([*downs, *_tensors(column)], shape.size) as counter:
+        forms.shrink(_meta(shape.n, shape.d), downs, column, widths)
+    return counter.total
 
 
 def product(n: int, d: int, o: int, size: int) -> Cost:
@@ -128,66 +127,51 @@ def moved(elements: int, size: int) -> Cost:
     return Cost(0.0, float(size * elements), 1)
 
 
+class _Counter(TorchFunctionMode):
+    """Adds up the calls that are made under it, but for those that read constants alone."""
+
+    def __init__(self, constants: Sequence[torch.Tensor], size: int) -> None:
+        super().__init__()
+        self.total, self._size = Cost(), size
+        self._constants, self._made = list(constants), list[torch.Tensor]()
+
+    def __torch_function__(
+        self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs a call, on tensors without data."""
+        result = call(*args, **(kwargs or {}))
+        if not isinstance(call, torch._ops.OpOverload):
+            return result
+        if all(_is_in(read, self._constants) for read in _tensors(args)):
+            self._constants += _tensors(result)
+            return result
+        self._made += _tensors(result)
+        self.total += self._cost(call, args, result)
+        return result
+
+    def _cost(self, call: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> Cost:
+        name = function_name(call)
+        if name in ("linear", "matmul"):
+            x, weight, *bias = args
+            d, o = weight.shape if name == "matmul" else weight.shape[::-1]
+            cost = product(x.numel() // d, d, o, self._size)
+            if _is_in(weight, self._made):  # it is laid out for the kernel at each call
+                cost += moved(2 * d * o, self._size)
+            return cost + (moved(2 * result.numel(), self._size) if bias else Cost())
+        if call.is_view and name != "split_with_sizes":
+            return Cost()
+        wrote = _tensors(result)
+        read = [value for value in _tensors(args) if value.ndim == wrote[0].ndim]  # not broadcast
+        return moved(sum(value.numel() for value in (*wrote, *read)), self._size)
+
+
 def _meta(*sizes: int) -> torch.Tensor:
     return torch.empty(sizes, device="meta")
 
 
-def _counted(
-    function: Callable[..., Any], operands: Mapping[str, Any], fixed: Collection[str], size: int
-) -> Cost:
-    """The sum over the calls of a function that read more than fixed operands."""
-    graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-
-    def proxy(name: str, value: torch.Tensor) -> fx.Proxy:
-        node = graph.placeholder(name)
-        node.meta.update(val=value, fixed=name in fixed)
-        return fx.Proxy(node, tracer)
-
-    function(
-        **{
-            name: pytree.tree_map_only(torch.Tensor, partial(proxy, name), value)
-            for name, value in operands.items()
-        }
-    )
-    total = Cost()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = node.target(*arguments[0], **arguments[1])
-        node.meta["fixed"] = all(source.meta["fixed"] for source in node.all_input_nodes)
-        if not node.meta["fixed"]:
-            total += _cost(node, size)
-    return total
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
-def _cost(node: fx.Node, size: int) -> Cost:
-    if op_name(node) == "linear":
-        x, weight, *bias = node.args
-        return _product(x, weight, size, 1) + (moved(2 * _count(node), size) if bias else Cost())
-    if op_name(node) == "matmul":
-        return _product(*node.args, size, 0)
-    if op_name(node) == "getitem" or (
-        _is_view(node.target) and op_name(node) != "split_with_sizes"
-    ):
-        return Cost()
-    axes = pytree.tree_leaves(node.meta["val"])[0].ndim
-    read = [source for source in node.all_input_nodes if source.meta["val"].ndim == axes]
-    return moved(_count(node) + sum(map(_count, read)), size)  # but for what is broadcast
-
-
-def _product(x: Any, weight: Any, size: int, axis: int) -> Cost:
-    """A product with a weight; one that is made at each call is laid out for the kernel first."""
-    d, o = weight.meta["val"].shape[axis], weight.meta["val"].shape[1 - axis]
-    is_made = weight.op == "call_function" and not weight.meta["fixed"]
-    laid_out = moved(2 * d * o, size) if is_made else Cost()
-    return product(_count(x) // d, d, o, size) + laid_out
-
-
-def _is_view(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target.is_view
-
-
-def _count(node: fx.Node) -> int:
-    return sum(value.numel() for value in pytree.tree_leaves(node.meta["val"]))
+def _is_in(value: torch.Tensor, values: Sequence[torch.Tensor]) -> bool:
+    return any(value is other for other in values)

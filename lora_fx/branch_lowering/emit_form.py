@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, takewhile
 from typing import Any
 
@@ -34,38 +34,39 @@ def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[M
 def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node | None) -> fx.Node:
     """A layer with its branches as one: the form, of operands that are put together for it."""
     site, branches, form = member.site, member.branches, member.form
-    biases = [node for node in (site.bias, *(b.bias for b in branches)) if node]
+    own = [node for node in (site.bias,) if node]
+    biases = [*own, *(branch.bias for branch in branches if branch.bias)]
+    as_is = site.node if biases == own and not form.ones else None  # x W + b, as it stands
 
-    def layer(x: Any, weight: Any, biases: Any, narrow: Any, downs: Any, ups: Any) -> Any:
-        bias = reduce(aten.add.Tensor, biases) if biases else None
-        scales = [branch.scale for branch in branches]
-        ups = [u if s == 1 else aten.mul.Tensor(u, s) for u, s in zip(ups, scales, strict=True)]
-        rows = [aten.unsqueeze.default(bias, 0)] if form.ones else []
+    def layer(
+        x: Any, weight: Any, biases: Any, narrow: Any, base: Any, downs: Any, ups: Any
+    ) -> Any:
+        total = reduce(aten.add.Tensor, biases) if biases else None
+        bias, rows = (None, [aten.unsqueeze.default(total, 0)]) if form.ones else (total, [])
+        scaled = [_times(up, branch.scale) for up, branch in zip(ups, branches, strict=True)]
+        turned = partial(aten.t.default, weight)
         makers = {
             "x": lambda: x,
-            "weight": lambda: aten.t.default(weight) if site.transposed else weight,
-            "matrix": lambda: weight if site.transposed else aten.t.default(weight),
-            "bias": lambda: None if form.ones else bias,
+            "weight": turned if site.transposed else lambda: weight,
+            "matrix": lambda: weight if site.transposed else turned(),
+            "bias": lambda: bias,
+            "base": lambda: base if as_is else forms.merged(x, makers["weight"](), bias),
             "narrow": lambda: narrow,
             "down": lambda: _beside(member, downs, 1),
-            "up": lambda: _beside(member, [*ups, *rows], 0),
+            "up": lambda: _beside(member, [*scaled, *rows], 0),
         }
         return form.function(**{name: makers[name]() for name in forms.operands_of(form.function)})
 
-    downs, ups = [b.down for b in branches], [b.up for b in branches]
-    operands = (site.input, site.weight, biases, narrow, downs, ups)
+    downs, ups = [branch.down for branch in branches], [branch.up for branch in branches]
+    operands = (site.input, site.weight, biases, narrow, as_is, downs, ups)
     new, calls = editor.inline(layer, operands, before=member.out, like=site.node)
-    for call in calls:
-        if _is_own(call, member):
-            editor.replace(call, site.node)
-            editor.sweep()
-    weight, own = str(site.weight.target), [str(node.target) for node in (site.bias,) if node]
+    weight = str(site.weight.target)
     names = {weight: weight}
     if not member.slots:
         names |= _named(member.at, "lora_shrink", downs) | _named(member.at, "lora_expand", ups)
     names |= _named(member.at, "bias", biases)
-    left = [call for call in calls if call.users or call is new]
-    fold_constants(editor, constants, left, names, site.dtype, own=[weight, *own])
+    held = [weight, *(str(node.target) for node in own)]
+    fold_constants(editor, constants, calls, names, site.dtype, own=held)
     return new
 
 
@@ -98,21 +99,8 @@ def _beside(member: Member, parts: Sequence[Any], axis: int) -> Any:
     return parts[0] if member.slots and len(parts) == 1 else aten.cat.default(list(parts), axis)
 
 
-def _is_own(call: fx.Node, member: Member) -> bool:
-    """Whether a form has made the layer's own call again."""
-    site = member.site
-    if call.target is not aten.linear.default or call.args[0] is not site.input:
-        return False
-    weight, bias = (*call.args[1:], None)[:2]
-    weight = weight.args[0] if site.transposed else weight
-    return _same(weight, site.weight) and _same(bias, site.bias)
-
-
-def _same(one: fx.Node | None, other: fx.Node | None) -> bool:
-    """Whether two nodes are one, or fetch one tensor."""
-    if one is None or other is None or one is other:
-        return one is other
-    return one.op == other.op == "get_attr" and one.target == other.target
+def _times(up: Any, scale: float) -> Any:
+    return up if scale == 1 else aten.mul.Tensor(up, scale)
 
 
 def _named(at: str, name: str, nodes: Iterable[fx.Node]) -> dict[str, str]:

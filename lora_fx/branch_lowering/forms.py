@@ -2,10 +2,10 @@
 
 A form takes what it names of these, and gives ``x W + b + (x A) B``:
 
-    x       (..., in), what the layer reads      narrow  (..., r), x A
-    weight  (out, in), W                         down    (in, r), A
-    matrix  (in, out), W as x meets it           up      (r, out), B, the scale in it
-    bias    (out,), b, or None
+    x       (..., in), what the layer reads      base    (..., out), x W + b
+    weight  (out, in), W                         narrow  (..., r), x A
+    matrix  (in, out), W as x meets it           down    (in, r), A
+    bias    (out,), b, or None                   up      (r, out), B, the scale in it
 
 What it costs is found by tracing it (`cost.py`), and it is written into a graph as it stands, with
 what it makes of constants alone made once (`emit_form.py`). Layers whose forms take ``narrow`` may
@@ -33,9 +33,9 @@ def merged(x: Any, weight: Any, bias: Any) -> Any:
     return aten.linear.default(*given)
 
 
-def factored(x: Any, weight: Any, bias: Any, narrow: Any, up: Any) -> Any:
+def factored(base: Any, narrow: Any, up: Any) -> Any:
     """``(x W + b) + (x A) B``."""
-    return aten.add.Tensor(merged(x, weight, bias), aten.matmul.default(narrow, up))
+    return aten.add.Tensor(base, aten.matmul.default(narrow, up))
 
 
 def augmented(x: Any, weight: Any, bias: Any, narrow: Any, up: Any) -> Any:

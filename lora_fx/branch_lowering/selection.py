@@ -42,10 +42,10 @@ def choices(
     if target == "input":
         return [Group((_swappable(member),)) for member in members]
     elsewhere = _read_elsewhere(gm, members)
-    forms: dict[str, Form] = {}  # of a layer that is called twice the first call decides
+    decided: dict[str, Form] = {}  # of a layer that is called twice the first call decides
     found: dict[fx.Node, list[Member]] = defaultdict(list)
     for member in members:
-        mine = forms.setdefault(member.site.path, _best(member, elsewhere, form))
+        mine = decided.setdefault(member.site.path, _best(member, elsewhere, form))
         found[member.site.input].append(replace(member, form=mine))
     return [group for members in found.values() for group in _grouped(members, share)]
 

@@ -122,10 +122,10 @@ def test_a_trace_counts_what_a_hand_does(shape: Shape, ones: bool) -> None:
 
 
 def test_any_other_call_is_a_pass_over_memory_and_a_view_or_a_constant_is_free() -> None:
-    def odd(x: Any, weight: Any, bias: Any, narrow: Any, up: Any) -> Any:
+    def odd(base: Any, narrow: Any, up: Any) -> Any:
         turned = aten.t.default(aten.t.default(narrow))
         sharp = aten.exp.default(aten.log.default(aten.abs.default(up)))
-        return forms.factored(x, weight, bias, aten.tanh.default(turned), sharp)
+        return forms.factored(base, aten.tanh.default(turned), sharp)
 
     more = cost.moved(2 * SQUARE.n * SQUARE.r, SQUARE.size)
     assert cost_of(odd, SQUARE) == factored(SQUARE) + more
