@@ -18,9 +18,9 @@ from lora_fx.graph.pass_base import Pass
 class ChooseForm(Pass):
     """``add(linear(x, W, b), matmul(matmul(x, A), B))  ->  linear(cat([x, x A]), [W; B], b)``.
 
-    Or another form, whichever costs least by `lora_fx.cost`: several branches of a layer as one,
-    one shrink for all layers that read one x, the bias as a row of B that a column of ones meets,
-    and for slots (``target="input"``) ``x (W + A B)`` where x is known to have enough rows.
+    Or another form of `branch_lowering.forms`, whichever costs least: several branches of a layer
+    as one, one shrink for all layers that read one x, the bias as a row of B that a column of ones
+    meets, and for slots (``target="input"``) ``x (W + A B)`` where x has enough rows for sure.
     New weights are computed when they are read, the scale folded in.
 
     For inference: a parameter that is being trained is read as it is now. `UnfoldLora` gives back

@@ -59,8 +59,8 @@ def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModu
 
 def _larger(weight: torch.Tensor | LazyTensor) -> torch.Tensor | LazyTensor:
     if isinstance(weight, LazyTensor):
-        larger, key = (lambda: weight.evaluate() * _FACTOR), ("larger", weight.key)
-        return LazyTensor(weight.shape, weight.dtype, larger, key, cache=False)
+        make, key = (lambda: weight.evaluate() * _FACTOR), ("larger", weight.key)
+        return LazyTensor(weight.shape, weight.dtype, make, key, cache=False)
     larger = weight.detach() * _FACTOR
     is_parameter = isinstance(weight, nn.Parameter)
     return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

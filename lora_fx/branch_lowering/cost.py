@@ -98,7 +98,8 @@ def cost_of(
     down, up = _meta(shape.d, shape.r), _meta(rank, shape.o)
     constants = [weight, matrix, bias] if slots else [weight, matrix, bias, down, up]
     given = {"x": x, "weight": weight, "matrix": matrix, "bias": bias, "narrow": narrow}
-    with _Counter(_tensors(constants), shape.size) as counter:
+    counter = _Counter(_tensors(constants), shape.size)
+    with counter:
         if "base" in forms.operands_of(form):
             given["base"] = forms.merged(x, weight, bias)
         given |= {"down": down, "up": up}
@@ -111,7 +112,8 @@ def cost_of_shrink(shape: Shape, widths: tuple[int, ...], ones: bool = False) ->
     """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
     downs = [_meta(shape.d, width) for width in widths]
     column = _meta(sum(widths)) if ones else None
-    with _Counter([*downs, *_tensors(column)], shape.size) as counter:
+    counter = _Counter([*downs, *_tensors(column)], shape.size)
+    with counter:
         forms.shrink(_meta(shape.n, shape.d), downs, column, widths)
     return counter.total
 

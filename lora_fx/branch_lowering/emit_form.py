@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import chain, takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -32,42 +32,59 @@ def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[M
 
 
 def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node | None) -> fx.Node:
-    """A layer with its branches as one: the form, of operands that are put together for it."""
-    site, branches, form = member.site, member.branches, member.form
+    """A layer with its branches as one."""
+    site, branches, function = member.site, member.branches, member.form.function
     own = [node for node in (site.bias,) if node]
     biases = [*own, *(branch.bias for branch in branches if branch.bias)]
-    as_is = site.node if biases == own and not form.ones else None  # x W + b, as it stands
+    base = site.node if biases == own and not member.form.ones else None
 
-    def layer(
-        x: Any, weight: Any, biases: Any, narrow: Any, base: Any, downs: Any, ups: Any
-    ) -> Any:
-        total = reduce(aten.add.Tensor, biases) if biases else None
-        bias, rows = (None, [aten.unsqueeze.default(total, 0)]) if form.ones else (total, [])
-        scaled = [_times(up, branch.scale) for up, branch in zip(ups, branches, strict=True)]
-        turned = partial(aten.t.default, weight)
-        makers = {
-            "x": lambda: x,
-            "weight": turned if site.transposed else lambda: weight,
-            "matrix": lambda: weight if site.transposed else turned(),
-            "bias": lambda: bias,
-            "base": lambda: base if as_is else forms.merged(x, makers["weight"](), bias),
-            "narrow": lambda: narrow,
-            "down": lambda: _beside(member, downs, 1),
-            "up": lambda: _beside(member, [*scaled, *rows], 0),
-        }
-        return form.function(**{name: makers[name]() for name in forms.operands_of(form.function)})
+    def layer(*operands: Any) -> Any:
+        given = _given(member, *operands)
+        return function(**{name: given[name]() for name in forms.operands_of(function)})
 
-    downs, ups = [branch.down for branch in branches], [branch.up for branch in branches]
-    operands = (site.input, site.weight, biases, narrow, as_is, downs, ups)
+    downs, ups = _factors(member)
+    operands = (site.input, site.weight, biases, base, narrow, downs, ups)
     new, calls = editor.inline(layer, operands, before=member.out, like=site.node)
-    weight = str(site.weight.target)
-    names = {weight: weight}
+    names = {str(site.weight.target): str(site.weight.target)}
     if not member.slots:
         names |= _named(member.at, "lora_shrink", downs) | _named(member.at, "lora_expand", ups)
     names |= _named(member.at, "bias", biases)
-    held = [weight, *(str(node.target) for node in own)]
+    held = [str(node.target) for node in (site.weight, *own)]
     fold_constants(editor, constants, calls, names, site.dtype, own=held)
-    return new
+    return cast(fx.Node, new)
+
+
+def _given(
+    member: Member, x: Any, weight: Any, biases: Any, base: Any, narrow: Any, downs: Any, ups: Any
+) -> dict[str, Callable[[], Any]]:
+    """What a form may take, made when it does: all branches as one, the bias in B if it is there.
+
+    Args:
+        member: the layer.
+        x: what it reads.
+        weight: as it is stored.
+        biases: the layer's own and those of its branches.
+        base: what the layer's own call computes, or None if the form has another bias.
+        narrow: ``x A``, or None.
+        downs: A of each branch.
+        ups: B of each branch, without its scale.
+    """
+    bias = reduce(aten.add.Tensor, biases) if biases else None
+    rows = [_times(up, branch.scale) for up, branch in zip(ups, member.branches, strict=True)]
+    if member.form.ones:
+        rows, bias = [*rows, aten.unsqueeze.default(bias, 0)], None
+    turned = member.site.transposed
+    given: dict[str, Callable[[], Any]] = {
+        "x": lambda: x,
+        "weight": lambda: aten.t.default(weight) if turned else weight,
+        "matrix": lambda: weight if turned else aten.t.default(weight),
+        "bias": lambda: bias,
+        "narrow": lambda: narrow,
+        "down": lambda: _beside(member, downs, 1),
+        "up": lambda: _beside(member, rows, 0),
+    }
+    again = lambda: forms.merged(x, given["weight"](), bias)  # noqa: E731
+    return given | {"base": again if base is None else lambda: base}
 
 
 def _shrunk(
@@ -80,7 +97,7 @@ def _shrunk(
         column = torch.cat([torch.arange(m.width) == m.width - m.form.ones for m in members])
         held = nn.Parameter(column.to(site.dtype), requires_grad=False)
         ones = editor.constant(f"{at}lora_ones", held, before=before)
-    downs = [[branch.down for branch in member.branches] for member in members]
+    downs = [_factors(member)[0] for member in members]
 
     def shrink(x: Any, downs: Any, ones: Any) -> Any:
         for member, own in zip(members, downs, strict=True):
@@ -91,7 +108,13 @@ def _shrunk(
     parts, calls = editor.inline(shrink, (site.input, downs, ones), before=before, like=site.node)
     names = {} if members[0].slots else _named(at, "lora_shrink", chain(*downs))
     fold_constants(editor, constants, calls, names, site.dtype)
-    return parts
+    return list(parts)
+
+
+def _factors(member: Member) -> tuple[list[fx.Node], list[fx.Node]]:
+    """A and B of each branch."""
+    pairs = [(b.down, b.up) for b in member.branches if b.down is not None and b.up is not None]
+    return [down for down, _ in pairs], [up for _, up in pairs]
 
 
 def _beside(member: Member, parts: Sequence[Any], axis: int) -> Any:

@@ -43,7 +43,7 @@ def fold_constants(
         if call not in constants.nodes or constants.nodes >= call.users.keys():
             continue
         leaves = {held.name: held for held in constants.leaves([call]).values()}
-        name = next(new for old, new in names.items() if old in leaves)
+        name = next((new for old, new in names.items() if old in leaves), call.name)
         value = lazily(constants, call, dtype, name)
         if any(held.is_trained for held in leaves.values() if held.name not in own):
             value.materialize()

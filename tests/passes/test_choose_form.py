@@ -197,6 +197,33 @@ def test_a_trained_factor_is_read_at_once(ragged: Any, x: Any) -> None:
     assert relative(tuned(x), before) > 1e-2
 
 
+def test_a_weight_that_changes_before_it_is_read_is_refused(siblings: Any, x: Any) -> None:
+    base, injected = siblings
+    chosen = ChooseForm(form=AUGMENTED)(injected).graph_module
+    with torch.no_grad():
+        base.part.key.weight.mul_(2)
+    chosen.part.query.weight.sum()
+    with pytest.raises(PassError, match=r"^part\.key\.weight was changed in place"):
+        chosen(x)
+    again = ChooseForm(form=AUGMENTED)(injected).graph_module
+    assert relative(again(x), injected(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_slots_of_several_branches_are_read_by_name(rows: int, scale: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, rows, 64)
+    gm = trace(nn.Sequential(nn.Linear(64, 48)).eval(), (x,))
+    update = Update(torch.randn(3, 64), torch.randn(48, 3), scale)
+    both = inject(gm, [make_adapter({"0": (48, 64)}), Adapter("german", {"0": update})])
+    seen = check_pass(ChooseForm(target="input"), both, x, expected=both(x), control=gm(x))
+    assert seen.result.modified == (rows == 512)
+    names = {f"0.lora_{part}.{name}" for part in "AB" for name in ("french", "german")}
+    assert names <= set(targets(seen.gm.graph))
+    assert "lora_shrink" not in seen.after
+
+
 @pytest.mark.parametrize("rows", [2, 512])
 def test_slots_stay_as_they_are_but_for_many_rows(rows: int) -> None:
     torch.manual_seed(0)

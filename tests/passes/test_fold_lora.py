@@ -187,6 +187,17 @@ def test_a_weight_that_changes_before_it_is_read_is_refused(ragged: Any) -> None
         attribute(folded, "wide.weight")
 
 
+def test_a_folded_weight_that_was_read_and_then_changed_is_refused(ragged: Any) -> None:
+    first = fold(inject(trace(ragged), make_adapter(SHAPES)))
+    second = fold(inject(first, make_adapter({"wide": (5, 3)}, name="german")))
+    once = attribute(first, "wide.weight")
+    with torch.no_grad():
+        once.mul_(2)
+    with pytest.raises(PassError, match=r"wide.weight was changed in place.*fold again"):
+        attribute(second, "wide.weight")
+    attribute(second, "again.weight")  # the control: nobody wrote to this one
+
+
 def test_a_weight_written_in_place_is_never_folded() -> None:
     class Written(Affine):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
