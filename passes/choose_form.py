@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_fx.branch_lowering import forms
 from lora_fx.branch_lowering.emit_form import emit
 from lora_fx.branch_lowering.selection import TOKENS, Form, choices
 from lora_fx.errors import PassError
@@ -45,6 +46,9 @@ class ChooseForm(Pass):
         """Rewrites the layers of one x after those of another."""
         if self.target not in ("constant", "input"):
             raise PassError(f"target={self.target!r}: expected 'constant' or 'input'")
+        if self.form is not None and self.form.kind not in forms.CONSTANT | forms.SLOTS:
+            known = ", ".join(forms.CONSTANT | forms.SLOTS)
+            raise PassError(f"form={self.form.kind!r}: expected one of {known}")
         constants = Constants(editor.gm)
         for group in choices(editor.gm, self.target, self.tokens, self.form, self.share):
             for member, new in emit(editor, constants, group):

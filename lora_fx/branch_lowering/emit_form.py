@@ -57,18 +57,7 @@ def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node
 def _given(
     member: Member, x: Any, weight: Any, biases: Any, base: Any, narrow: Any, downs: Any, ups: Any
 ) -> dict[str, Callable[[], Any]]:
-    """What a form may take, made when it does: all branches as one, the bias in B if it is there.
-
-    Args:
-        member: the layer.
-        x: what it reads.
-        weight: as it is stored.
-        biases: the layer's own and those of its branches.
-        base: what the layer's own call computes, or None if the form has another bias.
-        narrow: ``x A``, or None.
-        downs: A of each branch.
-        ups: B of each branch, without its scale.
-    """
+    """What a form may take, made when it does: branches as one, the bias in B if it is there."""
     bias = reduce(aten.add.Tensor, biases) if biases else None
     rows = [_times(up, branch.scale) for up, branch in zip(ups, member.branches, strict=True)]
     if member.form.ones:

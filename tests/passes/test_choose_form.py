@@ -237,6 +237,12 @@ def test_slots_stay_as_they_are_but_for_many_rows(rows: int) -> None:
     assert {"0.lora_A.french", "0.lora_B.french"} <= read
 
 
+def test_an_unknown_form_is_refused(ragged: Any) -> None:
+    with pytest.raises(PassError, match="form='augmentd': expected one of factored, augmented, w"):
+        ChooseForm(form=Form("augmentd"))(trace(ragged))
+    assert ChooseForm(form=Form("weight"))(trace(ragged)).modified is False
+
+
 def test_an_unknown_target_is_refused(ragged: Any) -> None:
     with pytest.raises(PassError, match="target='slots'"):
         ChooseForm(target="slots")(trace(ragged))
