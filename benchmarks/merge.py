@@ -18,7 +18,7 @@ from torch import nn
 import lora_fx
 from benchmarks.memory import peak
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 
 RANK = 16
 # Qwen2-0.5B's shape, and one of a tenth of its layers.
@@ -60,9 +60,7 @@ def ours(directory: Path) -> Callable[[], Any]:
     def run() -> None:
         folded = lora_fx.fold(injected)
         for target in targets(folded.graph):
-            value = raw(folded, target)
-            if isinstance(value, Deferred):
-                value.compute()
+            evaluate(get_unevaluated(folded, target))
 
     return run
 

@@ -19,7 +19,7 @@ from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
 from lora_fx.export.program.io_signature import rename
-from lora_fx.export.program.lazy_weights import promise_weights
+from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.injection.finite_values import check_branches
@@ -135,7 +135,7 @@ def _translated(
             raise
         trial = trial_of(plan.traced, inputs, retrace=True)
         model = convert(trial.program, opset)
-    promise_weights(model, trial.promises)
+    replace_stand_ins(model, trial.stand_ins)
     return trial, model
 
 

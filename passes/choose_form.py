@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
-from torch import fx
 
-from lora_fx.branch_lowering.emit_form import Maker, shrunk
-from lora_fx.branch_lowering.selection import TOKENS, Form, Group, choices
+from lora_fx.branch_lowering import forms
+from lora_fx.branch_lowering.emit_form import emit
+from lora_fx.branch_lowering.selection import TOKENS, Form, choices
 from lora_fx.errors import PassError
+from lora_fx.graph.constants import Constants
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.ops import aten
 from lora_fx.graph.pass_base import Pass
 
 
@@ -21,9 +19,9 @@ from lora_fx.graph.pass_base import Pass
 class ChooseForm(Pass):
     """``add(linear(x, W, b), matmul(matmul(x, A), B))  ->  linear(cat([x, x A]), [W; B], b)``.
 
-    Or another form, whichever costs least by `lora_fx.cost`: several branches of a layer as one,
-    one shrink for all layers that read one x, the bias as a row of B that a column of ones meets,
-    and for slots (``target="input"``) ``x (W + A B)`` where x is known to have enough rows.
+    Or another form of `branch_lowering.forms`, whichever costs least: several branches of a layer
+    as one, one shrink for all layers that read one x, the bias as a row of B that a column of ones
+    meets, and for slots (``target="input"``) ``x (W + A B)`` where x has enough rows for sure.
     New weights are computed when they are read, the scale folded in.
 
     For inference: a parameter that is being trained is read as it is now. `UnfoldLora` gives back
@@ -48,33 +46,12 @@ class ChooseForm(Pass):
         """Rewrites the layers of one x after those of another."""
         if self.target not in ("constant", "input"):
             raise PassError(f"target={self.target!r}: expected 'constant' or 'input'")
+        if self.form is not None and self.form.kind not in forms.CONSTANT | forms.SLOTS:
+            known = ", ".join(forms.CONSTANT | forms.SLOTS)
+            raise PassError(f"form={self.form.kind!r}: expected one of {known}")
+        constants = Constants(editor.gm)
         for group in choices(editor.gm, self.target, self.tokens, self.form, self.share):
-            narrow = _shared(editor, group) if group.shared else [None] * len(group.members)
-            for member, h in zip(group.members, narrow, strict=True):
-                if h is None and member.is_as_injected:
-                    continue
-                new = Maker(editor, member).made(h)
+            for member, new in emit(editor, constants, group):
                 editor.remember(new, member.out)
                 editor.replace(member.out, new)
                 editor.record("choose", member.site.path, group.why(member))
-
-
-def _shared(editor: Editor, group: Group) -> list[fx.Node]:
-    """One product that shrinks x for all members, cut into what each expands."""
-    makers = [Maker(editor, member) for member in group.members]
-    first = group.members[0].site
-    whole = shrunk(editor, makers, _holder(group), before=first.node)
-    widths = [maker.width for maker in makers]
-    call = aten.split_with_sizes.default
-    cut = editor.call(call, (whole, widths, -1), before=first.node, like=first.node)
-    return [
-        editor.call(operator.getitem, (cut, place), before=first.node, like=maker.site.node)
-        for place, maker in enumerate(makers)
-    ]
-
-
-def _holder(group: Group) -> str:
-    """The path of the module that holds all layers of a group."""
-    paths = [member.site.path.split(".")[:-1] for member in group.members]
-    steps = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in steps)

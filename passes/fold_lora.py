@@ -18,9 +18,9 @@ from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, transposed
-from lora_fx.errors import PassError
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.fold_constants import lazily, rounded
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
@@ -69,12 +69,8 @@ class FoldLora(Pass):
 def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node) -> None:
     """Puts a constant in the place of a weight that an adapter made and no layer alone reads."""
     constants, name = analysis.constants, str(source.target)
-    shape, dtype = constants.shape(source), constants.dtype(source)
-    assert shape is not None
-    reader = next(iter(made.users))
-    key = ("made anew", constants.key(made))
-    value = Deferred(shape, dtype, lambda: _to(dtype, constants.value(made), name), key)
-    node = editor.constant(name, value, before=reader)
+    value = lazily(constants, made, constants.dtype(source), name)
+    node = editor.constant(name, value, before=next(iter(made.users)))
     editor.remember(node, made)
     editor.replace(made, node)
     editor.record("fold", name, "made anew by an adapter")
@@ -197,9 +193,9 @@ class _Maker:
     def _constant(self, name: str, matrix: Matrix, shape: tuple[int, ...]) -> fx.Node:
         dtype = self.analysis.constants.dtype(weight_of(self.region.layer))
         key = (matrix, shape, dtype)
-        value = Deferred(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
+        value = LazyTensor(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
         if self.analysis.constants.is_trained(self.region.nodes, but=self.region.layer):
-            value.keep()
+            value.materialize()
         return self.editor.constant(name, value, before=self.region.place)
 
 
@@ -225,23 +221,8 @@ def _names(path: str, weight: fx.Node) -> tuple[str, str]:
 def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
     with torch.no_grad():
         wide = dense(matrix, torch.promote_types(dtype, torch.float32))
-        return _to(dtype, wide.reshape(shape), name)
+        return rounded(wide.reshape(shape), dtype, name)
 
 
 def _round_to(dtype: torch.dtype) -> Callable[[torch.Tensor, str], torch.Tensor]:
-    return lambda wide, name: _to(dtype, wide, name)
-
-
-def _to(dtype: torch.dtype, wide: torch.Tensor, name: str) -> torch.Tensor:
-    rounded = wide.to(dtype).contiguous()
-    if not _is_finite(rounded):
-        raise PassError(
-            f"{name}: the folded value is not finite in {dtype} (largest magnitude "
-            f"{wide.abs().max().item():g}); fold the model in a wider dtype"
-        )
-    return rounded
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    """In one pass, where isfinite makes three tensors; a sum may overflow where no value does."""
-    return bool(value.sum().isfinite()) or all(bool(end.isfinite()) for end in value.aminmax())
+    return lambda wide, name: rounded(wide, dtype, name)

@@ -18,7 +18,7 @@ from lora_fx.errors import (
     within,
 )
 from lora_fx.frontend.check_trace import CallError
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor
 
 
 def test_up_to_ten_names_are_shown_whole() -> None:
@@ -102,7 +102,7 @@ def test_what_a_generator_does_after_the_block_is_outside() -> None:
 
 
 def test_a_tensor_is_named_where_it_is_computed() -> None:
-    """Who makes a promise puts a border in it, if the tensor can fail."""
+    """Who makes a lazy tensor puts a border in it, if it can fail."""
 
     def make() -> torch.Tensor:
         raise AdapterError("holds NaN")
@@ -112,9 +112,9 @@ def test_a_tensor_is_named_where_it_is_computed() -> None:
             return make()
 
     with within("outside"):
-        plain, own = (Deferred((5,), torch.float32, made, "key") for made in (make, named))
+        plain, own = (LazyTensor((5,), torch.float32, made, "key") for made in (make, named))
     with pytest.raises(AdapterError, match=r"^holds NaN$"):
-        plain.keep()
+        plain.materialize()
     for _ in range(2):  # each reading has an error of its own, so that none gathers prefixes
         with pytest.raises(AdapterError, match=r"^read: fc: holds NaN$"), within("read"):
-            own.keep()
+            own.materialize()

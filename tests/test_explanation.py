@@ -10,7 +10,7 @@ from torch import nn
 import lora_fx
 from lora_fx import trace
 from lora_fx.explanation import explained
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 
 
 class Model(nn.Module):
@@ -54,7 +54,7 @@ def test_no_weight_is_computed() -> None:
     gm = trace(Model()).requires_grad_(False)
     folded = lora_fx.fold(gm)
     lora_fx.explain(folded)
-    assert raw(folded, "fc.weight")._kept is None
+    assert get_unevaluated(folded, "fc.weight")._cached is None
 
 
 def test_a_branch_has_its_form_and_what_each_form_costs() -> None:

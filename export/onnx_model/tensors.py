@@ -9,14 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lora_fx.graph.lazy_tensor import Deferred
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
 
 
-def digest_of(weight: torch.Tensor | Deferred) -> str:
+def digest_of(weight: torch.Tensor | LazyTensor) -> str:
     """A digest of a tensor: dtype, shape and bytes."""
-    weight = weight.compute() if isinstance(weight, Deferred) else weight
-    digest = hashlib.blake2b(f"{weight.dtype}:{tuple(weight.shape)}:".encode(), digest_size=16)
-    values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    value = evaluate(weight)
+    digest = hashlib.blake2b(f"{value.dtype}:{tuple(value.shape)}:".encode(), digest_size=16)
+    values: Any = value.cpu().contiguous().view(torch.uint8).numpy()
     digest.update(values)
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from lora_fx.export.program.example_inputs import Inputs
 from lora_fx.export.program.io_signature import Leaf, free_names, input_leaves, output_names
-from lora_fx.export.program.lazy_weights import Promise, with_stand_ins
+from lora_fx.export.program.lazy_weights import StandIn, with_stand_ins
 from lora_fx.export.program.shape_variants import Case, cases
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.runtime.ort import to_array
@@ -29,7 +29,7 @@ class Trial:
         cases: inputs of several shapes, the traced one first.
         outputs: names of the graph outputs.
         notes: outputs that could not have the name that the model gives them.
-        promises: weights that the program has stand-ins for.
+        stand_ins: for weights that are computed when the file is written.
     """
 
     program: torch.export.ExportedProgram
@@ -37,7 +37,7 @@ class Trial:
     cases: Sequence[Case]
     outputs: list[str]
     notes: list[str]
-    promises: list[Promise]
+    stand_ins: list[StandIn]
 
     @property
     def inputs(self) -> list[str]:
@@ -62,7 +62,7 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
         TraceError: torch.export cannot follow the graph.
         ExportError: an output is no tensor.
     """
-    hollow, promises = with_stand_ins(gm)
+    hollow, stand_ins = with_stand_ins(gm)
     program = None if retrace else program_of(hollow, inputs)
     if program is None:
         program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
@@ -71,4 +71,4 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
-    return Trial(program, leaves, cases(program, leaves), outputs, notes, promises)
+    return Trial(program, leaves, cases(program, leaves), outputs, notes, stand_ins)

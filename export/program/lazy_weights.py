@@ -15,58 +15,58 @@ from torch import fx, nn
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 
 
 @dataclass(frozen=True)
-class Promise:
+class StandIn:
     """A weight to be, and what stands for it until the file is written.
 
     Attributes:
         name: in the graph.
         weight: computes it.
-        stand_in: of its shape; what it holds means nothing.
+        tensor: of its shape; what it holds means nothing.
     """
 
     name: str
-    weight: Deferred
-    stand_in: nn.Parameter
+    weight: LazyTensor
+    tensor: nn.Parameter
 
 
-def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Promise]]:
+def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
     """A copy that computes nothing: each tensor that is still to be computed has a stand-in."""
     hollow = assemble(gm, copy_graph(gm.graph), gm.training)
     hollow.meta = dict(gm.meta)
     known: dict[int, nn.Parameter] = {}
-    promises = []
+    stand_ins = []
     for target in targets(gm.graph):
-        weight = raw(gm, target)
-        if isinstance(weight, Deferred):
+        weight = get_unevaluated(gm, target)
+        if isinstance(weight, LazyTensor):
             if id(weight) not in known:
                 memory = torch.empty(weight.shape, dtype=weight.dtype)
                 known[id(weight)] = nn.Parameter(memory, requires_grad=False)
             remove(hollow, target)  # assigning alone would compute it: torch looks whether it is
             assign(hollow, target, known[id(weight)])
-            promises.append(Promise(target, weight, known[id(weight)]))
-    return hollow, promises
+            stand_ins.append(StandIn(target, weight, known[id(weight)]))
+    return hollow, stand_ins
 
 
-def promise_weights(model: ir.Model, promises: list[Promise]) -> None:
+def replace_stand_ins(model: ir.Model, stand_ins: list[StandIn]) -> None:
     """Puts tensors that compute themselves when written in the place of stand-ins.
 
     Raises:
         ExportError: a stand-in is not among the initializers as it was given: whatever was made
             of it would be written in the place of the weight.
     """
-    waiting = {p.stand_in.data_ptr(): p for p in promises if p.stand_in.numel()}
+    waiting = {s.tensor.data_ptr(): s for s in stand_ins if s.tensor.numel()}
     values = list(model.graph.initializers.values())
     kept = set()
     for value in values:
-        promise = waiting.get(_address(value.const_value))
-        if promise is not None and value.shape == promise.weight.shape:
-            value.const_value = _lazy(promise.weight, value)
-            kept.add(promise.name)
-    lost = [promise.name for promise in waiting.values() if promise.name not in kept]
+        found = waiting.get(_address(value.const_value))
+        if found is not None and value.shape == found.weight.shape:
+            value.const_value = _lazy(found.weight, value)
+            kept.add(found.name)
+    lost = [stand_in.name for stand_in in waiting.values() if stand_in.name not in kept]
     lost += [str(value.name) for value in values if _address(value.const_value) in waiting]
     if lost:
         raise ExportError(f"lost in translation: {shorten(lost)}; please report the model")
@@ -77,10 +77,10 @@ def _address(tensor: ir.TensorProtocol | None) -> int:
     return held.data_ptr() if isinstance(held, torch.Tensor) else 0
 
 
-def _lazy(weight: Deferred, value: ir.Value) -> ir.LazyTensor:
-    def compute() -> ir.TensorProtocol:
-        return TorchTensor(weight.compute().detach(), name=value.name)
+def _lazy(weight: LazyTensor, value: ir.Value) -> ir.LazyTensor:
+    def computed() -> ir.TensorProtocol:
+        return TorchTensor(evaluate(weight), name=value.name)
 
     assert value.dtype is not None
     shape = ir.Shape(weight.shape)
-    return ir.LazyTensor(compute, dtype=value.dtype, shape=shape, name=value.name)
+    return ir.LazyTensor(computed, dtype=value.dtype, shape=shape, name=value.name)

@@ -14,7 +14,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.tensors import digest_of
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.sites import Site, by_path
@@ -73,7 +73,7 @@ def _digested(gm: fx.GraphModule, slot: Slot, calls: Sequence[Site]) -> Slot:
     bias = bias_of(gm, calls)
     return replace(
         slot,
-        digest=digest_of(raw(gm, str(calls[0].weight.target))),
+        digest=digest_of(get_unevaluated(gm, str(calls[0].weight.target))),
         bias_digest="" if bias is None else digest_of(bias),
     )
 

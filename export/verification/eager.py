@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.graph.graph_module import assemble, assign, copy_graph, targets
-from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.mutation import written
 from lora_fx.graph.retracing import source_of
 from lora_fx.graph.training_flags import EVAL_FLAGS, flags
@@ -35,9 +35,9 @@ def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
     copy = assemble(gm, graph, training=False)
     copy.meta = dict(gm.meta)
     for target in targets(graph):
-        value = raw(copy, target)
-        if isinstance(value, Deferred):
-            assign(copy, target, Fleeting(value))
+        value = get_unevaluated(copy, target)
+        if isinstance(value, LazyTensor):
+            assign(copy, target, value.uncached())
     return copy.eval()
 
 
@@ -59,7 +59,7 @@ def run_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Tensors:
 
 def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Copies of the tensors that a call may write to: large weights are not among them."""
-    held = {t: raw(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    held = {t: get_unevaluated(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
     dirty = {id(held[str(n.target)]) for n in written(gm.graph) if n.op == "get_attr"}
     state = {target: value for target, value in held.items() if id(value) in dirty}
     for target in {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
@@ -67,7 +67,7 @@ def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     copies: dict[int, torch.Tensor] = {}  # one for all names of a tensor
     for value in state.values():
         if id(value) not in copies:
-            copies[id(value)] = value.compute() if isinstance(value, Deferred) else value.clone()
+            copies[id(value)] = evaluate(value).clone()
     return {name: copies[id(value)] for name, value in state.items()}
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from lora_fx.export.report import Subject
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.graph.graph_module import assign
-from lora_fx.graph.lazy_tensor import Deferred, Fleeting, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
@@ -50,19 +50,17 @@ def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModu
     layers = [str(site.weight.target) for site in sites(gm)]
     others = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
     for target in list(dict.fromkeys([*layers, *others]))[:_ATTEMPTS]:
-        weight = raw(gm, target)
-        if isinstance(weight, torch.Tensor | Deferred) and weight.dtype.is_floating_point:
+        weight = get_unevaluated(gm, target)
+        if isinstance(weight, torch.Tensor | LazyTensor) and weight.dtype.is_floating_point:
             changed = evaluating(gm)
             assign(changed, target, _larger(weight))
             yield target, changed
 
 
-def _larger(weight: torch.Tensor | Deferred) -> torch.Tensor | Deferred:
-    if isinstance(weight, Deferred):
-        make = weight.compute
-        return Fleeting(
-            Deferred(weight.shape, weight.dtype, lambda: make() * _FACTOR, ("larger", weight.key))
-        )
+def _larger(weight: torch.Tensor | LazyTensor) -> torch.Tensor | LazyTensor:
+    if isinstance(weight, LazyTensor):
+        make, key = (lambda: weight.evaluate() * _FACTOR), ("larger", weight.key)
+        return LazyTensor(weight.shape, weight.dtype, make, key, cache=False)
     larger = weight.detach() * _FACTOR
     is_parameter = isinstance(weight, nn.Parameter)
     return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

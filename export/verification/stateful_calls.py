@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.mutation import written
 from lora_fx.graph.ops import call_argument, draws, module_path, op_name, written_arguments
 from lora_fx.graph.retracing import source_of
@@ -80,7 +80,7 @@ def _memory(node: fx.Node) -> list[fx.Node]:
 def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
     """Stored tensors that are written to, and read before anything overwrites them whole."""
     fetched = gm.graph.find_nodes(op="get_attr")
-    values = {node: raw(gm, str(node.target)) for node in fetched}
+    values = {node: get_unevaluated(gm, str(node.target)) for node in fetched}
     dirty = {id(values[node]) for node in written(gm.graph) if node.op == "get_attr"}
     writes = _writes(gm.graph)
     order = {node: place for place, node in enumerate(gm.graph.nodes)}

@@ -22,7 +22,7 @@ from lora_fx.export.verification.eager import Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
 from lora_fx.export.verification.suspects import suspects
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.numerics import TOLERANCE, compare
 from lora_fx.reference.reference_run import WeightForm
 
@@ -201,10 +201,10 @@ def _precision(gm: fx.GraphModule) -> torch.dtype:
 
 def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
     for target in targets(gm.graph):
-        value = raw(gm, target)
+        value = get_unevaluated(gm, target)
         if isinstance(value, nn.Module):
             yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
-        elif isinstance(value, torch.Tensor | Deferred):
+        elif isinstance(value, torch.Tensor | LazyTensor):
             yield value.dtype
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.layer import is_conv1d_of_transformers
 from lora_fx.layers.sites import Site, sites
@@ -31,16 +31,16 @@ class Held:
     """
 
     name: str
-    value: torch.Tensor | Deferred
+    value: torch.Tensor | LazyTensor
     layer: str | None = None
     kind: str = "linear"
 
     def read(self) -> torch.Tensor:
         """The tensor; one that is still to be computed is not kept."""
-        value = self.value.compute() if isinstance(self.value, Deferred) else self.value
+        value = evaluate(self.value)
         if value.is_meta:
             raise AdapterError(f"{self.name}: the tensor has no data; load the model's weights")
-        return value.detach()
+        return value
 
 
 Pair = tuple[Held, Held]
@@ -81,7 +81,7 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, Held]]:
     for path, module in model.named_modules(remove_duplicate=False):
         kind = _kind_of(module)
         for leaf in (*module._parameters, *module._buffers):
-            value = raw(module, leaf)
+            value = get_unevaluated(module, leaf)
             if value is None:
                 continue
             name = f"{path}.{leaf}".removeprefix(".")
@@ -114,12 +114,12 @@ def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:
         place = f"{module_path(node)} {op_name(node)}".strip()
         calls[place] += 1
         for slot, source in enumerate(node.all_input_nodes):
-            if source.op != "get_attr" or not _is_tensor(raw(gm, source.target)):
+            if source.op != "get_attr" or not _is_tensor(get_unevaluated(gm, source.target)):
                 continue
             name = f"{module_path(node)}.{source.target.rpartition('.')[2]}".removeprefix(".")
             layer = _layer_of(found.get(node), source)
             key = f"{place} (call {calls[place]}, tensor {slot})"
-            held[key] = Held(name, raw(gm, source.target), *layer)
+            held[key] = Held(name, get_unevaluated(gm, source.target), *layer)
     return held
 
 
@@ -135,7 +135,7 @@ def _beneath(path: str, held: Held) -> Held:
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, (torch.Tensor, Deferred))
+    return isinstance(value, (torch.Tensor, LazyTensor))
 
 
 def shared(pairs: list[Pair]) -> list[list[Pair]]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from math import prod
 
@@ -18,8 +18,7 @@ from lora_fx.affine.region import Region
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import Deferred
-from lora_fx.graph.stacked_weights import Held
+from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot, evaluate
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
 from lora_fx.layers.weight_readers import is_one_way
@@ -47,7 +46,7 @@ class Pack:
         self.calls = {site.node: site for site in calls}
         self.regions = {node: regions[node] for node in self.calls if node in regions}
         self._editor, self._analysis, self._first = editor, analysis, calls[0]
-        self._held = Held.of(editor.gm, calls[0].weight)
+        self._held = TensorSnapshot.of(editor.gm, str(calls[0].weight.target))
         self._now: dict[fx.Node, fx.Node] = {}
 
     @property
@@ -88,11 +87,12 @@ class Pack:
         return (node for node in self.calls if node not in self.regions)
 
     def _make(self, round_to: Round) -> None:
-        name, shape = str(self._first.weight.target), tuple(self._held.value.shape)
+        name, shape, dtype = self._held.name, tuple(self._held.value.shape), self._first.dtype
         key = ("packed", name, tuple(self._parts.items()))
-        value = Deferred(shape, self._first.dtype, lambda: round_to(self._whole(), name), key)
+        whole = partial(self._rounded, round_to)
+        value = LazyTensor(shape, dtype, whole, key, sources=(self._held,))
         if self._is_trained():
-            value.keep()
+            value.materialize()
         order = sorted(self.calls, key=self._place)
         weight = self._editor.constant(name, value, before=self._place(order[0]))
         reads = (read for site in self.calls.values() for read in site.reads)
@@ -149,8 +149,12 @@ class Pack:
             whole[_at(key, whole)] = self._value(matrix, stored, key)
         return whole
 
+    def _rounded(self, round_to: Round) -> torch.Tensor:
+        return round_to(self._whole(), self._held.name)
+
     def _wide(self) -> torch.Tensor:
-        return self._held.wide()
+        stored = evaluate(self._held.value)
+        return stored.to(torch.promote_types(stored.dtype, torch.float32))
 
     def _value(self, matrix: Matrix | None, stored: torch.Tensor, key: Key) -> torch.Tensor:
         if matrix is None:

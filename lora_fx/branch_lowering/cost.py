@@ -1,15 +1,24 @@
-"""What a layer with a low-rank update costs in each form: FLOPs, bytes and calls, from shapes.
+"""What a form of a layer costs: FLOPs, bytes and calls, counted over a trace of it.
 
-A layer takes n rows of d features to o, with an update of rank r; its weight is read once and
-each activation is read and written once a call. The formulas are counts of the definition
-``x W + (x A) B + b`` (Hu et al., LoRA, arXiv:2106.09685, section 4.1), term by term. The three
-constants that make one number of them are of onnxruntime's CPU kernels and can be measured again
-with ``benchmarks/pieces.py``.
+A layer takes n rows of d features to o, with an update of rank r. Each operator of the trace reads
+what it is given and writes what it gives, once; what is computed from constants alone costs
+nothing. The three constants that make one number of the counts are of onnxruntime's CPU kernels
+and can be measured again with ``benchmarks/pieces.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lora_fx.branch_lowering import forms
+from lora_fx.graph.ops import function_name
 
 BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at 50 to 90 GB/s
 CALL_FLOPS = 1e5  # up to half a microsecond for each call of an operator
@@ -70,6 +79,45 @@ class Shape:
         return self.r * (self.d + self.o) / (self.d * self.o)
 
 
+@cache
+def cost_of(
+    form: forms.FormFunction, shape: Shape, ones: bool = False, slots: bool = False
+) -> Cost:
+    """What a form costs, but for the product that makes its ``narrow``.
+
+    Args:
+        form: as `forms` has them.
+        shape: of the layer.
+        ones: whether the bias is a row of B.
+        slots: whether A and B are given at each call.
+    """
+    rank = shape.r + ones
+    x, narrow = _meta(shape.n, shape.d), _meta(shape.n, rank)
+    weight, matrix = _meta(shape.o, shape.d), _meta(shape.d, shape.o)
+    bias = _meta(shape.o) if shape.biased and not ones else None
+    down, up = _meta(shape.d, shape.r), _meta(rank, shape.o)
+    constants = [weight, matrix, bias] if slots else [weight, matrix, bias, down, up]
+    given = {"x": x, "weight": weight, "matrix": matrix, "bias": bias, "narrow": narrow}
+    counter = _Counter(_tensors(constants), shape.size)
+    with counter:
+        if "base" in forms.operands_of(form):
+            given["base"] = forms.merged(x, weight, bias)
+        given |= {"down": down, "up": up}
+        form(**{name: given[name] for name in forms.operands_of(form)})
+    return counter.total
+
+
+@cache
+def cost_of_shrink(shape: Shape, widths: tuple[int, ...], ones: bool = False) -> Cost:
+    """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
+    downs = [_meta(shape.d, width) for width in widths]
+    column = _meta(sum(widths)) if ones else None
+    counter = _Counter([*downs, *_tensors(column)], shape.size)
+    with counter:
+        forms.shrink(_meta(shape.n, shape.d), downs, column, widths)
+    return counter.total
+
+
 def product(n: int, d: int, o: int, size: int) -> Cost:
     """``(n, d) @ (d, o)``; what is narrower than a panel costs a panel."""
     wide = -(-o // PANEL) * PANEL
@@ -81,38 +129,51 @@ def moved(elements: int, size: int) -> Cost:
     return Cost(0.0, float(size * elements), 1)
 
 
-def bias(shape: Shape) -> Cost:
-    """``y + b``, in place."""
-    return moved(2 * shape.n * shape.o, shape.size) if shape.biased else Cost()
+class _Counter(TorchFunctionMode):
+    """Adds up the calls that are made under it, but for those that read constants alone."""
+
+    def __init__(self, constants: Sequence[torch.Tensor], size: int) -> None:
+        super().__init__()
+        self.total, self._size = Cost(), size
+        self._constants, self._made = list(constants), list[torch.Tensor]()
+
+    def __torch_function__(
+        self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs a call, on tensors without data."""
+        result = call(*args, **(kwargs or {}))
+        if not isinstance(call, torch._ops.OpOverload):
+            return result
+        if all(_is_in(read, self._constants) for read in _tensors(args)):
+            self._constants += _tensors(result)
+            return result
+        self._made += _tensors(result)
+        self.total += self._cost(call, args, result)
+        return result
+
+    def _cost(self, call: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> Cost:
+        name = function_name(call)
+        if name in ("linear", "matmul"):
+            x, weight, *bias = args
+            d, o = weight.shape if name == "matmul" else weight.shape[::-1]
+            cost = product(x.numel() // d, d, o, self._size)
+            if _is_in(weight, self._made):  # it is laid out for the kernel at each call
+                cost += moved(2 * d * o, self._size)
+            return cost + (moved(2 * result.numel(), self._size) if bias else Cost())
+        if call.is_view and name != "split_with_sizes":
+            return Cost()
+        wrote = _tensors(result)
+        read = [value for value in _tensors(args) if value.ndim == wrote[0].ndim]  # not broadcast
+        return moved(sum(value.numel() for value in (*wrote, *read)), self._size)
 
 
-def merged(shape: Shape) -> Cost:
-    """``x W + b``."""
-    return product(shape.n, shape.d, shape.o, shape.size) + bias(shape)
+def _meta(*sizes: int) -> torch.Tensor:
+    return torch.empty(sizes, device="meta")
 
 
-def shrink(shape: Shape, rank: int | None = None, ones: bool = False) -> Cost:
-    """``x A``, of this rank or another; ``ones`` adds a vector that makes a column of ones."""
-    rank = shape.r if rank is None else rank
-    made = product(shape.n, shape.d, rank, shape.size)
-    return made + moved(2 * shape.n * rank, shape.size) if ones else made
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
-def factored(shape: Shape, ones: bool = False) -> Cost:
-    """``x W + b + h B`` from ``h = x A``; with ``ones`` the bias is a row of B."""
-    n, o, rank = shape.n, shape.o, shape.r + ones
-    base = product(n, shape.d, o, shape.size) + (Cost() if ones else bias(shape))
-    return base + product(n, rank, o, shape.size) + moved(3 * n * o, shape.size)
-
-
-def augmented(shape: Shape, ones: bool = False) -> Cost:
-    """``concat(x, h) @ [W; B] + b`` from ``h = x A``; with ``ones`` the bias is a row as well."""
-    wide = shape.d + shape.r + ones
-    joined = moved(2 * shape.n * wide, shape.size)
-    return joined + product(shape.n, wide, shape.o, shape.size) + (Cost() if ones else bias(shape))
-
-
-def weight(shape: Shape) -> Cost:
-    """``x (W + A B) + b`` with a weight that is made, and laid out for the kernel, at each call."""
-    d, o, r, size = shape.d, shape.o, shape.r, shape.size
-    return product(d, r, o, size) + moved(3 * d * o, size) + moved(2 * d * o, size) + merged(shape)
+def _is_in(value: torch.Tensor, values: Sequence[torch.Tensor]) -> bool:
+    return any(value is other for other in values)

@@ -1,145 +1,128 @@
-"""Emits a layer with its branches in one of its forms."""
+"""Emits layers with their branches in one of their forms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import chain, takewhile
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from lora_fx.branch_lowering.selection import Member
+from lora_fx.branch_lowering import forms
+from lora_fx.branch_lowering.selection import Group, Member
+from lora_fx.graph.constants import Constants
 from lora_fx.graph.editor import Editor
+from lora_fx.graph.fold_constants import fold_constants
 from lora_fx.graph.ops import aten
-from lora_fx.graph.stacked_weights import Factors, Held, Make
-from lora_fx.injection.match_branch import parameter_names
 
 
-class Maker:
-    """Makes the calls of one layer in its form, just before the sum that they stand for."""
-
-    def __init__(self, editor: Editor, member: Member) -> None:
-        self.editor, self.member, self.site = editor, member, member.site
-        self.ones = member.form.ones
-        branches, gm = member.branches, editor.gm
-        biases = [node for node in (self.site.bias, *(b.bias for b in branches)) if node]
-        self.factors = Factors(
-            tuple(Held.of(gm, b.down) for b in branches if b.down),
-            tuple((Held.of(gm, b.up), b.scale) for b in branches if b.up),
-            tuple(Held.of(gm, node) for node in biases),
-        )
-        names = parameter_names(self.site.path, "", self.site.bare)
-        self.at = names.down.removesuffix(".lora_A.")
-
-    @property
-    def width(self) -> int:
-        """Columns of the shrink."""
-        return self.factors.rank + self.ones
-
-    @property
-    def _adds_bias(self) -> bool:
-        """Whether a branch has a bias of its own."""
-        return any(branch.bias is not None for branch in self.member.branches)
-
-    def made(self, h: fx.Node | None) -> fx.Node:
-        """The layer with its branches; ``h`` is what a shared product shrank, or None."""
-        if self.member.form.kind == "weight":
-            return self._weight()
-        if h is None:
-            h = shrunk(self.editor, [self], self.at, before=self.member.out)
-        if self.member.form.kind == "augmented":
-            x = self._call(aten.cat.default, [self.site.input, h], -1)
-            return self._linear(x, self._stacked())
-        up = self._constant(
-            "lora_expand", (self.factors.rank + self.ones, self.site.out_features), self._up
-        )
-        return self._call(aten.add.Tensor, self._base(), self._call(aten.matmul.default, h, up))
-
-    def _up(self) -> torch.Tensor:
-        return self.factors.up(self.ones, self.site.dtype)
-
-    def _stacked(self) -> fx.Node:
-        """[W; B], (out, in + rank), under the name of W."""
-        held = Held.of(self.editor.gm, self.site.weight)
-
-        def stacked() -> torch.Tensor:
-            base = held.read()
-            return torch.cat([base.T if self.site.transposed else base, self._up().T], dim=1)
-
-        shape = (self.site.out_features, self.site.in_features + self.width)
-        return self._weight_constant(shape, stacked, held, "stacked")
-
-    def _base(self) -> fx.Node:
-        """``x W + b``, without b where B holds it."""
-        if not self.ones and not self._adds_bias:
-            return self.site.node
-        if not self.site.transposed:
-            return self._linear(self.site.input, self.site.weight)
-        held = Held.of(self.editor.gm, self.site.weight)
-        shape = self.site.shape[0], self.site.shape[1]
-        weight = self._weight_constant(shape, lambda: held.read().T, held, "turned")
-        return self._linear(self.site.input, weight)
-
-    def _weight(self) -> fx.Node:
-        """``x (W + A B) + b``."""
-        held = Held.of(self.editor.gm, self.site.weight)
-        weight = self.site.weight
-        if not self.site.transposed:
-            shape = self.site.shape[1], self.site.shape[0]
-            weight = self._weight_constant(shape, lambda: held.read().T, held, "turned")
-        for branch in self.member.branches:
-            product = self._call(aten.matmul.default, branch.down, branch.up)
-            if branch.scale != 1:
-                product = self._call(aten.mul.Tensor, product, branch.scale)
-            weight = self._call(aten.add.Tensor, weight, product)
-        y = self._call(aten.matmul.default, self.site.input, weight)
-        bias = self._bias()
-        return y if bias is None else self._call(aten.add.Tensor, y, bias)
-
-    def _linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
-        bias = None if self.ones else self._bias()
-        given = (x, weight) if bias is None else (x, weight, bias)
-        return self._call(aten.linear.default, *given)
-
-    def _bias(self) -> fx.Node | None:
-        """The sum of all biases, if there is one."""
-        if not self._adds_bias:
-            return self.site.bias
-        dtype = self.site.dtype
-        return self._constant("bias", (self.site.out_features,), lambda: self.factors.bias(dtype))
-
-    def _constant(self, name: str, shape: tuple[int, ...], make: Make) -> fx.Node:
-        value = self.factors.promise(shape, self.site.dtype, make, (name, self.ones))
-        return self.editor.constant(f"{self.at}.{name}", value, before=self.member.out)
-
-    def _weight_constant(self, shape: tuple[int, ...], make: Make, held: Held, how: str) -> fx.Node:
-        key = (how, self.ones, id(held.value))
-        value = self.factors.promise(shape, self.site.dtype, make, key)
-        return self.editor.constant(str(self.site.weight.target), value, before=self.member.out)
-
-    def _call(self, target: Any, *arguments: Any) -> fx.Node:
-        return self.editor.call(target, arguments, before=self.member.out, like=self.site.node)
+def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[Member, fx.Node]]:
+    """Each layer of a group that changes, and what computes it, in front of its last sum."""
+    cut: list[fx.Node | None] = [None] * len(group.members)
+    if group.shared:
+        cut[:] = _shrunk(editor, constants, group.members, group.members[0].site.node)
+    for member, narrow in zip(group.members, cut, strict=True):
+        if narrow is None and member.is_as_injected:
+            continue
+        if narrow is None and member.form.shrinks:
+            (narrow,) = _shrunk(editor, constants, [member], member.out)
+        yield member, _layer(editor, constants, member, narrow)
 
 
-def shrunk(editor: Editor, makers: Sequence[Maker], at: str, before: fx.Node) -> fx.Node:
-    """``x A`` for several layers, with a column of ones behind each that has its bias in B."""
-    first, dtype = makers[0], makers[0].site.dtype
-    parts = [(maker.factors, maker.ones) for maker in makers]
-    downs = Factors(tuple(held for factors, _ in parts for held in factors.downs), (), ())
+def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node | None) -> fx.Node:
+    """A layer with its branches as one."""
+    site, branches, function = member.site, member.branches, member.form.function
+    own = [node for node in (site.bias,) if node]
+    biases = [*own, *(branch.bias for branch in branches if branch.bias)]
+    base = site.node if biases == own and not member.form.ones else None
 
-    def down() -> torch.Tensor:
-        return torch.cat([factors.down(ones, dtype) for factors, ones in parts], dim=1)
+    def layer(*operands: Any) -> Any:
+        given = _given(member, *operands)
+        return function(**{name: given[name]() for name in forms.operands_of(function)})
 
-    shape = (first.site.in_features, sum(maker.width for maker in makers))
-    key = ("shrink", *(ones for _, ones in parts), *(factors.key for factors, _ in parts))
-    prefix = f"{at}." if at else ""
-    value = downs.promise(shape, dtype, down, key)
-    a = editor.constant(f"{prefix}lora_shrink", value, before=before)
-    x, like = first.site.input, first.site.node
-    h = editor.call(aten.matmul.default, (x, a), before=before, like=like)
-    if not any(maker.ones for maker in makers):
-        return h
-    column = torch.cat([torch.arange(m.width) == m.width - m.ones for m in makers]).to(dtype)
-    one = nn.Parameter(column, requires_grad=False)
-    ones = editor.constant(f"{prefix}lora_ones", one, before=before)
-    return editor.call(aten.add.Tensor, (h, ones), before=before, like=like)
+    downs, ups = _factors(member)
+    operands = (site.input, site.weight, biases, base, narrow, downs, ups)
+    new, calls = editor.inline(layer, operands, before=member.out, like=site.node)
+    names = {str(site.weight.target): str(site.weight.target)}
+    if not member.slots:
+        names |= _named(member.at, "lora_shrink", downs) | _named(member.at, "lora_expand", ups)
+    names |= _named(member.at, "bias", biases)
+    held = [str(node.target) for node in (site.weight, *own)]
+    fold_constants(editor, constants, calls, names, site.dtype, own=held)
+    return cast(fx.Node, new)
+
+
+def _given(
+    member: Member, x: Any, weight: Any, biases: Any, base: Any, narrow: Any, downs: Any, ups: Any
+) -> dict[str, Callable[[], Any]]:
+    """What a form may take, made when it does: branches as one, the bias in B if it is there."""
+    bias = reduce(aten.add.Tensor, biases) if biases else None
+    rows = [_times(up, branch.scale) for up, branch in zip(ups, member.branches, strict=True)]
+    if member.form.ones:
+        rows, bias = [*rows, aten.unsqueeze.default(bias, 0)], None
+    turned = member.site.transposed
+    given: dict[str, Callable[[], Any]] = {
+        "x": lambda: x,
+        "weight": lambda: aten.t.default(weight) if turned else weight,
+        "matrix": lambda: weight if turned else aten.t.default(weight),
+        "bias": lambda: bias,
+        "narrow": lambda: narrow,
+        "down": lambda: _beside(member, downs, 1),
+        "up": lambda: _beside(member, rows, 0),
+    }
+    again = lambda: forms.merged(x, given["weight"](), bias)  # noqa: E731
+    return given | {"base": again if base is None else lambda: base}
+
+
+def _shrunk(
+    editor: Editor, constants: Constants, members: Sequence[Member], before: fx.Node
+) -> list[fx.Node]:
+    """What ``x A`` is of each member, by one product."""
+    site, widths = members[0].site, [member.width for member in members]
+    at, ones = _holder(members), None
+    if any(member.form.ones for member in members):
+        column = torch.cat([torch.arange(m.width) == m.width - m.form.ones for m in members])
+        held = nn.Parameter(column.to(site.dtype), requires_grad=False)
+        ones = editor.constant(f"{at}lora_ones", held, before=before)
+    downs = [_factors(member)[0] for member in members]
+
+    def shrink(x: Any, downs: Any, ones: Any) -> Any:
+        for member, own in zip(members, downs, strict=True):
+            if member.form.ones:  # a column of zeros, which becomes one of ones
+                own[-1] = aten.constant_pad_nd.default(own[-1], [0, 1])
+        return forms.shrink(x, list(chain(*downs)), ones, widths)
+
+    parts, calls = editor.inline(shrink, (site.input, downs, ones), before=before, like=site.node)
+    names = {} if members[0].slots else _named(at, "lora_shrink", chain(*downs))
+    fold_constants(editor, constants, calls, names, site.dtype)
+    return list(parts)
+
+
+def _factors(member: Member) -> tuple[list[fx.Node], list[fx.Node]]:
+    """A and B of each branch."""
+    pairs = [(b.down, b.up) for b in member.branches if b.down is not None and b.up is not None]
+    return [down for down, _ in pairs], [up for _, up in pairs]
+
+
+def _beside(member: Member, parts: Sequence[Any], axis: int) -> Any:
+    """Factors of several branches as one; what is a constant is a new one, even of one branch."""
+    return parts[0] if member.slots and len(parts) == 1 else aten.cat.default(list(parts), axis)
+
+
+def _times(up: Any, scale: float) -> Any:
+    return up if scale == 1 else aten.mul.Tensor(up, scale)
+
+
+def _named(at: str, name: str, nodes: Iterable[fx.Node]) -> dict[str, str]:
+    return {str(node.target): f"{at}{name}" for node in nodes}
+
+
+def _holder(members: Sequence[Member]) -> str:
+    """What the names begin with that several layers have in common."""
+    if len(members) == 1:
+        return members[0].at
+    paths = [member.site.path.split(".")[:-1] for member in members]
+    steps = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return "".join(f"{names[0]}." for names in steps)

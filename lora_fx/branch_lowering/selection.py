@@ -9,10 +9,10 @@ from math import prod
 
 from torch import fx, nn
 
-from lora_fx.branch_lowering import cost
-from lora_fx.branch_lowering.cost import Cost, Shape
-from lora_fx.graph.lazy_tensor import raw
-from lora_fx.injection.match_branch import Branch, branches_of
+from lora_fx.branch_lowering import forms
+from lora_fx.branch_lowering.cost import Cost, Shape, cost_of, cost_of_shrink
+from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.injection.match_branch import Branch, branches_of, parameter_names
 from lora_fx.layers.sites import Site, sites
 
 TOKENS = 256  # what the rows of an activation are taken to be where they are not known
@@ -42,10 +42,10 @@ def choices(
     if target == "input":
         return [Group((_swappable(member),)) for member in members]
     elsewhere = _read_elsewhere(gm, members)
-    forms: dict[str, Form] = {}  # of a layer that is called twice the first call decides
+    decided: dict[str, Form] = {}  # of a layer that is called twice the first call decides
     found: dict[fx.Node, list[Member]] = defaultdict(list)
     for member in members:
-        mine = forms.setdefault(member.site.path, _best(member, elsewhere, form))
+        mine = decided.setdefault(member.site.path, _best(member, elsewhere, form))
         found[member.site.input].append(replace(member, form=mine))
     return [group for members in found.values() for group in _grouped(members, share)]
 
@@ -71,14 +71,16 @@ def _is_stored(bias: fx.Node | None) -> bool:
 
 def _rank(gm: fx.GraphModule, branch: Branch) -> int:
     assert branch.down is not None
-    return int(raw(gm, str(branch.down.target)).shape[1])
+    return int(get_unevaluated(gm, str(branch.down.target)).shape[1])
 
 
 def _is_simple(gm: fx.GraphModule, site: Site, branch: Branch) -> bool:
     """Whether a branch is plain, in the layer's dtype, and alone in reading its base."""
     if not branch.is_plain or branch.down is None or len(branch.base.users) > 1:
         return False
-    dtypes = {raw(gm, str(node.target)).dtype for node in (branch.down, branch.up) if node}
+    dtypes = {
+        get_unevaluated(gm, str(node.target)).dtype for node in (branch.down, branch.up) if node
+    }
     return dtypes == {site.dtype} and _reads(gm, branch.down, site.input)
 
 
@@ -109,42 +111,41 @@ def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
     """Paths of layers whose weight is read by more than their own calls with branches."""
     readers: dict[int, set[fx.Node]] = defaultdict(set)
     for node in gm.graph.find_nodes(op="get_attr"):
-        readers[id(raw(gm, str(node.target)))].update(node.users)
+        readers[id(get_unevaluated(gm, str(node.target)))].update(node.users)
     calls: dict[str, list[Member]] = defaultdict(list)
     for member in members:
         calls[member.site.path].append(member)
 
     def is_read(path: str) -> bool:
-        weight = raw(gm, str(calls[path][0].site.weight.target))
+        weight = get_unevaluated(gm, str(calls[path][0].site.weight.target))
         return not readers[id(weight)] <= {member.site.node for member in calls[path]}
 
     return {path for path in calls if is_read(path)}
 
 
 def _best(member: Member, elsewhere: set[str], wanted: Form | None) -> Form:
-    forms = forms_of(member, copies=member.site.path not in elsewhere)
+    found = forms_of(member, copies=member.site.path not in elsewhere)
     if wanted is not None:
-        forms = [form for form in (wanted, Form(wanted.kind)) if form in forms] or forms
-        return forms[0]
-    return min(forms, key=lambda form: form.alone(member.shape).work)
+        return next((form for form in (wanted, Form(wanted.kind)) if form in found), FACTORED)
+    return min(found, key=lambda form: form.alone(member.shape).work)
 
 
 def _grouped(members: list[Member], share: bool) -> list[Group]:
     alone = [Group((member,)) for member in members]
+    if not share or len(members) == 1 or not all(member.form.shrinks for member in members):
+        return alone
     together = Group(tuple(members), shared=True)
     saved = sum(group.cost.work for group in alone) - together.cost.work
-    return [together] if share and len(members) > 1 and saved > 0 else alone
+    return [together] if saved > 0 else alone
 
 
 def _swappable(member: Member) -> Member:
-    """Factored, or a weight made at each call where the rows are known to be many."""
+    """The cheapest for factors that are given at each call; unknown rows are taken to be few."""
+    member = replace(member, slots=True)
     if any(branch.bias is not None for branch in member.branches):
         return member  # a bias that is an input stays where it is
-    rows = tokens_of(member.site.input, 1)
-    shape = replace(member.shape, n=rows)
-    made, beside = cost.weight(shape), FACTORED.alone(shape)
-    is_many = rows > shape.d * shape.o / (shape.d + shape.o)
-    return replace(member, form=Form("weight") if is_many and made.work < beside.work else FACTORED)
+    shape = replace(member.shape, n=tokens_of(member.site.input, 1))
+    return replace(member, form=min(map(Form, forms.SLOTS), key=lambda f: f.alone(shape).work))
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Form:
     """How a layer with its branches is computed.
 
     Attributes:
-        kind: ``"factored"``, ``"augmented"`` or ``"weight"``.
+        kind: its name in `forms.CONSTANT` or `forms.SLOTS`.
         ones: whether the bias is a row of B, which a column of ones meets.
     """
 
@@ -163,17 +164,25 @@ class Form:
         """In words."""
         return f"{self.kind}, bias in B" if self.ones else self.kind
 
+    @property
+    def function(self) -> forms.FormFunction:
+        """What computes it."""
+        return (forms.SLOTS | forms.CONSTANT)[self.kind]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether it reads ``x A``, which may be made for several layers at once."""
+        return "narrow" in forms.operands_of(self.function)
+
     def expand(self, shape: Shape) -> Cost:
         """What it costs beside the shrink."""
-        if self.kind == "weight":
-            return cost.weight(shape)
-        return (cost.augmented if self.kind == "augmented" else cost.factored)(shape, self.ones)
+        return cost_of(self.function, shape, self.ones, slots=self.kind not in forms.CONSTANT)
 
     def alone(self, shape: Shape) -> Cost:
         """What it costs with a shrink of its own."""
-        if self.kind == "weight":
-            return self.expand(shape)
-        return self.expand(shape) + cost.shrink(shape, shape.r + self.ones, self.ones)
+        widths = (shape.r + self.ones,)
+        shrink = cost_of_shrink(shape, widths, self.ones) if self.shrinks else Cost()
+        return self.expand(shape) + shrink
 
 
 FACTORED = Form("factored")
@@ -188,12 +197,14 @@ class Member:
         branches: beside it, in order.
         shape: sizes, those that are not known by assumption.
         form: the cheapest.
+        slots: whether the factors are given at each call.
     """
 
     site: Site
     branches: tuple[Branch, ...]
     shape: Shape
     form: Form = FACTORED
+    slots: bool = False
 
     @property
     def out(self) -> fx.Node:
@@ -203,7 +214,18 @@ class Member:
     @property
     def is_as_injected(self) -> bool:
         """Whether the graph computes it in this form already."""
-        return self.form == FACTORED and len(self.branches) == 1
+        return self.form == FACTORED and (self.slots or len(self.branches) == 1)
+
+    @property
+    def width(self) -> int:
+        """Columns of the shrink."""
+        return self.shape.r + self.form.ones
+
+    @property
+    def at(self) -> str:
+        """What the names of its new constants begin with."""
+        down = parameter_names(self.site.path, "", self.site.bare).down
+        return down.removesuffix("lora_A.").removeprefix(".")
 
 
 @dataclass(frozen=True)
@@ -223,19 +245,17 @@ class Group:
         """What all of them cost."""
         if not self.shared:
             return sum((m.form.alone(m.shape) for m in self.members), Cost())
-        first, ranks = self.members[0].shape, [m.shape.r + m.form.ones for m in self.members]
+        widths = tuple(member.width for member in self.members)
         ones = any(member.form.ones for member in self.members)
-        start = cost.shrink(first, sum(ranks), ones) + cost.moved(
-            2 * first.n * sum(ranks), first.size
-        )
+        start = cost_of_shrink(self.members[0].shape, widths, ones)
         return sum((m.form.expand(m.shape) for m in self.members), start)
 
     def why(self, member: Member) -> str:
         """The costs of a member's form and of the others, over those of the merged layer."""
-        least = cost.merged(member.shape)
-        forms = {FACTORED, member.form, *forms_of(member, copies=True)} - {Form("weight")}
+        least = cost_of(forms.merged, member.shape)
+        found = {FACTORED, member.form, *forms_of(member, copies=True)} - {Form("weight")}
         told = [
-            f"{form} {_over(form.alone(member.shape), least)}" for form in sorted(forms, key=str)
+            f"{form} {_over(form.alone(member.shape), least)}" for form in sorted(found, key=str)
         ]
         shared = f", one shrink for {len(self.members)} layers" if self.shared else ""
         rows = f"n = {member.shape.n}"
@@ -244,9 +264,11 @@ class Group:
 
 def forms_of(member: Member, copies: bool) -> list[Form]:
     """The forms that a layer can have; ``copies``: whether one may hold a copy of its weight."""
-    kinds = ["factored", "augmented"] if copies else ["factored"]
-    ones = [False, True] if member.shape.biased and copies else [False]
-    return [Form(kind, one) for kind in kinds for one in ones]
+    if not copies:
+        return [FACTORED]
+    ones = [False, True] if member.shape.biased else [False]
+    found = [Form(kind, one) for kind in forms.CONSTANT for one in ones]
+    return [form for form in found if form.shrinks or not form.ones]
 
 
 def _over(one: Cost, least: Cost) -> str:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from lora_fx.errors import AdapterError
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.layer import NORM, layer_class
 from lora_fx.layers.sites import Site, by_path, readers
@@ -91,7 +91,7 @@ def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, BaseLayer]]:
             continue
         for source in node.all_input_nodes:
             if source.op == "get_attr" and str(source.target).endswith(".weight"):
-                shape = tuple(raw(gm, str(source.target)).shape)
+                shape = tuple(get_unevaluated(gm, str(source.target)).shape)
                 if len(shape) == 1 and module_path(node):
                     yield module_path(node), BaseLayer(op_name(node), NORM, shape)
 

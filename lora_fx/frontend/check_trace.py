@@ -16,7 +16,7 @@ from lora_fx.frontend.isolated_run import as_in_eager, own_inputs, preserved, ra
 from lora_fx.frontend.leaked_fakes import has_fakes
 from lora_fx.frontend.torch_export import distinct
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.mutation import written
 from lora_fx.numerics import compare, difference
 
@@ -178,7 +178,7 @@ def _called_apart(called: nn.Module, inputs: Inputs, dirty: list[torch.Tensor]) 
 
 def _dirty(gm: fx.GraphModule) -> list[torch.Tensor]:
     """The stored tensors that a graph writes to."""
-    held = {t: raw(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    held = {t: get_unevaluated(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
     values = [held[str(node.target)] for node in written(gm.graph) if node.op == "get_attr"]
     return [value for value in values if isinstance(value, torch.Tensor)]
 

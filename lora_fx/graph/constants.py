@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, KeysView, Mapping
+from collections.abc import Collection, Hashable, Iterable, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from lora_fx.errors import PassError
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import TensorSnapshot, get_unevaluated
 from lora_fx.graph.ops import function_name, mutates, op_name
 
 _RANDOM = {
@@ -50,8 +49,7 @@ class Constants:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         self._steps: dict[fx.Node, _Step] = {}
-        self._tensors: dict[fx.Node, Any] = {}
-        self._versions: dict[fx.Node, int] = {}
+        self._tensors: dict[fx.Node, TensorSnapshot] = {}
         self._meta: dict[fx.Node, Any] = {}
         self._keys: dict[fx.Node, int] = {}
         self._known: dict[Hashable, int] = {}
@@ -85,14 +83,18 @@ class Constants:
         value = self.on_meta(node)
         return isinstance(value, torch.Tensor) and value.is_floating_point()
 
+    def leaves(
+        self, calls: Iterable[fx.Node], but: Collection[fx.Node] = ()
+    ) -> Mapping[fx.Node, TensorSnapshot]:
+        """The tensors that the constants which calls read are made of, but for some of these."""
+        read = {source for call in calls for source in call.all_input_nodes} - set(but)
+        steps = {step for source in read & self.nodes for step in self._order(source, {})}
+        return {step: self._tensors[step] for step in steps - set(but) if step in self._tensors}
+
     def is_trained(self, calls: Iterable[fx.Node], but: fx.Node) -> bool:
         """Whether calls read parameters that take gradients, other than those of a base layer."""
-        own = set(but.all_input_nodes)
-        read = {source for call in calls for source in call.all_input_nodes} - own
-        leaves = [
-            n for source in read & self.nodes for n in self._order(source, {}) if n in self._tensors
-        ]
-        return any(getattr(self._tensors[n], "requires_grad", False) for n in set(leaves) - own)
+        leaves = self.leaves(calls, but.all_input_nodes)
+        return any(held.is_trained for held in leaves.values())
 
     def value(self, node: fx.Node) -> Any:
         """Evaluates a constant from leaves widened to float32 or more."""
@@ -120,11 +122,9 @@ class Constants:
         return (step.target, repr(arguments))
 
     def _is_tensor(self, node: fx.Node) -> bool:
-        value = raw(self._gm, str(node.target))
-        if not hasattr(value, "dtype"):
+        if not hasattr(get_unevaluated(self._gm, str(node.target)), "dtype"):
             return False
-        self._tensors[node] = value
-        self._versions[node] = version(value)
+        self._tensors[node] = TensorSnapshot.of(self._gm, str(node.target))
         return True
 
     def _computable(self, node: fx.Node) -> bool:
@@ -135,15 +135,9 @@ class Constants:
         return all(source in self.nodes for source in node.all_input_nodes)
 
     def _run(self, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
-        if node not in self._tensors:
-            return _widened(_call(self._steps[node], computed))
-        value = self._tensors[node]
-        if version(value) != self._versions[node]:
-            raise PassError(
-                f"{self._steps[node].target} was changed in place after the graph was folded and "
-                "before the folded weights were read: fold again"
-            )
-        return _widened(value.detach() if isinstance(value, torch.Tensor) else value.compute())
+        if node in self._tensors:
+            return _widened(self._tensors[node].read())
+        return _widened(_call(self._steps[node], computed))
 
     def on_meta(self, node: fx.Node) -> Any:
         """The constant without its numbers: a meta tensor, or a value that is no tensor."""
@@ -154,7 +148,7 @@ class Constants:
     def _meta_of(self, node: fx.Node) -> Any:
         step = self._steps[node]
         if node in self._tensors:
-            value = self._tensors[node]
+            value = self._tensors[node].value
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
         seen = node.meta.get("val")
         device = None if step.inputs else "meta"
@@ -177,12 +171,6 @@ class Constants:
             needed.update(fresh)
             pending.extend(fresh)
         return sorted(needed, key=lambda n: self._steps[n].place)
-
-
-def version(value: Any) -> int:
-    """How often a tensor was written to, where torch counts that."""
-    counted = isinstance(value, torch.Tensor) and not value.is_inference()
-    return value._version if counted else 0
 
 
 def _like(seen: Any) -> Any:

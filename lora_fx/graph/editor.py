@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.graph.graph_module import assemble, assign, attribute, copy_graph, remove, targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.module_copy import frozen
 from lora_fx.graph.namespace import Store
 from lora_fx.graph.ops import HOLDER
@@ -69,7 +70,7 @@ class Editor:
         value: torch.Tensor = attribute(self.gm, str(node.target))
         return value
 
-    def constant(self, name: str, value: torch.Tensor | Deferred, before: fx.Node) -> fx.Node:
+    def constant(self, name: str, value: torch.Tensor | LazyTensor, before: fx.Node) -> fx.Node:
         """Fetches a new tensor just before a node.
 
         It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
@@ -89,20 +90,34 @@ class Editor:
         return self._made(node, like)
 
     def inline(
-        self,
-        function: Callable[..., Any],
-        nodes: Sequence[fx.Node],
-        before: fx.Node,
-        like: fx.Node,
-    ) -> fx.Node:
-        """Writes down what a function of aten overloads calls, just before a node."""
+        self, function: Callable[..., Any], operands: Sequence[Any], before: fx.Node, like: fx.Node
+    ) -> tuple[Any, list[fx.Node]]:
+        """Writes down what a function of aten overloads calls, just before a node.
+
+        Args:
+            function: of operands.
+            operands: nodes, lists of them, and anything else. A tensor that the graph fetches
+                later only is fetched again.
+            before: where the calls go.
+            like: whose module path they have.
+
+        Returns:
+            What the function returns, nodes for what it computes; and all calls, in order.
+        """
         start = before.prev
         with self._graph.inserting_before(before):
             tracer = fx.proxy.GraphAppendingTracer(self._graph)
-            end: fx.Node = function(*(fx.Proxy(node, tracer) for node in nodes)).node
+
+            def proxy(node: fx.Node) -> fx.Proxy:
+                is_late = node.op == "get_attr" and before < node
+                return fx.Proxy(self._graph.node_copy(node) if is_late else node, tracer)
+
+            result = function(*pytree.tree_map_only(fx.Node, proxy, list(operands)))
+        made = []
         while (start := start.next) is not before:
-            self._made(start, like)
-        return end
+            made.append(self._made(start, like))
+        result = pytree.tree_map_only(fx.Proxy, lambda value: value.node, result)
+        return result, [node for node in made if node.op == "call_function"]
 
     def along(self, moves: Sequence[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
         """Makes calls of one input again, one behind the other from another start on."""
@@ -188,7 +203,7 @@ class Editor:
         with self._graph.inserting_after(after):
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
-            value = raw(source, str(node.target))
+            value = get_unevaluated(source, str(node.target))
             copy.target = self._store.shared(str(node.target), value)
         return self._made(copy)
 
@@ -206,7 +221,7 @@ class Editor:
         self._graph.lint()
         self._graph.owning_module = self.gm
         for target in targets(self._graph):
-            raw(self.gm, target)
+            get_unevaluated(self.gm, target)
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         for key in ("nn_module_stack", HOLDER):

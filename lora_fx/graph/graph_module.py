@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.graph.lazy_compile import compile_when_read
-from lora_fx.graph.lazy_tensor import Deferred, promise, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated, set_lazy
 from lora_fx.graph.module_copy import shell
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.train_eval import TracedGraph
@@ -59,7 +59,7 @@ def assemble(
     gm = TracedGraph({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
-        value: Any = more[target] if more and target in more else raw(root, target)
+        value: Any = more[target] if more and target in more else get_unevaluated(root, target)
         assign(gm, target, shell(value) if op == "call_module" else value)
     compile_when_read(gm, graph)
     return gm
@@ -76,7 +76,7 @@ def attribute(root: nn.Module, target: str) -> Any:
 def assign(gm: fx.GraphModule, target: str, value: Any) -> None:
     """Sets a dotted name: modules and parameters as they are, other tensors as buffers.
 
-    A `Deferred` is a parameter that is computed when it is read.
+    A `LazyTensor` is a parameter that is computed when it is read.
     """
     *path, name = target.split(".")
     holder: nn.Module = gm
@@ -86,8 +86,8 @@ def assign(gm: fx.GraphModule, target: str, value: Any) -> None:
             container.training = gm.training
             holder.add_module(step, container)
         holder = getattr(holder, step)
-    if isinstance(value, Deferred):
-        promise(holder, name, value)
+    if isinstance(value, LazyTensor):
+        set_lazy(holder, name, value)
     elif isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
         holder.register_buffer(name, value)
     else:

@@ -1,20 +1,23 @@
-"""Parameters that are computed when somebody reads them.
+"""Tensors that are computed when somebody reads them.
 
-A module keeps its parameters in a dictionary. `Parameters` is one that may hold a `Deferred` in
-place of a tensor: whoever reads it gets the tensor, whoever asks `raw` gets the promise. So a
+A module keeps its parameters in a dictionary. `Parameters` is one that may hold a `LazyTensor` in
+place of a tensor: whoever reads it gets the tensor, `get_unevaluated` what will compute it. So a
 folded graph holds one weight at a time until it is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, ItemsView, Iterator, ValuesView
+from collections.abc import Callable, Hashable, ItemsView, Iterator, Sequence, ValuesView
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_fx.errors import PassError
 
-class Deferred:
+
+class LazyTensor:
     """A tensor to be.
 
     Args:
@@ -22,6 +25,8 @@ class Deferred:
         dtype: of the tensor.
         make: computes it.
         key: two of one key are equal.
+        sources: what it is made of, as that is now: once one of them is written to, reading fails.
+        cache: whether it is computed once for all readers, or anew for each and never kept.
     """
 
     def __init__(
@@ -30,39 +35,106 @@ class Deferred:
         dtype: torch.dtype,
         make: Callable[[], torch.Tensor],
         key: Hashable,
+        sources: Sequence[TensorSnapshot] = (),
+        cache: bool = True,
     ) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.key = key
+        self.shape, self.dtype, self.key, self.cache = shape, dtype, key, cache
         self._make: Callable[[], torch.Tensor] | None = make
-        self._kept: nn.Parameter | None = None
+        self._sources = tuple(sources)
+        self._cached: nn.Parameter | None = None
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """How often the tensor was written to since it was computed."""
+        return 0 if self._cached is None else version(self._cached) - self._version
 
     def equals(self, other: object) -> bool:
         """Whether another is computed alike from the same tensors."""
-        return isinstance(other, Deferred) and self.key == other.key
+        return isinstance(other, LazyTensor) and self.key == other.key
 
-    def compute(self) -> torch.Tensor:
-        """The tensor, which is not kept: for those who write it somewhere and go on."""
-        return self._make() if self._kept is None and self._make else self.keep()
+    def evaluate(self) -> torch.Tensor:
+        """The tensor, which is not kept: for those who write it somewhere and go on.
 
-    def keep(self) -> nn.Parameter:
+        Raises:
+            PassError: a tensor that it is made of was written to in the meantime.
+        """
+        if self._cached is not None:
+            return self._cached
+        for source in self._sources:
+            source.check()
+        assert self._make is not None
+        return self._make()
+
+    def materialize(self) -> nn.Parameter:
         """The tensor, computed once for all who read it; what it is made of is let go."""
-        if self._kept is None and self._make is not None:
-            self._kept = nn.Parameter(self._make(), requires_grad=False)
-            self._make = None
-        assert self._kept is not None
-        return self._kept
+        if self._cached is not None:
+            return self._cached
+        value = nn.Parameter(self.evaluate(), requires_grad=False)
+        if self.cache:
+            self._cached, self._version = value, version(value)
+            self._make, self._sources = None, ()
+        return value
+
+    def uncached(self) -> LazyTensor:
+        """The same, computed anew for whoever reads it, and never kept."""
+        return LazyTensor(self.shape, self.dtype, self.evaluate, self.key, cache=False)
 
 
-class Fleeting(Deferred):
-    """A promise that is computed anew for whoever reads it, and never kept."""
+@dataclass(frozen=True, eq=False)
+class TensorSnapshot:
+    """A tensor of a graph, and how often it had been written to.
 
-    def __init__(self, promise: Deferred) -> None:
-        super().__init__(promise.shape, promise.dtype, promise.compute, promise.key)
+    Attributes:
+        name: in the graph.
+        value: the tensor, or what computes it.
+        version: when it was taken.
+    """
 
-    def keep(self) -> nn.Parameter:
-        """The tensor, which goes when its reader is done with it."""
-        return nn.Parameter(self.compute(), requires_grad=False)
+    name: str
+    value: torch.Tensor | LazyTensor
+    version: int
+
+    @classmethod
+    def of(cls, root: nn.Module, name: str) -> TensorSnapshot:
+        """What a module holds under a dotted name; it is not computed."""
+        value = get_unevaluated(root, name)
+        return cls(name, value, version(value))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it takes gradients."""
+        return getattr(self.value, "requires_grad", False)
+
+    def check(self) -> None:
+        """Raises a PassError if the tensor was written to in the meantime."""
+        if version(self.value) != self.version:
+            raise PassError(
+                f"{self.name} was changed in place after a weight was made of it and before that "
+                "was read: fold again, or choose a form again"
+            )
+
+    def read(self) -> torch.Tensor:
+        """The tensor; one that is still to be computed is not kept.
+
+        Raises:
+            PassError: it was written to in the meantime.
+        """
+        self.check()
+        return evaluate(self.value)
+
+
+def evaluate(value: torch.Tensor | LazyTensor) -> torch.Tensor:
+    """A tensor, without its gradients; one that is still to be computed is not kept."""
+    return (value.evaluate() if isinstance(value, LazyTensor) else value).detach()
+
+
+def version(value: Any) -> int:
+    """How often a tensor was written to, where torch counts that."""
+    if isinstance(value, LazyTensor):
+        return value.version
+    counted = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value._version if counted else 0
 
 
 class Parameters(dict[str, Any]):
@@ -71,10 +143,10 @@ class Parameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """Computes what is read."""
         value = super().__getitem__(name)
-        return value.keep() if isinstance(value, Deferred) else value
+        return value.materialize() if isinstance(value, LazyTensor) else value
 
     def __iter__(self) -> Iterator[str]:
-        """Keeps ``dict(self)`` from copying the promises unread."""
+        """Keeps ``dict(self)`` from copying what is lazy unread."""
         return super().__iter__()
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]  # not dict's own class
@@ -92,10 +164,10 @@ class Parameters(dict[str, Any]):
         return self[name]
 
     def copy(self) -> Parameters:
-        """A copy that promises the same."""
-        return Parameters({name: self.promised(name) for name in self})
+        """A copy that is as lazy."""
+        return Parameters({name: self.unevaluated(name) for name in self})
 
-    def promised(self, name: str) -> Any:
+    def unevaluated(self, name: str) -> Any:
         """The tensor, or what will compute it."""
         return super().__getitem__(name)
 
@@ -104,19 +176,19 @@ class Parameters(dict[str, Any]):
         return dict, (list(self.items()),)
 
 
-def raw(root: nn.Module, target: str) -> Any:
-    """Looks up a dotted name; a deferred parameter is not computed."""
+def get_unevaluated(root: nn.Module, target: str) -> Any:
+    """Looks up a dotted name; a lazy parameter is not computed."""
     *path, name = target.split(".")
     holder: Any = root
     for step in path:
         holder = getattr(holder, step)
     store = holder.__dict__.get("_parameters") if isinstance(holder, nn.Module) else None
     if isinstance(store, Parameters) and name in store:
-        return store.promised(name)
+        return store.unevaluated(name)
     return getattr(holder, name)
 
 
-def promise(holder: nn.Module, name: str, value: Deferred) -> None:
+def set_lazy(holder: nn.Module, name: str, value: LazyTensor) -> None:
     """Gives a module a parameter that is computed when read."""
     if not isinstance(holder._parameters, Parameters):
         holder.__dict__["_parameters"] = Parameters(holder._parameters)

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import assign, is_free, remove
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.module_copy import shell
 
 _TRIES = 10_000
@@ -27,7 +27,7 @@ class Store:
         self._gm = gm
         self._wishes: dict[str, str] = {}
         self._again: dict[str, str] = {}
-        self._constants: dict[str, list[tuple[str, torch.Tensor | Deferred]]] = defaultdict(list)
+        self._constants: dict[str, list[tuple[str, torch.Tensor | LazyTensor]]] = defaultdict(list)
 
     def keep(self, name: str, value: Any) -> str:
         """Keeps a value, and gives the name that it has for now."""
@@ -42,7 +42,7 @@ class Store:
             self._wishes[candidate] = name
         return candidate
 
-    def constant(self, name: str, value: torch.Tensor | Deferred) -> str:
+    def constant(self, name: str, value: torch.Tensor | LazyTensor) -> str:
         """Keeps a tensor; an equal one of the same name is kept once."""
         for target, known in self._constants[name]:
             if _equal(known, value):
@@ -53,7 +53,7 @@ class Store:
 
     def shared(self, name: str, value: Any) -> str:
         """Keeps a value that several nodes of another graph fetch under one name: once."""
-        if not is_free(self._gm, name) and raw(self._gm, name) is value:
+        if not is_free(self._gm, name) and get_unevaluated(self._gm, name) is value:
             return name
         if name not in self._again:
             kept = shell(value) if isinstance(value, nn.Module) else value
@@ -65,13 +65,13 @@ class Store:
         granted = {}
         for old, new in self._wishes.items():
             if is_free(self._gm, new):
-                assign(self._gm, new, raw(self._gm, old))
+                assign(self._gm, new, get_unevaluated(self._gm, old))
                 remove(self._gm, old)
                 granted[old] = new
         return granted
 
 
-def _equal(one: torch.Tensor | Deferred, other: torch.Tensor | Deferred) -> bool:
-    if isinstance(one, Deferred) or isinstance(other, Deferred):
-        return isinstance(one, Deferred) and one.equals(other)
+def _equal(one: torch.Tensor | LazyTensor, other: torch.Tensor | LazyTensor) -> bool:
+    if isinstance(one, LazyTensor) or isinstance(other, LazyTensor):
+        return isinstance(one, LazyTensor) and one.equals(other)
     return torch.equal(one, other)

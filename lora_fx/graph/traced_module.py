@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.graph.lazy_tensor import Deferred, Parameters
+from lora_fx.graph.lazy_tensor import Parameters
 
 # The dictionaries of every module: parameters, buffers, children, hooks.
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -35,11 +35,11 @@ class TracedModule:
         self._then = {module: (type(module), _copied(module.__dict__)) for module in root.modules()}
 
     def parameters(self, module: nn.Module) -> Mapping[str, Any]:
-        """What a module held by name: tensors, promises of tensors, or None."""
+        """What a module held by name: tensors, lazy ones too, or None."""
         held = self._then[module][1].get("_parameters", {})
         if not isinstance(held, Parameters):
             return dict(held)
-        return {name: held.promised(name) for name in held}
+        return {name: held.unevaluated(name) for name in held}
 
     def buffers(self, module: nn.Module) -> Mapping[str, Any]:
         """The buffers of a module by name."""
@@ -73,11 +73,6 @@ class TracedModule:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled graph remembers no module."""
         return type(None), ()
-
-
-def read(value: torch.Tensor | Deferred) -> torch.Tensor:
-    """A tensor, computed if it is still a promise, and then not kept."""
-    return value.compute().detach() if isinstance(value, Deferred) else value.detach()
 
 
 def _copied(held: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute, is_free
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, parameter_names
@@ -113,7 +113,7 @@ def _is_read(gm: fx.GraphModule, adapter: Adapter, path: str) -> bool:
     found = next(readers(gm, path), None) if isinstance(update, WeightUpdate) else None
     if found is None:
         return False
-    shape = tuple(raw(gm, str(found[1].target)).shape)
+    shape = tuple(get_unevaluated(gm, str(found[1].target)).shape)
     sizes = zip(update.shape, shape, strict=False)
     if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
         raise AdapterError(

@@ -17,7 +17,7 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.branch_tensors import Terms, update_of
 from lora_fx.injection.conform import dense
 from lora_fx.layers.layer import Layer
@@ -197,9 +197,9 @@ def _names(record: Injected) -> set[str]:
 
 
 def held_by(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
-    """A tensor of a graph by its dotted name; None if it has none, or a promise of one."""
+    """A tensor of a graph by its dotted name; None if it has none, or a lazy one."""
     try:
-        value = raw(gm, name)
+        value = get_unevaluated(gm, name)
     except AttributeError:
         return None
     return value if isinstance(value, torch.Tensor) else None

@@ -11,7 +11,7 @@ from torch import fx, nn
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import aten
 from lora_fx.injection.match_branch import branches_of
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
@@ -20,9 +20,7 @@ from lora_fx.layers.sites import Site
 
 def base_weight(editor: Editor, site: Site) -> torch.Tensor:
     """The weight of a layer as it is stored; one that is still to be computed is not kept."""
-    value = raw(editor.gm, str(site.weight.target))
-    weight: torch.Tensor = value.compute() if isinstance(value, Deferred) else value
-    return weight
+    return evaluate(get_unevaluated(editor.gm, str(site.weight.target)))
 
 
 def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate, name: str) -> None:
@@ -66,7 +64,7 @@ def make_anew(
             raise AdapterError(f"{target}: NaN or infinity in {dtype}; save the adapter again")
         held = nn.Parameter(kept, requires_grad=False) if kept.is_floating_point() else kept
         nodes.append(editor.constant(target, held, before=reader))
-    made = editor.inline(function, [source, *nodes], before=reader, like=reader)
+    made, _ = editor.inline(function, [source, *nodes], before=reader, like=reader)
     end = editor.call(aten.alias.default, (made,), before=reader, like=reader)
     editor.rebind(reader, source, end)
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.constants import Constants
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.layers.sites import Site
 
 
@@ -47,8 +47,7 @@ def _value(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
     if node is None:
         return None
     if node.op == "get_attr":
-        value = raw(gm, str(node.target))
-        return (value.compute() if isinstance(value, Deferred) else value).detach()
+        return evaluate(get_unevaluated(gm, str(node.target)))
     constants = Constants(gm)
     if not all(constants.admit(step) for step in _needed(node)):
         return None

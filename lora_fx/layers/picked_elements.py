@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import mutates
 
 _STEPS = 64  # nodes that an operand may be made of: what is more is no way to take a weight apart
@@ -104,7 +104,7 @@ def expression_of(
         calls: of `calls_of`.
         stored: the nodes among them that stand for the tensor -> the ``get_attr`` node.
     """
-    value = raw(gm, str(next(iter(stored.values())).target))
+    value = get_unevaluated(gm, str(next(iter(stored.values())).target))
     refs: dict[fx.Node, _Ref] = dict.fromkeys(stored, _Ref(0))
     steps: list[_Step] = []
     for node in calls:
@@ -189,7 +189,7 @@ def _is_unsteady_operator(target: torch._ops.OpOverload) -> bool:
 
 
 def _picking(gm: fx.GraphModule, node: fx.Node) -> _Step | None:
-    value = raw(gm, str(node.target))
+    value = get_unevaluated(gm, str(node.target))
     if not isinstance(value, torch.Tensor) or value.is_meta:
         return None
     is_index = not value.is_floating_point() and not value.is_complex()

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten, call_argument, holder_path
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.matrix_products import Labels, Place, argument_at, batches_of, product_of
@@ -124,7 +124,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
         return None
     if part is None or is_factor(str(part.source.target)):
         return None
-    tensor = raw(gm, str(part.source.target))
+    tensor = get_unevaluated(gm, str(part.source.target))
     axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
     if len(tensor.shape) != axes:
         return None  # a vector: nothing with an input and an output side

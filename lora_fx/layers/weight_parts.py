@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.layers.picked_elements import Grid, calls_of, expression_of, grid_of
 
 Places = range | tuple[int, ...]  # in order; a range where they follow each other at equal steps
@@ -101,7 +101,7 @@ def picked_from(
 
 
 def _is_floating(gm: fx.GraphModule, node: fx.Node) -> bool:
-    dtype = getattr(raw(gm, str(node.target)), "dtype", None)
+    dtype = getattr(get_unevaluated(gm, str(node.target)), "dtype", None)
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.errors import within
-from lora_fx.graph.lazy_tensor import Deferred
-from lora_fx.graph.traced_module import read
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.injected_adapters import Injected
 from lora_fx.layers.layer import Layer
@@ -75,18 +74,20 @@ class Step:
         return self.update.shape[1] == layer.shape[1]
 
 
-class Weight(Deferred):
-    """A parameter that is W' for those who read it, computed anew and never kept.
+class Weight:
+    """W' of one parameter.
 
     Attributes:
+        lazy: the parameter, computed anew for whoever reads it.
         steps: the updates, in order.
         called: whether the module read it in its own call.
         lent: whether somebody else read it.
         apart: whether each of the two sees the updates that mean it, or both see all.
     """
 
-    def __init__(self, base: torch.Tensor | Deferred) -> None:
-        super().__init__(tuple(base.shape), base.dtype, self._made, ("weight form", id(self)))
+    def __init__(self, base: torch.Tensor | LazyTensor) -> None:
+        key = ("weight form", id(self))
+        self.lazy = LazyTensor(tuple(base.shape), base.dtype, self._read, key, cache=False)
         self.steps: list[Step] = []
         self.called = self.lent = self.apart = False
         self._base = base
@@ -107,16 +108,6 @@ class Weight(Deferred):
         """Whether any input could tell W' from W."""
         return any(step.update.has_effect() for step in self.steps)
 
-    def keep(self) -> nn.Parameter:
-        """W', which goes when its reader is done with it."""
-        self.called |= self._depth > 0
-        self.lent |= self._depth == 0
-        return nn.Parameter(self._made(), requires_grad=False)
-
-    def compute(self) -> torch.Tensor:
-        """W', for who asks without being the model."""
-        return self._made()
-
     def watch(self, module: nn.Module) -> None:
         """Tells the module's own reads from those of others, for the time of a run."""
         self._depth = 0
@@ -131,14 +122,16 @@ class Weight(Deferred):
     def _left(self, *_: Any) -> None:
         self._depth -= 1
 
-    def _made(self) -> torch.Tensor:
-        steps, base = self.steps, read(self._base)
+    def _read(self) -> torch.Tensor:
+        self.called |= self._depth > 0
+        self.lent |= self._depth == 0
+        steps, base = self.steps, evaluate(self._base)
         if self.apart:
             steps = [step for step in steps if step.place.inside == (self._depth > 0)]
         layer = steps[0].place.layer if steps else None
         if layer is not None and steps[0].is_whole:
             base = ungrouped(base, layer.groups)
-        return composed(base, steps, Step.weight).to(self.dtype)
+        return composed(base, steps, Step.weight).to(self.lazy.dtype)
 
 
 def composed(
@@ -154,10 +147,10 @@ def composed(
     return total
 
 
-def shifted(own: torch.Tensor | Deferred | None, steps: Sequence[Step]) -> torch.Tensor | None:
+def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> torch.Tensor | None:
     """The bias after all updates; None if there is none before and after."""
     if own is not None:
-        bias = read(own)
+        bias = evaluate(own)
         wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
         return composed(wide, steps, Step.bias).to(bias.dtype)
     added = [s for s in steps if not isinstance(s.update, Scaling) and s.update.bias is not None]

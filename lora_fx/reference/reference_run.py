@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.graph.example import example_of
-from lora_fx.graph.lazy_tensor import promise
+from lora_fx.graph.lazy_tensor import evaluate, set_lazy
 from lora_fx.graph.mutation import written
-from lora_fx.graph.traced_module import TracedModule, read
+from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.injected_adapters import Injected, held_by, injected
 from lora_fx.reference.merged_parameters import Step, Weight, shifted
 from lora_fx.reference.module_layers import NoWeightFormError, Place, place_of, replaced
@@ -101,9 +101,9 @@ class WeightForm:
         for (module, leaf), value in self._values.items():
             _put(module, leaf, value)
         for module, leaf in self._written:
-            _put(module, leaf, read(self._traced.parameters(module)[leaf]))
+            _put(module, leaf, evaluate(self._traced.parameters(module)[leaf]))
         for (module, leaf), weight in self._weights.items():
-            promise(module, leaf, weight)
+            set_lazy(module, leaf, weight.lazy)
             weight.watch(module)
         for (module, leaf), steps in self._biases.items():
             own = self._own(module, leaf)
@@ -143,7 +143,7 @@ class WeightForm:
     def _differs(self, slot: Slot) -> bool:
         module, leaf = slot
         own = self._traced.parameters(module).get(leaf)
-        return own is not None and not torch.equal(read(own), self._values[slot])
+        return own is not None and not torch.equal(evaluate(own), self._values[slot])
 
 
 def weight_form(gm: fx.GraphModule, records: Sequence[Injected] | None = None) -> WeightForm | str:

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import nn
 
 from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adapter, text, trace
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, relative, zoo
 
@@ -109,11 +109,11 @@ def test_a_folded_graph_is_read_one_weight_at_a_time(architecture: str) -> None:
     targets = {s.path: s.shape for s in sites(gm) if s.path.endswith(tuple(case.targets))}
     folded = fold(inject(gm, make_adapter(targets, scale=0.1)))
     reads = sorted({str(node.target) for node in folded.graph.nodes if node.op == "get_attr"})
-    promised = [p for p in reads if isinstance(raw(folded, p), Deferred)]
-    assert len([p for p in promised if p.endswith(".weight")]) == len(targets)
+    lazy = [p for p in reads if isinstance(get_unevaluated(folded, p), LazyTensor)]
+    assert len([p for p in lazy if p.endswith(".weight")]) == len(targets)
     adapter, errors, _ = extract(gm, folded, rank=2)
     assert adapter.updates.keys() == targets.keys() == errors.keys()
-    kept = [p for p in promised if raw(folded, p)._kept is not None]
+    kept = [p for p in lazy if get_unevaluated(folded, p)._cached is not None]
     assert kept == []
     with torch.no_grad():
         wanted = folded(**case.others)

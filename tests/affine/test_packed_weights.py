@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import Adapter, Update, explain, fold, inject, text, trace, unfold
+from lora_fx import Adapter, PassError, Update, explain, fold, inject, text, trace, unfold
 from lora_fx.layers.sites import by_path, sites
 from lora_fx.testing import relative
 
@@ -55,6 +56,14 @@ def test_calls_that_are_not_folded_read_the_folded_weight() -> None:
     assert target == "fc.weight"
     assert [site.outputs for site in by_path(gm)["fc"]] == [range(2), range(2, 4), range(4, 6)]
     assert "chunk(fc.bias, 3)" in text(gm)
+
+
+def test_a_weight_that_changes_before_its_parts_are_read_is_refused() -> None:
+    model, x = Parts(apart, (True, False, False)).eval().requires_grad_(False), torch.randn(3, 5)
+    found = fold(trace(model, (x,)))
+    model.fc.weight.mul_(2)
+    with pytest.raises(PassError, match=r"^fc\.weight was changed in place.*fold again"):
+        found(x)
 
 
 def test_parts_that_meet_stay_one_weight_if_they_agree() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from lora_fx import inject, trace
-from lora_fx.branch_lowering import cost
-from lora_fx.branch_lowering.cost import Shape
+from lora_fx import fold, inject, text, trace, unfold
+from lora_fx.branch_lowering import forms
+from lora_fx.branch_lowering.cost import Shape, cost_of, cost_of_shrink
 from lora_fx.branch_lowering.selection import FACTORED, Form, Group, Member, choices, forms_of
-from lora_fx.testing import make_adapter
+from lora_fx.graph.ops import aten
+from lora_fx.passes import ChooseForm
+from lora_fx.testing import check_pass, make_adapter, relative
 
 SHAPE = Shape(256, 768, 768, 8)
 
@@ -25,9 +27,9 @@ def member(ragged: Any, x: Any) -> Member:
 def test_a_form_alone_is_its_expand_and_its_shrink() -> None:
     for kind in ("factored", "augmented"):
         one = Form(kind, ones=True)
-        assert one.alone(SHAPE) == one.expand(SHAPE) + cost.shrink(SHAPE, 9, ones=True)
+        assert one.alone(SHAPE) == one.expand(SHAPE) + cost_of_shrink(SHAPE, (9,), ones=True)
     made = Form("weight")
-    assert made.alone(SHAPE) == made.expand(SHAPE) == cost.weight(SHAPE)
+    assert made.alone(SHAPE) == made.expand(SHAPE) == cost_of(forms.made, SHAPE, slots=True)
     assert [str(form) for form in (FACTORED, Form("augmented", True))] == [
         "factored",
         "augmented, bias in B",
@@ -53,3 +55,46 @@ def test_the_reason_names_the_form_and_the_others(member: Member) -> None:
     assert why.startswith(f"{member.form} (n = 28; beyond merged: ")
     assert why.count("MFLOP") == 4
     assert "one shrink for 2 layers" in Group((member, member), shared=True).why(member)
+
+
+def fused(x: Any, weight: Any, bias: Any, down: Any, up: Any) -> Any:
+    """``x (W + A B) + b`` of constants: what fold makes, in one line."""
+    product = aten.t.default(aten.matmul.default(down, up))
+    return forms.merged(x, aten.add.Tensor(weight, product), bias)
+
+
+def late(x: Any, weight: Any, bias: Any, narrow: Any, up: Any) -> Any:
+    """``concat(x, x A) [W; B]``, the bias in a call of its own."""
+    y = forms.augmented(x, weight, None, narrow, up)
+    return y if bias is None else aten.add.Tensor(y, bias)
+
+
+def test_a_form_that_is_written_and_named_is_chosen_where_it_costs_least(
+    monkeypatch: pytest.MonkeyPatch, ragged: Any, x: Any
+) -> None:
+    gm = trace(ragged, (x,))
+    injected = inject(gm, make_adapter({"wide": (5, 3), "again": (5, 5)}))
+    assert {member.form.kind for group in choices(injected) for member in group.members} != {
+        "fused"
+    }
+    monkeypatch.setitem(forms.CONSTANT, "fused", fused)
+    seen = check_pass(ChooseForm(), injected, x, expected=injected(x), control=gm(x))
+    assert all(edit.text.startswith("fused (n = 28; ") for edit in seen.result.edits)
+    assert "lora" not in seen.after
+    assert seen.after == text(fold(injected))
+    assert text(unfold(seen.gm)) == text(injected)
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("kind", ["late", "fused"])
+def test_a_new_form_is_taken_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, ragged: Any, x: Any, kind: str, ones: bool
+) -> None:
+    monkeypatch.setitem(forms.CONSTANT, kind, globals()[kind])
+    gm = trace(ragged, (x,))
+    injected = inject(gm, make_adapter({"wide": (5, 3)}))
+    step = ChooseForm(form=Form(kind, ones))
+    seen = check_pass(step, injected, x, expected=injected(x), control=gm(x))
+    assert ("wide.lora_shrink" in seen.after) == (kind == "late")
+    assert ("wide.lora_ones" in seen.after) == (kind == "late" and ones)  # no x A, no row in B
+    assert relative(fold(seen.gm)(x), injected(x)) <= 1e-5

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import remove
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.namespace import Store
 
 
@@ -46,17 +46,17 @@ def test_equal_constants_of_one_name_are_kept_once(gm: fx.GraphModule) -> None:
     assert store.constant("down", torch.ones(5, 2)) == "down"
 
 
-def test_promises_are_equal_by_their_key_and_stay_uncomputed(gm: fx.GraphModule) -> None:
+def test_lazy_tensors_are_equal_by_their_key_and_stay_uncomputed(gm: fx.GraphModule) -> None:
     def never() -> torch.Tensor:
         raise AssertionError("computed")
 
-    def promise(key: str) -> Deferred:
-        return Deferred((5, 2), torch.float32, never, key)
+    def lazy(key: str) -> LazyTensor:
+        return LazyTensor((5, 2), torch.float32, never, key)
 
-    store, kept = Store(gm), promise("a")
-    assert store.constant("up", kept) == store.constant("up", promise("a")) == "up"
-    assert store.constant("up", promise("b")) == "up_1"
-    assert raw(gm, "up") is kept
+    store, kept = Store(gm), lazy("a")
+    assert store.constant("up", kept) == store.constant("up", lazy("a")) == "up"
+    assert store.constant("up", lazy("b")) == "up_1"
+    assert get_unevaluated(gm, "up") is kept
 
 
 def test_a_shared_value_is_kept_once_however_many_fetch_it(gm: fx.GraphModule) -> None:

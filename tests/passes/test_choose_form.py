@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
 from lora_fx.branch_lowering.selection import FACTORED, Form
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.match_branch import branches
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import check_pass, folds_to, make_adapter, relative, tiny
@@ -155,8 +155,10 @@ def test_several_branches_with_biases_are_one(ragged: Any, x: Any) -> None:
 def test_no_weight_is_computed_before_it_is_read(siblings: Any) -> None:
     _, injected = siblings
     chosen = ChooseForm(form=AUGMENTED)(injected).graph_module
-    weights = [raw(chosen, target) for target in targets(chosen.graph) if "weight" in target]
-    assert [weight._kept for weight in weights] == [None] * 3
+    weights = [
+        get_unevaluated(chosen, target) for target in targets(chosen.graph) if "weight" in target
+    ]
+    assert [weight._cached for weight in weights] == [None] * 3
 
 
 def test_a_weight_that_others_read_is_not_held_twice(shared: Any, x: Any) -> None:
@@ -195,6 +197,33 @@ def test_a_trained_factor_is_read_at_once(ragged: Any, x: Any) -> None:
     assert relative(tuned(x), before) > 1e-2
 
 
+def test_a_weight_that_changes_before_it_is_read_is_refused(siblings: Any, x: Any) -> None:
+    base, injected = siblings
+    chosen = ChooseForm(form=AUGMENTED)(injected).graph_module
+    with torch.no_grad():
+        base.part.key.weight.mul_(2)
+    chosen.part.query.weight.sum()
+    with pytest.raises(PassError, match=r"^part\.key\.weight was changed in place"):
+        chosen(x)
+    again = ChooseForm(form=AUGMENTED)(injected).graph_module
+    assert relative(again(x), injected(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_slots_of_several_branches_are_read_by_name(rows: int, scale: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, rows, 64)
+    gm = trace(nn.Sequential(nn.Linear(64, 48)).eval(), (x,))
+    update = Update(torch.randn(3, 64), torch.randn(48, 3), scale)
+    both = inject(gm, [make_adapter({"0": (48, 64)}), Adapter("german", {"0": update})])
+    seen = check_pass(ChooseForm(target="input"), both, x, expected=both(x), control=gm(x))
+    assert seen.result.modified == (rows == 512)
+    names = {f"0.lora_{part}.{name}" for part in "AB" for name in ("french", "german")}
+    assert names <= set(targets(seen.gm.graph))
+    assert "lora_shrink" not in seen.after
+
+
 @pytest.mark.parametrize("rows", [2, 512])
 def test_slots_stay_as_they_are_but_for_many_rows(rows: int) -> None:
     torch.manual_seed(0)
@@ -206,6 +235,12 @@ def test_slots_stay_as_they_are_but_for_many_rows(rows: int) -> None:
     assert seen.result.modified == (rows == 512)
     read = set(targets(seen.gm.graph))
     assert {"0.lora_A.french", "0.lora_B.french"} <= read
+
+
+def test_an_unknown_form_is_refused(ragged: Any) -> None:
+    with pytest.raises(PassError, match="form='augmentd': expected one of factored, augmented, w"):
+        ChooseForm(form=Form("augmentd"))(trace(ragged))
+    assert ChooseForm(form=Form("weight"))(trace(ragged)).modified is False
 
 
 def test_an_unknown_target_is_refused(ragged: Any) -> None:

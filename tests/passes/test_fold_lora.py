@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
 from lora_fx.graph.graph_module import attribute
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.passes import FoldLora
 from lora_fx.testing import check_pass, make_adapter, zoo
 
@@ -161,8 +161,8 @@ def test_large_values_whose_sum_overflows_are_folded(ragged: Any) -> None:
 def test_a_weight_is_computed_when_it_is_read(ragged: Any, x: Any) -> None:
     injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
     folded = fold(injected)
-    promised = raw(folded, "wide.weight")
-    assert isinstance(promised, Deferred)
+    lazy = get_unevaluated(folded, "wide.weight")
+    assert isinstance(lazy, LazyTensor)
     wanted = ragged.wide.weight + make_adapter(SHAPES).updates["wide"].delta()
     torch.testing.assert_close(attribute(folded, "wide.weight"), wanted)
     assert attribute(folded, "wide.weight") is attribute(folded, "wide.weight")
@@ -185,6 +185,17 @@ def test_a_weight_that_changes_before_it_is_read_is_refused(ragged: Any) -> None
         ragged.wide.weight.mul_(2)
     with pytest.raises(PassError, match=r"wide.weight was changed in place.*fold again"):
         attribute(folded, "wide.weight")
+
+
+def test_a_folded_weight_that_was_read_and_then_changed_is_refused(ragged: Any) -> None:
+    first = fold(inject(trace(ragged), make_adapter(SHAPES)))
+    second = fold(inject(first, make_adapter({"wide": (5, 3)}, name="german")))
+    once = attribute(first, "wide.weight")
+    with torch.no_grad():
+        once.mul_(2)
+    with pytest.raises(PassError, match=r"wide.weight was changed in place.*fold again"):
+        attribute(second, "wide.weight")
+    attribute(second, "again.weight")  # the control: nobody wrote to this one
 
 
 def test_a_weight_written_in_place_is_never_folded() -> None:

@@ -26,7 +26,7 @@ from lora_fx.export.onnx_model.digests import KEY
 from lora_fx.export.slots.manifest import KEY as SLOTS
 from lora_fx.export.slots.manifest import Manifest, Slot
 from lora_fx.frontend.trace import trace
-from lora_fx.graph.lazy_tensor import raw
+from lora_fx.graph.lazy_tensor import get_unevaluated
 
 DATA = "model.onnx.data"
 
@@ -344,9 +344,9 @@ def test_damaged_digests_are_refused(copy: Callable[[str], Path], text: str, rea
 def test_each_weight_is_computed_once_and_digested_as_it_is_written(tmp_path: Path) -> None:
     gm = fold(inject(graph(0), adapter()))
     calls = []
-    held = raw(gm, "one.weight")
-    make = held.compute
-    held.compute = lambda: (calls.append(1), make())[1]
+    held = get_unevaluated(gm, "one.weight")
+    make = held.evaluate
+    held.evaluate = lambda: (calls.append(1), make())[1]
     to_onnx(gm, tmp_path / "model.onnx", verify=False, external_data_above=0)
     assert calls == [1]
     digests = json.loads(metadata(tmp_path / "model.onnx")[KEY])["tensors"]

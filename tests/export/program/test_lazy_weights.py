@@ -14,10 +14,10 @@ from torch import fx, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
-from lora_fx.export.program.lazy_weights import Promise, promise_weights, with_stand_ins
+from lora_fx.export.program.lazy_weights import StandIn, replace_stand_ins, with_stand_ins
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import Deferred, raw
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.passes import FoldLora, InjectLora
 
 MODES = ("inline", "beside")
@@ -27,37 +27,37 @@ def folded(sample: Any) -> fx.GraphModule:
     return FoldLora()(InjectLora(sample.adapter(2))(sample.gm).graph_module).graph_module
 
 
-def deferred(gm: fx.GraphModule) -> dict[str, Deferred]:
-    found = {target: raw(gm, target) for target in targets(gm.graph)}
-    return {target: value for target, value in found.items() if isinstance(value, Deferred)}
+def lazy(gm: fx.GraphModule) -> dict[str, LazyTensor]:
+    found = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
+    return {target: value for target, value in found.items() if isinstance(value, LazyTensor)}
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The keys of all promises that were computed, in order."""
+    """The lazy tensors that were computed, in order; what passes one on is not counted."""
     keys: list[int] = []
-    compute = Deferred.compute
+    compute = LazyTensor.evaluate
 
-    def note(self: Deferred) -> torch.Tensor:
-        if type(self) is Deferred:
+    def note(self: LazyTensor) -> torch.Tensor:
+        if self.cache:
             keys.append(id(self))
         return compute(self)
 
-    monkeypatch.setattr(Deferred, "compute", note)
+    monkeypatch.setattr(LazyTensor, "evaluate", note)
     return keys
 
 
 def test_a_stand_in_has_the_shape_and_computes_nothing(mlp: Any, computed: list[int]) -> None:
     gm = folded(mlp)
-    hollow, promises = with_stand_ins(evaluating(gm))
-    assert {p.name for p in promises} == set(deferred(gm)) >= {"up.weight", "tail.1.weight"}
-    for promise in promises:
-        stand_in = hollow.get_parameter(promise.name)
-        assert stand_in is promise.stand_in
-        assert (stand_in.shape, stand_in.dtype) == (promise.weight.shape, promise.weight.dtype)
+    hollow, stand_ins = with_stand_ins(evaluating(gm))
+    assert {s.name for s in stand_ins} == set(lazy(gm)) >= {"up.weight", "tail.1.weight"}
+    for stand_in in stand_ins:
+        held = hollow.get_parameter(stand_in.name)
+        assert held is stand_in.tensor
+        assert (held.shape, held.dtype) == (stand_in.weight.shape, stand_in.weight.dtype)
     assert computed == []
-    assert all(value._kept is None for value in deferred(gm).values())
-    deferred(gm)["up.weight"].compute()  # control: this is seen
+    assert all(value._cached is None for value in lazy(gm).values())
+    lazy(gm)["up.weight"].evaluate()  # control: this is seen
     assert len(computed) == 1
 
 
@@ -70,16 +70,16 @@ def model_of(*tensors: tuple[str, torch.Tensor]) -> ir.Model:
     return ir.Model(ir.Graph([], [], nodes=[], initializers=values), ir_version=10)
 
 
-def promise_of(weight: torch.Tensor) -> Promise:
-    later = Deferred(tuple(weight.shape), weight.dtype, weight.clone, "fc.weight")
-    return Promise("fc.weight", later, nn.Parameter(torch.full_like(weight, torch.nan)))
+def stand_in_for(weight: torch.Tensor) -> StandIn:
+    later = LazyTensor(tuple(weight.shape), weight.dtype, weight.clone, "fc.weight")
+    return StandIn("fc.weight", later, nn.Parameter(torch.full_like(weight, torch.nan)))
 
 
-def test_a_promise_takes_the_place_of_its_stand_in() -> None:
+def test_a_lazy_tensor_takes_the_place_of_its_stand_in() -> None:
     weight, bias = torch.randn(5, 3), torch.randn(5)
-    promise = promise_of(weight)
-    model = model_of(("fc.weight", promise.stand_in.detach()), ("fc.bias", bias))
-    promise_weights(model, [promise])
+    stand_in = stand_in_for(weight)
+    model = model_of(("fc.weight", stand_in.tensor.detach()), ("fc.bias", bias))
+    replace_stand_ins(model, [stand_in])
     held = {name: value.const_value for name, value in model.graph.initializers.items()}
     assert isinstance(held["fc.weight"], ir.LazyTensor)
     assert held["fc.weight"].tobytes() == weight.numpy().tobytes()
@@ -97,10 +97,10 @@ SPOILT: dict[str, Callable[[torch.Tensor], list[tuple[str, torch.Tensor]]]] = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_stand_in_that_is_left_is_an_error(how: str) -> None:
-    promise = promise_of(torch.randn(5, 3))
-    model = model_of(*SPOILT[how](promise.stand_in.detach()))
+    stand_in = stand_in_for(torch.randn(5, 3))
+    model = model_of(*SPOILT[how](stand_in.tensor.detach()))
     with pytest.raises(ExportError, match=r"lost in translation: (fc\.weight|val_1)"):
-        promise_weights(model, [promise])
+        replace_stand_ins(model, [stand_in])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,18 +108,18 @@ def test_weights_are_computed_while_they_are_written_and_not_kept(
     sample: Any, mode: str, tmp_path: Path, computed: list[int]
 ) -> None:
     gm = folded(sample)
-    promises = deferred(gm)
+    weights = lazy(gm)
     limit = 0 if mode == "beside" else 10**9
     to_onnx(gm, tmp_path / "once.onnx", verify=False, external_data_above=limit)
-    assert sorted(computed) == sorted(map(id, promises.values()))  # each once
+    assert sorted(computed) == sorted(map(id, weights.values()))  # each once
     report = to_onnx(gm, tmp_path / "model.onnx", external_data_above=limit)
     assert report.verified
     # Once more for this file: what it is held against is the module, not the folded graph.
-    assert sorted(computed) == sorted([*map(id, promises.values())] * 2)
-    assert all(value._kept is None for value in promises.values())
+    assert sorted(computed) == sorted([*map(id, weights.values())] * 2)
+    assert all(value._cached is None for value in weights.values())
     stored = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
-    for name, value in promises.items():
-        read = value.keep().detach()  # as whoever reads the graph gets it
+    for name, value in weights.items():
+        read = value.materialize().detach()  # as whoever reads the graph gets it
         found = torch.from_numpy(numpy_helper.to_array(stored[name]).copy())
         assert torch.equal(found, read) or (read.ndim == 2 and torch.equal(found.mT, read)), name
 
@@ -157,7 +157,7 @@ def test_a_weight_that_cannot_be_computed_is_not_written(
     def fail() -> torch.Tensor:
         raise ExportError("up.weight: not finite")
 
-    deferred(gm)["up.weight"]._make = fail
+    lazy(gm)["up.weight"]._make = fail
     with pytest.raises(ExportError, match=r"^up\.weight: not finite"):
         to_onnx(gm, tmp_path / "model.onnx", verify=False, external_data_above=limit)
     assert list(tmp_path.iterdir()) == []
