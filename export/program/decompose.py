@@ -46,7 +46,7 @@ class LoweredProgram(torch.export.ExportedProgram):
         outputs: Any = self.graph.output_node().args[0]
         for node, spec in zip(outputs, self.graph_signature.output_specs, strict=True):
             if isinstance(node, fx.Node):
-                spec.arg.name = node.name  # type: ignore[union-attr]  # a constant is no node
+                spec.arg.name = node.name
 
 
 def inline_grad_modes(gm: fx.GraphModule, graph: fx.Graph) -> None:
