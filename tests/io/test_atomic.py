@@ -321,7 +321,7 @@ def test_if_the_last_move_fails_all_is_as_it_was(
         with pytest.raises((AdapterError, ExportError, KeyboardInterrupt)):
             write(tmp_path)
     assert everything(tmp_path) == before
-    assert [path for path in tmp_path.rglob(".*")] == []
+    assert list(tmp_path.rglob(".*")) == []
     write(tmp_path)
     assert set(everything(tmp_path).values()) - {"mine"} == {"new"}
     assert ("model.onnx.data" in everything(tmp_path)) == (last == "model.onnx")
