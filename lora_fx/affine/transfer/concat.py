@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, meet
-from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, result_dtype
+from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
 from lora_fx.algebra.index_expr import along, slice_of
@@ -31,14 +31,13 @@ def stack(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
-    given, dim = call_argument(node, 0, "tensors"), call_argument(node, 1, "dim", 0)
-    found = [_part_of_cat(analysis, value, given) for value in given or ()]
-    maps = [value for value in found if isinstance(value, Map)]
+    parts = _parts_of(analysis, call_argument(node, 0, "tensors"))
+    maps = [value for value, _ in parts if isinstance(value, Map)]
     if not maps:
         return Opaque("a concatenation of no maps")
-    first, source = maps[0].layout, _meeting(maps)
+    first, source, dim = maps[0].layout, _meeting(maps), call_argument(node, 1, "dim", 0)
     axis = first.gap(dim) if is_stack else first.feature(dim)
-    layouts = [_layout(value, first, place) for value, place in zip(found, given, strict=True)]
+    layouts = [_layout(value, first, place) for value, place in parts]
     if is_stack and axis is not None:
         layouts = [layout and layout.widened(axis) for layout in layouts]
     if source is None or axis is None or not _are_alike(layouts, axis):
@@ -47,15 +46,23 @@ def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
     layout = (first.widened(axis) if is_stack else first).resized(axis, sum(sizes))
     weight: Matrix | None = None
     bias: Matrix | None = None
-    for start, size, value in zip(accumulate([0, *sizes]), sizes, found, strict=False):
+    for (value, _), end, size in zip(parts, accumulate(sizes), sizes, strict=True):
         if isinstance(value, Map):
             own, shift = value.since(source)
-            index = along(axis, layout.split, slice_of(sum(sizes), slice(start, start + size)))
+            index = along(axis, layout.split, slice_of(sum(sizes), slice(end - size, end)))
             weight = total(weight, placed(own, index, prod(layout.split)))
             bias = total(bias, shift and placed(shift, index, prod(layout.split)))
     assert weight is not None
     dtype = result_dtype(node, reduce(promoted, [value.dtype for value in maps]))
     return source.then(node, weight, bias, layout, dtype, Link.JOIN)
+
+
+def _parts_of(analysis: Analysis, given: Any) -> list[tuple[Any, fx.Node]]:
+    """What is put together, value and node; pieces may be handed on as they came."""
+    if isinstance(given, list | tuple):
+        return [(_part_of_cat(analysis, value, given), value) for value in given]
+    pieces = analysis.values.get(given) if isinstance(given, fx.Node) else None
+    return [(value, given) for value in pieces.values] if isinstance(pieces, Parts) else []
 
 
 def _are_alike(layouts: list[Layout | None], axis: int) -> bool:

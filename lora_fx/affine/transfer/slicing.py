@@ -84,6 +84,8 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
     value = analysis.values.get(source) if isinstance(source, fx.Node) else None
     if isinstance(value, Parts) and isinstance(place, int):
         return value.values[place].of(node)
+    if isinstance(value, Parts) and isinstance(place, slice):
+        return Parts(value.values[place])
     if not isinstance(place, tuple):
         return _NO_FEATURES
     lists = [at for at, one in enumerate(place) if isinstance(one, fx.Node)]

@@ -61,6 +61,15 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "cat of pieces as they came": (lambda m, x: torch.cat(m.low(x).chunk(2, -1), -1), "batch"),
+    "cat of pieces turned": (
+        lambda m, x: torch.cat(m.low(x).split(2, -1)[::-1], -1),
+        "batch",
+    ),
+    "stack of pieces as they came": (
+        lambda m, x: torch.stack(m.low(x).unbind(-1), -1),
+        "batch",
+    ),
     "stack": (lambda m, x: torch.stack((m.low(x), m.low(x) * 2), -1), "batch"),
     "stack in front": (lambda m, x: torch.stack((m.low(x), m.low(x) * 2), 2), "batch", "export"),
     "stack split": (
