@@ -38,7 +38,7 @@ def listed(places: torch.Tensor) -> Index | None:
     even = torch.arange(count) * step + first
     if step and torch.equal(places, even):
         key: Hashable = ("slice", first, first + count * step, step)
-    elif len(places.unique()) < count:
+    elif len(set(places.tolist())) < count:
         return None
     else:
         key = ("places", places.numpy().tobytes())

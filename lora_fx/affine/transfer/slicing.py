@@ -88,12 +88,12 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
         return Parts(value.values[place])
     if not isinstance(place, tuple):
         return _NO_FEATURES
-    lists = [at for at, one in enumerate(place) if isinstance(one, fx.Node)]
+    lists = [(at, one) for at, one in enumerate(place) if isinstance(one, fx.Node)]
     others = [one for one in place if not isinstance(one, fx.Node)]
     if len(lists) == 1 and all(one in (..., slice(None)) for one in others):
-        behind = ... in place[: lists[0]]
-        return _bracket(analysis, node, lists[0] - len(place) * behind, place[lists[0]])
-    steps = steps_of(place) if len(node.all_input_nodes) == 1 else None
+        ((at, one),) = lists
+        return _bracket(analysis, node, at - len(place) * (... in place[:at]), one)
+    steps = steps_of(place)
     if steps is None:
         return _NO_FEATURES
     runs = [(dim, partial(_called, target, cut)) for target, (dim, *cut) in steps]
@@ -139,12 +139,16 @@ def _cut(layout: Layout, axis: int, numbers: torch.Tensor) -> tuple[Index, Layou
     """Which of all features some places of an axis are; a lone place has no axis any more."""
     index = listed(numbers.reshape(-1))
     split = (*layout.split[:axis], *numbers.shape, *layout.split[axis + 1 :])
-    return index and (along(axis, layout.split, index), replace(layout, split=split))
+    if index is None:
+        return None
+    return along(axis, layout.split, index), replace(layout, split=split)
 
 
 def _numbers(analysis: Analysis, node: fx.Node, run: Run, size: int) -> Any:
     """What is taken of an axis of some size; None if the input has a say in it."""
-    if any(source not in analysis.constants.nodes for source in node.all_input_nodes[1:]):
+    given: list[fx.Node] = []
+    fx.node.map_arg((node.args[1:], node.kwargs), given.append)
+    if any(source not in analysis.constants.nodes for source in given):
         return None
     try:
         return run(torch.arange(size))
@@ -161,8 +165,10 @@ def _again(analysis: Analysis, node: fx.Node, place: int) -> Run:
         if "dim" in kwargs:
             kwargs["dim"] = 0
         args[place - 1 : place] = [0] * len(args[place - 1 : place])
-        method = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else None
-        return (method or node.target)(numbers, *args, **kwargs)
+        call: Any = node.target
+        if node.op == "call_method":
+            call = getattr(torch.Tensor, str(node.target))
+        return call(numbers, *args, **kwargs)
 
     return run
 

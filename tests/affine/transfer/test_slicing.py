@@ -112,6 +112,23 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         NO_FEATURES,
     ),
+    "index by itself": (
+        lambda m, x: (lambda y: y[..., y])(m.low(x)[0, 0].long()),
+        "batch",
+        NO_FEATURES,
+    ),
+    "slice that the input moves": (
+        lambda m, x: m.low(x)[..., : x.shape[0]],
+        "batch",
+        "else than a constant",
+        "symbolic",
+    ),
+    "roll that the input moves": (
+        lambda m, x: m.low(x).roll(x.shape[0], -1),
+        "batch",
+        NO_FEATURES,
+        "symbolic",
+    ),
     "index by two lists": (
         lambda m, x: m.split(x)[:, :, m.places(1, 0), m.places(2, 0)],
         "batch",
