@@ -23,7 +23,7 @@ from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.injection.finite_values import check_branches
-from lora_fx.io.publish import refuse_existing, staged
+from lora_fx.io.atomic import refuse_existing, staged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 

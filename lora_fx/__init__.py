@@ -7,6 +7,7 @@ used.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 # Imported here and not lazily: `trace`, `compare` and `text` are functions and the modules they
@@ -32,8 +33,11 @@ from lora_fx.injection.read_adapter import adapter_from
 from lora_fx.numerics import compare
 
 if TYPE_CHECKING:
+    from lora_fx import export, passes, testing
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx
     from lora_fx.formats import load_adapter, save_adapter
+
+    __version__: str
 
 # Public name -> the room that defines it.
 _LAZY = {
@@ -44,13 +48,19 @@ _LAZY = {
     "load_adapter": "lora_fx.formats",
     "save_adapter": "lora_fx.formats",
 }
+_ROOMS = {"export", "passes", "testing"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a room when one of its names is first read."""
-    if name not in _LAZY:
+    """Loads a room when it, or one of its names, is first read."""
+    if name in _ROOMS:
+        return import_module(f"lora_fx.{name}")  # which makes it an attribute
+    if name == "__version__":
+        value = version("lora-fx")
+    elif name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    else:
         raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 
@@ -73,16 +83,20 @@ __all__ = [
     "TraceError",
     "Update",
     "VerificationError",
+    "__version__",
     "adapter_from",
     "combine",
     "compare",
     "explain",
+    "export",
     "export_adapter",
     "extract",
     "fold",
     "inject",
     "load_adapter",
+    "passes",
     "save_adapter",
+    "testing",
     "text",
     "to_onnx",
     "trace",

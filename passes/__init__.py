@@ -1,6 +1,16 @@
-"""The passes: callables from a graph to a new graph and a report of edits."""
+"""The passes: callables from a graph to a new graph and a report of edits.
 
+Who writes one takes from here what it is made of:
+
+- `Pass`, to derive from; `Pipeline` and `PassResult`
+- `Editor`, which alone changes a graph, and `Edit`, what it has noted
+- reading nodes: `op_name`, `call_argument`, `module_path`; `sites`, each a `Site`: the layers
+"""
+
+from lora_fx.graph.editor import Edit, Editor
+from lora_fx.graph.ops import call_argument, module_path, op_name
 from lora_fx.graph.pass_base import Pass, PassResult, Pipeline
+from lora_fx.layers.sites import Site, sites
 from lora_fx.passes.choose_form import ChooseForm
 from lora_fx.passes.fold_lora import FoldLora
 from lora_fx.passes.inject_lora import InjectLora
@@ -10,12 +20,19 @@ from lora_fx.passes.unfold_lora import UnfoldLora
 
 __all__ = [
     "ChooseForm",
+    "Edit",
+    "Editor",
     "FoldLora",
     "InjectLora",
     "Pass",
     "PassResult",
     "Pipeline",
     "RaiseLora",
+    "Site",
     "StripLora",
     "UnfoldLora",
+    "call_argument",
+    "module_path",
+    "op_name",
+    "sites",
 ]

@@ -1,7 +1,11 @@
+"""What a user types: every public name, how it is called, and what it does at its simplest."""
+
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from importlib import import_module, metadata
 from typing import Any
 
 import pytest
@@ -39,3 +43,198 @@ def test_the_passes_as_functions(ragged: Any, x: Any) -> None:
 def test_errors_have_one_base() -> None:
     names = ["AdapterError", "ExportError", "PassError", "TraceError", "VerificationError"]
     assert all(issubclass(getattr(lora_fx, name), lora_fx.LoraFxError) for name in names)
+
+
+# Every public name; of what is called, or made, by a user, how. To change a line is to change what
+# somebody has written: add what is optional, and let what goes warn for a version.
+PUBLIC = {
+    "lora_fx": """
+Adapter(name, updates, replacements=<factory>, expects=None)
+AdapterError
+AdapterWarning
+ExportError
+ExportReport
+LoraConfig(r=8, alpha=16, target_modules='all-linear', dropout=0.0, use_rslora=False,
+    rank_pattern=<factory>, alpha_pattern=<factory>, exclude_modules=(), layers_to_transform=None,
+    layers_pattern=(), name='default', seed=None, init='kaiming', kind='lora')
+LoraFxError
+PassError
+Session(path, threads=None, providers=None, *, check=True)
+TraceError
+Update(down, up, scale, kind='lora', bias=None, magnitude=None, row=None, col=None, stored=None)
+VerificationError
+__version__
+adapter_from(gm, name=None)
+combine(adapters, how='cat', rank=None, name=None)
+compare(actual, expected, dtype=None)
+explain(gm)
+export
+export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+extract(base, tuned, rank=None, energy=None, *, name='extracted')
+fold(gm, *, chains=False)
+inject(gm, adapter, *, strict=True)
+load_adapter(path, *, name=None, format='auto', base=None, strict=True, **hints)
+passes
+save_adapter(adapter, path, *, format='peft', force=False, **hints)
+testing
+text(gm)
+to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
+    slots=None, vectors=None, opset=None, external_data_above=128000000, force=False, progress=None)
+trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto', check=True)
+unfold(gm)
+""",
+    "lora_fx.passes": """
+ChooseForm(target='constant', tokens=256, form=None, share=True)
+Edit
+Editor
+FoldLora(chains=False)
+InjectLora(adapter, strict=True)
+Pass()
+PassResult
+Pipeline(passes)
+RaiseLora(name='default')
+Site
+StripLora(name=None)
+UnfoldLora()
+call_argument(node, index, name, default=None)
+module_path(node)
+op_name(node)
+sites(gm)
+""",
+    "lora_fx.export": """
+ExportReport
+Session(path, threads=None, providers=None, *, check=True)
+export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
+    slots=None, vectors=None, opset=None, external_data_above=128000000, force=False, progress=None)
+verify_onnx(gm, path, *, adapters=(), progress=None)
+""",
+    "lora_fx.testing": """
+Attention(size, crossed=False, bias=True)
+Between(layer)
+Blocks()
+Case
+Checked
+Computes(function, sizes=None, **attributes)
+Experts()
+Exported
+Foreign
+Holds(function)
+INPUTS
+Lab(root)
+LayerShape(shape, groups=1, is_table=False, path='layer', make=None)
+Notebook(into=6, out=10)
+Outputs()
+PEFT_CASES
+Ragged()
+Sample
+SavedCase
+Shared()
+Tied()
+Two(wide, narrow)
+UPDATES
+ZOO
+analyse_function(function, name='batch', frontend='export')
+by_lycoris(module, layer, *, dtype=torch.float64, **options)
+by_peft(layer, config)
+check_case(case, frontend, tolerance=1e-09)
+check_pass(step, gm, *inputs, expected=None, control=None, dtype=None)
+check_reason(case, frontend)
+computes(function, x, frontend, tolerance=1e-09)
+distance(actual, expected)
+fits(adapter, base, x, expected)
+folds_to(gm, base)
+make_adapter(shapes, rank=2, scale=1.5, name='french', kind='lora')
+means(update, base, expected, *controls, within=1e-06)
+operators(gm)
+read_kind(kind, tensors, **settings)
+reason(function, x, frontend)
+recorded_graph(update)
+relative(actual, expected)
+same_adapter(found, expected)
+same_bits(found, expected)
+sample_of(name)
+save_peft_case(name, directory)
+tensors(outputs)
+tiny(architecture, **changes)
+traced(module, *args, dynamic_shapes=None)
+update_of(kind, layer)
+zoo(name)
+""",
+}
+# Made by us, and read by a user.
+GIVEN = {"Checked", "Edit", "Editor", "ExportReport", "Exported", "Foreign", "PassResult", "Site"}
+GIVEN |= {"Case", "SavedCase", "Sample"}
+# What was promised first: later versions may only add what is optional.
+CONTRACT = """
+trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto')
+load_adapter(path, *, name=None, format='auto', base=None, **hints)
+save_adapter(adapter, path, *, format='peft')
+LoraConfig(r=8, alpha=16, target_modules='all-linear', dropout=0.0, use_rslora=False)
+inject(gm, adapter, *, strict=True)
+fold(gm, *, chains=False)
+unfold(gm)
+to_onnx(gm, path, *, adapters='constant', verify=True)
+export_adapter(adapter, model_path, out_path)
+Session(path, threads=None, providers=None)
+adapter_from(gm, name=None)
+"""
+
+
+def parameters_of(value: Any) -> list[inspect.Parameter]:
+    every = inspect.signature(value).parameters.values()
+    return [parameter.replace(annotation=inspect.Parameter.empty) for parameter in every]
+
+
+def shown(module: str) -> list[str]:
+    lines = []
+    for name in sorted(import_module(module).__all__):
+        value = getattr(import_module(module), name)
+        is_error = inspect.isclass(value) and issubclass(value, Exception)
+        is_called = callable(value) and not is_error and name not in GIVEN
+        lines.append(name + (str(inspect.Signature(parameters_of(value))) if is_called else ""))
+    return lines
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_and_how_they_are_called(module: str) -> None:
+    assert shown(module) == PUBLIC[module].replace("\n    ", " ").split("\n")[1:-1]
+
+
+@pytest.mark.parametrize("line", CONTRACT.split("\n")[1:-1])
+def test_what_was_promised_is_kept(line: str) -> None:
+    names: dict[str, Any] = {}
+    exec(f"def {line}: ...", names)
+    name = line.partition("(")[0]
+    promised, found = parameters_of(names[name]), parameters_of(getattr(lora_fx, name))
+    known = {parameter.name: parameter for parameter in found}
+    assert [known.pop(parameter.name) for parameter in promised] == promised
+    assert [p.name for p in promised if p.kind is p.POSITIONAL_OR_KEYWORD] == [
+        p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD
+    ][: sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in promised)]
+    optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    assert all(p.default is not p.empty or p.kind in optional for p in known.values())
+
+
+ROOMS_BY_NAME = """
+import lora_fx, sys
+assert not {"onnx", "onnxruntime", "onnx_ir", "lora_fx.export", "lora_fx.passes"} & set(sys.modules)
+assert "lora_fx.testing" not in sys.modules
+assert lora_fx.passes.Editor.__name__ == "Editor"
+assert lora_fx.export.verify_onnx.__name__ == "verify_onnx"
+assert lora_fx.testing.check_pass.__name__ == "check_pass"
+print(lora_fx.__version__)
+"""
+
+
+def test_import_lora_fx_reaches_its_rooms_when_they_are_read() -> None:
+    command = [sys.executable, "-c", ROOMS_BY_NAME]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{metadata.version('lora-fx')}\n"
+
+
+@pytest.mark.parametrize("name", ["cli", "demo", "no_such_room", "__path"])
+def test_no_other_room_is_reached_so(name: str) -> None:
+    code = f"import lora_fx; print(hasattr(lora_fx, {name!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

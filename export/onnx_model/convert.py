@@ -16,7 +16,6 @@ from torch import fx
 from torch.onnx._internal.exporter import _registration as registration
 
 from lora_fx.errors import ExportError
-from lora_fx.export.onnx_model.conv_bias import drop_made_biases
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.ops import aten
@@ -75,7 +74,6 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         raise ExportError(
             f"opset={opset}: the graph could only be translated to opset {written}: ask for that"
         )
-    drop_made_biases(onnx_program.model)
     return onnx_program.model
 
 

@@ -12,7 +12,7 @@ from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
-from lora_fx.io.publish import data_path
+from lora_fx.io.atomic import data_path
 
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it

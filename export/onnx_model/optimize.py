@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Collection
 
 import onnx_ir as ir
 import torch
@@ -10,32 +10,30 @@ from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript.optimizer import fold_constants
 
-from lora_fx.export.onnx_model.tied import read_transposed
+from lora_fx.export.onnx_model.tied import MultiplyTied
 
 
 def clean(model: ir.Model) -> None:
     """Rewrites a model in place: the same function of the same named weights, in fewer nodes.
 
-    Before -> after: ``MatMul(x, Transpose(fc.weight))`` -> ``MatMul(x, fc.weight)`` with the
-    weight stored as it is read, or multiplied where it lies if others read it too; arithmetic on
-    shapes and scalars is evaluated; repeated and unused nodes go. No weight is copied: constants
-    are folded only where no weight takes part.
+    Arithmetic on shapes and scalars is evaluated; repeated and unused nodes go. No weight is
+    copied, read or dropped: constants are folded only where no weight takes part.
     """
-    weights = set(model.graph.initializers.values())
+    weights = frozenset(model.graph.initializers.values())
     outputs = [(value.type, value.shape) for value in model.graph.outputs]
-    common.CommonSubexpressionEliminationPass()(model)
-    fold_transposes(model)
-    read_transposed(model)
-    fold_constants(model, should_fold=partial(_foldable, weights))
-    for tidy in (
+    ir.passes.Sequential(
+        DropMadeBiases(),
+        common.CommonSubexpressionEliminationPass(),
+        StoreTransposed(),
+        MultiplyTied(),
+        FoldConstants(weights),
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.OutputFixPass(),
         common.RemoveUnusedOpsetsPass(),
-    ):
-        tidy(model)
+    )(model)
     # Of two equal nodes the first stays, whose result may lack what the other's is known to be.
     for value, (kind, shape) in zip(model.graph.outputs, outputs, strict=True):
         value.type, value.shape = kind, shape
@@ -52,20 +50,72 @@ def anonymise(model: ir.Model) -> None:
         thing.doc_string = None
 
 
-def fold_transposes(model: ir.Model) -> None:
-    """Stores each weight the way its only reader, a Transpose, would hand it on."""
-    for node in list(model.graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
-        if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
-            continue
-        result = node.outputs[0]
-        if weight.is_graph_input() or weight.const_value is None or result.is_graph_output():
-            continue
-        permutation = node.attributes["perm"].as_ints()
-        weight.const_value = _transposed(weight.const_value, permutation, weight.name)
-        weight.shape = ir.Shape(weight.const_value.shape.numpy())
-        result.replace_all_uses_with(weight)
-        model.graph.remove(node, safe=True)
+class StoreTransposed(ir.passes.InPlacePass):
+    """Stores each weight the way its only reader, a Transpose, would hand it on.
+
+    Before -> after: ``MatMul(x, Transpose(fc.weight))`` -> ``MatMul(x, fc.weight)``.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrites the model."""
+        modified = False
+        for node in list(model.graph):
+            weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+            if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+                continue
+            result = node.outputs[0]
+            if weight.is_graph_input() or weight.const_value is None or result.is_graph_output():
+                continue
+            permutation = node.attributes["perm"].as_ints()
+            weight.const_value = _transposed(weight.const_value, permutation, weight.name)
+            weight.shape = ir.Shape(weight.const_value.shape.numpy())
+            result.replace_all_uses_with(weight)
+            model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class FoldConstants(ir.passes.InPlacePass):
+    """Evaluates what is computed from constants alone, and from no weight."""
+
+    def __init__(self, weights: Collection[ir.Value]) -> None:
+        self.weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrites the model."""
+        modified: bool = fold_constants(model, should_fold=self._allowed).modified
+        return ir.passes.PassResult(model, modified)
+
+    def _allowed(self, node: ir.Node) -> bool | None:
+        return False if any(value in self.weights for value in node.inputs) else None
+
+
+class DropMadeBiases(ir.passes.InPlacePass):
+    """Takes away the zeros that torch.onnx gives a convolution without a bias.
+
+    They cost a pass over the result, and those of a conv3d are of a shape that no runtime takes:
+    (out, 2), with onnxscript 0.7. Its own rule for optional biases wants a constant, which the
+    zeros of a slot of any rank are not, and drops a bias of the model that happens to be zero.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrites the model."""
+        made = [node for node in model.graph if node.op_type == "Conv" and _is_made(node)]
+        for node in made:
+            node.resize_inputs(2)
+        return ir.passes.PassResult(model, bool(made))
+
+
+def _is_made(convolution: ir.Node) -> bool:
+    """Whether its bias is a number 0, cast and expanded."""
+    value = convolution.inputs[2] if len(convolution.inputs) > 2 else None
+    for step in ("Expand", "CastLike"):
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != step:
+            return False
+        value = node.inputs[0]
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return constant is not None and constant.size == 1 and not constant.numpy().any()
 
 
 def _transposed(
@@ -80,7 +130,3 @@ def _transposed(
     sizes = tensor.shape.numpy()
     shape = ir.Shape([sizes[axis] for axis in permutation])
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
-
-
-def _foldable(weights: set[ir.Value], node: ir.Node) -> bool | None:
-    return False if weights.intersection(v for v in node.inputs if v is not None) else None

@@ -8,21 +8,28 @@ import onnx_ir as ir
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
 
 
-def read_transposed(model: ir.Model) -> None:
-    """Multiplies by such a weight where it lies, in place.
+class MultiplyTied(ir.passes.InPlacePass):
+    """Multiplies by such a weight where it lies.
 
     Before -> after: ``MatMul(x, Transpose(w))`` -> ``Gemm(x, w, transB=1)``, with all leading
     axes of x as one. onnxruntime would hold a transposed copy of the weight beside it.
     """
-    for node in list(model.graph):
-        weight = _weight(node)
-        if weight is None:
-            continue
-        for product in [use.node for use in node.outputs[0].uses()]:
-            if _is_product(product, node.outputs[0]):
-                _multiply(model, product, weight)
-        if not node.outputs[0].uses():
-            model.graph.remove(node, safe=True)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrites the model."""
+        found = [(node, weight) for node in model.graph if (weight := _weight(node)) is not None]
+        products = [
+            (use.node, weight)
+            for node, weight in found
+            for use in node.outputs[0].uses()
+            if _is_product(use.node, node.outputs[0])
+        ]
+        for product, weight in products:
+            _multiply(model, product, weight)
+        for node, _ in found:
+            if not node.outputs[0].uses():
+                model.graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, bool(products))
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

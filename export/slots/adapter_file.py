@@ -26,7 +26,7 @@ from lora_fx.export.slots.manifest import Manifest, Slot
 from lora_fx.injection.branch_tensors import Terms, terms_of, update_of
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.finite_values import check_finite, check_product
-from lora_fx.io.publish import staged
+from lora_fx.io.atomic import staged
 from lora_fx.layers.layer import Layer
 
 Array = np.ndarray[Any, Any]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 
 Weight = Callable[[], torch.Tensor]
@@ -204,36 +203,6 @@ def olora_factors(weight: torch.Tensor, rank: int) -> Factors:
     """
     up, down = torch.linalg.qr(weight)
     return down[:rank].contiguous(), up[:, :rank].contiguous()
-
-
-def converted(trained: Update, initial: Update) -> Update:
-    """The update of the original base that an update of a changed base stands for.
-
-    PiSSA and OLoRA train beside ``W - scale * up0 @ down0``, and what they trained fits that base
-    alone. Beside ``W`` it is ``[up, -up0] @ [down; down0]``, of the sum of the ranks; no value is
-    rounded. For whole adapters, but in float32, ``combine([(trained, 1), (initial, -1)])``.
-
-    Args:
-        trained: as `adapter_from` reads it after training.
-        initial: as `adapter_from` reads it before.
-
-    Returns:
-        The update for the base as it was before the adapter was injected.
-
-    Raises:
-        AdapterError: one is no product of two factors, or they are not of one layer and scale.
-    """
-    if not (trained.is_plain and initial.is_plain and initial.bias is None):
-        raise AdapterError("an update to convert has vectors beside its two factors")
-    if max(trained.groups, initial.groups) > 1:
-        raise AdapterError("an update to convert is of a grouped convolution, whose base stays")
-    if (trained.shape, trained.scale) != (initial.shape, initial.scale):
-        raise AdapterError(
-            f"the trained update is of {trained.shape} with scale {trained.scale:g}, the initial "
-            f"one of {initial.shape} with scale {initial.scale:g}; give the two of one layer"
-        )
-    down = torch.cat([trained.down, initial.down])
-    return replace(trained, down=down, up=torch.cat([trained.up, -initial.up], dim=1))
 
 
 def _iterated(

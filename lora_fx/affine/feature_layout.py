@@ -54,6 +54,18 @@ class Layout:
         place = len(self.split) - (behind - self.after)
         return place if 0 <= place < len(self.split) else None
 
+    def gap(self, axis: object) -> int | None:
+        """Where among the feature axes a new axis of the tensor is, or None."""
+        if not isinstance(axis, int) or (axis >= 0 and self.axes is None):
+            return None
+        behind = -axis - 1 if axis < 0 else (self.axes or 0) - axis
+        place = len(self.split) - (behind - self.after)
+        return place if 0 <= place <= len(self.split) else None
+
+    def widened(self, axis: int) -> Layout:
+        """With one more feature axis, of size 1."""
+        return replace(self, split=(*self.split[:axis], 1, *self.split[axis:]))
+
     def resized(self, axis: int, size: int) -> Layout:
         """With another size of one feature axis."""
         return replace(self, split=(*self.split[:axis], size, *self.split[axis + 1 :]))

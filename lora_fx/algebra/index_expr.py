@@ -31,6 +31,26 @@ def slice_of(size: int, cut: slice) -> Index:
     return Index(key, len(steps), lambda: torch.tensor(list(steps), dtype=torch.int64))
 
 
+def listed(places: torch.Tensor) -> Index | None:
+    """Places as they are given, or None if one is there twice; what a slice picks is that slice."""
+    first, count = int(places[0]) if len(places) else 0, len(places)
+    step = int(places[1]) - first if count > 1 else 1
+    even = torch.arange(count) * step + first
+    if step and torch.equal(places, even):
+        key: Hashable = ("slice", first, first + count * step, step)
+    elif len(set(places.tolist())) < count:
+        return None
+    else:
+        key = ("places", places.numpy().tobytes())
+    return Index(key, count, lambda: places)
+
+
+def then(first: Index, second: Index) -> Index:
+    """What a second index picks of what the first has picked."""
+    key = ("then", first.key, second.key)
+    return Index(key, second.count, lambda: first.places()[second.places()])
+
+
 def all_but(size: int, index: Index) -> Index:
     """The places of an axis that another index leaves out, in order."""
 

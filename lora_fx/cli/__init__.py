@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import lora_fx
 from lora_fx.cli.adapter_options import (
     Adapters,
     Against,
@@ -58,11 +59,25 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     name="lora-fx",
-    help="From a PyTorch model with LoRA adapters to verified ONNX, merged or swappable.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lora-fx {lora_fx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """From a PyTorch model with LoRA adapters to verified ONNX, merged or swappable."""
 
 
 class Mode(StrEnum):

@@ -19,7 +19,7 @@ from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
 from lora_fx.frontend.trace import trace
-from lora_fx.io.output_dir import refuse_existing, staged
+from lora_fx.io.atomic import refuse_files, staged_files
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
@@ -62,11 +62,11 @@ def export_model(
     from lora_fx.export import export_adapter, to_onnx
     from lora_fx.export.verification.verify_onnx import check_adapter_files
 
-    refuse_existing(out, [MODEL, REPORT], force)
+    refuse_files(out, [MODEL, REPORT], force)
     progress("load")
     source, loaded = _load(spec, adapters, given)
     names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
-    refuse_existing(out, names, force)
+    refuse_files(out, names, force)
     gm = _trace(source, progress)
     base = gm
     if loaded:
@@ -76,7 +76,7 @@ def export_model(
         gm = fold(gm)
         notes = _not_merged(gm, allow_unmerged)
     kind = "input" if mode == "swappable" else "constant"
-    with staged(out, names, MODEL, force) as draft:
+    with staged_files(out, names, MODEL, force) as draft:
         report = to_onnx(
             gm, draft / MODEL, adapters=kind, vectors=vectors or None, progress=progress
         )

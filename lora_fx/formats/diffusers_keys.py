@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.pairs import ALPHA, BIAS, DOWN, MAGNITUDE, UP, Layers, add
-from lora_fx.kinds import KINDS
+from lora_fx.kinds import lokr
 
 COMPONENTS = (
     "unet",
@@ -22,7 +22,7 @@ COMPONENTS = (
     "text_conditioner",
     "connectors",
 )
-LOKR = frozenset(KINDS["lokr"].marks)
+LOKR = lokr.MARKS
 ENDINGS = {
     ".lora_A.weight": DOWN,
     ".lora_B.weight": UP,

@@ -20,8 +20,6 @@ from lora_fx.formats.kohya_leaves import (
 from lora_fx.formats.pairs import ALPHA, up_beside
 from lora_fx.formats.unheld import not_lora
 
-NORM_PARAMETERS = (".weight", ".bias")
-
 
 def module_of(key: str, update: AnyUpdate) -> str:
     """The path of the module that an update is of: a norm's is of one of its parameters."""

@@ -22,7 +22,7 @@ from lora_fx.formats.peft_paths import Home, homes_of
 from lora_fx.formats.peft_replaced import PREFIX, TOKEN_BASE, TOKENS, saved_module
 from lora_fx.formats.peft_types import LORA
 from lora_fx.formats.peft_vera import is_drawn_again, shared_by
-from lora_fx.io.staging import publish
+from lora_fx.io.atomic import publish
 from lora_fx.io.tensor_checks import check_tensors
 
 Tensors = dict[str, torch.Tensor]

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, within
+from lora_fx.io.atomic import publish
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
-from lora_fx.io.staging import publish_file
 from lora_fx.io.tensor_checks import check_tensors
 
 SAFETENSORS = ".safetensors"
@@ -85,11 +85,11 @@ def write_file(
         check_tensors(copies)
     if path.suffix == SAFETENSORS:
         content = save(copies, metadata={"format": "pt", **metadata})
-        publish_file(path, _reproducible(content), force)
+        publish(path, _reproducible(content), force)
         return
     buffer = io.BytesIO()
     torch.save(copies, buffer)
-    publish_file(path, buffer.getvalue(), force)
+    publish(path, buffer.getvalue(), force)
 
 
 def _reproducible(content: bytes) -> bytes:

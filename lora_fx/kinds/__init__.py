@@ -6,7 +6,7 @@ A reader says what is wrong with the tensors; who calls it says where, by `lora_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,32 +27,23 @@ class Kind:
         leaves: names of the tensors below a layer's path, as PEFT and LyCORIS write them.
         read: from tensors by leaf, and settings, to the update; what it was given stands on its
             ``stored``.
-        marks: the leaves that this kind alone has; one of them is there.
     """
 
     name: str
     leaves: frozenset[str]
     read: Reader
-    marks: frozenset[str]
 
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("loha", loha.LEAVES, loha.read, loha.MARKS),
-        Kind("lokr", lokr.LEAVES, lokr.read, lokr.MARKS),
-        Kind("vera", vera.LEAVES, vera.read, vera.MARKS),
-        Kind("adalora", adalora.LEAVES, adalora.read, adalora.MARKS),
-        Kind("ia3", ia3.LEAVES, ia3.read, ia3.LEAVES),
-        Kind("oft", oft.LEAVES, oft.read, oft.MARKS),
-        Kind("full", full.LEAVES, full.read, full.MARKS),
-        Kind("tokens", trainable_tokens.LEAVES, trainable_tokens.read, trainable_tokens.LEAVES),
+        Kind("loha", loha.LEAVES, loha.read),
+        Kind("lokr", lokr.LEAVES, lokr.read),
+        Kind("vera", vera.LEAVES, vera.read),
+        Kind("adalora", adalora.LEAVES, adalora.read),
+        Kind("ia3", ia3.LEAVES, ia3.read),
+        Kind("oft", oft.LEAVES, oft.read),
+        Kind("full", full.LEAVES, full.read),
+        Kind("tokens", trainable_tokens.LEAVES, trainable_tokens.read),
     )
 }
-
-
-def kind_of(leaves: Collection[str]) -> Kind | None:
-    """The kind that owns these leaves, or None: plain LoRA is none of them."""
-    names = frozenset(leaves)
-    found = (kind for kind in KINDS.values() if names <= kind.leaves and names & kind.marks)
-    return next(found, None)

@@ -14,7 +14,6 @@ from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, number, unflatten, wide
 
 _SHAPES = {"lora_A": ("r", "in"), "lora_B": ("out", "r"), "lora_E": ("r", "1")}
-MARKS = frozenset({"lora_E"})
 LEAVES = frozenset(_SHAPES)
 
 

@@ -13,7 +13,6 @@ from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, number, wide
 
 _SHAPES: dict[str, tuple[str, ...]] = {"diff": ("out", "in", "*kernel"), "diff_b": ("out",)}
-MARKS = frozenset({"diff"})
 LEAVES = frozenset({*_SHAPES, "alpha"})
 
 

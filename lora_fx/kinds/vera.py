@@ -19,7 +19,6 @@ _SHAPES = {
     "vera_A": ("r", "widest in"),
     "vera_B": ("widest out", "r"),
 }
-MARKS = frozenset({"vera_lambda_b", "vera_lambda_d"})
 LEAVES = frozenset(_SHAPES)
 
 

@@ -4,7 +4,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.algebra.index_expr import Index, all_but, along, reordered, slice_of
+from lora_fx.algebra.index_expr import (
+    Index,
+    all_but,
+    along,
+    listed,
+    reordered,
+    slice_of,
+    then,
+)
 
 EDGES = st.one_of(st.none(), st.integers(-8, 8))
 
@@ -43,3 +51,25 @@ def test_indices_of_one_key_are_equal() -> None:
     assert slice_of(5, slice(1, 4)) != slice_of(5, slice(0, 3))
     assert all_but(5, slice_of(5, slice(1, 4))) != slice_of(5, slice(1, 4))
     assert Index("a", 1, lambda: torch.zeros(1)) == Index("a", 1, lambda: torch.ones(1))
+
+
+@given(st.lists(st.integers(0, 6), max_size=7), st.integers(0, 3), st.integers(0, 7))
+def test_places_are_listed_as_they_are_and_never_twice(
+    places: list[int], start: int, stop: int
+) -> None:
+    given_places = torch.tensor(places, dtype=torch.int64)
+    index = listed(given_places)
+    assert (index is None) == (len(set(places)) < len(places))
+    if index is not None:
+        second = slice_of(len(places), slice(start, stop))
+        assert index.count == len(places)
+        assert then(index, second).places().tolist() == places[start:stop]
+        assert then(index, second).count == len(places[start:stop])
+        assert listed(given_places.flip(0)) == index or len(places) > 1
+
+
+def test_what_a_slice_picks_is_that_slice() -> None:
+    assert listed(torch.tensor([1, 2, 3])) == slice_of(5, slice(1, 4))
+    assert listed(torch.tensor([1, 3])) == slice_of(5, slice(1, None, 2))
+    assert listed(torch.tensor([1, 3, 2])) != listed(torch.tensor([1, 2, 3]))
+    assert listed(torch.tensor([1, 3, 2])) == listed(torch.tensor([1, 3, 2]))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,12 @@ def call(*arguments: object) -> int:
 def distance(model: Path, x: np.ndarray, expected: np.ndarray) -> float:
     (found,) = ort.InferenceSession(str(model)).run(None, {"x": x})
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"lora-fx {metadata.version('lora-fx')}\n"
+    assert call("inspect", "--version") == 2
 
 
 @pytest.fixture(scope="module")

@@ -5,45 +5,70 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, meet
-from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, result_dtype
+from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
-from lora_fx.algebra.index_expr import slice_of
+from lora_fx.algebra.index_expr import along, slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, total
 from lora_fx.graph.ops import call_argument, op_name
-from lora_fx.graph.sizes import Sizes, sizes_of
+from lora_fx.graph.sizes import sizes_of
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:
     """Features of several maps of one source, and zeros, one behind the other."""
-    given, dim = call_argument(node, 0, "tensors"), call_argument(node, 1, "dim", 0)
-    found = [_part_of_cat(analysis, value, given) for value in given or ()]
-    maps = [value for value in found if isinstance(value, Map)]
-    if not maps or len(maps[0].layout.split) != 1:
+    return _joined(analysis, node, is_stack=False)
+
+
+def stack(analysis: Analysis, node: fx.Node) -> Value:
+    """The same along a new axis among the features."""
+    return _joined(analysis, node, is_stack=True)
+
+
+def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
+    parts = _parts_of(analysis, call_argument(node, 0, "tensors"))
+    maps = [value for value, _ in parts if isinstance(value, Map)]
+    if not maps:
         return Opaque("a concatenation of no maps")
-    first = maps[0]
-    source, axis = _meeting(maps), first.layout.feature(dim)
-    sizes = [_part(value, first, place) for value, place in zip(found, given, strict=True)]
-    if source is None or axis is None or None in sizes:
+    first, source, dim = maps[0].layout, _meeting(maps), call_argument(node, 1, "dim", 0)
+    axis = first.gap(dim) if is_stack else first.feature(dim)
+    layouts = [_layout(value, first, place) for value, place in parts]
+    if is_stack and axis is not None:
+        layouts = [layout and layout.widened(axis) for layout in layouts]
+    if source is None or axis is None or not _are_alike(layouts, axis):
         return Opaque("a concatenation of something else than features of one source")
-    known = [size for size in sizes if size is not None]
+    sizes = [layout.split[axis] for layout in layouts if layout]
+    layout = (first.widened(axis) if is_stack else first).resized(axis, sum(sizes))
     weight: Matrix | None = None
     bias: Matrix | None = None
-    for start, value in zip(accumulate([0, *known]), found, strict=False):
+    for (value, _), end, size in zip(parts, accumulate(sizes), sizes, strict=True):
         if isinstance(value, Map):
             own, shift = value.since(source)
-            index = slice_of(sum(known), slice(start, start + value.size))
-            weight = total(weight, placed(own, index, sum(known)))
-            bias = total(bias, shift and placed(shift, index, sum(known)))
+            index = along(axis, layout.split, slice_of(sum(sizes), slice(end - size, end)))
+            weight = total(weight, placed(own, index, prod(layout.split)))
+            bias = total(bias, shift and placed(shift, index, prod(layout.split)))
     assert weight is not None
     dtype = result_dtype(node, reduce(promoted, [value.dtype for value in maps]))
-    layout = first.layout.resized(0, sum(known))
     return source.then(node, weight, bias, layout, dtype, Link.JOIN)
+
+
+def _parts_of(analysis: Analysis, given: Any) -> list[tuple[Any, fx.Node]]:
+    """What is put together, value and node; pieces may be handed on as they came."""
+    if isinstance(given, list | tuple):
+        return [(_part_of_cat(analysis, value, given), value) for value in given]
+    pieces = analysis.values.get(given) if isinstance(given, fx.Node) else None
+    return [(value, given) for value in pieces.values] if isinstance(pieces, Parts) else []
+
+
+def _are_alike(layouts: list[Layout | None], axis: int) -> bool:
+    """Whether all parts are known, and alike but for their sizes along the axis."""
+    plain = [layout.resized(axis, 1) for layout in layouts if layout]
+    return len(plain) == len(layouts) and all(layout.same(plain[0]) for layout in plain)
 
 
 def _part_of_cat(analysis: Analysis, node: fx.Node, beside: Sequence[fx.Node]) -> Any:
@@ -61,21 +86,20 @@ def _meeting(maps: list[Map]) -> Map | None:
     return nearest
 
 
-def _part(value: Any, first: Map, node: fx.Node) -> int | None:
-    """How many features a part of a concatenation has, if it is a map or zeros like the first."""
-    layout = value.layout if isinstance(value, Map | Uniform) else None
-    if isinstance(value, Uniform):
-        sizes = sizes_of(node)
-        if value.number != 0 or (layout is None and sizes is None):
-            return None
-        layout = layout or _last(sizes or ())
-    alike = layout is not None and layout.resized(0, 1).same(first.layout.resized(0, 1))
-    return layout.split[0] if alike and layout is not None else None
-
-
-def _last(sizes: Sizes) -> Layout | None:
-    is_known = bool(sizes) and type(sizes[-1]) is int
-    return Layout((sizes[-1],), 0, tuple(sizes[:-1])) if is_known else None
+def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
+    """Where a part has its features, if it is a map or zeros."""
+    if not isinstance(value, Map | Uniform):
+        return None
+    if isinstance(value, Uniform) and value.number != 0:
+        return None
+    sizes = sizes_of(node)
+    if value.layout is not None or sizes is None:
+        return value.layout
+    end = len(sizes) - first.after
+    start = end - len(first.split)
+    if start < 0 or not all(type(size) is int for size in sizes[start:end]):
+        return None
+    return Layout(tuple(sizes[start:end]), first.after, (*sizes[:start], *sizes[end:]))
 
 
 def pad(analysis: Analysis, node: fx.Node) -> Value:

@@ -27,9 +27,6 @@ def put(into: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.
 
 
 # name -> (function, input, the frontends that see enough; all by default)
-
-
-# name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
     "cat": (lambda m, x: torch.cat((m.low(x), m.wide(x) * 2), -1), "batch"),
     "cat of one's own parts": (
@@ -48,6 +45,51 @@ CASES: dict[str, tuple[Any, ...]] = {
     "cat turned, from behind": (
         lambda m, x: torch.concat((F.conv1d(x, m.kernel1, m.b), F.conv1d(x, m.kernel1)), -2),
         "long",
+    ),
+    "cat of split features": (
+        lambda m, x: torch.cat((m.split(x), m.split(x) * 2), -1),
+        "batch",
+        "export",
+    ),
+    "cat of split features, the outer axis": (
+        lambda m, x: torch.concatenate((m.split(x), m.split(x)[:, :, :1] * 2), 2),
+        "batch",
+        "export",
+    ),
+    "cat of split features and zeros": (
+        lambda m, x: torch.cat((x.new_zeros(4, 7, 2, 2), m.split(x)), -1),
+        "batch",
+        "export",
+    ),
+    "cat of pieces as they came": (lambda m, x: torch.cat(m.low(x).chunk(2, -1), -1), "batch"),
+    "cat of pieces turned": (
+        lambda m, x: torch.cat(m.low(x).split(2, -1)[::-1], -1),
+        "batch",
+    ),
+    "stack of pieces as they came": (
+        lambda m, x: torch.stack(m.low(x).unbind(-1), -1),
+        "batch",
+    ),
+    "stack": (lambda m, x: torch.stack((m.low(x), m.low(x) * 2), -1), "batch"),
+    "stack in front": (lambda m, x: torch.stack((m.low(x), m.low(x) * 2), 2), "batch", "export"),
+    "stack split": (
+        lambda m, x: torch.stack((m.split(x), m.split(x) * 2, m.split(x) * 3), -2),
+        "batch",
+        "export",
+    ),
+    "stack turned": (
+        lambda m, x: (lambda y: torch.stack((y, y * 2), -3))(m.low(x).transpose(-1, -2)),
+        "batch",
+    ),
+    "stack of single features": (
+        lambda m, x: torch.stack([m.low(x)[..., k] for k in (3, 1, 2)], -1),
+        "batch",
+        "export",
+    ),
+    "stack with zeros": (
+        lambda m, x: torch.stack((zeros(x), m.wide(x)), -1),
+        "batch",
+        "export",
     ),
     "pad": (lambda m, x: F.pad(m.low(x), (1, 2)), "batch"),
     "pad by keyword": (lambda m, x: F.pad(m.low(x), pad=(0, 2), value=0.0), "batch"),
@@ -155,11 +197,16 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         "else than features",
     ),
-    "cat of split features": (
-        lambda m, x: torch.cat((m.split(x), m.split(x)), -1),
+    "stack of the batch": (
+        lambda m, x: torch.stack((m.low(x), m.low(x)), 0),
         "batch",
-        "no maps",
+        "else than features",
         "export",
+    ),
+    "stack with an activation": (
+        lambda m, x: torch.stack((m.low(x), torch.sin(m.low(x))), -1),
+        "batch",
+        "one source",
     ),
     "pad with ones": (lambda m, x: F.pad(m.low(x), (1, 2), value=1.0), "batch", "zeros"),
     "pad by reflection": (lambda m, x: F.pad(m.low(x), (1, 2), "reflect"), "batch", "zeros"),

@@ -21,8 +21,6 @@ from lora_fx.passes import FoldLora
 from lora_fx.testing import analyse_function
 
 TABLES = ("linear", "convolution", "einsum", "elementwise", "views", "slicing", "concat")
-# Names that only other versions of torch give: one function stands under several.
-ALIASES = {"unflatten", "mT", "split_with_sizes", "identity"}
 
 Function = Callable[..., torch.Tensor]
 
@@ -68,7 +66,11 @@ def drawn(m: Any, layer: Any) -> dict[str, Function]:
         "mean": lambda a, b: a + b.mean(-1, keepdim=True),
         "along the batch": lambda a, b: a * m.column,
         "batch turned": lambda a, b: a.reshape(3, 2, 4).transpose(0, 1) + b,
-        "live": lambda a, b: layer(a).flip(-1) + b,
+        "live": lambda a, b: layer(a).cumsum(-1) + b,
+        "flip": lambda a, b: a.flip(-1),
+        "roll": lambda a, b: torch.roll(a, 1, -1) - b,
+        "stack": lambda a, b: torch.stack((a[..., :2], b[..., 2:]), -1).flatten(-2),
+        "unbind": lambda a, b: torch.stack(a.unbind(-1)[::-1], -1),
     }
 
 

@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.export.onnx_model.convert import convert
-from lora_fx.export.onnx_model.optimize import anonymise, clean
+from lora_fx.export.onnx_model.optimize import (
+    DropMadeBiases,
+    StoreTransposed,
+    anonymise,
+    clean,
+)
+from lora_fx.export.onnx_model.tied import MultiplyTied
 from lora_fx.frontend.torch_export import export_program
 from lora_fx.frontend.trace import trace
-from lora_fx.testing import Tied
+from lora_fx.testing import Tied, relative
 
 
 class Twice(nn.Module):
@@ -90,3 +99,38 @@ def test_a_second_run_changes_nothing(module: nn.Module) -> None:
     before = shown(model)
     clean(model)
     assert shown(model) == before
+    steps = (DropMadeBiases(), StoreTransposed(), MultiplyTied())
+    assert not any(step(model).modified for step in steps)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_without_a_bias_has_none_in_onnx(
+    dims: int, bias: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    layer = kind(4, 6, (3, 2, 1)[:dims], bias=bias).eval()
+    x = torch.randn(2, 4, *(7, 8, 5)[:dims])
+    path = tmp_path / "m.onnx"
+    lora_fx.to_onnx(lora_fx.trace(layer, (x,)), path)
+    (node,) = (n for n in onnx.load(path).graph.node if n.op_type == "Conv")
+    assert len(node.input) == 2 + bias
+    (outputs,) = lora_fx.Session(path).run({"input": x}).values()
+    with torch.no_grad():
+        assert relative(torch.from_numpy(outputs), layer(x)) <= 1e-5
+        assert relative(torch.from_numpy(outputs), layer(x) + 0.1) > 1e-2
+
+
+@pytest.mark.parametrize("adapters", ["constant", "input"])
+def test_a_bias_of_the_model_stays_though_it_is_zero(adapters: str, tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Conv2d(4, 6, (3, 2)), nn.Conv2d(6, 5, 1, bias=False)).eval()
+    nn.init.zeros_(layer[0].bias)
+    gm = lora_fx.trace(layer, (torch.randn(2, 4, 7, 8),))
+    slots = {"slots": ["0", "1"]} if adapters == "input" else {}
+    assert lora_fx.to_onnx(gm, tmp_path / "m.onnx", adapters=adapters, **slots).verified
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    inputs = [list(node.input)[1:] for node in graph.node if node.op_type == "Conv"]
+    assert ["0.weight", "0.bias"] in inputs
+    assert sum(len(names) == 2 for names in inputs) == 1  # no slot has a made one either
+    assert not any(node.op_type in ("Expand", "CastLike") for node in graph.node)

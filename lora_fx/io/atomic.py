@@ -1,0 +1,182 @@
+"""A file, several files or a directory: at their place whole and checked, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, shorten
+
+# What a forced write of an adapter may delete; anything else in its directory is somebody's work.
+REPLACEABLE = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
+
+
+@contextmanager
+def atomic(
+    target: Path,
+    into: Path,
+    last: str,
+    may_write: Callable[[], None],
+    error: type[LoraFxError],
+    gone: Path | None = None,
+) -> Iterator[Path]:
+    """Gives a directory to write in, and moves what was written there to where it belongs.
+
+    The draft is on the filesystem of its place. Whatever is raised, an interrupt too, the draft
+    goes, what had moved goes back, and what was there before is there again.
+
+    Args:
+        target: what messages name.
+        into: the directory that gets the files; made, with its parents, if there is none.
+        last: the file that moves after all others: who sees it, sees them.
+        may_write: refuses a target that is there; asked again at the end, when one may have come.
+        error: what is raised if something cannot be written.
+        gone: a file of what is replaced, which goes if none of its name was written.
+    """
+    may_write()
+    home = next(path for path in (into, *into.parents) if os.path.lexists(path))
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
+    except OSError as problem:
+        raise error(f"{target}: cannot be created: {problem.strerror}") from problem
+    try:
+        draft = hidden / "new" / into.relative_to(home)
+        draft.mkdir(parents=True)  # not the hidden one itself, which only its owner may read
+        yield draft
+        may_write()
+        moves = _moves(draft, into, last)
+        if gone is not None and gone not in (place for _, place in moves) and gone.exists():
+            moves.append((gone, hidden / "gone"))
+        _move(moves, hidden)
+    except OSError as problem:
+        raise error(f"{target}: cannot be written: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _moves(draft: Path, into: Path, last: str) -> list[tuple[Path, Path]]:
+    """What moves where, in order: each file, or at once the directories that are missing."""
+    if into.exists():
+        files = sorted(draft.iterdir(), key=lambda path: path.name == last)
+        return [(file, into / file.name) for file in files]
+    while not into.parent.exists():
+        draft, into = draft.parent, into.parent
+    return [(draft, into)]
+
+
+def _move(moves: Sequence[tuple[Path, Path]], hidden: Path) -> None:
+    """Makes all moves or none: what was there is kept until the last one is made."""
+    kept = [hidden / f"old{i}" for i in range(len(moves))]
+    try:
+        for (source, place), old in zip(moves, kept, strict=True):
+            if os.path.lexists(place):
+                _keep(place, old)
+            os.replace(source, place)
+    except BaseException:
+        for (source, place), old in reversed(list(zip(moves, kept, strict=True))):
+            if not os.path.lexists(source):
+                os.replace(place, source)
+            if os.path.lexists(old):
+                os.replace(old, place)
+        raise
+
+
+def _keep(place: Path, old: Path) -> None:
+    """Gives a file a second name, so that it is never away; a directory has to move."""
+    try:
+        os.link(place, old, follow_symlinks=False)
+    except OSError:  # also where a filesystem has no links
+        os.replace(place, old)
+
+
+def publish(target: Path, content: bytes | Mapping[str, bytes], force: bool) -> None:
+    """Writes an adapter's file, or its directory: file name -> content.
+
+    Raises:
+        AdapterError: the target exists, and is none of an adapter's or ``force`` does not say to
+            replace it; or it cannot be written.
+    """
+    check = partial(_refuse_other, target, isinstance(content, Mapping), force)
+    with atomic(target, target.parent, target.name, check, AdapterError) as draft:
+        made = draft / target.name
+        if isinstance(content, bytes):
+            made.write_bytes(content)
+            return
+        made.mkdir()
+        for name, each in content.items():
+            (made / name).write_bytes(each)
+
+
+def _refuse_other(target: Path, is_directory: bool, force: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise AdapterError(f"{target}: exists already; choose another path, or pass force=True")
+    kind, is_kind = ("directory", target.is_dir()) if is_directory else ("file", target.is_file())
+    if target.is_symlink() or not is_kind:
+        raise AdapterError(f"{target}: is no plain {kind}, so it is not replaced")
+    held = [entry.name for entry in target.iterdir()] if is_directory else []
+    if others := sorted(set(held) - REPLACEABLE):
+        raise AdapterError(f"{target}: holds more than an adapter, so it is not replaced: {others}")
+
+
+@contextmanager
+def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Gives a path to write a model to, with its external data beside it.
+
+    Raises:
+        ExportError: the target exists and ``force`` is False, or it cannot be written.
+    """
+    check = partial(refuse_existing, target, force=force)
+    gone = data_path(target) if target.suffix == ".onnx" else None
+    with atomic(target, target.parent, target.name, check, ExportError, gone) as draft:
+        yield draft / target.name
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Refuses a model's file that cannot be written, before any work is done.
+
+    Raises:
+        ExportError: the target or its external data exists, or its directory does not.
+    """
+    if not target.parent.is_dir():
+        raise ExportError(f"{target}: its directory does not exist: create it first")
+    if target.is_dir():
+        raise ExportError(f"{target}: is a directory: give the name of a file in it")
+    found = [path for path in (target, data_path(target)) if os.path.lexists(path)]
+    if found and not force:
+        raise ExportError(f"{found[0]}: exists: pass force=True to replace it")
+
+
+def data_path(target: Path) -> Path:
+    """Where the external data of a model lies: ``model.onnx`` -> ``model.onnx.data``."""
+    return target.with_name(f"{target.name}.data")
+
+
+def staged_files(
+    out: Path, names: Sequence[str], last: str, force: bool
+) -> AbstractContextManager[Path]:
+    """A directory to write files of some names in, which move to ``out``, the last one last.
+
+    Raises:
+        ExportError: ``out`` cannot be written, or holds one of the files and ``force`` is False.
+    """
+    return atomic(out, out, last, partial(refuse_files, out, names, force), ExportError)
+
+
+def refuse_files(out: Path, names: Sequence[str], force: bool) -> None:
+    """Refuses a directory that holds one of the files to write.
+
+    Raises:
+        ExportError: it does, and ``force`` does not say to replace them, or it is no directory.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise ExportError(f"{out}: is a file: give a directory")
+    found = [name for name in names if os.path.lexists(out / name)]
+    if found and not force:
+        raise ExportError(f"{out}: holds {shorten(found)} already: pass --force to replace it")
