@@ -134,7 +134,7 @@ Tied()
 Two(wide, narrow)
 UPDATES
 ZOO
-analyse_function(function, name='batch', frontend='export')
+analyse_function(function, name='batch', frontend='export', check=True)
 by_lycoris(module, layer, *, dtype=torch.float64, **options)
 by_peft(layer, config)
 check_case(case, frontend, tolerance=1e-09)
