@@ -60,7 +60,7 @@ class Pack:
         wanted = {node: _shape(site) for node, site in self.calls.items()}
         fits = all(self._matrix(node).shape == wanted[node] for node in self.regions)
         # A table has no bias: what one would be is in its rows.
-        shifts = self._first.kind == "embedding" and any(map(self._bias, self.regions))
+        shifts = self._first.type.reads_ids and any(map(self._bias, self.regions))
         return fits and not shifts and self._agrees()
 
     def operand(self, layer: fx.Node, round_to: Round) -> fx.Node:
@@ -156,9 +156,8 @@ class Pack:
         if matrix is None:
             return stored[_at(key, stored)]
         value = dense(matrix, stored.dtype)
-        if self._first.transposed:
-            return value.T
-        return value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
+        own = value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
+        return self._first.type.store("weight", own)
 
 
 def packs_of(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> dict[fx.Node, Pack]:
