@@ -91,6 +91,8 @@ def _graph(base: object) -> fx.GraphModule | None:
 
 
 def _of_site(site: Site) -> BaseLayer:
+    if not site.type.in_files:
+        return BaseLayer(site.kind)
     return BaseLayer(site.kind, site.kind, site.own_shape, site.groups)
 
 
@@ -108,7 +110,7 @@ def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, BaseLayer]]:
 
 def _of_module(module: nn.Module) -> BaseLayer | None:
     name, found = type(module).__name__, layer_class(module)
-    if found is not None:
+    if found is not None and (found.kind == NORM or TYPES[found.kind].in_files):
         return BaseLayer(name, found.kind, found.shape, found.groups)
     is_layer = isinstance(getattr(module, "weight", None), nn.Parameter)
     return BaseLayer(name) if is_layer else None

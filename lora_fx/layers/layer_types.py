@@ -122,6 +122,8 @@ class LayerType:
         vector: how a vector of features is stored.
         is_linear: whether it is ``x @ W.T + b`` and nothing else.
         reads_ids: whether it looks up rows of a table.
+        in_files: whether PEFT, LyCORIS or loralib write updates of it; a name that means such a
+            layer is refused where not, since nobody says what the tensors are.
         shrink: call, x and down -> the call that gives r features.
         expand: call, r features, up and groups -> the call that gives the layer's outputs.
     """
@@ -137,6 +139,7 @@ class LayerType:
     vector: str = "n"
     is_linear: bool = False
     reads_ids: bool = False
+    in_files: bool = True
     shrink: Callable[[Site, fx.Node, fx.Node], Call] = by_product
     expand: Callable[[Site, fx.Node, fx.Node, int], Call] = back_by_product
 
@@ -303,6 +306,7 @@ def _conv_transpose(dims: int) -> LayerType:
         down="in r *k",
         up="out r 1*",
         vector="n 1*",
+        in_files=False,
         shrink=by_geometry,
         expand=by_points,
     )

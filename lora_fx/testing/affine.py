@@ -35,6 +35,7 @@ SHAPES = {
     "kernel1": (5, 3, 1),
     "grouped1": (4, 3, 1),
     "kernel_long": (5, 3, 2),
+    "back_long": (3, 5, 2),
     "kernel": (5, 3, 3, 2),
     "other_kernel": (5, 3, 3, 2),
     "pointwise": (6, 5, 1, 1),
