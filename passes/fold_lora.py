@@ -125,20 +125,19 @@ class _Maker:
         if product is not None and not is_plain:
             return self._product(product, x, weight, bias)
         operands = operands_of(target)
-        instead = operands.folded or (operands.unbiased if bias is None else None)
+        target = operands.folded or (operands.unbiased if bias is None else None) or target
         if self.pack is not None:
             names = _names(module_path(layer), self.pack.weight)
             at = self.pack.operand(layer, _round_to(self.pack.dtype))
         else:
             names = _names(module_path(layer), weight_of(layer))
-            at = self._weight(names[0], OPERATORS[instead or target], weight)
-        takes_bias = operands_of(instead or target).bias is not None
-        behind = 0 if takes_bias else OPERATORS[target].kernel
-        shift, place = self._shift(names[1], bias, behind), self.region.place
-        arguments = operands_of(instead or target).of(() if instead else layer.args, x, at, shift)
-        call = self.editor.call(instead or target, arguments, before=place, like=layer)
+            at = self._weight(names[0], OPERATORS[target], weight)
+        takes_bias = operands_of(target).bias is not None
+        shift = self._shift(names[1], bias, 0 if takes_bias else OPERATORS[target].kernel)
+        call = self._call(target, x, at, shift)
         if shift is None or takes_bias:
             return call
+        place = self.region.place
         return self.editor.call(aten.add.Tensor, (call, shift), before=place, like=layer)
 
     def _shift(self, name: str, bias: Matrix | None, behind: int = 0) -> fx.Node | None:
@@ -185,6 +184,12 @@ class _Maker:
         part = part_of(self.analysis.gm, matrix)
         is_whole = part is not None and part.rows is None and part.columns is None
         return part if part is not None and is_whole else Part(matrix)
+
+    def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        layer = self.region.layer
+        arguments = layer.args if target is layer.target else ()
+        rest = operands_of(target).of(arguments, x, weight, bias)
+        return self.editor.call(target, rest, before=self.region.place, like=layer)
 
     def _weight(self, name: str, layer: LayerType, weight: Matrix) -> fx.Node:
         """A folded weight, (out, in * kernel), as the layer stores its own."""

@@ -27,7 +27,7 @@ def shape_of(axes: str, sizes: Mapping[str, Size], kernel: Sequence[int] = ()) -
     """The shape of a tensor, from the size of each name and those of the further axes."""
     further = {f"k{place}": size for place, size in enumerate(kernel)}
     known = {"1": 1, **further, **sizes}
-    return tuple(known[name] for name in names_of(axes, len(kernel)))  # type: ignore[misc]
+    return tuple(known[name] for name in names_of(axes, len(kernel)))
 
 
 def sizes_of(axes: str, shape: Sequence[int]) -> dict[str, int] | None:

@@ -51,8 +51,8 @@ def _parts(node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> tuple[Any,
     if target is aten.einsum.default:
         if node.args[0] != arguments[0]:
             return None
-        one, other = node.args[1]  # type: ignore[misc]
-        return one, other
+        operands: Any = node.args[1]
+        return operands[0], operands[1]
     places = operands_of(target) if target in OPERATORS else None
     x, factor = (places.x, places.weight) if places else (0, 1)
     return (node.args[x], node.args[factor]) if len(node.args) > 1 else None
