@@ -235,7 +235,8 @@ def spelling_of(node: fx.Node) -> Call | None:
     for layer in TYPES.values():
         if node.target in layer.functions:
             return layer.functions[node.target](node)
-    found = getattr(node.target, "default", node.target)  # a packet, as Python calls it
+    is_packet = isinstance(node.target, torch._ops.OpOverloadPacket)  # as Python calls it
+    found = getattr(node.target, "default", None) if is_packet else node.target
     if found in OPERATORS and (found is not node.target or node.kwargs):
         return by_schema(found, node)
     return None
@@ -275,7 +276,7 @@ def _conv(dims: int) -> LayerType:
         name=name,
         operators=dict.fromkeys((packet.default, packet.padding), Operands(groups=6)),
         classes=(getattr(nn, f"Conv{dims}d"),),
-        functions={getattr(torch, name): spelled},
+        functions=dict.fromkeys((getattr(torch, name), packet), spelled),
         kernel=dims,
         down="r in *k",
         up="out r 1*",
@@ -300,7 +301,9 @@ def _conv_transpose(dims: int) -> LayerType:
         name=name,
         operators={operator: Operands(groups=6)},
         classes=(getattr(nn, f"ConvTranspose{dims}d"),),
-        functions={getattr(torch, name): lambda node: by_schema(operator, node)},
+        functions=dict.fromkeys(
+            (getattr(torch, name), packet), lambda node: by_schema(operator, node)
+        ),
         kernel=dims,
         weight="in out *k",
         down="in r *k",

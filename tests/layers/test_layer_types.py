@@ -295,3 +295,34 @@ def test_an_export_says_what_runs_no_operator_of_ones_own(known: None, tmp_path:
     gm = inject(trace(Between(Scaled()).eval(), (X,)), adapter())
     with pytest.raises(lora_fx.ExportError):
         lora_fx.to_onnx(gm, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: aten.conv_transpose1d(x, w.transpose(0, 1), stride=[2]),
+        lambda x, w: aten.conv_transpose1d.default(x, weight=w.transpose(0, 1), stride=[2]),
+        lambda x, w: aten.conv1d(x, w, padding="same"),
+        lambda x, w: aten.conv1d(x, w, None, [2], [1]),
+        lambda x, w: F.conv1d(input=x, weight=w, stride=(2,), padding="valid"),
+        lambda x, w: aten.linear(x.transpose(1, 2), weight=w[:, :, 0]),
+    ],
+)
+def test_however_an_operator_is_called_its_layer_is_found(call: Callable[..., Any]) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = call(x, self.weight)
+            return y
+
+    x = torch.randn(2, 3, 8)
+    model = Calls().eval()
+    gm = trace(model, (x,), frontend="symbolic")
+    assert torch.equal(gm(x), model(x))
+    names = {str(node.target).split(".")[0] for node in gm.graph.nodes if node.op != "output"}
+    assert names & {"aten"}
+    assert all(not node.kwargs for node in gm.graph.nodes if node.target in OPERATORS)
+    assert any(node.target in OPERATORS for node in gm.graph.nodes)
