@@ -126,8 +126,11 @@ def _to_aten(node: fx.Node) -> None:
         call = None if arguments is None else (target, arguments)
     else:
         call = spelling_of(node)
-    if call is not None:
-        (node.target, node.args), node.kwargs = call, {}
+    if call is None:
+        return
+    node.target, node.args = call
+    only = {known.name for known in call[0]._schema.arguments if known.kwarg_only}
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name in only}
 
 
 def _is_idle(cast: fx.Node) -> bool:

@@ -246,6 +246,8 @@ def by_schema(target: Any, node: fx.Node) -> Call:
     """The arguments by place, however they were given: a number for several axes is a list."""
     given: list[Any] = []
     for place, known in enumerate(target._schema.arguments):
+        if known.kwarg_only:  # they stay what they are
+            break
         value = call_argument(node, place, known.name, known.default_value)
         if str(known.type) == "List[int]" and not isinstance(value, fx.Node):
             value = [value] * (known.N or 1) if isinstance(value, int) else list(value)
