@@ -7,13 +7,14 @@ from torch import fx
 from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import LAYERS, is_layer, stored_in
+from lora_fx.affine.region_boundary import is_layer, stored_in
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.injection.match_branch import branches
+from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import is_factor
 
@@ -44,7 +45,7 @@ def _is_own(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether a call is a layer, and no factor that an adapter brought."""
     weight = stored_in(node, gm) if is_layer(node) else None
     is_named = weight is not None and not is_factor(str(weight.target))
-    return node.target in LAYERS or is_named
+    return node.target in OPERATORS or is_named
 
 
 def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:

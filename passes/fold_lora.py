@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.packed_weights import Pack, packs_of
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import LAYERS, weight_of
+from lora_fx.affine.region_boundary import weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
@@ -21,8 +22,9 @@ from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, transposed
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
-from lora_fx.graph.ops import aten, module_path
+from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.weight_parts import Part, part_of
@@ -86,7 +88,8 @@ def _follow(editor: Editor, pack: Pack, call: fx.Node) -> None:
 def _fold(editor: Editor, analysis: Analysis, region: Region, pack: Pack | None) -> None:
     layer, end = region.layer, region.value.node
     weight, bias = region.value.since(region.source)
-    if layer.target is aten.embedding.default and bias is not None:
+    known = OPERATORS.get(layer.target)
+    if known is not None and known.reads_ids and bias is not None:
         weight, bias = Sum(weight, _spread(bias, weight.shape)), None
     make = _Maker(editor, analysis, region, pack)
     x = editor.along(region.before.moves, region.before.start, region.place)
@@ -114,20 +117,24 @@ class _Maker:
         layer = self.region.layer
         target: Any = layer.target
         product = product_of(layer)
-        is_plain = target in LAYERS and weight_of(layer).op == "get_attr" and not self.pack
+        is_plain = target in OPERATORS and weight_of(layer).op == "get_attr" and not self.pack
         if product is not None and not is_plain:
             return self._product(product, x, weight, bias)
-        if target is aten.addmm.default and bias is None:
-            target = aten.linear.default
-        if target in (aten.addmm.default, aten.embedding.default):
-            weight = transposed(weight)
+        operands = operands_of(target)
+        target = operands.folded or (operands.unbiased if bias is None else None) or target
         if self.pack is not None:
             names = _names(module_path(layer), self.pack.weight)
             at = self.pack.operand(layer, _round_to(self.pack.dtype))
         else:
             names = _names(module_path(layer), weight_of(layer))
-            at = self._constant(names[0], weight, self._shape(target, weight))
-        return self._call(target, x, at, self._shift(names[1], bias))
+            at = self._weight(names[0], OPERATORS[target], weight)
+        takes_bias = operands_of(target).bias is not None
+        shift = self._shift(names[1], bias, 0 if takes_bias else OPERATORS[target].kernel)
+        call = self._call(target, x, at, shift)
+        if shift is None or takes_bias:
+            return call
+        place = self.region.place
+        return self.editor.call(aten.add.Tensor, (call, shift), before=place, like=layer)
 
     def _shift(self, name: str, bias: Matrix | None, behind: int = 0) -> fx.Node | None:
         """The bias: that of a part of a weight stays what it was, if it is the same."""
@@ -175,25 +182,49 @@ class _Maker:
         return part if part is not None and is_whole else Part(matrix)
 
     def _call(self, target: Any, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        layer, place = self.region.layer, self.region.place
-        if target is aten.addmm.default:
-            arguments: tuple[Any, ...] = (bias, x, weight)
-        elif target is aten.embedding.default:
-            arguments = (weight, x, *layer.args[2:])
-        else:
-            rest = layer.args[3:]
-            arguments = (x, weight, bias, *rest) if bias is not None or rest else (x, weight)
-        return self.editor.call(target, arguments, before=place, like=layer)
+        layer = self.region.layer
+        arguments = layer.args if target is layer.target else ()
+        rest = operands_of(target).of(arguments, x, weight, bias)
+        return self.editor.call(target, rest, before=self.region.place, like=layer)
 
-    def _shape(self, target: Any, weight: Matrix) -> tuple[int, ...]:
-        shape = self.analysis.constants.shape(weight_of(self.region.layer))
-        is_conv = shape is not None and len(shape) > 2
-        return (weight.shape[0], *shape[1:]) if is_conv and shape else weight.shape
+    def _weight(self, name: str, layer: LayerType, weight: Matrix) -> fx.Node:
+        """A folded weight, (out, in * kernel), as the layer stores its own."""
+        base = self.analysis.constants.shape(weight_of(self.region.layer))
+        assert base is not None
+        if not layer.kernel:
+            stored = transposed(weight) if layer.transposed else weight
+            return self._constant(name, stored, stored.shape)
+        kernel = tuple(base[2:])
+        own = weight.shape[0], weight.shape[1] // prod(kernel), *kernel
+        groups = self._groups()
+        shape = layer.stored_shape(own, groups)
 
-    def _constant(self, name: str, matrix: Matrix, shape: tuple[int, ...]) -> fx.Node:
+        def store(wide: torch.Tensor) -> torch.Tensor:
+            return layer.store("weight", wide.reshape(own), groups)
+
+        return self._constant(name, weight, shape, store, (layer.weight, groups))
+
+    def _groups(self) -> int:
+        layer = self.region.layer
+        place = operands_of(layer.target).groups
+        return 1 if place is None else int(call_argument(layer, place, "groups", 1))
+
+    def _constant(
+        self,
+        name: str,
+        matrix: Matrix,
+        shape: tuple[int, ...],
+        store: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        how: tuple[object, ...] = (),
+    ) -> fx.Node:
         dtype = self.analysis.constants.dtype(weight_of(self.region.layer))
-        key = (matrix, shape, dtype)
-        value = LazyTensor(shape, dtype, lambda: _rounded(matrix, shape, dtype, name), key)
+        key = (matrix, shape, dtype, *how)
+
+        def make() -> torch.Tensor:
+            wide = _dense(matrix, dtype)
+            return rounded(wide.reshape(shape) if store is None else store(wide), dtype, name)
+
+        value = LazyTensor(shape, dtype, make, key)
         if self.analysis.constants.is_trained(self.region.nodes, but=self.region.layer):
             value.materialize()
         return self.editor.constant(name, value, before=self.region.place)
@@ -218,10 +249,9 @@ def _names(path: str, weight: fx.Node) -> tuple[str, str]:
     return f"{prefix}{name}", f"{prefix}{name.replace('weight', 'bias')}"
 
 
-def _rounded(matrix: Matrix, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
-    with torch.no_grad():
-        wide = dense(matrix, torch.promote_types(dtype, torch.float32))
-        return rounded(wide.reshape(shape), dtype, name)
+@torch.no_grad()
+def _dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    return dense(matrix, torch.promote_types(dtype, torch.float32))
 
 
 def _round_to(dtype: torch.dtype) -> Callable[[torch.Tensor, str], torch.Tensor]:

@@ -23,7 +23,6 @@ from lora_fx.injection.match_branch import parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.resolved import aliases, meanings, resolved
 from lora_fx.injection.usage_check import bind, bind_fresh, standing, weight_name
-from lora_fx.layers.layer_types import down_as_stored, up_as_stored
 from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import Site, by_path, readers
 
@@ -35,9 +34,9 @@ class InjectLora(Pass):
     """``linear(x, W, b)  ->  add(linear(x, W, b), matmul(matmul(x, A), B))``.
 
     A is (in, r), B is (r, out) with the scale folded in; an embedding looks A up, a convolution
-    shrinks with its own geometry and expands point by point. DoRA and (IA)3 add a term
-    ``mul(sub(linear, b), gain)``, or scale x by a vector first. What has no form beside the layer
-    (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, function(W, values), b)``.
+    shrinks with its own geometry and expands point by point, a transposed one too. DoRA and (IA)3
+    add a term ``mul(sub(linear, b), gain)``, or scale x by a vector first. What has no form beside
+    the layer (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, f(W, values), b)``.
 
     A `LoraConfig` makes a branch that
     trains: the base is frozen, the scale is a factor of its own, and dropout acts on x. A layer
@@ -184,10 +183,10 @@ def _fresh(
     )
     left = None
     if residual is not None:
-        stored = residual.t().contiguous() if site.transposed else residual
+        stored = site.type.store("weight", residual, site.groups).contiguous()
         left = nn.Parameter(stored, requires_grad=False)
-    down, up = down_as_stored(site, update.down), up_as_stored(site, update.up)
-    return _Fresh(update, nn.Parameter(down), nn.Parameter(up), left)
+    down, up = site.type.store("down", update.down), site.type.store("up", update.up)
+    return _Fresh(update, nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous()), left)
 
 
 def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> None:
@@ -198,7 +197,7 @@ def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> Non
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
-    if config.dropout == 0 or site.kind == "embedding":  # ids are not dropped
+    if config.dropout == 0 or site.type.reads_ids:  # ids are not dropped
         return site.input
     module = nn.Dropout(config.dropout).train(editor.gm.training)
     down = parameter_names(site.path, config.name, site.bare).down

@@ -27,7 +27,9 @@ from lora_fx.injection.branch_tensors import Terms, terms_of, update_of
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.finite_values import check_finite, check_product
 from lora_fx.io.atomic import staged
+from lora_fx.layers.axes import sizes_of
 from lora_fx.layers.layer import Layer
+from lora_fx.layers.layer_types import TYPES
 
 Array = np.ndarray[Any, Any]
 _ADAPTER_VERSION = 1
@@ -170,17 +172,18 @@ def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
             raise ExportError(f"{draft.name}: {name}: read back other values than were written")
 
 
-_PARTS = {".lora_A": "down", ".lora_B": "up"} | {
-    f".lora_{vector}": vector for vector in ("gain", "bias", "col")
-}
+# What a file calls the tensors of a slot; vectors with the value that has no effect.
+_FACTORS = {"A": "down", "At": "down", "B": "up", "Bt": "up"}
+_NEUTRAL = {"gain": 0.0, "bias": 0.0, "col": 1.0}
 
 
 def read_adapter_file(path: Path, name: str) -> Adapter:
     """Reads an ``.onnx_adapter`` that was made by `export_adapter`.
 
     A is stored as (in, r) and B as (r, out) with the scale folded in: they are turned around, and
-    the scale is 1. A gain is read as the row that it was made of. A layer whose factors are empty,
-    or zeros of rank 1, and whose vectors do nothing was left alone, and is left out.
+    the scale is 1. ``lora_At`` is that of a transposed convolution, (in, r, *kernel). A gain is
+    read as the row that it was made of. A layer whose factors are empty, or zeros of rank 1, and
+    whose vectors do nothing was left alone, and is left out.
 
     Args:
         path: the file.
@@ -201,43 +204,45 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
 
 
 def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors by layer and part."""
+    """The tensors by layer and leaf."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     unused = []
     for key, value in values.items():
-        module, dot, leaf = key.rpartition(".lora_")
-        part = _PARTS.get(dot + leaf)
-        if part is None or not module or value.ndim < (2 if part in ("down", "up") else 1):
+        module, _, leaf = key.rpartition(".lora_")
+        axes = 2 if leaf in _FACTORS else 1
+        if leaf not in (*_FACTORS, *_NEUTRAL) or not module or value.ndim < axes:
             unused.append(f"{key} {tuple(value.shape)}")
         else:
-            layers.setdefault(module, {})[part] = value
+            layers.setdefault(module, {})[leaf] = value
     if unused:
         raise AdapterError(
             f"values that are no A (in, r) or B (r, out) of a layer: {shorten(unused)}; "
             "expected <path>.lora_A and <path>.lora_B, as export_adapter writes them"
         )
-    halves = [module for module, terms in layers.items() if not {"down", "up"} <= terms.keys()]
+    roles = {m: sorted(_FACTORS[n] for n in own if n in _FACTORS) for m, own in layers.items()}
+    halves = [module for module, found in roles.items() if found != ["down", "up"]]
     if halves or not layers:
         raise AdapterError(f"half of a pair, or none: {shorten(halves) or 'no values'}")
     return layers
 
 
-def _update(module: str, terms: dict[str, torch.Tensor]) -> Update | None:
+def _update(module: str, values: dict[str, torch.Tensor]) -> Update | None:
     """The update of one layer, or None if nothing is done to it."""
-    down, up = terms["down"], terms["up"]
-    is_conv = down.ndim > 2
-    rank, other = (down.shape[0], up.shape[1]) if is_conv else (down.shape[1], up.shape[0])
-    if rank != other or down.ndim != up.ndim:
+    found = {_FACTORS[leaf]: values[leaf] for leaf in _FACTORS if leaf in values}
+    down, up = found["down"], found["up"]
+    known = (layer for layer in TYPES.values() if layer.kernel == down.ndim - 2)
+    layer = next((t for t in known if {t.leaf("down"), t.leaf("up")} <= values.keys()), None)
+    sizes = [layer and sizes_of(getattr(layer, role), found[role].shape) for role in found]
+    if layer is None or not all(sizes) or len({own["r"] for own in sizes if own}) > 1:
         raise AdapterError(
             f"{module}: A {tuple(down.shape)} and B {tuple(up.shape)} are of two ranks"
         )
-    if rank == 1 and is_conv and not (down.any() or up.any()):  # what stands for no rank there
-        rank, down, up = 0, down[:0], up[:, :0]
-    neutral = {"gain": 0.0, "bias": 0.0, "col": 1.0}
-    acting = {k: v for k, v in terms.items() if k in neutral and bool((v != neutral[k]).any())}
+    shape = (up.shape[layer.axis("up", "out")], *layer.canonical("down", down).shape[1:])
+    rank = down.shape[layer.axis("down", "r")]
+    if rank == 1 and layer.kernel and not (down.any() or up.any()):  # it stands for no rank there
+        rank = 0
+    acting = {n: values[n] for n, v in _NEUTRAL.items() if n in values and (values[n] != v).any()}
     if not rank and not acting:
         return None
-    sizes = (up.shape[0], *down.shape[1:]) if is_conv else (up.shape[1], down.shape[0])
-    kind = f"conv{down.ndim - 2}d" if is_conv else "linear"
-    layer = Layer(path=module, kind=kind, shape=tuple(sizes), dtype=down.dtype)
-    return update_of(Terms(down=down, up=up, **acting), layer)
+    own = Layer(path=module, kind=layer.name, shape=shape, dtype=down.dtype)
+    return update_of(Terms(**(found if rank else {}), **acting), own)

@@ -39,9 +39,7 @@ class BaseWeights:
             AdapterError: no constant of the file is this weight.
             ExportError: the file is damaged.
         """
-        out, into, *kernel = slot.layer.shape
-        shape = (into, out) if slot.layer.transposed else (out, into, *kernel)
-        return self._find(slot, "weight", shape, slot.digest)
+        return self._find(slot, "weight", slot.layer.stored_shape, slot.digest)
 
     def bias(self, slot: Slot) -> torch.Tensor | None:
         """The bias of a slot's layer, (out,), or None if it has none.

@@ -119,7 +119,7 @@ def _probe(slot: Slot, rank: int, source: torch.Generator) -> Update:
         return torch.randn(*sizes, generator=source)
 
     out, into, *kernel = layer.shape
-    fan_in = 1 if layer.kind == "embedding" else math.prod(layer.shape[1:])
+    fan_in = 1 if layer.type.reads_ids else math.prod(layer.shape[1:])
     down, up = random(rank, into, *kernel) / fan_in**0.5, random(out, rank) / rank**0.5
     dtype = layer.dtype
     row = (1 + _GAIN * random(out)).to(dtype) if slot.vectors else None

@@ -17,12 +17,12 @@ from lora_fx.export.onnx_model.tensors import digest_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_bias import bias_of
+from lora_fx.layers.layer_types import TYPES
 from lora_fx.layers.sites import Site, by_path
 
 KEY = "lora_fx.slots"
 VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-KINDS = ("linear", "linear_transposed", "embedding", "conv1d", "conv2d", "conv3d")
 _FIELDS = {
     **dict.fromkeys(("path", "kind", "dtype", "digest", "bias_digest"), str),
     **dict.fromkeys(("in_features", "out_features"), int),
@@ -131,7 +131,7 @@ def _slots(entries: Iterable[Any]) -> Iterator[Slot]:
                 raise ExportError(f"{KEY}: slot {place}: {name} is {value!r}")
         sizes = [entry["in_features"], entry["out_features"], *entry["kernel"]]
         whole = all(type(size) is int and size > 0 for size in sizes)
-        if entry["dtype"] not in DTYPES or entry["kind"] not in KINDS or not whole:
+        if entry["dtype"] not in DTYPES or entry["kind"] not in TYPES or not whole:
             raise ExportError(f"{KEY}: slot {place}: kind, dtype or size out of range: {entry}")
         fields = {name: entry[name] for name in _FIELDS}
         yield Slot(**{**fields, "kernel": tuple(entry["kernel"])})
@@ -188,17 +188,17 @@ class Slot:
     @property
     def inputs(self) -> dict[str, Input]:
         """The graph inputs, by the names of `lora_fx.terms.Terms`: A, B, and vectors if any."""
-        out, into, points = self.out_features, self.in_features, (1,) * len(self.kernel)
-        is_conv = bool(self.kernel)
+        stored = TYPES[self.kind]
+        sizes = {"out": self.out_features, "in": self.in_features, "r": None}
         found = {
-            "down": ("A", (None, into, *self.kernel) if is_conv else (into, None)),
-            "up": ("B", (out, None, *points) if is_conv else (None, out)),
+            (role, stored.leaf(role)): stored.shape(role, sizes, self.kernel)
+            for role in ("down", "up")
         }
-        if self.vectors:
-            found |= {"gain": ("gain", (out, *points)), "bias": ("bias", (out, *points))}
-        if self.vectors and self.kind != "embedding":
-            found["col"] = ("col", (into, *points))
-        return {part: Input(f"{self.path}.lora_{n}", shape) for part, (n, shape) in found.items()}
+        along = {"gain": "out", "bias": "out"} | ({} if stored.reads_ids else {"col": "in"})
+        for name, axis in along.items() if self.vectors else ():
+            shape = stored.shape("vector", {"n": sizes[axis]}, self.kernel)
+            found[name, name] = shape
+        return {part: Input(f"{self.path}.lora_{n}", shape) for (part, n), shape in found.items()}
 
     @property
     def names(self) -> list[str]:

@@ -14,6 +14,7 @@ from lora_fx.adapters.model_diff import Pair, matched, shared
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
+from lora_fx.layers.layer_types import TYPES
 
 
 class Extracted(NamedTuple):
@@ -120,11 +121,9 @@ def _is_layer(pairs: list[Pair]) -> bool:
 
 def _of_layer(update: Update, kind: str, shape: torch.Size) -> Update:
     """An update of a matrix as one of a layer whose weight is stored in a shape."""
-    if kind == "embedding":
-        return replace(update, stored=EMBEDDING)
-    if kind.startswith("conv"):
-        return replace(update, down=update.down.reshape(-1, *shape[1:]))
-    return update
+    layer = TYPES[kind]
+    down = update.down.reshape(-1, *layer.canonical_shape(tuple(shape))[1:])
+    return replace(update, down=down, stored=EMBEDDING if layer.reads_ids else update.stored)
 
 
 def _are_equal(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -138,7 +137,7 @@ def _difference(name: str, before: torch.Tensor, after: torch.Tensor, kind: str)
     gap = after.to(wide, copy=True).sub_(before.to(after.device))
     if not gap.isfinite().all():
         raise AdapterError(f"{name}: the difference holds NaN or infinity; is a model damaged?")
-    return gap.T if kind in ("linear_transposed", "embedding") else gap.flatten(1)
+    return TYPES[kind].canonical("weight", gap).flatten(1)
 
 
 def _factored(gap: torch.Tensor, rank: int | None, energy: float | None) -> tuple[Update, float]:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.layers.layer_types import TYPES
 
 Weight = Callable[[], torch.Tensor]
 
-_LINEAR = ("linear", "linear_transposed")
-LAYERS = (*_LINEAR, "embedding", "conv1d", "conv2d", "conv3d")
 _RANDOM = ("kaiming", "gaussian")
 _FROM_WEIGHT = ("pissa", "olora")
 _NITER = re.compile(r"pissa_niter_([0-9]{1,3})")
@@ -62,7 +61,7 @@ def initial(
         shape: (out, in, *kernel) of the layer, whatever way it stores its weight.
         rank: of the update.
         scale: that the update will have.
-        layer: one of `LAYERS`, the kinds of a `Site`.
+        layer: the name of a `LayerType`, as a `Site` has it.
         weight: gives the base weight in that shape; called by PiSSA and OLoRA alone.
         generator: source of the random values; None takes torch's global one.
         dtype: of the factors; what they lose by it, the residual has.
@@ -72,7 +71,7 @@ def initial(
         AdapterError: there is no such name, or not for such a layer, rank, scale or weight.
     """
     _check(checked_init(how), shape, rank, layer, groups)
-    if layer == "embedding":
+    if TYPES[layer].reads_ids:
         factors = torch.zeros(rank, shape[1]), _normal(generator, shape[0], rank)
     elif how in _RANDOM:
         down = _random(how, (rank, *shape[1:]), generator)
@@ -94,13 +93,13 @@ def checked_init(how: object) -> str:
 
 
 def _check(how: str, shape: tuple[int, ...], rank: int, layer: str, groups: int) -> None:
-    if layer not in LAYERS:
-        raise AdapterError(f"layer is {layer!r:.80}, expected one of {', '.join(LAYERS)}")
+    if layer not in TYPES:
+        raise AdapterError(f"layer is {layer!r:.80}, expected one of {', '.join(TYPES)}")
     if rank % groups:
         raise AdapterError(f"rank {rank} is no multiple of the convolution's {groups} groups")
-    if how in _RANDOM or layer == "embedding":
+    if how in _RANDOM or TYPES[layer].reads_ids:
         return
-    if layer not in _LINEAR:
+    if not TYPES[layer].is_linear:
         raise AdapterError(f"init={how!r} is for linear layers, found a {layer}: use 'kaiming'")
     if how == "orthogonal" and rank % 2:
         raise AdapterError(f"init='orthogonal' needs an even rank, found {rank}")

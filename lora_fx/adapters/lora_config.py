@@ -21,6 +21,7 @@ from lora_fx.adapters.scaling import (
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.errors import AdapterError, within
+from lora_fx.layers.layer_types import TYPES
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class LoraConfig:
         Args:
             path: dotted module path, looked up in the patterns.
             shape: (out, in, *kernel) of the layer, whatever way it stores its weight.
-            layer: one of `lora_fx.initial.LAYERS`.
+            layer: the name of a `lora_fx.layers.layer_types.LayerType`.
             dtype: of the new tensors.
             weight: gives the base weight in that shape; called by PiSSA and OLoRA alone.
             generator: source of the random values; None takes torch's global one.
@@ -137,7 +138,7 @@ class LoraConfig:
                 self.init, shape, rank, scale, layer, weight, generator, dtype=dtype, groups=groups
             )
         kind = "rslora" if self.use_rslora else "lora"
-        stored = EMBEDDING if layer == "embedding" else None
+        stored = EMBEDDING if TYPES[layer].reads_ids else None
         return Update(made.down, made.up, scale, kind, stored=stored), made.residual
 
 

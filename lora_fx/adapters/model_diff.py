@@ -12,11 +12,9 @@ from torch import fx, nn
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.layer import is_conv1d_of_transformers
+from lora_fx.layers.layer import layer_class
+from lora_fx.layers.layer_types import NORM, TYPES
 from lora_fx.layers.sites import Site, sites
-
-# How a key of a module tells layers whose weights may have one shape.
-_MARKS = {"linear_transposed": " (in, out)", "embedding": " (num, dim)"}
 
 
 @dataclass(frozen=True)
@@ -88,18 +86,22 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, Held]]:
             if kind is None or leaf != "weight":
                 yield name, Held(name, value)
             else:
-                yield f"{name}{_MARKS.get(kind, '')}", Held(name, value, path or name, kind)
+                yield f"{name}{_mark(kind)}", Held(name, value, path or name, kind)
+
+
+def _mark(kind: str) -> str:
+    """How a key of a module tells layers whose weights may have one shape."""
+    layer = TYPES[kind]
+    axes = "num, dim" if layer.reads_ids else ", ".join(layer.weight.split())
+    return f" ({axes})" if layer.transposed else ""
 
 
 def _kind_of(module: nn.Module) -> str | None:
     """The kind of a layer, as a `Site` has it, if an update can act on its weight."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding" if module.max_norm is None else None
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return f"conv{module.weight.ndim - 2}d" if module.groups == 1 else None
-    return "linear_transposed" if is_conv1d_of_transformers(module) else None
+    found = layer_class(module)
+    if found is None or found.kind == NORM or found.groups > 1:
+        return None
+    return None if getattr(module, "max_norm", None) is not None else found.kind
 
 
 def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:

@@ -29,7 +29,8 @@ class Patches:
     """Reads what a convolution multiplies its kernel with, at every place the kernel visits.
 
     A row of a grouped kernel reads the channels of its group: such kernels can be scaled and
-    added like matrices, but their rows can not be mixed.
+    added like matrices, but their rows can not be mixed. A transposed convolution reads, at each
+    place of its result, what it spreads to there: ``extra`` is its output_padding, else None.
     """
 
     kernel: tuple[int, ...]
@@ -37,6 +38,7 @@ class Patches:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    extra: tuple[int, ...] | None = None
 
 
 Reading = OneHot | Patches | None

@@ -19,6 +19,7 @@ from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot, evaluate
+from lora_fx.layers.layer_types import OPERATORS, operands_of
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
 from lora_fx.layers.weight_readers import is_one_way
@@ -54,12 +55,12 @@ class Pack:
         """Whether there is one weight that every call could read its part of."""
         if all(site.is_whole for site in self.calls.values()) or not self.regions:
             return False
-        if not is_one_way(list(self.calls.values())):
+        if not is_one_way(list(self.calls.values())) or any(map(_is_replaced, self.calls)):
             return False
         wanted = {node: _shape(site) for node, site in self.calls.items()}
         fits = all(self._matrix(node).shape == wanted[node] for node in self.regions)
         # A table has no bias: what one would be is in its rows.
-        shifts = self._first.kind == "embedding" and any(map(self._bias, self.regions))
+        shifts = self._first.type.reads_ids and any(map(self._bias, self.regions))
         return fits and not shifts and self._agrees()
 
     def operand(self, layer: fx.Node, round_to: Round) -> fx.Node:
@@ -160,9 +161,8 @@ class Pack:
         if matrix is None:
             return stored[_at(key, stored)]
         value = dense(matrix, stored.dtype)
-        if self._first.transposed:
-            return value.T
-        return value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
+        own = value.reshape(len(value), -1, *stored.shape[2:])  # and a kernel
+        return self._first.type.store("weight", own)
 
 
 def packs_of(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> dict[fx.Node, Pack]:
@@ -170,6 +170,12 @@ def packs_of(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> d
     by_layer = {region.layer: region for region in regions if not region.blocked}
     packs = [Pack(editor, analysis, calls, by_layer) for calls in by_path(editor.gm).values()]
     return {node: pack for pack in packs if pack.is_one for node in pack.calls}
+
+
+def _is_replaced(call: fx.Node) -> bool:
+    """Whether another operator takes the place of a folded call: the others would keep theirs."""
+    known = call.target in OPERATORS
+    return known and operands_of(call.target).folded is not None
 
 
 def _shape(site: Site) -> tuple[int, int]:

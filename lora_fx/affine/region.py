@@ -9,7 +9,6 @@ from torch import fx
 from lora_fx.affine.affine_map import Link, Map
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform
 from lora_fx.affine.region_boundary import (
-    LAYERS,
     Way,
     reads_more,
     stored_in,
@@ -19,6 +18,7 @@ from lora_fx.affine.region_boundary import (
 )
 from lora_fx.algebra.matrix_expr import Blocks
 from lora_fx.graph.ops import module_path, op_name
+from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.matrix_products import batches_of
 from lora_fx.layers.weight_parts import picked_from
 
@@ -131,12 +131,12 @@ def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis)
     follows or precedes is likelier than a factor; then those that are stored.
     """
     shape = (value.size, source.size)
-    layers = [n for n in sorted(nodes) if n.target in LAYERS or analysis.product(n)]
+    layers = [n for n in sorted(nodes) if n.target in OPERATORS or analysis.product(n)]
     fitting = [n for n in layers if _fits(n, shape, analysis)]
     fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
     if len(fitting) < 2:
         return fitting
-    products = {n for n in layers if n.target not in LAYERS}
+    products = {n for n in layers if n.target not in OPERATORS}
     before = {n for n in products if _goes_through(n, set(layers) - {n}, nodes)}
     behind = {n for n in products if any(_goes_through(m, {n}, nodes) for m in products - {n})}
     computed = {n for n in fitting if stored_in(n, analysis.gm) is None}
@@ -180,8 +180,8 @@ def _is_worth_it(
     values = (analysis.values[n] for n in nodes - {layer})
     lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
     if not lasts:  # a product with what is computed is one call already
-        return layer.target in LAYERS and stored_in(layer, analysis.gm) is None
-    if layer.target not in LAYERS and _is_bias_alone(nodes - {layer}, layer, analysis):
+        return layer.target in OPERATORS and stored_in(layer, analysis.gm) is None
+    if layer.target not in OPERATORS and _is_bias_alone(nodes - {layer}, layer, analysis):
         return False
     if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):
         return True

@@ -9,18 +9,10 @@ from torch import fx
 from lora_fx.affine.affine_map import Link, Map, Patches
 from lora_fx.affine.analysis import Analysis, Same, dtype_of
 from lora_fx.algebra.matrix_expr import Identity
-from lora_fx.graph.ops import CASTS, aten, op_name
+from lora_fx.graph.ops import CASTS, op_name
+from lora_fx.layers.layer_types import OPERATORS, operands_of
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.weight_parts import part_of
-
-# A layer's own operators, and where they read their input and their weight.
-LAYERS = {
-    aten.linear.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.embedding.default: (1, 0),
-    **{packet.default: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
-    **{packet.padding: (0, 1) for packet in (aten.conv1d, aten.conv2d, aten.conv3d)},
-}
 
 
 @dataclass(frozen=True)
@@ -38,21 +30,21 @@ class Way:
 
 def is_layer(node: fx.Node) -> bool:
     """Whether a call may stand for a region: a layer, or a product that is written out."""
-    return node.target in LAYERS or product_of(node) is not None
+    return node.target in OPERATORS or product_of(node) is not None
 
 
 def input_of(layer: fx.Node) -> fx.Node:
     """What a layer reads."""
-    product = None if layer.target in LAYERS else product_of(layer)
-    x = product.x if product else layer.args[LAYERS[layer.target][0]]  # type: ignore[index]
+    product = None if layer.target in OPERATORS else product_of(layer)
+    x = product.x if product else layer.args[operands_of(layer.target).x]
     assert isinstance(x, fx.Node)
     return x
 
 
 def weight_of(layer: fx.Node) -> fx.Node:
     """The constant that a layer multiplies with."""
-    product = None if layer.target in LAYERS else product_of(layer)
-    weight = product.matrix if product else layer.args[LAYERS[layer.target][1]]  # type: ignore[index]
+    product = None if layer.target in OPERATORS else product_of(layer)
+    weight = product.matrix if product else layer.args[operands_of(layer.target).weight]
     assert isinstance(weight, fx.Node)
     return weight
 
@@ -65,7 +57,7 @@ def stored_in(layer: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
 
 def is_stored(layer: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether a call is a layer of its own: a product with what is computed may be an adapter's."""
-    return layer.target in LAYERS or stored_in(layer, gm) is not None
+    return layer.target in OPERATORS or stored_in(layer, gm) is not None
 
 
 def reads_more(layer: fx.Node, source: Map, analysis: Analysis) -> bool:

@@ -13,7 +13,8 @@ from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.layer import NORM, layer_class
+from lora_fx.layers.layer import layer_class
+from lora_fx.layers.layer_types import NORM, TYPES
 from lora_fx.layers.sites import Site, by_path, readers
 
 
@@ -38,6 +39,16 @@ class BaseLayer:
     def is_matrix(self) -> bool:
         """Whether it has an input and an output side."""
         return self.shape is not None and self.kind != NORM
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it reads ids."""
+        return self.kind in TYPES and TYPES[self.kind].reads_ids
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is one product with a matrix."""
+        return self.kind in TYPES and TYPES[self.kind].is_linear
 
 
 def layers_of(base: object) -> dict[str, BaseLayer]:
@@ -80,8 +91,9 @@ def _graph(base: object) -> fx.GraphModule | None:
 
 
 def _of_site(site: Site) -> BaseLayer:
-    out, into, *kernel = site.shape
-    return BaseLayer(site.kind, site.kind, (out, into // site.groups, *kernel), site.groups)
+    if not site.type.in_files:
+        return BaseLayer(site.kind)
+    return BaseLayer(site.kind, site.kind, site.own_shape, site.groups)
 
 
 def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, BaseLayer]]:
@@ -98,7 +110,7 @@ def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, BaseLayer]]:
 
 def _of_module(module: nn.Module) -> BaseLayer | None:
     name, found = type(module).__name__, layer_class(module)
-    if found is not None:
+    if found is not None and (found.kind == NORM or TYPES[found.kind].in_files):
         return BaseLayer(name, found.kind, found.shape, found.groups)
     is_layer = isinstance(getattr(module, "weight", None), nn.Parameter)
     return BaseLayer(name) if is_layer else None

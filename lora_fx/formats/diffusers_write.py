@@ -15,7 +15,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.diffusers_keys import COMPONENTS, LOKR
-from lora_fx.formats.pairs import up_beside
+from lora_fx.formats.pairs import magnitude_beside, up_beside
 from lora_fx.formats.peft_chosen import LORA_KINDS, Chosen
 from lora_fx.formats.peft_describe import describe, describe_chosen
 from lora_fx.formats.peft_file import METADATA
@@ -107,16 +107,12 @@ def _lora(
             zero = update.up.new_zeros(update.up.shape[0])
             tensors[f"{module}.lora_B.bias"] = zero if update.bias is None else update.bias
         if update.magnitude is not None:
-            tensors[f"{module}.lora_magnitude_vector"] = _as_peft(update, update.magnitude)
+            tensors[f"{module}.lora_magnitude_vector"] = magnitude_beside(
+                update.down, update.magnitude
+            )
     # A product of two factors is LoRA here, whatever it came from.
     plain = {m: u if u.kind in LORA_KINDS else replace(u, kind="lora") for m, u in part.items()}
     return tensors, describe(Adapter("part", plain, expects=rule), [])
-
-
-def _as_peft(update: Update, magnitude: torch.Tensor) -> torch.Tensor:
-    """(out,) of a linear layer, (1, out, 1, ...) of a convolution."""
-    axes = update.down.ndim - 2
-    return magnitude.reshape(1, -1, *[1] * axes) if axes else magnitude
 
 
 def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:

@@ -11,6 +11,7 @@ from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.layers.axes import shape_of
 
 _aten = torch.ops.aten
 Function = Callable[..., torch.Tensor]
@@ -21,7 +22,7 @@ def is_of_inputs(scale: torch.Tensor, layer: BaseLayer) -> bool:
     shape = tuple(scale.shape)
     if layer.shape is None or shape[:1] == layer.shape[:1]:
         return False
-    return shape == (1, layer.shape[1], *[1] * (len(layer.shape) - 2))
+    return shape == shape_of("1 n 1*", {"n": layer.shape[1]}, layer.shape[2:])
 
 
 def with_input_magnitude(

@@ -25,7 +25,7 @@ from lora_fx.formats.kohya_leaves import (
 from lora_fx.formats.kohya_vectors import ia3_update, norm_update
 from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
 from lora_fx.kinds import KINDS, dora
-from lora_fx.layers.layer import NORM
+from lora_fx.layers.layer_types import NORM
 
 
 def updates_of(roles: Roles, path: str, layer: BaseLayer) -> dict[str, AnyUpdate]:

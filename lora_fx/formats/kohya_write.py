@@ -19,6 +19,7 @@ from lora_fx.formats.kohya_leaves import (
 )
 from lora_fx.formats.pairs import ALPHA, up_beside
 from lora_fx.formats.unheld import not_lora
+from lora_fx.layers.axes import convert
 
 
 def module_of(key: str, update: AnyUpdate) -> str:
@@ -52,7 +53,7 @@ def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
     assert isinstance(update, Update)
     leaves = {DOWN_KEY: update.down, UP_KEY: up_beside(update.down, update.up)}
     if update.magnitude is not None:
-        leaves[DORA] = update.magnitude.reshape(-1, *[1] * (update.down.ndim - 1))
+        leaves[DORA] = convert(update.magnitude, "n", "n 1*", update.down.ndim - 1)
     return leaves | _alpha({}, update.scale, update.rank)
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 import torch
 
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.layers.axes import convert, sizes_of
 
+# How every format has the two factors of a layer.
+DOWN_AXES, UP_AXES = "r in *k", "out r 1*"
 DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
 Roles = dict[str, tuple[str, torch.Tensor]]
 Layers = dict[str, Roles]
@@ -78,13 +81,13 @@ def factors_of(roles: Roles, grouped: bool = False) -> tuple[torch.Tensor, torch
         AdapterError: the shapes are others, or the ranks differ.
     """
     down, up = roles[DOWN][1], roles[UP][1]
-    fits = down.ndim >= 2 and up.ndim in (2, down.ndim) and all(n == 1 for n in up.shape[2:])
-    if not fits:
+    low, high = sizes_of(DOWN_AXES, down.shape), sizes_of(UP_AXES, up.shape)
+    if low is None or high is None or up.ndim not in (2, down.ndim):
         raise AdapterError(
             f"{_shapes(roles)}: expected (r, in) and (out, r), or of a convolution "
             "(r, in, *kernel) and (out, r, 1, ...)"
         )
-    rank, inner = down.shape[0], up.shape[1]
+    rank, inner = low["r"], high["r"]
     if rank != inner and not (grouped and down.ndim > 2 and inner and rank % inner == 0):
         raise AdapterError(f"{_shapes(roles)}: the ranks differ, expected (r, in) and (out, r)")
     return down, up.flatten(1)
@@ -97,7 +100,18 @@ def _shapes(roles: Roles) -> str:
 
 def up_beside(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """An up-projection (out, r) as files store it: with the axes of its down-projection."""
-    return up.reshape(*up.shape, *[1] * (down.ndim - 2))
+    return convert(up, "out r", UP_AXES, down.ndim - 2)
+
+
+def magnitude_beside(down: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """A magnitude (out,) as PEFT and diffusers store it: (1, out, 1, ...) of a convolution."""
+    further = down.ndim - 2
+    return convert(magnitude, "n", magnitude_axes(further), further)
+
+
+def magnitude_axes(further: int) -> str:
+    """The axes of a magnitude as PEFT stores it, of a layer with so many kernel axes."""
+    return "1 n 1*" if further else "n"
 
 
 def scalar_of(roles: Roles) -> float | None:

@@ -73,5 +73,5 @@ def base_of(given: object) -> PeftBase:
         return PeftBase(None, {}, frozenset())
     found = layers_of(given)
     layers = {path: layer.shape for path, layer in found.items() if layer.is_matrix and layer.shape}
-    heads = frozenset(path for path in layers if str(found[path].kind).startswith("linear"))
+    heads = frozenset(path for path in layers if found[path].is_linear)
     return PeftBase(given if isinstance(given, nn.Module) else None, layers, heads)

@@ -10,7 +10,9 @@ from lora_fx.adapters.parameter_updates import for_parameter
 from lora_fx.adapters.source_record import Stored, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
+from lora_fx.formats.pairs import UP_AXES, magnitude_axes, magnitude_beside, up_beside
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.layers.axes import shape_of, sizes_of
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TABLE_DOWN, TABLE_UP = "lora_embedding_A", "lora_embedding_B"
@@ -42,7 +44,7 @@ def read_lora(path: str, tensors: Tensors, config: PeftConfig) -> Update:
     shapes = f"{first.partition('.')[0]} {tuple(down.shape)} and {tuple(up.shape)}"
     kernel = down.ndim - 2
     fits = kernel in ((0,) if is_table else (0, 1, 2, 3)) and up.ndim == down.ndim
-    if not fits or any(size != 1 for size in up.shape[2:]):
+    if not fits or sizes_of(UP_AXES, up.shape) is None:
         raise AdapterError(
             f"{shapes} are no pair: expected (r, in) and (out, r), or of a "
             "convolution (r, in, *kernel) and (out, r, 1, ...)"
@@ -87,7 +89,7 @@ def _magnitude(tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
     magnitude = tensors.get(MAGNITUDE)
     if magnitude is None:
         return None
-    expected = (1, out, *[1] * kernel) if kernel else (out,)
+    expected = shape_of(magnitude_axes(kernel), {"n": out}, (1,) * kernel)
     if tuple(magnitude.shape) != expected:
         raise AdapterError(
             f"{MAGNITUDE} {tuple(magnitude.shape)}, expected {expected} as lora_B has it"
@@ -103,14 +105,12 @@ def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
         has_bias: whether any layer of the adapter has a bias; one that has none gets zeros.
     """
     update = for_parameter(update)
-    kernel = update.down.ndim - 2
     is_table = is_embedding(update.stored)
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
-    tensors = {first: update.down, second: update.up.reshape(*update.up.shape, *[1] * kernel)}
+    tensors = {first: update.down, second: up_beside(update.down, update.up)}
     if has_bias:
         zero = update.up.new_zeros(update.up.shape[0])
         tensors[UP_BIAS] = zero if update.bias is None else update.bias
     if update.magnitude is not None:
-        size = (1, -1, *[1] * kernel) if kernel else (-1,)
-        tensors[MAGNITUDE] = update.magnitude.reshape(size)
+        tensors[MAGNITUDE] = magnitude_beside(update.down, update.magnitude)
     return tensors

@@ -7,29 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.frontend.functionalize import functionalise
 from lora_fx.graph.ops import aten, call_argument, module_path
+from lora_fx.layers.layer_types import spelling_of
 
 Arguments = tuple[Any, ...]
 
 # What torch.export notes about dtypes that it saw: true of any input that passes its guards.
 _NOTES = {aten._assert_tensor_metadata.default}
-
-
-def _linear(node: fx.Node) -> Arguments:
-    arguments = (_input(node), call_argument(node, 1, "weight"))
-    bias = call_argument(node, 2, "bias")
-    return arguments if bias is None else (*arguments, bias)
-
-
-def _embedding(node: fx.Node) -> Arguments | None:
-    if call_argument(node, 3, "max_norm") is not None:
-        return None  # renormalises its table in place: not a function of its inputs
-    padding = call_argument(node, 2, "padding_idx")
-    return call_argument(node, 1, "weight"), _input(node), -1 if padding is None else padding
 
 
 def _addmm(node: fx.Node) -> Arguments | None:
@@ -73,26 +60,12 @@ def _tensordot(node: fx.Node) -> Arguments | None:
     return call_argument(node, 0, "a"), call_argument(node, 1, "b"), list(one), list(two)
 
 
-def _conv(node: fx.Node) -> Arguments | None:
-    stride = call_argument(node, 3, "stride", 1)
-    padding = call_argument(node, 4, "padding", 0)
-    dilation, groups = call_argument(node, 5, "dilation", 1), call_argument(node, 6, "groups", 1)
-    dims = int(node.target.__name__[4])  # type: ignore[union-attr]  # conv1d, conv2d, conv3d
-    stride, padding, dilation = (
-        v if isinstance(v, str) else list(v) if isinstance(v, tuple | list) else [v] * dims
-        for v in (stride, padding, dilation)
-    )
-    weight, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
-    return _input(node), weight, bias, stride, padding, dilation, groups
-
-
 def _input(node: fx.Node) -> Any:
     return call_argument(node, 0, "input")
 
 
-_LAYERS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
-    F.linear: (aten.linear.default, _linear),
-    F.embedding: (aten.embedding.default, _embedding),
+# Products that are written out; the functions of layers are told by `LayerType`.
+_PRODUCTS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
     torch.addmm: (aten.addmm.default, _addmm),
     torch.baddbmm: (aten.baddbmm.default, _baddbmm),
     operator.matmul: (aten.matmul.default, _plain),
@@ -101,9 +74,6 @@ _LAYERS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
     torch.bmm: (aten.bmm.default, _plain),
     torch.einsum: (aten.einsum.default, _einsum),
     torch.tensordot: (aten.tensordot.default, _tensordot),
-    torch.conv1d: (aten.conv1d.default, _conv),
-    torch.conv2d: (aten.conv2d.default, _conv),
-    torch.conv3d: (aten.conv3d.default, _conv),
 }
 
 # Methods of tensors by the function of that name.
@@ -123,10 +93,10 @@ def normalise(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_method" and node.target in _METHODS:
             _to_aten(_as_function(node))
-        elif node.op == "call_function" and node.target in _LAYERS:
-            _to_aten(node)
         elif node.target in _NOTES:
             graph.erase_node(node)
+        elif node.op == "call_function":
+            _to_aten(node)
     functionalise(graph)
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:
@@ -150,12 +120,17 @@ def _as_function(node: fx.Node) -> fx.Node:
 
 
 def _to_aten(node: fx.Node) -> None:
-    target, translate = _LAYERS[node.target]
-    arguments = translate(node)
-    if translate is _conv and arguments is not None and isinstance(arguments[4], str):
-        target = target.overloadpacket.padding  # "same" or "valid"
-    if arguments is not None:
-        node.target, node.args, node.kwargs = target, arguments, {}
+    if node.target in _PRODUCTS:
+        target, translate = _PRODUCTS[node.target]
+        arguments = translate(node)
+        call = None if arguments is None else (target, arguments)
+    else:
+        call = spelling_of(node)
+    if call is None:
+        return
+    node.target, node.args = call
+    only = {known.name for known in call[0]._schema.arguments if known.kwarg_only}
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name in only}
 
 
 def _is_idle(cast: fx.Node) -> bool:

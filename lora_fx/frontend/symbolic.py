@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lora_fx.errors import TraceError
 from lora_fx.frontend.diagnostics import explain_failure
@@ -23,10 +22,11 @@ from lora_fx.frontend.recorded_writes import (
 from lora_fx.frontend.root_call import as_called
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.module_copy import untouched
+from lora_fx.layers.layer_types import TYPES
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one
 # call of its module, so that dropout and batch-norm keep their training behaviour.
-_OPENED = (nn.Linear, nn.Embedding, _ConvNd, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 # What the tracer calls a tensor that it meets and no module holds.
@@ -40,7 +40,8 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keeps torch.nn's modules whole, except those with a layer's weights."""
-        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+        opened = (*_NORMS, *(cls for layer in TYPES.values() for cls in layer.classes))
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, opened)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Gives values that record what is written into them."""

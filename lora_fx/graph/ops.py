@@ -41,9 +41,12 @@ def op_name(node: fx.Node) -> str:
 
 
 def function_name(target: Any) -> str:
-    """Names a function: ``aten.add.Tensor``, ``operator.add`` and ``torch.add`` are ``add``."""
+    """Names a function: ``aten.add.Tensor``, ``operator.add`` and ``torch.add`` are ``add``.
+
+    Somebody's own operator keeps its library: ``mylib::add`` may be anything.
+    """
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
+        return str(target._schema.name).removeprefix("aten::")
     name = getattr(target, "__name__", str(target))
     return str(name)
 
@@ -97,7 +100,8 @@ def mutates(node: fx.Node) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether a call is of an operator that draws random numbers, in whatever spelling."""
-    packets = (getattr(aten, name, None) for name in (op_name(node), op_name(node).rstrip("_")))
+    own = op_name(node).rpartition("::")[2]
+    packets = (getattr(aten, name, None) for name in (own, own.rstrip("_")))
     found = [p for p in packets if isinstance(p, torch._ops.OpOverloadPacket)]
     overloads = ((packet, name) for packet in found for name in packet.overloads())  # type: ignore[no-untyped-call]
     tags = [getattr(packet, name).tags for packet, name in overloads]

@@ -11,12 +11,6 @@ from lora_fx.adapters.other_updates import Scaling
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.adapters.updates import Update
 from lora_fx.layers.layer import Layer
-from lora_fx.layers.layer_types import (
-    along_outputs,
-    down_as_stored,
-    up_as_stored,
-    up_as_update,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +21,8 @@ class Terms:
     layer stays as it is, and what several adapters add to it can be summed.
 
     Attributes:
-        down: as the layer's shrink reads it, (in, r), or None.
-        up: as the layer's expand reads it, (r, out), every scale folded in, or None.
+        down: as the layer's shrink reads it, such as (in, r), or None.
+        up: as the layer's expand reads it, such as (r, out), every scale folded in, or None.
         gain: (out,), broadcast over what follows in a convolution, or None.
         bias: (out,), likewise.
         col: (in,), likewise.
@@ -48,7 +42,7 @@ class Terms:
 
 def bias_alone(bias: torch.Tensor, site: Layer) -> Terms:
     """What is added to every result, (out,), and nothing else."""
-    return Terms(bias=along_outputs(site, bias.to(site.dtype)))
+    return Terms(bias=site.type.store("vector", bias.to(site.dtype)))
 
 
 def terms_of(
@@ -72,12 +66,13 @@ def terms_of(
     if update.magnitude is not None:
         row = update.row_for(canonical(site, weight()))
     down, up, added = update.factors(site.dtype, row)
+    store = site.type.store
     return Terms(
-        down_as_stored(site, down) if update.rank else None,
-        up_as_stored(site, up) if update.rank else None,
-        None if row is None else along_outputs(site, (row - 1).to(site.dtype)),
-        None if added is None else along_outputs(site, added),
-        None if update.col is None else along_outputs(site, update.col.to(site.dtype)),
+        store("down", down).contiguous() if update.rank else None,
+        store("up", up).contiguous() if update.rank else None,
+        None if row is None else store("vector", (row - 1).to(site.dtype)),
+        None if added is None else store("vector", added),
+        None if update.col is None else store("vector", update.col.to(site.dtype)),
     )
 
 
@@ -86,18 +81,18 @@ def _scaled(update: Scaling, site: Layer, bias: torch.Tensor | None) -> Terms:
     wide = torch.promote_types(site.dtype, torch.float32)
     if update.row is None:
         assert update.col is not None
-        return Terms(col=along_outputs(site, update.col.to(site.dtype)))
+        return Terms(col=site.type.store("vector", update.col.to(site.dtype)))
     gain = update.row.to(wide) - 1
     added = None if bias is None else (gain * bias.to(wide)).to(site.dtype)
     return Terms(
-        gain=along_outputs(site, gain.to(site.dtype)),
-        bias=None if added is None else along_outputs(site, added),
+        gain=site.type.store("vector", gain.to(site.dtype)),
+        bias=None if added is None else site.type.store("vector", added),
     )
 
 
 def canonical(site: Layer, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight as (out, in, *kernel), a view."""
-    return weight.detach().t() if site.transposed else weight.detach()
+    """A layer's weight as (out, in / groups, *kernel), a view unless it has groups."""
+    return site.type.canonical("weight", weight.detach(), site.groups)
 
 
 def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
@@ -115,7 +110,10 @@ def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
         torch.zeros(out, 0, dtype=site.dtype),
     )
     if terms.down is not None and terms.up is not None:
-        down, up = down_as_stored(site, terms.down), up_as_update(site, terms.up)
+        down, up = (
+            site.type.canonical("down", terms.down).contiguous(),
+            site.type.canonical("up", terms.up).contiguous(),
+        )
     if row is not None:  # it was folded into up
         up = torch.where(row[:, None] == 0, 0.0, up / row[:, None])
     return Update(
@@ -125,5 +123,5 @@ def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
         bias=None if terms.bias is None else terms.bias.flatten() / scale,
         row=row,
         col=None if terms.col is None else terms.col.flatten(),
-        stored=EMBEDDING if site.kind == "embedding" else None,
+        stored=EMBEDDING if site.type.reads_ids else None,
     )

@@ -28,13 +28,13 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
     """
     if isinstance(update, Scaling):
         return _scaling(update, site)
-    stored = _stored_shape(site)
+    stored = site.own_shape
     if isinstance(update, WeightUpdate):
         is_flat = len(update.shape) == 2
         _check(update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
         return update
-    update = _in_shape(for_layer(update, site.transposed), site.shape, stored)
-    if update.col is not None and site.kind == "embedding":
+    update = _in_shape(for_layer(update, site.transposed and not site.is_conv), site.shape, stored)
+    if update.col is not None and site.type.reads_ids:
         raise AdapterError("a col scales what a layer reads, and an embedding reads ids")
     if update.shape == site.shape:
         if site.groups > 1 and update.magnitude is not None:
@@ -50,12 +50,6 @@ def dense(update: Update) -> WeightUpdate:
     """``W + delta``, evaluated: for a layer that has no form in two factors."""
     bias = None if update.bias is None else update.scale * update.bias
     return WeightUpdate(update.kind, added, (update.delta(),), update.shape, update.stored, bias)
-
-
-def _stored_shape(site: Layer) -> tuple[int, ...]:
-    """Of the layer's own weight: each output of a grouped convolution sees one group's inputs."""
-    out, into, *kernel = site.shape
-    return out, into // site.groups, *kernel
 
 
 def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -> Update:
@@ -75,7 +69,7 @@ def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -
 
 
 def _scaling(update: Scaling, site: Layer) -> Scaling:
-    if update.col is not None and site.kind == "embedding":
+    if update.col is not None and site.type.reads_ids:
         raise AdapterError("(IA)3 scales what a layer reads, and an embedding reads ids")
     _check(update.shape, site.shape[:2])
     return update

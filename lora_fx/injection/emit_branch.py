@@ -16,8 +16,8 @@ from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
 from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.match_branch import branches_of, col_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
+from lora_fx.layers.branch_calls import axes_behind, pick
 from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.layer_types import axes_behind, expand, pick, shrink
 from lora_fx.layers.parametrized_weights import adapter_of
 from lora_fx.layers.sites import Site
 
@@ -83,11 +83,12 @@ def beside(
 
     terms: list[fx.Node] = []
     if "down" in nodes:
-        target, arguments = shrink(site, x or _read(site, nodes), part("down"))
+        target, arguments = site.type.shrink(site, x or _read(site, nodes), part("down"))
         narrow = call(target, *arguments)
-        target, arguments = expand(site, narrow, part("up"), groups)
+        target, arguments = site.type.expand(site, narrow, part("up"), groups)
         low = call(target, *arguments)
-        _describe(site, narrow, channels=len(editor.tensor(nodes["down"])))
+        rank = editor.tensor(nodes["down"]).shape[site.type.axis("down", "r")]
+        _describe(site, narrow, channels=rank)
         terms.append(low if scale is None else call(aten.mul.Tensor, low, scale))
     without: list[fx.Node] = []
     if "gain" in nodes:
@@ -145,9 +146,10 @@ def _describe(site: Site, node: fx.Node, channels: int | None = None) -> None:
 
 
 def _broadcast(call: Callable[..., fx.Node], site: Site, vector: fx.Node) -> fx.Node:
-    if not site.is_conv:
+    sizes = site.type.shape("vector", {"n": -1}, site.shape[2:])
+    if len(sizes) == 1:
         return vector
-    viewed = call(aten.view.default, vector, [-1, *[1] * (len(site.shape) - 2)])
+    viewed = call(aten.view.default, vector, list(sizes))
     viewed.meta.pop("val", None)
     return viewed
 

@@ -14,7 +14,6 @@ from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import Terms, canonical
 from lora_fx.injection.match_branch import branches_of
 from lora_fx.layers.layer import Layer
-from lora_fx.layers.layer_types import down_as_stored, up_as_update
 from lora_fx.layers.sites import sites
 
 
@@ -76,10 +75,10 @@ def overflow(site: Layer, terms: Terms) -> str:
     if terms.down is None or terms.up is None:
         return ""
     limit = torch.finfo(site.dtype).max
-    down = down_as_stored(site, terms.down).double()
+    down = site.type.canonical("down", terms.down).double()
     if terms.col is not None:
         down = down * terms.col.double().reshape(1, -1, *[1] * (down.ndim - 2))
-    up, reach = up_as_update(site, terms.up).double().abs(), _sizes(site, down)
+    up, reach = site.type.canonical("up", terms.up).double().abs(), _sizes(site, down)
     if not reach.numel():
         return ""
     groups = max(1, len(reach) // max(1, up.shape[1]))  # of the up beside a grouped convolution
@@ -92,7 +91,7 @@ def overflow(site: Layer, terms: Terms) -> str:
 def _sizes(site: Layer, rows: torch.Tensor) -> torch.Tensor:
     """The largest that each row gives for inputs of size one; a lookup gives one of its values."""
     flat = rows.flatten(1).double()
-    return flat.abs().amax(1) if site.kind == "embedding" else torch.linalg.vector_norm(flat, dim=1)
+    return flat.abs().amax(1) if site.type.reads_ids else torch.linalg.vector_norm(flat, dim=1)
 
 
 def _scaled(site: Layer, terms: Terms, weight: Callable[[], torch.Tensor]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from lora_fx.graph.ops import aten, op_name
-from lora_fx.layers.layer_types import parts_of_expand, parts_of_shrink
+from lora_fx.layers.branch_calls import parts_of_expand, parts_of_shrink
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
 

@@ -38,7 +38,7 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate,
             "scales what it gives; fold the first, then inject the second"
         )
     names = value_names(first.path, name, len(update.values), first.bare)
-    function = _transposed(update.function) if first.transposed else update.function
+    function = _on_stored(update.function, first) if first.transposed else update.function
     for reader, source in dict.fromkeys(read for site in calls for read in site.reads):
         make_anew(editor, reader, source, update.values, function, names, first.dtype)
 
@@ -69,10 +69,22 @@ def make_anew(
     editor.rebind(reader, source, end)
 
 
-def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of W on a weight that is stored as W transposed."""
+def _on_stored(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
+    """The function of W on a weight that is stored with its inputs first."""
+    own, stored = list(site.own_shape), list(site.stored_shape)
+    out, into, *kernel = own
+
+    def turned(weight: Any, first: int, second: int, shape: list[int]) -> Any:
+        """Each group of (first, second, *kernel) turned around."""
+        if not kernel:
+            return aten.t.default(weight)
+        if site.groups == 1:
+            return aten.transpose.int(weight, 0, 1)
+        parts = aten.reshape.default(weight, [site.groups, first, second, *kernel])
+        return aten.reshape.default(aten.transpose.int(parts, 1, 2), shape)
 
     def on_stored(weight: Any, *values: Any) -> Any:
-        return aten.t.default(function(aten.t.default(weight), *values))
+        made = function(turned(weight, into, out // site.groups, own), *values)
+        return turned(made, out // site.groups, into, stored)
 
     return on_stored

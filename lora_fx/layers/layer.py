@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+from lora_fx.layers.layer_types import NORM, TYPES, LayerType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +17,8 @@ class Layer:
 
     Attributes:
         path: path of the module.
-        kind: ``"linear"``, ``"linear_transposed"`` (transformers' Conv1D), ``"embedding"``,
-            ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
+        kind: the name of its `LayerType`: ``"linear"``, ``"linear_transposed"`` (transformers'
+            Conv1D), ``"embedding"``, ``"conv2d"``, ``"conv_transpose2d"``, ...
         shape: (out, in, *kernel), whatever way W is stored; in is that of x, however many groups.
         dtype: of W.
         groups: of a convolution.
@@ -28,19 +31,35 @@ class Layer:
     groups: int = 1
 
     @property
+    def type(self) -> LayerType:
+        """What is known of its kind."""
+        return TYPES[self.kind]
+
+    @property
     def is_linear(self) -> bool:
         """Whether it acts on the last axis of activations."""
-        return self.kind in ("linear", "linear_transposed")
+        return self.type.is_linear
 
     @property
     def is_conv(self) -> bool:
-        """Whether it is a convolution."""
-        return self.kind.startswith("conv")
+        """Whether it has a kernel."""
+        return self.type.kernel > 0
 
     @property
     def transposed(self) -> bool:
-        """Whether W is stored as (in, out)."""
-        return self.kind in ("linear_transposed", "embedding")
+        """Whether W is stored as (in, out), or (in, out / groups, *kernel)."""
+        return self.type.transposed
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """(out, in / groups, *kernel): each output of a grouped convolution sees one group."""
+        out, into, *kernel = self.shape
+        return out, into // self.groups, *kernel
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of W, as it is stored."""
+        return self.type.stored_shape(self.own_shape, self.groups)
 
     @property
     def in_features(self) -> int:
@@ -53,17 +72,12 @@ class Layer:
         return self.shape[0]
 
 
-_CONVS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
-NORM = "norm"
-
-
 @dataclass(frozen=True)
 class LayerClass:
     """A layer that an adapter can act on.
 
     Attributes:
-        kind: as `lora_fx.sites.Site` has it: ``"linear"``, ``"linear_transposed"``,
-            ``"embedding"``, ``"conv1d"``, ``"conv2d"``, ``"conv3d"``; or ``"norm"``.
+        kind: the name of a `LayerType`, or ``"norm"``.
         shape: (out, in / groups, *kernel) of the weight, whatever way it is stored: an embedding
             of (num, dim) is (dim, num); of a norm the weight's own.
         groups: of a convolution.
@@ -76,7 +90,7 @@ class LayerClass:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored with its first two axes the other way round."""
-        return self.kind in ("linear_transposed", "embedding")
+        return self.kind in TYPES and TYPES[self.kind].transposed
 
 
 def layer_class(module: nn.Module) -> LayerClass | None:
@@ -85,21 +99,22 @@ def layer_class(module: nn.Module) -> LayerClass | None:
     A linear layer is ``nn.Linear``, or what is derived from it, or transformers' Conv1D, told
     without importing transformers. A norm is a module that is called one and has a weight.
     """
-    if isinstance(module, nn.Linear):
+    known = reversed(TYPES.values())  # what was registered last may be derived from another
+    found = next((layer for layer in known if isinstance(module, layer.classes)), None)
+    if found is TYPES["linear"]:
         # Of loralib's layers, which store the weight as (in, out) if told to.
         turned = getattr(module, "fan_in_fan_out", False) is True
-        shape = module.out_features, module.in_features
+        shape: Any = module.out_features, module.in_features
         return LayerClass("linear_transposed" if turned else "linear", shape)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
         return None
     if is_conv1d_of_transformers(module):
-        return LayerClass("linear_transposed", (weight.shape[1], weight.shape[0]))
-    if isinstance(module, nn.Embedding):
-        return LayerClass("embedding", (module.embedding_dim, module.num_embeddings))
-    conv = next((kind for cls, kind in _CONVS.items() if isinstance(module, cls)), None)
-    if conv is not None:
-        return LayerClass(conv, tuple(weight.shape), int(getattr(module, "groups", 1)))
+        found = TYPES["linear_transposed"]
+    if found is not None:
+        groups = int(getattr(module, "groups", 1)) if found.kernel else 1
+        shape = found.canonical_shape(tuple(weight.shape), groups)
+        return LayerClass(found.name, shape, groups)
     is_norm = "norm" in type(module).__name__.lower() and weight.ndim >= 1
     return LayerClass(NORM, tuple(weight.shape)) if is_norm else None
 

@@ -5,32 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from torch import fx
 
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.graph.ops import aten, call_argument, holder_path
+from lora_fx.graph.ops import call_argument, holder_path
 from lora_fx.layers.layer import Layer
+from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
 from lora_fx.layers.matrix_products import Labels, Place, argument_at, batches_of, product_of
 from lora_fx.layers.parametrized_weights import recorded
 from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
-# The operator of a layer that is no product with one matrix: its kind, and where it reads its
-# input, its weight and its bias.
-_OPERATORS: dict[Any, tuple[str, int, int, int | None]] = {
-    aten.embedding.default: ("embedding", 1, 0, None),
-    aten.conv1d.default: ("conv1d", 0, 1, 2),
-    aten.conv2d.default: ("conv2d", 0, 1, 2),
-    aten.conv3d.default: ("conv3d", 0, 1, 2),
-    aten.conv1d.padding: ("conv1d", 0, 1, 2),
-    aten.conv2d.padding: ("conv2d", 0, 1, 2),
-    aten.conv3d.padding: ("conv3d", 0, 1, 2),
-}
-
 _CALLS = ("call_function", "call_method")
-_CALLED = {aten.linear.default, aten.addmm.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +83,7 @@ class Site(Layer):
     @property
     def spelled(self) -> bool:
         """Whether it is written out as a product, and no call of a layer's own function."""
-        return self.is_linear and self.node.target not in _CALLED
+        return self.is_linear and self.node.target not in OPERATORS
 
     @property
     def packed(self) -> bool:
@@ -114,32 +102,32 @@ def sites(gm: fx.GraphModule) -> list[Site]:
 def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -> Site | None:
     product = product_of(node)
     if product is not None:
-        part, kind = part_of(gm, product.matrix, bases), ""
+        part, groups = part_of(gm, product.matrix, bases), 1
         bias, labels, places = product.bias, product.labels, product.at
-    elif node.target in _OPERATORS:
-        kind, x, place, at = _OPERATORS[node.target]
-        part, labels, places = part_of(gm, node.args[place], bases), None, ((x,), (place,))
-        bias = None if at is None else call_argument(node, at, "bias")
+    elif node.target in OPERATORS:
+        at = operands_of(node.target)
+        part, labels = part_of(gm, node.args[at.weight], bases), None
+        places = (at.x,), (at.weight,)
+        bias = None if at.bias is None else call_argument(node, at.bias, "bias")
+        groups = 1 if at.groups is None else int(call_argument(node, at.groups, "groups", 1))
     else:
         return None
     if part is None or is_factor(str(part.source.target)):
         return None
     tensor = get_unevaluated(gm, str(part.source.target))
-    axes = 2 if not kind.startswith("conv") else 2 + int(kind[4])
-    if len(tensor.shape) != axes:
-        return None  # a vector: nothing with an input and an output side
-    groups = int(call_argument(node, 6, "groups", 1)) if kind.startswith("conv") else 1
     if product is not None:
-        kind = "linear" if product.turned != part.turned else "linear_transposed"
+        layer = TYPES["linear" if product.turned != part.turned else "linear_transposed"]
         part = part.behind(product.matrix, batches_of(product))
     elif part.turned or (groups > 1 and part.calls):
         return None
-    out, into, *kernel = tensor.shape
-    if kind in ("linear_transposed", "embedding"):
-        out, into = into, out
+    else:
+        layer = OPERATORS[node.target]
+    if len(tensor.shape) != 2 + layer.kernel:
+        return None  # a vector: nothing with an input and an output side
+    out, into, *kernel = layer.canonical_shape(tuple(tensor.shape), groups)
     return Site(
         path=holder_path(node),
-        kind=kind,
+        kind=layer.name,
         shape=(out, into * groups, *kernel),
         dtype=tensor.dtype,
         groups=groups,
@@ -196,4 +184,4 @@ def _calls(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, ...]:
 
 
 def _is_table(site: Site, parameter: str) -> bool:
-    return site.kind == "embedding" and site.is_whole and site.weight.target == parameter
+    return site.type.reads_ids and site.is_whole and site.weight.target == parameter

@@ -46,9 +46,9 @@ class Step:
             update = fitted(self.update, layer)
         if self.is_whole:
             update = _whole_update(update, layer.groups)
-        if not layer.transposed:
-            return update.weight(stored)
-        return update.weight(stored.t()).t()
+        groups = 1 if self.is_whole else layer.groups
+        own = layer.type.canonical("weight", stored, groups)
+        return layer.type.store("weight", update.weight(own), groups)
 
     def bias(self, own: torch.Tensor) -> torch.Tensor:
         """B' of b."""
@@ -130,7 +130,8 @@ class Weight:
             steps = [step for step in steps if step.place.inside == (self._depth > 0)]
         layer = steps[0].place.layer if steps else None
         if layer is not None and steps[0].is_whole:
-            base = ungrouped(base, layer.groups)
+            own = layer.type.canonical("weight", base, layer.groups)
+            base = layer.type.store("weight", ungrouped(own, layer.groups))
         return composed(base, steps, Step.weight).to(self.lazy.dtype)
 
 

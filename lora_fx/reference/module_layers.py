@@ -11,7 +11,8 @@ from torch import nn
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.traced_module import TracedModule
-from lora_fx.layers.layer import NORM, Layer, layer_class
+from lora_fx.layers.layer import Layer, layer_class
+from lora_fx.layers.layer_types import NORM, TYPES
 
 
 class NoWeightFormError(Exception):
@@ -98,7 +99,7 @@ def _layer(
         return None
     layer = Layer(path=path, kind="linear", shape=stored, dtype=held.dtype)
     if len(stored) > 2:
-        return replace(layer, kind=f"conv{len(stored) - 2}d")
+        return _with_kernel(layer, hint)
     turned = not _fits(update.shape, stored)
     if stored[0] == stored[1] and hint is not None:
         turned = hint.transposed
@@ -106,6 +107,16 @@ def _layer(
         return layer
     kind = "embedding" if is_embedding(update.stored) else "linear_transposed"
     return replace(layer, kind=kind, shape=stored[::-1])
+
+
+def _with_kernel(layer: Layer, hint: Layer | None) -> Layer:
+    """A hand-written convolution, which how it was called tells from a transposed one."""
+    kind = f"conv{len(layer.shape) - 2}d"
+    if hint is not None and hint.transposed and hint.groups == 1:
+        kind = hint.kind
+    if kind not in TYPES:
+        raise NoWeightFormError(f"{layer.path} has {len(layer.shape)} axes, as no layer has")
+    return replace(layer, kind=kind, shape=TYPES[kind].canonical_shape(layer.shape))
 
 
 def _fits(found: tuple[int | None, ...], wanted: tuple[int, ...]) -> bool:

@@ -175,8 +175,7 @@ def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
 
 def _adding(bias: torch.Tensor, steps: Sequence[Step]) -> Any:
     layer = steps[0].place.layer
-    tail = len(layer.shape) - 2 if layer is not None and layer.is_conv else 0
-    shift = bias.reshape(-1, *[1] * tail)
+    shift = bias if layer is None else layer.type.store("vector", bias)
     return lambda module, inputs, output: output + shift
 
 

@@ -35,6 +35,7 @@ SHAPES = {
     "kernel1": (5, 3, 1),
     "grouped1": (4, 3, 1),
     "kernel_long": (5, 3, 2),
+    "back_long": (3, 5, 2),
     "kernel": (5, 3, 3, 2),
     "other_kernel": (5, 3, 3, 2),
     "pointwise": (6, 5, 1, 1),
@@ -144,8 +145,13 @@ def _read(source: Map, seen: torch.Tensor) -> torch.Tensor:
     dims = len(how.kernel)
     channels = seen.shape[seen.ndim - dims - 1]
     eye = torch.eye(source.size, dtype=seen.dtype).reshape(-1, channels, *how.kernel)
-    run = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    patches = run(seen, eye, None, how.stride, how.padding, how.dilation)
+    if how.extra is None:
+        run = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        patches = run(seen, eye, None, how.stride, how.padding, how.dilation)
+    else:
+        back = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        rest = how.stride, how.padding, how.extra, 1, how.dilation
+        patches = back(seen, eye.transpose(0, 1), None, *rest)
     return patches.movedim(patches.ndim - 1 - dims, -1).reshape(-1, source.size)
 
 

@@ -37,6 +37,7 @@ KINDS = {
     "fc": "linear",
     "turned": "linear_transposed",
     "conv": "conv1d",
+    "back": "conv_transpose1d",
 }
 
 
@@ -48,7 +49,7 @@ def test_layers_are_told_by_kind(by_graph: bool) -> None:
     pairs = matched(model, model)
     assert {one.layer: one.kind for one, _ in pairs if one.layer is not None} == KINDS
     names = {one.name for one, _ in pairs if one.layer is None}
-    assert {"turned.bias", "conv.bias", "grouped.weight", "back.weight"} <= names
+    assert {"turned.bias", "conv.bias", "grouped.weight", "back.bias"} <= names
     assert ("capped.weight" in names) is not by_graph
 
 

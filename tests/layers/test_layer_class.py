@@ -43,6 +43,15 @@ TOLD: dict[str, tuple[nn.Module, LayerClass]] = {
     "conv1d": (nn.Conv1d(3, 5, 4), LayerClass("conv1d", (5, 3, 4))),
     "conv2d": (nn.Conv2d(4, 6, (3, 1), groups=2), LayerClass("conv2d", (6, 2, 3, 1), 2)),
     "conv3d": (nn.Conv3d(3, 5, (1, 2, 3)), LayerClass("conv3d", (5, 3, 1, 2, 3))),
+    "conv_transpose1d": (nn.ConvTranspose1d(3, 5, 4), LayerClass("conv_transpose1d", (5, 3, 4))),
+    "conv_transpose2d": (
+        nn.ConvTranspose2d(4, 6, (3, 1), groups=2),
+        LayerClass("conv_transpose2d", (6, 2, 3, 1), 2),
+    ),
+    "conv_transpose3d": (
+        nn.ConvTranspose3d(3, 5, (1, 2, 3)),
+        LayerClass("conv_transpose3d", (5, 3, 1, 2, 3)),
+    ),
     "layer norm": (nn.LayerNorm((4, 5)), LayerClass("norm", (4, 5))),
     "group norm": (nn.GroupNorm(2, 6), LayerClass("norm", (6,))),
     "batch norm": (nn.BatchNorm2d(6), LayerClass("norm", (6,))),
@@ -57,7 +66,8 @@ def test_a_layer_is_told_by_its_class(case: str) -> None:
     assert found == expected
     weight: Any = module.weight
     shape = tuple(weight.shape)
-    turned = (shape[1], shape[0], *shape[2:]) if found.transposed else shape
+    count = found.groups
+    turned = (shape[1] * count, shape[0] // count, *shape[2:]) if found.transposed else shape
     assert turned == found.shape
 
 
@@ -66,7 +76,6 @@ def test_a_layer_is_told_by_its_class(case: str) -> None:
     [
         nn.ReLU(),
         nn.LayerNorm(5, elementwise_affine=False),
-        nn.ConvTranspose2d(3, 5, 2),
         nn.Bilinear(2, 3, 5),
         Imposter(),
     ],

@@ -60,7 +60,8 @@ the base alone is off by more than 1e-2, so that an adapter which is ignored agr
   what was learned.
 - **save**: the first of these formats that `save_adapter` writes and `load_adapter` reads back,
   with outputs equal to 1e-6; each is tried, and "no" has the messages of all. What PEFT itself
-  loads is held by `tests/oracle/test_kinds.py`.
+  loads is held by `tests/oracle/test_kinds.py`; it has no adapters of transposed convolutions, so
+  such a directory is for `load_adapter` alone.
 
 OFT is PEFT's on matrices and LyCORIS' `diag-oft` on convolutions; "fused" is loralib's
 `MergedLinear` with `enable_lora`; "full" is LyCORIS' difference of the whole weight; "tokens" are
@@ -111,6 +112,14 @@ LAYERS: dict[str, Layer] = {
     "conv3d": Layer(lambda: Between(nn.Conv3d(4, 6, (3, 2, 1))), (4, 7, 8, 5), (6, 4, 3, 2, 1)),
     "grouped conv2d": Layer(
         lambda: Between(nn.Conv2d(4, 6, (3, 2), groups=2)), (4, 7, 8), (6, 2, 3, 2), groups=2
+    ),
+    "conv_transpose1d": Layer(
+        lambda: Between(nn.ConvTranspose1d(4, 6, 3, stride=2, dilation=2)), (4, 9), (6, 4, 3)
+    ),
+    "conv_transpose2d": Layer(
+        lambda: Between(nn.ConvTranspose2d(4, 6, (3, 2), 2, padding=1, output_padding=1)),
+        (4, 5, 6),
+        (6, 4, 3, 2),
     ),
     "packed attention": Layer(lambda: Attention(4), (7, 4), (12, 4)),
     "rows of a packed attention": Layer(lambda: Attention(4, crossed=True), (7, 4), (12, 4)),
@@ -191,9 +200,9 @@ def merged(layer: Layer, model: nn.Module, update: AnyUpdate) -> nn.Module:
         weight, bias = held.in_proj_weight, held.in_proj_bias
     else:
         weight = held.up_proj if isinstance(held, Experts) else held.weight
-    turned = isinstance(held, Conv1D | nn.Embedding)
-    new = update.weight(weight.T if turned else weight)
-    weight.data.copy_(new.T if turned else new)
+    turned = isinstance(held, Conv1D | nn.Embedding | nn.ConvTranspose1d | nn.ConvTranspose2d)
+    new = update.weight(weight.transpose(0, 1) if turned else weight)
+    weight.data.copy_(new.transpose(0, 1) if turned else new)
     if isinstance(update, Scaling):
         if update.row is not None and bias is not None:
             bias.data.mul_(update.row)

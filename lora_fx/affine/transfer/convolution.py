@@ -1,17 +1,16 @@
-"""The transfer function of convolutions."""
+"""The transfer functions of convolutions, transposed ones too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
 from lora_fx.affine.affine_map import Patches
-from lora_fx.affine.analysis import Analysis, Opaque, Value
+from lora_fx.affine.analysis import Analysis, Opaque, Rule, Value
 from lora_fx.affine.constant_expr import leaf
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
@@ -19,38 +18,66 @@ from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, scaled, transposed
 from lora_fx.graph.ops import call_argument, is_around, op_name
 from lora_fx.graph.sizes import sizes_of
+from lora_fx.layers.layer_types import OPERATORS
 
 
 def conv(analysis: Analysis, node: fx.Node) -> Value:
     """A convolution: a linear layer on patches, or on channels if its kernel has one place."""
-    dims = int(op_name(node)[4])
-    x, kernel = node.args[0], call_argument(node, 1, "weight")
     groups = call_argument(node, 6, "groups", 1)
-    shape = _kernel_shape(analysis, kernel)
+    shape = _kernel_shape(analysis, node)
     if shape is None:
         return Opaque("its kernel is no constant")
     patches = _patches(node, shape[2:])
     if patches is None:
         return Opaque("a convolution that pads one side more")
-    if patches == Patches((1,) * dims, (1,) * dims, (0,) * dims, (1,) * dims):
-        matrix = _channels(analysis, kernel, shape, groups)
-        return dense_layer(
-            analysis, node, x, kernel, matrix, call_argument(node, 2, "bias"), after=dims
-        )
-    patches = replace(patches, groups=groups)
+    return _layer(analysis, node, shape, replace(patches, groups=groups))
+
+
+def conv_transpose(analysis: Analysis, node: fx.Node) -> Value:
+    """A transposed convolution: a linear layer on what reaches each place of its result."""
+    groups = call_argument(node, 6, "groups", 1)
+    shape = _kernel_shape(analysis, node, groups)
+    if shape is None:
+        return Opaque("its kernel is no constant")
+    kernel = shape[2:]
+    given = (call_argument(node, place, "", default) for place, default in _TRANSPOSED)
+    stride, padding, extra, dilation = (_spread(value, len(kernel)) for value in given)
+    dilation = tuple(1 if size == 1 else step for step, size in zip(dilation, kernel, strict=True))
+    patches = Patches(kernel, stride, padding, dilation, groups, extra)
+    if not any(extra) and _reads_points(replace(patches, extra=None)):
+        patches = replace(patches, extra=None)  # a convolution of single points, and no other
+    return _layer(analysis, node, shape, patches)
+
+
+# Where stride, padding, output_padding and dilation of a transposed convolution are.
+_TRANSPOSED = ((3, 1), (4, 0), (5, 0), (7, 1))
+
+
+def _layer(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], patches: Patches) -> Value:
+    """A convolution whose kernel is of (out, in / groups, *kernel), however it is stored."""
+    dims, groups, x = len(shape) - 2, patches.groups, node.args[0]
+    kernel, bias = call_argument(node, 1, "weight"), call_argument(node, 2, "bias")
+    if _reads_points(patches):
+        matrix = _channels(analysis, node, shape, groups)
+        return dense_layer(analysis, node, x, kernel, matrix, bias, after=dims)
     rows, columns = shape[0], prod(shape[1:])
-    whole: Matrix = leaf(analysis.constants, kernel, (rows, columns))
+    whole: Matrix = _kernel(analysis, node, (rows, columns), groups)
     gain = _gain(analysis, node, shape[1], dims) if groups == 1 else None
     if gain is not None:
         x, whole = gain[0], transposed(scaled(_each_place(gain[1], columns), transposed(whole)))
     source = analysis.source(x, columns, dims, patches)
-    bias = analysis.column(call_argument(node, 2, "bias"), Layout((rows,)))
-    if source is None or (bias is None and call_argument(node, 2, "bias") is not None):
+    column = analysis.column(bias, Layout((rows,)))
+    if source is None or (column is None and bias is not None):
         return Opaque("its input is no activation, or its bias no constant")
     sizes = sizes_of(node)
     batch = sizes and (*sizes[: len(sizes) - dims - 1], *sizes[len(sizes) - dims :])
     dtype = analysis.constants.dtype(kernel)
-    return source.then(node, whole, bias, Layout((rows,), dims, batch), dtype)
+    return source.then(node, whole, column, Layout((rows,), dims, batch), dtype)
+
+
+def _reads_points(patches: Patches) -> bool:
+    ones = (1,) * len(patches.kernel)
+    return patches == Patches(ones, ones, (0,) * len(ones), ones, patches.groups)
 
 
 def _gain(
@@ -77,17 +104,33 @@ def _each_place(column: Matrix, columns: int) -> Matrix:
     return Leaf((columns, 1), ("each place", columns, column), fetch)
 
 
-def _channels(analysis: Analysis, kernel: fx.Node, shape: tuple[int, ...], groups: int) -> Matrix:
+def _channels(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], groups: int) -> Matrix:
+    whole = _kernel(analysis, node, (shape[0], shape[1]), groups)
     if groups == 1:
-        return leaf(analysis.constants, kernel, (shape[0], shape[1]))
+        return whole
     blocks = (groups, shape[0] // groups, shape[1])
-    key = ("channels", groups, analysis.constants.key(kernel))
-    return Blocks(blocks, key, lambda: analysis.constants.value(kernel).reshape(blocks))
+    return Blocks(blocks, ("channels", groups, whole.key), lambda: whole.fetch().reshape(blocks))
 
 
-def _kernel_shape(analysis: Analysis, kernel: Any) -> tuple[int, ...] | None:
+def _kernel(analysis: Analysis, node: fx.Node, shape: tuple[int, int], groups: int) -> Leaf:
+    """The kernel as a matrix of (out, in / groups * places)."""
+    kernel, layer = call_argument(node, 1, "weight"), OPERATORS[node.target]
+    stored = leaf(analysis.constants, kernel, shape)
+    if not layer.transposed:
+        return stored
+
+    def fetch() -> torch.Tensor:
+        return layer.canonical("weight", stored.fetch(), groups).reshape(shape)
+
+    return Leaf(shape, ("turned", groups, stored.key), fetch)
+
+
+def _kernel_shape(analysis: Analysis, node: fx.Node, groups: int = 1) -> tuple[int, ...] | None:
+    """(out, in / groups, *kernel) of a kernel that is constant."""
+    kernel = call_argument(node, 1, "weight")
     known = isinstance(kernel, fx.Node) and kernel in analysis.constants.nodes
-    return analysis.constants.shape(kernel) if known else None
+    shape = analysis.constants.shape(kernel) if known else None
+    return shape and OPERATORS[node.target].canonical_shape(shape, groups)
 
 
 def _patches(node: fx.Node, kernel: tuple[int, ...]) -> Patches | None:
@@ -109,3 +152,9 @@ def _spread(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * dims
     return tuple(value) * (dims // len(value))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), conv_transpose),
+}

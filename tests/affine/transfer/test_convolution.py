@@ -21,6 +21,11 @@ def other_image(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, m.other_kernel, m.gain, stride=(2, 1), padding=(1, 0), dilation=(1, 2))
 
 
+def back(m: Any, x: torch.Tensor, kernel: torch.Tensor | None = None) -> torch.Tensor:
+    weight = (m.kernel if kernel is None else kernel).transpose(0, 1)
+    return F.conv_transpose2d(x, weight, m.b, (3, 2), (1, 0), (2, 0), dilation=(1, 2))
+
+
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
     "conv1d": (lambda m, x: F.conv1d(x, m.kernel_long, m.b, 2, 1, 3), "long"),
@@ -67,6 +72,57 @@ CASES: dict[str, tuple[Any, ...]] = {
         "image",
         "export",
     ),
+    "conv_transpose1d": (
+        lambda m, x: F.conv_transpose1d(x, m.kernel_long.transpose(0, 1), m.b, 2, 1, 0, 1, 3),
+        "long",
+    ),
+    "conv_transpose1d padded at the end": (
+        lambda m, x: F.conv_transpose1d(x, m.back_long, stride=3, output_padding=2),
+        "long",
+    ),
+    "conv_transpose1d of no batch": (
+        lambda m, x: F.conv_transpose1d(x[0], m.back_long, m.b, 2),
+        "long",
+    ),
+    "conv_transpose1d of kernel one": (
+        lambda m, x: F.conv_transpose1d(x, m.kernel1.transpose(0, 1), m.b),
+        "long",
+    ),
+    "conv_transpose1d of kernel one, with a stride": (
+        lambda m, x: F.conv_transpose1d(x, m.kernel1.transpose(0, 1), m.b, 2),
+        "long",
+    ),
+    "conv_transpose1d of kernel one, in groups": (
+        lambda m, x: F.conv_transpose1d(
+            F.conv1d(x, torch.cat((m.kernel1, m.kernel1))[:6], m.b6),
+            m.grouped1.reshape(6, 2, 1),
+            groups=2,
+        ),
+        "long",
+    ),
+    "conv_transpose2d": (back, "image"),
+    "conv_transpose2d of a square kernel": (
+        lambda m, x: F.conv_transpose2d(x, m.square.reshape(3, 3, 1, 1).expand(3, 3, 2, 1), m.b3),
+        "image",
+    ),
+    "conv_transpose2d then a pointwise one": (
+        lambda m, x: F.conv2d(back(m, x), m.pointwise, m.b6),
+        "image",
+    ),
+    "conv_transpose2d of what channels scale": (
+        lambda m, x: back(m, x * m.gain3.reshape(3, 1, 1)),
+        "image",
+    ),
+    "a sum of transposed convolutions": (
+        lambda m, x: back(m, x) - 3 * back(m, x, m.other_kernel),
+        "image",
+    ),
+    "conv_transpose3d": (
+        lambda m, x: F.conv_transpose3d(
+            x, m.kernel_volume.transpose(0, 1), m.b, (1, 2, 1), (0, 1, 2), (0, 1, 0), 1, (2, 1, 1)
+        ),
+        "volume",
+    ),
     "conv3d": (
         lambda m, x: F.conv3d(x, m.kernel_volume, m.b, (1, 2, 1), (0, 1, 2), (2, 1, 1)),
         "volume",
@@ -99,6 +155,16 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
             image(m, x) + F.conv2d(x, m.kernel, m.b, stride=(2, 1), padding=(1, 1), dilation=(1, 4))
         ),
         "image",
+        "two sources",
+    ),
+    "a transposed kernel from data": (
+        lambda m, x: F.conv_transpose1d(x, m.back_long * x.sum()),
+        "long",
+        "no constant",
+    ),
+    "a convolution and a transposed one": (
+        lambda m, x: F.conv1d(x, m.kernel_long, padding=1) + F.conv_transpose1d(x, m.back_long),
+        "long",
         "two sources",
     ),
     "a kernel onto a convolution": (

@@ -125,6 +125,11 @@ def dense_kernel(constants: Any, node: Any, shape: tuple[int, int]) -> Leaf:
     return Leaf(shape, "turned", lambda: constants.value(node).reshape(back).T.contiguous())
 
 
+def as_stored(analysis: Any, node: Any, shape: tuple[int, int], groups: int) -> Leaf:
+    """A transposed convolution's kernel that is not turned around."""
+    return convs.leaf(analysis.constants, node.args[1], shape)
+
+
 def swapped_geometry(real: Any) -> Any:
     def patches(node: Any, kernel: tuple[int, ...]) -> Patches | None:
         found: Patches | None = real(node, kernel)
@@ -197,6 +202,36 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         "conv1d of kernel one, in groups",
     ),
     "conv: features elsewhere": (rule(turned, "conv2d"), "convolution", "conv2d"),
+    "conv_transpose: weight doubled": (
+        rule(doubled, "conv_transpose1d"),
+        "convolution",
+        "conv_transpose1d",
+    ),
+    "conv_transpose: kernel as it is stored": (
+        (convs, "_kernel", as_stored),
+        "convolution",
+        "conv_transpose2d of a square kernel",
+    ),
+    "conv_transpose: stride for padding": (
+        (convs, "_TRANSPOSED", ((4, 1), (3, 0), (5, 0), (7, 1))),
+        "convolution",
+        "conv_transpose2d",
+    ),
+    "conv_transpose: output_padding dropped": (
+        (convs, "_TRANSPOSED", ((3, 1), (4, 0), (8, 0), (7, 1))),
+        "convolution",
+        "conv_transpose1d padded at the end",
+    ),
+    "conv_transpose: dilation dropped": (
+        (convs, "_TRANSPOSED", ((3, 1), (4, 0), (5, 0), (8, 1))),
+        "convolution",
+        "conv_transpose2d",
+    ),
+    "conv_transpose: groups in another order": (
+        (convs, "Blocks", unmerged),
+        "convolution",
+        "conv_transpose1d of kernel one, in groups",
+    ),
     "einsum: blocks in another order": (
         (einsums, "Blocks", unmerged),
         "einsum",
