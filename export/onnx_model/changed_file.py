@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_fx.export.onnx_model.digests import (
     whole_of,
 )
 from lora_fx.export.onnx_model.external_data import check_external_data, external_tensors, range_of
+from lora_fx.export.slots.manifest import versioned
 
 _CHUNK = 1 << 20
 _ADVICE = (
@@ -68,13 +68,7 @@ def _digest_on_disk(tensor: TensorProto, path: Path) -> str:
 
 
 def _read(text: str) -> Digests:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ExportError(f"not JSON ({error}): export the model again") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise ExportError(f"version {version!r}, expected {VERSION}: export again")
+    values = versioned(text, VERSION)
     graph, tensors, whole = (values.get(name) for name in ("graph", "tensors", "whole"))
     texts = [graph, whole, *(tensors.values() if isinstance(tensors, dict) else [None])]
     if len(values) != 4 or not all(isinstance(value, str) for value in texts):

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto
 from torch import fx
 
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.tensors import digest_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.layers.layer import Layer
@@ -87,13 +87,8 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
     text = metadata.get(KEY)
     if text is None:
         return None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ExportError(f"{KEY}: not JSON ({error}): export the model again") from error
-    found = values.get("version") if isinstance(values, dict) else None
-    if found != VERSION:
-        raise ExportError(f"{KEY}: version {found!r}, expected {VERSION}: export again")
+    with within(KEY):
+        values = versioned(text, VERSION)
     slots = values.get("slots")
     if not isinstance(slots, list) or not isinstance(values.get("base"), str):
         raise ExportError(f"{KEY}: no list of slots or no base digest: export again")
@@ -101,6 +96,22 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
     if json.loads(manifest.to_json()) != values:
         raise ExportError(f"{KEY}: unknown or missing fields: export the model again")
     return manifest
+
+
+def versioned(text: str, version: int) -> dict[str, Any]:
+    """Reads what an export has noted in a file's metadata.
+
+    Raises:
+        ExportError: it is damaged, or of another version.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"not JSON ({error}): export the model again") from error
+    found = values.get("version") if isinstance(values, dict) else None
+    if found != version:
+        raise ExportError(f"version {found!r}, expected {version}: export again")
+    return dict(values)
 
 
 def check_slots(model: ModelProto, manifest: Manifest) -> None:
