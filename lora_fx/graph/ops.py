@@ -100,7 +100,11 @@ def mutates(node: fx.Node) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether a call is of an operator that draws random numbers, in whatever spelling."""
-    own = op_name(node).rpartition("::")[2]
+    return _draws(op_name(node).rpartition("::")[2])
+
+
+@cache
+def _draws(own: str) -> bool:
     packets = (getattr(aten, name, None) for name in (own, own.rstrip("_")))
     found = [p for p in packets if isinstance(p, torch._ops.OpOverloadPacket)]
     overloads = ((packet, name) for packet in found for name in packet.overloads())  # type: ignore[no-untyped-call]
