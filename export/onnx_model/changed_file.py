@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto
 
@@ -68,7 +69,7 @@ def _digest_on_disk(tensor: TensorProto, path: Path) -> str:
 
 
 def _read(text: str) -> Digests:
-    values = versioned(text, VERSION)
+    values: Any = versioned(text, VERSION)
     graph, tensors, whole = (values.get(name) for name in ("graph", "tensors", "whole"))
     texts = [graph, whole, *(tensors.values() if isinstance(tensors, dict) else [None])]
     if len(values) != 4 or not all(isinstance(value, str) for value in texts):
