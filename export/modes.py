@@ -20,8 +20,10 @@ from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
+from lora_fx.graph.example import aliases_of
+from lora_fx.injection.bind import bind
 from lora_fx.injection.match_branch import branches
-from lora_fx.injection.resolved import aliases, resolved
+from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
 
@@ -92,7 +94,7 @@ class Swappable:
 
     def open(self, model: ir.Model) -> None:
         """Makes the probe's weights inputs, before anything can merge or evaluate them."""
-        open_slots(model, self.slots, aliases(self.base))
+        open_slots(model, self.slots, aliases_of(self.base))
 
     def close(self, model: ir.Model) -> None:
         """Adds the defaults and the manifest."""
@@ -112,7 +114,8 @@ class Swappable:
             for place, (own, alone) in enumerate(swapped(self.source)):
                 file = Path(directory) / f"{place}.onnx_adapter"
                 try:
-                    export_adapter(resolved(alone, own, by_path(alone)), path, file, check=False)
+                    renamed = bind(layers_in(alone, by_path(alone)), own).renamed()
+                    export_adapter(renamed, path, file, check=False)
                 except AdapterError as error:
                     notes.append(f"not tried: {error}")
                     continue

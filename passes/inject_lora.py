@@ -11,18 +11,18 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
-from lora_fx.errors import AdapterError, within
+from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.bind import check_fit, fresh_targets
+from lora_fx.injection.bind import bind
 from lora_fx.injection.branch_tensors import canonical
-from lora_fx.injection.conform import fitted
+from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import beside as beside_layer
 from lora_fx.injection.emit_branch import put
 from lora_fx.injection.match_branch import parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
-from lora_fx.injection.resolved import aliases, meanings, resolved
-from lora_fx.injection.usage_check import bind, bind_fresh, standing, weight_name
+from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
+from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import Site, by_path, readers
 
@@ -70,26 +70,21 @@ class InjectLora(Pass):
 
 def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
-    given, meant = adapter, meanings(editor.gm, adapter, groups)
-    adapter = resolved(editor.gm, adapter, groups)
-    skipped = check_fit(editor.gm, adapter, groups, strict)
+    layers = layers_in(editor.gm, groups)
+    binding = bind(layers, adapter)
+    skipped = check_binding(editor.gm, binding, layers, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
-    kept = {p: t for p, t in adapter.replacements.items() if p not in skipped}
-    if _replace(editor, kept, adapter.name):
+    if _replace(editor, binding.replaced, adapter.name):
         groups = by_path(editor.gm)
-    beside = {path: standing(groups[path]) for path in adapter.updates if path in groups}
-    for path, update in adapter.updates.items():
-        if path in skipped:
-            continue
+    beside = {path: standing(groups[path]) for path in binding.updates if path in groups}
+    for path, update in binding.updates.items():
         if path in groups:
-            with within(f"adapter {adapter.name}, {path}"):
-                update = fitted(update, groups[path][0])
             put(editor, groups[path], update, adapter.name)
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
-    bind(editor.gm, given, adapter, meant, groups, beside, skipped)
+    note_binding(editor.gm, binding, groups, beside, skipped)
 
 
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
@@ -131,16 +126,17 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: 
 def _inject_config(editor: Editor, config: LoraConfig) -> None:
     editor.freeze()
     groups = by_path(editor.gm)
+    layers = layers_in(editor.gm, groups)
     generator = config.make_generator()
     updates: dict[str, Update] = {}
     left: dict[str, torch.Tensor] = {}
     made: dict[str, _Fresh] = {}
     beside = {}
-    for path in fresh_targets(editor.gm, config, groups):
+    for path in fresh_targets(editor.gm, config, layers, groups):
         first = groups[path][0]
         beside[path] = standing(groups[path])
         # A module of two names has one update, as it has one weight.
-        twin = next((made[name] for name in aliases(editor.gm).get(path, ()) if name in made), None)
+        twin = next((made[name] for name in layers.aliases.get(path, ()) if name in made), None)
         fresh = made[path] = twin or _fresh(editor, config, groups[path], generator)
         updates[path] = update = fresh.update
         if fresh.residual is not None:
@@ -155,7 +151,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
             x = _dropped(editor, site, config)
             beside_layer(editor, site, nodes, x, update.scale, update.groups)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
-    bind_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
+    note_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 
 
 class _Fresh(NamedTuple):

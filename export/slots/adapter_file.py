@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.base_weights import BaseWeights
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
 from lora_fx.export.slots.manifest import Manifest, Slot
+from lora_fx.injection.bind import bind
 from lora_fx.injection.branch_tensors import Terms, terms_of, update_of
-from lora_fx.injection.conform import fitted
 from lora_fx.injection.finite_values import check_finite, check_product
 from lora_fx.io.atomic import staged
 from lora_fx.layers.axes import sizes_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
@@ -94,21 +96,22 @@ def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Upda
     if changed:
         names = shorten(changed)
         raise AdapterError(f"{who}: replaces {names}: a slot cannot; fold it into its own model")
-    unmatched = [path for path in adapter.updates if path not in slots]
-    if unmatched:
+    layers = BaseLayers({slot.path: slot.layer for slot in manifest.slots})
+    with within(model):
+        binding = bind(layers, replace(adapter, replacements={}))
+    if unmatched := list(binding.refused):
         raise AdapterError(
             f"{who}: no slot at {shorten(unmatched)}; the model has slots at {shorten(list(slots))}"
         )
     found = {}
-    for path, update in adapter.updates.items():
+    for path, update in binding.updates.items():
         with within(f"{who}: {path}"):
             found[path] = _for_slot(update, slots[path])
     return found
 
 
 def _for_slot(update: AnyUpdate, slot: Slot) -> Update | Scaling:
-    """An update in the shape of its slot, if a slot of this kind can carry it."""
-    update = fitted(update, slot.layer)
+    """An update of a slot's shape, if a slot of this kind can carry it."""
     if isinstance(update, WeightUpdate):
         raise AdapterError(
             f"an update of kind {update.kind!r} makes the weight anew, which no slot can "

@@ -12,9 +12,8 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import Slot
-from lora_fx.graph.example import example_of
+from lora_fx.graph.example import aliases_of, example_of
 from lora_fx.injection.match_branch import branches, parameter_names
-from lora_fx.injection.resolved import aliases
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_readers import is_one_way
 
@@ -62,7 +61,7 @@ def chosen_slots(
 
 def _once(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
     """One path for each layer: of a module that has several names, the first in the model."""
-    others = aliases(gm)
+    others = aliases_of(gm)
     order = {path: place for place, path in enumerate(others)}
     named = ({path, *others.get(path, ())} & {*paths} for path in paths)
     return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))

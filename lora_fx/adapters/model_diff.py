@@ -12,7 +12,7 @@ from torch import fx, nn
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.layer import layer_class
+from lora_fx.layers.layer import layer_of
 from lora_fx.layers.layer_types import NORM, TYPES
 from lora_fx.layers.sites import Site, sites
 
@@ -98,7 +98,7 @@ def _mark(kind: str) -> str:
 
 def _kind_of(module: nn.Module) -> str | None:
     """The kind of a layer, as a `Site` has it, if an update can act on its weight."""
-    found = layer_class(module)
+    found = layer_of(module)
     if found is None or found.kind == NORM or found.groups > 1:
         return None
     return None if getattr(module, "max_norm", None) is not None else found.kind

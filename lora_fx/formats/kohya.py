@@ -10,7 +10,6 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.base_layers import layers_of
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya_layers import updates_of
 from lora_fx.formats.kohya_leaves import DORA, LEAVES, ROLES, feature_of
@@ -19,6 +18,7 @@ from lora_fx.formats.kohya_write import leaves_for, module_of, problem_with
 from lora_fx.formats.pairs import ALPHA, Layers, add, check_no_half
 from lora_fx.formats.unheld import check_held
 from lora_fx.io.state_dict import read_file, write_file
+from lora_fx.layers.base_layers import layers_of
 
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:

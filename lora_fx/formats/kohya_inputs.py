@@ -10,23 +10,23 @@ from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, add
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.layers.axes import shape_of
+from lora_fx.layers.layer import Layer
 
 _aten = torch.ops.aten
 Function = Callable[..., torch.Tensor]
 
 
-def is_of_inputs(scale: torch.Tensor, layer: BaseLayer) -> bool:
+def is_of_inputs(scale: torch.Tensor, layer: Layer) -> bool:
     """Whether a ``dora_scale`` is (1, in, 1, ...), and no (out, 1, ...) of the layer."""
     shape = tuple(scale.shape)
-    if layer.shape is None or shape[:1] == layer.shape[:1]:
+    if shape[:1] == layer.own_shape[:1]:
         return False
-    return shape == shape_of("1 n 1*", {"n": layer.shape[1]}, layer.shape[2:])
+    return shape == shape_of("1 n 1*", {"n": layer.own_shape[1]}, layer.own_shape[2:])
 
 
 def with_input_magnitude(
-    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: Layer
 ) -> WeightUpdate:
     """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
 
@@ -41,11 +41,11 @@ def with_input_magnitude(
     Raises:
         AdapterError: the kind has no magnitude.
     """
-    if isinstance(update, Scaling) or layer.shape is None:
+    if isinstance(update, Scaling):
         raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
     values: tuple[torch.Tensor, ...]
     if isinstance(update, Update):
-        function, values = added, (update.delta().reshape(layer.shape),)
+        function, values = added, (update.delta().reshape(layer.own_shape),)
         scale: object = update.scale
     else:
         function, values = update.function, update.values
@@ -53,8 +53,8 @@ def with_input_magnitude(
     magnitude, kind = tensors["dora_scale"].flatten(), update.kind
     kind = "dora" if kind == "lora" else kind
     stored = Stored(tensors, {"scale": scale, "writer": "lycoris"})
-    normed = _normed(function, layer.shape)
-    return WeightUpdate(kind, normed, (magnitude, *values), layer.shape, stored)
+    normed = _normed(function, layer.own_shape)
+    return WeightUpdate(kind, normed, (magnitude, *values), layer.own_shape, stored)
 
 
 def _normed(function: Function, shape: tuple[int, ...]) -> Function:

@@ -12,7 +12,6 @@ from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.formats.kohya_inputs import is_of_inputs, with_input_magnitude
 from lora_fx.formats.kohya_leaves import (
     DORA,
@@ -25,10 +24,11 @@ from lora_fx.formats.kohya_leaves import (
 from lora_fx.formats.kohya_vectors import ia3_update, norm_update
 from lora_fx.formats.pairs import Roles, check_no_half, factors_of, scalar_of
 from lora_fx.kinds import KINDS, dora
+from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
 
 
-def updates_of(roles: Roles, path: str, layer: BaseLayer) -> dict[str, AnyUpdate]:
+def updates_of(roles: Roles, path: str, layer: Layer) -> dict[str, AnyUpdate]:
     """What the tensors of one name change: a layer, or the parameters of a norm.
 
     The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
@@ -64,11 +64,11 @@ def updates_of(roles: Roles, path: str, layer: BaseLayer) -> dict[str, AnyUpdate
     return {path: with_input_magnitude(plain, tensors, layer)}
 
 
-def _update(roles: Roles, algorithm: str, layer: BaseLayer) -> AnyUpdate:
+def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     if algorithm == "lora":
         return _lora(roles, layer)
-    settings: dict[str, object] = {"shape": layer.shape, "writer": "lycoris"}
+    settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
         settings["scale"] = _scale(algorithm, roles, tensors)
     if algorithm == "oft":
@@ -81,7 +81,7 @@ def _scale(algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) ->
     return 1.0 if rank is None else (scalar_of(roles) or rank) / rank
 
 
-def _lora(roles: Roles, layer: BaseLayer) -> AnyUpdate:
+def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     """LoRA, LoCon's Tucker form of it, and DoRA over either.
 
     The Tucker form has a core (r, r, *kernel) between a down- and an up-projection of single
@@ -94,25 +94,21 @@ def _lora(roles: Roles, layer: BaseLayer) -> AnyUpdate:
     if MID in tensors:
         down = _with_core(down, tensors[MID])
         stored = Stored(tensors, {"scale": scale})
-    assert layer.shape is not None
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
-    if (len(up), math.prod(down.shape[1:])) != (layer.shape[0], math.prod(layer.shape[1:])):
+    if (len(up), math.prod(down.shape[1:])) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
         found = len(up), *down.shape[1:]
-        raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.shape}")
+        raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
     update = Update(down, up, scale, "dora" if DORA in tensors else "lora", stored=stored)
     return dora.with_magnitude(update, {k: t for k, t in tensors.items() if k == DORA})
 
 
-def _on_groups(
-    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: BaseLayer
-) -> AnyUpdate:
+def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
     """DoRA on a grouped convolution as a function of the weight, the one form that it has."""
     if not isinstance(update, Update) or update.magnitude is None or layer.groups == 1:
         return update
     stored = update.stored or Stored(tensors, {"scale": update.scale})
     plain = replace(update, magnitude=None)
-    assert layer.shape is not None
-    whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.shape, stored)
+    whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.own_shape, stored)
     return dora.with_magnitude(whole, {DORA: tensors[DORA]})
 
 

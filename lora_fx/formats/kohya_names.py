@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.layers.layer import Layer
 
 # kohya's parts of a pipeline, and what a pipeline calls the models: te3 is a T5, in some the third
 # text encoder, in others the second.
@@ -67,7 +67,7 @@ def name_of(path: str, paths: Collection[str], component: str | None) -> str:
     return PREFIXES["te1" if is_double else part] + flat(rest)
 
 
-def resolve(names: Iterable[str], base: Mapping[str, BaseLayer]) -> dict[str, str]:
+def resolve(names: Iterable[str], base: Mapping[str, Layer]) -> dict[str, str]:
     """Finds the layer that each name means.
 
     Args:
@@ -88,7 +88,7 @@ def resolve(names: Iterable[str], base: Mapping[str, BaseLayer]) -> dict[str, st
     _check_found(found, base)
     owners: dict[str, str] = {}
     for name, (path,) in found.items():
-        if base[path].kind is None:
+        if not base[path].in_files:
             raise AdapterError(
                 f"{name} is of {path}, a {base[path].name}; linear, embedding, convolution "
                 "and norm layers are supported"
@@ -117,7 +117,7 @@ def _candidates(name: str, index: Mapping[str, list[str]]) -> list[str]:
     return inside + index.get(rest, [])
 
 
-def _check_found(found: Mapping[str, list[str]], base: Mapping[str, BaseLayer]) -> None:
+def _check_found(found: Mapping[str, list[str]], base: Mapping[str, Layer]) -> None:
     several = [f"{name} ({' or '.join(paths)})" for name, paths in found.items() if len(paths) > 1]
     if several:
         raise AdapterError(

@@ -9,7 +9,7 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
+from lora_fx.layers.layer import Layer
 
 
 def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
@@ -30,7 +30,7 @@ def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpd
     return f"{path}.{name}", WeightUpdate("norm", added, (change,), tuple(change.shape), stored)
 
 
-def ia3_update(tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpdate:
+def ia3_update(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
     """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
 
     Source: ``lycoris/modules/ia3.py`` of 4.1.3.
@@ -43,18 +43,18 @@ def ia3_update(tensors: Mapping[str, torch.Tensor], layer: BaseLayer) -> AnyUpda
         AdapterError: one of the two is missing, or of another shape.
     """
     factors, side = tensors.get("weight"), tensors.get("on_input")
-    if factors is None or side is None or side.numel() != 1 or layer.shape is None:
+    if factors is None or side is None or side.numel() != 1:
         raise AdapterError(f"{sorted(tensors)}, expected weight, and on_input of one number")
     on_input = bool(side.item())
-    size = layer.shape[int(on_input)]
+    size = layer.own_shape[int(on_input)]
     if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
         raise AdapterError(f"weight is {tuple(factors.shape)}, expected ({size},)")
     wide = torch.promote_types(factors.dtype, torch.float32)
     vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
     if on_input:
         return Scaling(col=vector, stored=stored)
-    row = vector.reshape(-1, *[1] * (len(layer.shape) - 1))
-    return WeightUpdate("ia3", _scaled, (row,), layer.shape, stored)
+    row = vector.reshape(-1, *[1] * (len(layer.own_shape) - 1))
+    return WeightUpdate("ia3", _scaled, (row,), layer.own_shape, stored)
 
 
 def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

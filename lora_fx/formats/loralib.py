@@ -12,7 +12,6 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.by_end import check_all_used, value_for
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_base import check_base
@@ -21,6 +20,8 @@ from lora_fx.formats.loralib_layers import update_of
 from lora_fx.formats.loralib_write import ALPHAS, FUSED, PICKLES, contents
 from lora_fx.io.state_dict import metadata_of, read_file, write_file
 from lora_fx.io.strict_json import parse_object
+from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.layer import Layer
 
 
 def is_loralib(path: Path, names: Collection[str]) -> bool:
@@ -50,13 +51,13 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
         AdapterError: names the file, the tensor or hint, and what is wrong with it.
     """
     tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
-    base = {} if hints.base is None else layers_of(hints.base)
+    base = layers_of(hints.base)
     with within(path):
-        file = sort_keys(tensors, hints.base)
+        file = sort_keys(tensors, base)
         alphas = _alphas(texts, hints, file.layers)
         hints = replace(hints, enable_lora=_fused(texts, hints, file.layers))
         layers = {m: _layer(m, file.weights.get(m), base.get(m)) for m in file.layers}
-        tables = {module for module, own in base.items() if own.is_table}
+        tables = {module for module, own in base.items() if own.is_matrix and own.type.reads_ids}
         updates = {
             module: update_of(module, pair, layers[module], alphas[module], hints, module in tables)
             for module, pair in file.layers.items()
@@ -64,7 +65,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     for module, weight in file.weights.items():
         layer = layers[module]
         if hints.base is not None and layer is not None:
-            check_base(path, module, updates[module], weight, layer, hints)
+            check_base(path, module, updates[module], weight, layer, base, hints.strict)
     return Adapter(name, updates, file.replacements)
 
 
@@ -91,16 +92,14 @@ def write_loralib(adapter: Adapter, path: Path, hints: Hints, force: bool) -> No
     write_file(path, tensors, metadata, force, PICKLES)
 
 
-def _layer(
-    module: str, weight: torch.Tensor | None, base: BaseLayer | None
-) -> tuple[int, ...] | None:
+def _layer(module: str, weight: torch.Tensor | None, base: Layer | None) -> tuple[int, ...] | None:
     """(out, in / groups, *kernel) of a layer, from the base or from the file; None if unknown."""
-    if base is not None and not base.is_matrix:
+    if base is not None and not (base.is_matrix and base.in_files):
         raise AdapterError(
             f"{module} is of a {base.name}; linear, embedding and convolution layers are supported"
         )
     if base is not None or weight is None:
-        return None if base is None else base.shape
+        return None if base is None else base.own_shape
     # Of a matrix the pair tells more: an embedding's and some linear layers' are turned.
     return tuple(weight.shape) if weight.ndim > 2 else None
 

@@ -9,9 +9,8 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
-from lora_fx.formats.base_layers import parameter_of
-from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib_file import WEIGHT
+from lora_fx.layers.base_layers import BaseLayers
 
 
 def check_base(
@@ -20,7 +19,8 @@ def check_base(
     update: AnyUpdate,
     weight: torch.Tensor,
     layer: tuple[int, ...],
-    hints: Hints,
+    base: BaseLayers,
+    strict: bool,
 ) -> None:
     """Refuses, or with ``strict=False`` warns of, an adapted weight that is not the base's.
 
@@ -33,12 +33,13 @@ def check_base(
         update: of the layer.
         weight: as the file has it.
         layer: (out, in / groups, *kernel).
-        hints: ``base`` and ``strict`` are heeded.
+        base: what has the weight.
+        strict: refuse it.
 
     Raises:
         AdapterError: it is neither, and ``strict`` is set.
     """
-    own = parameter_of(hints.base, module + WEIGHT)
+    own = base.parameter(module + WEIGHT)
     if own is None:
         return
     wide = torch.promote_types(own.dtype, torch.float32)
@@ -52,7 +53,7 @@ def check_base(
         f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
         "give the base that the adapter was trained on"
     )
-    if hints.strict:
+    if strict:
         raise AdapterError(f"{message}, or pass strict=False to leave the weight out")
     warnings.warn(message, AdapterWarning, stacklevel=4)
 

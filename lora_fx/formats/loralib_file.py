@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.base_layers import parameter_of
 from lora_fx.formats.pairs import DOWN, UP, Layers, add, check_pairs
+from lora_fx.layers.base_layers import BaseLayers
 
 ROLES = {".lora_A": DOWN, ".lora_B": UP}
 WEIGHT, BIAS = ".weight", ".bias"
@@ -32,7 +32,7 @@ class LoralibFile:
     replacements: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def sort_keys(tensors: Mapping[str, torch.Tensor], base: object) -> LoralibFile:
+def sort_keys(tensors: Mapping[str, torch.Tensor], base: BaseLayers) -> LoralibFile:
     """Sorts every tensor of a file to its use.
 
     loralib freezes the weights that it adapts, so those of a whole state dict are the base's and
@@ -41,7 +41,7 @@ def sort_keys(tensors: Mapping[str, torch.Tensor], base: object) -> LoralibFile:
 
     Args:
         tensors: by key.
-        base: the model or graph, or None.
+        base: the layers of the model or graph, if it is given.
 
     Raises:
         AdapterError: a key without a use, or half of a pair.
@@ -78,7 +78,7 @@ def _outer(key: str, layers: Mapping[str, object]) -> str:
     return f"{module}.{leaf}" if owner != module and module in layers else key
 
 
-def _same(base: object, key: str, tensor: torch.Tensor) -> bool:
+def _same(base: BaseLayers, key: str, tensor: torch.Tensor) -> bool:
     """Whether the base has this tensor, as far as the file's dtype tells."""
-    own = None if base is None else parameter_of(base, key)
+    own = base.parameter(key)
     return own is not None and own.shape == tensor.shape and torch.equal(own.to(tensor), tensor)

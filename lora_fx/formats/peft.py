@@ -12,12 +12,12 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_config import read_config
 from lora_fx.formats.peft_keys import sort_keys
 from lora_fx.formats.peft_layers import read_layers, read_tokens
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.io.state_dict import read_file
+from lora_fx.layers.base_layers import layers_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -70,7 +70,7 @@ def assemble(
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
-    base = base_of(hints.base)
+    base = layers_of(hints.base)
     with within(weights):
         keys = sort_keys(tensors, config)
         updates, asked = read_layers(keys, config, base)

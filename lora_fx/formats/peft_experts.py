@@ -9,16 +9,16 @@ import torch
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_lora import DOWN, UP
 from lora_fx.formats.peft_places import Place
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_experts(
-    place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase
+    place: Place, tensors: Tensors, config: PeftConfig, base: BaseLayers
 ) -> WeightUpdate:
     """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
 
@@ -66,14 +66,14 @@ def read_experts(
     return WeightUpdate(kind, _added, values, shape, stored)
 
 
-def _is_transposed(place: Place, tensors: Tensors, base: PeftBase) -> bool:
+def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
-    assert base.model is not None
+    assert base.base is not None
     try:
-        module = base.model.get_submodule(place.module)
+        module = base.base.get_submodule(place.module)
     except AttributeError:
-        module = base.model
+        module = base.base
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said

@@ -10,7 +10,6 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_experts import read_experts
 from lora_fx.formats.peft_lora import DOWN, read_lora
 from lora_fx.formats.peft_places import Place, places_of
@@ -18,12 +17,13 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys
 from lora_fx.formats.peft_vera import projections
 from lora_fx.kinds import KINDS
+from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_layers(
-    keys: SortedKeys, config: PeftConfig, base: PeftBase
+    keys: SortedKeys, config: PeftConfig, base: BaseLayers
 ) -> tuple[dict[str, AnyUpdate], list[str]]:
     """Reads every layer of a file.
 
@@ -52,7 +52,7 @@ def read_layers(
     return updates, list(updates)
 
 
-def read_tokens(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> dict[str, AnyUpdate]:
+def read_tokens(keys: SortedKeys, config: PeftConfig, base: BaseLayers) -> dict[str, AnyUpdate]:
     """Reads the trained rows of every table of a file, and of the heads tied to them.
 
     Args:
@@ -77,14 +77,16 @@ def read_tokens(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> dict[st
     return updates
 
 
-def is_head(path: str, base: PeftBase) -> bool:
+def is_head(path: str, base: BaseLayers) -> bool:
     """Whether a layer with a row for each token is linear; without a base its name tells."""
-    if path in base.layers:
-        return path in base.linear
+    if base.shape_of(path):
+        return base[path].is_linear
     return "head" in path.rpartition(".")[2]
 
 
-def _rows(path: str, tensors: Tensors, settings: Mapping[str, object], base: PeftBase) -> AnyUpdate:
+def _rows(
+    path: str, tensors: Tensors, settings: Mapping[str, object], base: BaseLayers
+) -> AnyUpdate:
     own = {"head": is_head(path, base), **_shape(path, base)}
     with within(path):
         return KINDS["tokens"].read(tensors, {**settings, **own})
@@ -102,7 +104,7 @@ def _indices(path: str, config: PeftConfig) -> list[int]:
     )
 
 
-def _lora(place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase) -> AnyUpdate:
+def _lora(place: Place, tensors: Tensors, config: PeftConfig, base: BaseLayers) -> AnyUpdate:
     if place.parameter is None:
         return read_lora(place.asked, tensors, config)
     rank = config.rank_and_scale(place.asked)[0]
@@ -115,7 +117,7 @@ def _lora(place: Place, tensors: Tensors, config: PeftConfig, base: PeftBase) ->
     return replace(update, stored=Stored({}, settings))
 
 
-def _of_kind(path: str, tensors: Tensors, config: PeftConfig, base: PeftBase) -> AnyUpdate:
+def _of_kind(path: str, tensors: Tensors, config: PeftConfig, base: BaseLayers) -> AnyUpdate:
     settings = config.type.settings(config, path, tensors)
     rank = config.rank_and_scale(path)[0]
     for leaf in config.type.ranked:
@@ -129,5 +131,6 @@ def _of_kind(path: str, tensors: Tensors, config: PeftConfig, base: PeftBase) ->
     return KINDS[config.type.kind].read(tensors, {**settings, **_shape(path, base)})
 
 
-def _shape(path: str, base: PeftBase) -> dict[str, object]:
-    return {"shape": base.layers[path]} if path in base.layers else {}
+def _shape(path: str, base: BaseLayers) -> dict[str, object]:
+    shape = base.shape_of(path)
+    return {"shape": shape} if shape else {}

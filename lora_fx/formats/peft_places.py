@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.layers.base_layers import BaseLayers
 
 WRAPPED = ".base_layer"
 
@@ -34,7 +34,7 @@ class Place:
     shape: tuple[int, ...] | None = None
 
 
-def places_of(paths: Iterable[str], config: PeftConfig, base: PeftBase) -> dict[str, Place]:
+def places_of(paths: Iterable[str], config: PeftConfig, base: BaseLayers) -> dict[str, Place]:
     """Finds what each path of a file means.
 
     PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
@@ -78,9 +78,9 @@ def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Place:
 
 
 def _in_parameters(
-    module: str, nested: list[str], names: list[str], base: PeftBase
+    module: str, nested: list[str], names: list[str], base: BaseLayers
 ) -> dict[str, Place]:
-    shapes = base.parameters(module) if base.model is not None else {}
+    shapes = base.parameters(module) if base.base is not None else {}
     places = {}
     for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
         key = f"{module}.{name}"
@@ -89,7 +89,7 @@ def _in_parameters(
     return places
 
 
-def _parameters(module: str, nested: list[str], config: PeftConfig, base: PeftBase) -> list[str]:
+def _parameters(module: str, nested: list[str], config: PeftConfig, base: BaseLayers) -> list[str]:
     """The parameters of a module that are adapted, in the order it registered them."""
     names, open_ended = [], False
     for target in config.target_parameters:
@@ -100,11 +100,9 @@ def _parameters(module: str, nested: list[str], config: PeftConfig, base: PeftBa
     if not names:
         return []
     found = names
-    if base.model is not None:
+    if base.base is not None:
         found = [name for name in base.parameters(module) if name in names]
-    if (base.model is None and (open_ended or len(names) > 1)) or (
-        base.is_graph and len(found) > 1
-    ):
+    if (base.base is None and (open_ended or len(names) > 1)) or (base.is_graph and len(found) > 1):
         raise AdapterError(
             f"{module}: target_parameters may mean {', '.join(names)} of it, and which, "
             "and in which order, the file does not say; pass base=, the model itself"

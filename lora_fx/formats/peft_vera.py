@@ -10,12 +10,14 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys
+from lora_fx.layers.base_layers import BaseLayers
 
 
-def projections(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> Mapping[str, torch.Tensor]:
+def projections(
+    keys: SortedKeys, config: PeftConfig, base: BaseLayers
+) -> Mapping[str, torch.Tensor]:
     """``vera_A`` (r, widest in) and ``vera_B`` (widest out, r) of all layers of a file.
 
     A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
@@ -38,13 +40,13 @@ def projections(keys: SortedKeys, config: PeftConfig, base: PeftBase) -> Mapping
         )
     if saved:
         return keys.shared
-    unknown = [path for path in keys.layers if path not in base.layers]
+    unknown = [path for path in keys.layers if not base.shape_of(path)]
     if unknown:
         raise AdapterError(
             f"save_projection is False, so the projections are drawn from a seed, as wide "
             f"as the widest layer; pass base=, a model that has {', '.join(unknown[:3])}"
         )
-    shapes = [base.layers[path] for path in keys.layers]
+    shapes = [base.shape_of(path) for path in keys.layers]
     out, into = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
     generator = torch.Generator().manual_seed(config.options.projection_prng_key)
     down = _drawn(config.r, into, generator)

@@ -6,7 +6,7 @@ from torch import fx
 
 from lora_fx.graph.ops import HOLDER, module_path
 from lora_fx.graph.traced_module import TracedModule
-from lora_fx.layers.layer import layer_class
+from lora_fx.layers.layer import layer_of
 from lora_fx.layers.sites import Site, sites
 
 
@@ -30,4 +30,4 @@ def _holder(site: Site, model: TracedModule) -> str | None:
         return None
     own, held = model.parameters(calls), model.parameters(holds).get(leaf)
     is_own = any(value is held for value in own.values())  # tied
-    return None if held is None or is_own or layer_class(holds) else holder
+    return None if held is None or is_own or layer_of(holds) else holder

@@ -45,6 +45,12 @@ def example_of(gm: fx.GraphModule) -> Example | None:
     return example if isinstance(example, Example) else None
 
 
+def aliases_of(gm: fx.GraphModule) -> Mapping[str, tuple[str, ...]]:
+    """Path of a module that has several names -> its other names."""
+    example = example_of(gm)
+    return example.aliases if example else {}
+
+
 def forget_model(gm: fx.GraphModule) -> None:
     """Notes that a graph no longer computes what the module that was traced does."""
     example = example_of(gm)

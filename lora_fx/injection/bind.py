@@ -1,182 +1,195 @@
-"""Binds an adapter to a graph: which update goes to which sites, or why it does not fit."""
+"""Binds an adapter to layers: which update goes to which of them, or why it does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
 
-from lora_fx.adapters.adapter import Adapter, WeightUpdate
-from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.graph.example import example_of
-from lora_fx.graph.graph_module import attribute, is_free
-from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.injection.conform import fitted
-from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import branches_of, parameter_names
-from lora_fx.layers.sites import Site, readers
-from lora_fx.layers.weight_readers import check_one_way, check_reached
-
-Groups = Mapping[str, list[Site]]
+from lora_fx.injection.conform import fits, fitted
+from lora_fx.layers.base_layers import BaseLayers
 
 
-def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool) -> dict[str, str]:
-    """Matches an adapter against the layers of a graph.
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """An adapter and the layers that it means.
 
-    Returns:
-        What does not match, by path, with the reason: empty if ``strict``.
+    Attributes:
+        adapter: as it was given.
+        meant: path that the adapter has -> paths that the base has for it; none for a table that
+            is never called itself, whose rows those who share it have.
+        updates: by the base's path, each in the shape of its layer.
+        replaced: tensors that take the place of the base's, by the base's names.
+        refused: path or name that the base has nothing for -> the reason.
+    """
+
+    adapter: Adapter
+    meant: Mapping[str, Sequence[str]]
+    updates: Mapping[str, AnyUpdate]
+    replaced: Mapping[str, torch.Tensor]
+    refused: Mapping[str, str]
+
+    def renamed(self) -> Adapter:
+        """The adapter by the paths of the base."""
+        return replace(self.adapter, updates=self.updates, replacements=self.replaced)
+
+
+def bind(layers: BaseLayers, adapter: Adapter) -> Binding:
+    """Finds what each update and each replaced tensor of an adapter means in a base.
+
+    A module that has several names is called by some of them in a graph, and a file may name a
+    parameter where the graph has the layer that reads it.
+
+    Args:
+        layers: of the base.
+        adapter: to bind.
 
     Raises:
-        AdapterError: a shape differs, the name is taken, or, if ``strict``, anything is left over.
+        AdapterError: an update is made for a layer of another shape; two paths mean one layer,
+            with values that differ; or rows are trained of a table that another layer shares,
+            which the file leaves open.
     """
-    known = {path: update for path, update in adapter.updates.items() if path in groups}
-    _check_name(gm, adapter.name, [groups[path][0] for path in known])
-    for path, update in known.items():
-        with within(f"adapter {adapter.name}, {path}"):
-            fitted(update, groups[path][0])
-            check_reached(gm, path, groups)
-            if not isinstance(update, WeightUpdate):
-                check_one_way(groups[path])
-    unknown = [path for path in adapter.updates if path not in groups]
-    unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
-    _check_replaced(gm, adapter)
-    skipped = dict.fromkeys(unknown, "no layer of the graph has this path")
-    skipped |= _unknown_parameters(gm, adapter)
-    if skipped and strict:
-        raise AdapterError(_unmatched(adapter, list(skipped), list(groups)))
-    missing = _missing(gm, adapter, groups)
-    if missing and strict:
-        raise AdapterError(
-            f"adapter {adapter.name}: its config targets layers that its file has no tensors for: "
-            f"{shorten(missing)}. Save the adapter again, or pass strict=False to leave them as "
-            "the base has them"
-        )
-    return skipped | dict.fromkeys(missing, "targeted by the config, absent from the file")
+    found: dict[str, list[str]] = {}
+    updates: dict[str, AnyUpdate] = {}
+    refused: dict[str, str] = {}
+    for given, update in adapter.updates.items():
+        meant = _meant(layers, given, update)
+        if not meant and not _is_shared(given, adapter, layers):
+            refused[given] = "no layer of the graph has this path"
+            continue
+        for path in meant:
+            known = next((other for other, paths in found.items() if path in paths), given)
+            if not _are_same(update, adapter.updates[known]):
+                raise AdapterError(
+                    f"adapter {adapter.name}: {known} and {given} are one layer of the model "
+                    f"({path}), and the two updates differ: leave out the one that is not meant"
+                )
+            with within(f"adapter {adapter.name}, {path}"):
+                updates[path] = _in_shape(layers, path, update)
+        found[given] = meant
+    _check_shared_tokens(adapter.name, updates, layers)
+    replaced = _replaced(layers, adapter, refused)
+    return Binding(adapter, found, updates, replaced, refused)
 
 
-def fresh_targets(gm: fx.GraphModule, config: LoraConfig, groups: Groups) -> list[str]:
-    """The paths of the layers that a config targets.
-
-    Raises:
-        AdapterError: the config matches no layer, or the name is taken.
-    """
-    example = example_of(gm)
-    head = example.output_embedding if example else None
-    rule = config.rule
-    paths = [p for p, calls in groups.items() if _targets(rule, p, calls[0], head)]
-    if not paths:
-        raise AdapterError(
-            f"target_modules={config.target_modules!r} match none of the "
-            f"{len(groups)} layers: {shorten(list(groups)) or 'none'}"
-        )
-    _check_name(gm, config.name, [groups[path][0] for path in paths])
-    for path in paths:
-        with within(f"adapter {config.name}, {path}"):
-            check_reached(gm, path, groups)
-            check_one_way(groups[path])
-    return paths
+def targeted(rule: TargetRule | None, layers: BaseLayers) -> list[str]:
+    """The layers that a rule means, if there is one."""
+    return [] if rule is None else [path for path in layers if _targets(rule, path, layers)]
 
 
-def _targets(rule: TargetRule, path: str, site: Site, head: str | None) -> bool:
+def _targets(rule: TargetRule, path: str, layers: BaseLayers) -> bool:
     """Whether a rule means a layer; "all-linear" leaves out heads and what is no linear module."""
-    if rule.is_all_linear and (not site.is_linear or site.bare or site.packed or path == head):
+    is_module = layers[path].is_linear and not layers.is_bare(path) and not layers.is_packed(path)
+    if rule.is_all_linear and (not is_module or path == layers.head):
         return False
     return rule.matches(path)
 
 
-def _check_name(gm: fx.GraphModule, name: str, layers: list[Site]) -> None:
-    taken = [site.path for site in layers if name in {b.name for b in branches_of(site)}]
-    if taken:
-        raise AdapterError(
-            f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
-            "load this one with another name="
-        )
-    wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
-    used = [n for n in wanted if not is_free(gm, n)]
-    if used:
-        raise AdapterError(
-            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
-            "has taken; load this one with another name="
-        )
+def _meant(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
+    """What a path is called in the base: nothing, where the base has nothing for it."""
+    named = [name for name in (path, *layers.aliases.get(path, ())) if name in layers]
+    return named or _stored_at(layers, path, update) or _parameter(layers, path, update)
 
 
-def _is_read(gm: fx.GraphModule, adapter: Adapter, path: str) -> bool:
-    """Whether a path is that of a parameter which its update makes anew, layer or no layer.
+def _stored_at(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
+    """The layers whose weight is stored under a path, or below it, and that the update fits."""
+    found = [p for p, name in layers.weights.items() if name in (path, f"{path}.weight")]
+    own = [p for p in layers if layers.is_bare(p) and p.rpartition(".")[0] == path]
+    if not found and len(own) == 1:  # a module that holds one matrix, whatever it calls it
+        found = own
+    fitting = [p for p in found if fits(update, layers[p])]
+    return fitting if len({layers[p].kind for p in fitting}) == 1 else []
 
-    Raises:
-        AdapterError: the parameter is of another shape.
-    """
-    update = adapter.updates[path]
-    found = next(readers(gm, path), None) if isinstance(update, WeightUpdate) else None
-    if found is None:
-        return False
-    shape = tuple(get_unevaluated(gm, str(found[1].target)).shape)
+
+def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
+    """A parameter that no layer alone reads, such as one that holds experts."""
+    names = (path, f"{path}.weight") if isinstance(update, WeightUpdate) else ()
+    return next(([name] for name in names if layers.unevaluated(name) is not None), [])
+
+
+def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
+    if path in layers:
+        return fitted(update, layers[path])
+    shape = tuple(getattr(layers.unevaluated(path), "shape", ()))
     sizes = zip(update.shape, shape, strict=False)
     if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
         raise AdapterError(
-            f"adapter {adapter.name}, {path}: made for a parameter {update.shape}, the model's is "
-            f"{shape}. Use the base that it was trained on"
+            f"made for a parameter {update.shape}, the model's is {shape}. Use the base that it "
+            "was trained on"
         )
-    return True
+    return update
 
 
-def _unknown_parameters(gm: fx.GraphModule, adapter: Adapter) -> dict[str, str]:
-    unknown = {}
+def _is_shared(path: str, adapter: Adapter, layers: BaseLayers) -> bool:
+    """Whether rows are of a table that is never called itself: those who share it have them."""
+    tokens = {p: u for p, u in adapter.updates.items() if u.kind == "tokens"}
+    return path in tokens and _address(tokens[path]) in {
+        _address(update) for other, update in tokens.items() if other in layers
+    }
+
+
+def _address(update: AnyUpdate) -> int:
+    """Where what a file held of an update is: the same if it is given for several modules."""
+    held = update.stored.tensors.values() if update.stored else ()
+    first: torch.Tensor = next(iter((*held, *update.tensors())))
+    return int(first.data_ptr())
+
+
+def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:
+    """Whether two updates, of two names of one module, hold the same numbers."""
+    pairs = zip(one.tensors(), other.tensors(), strict=False)
+    scales = (getattr(one, "scale", None), getattr(other, "scale", None))
+    counts = len(list(one.tensors())), len(list(other.tensors()))
+    same = one.kind == other.kind and counts[0] == counts[1] and scales[0] == scales[1]
+    return one is other or (same and all(_are_equal(a, b) for a, b in pairs))
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _check_shared_tokens(name: str, updates: Mapping[str, AnyUpdate], layers: BaseLayers) -> None:
+    """Refuses rows of a shared table that are not said of all who share it.
+
+    PEFT stores them once, and gives a tied head the same rows without a word in the file.
+    """
+    tables = {p for p, u in updates.items() if u.kind == "tokens" and p in layers.weights}
+    weights = {layers.weights[path] for path in tables}
+    sharing = [p for p, weight in layers.weights.items() if weight in weights and p not in updates]
+    if sharing:
+        raise AdapterError(
+            f"adapter {name}: trained tokens of {shorten(sorted(tables))}, whose table "
+            f"{shorten(sharing)} shares: the file does not say whether the rows are meant there "
+            "too; load it with base=, the model"
+        )
+
+
+def _replaced(
+    layers: BaseLayers, adapter: Adapter, refused: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """The replaced tensors by the names that the base has for them."""
+    found: dict[str, torch.Tensor] = {}
+    given: dict[str, str] = {}
     for name, value in adapter.replacements.items():
-        found = next(readers(gm, name), None)
-        if found is None:
-            unknown[name] = "no layer of the graph reads a parameter of this name"
-        elif (shape := attribute(gm, str(found[1].target)).shape) != value.shape:
-            raise AdapterError(
-                f"adapter {adapter.name}, {name}: shape {tuple(value.shape)}, "
-                f"the model's is {tuple(shape)}. Use the base that it was trained on"
-            )
-    return unknown
-
-
-def _check_replaced(gm: fx.GraphModule, adapter: Adapter) -> None:
-    """Refuses what another adapter has replaced by something else: there is no sum of the two."""
-    for record in injected(gm):
-        known = record.adapter.replacements
-        both = [name for name in adapter.replacements if name in known]
-        others = [n for n in both if not torch.equal(known[n], adapter.replacements[n])]
-        if others and not record.fresh:
-            raise AdapterError(
-                f"adapter {adapter.name}: {shorten(others)} is replaced by adapter "
-                f"{record.adapter.name} too, and the values differ: leave one of them out"
-            )
-
-
-def _missing(gm: fx.GraphModule, adapter: Adapter, groups: Groups) -> list[str]:
-    rule = adapter.expects
-    if rule is None:
-        return []
-    example = example_of(gm)
-    head = example.output_embedding if example else None
-    meant = [p for p, calls in groups.items() if _targets(rule, p, calls[0], head)]
-    return [path for path in meant if path not in adapter.updates]
-
-
-def _unmatched(adapter: Adapter, unknown: list[str], paths: list[str]) -> str:
-    message = (
-        f"adapter {adapter.name}: {len(unknown)} targets match nothing in the graph: "
-        f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
-        f"{shorten(paths) or 'none'}."
-    )
-    prefix = _common_prefix(unknown, paths)
-    if prefix:
-        message += (
-            f" The paths differ by {prefix!r}: trace the module that the adapter was made for."
-        )
-    return f"{message} Pass strict=False to leave them out"
-
-
-def _common_prefix(unknown: list[str], paths: list[str]) -> str | None:
-    for one, two in ((unknown, paths), (paths, unknown)):
-        longer = next((path for path in two if path.endswith(f".{one[0]}")), None) if one else None
-        if longer:
-            return longer.removesuffix(one[0])
-    return None
+        module, dot, leaf = name.rpartition(".")
+        several = (name, *(f"{path}{dot}{leaf}" for path in layers.aliases.get(module, ())))
+        called = {n: own for n in several if (own := layers.unevaluated(n)) is not None}
+        if not called:
+            refused[name] = "no layer of the graph reads a parameter of this name"
+        for known, own in called.items():
+            if own.shape != value.shape:
+                raise AdapterError(
+                    f"adapter {adapter.name}, {known}: shape {tuple(value.shape)}, the model's is "
+                    f"{tuple(own.shape)}. Use the base that it was trained on"
+                )
+            if known in given and not _are_equal(value, found[known]):
+                raise AdapterError(
+                    f"adapter {adapter.name}: {given[known]} and {name} are one parameter of the "
+                    "model, and the two values differ: leave out the one that is not meant"
+                )
+            given[known], found[known] = name, value
+    return found

@@ -46,6 +46,15 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
     return dense(update)
 
 
+def fits(update: AnyUpdate, site: Layer) -> bool:
+    """Whether `fitted` would bring an update into the shape of a layer."""
+    try:
+        fitted(update, site)
+    except AdapterError:
+        return False
+    return True
+
+
 def dense(update: Update) -> WeightUpdate:
     """``W + delta``, evaluated: for a layer that has no form in two factors."""
     bias = None if update.bias is None else update.scale * update.bias

@@ -9,9 +9,9 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.injection.bind import Binding
 from lora_fx.injection.injected_adapters import Bound, Injected, add, value_part
 from lora_fx.injection.match_branch import branches_of, parameter_names
-from lora_fx.layers.layer import Layer
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
 from lora_fx.layers.sites import Site
 
@@ -32,11 +32,9 @@ def weight_name(site: Site) -> str:
     return site.path if site.bare else f"{site.path}.{leaf}"
 
 
-def bind(
+def note_binding(
     gm: fx.GraphModule,
-    given: Adapter,
-    adapter: Adapter,
-    meant: Mapping[str, Sequence[str]],
+    binding: Binding,
     groups: Groups,
     beside: Beside,
     skipped: Collection[str],
@@ -45,24 +43,20 @@ def bind(
 
     Args:
         gm: the graph.
-        given: the adapter as it was given.
-        adapter: the same by the graph's paths.
-        meant: path of ``given`` -> the graph's paths.
-        groups: the layers, by the graph's paths.
-        beside: which adapters stood there already, by the graph's paths.
-        skipped: what was left out, by the graph's paths.
+        binding: of the adapter to the graph's layers.
+        groups: the calls of the layers.
+        beside: which adapters stood at each layer already.
+        skipped: replaced tensors that were left out.
 
     Raises:
         AdapterError: an update has not come into the graph.
     """
+    given = binding.adapter
     bound = {
         path: tuple(
-            _bound(gm, adapter.name, name, adapter.updates[name], groups, beside)
-            for name in names
-            if name not in skipped
+            _bound(gm, given.name, name, binding.updates[name], groups, beside) for name in names
         )
-        for path, names in meant.items()
-        if not names or set(names) - set(skipped)
+        for path, names in binding.meant.items()
     }
     lost = [
         path
@@ -77,11 +71,10 @@ def bind(
     kept = {path: given.updates[path] for path in bound}
     replaced = {n: t for n, t in given.replacements.items() if n not in skipped}
     known = replace(given, updates=kept, replacements=replaced)
-    record = Injected(known, tensors_of(given), False, bound)
-    add(gm, record)
+    add(gm, Injected(known, tensors_of(given), False, bound))
 
 
-def bind_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
+def note_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
     """Makes a graph remember an adapter that trains, whose values are the graph's alone."""
     bound = {
         path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[union-attr]
@@ -118,12 +111,5 @@ def _bound(
     count = len(update.values) if isinstance(update, WeightUpdate) else 1
     values = value_names(path, adapter, count, bare)
     names = {**parts, **{value_part(place): name for place, name in enumerate(values)}}
-    layer = None if site is None else _plain(site)
+    layer = None if site is None else site.layer
     return Bound.of(gm, layer, names, scale, beside.get(path, frozenset()))
-
-
-def _plain(site: Site) -> Layer:
-    """The layer without the nodes of a graph."""
-    return Layer(
-        path=site.path, kind=site.kind, shape=site.shape, dtype=site.dtype, groups=site.groups
-    )

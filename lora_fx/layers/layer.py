@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ class Layer:
     Attributes:
         path: path of the module.
         kind: the name of its `LayerType`: ``"linear"``, ``"linear_transposed"`` (transformers'
-            Conv1D), ``"embedding"``, ``"conv2d"``, ``"conv_transpose2d"``, ...
+            Conv1D), ``"embedding"``, ``"conv2d"``, ``"conv_transpose2d"``, ...; ``"norm"``; or
+            ``""`` of another module that has a weight.
         shape: (out, in, *kernel), whatever way W is stored; in is that of x, however many groups.
+            Of what is no matrix the weight's own.
         dtype: of W.
         groups: of a convolution.
+        name: what messages call it: its class, or its operator.
     """
 
     path: str
@@ -29,30 +32,43 @@ class Layer:
     shape: tuple[int, ...]
     dtype: torch.dtype
     groups: int = 1
+    name: str = field(default="", compare=False)
 
     @property
     def type(self) -> LayerType:
-        """What is known of its kind."""
+        """What is known of its kind, if it is a matrix."""
         return TYPES[self.kind]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has an input and an output side."""
+        return self.kind in TYPES
+
+    @property
+    def in_files(self) -> bool:
+        """Whether it is of a type that files of adapters have updates of."""
+        return self.kind == NORM or (self.is_matrix and self.type.in_files)
 
     @property
     def is_linear(self) -> bool:
         """Whether it acts on the last axis of activations."""
-        return self.type.is_linear
+        return self.is_matrix and self.type.is_linear
 
     @property
     def is_conv(self) -> bool:
         """Whether it has a kernel."""
-        return self.type.kernel > 0
+        return self.is_matrix and self.type.kernel > 0
 
     @property
     def transposed(self) -> bool:
         """Whether W is stored as (in, out), or (in, out / groups, *kernel)."""
-        return self.type.transposed
+        return self.is_matrix and self.type.transposed
 
     @property
     def own_shape(self) -> tuple[int, ...]:
         """(out, in / groups, *kernel): each output of a grouped convolution sees one group."""
+        if not self.is_matrix:
+            return self.shape
         out, into, *kernel = self.shape
         return out, into // self.groups, *kernel
 
@@ -72,51 +88,36 @@ class Layer:
         return self.shape[0]
 
 
-@dataclass(frozen=True)
-class LayerClass:
-    """A layer that an adapter can act on.
-
-    Attributes:
-        kind: the name of a `LayerType`, or ``"norm"``.
-        shape: (out, in / groups, *kernel) of the weight, whatever way it is stored: an embedding
-            of (num, dim) is (dim, num); of a norm the weight's own.
-        groups: of a convolution.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    groups: int = 1
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored with its first two axes the other way round."""
-        return self.kind in TYPES and TYPES[self.kind].transposed
-
-
-def layer_class(module: nn.Module) -> LayerClass | None:
+def layer_of(module: nn.Module, path: str = "") -> Layer | None:
     """Tells a layer by its class; None for a module that is none, or of no known kind.
 
     A linear layer is ``nn.Linear``, or what is derived from it, or transformers' Conv1D, told
     without importing transformers. A norm is a module that is called one and has a weight.
     """
-    known = reversed(TYPES.values())  # what was registered last may be derived from another
-    found = next((layer for layer in known if isinstance(module, layer.classes)), None)
-    if found is TYPES["linear"]:
-        # Of loralib's layers, which store the weight as (in, out) if told to.
-        turned = getattr(module, "fan_in_fan_out", False) is True
+    found, weight = _type_of(module), getattr(module, "weight", None)
+    name, dtype = type(module).__name__, getattr(weight, "dtype", torch.float32)
+    if found is not None and found.is_linear and hasattr(module, "out_features"):
         shape: Any = module.out_features, module.in_features
-        return LayerClass("linear_transposed" if turned else "linear", shape)
-    weight = getattr(module, "weight", None)
+        return Layer(path=path, kind=found.name, shape=shape, dtype=dtype, name=name)
     if not isinstance(weight, nn.Parameter):
         return None
+    if found is None:
+        is_norm, shape = "norm" in name.lower() and weight.ndim >= 1, tuple(weight.shape)
+        return Layer(path=path, kind=NORM, shape=shape, dtype=dtype, name=name) if is_norm else None
+    groups = int(getattr(module, "groups", 1)) if found.kernel else 1
+    out, into, *kernel = found.canonical_shape(tuple(weight.shape), groups)
+    shape = out, into * groups, *kernel
+    return Layer(path=path, kind=found.name, shape=shape, dtype=dtype, groups=groups, name=name)
+
+
+def _type_of(module: nn.Module) -> LayerType | None:
     if is_conv1d_of_transformers(module):
-        found = TYPES["linear_transposed"]
-    if found is not None:
-        groups = int(getattr(module, "groups", 1)) if found.kernel else 1
-        shape = found.canonical_shape(tuple(weight.shape), groups)
-        return LayerClass(found.name, shape, groups)
-    is_norm = "norm" in type(module).__name__.lower() and weight.ndim >= 1
-    return LayerClass(NORM, tuple(weight.shape)) if is_norm else None
+        return TYPES["linear_transposed"]
+    known = reversed(TYPES.values())  # what was registered last may be derived from another
+    found = next((layer for layer in known if isinstance(module, layer.classes)), None)
+    # Of loralib's layers, which store the weight as (in, out) if told to.
+    turned = found is TYPES["linear"] and getattr(module, "fan_in_fan_out", False) is True
+    return TYPES["linear_transposed"] if turned else found
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:

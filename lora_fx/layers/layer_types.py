@@ -327,7 +327,7 @@ LINEAR = register(
     )
 )
 register(
-    LayerType(  # transformers' Conv1D, which `layer_class` tells by its name
+    LayerType(  # transformers' Conv1D, which `layer_of` tells by its name
         name="linear_transposed",
         operators={
             aten.addmm.default: Operands(x=1, weight=2, bias=0, unbiased=aten.linear.default)

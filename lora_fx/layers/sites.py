@@ -76,9 +76,15 @@ class Site(Layer):
     @property
     def bare(self) -> bool:
         """Whether the weight is a parameter that no module of its own holds."""
-        name = self.path.rpartition(".")[2]
-        is_named = name == _leaf(self.weight) and name != "weight"
-        return is_named or self.path == self.weight.target
+        return is_bare(self.path, str(self.weight.target))
+
+    @property
+    def layer(self) -> Layer:
+        """The layer without the nodes of a graph."""
+        return Layer(
+            path=self.path, kind=self.kind, shape=self.shape, dtype=self.dtype,
+            groups=self.groups, name=self.kind,
+        )  # fmt: skip
 
     @property
     def spelled(self) -> bool:
@@ -146,8 +152,10 @@ def is_factor(target: str) -> bool:
     return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
 
 
-def _leaf(weight: fx.Node) -> str:
-    return str(weight.target).rpartition(".")[2]
+def is_bare(path: str, weight: str) -> bool:
+    """Whether a layer is called as its weight is, which no module of its own holds."""
+    leaf = path.rpartition(".")[2]
+    return path == weight or (leaf == weight.rpartition(".")[2] and leaf != "weight")
 
 
 def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:

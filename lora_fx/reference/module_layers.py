@@ -11,8 +11,8 @@ from torch import nn
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.traced_module import TracedModule
-from lora_fx.layers.layer import Layer, layer_class
-from lora_fx.layers.layer_types import NORM, TYPES
+from lora_fx.layers.layer import Layer, layer_of
+from lora_fx.layers.layer_types import TYPES
 
 
 class NoWeightFormError(Exception):
@@ -89,11 +89,9 @@ def _layer(
     hint: Layer | None,
 ) -> Layer | None:
     held = traced.parameters(module)[leaf]
-    known = layer_class(module) if leaf == "weight" else None
-    if known is not None and known.kind != NORM:
-        out, into, *kernel = known.shape
-        shape = (out, into * known.groups, *kernel)
-        return Layer(path=path, kind=known.kind, shape=shape, dtype=held.dtype, groups=known.groups)
+    known = layer_of(module, path) if leaf == "weight" else None
+    if known is not None and known.is_matrix:
+        return replace(known, dtype=held.dtype)
     stored = tuple(held.shape)
     if isinstance(update, WeightUpdate) and (len(stored) != 2 or _fits(update.shape, stored)):
         return None

@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer, layers_of
 from lora_fx.formats.kohya_layers import updates_of
+from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative
 
 NAME = "lora_unet_x"
@@ -120,4 +120,4 @@ def test_tensors_that_are_not_of_the_layer_are_refused(
 
 
 def test_a_layer_that_no_adapter_acts_on_is_not_asked_for() -> None:
-    assert BaseLayer("ConvTranspose1d").is_matrix is False
+    assert layers_of(nn.ModuleDict({"x": nn.ConvTranspose1d(3, 5, 1)}))["x"].in_files is False

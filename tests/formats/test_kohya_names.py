@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.base_layers import BaseLayer
 from lora_fx.formats.kohya_names import check_part, flat, name_of, part_of, resolve
+from lora_fx.layers.layer import Layer
 
-LINEAR = BaseLayer("Linear", "linear", (5, 3))
+
+def layer(name: str, kind: str, shape: tuple[int, ...]) -> Layer:
+    return Layer(path="", kind=kind, shape=shape, dtype=torch.float32, name=name)
+
+
+LINEAR = layer("Linear", "linear", (5, 3))
 
 
 def found(names: list[str], *paths: str) -> list[str]:
@@ -73,9 +79,9 @@ def test_two_names_of_one_layer_ask_for_one_part() -> None:
 
 def test_layers_of_all_kinds_are_meant() -> None:
     kinds = {
-        "a.b": BaseLayer("Conv2d", "conv2d", (5, 3, 3, 3)),
-        "a.c": BaseLayer("LayerNorm", "norm", (5,)),
-        "d": BaseLayer("Embedding", "embedding", (5, 11)),
+        "a.b": layer("Conv2d", "conv2d", (5, 3, 3, 3)),
+        "a.c": layer("LayerNorm", "norm", (5,)),
+        "d": layer("Embedding", "embedding", (5, 11)),
     }
     names = ["lycoris_a_b", "lycoris_a_c", "lycoris_d"]
     assert list(resolve(names, kinds).values()) == list(kinds)
@@ -83,7 +89,9 @@ def test_layers_of_all_kinds_are_meant() -> None:
 
 def test_a_layer_that_no_adapter_acts_on_is_refused_by_name() -> None:
     with pytest.raises(AdapterError, match=r"_a_b is of a\.b, a ConvTranspose2d; linear, "):
-        resolve(["lora_unet_a_b"], {"a.b": BaseLayer("ConvTranspose2d")})
+        resolve(
+            ["lora_unet_a_b"], {"a.b": layer("ConvTranspose2d", "conv_transpose2d", (5, 3, 1, 1))}
+        )
 
 
 @pytest.mark.parametrize(

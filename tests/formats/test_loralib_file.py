@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.loralib_file import sort_keys
+from lora_fx.layers.base_layers import layers_of
 
 PAIR = {"fc.lora_A": torch.ones(2, 3), "fc.lora_B": torch.ones(5, 2)}
 WEIGHT = {"fc.weight": torch.ones(5, 3)}
@@ -15,32 +16,32 @@ NORM = {"norm.weight": torch.ones(5), "norm.bias": torch.zeros(5)}
 
 
 def test_an_adapter_has_pairs_and_biases() -> None:
-    found = sort_keys(PAIR | {"fc.bias": torch.ones(5)}, None)
+    found = sort_keys(PAIR | {"fc.bias": torch.ones(5)}, layers_of(None))
     assert list(found.layers) == ["fc"]
     assert found.weights == {}
     assert list(found.replacements) == ["fc.bias"]
 
 
 def test_a_whole_model_has_weights_and_everything_else() -> None:
-    found = sort_keys(PAIR | WEIGHT | NORM, None)
+    found = sort_keys(PAIR | WEIGHT | NORM, layers_of(None))
     assert list(found.weights) == ["fc"]
     assert set(found.replacements) == set(NORM)
 
 
 def test_what_the_base_has_is_left_out() -> None:
     base = nn.ModuleDict({"fc": nn.Linear(3, 5), "norm": nn.LayerNorm(5)})
-    assert sort_keys(PAIR | WEIGHT | NORM, base).replacements == {}
+    assert sort_keys(PAIR | WEIGHT | NORM, layers_of(base)).replacements == {}
     trained = NORM | {"norm.bias": torch.full((5,), 0.5)}
     for dtype in (torch.float32, torch.float16):
         state = {key: value.to(dtype) for key, value in (PAIR | WEIGHT | trained).items()}
-        assert list(sort_keys(state, base).replacements) == ["norm.bias"]
-    alone = sort_keys(PAIR | {"norm.bias": NORM["norm.bias"]}, base)
+        assert list(sort_keys(state, layers_of(base)).replacements) == ["norm.bias"]
+    alone = sort_keys(PAIR | {"norm.bias": NORM["norm.bias"]}, layers_of(base))
     assert list(alone.replacements) == ["norm.bias"]
 
 
 def test_a_convolution_s_own_parameters_are_those_of_its_child() -> None:
     state = {"fc.conv.weight": torch.ones(5, 3, 1), "fc.conv.bias": torch.ones(5)}
-    found = sort_keys(PAIR | state | {"other.conv.bias": torch.ones(5)}, None)
+    found = sort_keys(PAIR | state | {"other.conv.bias": torch.ones(5)}, layers_of(None))
     assert list(found.weights) == ["fc"]
     assert list(found.replacements) == ["fc.bias", "other.conv.bias"]
 
@@ -60,4 +61,4 @@ def test_a_convolution_s_own_parameters_are_those_of_its_child() -> None:
 )
 def test_a_key_without_a_use_is_named(more: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
-        sort_keys(PAIR | more, None)
+        sort_keys(PAIR | more, layers_of(None))

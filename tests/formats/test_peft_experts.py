@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError
-from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_experts import read_experts
 from lora_fx.formats.peft_places import Place
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
+from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative
 
 CONFIG = PeftConfig(LORA, r=2, alpha=3)
@@ -39,7 +39,7 @@ def test_every_expert_has_its_own_product(is_transposed: bool) -> None:
     shape = (4, 3, 5) if is_transposed else (4, 5, 3)
     model = base(shape, is_transposed)
     place = Place("experts.kernel", "experts.kernel", "experts", "kernel", shape=shape)
-    update = read_experts(place, factors(), CONFIG, base_of(model))
+    update = read_experts(place, factors(), CONFIG, layers_of(model))
     weight = torch.randn(shape)
     found = update.weight(weight)
     down, up = factors()["lora_A.weight"], factors()["lora_B.weight"]
@@ -63,11 +63,11 @@ def test_square_experts_of_a_graph_are_refused() -> None:
     place = Place("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
     tensors = factors() | {"lora_B.weight": torch.ones(3, 8)}
     with pytest.raises(AdapterError, match=r"3 by 3, and a graph does not say .* the model itself"):
-        read_experts(place, tensors, CONFIG, base_of(gm))
+        read_experts(place, tensors, CONFIG, layers_of(gm))
 
 
 def test_other_tensors_are_refused() -> None:
     place = Place("experts.kernel", "experts.kernel", "experts", "kernel", shape=(4, 5, 3))
     tensors = {"lora_A.weight": torch.ones(8, 3)}
     with pytest.raises(AdapterError, match=r"^has \['lora_A\.weight'\], expected"):
-        read_experts(place, tensors, CONFIG, base_of(base((4, 5, 3), False)))
+        read_experts(place, tensors, CONFIG, layers_of(base((4, 5, 3), False)))

@@ -8,11 +8,11 @@ import torch
 
 from lora_fx import Update
 from lora_fx.adapters.source_record import Stored
-from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_paths import Home, homes_of
 from lora_fx.formats.peft_places import places_of
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
+from lora_fx.layers.base_layers import layers_of
 
 
 def update(**settings: Any) -> Update:
@@ -24,7 +24,7 @@ def test_an_output_projection_is_inside_of_its_attention() -> None:
     homes = homes_of({"mha": update(), "mha.out_proj": update(), "other.out_proj": update()})
     assert homes["mha.out_proj"] == Home("mha.base_layer.out_proj", "")
     assert homes["other.out_proj"] == Home("other.out_proj", "other.out_proj")
-    places = places_of([home.key for home in homes.values()], PeftConfig(LORA), base_of(None))
+    places = places_of([home.key for home in homes.values()], PeftConfig(LORA), layers_of(None))
     assert {path: places[home.key].path for path, home in homes.items()} == {p: p for p in homes}
 
 

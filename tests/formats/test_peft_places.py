@@ -13,10 +13,10 @@ from torch import nn
 import lora_fx
 from lora_fx import AdapterError
 from lora_fx.formats import load_adapter
-from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_places import Place, places_of
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_types import LORA
+from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import save_peft_case
 
 # PEFT advises against seeds.
@@ -33,7 +33,7 @@ class Holder(nn.Module):
 
 
 def places(*paths: str, base: nn.Module | None = None, **fields: Any) -> dict[str, Place]:
-    return places_of(paths, PeftConfig(LORA, r=2, alpha=3, **fields), base_of(base))
+    return places_of(paths, PeftConfig(LORA, r=2, alpha=3, **fields), layers_of(base))
 
 
 def model() -> nn.Module:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.peft_base import base_of
 from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_records import VeraOptions
 from lora_fx.formats.peft_replaced import SortedKeys
 from lora_fx.formats.peft_types import TYPES
 from lora_fx.formats.peft_vera import projections
 from lora_fx.kinds import KINDS
+from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import save_peft_case
 
 # PEFT advises against seeds.
@@ -34,13 +34,13 @@ def test_a_seed_gives_the_numbers_of_peft(seed: int, targets: list[str]) -> None
     base = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 5), nn.Linear(5, 13))
     config = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed))
     keys = SortedKeys(layers={path: {} for path in targets})
-    found = projections(keys, config, base_of(base))
+    found = projections(keys, config, layers_of(base))
     for name in ("vera_A", "vera_B"):
         wanted = getattr(wrapped.base_model, name)["default"]
         assert found[name].shape == wanted.shape
         assert torch.equal(found[name], wanted)
     other = PeftConfig(r=2, type=TYPES["VERA"], options=VeraOptions(False, seed + 1))
-    assert not torch.equal(projections(keys, other, base_of(base))["vera_A"], found["vera_A"])
+    assert not torch.equal(projections(keys, other, layers_of(base))["vera_A"], found["vera_A"])
 
 
 def test_a_seed_is_not_written_when_the_widest_layer_is_gone(tmp_path: Path) -> None:

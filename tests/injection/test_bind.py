@@ -4,64 +4,106 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
-from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.injection.bind import check_fit, fresh_targets
-from lora_fx.layers.sites import by_path
-from lora_fx.testing import make_adapter
+from lora_fx import Adapter, AdapterError, Update, inject, trace
+from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.injection.bind import bind
+from lora_fx.kinds import KINDS
+from lora_fx.layers.base_layers import layers_of
+from lora_fx.testing import relative
 
 
-def test_what_does_not_match_is_returned_with_its_reason(ragged: Any) -> None:
-    gm = trace(ragged)
-    updates = make_adapter({"wide": (5, 3), "head": (5, 3)}).updates
-    adapter = Adapter("a", updates, {"gone.bias": torch.ones(5)}, TargetRule(["wide", "again"]))
-    assert set(check_fit(gm, adapter, by_path(gm), strict=False)) == {"head", "gone.bias", "again"}
-    with pytest.raises(
-        AdapterError, match=r"2 targets match nothing in the graph: head, gone.bias"
-    ):
-        check_fit(gm, adapter, by_path(gm), strict=True)
+class Tied(nn.Module):
+    """One table under two names, a head that shares it, and a kernel that is no module's weight."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(11, 5)
+        self.encoder = nn.ModuleDict({"table": self.shared})
+        self.head = nn.Linear(5, 11, bias=False)
+        if tied:
+            self.head.weight = self.shared.weight
+        self.narrow = Narrow()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.encoder["table"](ids))
+        y: torch.Tensor = self.head(torch.tanh(self.narrow(x)))
+        return y
 
 
-def test_an_adapter_that_fits_leaves_nothing_over(ragged: Any) -> None:
-    gm = trace(ragged)
-    adapter = make_adapter({"wide": (5, 3), "again": (5, 5)})
-    assert check_fit(gm, adapter, by_path(gm), strict=True) == {}
+class Narrow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.kernel)
 
 
-@pytest.mark.parametrize("name", ["train", "half", "weight", "is"])
-def test_a_name_that_torch_or_python_has_taken_fits(name: str, ragged: Any) -> None:
-    gm = trace(ragged)
-    update = Update(torch.ones(2, 3), torch.ones(5, 2), 1.0)
-    assert check_fit(gm, Adapter(name, {"wide": update}), by_path(gm), strict=True) == {}
+def update(into: int, out: int) -> Update:
+    make = torch.Generator().manual_seed(into)
+    down, up = torch.randn(2, into, generator=make), torch.randn(out, 2, generator=make)
+    return Update(down, up, 1.5)
 
 
-def test_a_config_chooses_layers_by_its_rule(ragged: Any) -> None:
-    gm = trace(ragged)
-    config = LoraConfig(r=2, exclude_modules=["narrow"])
-    assert fresh_targets(gm, config, by_path(gm)) == ["wide", "again"]
+def tokens(rows: torch.Tensor) -> Any:
+    found = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5]})
+    assert isinstance(found, WeightUpdate)
+    return found
 
 
-def test_all_linear_means_modules_and_not_bare_weights(shared: Any) -> None:
-    gm = trace(shared)
-    groups = by_path(gm)
-    assert set(groups) == {"one", "two", "weight", "one.weight"}
-    assert set(fresh_targets(gm, LoraConfig(r=2), groups)) == {"one", "two"}
-    chosen = fresh_targets(gm, LoraConfig(r=2, target_modules=["weight"]), groups)
-    assert set(chosen) == {"weight", "one.weight"}
+@pytest.fixture
+def traced() -> Any:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (4, 7))
+    model = Tied().eval()
+    return model, trace(model, (ids,)), ids
 
 
-def test_a_name_that_a_parameter_has_is_refused() -> None:
-    class Holds(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(3, 3)
-            self.lora_A = nn.Linear(3, 3)
+@pytest.mark.parametrize(
+    ("given", "meant", "sizes"),
+    [
+        ("shared", "encoder.table", (11, 5)),
+        ("head", "head", (5, 11)),
+        ("narrow", "narrow.kernel", (5, 5)),
+    ],
+)
+def test_a_path_may_be_another_name_of_the_layer(
+    traced: Any, given: str, meant: str, sizes: tuple[int, int]
+) -> None:
+    _, gm, ids = traced
+    by_name, by_place = (Adapter("a", {path: update(*sizes)}) for path in (given, meant))
+    binding = bind(layers_of(gm), by_name)
+    assert (binding.meant, list(binding.updates)) == ({given: [meant]}, [meant])
+    assert list(binding.renamed().updates) == [meant]
+    assert relative(inject(gm, by_name)(ids), inject(gm, by_place)(ids)) == 0
+    assert relative(inject(gm, by_name)(ids), gm(ids)) > 1e-2
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.lora_A(super().forward(x))
 
-    gm = trace(nn.Sequential(Holds()))
-    adapter = Adapter("weight", {"0": Update(torch.ones(2, 3), torch.ones(3, 2), 1.0)})
-    with pytest.raises(AdapterError, match=r"0\.lora_A\.weight, names that the model"):
-        check_fit(gm, adapter, by_path(gm), strict=True)
+def test_what_is_stored_nowhere_is_refused(traced: Any) -> None:
+    _, gm, _ = traced
+    strange = Adapter("a", {"shared.table": update(11, 5)})
+    binding = bind(layers_of(gm), strange)
+    assert (binding.updates, list(binding.refused)) == ({}, ["shared.table"])
+    with pytest.raises(AdapterError, match=r"match nothing in the graph: shared\.table"):
+        inject(gm, strange)
+
+
+def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(traced: Any) -> None:
+    model, gm, ids = traced
+    rows = torch.randn(2, 5)
+    alone = Adapter("a", {"shared": tokens(rows)})
+    with pytest.raises(AdapterError, match=r"encoder\.table, whose table head shares.*base="):
+        inject(gm, alone)
+    head = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5], "head": True})
+    both = Adapter("a", {"shared": tokens(rows), "encoder.table": tokens(rows), "head": head})
+    tuned = Tied().eval()
+    tuned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        tuned.shared.weight[[1, 5]] = rows
+        assert relative(inject(gm, both)(ids), tuned(ids)) <= 1e-6
+        assert relative(gm(ids), tuned(ids)) > 1e-2
+    untied = trace(Tied(tied=False).eval(), (ids,))
+    assert inject(untied, alone) is not None

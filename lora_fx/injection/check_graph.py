@@ -1,0 +1,145 @@
+"""What a graph holds against an adapter that is bound to its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.graph.graph_module import is_free
+from lora_fx.injection.bind import Binding, targeted
+from lora_fx.injection.injected_adapters import injected
+from lora_fx.injection.match_branch import branches_of, parameter_names
+from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.sites import Site
+from lora_fx.layers.weight_readers import check_one_way, check_reached
+
+Groups = Mapping[str, Sequence[Site]]
+
+
+def check_binding(
+    gm: fx.GraphModule, binding: Binding, layers: BaseLayers, groups: Groups, strict: bool
+) -> dict[str, str]:
+    """Refuses what a graph has no place for.
+
+    Args:
+        gm: the graph.
+        binding: of an adapter to its layers.
+        layers: of the graph.
+        groups: their calls.
+        strict: refuse what is left over, too.
+
+    Returns:
+        What does not match, by path, with the reason: empty if ``strict``.
+
+    Raises:
+        AdapterError: the name is taken, a layer cannot be adapted, another adapter replaces the
+            same tensor, or, if ``strict``, anything is left over.
+    """
+    adapter = binding.adapter
+    paths = [path for path in binding.updates if path in groups]
+    check_name(gm, adapter.name, [groups[path][0] for path in paths])
+    for path in paths:
+        is_dense = isinstance(binding.updates[path], WeightUpdate)
+        _check_adaptable(gm, adapter.name, path, groups, one_way=not is_dense)
+    _check_replaced(gm, adapter.name, binding.replaced)
+    if binding.refused and strict:
+        raise AdapterError(_unmatched(adapter.name, list(binding.refused), list(groups)))
+    missing = [p for p in targeted(adapter.expects, layers) if p not in binding.updates]
+    if missing and strict:
+        raise AdapterError(
+            f"adapter {adapter.name}: its config targets layers that its file has no tensors for: "
+            f"{shorten(missing)}. Save the adapter again, or pass strict=False to leave them as "
+            "the base has them"
+        )
+    absent = dict.fromkeys(missing, "targeted by the config, absent from the file")
+    return dict(binding.refused) | absent
+
+
+def fresh_targets(
+    gm: fx.GraphModule, config: LoraConfig, layers: BaseLayers, groups: Groups
+) -> list[str]:
+    """The paths of the layers that a config targets.
+
+    Raises:
+        AdapterError: the config matches no layer, or the name is taken.
+    """
+    paths = targeted(config.rule, layers)
+    if not paths:
+        raise AdapterError(
+            f"target_modules={config.target_modules!r} match none of the "
+            f"{len(layers)} layers: {shorten(list(layers)) or 'none'}"
+        )
+    check_name(gm, config.name, [groups[path][0] for path in paths])
+    for path in paths:
+        _check_adaptable(gm, config.name, path, groups, one_way=True)
+    return paths
+
+
+def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:
+    """Refuses a name that an adapter at the layers has, or that gives names which are taken.
+
+    Raises:
+        AdapterError: names the layers, or the tensors.
+    """
+    layers = list(layers)
+    taken = [site.path for site in layers if name in {b.name for b in branches_of(site)}]
+    if taken:
+        raise AdapterError(
+            f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
+            "load this one with another name="
+        )
+    wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
+    used = [n for n in wanted if not is_free(gm, n)]
+    if used:
+        raise AdapterError(
+            f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
+            "has taken; load this one with another name="
+        )
+
+
+def _check_adaptable(
+    gm: fx.GraphModule, name: str, path: str, groups: Groups, one_way: bool
+) -> None:
+    with within(f"adapter {name}, {path}"):
+        check_reached(gm, path, groups)
+        if one_way:
+            check_one_way(groups[path])
+
+
+def _check_replaced(gm: fx.GraphModule, name: str, replaced: Mapping[str, torch.Tensor]) -> None:
+    """Refuses what another adapter has replaced by something else: there is no sum of the two."""
+    for record in injected(gm):
+        known = record.adapter.replacements
+        others = [n for n in replaced if n in known and not torch.equal(known[n], replaced[n])]
+        if others and not record.fresh:
+            raise AdapterError(
+                f"adapter {name}: {shorten(others)} is replaced by adapter "
+                f"{record.adapter.name} too, and the values differ: leave one of them out"
+            )
+
+
+def _unmatched(name: str, unknown: list[str], paths: list[str]) -> str:
+    message = (
+        f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
+        f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
+        f"{shorten(paths) or 'none'}."
+    )
+    prefix = _common_prefix(unknown, paths)
+    if prefix:
+        message += (
+            f" The paths differ by {prefix!r}: trace the module that the adapter was made for."
+        )
+    return f"{message} Pass strict=False to leave them out"
+
+
+def _common_prefix(unknown: list[str], paths: list[str]) -> str | None:
+    for one, two in ((unknown, paths), (paths, unknown)):
+        longer = next((path for path in two if path.endswith(f".{one[0]}")), None) if one else None
+        if longer:
+            return longer.removesuffix(one[0])
+    return None

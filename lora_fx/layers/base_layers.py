@@ -1,0 +1,164 @@
+"""Which layers a base has, by path: of a model, a traced graph, or a file with slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import AdapterError
+from lora_fx.graph.example import example_of
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.graph.ops import module_path, op_name
+from lora_fx.layers.layer import Layer, layer_of
+from lora_fx.layers.layer_types import NORM
+from lora_fx.layers.site_names import is_packed
+from lora_fx.layers.sites import Site, by_path, is_bare, readers
+
+
+@dataclass(frozen=True, eq=False)
+class BaseLayers(Mapping[str, Layer]):
+    """The layers of a base, by the paths of their modules.
+
+    Attributes:
+        layers: path -> layer. A graph has those that it calls; a model every module that owns a
+            weight, norms and what no adapter acts on among them.
+        base: the model or the graph; None where a file is all there is.
+        graph: the base, if it is a graph of calls on stored weights, whose modules are gone.
+        aliases: path of a module that has several names -> its other names.
+        weights: of a graph, path -> the name of the weight that the layer reads.
+        head: path of the output embedding that PEFT's "all-linear" leaves out.
+    """
+
+    layers: Mapping[str, Layer]
+    base: nn.Module | None = None
+    graph: fx.GraphModule | None = None
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    head: str | None = None
+
+    def __getitem__(self, path: str) -> Layer:
+        """The layer at a path."""
+        return self.layers[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.layers)
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether neither the order of a module's parameters nor its flags are told."""
+        return isinstance(self.base, fx.GraphModule)
+
+    def is_bare(self, path: str) -> bool:
+        """Whether a layer's weight is a parameter that no module of its own holds."""
+        return path in self.weights and is_bare(path, self.weights[path])
+
+    def is_packed(self, path: str) -> bool:
+        """Whether it is the projection of an attention module that packs three in one."""
+        return path in self.weights and is_packed(self.weights[path])
+
+    def shape_of(self, path: str) -> tuple[int, ...] | None:
+        """(out, in / groups, *kernel) of a weight; None if files have no updates of the layer."""
+        layer = self.get(path)
+        return layer.own_shape if layer and layer.is_matrix and layer.in_files else None
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """A parameter or buffer by its name, the path of its module and its own; or None."""
+        value = self.unevaluated(name)
+        return None if value is None else evaluate(value).detach()
+
+    def unevaluated(self, name: str) -> torch.Tensor | LazyTensor | None:
+        """The same; a lazy one of a graph is not computed."""
+        if self.graph is not None:
+            found = next(readers(self.graph, name), None)
+            return None if found is None else get_unevaluated(self.graph, str(found[1].target))
+        path, _, leaf = name.rpartition(".")
+        value = getattr(self._modules.get(path), leaf, None)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def parameters(self, path: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of those that a module itself holds, in the order that it registered them."""
+        start = f"{path}." if path else ""
+        named = () if self.base is None else self.base.named_parameters(remove_duplicate=False)
+        own = ((name.removeprefix(start), p) for name, p in named if name.startswith(start))
+        return {name: tuple(p.shape) for name, p in own if "." not in name}
+
+    def tied_to(self, path: str) -> list[str]:
+        """Other layers that read the weight of the layer at a path, in a model of transformers.
+
+        PEFT trains the tokens of what ``tie_word_embeddings`` ties, and of no other shared weight.
+        """
+        if self.graph is not None:
+            weights: Mapping[str, object] = self.weights if self.head else {}
+        elif getattr(getattr(self.base, "config", None), "tie_word_embeddings", False):
+            matrices = [p for p, layer in self.items() if layer.is_matrix]
+            weights = {p: id(getattr(self._modules[p], "weight", None)) for p in matrices}
+        else:
+            return []
+        return [p for p in weights if p != path and weights[p] == weights.get(path)]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {} if self.base is None else dict(self.base.named_modules(remove_duplicate=False))
+
+
+def layers_of(base: object) -> BaseLayers:
+    """The layers of a model or a traced graph; of None, none.
+
+    Raises:
+        AdapterError: the base is no module.
+    """
+    if base is None:
+        return BaseLayers({})
+    if not isinstance(base, nn.Module):
+        raise AdapterError(
+            f"base is a {type(base).__name__}, expected the model or the traced graph that the "
+            "adapter was made for"
+        )
+    if isinstance(base, fx.GraphModule) and example_of(base) is not None:
+        found = layers_in(base, by_path(base))
+        return replace(found, layers={**dict(_norms(base)), **found.layers})
+    modules = base.named_modules(remove_duplicate=False)
+    return BaseLayers({path: layer for path, m in modules if (layer := _of_module(m, path))}, base)
+
+
+def layers_in(gm: fx.GraphModule, groups: Mapping[str, Sequence[Site]]) -> BaseLayers:
+    """The layers of a graph whose calls are known, by path."""
+    example = example_of(gm)
+    layers = {path: calls[0].layer for path, calls in groups.items()}
+    weights = {path: str(calls[0].weight.target) for path, calls in groups.items()}
+    if example is None:
+        return BaseLayers(layers, gm, gm, weights=weights)
+    return BaseLayers(layers, gm, gm, example.aliases, weights, example.output_embedding)
+
+
+def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, Layer]]:
+    """What reads a vector called weight: a norm, in however many operators it is written."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not (path := module_path(node)):
+            continue
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and str(source.target).endswith(".weight"):
+                weight = get_unevaluated(gm, str(source.target))
+                if len(weight.shape) == 1:
+                    shape, name = tuple(weight.shape), op_name(node)
+                    yield (
+                        path,
+                        Layer(path=path, kind=NORM, shape=shape, dtype=weight.dtype, name=name),
+                    )
+
+
+def _of_module(module: nn.Module, path: str) -> Layer | None:
+    found, weight = layer_of(module, path), getattr(module, "weight", None)
+    if found is not None or not isinstance(weight, nn.Parameter):
+        return found
+    shape, name = tuple(weight.shape), type(module).__name__
+    return Layer(path=path, kind="", shape=shape, dtype=weight.dtype, name=name)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.injection.bind import bind
+from lora_fx.injection.check_graph import check_binding, fresh_targets
+from lora_fx.layers.base_layers import layers_in
+from lora_fx.layers.sites import by_path
+from lora_fx.testing import make_adapter
+
+
+def checked(gm: Any, adapter: Adapter, strict: bool) -> dict[str, str]:
+    groups = by_path(gm)
+    layers = layers_in(gm, groups)
+    return check_binding(gm, bind(layers, adapter), layers, groups, strict)
+
+
+def targets(gm: Any, config: LoraConfig) -> list[str]:
+    groups = by_path(gm)
+    return fresh_targets(gm, config, layers_in(gm, groups), groups)
+
+
+def test_what_does_not_match_is_returned_with_its_reason(ragged: Any) -> None:
+    gm = trace(ragged)
+    updates = make_adapter({"wide": (5, 3), "head": (5, 3)}).updates
+    adapter = Adapter("a", updates, {"gone.bias": torch.ones(5)}, TargetRule(["wide", "again"]))
+    assert set(checked(gm, adapter, strict=False)) == {"head", "gone.bias", "again"}
+    with pytest.raises(
+        AdapterError, match=r"2 targets match nothing in the graph: head, gone.bias"
+    ):
+        checked(gm, adapter, strict=True)
+
+
+def test_an_adapter_that_fits_leaves_nothing_over(ragged: Any) -> None:
+    gm = trace(ragged)
+    adapter = make_adapter({"wide": (5, 3), "again": (5, 5)})
+    assert checked(gm, adapter, strict=True) == {}
+
+
+@pytest.mark.parametrize("name", ["train", "half", "weight", "is"])
+def test_a_name_that_torch_or_python_has_taken_fits(name: str, ragged: Any) -> None:
+    gm = trace(ragged)
+    update = Update(torch.ones(2, 3), torch.ones(5, 2), 1.0)
+    assert checked(gm, Adapter(name, {"wide": update}), strict=True) == {}
+
+
+def test_a_config_chooses_layers_by_its_rule(ragged: Any) -> None:
+    gm = trace(ragged)
+    config = LoraConfig(r=2, exclude_modules=["narrow"])
+    assert targets(gm, config) == ["wide", "again"]
+
+
+def test_all_linear_means_modules_and_not_bare_weights(shared: Any) -> None:
+    gm = trace(shared)
+    assert set(by_path(gm)) == {"one", "two", "weight", "one.weight"}
+    assert set(targets(gm, LoraConfig(r=2))) == {"one", "two"}
+    chosen = targets(gm, LoraConfig(r=2, target_modules=["weight"]))
+    assert set(chosen) == {"weight", "one.weight"}
+
+
+def test_a_name_that_a_parameter_has_is_refused() -> None:
+    class Holds(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.lora_A = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lora_A(super().forward(x))
+
+    gm = trace(nn.Sequential(Holds()))
+    adapter = Adapter("weight", {"0": Update(torch.ones(2, 3), torch.ones(3, 2), 1.0)})
+    with pytest.raises(AdapterError, match=r"0\.lora_A\.weight, names that the model"):
+        checked(gm, adapter, strict=True)
