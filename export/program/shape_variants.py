@@ -36,7 +36,8 @@ def cases(program: torch.export.ExportedProgram, leaves: Sequence[Leaf]) -> list
     """The traced inputs first, then larger and smaller ones within what the program allows.
 
     New inputs repeat or drop rows of the traced ones, so ids stay valid. Dimensions of one name
-    change together, and nameless ones together with all others of their traced size.
+    change together, and nameless ones together with all others of their traced size. One that is
+    called ``"past + sequence"`` has the size of these two together.
     """
     traced, names = _traced(leaves, program), dimension_names(leaves)
     groups = _groups(leaves, names, traced)
@@ -47,10 +48,18 @@ def cases(program: torch.export.ExportedProgram, leaves: Sequence[Leaf]) -> list
             low, high = _limits(program, members)
             size = min(max(change(traced[members[0]], place), low), high)
             sizes |= dict.fromkeys(members, size)
+        by_name = {names[symbol]: size for symbol, size in sizes.items()}
+        sizes = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
         case = _case(program, leaves, sizes, names)
         if case.label not in {known.label for known in found}:
             found.append(case)
     return found
+
+
+def _sum(name: str, sizes: Mapping[str, int]) -> int:
+    """The size of a dimension, or the sum of those that it is named after."""
+    parts = name.split(" + ")
+    return sum(sizes[part] for part in parts) if sizes.keys() >= {*parts} else sizes[name]
 
 
 def _same(size: int, place: int) -> int:

@@ -39,6 +39,17 @@ def test_dimensions_of_one_name_change_together() -> None:
     assert sizes(found)[1] == [(5, 9, 3), (5, 9, 2)]
 
 
+def test_a_dimension_named_as_a_sum_is_as_large_as_its_parts() -> None:
+    class Longer(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return x.sum() + y.sum() + z.sum()
+
+    shapes = ({0: "past"}, {0: "new"}, {0: "past + new"})
+    found = tried(Longer(), torch.rand(5), torch.rand(3), torch.rand(8), dynamic_shapes=shapes)
+    assert sizes(found) == [[(5,), (3,), (8,)], [(6,), (5,), (11,)], [(3,), (2,), (5,)]]
+    assert found[0].label == "past=5, new=3, past + new=8"
+
+
 def test_nameless_dimensions_of_one_size_change_together() -> None:
     some = {0: torch.export.Dim.DYNAMIC}
     found = tried(
