@@ -37,6 +37,8 @@ def to_onnx(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     slots: str | Sequence[str] | None = None,
     vectors: bool | None = None,
     opset: int | None = None,
@@ -56,6 +58,8 @@ def to_onnx(
         args: example inputs by position; those that ``gm`` was traced with by default.
         kwargs: example inputs by name.
         dynamic_shapes: as `lora_fx.trace` takes it.
+        input_names: what the file calls its inputs, in order; as the model does by default.
+        output_names: what the file calls its outputs, in order.
         slots: under ``adapters="input"``, which layers take an adapter: module paths,
             ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
             the output embedding.
@@ -84,7 +88,7 @@ def to_onnx(
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     check_branches(gm)
-    inputs = example_inputs(gm, args, kwargs, dynamic_shapes)
+    inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     with clock.stage("trace"):
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
         refuse_unsteady(plan.traced)

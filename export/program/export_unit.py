@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,13 @@ import torch
 from torch import fx
 
 from lora_fx.export.program.example_inputs import Inputs
-from lora_fx.export.program.io_signature import Leaf, free_names, input_leaves, output_names
+from lora_fx.export.program.io_signature import (
+    Leaf,
+    checked_names,
+    free_names,
+    input_leaves,
+    output_names,
+)
 from lora_fx.export.program.lazy_weights import StandIn, with_stand_ins
 from lora_fx.export.program.shape_variants import Case, cases
 from lora_fx.export.program.without_retracing import program_of
@@ -30,6 +36,7 @@ class Trial:
         outputs: names of the graph outputs.
         notes: outputs that could not have the name that the model gives them.
         stand_ins: for weights that are computed when the file is written.
+        generates: whether it is one step of a decoder with a cache.
     """
 
     program: torch.export.ExportedProgram
@@ -38,6 +45,7 @@ class Trial:
     outputs: list[str]
     notes: list[str]
     stand_ins: list[StandIn]
+    generates: bool = False
 
     @property
     def inputs(self) -> list[str]:
@@ -67,8 +75,12 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
     if program is None:
         program = export_program(hollow, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
     leaves = input_leaves(gm, program, inputs.dynamic_shapes)
+    called = checked_names("input_names", inputs.input_names, [leaf.name for leaf in leaves])
+    leaves = [replace(leaf, name=name) for leaf, name in zip(leaves, called, strict=True)]
     wanted = output_names(outputs_of(program))
+    wanted = checked_names("output_names", inputs.output_names, wanted)
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
-    return Trial(program, leaves, cases(program, leaves), outputs, notes, stand_ins)
+    tried = cases(program, leaves)
+    return Trial(program, leaves, tried, outputs, notes, stand_ins, inputs.generates)

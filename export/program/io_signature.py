@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 
 SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
@@ -130,6 +130,22 @@ def output_names(outputs: Any) -> list[str]:
             raise ExportError(f"output {name!r} is a {found}: ONNX returns tensors; leave it out")
         names.append(f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name)
     return names
+
+
+def checked_names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    """The names that were given, one for each tensor, or else those that the model has.
+
+    Raises:
+        ExportError: their number differs, or one is there twice.
+    """
+    if given is None:
+        return known
+    if isinstance(given, str) or len(given) != len(known) or len(set(given)) < len(given):
+        raise ExportError(
+            f"{option} is {list(given)!r:.200}: expected {len(known)} different names, for "
+            f"{shorten(list(known))}"
+        )
+    return given
 
 
 def free_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:

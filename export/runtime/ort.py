@@ -65,13 +65,13 @@ def open_session(
     try:
         return ort.InferenceSession(str(path), options, providers=chosen)
     except state.NotImplemented as error:
-        reason = _reason(error)
+        why = reason(error)
         raise ExportError(
-            f"{path.name}: {', '.join(chosen)} has no kernel for this model ({reason}): "
+            f"{path.name}: {', '.join(chosen)} has no kernel for this model ({why}): "
             "convert the model to float32 or float16 before tracing, or name other providers"
         ) from error
     except (*ERRORS, ValueError) as error:
-        raise ExportError(f"{path.name}: not loaded by onnxruntime: {_reason(error)}") from error
+        raise ExportError(f"{path.name}: not loaded by onnxruntime: {reason(error)}") from error
 
 
 def call(
@@ -88,7 +88,7 @@ def call(
     try:
         values = session.run(names, dict(feeds), options)
     except ERRORS as error:
-        raise ExportError(f"onnxruntime: {_reason(error)}") from error
+        raise ExportError(f"onnxruntime: {reason(error)}") from error
     return dict(zip(names, values, strict=True))
 
 
@@ -109,6 +109,6 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What onnxruntime said, on one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[:3])

@@ -13,7 +13,18 @@ from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+from lora_fx.export.runtime.generation import (
+    IDS,
+    MASK,
+    PAST,
+    bound_run,
+    empty_cache,
+    generated,
+    prompt,
+    steps,
+)
 from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import active, check_adapter_file, load_adapter
 
 Stamp = tuple[int, int, int]
@@ -91,6 +102,65 @@ class Session:
             return call(self._session, feeds)
         loaded = self._load(Path(adapter))  # held here: run options do not keep it alive
         return call(self._session, feeds, active(loaded))
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 20,
+        *,
+        attention_mask: Any = None,
+        adapter: str | Path | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        streamer: Any = None,
+    ) -> np.ndarray[Any, Any]:
+        """Generates text with a decoder that was exported with its cache.
+
+        The cache stays in onnxruntime's memory from one token to the next.
+
+        Args:
+            input_ids: the prompt, (batch, sequence), padded on the left.
+            max_new_tokens: at most so many.
+            attention_mask: 0 where the prompt is padded.
+            adapter: as for `run`.
+            temperature: divides the logits; 0, the default, takes the likeliest token.
+            top_k: of how many of the likeliest tokens one is drawn; 0: of all.
+            top_p: the fewest of the likeliest whose probabilities reach this are left.
+            seed: of the random numbers; None: other ones each time.
+            eos_token_id: what ends a text. By default what the ``generation_config.json`` beside
+                the file says, or nothing.
+            pad_token_id: what follows an end where other rows go on; by default the first end.
+            streamer: of transformers' kind: gets the prompt and each token by ``put``, then
+                ``end``.
+
+        Returns:
+            (batch, sequence + new tokens), int64.
+
+        Raises:
+            ExportError: the model is no decoder with a cache, or an argument is out of its range.
+            AdapterError: as for `run`.
+        """
+        self._check_decoder()
+        ids, mask = prompt(input_ids, attention_mask)
+        ends = Ends.of(self._path, eos_token_id, pad_token_id)
+        choose = Sampling(temperature, top_k, top_p, seed).chooser()
+        loaded = None if adapter is None else self._load(Path(adapter))
+        start = empty_cache(self._session, len(ids))
+        run = bound_run(self._session, None if loaded is None else active(loaded))
+        every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
+        return np.concatenate([ids, every], axis=1)
+
+    def _check_decoder(self) -> None:
+        names = {*self.inputs}
+        if not {IDS, MASK} <= names or not any(name.startswith(PAST) for name in names):
+            raise ExportError(
+                f"{self._path}: no decoder with a cache: it takes {shorten(self.inputs)}; export "
+                "it for the task text-generation-with-past"
+            )
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         wanted = self.inputs

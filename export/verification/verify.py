@@ -20,6 +20,7 @@ from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.verification.eager import Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
+from lora_fx.export.verification.rollout import rollout
 from lora_fx.export.verification.suspects import suspects
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
@@ -67,6 +68,9 @@ def verify_file(
                 at_first = found if case is first else at_first
                 if not all(row.ok for row in rows) and not evidence.suspects:
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
+            if trial.generates and optimise:
+                dtype = _precision(subject.graph)
+                evidence.checks.append(rollout(subject, session, trial, dtype))
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control

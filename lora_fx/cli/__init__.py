@@ -25,7 +25,9 @@ from lora_fx.cli.adapter_options import (
     Component,
     EnableLora,
     Force,
+    LastLogits,
     Model,
+    TaskName,
     UseRslora,
 )
 from lora_fx.cli.console import show, stages
@@ -98,6 +100,8 @@ def export(
         bool, typer.Option(help="Swappable slots that take DoRA and (IA)3 as well.")
     ] = False,
     allow_unmerged: AllowUnmerged = False,
+    task: TaskName = None,
+    last_logits: LastLogits = False,
     alpha: Alpha = None,
     enable_lora: EnableLora = None,
     use_rslora: UseRslora = False,
@@ -116,8 +120,9 @@ def export(
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
         report = export_model(
-            model, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged
-        )
+            model, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
+            task, last_logits,
+        )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 
 
@@ -177,6 +182,8 @@ def verify(
     path: Annotated[Path, typer.Argument(help="An exported model.")],
     against: Against,
     adapter: Adapters = None,
+    task: TaskName = None,
+    last_logits: LastLogits = False,
     alpha: Alpha = None,
     enable_lora: EnableLora = None,
     use_rslora: UseRslora = False,
@@ -190,7 +197,7 @@ def verify(
 
     given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
-        report = verify_model(path, against, adapter or [], progress, given)
+        report = verify_model(path, against, adapter or [], progress, given, task, last_logits)
     show(as_json, report.to_dict(), str(report))
 
 

@@ -140,6 +140,16 @@ AllowUnmerged = Annotated[
         "--allow-unmerged", help="In merged mode, keep beside its layer what cannot be folded."
     ),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="What a directory's model is for, such as text-generation-with-past."
+    ),
+]
+LastLogits = Annotated[
+    bool,
+    typer.Option("--last-logits", help="Of a decoder with a cache, the last position's alone."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]
 
 

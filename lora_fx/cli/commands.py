@@ -12,14 +12,15 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.cli.adapter_options import Given, base_of
-from lora_fx.cli.adapter_task import task_of
-from lora_fx.cli.hf_directory import refuse_lacking
 from lora_fx.cli.model_source import ModelSource, find_model
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
 from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import example_of, remember_example
 from lora_fx.io.atomic import refuse_files, staged_files
+from lora_fx.tasks.adapter_task import trained_for
+from lora_fx.tasks.directory import refuse_lacking
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
@@ -40,6 +41,8 @@ def export_model(
     given: Given | None = None,
     vectors: bool = False,
     allow_unmerged: bool = False,
+    task: str | None = None,
+    last_logits: bool = False,
 ) -> ExportReport:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -54,6 +57,8 @@ def export_model(
         vectors: swappable slots take those of DoRA and (IA)3 even if no adapter here has any.
         allow_unmerged: in merged mode, what cannot be folded stays beside its layer; the report's
             mode is then ``"unmerged"``, and a note names the layers.
+        task: what a directory's model is exported for, as `lora_fx.tasks` names it.
+        last_logits: of a decoder with a cache, logits of the last position alone.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -64,7 +69,7 @@ def export_model(
 
     refuse_files(out, [MODEL, REPORT], force)
     progress("load")
-    source, loaded = _load(spec, adapters, given)
+    source, loaded = _load(spec, adapters, given, task, last_logits)
     names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
     refuse_files(out, names, force)
     gm = _trace(source, progress)
@@ -136,6 +141,8 @@ def verify_model(
     adapters: Sequence[Path],
     progress: Progress,
     given: Given | None = None,
+    task: str | None = None,
+    last_logits: bool = False,
 ) -> ExportReport:
     """Compares an exported file with the eager model.
 
@@ -148,7 +155,7 @@ def verify_model(
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     progress("load")
-    source, loaded = _load(spec, adapters, given)
+    source, loaded = _load(spec, adapters, given, task, last_logits)
     from lora_fx.export import verify_onnx
 
     return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)
@@ -170,18 +177,27 @@ def _not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:
 
 def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
     progress("trace")
-    return trace(source.model, source.args, source.kwargs, dynamic_shapes=source.dynamic_shapes)
+    gm = trace(source.model, source.args, source.kwargs, dynamic_shapes=source.dynamic_shapes)
+    example = example_of(gm)
+    assert example is not None, "trace remembers what it is given"
+    named = {"input_names": source.input_names, "generates": source.generates}
+    remember_example(gm, replace(example, **named))
+    return gm
 
 
 def _load(
-    spec: str, paths: Sequence[Path], given: Given | None
+    spec: str,
+    paths: Sequence[Path],
+    given: Given | None,
+    task: str | None = None,
+    last_logits: bool = False,
 ) -> tuple[ModelSource, list[Adapter]]:
     """The model and its adapters, whose names it resolves."""
     missing = [str(path) for path in paths if not path.exists()]
     if missing:  # told before a model is loaded, which can take long
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
     given = given or Given()
-    source = find_model(spec, task_of(paths, given.allow_pickle))
+    source = find_model(spec, trained_for(paths, given.allow_pickle), task, last_logits)
     base = base_of(source) if paths else None
     adapters = [given.load(path, base) for path in paths]
     with within(spec):

@@ -6,18 +6,19 @@ import logging
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.cli.adapter_task import Task
-from lora_fx.cli.hf_directory import load_directory, prepared_by
-from lora_fx.cli.hf_inputs import example_inputs
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
+from lora_fx.tasks.adapter_task import AdapterTask
+from lora_fx.tasks.calls import as_it_is
+from lora_fx.tasks.directory import load_directory, prepared_by
+from lora_fx.tasks.table import task_named
 
 _FORMS = "expected a Hugging Face directory, module:function, file.py:function, or a .pt2 file"
 
@@ -32,6 +33,9 @@ class ModelSource:
         kwargs: example inputs by name.
         dynamic_shapes: as `lora_fx.trace` takes it.
         lacks: parameters without a value, which an adapter must bring.
+        task: what it is exported for, as `lora_fx.tasks` has it.
+        input_names: what the file calls the inputs; by default as the model does.
+        generates: whether it is a decoder with a cache.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -39,23 +43,36 @@ class ModelSource:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     lacks: tuple[str, ...] = ()
+    task: str | None = None
+    input_names: tuple[str, ...] | None = None
+    generates: bool = False
 
 
-def find_model(spec: str, task: Task | None = None) -> ModelSource:
+def find_model(
+    spec: str,
+    adapters: AdapterTask | None = None,
+    task: str | None = None,
+    last_logits: bool = False,
+) -> ModelSource:
     """Loads the model that a command line names.
 
     Args:
         spec: a Hugging Face directory, ``module:function`` or ``file.py:function`` whose function
             returns ``(model, args, kwargs, dynamic_shapes)`` (later ones optional), or a ``.pt2``
             file.
-        task: of the adapters that the model is for; it decides the class of a directory's model.
+        adapters: what they were trained for; it decides the class of a directory's model.
+        task: what a directory's model is exported for; by default what its adapters were trained
+            for, or what its own class does.
+        last_logits: of a decoder with a cache, logits of the last position alone.
 
     Raises:
         LoraFxError: it is none of these, or it cannot be loaded.
     """
     path = Path(spec)
     if path.is_dir():
-        return _from_directory(path, task or Task())
+        return _from_directory(path, adapters or AdapterTask(), task, last_logits)
+    if task is not None or last_logits:
+        raise LoraFxError(f"{spec}: --task and --last-logits are for a Hugging Face directory")
     if path.suffix == ".pt2":
         return _from_program(path)
     if ":" in spec:
@@ -119,9 +136,22 @@ def _checked(spec: str, returned: Any) -> ModelSource:
     return ModelSource(model, args or (), kwargs or {}, shapes)
 
 
-def _from_directory(path: Path, task: Task) -> ModelSource:
-    loaded = load_directory(path, task)
-    names, prepared = prepared_by(path, loaded.model.config)
+def _from_directory(
+    path: Path, adapters: AdapterTask, task: str | None, last_logits: bool
+) -> ModelSource:
+    loaded = load_directory(path, adapters, task_named(task) if task else None)
+    prepared = replace(prepared_by(path, loaded.model.config), last_logits=last_logits)
     with within(path):
-        kwargs, shapes = example_inputs(loaded.model, names, prepared)
-    return ModelSource(loaded.model, (), kwargs, shapes, loaded.lacks)
+        call = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
+        if last_logits and not call.generates:
+            raise LoraFxError("--last-logits is for a decoder with a cache")
+    return ModelSource(
+        call.model,
+        (),
+        call.kwargs,
+        call.dynamic_shapes,
+        loaded.lacks,
+        loaded.task.name if loaded.task else None,
+        call.input_names,
+        call.generates,
+    )

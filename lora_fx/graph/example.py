@@ -24,6 +24,8 @@ class Example:
         output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
         aliases: path of a module that has several names -> its other names.
         model: the module that was traced, as it was then; None once the graph is another's.
+        input_names: what a file calls the inputs, in order; None: as the model does.
+        generates: whether it is one step of a decoder with a cache, as `lora_fx.tasks` calls it.
     """
 
     args: tuple[Any, ...] = ()
@@ -32,6 +34,8 @@ class Example:
     output_embedding: str | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     model: TracedModule | None = field(default=None, compare=False, repr=False)
+    input_names: tuple[str, ...] | None = None
+    generates: bool = False
 
 
 def remember_example(gm: fx.GraphModule, example: Example) -> None:

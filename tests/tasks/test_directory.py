@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 
-from lora_fx.cli.adapter_task import Task
 from lora_fx.cli.commands import export_model, verify_model
-from lora_fx.cli.hf_directory import load_directory, refuse_lacking
 from lora_fx.errors import AdapterWarning, LoraFxError
+from lora_fx.tasks.adapter_task import AdapterTask
+from lora_fx.tasks.directory import load_directory, refuse_lacking
 from lora_fx.testing import relative, tiny
 
-NO_TASK = Task()
+NO_TASK = AdapterTask()
 
 
 def edited(path: Path, **fields: Any) -> Path:
@@ -95,21 +95,21 @@ TASKS = {
 @pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")
 @pytest.mark.parametrize("task", TASKS)
 def test_the_task_of_an_adapter_decides_the_class(bert: Path, task: str) -> None:
-    loaded = load_directory(bert, Task(task, {"classifier.weight": (4, 24)}))
+    loaded = load_directory(bert, AdapterTask(task, {"classifier.weight": (4, 24)}))
     assert type(loaded.model).__name__ == TASKS[task]
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         assert loaded.model.config.num_labels == 4
     again = edited(bert, architectures=[TASKS[task]])
-    assert type(load_directory(again, Task(task)).model).__name__ == TASKS[task]
+    assert type(load_directory(again, AdapterTask(task)).model).__name__ == TASKS[task]
 
 
 def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path) -> None:
     tiny("T5ForConditionalGeneration").save_pretrained(tmp_path)
-    loaded = load_directory(tmp_path, Task("CAUSAL_LM"))
+    loaded = load_directory(tmp_path, AdapterTask("CAUSAL_LM"))
     assert type(loaded.model).__name__ == "T5ForConditionalGeneration"
     tiny("ViTModel").save_pretrained(tmp_path / "vit")
     with pytest.raises(LoraFxError, match=r"needs transformers' .* no class for a vit"):
-        load_directory(tmp_path / "vit", Task("TOKEN_CLS"))
+        load_directory(tmp_path / "vit", AdapterTask("TOKEN_CLS"))
 
 
 @pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")

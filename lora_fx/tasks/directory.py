@@ -12,35 +12,35 @@ from typing import Any
 
 import torch
 
-from lora_fx.cli.adapter_task import Task
 from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
-
-# PEFT's tasks and the classes of transformers that mean the same.
-_AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-_GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+from lora_fx.tasks.adapter_task import AdapterTask
+from lora_fx.tasks.calls import Prepared
+from lora_fx.tasks.table import Task, task_of, task_of_adapters
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of transformers, in eval mode, and the parameters that its directory lacks."""
+    """A model of transformers, in eval mode.
+
+    Attributes:
+        model: the model.
+        lacks: the parameters that its directory has no values for.
+        task: what it is for; None if it is of no task here.
+    """
 
     model: Any
     lacks: tuple[str, ...]
+    task: Task | None = None
 
 
-def load_directory(path: Path, task: Task) -> Loaded:
-    """Loads the model of a directory, of the class that its adapters were trained on.
+def load_directory(path: Path, adapters: AdapterTask, task: Task | None = None) -> Loaded:
+    """Loads the model of a directory, of the class that its task needs.
 
     Args:
         path: holds ``config.json`` and weights.
-        task: of the adapters; it decides if the directory's own class is for another one.
+        adapters: what they were trained for, and the shapes of their heads.
+        task: what the model is for. By default that of the adapters, or else what the directory's
+            own class does.
 
     Raises:
         LoraFxError: it is no model, or transformers cannot load it.
@@ -56,17 +56,17 @@ def load_directory(path: Path, task: Task) -> Loaded:
             f"{path}: reading it needs transformers: pip install lora-fx[demo]"
         ) from error
     with _quiet(transformers.utils.logging):
-        return _load(path, task, transformers)
+        return _load(path, adapters, task, transformers)
 
 
-def _load(path: Path, task: Task, transformers: Any) -> Loaded:
+def _load(path: Path, adapters: AdapterTask, task: Task | None, transformers: Any) -> Loaded:
     here = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **here)
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
     with within(path):
-        kind = _class_of(config, task, transformers)
+        kind = _class_of(config, adapters, task, transformers)
     for part in (config, *_parts(config)):
         part.use_cache = False
     try:
@@ -87,7 +87,8 @@ def _load(path: Path, task: Task, transformers: Any) -> Loaded:
             stacklevel=5,
         )
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
-    return Loaded(model.eval(), tuple(sorted(lacks)))
+    wanted = task or task_of_adapters(adapters.name) or task_of(kind, config)
+    return Loaded(model.eval(), tuple(sorted(lacks)), wanted)
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def refuse_lacking(lacks: Collection[str], replaced: Collection[str]) -> None:
         )
 
 
-def prepared_by(path: Path, config: Any) -> tuple[list[str], dict[str, Any]]:
+def prepared_by(path: Path, config: Any) -> Prepared:
     """What a directory's tokenizer gives a model, and how its images or sounds are prepared.
 
     Without a word of the directory's own, the tokenizer is the one that transformers has for it.
@@ -135,7 +136,7 @@ def prepared_by(path: Path, config: Any) -> tuple[list[str], dict[str, Any]]:
     known = mapping[type(config)] if not names and type(config) in mapping else ()
     for kind in known if isinstance(known, tuple) else (known,):
         names += getattr(kind, "model_input_names", [])
-    return [name for name in names if isinstance(name, str)], prepared
+    return Prepared([name for name in names if isinstance(name, str)], prepared)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -153,17 +154,20 @@ def _parts(config: Any) -> list[Any]:
     return [part for part in vars(config).values() if hasattr(part, "model_type")]
 
 
-def _class_of(config: Any, task: Task, transformers: Any) -> Any:
+def _class_of(
+    config: Any, adapters: AdapterTask, task: Task | None, transformers: Any
+) -> type[Any]:
     said = config.architectures if isinstance(config.architectures, list) else []
     names = [name for name in said if isinstance(name, str)]
     own = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
-    if task.name in _AUTO and not (is_model and _does(own, task.name, config, transformers)):
-        return _class_for(config, task, transformers)
+    wanted = task or task_of_adapters(adapters.name)
+    if wanted is not None and not (is_model and wanted.is_done_by(own, config)):
+        return _class_for(config, wanted, adapters)
     if not names:
         raise LoraFxError(
             "config.json names no architectures, so the class of the model is unknown: "
-            'add it, such as "architectures": ["BertModel"], or give module:function'
+            'add it, such as "architectures": ["BertModel"], or give --task, or module:function'
         )
     if not is_model:
         raise LoraFxError(
@@ -173,41 +177,29 @@ def _class_of(config: Any, task: Task, transformers: Any) -> Any:
     return own
 
 
-def _does(kind: Any, task: str, config: Any, transformers: Any) -> bool:
-    """Whether a class of transformers is for a task of PEFT's."""
-    if task in _GENERATE and issubclass(kind, transformers.GenerationMixin):
-        return True
-    return kind in _classes(config, task, transformers)
-
-
-def _classes(config: Any, task: str, transformers: Any) -> tuple[Any, ...]:
-    mapping = getattr(transformers, _AUTO[task])._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else ()  # noqa: SIM401  # no get()
-    return found if isinstance(found, tuple) else (found,)
-
-
-def _class_for(config: Any, task: Task, transformers: Any) -> Any:
-    assert task.name is not None, "the caller looked"
-    found = _classes(config, task.name, transformers)
+def _class_for(config: Any, task: Task, adapters: AdapterTask) -> type[Any]:
+    found = task.classes(config)
     if not found:
+        asked = adapters.name is not None and task_of_adapters(adapters.name) is task
+        who = f"the adapter's task_type is {adapters.name}" if asked else f"the task is {task.name}"
         raise LoraFxError(
-            f"the adapter's task_type is {task.name}, which needs transformers' "
-            f"{_AUTO[task.name]}, and that has no class for a {config.model_type}: name the base "
-            "that the adapter was trained on, or give module:function"
+            f"{who}, which needs transformers' {' or '.join(task.autos)}, and that has no class "
+            f"for a {config.model_type}: name the base that the adapter was trained on, another "
+            "task, or module:function"
         )
-    labels = _labels(found[0], config, task)
+    labels = _labels(found[0], config, adapters)
     if labels is not None:
         config.num_labels = labels
     return found[0]
 
 
-def _labels(kind: Any, config: Any, task: Task) -> int | None:
+def _labels(kind: Any, config: Any, adapters: AdapterTask) -> int | None:
     """How many labels the head in the adapter's file has: by the axes that follow the count."""
     few, many = (_meta_shapes(kind, config, count) for count in (3, 5))
     found = {
-        task.shapes[name][axis]
+        adapters.shapes[name][axis]
         for name, shape in few.items()
-        if name in task.shapes and len(task.shapes[name]) == len(shape)
+        if name in adapters.shapes and len(adapters.shapes[name]) == len(shape)
         for axis in range(len(shape))
         if (shape[axis], many[name][axis]) == (3, 5)
     }

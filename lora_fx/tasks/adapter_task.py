@@ -16,7 +16,7 @@ _METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
-class Task:
+class AdapterTask:
     """The task of some adapters.
 
     Attributes:
@@ -28,7 +28,7 @@ class Task:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def task_of(paths: Sequence[Path], allow_pickle: bool = False) -> Task:
+def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTask:
     """The one task of all adapters, whatever their format.
 
     Raises:
@@ -47,7 +47,7 @@ def task_of(paths: Sequence[Path], allow_pickle: bool = False) -> Task:
             f"--adapter: the adapters were trained for different tasks, {told}: one model has one "
             "head; export them one by one"
         )
-    return Task(next(iter(names), None), shapes)
+    return AdapterTask(next(iter(names), None), shapes)
 
 
 def _config(path: Path) -> Mapping[str, object]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.cli.hf_inputs import example_inputs
 from lora_fx.cli.model_source import find_model
 from lora_fx.errors import LoraFxError
+from lora_fx.tasks.example_inputs import example_inputs
 from lora_fx.testing import relative
 
 SMALL = {

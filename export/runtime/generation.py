@@ -1,0 +1,133 @@
+"""Generation with a decoder whose cache is an input: optimum's names, one step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from lora_fx.errors import ExportError
+from lora_fx.export.runtime.ort import ERRORS, reason, to_array
+from lora_fx.export.runtime.sampling import Ends
+
+Array = np.ndarray[Any, Any]
+Values = Mapping[str, Any]
+
+IDS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def steps(
+    run: Callable[[Values], Values], ids: Array, mask: Array, start: Values
+) -> Generator[Array, Array, None]:
+    """Runs a prompt, and then whatever tokens it is sent.
+
+    Args:
+        run: one step, from its inputs to its outputs, both by name. Logits are an array; what the
+            cache is made of is passed on as it is.
+        ids: the prompt, (batch, sequence), padded on the left.
+        mask: of the prompt, 0 where it is padded.
+        start: the other inputs of the first step: a cache of length 0, and positions if the model
+            takes them.
+
+    Yields:
+        The logits of the last position, (batch, vocabulary). It is sent the tokens that follow,
+        (batch,).
+    """
+    past = {name: value for name, value in start.items() if name.startswith(PAST)}
+    while True:
+        feeds = {IDS: ids, MASK: mask, **past}
+        if POSITIONS in start:
+            feeds[POSITIONS] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+        found = run(feeds)
+        tokens = yield found[LOGITS][:, -1]
+        past = {name: found[name.replace(PAST, PRESENT, 1)] for name in past}
+        ids = tokens[:, None].astype(ids.dtype)
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+
+
+def prompt(ids: Any, mask: Any) -> tuple[Array, Array]:
+    """Ids and mask of a prompt, (batch, sequence), int64.
+
+    Raises:
+        ExportError: they are of other shapes, or there is no token.
+    """
+    tokens = to_array(IDS, ids)
+    known = np.ones_like(tokens) if mask is None else to_array(MASK, mask)
+    if tokens.ndim != 2 or not tokens.size or known.shape != tokens.shape:
+        raise ExportError(
+            f"input_ids is {tokens.shape}, attention_mask {known.shape}: expected (batch, sequence)"
+        )
+    if tokens.dtype.kind not in "iu" or not known[:, -1].all():
+        raise ExportError("a prompt is integers, padded on the left: the last column is no padding")
+    return tokens.astype(np.int64), known.astype(np.int64)
+
+
+def generated(
+    generation: Generator[Array, Array, None],
+    ids: Array,
+    choose: Callable[[Array], Array],
+    count: int,
+    ends: Ends,
+    streamer: Any,
+) -> Array:
+    """The tokens that follow a prompt, (batch, at most ``count``), until every row has ended."""
+    if count < 1:
+        raise ExportError(f"max_new_tokens is {count!r}: expected at least 1")
+    if streamer is not None:
+        streamer.put(torch.from_numpy(ids))
+    found: list[Array] = []
+    done = np.zeros(len(ids), dtype=bool)
+    logits = next(generation)
+    while True:
+        tokens = np.where(done, ends.pad, choose(logits)).astype(np.int64)
+        found.append(tokens)
+        if streamer is not None:
+            streamer.put(torch.from_numpy(tokens))
+        done |= np.isin(tokens, ends.tokens)
+        if len(found) == count or done.all():
+            break
+        logits = generation.send(tokens)
+    if streamer is not None:
+        streamer.end()
+    return np.stack(found, axis=1)
+
+
+def empty_cache(session: Any, batch: int) -> dict[str, Any]:
+    """The other inputs of a first step: a cache of no positions, and a mark of positions."""
+    start: dict[str, Any] = {}
+    for value in session.get_inputs():
+        if value.name.startswith(PAST):
+            _, heads, _, size = value.shape
+            empty = np.zeros((batch, heads, 0, size), dtype=_DTYPES[value.type])
+            start[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)
+        elif value.name == POSITIONS:
+            start[POSITIONS] = None
+    return start
+
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def bound_run(session: Any, options: Any) -> Callable[[Values], Values]:
+    """One step of a session that leaves the cache where onnxruntime has put it."""
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Values) -> Values:
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(value)
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in feeds.items()
+        }
+        try:
+            outputs = session.run_with_ort_values(names, values, options)
+        except ERRORS as error:
+            raise ExportError(f"onnxruntime: {reason(error)}") from error
+        found = dict(zip(names, outputs, strict=True))
+        return found | {LOGITS: found[LOGITS].numpy()}
+
+    return run

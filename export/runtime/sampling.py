@@ -1,0 +1,99 @@
+"""How the next token is chosen, and what ends a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.errors import ExportError, within
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: of how many of the likeliest one is drawn; 0: of all.
+        top_p: the fewest of the likeliest whose probabilities reach this are left.
+        seed: of the random numbers; None: other ones each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ExportError: one is out of its range; says which.
+        """
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise ExportError(
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: expected "
+                "a temperature and a top_k of at least 0, and a top_p above 0 and at most 1"
+            )
+
+    def chooser(self) -> Callable[[Array], Array]:
+        """From logits (batch, vocabulary) to tokens (batch,)."""
+        if self.temperature == 0:
+            return lambda logits: logits.argmax(-1)
+        source = np.random.default_rng(self.seed)
+        return lambda logits: np.array([self._drawn(row, source) for row in logits])
+
+    def _drawn(self, logits: Array, source: np.random.Generator) -> int:
+        order = np.argsort(-logits, kind="stable")[: self.top_k or None]
+        scaled = logits[order].astype(np.float64) / self.temperature
+        chances = np.exp(scaled - scaled.max())
+        chances /= chances.sum()
+        count = int(np.searchsorted(chances.cumsum(), self.top_p)) + 1
+        left = chances[:count] / chances[:count].sum()
+        return int(order[source.choice(len(left), p=left)])
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Tokens that end a text.
+
+    Attributes:
+        tokens: any of these.
+        pad: what follows one where other rows go on.
+    """
+
+    tokens: tuple[int, ...]
+    pad: int
+
+    @classmethod
+    def of(cls, model: Path, given: int | Sequence[int] | None, pad: int | None) -> Ends:
+        """Those that were given, or else those of the ``generation_config.json`` beside a file.
+
+        Raises:
+            ExportError: that file is damaged.
+        """
+        beside = model.with_name("generation_config.json")
+        said = {}
+        if beside.is_file() and (given is None or pad is None):
+            with within(beside):
+                said = _read(beside)
+        tokens = said.get("eos_token_id") if given is None else given
+        several = tokens if isinstance(tokens, list | tuple) else [tokens]
+        found = tuple(int(token) for token in several if token is not None)
+        padding = said.get("pad_token_id") if pad is None else pad
+        return cls(found, int(padding) if padding is not None else (found or (0,))[0])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}

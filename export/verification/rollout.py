@@ -1,0 +1,103 @@
+"""A decoder generates: each token is fed back, by the file and by eager, and all are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.program.shape_variants import Case
+from lora_fx.export.report import Check, Subject
+from lora_fx.export.runtime.generation import IDS, PAST, Array, Values, steps
+from lora_fx.export.runtime.ort import call
+from lora_fx.export.slots.check_adapter import active, load_adapter
+from lora_fx.export.verification.eager import run_eager
+from lora_fx.numerics import TOLERANCE, compare
+
+TOKENS = 32
+
+
+def rollout(subject: Subject, session: Any, trial: Trial, dtype: torch.dtype) -> Check:
+    """Holds the greedy tokens of a file against those of eager, from an empty cache on.
+
+    The prompt is that of the example, its second row padded on the left.
+
+    Args:
+        subject: the eager model, and the adapter file to run with.
+        session: of the file.
+        trial: its inputs by name.
+        dtype: the model's precision.
+    """
+    given = trial.feeds(trial.cases[0])
+    ids = given[IDS]
+    mask = np.ones_like(ids)
+    mask[1:, : ids.shape[1] // 4] = 0
+    start = {n: v[:, :, :0] if n.startswith(PAST) else v for n, v in given.items()}
+    found = _greedy(_file(session, subject.adapter), ids, mask, start)
+    wanted = _greedy(_eager(subject, trial), ids, mask, start)
+    return _check(subject.what, found, wanted, dtype)
+
+
+def _greedy(
+    run: Callable[[Values], Values], ids: Array, mask: Array, start: Values
+) -> tuple[Array, Array]:
+    """Tokens (batch, tokens), and the logits that they are the largest of."""
+    generation = steps(run, ids, mask, start)
+    seen = [next(generation)]
+    while len(seen) < TOKENS:
+        seen.append(generation.send(seen[-1].argmax(-1)))
+    every = np.stack(seen, axis=1)
+    return every.argmax(-1), every
+
+
+def _check(
+    what: str, found: tuple[Array, Array], wanted: tuple[Array, Array], dtype: torch.dtype
+) -> Check:
+    """Equal tokens, as far as no two of eager's logits are equal within the precision."""
+    tolerance = TOLERANCE[dtype]
+    (tokens, logits), (own, expected) = found, wanted
+    worst = 0.0
+    for place in range(TOKENS):
+        here = compare(logits[:, place], torch.from_numpy(expected[:, place]), dtype)
+        worst = max(worst, here.relative)
+        rows = np.flatnonzero(tokens[:, place] != own[:, place])
+        if not len(rows):
+            continue
+        size = np.abs(expected[rows, place]).max(-1)
+        chosen = expected[rows, place, tokens[rows, place]]
+        gap = (expected[rows, place].max(-1) - chosen) / np.maximum(size, 1e-30)
+        is_tie = bool((gap <= tolerance).all())
+        differing = 0 if is_tie else int((tokens[:, place:] != own[:, place:]).sum())
+        shape = f"{place if is_tie else TOKENS} tokens"
+        return Check(what, shape, "all", "tokens", differing, worst, tolerance, is_tie)
+    ok = worst <= tolerance
+    return Check(what, f"{TOKENS} tokens", "all", "tokens", 0, worst, tolerance, ok)
+
+
+def _file(session: Any, adapter: Path | None) -> Callable[[Values], Values]:
+    loaded = None if adapter is None else load_adapter(adapter)
+    options = None if loaded is None else active(loaded)
+
+    def run(feeds: Values) -> Values:
+        assert loaded is None or options is not None  # the options do not keep the adapter alive
+        return call(session, feeds, options)
+
+    return run
+
+
+def _eager(subject: Subject, trial: Trial) -> Callable[[Values], Values]:
+    first = trial.cases[0]
+    _, spec = pytree.tree_flatten((first.args, first.kwargs))
+
+    def run(feeds: Values) -> Values:
+        flat = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in trial.inputs]
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        outputs = run_eager(subject.eager, Case("", args, kwargs))
+        return dict(zip(trial.outputs, (value.numpy() for value in outputs), strict=True))
+
+    return run

@@ -1,0 +1,67 @@
+"""How a model is called: what is exported of it, and the example inputs of that call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.tasks.example_inputs import example_inputs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a directory says of the inputs of its model.
+
+    Attributes:
+        names: what its tokenizer gives.
+        processor: how images or sounds are prepared: its ``preprocessor_config.json``.
+        last_logits: whether logits of the last position alone are wanted.
+    """
+
+    names: Collection[str] = ()
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    last_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that is exported.
+
+    Attributes:
+        model: what is called.
+        kwargs: example inputs by name.
+        dynamic_shapes: as `lora_fx.trace` takes it.
+        input_names: what the file calls the inputs, in order; by default as the model does.
+        generates: whether it is a decoder with a cache, whose next token is its own input.
+    """
+
+    model: nn.Module
+    kwargs: Mapping[str, Any]
+    dynamic_shapes: Any = None
+    input_names: tuple[str, ...] | None = None
+    generates: bool = False
+
+
+def as_it_is(model: Any, prepared: Prepared) -> Call:
+    """The model's own forward, without a cache.
+
+    Raises:
+        LoraFxError: an input that the model needs cannot be made; names it.
+    """
+    kwargs, shapes = example_inputs(model, prepared.names, prepared.processor)
+    return Call(model, kwargs, shapes)
+
+
+def of_each_choice(model: Any, prepared: Prepared) -> Call:
+    """The same with an axis of choices behind that of the batch, as multiple choice has it."""
+    kwargs, shapes = example_inputs(model, prepared.names, prepared.processor)
+    several = {n: torch.stack([t, t.roll(1, 0), t.flip(0)], 1) for n, t in kwargs.items()}
+    axes = {
+        name: {axis + (axis > 0): label for axis, label in own.items()} | {1: "num_choices"}
+        for name, own in shapes.items()
+    }
+    return Call(model, several, axes)

@@ -1,0 +1,128 @@
+"""Decoders with a cache: keys and values of what came before are inputs, those of all outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.tasks.calls import Call, Prepared
+from lora_fx.tasks.example_inputs import example_inputs
+
+_PAST = 5  # tokens of the example that came before
+_ALL = "past_sequence_length + sequence_length"
+
+
+def with_past(model: Any, prepared: Prepared) -> Call:
+    """One step of generation: some tokens, and the cache of all before them.
+
+    ``input_ids`` (batch, sequence), ``attention_mask`` (batch, past + sequence) and
+    ``position_ids`` (batch, sequence), where the model takes them, and for each layer N
+    ``past_key_values.N.key`` and ``.value`` (batch, heads, past, size) -> ``logits`` and
+    ``present.N.key`` and ``.value`` (batch, heads, past + sequence, size). A past of length 0 is a
+    prompt. Names and layout are optimum's.
+
+    Every layer's cache holds all positions: a layer with a sliding window masks what is behind it.
+
+    Raises:
+        LoraFxError: the model keeps another cache than keys and values, or takes no ids.
+    """
+    given, _ = example_inputs(model, prepared.names, prepared.processor)
+    if "input_ids" not in given or set(given) - {"input_ids", "attention_mask", "token_type_ids"}:
+        raise _refusal(model, f"it reads {', '.join(given)}, and no text alone")
+    ids = given["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, : _PAST - 2] = 0  # padding stands on the left, where what is generated does not
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    past = _past_of(model, ids[:, :_PAST], mask[:, :_PAST])
+    kwargs = {"input_ids": ids[:, _PAST:], "attention_mask": mask}
+    shapes: dict[str, Any] = {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: _ALL},
+    }
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        kwargs["position_ids"] = positions[:, _PAST:]
+        shapes["position_ids"] = shapes["input_ids"]
+    names = [f"past_key_values.{n}.{part}" for n in range(len(past)) for part in ("key", "value")]
+    axes = {0: "batch_size", 2: "past_sequence_length"}
+    return Call(
+        _stepwise(model, prepared.last_logits),
+        kwargs | {"past_key_values": past},
+        shapes | {"past_key_values": [[axes, axes] for _ in past]},
+        (*kwargs, *names),
+        generates=True,
+    )
+
+
+def _stepwise(model: Any, last_logits: bool) -> nn.Module:
+    """The model itself, which takes and gives its cache as tensors: modules keep their paths."""
+    from transformers import DynamicCache
+
+    own: Any = type(model)
+    taken = inspect.signature(model.forward).parameters
+    keeps, cached = "logits_to_keep" in taken, _cached(model)
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        # Without a config every layer keeps all positions.
+        cache: Any = DynamicCache(ddp_cache_data=[tuple(pair) for pair in past_key_values])
+        more = {"attention_mask": attention_mask, cached: cache, "use_cache": True}
+        more |= {} if position_ids is None else {"position_ids": position_ids}
+        more |= {"logits_to_keep": 1} if last_logits and keeps else {}
+        found = own.forward(self, input_ids, **more)
+        logits = found.logits[:, -1:] if last_logits else found.logits
+        return {"logits": logits} | {
+            f"present.{n}.{part}": tensor
+            for n, layer in enumerate(getattr(found, cached).layers)
+            for part, tensor in (("key", layer.keys), ("value", layer.values))
+        }
+
+    stepwise = copy.copy(model)
+    stepwise.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
+    return stepwise  # type: ignore[no-any-return]
+
+
+def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Keys and values of a prompt, by layer."""
+    from transformers import DynamicCache
+
+    cached = _cached(model)
+    more: dict[str, Any] = {cached: DynamicCache(), "use_cache": True}
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, **more)
+    layers = getattr(getattr(found, cached, None), "layers", [])
+    pairs = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers]
+    whole = len(ids), ids.shape[1]
+    shapes = {(t.shape[0], t.shape[2]) if _is_cache(t) else None for pair in pairs for t in pair}
+    if shapes != {whole}:
+        raise _refusal(model, "its cache is not one of keys and values for each position")
+    return pairs
+
+
+def _cached(model: Any) -> str:
+    """What a model calls its cache, which transformers has renamed."""
+    names = inspect.signature(model.forward).parameters
+    found = next((name for name in ("cache", "past_key_values") if name in names), None)
+    if found is None:
+        raise _refusal(model, "its forward takes none")
+    return found
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4
+
+
+def _refusal(model: Any, why: str) -> LoraFxError:
+    return LoraFxError(
+        f"a {model.config.model_type} cannot be exported with a cache: {why}. Export it without, "
+        "--task text-generation, or give module:function"
+    )
