@@ -22,6 +22,7 @@ from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
+from lora_fx.graph.example import TASK, task_of
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.io.atomic import refuse_existing, staged
 
@@ -97,6 +98,7 @@ def to_onnx(
         trial, model = _translated(trial, plan, inputs, opset)
     with clock.stage("optimise"):
         _finish(model, plan, trial)
+        model.metadata_props.update(task_of(gm))
     evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
     with staged(target, force=force) as draft:
         with clock.stage("write"):
@@ -119,6 +121,7 @@ def to_onnx(
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],
         coverage=evidence.coverage,
+        task=task_of(gm).get(TASK),
     )
 
 

@@ -95,6 +95,7 @@ class ExportReport:
         outputs: names of the graph outputs.
         slots: module paths that an adapter can act on; empty unless ``mode`` is ``"input"``.
         coverage: how much of the adapters was used: of their sum, or of each if they swap.
+        task: what the model was exported for, as `lora_fx.tasks` has it.
     """
 
     path: str
@@ -109,6 +110,7 @@ class ExportReport:
     outputs: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
+    task: str | None = None
 
     @property
     def verified(self) -> bool:
@@ -129,6 +131,8 @@ class ExportReport:
         """A short table: files, the worst check of each kind, controls, notes."""
         sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
         lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
+        if self.task:
+            lines.append(f"task {self.task}")
         if self.slots:
             lines.append(f"slots {len(self.slots)}")
         for one in self.coverage:

@@ -79,7 +79,8 @@ save_adapter(adapter, path, *, format='peft', force=False, **hints)
 testing
 text(gm)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
-    slots=None, vectors=None, opset=None, external_data_above=128000000, force=False, progress=None)
+    input_names=None, output_names=None, slots=None, vectors=None, opset=None,
+    external_data_above=128000000, force=False, progress=None)
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto', check=True)
 unfold(gm)
 """,
@@ -106,7 +107,8 @@ ExportReport
 Session(path, threads=None, providers=None, *, check=True)
 export_adapter(adapter, model_path, out_path, *, force=False, check=True)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
-    slots=None, vectors=None, opset=None, external_data_above=128000000, force=False, progress=None)
+    input_names=None, output_names=None, slots=None, vectors=None, opset=None,
+    external_data_above=128000000, force=False, progress=None)
 verify_onnx(gm, path, *, adapters=(), progress=None)
 """,
     "lora_fx.testing": """

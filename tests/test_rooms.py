@@ -29,7 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {"graph", "layers", "affine", "algebra", "adapters", "injection", "branch_lowering"},
 }
 ALLOWED["formats"] = {"io", "graph", "layers", "adapters", "kinds"}
-ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {"kinds", "formats"}
+ALLOWED["tasks"] = {"io", "formats"}
+ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {
+    "kinds",
+    "formats",
+    "tasks",
+}
 FREE = {"api", "cli", "demo", "explanation", "testing", "__init__", "__main__"}  # any room
 LOOSE = {"__init__", "__main__", "api", "errors", "explanation", "numerics"}
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
@@ -160,6 +165,13 @@ def test_only_export_imports_onnx() -> None:
 
 def test_core_does_not_import_passes_or_export_at_module_level() -> None:
     assert offences(("lora_fx",), {"lora_fx.passes", "lora_fx.export"}, at_module_level=True) == []
+
+
+def test_the_room_of_tasks_alone_knows_transformers() -> None:
+    rooms = [room for room in ALLOWED if room not in ("tasks", "passes", "export")]
+    rest = [f"lora_fx/{room}" for room in rooms] + ["lora_fx/cli", "passes", "export"]
+    assert offences(tuple(rest), {"transformers", "peft"}) == []
+    assert offences(("lora_fx/tasks",), {"transformers"}) != []
 
 
 def test_core_runs_without_transformers_and_peft_at_module_level() -> None:

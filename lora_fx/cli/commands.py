@@ -17,7 +17,7 @@ from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
 from lora_fx.frontend.trace import trace
-from lora_fx.graph.example import example_of, remember_example
+from lora_fx.graph.example import LAST_LOGITS, TASK, example_of, remember_example
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
@@ -154,9 +154,15 @@ def verify_model(
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
-    progress("load")
-    source, loaded = _load(spec, adapters, given, task, last_logits)
     from lora_fx.export import verify_onnx
+    from lora_fx.export.onnx_model.model_file import load_proto
+
+    progress("load")
+    if Path(spec).is_dir():
+        noted = {entry.key: entry.value for entry in load_proto(path).metadata_props}
+        task = task or noted.get(TASK)
+        last_logits = last_logits or LAST_LOGITS in noted
+    source, loaded = _load(spec, adapters, given, task, last_logits)
 
     return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)
 
@@ -180,8 +186,8 @@ def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
     gm = trace(source.model, source.args, source.kwargs, dynamic_shapes=source.dynamic_shapes)
     example = example_of(gm)
     assert example is not None, "trace remembers what it is given"
-    named = {"input_names": source.input_names, "generates": source.generates}
-    remember_example(gm, replace(example, **named))
+    named = replace(example, input_names=source.input_names, task=source.task)
+    remember_example(gm, replace(named, generates=source.generates))
     return gm
 
 

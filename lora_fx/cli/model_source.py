@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
+from lora_fx.graph.example import LAST_LOGITS, TASK
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import as_it_is
 from lora_fx.tasks.directory import load_directory, prepared_by
@@ -33,7 +34,7 @@ class ModelSource:
         kwargs: example inputs by name.
         dynamic_shapes: as `lora_fx.trace` takes it.
         lacks: parameters without a value, which an adapter must bring.
-        task: what it is exported for, as `lora_fx.tasks` has it.
+        task: what it is exported for, as a file's metadata has it.
         input_names: what the file calls the inputs; by default as the model does.
         generates: whether it is a decoder with a cache.
     """
@@ -43,7 +44,7 @@ class ModelSource:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     lacks: tuple[str, ...] = ()
-    task: str | None = None
+    task: Mapping[str, str] = field(default_factory=dict)
     input_names: tuple[str, ...] | None = None
     generates: bool = False
 
@@ -145,13 +146,15 @@ def _from_directory(
         call = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
         if last_logits and not call.generates:
             raise LoraFxError("--last-logits is for a decoder with a cache")
+    noted = {TASK: loaded.task.name} if loaded.task else {}
+    noted |= {LAST_LOGITS: "true"} if last_logits else {}
     return ModelSource(
         call.model,
         (),
         call.kwargs,
         call.dynamic_shapes,
         loaded.lacks,
-        loaded.task.name if loaded.task else None,
+        noted,
         call.input_names,
         call.generates,
     )

@@ -11,6 +11,8 @@ from torch import fx
 from lora_fx.graph.traced_module import TracedModule
 
 _META = "lora_fx.example"
+TASK = "lora_fx.task"  # in a file's metadata
+LAST_LOGITS = "lora_fx.last_logits"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Example:
         aliases: path of a module that has several names -> its other names.
         model: the module that was traced, as it was then; None once the graph is another's.
         input_names: what a file calls the inputs, in order; None: as the model does.
+        task: what it is exported for, and how, as a file's metadata has it.
         generates: whether it is one step of a decoder with a cache, as `lora_fx.tasks` calls it.
     """
 
@@ -35,6 +38,7 @@ class Example:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     model: TracedModule | None = field(default=None, compare=False, repr=False)
     input_names: tuple[str, ...] | None = None
+    task: Mapping[str, str] = field(default_factory=dict)
     generates: bool = False
 
 
@@ -53,6 +57,12 @@ def aliases_of(gm: fx.GraphModule) -> Mapping[str, tuple[str, ...]]:
     """Path of a module that has several names -> its other names."""
     example = example_of(gm)
     return example.aliases if example else {}
+
+
+def task_of(gm: fx.GraphModule) -> Mapping[str, str]:
+    """What a graph is exported for, as a file's metadata has it."""
+    example = example_of(gm)
+    return example.task if example else {}
 
 
 def forget_model(gm: fx.GraphModule) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it writes, prints and returns, on a small model of the user's own."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -468,7 +469,8 @@ def test_the_users_own_errors_are_one_message(
 def test_a_defect_of_our_own_says_so(
     home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_fx.cli.inspect.describe", len)
+    module = importlib.import_module("lora_fx.cli.inspect")  # the command has its name too
+    monkeypatch.setattr(module, "describe", len)
     assert call("inspect", home / "french") == 2
     shown = capfd.readouterr().err
     assert shown.startswith("error: TypeError: len() takes exactly one argument")
