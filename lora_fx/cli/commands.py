@@ -71,6 +71,7 @@ def export_model(
     progress("load")
     source, loaded = _load(spec, adapters, given, task, last_logits)
     names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
+    names += source.beside
     refuse_files(out, names, force)
     gm = _trace(source, progress)
     base = gm
@@ -94,6 +95,8 @@ def export_model(
         shown = mode if mode != "merged" else report.mode
         report = replace(report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes])
         report.save_json(draft / REPORT)
+        if source.write_beside is not None:
+            source.write_beside(draft)
     return report
 
 

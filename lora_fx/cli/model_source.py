@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_fx.errors import LoraFxError, within
 from lora_fx.graph.example import LAST_LOGITS, TASK
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import as_it_is
+from lora_fx.tasks.client_files import write_companions, written_beside
 from lora_fx.tasks.directory import load_directory, prepared_by
 from lora_fx.tasks.table import task_named
 
@@ -37,6 +39,8 @@ class ModelSource:
         task: what it is exported for, as a file's metadata has it.
         input_names: what the file calls the inputs; by default as the model does.
         generates: whether it is a decoder with a cache.
+        beside: the names of what clients need beside the file.
+        write_beside: writes these into a directory.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -47,6 +51,8 @@ class ModelSource:
     task: Mapping[str, str] = field(default_factory=dict)
     input_names: tuple[str, ...] | None = None
     generates: bool = False
+    beside: Sequence[str] = ()
+    write_beside: Callable[[Path], None] | None = None
 
 
 def find_model(
@@ -157,4 +163,6 @@ def _from_directory(
         noted,
         call.input_names,
         call.generates,
+        written_beside(path, call),
+        partial(write_companions, path, model=loaded.model, call=call),
     )
