@@ -163,8 +163,9 @@ def verify_model(
     progress("load")
     if Path(spec).is_dir():
         noted = {entry.key: entry.value for entry in load_proto(path).metadata_props}
+        is_own = task in (None, noted.get(TASK))
+        last_logits = last_logits or (is_own and LAST_LOGITS in noted)
         task = task or noted.get(TASK)
-        last_logits = last_logits or LAST_LOGITS in noted
     source, loaded = _load(spec, adapters, given, task, last_logits)
 
     return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)

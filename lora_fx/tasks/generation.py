@@ -97,8 +97,11 @@ def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[tor
 
     cached = _cached(model)
     more: dict[str, Any] = {cached: DynamicCache(), "use_cache": True}
-    with torch.no_grad():
-        found = model(input_ids=ids, attention_mask=mask, **more)
+    try:
+        with torch.no_grad():
+            found = model(input_ids=ids, attention_mask=mask, **more)
+    except Exception as error:  # the model's own code meets a cache that it may not know
+        raise _refusal(model, f"its forward takes none of keys and values ({error})") from error
     layers = getattr(getattr(found, cached, None), "layers", [])
     pairs = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers]
     whole = len(ids), ids.shape[1]

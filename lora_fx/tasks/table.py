@@ -86,4 +86,4 @@ def task_of_adapters(name: str | None) -> Task | None:
 
 def task_of(kind: type, config: Any) -> Task | None:
     """The task that a class is made for; None if it is of no task here, and called as it is."""
-    return next((task for task in TASKS.values() if task.is_done_by(kind, config)), None)
+    return next((task for task in TASKS.values() if kind in task.classes(config)), None)
