@@ -1,17 +1,20 @@
-"""Matches low-rank branches in a graph, by its structure."""
+"""Matches low-rank branches in a graph: their layout is replayed on the calls that are there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import fx
 
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten, op_name
-from lora_fx.layers.branch_calls import parts_of_expand, parts_of_shrink
+from lora_fx.injection.branch_layout import branch_sum, scaled_input
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
+
+_MOST = 32  # nodes that one branch is made of
 
 
 class Names(NamedTuple):
@@ -79,13 +82,13 @@ def branches_of(site: Site) -> Iterator[Branch]:
     """The branches beside one call of a layer, in the order they are added."""
     col = col_of(site)
     base, loose = site.node, col
-    while (branch := _next(base, site, col)) is not None:
+    while (branch := _next(site, base, col)) is not None:
         if branch.col is not None:
             loose = None
         yield branch
         base = branch.out
     if loose is not None:
-        name = _adapter(loose)
+        name = name_in(str(loose.target))
         yield Branch(site.path, name, site.node, None, None, 1.0, None, base, base, None, loose)
 
 
@@ -97,87 +100,130 @@ def last_of(site: Site) -> fx.Node:
 
 def col_of(site: Site) -> fx.Node | None:
     """The vector that an adapter multiplies the layer's input with, or None."""
-    parts = _parts(site.input, "mul")
-    col = whole(parts[1]) if parts else None
-    return col if _is_named(col, site, "col") else None
+    scaled = site.input
+    if scaled.target is not aten.mul.Tensor or not isinstance(scaled.args[1], fx.Node):
+        return None
+    x: Any = scaled.args[0]
+    found = _Found(_reached(scaled, {x}, most=8))
+    _, tensors = _tensors(found.nodes, site)
+    if "col" not in tensors:
+        return None
+    end = _replayed(scaled_input, found, site, x, tensors["col"])
+    return tensors["col"] if end is scaled else None
 
 
-def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
+def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
     sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[0] is base]
-    found = (_branch(out, base, site, col) for out in sums)
+    found = (_branch(site, base, out, col) for out in sums)
     return next((branch for branch in found if branch is not None), None)
 
 
-def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
-    delta, bias, gain = out.args[1], None, None
-    if _is_named(alone := whole(delta), site, "bias"):
-        return _bias_alone(alone, out, base, site)
-    if (parts := _parts(delta, "add")) and _is_named(whole(parts[1]), site, "bias"):
-        delta, bias = parts[0], whole(parts[1])
-    low, rest = delta, _parts(delta, "add")
-    if (found := _gain(delta, site)) is not None:
-        low, gain = None, found
-    elif rest and (found := _gain(rest[1], site)) is not None:
-        low, gain = rest[0], found
-    factors = _low_rank(low, site)
-    if factors is None and (low is not None or gain is None):
+def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Branch | None:
+    """Reads what a sum adds, or None if that is somebody else's code."""
+    sources: list[Any] = [site.input] if col is None else [site.input, site.input.args[0]]
+    found = _Found(_reached(out, {base, site.node, site.bias, *sources}, _MOST))
+    name, tensors = _tensors(found.nodes, site)
+    if not name or ("down" in tensors) != ("up" in tensors):
         return None
-    down, up, scale = factors or (None, None, 1.0)
-    name = _adapter(down or gain)
-    mine = col if col is not None and _adapter(col) == name else None
-    return Branch(site.path, name, site.node, down, up, scale, bias, base, out, gain, mine)
-
-
-def _bias_alone(bias: fx.Node, out: fx.Node, base: fx.Node, site: Site) -> Branch:
-    return Branch(site.path, _adapter(bias), site.node, None, None, 1.0, bias, base, out)
-
-
-def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:
-    scale = 1.0
-    if (parts := _parts(delta, "mul")) and isinstance(parts[1], float):
-        delta, scale = parts
-    expand = parts_of_expand(delta, site) if isinstance(delta, fx.Node) else None
-    if expand is None or not isinstance(expand[0], fx.Node):
+    x, scale, groups = found.read_of(sources), found.scale, _groups(site, tensors)
+    if _replayed(branch_sum, found, site, base, tensors, x, scale, groups) is not out:
         return None
-    shrink, up = parts_of_shrink(expand[0], site), whole(expand[1])
-    down = whole(shrink[1]) if shrink else None
-    if down is None or not (_is_named(up, site, "up") and _is_named(down, site, "down")):
+    part = tensors.get
+    mine = col if col is not None and name_in(str(col.target)) == name else None
+    return Branch(
+        site.path, name, site.node, part("down"), part("up"), 1.0 if scale is None else scale,
+        part("bias"), base, out, part("gain"), mine,
+    )  # fmt: skip
+
+
+class _AbsentError(Exception):
+    """A call of a branch that is not in the graph."""
+
+
+def _replayed(layout: Callable[..., fx.Node], *arguments: Any) -> fx.Node | None:
+    try:
+        return layout(*arguments)
+    except _AbsentError:
         return None
-    return down, up, scale
 
 
-def _gain(value: Any, site: Site) -> fx.Node | None:
-    """The gain of ``mul(layer - b, gain)``."""
-    parts = _parts(value, "mul")
-    gain = whole(parts[1]) if parts else None
-    if parts is None or not _is_named(gain, site, "gain"):
-        return None
-    without = _parts(parts[0], "sub")
-    is_layer = parts[0] is site.node or (without is not None and without[0] is site.node)
-    return gain if is_layer else None
+class _Found:
+    """A `Builder` that finds the calls instead of making them.
 
-
-def whole(value: Any) -> Any:
-    """The factor or vector of a whole layer, of which a call that reads a part takes a part.
-
-    Where features are not on the last axis, what a call takes of a vector is a view.
+    Attributes:
+        nodes: among which it looks.
     """
-    while isinstance(value, fx.Node) and op_name(value) in ("view", "slice", "index_select"):
-        value = value.args[0]
-    return value
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.nodes = nodes
+
+    def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
+        for node in self.nodes:
+            if node.target is target and node.args == arguments and not node.kwargs:
+                return node
+        raise _AbsentError
+
+    def index(self, tensor: fx.Node, places: tuple[int, ...]) -> fx.Node:
+        for node in self.nodes:
+            if node.target is aten.index_select.default and node.args[0] is tensor:
+                index: Any = node.args[2]
+                if index.op == "get_attr" and _held(index).tolist() == list(places):
+                    return index
+        raise _AbsentError
+
+    @property
+    def scale(self) -> float | None:
+        """The number that something is multiplied with, if there is one."""
+        factors = (node.args[1] for node in self.nodes if node.target is aten.mul.Tensor)
+        return next((factor for factor in factors if isinstance(factor, float)), None)
+
+    def read_of(self, sources: Sequence[fx.Node]) -> fx.Node:
+        """Which of these is read, or what a dropout made of it."""
+        for node in self.nodes:
+            if node in sources or (op_name(node) == "dropout" and node.args[0] in sources):
+                return node
+        return sources[0]
 
 
-def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
-    if not isinstance(value, fx.Node) or op_name(value) != operator or len(value.args) != 2:
-        return None
-    return value.args[0], value.args[1]
+def _reached(end: fx.Node, stops: set[Any], most: int) -> list[fx.Node]:
+    """What a value is computed from, itself first, up to some nodes; nothing if that is more."""
+    found = [end]
+    for node in found:  # grows
+        read = () if node in stops else node.all_input_nodes
+        if node.target is aten.index_select.default:
+            read = read[:1]  # what it takes, and not the places
+        found += [source for source in read if source not in found]
+        if len(found) > most:
+            return []
+    return found
 
 
-def _adapter(node: fx.Node | None) -> str:
-    return name_in(str(node.target)) if node is not None else ""
+def _tensors(nodes: Sequence[fx.Node], site: Site) -> tuple[str, dict[str, fx.Node]]:
+    """The tensors among these that an adapter brought to a layer, and the adapter's name.
+
+    Without a name if there are none, or of several adapters.
+    """
+    found, adapters = {}, set()
+    for node in nodes:
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        names = parameter_names(site.path, name_in(target), site.bare)
+        if target in names:
+            found[Names._fields[names.index(target)]] = node
+            adapters.add(name_in(target))
+    return (adapters.pop(), found) if len(adapters) == 1 else ("", {})
 
 
-def _is_named(value: Any, site: Site, part: str) -> bool:
-    is_fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-    names = parameter_names(site.path, _adapter(value) if is_fetched else "", site.bare)
-    return is_fetched and value.target == getattr(names, part)
+def _groups(site: Site, tensors: dict[str, fx.Node]) -> int:
+    """Of the up-projection: how many times its rank goes into that of down."""
+    if site.groups == 1 or not {"down", "up"} <= tensors.keys():
+        return 1
+    down, up = (_held(tensors[part]).shape[site.type.axis(part, "r")] for part in ("down", "up"))
+    return int(down // up)
+
+
+def _held(node: fx.Node) -> Any:
+    gm = node.graph.owning_module
+    assert gm is not None
+    return get_unevaluated(gm, str(node.target))
