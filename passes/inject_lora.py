@@ -19,7 +19,7 @@ from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.emit_branch import beside as beside_layer
 from lora_fx.injection.emit_branch import put
-from lora_fx.injection.match_branch import parameter_names
+from lora_fx.injection.match_branch import branch_input, col_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.resolved import aliases, meanings, resolved
 from lora_fx.injection.usage_check import bind, bind_fresh, standing, weight_name
@@ -197,9 +197,10 @@ def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> Non
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
+    x = branch_input(site, col_of(site))
     if config.dropout == 0 or site.type.reads_ids:  # ids are not dropped
-        return site.input
+        return x
     module = nn.Dropout(config.dropout).train(editor.gm.training)
     down = parameter_names(site.path, config.name, site.bare).down
     name = down.replace("lora_A", "lora_dropout")
-    return editor.call_module(name, module, site.input, before=site.node)
+    return editor.call_module(name, module, x, before=site.node)

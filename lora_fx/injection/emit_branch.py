@@ -15,7 +15,13 @@ from lora_fx.graph.editor import Editor
 from lora_fx.injection.branch_layout import branch_sum, scaled_input
 from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
 from lora_fx.injection.finite_values import check_finite
-from lora_fx.injection.match_branch import branches_of, col_of, last_of, parameter_names
+from lora_fx.injection.match_branch import (
+    branch_input,
+    branches_of,
+    col_of,
+    last_of,
+    parameter_names,
+)
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.parametrized_weights import adapter_of
@@ -73,7 +79,8 @@ def beside(
         _refuse_scaled(site, mine=nodes)
     rank = editor.tensor(nodes["down"]).shape[site.type.axis("down", "r")] if "down" in nodes else 0
     writer = _Writer(editor, site, behind, rank)
-    total = branch_sum(writer, site, base, nodes, x or _read(site, nodes), scale, groups)
+    x = x or branch_input(site, None if "col" in nodes else col_of(site))
+    total = branch_sum(writer, site, base, nodes, x, scale, groups)
     if total is not base:
         editor.replace(base, total, keep=writer.made)  # a gain reads the layer, not the sum
 
@@ -113,15 +120,6 @@ def _own_bias(editor: Editor, calls: Sequence[Site]) -> torch.Tensor | None:
             "inputs; leave the layer out"
         )
     return bias
-
-
-def _read(site: Site, nodes: dict[str, fx.Node]) -> fx.Node:
-    """What the low-rank part reads: what came in, unless its own adapter scales that."""
-    if "col" in nodes or col_of(site) is None:
-        return site.input
-    x = site.input.args[0]
-    assert isinstance(x, fx.Node)
-    return x
 
 
 def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:

@@ -14,7 +14,7 @@ from lora_fx.injection.branch_layout import branch_sum, scaled_input
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
 
-_MOST = 32  # nodes that one branch is made of
+_MOST = 25  # nodes that one branch is made of, all that it reads included
 
 
 class Names(NamedTuple):
@@ -104,12 +104,19 @@ def col_of(site: Site) -> fx.Node | None:
     if scaled.target is not aten.mul.Tensor or not isinstance(scaled.args[1], fx.Node):
         return None
     x: Any = scaled.args[0]
-    found = _Found(_reached(scaled, {x}, most=8))
+    found = _Found(_reached(scaled, {x}, most=5))
     _, tensors = _tensors(found.nodes, site)
     if "col" not in tensors:
         return None
     end = _replayed(scaled_input, found, site, x, tensors["col"])
     return tensors["col"] if end is scaled else None
+
+
+def branch_input(site: Site, col: fx.Node | None) -> fx.Node:
+    """What a low-rank part reads: what the layer does, or what another adapter's col multiplies."""
+    x = site.input if col is None else site.input.args[0]
+    assert isinstance(x, fx.Node)
+    return x
 
 
 def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
@@ -120,16 +127,17 @@ def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
 
 def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Branch | None:
     """Reads what a sum adds, or None if that is somebody else's code."""
-    sources: list[Any] = [site.input] if col is None else [site.input, site.input.args[0]]
-    found = _Found(_reached(out, {base, site.node, site.bias, *sources}, _MOST))
+    stops = {base, site.node, site.bias, site.input, branch_input(site, col)}
+    found = _Found(_reached(out, stops, _MOST))
     name, tensors = _tensors(found.nodes, site)
     if not name or ("down" in tensors) != ("up" in tensors):
         return None
-    x, scale, groups = found.read_of(sources), found.scale, _groups(site, tensors)
-    if _replayed(branch_sum, found, site, base, tensors, x, scale, groups) is not out:
+    mine = col if col is not None and name_in(str(col.target)) == name else None
+    x, scale = found.dropped(branch_input(site, None if mine else col)), found.scale
+    sum_ = _replayed(branch_sum, found, site, base, tensors, x, scale, _groups(site, tensors))
+    if sum_ is not out:
         return None
     part = tensors.get
-    mine = col if col is not None and name_in(str(col.target)) == name else None
     return Branch(
         site.path, name, site.node, part("down"), part("up"), 1.0 if scale is None else scale,
         part("bias"), base, out, part("gain"), mine,
@@ -177,12 +185,10 @@ class _Found:
         factors = (node.args[1] for node in self.nodes if node.target is aten.mul.Tensor)
         return next((factor for factor in factors if isinstance(factor, float)), None)
 
-    def read_of(self, sources: Sequence[fx.Node]) -> fx.Node:
-        """Which of these is read, or what a dropout made of it."""
-        for node in self.nodes:
-            if node in sources or (op_name(node) == "dropout" and node.args[0] in sources):
-                return node
-        return sources[0]
+    def dropped(self, x: fx.Node) -> fx.Node:
+        """What a dropout made of x, or x where there is none."""
+        made = (n for n in self.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
+        return next(made, x)
 
 
 def _reached(end: fx.Node, stops: set[Any], most: int) -> list[fx.Node]:
