@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from lora_fx.graph.lazy_tensor import get_unevaluated
@@ -167,7 +168,7 @@ class _Found:
 
     def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
         for node in self.nodes:
-            if node.target is target and node.args == arguments and not node.kwargs:
+            if node.target is target and not node.kwargs and _are_same(node, arguments):
                 return node
         raise _AbsentError
 
@@ -189,6 +190,21 @@ class _Found:
         """What a dropout made of x, or x where there is none."""
         made = (n for n in self.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
         return next(made, x)
+
+
+def _are_same(node: fx.Node, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call has these arguments; torch.export leaves out defaults at their end."""
+    if node.args == arguments:
+        return True
+    known = getattr(node.target, "_schema", None)
+    return known is not None and _told(known, node.args) == _told(known, arguments)
+
+
+def _told(schema: torch.FunctionSchema, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    end = min(len(arguments), len(schema.arguments))
+    while end and arguments[end - 1] == schema.arguments[end - 1].default_value:
+        end -= 1
+    return arguments[:end]
 
 
 def _reached(end: fx.Node, stops: set[Any], most: int) -> list[fx.Node]:
