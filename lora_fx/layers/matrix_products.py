@@ -165,7 +165,9 @@ def _matmul(node: fx.Node, fixed: _Fixed) -> Product | None:
 
 def _biased(node: fx.Node, fixed: _Fixed) -> Product | None:
     has_factors = len(node.args) != 3
-    return None if has_factors else _made(node, fixed, ((1,), (2,)), turned=False, bias=node.args[0])
+    return (
+        None if has_factors else _made(node, fixed, ((1,), (2,)), turned=False, bias=node.args[0])
+    )
 
 
 def _einsum(node: fx.Node, fixed: _Fixed) -> Product | None:
