@@ -19,7 +19,7 @@ from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.conform import fitted
 from lora_fx.injection.emit_branch import beside as beside_layer
 from lora_fx.injection.emit_branch import put
-from lora_fx.injection.match_branch import branch_input, col_of, parameter_names
+from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.resolved import aliases, meanings, resolved
 from lora_fx.injection.usage_check import bind, bind_fresh, standing, weight_name
@@ -153,7 +153,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
         }
         for site in groups[path]:
             x = _dropped(editor, site, config)
-            beside_layer(editor, site, nodes, x, update.scale, update.groups)
+            beside_layer(editor, site, nodes, x, update.scale)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
     bind_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 
@@ -197,7 +197,7 @@ def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> Non
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
-    x = branch_input(site, col_of(site))
+    x = input_of(site, col_of(site))
     if config.dropout == 0 or site.type.reads_ids:  # ids are not dropped
         return x
     module = nn.Dropout(config.dropout).train(editor.gm.training)

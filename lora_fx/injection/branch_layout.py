@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten
 from lora_fx.layers.sites import Site
 from lora_fx.layers.weight_parts import Places
@@ -17,7 +18,7 @@ class Builder(Protocol):
     """Makes the calls of a branch, or finds those that a graph has."""
 
     def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
-        """A call; ``axis``: of its features, or None if it takes a part of a stored tensor."""
+        """A call; its result is the layer's but for this axis, or nothing of the kind if None."""
 
     def index(self, tensor: fx.Node, places: tuple[int, ...]) -> fx.Node:
         """The constant of the places at which a part of a stored tensor is taken."""
@@ -30,7 +31,6 @@ def branch_sum(
     tensors: Mapping[str, fx.Node],
     x: fx.Node,
     scale: float | None = None,
-    groups: int = 1,
 ) -> fx.Node:
     """``base + [scale * (x @ down) @ up] + [(layer - b) * gain] + [bias]``.
 
@@ -41,7 +41,6 @@ def branch_sum(
         tensors: the ``get_attr`` nodes of those that there are, by their names above.
         x: what the low-rank part reads.
         scale: a factor of the low-rank part that is not folded into ``up``.
-        groups: of the up-projection beside a grouped convolution.
 
     Returns:
         The sum, or base itself if nothing is added.
@@ -53,6 +52,8 @@ def branch_sum(
     terms: list[fx.Node] = []
     if "down" in tensors:
         narrow = builder.call(*site.type.shrink(site, x, part("down")), axis="r")
+        is_grouped = site.groups > 1
+        groups = rank_of(site, "down", tensors) // rank_of(site, "up", tensors) if is_grouped else 1
         low = builder.call(*site.type.expand(site, narrow, part("up"), groups))
         terms.append(low if scale is None else builder.call(aten.mul.Tensor, (low, scale)))
     if "gain" in tensors:
@@ -66,9 +67,20 @@ def branch_sum(
     return builder.call(aten.add.Tensor, (base, delta))
 
 
+def rank_of(site: Site, factor: str, tensors: Mapping[str, fx.Node]) -> int:
+    """The size of the inner axis of a factor: that of ``up`` is less beside groups."""
+    return int(held(tensors[factor]).shape[site.type.axis(factor, "r")])
+
+
+def held(node: fx.Node) -> Any:
+    """The tensor that a ``get_attr`` node fetches."""
+    assert node.graph.owning_module is not None
+    return get_unevaluated(node.graph.owning_module, str(node.target))
+
+
 def scaled_input(builder: Builder, site: Site, x: fx.Node, col: fx.Node) -> fx.Node:
     """``x * col``, which the layer reads in place of x."""
-    return builder.call(aten.mul.Tensor, (x, _part(builder, site, col, "col")), axis="in")
+    return builder.call(aten.mul.Tensor, (x, _part(builder, site, col, "col")), axis=None)
 
 
 def _without_bias(builder: Builder, site: Site) -> fx.Node:

@@ -9,19 +9,12 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
-from lora_fx.injection.branch_layout import branch_sum, scaled_input
+from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
 from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
 from lora_fx.injection.finite_values import check_finite
-from lora_fx.injection.match_branch import (
-    branch_input,
-    branches_of,
-    col_of,
-    last_of,
-    parameter_names,
-)
+from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.parametrized_weights import adapter_of
@@ -44,13 +37,12 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
         terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
-    groups = update.groups if isinstance(update, Update) else 1
     nodes = {
-        part: editor.constant(getattr(names, part), _frozen(value), before=first.node)
+        part: editor.constant(getattr(names, part), nn.Parameter(value, False), before=first.node)
         for part, value in terms.each().items()
     }
     for site in calls:
-        beside(editor, site, nodes, groups=groups)
+        beside(editor, site, nodes)
 
 
 def beside(
@@ -59,7 +51,6 @@ def beside(
     nodes: dict[str, fx.Node],
     x: fx.Node | None = None,
     scale: float | None = None,
-    groups: int = 1,
 ) -> None:
     """Adds the terms of one call.
 
@@ -69,7 +60,6 @@ def beside(
         nodes: the ``get_attr`` nodes of `Terms`, by name.
         x: what the low-rank part reads; what the layer reads by default.
         scale: a factor of the low-rank part that is not folded into ``up``.
-        groups: of the up-projection beside a grouped convolution.
     """
     base = last_of(site)
     behind = base.next
@@ -77,10 +67,9 @@ def beside(
         _scale_input(editor, site, nodes["col"])
     if "gain" in nodes:
         _refuse_scaled(site, mine=nodes)
-    rank = editor.tensor(nodes["down"]).shape[site.type.axis("down", "r")] if "down" in nodes else 0
-    writer = _Writer(editor, site, behind, rank)
-    x = x or branch_input(site, None if "col" in nodes else col_of(site))
-    total = branch_sum(writer, site, base, nodes, x, scale, groups)
+    writer = _Writer(editor, site, behind, rank_of(site, "down", nodes) if "down" in nodes else 0)
+    x = x or input_of(site, None if "col" in nodes else col_of(site))
+    total = branch_sum(writer, site, base, nodes, x, scale)
     if total is not base:
         editor.replace(base, total, keep=writer.made)  # a gain reads the layer, not the sum
 
@@ -100,7 +89,7 @@ class _Writer:
         node = self._editor.call(target, arguments, before=self._before, like=self._site.node)
         self.made.append(node)
         value = self._site.node.meta.get("val")
-        if axis in ("out", "r") and self._site.is_conv and value is not None:
+        if axis and self._site.is_conv and value is not None:
             # What torch.export notes of a convolution's results: how many places there are.
             sizes, at = list(value.shape), 1 - len(self._site.shape)
             sizes[at] = sizes[at] if axis == "out" else self._rank
@@ -143,7 +132,3 @@ def _refuse_scaled(site: Site, mine: dict[str, fx.Node]) -> None:
             f"{site.path}: a second adapter scales what the layer gives, and the first changed "
             "that; fold the first, then inject the second"
         )
-
-
-def _frozen(value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)

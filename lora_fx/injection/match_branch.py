@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten, op_name
-from lora_fx.injection.branch_layout import branch_sum, scaled_input
+from lora_fx.injection.branch_layout import branch_sum, held, scaled_input
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
-
-_MOST = 25  # nodes that one branch is made of, all that it reads included
 
 
 class Names(NamedTuple):
@@ -101,19 +99,19 @@ def last_of(site: Site) -> fx.Node:
 
 def col_of(site: Site) -> fx.Node | None:
     """The vector that an adapter multiplies the layer's input with, or None."""
-    scaled = site.input
-    if scaled.target is not aten.mul.Tensor or not isinstance(scaled.args[1], fx.Node):
+    scaled: Any = site.input
+    if scaled.target is not aten.mul.Tensor:
         return None
-    x: Any = scaled.args[0]
-    found = _Found(_reached(scaled, {x}, most=5))
-    _, tensors = _tensors(found.nodes, site)
-    if "col" not in tensors:
-        return None
-    end = _replayed(scaled_input, found, site, x, tensors["col"])
-    return tensors["col"] if end is scaled else None
+    x = scaled.args[0] if scaled.args else None
+    found = _Found(scaled, {x}, most=5)
+    col = _tensors(found.nodes, site)[1].get("col")
+    with suppress(_AbsentError):
+        if col is not None and scaled_input(found, site, x, col) is scaled:
+            return col
+    return None
 
 
-def branch_input(site: Site, col: fx.Node | None) -> fx.Node:
+def input_of(site: Site, col: fx.Node | None) -> fx.Node:
     """What a low-rank part reads: what the layer does, or what another adapter's col multiplies."""
     x = site.input if col is None else site.input.args[0]
     assert isinstance(x, fx.Node)
@@ -121,103 +119,80 @@ def branch_input(site: Site, col: fx.Node | None) -> fx.Node:
 
 
 def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
-    sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[0] is base]
+    sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[:1] == (base,)]
     found = (_branch(site, base, out, col) for out in sums)
     return next((branch for branch in found if branch is not None), None)
 
 
 def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Branch | None:
     """Reads what a sum adds, or None if that is somebody else's code."""
-    stops = {base, site.node, site.bias, site.input, branch_input(site, col)}
-    found = _Found(_reached(out, stops, _MOST))
+    stops = {base, site.node, site.bias, site.input, input_of(site, col)}
+    found = _Found(out, stops)
     name, tensors = _tensors(found.nodes, site)
     if not name or ("down" in tensors) != ("up" in tensors):
         return None
     mine = col if col is not None and name_in(str(col.target)) == name else None
-    x, scale = found.dropped(branch_input(site, None if mine else col)), found.scale
-    sum_ = _replayed(branch_sum, found, site, base, tensors, x, scale, _groups(site, tensors))
-    if sum_ is not out:
-        return None
-    part = tensors.get
-    return Branch(
-        site.path, name, site.node, part("down"), part("up"), 1.0 if scale is None else scale,
-        part("bias"), base, out, part("gain"), mine,
-    )  # fmt: skip
+    x = input_of(site, None if mine else col)
+    dropped = (n for n in found.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
+    factors = (f for n in found.nodes if n.target is aten.mul.Tensor for f in n.args[1:])
+    scale = next((factor for factor in factors if isinstance(factor, float)), None)
+    with suppress(_AbsentError):
+        if branch_sum(found, site, base, tensors, next(dropped, x), scale) is out:
+            part = tensors.get
+            return Branch(
+                site.path, name, site.node, part("down"), part("up"),
+                1.0 if scale is None else scale, part("bias"), base, out, part("gain"), mine,
+            )  # fmt: skip
+    return None
 
 
 class _AbsentError(Exception):
     """A call of a branch that is not in the graph."""
 
 
-def _replayed(layout: Callable[..., fx.Node], *arguments: Any) -> fx.Node | None:
-    try:
-        return layout(*arguments)
-    except _AbsentError:
-        return None
-
-
 class _Found:
     """A `Builder` that finds the calls instead of making them.
 
     Attributes:
-        nodes: among which it looks.
+        nodes: what a value is computed from, itself first, up to ``stops``: among these it looks.
+            No nodes if they are more than a branch is made of.
     """
 
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self.nodes = nodes
+    def __init__(self, end: fx.Node, stops: set[Any], most: int = 25) -> None:
+        self.nodes = [end]
+        for node in self.nodes:  # grows
+            read = () if node in stops else node.all_input_nodes
+            if node.target is aten.index_select.default:
+                read = read[:1]  # what it takes, and not the places
+            self.nodes += [source for source in read if source not in self.nodes]
+            if len(self.nodes) > most:
+                self.nodes = []
+                return
 
     def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
         for node in self.nodes:
-            if node.target is target and not node.kwargs and _are_same(node, arguments):
+            if node.target is not target or node.kwargs:
+                continue
+            if node.args == arguments or _told(target, node.args) == _told(target, arguments):
                 return node
         raise _AbsentError
 
     def index(self, tensor: fx.Node, places: tuple[int, ...]) -> fx.Node:
         for node in self.nodes:
-            if node.target is aten.index_select.default and node.args[0] is tensor:
-                index: Any = node.args[2]
-                if index.op == "get_attr" and _held(index).tolist() == list(places):
+            if node.target is aten.index_select.default and node.args[:1] == (tensor,):
+                index = node.all_input_nodes[-1]
+                if index.op == "get_attr" and held(index).tolist() == list(places):
                     return index
         raise _AbsentError
 
-    @property
-    def scale(self) -> float | None:
-        """The number that something is multiplied with, if there is one."""
-        factors = (node.args[1] for node in self.nodes if node.target is aten.mul.Tensor)
-        return next((factor for factor in factors if isinstance(factor, float)), None)
 
-    def dropped(self, x: fx.Node) -> fx.Node:
-        """What a dropout made of x, or x where there is none."""
-        made = (n for n in self.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
-        return next(made, x)
-
-
-def _are_same(node: fx.Node, arguments: tuple[Any, ...]) -> bool:
-    """Whether a call has these arguments; torch.export leaves out defaults at their end."""
-    if node.args == arguments:
-        return True
-    known = getattr(node.target, "_schema", None)
-    return known is not None and _told(known, node.args) == _told(known, arguments)
-
-
-def _told(schema: torch.FunctionSchema, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    end = min(len(arguments), len(schema.arguments))
-    while end and arguments[end - 1] == schema.arguments[end - 1].default_value:
+def _told(target: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without the defaults at their end, which torch.export leaves out."""
+    known = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+    end = min(len(arguments), len(known))
+    while end and arguments[end - 1] == known[end - 1].default_value:
         end -= 1
-    return arguments[:end]
-
-
-def _reached(end: fx.Node, stops: set[Any], most: int) -> list[fx.Node]:
-    """What a value is computed from, itself first, up to some nodes; nothing if that is more."""
-    found = [end]
-    for node in found:  # grows
-        read = () if node in stops else node.all_input_nodes
-        if node.target is aten.index_select.default:
-            read = read[:1]  # what it takes, and not the places
-        found += [source for source in read if source not in found]
-        if len(found) > most:
-            return []
-    return found
+    return arguments[: end or None]
 
 
 def _tensors(nodes: Sequence[fx.Node], site: Site) -> tuple[str, dict[str, fx.Node]]:
@@ -235,17 +210,3 @@ def _tensors(nodes: Sequence[fx.Node], site: Site) -> tuple[str, dict[str, fx.No
             found[Names._fields[names.index(target)]] = node
             adapters.add(name_in(target))
     return (adapters.pop(), found) if len(adapters) == 1 else ("", {})
-
-
-def _groups(site: Site, tensors: dict[str, fx.Node]) -> int:
-    """Of the up-projection: how many times its rank goes into that of down."""
-    if site.groups == 1 or not {"down", "up"} <= tensors.keys():
-        return 1
-    down, up = (_held(tensors[part]).shape[site.type.axis(part, "r")] for part in ("down", "up"))
-    return int(down // up)
-
-
-def _held(node: fx.Node) -> Any:
-    gm = node.graph.owning_module
-    assert gm is not None
-    return get_unevaluated(gm, str(node.target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ _BATCHES = {"unsqueeze", "expand", "repeat", "broadcast_to"}  # give a matrix a 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-_Fixed = Collection[fx.Node] | None  # all that could be, where somebody knows
 Place = tuple[int, ...]  # of an argument: its number, and in a list its number there
 
 
@@ -107,15 +105,10 @@ def argument_at(node: fx.Node, place: Place) -> Any:
     return found
 
 
-def product_of(node: fx.Node, fixed: _Fixed = None) -> Product | None:
-    """Reads a call in normal form, or None if it is no product with one constant matrix.
-
-    Args:
-        node: the call.
-        fixed: `fixed_nodes` of its graph, for those who ask for many calls.
-    """
+def product_of(node: fx.Node) -> Product | None:
+    """Reads a call in normal form, or None if it is no product with one constant matrix."""
     read = _READERS.get(node.target)
-    return read(node, fixed) if read is not None and not node.kwargs else None
+    return read(node) if read is not None and not node.kwargs else None
 
 
 def batches_of(product: Product) -> list[fx.Node]:
@@ -128,11 +121,11 @@ def batches_of(product: Product) -> list[fx.Node]:
     return calls
 
 
-def is_fixed(value: Any, fixed: _Fixed = None) -> bool:
+def is_fixed(value: Any) -> bool:
     """Whether a node is a stored tensor, or computed from such alone."""
-    if not isinstance(value, fx.Node) or (fixed is not None and value not in fixed):
-        return False
-    return value.op == "get_attr" or bool(calls_of(value, most=_STEPS))
+    return isinstance(value, fx.Node) and (
+        value.op == "get_attr" or bool(calls_of(value, most=_STEPS))
+    )
 
 
 def rank_of(node: object) -> int | None:
@@ -149,28 +142,26 @@ def listed(x: Any, own: str, of_x: str, output: str) -> tuple[str, str]:
     return of_x.replace(".", rest), output.replace(".", rest)
 
 
-def _linear(node: fx.Node, fixed: _Fixed) -> Product | None:
+def _linear(node: fx.Node) -> Product | None:
     bias = call_argument(node, 2, "bias")
-    return _made(node, fixed, ((0,), (1,)), turned=True, bias=bias)
+    return _made(node, ((0,), (1,)), turned=True, bias=bias)
 
 
-def _matmul(node: fx.Node, fixed: _Fixed) -> Product | None:
-    found = _made(node, fixed, ((0,), (1,)), turned=False)
+def _matmul(node: fx.Node) -> Product | None:
+    found = _made(node, ((0,), (1,)), turned=False)
     if found is not None:
         return found
     is_vector = rank_of(node.args[1]) == 1
     labels = None if is_vector else Labels(".in", ".on", "i", "o")
-    return _made(node, fixed, ((1,), (0,)), turned=True, labels=labels)
+    return _made(node, ((1,), (0,)), turned=True, labels=labels)
 
 
-def _biased(node: fx.Node, fixed: _Fixed) -> Product | None:
+def _biased(node: fx.Node) -> Product | None:
     has_factors = len(node.args) != 3
-    return (
-        None if has_factors else _made(node, fixed, ((1,), (2,)), turned=False, bias=node.args[0])
-    )
+    return None if has_factors else _made(node, ((1,), (2,)), turned=False, bias=node.args[0])
 
 
-def _einsum(node: fx.Node, fixed: _Fixed) -> Product | None:
+def _einsum(node: fx.Node) -> Product | None:
     args: Any = node.args
     equation, operands = str(args[0]).replace(" ", "").replace("...", "."), args[1]
     inputs, arrow, output = equation.partition("->")
@@ -178,7 +169,7 @@ def _einsum(node: fx.Node, fixed: _Fixed) -> Product | None:
     if not isinstance(operands, list | tuple) or not len(operands) == len(labels) == 2:
         return None
     output = output if arrow else _implied(labels)
-    place = 1 if is_fixed(operands[1], fixed) else 0
+    place = 1 if is_fixed(operands[1]) else 0
     own, of_x = labels[place], labels[1 - place]
     found = _labels(own, of_x, output) or _labels(
         own, *listed(operands[1 - place], own, of_x, output)
@@ -186,15 +177,15 @@ def _einsum(node: fx.Node, fixed: _Fixed) -> Product | None:
     if found is None:
         return None
     turned = own[0] == found.new
-    return _made(node, fixed, ((1, 1 - place), (1, place)), turned, labels=_placed(found))
+    return _made(node, ((1, 1 - place), (1, place)), turned, labels=_placed(found))
 
 
-def _tensordot(node: fx.Node, fixed: _Fixed) -> Product | None:
+def _tensordot(node: fx.Node) -> Product | None:
     args: Any = node.args
     one, two, *dims = args
     if len(dims) != 2 or any(len(axes) != 1 for axes in dims):
         return None
-    place = 1 if is_fixed(two, fixed) else 0
+    place = 1 if is_fixed(two) else 0
     axis, own = dims[1 - place][0], dims[place][0] % 2
     rank = rank_of(two if place == 0 else one)
     if rank is None and (axis != -1 or place == 0):
@@ -203,12 +194,11 @@ def _tensordot(node: fx.Node, fixed: _Fixed) -> Product | None:
     at = len(batch) if axis == -1 else axis % (rank or 1)
     output = f"{batch}o" if place == 1 else f"o{batch}"
     labels = Labels(f"{batch[:at]}i{batch[at:]}", output, "i", "o")
-    return _made(node, fixed, ((1 - place,), (place,)), own == 1, labels=_placed(labels))
+    return _made(node, ((1 - place,), (place,)), own == 1, labels=_placed(labels))
 
 
 def _made(
     node: fx.Node,
-    fixed: _Fixed,
     at: tuple[Place, Place],
     turned: bool,
     bias: Any = None,
@@ -218,7 +208,7 @@ def _made(
     if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
         return None
     matrix = _without_batch(x, operand)
-    if not is_fixed(matrix, fixed) or is_fixed(x, fixed):
+    if not is_fixed(matrix) or is_fixed(x):
         return None
     if bias is not None and not isinstance(bias, fx.Node):
         return None

@@ -94,18 +94,6 @@ def calls_of(
     return sorted(found)
 
 
-def fixed_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """What fetches a stored tensor, or is computed from such alone: one pass for all nodes."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_call = node.op in ("call_function", "call_method")
-        if node.op == "get_attr" or (
-            is_call and found.issuperset(node.all_input_nodes) and not _is_unsteady(node)
-        ):
-            found.add(node)
-    return found
-
-
 def expression_of(
     gm: fx.GraphModule, calls: Sequence[fx.Node], stored: Mapping[fx.Node, fx.Node]
 ) -> Expression | None:

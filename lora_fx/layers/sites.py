@@ -15,7 +15,6 @@ from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
 from lora_fx.layers.matrix_products import Labels, Place, argument_at, batches_of, product_of
 from lora_fx.layers.parametrized_weights import recorded
-from lora_fx.layers.picked_elements import fixed_nodes
 from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
@@ -94,16 +93,14 @@ class Site(Layer):
 
 def sites(gm: fx.GraphModule) -> list[Site]:
     """The layers of a graph, in order, by the paths that `paths_of` gives them."""
-    bases, fixed = recorded(gm.graph), fixed_nodes(gm.graph)
-    found = [site for node in gm.graph.nodes if (site := _site(gm, node, bases, fixed))]
+    bases = recorded(gm.graph)
+    found = [site for node in gm.graph.nodes if (site := _site(gm, node, bases))]
     paths = paths_of((site.path, str(site.weight.target)) for site in found)
     return [replace(site, path=paths[site.path, str(site.weight.target)]) for site in found]
 
 
-def _site(
-    gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node], fixed: set[fx.Node]
-) -> Site | None:
-    product = product_of(node, fixed)
+def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -> Site | None:
+    product = product_of(node)
     if product is not None:
         part, groups = part_of(gm, product.matrix, bases), 1
         bias, labels, places = product.bias, product.labels, product.at

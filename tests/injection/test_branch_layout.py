@@ -103,8 +103,8 @@ def put(node: Any, place: int, value: Any) -> None:
     node.args = (*node.args[:place], value, *node.args[place + 1 :])
 
 
-def with_more(node: Any, **more: Any) -> None:
-    node.kwargs = more
+def with_more(node: Any, args: Any = None, **more: Any) -> None:
+    node.args, node.kwargs = node.args if args is None else args, more
 
 
 def reader(node: Any, target: Any = None) -> Any:
@@ -149,6 +149,16 @@ def gained(branch: Branch) -> Any:
 MISSES: dict[str, tuple[str, Miss]] = {
     "the sum turned": ("plain", lambda g, b: turned(b.out)),
     "the sum weighted": ("plain", lambda g, b: with_more(b.out, alpha=2)),
+    "the sum by keyword": (
+        "plain", lambda g, b: with_more(b.out, args=(), self=b.out.args[0], other=b.out.args[1]),
+    ),
+    "a scale by keyword": (
+        "plain",
+        lambda g, b: [
+            wrapped(end(b), b.out, aten.mul.Tensor, 2.0),
+            with_more(b.out.args[1], args=(), self=end(b), other=2.0),
+        ],
+    ),
     "the layer taken from it": ("plain", lambda g, b: setattr(b.out, "target", aten.sub.Tensor)),
     "the shrink turned": ("plain", lambda g, b: turned(start(b))),
     "the expand turned": ("plain", lambda g, b: turned(end(b))),
@@ -228,6 +238,9 @@ COLS: dict[str, Miss] = {
     "turned": lambda g, b: turned(reader(b.col)),
     "of another layer": lambda g, b: put(reader(b.col), 1, fetched(b, "col")),
     "a function of it": lambda g, b: wrapped(b.col, reader(b.col), aten.abs.default),
+    "by keyword": lambda g, b: with_more(
+        reader(b.col), args=(), self=reader(b.col).args[0], other=b.col
+    ),
     "added": lambda g, b: setattr(reader(b.col), "target", aten.add.Tensor),
 }
 
