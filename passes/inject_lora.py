@@ -17,8 +17,7 @@ from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.bind import check_fit, fresh_targets
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.conform import fitted
-from lora_fx.injection.emit_branch import beside as beside_layer
-from lora_fx.injection.emit_branch import put
+from lora_fx.injection.emit_branch import add_branch, put
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.resolved import aliases, meanings, resolved
@@ -153,7 +152,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
         }
         for site in groups[path]:
             x = _dropped(editor, site, config)
-            beside_layer(editor, site, nodes, x, update.scale)
+            add_branch(editor, site, nodes, x, update.scale)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
     bind_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 

@@ -42,17 +42,17 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
         for part, value in terms.each().items()
     }
     for site in calls:
-        beside(editor, site, nodes)
+        add_branch(editor, site, nodes)
 
 
-def beside(
+def add_branch(
     editor: Editor,
     site: Site,
     nodes: dict[str, fx.Node],
     x: fx.Node | None = None,
     scale: float | None = None,
 ) -> None:
-    """Adds the terms of one call.
+    """Adds a branch beside one call.
 
     Args:
         editor: of the graph.
