@@ -102,7 +102,7 @@ def col_of(site: Site) -> fx.Node | None:
     scaled: Any = site.input
     if scaled.target is not aten.mul.Tensor:
         return None
-    x = scaled.args[0] if scaled.args else None
+    x: Any = scaled.args[0] if scaled.args else None
     found = _Found(scaled, {x}, most=5)
     col = _tensors(found.nodes, site)[1].get("col")
     with suppress(_AbsentError):
