@@ -173,7 +173,10 @@ class _Found:
         for node in self.nodes:
             if node.target is not target or node.kwargs:
                 continue
-            if node.args == arguments or _told(target, node.args) == _told(target, arguments):
+            if node.args == arguments:
+                return node
+            is_cut = len(node.args) != len(arguments)
+            if is_cut and _told(target, node.args) == _told(target, arguments):
                 return node
         raise _AbsentError
 
