@@ -14,7 +14,7 @@ from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.packed_weights import Pack, packs_of
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import weight_of
+from lora_fx.affine.region_boundary import stored_in, weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
@@ -24,6 +24,7 @@ from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.match_branch import branches
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
 from lora_fx.layers.parametrized_weights import made_anew
@@ -53,7 +54,10 @@ class FoldLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
         analysis = analyse(editor.gm)
-        regions = maximal_regions(analysis, self.chains)
+        # What cannot be merged stays as it was injected: it is read back, and stripped, by that.
+        factors = {node for each in branches(editor.gm) for node in (each.down, each.up) if node}
+        found = maximal_regions(analysis, self.chains)
+        regions = [each for each in found if stored_in(each.layer, editor.gm) not in factors]
         packs = packs_of(editor, analysis, regions)
         for region in regions:
             if region.blocked:

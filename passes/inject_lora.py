@@ -17,9 +17,8 @@ from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.check_graph import check_binding, fresh_targets
-from lora_fx.injection.emit_branch import beside as beside_layer
-from lora_fx.injection.emit_branch import put
-from lora_fx.injection.match_branch import parameter_names
+from lora_fx.injection.emit_branch import add_branch, put
+from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
 from lora_fx.layers.base_layers import layers_in
@@ -149,7 +148,7 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
         }
         for site in groups[path]:
             x = _dropped(editor, site, config)
-            beside_layer(editor, site, nodes, x, update.scale, update.groups)
+            add_branch(editor, site, nodes, x, update.scale)
         editor.record("inject", path, f"fresh {_words(update)}, trainable")
     note_fresh(editor.gm, Adapter(config.name, updates, left), groups, beside)
 
@@ -193,9 +192,10 @@ def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> Non
 
 
 def _dropped(editor: Editor, site: Site, config: LoraConfig) -> fx.Node:
+    x = input_of(site, col_of(site))
     if config.dropout == 0 or site.type.reads_ids:  # ids are not dropped
-        return site.input
+        return x
     module = nn.Dropout(config.dropout).train(editor.gm.training)
     down = parameter_names(site.path, config.name, site.bare).down
     name = down.replace("lora_A", "lora_dropout")
-    return editor.call_module(name, module, site.input, before=site.node)
+    return editor.call_module(name, module, x, before=site.node)

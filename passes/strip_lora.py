@@ -11,8 +11,9 @@ from lora_fx.graph.example import forget_model
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.injected_adapters import stripped
-from lora_fx.injection.match_branch import Branch, branches, whole
+from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.sites import Site, sites
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class StripLora(Pass):
         """Makes readers read what was there before: sums, layers' inputs, and weights."""
         before = targets(editor.gm.graph).keys()
         # Last first: what a later branch is added to may be an earlier branch.
-        for branch in reversed(branches(editor.gm)):
+        found = [(site, branch) for site in sites(editor.gm) for branch in branches_of(site)]
+        for site, branch in reversed(found):
             if self.name in (None, branch.name):
-                _strip(editor, branch)
+                _strip(editor, site, branch)
         for made, adapter, source in reversed(made_anew(editor.gm.graph)):
             if self.name in (None, adapter):
                 editor.replace(made, source)
@@ -44,13 +46,12 @@ class StripLora(Pass):
             forget_model(editor.gm)  # it holds what was stripped, and no record says so
 
 
-def _strip(editor: Editor, branch: Branch) -> None:
+def _strip(editor: Editor, site: Site, branch: Branch) -> None:
     if branch.out is not branch.base:
         editor.replace(branch.out, branch.base)
     if branch.col is not None:
-        inputs = (node for node in branch.site.all_input_nodes if len(node.args) > 1)
-        (scaled,) = (node for node in inputs if whole(node.args[1]) is branch.col)
+        scaled = site.input
         x = scaled.args[0]
         assert isinstance(x, fx.Node)
-        editor.rebind(branch.site, scaled, x)
+        editor.rebind(site.node, scaled, x)
     editor.record("strip", branch.path, f"adapter {branch.name}")

@@ -1,15 +1,17 @@
-"""Matches low-rank branches in a graph, by its structure."""
+"""Matches low-rank branches in a graph: their layout is replayed on the calls that are there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from lora_fx.graph.ops import aten, op_name
-from lora_fx.layers.branch_calls import parts_of_expand, parts_of_shrink
+from lora_fx.injection.branch_layout import branch_sum, held, scaled_input
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
 
@@ -79,13 +81,13 @@ def branches_of(site: Site) -> Iterator[Branch]:
     """The branches beside one call of a layer, in the order they are added."""
     col = col_of(site)
     base, loose = site.node, col
-    while (branch := _next(base, site, col)) is not None:
+    while (branch := _next(site, base, col)) is not None:
         if branch.col is not None:
             loose = None
         yield branch
         base = branch.out
     if loose is not None:
-        name = _adapter(loose)
+        name = name_in(str(loose.target))
         yield Branch(site.path, name, site.node, None, None, 1.0, None, base, base, None, loose)
 
 
@@ -97,87 +99,117 @@ def last_of(site: Site) -> fx.Node:
 
 def col_of(site: Site) -> fx.Node | None:
     """The vector that an adapter multiplies the layer's input with, or None."""
-    parts = _parts(site.input, "mul")
-    col = whole(parts[1]) if parts else None
-    return col if _is_named(col, site, "col") else None
+    scaled: Any = site.input
+    if scaled.target is not aten.mul.Tensor:
+        return None
+    x: Any = scaled.args[0] if scaled.args else None
+    found = _Found(scaled, {x}, most=5)
+    col = _tensors(found.nodes, site)[1].get("col")
+    with suppress(_AbsentError):
+        if col is not None and scaled_input(found, site, x, col) is scaled:
+            return col
+    return None
 
 
-def _next(base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
-    sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[0] is base]
-    found = (_branch(out, base, site, col) for out in sums)
+def input_of(site: Site, col: fx.Node | None) -> fx.Node:
+    """What a low-rank part reads: what the layer does, or what another adapter's col multiplies."""
+    x = site.input if col is None else site.input.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
+    sums = [out for out in base.users if out.target is aten.add.Tensor and out.args[:1] == (base,)]
+    found = (_branch(site, base, out, col) for out in sums)
     return next((branch for branch in found if branch is not None), None)
 
 
-def _branch(out: fx.Node, base: fx.Node, site: Site, col: fx.Node | None) -> Branch | None:
-    delta, bias, gain = out.args[1], None, None
-    if _is_named(alone := whole(delta), site, "bias"):
-        return _bias_alone(alone, out, base, site)
-    if (parts := _parts(delta, "add")) and _is_named(whole(parts[1]), site, "bias"):
-        delta, bias = parts[0], whole(parts[1])
-    low, rest = delta, _parts(delta, "add")
-    if (found := _gain(delta, site)) is not None:
-        low, gain = None, found
-    elif rest and (found := _gain(rest[1], site)) is not None:
-        low, gain = rest[0], found
-    factors = _low_rank(low, site)
-    if factors is None and (low is not None or gain is None):
+def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Branch | None:
+    """Reads what a sum adds, or None if that is somebody else's code."""
+    stops = {base, site.node, site.bias, site.input, input_of(site, col)}
+    found = _Found(out, stops)
+    name, tensors = _tensors(found.nodes, site)
+    if not name or ("down" in tensors) != ("up" in tensors):
         return None
-    down, up, scale = factors or (None, None, 1.0)
-    name = _adapter(down or gain)
-    mine = col if col is not None and _adapter(col) == name else None
-    return Branch(site.path, name, site.node, down, up, scale, bias, base, out, gain, mine)
+    mine = col if col is not None and name_in(str(col.target)) == name else None
+    x = input_of(site, None if mine else col)
+    dropped = (n for n in found.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
+    factors = (f for n in found.nodes if n.target is aten.mul.Tensor for f in n.args[1:])
+    scale = next((factor for factor in factors if isinstance(factor, float)), None)
+    with suppress(_AbsentError):
+        if branch_sum(found, site, base, tensors, next(dropped, x), scale) is out:
+            part = tensors.get
+            return Branch(
+                site.path, name, site.node, part("down"), part("up"),
+                1.0 if scale is None else scale, part("bias"), base, out, part("gain"), mine,
+            )  # fmt: skip
+    return None
 
 
-def _bias_alone(bias: fx.Node, out: fx.Node, base: fx.Node, site: Site) -> Branch:
-    return Branch(site.path, _adapter(bias), site.node, None, None, 1.0, bias, base, out)
+class _AbsentError(Exception):
+    """A call of a branch that is not in the graph."""
 
 
-def _low_rank(delta: Any, site: Site) -> tuple[fx.Node, fx.Node, float] | None:
-    scale = 1.0
-    if (parts := _parts(delta, "mul")) and isinstance(parts[1], float):
-        delta, scale = parts
-    expand = parts_of_expand(delta, site) if isinstance(delta, fx.Node) else None
-    if expand is None or not isinstance(expand[0], fx.Node):
-        return None
-    shrink, up = parts_of_shrink(expand[0], site), whole(expand[1])
-    down = whole(shrink[1]) if shrink else None
-    if down is None or not (_is_named(up, site, "up") and _is_named(down, site, "down")):
-        return None
-    return down, up, scale
+class _Found:
+    """A `Builder` that finds the calls instead of making them.
 
-
-def _gain(value: Any, site: Site) -> fx.Node | None:
-    """The gain of ``mul(layer - b, gain)``."""
-    parts = _parts(value, "mul")
-    gain = whole(parts[1]) if parts else None
-    if parts is None or not _is_named(gain, site, "gain"):
-        return None
-    without = _parts(parts[0], "sub")
-    is_layer = parts[0] is site.node or (without is not None and without[0] is site.node)
-    return gain if is_layer else None
-
-
-def whole(value: Any) -> Any:
-    """The factor or vector of a whole layer, of which a call that reads a part takes a part.
-
-    Where features are not on the last axis, what a call takes of a vector is a view.
+    Attributes:
+        nodes: what a value is computed from, itself first, up to ``stops``: among these it looks.
+            No nodes if they are more than a branch is made of.
     """
-    while isinstance(value, fx.Node) and op_name(value) in ("view", "slice", "index_select"):
-        value = value.args[0]
-    return value
+
+    def __init__(self, end: fx.Node, stops: set[Any], most: int = 25) -> None:
+        self.nodes = [end]
+        for node in self.nodes:  # grows
+            read = () if node in stops else node.all_input_nodes
+            if node.target is aten.index_select.default:
+                read = read[:1]  # what it takes, and not the places
+            self.nodes += [source for source in read if source not in self.nodes]
+            if len(self.nodes) > most:
+                self.nodes = []
+                return
+
+    def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
+        for node in self.nodes:
+            if node.target is not target or node.kwargs:
+                continue
+            if node.args == arguments:
+                return node
+            is_cut = len(node.args) != len(arguments)
+            if is_cut and _told(target, node.args) == _told(target, arguments):
+                return node
+        raise _AbsentError
+
+    def index(self, tensor: fx.Node, places: tuple[int, ...]) -> fx.Node:
+        for node in self.nodes:
+            if node.target is aten.index_select.default and node.args[:1] == (tensor,):
+                index = node.all_input_nodes[-1]
+                if index.op == "get_attr" and held(index).tolist() == list(places):
+                    return index
+        raise _AbsentError
 
 
-def _parts(value: Any, operator: str) -> tuple[Any, Any] | None:
-    if not isinstance(value, fx.Node) or op_name(value) != operator or len(value.args) != 2:
-        return None
-    return value.args[0], value.args[1]
+def _told(target: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without the defaults at their end, which torch.export leaves out."""
+    known = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+    end = min(len(arguments), len(known))
+    while end and arguments[end - 1] == known[end - 1].default_value:
+        end -= 1
+    return arguments[: end or None]
 
 
-def _adapter(node: fx.Node | None) -> str:
-    return name_in(str(node.target)) if node is not None else ""
+def _tensors(nodes: Sequence[fx.Node], site: Site) -> tuple[str, dict[str, fx.Node]]:
+    """The tensors among these that an adapter brought to a layer, and the adapter's name.
 
-
-def _is_named(value: Any, site: Site, part: str) -> bool:
-    is_fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-    names = parameter_names(site.path, _adapter(value) if is_fetched else "", site.bare)
-    return is_fetched and value.target == getattr(names, part)
+    Without a name if there are none, or of several adapters.
+    """
+    found, adapters = {}, set()
+    for node in nodes:
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        names = parameter_names(site.path, name_in(target), site.bare)
+        if target in names:
+            found[Names._fields[names.index(target)]] = node
+            adapters.add(name_in(target))
+    return (adapters.pop(), found) if len(adapters) == 1 else ("", {})

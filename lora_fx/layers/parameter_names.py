@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+from functools import lru_cache
 
 from torch import nn
 
@@ -22,6 +23,7 @@ def name_in(target: str) -> str:
     return part[:-1] if part.endswith("_") and _is_taken(part[:-1]) else part
 
 
+@lru_cache(maxsize=1024)
 def _is_taken(name: str) -> bool:
     """Whether a name is taken, or is a taken one with underscores behind it."""
     shorter = [name[:end] for end in range(len(name.rstrip("_")), len(name) + 1)]

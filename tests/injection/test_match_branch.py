@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    LoraConfig,
+    Update,
+    adapter_from,
+    fold,
+    inject,
+    text,
+    trace,
+)
+from lora_fx.adapters.adapter import Scaling
 from lora_fx.injection.match_branch import branches, last_of
 from lora_fx.layers.sites import by_path
-from lora_fx.testing import make_adapter
+from lora_fx.passes import StripLora
+from lora_fx.testing import Between, make_adapter, relative
 
 
 def test_branches_are_read_back_from_structure(ragged: Any) -> None:
@@ -62,3 +75,61 @@ def test_an_adapter_that_is_not_there_is_refused(ragged: Any) -> None:
     gm = inject(trace(ragged), make_adapter({"wide": (5, 3)}))
     with pytest.raises(AdapterError, match="'german': the graph holds french"):
         adapter_from(gm, "german")
+
+
+def grouped(x: torch.Tensor) -> tuple[torch.fx.GraphModule, Callable[..., Update]]:
+    """A layer that no branch over all inputs can be merged into, and its updates."""
+    torch.manual_seed(0)
+
+    def update(**vectors: torch.Tensor) -> Update:
+        return Update(torch.randn(2, 4, 3, 3), torch.randn(6, 2), 0.5, **vectors)
+
+    layer = torch.nn.Conv2d(4, 6, 3, groups=2)
+    return trace(Between(layer).eval(), (x,), frontend="export"), update
+
+
+@pytest.mark.parametrize("vector", ["bias", "col"])
+def test_what_fold_cannot_merge_is_read_back_and_stripped(vector: str) -> None:
+    x = torch.randn(2, 4, 7, 5)
+    base, update = grouped(x)
+    one = Adapter("a", {"layer": update(**{vector: torch.randn(6 if vector == "bias" else 4)})})
+    two = Adapter("b", {"layer": update()})
+    injected = inject(base, [one, two])
+    folded = fold(injected)
+    assert [b.name for b in branches(folded)] == ["a", "b"]
+    again = inject(base, [adapter_from(folded, "a"), two])
+    assert relative(again(x), injected(x)) <= 1e-6
+    assert relative(inject(base, two)(x), injected(x)) > 1e-2
+    assert torch.equal(StripLora()(folded).graph_module(x), base(x))
+
+
+@pytest.mark.parametrize("kind", ["bias", "row", "col"])
+def test_a_branch_that_is_traced_again_is_found(kind: str) -> None:
+    x = torch.randn(2, 4, 7)
+    base = trace(Between(torch.nn.Conv1d(4, 6, 3)).eval(), (x,), frontend="export")
+    size = 4 if kind == "col" else 6
+    update = Update(torch.randn(2, 4, 3), torch.randn(6, 2), 0.5, **{kind: torch.randn(size)})
+    injected = inject(base, Adapter("a", {"layer": update}))
+    again = trace(injected, (x,), frontend="export")
+    assert [call.args for call in again.graph.nodes] != [c.args for c in injected.graph.nodes]
+    (found,), (before,) = branches(again), branches(injected)
+    for part in ("down", "up", "bias", "gain", "col"):
+        nodes = getattr(before, part), getattr(found, part)
+        assert len({node and node.target for node in nodes}) == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_fresh_adapter_reads_what_no_other_scales(ragged: Any, x: Any, dropout: float) -> None:
+    base = trace(ragged, (x,))
+    scaled = inject(base, Adapter("ia", {"wide": Scaling(col=torch.randn(3))}))
+    config = LoraConfig(r=2, alpha=6, dropout=dropout, target_modules=["wide"], name="b", seed=0)
+    both, alone = inject(scaled, config), inject(base, config)
+    for gm in (both, alone):
+        with torch.no_grad():
+            dict(gm.named_parameters())["wide.lora_B.b"].fill_(0.5)
+        gm.eval()
+    assert [b.name for b in branches(both)] == ["b", "ia"]
+    stripped = StripLora("ia")(both).graph_module
+    assert text(stripped) == text(alone)
+    assert torch.equal(stripped(x), alone(x))
+    assert not torch.equal(both(x), alone(x))

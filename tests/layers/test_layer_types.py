@@ -21,6 +21,7 @@ from lora_fx.explanation import explained, unmerged
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, LayerType, Operands, register
 from lora_fx.layers.sites import sites
+from lora_fx.passes import StripLora
 from lora_fx.testing import relative
 
 aten = torch.ops.aten
@@ -123,7 +124,7 @@ def rule_of_scaled(analysis: Any, node: Any) -> Any:
     return dense_layer(analysis, node, node.args[0], weight, matrix, bias)
 
 
-def rule_of_turned(analysis: Any, node: Any) -> Any:
+def rule_of_scaled_down(analysis: Any, node: Any) -> Any:
     x, weight = node.args
     return dense_layer(analysis, node, x, weight, transposed(analysis.matrix(weight)))
 
@@ -190,7 +191,7 @@ def test_without_a_transfer_function_the_branch_stays_and_fold_says_why() -> Non
 @pytest.mark.parametrize("name", MAKE)
 def test_with_one_the_branch_folds_into_the_stored_weight(name: str, frontend: str) -> None:
     TRANSFER["mylib::scaled_linear"] = rule_of_scaled
-    TRANSFER["mylib::mul"] = rule_of_turned
+    TRANSFER["mylib::mul"] = rule_of_scaled_down
     model: Any = Between(MAKE[name]()).eval()
     bias = torch.randn(5)
     injected = inject(trace(model, (X,), frontend=frontend), adapter(bias=bias))
@@ -326,3 +327,42 @@ def test_however_an_operator_is_called_its_layer_is_found(call: Callable[..., An
     assert names & {"aten"}
     assert all(not node.kwargs for node in gm.graph.nodes if node.target in OPERATORS)
     assert any(node.target in OPERATORS for node in gm.graph.nodes)
+
+
+def _scaled_down(site: Any, x: Any, down: Any) -> Any:
+    """Down is the third operand: only who writes the call knows that."""
+    return torch.ops.mylib.scaled_linear.default, (x, 1.0, down)
+
+
+def _scaled_back(site: Any, h: Any, up: Any, groups: int) -> Any:
+    return torch.ops.mylib.scaled_linear.default, (h, 1.0, up)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_type_with_calls_of_its_own_needs_no_reader(frontend: str) -> None:
+    own = LayerType(
+        name="own",
+        operators={torch.ops.mylib.mul.default: Operands(bias=None)},
+        classes=(Stored,),
+        weight="in out",
+        down="r in",
+        up="out r",
+        shrink=_scaled_down,
+        expand=_scaled_back,
+    )
+    before = dict(TYPES), dict(OPERATORS)
+    register(own)
+    try:
+        model = Between(Stored()).eval()
+        injected = inject(trace(model, (X,), frontend=frontend), adapter())
+        assert relative(injected(X), wanted(model)) <= 1e-6
+        assert relative(injected(X), wanted(model, 1.1)) > 1e-3
+        back = adapter_from(injected).updates["layer"]
+        assert torch.equal(back.delta(), adapter().updates["layer"].delta())
+        assert text(StripLora()(injected).graph_module) == text(
+            trace(model, (X,), frontend=frontend)
+        )
+    finally:
+        for table, held in zip((TYPES, OPERATORS), before, strict=True):
+            table.clear()
+            table.update(held)
