@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, low_rank
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
+from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _line(update: AnyUpdate) -> str:
     into, kernel = rest[:1], tuple(rest[1:])
     sizes = f"{into[0]} -> {out}" if into else f"{out}"
     sizes += f" kernel {kernel}" if kernel else ""
-    if isinstance(update, Update):
+    if update.rank is not None:
         return f"{update.kind}  {sizes}  rank {update.rank}  scale {update.scale:g}"
     return f"{update.kind}  {sizes}"
 

@@ -1,21 +1,179 @@
-"""The low-rank update of one layer: down, up, scale, and vectors beside them."""
+"""What an update of a layer is: a weight W' as an expression in W; and the one of low rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import Field, dataclass, replace
+from functools import reduce
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from lora_fx.adapters.source_record import Stored, kept
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import (
+    Blocks,
+    Matrix,
+    RowScaled,
+    Sum,
+    columns_scaled,
+    constant,
+    normed,
+    number,
+    product,
+    scaled,
+)
 from lora_fx.errors import AdapterError
 
 Shape = tuple[int | None, ...]
+Bias = Callable[[], torch.Tensor | None]
+
+
+class AnyUpdate(Protocol):
+    """What acts on a layer: everything but ``of`` says what it is made of, and how it is shown."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def kind(self) -> str:
+        """What the file said: ``"lora"``, ``"loha"``, ..."""
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in, *kernel) of the layer that it fits, None where any size does."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out,), what is added to the layer's bias, times the scale; or None."""
+
+    @property
+    def stored(self) -> Stored | None:
+        """What the file held, where that is not just what it is made of."""
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension of a product of two factors; None where there is none."""
+
+    @property
+    def scale(self) -> float:
+        """A factor of the product and the bias."""
+
+    @property
+    def groups(self) -> int:
+        """Of the product beside a grouped convolution."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product of two factors, and at most a bias: plain LoRA in effect."""
+
+    @property
+    def makes_anew(self) -> bool:
+        """Whether a graph computes W' itself, since nothing that stands beside the layer can."""
+
+    @property
+    def leaves(self) -> Mapping[Hashable, torch.Tensor]:
+        """What a graph makes W' of, if it does: by the key that it has in the expression."""
+
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The leaves without their keys."""
+
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W, both (out, in * kernel): the definition of the update."""
+
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """What is added to the layer's bias, which is asked for where it is scaled; or None."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it is made of."""
+
+    def measures(self) -> dict[str, Any]:
+        """Its rank and norms, for a report."""
+
+    def with_magnitude(self, magnitude: torch.Tensor) -> AnyUpdate:
+        """The update, every row of W' at the length that (out,) says: DoRA."""
+
+    def has_effect(self) -> bool:
+        """Whether any input could tell this update from none."""
+
+    def is_finite(self) -> bool:
+        """Whether every value is a finite number."""
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the layer's bias becomes another."""
+
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
+        """What is computed in beside numbers of a dtype: float32 or wider."""
+
+    def weight(self, base: torch.Tensor) -> torch.Tensor:
+        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
+
+
+class Weighted:
+    """What follows from ``of`` and the tensors; and what holds of all that stands beside layers."""
+
+    makes_anew: ClassVar[bool] = False
+
+    @property
+    def leaves(self) -> Mapping[Hashable, torch.Tensor]:
+        """What a graph makes W' of: nothing."""
+        return {}
+
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The leaves without their keys."""
+        return tuple(self.leaves.values())
+
+    @property
+    def changes_bias(self: AnyUpdate) -> bool:
+        """Whether the layer's bias becomes another."""
+        return self.bias is not None
+
+    def wide(self: AnyUpdate, dtype: torch.dtype) -> torch.dtype:
+        """What is computed in beside numbers of a dtype: float32 or wider."""
+        own = (tensor.dtype for tensor in self.tensors() if tensor.is_floating_point())
+        return reduce(torch.promote_types, own, torch.promote_types(dtype, torch.float32))
+
+    def weight(self: AnyUpdate, base: torch.Tensor) -> torch.Tensor:
+        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider.
+
+        Raises:
+            AdapterError: it is of a weight of another shape.
+        """
+        shape = tuple(base.shape)
+        flat = shape[0], math.prod(shape[1:])
+        if not (agree(self.shape, shape) or agree(self.shape, flat)):
+            if self.groups > 1:
+                raise AdapterError("the update of a grouped convolution has no weight form")
+            raise AdapterError(f"made for a weight {self.shape}, found {shape}")
+        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(base.shape)
+
+    def is_finite(self: AnyUpdate) -> bool:
+        """Whether every value is a finite number."""
+        every = all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+        return every and math.isfinite(self.scale)
+
+
+def agree(known: Shape, shape: tuple[int, ...]) -> bool:
+    """Whether the sizes that are known are those of a shape, as far as both go."""
+    return all(size in (None, axis) for size, axis in zip(known, shape, strict=False))
+
+
+def norms(tensors: dict[str, torch.Tensor | None]) -> dict[str, float]:
+    """The length of each vector that is there."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {f"{name}_norm": length(tensor) for name, tensor in there.items()}
+
+
+def length(tensor: torch.Tensor) -> float:
+    """The Frobenius norm of a tensor."""
+    return float(torch.linalg.vector_norm(tensor.detach().double()))
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class Update(Weighted):
     """``W' = diag(row) (W + scale * up @ down) diag(col)`` and ``b' = b + scale * bias``.
 
     Shapes are those of a layer with ``W`` of (out, in), or (out, in, *kernel) for a convolution,
@@ -102,6 +260,49 @@ class Update:
         every = (self.down, self.up, self.bias, self.magnitude, self.row, self.col)
         return (tensor for tensor in every if tensor is not None)
 
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W, both (out, in * kernel), in of all groups beside a grouped convolution."""
+        whole: Matrix = Sum(weight, self._product())
+        if self.col is not None:
+            whole = columns_scaled(whole, constant(self.col))
+        if self.magnitude is not None:
+            return normed(constant(self.magnitude), whole)
+        return whole if self.row is None else scaled(constant(self.row), whole)
+
+    def _product(self) -> Matrix:
+        up, down, groups = self.up, constant(self.down), self.groups
+        if groups == 1:
+            return RowScaled(number(self.scale), product(constant(up), down))
+        blocks = Blocks((groups, len(up) // groups, up.shape[1]), ("blocks", id(up)), lambda: up)
+        return RowScaled(number(self.scale), product(blocks, down))
+
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """``scale * bias``, in float32 or wider, or None."""
+        if self.bias is None:
+            return None
+        return self.bias.to(torch.promote_types(self.up.dtype, torch.float32)) * self.scale
+
+    def with_magnitude(self, magnitude: torch.Tensor) -> Update:
+        """The update with a magnitude, which is of (out,)."""
+        return replace(self, magnitude=magnitude)
+
+    def measures(self) -> dict[str, Any]:
+        """``rank``, ``scale``, ``norm`` of ``scale * up @ down``, ``<vector>_norm``."""
+        vectors = {name: getattr(self, name) for name in ("bias", "magnitude", "row", "col")}
+        return {"rank": self.rank, "scale": self.scale, "norm": self._norm()} | norms(vectors)
+
+    def _norm(self) -> float:
+        """The Frobenius norm of ``scale * up @ down``, without the product, which may be large.
+
+        It is the root of the sum of ``(up.T @ up) * (down @ down.T)``; a grouped up-projection has
+        one such product a group.
+        """
+        groups, rank = self.groups, self.up.shape[1]
+        up = self.up.detach().double().reshape(groups, -1, rank)
+        down = self.down.detach().double().reshape(groups, rank, -1)
+        square = ((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0)
+        return abs(self.scale) * float(square.sqrt())
+
     def delta(self) -> torch.Tensor:
         """``scale * up @ down``, of (out, in, *kernel), in float32 or wider.
 
@@ -112,33 +313,7 @@ class Update:
             raise AdapterError("the update of a grouped convolution has no weight form")
         dtype = torch.promote_types(self.up.dtype, self.down.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        product = self.up.to(wide) @ self.down.to(wide).flatten(1)
-        delta: torch.Tensor = self.scale * product
-        return delta.reshape(self.shape)
-
-    def row_for(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The factor of every output: row, or DoRA's magnitude over the norm it is relative to.
-
-        Args:
-            weight: the layer's, (out, in, *kernel).
-
-        Returns:
-            (out,) in float32 or wider, or None.
-        """
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if self.magnitude is None:
-            return None if self.row is None else self.row.to(wide)
-        whole = (weight.to(wide) + self.delta()).flatten(1)
-        norm: torch.Tensor = torch.linalg.vector_norm(whole, dim=1)
-        return self.magnitude.to(whole.dtype) / norm
-
-    def weight(self, base: torch.Tensor) -> torch.Tensor:
-        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
-        wide = torch.promote_types(base.dtype, torch.float32)
-        whole, row = base.to(wide) + self.delta(), self.row_for(base)
-        if self.col is not None:
-            whole = whole * _along(self.col.to(wide), whole, 1)
-        return whole if row is None else whole * _along(row, whole, 0)
+        return dense(self._product(), wide).reshape(self.shape)
 
     def factors(
         self, dtype: torch.dtype, row: torch.Tensor | None = None
@@ -158,8 +333,8 @@ class Update:
         wide = torch.promote_types(self.up.dtype, torch.float32)
         up = self.up.to(wide) * self.scale
         up = up if row is None else up * row[:, None]
-        bias = None if self.bias is None else (self.bias.to(wide) * self.scale).to(dtype)
-        return self.down.to(dtype), up.to(dtype), bias
+        bias = self.shift(lambda: None)
+        return self.down.to(dtype), up.to(dtype), None if bias is None else bias.to(dtype)
 
     def to_rank(self, rank: int) -> tuple[Update, float]:
         """The nearest update of at most this rank; scale, bias and vectors stay as they are.
@@ -203,12 +378,3 @@ class Update:
             return True  # what a vector does is known beside its layer
         product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
         return product or (self.bias is not None and self.scale != 0 and bool(self.bias.any()))
-
-    def is_finite(self) -> bool:
-        """Whether the scale and every value are finite numbers."""
-        return math.isfinite(self.scale) and all(bool(t.isfinite().all()) for t in self.tensors())
-
-
-def _along(vector: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """A vector that multiplies one axis of a weight."""
-    return vector.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])

@@ -1,18 +1,32 @@
-"""Evaluates matrix expressions: dense, cheapest product first, in float32 or wider."""
+"""Evaluates matrix expressions, cheapest product first, in aten calls of whatever they hold.
+
+Of tensors: `dense`, in float32 or wider. Of a graph's nodes: `recorded`, which a graph writes down.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
+from typing import Any
 
 import torch
 
+from lora_fx.algebra.index_expr import Index
 from lora_fx.algebra.matrix_expr import (
     Blocks,
     Identity,
+    Kron,
     Leaf,
     Matrix,
     Placed,
     Product,
+    Quotient,
+    Repeated,
+    Replaced,
+    Reshaped,
+    RowNorm,
     Rows,
     RowScaled,
     Sum,
@@ -20,80 +34,208 @@ from lora_fx.algebra.matrix_expr import (
     parts,
 )
 
-Factor = torch.Tensor | Blocks
+_aten = torch.ops.aten
+_WEIGHT = ("weight",)
 
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Computes a matrix in a floating dtype. The result must not be written to."""
-    match matrix:
-        case Leaf():
-            return matrix.fetch().to(dtype).reshape(matrix.shape)
-        case Product():
-            return _one(_multiplied(matrix, 1, dtype)[0], dtype)
-        case Sum():
-            return _summed(parts(matrix, Sum), dtype)
-        case RowScaled(factor, inner):
-            return dense(factor, dtype) * dense(inner, dtype)
-        case Transposed(inner):
-            return dense(inner, dtype).T
-        case Rows(inner, index):
-            return dense(inner, dtype)[index.places()]
-        case Placed(inner, index):
-            zeros = torch.zeros(matrix.shape, dtype=dtype)
-            return zeros.index_copy_(0, index.places(), dense(inner, dtype))
-        case Blocks():
-            diagonal: torch.Tensor = torch.block_diag(*matrix.fetch().to(dtype))  # type: ignore[no-untyped-call]
-            return diagonal
-        case Identity(size):
-            return torch.eye(size, dtype=dtype)
+    value: torch.Tensor = _Evaluation(dtype).of(matrix).seen(matrix.shape)
+    return value
 
 
-def _summed(terms: list[Matrix], dtype: torch.dtype) -> torch.Tensor:
-    """Adds up in one buffer; a product is accumulated in the pass that adds it."""
-    first, *rest = sorted(terms, key=lambda term: isinstance(term, Product))
-    into = dense(first, dtype)
-    for place, term in enumerate(rest):
-        ours = place > 0 or not isinstance(first, Leaf | Transposed)  # no constant of the graph
-        if isinstance(term, Product):
-            left, right = (_one(f, dtype) for f in _multiplied(term, 2, dtype))
-            into = into.addmm_(left, right) if ours else torch.addmm(into, left, right)
-        else:
-            value = dense(term, dtype)
-            into = into.add_(value) if ours else into + value
-    return into
+def weight_of_shape(shape: Sequence[int | None]) -> Leaf:
+    """W, whose numbers are not known: a matrix of as many rows as the first size, where known."""
+    rows, *columns = (size or 0 for size in shape)
+    return Leaf((rows, prod(columns)), _WEIGHT, torch.Tensor)
 
 
-def _multiplied(matrix: Product, left_over: int, dtype: torch.dtype) -> list[Factor]:
-    """A product's factors, multiplied until so many are left, the cheapest neighbours first."""
-    values: list[Factor] = [
-        factor if isinstance(factor, Blocks) else dense(factor, dtype)
-        for factor in parts(matrix, Product)
-    ]
-    while len(values) > left_over:
-        costs = [_cost(*pair) for pair in pairwise(values)]
+def recorded(
+    function: Callable[[Matrix], Matrix],
+    shape: tuple[int, ...],
+    values: Mapping[Hashable, torch.Tensor],
+) -> Callable[..., Any]:
+    """An expression in W as a function that a graph can record: of W and values, in aten calls.
+
+    Args:
+        function: from W to the expression.
+        shape: of W, which is a matrix of as many rows as its first axis is long.
+        values: the leaves, by key: the function takes what stands for them after W.
+    """
+    matrix = function(weight_of_shape(shape))
+
+    def call(weight: Any, *given: Any) -> Any:
+        pairs = zip(values.items(), given, strict=True)
+        held = {key: _Held(node, tuple(value.shape)) for (key, value), node in pairs}
+        run = _Evaluation(None, held | {_WEIGHT: _Held(weight, shape)}, weight)
+        return run.of(matrix).seen(shape)
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The numbers of a matrix, row by row, whatever axes they have."""
+
+    value: Any
+    shape: tuple[int, ...]
+
+    def seen(self, shape: tuple[int, ...]) -> Any:
+        return self.value if shape == self.shape else _aten.reshape.default(self.value, list(shape))
+
+
+class _Evaluation:
+    """One run: of tensors in a dtype, or of the nodes that stand for leaves, each matrix once."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype | None,
+        known: Mapping[Hashable, _Held] | None = None,
+        like: Any = None,
+    ) -> None:
+        self._dtype, self._known = dtype, known
+        self._like = torch.empty(0, dtype=dtype) if known is None else like
+        self._done: dict[int, _Held] = {}
+
+    def of(self, matrix: Matrix) -> _Held:
+        if self._known is None:  # what is computed may be written to, and is let go
+            return self._made(matrix)
+        if id(matrix) not in self._done:
+            self._done[id(matrix)] = self._made(matrix)
+        return self._done[id(matrix)]
+
+    def _made(self, matrix: Matrix) -> _Held:
+        shape = matrix.shape
+        match matrix:
+            case Leaf():
+                return self._fetched(matrix)
+            case Product():
+                return self._times(*_grouped(parts(matrix, Product)))
+            case Sum():
+                return self._summed(parts(matrix, Sum))
+            case RowScaled(Repeated(value, 1), inner):
+                held = self.of(inner)
+                return _Held(_aten.mul.Tensor(held.value, value), held.shape)
+            case RowScaled(factor, inner):
+                return _Held(_aten.mul.Tensor(self._flat(factor), self._flat(inner)), shape)
+            case Transposed(inner):
+                return _Held(_aten.t.default(self._flat(inner)), shape)
+            case Rows(inner, index):
+                rows = _aten.index_select.default(self._flat(inner), 0, self._places(index))
+                return _Held(rows, shape)
+            case Placed(inner, index):
+                zeros = _aten.new_zeros.default(self._like, list(shape))
+                copy = _aten.index_copy if self._known else _aten.index_copy_
+                rows = copy.default(zeros, 0, self._places(index), self._flat(inner))
+                return _Held(rows, shape)
+            case Replaced(inner, index, new):
+                where = self._flat(inner), 0, self._places(index)
+                return _Held(_aten.index_copy.default(*where, self._flat(new)), shape)
+            case Kron(left, right):
+                (high, wide), (rows, columns) = left.shape, right.shape
+                one = self.of(left).seen((high, 1, wide, 1))
+                each = _aten.mul.Tensor(one, self.of(right).seen((1, rows, 1, columns)))
+                return _Held(each, (high, rows, wide, columns))
+            case RowNorm(inner):
+                norm = _aten.linalg_vector_norm.default(self._flat(inner), 2, [1], True)
+                return _Held(norm, shape)
+            case Quotient(left, right):
+                return _Held(_aten.div.Tensor(self._flat(left), self._flat(right)), shape)
+            case Reshaped(inner):
+                return self.of(inner)
+            case Blocks():
+                each = self._blocks(matrix)
+                each = _aten.transpose.int(each, 1, 2) if matrix.turned else each
+                return _Held(_aten.block_diag.default(_aten.unbind.int(each)), shape)
+            case Identity(size):
+                ones = _aten.new_ones.default(self._like, [size])
+                return _Held(_aten.diag_embed.default(ones), shape)
+            case Repeated(value, size):
+                return _Held(_aten.new_full.default(self._like, [size, 1], value), shape)
+
+    def _flat(self, matrix: Matrix) -> Any:
+        return self.of(matrix).seen(matrix.shape)
+
+    def _fetched(self, leaf: Leaf | Blocks) -> _Held:
+        if self._known is not None:
+            return self._known[leaf.key]
+        value = leaf.fetch().to(self._dtype)
+        return _Held(value, tuple(value.shape))
+
+    def _blocks(self, matrix: Blocks) -> Any:
+        count, high, wide = matrix.blocks
+        stored = (count, wide, high) if matrix.turned else matrix.blocks
+        return self._fetched(matrix).seen(stored)
+
+    def _places(self, index: Index) -> Any:
+        return index.places() if self._known is None else self._known[index.key].value
+
+    def _summed(self, terms: list[Matrix]) -> _Held:
+        """Adds up in one buffer; a product is accumulated in the pass that adds it."""
+        first, *rest = sorted(terms, key=_is_product)
+        into, shape = self.of(first), first.shape
+        # A constant of the graph is not written to, nor what is a view of one.
+        ours = self._known is None and not isinstance(first, Leaf | Transposed | Reshaped)
+        for term in rest:
+            if _is_product(term):
+                pair = map(self._flat, _grouped(parts(term, Product)))
+                add = _aten.addmm_ if ours else _aten.addmm
+                into = _Held(add.default(into.seen(shape), *pair), shape)
+            else:
+                add = _aten.add_ if ours else _aten.add
+                into = _Held(add.Tensor(into.value, self.of(term).seen(into.shape)), into.shape)
+            ours = self._known is None
+        return into
+
+    def _times(self, left: Matrix, right: Matrix) -> _Held:
+        """One product; of a block diagonal, and of one matrix for all blocks, block by block."""
+        rows, columns = left.shape[0], right.shape[1]
+        match left, right:
+            case Blocks(), _:
+                count, high, wide = left.blocks
+                axes = "cwh,cwm->chm" if left.turned else "chw,cwm->chm"
+                pair = [self._blocks(left), self.of(right).seen((count, wide, columns))]
+                return _Held(_aten.einsum.default(axes, pair), (count, high, columns))
+            case _, Blocks():
+                count, high, wide = right.blocks
+                axes = "rch,cwh->rcw" if right.turned else "rch,chw->rcw"
+                pair = [self.of(left).seen((rows, count, high)), self._blocks(right)]
+                return _Held(_aten.einsum.default(axes, pair), (rows, count, wide))
+            case Kron(Identity(count), one), _:
+                each = self.of(right).seen((count, one.shape[1], columns))
+                done = _aten.matmul.default(self._flat(one), each)
+                return _Held(done, (count, one.shape[0], columns))
+            case _, Kron(Identity(count), one):
+                each = self.of(left).seen((rows * count, one.shape[0]))
+                done = _aten.mm.default(each, self._flat(one))
+                return _Held(done, (rows * count, one.shape[1]))
+        one, other = self._flat(left), self._flat(right)
+        done = one @ other if self._known is None else _aten.mm.default(one, other)
+        return _Held(done, (rows, columns))
+
+
+def _is_product(term: Matrix) -> bool:
+    """Whether a term is a product that one call can add: of no block diagonal."""
+    return isinstance(term, Product) and not any(map(_count, _grouped(parts(term, Product))))
+
+
+def _grouped(chain: list[Matrix]) -> list[Matrix]:
+    """A product's factors, multiplied until two are left, the cheapest neighbours first."""
+    while len(chain) > 2:
+        costs = [_cost(*pair) for pair in pairwise(chain)]
         at = costs.index(min(costs))
-        values[at : at + 2] = [_times(values[at], values[at + 1], dtype)]
-    return values
+        chain[at : at + 2] = [Product(chain[at], chain[at + 1])]
+    return chain
 
 
-def _cost(left: Factor, right: Factor) -> float:
-    blocks = max(m.blocks[0] if isinstance(m, Blocks) else 1 for m in (left, right))
+def _cost(left: Matrix, right: Matrix) -> float:
+    blocks = max(_count(left), _count(right), 1)
     return left.shape[0] * left.shape[1] * right.shape[1] / blocks
 
 
-def _times(left: Factor, right: Factor, dtype: torch.dtype) -> torch.Tensor:
-    """One product; a block diagonal multiplies block by block."""
-    if isinstance(left, Blocks):
-        count, high, wide = left.blocks
-        each = _one(right, dtype).reshape(count, wide, right.shape[1])
-        return torch.bmm(left.fetch().to(dtype), each).reshape(count * high, right.shape[1])
-    if isinstance(right, Blocks):
-        count, high, wide = right.blocks
-        each = left.reshape(left.shape[0], count, high).transpose(0, 1)
-        done = torch.bmm(each, right.fetch().to(dtype))
-        return done.transpose(0, 1).reshape(left.shape[0], count * wide)
-    return left @ right
-
-
-def _one(factor: Factor, dtype: torch.dtype) -> torch.Tensor:
-    return dense(factor, dtype) if isinstance(factor, Blocks) else factor
+def _count(matrix: Matrix) -> int:
+    """How many blocks a block diagonal has; of another matrix, 0."""
+    match matrix:
+        case Blocks((count, _, _), _, _) | Kron(Identity(count), _):
+            return count
+    return 0

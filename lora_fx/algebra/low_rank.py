@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
 
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Matrix, Product, RowScaled, Sum, parts, product
+from lora_fx.algebra.matrix_expr import (
+    Kron,
+    Matrix,
+    Product,
+    RowScaled,
+    Sum,
+    Transposed,
+    leaves,
+    parts,
+    product,
+    repeated,
+    scaled,
+    transposed,
+)
 
 
 class NotLowRankError(Exception):
     """Why a matrix cannot be read so."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """``(diag(row) base + the sum of what is added) diag(col)``.
+
+    Attributes:
+        row: a column of factors, or None for one of ones.
+        col: likewise, of the inputs.
+        added: the terms.
+    """
+
+    row: Matrix | None
+    col: Matrix | None
+    added: list[Matrix]
+
+
+def beside(base: Matrix, whole: Matrix) -> Beside:
+    """Reads an expression in a base as what stands beside it: ``W + diag(g) W`` is diag(1 + g) W.
+
+    Raises:
+        NotLowRankError: the base is in it otherwise, or not at all.
+    """
+    ones, col = repeated(1.0, base.shape[0]), None
+    rows: list[Matrix | None] = []
+    added: list[Matrix] = []
+    factor, whole = _row(None, whole, ones)
+    match whole:
+        case Transposed(RowScaled(each, inner)):  # one factor an input, whatever its places
+            col, whole = each.left if isinstance(each, Kron) else each, transposed(inner)
+    pending = [(factor, whole)]
+    while pending:
+        factor, term = _row(*pending.pop(), ones)
+        if isinstance(term, Sum):
+            pending += [(factor, term.right), (factor, term.left)]
+        elif term == base:
+            rows.append(factor)
+        elif set(leaves(base)) <= set(leaves(term)):
+            raise NotLowRankError("the base weight itself is scaled or moved")
+        else:
+            added.append(term if factor is None else scaled(factor, term))
+    if not rows:
+        raise NotLowRankError("the base weight itself is scaled or moved")
+    if rows == [None]:
+        return Beside(None, col, added)
+    return Beside(reduce(Sum, (ones if row is None else row for row in rows)), col, added)
+
+
+def _row(factor: Matrix | None, term: Matrix, ones: Matrix) -> tuple[Matrix | None, Matrix]:
+    """A term without what scales its rows, and that, a column, together with a factor of all."""
+    while isinstance(term, RowScaled):
+        own = term.factor if term.factor.shape == ones.shape else scaled(term.factor, ones)
+        factor, term = own if factor is None else scaled(factor, own), term.matrix
+    return factor, term
 
 
 def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,15 +93,12 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     Raises:
         NotLowRankError: the base is scaled, or something else is added than products of low rank.
     """
-    terms = parts(whole, Sum)
-    if base not in terms:
-        raise NotLowRankError("the base weight itself is scaled or moved")
-    terms.remove(base)
-    if any(isinstance(term, RowScaled) and base in parts(term.matrix, Sum) for term in terms):
+    found = beside(base, whole)
+    if found.row is not None or found.col is not None:
         raise NotLowRankError("the base weight itself is scaled")
-    if not terms:
+    if not found.added:
         raise NotLowRankError("nothing is added to the base weight")
-    pairs = [_split(term) for term in terms]
+    pairs = [_split(term) for term in found.added]
     down = torch.cat([dense(right, torch.float32) for _, right in pairs])
     up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)
     if down.shape[0] >= min(whole.shape):

@@ -6,8 +6,10 @@ they are written alike, which costs no arithmetic. Vectors are matrices of one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import prod
+from typing import Any
 
 import torch
 
@@ -36,12 +38,26 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A column of one number."""
+
+    value: float
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, 1)."""
+        return self.size, 1
+
+
+@dataclass(frozen=True)
 class Blocks:
-    """A block diagonal; what is fetched is (blocks, rows of each, columns of each)."""
+    """A block diagonal; what is fetched is (blocks, rows of each, columns of each), or turned."""
 
     blocks: tuple[int, int, int]
     key: Hashable
     fetch: Callable[[], torch.Tensor] = field(compare=False)
+    turned: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,7 +144,70 @@ class Placed:
         return self.size, self.matrix.shape[1]
 
 
-Matrix = Identity | Leaf | Blocks | Transposed | Product | Sum | RowScaled | Rows | Placed
+@dataclass(frozen=True)
+class Replaced:
+    """A matrix some of whose rows are those of another."""
+
+    matrix: Matrix
+    index: Index
+    rows: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the matrix."""
+        return self.matrix.shape
+
+
+@dataclass(frozen=True)
+class Kron:
+    """The Kronecker product: each number of the left times all of the right."""
+
+    left: Matrix
+    right: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The products of the two shapes."""
+        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """The length of each row, a column."""
+
+    matrix: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, 1)."""
+        return self.matrix.shape[0], 1
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """``left / right``, number by number, of one shape."""
+
+    left: Matrix
+    right: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of either."""
+        return self.left.shape
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The same numbers, row by row, in rows of another length."""
+
+    matrix: Matrix
+    shape: tuple[int, int]
+
+
+Matrix = (
+    Identity | Leaf | Repeated | Blocks | Transposed | Product | Sum | RowScaled | Rows | Placed
+    | Replaced | Kron | RowNorm | Quotient | Reshaped
+)  # fmt: skip
 
 
 def parts(matrix: Matrix, of: type[Sum] | type[Product]) -> list[Matrix]:
@@ -144,15 +223,44 @@ def parts(matrix: Matrix, of: type[Sum] | type[Product]) -> list[Matrix]:
     return found
 
 
+def leaves(matrix: Any) -> Iterator[Leaf | Blocks | Index]:
+    """What an expression is made of, from left to right."""
+    if isinstance(matrix, Leaf | Blocks | Index):
+        yield matrix
+    elif isinstance(matrix, Matrix):
+        for item in fields(matrix):
+            yield from leaves(getattr(matrix, item.name))
+
+
+def exchanged(matrix: Any, known: Mapping[Hashable, torch.Tensor]) -> Any:
+    """The expression with other tensors in the place of those of some keys."""
+    if isinstance(matrix, Leaf | Blocks | Index):
+        value = known.get(matrix.key)
+        if value is None:
+            return matrix
+        if isinstance(matrix, Index):
+            return replace(matrix, key=("tensor", id(value)), places=lambda: value)
+        return replace(matrix, key=("tensor", id(value)), fetch=lambda: value)
+    if not isinstance(matrix, Matrix):
+        return matrix
+    inner = {item.name: exchanged(getattr(matrix, item.name), known) for item in fields(matrix)}
+    return replace(matrix, **inner)
+
+
+def constant(value: torch.Tensor, shape: tuple[int, int] | None = None) -> Leaf:
+    """A tensor as a matrix: of as many rows, by default, as its first axis is long."""
+    sizes = tuple(value.shape)
+    return Leaf(shape or (sizes[0], prod(sizes[1:])), ("tensor", id(value)), lambda: value)
+
+
 def number(value: float) -> Matrix:
     """A factor for every row."""
-    return Leaf((1, 1), ("number", value), lambda: torch.tensor([[value]], dtype=torch.float64))
+    return Repeated(value, 1)
 
 
 def repeated(value: float, size: int) -> Matrix:
     """A column of one number."""
-    key = ("repeated", value)
-    return Leaf((size, 1), key, lambda: torch.full((size, 1), value, dtype=torch.float64))
+    return Repeated(value, size)
 
 
 def product(left: Matrix, right: Matrix) -> Matrix:
@@ -198,6 +306,28 @@ def total(left: Matrix | None, right: Matrix | None) -> Matrix | None:
     return Sum(left, right)
 
 
+def kron(left: Matrix, right: Matrix) -> Matrix:
+    """The Kronecker product; with the number 1 it is the other."""
+    return left if right == Repeated(1.0, 1) else Kron(left, right)
+
+
+def reshaped(matrix: Matrix, rows: int) -> Matrix:
+    """The same numbers in so many rows."""
+    columns = matrix.shape[0] * matrix.shape[1] // max(rows, 1)
+    return matrix if rows == matrix.shape[0] else Reshaped(matrix, (rows, columns))
+
+
+def normed(lengths: Matrix, matrix: Matrix) -> Matrix:
+    """Every row at the length that a column says: DoRA."""
+    return RowScaled(Quotient(lengths, RowNorm(matrix)), matrix)
+
+
+def columns_scaled(matrix: Matrix, factor: Matrix) -> Matrix:
+    """``matrix @ diag(factor)``; each factor is of several columns if there are more of those."""
+    each = kron(factor, repeated(1.0, matrix.shape[1] // max(factor.shape[0], 1)))
+    return transposed(scaled(each, transposed(matrix)))
+
+
 def signed(matrix: Matrix, sign: float) -> Matrix:
     """A matrix, or some multiple of it."""
     return matrix if sign == 1 else scaled(number(sign), matrix)
@@ -213,10 +343,9 @@ def transposed(matrix: Matrix) -> Matrix:
         return Sum(transposed(matrix.left), transposed(matrix.right))
     if isinstance(matrix, RowScaled) and matrix.factor.shape == (1, 1):
         return scaled(matrix.factor, transposed(matrix.matrix))
+    if isinstance(matrix, Kron) and isinstance(matrix.left, Identity):
+        return Kron(matrix.left, transposed(matrix.right))
     if isinstance(matrix, Blocks):
         count, high, wide = matrix.blocks
-        key, fetch = ("transposed", matrix.key), matrix.fetch
-        return replace(
-            matrix, blocks=(count, wide, high), key=key, fetch=lambda: fetch().transpose(1, 2)
-        )
+        return replace(matrix, blocks=(count, wide, high), turned=not matrix.turned)
     return matrix if isinstance(matrix, Identity) else Transposed(matrix)

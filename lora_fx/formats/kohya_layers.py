@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
+from lora_fx.adapters.other_updates import AnyUpdate, evaluated
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
@@ -112,7 +112,7 @@ def _on_groups(
     stored = update.stored or Stored(tensors, {"scale": update.scale})
     plain = replace(update, magnitude=None)
     assert layer.shape is not None
-    whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.shape, stored)
+    whole = evaluated(plain, layer.shape, stored)
     return dora.with_magnitude(whole, {DORA: tensors[DORA]})
 
 

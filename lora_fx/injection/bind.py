@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from lora_fx.adapters.adapter import Adapter, WeightUpdate
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
@@ -38,7 +38,7 @@ def check_fit(gm: fx.GraphModule, adapter: Adapter, groups: Groups, strict: bool
         with within(f"adapter {adapter.name}, {path}"):
             fitted(update, groups[path][0])
             check_reached(gm, path, groups)
-            if not isinstance(update, WeightUpdate):
+            if not update.makes_anew:
                 check_one_way(groups[path])
     unknown = [path for path in adapter.updates if path not in groups]
     unknown = [path for path in unknown if not _is_read(gm, adapter, path)]
@@ -110,7 +110,7 @@ def _is_read(gm: fx.GraphModule, adapter: Adapter, path: str) -> bool:
         AdapterError: the parameter is of another shape.
     """
     update = adapter.updates[path]
-    found = next(readers(gm, path), None) if isinstance(update, WeightUpdate) else None
+    found = next(readers(gm, path), None) if update.makes_anew else None
     if found is None:
         return False
     shape = tuple(get_unevaluated(gm, str(found[1].target)).shape)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten
-from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
+from lora_fx.injection.branch_tensors import terms_of
 from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.match_branch import branches_of, col_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
@@ -30,21 +30,18 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
             layer reads.
     """
     first = calls[0]
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         make_layer_anew(editor, calls, update, name)
-        terms = Terms() if update.bias is None else bias_alone(update.bias, first)
-    else:
-        own = _own_bias(editor, calls) if isinstance(update, Scaling) else None
-        terms = terms_of(update, first, lambda: base_weight(editor, first), own)
+    own = partial(_own_bias, editor, calls)
+    terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
-    groups = update.groups if isinstance(update, Update) else 1
     nodes = {
         part: editor.constant(getattr(names, part), _frozen(value), before=first.node)
         for part, value in terms.each().items()
     }
     for site in calls:
-        beside(editor, site, nodes, groups=groups)
+        beside(editor, site, nodes, groups=update.groups)
 
 
 def beside(

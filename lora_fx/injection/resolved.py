@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.example import example_of
 from lora_fx.injection.conform import fitted
@@ -116,7 +116,7 @@ def _stored_at(path: str, update: AnyUpdate, groups: Groups) -> list[str]:
 def _parameter(gm: fx.GraphModule, path: str, update: AnyUpdate) -> list[str]:
     """The parameter of a module that is no layer of the graph, such as one that holds experts."""
     weight = f"{path}.weight"
-    is_meant = isinstance(update, WeightUpdate) and next(readers(gm, path), None) is None
+    is_meant = update.makes_anew and next(readers(gm, path), None) is None
     return [weight] if is_meant and next(readers(gm, weight), None) is not None else []
 
 

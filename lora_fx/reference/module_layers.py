@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.layers.layer import Layer, layer_class
@@ -95,7 +95,7 @@ def _layer(
         shape = (out, into * known.groups, *kernel)
         return Layer(path=path, kind=known.kind, shape=shape, dtype=held.dtype, groups=known.groups)
     stored = tuple(held.shape)
-    if isinstance(update, WeightUpdate) and (len(stored) != 2 or _fits(update.shape, stored)):
+    if update.makes_anew and (len(stored) != 2 or _fits(update.shape, stored)):
         return None
     layer = Layer(path=path, kind="linear", shape=stored, dtype=held.dtype)
     if len(stored) > 2:
