@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, Weighted, length, norms
+from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length, norms
 from lora_fx.algebra.evaluate import weight_of_shape
 from lora_fx.algebra.index_expr import Index
 from lora_fx.algebra.matrix_expr import (
@@ -28,17 +28,8 @@ from lora_fx.errors import AdapterError
 Function = Callable[[Matrix], Matrix]
 
 
-class _NoFactors(Weighted):
-    """What is no product of two factors."""
-
-    rank: ClassVar[int | None] = None
-    groups: ClassVar[int] = 1
-    scale: ClassVar[float] = 1.0
-    is_plain: ClassVar[bool] = False
-
-
 @dataclass(frozen=True, eq=False)
-class Scaling(_NoFactors):
+class Scaling(AnyUpdate):
     """``W' = diag(row) W``, the bias scaled too, or ``W' = W diag(col)``: (IA)3.
 
     Source: Liu et al., arXiv:2205.05638.
@@ -54,7 +45,6 @@ class Scaling(_NoFactors):
     col: torch.Tensor | None = None
     kind: str = "ia3"
     stored: Stored | None = None
-    bias: ClassVar[torch.Tensor | None] = None
 
     def __post_init__(self) -> None:
         """Checks that there is one vector.
@@ -73,11 +63,6 @@ class Scaling(_NoFactors):
         out = None if self.row is None else len(self.row)
         return out, None if self.col is None else len(self.col)
 
-    @property
-    def changes_bias(self) -> bool:
-        """A row scales what the layer gives, the bias with it."""
-        return self.row is not None
-
     def of(self, weight: Matrix) -> Matrix:
         """W' of W, both (out, in * kernel)."""
         if self.row is not None:
@@ -93,10 +78,6 @@ class Scaling(_NoFactors):
         wide = torch.promote_types(bias.dtype, torch.float32)
         return (self.row.to(wide) - 1) * bias.to(wide)
 
-    def with_magnitude(self, magnitude: torch.Tensor) -> AnyUpdate:
-        """Raises AdapterError: it has none."""
-        raise AdapterError(f"a magnitude beside kind {self.kind!r}, which has none")
-
     def tensors(self) -> Iterator[torch.Tensor]:
         """The vector that is there."""
         return (tensor for tensor in (self.row, self.col) if tensor is not None)
@@ -111,7 +92,7 @@ class Scaling(_NoFactors):
 
 
 @dataclass(frozen=True, eq=False)
-class WeightUpdate(_NoFactors):
+class WeightUpdate(AnyUpdate):
     """``W' = function(W)``, any expression in W, and ``b' = b + bias``: LoKr, OFT, what is dense.
 
     Attributes:
@@ -129,7 +110,7 @@ class WeightUpdate(_NoFactors):
     shape: Shape
     stored: Stored | None = None
     bias: torch.Tensor | None = None
-    makes_anew: ClassVar[bool] = True
+    makes_anew = True
 
     def of(self, weight: Matrix) -> Matrix:
         """W' of W."""
@@ -147,10 +128,6 @@ class WeightUpdate(_NoFactors):
         """The same of other values, as many and in the same order."""
         known = dict(zip(self.leaves, values, strict=True))
         return replace(self, function=lambda weight: exchanged(self.of(weight), known))
-
-    def shift(self, own: Bias) -> torch.Tensor | None:
-        """The bias."""
-        return self.bias
 
     def with_magnitude(self, magnitude: torch.Tensor) -> WeightUpdate:
         """An expression that ends with it."""

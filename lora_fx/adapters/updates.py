@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import Field, dataclass, replace
 from functools import reduce
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,129 +32,77 @@ Bias = Callable[[], torch.Tensor | None]
 
 
 class AnyUpdate(Protocol):
-    """What acts on a layer: everything but ``of`` says what it is made of, and how it is shown."""
+    """What acts on a layer: ``of`` defines W', the rest says what it is made of.
+
+    Attributes:
+        kind: what the file said: ``"lora"``, ``"rslora"``, ``"loha"``, ...
+        shape: (out, in, *kernel) of the layer that it fits, None where any size does.
+        bias: (out,), what `shift` adds to the layer's bias, perhaps scaled, or None.
+        stored: what the file held, where that is not just what it is made of.
+        rank: the inner dimension of a product of two factors, None where there is none.
+        groups: of the up-projection: 1, but beside a grouped convolution.
+        is_plain: whether it is a product of two factors, and at most a bias: LoRA in effect.
+        makes_anew: whether a graph computes W' itself, as nothing that stands beside can.
+        leaves: what a graph then makes W' of, by the keys that the expression has.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    @property
-    def kind(self) -> str:
-        """What the file said: ``"lora"``, ``"loha"``, ..."""
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in, *kernel) of the layer that it fits, None where any size does."""
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """(out,), what is added to the layer's bias, times the scale; or None."""
-
-    @property
-    def stored(self) -> Stored | None:
-        """What the file held, where that is not just what it is made of."""
-
-    @property
-    def rank(self) -> int | None:
-        """The inner dimension of a product of two factors; None where there is none."""
-
-    @property
-    def scale(self) -> float:
-        """A factor of the product and the bias."""
-
-    @property
-    def groups(self) -> int:
-        """Of the product beside a grouped convolution."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a product of two factors, and at most a bias: plain LoRA in effect."""
-
-    @property
-    def makes_anew(self) -> bool:
-        """Whether a graph computes W' itself, since nothing that stands beside the layer can."""
-
-    @property
-    def leaves(self) -> Mapping[Hashable, torch.Tensor]:
-        """What a graph makes W' of, if it does: by the key that it has in the expression."""
-
-    @property
-    def values(self) -> tuple[torch.Tensor, ...]:
-        """The leaves without their keys."""
+    kind: str
+    shape: Shape
+    bias: torch.Tensor | None = None
+    stored: Stored | None = None
+    rank: int | None = None
+    groups: int = 1
+    is_plain: bool = False
+    makes_anew: bool = False
+    leaves: Mapping[Hashable, torch.Tensor] = MappingProxyType({})
 
     def of(self, weight: Matrix) -> Matrix:
-        """W' of W, both (out, in * kernel): the definition of the update."""
-
-    def shift(self, own: Bias) -> torch.Tensor | None:
-        """What is added to the layer's bias, which is asked for where it is scaled; or None."""
+        """W' of W, both matrices of (out, in * kernel): the definition of the update."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that it is made of."""
 
-    def measures(self) -> dict[str, Any]:
-        """Its rank and norms, for a report."""
-
-    def with_magnitude(self, magnitude: torch.Tensor) -> AnyUpdate:
-        """The update, every row of W' at the length that (out,) says: DoRA."""
-
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
 
-    def is_finite(self) -> bool:
-        """Whether every value is a finite number."""
+    def measures(self) -> dict[str, Any]:
+        """Its rank, scale and norms, for a report."""
 
-    @property
-    def changes_bias(self) -> bool:
-        """Whether the layer's bias becomes another."""
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """What is added to the layer's bias, which is asked for if it is scaled; or None."""
+        return self.bias
 
-    def wide(self, dtype: torch.dtype) -> torch.dtype:
-        """What is computed in beside numbers of a dtype: float32 or wider."""
-
-    def weight(self, base: torch.Tensor) -> torch.Tensor:
-        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
-
-
-class Weighted:
-    """What follows from ``of`` and the tensors; and what holds of all that stands beside layers."""
-
-    makes_anew: ClassVar[bool] = False
-
-    @property
-    def leaves(self) -> Mapping[Hashable, torch.Tensor]:
-        """What a graph makes W' of: nothing."""
-        return {}
+    def with_magnitude(self, magnitude: torch.Tensor) -> AnyUpdate:
+        """The update, every row of W' at the length that (out,) says: DoRA."""
+        raise AdapterError(f"a magnitude beside kind {self.kind!r}, which has none")
 
     @property
     def values(self) -> tuple[torch.Tensor, ...]:
         """The leaves without their keys."""
         return tuple(self.leaves.values())
 
-    @property
-    def changes_bias(self: AnyUpdate) -> bool:
-        """Whether the layer's bias becomes another."""
-        return self.bias is not None
+    def is_finite(self) -> bool:
+        """Whether every value is a finite number."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
 
-    def wide(self: AnyUpdate, dtype: torch.dtype) -> torch.dtype:
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
         """What is computed in beside numbers of a dtype: float32 or wider."""
         own = (tensor.dtype for tensor in self.tensors() if tensor.is_floating_point())
         return reduce(torch.promote_types, own, torch.promote_types(dtype, torch.float32))
 
-    def weight(self: AnyUpdate, base: torch.Tensor) -> torch.Tensor:
+    def weight(self, base: torch.Tensor) -> torch.Tensor:
         """The weight form: W -> W', both (out, in, *kernel), in float32 or wider.
 
         Raises:
             AdapterError: it is of a weight of another shape.
         """
         shape = tuple(base.shape)
-        flat = shape[0], math.prod(shape[1:])
-        if not (agree(self.shape, shape) or agree(self.shape, flat)):
+        if not any(agree(self.shape, s) for s in (shape, (shape[0], math.prod(shape[1:])))):
             if self.groups > 1:
                 raise AdapterError("the update of a grouped convolution has no weight form")
             raise AdapterError(f"made for a weight {self.shape}, found {shape}")
-        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(base.shape)
-
-    def is_finite(self: AnyUpdate) -> bool:
-        """Whether every value is a finite number."""
-        every = all(bool(tensor.isfinite().all()) for tensor in self.tensors())
-        return every and math.isfinite(self.scale)
+        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(shape)
 
 
 def agree(known: Shape, shape: tuple[int, ...]) -> bool:
@@ -173,7 +122,7 @@ def length(tensor: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Update(Weighted):
+class Update(AnyUpdate):
     """``W' = diag(row) (W + scale * up @ down) diag(col)`` and ``b' = b + scale * bias``.
 
     Shapes are those of a layer with ``W`` of (out, in), or (out, in, *kernel) for a convolution,
@@ -378,3 +327,7 @@ class Update(Weighted):
             return True  # what a vector does is known beside its layer
         product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
         return product or (self.bias is not None and self.scale != 0 and bool(self.bias.any()))
+
+    def is_finite(self) -> bool:
+        """Whether the scale and every value are finite numbers."""
+        return math.isfinite(self.scale) and super().is_finite()

@@ -13,26 +13,9 @@ from typing import Any
 
 import torch
 
+from lora_fx.algebra import matrix_expr as m
 from lora_fx.algebra.index_expr import Index
-from lora_fx.algebra.matrix_expr import (
-    Blocks,
-    Identity,
-    Kron,
-    Leaf,
-    Matrix,
-    Placed,
-    Product,
-    Quotient,
-    Repeated,
-    Replaced,
-    Reshaped,
-    RowNorm,
-    Rows,
-    RowScaled,
-    Sum,
-    Transposed,
-    parts,
-)
+from lora_fx.algebra.matrix_expr import Matrix
 
 _aten = torch.ops.aten
 _WEIGHT = ("weight",)
@@ -44,10 +27,10 @@ def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     return value
 
 
-def weight_of_shape(shape: Sequence[int | None]) -> Leaf:
+def weight_of_shape(shape: Sequence[int | None]) -> m.Leaf:
     """W, whose numbers are not known: a matrix of as many rows as the first size, where known."""
     rows, *columns = (size or 0 for size in shape)
-    return Leaf((rows, prod(columns)), _WEIGHT, torch.Tensor)
+    return m.Leaf((rows, prod(columns)), _WEIGHT, torch.Tensor)
 
 
 def recorded(
@@ -107,62 +90,62 @@ class _Evaluation:
     def _made(self, matrix: Matrix) -> _Held:
         shape = matrix.shape
         match matrix:
-            case Leaf():
+            case m.Leaf():
                 return self._fetched(matrix)
-            case Product():
-                return self._times(*_grouped(parts(matrix, Product)))
-            case Sum():
-                return self._summed(parts(matrix, Sum))
-            case RowScaled(Repeated(value, 1), inner):
+            case m.Product():
+                return self._times(*_grouped(m.parts(matrix, m.Product)))
+            case m.Sum():
+                return self._summed(m.parts(matrix, m.Sum))
+            case m.RowScaled(m.Repeated(value, 1), inner):
                 held = self.of(inner)
                 return _Held(_aten.mul.Tensor(held.value, value), held.shape)
-            case RowScaled(factor, inner):
+            case m.RowScaled(factor, inner):
                 return _Held(_aten.mul.Tensor(self._flat(factor), self._flat(inner)), shape)
-            case Transposed(inner):
+            case m.Transposed(inner):
                 return _Held(_aten.t.default(self._flat(inner)), shape)
-            case Rows(inner, index):
+            case m.Rows(inner, index):
                 rows = _aten.index_select.default(self._flat(inner), 0, self._places(index))
                 return _Held(rows, shape)
-            case Placed(inner, index):
+            case m.Placed(inner, index):
                 zeros = _aten.new_zeros.default(self._like, list(shape))
                 copy = _aten.index_copy if self._known else _aten.index_copy_
                 rows = copy.default(zeros, 0, self._places(index), self._flat(inner))
                 return _Held(rows, shape)
-            case Replaced(inner, index, new):
+            case m.Replaced(inner, index, new):
                 where = self._flat(inner), 0, self._places(index)
                 return _Held(_aten.index_copy.default(*where, self._flat(new)), shape)
-            case Kron(left, right):
+            case m.Kron(left, right):
                 (high, wide), (rows, columns) = left.shape, right.shape
                 one = self.of(left).seen((high, 1, wide, 1))
                 each = _aten.mul.Tensor(one, self.of(right).seen((1, rows, 1, columns)))
                 return _Held(each, (high, rows, wide, columns))
-            case RowNorm(inner):
+            case m.RowNorm(inner):
                 norm = _aten.linalg_vector_norm.default(self._flat(inner), 2, [1], True)
                 return _Held(norm, shape)
-            case Quotient(left, right):
+            case m.Quotient(left, right):
                 return _Held(_aten.div.Tensor(self._flat(left), self._flat(right)), shape)
-            case Reshaped(inner):
+            case m.Reshaped(inner):
                 return self.of(inner)
-            case Blocks():
+            case m.Blocks():
                 each = self._blocks(matrix)
                 each = _aten.transpose.int(each, 1, 2) if matrix.turned else each
                 return _Held(_aten.block_diag.default(_aten.unbind.int(each)), shape)
-            case Identity(size):
+            case m.Identity(size):
                 ones = _aten.new_ones.default(self._like, [size])
                 return _Held(_aten.diag_embed.default(ones), shape)
-            case Repeated(value, size):
+            case m.Repeated(value, size):
                 return _Held(_aten.new_full.default(self._like, [size, 1], value), shape)
 
     def _flat(self, matrix: Matrix) -> Any:
         return self.of(matrix).seen(matrix.shape)
 
-    def _fetched(self, leaf: Leaf | Blocks) -> _Held:
+    def _fetched(self, leaf: m.Leaf | m.Blocks) -> _Held:
         if self._known is not None:
             return self._known[leaf.key]
         value = leaf.fetch().to(self._dtype)
         return _Held(value, tuple(value.shape))
 
-    def _blocks(self, matrix: Blocks) -> Any:
+    def _blocks(self, matrix: m.Blocks) -> Any:
         count, high, wide = matrix.blocks
         stored = (count, wide, high) if matrix.turned else matrix.blocks
         return self._fetched(matrix).seen(stored)
@@ -175,10 +158,10 @@ class _Evaluation:
         first, *rest = sorted(terms, key=_is_product)
         into, shape = self.of(first), first.shape
         # A constant of the graph is not written to, nor what is a view of one.
-        ours = self._known is None and not isinstance(first, Leaf | Transposed | Reshaped)
+        ours = self._known is None and not isinstance(first, m.Leaf | m.Transposed | m.Reshaped)
         for term in rest:
             if _is_product(term):
-                pair = map(self._flat, _grouped(parts(term, Product)))
+                pair = map(self._flat, _grouped(m.parts(term, m.Product)))
                 add = _aten.addmm_ if ours else _aten.addmm
                 into = _Held(add.default(into.seen(shape), *pair), shape)
             else:
@@ -191,24 +174,16 @@ class _Evaluation:
         """One product; of a block diagonal, and of one matrix for all blocks, block by block."""
         rows, columns = left.shape[0], right.shape[1]
         match left, right:
-            case Blocks(), _:
+            case m.Blocks(), _:
                 count, high, wide = left.blocks
                 axes = "cwh,cwm->chm" if left.turned else "chw,cwm->chm"
                 pair = [self._blocks(left), self.of(right).seen((count, wide, columns))]
                 return _Held(_aten.einsum.default(axes, pair), (count, high, columns))
-            case _, Blocks():
+            case _, m.Blocks():
                 count, high, wide = right.blocks
                 axes = "rch,cwh->rcw" if right.turned else "rch,chw->rcw"
                 pair = [self.of(left).seen((rows, count, high)), self._blocks(right)]
                 return _Held(_aten.einsum.default(axes, pair), (rows, count, wide))
-            case Kron(Identity(count), one), _:
-                each = self.of(right).seen((count, one.shape[1], columns))
-                done = _aten.matmul.default(self._flat(one), each)
-                return _Held(done, (count, one.shape[0], columns))
-            case _, Kron(Identity(count), one):
-                each = self.of(left).seen((rows * count, one.shape[0]))
-                done = _aten.mm.default(each, self._flat(one))
-                return _Held(done, (rows * count, one.shape[1]))
         one, other = self._flat(left), self._flat(right)
         done = one @ other if self._known is None else _aten.mm.default(one, other)
         return _Held(done, (rows, columns))
@@ -216,7 +191,9 @@ class _Evaluation:
 
 def _is_product(term: Matrix) -> bool:
     """Whether a term is a product that one call can add: of no block diagonal."""
-    return isinstance(term, Product) and not any(map(_count, _grouped(parts(term, Product))))
+    if not isinstance(term, m.Product):
+        return False
+    return not any(isinstance(part, m.Blocks) for part in _grouped(m.parts(term, m.Product)))
 
 
 def _grouped(chain: list[Matrix]) -> list[Matrix]:
@@ -224,18 +201,10 @@ def _grouped(chain: list[Matrix]) -> list[Matrix]:
     while len(chain) > 2:
         costs = [_cost(*pair) for pair in pairwise(chain)]
         at = costs.index(min(costs))
-        chain[at : at + 2] = [Product(chain[at], chain[at + 1])]
+        chain[at : at + 2] = [m.Product(chain[at], chain[at + 1])]
     return chain
 
 
 def _cost(left: Matrix, right: Matrix) -> float:
-    blocks = max(_count(left), _count(right), 1)
+    blocks = max(part.blocks[0] if isinstance(part, m.Blocks) else 1 for part in (left, right))
     return left.shape[0] * left.shape[1] * right.shape[1] / blocks
-
-
-def _count(matrix: Matrix) -> int:
-    """How many blocks a block diagonal has; of another matrix, 0."""
-    match matrix:
-        case Blocks((count, _, _), _, _) | Kron(Identity(count), _):
-            return count
-    return 0

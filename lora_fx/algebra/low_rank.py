@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 
+from lora_fx.algebra import matrix_expr as m
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import (
-    Kron,
-    Matrix,
-    Product,
-    RowScaled,
-    Sum,
-    Transposed,
-    leaves,
-    parts,
-    product,
-    repeated,
-    scaled,
-    transposed,
-)
+from lora_fx.algebra.matrix_expr import Matrix
 
 
 class NotLowRankError(Exception):
     """Why a matrix cannot be read so."""
 
 
-@dataclass(frozen=True)
-class Beside:
-    """``(diag(row) base + the sum of what is added) diag(col)``.
-
-    Attributes:
-        row: a column of factors, or None for one of ones.
-        col: likewise, of the inputs.
-        added: the terms.
-    """
+class Beside(NamedTuple):
+    """``(diag(row) base + the sum of what is added) diag(col)``; None is a column of ones."""
 
     row: Matrix | None
     col: Matrix | None
@@ -49,37 +30,30 @@ def beside(base: Matrix, whole: Matrix) -> Beside:
     Raises:
         NotLowRankError: the base is in it otherwise, or not at all.
     """
-    ones, col = repeated(1.0, base.shape[0]), None
-    rows: list[Matrix | None] = []
+    ones, col = m.repeated(1.0, base.shape[0]), None
+    factors: list[Matrix] = []
     added: list[Matrix] = []
-    factor, whole = _row(None, whole, ones)
-    match whole:
-        case Transposed(RowScaled(each, inner)):  # one factor an input, whatever its places
-            col, whole = each.left if isinstance(each, Kron) else each, transposed(inner)
-    pending = [(factor, whole)]
+    pending = [(ones, whole)]
     while pending:
-        factor, term = _row(*pending.pop(), ones)
-        if isinstance(term, Sum):
-            pending += [(factor, term.right), (factor, term.left)]
-        elif term == base:
-            rows.append(factor)
-        elif set(leaves(base)) <= set(leaves(term)):
-            raise NotLowRankError("the base weight itself is scaled or moved")
-        else:
-            added.append(term if factor is None else scaled(factor, term))
-    if not rows:
+        factor, term = pending.pop()
+        alone = col is None and not (pending or factors or added)
+        match term:
+            case _ if term == base:
+                factors.append(factor)
+            case m.RowScaled(own, inner):
+                pending.append((m.scaled(own, factor), inner))
+            case m.Transposed(m.RowScaled(each, inner)) if alone:  # an input's, at all its places
+                col = each.left if isinstance(each, m.Kron) else each
+                pending.append((factor, m.transposed(inner)))
+            case m.Sum(left, right):
+                pending += [(factor, right), (factor, left)]
+            case _ if not set(m.leaves(base)) <= set(m.leaves(term)):
+                added.append(term if factor is ones else m.scaled(factor, term))
+            case _:
+                raise NotLowRankError("the base weight itself is scaled or moved")
+    if not factors:
         raise NotLowRankError("the base weight itself is scaled or moved")
-    if rows == [None]:
-        return Beside(None, col, added)
-    return Beside(reduce(Sum, (ones if row is None else row for row in rows)), col, added)
-
-
-def _row(factor: Matrix | None, term: Matrix, ones: Matrix) -> tuple[Matrix | None, Matrix]:
-    """A term without what scales its rows, and that, a column, together with a factor of all."""
-    while isinstance(term, RowScaled):
-        own = term.factor if term.factor.shape == ones.shape else scaled(term.factor, ones)
-        factor, term = own if factor is None else scaled(factor, own), term.matrix
-    return factor, term
+    return Beside(None if factors == [ones] else reduce(m.Sum, factors), col, added)
 
 
 def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +86,7 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
     Raises:
         NotLowRankError: the base's bias is scaled.
     """
-    terms = [] if whole is None else parts(whole, Sum)
+    terms = [] if whole is None else m.parts(whole, m.Sum)
     if base is not None and base not in terms:
         raise NotLowRankError("the base bias itself is scaled or moved")
     if base is not None:
@@ -122,9 +96,9 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
 
 
 def _split(term: Matrix) -> tuple[Matrix, Matrix]:
-    """A product, cut where it is narrowest."""
-    chain = parts(term, Product)
+    """A m.product, cut where it is narrowest."""
+    chain = m.parts(term, m.Product)
     if len(chain) == 1:
         raise NotLowRankError("what is added is no product of smaller factors")
     cut = min(range(1, len(chain)), key=lambda place: chain[place].shape[0])
-    return reduce(product, chain[:cut]), reduce(product, chain[cut:])
+    return reduce(m.product, chain[:cut]), reduce(m.product, chain[cut:])

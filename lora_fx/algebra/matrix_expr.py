@@ -16,16 +16,41 @@ import torch
 from lora_fx.algebra.index_expr import Index
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Ones on the diagonal."""
-
-    size: int
+class Expression:
+    """A node that is made of others."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(size, size)."""
-        return self.size, self.size
+        """(rows, columns)."""
+        match self:
+            case Sum(like, _) | Quotient(like, _) | RowScaled(_, like) | Replaced(like, _, _):
+                return like.shape
+            case Product(left, right):
+                return left.shape[0], right.shape[1]
+            case Transposed(inner):
+                return inner.shape[1], inner.shape[0]
+            case Rows(inner, index):
+                return index.count, inner.shape[1]
+            case Placed(inner, _, size):
+                return size, inner.shape[1]
+            case Identity(size):
+                return size, size
+            case Blocks((count, high, wide), _, _, _):
+                return count * high, count * wide
+            case Kron(left, right):
+                return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]
+            case RowNorm(inner):
+                return inner.shape[0], 1
+            case Repeated(_, size):
+                return size, 1
+        raise TypeError(type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Identity(Expression):
+    """Ones on the diagonal."""
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -38,20 +63,15 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(Expression):
     """A column of one number."""
 
     value: float
     size: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(size, 1)."""
-        return self.size, 1
-
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Expression):
     """A block diagonal; what is fetched is (blocks, rows of each, columns of each), or turned."""
 
     blocks: tuple[int, int, int]
@@ -59,141 +79,77 @@ class Blocks:
     fetch: Callable[[], torch.Tensor] = field(compare=False)
     turned: bool = False
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """All rows, all columns."""
-        count, rows, columns = self.blocks
-        return count * rows, count * columns
-
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(Expression):
     """A matrix on its side."""
 
     of: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The other way round."""
-        return self.of.shape[1], self.of.shape[0]
-
 
 @dataclass(frozen=True)
-class Product:
+class Pair(Expression):
+    """Two matrices, of one shape where nothing else is said."""
+
+    left: Matrix
+    right: Matrix
+
+
+class Sum(Pair):
+    """``left + right``."""
+
+
+class Quotient(Pair):
+    """``left / right``, number by number."""
+
+
+class Product(Pair):
     """``left @ right``."""
 
-    left: Matrix
-    right: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows of the left, columns of the right."""
-        return self.left.shape[0], self.right.shape[1]
+class Kron(Pair):
+    """The Kronecker product: each number of the left times all of the right."""
 
 
 @dataclass(frozen=True)
-class Sum:
-    """``left + right``, of one shape."""
-
-    left: Matrix
-    right: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of either."""
-        return self.left.shape
-
-
-@dataclass(frozen=True)
-class RowScaled:
+class RowScaled(Expression):
     """``diag(factor) @ matrix``; a factor of one element scales every row."""
 
     factor: Matrix
     matrix: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of the matrix."""
-        return self.matrix.shape
-
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Expression):
     """Some rows of a matrix."""
 
     matrix: Matrix
     index: Index
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As many rows as the index has places."""
-        return self.index.count, self.matrix.shape[1]
-
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Expression):
     """A matrix whose rows go to places among ``size`` rows; the others are zero."""
 
     matrix: Matrix
     index: Index
     size: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``size`` rows."""
-        return self.size, self.matrix.shape[1]
-
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Expression):
     """A matrix some of whose rows are those of another."""
 
     matrix: Matrix
     index: Index
     rows: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of the matrix."""
-        return self.matrix.shape
-
 
 @dataclass(frozen=True)
-class Kron:
-    """The Kronecker product: each number of the left times all of the right."""
-
-    left: Matrix
-    right: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The products of the two shapes."""
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
-
-
-@dataclass(frozen=True)
-class RowNorm:
+class RowNorm(Expression):
     """The length of each row, a column."""
 
     matrix: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, 1)."""
-        return self.matrix.shape[0], 1
-
-
-@dataclass(frozen=True)
-class Quotient:
-    """``left / right``, number by number, of one shape."""
-
-    left: Matrix
-    right: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of either."""
-        return self.left.shape
 
 
 @dataclass(frozen=True)
@@ -306,11 +262,6 @@ def total(left: Matrix | None, right: Matrix | None) -> Matrix | None:
     return Sum(left, right)
 
 
-def kron(left: Matrix, right: Matrix) -> Matrix:
-    """The Kronecker product; with the number 1 it is the other."""
-    return left if right == Repeated(1.0, 1) else Kron(left, right)
-
-
 def reshaped(matrix: Matrix, rows: int) -> Matrix:
     """The same numbers in so many rows."""
     columns = matrix.shape[0] * matrix.shape[1] // max(rows, 1)
@@ -324,7 +275,8 @@ def normed(lengths: Matrix, matrix: Matrix) -> Matrix:
 
 def columns_scaled(matrix: Matrix, factor: Matrix) -> Matrix:
     """``matrix @ diag(factor)``; each factor is of several columns if there are more of those."""
-    each = kron(factor, repeated(1.0, matrix.shape[1] // max(factor.shape[0], 1)))
+    many = matrix.shape[1] // max(factor.shape[0], 1)
+    each = factor if many == 1 else Kron(factor, repeated(1.0, many))
     return transposed(scaled(each, transposed(matrix)))
 
 
@@ -343,8 +295,6 @@ def transposed(matrix: Matrix) -> Matrix:
         return Sum(transposed(matrix.left), transposed(matrix.right))
     if isinstance(matrix, RowScaled) and matrix.factor.shape == (1, 1):
         return scaled(matrix.factor, transposed(matrix.matrix))
-    if isinstance(matrix, Kron) and isinstance(matrix.left, Identity):
-        return Kron(matrix.left, transposed(matrix.right))
     if isinstance(matrix, Blocks):
         count, high, wide = matrix.blocks
         return replace(matrix, blocks=(count, wide, high), turned=not matrix.turned)

@@ -41,11 +41,9 @@ def with_input_magnitude(
     """
     if not (update.makes_anew or isinstance(update, Update)) or layer.shape is None:
         raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
-    scale: object = update.scale
+    scale: object = 1.0 if update.stored is None else update.stored.settings.get("scale")
     if isinstance(update, Update):
-        update = evaluated(update, layer.shape, None)
-    elif update.stored:
-        scale = update.stored.settings["scale"]
+        scale, update = update.scale, evaluated(update, layer.shape, None)
     inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))
 
     def outer(weight: Matrix) -> Matrix:

@@ -84,7 +84,7 @@ def bind(
 def bind_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
     """Makes a graph remember an adapter that trains, whose values are the graph's alone."""
     bound = {
-        path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)
+        path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[attr-defined]
         for path, update in adapter.updates.items()
     }
     add(gm, Injected(adapter, tensors_of(adapter), True, bound))

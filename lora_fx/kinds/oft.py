@@ -12,7 +12,7 @@ import torch
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import AnyUpdate, Shape
-from lora_fx.algebra.matrix_expr import Blocks, Identity, Matrix, constant, kron, product
+from lora_fx.algebra.matrix_expr import Blocks, Matrix, constant, product, reshaped, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
 
@@ -109,17 +109,21 @@ class _On:
 
     def turned(self, blocks: torch.Tensor) -> Function:
         """W' of W."""
-        key = ("blocks", id(blocks))
+        if not self.is_shared:
+            sizes = self.count, self.size, self.size
+            diagonal = Blocks(sizes, ("blocks", id(blocks)), lambda: blocks)
+            if self.inputs:
+                return lambda weight: product(weight, diagonal)
+            return lambda weight: product(diagonal, weight)
+        one = (blocks if self.inputs else blocks.mT).contiguous()
+        block = constant(one, (self.size, self.size))
 
         def turn(weight: Matrix) -> Matrix:
-            if self.is_shared:  # by as many blocks as the layer has room for
-                count = weight.shape[self.inputs] // self.size
-                diagonal = kron(Identity(count), constant(blocks, (self.size, self.size)))
-            else:
-                diagonal = Blocks((self.count, self.size, self.size), key, lambda: blocks)
-            return product(*((weight, diagonal) if self.inputs else (diagonal, weight)))
+            rows, columns = weight.shape
+            each = reshaped(weight, rows * columns // self.size)
+            return reshaped(product(each, block), rows)
 
-        return turn
+        return turn if self.inputs else lambda weight: transposed(turn(transposed(weight)))
 
 
 def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

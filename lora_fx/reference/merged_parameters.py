@@ -54,6 +54,11 @@ class Step:
         return own if shift is None else own + shift
 
     @property
+    def changes_bias(self) -> bool:
+        """Whether B' is another than b."""
+        return self.update.shift(lambda: torch.ones(1)) is not None
+
+    @property
     def is_whole(self) -> bool:
         """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
         layer = self.place.layer
@@ -149,12 +154,8 @@ def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> tor
 def ungrouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """The weight of the convolution without groups that computes the same."""
     out, into, *kernel = weight.shape
-    whole = weight.new_zeros(out, into * groups, *kernel)
-    for rows, columns, place in zip(
-        whole.chunk(groups), [into] * groups, range(groups), strict=True
-    ):
-        rows[:, place * columns : (place + 1) * columns] = weight.chunk(groups)[place]
-    return whole
+    whole: torch.Tensor = torch.block_diag(*weight.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
+    return whole.reshape(out, into * groups, *kernel)
 
 
 __all__ = ["Layer", "Step", "Weight", "composed", "shifted", "ungrouped"]

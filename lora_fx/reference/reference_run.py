@@ -129,7 +129,7 @@ class WeightForm:
         if any(s.owner is record and s.place.inside == place.inside for s in weight.steps):
             return  # another name of the same module, with the same numbers
         weight.add(step)
-        if not step.update.changes_bias:
+        if not step.changes_bias:
             return
         if place.bias is None:
             raise NoWeightFormError(f"which bias belongs to {path} is not told by its name")
