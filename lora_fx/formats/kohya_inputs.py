@@ -39,7 +39,7 @@ def with_input_magnitude(
     Raises:
         AdapterError: the kind has no magnitude.
     """
-    if not (update.makes_anew or isinstance(update, Update)) or layer.shape is None:
+    if (update.rank is None and not update.makes_anew) or layer.shape is None:
         raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
     scale: object = 1.0 if update.stored is None else update.stored.settings.get("scale")
     if isinstance(update, Update):
