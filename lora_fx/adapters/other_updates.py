@@ -19,6 +19,7 @@ from lora_fx.algebra.matrix_expr import (
     columns_scaled,
     constant,
     exchanged,
+    holding,
     leaves,
     normed,
     scaled,
@@ -127,7 +128,11 @@ class WeightUpdate(AnyUpdate):
     def with_values(self, values: Sequence[torch.Tensor]) -> WeightUpdate:
         """The same of other values, as many and in the same order."""
         known = dict(zip(self.leaves, values, strict=True))
-        return replace(self, function=lambda weight: exchanged(self.of(weight), known))
+
+        def change(leaf: Any) -> Any:
+            return holding(leaf, known[leaf.key]) if leaf.key in known else leaf
+
+        return replace(self, function=lambda weight: exchanged(self.of(weight), change))
 
     def with_magnitude(self, magnitude: torch.Tensor) -> WeightUpdate:
         """An expression that ends with it."""

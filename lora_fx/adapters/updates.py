@@ -97,17 +97,15 @@ class AnyUpdate(Protocol):
         Raises:
             AdapterError: it is of a weight of another shape.
         """
-        shape = tuple(base.shape)
-        if not any(agree(self.shape, s) for s in (shape, (shape[0], math.prod(shape[1:])))):
+        shape, flat = tuple(base.shape), (len(base), math.prod(base.shape[1:]))
+        scales = self.rank is None and not self.makes_anew  # whatever kernel there is
+        wanted = shape[:2] if scales else flat if len(self.shape) == 2 else shape
+        pairs = zip(self.shape, wanted, strict=False)
+        if len(self.shape) != len(wanted) or any(size not in (None, axis) for size, axis in pairs):
             if self.groups > 1:
                 raise AdapterError("the update of a grouped convolution has no weight form")
             raise AdapterError(f"made for a weight {self.shape}, found {shape}")
         return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(shape)
-
-
-def agree(known: Shape, shape: tuple[int, ...]) -> bool:
-    """Whether the sizes that are known are those of a shape, as far as both go."""
-    return all(size in (None, axis) for size, axis in zip(known, shape, strict=False))
 
 
 def norms(tensors: dict[str, torch.Tensor | None]) -> dict[str, float]:

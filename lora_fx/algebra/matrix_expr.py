@@ -6,7 +6,7 @@ they are written alike, which costs no arithmetic. Vectors are matrices of one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any
@@ -188,19 +188,21 @@ def leaves(matrix: Any) -> Iterator[Leaf | Blocks | Index]:
             yield from leaves(getattr(matrix, item.name))
 
 
-def exchanged(matrix: Any, known: Mapping[Hashable, torch.Tensor]) -> Any:
-    """The expression with other tensors in the place of those of some keys."""
+def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
+    """The expression with what a function gives in the place of its leaves."""
     if isinstance(matrix, Leaf | Blocks | Index):
-        value = known.get(matrix.key)
-        if value is None:
-            return matrix
-        if isinstance(matrix, Index):
-            return replace(matrix, key=("tensor", id(value)), places=lambda: value)
-        return replace(matrix, key=("tensor", id(value)), fetch=lambda: value)
+        return change(matrix)
     if not isinstance(matrix, Matrix):
         return matrix
-    inner = {item.name: exchanged(getattr(matrix, item.name), known) for item in fields(matrix)}
+    inner = {item.name: exchanged(getattr(matrix, item.name), change) for item in fields(matrix)}
     return replace(matrix, **inner)
+
+
+def holding(leaf: Leaf | Blocks | Index, value: torch.Tensor) -> Leaf | Blocks | Index:
+    """A leaf of the same shape, of another tensor."""
+    if isinstance(leaf, Index):
+        return replace(leaf, key=("tensor", id(value)), places=lambda: value)
+    return replace(leaf, key=("tensor", id(value)), fetch=lambda: value)
 
 
 def constant(value: torch.Tensor, shape: tuple[int, int] | None = None) -> Leaf:
