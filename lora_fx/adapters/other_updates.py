@@ -99,7 +99,7 @@ class WeightUpdate(AnyUpdate):
     Attributes:
         kind: ``"lokr"``, ``"oft"``, ...
         function: from W, a matrix of (out, in * kernel), to W'. Its leaves are the update's values,
-            every scale folded in; they must not depend on the shape of W.
+            every scale folded in: the same tensors whatever W is, not made in the function.
         shape: (out, in, *kernel) of the layer that it fits, or (out, columns) where any kernel of
             as many columns does; None where any size does.
         stored: what the file held.

@@ -97,15 +97,14 @@ class AnyUpdate(Protocol):
         Raises:
             AdapterError: it is of a weight of another shape.
         """
-        shape, flat = tuple(base.shape), (len(base), math.prod(base.shape[1:]))
-        scales = self.rank is None and not self.makes_anew  # whatever kernel there is
-        wanted = shape[:2] if scales else flat if len(self.shape) == 2 else shape
-        pairs = zip(self.shape, wanted, strict=False)
-        if len(self.shape) != len(wanted) or any(size not in (None, axis) for size, axis in pairs):
+        axes = 2 if self.rank is None and not self.makes_anew else None  # a kernel may follow
+        (rows, *columns), (high, *wide) = self.shape[:axes], base.shape[:axes]
+        same = None in columns or math.prod(n or 0 for n in columns) == math.prod(wide)
+        if rows not in (None, high) or not same:
             if self.groups > 1:
                 raise AdapterError("the update of a grouped convolution has no weight form")
-            raise AdapterError(f"made for a weight {self.shape}, found {shape}")
-        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(shape)
+            raise AdapterError(f"made for a weight {self.shape}, found {tuple(base.shape)}")
+        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(base.shape)
 
 
 def norms(tensors: dict[str, torch.Tensor | None]) -> dict[str, float]:

@@ -60,7 +60,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     if second.ndim == 3 and _writer(settings) == "peft":
         # PEFT leaves w1 a matrix beside the w2 of a Conv1d, so torch.kron pairs the last axes: the
         # layer's numbers in another order, which such an adapter has learned to live with.
-        whole = torch.kron(first * scale, second.contiguous())
+        whole = torch.einsum("ab,cdk->cadbk", first * scale, second)
         function = added(whole.reshape(layer or shape))
     else:
         # With the axes that a graph multiplies, so that it has no view to take.
