@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length, norms
+from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length
 from lora_fx.algebra.evaluate import weight_of_shape
 from lora_fx.algebra.index_expr import Index
 from lora_fx.algebra.matrix_expr import (
@@ -83,10 +83,6 @@ class Scaling(AnyUpdate):
         """The vector that is there."""
         return (tensor for tensor in (self.row, self.col) if tensor is not None)
 
-    def measures(self) -> dict[str, Any]:
-        """The norm of the vector."""
-        return dict(norms({"row": self.row, "col": self.col}))
-
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
         return any(bool((tensor != 1).any()) for tensor in self.tensors())
@@ -148,10 +144,6 @@ class WeightUpdate(AnyUpdate):
     def measures(self) -> dict[str, Any]:
         """The norms of the values that are no places."""
         return {"norms": [length(value) for value in self.values if value.is_floating_point()]}
-
-    def has_effect(self) -> bool:
-        """Whether any input could tell this update from none: known beside its layer only."""
-        return True
 
 
 def added(delta: torch.Tensor) -> Function:

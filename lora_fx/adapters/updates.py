@@ -64,10 +64,13 @@ class AnyUpdate(Protocol):
         """All that it is made of."""
 
     def has_effect(self) -> bool:
-        """Whether any input could tell this update from none."""
+        """Whether any input could tell this update from none, as far as is known without W."""
+        return True
 
     def measures(self) -> dict[str, Any]:
-        """Its rank, scale and norms, for a report."""
+        """Its rank, its scale, and the norms of its vectors, for a report."""
+        vectors = {name: getattr(self, name, None) for name in ("bias", "magnitude", "row", "col")}
+        return {f"{name}_norm": length(v) for name, v in vectors.items() if v is not None}
 
     def shift(self, own: Bias) -> torch.Tensor | None:
         """What is added to the layer's bias, which is asked for if it is scaled; or None."""
@@ -105,12 +108,6 @@ class AnyUpdate(Protocol):
                 raise AdapterError("the update of a grouped convolution has no weight form")
             raise AdapterError(f"made for a weight {self.shape}, found {tuple(base.shape)}")
         return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(base.shape)
-
-
-def norms(tensors: dict[str, torch.Tensor | None]) -> dict[str, float]:
-    """The length of each vector that is there."""
-    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return {f"{name}_norm": length(tensor) for name, tensor in there.items()}
 
 
 def length(tensor: torch.Tensor) -> float:
@@ -234,8 +231,8 @@ class Update(AnyUpdate):
 
     def measures(self) -> dict[str, Any]:
         """``rank``, ``scale``, ``norm`` of ``scale * up @ down``, ``<vector>_norm``."""
-        vectors = {name: getattr(self, name) for name in ("bias", "magnitude", "row", "col")}
-        return {"rank": self.rank, "scale": self.scale, "norm": self._norm()} | norms(vectors)
+        own = {"rank": self.rank, "scale": self.scale, "norm": self._norm()}
+        return own | super().measures()
 
     def _norm(self) -> float:
         """The Frobenius norm of ``scale * up @ down``, without the product, which may be large.

@@ -6,7 +6,7 @@ Of tensors: `dense`, in float32 or wider. Of a graph's nodes: `recorded`, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ _WEIGHT = ("weight",)
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Computes a matrix in a floating dtype. The result must not be written to."""
-    value: torch.Tensor = _Evaluation(dtype).of(matrix).seen(matrix.shape)
+    value: torch.Tensor = _Evaluation(torch.empty(0, dtype=dtype)).of(matrix).seen(matrix.shape)
     return value
 
 
@@ -50,7 +50,7 @@ def recorded(
     def call(weight: Any, *given: Any) -> Any:
         pairs = zip(values.items(), given, strict=True)
         held = {key: _Held(node, tuple(value.shape)) for (key, value), node in pairs}
-        run = _Evaluation(None, held | {_WEIGHT: _Held(weight, shape)}, weight)
+        run = _Evaluation(weight, held | {_WEIGHT: _Held(weight, shape)})
         return run.of(matrix).seen(shape)
 
     return call
@@ -67,25 +67,20 @@ class _Held:
         return self.value if shape == self.shape else _aten.reshape.default(self.value, list(shape))
 
 
+@dataclass(frozen=True, eq=False)
 class _Evaluation:
-    """One run: of tensors in a dtype, or of the nodes that stand for leaves, each matrix once."""
+    """One run: of tensors, in the dtype of one; or of what stands for the leaves, by key."""
 
-    def __init__(
-        self,
-        dtype: torch.dtype | None,
-        known: Mapping[Hashable, _Held] | None = None,
-        like: Any = None,
-    ) -> None:
-        self._dtype, self._known = dtype, known
-        self._like = torch.empty(0, dtype=dtype) if known is None else like
-        self._done: dict[int, _Held] = {}
+    like: Any
+    known: Mapping[Hashable, _Held] | None = None
+    done: dict[int, _Held] = field(default_factory=dict)
 
     def of(self, matrix: Matrix) -> _Held:
-        if self._known is None:  # what is computed may be written to, and is let go
+        if self.known is None:  # what is computed may be written to, and is let go
             return self._made(matrix)
-        if id(matrix) not in self._done:
-            self._done[id(matrix)] = self._made(matrix)
-        return self._done[id(matrix)]
+        if id(matrix) not in self.done:
+            self.done[id(matrix)] = self._made(matrix)
+        return self.done[id(matrix)]
 
     def _made(self, matrix: Matrix) -> _Held:
         shape = matrix.shape
@@ -107,8 +102,8 @@ class _Evaluation:
                 rows = _aten.index_select.default(self._flat(inner), 0, self._places(index))
                 return _Held(rows, shape)
             case m.Placed(inner, index):
-                zeros = _aten.new_zeros.default(self._like, list(shape))
-                copy = _aten.index_copy if self._known else _aten.index_copy_
+                zeros = _aten.new_zeros.default(self.like, list(shape))
+                copy = _aten.index_copy if self.known else _aten.index_copy_
                 rows = copy.default(zeros, 0, self._places(index), self._flat(inner))
                 return _Held(rows, shape)
             case m.Replaced(inner, index, new):
@@ -131,18 +126,18 @@ class _Evaluation:
                 each = _aten.transpose.int(each, 1, 2) if matrix.turned else each
                 return _Held(_aten.block_diag.default(_aten.unbind.int(each)), shape)
             case m.Identity(size):
-                ones = _aten.new_ones.default(self._like, [size])
+                ones = _aten.new_ones.default(self.like, [size])
                 return _Held(_aten.diag_embed.default(ones), shape)
             case m.Repeated(value, size):
-                return _Held(_aten.new_full.default(self._like, [size, 1], value), shape)
+                return _Held(_aten.new_full.default(self.like, [size, 1], value), shape)
 
     def _flat(self, matrix: Matrix) -> Any:
         return self.of(matrix).seen(matrix.shape)
 
     def _fetched(self, leaf: m.Leaf | m.Blocks) -> _Held:
-        if self._known is not None:
-            return self._known[leaf.key]
-        value = leaf.fetch().to(self._dtype)
+        if self.known is not None:
+            return self.known[leaf.key]
+        value = leaf.fetch().to(self.like.dtype)
         return _Held(value, tuple(value.shape))
 
     def _blocks(self, matrix: m.Blocks) -> Any:
@@ -151,23 +146,23 @@ class _Evaluation:
         return self._fetched(matrix).seen(stored)
 
     def _places(self, index: Index) -> Any:
-        return index.places() if self._known is None else self._known[index.key].value
+        return index.places() if self.known is None else self.known[index.key].value
 
     def _summed(self, terms: list[Matrix]) -> _Held:
         """Adds up in one buffer; a product is accumulated in the pass that adds it."""
-        first, *rest = sorted(terms, key=_is_product)
+        first, *rest = sorted(terms, key=lambda term: isinstance(term, m.Product))
         into, shape = self.of(first), first.shape
         # A constant of the graph is not written to, nor what is a view of one.
-        ours = self._known is None and not isinstance(first, m.Leaf | m.Transposed | m.Reshaped)
+        ours = self.known is None and not isinstance(first, m.Leaf | m.Transposed | m.Reshaped)
         for term in rest:
-            if _is_product(term):
-                pair = map(self._flat, _grouped(m.parts(term, m.Product)))
+            pair = _grouped(m.parts(term, m.Product)) if isinstance(term, m.Product) else ()
+            if pair and not any(isinstance(part, m.Blocks) for part in pair):
                 add = _aten.addmm_ if ours else _aten.addmm
-                into = _Held(add.default(into.seen(shape), *pair), shape)
+                into = _Held(add.default(into.seen(shape), *map(self._flat, pair)), shape)
             else:
                 add = _aten.add_ if ours else _aten.add
                 into = _Held(add.Tensor(into.value, self.of(term).seen(into.shape)), into.shape)
-            ours = self._known is None
+            ours = self.known is None
         return into
 
     def _times(self, left: Matrix, right: Matrix) -> _Held:
@@ -185,15 +180,8 @@ class _Evaluation:
                 pair = [self.of(left).seen((rows, count, high)), self._blocks(right)]
                 return _Held(_aten.einsum.default(axes, pair), (rows, count, wide))
         one, other = self._flat(left), self._flat(right)
-        done = one @ other if self._known is None else _aten.mm.default(one, other)
+        done = one @ other if self.known is None else _aten.mm.default(one, other)
         return _Held(done, (rows, columns))
-
-
-def _is_product(term: Matrix) -> bool:
-    """Whether a term is a product that one call can add: of no block diagonal."""
-    if not isinstance(term, m.Product):
-        return False
-    return not any(isinstance(part, m.Blocks) for part in _grouped(m.parts(term, m.Product)))
 
 
 def _grouped(chain: list[Matrix]) -> list[Matrix]:
