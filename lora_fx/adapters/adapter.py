@@ -89,7 +89,7 @@ def _line(update: AnyUpdate) -> str:
     into, kernel = rest[:1], tuple(rest[1:])
     sizes = f"{into[0]} -> {out}" if into else f"{out}"
     sizes += f" kernel {kernel}" if kernel else ""
-    if update.rank is not None:
+    if isinstance(update, Update):
         return f"{update.kind}  {sizes}  rank {update.rank}  scale {update.scale:g}"
     return f"{update.kind}  {sizes}"
 

@@ -59,7 +59,7 @@ class Scaling(AnyUpdate):
             raise AdapterError(f"a scaling has {shapes}: expected one vector, row or col")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape:  # type: ignore[override]
         """(out, in) of the layer that it fits, as far as known; a kernel may follow."""
         out = None if self.row is None else len(self.row)
         return out, None if self.col is None else len(self.col)
@@ -114,7 +114,7 @@ class WeightUpdate(AnyUpdate):
         return self.function(weight)
 
     @cached_property
-    def leaves(self) -> Mapping[Hashable, torch.Tensor]:
+    def leaves(self) -> Mapping[Hashable, torch.Tensor]:  # type: ignore[override]
         """The values by key, in the order of the expression."""
         weight = weight_of_shape(self.shape)
         every = {leaf.key: leaf for leaf in leaves(self.of(weight)) if leaf.key != weight.key}

@@ -14,12 +14,12 @@ import torch
 from lora_fx.adapters.source_record import Stored, kept
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import (
-    Blocks,
     Matrix,
     RowScaled,
     Sum,
     columns_scaled,
     constant,
+    diagonal,
     normed,
     number,
     product,
@@ -174,12 +174,12 @@ class Update(AnyUpdate):
         return down == up or (self.down.ndim > 2 and up > 0 and down % up == 0)
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         """The inner dimension r."""
         return self.down.shape[0]
 
     @property
-    def groups(self) -> int:
+    def groups(self) -> int:  # type: ignore[override]
         """Of the up-projection: 1, but beside a grouped convolution."""
         return self.rank // self.up.shape[1] if self.rank else 1
 
@@ -189,12 +189,12 @@ class Update(AnyUpdate):
         return self.scale * (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """(out, in, *kernel) of the layer that this update fits."""
         return self.up.shape[0], *self.down.shape[1:]
 
     @property
-    def is_plain(self) -> bool:
+    def is_plain(self) -> bool:  # type: ignore[override]
         """Whether it is a product of two factors, and at most a bias: plain LoRA in effect."""
         return self.magnitude is None and self.row is None and self.col is None
 
@@ -213,11 +213,9 @@ class Update(AnyUpdate):
         return whole if self.row is None else scaled(constant(self.row), whole)
 
     def _product(self) -> Matrix:
-        up, down, groups = self.up, constant(self.down), self.groups
-        if groups == 1:
-            return RowScaled(number(self.scale), product(constant(up), down))
-        blocks = Blocks((groups, len(up) // groups, up.shape[1]), ("blocks", id(up)), lambda: up)
-        return RowScaled(number(self.scale), product(blocks, down))
+        up, groups = self.up, self.groups
+        left = diagonal(up.reshape(groups, -1, up.shape[1])) if groups > 1 else constant(up)
+        return RowScaled(number(self.scale), product(left, constant(self.down)))
 
     def shift(self, own: Bias) -> torch.Tensor | None:
         """``scale * bias``, in float32 or wider, or None."""

@@ -211,6 +211,12 @@ def constant(value: torch.Tensor, shape: tuple[int, int] | None = None) -> Leaf:
     return Leaf(shape or (sizes[0], prod(sizes[1:])), ("tensor", id(value)), lambda: value)
 
 
+def diagonal(value: torch.Tensor) -> Blocks:
+    """A tensor of (blocks, rows, columns) as a block diagonal."""
+    count, high, wide = value.shape
+    return Blocks((count, high, wide), ("tensor", id(value)), lambda: value)
+
+
 def number(value: float) -> Matrix:
     """A factor for every row."""
     return Repeated(value, 1)

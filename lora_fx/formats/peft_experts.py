@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import Stored
-from lora_fx.algebra.matrix_expr import Blocks, Sum, constant, product, reshaped
+from lora_fx.algebra.matrix_expr import Sum, constant, diagonal, product, reshaped
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_base import PeftBase
 from lora_fx.formats.peft_lora import DOWN, UP
@@ -90,7 +90,5 @@ def _is_transposed(place: Place, tensors: Tensors, base: PeftBase) -> bool:
 
 def _added(left: torch.Tensor, right: torch.Tensor) -> Function:
     """``W[e] + left[e] @ right[e]`` for every e."""
-    count, high, inner = left.shape
-    blocks = Blocks((count, high, inner), ("blocks", id(left)), lambda: left)
-    delta = product(blocks, constant(right, (count * inner, right.shape[2])))
-    return lambda weight: Sum(weight, reshaped(delta, count))
+    delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
+    return lambda weight: Sum(weight, reshaped(delta, len(left)))

@@ -12,7 +12,7 @@ import torch
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import AnyUpdate, Shape
-from lora_fx.algebra.matrix_expr import Blocks, Matrix, constant, product, reshaped, transposed
+from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
 
@@ -55,7 +55,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
     side.check(leaf, layer)
     stored = Stored(tensors, settings)
-    return WeightUpdate("oft", side.turned(blocks.contiguous()), layer or side.shape, stored)
+    return WeightUpdate("oft", side.turned(blocks), layer or side.shape, stored)
 
 
 def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:
@@ -108,20 +108,15 @@ class _On:
             raise AdapterError(f"{leaf} rotates {blocks}, the layer is {layer}")
 
     def turned(self, blocks: torch.Tensor) -> Function:
-        """W' of W."""
-        if not self.is_shared:
-            sizes = self.count, self.size, self.size
-            diagonal = Blocks(sizes, ("blocks", id(blocks)), lambda: blocks)
-            if self.inputs:
-                return lambda weight: product(weight, diagonal)
-            return lambda weight: product(diagonal, weight)
-        one = (blocks if self.inputs else blocks.mT).contiguous()
-        block = constant(one, (self.size, self.size))
+        """W' of W: by blocks of its own, or by one as often as the layer has room for it."""
+        blocks = (blocks if self.inputs else blocks.mT).contiguous()
+        many, one = diagonal(blocks), constant(blocks, (len(blocks) * self.size, self.size))
 
         def turn(weight: Matrix) -> Matrix:
+            if not self.is_shared:
+                return product(weight, many)
             rows, columns = weight.shape
-            each = reshaped(weight, rows * columns // self.size)
-            return reshaped(product(each, block), rows)
+            return reshaped(product(reshaped(weight, rows * columns // self.size), one), rows)
 
         return turn if self.inputs else lambda weight: transposed(turn(transposed(weight)))
 

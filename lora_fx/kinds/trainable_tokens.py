@@ -50,9 +50,9 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     assert index is not None  # none is there twice
 
     def replaced(weight: Matrix) -> Matrix:
-        if not axis:
-            return Replaced(weight, index, constant(rows))
-        return transposed(Replaced(transposed(weight), index, constant(rows)))
+        by_token = transposed(weight) if axis else weight
+        made = Replaced(by_token, index, constant(rows))
+        return transposed(made) if axis else made
 
     return WeightUpdate("tokens", replaced, shape, Stored(tensors, settings))
 
