@@ -15,12 +15,13 @@ from lora_fx.adapters.source_record import Stored, kept
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import (
     Matrix,
+    Quotient,
+    RowNorm,
     RowScaled,
     Sum,
     columns_scaled,
     constant,
     diagonal,
-    normed,
     number,
     product,
     scaled,
@@ -206,11 +207,12 @@ class Update(AnyUpdate):
     def of(self, weight: Matrix) -> Matrix:
         """W' of W, both (out, in * kernel), in of all groups beside a grouped convolution."""
         whole: Matrix = Sum(weight, self._product())
+        row: Matrix | None = None if self.row is None else constant(self.row)
+        if self.magnitude is not None:
+            row = Quotient(constant(self.magnitude), RowNorm(whole))
         if self.col is not None:
             whole = columns_scaled(whole, constant(self.col))
-        if self.magnitude is not None:
-            return normed(constant(self.magnitude), whole)
-        return whole if self.row is None else scaled(constant(self.row), whole)
+        return whole if row is None else scaled(row, whole)
 
     def _product(self) -> Matrix:
         up, groups = self.up, self.groups

@@ -182,3 +182,19 @@ def test_the_update_of_groups_has_the_weight_form_of_the_whole() -> None:
     expected = base + 1.5 * (up @ update.down.flatten(1)).reshape(8, 6, 2)
     assert relative(update.weight(base), expected) <= 1e-6
     assert relative(update.weight(base), base) > 1e-2
+
+
+def test_a_magnitude_is_of_what_stands_before_the_columns() -> None:
+    length, col, base = noise(8).abs() + 0.5, noise(6) + 1, noise(8, 6)
+    update = Update(DOWN, UP, 1.5, magnitude=length, col=col)
+    whole = base.double() + 1.5 * UP.double() @ DOWN.double()
+    rows = whole * (length.double() / whole.norm(dim=1))[:, None]
+    means(update, base, rows * col.double(), rows, whole * col.double())
+    columns = whole * col.double()
+    other = columns * (length.double() / columns.norm(dim=1))[:, None]
+    assert relative(other, rows * col.double()) > 1e-2, "the control: the order matters"
+    gm = trace(nn.Sequential(nn.Linear(6, 8)).eval(), (noise(4, 6),))
+    with torch.no_grad():
+        own, shift, x = gm.get_parameter("0.weight"), gm.get_parameter("0.bias"), noise(4, 6)
+        found = inject(gm, Adapter("a", {"0": update}))(x)
+        assert relative(found, x @ update.weight(own).T + shift) <= 1e-5
