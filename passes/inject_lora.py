@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.algebra.evaluate import recorded
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.pass_base import Pass
@@ -88,15 +89,15 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
 
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
     """Makes a parameter that no layer alone reads anew, such as that of many experts."""
-    assert isinstance(update, WeightUpdate)
     names = value_names(path, name, len(update.values), bare=True)
     for reader, source in list(readers(editor.gm, path)):
-        dtype = editor.tensor(source).dtype
-        make_anew(editor, reader, source, update.values, update.function, names, dtype)
+        own = editor.tensor(source)
+        function = recorded(update.of, tuple(own.shape), update.leaves)
+        make_anew(editor, reader, source, update.values, function, names, own.dtype)
 
 
 def _words(update: AnyUpdate) -> str:
-    return f"{update.kind} rank {update.rank}" if isinstance(update, Update) else update.kind
+    return update.kind if update.rank is None else f"{update.kind} rank {update.rank}"
 
 
 def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: str) -> bool:

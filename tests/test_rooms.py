@@ -21,14 +21,14 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"graph"},
     "frontend": {"graph", "layers"},
     "affine": {"graph", "algebra", "layers"},
-    "adapters": {"graph", "layers"},
-    "kinds": {"adapters"},
-    "injection": {"graph", "layers", "adapters"},
+    "adapters": {"graph", "algebra", "layers"},
+    "kinds": {"algebra", "adapters"},
+    "injection": {"graph", "algebra", "layers", "adapters"},
     "reference": {"graph", "layers", "adapters", "injection"},
     "branch_lowering": {"graph", "layers", "injection"},
     "passes": {"graph", "layers", "affine", "algebra", "adapters", "injection", "branch_lowering"},
 }
-ALLOWED["formats"] = {"io", "graph", "layers", "adapters", "kinds"}
+ALLOWED["formats"] = {"io", "graph", "algebra", "layers", "adapters", "kinds"}
 ALLOWED["tasks"] = {"io", "formats"}
 ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {
     "kinds",

@@ -15,7 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lora_fx
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
@@ -86,7 +86,7 @@ def export_adapter(
         _check_bits(draft, arrays)
 
 
-def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Update | Scaling]:
+def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, AnyUpdate]:
     """The updates by slot, or a refusal of what the slots cannot carry."""
     slots = {slot.path: slot for slot in manifest.slots}
     who = f"adapter {adapter.name!r} for {model}"
@@ -110,16 +110,16 @@ def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, Upda
     return found
 
 
-def _for_slot(update: AnyUpdate, slot: Slot) -> Update | Scaling:
+def _for_slot(update: AnyUpdate, slot: Slot) -> AnyUpdate:
     """An update of a slot's shape, if a slot of this kind can carry it."""
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         raise AdapterError(
             f"an update of kind {update.kind!r} makes the weight anew, which no slot can "
             "carry; fold it into a model of its own"
         )
-    vectors = isinstance(update, Scaling) or not update.is_plain or update.bias is not None
+    vectors = not update.is_plain or update.bias is not None
     if vectors and not slot.vectors:
-        what = update.kind if not isinstance(update, Update) or update.bias is None else "lora_bias"
+        what = update.kind if update.bias is None else "lora_bias"
         raise AdapterError(
             f"{what} needs a vector beside the factors, and the slot takes none; export the "
             "model with vectors=True, or fold the adapter into a model of its own"
@@ -128,23 +128,19 @@ def _for_slot(update: AnyUpdate, slot: Slot) -> Update | Scaling:
 
 
 def _values(
-    name: str, updates: Mapping[str, Update | Scaling], slots: Sequence[Slot], model: Path
+    name: str, updates: Mapping[str, AnyUpdate], slots: Sequence[Slot], model: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What goes into each input, every scale folded in; slots left alone get what is neutral."""
     base = BaseWeights(model)
     for slot in slots:
         values = slot.neutral()
         if (update := updates.get(slot.path)) is not None:
-            terms = _terms(update, slot, base)
-            check_finite(slot.layer, name, update, terms, partial(base.weight, slot))
+            weight, bias = partial(base.weight, slot), partial(base.bias, slot)
+            terms = terms_of(update, slot.layer, weight, bias)
+            check_finite(slot.layer, name, update, terms, weight)
             check_product(slot.layer, name, terms)
             values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
         yield from values.items()
-
-
-def _terms(update: Update | Scaling, slot: Slot, base: BaseWeights) -> Terms:
-    bias = base.bias(slot) if isinstance(update, Scaling) and update.row is not None else None
-    return terms_of(update, slot.layer, lambda: base.weight(slot), bias)
 
 
 def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, low_rank
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
+from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
 
 if TYPE_CHECKING:

@@ -1,20 +1,36 @@
-"""Updates beyond low rank: per-feature scaling, and functions of the weight."""
+"""Updates beyond low rank: per-feature scaling, and whatever else is an expression in W."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import Shape, Update
+from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length
+from lora_fx.algebra.evaluate import weight_of_shape
+from lora_fx.algebra.index_expr import Index
+from lora_fx.algebra.matrix_expr import (
+    Matrix,
+    Sum,
+    columns_scaled,
+    constant,
+    exchanged,
+    holding,
+    leaves,
+    normed,
+    scaled,
+)
 from lora_fx.errors import AdapterError
-from lora_fx.graph.ops import aten
+
+Function = Callable[[Matrix], Matrix]
 
 
 @dataclass(frozen=True, eq=False)
-class Scaling:
+class Scaling(AnyUpdate):
     """``W' = diag(row) W``, the bias scaled too, or ``W' = W diag(col)``: (IA)3.
 
     Source: Liu et al., arXiv:2205.05638.
@@ -43,42 +59,43 @@ class Scaling:
             raise AdapterError(f"a scaling has {shapes}: expected one vector, row or col")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape:  # type: ignore[override]
         """(out, in) of the layer that it fits, as far as known; a kernel may follow."""
         out = None if self.row is None else len(self.row)
         return out, None if self.col is None else len(self.col)
+
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W, both (out, in * kernel)."""
+        if self.row is not None:
+            return scaled(constant(self.row), weight)
+        assert self.col is not None
+        return columns_scaled(weight, constant(self.col))
+
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """``(row - 1) b``, in float32 or wider, or None."""
+        bias = None if self.row is None else own()
+        if self.row is None or bias is None:
+            return None
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        return (self.row.to(wide) - 1) * bias.to(wide)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The vector that is there."""
         return (tensor for tensor in (self.row, self.col) if tensor is not None)
 
-    def weight(self, base: torch.Tensor) -> torch.Tensor:
-        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
-        wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        if self.row is not None:
-            return wide * self.row.reshape(-1, *[1] * (base.ndim - 1))
-        assert self.col is not None
-        return wide * self.col.reshape(1, -1, *[1] * (base.ndim - 2))
-
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
         return any(bool((tensor != 1).any()) for tensor in self.tensors())
 
-    def is_finite(self) -> bool:
-        """Whether every value is a finite number."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
-
 
 @dataclass(frozen=True, eq=False)
-class WeightUpdate:
-    """``W' = function(W, *values)`` and ``b' = b + bias``: LoKr, OFT, and whatever is dense.
+class WeightUpdate(AnyUpdate):
+    """``W' = function(W)``, any expression in W, and ``b' = b + bias``: LoKr, OFT, what is dense.
 
     Attributes:
         kind: ``"lokr"``, ``"oft"``, ...
-        function: from W and the values to W'. It is written in calls of ``torch.ops.aten``
-            overloads alone, because a graph records it as it stands: what tests evaluate is what
-            the graph computes.
-        values: what the function takes beside W, every scale folded in.
+        function: from W, a matrix of (out, in * kernel), to W'. Its leaves are the update's values,
+            every scale folded in: the same tensors whatever W is, not made in the function.
         shape: (out, in, *kernel) of the layer that it fits, or (out, columns) where any kernel of
             as many columns does; None where any size does.
         stored: what the file held.
@@ -86,11 +103,37 @@ class WeightUpdate:
     """
 
     kind: str
-    function: Callable[..., torch.Tensor]
-    values: tuple[torch.Tensor, ...]
+    function: Function
     shape: Shape
     stored: Stored | None = None
     bias: torch.Tensor | None = None
+    makes_anew = True
+
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W."""
+        return self.function(weight)
+
+    @cached_property
+    def leaves(self) -> Mapping[Hashable, torch.Tensor]:  # type: ignore[override]
+        """The values by key, in the order of the expression."""
+        weight = weight_of_shape(self.shape)
+        every = {leaf.key: leaf for leaf in leaves(self.of(weight)) if leaf.key != weight.key}
+        makes = ((k, n.places if isinstance(n, Index) else n.fetch) for k, n in every.items())
+        return {key: make() for key, make in makes}
+
+    def with_values(self, values: Sequence[torch.Tensor]) -> WeightUpdate:
+        """The same of other values, as many and in the same order."""
+        known = dict(zip(self.leaves, values, strict=True))
+
+        def change(leaf: Any) -> Any:
+            return holding(leaf, known[leaf.key]) if leaf.key in known else leaf
+
+        return replace(self, function=lambda weight: exchanged(self.of(weight), change))
+
+    def with_magnitude(self, magnitude: torch.Tensor) -> WeightUpdate:
+        """An expression that ends with it."""
+        column = magnitude.reshape(-1, 1)
+        return replace(self, function=lambda weight: normed(constant(column), self.of(weight)))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The values, and the bias if there is one."""
@@ -98,28 +141,20 @@ class WeightUpdate:
         if self.bias is not None:
             yield self.bias
 
-    def weight(self, base: torch.Tensor) -> torch.Tensor:
-        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
-        wide = torch.promote_types(base.dtype, torch.float32)
-        values = [v.to(wide) if v.is_floating_point() else v for v in self.values]
-        return self.function(base.to(wide), *values)
-
-    def has_effect(self) -> bool:
-        """Whether any input could tell this update from none: known beside its layer only."""
-        return True
-
-    def is_finite(self) -> bool:
-        """Whether every value is a finite number."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+    def measures(self) -> dict[str, Any]:
+        """The norms of the values that are no places."""
+        return {"norms": [length(value) for value in self.values if value.is_floating_point()]}
 
 
-def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """``W + delta``: the function of every update that is a difference."""
-    total: torch.Tensor = aten.add.Tensor(weight, delta)
-    return total
+def added(delta: torch.Tensor) -> Function:
+    """``W + delta``: the expression of every update that is a difference."""
+    return lambda weight: Sum(weight, constant(delta, weight.shape))
 
 
-AnyUpdate = Update | Scaling | WeightUpdate
+def evaluated(update: Update, shape: Shape, stored: Stored | None) -> WeightUpdate:
+    """``W + delta``, of a product that was multiplied: for a layer with no form in two factors."""
+    bias = update.shift(lambda: None)
+    return WeightUpdate(update.kind, added(update.delta()), shape, stored, bias)
 
 
 def low_rank(update: AnyUpdate, purpose: str) -> Update:
@@ -138,3 +173,6 @@ def low_rank(update: AnyUpdate, purpose: str) -> Update:
         f"an update of kind {update.kind!r} is no plain product of two factors, which "
         f"{purpose} needs"
     )
+
+
+__all__ = ["AnyUpdate", "Scaling", "WeightUpdate", "added", "evaluated", "low_rank"]

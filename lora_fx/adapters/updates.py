@@ -1,21 +1,123 @@
-"""The low-rank update of one layer: down, up, scale, and vectors beside them."""
+"""What an update of a layer is: a weight W' as an expression in W; and the one of low rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import Field, dataclass, replace
+from functools import reduce
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from lora_fx.adapters.source_record import Stored, kept
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import (
+    Matrix,
+    Quotient,
+    RowNorm,
+    RowScaled,
+    Sum,
+    columns_scaled,
+    constant,
+    diagonal,
+    number,
+    product,
+    scaled,
+)
 from lora_fx.errors import AdapterError
 
 Shape = tuple[int | None, ...]
+Bias = Callable[[], torch.Tensor | None]
+
+
+class AnyUpdate(Protocol):
+    """What acts on a layer: ``of`` defines W', the rest says what it is made of.
+
+    Attributes:
+        kind: what the file said: ``"lora"``, ``"rslora"``, ``"loha"``, ...
+        shape: (out, in, *kernel) of the layer that it fits, None where any size does.
+        bias: (out,), what `shift` adds to the layer's bias, perhaps scaled, or None.
+        stored: what the file held, where that is not just what it is made of.
+        rank: the inner dimension of a product of two factors, None where there is none.
+        groups: of the up-projection: 1, but beside a grouped convolution.
+        is_plain: whether it is a product of two factors, and at most a bias: LoRA in effect.
+        makes_anew: whether a graph computes W' itself, as nothing that stands beside can.
+        leaves: what a graph then makes W' of, by the keys that the expression has.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    kind: str
+    shape: Shape
+    bias: torch.Tensor | None = None
+    stored: Stored | None = None
+    rank: int | None = None
+    groups: int = 1
+    is_plain: bool = False
+    makes_anew: bool = False
+    leaves: Mapping[Hashable, torch.Tensor] = MappingProxyType({})
+
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W, both matrices of (out, in * kernel): the definition of the update."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it is made of."""
+
+    def has_effect(self) -> bool:
+        """Whether any input could tell this update from none, as far as is known without W."""
+        return True
+
+    def measures(self) -> dict[str, Any]:
+        """Its rank, its scale, and the norms of its vectors, for a report."""
+        vectors = {name: getattr(self, name, None) for name in ("bias", "magnitude", "row", "col")}
+        return {f"{name}_norm": length(v) for name, v in vectors.items() if v is not None}
+
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """What is added to the layer's bias, which is asked for if it is scaled; or None."""
+        return self.bias
+
+    def with_magnitude(self, magnitude: torch.Tensor) -> AnyUpdate:
+        """The update, every row of W' at the length that (out,) says: DoRA."""
+        raise AdapterError(f"a magnitude beside kind {self.kind!r}, which has none")
+
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The leaves without their keys."""
+        return tuple(self.leaves.values())
+
+    def is_finite(self) -> bool:
+        """Whether every value is a finite number."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
+        """What is computed in beside numbers of a dtype: float32 or wider."""
+        own = (tensor.dtype for tensor in self.tensors() if tensor.is_floating_point())
+        return reduce(torch.promote_types, own, torch.promote_types(dtype, torch.float32))
+
+    def weight(self, base: torch.Tensor) -> torch.Tensor:
+        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider.
+
+        Raises:
+            AdapterError: it is of a weight of another shape.
+        """
+        axes = 2 if self.rank is None and not self.makes_anew else None  # a kernel may follow
+        (rows, *columns), (high, *wide) = self.shape[:axes], base.shape[:axes]
+        same = None in columns or math.prod(n or 0 for n in columns) == math.prod(wide)
+        if rows not in (None, high) or not same:
+            if self.groups > 1:
+                raise AdapterError("the update of a grouped convolution has no weight form")
+            raise AdapterError(f"made for a weight {self.shape}, found {tuple(base.shape)}")
+        return dense(self.of(constant(base)), self.wide(base.dtype)).reshape(base.shape)
+
+
+def length(tensor: torch.Tensor) -> float:
+    """The Frobenius norm of a tensor."""
+    return float(torch.linalg.vector_norm(tensor.detach().double()))
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class Update(AnyUpdate):
     """``W' = diag(row) (W + scale * up @ down) diag(col)`` and ``b' = b + scale * bias``.
 
     Shapes are those of a layer with ``W`` of (out, in), or (out, in, *kernel) for a convolution,
@@ -73,12 +175,12 @@ class Update:
         return down == up or (self.down.ndim > 2 and up > 0 and down % up == 0)
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         """The inner dimension r."""
         return self.down.shape[0]
 
     @property
-    def groups(self) -> int:
+    def groups(self) -> int:  # type: ignore[override]
         """Of the up-projection: 1, but beside a grouped convolution."""
         return self.rank // self.up.shape[1] if self.rank else 1
 
@@ -88,12 +190,12 @@ class Update:
         return self.scale * (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """(out, in, *kernel) of the layer that this update fits."""
         return self.up.shape[0], *self.down.shape[1:]
 
     @property
-    def is_plain(self) -> bool:
+    def is_plain(self) -> bool:  # type: ignore[override]
         """Whether it is a product of two factors, and at most a bias: plain LoRA in effect."""
         return self.magnitude is None and self.row is None and self.col is None
 
@@ -101,6 +203,48 @@ class Update:
         """The factors and the vectors that are there."""
         every = (self.down, self.up, self.bias, self.magnitude, self.row, self.col)
         return (tensor for tensor in every if tensor is not None)
+
+    def of(self, weight: Matrix) -> Matrix:
+        """W' of W, both (out, in * kernel), in of all groups beside a grouped convolution."""
+        whole: Matrix = Sum(weight, self._product())
+        row: Matrix | None = None if self.row is None else constant(self.row)
+        if self.magnitude is not None:
+            row = Quotient(constant(self.magnitude), RowNorm(whole))
+        if self.col is not None:
+            whole = columns_scaled(whole, constant(self.col))
+        return whole if row is None else scaled(row, whole)
+
+    def _product(self) -> Matrix:
+        up, groups = self.up, self.groups
+        left = diagonal(up.reshape(groups, -1, up.shape[1])) if groups > 1 else constant(up)
+        return RowScaled(number(self.scale), product(left, constant(self.down)))
+
+    def shift(self, own: Bias) -> torch.Tensor | None:
+        """``scale * bias``, in float32 or wider, or None."""
+        if self.bias is None:
+            return None
+        return self.bias.to(torch.promote_types(self.up.dtype, torch.float32)) * self.scale
+
+    def with_magnitude(self, magnitude: torch.Tensor) -> Update:
+        """The update with a magnitude, which is of (out,)."""
+        return replace(self, magnitude=magnitude)
+
+    def measures(self) -> dict[str, Any]:
+        """``rank``, ``scale``, ``norm`` of ``scale * up @ down``, ``<vector>_norm``."""
+        own = {"rank": self.rank, "scale": self.scale, "norm": self._norm()}
+        return own | super().measures()
+
+    def _norm(self) -> float:
+        """The Frobenius norm of ``scale * up @ down``, without the product, which may be large.
+
+        It is the root of the sum of ``(up.T @ up) * (down @ down.T)``; a grouped up-projection has
+        one such product a group.
+        """
+        groups, rank = self.groups, self.up.shape[1]
+        up = self.up.detach().double().reshape(groups, -1, rank)
+        down = self.down.detach().double().reshape(groups, rank, -1)
+        square = ((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0)
+        return abs(self.scale) * float(square.sqrt())
 
     def delta(self) -> torch.Tensor:
         """``scale * up @ down``, of (out, in, *kernel), in float32 or wider.
@@ -112,33 +256,7 @@ class Update:
             raise AdapterError("the update of a grouped convolution has no weight form")
         dtype = torch.promote_types(self.up.dtype, self.down.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        product = self.up.to(wide) @ self.down.to(wide).flatten(1)
-        delta: torch.Tensor = self.scale * product
-        return delta.reshape(self.shape)
-
-    def row_for(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The factor of every output: row, or DoRA's magnitude over the norm it is relative to.
-
-        Args:
-            weight: the layer's, (out, in, *kernel).
-
-        Returns:
-            (out,) in float32 or wider, or None.
-        """
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if self.magnitude is None:
-            return None if self.row is None else self.row.to(wide)
-        whole = (weight.to(wide) + self.delta()).flatten(1)
-        norm: torch.Tensor = torch.linalg.vector_norm(whole, dim=1)
-        return self.magnitude.to(whole.dtype) / norm
-
-    def weight(self, base: torch.Tensor) -> torch.Tensor:
-        """The weight form: W -> W', both (out, in, *kernel), in float32 or wider."""
-        wide = torch.promote_types(base.dtype, torch.float32)
-        whole, row = base.to(wide) + self.delta(), self.row_for(base)
-        if self.col is not None:
-            whole = whole * _along(self.col.to(wide), whole, 1)
-        return whole if row is None else whole * _along(row, whole, 0)
+        return dense(self._product(), wide).reshape(self.shape)
 
     def factors(
         self, dtype: torch.dtype, row: torch.Tensor | None = None
@@ -158,8 +276,8 @@ class Update:
         wide = torch.promote_types(self.up.dtype, torch.float32)
         up = self.up.to(wide) * self.scale
         up = up if row is None else up * row[:, None]
-        bias = None if self.bias is None else (self.bias.to(wide) * self.scale).to(dtype)
-        return self.down.to(dtype), up.to(dtype), bias
+        bias = self.shift(lambda: None)
+        return self.down.to(dtype), up.to(dtype), None if bias is None else bias.to(dtype)
 
     def to_rank(self, rank: int) -> tuple[Update, float]:
         """The nearest update of at most this rank; scale, bias and vectors stay as they are.
@@ -206,9 +324,4 @@ class Update:
 
     def is_finite(self) -> bool:
         """Whether the scale and every value are finite numbers."""
-        return math.isfinite(self.scale) and all(bool(t.isfinite().all()) for t in self.tensors())
-
-
-def _along(vector: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """A vector that multiplies one axis of a weight."""
-    return vector.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
+        return math.isfinite(self.scale) and super().is_finite()

@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 
+from lora_fx.algebra import matrix_expr as m
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Matrix, Product, RowScaled, Sum, parts, product
+from lora_fx.algebra.matrix_expr import Matrix
 
 
 class NotLowRankError(Exception):
     """Why a matrix cannot be read so."""
+
+
+class Beside(NamedTuple):
+    """``(diag(row) base + the sum of what is added) diag(col)``; None is a column of ones."""
+
+    row: Matrix | None
+    col: Matrix | None
+    added: list[Matrix]
+
+
+def beside(base: Matrix, whole: Matrix) -> Beside:
+    """Reads an expression in a base as what stands beside it: ``W + diag(g) W`` is diag(1 + g) W.
+
+    Raises:
+        NotLowRankError: the base is in it otherwise, or not at all.
+    """
+    ones, col = m.repeated(1.0, base.shape[0]), None
+    factors: list[Matrix] = []
+    added: list[Matrix] = []
+    pending = [(ones, whole)]
+    while pending:
+        factor, term = pending.pop()
+        alone = col is None and not (pending or factors or added)
+        match term:
+            case _ if term == base:
+                factors.append(factor)
+            case m.RowScaled(own, inner):
+                pending.append((m.scaled(own, factor), inner))
+            case m.Transposed(m.RowScaled(each, inner)) if alone:  # an input's, at all its places
+                col = each.left if isinstance(each, m.Kron) else each
+                pending.append((factor, m.transposed(inner)))
+            case m.Sum(left, right):
+                pending += [(factor, right), (factor, left)]
+            case _ if not set(m.leaves(base)) <= set(m.leaves(term)):
+                added.append(term if factor is ones else m.scaled(factor, term))
+            case _:
+                raise NotLowRankError("the base weight itself is scaled or moved")
+    if not factors:
+        raise NotLowRankError("the base weight itself is scaled or moved")
+    return Beside(None if factors == [ones] else reduce(m.Sum, factors), col, added)
 
 
 def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,15 +67,12 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     Raises:
         NotLowRankError: the base is scaled, or something else is added than products of low rank.
     """
-    terms = parts(whole, Sum)
-    if base not in terms:
-        raise NotLowRankError("the base weight itself is scaled or moved")
-    terms.remove(base)
-    if any(isinstance(term, RowScaled) and base in parts(term.matrix, Sum) for term in terms):
+    found = beside(base, whole)
+    if found.row is not None or found.col is not None:
         raise NotLowRankError("the base weight itself is scaled")
-    if not terms:
+    if not found.added:
         raise NotLowRankError("nothing is added to the base weight")
-    pairs = [_split(term) for term in terms]
+    pairs = [_split(term) for term in found.added]
     down = torch.cat([dense(right, torch.float32) for _, right in pairs])
     up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)
     if down.shape[0] >= min(whole.shape):
@@ -47,7 +86,7 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
     Raises:
         NotLowRankError: the base's bias is scaled.
     """
-    terms = [] if whole is None else parts(whole, Sum)
+    terms = [] if whole is None else m.parts(whole, m.Sum)
     if base is not None and base not in terms:
         raise NotLowRankError("the base bias itself is scaled or moved")
     if base is not None:
@@ -57,9 +96,9 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
 
 
 def _split(term: Matrix) -> tuple[Matrix, Matrix]:
-    """A product, cut where it is narrowest."""
-    chain = parts(term, Product)
+    """A m.product, cut where it is narrowest."""
+    chain = m.parts(term, m.Product)
     if len(chain) == 1:
         raise NotLowRankError("what is added is no product of smaller factors")
     cut = min(range(1, len(chain)), key=lambda place: chain[place].shape[0])
-    return reduce(product, chain[:cut]), reduce(product, chain[cut:])
+    return reduce(m.product, chain[:cut]), reduce(m.product, chain[cut:])

@@ -6,24 +6,51 @@ they are written alike, which costs no arithmetic. Vectors are matrices of one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from math import prod
+from typing import Any
 
 import torch
 
 from lora_fx.algebra.index_expr import Index
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Ones on the diagonal."""
-
-    size: int
+class Expression:
+    """A node that is made of others."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(size, size)."""
-        return self.size, self.size
+        """(rows, columns)."""
+        match self:
+            case Sum(like, _) | Quotient(like, _) | RowScaled(_, like) | Replaced(like, _, _):
+                return like.shape
+            case Product(left, right):
+                return left.shape[0], right.shape[1]
+            case Transposed(inner):
+                return inner.shape[1], inner.shape[0]
+            case Rows(inner, index):
+                return index.count, inner.shape[1]
+            case Placed(inner, _, size):
+                return size, inner.shape[1]
+            case Identity(size):
+                return size, size
+            case Blocks((count, high, wide), _, _, _):
+                return count * high, count * wide
+            case Kron(left, right):
+                return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]
+            case RowNorm(inner):
+                return inner.shape[0], 1
+            case Repeated(_, size):
+                return size, 1
+        raise TypeError(type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Identity(Expression):
+    """Ones on the diagonal."""
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -36,99 +63,107 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A block diagonal; what is fetched is (blocks, rows of each, columns of each)."""
+class Repeated(Expression):
+    """A column of one number."""
+
+    value: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Blocks(Expression):
+    """A block diagonal; what is fetched is (blocks, rows of each, columns of each), or turned."""
 
     blocks: tuple[int, int, int]
     key: Hashable
     fetch: Callable[[], torch.Tensor] = field(compare=False)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """All rows, all columns."""
-        count, rows, columns = self.blocks
-        return count * rows, count * columns
+    turned: bool = False
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(Expression):
     """A matrix on its side."""
 
     of: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The other way round."""
-        return self.of.shape[1], self.of.shape[0]
-
 
 @dataclass(frozen=True)
-class Product:
+class Pair(Expression):
+    """Two matrices, of one shape where nothing else is said."""
+
+    left: Matrix
+    right: Matrix
+
+
+class Sum(Pair):
+    """``left + right``."""
+
+
+class Quotient(Pair):
+    """``left / right``, number by number."""
+
+
+class Product(Pair):
     """``left @ right``."""
 
-    left: Matrix
-    right: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows of the left, columns of the right."""
-        return self.left.shape[0], self.right.shape[1]
+class Kron(Pair):
+    """The Kronecker product: each number of the left times all of the right."""
 
 
 @dataclass(frozen=True)
-class Sum:
-    """``left + right``, of one shape."""
-
-    left: Matrix
-    right: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of either."""
-        return self.left.shape
-
-
-@dataclass(frozen=True)
-class RowScaled:
+class RowScaled(Expression):
     """``diag(factor) @ matrix``; a factor of one element scales every row."""
 
     factor: Matrix
     matrix: Matrix
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of the matrix."""
-        return self.matrix.shape
-
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Expression):
     """Some rows of a matrix."""
 
     matrix: Matrix
     index: Index
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As many rows as the index has places."""
-        return self.index.count, self.matrix.shape[1]
-
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Expression):
     """A matrix whose rows go to places among ``size`` rows; the others are zero."""
 
     matrix: Matrix
     index: Index
     size: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``size`` rows."""
-        return self.size, self.matrix.shape[1]
+
+@dataclass(frozen=True)
+class Replaced(Expression):
+    """A matrix some of whose rows are those of another."""
+
+    matrix: Matrix
+    index: Index
+    rows: Matrix
 
 
-Matrix = Identity | Leaf | Blocks | Transposed | Product | Sum | RowScaled | Rows | Placed
+@dataclass(frozen=True)
+class RowNorm(Expression):
+    """The length of each row, a column."""
+
+    matrix: Matrix
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The same numbers, row by row, in rows of another length."""
+
+    matrix: Matrix
+    shape: tuple[int, int]
+
+
+Matrix = (
+    Identity | Leaf | Repeated | Blocks | Transposed | Product | Sum | RowScaled | Rows | Placed
+    | Replaced | Kron | RowNorm | Quotient | Reshaped
+)  # fmt: skip
 
 
 def parts(matrix: Matrix, of: type[Sum] | type[Product]) -> list[Matrix]:
@@ -144,15 +179,52 @@ def parts(matrix: Matrix, of: type[Sum] | type[Product]) -> list[Matrix]:
     return found
 
 
+def leaves(matrix: Any) -> Iterator[Leaf | Blocks | Index]:
+    """What an expression is made of, from left to right."""
+    if isinstance(matrix, Leaf | Blocks | Index):
+        yield matrix
+    elif isinstance(matrix, Matrix):
+        for item in fields(matrix):
+            yield from leaves(getattr(matrix, item.name))
+
+
+def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
+    """The expression with what a function gives in the place of its leaves."""
+    if isinstance(matrix, Leaf | Blocks | Index):
+        return change(matrix)
+    if not isinstance(matrix, Matrix):
+        return matrix
+    inner = {item.name: exchanged(getattr(matrix, item.name), change) for item in fields(matrix)}
+    return replace(matrix, **inner)
+
+
+def holding(leaf: Leaf | Blocks | Index, value: torch.Tensor) -> Leaf | Blocks | Index:
+    """A leaf of the same shape, of another tensor."""
+    if isinstance(leaf, Index):
+        return replace(leaf, key=("tensor", id(value)), places=lambda: value)
+    return replace(leaf, key=("tensor", id(value)), fetch=lambda: value)
+
+
+def constant(value: torch.Tensor, shape: tuple[int, int] | None = None) -> Leaf:
+    """A tensor as a matrix: of as many rows, by default, as its first axis is long."""
+    sizes = tuple(value.shape)
+    return Leaf(shape or (sizes[0], prod(sizes[1:])), ("tensor", id(value)), lambda: value)
+
+
+def diagonal(value: torch.Tensor) -> Blocks:
+    """A tensor of (blocks, rows, columns) as a block diagonal."""
+    count, high, wide = value.shape
+    return Blocks((count, high, wide), ("tensor", id(value)), lambda: value)
+
+
 def number(value: float) -> Matrix:
     """A factor for every row."""
-    return Leaf((1, 1), ("number", value), lambda: torch.tensor([[value]], dtype=torch.float64))
+    return Repeated(value, 1)
 
 
 def repeated(value: float, size: int) -> Matrix:
     """A column of one number."""
-    key = ("repeated", value)
-    return Leaf((size, 1), key, lambda: torch.full((size, 1), value, dtype=torch.float64))
+    return Repeated(value, size)
 
 
 def product(left: Matrix, right: Matrix) -> Matrix:
@@ -198,6 +270,24 @@ def total(left: Matrix | None, right: Matrix | None) -> Matrix | None:
     return Sum(left, right)
 
 
+def reshaped(matrix: Matrix, rows: int) -> Matrix:
+    """The same numbers in so many rows."""
+    columns = matrix.shape[0] * matrix.shape[1] // max(rows, 1)
+    return matrix if rows == matrix.shape[0] else Reshaped(matrix, (rows, columns))
+
+
+def normed(lengths: Matrix, matrix: Matrix) -> Matrix:
+    """Every row at the length that a column says: DoRA."""
+    return RowScaled(Quotient(lengths, RowNorm(matrix)), matrix)
+
+
+def columns_scaled(matrix: Matrix, factor: Matrix) -> Matrix:
+    """``matrix @ diag(factor)``; each factor is of several columns if there are more of those."""
+    many = matrix.shape[1] // max(factor.shape[0], 1)
+    each = factor if many == 1 else Kron(factor, repeated(1.0, many))
+    return transposed(scaled(each, transposed(matrix)))
+
+
 def signed(matrix: Matrix, sign: float) -> Matrix:
     """A matrix, or some multiple of it."""
     return matrix if sign == 1 else scaled(number(sign), matrix)
@@ -215,8 +305,5 @@ def transposed(matrix: Matrix) -> Matrix:
         return scaled(matrix.factor, transposed(matrix.matrix))
     if isinstance(matrix, Blocks):
         count, high, wide = matrix.blocks
-        key, fetch = ("transposed", matrix.key), matrix.fetch
-        return replace(
-            matrix, blocks=(count, wide, high), key=key, fetch=lambda: fetch().transpose(1, 2)
-        )
+        return replace(matrix, blocks=(count, wide, high), turned=not matrix.turned)
     return matrix if isinstance(matrix, Identity) else Transposed(matrix)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
@@ -67,7 +67,7 @@ def _problem(update: AnyUpdate) -> str | None:
 def _is_lokr(update: AnyUpdate) -> bool:
     """Whether PEFT would load it as LoKr: with a config's settings, or with a scale of 1."""
     stored = update.stored
-    if stored is None or not isinstance(update, WeightUpdate) or not stored.tensors:
+    if stored is None or not update.makes_anew or not stored.tensors:
         return False
     is_own = stored.tensors.keys() <= LOKR and stored.settings.get("writer") == "peft"
     return is_own and (FACTOR in stored.settings or stored.settings.get("scale") == 1)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.other_updates import WeightUpdate, evaluated
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.algebra.matrix_expr import Matrix, constant, normed, reshaped, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.layers.axes import shape_of
 from lora_fx.layers.layer import Layer
-
-_aten = torch.ops.aten
-Function = Callable[..., torch.Tensor]
 
 
 def is_of_inputs(scale: torch.Tensor, layer: Layer) -> bool:
@@ -41,35 +39,18 @@ def with_input_magnitude(
     Raises:
         AdapterError: the kind has no magnitude.
     """
-    if isinstance(update, Scaling):
+    if update.rank is None and not update.makes_anew:
         raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
-    values: tuple[torch.Tensor, ...]
+    scale: object = 1.0 if update.stored is None else update.stored.settings.get("scale")
     if isinstance(update, Update):
-        function, values = added, (update.delta().reshape(layer.own_shape),)
-        scale: object = update.scale
-    else:
-        function, values = update.function, update.values
-        scale = update.stored.settings["scale"] if update.stored else 1.0
-    magnitude, kind = tensors["dora_scale"].flatten(), update.kind
-    kind = "dora" if kind == "lora" else kind
+        scale, update = update.scale, evaluated(update, layer.own_shape, None)
+    inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))
+
+    def outer(weight: Matrix) -> Matrix:
+        columns = transposed(inner(weight))
+        by_input = normed(magnitude, reshaped(columns, magnitude.shape[0]))
+        return transposed(reshaped(by_input, columns.shape[0]))
+
+    kind = "dora" if update.kind == "lora" else update.kind
     stored = Stored(tensors, {"scale": scale, "writer": "lycoris"})
-    normed = _normed(function, layer.own_shape)
-    return WeightUpdate(kind, normed, (magnitude, *values), layer.own_shape, stored)
-
-
-def _normed(function: Function, shape: tuple[int, ...]) -> Function:
-    """What a function gives, each column at the length that the first value says."""
-    turned = (shape[1], shape[0], *shape[2:])
-
-    def normed(
-        weight: torch.Tensor, magnitude: torch.Tensor, *values: torch.Tensor
-    ) -> torch.Tensor:
-        columns = _aten.transpose.int(function(weight, *values), 0, 1)
-        flat = _aten.reshape.default(columns, [shape[1], -1])
-        norm = _aten.linalg_vector_norm.default(flat, 2, [1], True)
-        gain = _aten.div.Tensor(_aten.unsqueeze.default(magnitude, 1), norm)
-        scaled = _aten.reshape.default(_aten.mul.Tensor(flat, gain), list(turned))
-        result: torch.Tensor = _aten.transpose.int(scaled, 0, 1)
-        return result
-
-    return normed
+    return WeightUpdate(kind, outer, layer.own_shape, stored)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
+from lora_fx.adapters.other_updates import AnyUpdate, evaluated
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
@@ -108,7 +108,7 @@ def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: La
         return update
     stored = update.stored or Stored(tensors, {"scale": update.scale})
     plain = replace(update, magnitude=None)
-    whole = WeightUpdate(update.kind, added, (plain.delta(),), layer.own_shape, stored)
+    whole = evaluated(plain, layer.own_shape, stored)
     return dora.with_magnitude(whole, {DORA: tensors[DORA]})
 
 

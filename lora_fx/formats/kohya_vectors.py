@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.algebra.matrix_expr import constant, scaled
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer import Layer
 
@@ -27,7 +29,7 @@ def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpd
     """
     name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
     stored = Stored({leaf: change})
-    return f"{path}.{name}", WeightUpdate("norm", added, (change,), tuple(change.shape), stored)
+    return f"{path}.{name}", WeightUpdate("norm", added(change), tuple(change.shape), stored)
 
 
 def ia3_update(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
@@ -53,10 +55,5 @@ def ia3_update(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
     vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
     if on_input:
         return Scaling(col=vector, stored=stored)
-    row = vector.reshape(-1, *[1] * (len(layer.own_shape) - 1))
-    return WeightUpdate("ia3", _scaled, (row,), layer.own_shape, stored)
-
-
-def _scaled(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.mul.Tensor(weight, row)
-    return result
+    row = constant(vector.reshape(-1, 1))
+    return WeightUpdate("ia3", lambda weight: scaled(row, weight), layer.own_shape, stored)

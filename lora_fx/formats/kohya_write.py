@@ -36,7 +36,7 @@ def problem_with(update: AnyUpdate) -> str | None:
         found = f"a scale of {_scale(update):g} of kind {own[0]!r}" if is_scaled else None
     else:
         found = not_lora(update)
-        if found is None and isinstance(update, Update) and update.groups > 1:
+        if found is None and update.groups > 1:
             found = "grouped up-projections"
         if is_embedding(update.stored):
             found = "updates of embeddings"

@@ -90,7 +90,7 @@ def _conv(
         return Update(wide, up.reshape(out, -1), scale, stored=stored)
     dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
     delta = scale * (up.to(dtype) @ down.to(dtype)).reshape(layer)
-    return WeightUpdate("dense", added, (delta,), layer, stored)
+    return WeightUpdate("dense", added(delta), layer, stored)
 
 
 def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:

@@ -35,6 +35,11 @@ class Chosen:
     tokens: Mapping[str, AnyUpdate]
     adapter: Adapter
 
+    @property
+    def low(self) -> dict[str, Update]:
+        """The layers whose update is of two factors."""
+        return {p: update for p, update in self.layers.items() if isinstance(update, Update)}
+
 
 def choose(adapter: Adapter) -> Chosen:
     """Finds the type that holds every update of an adapter.
@@ -94,7 +99,7 @@ def _is_lora(update: AnyUpdate) -> bool:
 
 def _holds(kind: PeftType, update: AnyUpdate) -> bool:
     """Whether a type has all the tensors of an update; alpha is in its config."""
-    if update.stored is None or (isinstance(update, Update) and not update.is_plain):
+    if update.stored is None or (update.rank is not None and not update.is_plain):
         return False
     known = {*kind.leaves, "alpha", *(("vera_A", "vera_B") if kind.name == "VERA" else ())}
     return update.stored.tensors.keys() <= known
@@ -125,7 +130,7 @@ def check_expressible(chosen: Chosen) -> None:
         AdapterError: names the target and the layers.
     """
     adapter = chosen.adapter
-    low = {p: u for p, u in chosen.layers.items() if isinstance(u, Update)}
+    low = chosen.low
     loud = [path for path, update in low.items() if not math.isfinite(update.scale)]
     reserved = [p for p in adapter.updates if {"base_layer", "token_adapter"} & set(p.split("."))]
     rootless = [name for name in adapter.replacements if "." not in name]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.safe_regex import MAX_LENGTH
-from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft_chosen import Chosen
 from lora_fx.formats.peft_options import options_of, settings_of
@@ -73,7 +72,7 @@ def is_base_weight(adapter: Adapter, name: str) -> bool:
 
 
 def _lora_fields(chosen: Chosen) -> Fields:
-    low = [update for update in chosen.layers.values() if isinstance(update, Update)]
+    low = list(chosen.low.values())
     return {
         "use_rslora": all(map(is_rslora, chosen.layers.values())),
         "use_dora": any(update.magnitude is not None for update in low),

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.other_updates import WeightUpdate
+from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import Stored
+from lora_fx.algebra.matrix_expr import Sum, constant, diagonal, product, reshaped
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft_lora import DOWN, UP
 from lora_fx.formats.peft_places import Place
@@ -62,8 +63,7 @@ def read_experts(
         "use_rslora": config.use_rslora,
     }  # fmt: skip
     kind, stored = "rslora" if config.use_rslora else "lora", Stored(tensors, settings)
-    values = left.contiguous(), right.contiguous()
-    return WeightUpdate(kind, _added, values, shape, stored)
+    return WeightUpdate(kind, _added(left.contiguous(), right.contiguous()), shape, stored)
 
 
 def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
@@ -88,7 +88,7 @@ def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
     return tuple(tensors[DOWN].shape[1:]) == (rows,)
 
 
-def _added(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    delta = torch.ops.aten.bmm.default(left, right)
-    result: torch.Tensor = torch.ops.aten.add.Tensor(weight, delta)
-    return result
+def _added(left: torch.Tensor, right: torch.Tensor) -> Function:
+    """``W[e] + left[e] @ right[e]`` for every e."""
+    delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
+    return lambda weight: Sum(weight, reshaped(delta, len(left)))

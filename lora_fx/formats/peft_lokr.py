@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate
 
 Pair = tuple[int, int]
 
@@ -90,7 +90,7 @@ def _cuts_as(cut: Cut, factor: int) -> bool:
 
 def _cut(update: AnyUpdate) -> Cut | None:
     """How an update is cut; None for what PEFT has no tensors for, or others of another meaning."""
-    if not isinstance(update, WeightUpdate) or update.stored is None or len(update.shape) == 3:
+    if not update.makes_anew or update.stored is None or len(update.shape) == 3:
         return None
     tensors = update.stored.tensors
     core, low = "lokr_t2" in tensors, ("lokr_w1_a" in tensors, "lokr_w2_a" in tensors)

@@ -98,7 +98,7 @@ def _check_saved(adapter: Adapter, saved: list[str]) -> None:
 def _adapter_tensors(chosen: Chosen, homes: Mapping[str, Home]) -> Tensors:
     """The tensors of the updates under PEFT's keys."""
     tensors: Tensors = {}
-    low = [update for update in chosen.layers.values() if isinstance(update, Update)]
+    low = list(chosen.low.values())
     has_bias = any(update.bias is not None for update in low)
     for path, update in chosen.layers.items():
         key = PREFIX + homes[path].key

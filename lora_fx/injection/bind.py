@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.injection.conform import fits, fitted
@@ -107,7 +107,7 @@ def _stored_at(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 
 def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
     """A parameter that no layer alone reads, such as one that holds experts."""
-    names = (path, f"{path}.weight") if isinstance(update, WeightUpdate) else ()
+    names = (path, f"{path}.weight") if update.makes_anew else ()
     return next(([name] for name in names if layers.unevaluated(name) is not None), [])
 
 

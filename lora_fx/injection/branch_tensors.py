@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import prod
 
 import torch
 
-from lora_fx.adapters.other_updates import Scaling
 from lora_fx.adapters.source_record import EMBEDDING
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate, Bias, Update
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.low_rank import beside
+from lora_fx.algebra.matrix_expr import Leaf
 from lora_fx.layers.layer import Layer
 
 
@@ -40,54 +44,35 @@ class Terms:
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
 
-def bias_alone(bias: torch.Tensor, site: Layer) -> Terms:
-    """What is added to every result, (out,), and nothing else."""
-    return Terms(bias=site.type.store("vector", bias.to(site.dtype)))
-
-
 def terms_of(
-    update: Update | Scaling,
-    site: Layer,
-    weight: Callable[[], torch.Tensor],
-    bias: torch.Tensor | None,
+    update: AnyUpdate, site: Layer, weight: Callable[[], torch.Tensor], bias: Bias
 ) -> Terms:
-    """An update beside a layer: computed in float32 or wider, rounded once to its dtype.
+    """What of an update is beside a layer: in float32 or wider, rounded once to its dtype.
 
     Args:
         update: fits the layer.
         site: the layer.
         weight: gives that of the layer, as it stores it; asked for DoRA's norm alone.
-        bias: (out,) of the layer, or None.
+        bias: gives (out,) of the layer, or None; asked for where it is scaled.
     """
-    if isinstance(update, Scaling):
-        return _scaled(update, site, bias)
-    wide = torch.promote_types(site.dtype, torch.float32)
-    row = None if update.row is None else update.row.to(wide)
-    if update.magnitude is not None:
-        row = update.row_for(canonical(site, weight()))
-    down, up, added = update.factors(site.dtype, row)
-    store = site.type.store
-    return Terms(
-        store("down", down).contiguous() if update.rank else None,
-        store("up", up).contiguous() if update.rank else None,
-        None if row is None else store("vector", (row - 1).to(site.dtype)),
-        None if added is None else store("vector", added),
-        None if update.col is None else store("vector", update.col.to(site.dtype)),
+    store, added = partial(site.type.store, "vector"), update.shift(bias)
+    shift = None if added is None else store(added.to(site.dtype))
+    if update.makes_anew:
+        return Terms(bias=shift)
+    out, *rest = site.shape
+    base = Leaf((out, prod(rest)), "base", lambda: canonical(site, weight()))
+    found, wide = beside(base, update.of(base)), update.wide(site.dtype)
+    row = None if found.row is None else dense(found.row, wide)[:, 0]
+    terms = Terms(
+        gain=None if row is None else store((row - 1).to(site.dtype)),
+        bias=shift,
+        col=None if found.col is None else store(dense(found.col, wide)[:, 0].to(site.dtype)),
     )
-
-
-def _scaled(update: Scaling, site: Layer, bias: torch.Tensor | None) -> Terms:
-    """(IA)3 scales the results, the bias among them, or what comes in."""
-    wide = torch.promote_types(site.dtype, torch.float32)
-    if update.row is None:
-        assert update.col is not None
-        return Terms(col=site.type.store("vector", update.col.to(site.dtype)))
-    gain = update.row.to(wide) - 1
-    added = None if bias is None else (gain * bias.to(wide)).to(site.dtype)
-    return Terms(
-        gain=site.type.store("vector", gain.to(site.dtype)),
-        bias=None if added is None else site.type.store("vector", added),
-    )
+    if not isinstance(update, Update) or not update.rank:
+        return terms
+    down, up, _ = update.factors(site.dtype, row)
+    down, up = site.type.store("down", down), site.type.store("up", up)
+    return replace(terms, down=down.contiguous(), up=up.contiguous())
 
 
 def canonical(site: Layer, weight: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
+from lora_fx.adapters.other_updates import evaluated
 from lora_fx.adapters.parameter_updates import for_layer
-from lora_fx.adapters.updates import Shape, Update
+from lora_fx.adapters.updates import AnyUpdate, Shape, Update
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer import Layer
 
@@ -26,13 +26,13 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
     Raises:
         AdapterError: it is made for another layer, or its kind has no form on this one.
     """
-    if isinstance(update, Scaling):
-        return _scaling(update, site)
     stored = site.own_shape
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         is_flat = len(update.shape) == 2
         _check(update.shape, (stored[0], math.prod(stored[1:])) if is_flat else stored)
         return update
+    if not isinstance(update, Update):
+        return _scaling(update, site)
     update = _in_shape(for_layer(update, site.transposed and not site.is_conv), site.shape, stored)
     if update.col is not None and site.type.reads_ids:
         raise AdapterError("a col scales what a layer reads, and an embedding reads ids")
@@ -43,7 +43,7 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
     _check(update.shape, stored)
     if not update.is_plain:
         raise AdapterError("vectors beside a grouped convolution's weight have no form")
-    return dense(update)
+    return evaluated(update, update.shape, update.stored)
 
 
 def fits(update: AnyUpdate, site: Layer) -> bool:
@@ -53,12 +53,6 @@ def fits(update: AnyUpdate, site: Layer) -> bool:
     except AdapterError:
         return False
     return True
-
-
-def dense(update: Update) -> WeightUpdate:
-    """``W + delta``, evaluated: for a layer that has no form in two factors."""
-    bias = None if update.bias is None else update.scale * update.bias
-    return WeightUpdate(update.kind, added, (update.delta(),), update.shape, update.stored, bias)
 
 
 def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -> Update:
@@ -77,8 +71,8 @@ def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -
     return update
 
 
-def _scaling(update: Scaling, site: Layer) -> Scaling:
-    if update.col is not None and site.type.reads_ids:
+def _scaling(update: AnyUpdate, site: Layer) -> AnyUpdate:
+    if update.shape[1] is not None and site.type.reads_ids:
         raise AdapterError("(IA)3 scales what a layer reads, and an embedding reads ids")
     _check(update.shape, site.shape[:2])
     return update

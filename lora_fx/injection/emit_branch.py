@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
-from lora_fx.injection.branch_tensors import Terms, bias_alone, terms_of
+from lora_fx.injection.branch_tensors import terms_of
 from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
@@ -29,12 +30,10 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
             layer reads.
     """
     first = calls[0]
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         make_layer_anew(editor, calls, update, name)
-        terms = Terms() if update.bias is None else bias_alone(update.bias, first)
-    else:
-        own = _own_bias(editor, calls) if isinstance(update, Scaling) else None
-        terms = terms_of(update, first, lambda: base_weight(editor, first), own)
+    own = partial(_own_bias, editor, calls)
+    terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
     nodes = {

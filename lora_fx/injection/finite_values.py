@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import Terms, canonical
@@ -44,7 +44,7 @@ def check_finite(
             f"{site.path}: adapter {name}: {reason}values overflow {site.dtype}, the dtype of the "
             f"layer, in {', '.join(loud)}; load the model in a wider dtype"
         )
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         _refuse(site, name, _made_anew(site, update, weight))
     else:
         _refuse(site, name, _scaled(site, terms, weight))
@@ -108,7 +108,7 @@ def _scaled(site: Layer, terms: Terms, weight: Callable[[], torch.Tensor]) -> st
     return ""
 
 
-def _made_anew(site: Layer, update: WeightUpdate, weight: Callable[[], torch.Tensor]) -> str:
+def _made_anew(site: Layer, update: AnyUpdate, weight: Callable[[], torch.Tensor]) -> str:
     """The weight is made to see it, if the values are such that their products may be large."""
     limit = torch.finfo(site.dtype).max
     sizes = [float(v.abs().max()) for v in update.values if v.is_floating_point() and v.numel()]

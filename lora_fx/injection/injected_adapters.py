@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.adapters.other_updates import evaluated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.branch_tensors import Terms, update_of
-from lora_fx.injection.conform import dense
 from lora_fx.layers.layer import Layer
 
 _META = "lora_fx.injected"
@@ -66,11 +66,11 @@ class Bound:
             return update
         held = {part: value.detach().clone() for part, value in held.items()}
         if isinstance(update, Update) and value_part(0) in held:
-            update = dense(update)
+            update = evaluated(update, update.shape, None)
         if isinstance(update, WeightUpdate):
-            values = tuple(held[value_part(place)] for place in range(len(update.values)))
+            values = [held[value_part(place)] for place in range(len(update.values))]
             bias = held["bias"].flatten() if "bias" in held else None
-            return replace(update, values=values, bias=bias, stored=None)
+            return replace(update.with_values(values), bias=bias, stored=None)
         assert self.layer is not None
         return update_of(Terms(**held), self.layer, self.scale)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.other_updates import WeightUpdate
+from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.algebra.evaluate import recorded
+from lora_fx.algebra.matrix_expr import transposed
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
@@ -23,7 +25,7 @@ def base_weight(editor: Editor, site: Site) -> torch.Tensor:
     return evaluate(get_unevaluated(editor.gm, str(site.weight.target)))
 
 
-def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate, name: str) -> None:
+def make_layer_anew(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:
     """Makes the weight of a layer anew at all of its calls.
 
     Raises:
@@ -38,7 +40,7 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: WeightUpdate,
             "scales what it gives; fold the first, then inject the second"
         )
     names = value_names(first.path, name, len(update.values), first.bare)
-    function = _on_stored(update.function, first) if first.transposed else update.function
+    function = _on_stored(update, first)
     for reader, source in dict.fromkeys(read for site in calls for read in site.reads):
         make_anew(editor, reader, source, update.values, function, names, first.dtype)
 
@@ -69,22 +71,24 @@ def make_anew(
     editor.rebind(reader, source, end)
 
 
-def _on_stored(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
-    """The function of W on a weight that is stored with its inputs first."""
-    own, stored = list(site.own_shape), list(site.stored_shape)
-    out, into, *kernel = own
+def _on_stored(update: AnyUpdate, site: Site) -> Callable[..., Any]:
+    """From a weight as it is stored, perhaps with its inputs first, and the values, to W'."""
+    leaves, (out, into, *kernel) = update.leaves, site.own_shape
+    if site.transposed and not kernel:
+        return recorded(lambda w: transposed(update.of(transposed(w))), site.stored_shape, leaves)
+    function = recorded(update.of, site.own_shape, leaves)
+    if not site.transposed:
+        return function
 
     def turned(weight: Any, first: int, second: int, shape: list[int]) -> Any:
         """Each group of (first, second, *kernel) turned around."""
-        if not kernel:
-            return aten.t.default(weight)
         if site.groups == 1:
             return aten.transpose.int(weight, 0, 1)
         parts = aten.reshape.default(weight, [site.groups, first, second, *kernel])
         return aten.reshape.default(aten.transpose.int(parts, 1, 2), shape)
 
     def on_stored(weight: Any, *values: Any) -> Any:
-        made = function(turned(weight, into, out // site.groups, own), *values)
-        return turned(made, out // site.groups, into, stored)
+        made = function(turned(weight, into, out // site.groups, list(site.own_shape)), *values)
+        return turned(made, out // site.groups, into, list(site.stored_shape))
 
     return on_stored

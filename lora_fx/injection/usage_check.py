@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding
 from lora_fx.injection.injected_adapters import Bound, Injected, add, value_part
@@ -77,7 +77,7 @@ def note_binding(
 def note_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
     """Makes a graph remember an adapter that trains, whose values are the graph's alone."""
     bound = {
-        path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[union-attr]
+        path: (_bound(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[attr-defined]
         for path, update in adapter.updates.items()
     }
     add(gm, Injected(adapter, tensors_of(adapter), True, bound))
@@ -108,7 +108,7 @@ def _bound(
     bare = site is None or site.bare
     parts = parameter_names(path, adapter, bare)._asdict()
     # A dense update of a grouped convolution is one value, however many tensors it was given as.
-    count = len(update.values) if isinstance(update, WeightUpdate) else 1
+    count = len(update.values) or 1
     values = value_names(path, adapter, count, bare)
     names = {**parts, **{value_part(place): name for place, name in enumerate(values)}}
     layer = None if site is None else site.layer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.kinds import adalora, full, ia3, loha, lokr, oft, trainable_tokens, vera
 
 Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 
 LEAVES = frozenset({"lora_magnitude_vector", "dora_scale"})
-_aten = torch.ops.aten
 
 
 def split(
@@ -35,7 +32,7 @@ def with_magnitude(update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> An
             and kohya's ``dora_scale``, (out, 1, ...); or neither.
 
     Returns:
-        An update with a magnitude; for a function of the weight, a function that ends with it.
+        An update with a magnitude; for an expression in the weight, one that ends with it.
 
     Raises:
         AdapterError: the magnitude is not one number an output, as in old LyCORIS files, which
@@ -43,14 +40,10 @@ def with_magnitude(update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> An
     """
     if not tensors:
         return update
-    if len(tensors) > 1 or isinstance(update, Scaling):
+    if len(tensors) > 1:
         raise AdapterError(f"{sorted(tensors)} beside kind {update.kind!r}, expected one")
     leaf, tensor = next(iter(tensors.items()))
-    vector = _vector(leaf, tensor, update.shape[0])
-    if isinstance(update, Update):
-        return replace(update, magnitude=vector)
-    function = _normed(update.function)
-    return replace(update, function=function, values=(vector, *update.values))
+    return update.with_magnitude(_vector(leaf, tensor, update.shape[0]))
 
 
 def _vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
@@ -64,19 +57,3 @@ def _vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
     if max(found, default=0) != tensor.numel() or (out is not None and tensor.numel() != out):
         raise AdapterError(f"{leaf} is {found}, expected ({out or 'out'},)")
     return tensor.reshape(-1)
-
-
-def _normed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What a function gives, each row at the length that the first value says."""
-
-    def normed(
-        weight: torch.Tensor, magnitude: torch.Tensor, *values: torch.Tensor
-    ) -> torch.Tensor:
-        whole = function(weight, *values)
-        flat = _aten.flatten.using_ints(whole, 1)
-        norm = _aten.linalg_vector_norm.default(flat, 2, [1], True)
-        row = _aten.div.Tensor(_aten.unsqueeze.default(magnitude, 1), norm)
-        result: torch.Tensor = _aten.reshape_as.default(_aten.mul.Tensor(flat, row), whole)
-        return result
-
-    return normed

@@ -27,7 +27,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
         settings: ``scale``, 1 where it is not given; ``shape`` of the layer, if known.
 
     Returns:
-        A function of the weight, of kind ``"full"``, and a bias if there is one.
+        An expression in the weight, of kind ``"full"``, and a bias if there is one.
 
     Raises:
         AdapterError: a tensor is missing, not used or of another shape; a setting is wrong.
@@ -41,4 +41,4 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
     delta = diff if scale == 1 else wide(diff) * scale
     stored = Stored(tensors, settings)
     shift = None if bias is None else wide(bias) * scale
-    return WeightUpdate("full", added, (delta,), tuple(diff.shape), stored, shift)
+    return WeightUpdate("full", added(delta), tuple(diff.shape), stored, shift)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling
+from lora_fx.adapters.other_updates import Scaling
 from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.algebra.matrix_expr import Kron, Matrix, Sum, constant
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
 from lora_fx.kinds.validation import layer_shape, measure, number, wide
@@ -28,7 +30,6 @@ _SECOND_TUCKER: dict[str, tuple[str, ...]] = {
 }
 MARKS = frozenset({*_FIRST, *_FIRST_LOW, *_SECOND, *_SECOND_TUCKER})
 LEAVES = MARKS | {"alpha", "dora_scale"}
-_aten = torch.ops.aten
 
 
 def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
@@ -59,15 +60,19 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     if second.ndim == 3 and _writer(settings) == "peft":
         # PEFT leaves w1 a matrix beside the w2 of a Conv1d, so torch.kron pairs the last axes: the
         # layer's numbers in another order, which such an adapter has learned to live with.
-        first = first.unsqueeze(0)
+        whole = torch.einsum("ab,cdk->cadbk", first * scale, second)
+        function = added(whole.reshape(layer or shape))
     else:
-        first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
-    # Axis by axis (a, 1) times (1, c), for the function to multiply and view. torch.kron does the
-    # same, but fails on some strides that an axis of 1 may have.
-    first = first.reshape([n for size in first.shape for n in (size, 1)]) * scale
-    second = second.reshape([n for size in second.shape for n in (1, size)])
-    stored = Stored(tensors, settings)
-    update = WeightUpdate("lokr", _added, (first, second), layer or shape, stored)
+        # With the axes that a graph multiplies, so that it has no view to take.
+        (high, wide), rows = first.shape, len(second)
+        one = constant((first * scale).reshape(high, 1, wide, 1), (high, wide))
+        flat = second.reshape(1, rows, 1, -1)
+        other = constant(flat, (rows, flat.shape[3]))
+
+        def function(weight: Matrix) -> Matrix:
+            return Sum(weight, Kron(one, other))
+
+    update = WeightUpdate("lokr", function, layer or shape, Stored(tensors, settings))
     return dora.with_magnitude(update, magnitude)
 
 
@@ -110,9 +115,3 @@ def _writer(settings: Mapping[str, Any]) -> str:
             "means different things to 'peft' and to 'lycoris', expected one of them"
         )
     return str(writer)
-
-
-def _added(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    delta = _aten.reshape_as.default(_aten.mul.Tensor(first, second), weight)
-    result: torch.Tensor = _aten.add.Tensor(weight, delta)
-    return result

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import Shape
+from lora_fx.adapters.updates import AnyUpdate, Shape
+from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
 LEAVES = MARKS | {"rescale", "alpha"}
-_aten = torch.ops.aten
 
 
 def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
@@ -54,8 +54,8 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         is_shared = flag(settings, "block_share", False)
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
     side.check(leaf, layer)
-    values, stored = (blocks.contiguous(),), Stored(tensors, settings)
-    return WeightUpdate("oft", side.function(), values, layer or side.shape, stored)
+    stored = Stored(tensors, settings)
+    return WeightUpdate("oft", side.turned(blocks), layer or side.shape, stored)
 
 
 def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:
@@ -107,35 +107,18 @@ class _On:
             blocks = f"{self.count} blocks of {self.size}"
             raise AdapterError(f"{leaf} rotates {blocks}, the layer is {layer}")
 
-    def function(self) -> Callable[..., torch.Tensor]:
-        """W and the blocks to W'."""
-        if self.is_shared:
-            return self._shared_inputs if self.inputs else self._shared_outputs
-        return self._inputs if self.inputs else self._outputs
+    def turned(self, blocks: torch.Tensor) -> Function:
+        """W' of W: by blocks of its own, or by one as often as the layer has room for it."""
+        blocks = (blocks if self.inputs else blocks.mT).contiguous()
+        many, one = diagonal(blocks), constant(blocks, (len(blocks) * self.size, self.size))
 
-    def _inputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        parts = _aten.reshape.default(weight, [-1, self.count, self.size])
-        turned = _aten.bmm.default(_aten.permute.default(parts, [1, 0, 2]), blocks)
-        result: torch.Tensor = _aten.reshape_as.default(
-            _aten.permute.default(turned, [1, 0, 2]), weight
-        )
-        return result
+        def turn(weight: Matrix) -> Matrix:
+            if not self.is_shared:
+                return product(weight, many)
+            rows, columns = weight.shape
+            return reshaped(product(reshaped(weight, rows * columns // self.size), one), rows)
 
-    def _outputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        parts = _aten.reshape.default(weight, [self.count, self.size, -1])
-        result: torch.Tensor = _aten.reshape_as.default(_aten.bmm.default(blocks, parts), weight)
-        return result
-
-    def _shared_inputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        parts = _aten.reshape.default(weight, [-1, self.size])
-        turned = _aten.mm.default(parts, _aten.select.int(blocks, 0, 0))
-        result: torch.Tensor = _aten.reshape_as.default(turned, weight)
-        return result
-
-    def _shared_outputs(self, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        turned = _aten.permute.default(blocks, [0, 2, 1])
-        result: torch.Tensor = _aten.t.default(self._shared_inputs(_aten.t.default(weight), turned))
-        return result
+        return turn if self.inputs else lambda weight: transposed(turn(transposed(weight)))
 
 
 def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.algebra.index_expr import listed
+from lora_fx.algebra.matrix_expr import Matrix, Replaced, constant, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure
 
@@ -43,12 +46,15 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     rows = tensors["trainable_tokens_delta"]
     shape = (sizes["dim"], num) if axis else (num, sizes["dim"])
 
-    def replaced(weight: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.aten.index_copy.default(weight, axis, index, source)
-        return result
+    index = listed(torch.tensor(indices))
+    assert index is not None  # none is there twice
 
-    values = (torch.tensor(indices), rows.T.contiguous() if axis else rows)
-    return WeightUpdate("tokens", replaced, values, shape, Stored(tensors, settings))
+    def replaced(weight: Matrix) -> Matrix:
+        by_token = transposed(weight) if axis else weight
+        made = Replaced(by_token, index, constant(rows))
+        return transposed(made) if axis else made
+
+    return WeightUpdate("tokens", replaced, shape, Stored(tensors, settings))
 
 
 def _indices(settings: Mapping[str, Any], count: int, num: int | None) -> list[int]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import Stored
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, wide
 

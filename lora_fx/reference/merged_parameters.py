@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import within
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
 from lora_fx.injection.conform import fitted
@@ -44,32 +44,25 @@ class Step:
             return self.update.weight(stored)
         with within(self.path):
             update = fitted(self.update, layer)
-        if self.is_whole:
-            update = _whole_update(update, layer.groups)
         groups = 1 if self.is_whole else layer.groups
         own = layer.type.canonical("weight", stored, groups)
         return layer.type.store("weight", update.weight(own), groups)
 
     def bias(self, own: torch.Tensor) -> torch.Tensor:
         """B' of b."""
-        if isinstance(self.update, Scaling):
-            return own if self.update.row is None else own * self.update.row
-        shift = self.update.bias
-        scale = self.update.scale if isinstance(self.update, Update) else 1.0
-        return own if shift is None else own + scale * shift
+        shift = self.update.shift(lambda: own)
+        return own if shift is None else own + shift
 
     @property
     def changes_bias(self) -> bool:
         """Whether B' is another than b."""
-        if isinstance(self.update, Scaling):
-            return self.update.row is not None
-        return self.update.bias is not None
+        return self.update.shift(lambda: torch.ones(1)) is not None
 
     @property
     def is_whole(self) -> bool:
         """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
         layer = self.place.layer
-        if layer is None or layer.groups == 1 or isinstance(self.update, WeightUpdate):
+        if layer is None or layer.groups == 1 or self.update.makes_anew:
             return False
         return self.update.shape[1] == layer.shape[1]
 
@@ -154,30 +147,15 @@ def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> tor
         bias = evaluate(own)
         wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
         return composed(wide, steps, Step.bias).to(bias.dtype)
-    added = [s for s in steps if not isinstance(s.update, Scaling) and s.update.bias is not None]
-    if not added:
-        return None
-    shift = added[0].update.bias  # type: ignore[union-attr]
-    assert shift is not None
-    return composed(torch.zeros_like(shift), added, Step.bias)
+    biases = [step.update.bias for step in steps if step.update.bias is not None]
+    return composed(torch.zeros_like(biases[0]), steps, Step.bias) if biases else None
 
 
 def ungrouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """The weight of the convolution without groups that computes the same."""
     out, into, *kernel = weight.shape
-    whole = weight.new_zeros(out, into * groups, *kernel)
-    for rows, columns, place in zip(
-        whole.chunk(groups), [into] * groups, range(groups), strict=True
-    ):
-        rows[:, place * columns : (place + 1) * columns] = weight.chunk(groups)[place]
-    return whole
-
-
-def _whole_update(update: AnyUpdate, groups: int) -> AnyUpdate:
-    """The same update with an up-projection that is not grouped."""
-    if not isinstance(update, Update) or update.groups == 1:
-        return update
-    return replace(update, up=ungrouped(update.up, groups))
+    whole: torch.Tensor = torch.block_diag(*weight.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
+    return whole.reshape(out, into * groups, *kernel)
 
 
 __all__ = ["Layer", "Step", "Weight", "composed", "shifted", "ungrouped"]

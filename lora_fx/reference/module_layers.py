@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.layers.layer import Layer, layer_of
@@ -93,7 +93,7 @@ def _layer(
     if known is not None and known.is_matrix:
         return replace(known, dtype=held.dtype)
     stored = tuple(held.shape)
-    if isinstance(update, WeightUpdate) and (len(stored) != 2 or _fits(update.shape, stored)):
+    if update.makes_anew and (len(stored) != 2 or _fits(update.shape, stored)):
         return None
     layer = Layer(path=path, kind="linear", shape=stored, dtype=held.dtype)
     if len(stored) > 2:

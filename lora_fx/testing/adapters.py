@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
+from lora_fx.algebra.evaluate import recorded
 from lora_fx.api import fold, inject
 from lora_fx.frontend.trace import trace
 from lora_fx.testing.judge import distance, relative
@@ -93,18 +94,21 @@ def means(
     actual = update.weight(base)
     assert distance(actual, expected) <= within
     assert all(distance(actual, control) > 1e-2 for control in (base, *controls))
-    if isinstance(update, WeightUpdate):
+    if update.makes_anew:
         values = [v.to(actual.dtype) if v.is_floating_point() else v for v in update.values]
-        again = recorded_graph(update)(base.to(actual.dtype), *values)
+        known: Any = replace(update, shape=tuple(base.shape))
+        again = recorded_graph(known)(base.to(actual.dtype), *values)
         assert torch.equal(again, actual)
 
 
 def recorded_graph(update: WeightUpdate) -> fx.GraphModule:
-    """The function as a graph has it: of the weight and the values, one call an operator."""
+    """W' as a graph has it, W of the update's shape: of W and the values, a call an operator."""
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     names = ["weight", *(f"value_{place}" for place in range(len(update.values)))]
-    result: Any = update.function(*(fx.Proxy(graph.placeholder(name), tracer) for name in names))
+    shape = tuple(size or 0 for size in update.shape)
+    function = recorded(update.of, shape, update.leaves)
+    result: Any = function(*(fx.Proxy(graph.placeholder(name), tracer) for name in names))
     graph.output(result.node)
     graph.lint()
     assert {n.op for n in graph.nodes} == {"placeholder", "call_function", "output"}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.adapters.describe import describe_update
+from lora_fx.algebra.index_expr import listed
+from lora_fx.algebra.matrix_expr import Matrix, Replaced, constant
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -37,8 +39,10 @@ def test_the_norm_of_a_grouped_convolution_is_that_of_the_kernel_it_computes() -
     assert (report["rank"], report["shape"]) == (4, [10, 6, 3])
 
 
-def identity(weight: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-    return weight
+def replaced(weight: Matrix) -> Matrix:
+    index = listed(torch.tensor([1, 2]))
+    assert index is not None
+    return Replaced(weight, index, constant(TWOS))
 
 
 TWOS = torch.full((4,), 2.0)
@@ -59,7 +63,7 @@ PLAIN = Update(torch.ones(2, 3), torch.ones(4, 2), 1.0)
         (Scaling(row=TWOS), {"kind": "ia3", "shape": [4, None], "row_norm": 4.0}),
         (Scaling(col=TWOS), {"kind": "ia3", "shape": [None, 4], "col_norm": 4.0}),
         (
-            WeightUpdate("oft", identity, (TWOS, torch.tensor([1, 2])), (4, None)),
+            WeightUpdate("oft", replaced, (4, None)),
             {"kind": "oft", "shape": [4, None], "norms": [4.0]},
         ),
     ],

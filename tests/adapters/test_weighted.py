@@ -13,6 +13,7 @@ from lora_fx import Adapter, AdapterError, Update, combine
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.merging import summed, term_of
 from lora_fx.adapters.source_record import Stored
+from lora_fx.algebra.matrix_expr import Matrix
 
 WAYS = ["cat", "linear", "svd"]
 SHAPES = [(5, 3), (5, 3, 2), (5, 3, 2, 4), (5, 3, 1, 2, 3)]
@@ -92,7 +93,7 @@ def test_a_sum_of_embeddings_is_of_an_embedding(how: str) -> None:
         assert found.stored is None or not found.stored.tensors
 
 
-def identity(weight: torch.Tensor) -> torch.Tensor:
+def identity(weight: Matrix) -> Matrix:
     return weight
 
 
@@ -100,7 +101,7 @@ def identity(weight: torch.Tensor) -> torch.Tensor:
     ("other", "message"),
     [
         (Scaling(row=torch.ones(5)), "adapter b, fc: an update of kind 'ia3'.*a weighted sum"),
-        (WeightUpdate("lokr", identity, (), (5, 3)), "adapter b, fc: an update of kind 'lokr'"),
+        (WeightUpdate("lokr", identity, (5, 3)), "adapter b, fc: an update of kind 'lokr'"),
         (update(kind="dora", magnitude=torch.ones(5)), "adapter b, fc: an update of kind 'dora'"),
         (Update(torch.ones(2, 4, 3), torch.ones(6, 1), 1.0), "a grouped convolution"),
         (

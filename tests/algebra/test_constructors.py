@@ -11,14 +11,20 @@ from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import (
     Blocks,
     Identity,
+    Kron,
     Leaf,
     Matrix,
     Product,
+    Quotient,
+    Replaced,
+    RowNorm,
     Sum,
+    columns_scaled,
     number,
     placed,
     product,
     repeated,
+    reshaped,
     rows,
     scaled,
     signed,
@@ -27,7 +33,10 @@ from lora_fx.algebra.matrix_expr import (
 )
 
 Pair = tuple[Matrix, torch.Tensor]
-OPERATIONS = ("product", "sum", "scaled", "number", "rows", "placed", "transposed", "blocks")
+OPERATIONS = (
+    *("product", "sum", "scaled", "number", "rows", "placed", "transposed", "blocks"),
+    *("kron", "reshaped", "columns", "replaced", "lengths"),
+)
 
 
 def leaf(rows: int, columns: int, seed: int) -> Pair:
@@ -68,6 +77,23 @@ def step(pair: Pair, operation: str, seed: int) -> Pair:
         zeros = torch.zeros(high + size, wide, dtype=torch.float64)
         zeros[size:] = exact
         return placed(matrix, slice_of(high + size, slice(size, None)), high + size), zeros
+    if operation == "kron":
+        other, value = leaf(1 + seed % 2, 2, seed)
+        return Kron(matrix, other), torch.kron(exact.contiguous(), value)
+    if operation == "reshaped":
+        return reshaped(matrix, high * wide), exact.reshape(-1, 1)
+    if operation == "columns":
+        factor, value = leaf(wide, 1, seed)
+        return columns_scaled(matrix, factor), exact * value.T
+    if operation == "replaced":
+        other, value = leaf(len(range(high)[cut]), wide, seed)
+        made = exact.clone()
+        made[cut] = value
+        return Replaced(matrix, slice_of(high, cut), other), made
+    if operation == "lengths":
+        lengths, value = RowNorm(Sum(matrix, matrix)), 2 * exact.norm(dim=1, keepdim=True)
+        other, divisor = leaf(high, 1, seed)
+        return Quotient(lengths, other), value / divisor
     if operation == "blocks":
         left, value = block(high, seed)
         return product(left, matrix), value @ exact

@@ -7,8 +7,19 @@ import torch
 
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
-from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, number, placed, product, scaled, signed
+from lora_fx.algebra.low_rank import NotLowRankError, beside, column_beside, factors_beside
+from lora_fx.algebra.matrix_expr import (
+    Leaf,
+    Matrix,
+    Sum,
+    columns_scaled,
+    normed,
+    number,
+    placed,
+    product,
+    scaled,
+    signed,
+)
 
 
 def leaf(name: str, rows: int, columns: int) -> Leaf:
@@ -62,3 +73,46 @@ def test_what_is_added_to_a_bias() -> None:
     assert column_beside(None, None) is None
     with pytest.raises(NotLowRankError, match="scaled"):
         column_beside(own, more)
+
+
+ROW, COL, LENGTH = leaf("row", 10, 1), leaf("columns", 6, 1), leaf("length", 10, 1)
+PRODUCT = scaled(number(1.5), product(B, A))
+SCALED = {
+    "W + diag(g) W": (Sum(W, Sum(scaled(ROW, W), PRODUCT)), 1 + ROW.fetch(), None),
+    "rows": (scaled(ROW, Sum(W, PRODUCT)), ROW.fetch(), None),
+    "columns": (columns_scaled(Sum(W, PRODUCT), COL), None, COL.fetch()),
+    "both": (scaled(ROW, columns_scaled(Sum(PRODUCT, W), COL)), ROW.fetch(), COL.fetch()),
+    "columns of rows": (
+        columns_scaled(scaled(ROW, Sum(W, PRODUCT)), COL),
+        ROW.fetch(),
+        COL.fetch(),
+    ),
+    "twice": (scaled(number(2.0), scaled(ROW, Sum(W, PRODUCT))), 2 * ROW.fetch(), None),
+    "lengths": (
+        normed(LENGTH, Sum(W, PRODUCT)),
+        LENGTH.fetch() / dense(Sum(W, PRODUCT), torch.float32).norm(dim=1, keepdim=True),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_what_scales_the_base_is_a_row_and_a_column(name: str) -> None:
+    whole, row, col = SCALED[name]
+    found = beside(W, whole)
+    for one, exact in ((found.row, row), (found.col, col)):
+        assert (one is None) == (exact is None)
+        if one is not None and exact is not None:
+            torch.testing.assert_close(dense(one, torch.float32), exact)
+    base = dense(W, torch.float32) * (1 if row is None else row)
+    again = base + sum(dense(term, torch.float32) for term in found.added)
+    again = again if col is None else again * col.T
+    torch.testing.assert_close(again, dense(whole, torch.float32))
+    with pytest.raises(NotLowRankError, match="the base weight itself is scaled"):
+        factors_beside(W, whole)
+
+
+@pytest.mark.parametrize("whole", [product(W, leaf("square", 6, 6)), product(B, A)])
+def test_a_base_that_is_moved_is_not_beside_anything(whole: Matrix) -> None:
+    with pytest.raises(NotLowRankError, match="scaled or moved"):
+        beside(W, whole)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import Adapter, AdapterError, ExportError, Update, inject, load_adapter, trace
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
-from lora_fx.graph.ops import aten
+from lora_fx.algebra.matrix_expr import number, scaled
 from lora_fx.testing import relative
 
 
@@ -131,9 +131,9 @@ def test_what_no_slot_carries_is_refused(exported: tuple[Any, Path], tmp_path: P
     _, path = exported
 
     def doubled(weight: Any) -> Any:
-        return aten.mul.Tensor(weight, 2.0)
+        return scaled(number(2.0), weight)
 
-    dense = Adapter("dense", {"fc": WeightUpdate("full", doubled, (), (8, 6))})
+    dense = Adapter("dense", {"fc": WeightUpdate("full", doubled, (8, 6))})
     with pytest.raises(AdapterError, match="fc: an update of kind 'full' makes the weight anew"):
         lora_fx.export_adapter(dense, path, tmp_path / "a.onnx_adapter")
     assert list(tmp_path.iterdir()) == []

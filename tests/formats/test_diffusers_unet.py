@@ -17,6 +17,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
@@ -257,7 +258,7 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
     halves = {**with_config.updates, "unet.x": next(iter(without.updates.values()))}
     with pytest.raises(AdapterError, match="cannot hold LoKr beside others in one model, unet"):
         save_adapter(Adapter("a", halves), tmp_path / "c.safetensors", format="diffusers")
-    turned = WeightUpdate("oft", torch.ops.aten.mul.Tensor, (torch.ones(2),), (2, 2))
+    turned = WeightUpdate("oft", added(torch.ones(2)), (2, 2))
     other = Adapter("a", {"unet.x": turned})
     with pytest.raises(AdapterError, match=r"cannot hold updates of kind 'oft', .*: unet.x"):
         save_adapter(other, tmp_path / "c.safetensors", format="diffusers")

@@ -19,6 +19,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib_layers import as_points
@@ -283,7 +284,7 @@ UNWRITABLE = {
         ".* which scale inputs or outputs: x",
     ),
     "a function": (
-        WeightUpdate("oft", torch.ops.aten.mul.Tensor, (UP,), (4, 2)),
+        WeightUpdate("oft", added(UP), (4, 2)),
         "updates of kind 'oft', which are no product of two factors: x",
     ),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update
-from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate
+from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
 from lora_fx.adapters.source_record import Stored
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft_chosen import check_expressible, choose
@@ -53,7 +53,7 @@ def lokr(**settings: Any) -> AnyUpdate:
 
 
 def dense() -> AnyUpdate:
-    return WeightUpdate("full", torch.add, (torch.ones(5, 3),), (5, 3))
+    return WeightUpdate("full", added(torch.ones(5, 3)), (5, 3))
 
 
 CHOSEN: dict[str, tuple[dict[str, AnyUpdate], str]] = {

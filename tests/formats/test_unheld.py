@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError
 from lora_fx.formats.unheld import check_held, not_lora
 
@@ -30,7 +31,7 @@ PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
         "updates of kind 'ia3', which are no product of two factors",
     ),
     "function": (
-        WeightUpdate("oft", torch.ops.aten.mul.Tensor, (UP,), (5, 2)),
+        WeightUpdate("oft", added(UP), (5, 2)),
         "updates of kind 'oft', which are no product of two factors",
     ),
 }

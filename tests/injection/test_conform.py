@@ -86,8 +86,8 @@ REFUSED: list[tuple[Any, Layer, str]] = [
     (Update(torch.ones(2, 11), torch.ones(5, 2), 1.0, col=torch.ones(11)), TABLE, "reads ids"),
     (Scaling(col=torch.ones(11)), TABLE, "reads ids"),
     (Scaling(row=torch.ones(4)), LINEAR, r"\? -> 4, the model's is 3 -> 5"),
-    (WeightUpdate("full", identity, (), (3, 5)), LINEAR, "5 -> 3"),
-    (WeightUpdate("oft", identity, (), (None, 23)), CONV, "23 -> "),
+    (WeightUpdate("full", identity, (3, 5)), LINEAR, "5 -> 3"),
+    (WeightUpdate("oft", identity, (None, 23)), CONV, "23 -> "),
 ]
 
 
@@ -99,5 +99,5 @@ def test_another_layer_is_refused_by_both_shapes(update: Any, where: Layer, reas
 
 @pytest.mark.parametrize("shape", [(6, 24), (None, 24), (6, None), (6, 4, 3, 2)])
 def test_a_function_of_as_many_columns_fits(shape: Any) -> None:
-    update = WeightUpdate("oft", identity, (), shape)
+    update = WeightUpdate("oft", identity, shape)
     assert fitted(update, CONV) is update

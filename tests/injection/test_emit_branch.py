@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, text, trace
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.other_updates import added
-from lora_fx.graph.ops import aten
+from lora_fx.algebra.matrix_expr import Kron, Sum, constant
 from lora_fx.injection.match_branch import branches
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora
@@ -55,21 +55,9 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.5
 
 
-def _kronecker(weight: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-    added = aten.view.default(aten.kron.default(one, two), SIZES[0])
-    total: torch.Tensor = aten.add.Tensor(weight, added)
-    return total
-
-
-SIZES: list[list[int]] = [[]]  # of the weight that `_kronecker` meets
-
-
 def _lokr(shape: tuple[int, ...]) -> AnyUpdate:
-    SIZES[0] = list(shape)
-    flat = shape[1:].numel() if isinstance(shape, torch.Size) else 1
-    for size in shape[1:]:
-        flat *= size
-    return WeightUpdate("lokr", _kronecker, (random(shape[0], 1), random(1, flat)), shape)
+    one, two = constant(random(shape[0], 1)), constant(random(1, torch.Size(shape[1:]).numel()))
+    return WeightUpdate("lokr", lambda weight: Sum(weight, Kron(one, two)), shape)
 
 
 KINDS: dict[str, Callable[[tuple[int, ...]], AnyUpdate]] = {
@@ -83,7 +71,7 @@ KINDS: dict[str, Callable[[tuple[int, ...]], AnyUpdate]] = {
     "ia3": lambda s: Scaling(row=random(s[0]) + 1),
     "ia3_in": lambda s: Scaling(col=random(s[1]) + 1),
     "lokr": _lokr,
-    "full": lambda s: WeightUpdate("full", added, (random(*s),), s, bias=random(s[0])),
+    "full": lambda s: WeightUpdate("full", added(random(*s)), s, bias=random(s[0])),
 }
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from lora_fx import inject, to_onnx, trace
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added
+from lora_fx.algebra.matrix_expr import Kron, Sum, constant
 from lora_fx.errors import AdapterError
 from lora_fx.export import export_adapter
 from lora_fx.injection.finite_values import check_branches
@@ -111,21 +112,21 @@ def test_a_vector_times_the_weight_may_overflow(graph: fx.GraphModule, swappable
 
 
 def test_a_weight_made_anew_may_overflow(graph: fx.GraphModule, swappable: Path) -> None:
-    def product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.add.Tensor(weight, torch.ops.aten.mul.Tensor(left, right))
+    def product(root: torch.Tensor) -> WeightUpdate:
+        left, right = constant(root[:, :1]), constant(root[:1])
+        return WeightUpdate("full", lambda weight: Sum(weight, Kron(left, right)), (5, 6))
 
     root = torch.full((5, 6), 1.5 * largest(graph) ** 0.5, dtype=torch.float64)
-    update = WeightUpdate("full", product, (root, root), (5, 6))
+    update = product(root)
     refused(graph, swappable, update, "fc", "the weight that it makes")
-    fits = WeightUpdate("full", product, (root / 9, root / 9), (5, 6))
-    inject(graph, Adapter("a", {"fc": fits}))
+    inject(graph, Adapter("a", {"fc": product(root / 9)}))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_wherever_it_is(graph: fx.GraphModule, bad: float) -> None:
     values = torch.zeros(5, 6)
     values[1, 2] = bad
-    made = Adapter("a", {"fc": WeightUpdate("full", added, (values,), (5, 6))})
+    made = Adapter("a", {"fc": WeightUpdate("full", added(values), (5, 6))})
     with pytest.raises(AdapterError, match=r"NaN or infinity( in|; save)"):
         inject(graph, made)
     with pytest.raises(AdapterError, match=r"fc\.weight: adapter a replaces it by NaN or infinity"):

@@ -102,7 +102,7 @@ def test_calls_of_the_model_on_a_parameter_stay_its_own(path: str) -> None:
     torch.manual_seed(0)
     model, x, delta = Between(Experts()).eval(), torch.randn(4, 7, 5), torch.randn(3, 5, 5)
     gm = trace(model, (x,))
-    injected = inject(gm, Adapter("a", {path: WeightUpdate("full", added, (delta,), (3, 5, 5))}))
+    injected = inject(gm, Adapter("a", {path: WeightUpdate("full", added(delta), (3, 5, 5))}))
     tuned = copy.deepcopy(model)
     with torch.no_grad():
         tuned.layer.weight += delta

@@ -4,13 +4,9 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError, Update
-from lora_fx.adapters.other_updates import Scaling, WeightUpdate
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added
 from lora_fx.kinds import dora
 from lora_fx.testing import by_peft, means
-
-
-def add(weight, delta):
-    return torch.ops.aten.add.Tensor(weight, delta)
 
 
 @pytest.mark.parametrize("kernel", [(), (2,), (3, 2)])
@@ -20,7 +16,7 @@ def test_gives_each_row_a_length(leaf, form, kernel, noise):
     down, up, base, length = noise(2, 3, *kernel), noise(5, 2), noise(5, 3, *kernel), noise(5)
     update = Update(down, up, 1.5)
     if form == "function":
-        update = WeightUpdate("full", add, (update.delta(),), (5, None))
+        update = WeightUpdate("full", added(update.delta()), (5, None))
     tensors = {leaf: length.reshape(5, *[1] * (1 + len(kernel)))}
     whole = base.double() + 1.5 * torch.einsum("or,r...->o...", up.double(), down.double())
     norm = whole.pow(2).flatten(1).sum(1).sqrt()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError
+from lora_fx.algebra.evaluate import recorded
 from lora_fx.kinds import trainable_tokens as tokens
 from lora_fx.testing import by_peft, means, read_kind
 
@@ -51,7 +52,8 @@ def test_exports(is_head, noise, tmp_path):
             self.index, self.rows = map(nn.Buffer, update.values)
 
         def forward(self, x):
-            return x @ update.function(self.base, self.index, self.rows)
+            made = recorded(update.of, tuple(self.base.shape), update.leaves)
+            return x @ made(self.base, self.index, self.rows)
 
     model, x = Table().eval(), noise(4, 11 if is_head else 3)
     torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=True, optimize=False)

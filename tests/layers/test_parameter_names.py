@@ -15,6 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Adapter, LoraConfig
 from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.injection.match_branch import branches
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.testing import make_adapter, relative
@@ -61,12 +62,12 @@ def test_two_taken_names_stay_apart(ragged: Any, x: torch.Tensor) -> None:
 def test_a_weight_that_is_made_anew_by_an_adapter_named_like_a_keyword(
     ragged: Any, x: torch.Tensor
 ) -> None:
-    added = torch.full((5, 3), 0.5)
-    update = WeightUpdate("full", torch.ops.aten.add.Tensor, (added,), (5, 3))
+    delta = torch.full((5, 3), 0.5)
+    update = WeightUpdate("full", added(delta), (5, 3))
     gm = lora_fx.trace(ragged, (x,))
     adapted = lora_fx.inject(gm, Adapter("class", {"wide": update}))
     other = copy.deepcopy(ragged)
-    other.wide.weight.data += added
+    other.wide.weight.data += delta
     assert relative(adapted(x), other(x)) <= 1e-6
     assert relative(gm(x), other(x)) > 1e-2
 

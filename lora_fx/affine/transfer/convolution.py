@@ -14,8 +14,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Rule, Value
 from lora_fx.affine.constant_expr import leaf
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
-from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, scaled, transposed
+from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, columns_scaled
 from lora_fx.graph.ops import call_argument, is_around, op_name
 from lora_fx.graph.sizes import sizes_of
 from lora_fx.layers.layer_types import OPERATORS
@@ -64,7 +63,7 @@ def _layer(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], patches: P
     whole: Matrix = _kernel(analysis, node, (rows, columns), groups)
     gain = _gain(analysis, node, shape[1], dims) if groups == 1 else None
     if gain is not None:
-        x, whole = gain[0], transposed(scaled(_each_place(gain[1], columns), transposed(whole)))
+        x, whole = gain[0], columns_scaled(whole, gain[1])
     source = analysis.source(x, columns, dims, patches)
     column = analysis.column(bias, Layout((rows,)))
     if source is None or (column is None and bias is not None):
@@ -93,15 +92,6 @@ def _gain(
         if column is not None and isinstance(y, fx.Node) and y not in analysis.constants.nodes:
             return y, column
     return None
-
-
-def _each_place(column: Matrix, columns: int) -> Matrix:
-    """One value a channel as one value a column of the kernel: a channel's places are together."""
-
-    def fetch() -> torch.Tensor:
-        return dense(column, torch.float64).repeat_interleave(columns // column.shape[0], 0)
-
-    return Leaf((columns, 1), ("each place", columns, column), fetch)
 
 
 def _channels(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], groups: int) -> Matrix:

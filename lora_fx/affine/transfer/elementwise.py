@@ -9,8 +9,7 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
-from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, number, repeated, signed, total
+from lora_fx.algebra.matrix_expr import Matrix, Quotient, Sum, number, repeated, signed, total
 from lora_fx.graph.ops import call_argument
 from lora_fx.graph.sizes import same_sizes, sizes_of
 
@@ -134,11 +133,8 @@ def _is_constant(analysis: Analysis, value: object) -> bool:
     return isinstance(value, fx.Node) and value in analysis.constants.nodes
 
 
-def _reciprocal(matrix: Matrix) -> Matrix:
-    def fetch() -> torch.Tensor:
-        return dense(matrix, torch.float64).reciprocal()
-
-    return Leaf(matrix.shape, ("reciprocal", matrix), fetch)
+def _reciprocal(column: Matrix) -> Matrix:
+    return Quotient(repeated(1.0, column.shape[0]), column)
 
 
 def promoted(one: torch.dtype | None, other: torch.dtype | None) -> torch.dtype | None:
