@@ -6,12 +6,13 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types matrix bench bench-quick clean
+.PHONY: help demo test test-clients test-oldest lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
 	@echo "make test-oldest  a part of it, on the oldest versions that pyproject promises"
+	@echo "make test-clients  exported directories in optimum, onnxruntime-genai, sentence-transformers"
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy, strict, on an installed copy"
 	@echo "make matrix  docs/KINDS.md: what works with what, measured"
@@ -29,6 +30,9 @@ OLDEST := tests/export tests/frontend/test_trace.py tests/cli/test_cli.py tests/
 
 test-oldest: .venv-oldest/dev.stamp
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto $(OLDEST)
+
+test-clients: .venv/clients.stamp
+	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(ROOMS)
@@ -71,6 +75,12 @@ clean:
 	$(INSTALL) -e '.[dev,demo]'
 	$(INSTALL) --no-deps --upgrade --target .venv/zoo torchvision timm
 	touch $@ .venv/demo.stamp
+
+.venv/clients.stamp: .venv/dev.stamp tests/clients/requirements.txt
+	rm -rf .venv/clients
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv/clients -r tests/clients/requirements.txt
+	touch $@
 
 .venv-oldest/dev.stamp: pyproject.toml constraints.txt tests/oldest_versions.py
 	$(PYTHON) -m venv .venv-oldest

@@ -77,8 +77,8 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
     leaves = input_leaves(gm, program, inputs.dynamic_shapes)
     called = checked_names("input_names", inputs.input_names, [leaf.name for leaf in leaves])
     leaves = [replace(leaf, name=name) for leaf, name in zip(leaves, called, strict=True)]
-    wanted = output_names(outputs_of(program))
-    wanted = checked_names("output_names", inputs.output_names, wanted)
+    own = output_names(outputs_of(program))
+    wanted = checked_names("output_names", inputs.output_names, own)
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]

@@ -84,7 +84,7 @@ class Ends:
         if beside.is_file() and (given is None or pad is None):
             with within(beside):
                 said = _read(beside)
-        tokens = said.get("eos_token_id") if given is None else given
+        tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
         found = tuple(int(token) for token in several if token is not None)
         padding = said.get("pad_token_id") if pad is None else pad

@@ -46,7 +46,7 @@ def projections(
             f"save_projection is False, so the projections are drawn from a seed, as wide "
             f"as the widest layer; pass base=, a model that has {', '.join(unknown[:3])}"
         )
-    shapes = [base.shape_of(path) for path in keys.layers]
+    shapes = [base[path].own_shape for path in keys.layers]
     out, into = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
     generator = torch.Generator().manual_seed(config.options.projection_prng_key)
     down = _drawn(config.r, into, generator)

@@ -154,12 +154,10 @@ def _parts(config: Any) -> list[Any]:
     return [part for part in vars(config).values() if hasattr(part, "model_type")]
 
 
-def _class_of(
-    config: Any, adapters: AdapterTask, task: Task | None, transformers: Any
-) -> type[Any]:
+def _class_of(config: Any, adapters: AdapterTask, task: Task | None, transformers: Any) -> Any:
     said = config.architectures if isinstance(config.architectures, list) else []
     names = [name for name in said if isinstance(name, str)]
-    own = getattr(transformers, names[0], None) if names else None
+    own: Any = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
     wanted = task or task_of_adapters(adapters.name)
     if wanted is not None and not (is_model and wanted.is_done_by(own, config)):

@@ -103,7 +103,9 @@ def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[tor
     except Exception as error:  # the model's own code meets a cache that it may not know
         raise _refusal(model, f"its forward takes none of keys and values ({error})") from error
     layers = getattr(getattr(found, cached, None), "layers", [])
-    pairs = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers]
+    pairs: list[list[Any]] = [
+        [getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers
+    ]
     whole = len(ids), ids.shape[1]
     shapes = {(t.shape[0], t.shape[2]) if _is_cache(t) else None for pair in pairs for t in pair}
     if shapes != {whole}:

@@ -43,7 +43,8 @@ def genai(directory: str, ids: list[int], length: int, adapters: list[str]) -> A
 def sentences(directory: str, texts: list[str]) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(directory, backend="onnx").encode(texts).tolist()
+    model = SentenceTransformer(directory, backend="onnx")
+    return [_plain(model.tokenize(texts)), model.encode(texts).tolist()]
 
 
 def classes(directory: str, texts: list[str]) -> Any:
@@ -52,7 +53,7 @@ def classes(directory: str, texts: list[str]) -> Any:
 
     model = ORTModelForSequenceClassification.from_pretrained(directory)
     tokens = AutoTokenizer.from_pretrained(directory)(texts, return_tensors="pt", padding=True)
-    return [model(**tokens).logits.tolist(), model.config.num_labels]
+    return [_plain(tokens), model(**tokens).logits.tolist(), model.config.num_labels]
 
 
 def answers(directory: str, question: str, context: str) -> Any:
@@ -62,7 +63,11 @@ def answers(directory: str, question: str, context: str) -> Any:
     model = ORTModelForQuestionAnswering.from_pretrained(directory)
     tokens = AutoTokenizer.from_pretrained(directory)(question, context, return_tensors="pt")
     found = model(**tokens)
-    return [found.start_logits.tolist(), found.end_logits.tolist()]
+    return [_plain(tokens), found.start_logits.tolist(), found.end_logits.tolist()]
+
+
+def _plain(tokens: Any) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in tokens.items()}
 
 
 if __name__ == "__main__":
