@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -54,10 +54,7 @@ class FoldLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
         analysis = analyse(editor.gm)
-        # What cannot be merged stays as it was injected: it is read back, and stripped, by that.
-        factors = {node for each in branches(editor.gm) for node in (each.down, each.up) if node}
-        found = maximal_regions(analysis, self.chains)
-        regions = [each for each in found if stored_in(each.layer, editor.gm) not in factors]
+        regions = _without_lone_factors(editor, maximal_regions(analysis, self.chains))
         packs = packs_of(editor, analysis, regions)
         for region in regions:
             if region.blocked:
@@ -70,6 +67,19 @@ class FoldLora(Pass):
         editor.sweep()
         for made, _, source in made_anew(editor.gm.graph):
             _evaluate(editor, analysis, made, source)
+
+
+def _without_lone_factors(editor: Editor, regions: Sequence[Region]) -> list[Region]:
+    """The regions that are no part of a branch without its layer.
+
+    What cannot be merged stays as it was injected: it is read back, and stripped, by that.
+    """
+    calls: dict[fx.Node | None, set[fx.Node]] = {}
+    for branch in branches(editor.gm):
+        for factor in (branch.down, branch.up):
+            calls.setdefault(factor, set()).add(branch.site)
+    stored = ((region, stored_in(region.layer, editor.gm)) for region in regions)
+    return [r for r, weight in stored if weight not in calls or calls[weight] & r.nodes]
 
 
 def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node) -> None:

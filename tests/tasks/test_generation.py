@@ -69,7 +69,7 @@ class Owner:
         for place, adapter in enumerate(("french", "legal")):
             torch.manual_seed(place + 1)
             config = peft.LoraConfig(
-                r=4 + place, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM",
+                r=4 + place, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM",
                 init_lora_weights=False, fan_in_fan_out=self.name == "GPT2LMHeadModel",
             )  # fmt: skip
             if tuned is None:
