@@ -38,8 +38,8 @@ def to_onnx(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
+    input_names: Sequence[str] | Mapping[str, str] | None = None,
+    output_names: Sequence[str] | Mapping[str, str] | None = None,
     slots: str | Sequence[str] | None = None,
     vectors: bool | None = None,
     opset: int | None = None,
@@ -59,8 +59,9 @@ def to_onnx(
         args: example inputs by position; those that ``gm`` was traced with by default.
         kwargs: example inputs by name.
         dynamic_shapes: as `lora_fx.trace` takes it.
-        input_names: what the file calls its inputs, in order; as the model does by default.
-        output_names: what the file calls its outputs, in order.
+        input_names: what the file calls its inputs, all in order, or some by the name that they
+            would have; as the model does by default.
+        output_names: what the file calls its outputs, likewise.
         slots: under ``adapters="input"``, which layers take an adapter: module paths,
             ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
             the output embedding.

@@ -28,8 +28,8 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any
-    input_names: Sequence[str] | None = None
-    output_names: Sequence[str] | None = None
+    input_names: Sequence[str] | Mapping[str, str] | None = None
+    output_names: Sequence[str] | Mapping[str, str] | None = None
     generates: bool = False
 
 
@@ -38,8 +38,8 @@ def example_inputs(
     args: tuple[Any, ...] | None,
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
+    input_names: Sequence[str] | Mapping[str, str] | None = None,
+    output_names: Sequence[str] | Mapping[str, str] | None = None,
 ) -> Inputs:
     """The inputs that were given, or else those that the graph was traced with.
 

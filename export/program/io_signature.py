@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -132,14 +132,20 @@ def output_names(outputs: Any) -> list[str]:
     return names
 
 
-def checked_names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
-    """The names that were given, one for each tensor, or else those that the model has.
+def checked_names(
+    option: str, given: Sequence[str] | Mapping[str, str] | None, known: Sequence[str]
+) -> Sequence[str]:
+    """The names that were given, one for each tensor or by the model's name, or else the model's.
 
     Raises:
-        ExportError: their number differs, or one is there twice.
+        ExportError: their number differs, one is there twice, or there is none to rename.
     """
     if given is None:
         return known
+    if isinstance(given, Mapping):
+        if strange := [name for name in given if name not in known]:
+            raise ExportError(f"{option}: no {shorten(strange)}; there are {shorten(list(known))}")
+        given = [given.get(name, name) for name in known]
     if isinstance(given, str) or len(given) != len(known) or len(set(given)) < len(given):
         raise ExportError(
             f"{option} is {list(given)!r:.200}: expected {len(known)} different names, for "

@@ -13,6 +13,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.cli.adapter_options import Given, base_of
 from lora_fx.cli.model_source import ModelSource, find_model
+from lora_fx.cli.parts import Parts, adapter_file, shared_out
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-MODEL = "model.onnx"
 REPORT = "report.json"
 
 
@@ -43,14 +43,15 @@ def export_model(
     allow_unmerged: bool = False,
     task: str | None = None,
     last_logits: bool = False,
-) -> ExportReport:
+) -> ExportReport | Parts:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
     Args:
         spec: as `find_model` takes it.
         adapters: paths for `load_adapter`; summed, except in swappable mode.
         mode: ``"merged"``, ``"unmerged"`` or ``"swappable"``.
-        out: gets ``model.onnx``, ``report.json`` and, in swappable mode, the adapter files.
+        out: gets ``model.onnx``, or a file for each part of a model, ``report.json``, what clients
+            need and, in swappable mode, the adapter files.
         force: replace files that exist.
         progress: told the name of each stage.
         given: what the adapters' formats do not store; the model is their base.
@@ -64,40 +65,59 @@ def export_model(
         LoraFxError: names what cannot be read, exported or written, or merged.
         VerificationError: the file and eager disagree.
     """
-    from lora_fx.export import export_adapter, to_onnx
-    from lora_fx.export.verification.verify_onnx import check_adapter_files
-
-    refuse_files(out, [MODEL, REPORT], force)
+    refuse_files(out, [REPORT], force)
     progress("load")
     source, loaded = _load(spec, adapters, given, task, last_logits)
-    names = [MODEL, REPORT, *(_file_of(a) for a in loaded if mode == "swappable")]
-    names += source.beside
+    parts = source, *source.more
+    swaps = loaded if mode == "swappable" else []
+    names = [part.file for part in parts] + [REPORT, *source.beside]
+    names += [adapter_file(adapter, part) for part in parts for adapter in swaps]
     refuse_files(out, names, force)
-    gm = _trace(source, progress)
-    base = gm
-    if loaded:
-        gm = inject(gm, loaded)
-    notes: list[str] = []
-    if mode == "merged":
-        gm = fold(gm)
-        notes = _not_merged(gm, allow_unmerged)
-    kind = "input" if mode == "swappable" else "constant"
-    with staged_files(out, names, MODEL, force) as draft:
-        report = to_onnx(
-            gm, draft / MODEL, adapters=kind, vectors=vectors or None, progress=progress
-        )
-        for adapter in loaded if mode == "swappable" else []:
-            progress(f"adapter {adapter.name}")
-            export_adapter(adapter, draft / MODEL, draft / _file_of(adapter), check=False)
-        if mode == "swappable":
-            pairs = [(adapter, draft / _file_of(adapter)) for adapter in loaded]
-            check_adapter_files(base, draft / MODEL, pairs)
-        shown = mode if mode != "merged" else report.mode
-        report = replace(report, path=str(out / MODEL), mode=shown, notes=[*report.notes, *notes])
+    graphs = [_trace(part, progress) for part in parts]
+    shares = shared_out(loaded, graphs)
+    with staged_files(out, names, parts[-1].file, force) as draft:
+        reports = [
+            _export_part(part, gm, own, mode, draft, progress, vectors, allow_unmerged)
+            for part, gm, own in zip(parts, graphs, shares, strict=True)
+        ]
+        reports = [replace(r, path=str(out / Path(r.path).name)) for r in reports]
+        report = reports[0] if len(reports) == 1 else Parts(tuple(reports))
         report.save_json(draft / REPORT)
         if source.write_beside is not None:
             source.write_beside(draft)
     return report
+
+
+def _export_part(
+    part: ModelSource,
+    gm: fx.GraphModule,
+    adapters: Sequence[Adapter],
+    mode: str,
+    draft: Path,
+    progress: Progress,
+    vectors: bool,
+    allow_unmerged: bool,
+) -> ExportReport:
+    """Writes one file, and its adapters' if they swap."""
+    from lora_fx.export import export_adapter, to_onnx
+    from lora_fx.export.verification.verify_onnx import check_adapter_files
+
+    base, path, notes = gm, draft / part.file, []
+    if adapters:
+        gm = inject(gm, adapters)
+    if mode == "merged":
+        gm = fold(gm)
+        notes = _not_merged(gm, allow_unmerged)
+    kind = "input" if mode == "swappable" else "constant"
+    report = to_onnx(gm, path, adapters=kind, vectors=vectors or None, progress=progress)
+    if mode == "swappable":
+        pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
+        for adapter, file in pairs:
+            progress(f"adapter {adapter.name}")
+            export_adapter(adapter, path, file, check=False)
+        check_adapter_files(base, path, pairs)
+    shown = mode if mode != "merged" else report.mode
+    return replace(report, mode=shown, notes=[*report.notes, *notes])
 
 
 def convert_adapter(
@@ -168,7 +188,11 @@ def verify_model(
         task = task or noted.get(TASK)
     source, loaded = _load(spec, adapters, given, task, last_logits)
 
-    return verify_onnx(_trace(source, progress), path, adapters=loaded, progress=progress)
+    parts = source, *source.more
+    part = next((part for part in parts if part.file == path.name), source)
+    place, graphs = parts.index(part), [_trace(each, progress) for each in parts]
+    adapters_here = shared_out(loaded, graphs)[place]
+    return verify_onnx(graphs[place], path, adapters=adapters_here, progress=progress)
 
 
 def _not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:
@@ -217,7 +241,3 @@ def _load(
     if twice:
         raise AdapterError(f"--adapter: {shorten(twice)} is given twice: rename a directory")
     return source, adapters
-
-
-def _file_of(adapter: Adapter) -> str:
-    return f"{adapter.name}.onnx_adapter"

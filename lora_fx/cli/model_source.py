@@ -18,7 +18,7 @@ from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
 from lora_fx.graph.example import LAST_LOGITS, TASK
 from lora_fx.tasks.adapter_task import AdapterTask
-from lora_fx.tasks.calls import as_it_is
+from lora_fx.tasks.calls import Call, as_it_is
 from lora_fx.tasks.client_files import write_companions, written_beside
 from lora_fx.tasks.directory import load_directory, prepared_by
 from lora_fx.tasks.table import task_named
@@ -37,8 +37,10 @@ class ModelSource:
         dynamic_shapes: as `lora_fx.trace` takes it.
         lacks: parameters without a value, which an adapter must bring.
         task: what it is exported for, as a file's metadata has it.
-        input_names: what the file calls the inputs; by default as the model does.
+        input_names: what the file calls some of the inputs, by the names that they would have.
         generates: whether it is a decoder with a cache.
+        file: the name of the file that it is exported to.
+        more: what else is exported of the same model, a file each.
         beside: the names of what clients need beside the file.
         write_beside: writes these into a directory.
     """
@@ -49,8 +51,10 @@ class ModelSource:
     dynamic_shapes: Any = None
     lacks: tuple[str, ...] = ()
     task: Mapping[str, str] = field(default_factory=dict)
-    input_names: tuple[str, ...] | None = None
+    input_names: Mapping[str, str] | None = None
     generates: bool = False
+    file: str = "model.onnx"
+    more: tuple[ModelSource, ...] = ()
     beside: Sequence[str] = ()
     write_beside: Callable[[Path], None] | None = None
 
@@ -149,20 +153,24 @@ def _from_directory(
     loaded = load_directory(path, adapters, task_named(task) if task else None)
     prepared = replace(prepared_by(path, loaded.model.config), last_logits=last_logits)
     with within(path):
-        call = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
-        if last_logits and not call.generates:
+        calls = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
+        if last_logits and not calls[0].generates:
             raise LoraFxError("--last-logits is for a decoder with a cache")
     noted = {TASK: loaded.task.name} if loaded.task else {}
     noted |= {LAST_LOGITS: "true"} if last_logits else {}
-    return ModelSource(
-        call.model,
-        (),
-        call.kwargs,
-        call.dynamic_shapes,
-        loaded.lacks,
-        noted,
-        call.input_names,
-        call.generates,
-        written_beside(path, call),
-        partial(write_companions, path, model=loaded.model, call=call),
+    first, *more = (_of_call(call, noted) for call in calls)
+    return replace(
+        first,
+        lacks=loaded.lacks,
+        more=tuple(more),
+        beside=written_beside(path, calls[0]),
+        write_beside=partial(write_companions, path, model=loaded.model, call=calls[0]),
     )
+
+
+def _of_call(call: Call, noted: Mapping[str, str]) -> ModelSource:
+    inputs = call.kwargs, call.dynamic_shapes
+    return ModelSource(
+        call.model, (), *inputs, task=noted, input_names=call.input_names,
+        generates=call.generates, file=call.file,
+    )  # fmt: skip

@@ -26,7 +26,7 @@ class Example:
         output_embedding: module path of the output head that PEFT's "all-linear" leaves out.
         aliases: path of a module that has several names -> its other names.
         model: the module that was traced, as it was then; None once the graph is another's.
-        input_names: what a file calls the inputs, in order; None: as the model does.
+        input_names: what a file calls some of the inputs, by the names that they would have.
         task: what it is exported for, and how, as a file's metadata has it.
         generates: whether it is one step of a decoder with a cache, as `lora_fx.tasks` calls it.
     """
@@ -37,7 +37,7 @@ class Example:
     output_embedding: str | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     model: TracedModule | None = field(default=None, compare=False, repr=False)
-    input_names: tuple[str, ...] | None = None
+    input_names: Mapping[str, str] | None = None
     task: Mapping[str, str] = field(default_factory=dict)
     generates: bool = False
 

@@ -35,28 +35,30 @@ class Call:
         model: what is called.
         kwargs: example inputs by name.
         dynamic_shapes: as `lora_fx.trace` takes it.
-        input_names: what the file calls the inputs, in order; by default as the model does.
+        input_names: what the file calls some of the inputs, by the names that they would have.
         generates: whether it is a decoder with a cache, whose next token is its own input.
+        file: the name of its file.
     """
 
     model: nn.Module
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any = None
-    input_names: tuple[str, ...] | None = None
+    input_names: Mapping[str, str] | None = None
     generates: bool = False
+    file: str = "model.onnx"
 
 
-def as_it_is(model: Any, prepared: Prepared) -> Call:
+def as_it_is(model: Any, prepared: Prepared) -> tuple[Call, ...]:
     """The model's own forward, without a cache.
 
     Raises:
         LoraFxError: an input that the model needs cannot be made; names it.
     """
     kwargs, shapes = example_inputs(model, prepared.names, prepared.processor)
-    return Call(model, kwargs, shapes)
+    return (Call(model, kwargs, shapes),)
 
 
-def of_each_choice(model: Any, prepared: Prepared) -> Call:
+def of_each_choice(model: Any, prepared: Prepared) -> tuple[Call, ...]:
     """The same with an axis of choices behind that of the batch, as multiple choice has it."""
     kwargs, shapes = example_inputs(model, prepared.names, prepared.processor)
     several = {n: torch.stack([t, t.roll(1, 0), t.flip(0)], 1) for n, t in kwargs.items()}
@@ -64,4 +66,4 @@ def of_each_choice(model: Any, prepared: Prepared) -> Call:
         name: {axis + (axis > 0): label for axis, label in own.items()} | {1: "num_choices"}
         for name, own in shapes.items()
     }
-    return Call(model, several, axes)
+    return (Call(model, several, axes),)

@@ -87,8 +87,13 @@ def _load(path: Path, adapters: AdapterTask, task: Task | None, transformers: An
             stacklevel=5,
         )
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
-    wanted = task or task_of_adapters(adapters.name) or task_of(kind, config)
-    return Loaded(model.eval(), tuple(sorted(lacks)), wanted)
+    return Loaded(model.eval(), tuple(sorted(lacks)), task or _task(kind, config, adapters))
+
+
+def _task(kind: type, config: Any, adapters: AdapterTask) -> Task | None:
+    """The task of the adapters; how a model generates, its own class says."""
+    asked, own = task_of_adapters(adapters.name), task_of(kind, config)
+    return own if asked is None or (own and own.generates and asked.generates) else asked
 
 
 @contextmanager

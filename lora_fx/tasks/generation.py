@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ _PAST = 5  # tokens of the example that came before
 _ALL = "past_sequence_length + sequence_length"
 
 
-def with_past(model: Any, prepared: Prepared) -> Call:
+def with_past(model: Any, prepared: Prepared) -> tuple[Call, ...]:
     """One step of generation: some tokens, and the cache of all before them.
 
     ``input_ids`` (batch, sequence), ``attention_mask`` (batch, past + sequence) and
@@ -47,15 +48,25 @@ def with_past(model: Any, prepared: Prepared) -> Call:
     if "position_ids" in inspect.signature(model.forward).parameters:
         kwargs["position_ids"] = positions[:, _PAST:]
         shapes["position_ids"] = shapes["input_ids"]
-    names = [f"past_key_values.{n}.{part}" for n in range(len(past)) for part in ("key", "value")]
+    names = named_cache(len(past), ("key", "value"))
     axes = {0: "batch_size", 2: "past_sequence_length"}
-    return Call(
+    step = Call(
         _stepwise(model, prepared.last_logits),
         kwargs | {"past_key_values": past},
         shapes | {"past_key_values": [[axes, axes] for _ in past]},
-        (*kwargs, *names),
+        names,
         generates=True,
     )
+    return (step,)
+
+
+def named_cache(layers: int, parts: Sequence[str]) -> dict[str, str]:
+    """Optimum's names for the tensors of a cache, by those that they have as a nested argument."""
+    return {
+        f"past_key_values_{n}_{place}": f"past_key_values.{n}.{part}"
+        for n in range(layers)
+        for place, part in enumerate(parts)
+    }
 
 
 def _stepwise(model: Any, last_logits: bool) -> nn.Module:

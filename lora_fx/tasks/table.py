@@ -9,6 +9,7 @@ from typing import Any
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.calls import Call, Prepared, as_it_is, of_each_choice
 from lora_fx.tasks.generation import with_past
+from lora_fx.tasks.seq2seq import in_three
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class Task:
         name: as optimum has it.
         autos: the classes of transformers that find the model's class.
         peft: PEFT's ``task_type``, or None.
-        call: what is exported of a model, and its example inputs.
+        call: what is exported of a model, a file each, and its example inputs.
         generates: whether any model that generates is of it, whatever the auto class says.
     """
 
     name: str
     autos: tuple[str, ...]
     peft: str | None = None
-    call: Callable[[Any, Prepared], Call] = as_it_is
+    call: Callable[[Any, Prepared], tuple[Call, ...]] = as_it_is
     generates: bool = False
 
     def classes(self, config: Any) -> tuple[type, ...]:
@@ -49,14 +50,24 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
+        Task(
+            "text2text-generation-with-past",
+            ("AutoModelForSeq2SeqLM",),
+            "SEQ_2_SEQ_LM",
+            in_three,
+            True,
+        ),
+        Task("text2text-generation", ("AutoModelForSeq2SeqLM",), generates=True),
         Task("fill-mask", ("AutoModelForMaskedLM",)),
         Task("text-classification", ("AutoModelForSequenceClassification",), "SEQ_CLS"),
         Task("token-classification", ("AutoModelForTokenClassification",), "TOKEN_CLS"),
         Task("question-answering", ("AutoModelForQuestionAnswering",), "QUESTION_ANS"),
         Task("multiple-choice", ("AutoModelForMultipleChoice",), call=of_each_choice),
-        Task("text2text-generation", ("AutoModelForSeq2SeqLM",), "SEQ_2_SEQ_LM", generates=True),
         Task("text-generation-with-past", ("AutoModelForCausalLM",), "CAUSAL_LM", with_past, True),
         Task("text-generation", ("AutoModelForCausalLM",), generates=True),
+        Task(
+            "automatic-speech-recognition-with-past", ("AutoModelForSpeechSeq2Seq",), call=in_three
+        ),
         Task("automatic-speech-recognition", ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC")),
         Task("image-classification", ("AutoModelForImageClassification",)),
         Task("semantic-segmentation", ("AutoModelForSemanticSegmentation",)),

@@ -1,0 +1,138 @@
+"""Encoders and decoders in three files, an adapter split among them, against PEFT's generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lora_fx import AdapterError, Session, load_adapter, save_adapter
+from lora_fx.cli.commands import export_model, verify_model
+from lora_fx.cli.parts import Parts
+
+SIZES: dict[str, dict[str, Any]] = {
+    "T5ForConditionalGeneration": {
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97,
+        "decoder_start_token_id": 0, "tie_word_embeddings": False,
+    },
+    "BartForConditionalGeneration": {"max_position_embeddings": 64},
+    "WhisperForConditionalGeneration": {
+        "max_source_positions": 30, "max_target_positions": 64, "num_mel_bins": 20,
+        "decoder_start_token_id": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "suppress_tokens": None, "begin_suppress_tokens": None,
+    },
+}  # fmt: skip
+LAYERS = {
+    "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "vocab_size": 97,
+}  # fmt: skip
+FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
+TOKENS = 16
+
+
+def made(name: str) -> Any:
+    kind: Any = getattr(transformers, name)
+    own = SIZES[name] if name.startswith("T5") else LAYERS | SIZES[name]
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**own)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def inputs_of(model: Any) -> dict[str, torch.Tensor]:
+    make = torch.Generator().manual_seed(1)
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(2, 20, 60, generator=make)}
+    ids = torch.randint(3, 97, (2, 9), generator=make)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def owner(name: str, home: Path) -> tuple[Any, list[list[int]], list[list[int]]]:
+    """PEFT's model, saved beside its base, and the tokens of base and adapter."""
+    base = made(name)
+    base.save_pretrained(home / "base")
+    targets = ["q", "v", "wo"] if name.startswith("T5") else ["q_proj", "v_proj", "fc2"]
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+    plain = by_hand(base)
+    tuned: Any = peft.get_peft_model(base, config).eval()
+    tuned.save_pretrained(home / "french")
+    return tuned, plain, by_hand(tuned.base_model.model)
+
+
+def by_hand(model: Any) -> list[list[int]]:
+    """Greedy tokens of the model's own forward, all of them anew at each step."""
+    start = torch.full((2, 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            logits = model(**inputs_of(model), decoder_input_ids=start, use_cache=False).logits
+            start = torch.cat([start, logits[:, -1:].argmax(-1)], 1)
+    found: list[list[int]] = start.tolist()
+    return found
+
+
+def from_files(directory: Path, model: Any, adapter: str | None = None) -> list[list[int]]:
+    """The same with three sessions, each token once."""
+    encoder, first, later = (Session(directory / f"{name}.onnx", threads=1) for name in FILES)
+    files = [directory / f"{adapter}.{name}.onnx_adapter" if adapter else None for name in FILES]
+    given = inputs_of(model)
+    hidden = encoder.run(given, files[0])["last_hidden_state"]
+    mask = {"encoder_attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+    ids = np.full((2, 1), model.config.decoder_start_token_id)
+    out = first.run({"input_ids": ids, "encoder_hidden_states": hidden, **mask}, files[1])
+    every = [ids]
+    past: dict[str, Any] = {}
+    for _ in range(TOKENS):
+        ids = out["logits"][:, -1:].argmax(-1)
+        every.append(ids)
+        past |= {k.replace("present", "past_key_values"): v for k, v in out.items() if "." in k}
+        out = later.run({"input_ids": ids, **mask, **past}, files[2])
+    found: list[list[int]] = np.concatenate(every, 1).tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_three_files_generate_what_the_model_does(name: str, tmp_path: Path) -> None:
+    tuned, plain, wanted = owner(name, tmp_path)
+    model = tuned.base_model.model
+    assert plain != wanted
+    spec, adapters = str(tmp_path / "base"), [tmp_path / "french"]
+    report = export_model(spec, adapters, "merged", tmp_path / "merged", False, lambda _: None)
+    assert isinstance(report, Parts)
+    assert report.verified
+    assert from_files(tmp_path / "merged", model) == wanted
+    if "Bart" not in name:
+        export_model(spec, adapters, "swappable", tmp_path / "swap", False, lambda _: None)
+        assert from_files(tmp_path / "swap", model) == plain
+        assert from_files(tmp_path / "swap", model, "french") == wanted
+    told = json.loads((tmp_path / "merged" / "report.json").read_text())
+    assert (told["verified"], len(told["parts"])) == (True, 3)
+    speech = "automatic-speech-recognition" if "Whisper" in name else "text2text-generation"
+    assert told["task"] == f"{speech}-with-past"
+    last = tmp_path / "merged" / f"{FILES[-1]}.onnx"
+    assert verify_model(last, spec, adapters, lambda _: None).verified
+
+
+def test_what_no_part_has_a_place_for_is_refused(tmp_path: Path) -> None:
+    owner("T5ForConditionalGeneration", tmp_path)
+    adapter = load_adapter(tmp_path / "french")
+    path = next(iter(adapter.updates))
+    updates = dict(adapter.updates) | {"decoder.block.9.wo": adapter.updates[path]}
+    save_adapter(type(adapter)("odd", updates), tmp_path / "odd")
+    less = {k: u for k, u in adapter.updates.items() if k != path}
+    given: Any = (str(tmp_path / "base"),)
+    with pytest.raises(AdapterError, match=r"odd: decoder\.block\.9\.wo match nothing in any of"):
+        export_model(*given, [tmp_path / "odd"], "merged", tmp_path / "a", False, lambda _: None)
+    save_adapter(type(adapter)("less", less, expects=adapter.expects), tmp_path / "less")
+    assert not (tmp_path / "a").exists()
