@@ -17,8 +17,7 @@ from lora_fx.cli.parts import Parts, adapter_file, shared_out
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
-from lora_fx.frontend.trace import trace
-from lora_fx.graph.example import LAST_LOGITS, TASK, example_of, remember_example
+from lora_fx.graph.example import LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
@@ -211,12 +210,7 @@ def _not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:
 
 def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
     progress("trace")
-    gm = trace(source.model, source.args, source.kwargs, dynamic_shapes=source.dynamic_shapes)
-    example = example_of(gm)
-    assert example is not None, "trace remembers what it is given"
-    named = replace(example, input_names=source.input_names, task=source.task)
-    remember_example(gm, replace(named, generates=source.generates))
-    return gm
+    return source.traced()
 
 
 def _load(

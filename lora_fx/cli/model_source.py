@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
-from lora_fx.graph.example import LAST_LOGITS, TASK
+from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import LAST_LOGITS, TASK, example_of, remember_example
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Call, as_it_is
 from lora_fx.tasks.client_files import write_companions, written_beside
@@ -57,6 +58,15 @@ class ModelSource:
     more: tuple[ModelSource, ...] = ()
     beside: Sequence[str] = ()
     write_beside: Callable[[Path], None] | None = None
+
+    def traced(self) -> fx.GraphModule:
+        """Its graph, which remembers what its file is for, and what that calls the inputs."""
+        gm = trace(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
+        example = example_of(gm)
+        assert example is not None, "trace remembers what it is given"
+        named = replace(example, input_names=self.input_names, task=self.task)
+        remember_example(gm, replace(named, generates=self.generates))
+        return gm
 
 
 def find_model(

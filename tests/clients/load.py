@@ -20,6 +20,14 @@ def causal_lm(directory: str, ids: list[list[int]], mask: list[list[int]], count
     return model.generate(**given).tolist()
 
 
+def seq2seq(directory: str, ids: list[list[int]], count: int) -> Any:
+    from optimum.onnxruntime import ORTModelForSeq2SeqLM
+
+    model = ORTModelForSeq2SeqLM.from_pretrained(directory, use_cache=True)
+    model.generation_config.eos_token_id = None
+    return model.generate(torch.tensor(ids), max_new_tokens=count, do_sample=False).tolist()
+
+
 def genai(directory: str, ids: list[int], length: int, adapters: list[str]) -> Any:
     import onnxruntime_genai as og
 

@@ -81,6 +81,27 @@ def test_optimum_generates_with_the_cache(decoder: Any, client: Any) -> None:
         assert sequence[:whole] == tokens[adapter][0][:whole], adapter
 
 
+def test_optimum_translates_with_encoder_and_decoder(tmp_path: Path, client: Any) -> None:
+    sizes: dict[str, Any] = {
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 97,
+        "decoder_start_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    kind: Any = transformers.T5ForConditionalGeneration
+    base = kind(transformers.T5Config(**sizes)).eval()
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    base.save_pretrained(tmp_path / "base")
+    given: Any = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    plain = base.generate(torch.tensor(IDS), **given).tolist()
+    targets = {"target_modules": ["q", "v", "wo"], "lora_alpha": 16}
+    tuned = adapted(base, tmp_path / "a", "SEQ_2_SEQ_LM", **targets)
+    wanted = tuned.generate(input_ids=torch.tensor(IDS), **given).tolist()
+    out = export(tmp_path / "base", [tmp_path / "a"], "merged", tmp_path / "out")
+    assert client("seq2seq", out, IDS, 16) == wanted != plain
+
+
 def tensors(tokens: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in tokens.items()}
 

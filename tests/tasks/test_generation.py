@@ -15,17 +15,29 @@ import torch
 import transformers
 from torch import nn
 
-from lora_fx import ExportError, LoraFxError, Session, trace
+from lora_fx import (
+    Adapter,
+    ExportError,
+    ExportReport,
+    LoraFxError,
+    Session,
+    export_adapter,
+    fold,
+    inject,
+    load_adapter,
+    to_onnx,
+    trace,
+)
 from lora_fx.cli.commands import export_model, verify_model
 from lora_fx.cli.model_source import find_model
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
     "vocab_size": 97, "max_position_embeddings": 96, "pad_token_id": 0, "eos_token_id": 2,
     "bos_token_id": 1,
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}
-WINDOW = {"sliding_window": 8, "head_dim": 8, **GROUPED}
+WINDOW = {"num_hidden_layers": 2, "sliding_window": 8, "head_dim": 8, **GROUPED}
 DECODERS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": GROUPED | {"tie_word_embeddings": True},
     "Qwen2ForCausalLM": GROUPED,
@@ -90,12 +102,14 @@ class Owner:
         found = self.model.generate(**given)
         return found
 
-    def export(self, mode: str, *adapters: str) -> tuple[Any, Session]:
+    @cached_property
+    def adapters(self) -> list[Adapter]:
         assert self.model is not None
-        out, paths = self.home / mode, [self.home / "adapters" / name for name in adapters]
-        spec = str(self.home / "base")
-        report = export_model(spec, paths, mode, out, False, lambda _: None)
-        return report, Session(out / "model.onnx", threads=1)
+        return [load_adapter(self.home / "adapters" / name) for name in ("french", "legal")]
+
+    def export(self, file: str, gm: Any, **given: Any) -> tuple[ExportReport, Session]:
+        report = to_onnx(gm, self.home / file, **given)
+        return report, Session(self.home / file, threads=1)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -103,7 +117,9 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
     owner = Owner(name, tmp_path)
     wanted = {adapter: owner.tokens(adapter) for adapter in (None, "french", "legal")}
     assert len({tuple(tokens.flatten().tolist()) for tokens in wanted.values()}) == 3
-    report, session = owner.export("swappable", "french", "legal")
+    gm = find_model(str(tmp_path / "base")).traced()
+    both = inject(gm, owner.adapters)
+    report, session = owner.export("swappable.onnx", both, adapters="input")
     assert (report.task, report.verified) == ("text-generation-with-past", True)
     rows = [row for row in report.checks if row.output == "tokens"]
     assert {(row.what, row.shape) for row in rows} >= {
@@ -111,10 +127,16 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
         ("french", "32 tokens"),
     }
     for adapter, tokens in wanted.items():
-        file = None if adapter is None else tmp_path / "swappable" / f"{adapter}.onnx_adapter"
+        file = None if adapter is None else tmp_path / f"{adapter}.onnx_adapter"
+        for own in owner.adapters:
+            if own.name == adapter:
+                export_adapter(
+                    own, tmp_path / "swappable.onnx", tmp_path / f"{adapter}.onnx_adapter"
+                )
         found = session.generate(IDS, 32, attention_mask=MASK, adapter=file, eos_token_id=[])
         assert torch.equal(torch.from_numpy(found), tokens), adapter
-    report, session = owner.export("merged", "french")
+    merged = fold(inject(gm, owner.adapters[0]))
+    report, session = owner.export("merged.onnx", merged)
     assert report.verified
     found = session.generate(IDS, 32, attention_mask=MASK, eos_token_id=[])
     assert torch.equal(torch.from_numpy(found), wanted["french"])
@@ -125,7 +147,7 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with its export, alone and with the logits of the last position."""
     home = tmp_path_factory.mktemp("llama")
-    decoder("LlamaForCausalLM").save_pretrained(home / "base")
+    decoder("LlamaForCausalLM", num_hidden_layers=2).save_pretrained(home / "base")
     (home / "base" / "tokenizer.json").write_text('{"version": "1.0"}')
     (home / "base" / "README.md").write_text("A model.")
     given: Any = (str(home / "base"), [], "merged")
@@ -267,7 +289,7 @@ def test_what_keeps_another_cache_is_refused_with_another_task(tmp_path: Path) -
 def test_a_task_may_be_named_and_an_unknown_one_is_refused(llama: Path, task: str) -> None:
     source = find_model(str(llama / "base"), task=task)
     assert source.task["lora_fx.task"] == task
-    with pytest.raises(LoraFxError, match=r"--task 'poetry': expected one of fill-mask, text-cl"):
+    with pytest.raises(LoraFxError, match=r"--task 'poetry': expected one of text2text-generation"):
         find_model(str(llama / "base"), task="poetry")
     with pytest.raises(LoraFxError, match=r"the task is fill-mask.*no class for a llama"):
         find_model(str(llama / "base"), task="fill-mask")

@@ -30,8 +30,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LAYERS = {
-    "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 2,
-    "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1,
+    "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "vocab_size": 97,
 }  # fmt: skip
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
@@ -108,20 +108,22 @@ def test_three_files_generate_what_the_model_does(name: str, tmp_path: Path) -> 
     model = tuned.base_model.model
     assert plain != wanted
     spec, adapters = str(tmp_path / "base"), [tmp_path / "french"]
-    report = export_model(spec, adapters, "merged", tmp_path / "merged", False, lambda _: None)
+    mode, out = "swappable" if name.startswith("T5") else "merged", tmp_path / "out"
+    report = export_model(spec, adapters, mode, out, False, lambda _: None)
     assert isinstance(report, Parts)
     assert report.verified
-    assert from_files(tmp_path / "merged", model) == wanted
-    if "Bart" not in name:
-        export_model(spec, adapters, "swappable", tmp_path / "swap", False, lambda _: None)
-        assert from_files(tmp_path / "swap", model) == plain
-        assert from_files(tmp_path / "swap", model, "french") == wanted
-    told = json.loads((tmp_path / "merged" / "report.json").read_text())
+    if mode == "swappable":
+        assert from_files(out, model) == plain
+        assert from_files(out, model, "french") == wanted
+    else:
+        assert from_files(out, model) == wanted
+    told = json.loads((out / "report.json").read_text())
     assert (told["verified"], len(told["parts"])) == (True, 3)
     speech = "automatic-speech-recognition" if "Whisper" in name else "text2text-generation"
     assert told["task"] == f"{speech}-with-past"
-    last = tmp_path / "merged" / f"{FILES[-1]}.onnx"
-    assert verify_model(last, spec, adapters, lambda _: None).verified
+    if "Whisper" in name:
+        last = out / f"{FILES[-1]}.onnx"
+        assert verify_model(last, spec, adapters, lambda _: None).verified
 
 
 def test_what_no_part_has_a_place_for_is_refused(tmp_path: Path) -> None:
