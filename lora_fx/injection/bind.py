@@ -126,17 +126,9 @@ def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
 
 def _is_shared(path: str, adapter: Adapter, layers: BaseLayers) -> bool:
     """Whether rows are of a table that is never called itself: those who share it have them."""
-    tokens = {p: u for p, u in adapter.updates.items() if u.kind == "tokens"}
-    return path in tokens and _address(tokens[path]) in {
-        _address(update) for other, update in tokens.items() if other in layers
-    }
-
-
-def _address(update: AnyUpdate) -> int:
-    """Where what a file held of an update is: the same if it is given for several modules."""
-    held = update.stored.tensors.values() if update.stored else ()
-    first: torch.Tensor = next(iter((*held, *update.tensors())))
-    return int(first.data_ptr())
+    sharing = (u for p, u in adapter.updates.items() if p in layers and u.kind == "tokens")
+    tables = {u.stored.settings.get("tied") for u in sharing if u.stored}
+    return adapter.updates[path].kind == "tokens" and path in tables
 
 
 def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:

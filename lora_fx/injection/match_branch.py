@@ -67,9 +67,8 @@ def parameter_names(path: str, name: str, bare: bool = False) -> Names:
 
     Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
     """
-    at = f"{path}_adapted" if bare else path
-    kinds = ("A", "B", "bias", "gain", "col")
-    return Names(*(f"{at}.lora_{kind}.{part_of(name)}" for kind in kinds))
+    at, own = f"{path}_adapted" if bare else path, part_of(name)
+    return Names(*[f"{at}.lora_{kind}.{own}" for kind in ("A", "B", "bias", "gain", "col")])
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:

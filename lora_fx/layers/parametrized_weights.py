@@ -15,8 +15,8 @@ _STEPS = 200  # nodes that an operand may be made of: what is more is no adapter
 
 def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
     """What adapter ``name`` calls the values from which it makes the weight of a layer anew."""
-    at = f"{path}_adapted" if bare else path
-    return [f"{at}{_MARK}{place}.{part_of(name)}" for place in range(count)]
+    at, own = f"{path}_adapted" if bare else path, part_of(name)
+    return [f"{at}{_MARK}{place}.{own}" for place in range(count)]
 
 
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
