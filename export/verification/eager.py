@@ -17,6 +17,8 @@ from lora_fx.graph.training_flags import EVAL_FLAGS, flags
 from lora_fx.reference.reference_run import WeightForm
 
 Tensors = list[torch.Tensor]
+# What a model's own code raises where a shape is none of its.
+EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 
 
 def evaluating(gm: fx.GraphModule) -> fx.GraphModule:

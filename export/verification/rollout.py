@@ -16,7 +16,7 @@ from lora_fx.export.report import Check, Subject
 from lora_fx.export.runtime.generation import IDS, PAST, Array, Values, steps
 from lora_fx.export.runtime.ort import call
 from lora_fx.export.slots.check_adapter import active, load_adapter
-from lora_fx.export.verification.eager import run_eager
+from lora_fx.export.verification.eager import EAGER_ERRORS, run_eager
 from lora_fx.numerics import TOLERANCE, compare
 
 TOKENS = 32
@@ -38,19 +38,25 @@ def rollout(subject: Subject, session: Any, trial: Trial, dtype: torch.dtype) ->
     mask = np.ones_like(ids)
     mask[1:, : ids.shape[1] // 4] = 0
     start = {n: v[:, :, :0] if n.startswith(PAST) else v for n, v in given.items()}
-    found = _greedy(_file(session, subject.adapter), ids, mask, start)
-    wanted = _greedy(_eager(subject, trial), ids, mask, start)
+    wanted = _greedy(_eager(subject, trial), ids, mask, start, TOKENS)
+    found = _greedy(_file(session, subject.adapter), ids, mask, start, wanted[0].shape[1])
     return _check(subject.what, found, wanted, dtype)
 
 
 def _greedy(
-    run: Callable[[Values], Values], ids: Array, mask: Array, start: Values
+    run: Callable[[Values], Values], ids: Array, mask: Array, start: Values, count: int
 ) -> tuple[Array, Array]:
-    """Tokens (batch, tokens), and the logits that they are the largest of."""
+    """Tokens (batch, tokens), and the logits that they are the largest of.
+
+    Eager ends where the model has no more positions.
+    """
     generation = steps(run, ids, mask, start)
     seen = [next(generation)]
-    while len(seen) < TOKENS:
-        seen.append(generation.send(seen[-1].argmax(-1)))
+    while len(seen) < count:
+        try:
+            seen.append(generation.send(seen[-1].argmax(-1)))
+        except EAGER_ERRORS:
+            break
     every = np.stack(seen, axis=1)
     return every.argmax(-1), every
 
@@ -61,13 +67,14 @@ def _check(
     """Equal tokens and logits, up to where two of eager's logits are equal within the precision."""
     (tokens, logits), (own, expected) = found, wanted
     unlike = np.flatnonzero((tokens != own).any(0))
-    count = int(unlike[0]) if len(unlike) else TOKENS
+    length = tokens.shape[1]
+    count = int(unlike[0]) if len(unlike) else length
     differing = 0
-    if count < TOKENS and not _is_tie(tokens[:, count], expected[:, count], dtype):
+    if count < length and not _is_tie(tokens[:, count], expected[:, count], dtype):
         differing = int((tokens[:, count:] != own[:, count:]).sum())
-    seen = min(count + 1, TOKENS)
+    seen = min(count + 1, length)
     result = compare(logits[:, :seen], torch.from_numpy(expected[:, :seen]), dtype)
-    shape = f"{TOKENS if differing else count} tokens"
+    shape = f"{length if differing else count} tokens"
     numbers = differing, result.relative, result.tolerance
     return Check(what, shape, "all", "tokens", *numbers, result.ok and not differing)
 

@@ -18,7 +18,7 @@ from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Evidence, Subject
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.slots.check_adapter import active, load_adapter
-from lora_fx.export.verification.eager import Tensors, run_eager
+from lora_fx.export.verification.eager import EAGER_ERRORS, Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
 from lora_fx.export.verification.rollout import rollout
 from lora_fx.export.verification.suspects import suspects
@@ -26,8 +26,6 @@ from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.numerics import TOLERANCE, compare
 from lora_fx.reference.reference_run import WeightForm
-
-_EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
 
 
 def verify_file(
@@ -90,7 +88,7 @@ def _expected(
     for case in cases[1:]:
         try:
             outputs[case.label] = run_eager(subject.eager, case)
-        except _EAGER_ERRORS as error:
+        except EAGER_ERRORS as error:
             reason = str(error).partition("\n")[0]
             evidence.notes.append(f"{subject.what}: eager fails at {case.label}, skipped: {reason}")
     if len(outputs) == 1:

@@ -81,8 +81,8 @@ def genai_config(config: Any, call: Call) -> dict[str, Any]:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": int(size),
-                "hidden_size": int(text.hidden_size),
-                "num_attention_heads": int(text.num_attention_heads),
+                "hidden_size": int(getattr(text, "hidden_size", heads * size)),
+                "num_attention_heads": int(getattr(text, "num_attention_heads", heads)),
                 "num_hidden_layers": len(past),
                 "num_key_value_heads": int(heads),
                 "inputs": inputs

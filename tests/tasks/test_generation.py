@@ -161,6 +161,16 @@ def session_of(directory: Path) -> Session:
     return Session(directory / "model.onnx", threads=1)
 
 
+def test_a_rollout_ends_with_the_positions_of_the_model(tmp_path: Path) -> None:
+    decoder("GPT2LMHeadModel", max_position_embeddings=24).save_pretrained(tmp_path / "base")
+    report = export_model(
+        str(tmp_path / "base"), [], "merged", tmp_path / "o", False, lambda _: None
+    )
+    row = next(row for row in report.checks if row.output == "tokens")
+    assert 8 <= int(row.shape.split()[0]) < 24
+    assert report.verified
+
+
 def test_inputs_and_outputs_have_optimum_s_names(llama: Path) -> None:
     session = session_of(llama / "whole")
     cache = [f"{n}.{part}" for n in (0, 1) for part in ("key", "value")]
