@@ -102,6 +102,13 @@ def export(
     allow_unmerged: AllowUnmerged = False,
     task: TaskName = None,
     last_logits: LastLogits = False,
+    opset: Annotated[
+        int | None, typer.Option(help="Version of ONNX's operators, 18 to 25.")
+    ] = None,
+    slots: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer that takes an adapter, in swappable mode; or all-linear."),
+    ] = None,
     alpha: Alpha = None,
     enable_lora: EnableLora = None,
     use_rslora: UseRslora = False,
@@ -121,7 +128,7 @@ def export(
     with stages() as progress:
         report = export_model(
             model, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
-            task, last_logits,
+            task, last_logits, opset, slots or (),
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 

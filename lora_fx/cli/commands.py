@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -42,6 +42,8 @@ def export_model(
     allow_unmerged: bool = False,
     task: str | None = None,
     last_logits: bool = False,
+    opset: int | None = None,
+    slots: Sequence[str] = (),
 ) -> ExportReport | Parts:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -59,12 +61,16 @@ def export_model(
             mode is then ``"unmerged"``, and a note names the layers.
         task: what a directory's model is exported for, as `lora_fx.tasks` names it.
         last_logits: of a decoder with a cache, logits of the last position alone.
+        opset: version of the ONNX operator set; the exporter's own choice by default.
+        slots: in swappable mode, which layers take an adapter: module paths, or ``"all-linear"``.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
         VerificationError: the file and eager disagree.
     """
     refuse_files(out, [REPORT], force)
+    if (slots or vectors) and mode != "swappable":
+        raise ExportError("--slots and --vectors are of --mode swappable: add it")
     progress("load")
     source, loaded = _load(spec, adapters, given, task, last_logits)
     parts = source, *source.more
@@ -74,9 +80,11 @@ def export_model(
     refuse_files(out, names, force)
     graphs = [_trace(part, progress) for part in parts]
     shares = shared_out(loaded, graphs)
+    wanted = "all-linear" if [*slots] == ["all-linear"] else [*slots] or None
+    options = {"vectors": vectors or None, "opset": opset, "slots": wanted}
     with staged_files(out, names, parts[-1].file, force) as draft:
         reports = [
-            _export_part(part, gm, own, mode, draft, progress, vectors, allow_unmerged)
+            _export_part(part, gm, own, mode, draft, progress, options, allow_unmerged)
             for part, gm, own in zip(parts, graphs, shares, strict=True)
         ]
         reports = [replace(r, path=str(out / Path(r.path).name)) for r in reports]
@@ -94,7 +102,7 @@ def _export_part(
     mode: str,
     draft: Path,
     progress: Progress,
-    vectors: bool,
+    options: Mapping[str, Any],
     allow_unmerged: bool,
 ) -> ExportReport:
     """Writes one file, and its adapters' if they swap."""
@@ -108,7 +116,7 @@ def _export_part(
         gm = fold(gm)
         notes = _not_merged(gm, allow_unmerged)
     kind = "input" if mode == "swappable" else "constant"
-    report = to_onnx(gm, path, adapters=kind, vectors=vectors or None, progress=progress)
+    report = to_onnx(gm, path, adapters=kind, progress=progress, **options)
     if mode == "swappable":
         pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
         for adapter, file in pairs:

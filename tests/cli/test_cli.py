@@ -131,6 +131,22 @@ def test_export_writes_a_model_that_equals_peft(home: Path, merged: Path) -> Non
     assert report["path"] == str(merged / "model.onnx")
 
 
+def test_opset_and_slots_are_as_asked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, given = home / "asked", ("--mode", "swappable", "--slots", "last", "--opset", "21")
+    assert call("export", SPEC, *given, "-o", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (report["opset"], report["slots"]) == (21, ["last"])
+    everywhere = ("--mode", "swappable", "--slots", "all-linear")
+    assert call("export", SPEC, *everywhere, "-o", home / "everywhere") == 0
+    slots = json.loads((home / "everywhere" / "report.json").read_text())["slots"]
+    assert {"first", "last"} <= {*slots}
+    capsys.readouterr()
+    assert call("export", SPEC, "--slots", "last", "-o", home / "no") == 2
+    assert "--slots and --vectors are of --mode swappable: add it" in capsys.readouterr().err
+    assert call("export", SPEC, "--opset", "9", "-o", home / "no") == 2
+    assert not (home / "no").exists()
+
+
 def test_swappable_export_writes_each_adapter(home: Path, swappable: Path) -> None:
     from lora_fx.export import Session
 
