@@ -96,7 +96,7 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
 
 
 def _split(term: Matrix) -> tuple[Matrix, Matrix]:
-    """A m.product, cut where it is narrowest."""
+    """A product, cut where it is narrowest."""
     chain = m.parts(term, m.Product)
     if len(chain) == 1:
         raise NotLowRankError("what is added is no product of smaller factors")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import LoraFxError, within
 from lora_fx.tasks.calls import Call
+from lora_fx.tasks.directory import read_json
 
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".data", ".ot", ".gguf",
@@ -108,7 +108,7 @@ def _tokens(config: Any, name: str) -> list[int]:
 
 
 def _named(directory: Path) -> str | None:
-    names = _read(directory / CONFIG).get("architectures")
+    names = read_json(directory / CONFIG).get("architectures")
     return names[0] if isinstance(names, list) and names else None
 
 
@@ -121,18 +121,10 @@ def _is_kept(path: Path) -> bool:
 def _modules(directory: Path) -> Iterator[Path]:
     """All files of the directories that ``modules.json`` names."""
     file = directory / MODULES
-    entries = _read(file) if file.is_file() else []
+    entries = read_json(file) if file.is_file() else []
     for entry in entries if isinstance(entries, list) else []:
         name = entry.get("path") if isinstance(entry, dict) else None
         inner = directory / name if isinstance(name, str) and name else None
         if inner is None or inner.parent != directory or not inner.is_dir():
             continue
         yield from (path for path in sorted(inner.rglob("*")) if path.is_file())
-
-
-def _read(file: Path) -> Any:
-    with within(file):
-        try:
-            return json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise LoraFxError(f"cannot be read: {error}") from error

@@ -145,13 +145,20 @@ def prepared_by(path: Path, config: Any) -> Prepared:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of a directory holds.
+
+    Raises:
+        LoraFxError: it cannot be read.
+    """
     try:
-        found = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise LoraFxError(f"{file}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _parts(config: Any) -> list[Any]:

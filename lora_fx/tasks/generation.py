@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def with_past(model: Any, prepared: Prepared) -> tuple[Call, ...]:
     """
     given, _ = example_inputs(model, prepared.names, prepared.processor)
     if "input_ids" not in given or set(given) - {"input_ids", "attention_mask", "token_type_ids"}:
-        raise _refusal(model, f"it reads {', '.join(given)}, and no text alone")
+        raise refusal(model, f"it reads {', '.join(given)}, and no text alone")
     ids = given["input_ids"]
     mask = torch.ones_like(ids)
     mask[1, : _PAST - 2] = 0  # padding stands on the left, where what is generated does not
@@ -75,7 +75,7 @@ def _stepwise(model: Any, last_logits: bool) -> nn.Module:
 
     own: Any = type(model)
     taken = inspect.signature(model.forward).parameters
-    keeps, cached = "logits_to_keep" in taken, _cached(model)
+    keeps, cached = "logits_to_keep" in taken, cache_name(model)
 
     def forward(
         self: Any,
@@ -91,28 +91,38 @@ def _stepwise(model: Any, last_logits: bool) -> nn.Module:
         more |= {"logits_to_keep": 1} if last_logits and keeps else {}
         found = own.forward(self, input_ids, **more)
         logits = found.logits[:, -1:] if last_logits else found.logits
-        return {"logits": logits} | {
-            f"present.{n}.{part}": tensor
-            for n, layer in enumerate(getattr(found, cached).layers)
-            for part, tensor in (("key", layer.keys), ("value", layer.values))
-        }
+        result = {"logits": logits}
+        for n, layer in enumerate(getattr(found, cached).layers):
+            result |= present(f"present.{n}", layer)
+        return result
 
-    stepwise = copy.copy(model)
-    stepwise.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
-    return stepwise  # type: ignore[no-any-return]
+    return called_by(model, forward)
+
+
+def called_by(model: Any, forward: Callable[..., Any]) -> nn.Module:
+    """The model itself under another forward: its modules keep their paths."""
+    own = type(model)
+    other = copy.copy(model)
+    other.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
+    return other  # type: ignore[no-any-return]
+
+
+def present(name: str, layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer of a cache holds, by the names of outputs."""
+    return {f"{name}.key": layer.keys, f"{name}.value": layer.values}
 
 
 def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[torch.Tensor]]:
     """Keys and values of a prompt, by layer."""
     from transformers import DynamicCache
 
-    cached = _cached(model)
+    cached = cache_name(model)
     more: dict[str, Any] = {cached: DynamicCache(), "use_cache": True}
     try:
         with torch.no_grad():
             found = model(input_ids=ids, attention_mask=mask, **more)
     except Exception as error:  # the model's own code meets a cache that it may not know
-        raise _refusal(model, f"its forward takes none of keys and values ({error})") from error
+        raise refusal(model, f"its forward takes none of keys and values ({error})") from error
     layers = getattr(getattr(found, cached, None), "layers", [])
     pairs: list[list[Any]] = [
         [getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers
@@ -120,16 +130,16 @@ def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[tor
     whole = len(ids), ids.shape[1]
     shapes = {(t.shape[0], t.shape[2]) if _is_cache(t) else None for pair in pairs for t in pair}
     if shapes != {whole}:
-        raise _refusal(model, "its cache is not one of keys and values for each position")
+        raise refusal(model, "its cache is not one of keys and values for each position")
     return pairs
 
 
-def _cached(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """What a model calls its cache, which transformers has renamed."""
     names = inspect.signature(model.forward).parameters
     found = next((name for name in ("cache", "past_key_values") if name in names), None)
     if found is None:
-        raise _refusal(model, "its forward takes none")
+        raise refusal(model, "its forward takes none")
     return found
 
 
@@ -137,8 +147,9 @@ def _is_cache(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4
 
 
-def _refusal(model: Any, why: str) -> LoraFxError:
+def refusal(model: Any, why: str, task: str = "text-generation") -> LoraFxError:
+    """Why a model has no form with a cache, and the task that leaves it out."""
     return LoraFxError(
         f"a {model.config.model_type} cannot be exported with a cache: {why}. Export it without, "
-        "--task text-generation, or give module:function"
+        f"--task {task}, or give module:function"
     )

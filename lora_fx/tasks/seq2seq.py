@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.calls import Call, Prepared
 from lora_fx.tasks.example_inputs import example_inputs
-from lora_fx.tasks.generation import named_cache
+from lora_fx.tasks.generation import cache_name, called_by, named_cache, present, refusal
 
 _PARTS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 _MASK, _HIDDEN, _IDS = "encoder_attention_mask", "encoder_hidden_states", "input_ids"
@@ -37,28 +36,28 @@ def in_three(model: Any, prepared: Prepared) -> tuple[Call, ...]:
     if ids is None or not hasattr(model, "get_encoder"):
         raise _refusal(model, "it has no encoder and decoder of its own")
     mask = given.get("attention_mask")
-    encoder = _called(model, _encoder(list(given)))
+    encoder = called_by(model, _encoder(list(given)))
     hidden = _run(model, encoder, given)["last_hidden_state"]
     lengths = {0: "batch_size", 1: "encoder_sequence_length"}
     shapes: dict[str, Any] = {_IDS: {0: "batch_size", 1: "decoder_sequence_length"}}
     shapes |= {_HIDDEN: lengths if 1 in axes[model.main_input_name] else {0: "batch_size"}}
     own = {} if mask is None else {_MASK: mask}
     shapes |= {_MASK: lengths} if own else {}
-    first = _called(model, _step(model, with_past=False))
+    first = called_by(model, _step(model, with_past=False))
     feeds = own | {_IDS: ids[:, :3], _HIDDEN: hidden}
     found = _run(model, first, feeds)
     count = (len(found) - 1) // len(_PARTS)
     past = [[found[f"present.{n}.{part}"] for part in _PARTS] for n in range(count)]
     rest = own | {_IDS: ids[:, 3:5], "past_key_values": past}
-    cached = {0: "batch_size", 2: _PAST_LENGTH}
+    grows = {0: "batch_size", 2: _PAST_LENGTH}
     kept = {0: "batch_size"} | ({2: lengths[1]} if 1 in shapes[_HIDDEN] else {})
-    layers = [[cached, cached, kept, kept] for _ in past]
+    layers = [[grows, grows, kept, kept] for _ in past]
     encoded = {name: _renamed(axis) for name, axis in axes.items() if name in given}
     return (
         Call(encoder, given, encoded, file="encoder_model.onnx"),
         Call(first, feeds, {n: shapes[n] for n in feeds}, file="decoder_model.onnx"),
         Call(
-            _called(model, _step(model, with_past=True)),
+            called_by(model, _step(model, with_past=True)),
             rest,
             {n: shapes[n] for n in own} | {_IDS: shapes[_IDS], "past_key_values": layers},
             named_cache(count, _PARTS),
@@ -69,14 +68,6 @@ def in_three(model: Any, prepared: Prepared) -> tuple[Call, ...]:
 
 def _renamed(axes: dict[int, str]) -> dict[int, str]:
     return {a: {"batch": "batch_size"}.get(n, f"encoder_{n}_length") for a, n in axes.items()}
-
-
-def _called(model: Any, forward: Callable[..., Any]) -> nn.Module:
-    """The model itself under another forward: its modules keep their paths."""
-    own = type(model)
-    other = copy.copy(model)
-    other.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
-    return other  # type: ignore[no-any-return]
 
 
 def _encoder(names: Sequence[str]) -> Callable[..., Any]:
@@ -95,8 +86,7 @@ def _step(model: Any, with_past: bool) -> Callable[..., Any]:
     from transformers.modeling_outputs import BaseModelOutput
 
     own: Any = type(model)
-    taken = inspect.signature(model.forward).parameters
-    cache_name = "cache" if "cache" in taken else "past_key_values"
+    cached = cache_name(model)
 
     def stepped(
         self: Any, ids: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None, past: Any
@@ -109,14 +99,14 @@ def _step(model: Any, with_past: bool) -> Callable[..., Any]:
         more = {} if mask is None else {"attention_mask": mask}
         found = own.forward(
             self, decoder_input_ids=ids, encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            use_cache=True, **more, **{cache_name: EncoderDecoderCache(*caches)},
+            use_cache=True, **more, **{cached: EncoderDecoderCache(*caches)},
         )  # fmt: skip
-        cache = getattr(found, cache_name)
+        cache = getattr(found, cached)
         result = {"logits": found.logits}
         for n, layer in enumerate(cache.self_attention_cache.layers):
-            result |= _pair(f"present.{n}.decoder", layer)
+            result |= present(f"present.{n}.decoder", layer)
             if not with_past:
-                result |= _pair(f"present.{n}.encoder", cache.cross_attention_cache.layers[n])
+                result |= present(f"present.{n}.encoder", cache.cross_attention_cache.layers[n])
         return result
 
     def first(
@@ -141,10 +131,6 @@ def _step(model: Any, with_past: bool) -> Callable[..., Any]:
     return later if with_past else first
 
 
-def _pair(name: str, layer: Any) -> dict[str, torch.Tensor]:
-    return {f"{name}.key": layer.keys, f"{name}.value": layer.values}
-
-
 def _run(model: Any, call: nn.Module, given: Any) -> dict[str, torch.Tensor]:
     try:
         with torch.no_grad():
@@ -155,7 +141,4 @@ def _run(model: Any, call: nn.Module, given: Any) -> dict[str, torch.Tensor]:
 
 
 def _refusal(model: Any, why: str) -> LoraFxError:
-    return LoraFxError(
-        f"a {model.config.model_type} cannot be exported with a cache: {why}. Export it without, "
-        "--task text2text-generation, or give module:function"
-    )
+    return refusal(model, why, "text2text-generation")
