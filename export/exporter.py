@@ -21,6 +21,7 @@ from lora_fx.export.program.export_unit import Trial, trial_of
 from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import TASK, task_of
 from lora_fx.injection.finite_values import check_branches
@@ -40,7 +41,7 @@ def to_onnx(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | Mapping[str, str] | None = None,
     output_names: Sequence[str] | Mapping[str, str] | None = None,
-    slots: str | Sequence[str] | None = None,
+    slots: Wanted = None,
     vectors: bool | None = None,
     opset: int | None = None,
     external_data_above: int = INLINE_LIMIT,
@@ -62,9 +63,13 @@ def to_onnx(
         input_names: what the file calls its inputs, all in order, or some by the name that they
             would have; as the model does by default.
         output_names: what the file calls its outputs, likewise.
-        slots: under ``adapters="input"``, which layers take an adapter: module paths,
-            ``"all-linear"``, or None: those that have one in ``gm``, else all linear layers but
-            the output embedding.
+        slots: under ``adapters="input"``, what an adapter can change: paths of layers and of
+            parameters (``*`` stands for any part of one), or path -> form; ``"all-linear"``; or
+            None: what the adapters in ``gm`` change, else all linear layers but the output
+            embedding. A layer's form is ``"factors"``, ``"vectors"`` (below), or ``"weight"``: an
+            input of the weight's own name that takes W' whole, for LoKr, OFT and their like, each
+            adapter as large as the layer. A parameter is whole: a head, a norm, a bias.
+            `lora_fx.export.slots_for` says what some adapters need.
         vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
             if an adapter in ``gm`` has one.

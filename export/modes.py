@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +13,15 @@ from lora_fx.errors import AdapterError
 from lora_fx.export.program.export_unit import Trial
 from lora_fx.export.report import Evidence
 from lora_fx.export.slots.adapter_file import export_adapter
-from lora_fx.export.slots.insert import chosen_slots, open_slots, probe, set_defaults
-from lora_fx.export.slots.manifest import KEY, Slot, manifest_of
+from lora_fx.export.slots.choose import Wanted, chosen_slots
+from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
+from lora_fx.export.slots.manifest import KEY, manifest_of
+from lora_fx.export.slots.probe import probe
+from lora_fx.export.slots.slot import AnySlot
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
-from lora_fx.graph.example import aliases_of
 from lora_fx.injection.bind import bind
 from lora_fx.injection.match_branch import branches
 from lora_fx.layers.base_layers import layers_in
@@ -45,7 +46,7 @@ class Constant:
     source: fx.GraphModule
     expected: fx.GraphModule
     traced: fx.GraphModule
-    slots: tuple[Slot, ...] = ()
+    slots: tuple[AnySlot, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Constant:
@@ -79,22 +80,21 @@ class Swappable:
     source: fx.GraphModule
     base: fx.GraphModule
     traced: fx.GraphModule
-    slots: tuple[Slot, ...]
+    slots: tuple[AnySlot, ...]
 
     @classmethod
-    def of(
-        cls, gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool | None = None
-    ) -> Swappable:
+    def of(cls, gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
         slots = tuple(chosen_slots(gm, wanted, vectors))
         base = StripLora()(gm).graph_module
-        probed = InjectLora(probe(slots, _TRACED_RANK))(base).graph_module
+        apart = OwnTensors(shared(base, slots))(base).graph_module
+        probed = InjectLora(probe(slots, _TRACED_RANK))(apart).graph_module
         traced = ChooseForm(target="input")(probed).graph_module
         return cls(gm, evaluating(base), evaluating(traced), slots)
 
     def open(self, model: ir.Model) -> None:
         """Makes the probe's weights inputs, before anything can merge or evaluate them."""
-        open_slots(model, self.slots, aliases_of(self.base))
+        open_slots(model, self.traced, self.slots)
 
     def close(self, model: ir.Model) -> None:
         """Adds the defaults and the manifest."""
@@ -106,7 +106,7 @@ class Swappable:
 
         The graph's own are tried at the traced shape alone: what shapes can do is the file's.
         """
-        adapter = probe(self.slots, _TRIED_RANKS, seed=1)
+        adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
         base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
         subjects, notes = [base], []

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,16 @@ class ExportReport:
         """Whether every check agreed, and the control did not on at least one output."""
         agreed = bool(self.checks) and all(row.ok for row in self.checks)
         return agreed and any(row.ok for row in self.controls)
+
+    def with_evidence(self, evidence: Evidence) -> ExportReport:
+        """The report, and what was seen since."""
+        return replace(
+            self,
+            checks=[*self.checks, *evidence.checks],
+            controls=[*self.controls, *evidence.controls],
+            notes=[*self.notes, *evidence.notes],
+            coverage=[*self.coverage, *evidence.coverage],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values; a number that JSON cannot hold becomes its name."""

@@ -14,11 +14,13 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.algebra.evaluate import recorded
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, put
+from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
@@ -75,7 +77,8 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     skipped = check_binding(editor.gm, binding, layers, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
-    if _replace(editor, binding.replaced, adapter.name):
+    before = _replace(editor, binding.replaced, adapter.name)
+    if before:
         groups = by_path(editor.gm)
     beside = {path: standing(groups[path]) for path in binding.updates if path in groups}
     for path, update in binding.updates.items():
@@ -84,7 +87,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
-    note_binding(editor.gm, binding, groups, beside, skipped)
+    note_binding(editor.gm, binding, groups, beside, skipped, before)
 
 
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
@@ -100,11 +103,14 @@ def _words(update: AnyUpdate) -> str:
     return update.kind if update.rank is None else f"{update.kind} rank {update.rank}"
 
 
-def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: str) -> bool:
-    """Puts other tensors in the place of the model's; whether any differed."""
-    changed = False
+def _replace(
+    editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: str
+) -> dict[str, Held]:
+    """Puts other tensors in the place of the model's; what stood there, where any differed."""
+    before: dict[str, Held] = {}
     for name, value in replacements.items():
         found = list(readers(editor.gm, name))
+        own = get_unevaluated(editor.gm, str(found[0][1].target))
         old = editor.tensor(found[0][1])
         if torch.equal(value.to(old.dtype), old):
             editor.record("keep", name, "the adapter's is equal to the model's own")
@@ -119,8 +125,8 @@ def _replace(editor: Editor, replacements: Mapping[str, torch.Tensor], adapter: 
         for reader, source in found:
             editor.rebind(reader, source, node)
         editor.record("replace", name, f"{tuple(value.shape)}")
-        changed = True
-    return changed
+        before[name] = own
+    return before
 
 
 def _inject_config(editor: Editor, config: LoraConfig) -> None:

@@ -10,10 +10,10 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import forget_model
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.injected_adapters import stripped
+from lora_fx.injection.injected_adapters import Held, stripped, unreplaced
 from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.parametrized_weights import made_anew
-from lora_fx.layers.sites import Site, sites
+from lora_fx.layers.sites import Site, readers, sites
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StripLora(Pass):
     """``add(linear(x, W, b), matmul(matmul(x, A), B))  ->  linear(x, W, b)``.
 
     Refuses nothing: a graph without branches comes back unmodified. Tensors that an adapter
-    replaced (``modules_to_save``, trained biases) stay replaced.
+    replaced (``modules_to_save``, trained biases) are the base's again.
 
     Attributes:
         name: the adapter to take away; all of them by default.
@@ -41,9 +41,23 @@ class StripLora(Pass):
             if self.name in (None, adapter):
                 editor.replace(made, source)
                 editor.record("strip", str(source.target), f"adapter {adapter}")
+        replaced: set[str] = set()
+        for name, value in unreplaced(editor.gm, self.name).items():
+            replaced |= _give_back(editor, name, value)
         editor.sweep()
-        if not stripped(editor.gm, before - targets(editor.gm.graph).keys()):
+        if not stripped(editor.gm, before - targets(editor.gm.graph).keys() - replaced):
             forget_model(editor.gm)  # it holds what was stripped, and no record says so
+
+
+def _give_back(editor: Editor, name: str, value: Held) -> set[str]:
+    """Makes the readers of a parameter read the base's; what they read until now."""
+    found = list(readers(editor.gm, name))  # none, if a region that reads it was folded
+    if found:
+        node = editor.constant(name, value, before=found[0][0])
+        for reader, source in found:
+            editor.rebind(reader, source, node)
+        editor.record("strip", name, "the base's again")
+    return {str(source.target) for _, source in found}
 
 
 def _strip(editor: Editor, site: Site, branch: Branch) -> None:

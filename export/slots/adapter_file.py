@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,19 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lora_fx
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.other_updates import added_to_each
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
-from lora_fx.export.onnx_model.tensors import digest_of, to_numpy
+from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.runtime.ort import ERRORS
-from lora_fx.export.slots.base_weights import BaseWeights
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
-from lora_fx.export.slots.manifest import Manifest, Slot
-from lora_fx.injection.bind import bind
-from lora_fx.injection.branch_tensors import Terms, terms_of, update_of
-from lora_fx.injection.finite_values import check_finite, check_product
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot_values import values_of_adapter
+from lora_fx.injection.branch_tensors import Terms, update_of
 from lora_fx.io.atomic import staged
 from lora_fx.layers.axes import sizes_of
-from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
@@ -47,8 +42,9 @@ def export_adapter(
 ) -> None:
     """Writes an adapter as a file for a model that was exported with ``adapters="input"``.
 
-    A layer that the adapter leaves alone gets a value of no effect. The scale is folded into B in
-    float32 or wider, then both are rounded once to the type of the slot.
+    A layer that the adapter leaves alone gets a value of no effect, and a whole tensor that it
+    leaves alone none. The scale is folded into B in float32 or wider, then both are rounded once
+    to the type of the slot.
 
     Args:
         adapter: an adapter, or a path for `lora_fx.load_adapter`.
@@ -77,70 +73,12 @@ def export_adapter(
     del proto
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
-    updates = _fitted(adapter, manifest, Path(model_path))
-    values = _values(adapter.name, updates, manifest.slots, Path(model_path))
-    arrays = {name: to_numpy(value) for name, value in values}
+    values = values_of_adapter(adapter, manifest, Path(model_path))
+    arrays = {name: to_numpy(value) for name, value in values.items()}
     with staged(out, force=force) as draft:
         _write(draft, arrays, manifest)
         check_adapter_file(draft, manifest, Path(model_path))
         _check_bits(draft, arrays)
-
-
-def _fitted(adapter: Adapter, manifest: Manifest, model: Path) -> dict[str, AnyUpdate]:
-    """The updates by slot, or a refusal of what the slots cannot carry."""
-    slots = {slot.path: slot for slot in manifest.slots}
-    who = f"adapter {adapter.name!r} for {model}"
-    weights = {f"{slot.path}.weight": slot.digest for slot in manifest.slots}
-    # PEFT stores an adapted embedding's or head's own weight too: what is unchanged is no matter.
-    changed = [n for n, t in adapter.replacements.items() if weights.get(n) != digest_of(t)]
-    if changed:
-        names = shorten(changed)
-        raise AdapterError(f"{who}: replaces {names}: a slot cannot; fold it into its own model")
-    layers = BaseLayers({slot.path: slot.layer for slot in manifest.slots})
-    with within(model):
-        binding = bind(layers, replace(adapter, replacements={}))
-    if unmatched := list(binding.refused):
-        raise AdapterError(
-            f"{who}: no slot at {shorten(unmatched)}; the model has slots at {shorten(list(slots))}"
-        )
-    found = {}
-    for path, update in binding.updates.items():
-        with within(f"{who}: {path}"):
-            found[path] = _for_slot(update, slots[path])
-    return found
-
-
-def _for_slot(update: AnyUpdate, slot: Slot) -> AnyUpdate:
-    """An update of a slot's shape, if a slot of this kind can carry it."""
-    if update.makes_anew:
-        raise AdapterError(
-            f"an update of kind {update.kind!r} makes the weight anew, which no slot can "
-            "carry; fold it into a model of its own"
-        )
-    vectors = not update.is_plain or update.bias is not None
-    if vectors and not slot.vectors:
-        what = update.kind if update.bias is None else "lora_bias"
-        raise AdapterError(
-            f"{what} needs a vector beside the factors, and the slot takes none; export the "
-            "model with vectors=True, or fold the adapter into a model of its own"
-        )
-    return update
-
-
-def _values(
-    name: str, updates: Mapping[str, AnyUpdate], slots: Sequence[Slot], model: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What goes into each input, every scale folded in; slots left alone get what is neutral."""
-    base = BaseWeights(model)
-    for slot in slots:
-        values = slot.neutral()
-        if (update := updates.get(slot.path)) is not None:
-            weight, bias = partial(base.weight, slot), partial(base.bias, slot)
-            terms = terms_of(update, slot.layer, weight, bias)
-            check_finite(slot.layer, name, update, terms, weight)
-            check_product(slot.layer, name, terms)
-            values |= {slot.inputs[part].name: value for part, value in terms.each().items()}
-        yield from values.items()
 
 
 def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
@@ -172,7 +110,8 @@ def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
 
 
 # What a file calls the tensors of a slot; vectors with the value that has no effect.
-_FACTORS = {"A": "down", "At": "down", "B": "up", "Bt": "up"}
+_EXPERTS = {"A_experts": "down", "B_experts": "up"}
+_FACTORS = {"A": "down", "At": "down", "B": "up", "Bt": "up", **_EXPERTS}
 _NEUTRAL = {"gain": 0.0, "bias": 0.0, "col": 1.0}
 
 
@@ -180,9 +119,10 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     """Reads an ``.onnx_adapter`` that was made by `export_adapter`.
 
     A is stored as (in, r) and B as (r, out) with the scale folded in: they are turned around, and
-    the scale is 1. ``lora_At`` is that of a transposed convolution, (in, r, *kernel). A gain is
-    read as the row that it was made of. A layer whose factors are empty, or zeros of rank 1, and
-    whose vectors do nothing was left alone, and is left out.
+    the scale is 1. ``lora_At`` is that of a transposed convolution, (in, r, *kernel), and
+    ``lora_A_experts`` has one for each expert. A gain is read as the row that it was made of. A
+    layer whose factors are empty, or zeros of rank 1, and whose vectors do nothing was left alone,
+    and is left out. Any other value is a parameter that is replaced.
 
     Args:
         path: the file.
@@ -198,8 +138,13 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     with within(path):
         # The file's memory is gone with the file.
         values = {key: value.clone() for key, value in values_of(stored).items()}
-        updates = {module: _update(module, terms) for module, terms in _sorted(values).items()}
-    return Adapter(name, {module: update for module, update in updates.items() if update})
+        tensors = {key: value for key, value in values.items() if ".lora_" not in key}
+        layers = _sorted({key: v for key, v in values.items() if key not in tensors})
+        if not layers and not tensors:
+            raise AdapterError("holds no values")
+        updates = {module: _update(module, terms) for module, terms in layers.items()}
+    acting = {module: update for module, update in updates.items() if update}
+    return Adapter(name, acting, tensors)
 
 
 def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -220,15 +165,21 @@ def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor
         )
     roles = {m: sorted(_FACTORS[n] for n in own if n in _FACTORS) for m, own in layers.items()}
     halves = [module for module, found in roles.items() if found != ["down", "up"]]
-    if halves or not layers:
-        raise AdapterError(f"half of a pair, or none: {shorten(halves) or 'no values'}")
+    if halves:
+        raise AdapterError(f"half of a pair, or none: {shorten(halves)}")
     return layers
 
 
-def _update(module: str, values: dict[str, torch.Tensor]) -> Update | None:
+def _update(module: str, values: dict[str, torch.Tensor]) -> AnyUpdate | None:
     """The update of one layer, or None if nothing is done to it."""
     found = {_FACTORS[leaf]: values[leaf] for leaf in _FACTORS if leaf in values}
     down, up = found["down"], found["up"]
+    if values.keys() == _EXPERTS.keys() and up.ndim == down.ndim == 3:
+        shape = len(up), up.shape[1], down.shape[2]
+        whole = up.shape[::2] == down.shape[:2]
+        return (
+            WeightUpdate("lora", added_to_each(up, down), shape) if whole and up.numel() else None
+        )
     known = (layer for layer in TYPES.values() if layer.kernel == down.ndim - 2)
     layer = next((t for t in known if {t.leaf("down"), t.leaf("up")} <= values.keys()), None)
     sizes = [layer and sizes_of(getattr(layer, role), found[role].shape) for role in found]

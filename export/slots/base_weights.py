@@ -14,7 +14,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.onnx_model.tensors import digest_of, to_torch
-from lora_fx.export.slots.manifest import Slot
+from lora_fx.export.slots.slot import Slot
 
 
 class BaseWeights:
@@ -39,7 +39,7 @@ class BaseWeights:
             AdapterError: no constant of the file is this weight.
             ExportError: the file is damaged.
         """
-        return self._find(slot, "weight", slot.layer.stored_shape, slot.digest)
+        return self.tensor(f"{slot.path}.weight", slot.layer.stored_shape, slot.digest)
 
     def bias(self, slot: Slot) -> torch.Tensor | None:
         """The bias of a slot's layer, (out,), or None if it has none.
@@ -49,18 +49,33 @@ class BaseWeights:
         """
         if not slot.bias_digest:
             return None
-        return self._find(slot, "bias", (slot.out_features,), slot.bias_digest)
+        return self.tensor(f"{slot.path}.bias", (slot.out_features,), slot.bias_digest)
 
-    def _find(self, slot: Slot, leaf: str, shape: tuple[int, ...], digest: str) -> torch.Tensor:
-        for tensor in self._candidates(f"{slot.path}.{leaf}", math.prod(shape)):
+    def tensor(self, name: str, shape: tuple[int, ...], digest: str) -> torch.Tensor:
+        """A tensor as the model stores it.
+
+        Raises:
+            AdapterError: no constant of the file is this tensor.
+        """
+        found = self._find(name, shape, digest)
+        if found is None:
+            raise AdapterError(
+                f"{self._path}: {name} is not among the model's constants as it was exported; "
+                "export the model again"
+            )
+        return found
+
+    def holds(self, name: str, value: torch.Tensor) -> bool:
+        """Whether a constant of the file has these values, whatever it is called."""
+        return self._find(name, tuple(value.shape), digest_of(value)) is not None
+
+    def _find(self, name: str, shape: tuple[int, ...], digest: str) -> torch.Tensor | None:
+        for tensor in self._candidates(name, math.prod(shape)):
             # The exporter may have stored a matrix the other way round.
             for held in (tensor, tensor.T if tensor.ndim == 2 else None):
                 if held is not None and held.shape == shape and digest_of(held) == digest:
                     return held.contiguous()
-        raise AdapterError(
-            f"{self._path}: the {leaf} of {slot.path} is not among the model's constants as it was "
-            "exported; export the model again"
-        )
+        return None
 
     def _candidates(self, name: str, size: int) -> Iterator[torch.Tensor]:
         """The constants of a size, that of a name first: a shared one bears another's."""

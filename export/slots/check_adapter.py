@@ -10,7 +10,8 @@ from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
-from lora_fx.export.slots.manifest import Manifest, Slot
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot import AnySlot, Slot
 from lora_fx.injection.branch_tensors import Terms
 from lora_fx.injection.finite_values import overflow
 from lora_fx.io.tensor_checks import check_tensors
@@ -46,9 +47,9 @@ def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
             f"made for another model: model version {found}, {model} has {expected}; make "
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
         )
-    names = [name for slot in manifest.slots for name in slot.names]
-    missing = [name for name in names if name not in shapes]
-    unknown = [name for name in shapes if name not in set(names)]
+    known = {name: slot for slot in manifest.slots for name in slot.names}
+    missing = [name for name, slot in known.items() if name not in shapes and not slot.may_lack]
+    unknown = [name for name in shapes if name not in known]
     if missing or unknown:
         raise AdapterError(
             f"does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
@@ -58,6 +59,8 @@ def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
         _check_slot(slot, shapes)
     values = values_of(stored)
     for slot in manifest.slots:
+        if not isinstance(slot, Slot):
+            continue
         terms = Terms(**{part: values[name] for part, (name, _) in slot.inputs.items()})
         if what := overflow(slot.layer, terms):
             raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
@@ -83,9 +86,11 @@ def _shapes(stored: ort.AdapterFormat) -> Shapes:
         raise AdapterError(f"damaged: {_first_line(error)}") from error
 
 
-def _check_slot(slot: Slot, shapes: Shapes) -> None:
+def _check_slot(slot: AnySlot, shapes: Shapes) -> None:
     ranks = set()
     for name, sizes in slot.inputs.values():
+        if name not in shapes:
+            continue
         found, dtype = shapes[name]
         fits = len(found) == len(sizes)
         if not fits or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):

@@ -1,155 +1,121 @@
-"""Adapters as inputs: where they go in, what they are called, and the manifest that says so."""
+"""Slots in a graph and its ONNX form: a probe's constants become inputs with a default."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from torch import fx
+from torch import fx, nn
 
-from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.errors import ExportError, shorten
-from lora_fx.export.slots.manifest import Slot
-from lora_fx.graph.example import aliases_of, example_of
-from lora_fx.injection.match_branch import branches, parameter_names
-from lora_fx.layers.sites import Site, by_path
-from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.errors import ExportError
+from lora_fx.export.slots.probe import PROBE
+from lora_fx.export.slots.slot import AnySlot, ExpertSlot, TensorSlot
+from lora_fx.graph.editor import Editor
+from lora_fx.graph.example import aliases_of
+from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.match_branch import parameter_names
+from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.sites import readers
 
-PROBE = "probe"
 
+@dataclass(frozen=True)
+class OwnTensors(Pass):
+    """Gives each of some parameters a constant of its own, which no other module reads.
 
-def chosen_slots(
-    gm: fx.GraphModule, wanted: str | Sequence[str] | None, vectors: bool | None = None
-) -> list[Slot]:
-    """The layers that an adapter shall be able to act on.
-
-    Args:
-        gm: a graph, with branches or without.
-        vectors: whether they take the vectors of DoRA and (IA)3 as well; None: if a branch does.
-        wanted: module paths, ``"all-linear"``, or None: the layers that have a branch, and if
-            there is none, all linear layers but the output embedding.
-
-    Raises:
-        ExportError: a path is no layer, or there is none, or it is a grouped convolution.
+    Attributes:
+        names: of the parameters.
     """
-    groups = by_path(gm)
-    paths = _paths(gm, groups, wanted)
-    unknown = [path for path in paths if path not in groups]
-    if unknown:
-        known = shorten(list(groups)) or "none"
-        raise ExportError(f"slots: no layer at {shorten(unknown)}; there are {known}")
-    if not paths:
-        raise ExportError('adapters="input": the graph has no linear layer to adapt')
-    grouped = [path for path in paths if groups[path][0].groups > 1]
-    if grouped:
-        raise ExportError(
-            f"slots: {shorten(grouped)}: what a grouped convolution adds is shaped by its adapter; "
-            "leave it out, or export the adapter as a constant"
-        )
-    both = [path for path in paths if not is_one_way(groups[path])]
-    if both:
-        raise ExportError(
-            f"slots: {shorten(both)}: one call multiplies with the weight, another with its "
-            "transpose, and a slot stands beside one side alone; leave it out of slots="
-        )
-    if vectors is None:
-        vectors = any(not b.is_plain or b.bias is not None for b in branches(gm))
-    return [_slot(groups[path][0], vectors) for path in _once(gm, paths)]
+
+    names: Sequence[str]
+
+    def rewrite(self, editor: Editor) -> None:
+        """Copies what another module reads too, such as a table that is also the head."""
+        for name in self.names:
+            found = _readers(editor.gm, name)
+            first, source = found[0]
+            value = get_unevaluated(editor.gm, str(source.target))
+            if isinstance(value, torch.Tensor):
+                value = nn.Parameter(value.detach(), requires_grad=False)
+            node = editor.constant(name, value, before=first)
+            for reader, old in found:
+                editor.rebind(reader, old, node)
 
 
-def _once(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
-    """One path for each layer: of a module that has several names, the first in the model."""
-    others = aliases_of(gm)
-    order = {path: place for place, path in enumerate(others)}
-    named = ({path, *others.get(path, ())} & {*paths} for path in paths)
-    return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))
+def shared(gm: fx.GraphModule, slots: Sequence[AnySlot]) -> list[str]:
+    """The parameters among slots that have another name in the graph, or other readers."""
+    found = []
+    for slot in slots:
+        if isinstance(slot, TensorSlot):
+            sources = {source for _, source in _readers(gm, slot.path)}
+            users = {user for source in sources for user in source.users}
+            same = {str(source.target) for source in sources} == {slot.path}
+            if not same or users != {reader for reader, _ in _readers(gm, slot.path)}:
+                found.append(slot.path)
+    return found
 
 
-def _paths(
-    gm: fx.GraphModule, groups: dict[str, list[Site]], wanted: str | Sequence[str] | None
-) -> list[str]:
-    if isinstance(wanted, str) and wanted != "all-linear":
-        raise ExportError(f'slots={wanted!r}: give "all-linear" or a list of module paths')
-    linear = [path for path, calls in groups.items() if _is_linear_module(calls[0])]
-    if wanted is not None:
-        return linear if wanted == "all-linear" else list(wanted)
-    example = example_of(gm)
-    head = example.output_embedding if example else None
-    branched = [branch.path for branch in branches(gm)]
-    return branched or [path for path in linear if path != head]
+def _readers(gm: fx.GraphModule, name: str) -> list[tuple[fx.Node, fx.Node]]:
+    """Who reads a parameter, under any name of its module."""
+    module, dot, leaf = name.rpartition(".")
+    paths = (module, *aliases_of(gm).get(module, ()))
+    return list(dict.fromkeys(r for path in paths for r in readers(gm, f"{path}{dot}{leaf}")))
 
 
-def _is_linear_module(site: Site) -> bool:
-    """Whether all linear layers are meant to hold it: a product that is written out is named."""
-    return site.is_linear and not (site.spelled and site.bare)
+def open_slots(model: ir.Model, gm: fx.GraphModule, slots: Sequence[AnySlot]) -> None:
+    """Makes graph inputs of what the slots take, in place.
 
-
-def _slot(site: Site, vectors: bool) -> Slot:
-    out, into, *kernel = site.shape
-    dtype = str(site.dtype).removeprefix("torch.")
-    return Slot(site.path, site.kind, into, out, dtype, tuple(kernel), vectors)
-
-
-_GAIN = 0.25
-
-
-def probe(slots: Sequence[Slot], ranks: Sequence[int], seed: int = 0) -> Adapter:
-    """A random adapter that fills every slot, with the given ranks in turn.
-
-    It adds a quarter of what goes in: plain to see, and not so much that a deep model saturates
-    and its rounding errors grow beyond what is measured.
-    """
-    source = torch.Generator().manual_seed(seed)
-    return Adapter(
-        PROBE,
-        {
-            slot.path: _probe(slot, ranks[place % len(ranks)], source)
-            for place, slot in enumerate(slots)
-        },
-    )
-
-
-def _probe(slot: Slot, rank: int, source: torch.Generator) -> Update:
-    layer = slot.layer
-
-    def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=source)
-
-    out, into, *kernel = layer.shape
-    fan_in = 1 if layer.type.reads_ids else math.prod(layer.shape[1:])
-    down, up = random(rank, into, *kernel) / fan_in**0.5, random(out, rank) / rank**0.5
-    dtype = layer.dtype
-    row = (1 + _GAIN * random(out)).to(dtype) if slot.vectors else None
-    bias = random(out).to(dtype) if slot.vectors else None
-    col = (1 + _GAIN * random(into)).to(dtype) if "col" in slot.inputs else None
-    return Update(down.to(dtype), up.to(dtype), _GAIN, row=row, bias=bias, col=col)
-
-
-def open_slots(model: ir.Model, slots: Sequence[Slot], others: Mapping[str, Sequence[str]]) -> None:
-    """Turns the probe's initializers into graph inputs, of symbolic rank, in place.
-
-    They get no default yet: an optimiser may evaluate what has one.
+    Factors get no default yet: an optimiser may evaluate what has one. A whole tensor keeps the
+    base's, which it evaluates no more than any weight.
 
     Args:
         model: what was exported.
-        slots: where the probe is.
-        others: other names of a slot's module, whose calls read the same inputs.
+        gm: the graph that it was exported from, with a probe in the slots of factors.
+        slots: of the model.
     """
+    others = aliases_of(gm)
     for slot in slots:
-        rank = ir.SymbolicDim(f"rank:{slot.path}")
-        names = parameter_names(slot.path, PROBE)
-        if names.down not in model.graph.initializers:
-            names = parameter_names(slot.path, PROBE, bare=True)
-        opened = {}
-        for part, (name, sizes) in slot.inputs.items():
-            shape = ir.Shape([rank if size is None else size for size in sizes])
-            opened[part] = _as_input(model, getattr(names, part), name, shape)
-            for other in others.get(slot.path, ()):
-                again = getattr(parameter_names(other, PROBE), part)
-                _read_instead(model, again, opened[part])
-        _forget_rank(opened["down"], until=opened["up"])
+        if isinstance(slot, TensorSlot):
+            _open_tensor(model, slot, str(_readers(gm, slot.path)[0][1].target))
+        elif isinstance(slot, ExpertSlot):
+            up, down = value_names(slot.path, PROBE, 2, bare=True)
+            _open_factors(model, slot, {"up": up, "down": down})
+        else:
+            names = parameter_names(slot.path, PROBE)
+            if names.down not in model.graph.initializers:
+                names = parameter_names(slot.path, PROBE, bare=True)
+            twins = [parameter_names(other, PROBE) for other in others.get(slot.path, ())]
+            _open_factors(model, slot, names._asdict(), [twin._asdict() for twin in twins])
+
+
+def _open_tensor(model: ir.Model, slot: TensorSlot, target: str) -> None:
+    """Lets an initializer be overridden, under the name of the slot."""
+    value = model.graph.initializers.get(target)
+    if value is None:
+        raise ExportError(f"slot {slot.path}: the exported graph lost it; please report the model")
+    namesake = model.graph.initializers.get(slot.path)
+    if namesake is not None and namesake is not value:  # what others read of a tied weight
+        namesake.name = f"{slot.path}_tied"
+    value.name = slot.path
+    model.graph.inputs.append(value)
+
+
+def _open_factors(
+    model: ir.Model,
+    slot: AnySlot,
+    names: Mapping[str, str],
+    twins: Sequence[Mapping[str, str]] = (),
+) -> None:
+    rank = ir.SymbolicDim(f"rank:{slot.path}")
+    opened = {}
+    for part, (name, sizes) in slot.inputs.items():
+        shape = ir.Shape([rank if size is None else size for size in sizes])
+        opened[part] = _as_input(model, names[part], name, shape)
+        for twin in twins:
+            _read_instead(model, twin[part], opened[part])
+    _forget_rank(opened["down"], until=opened["up"])
 
 
 def _as_input(model: ir.Model, old: str, new: str, shape: ir.Shape) -> ir.Value:
@@ -188,8 +154,8 @@ def _forget_rank(start: ir.Value, until: ir.Value) -> None:
                 open_values.append(value)
 
 
-def set_defaults(model: ir.Model, slots: Sequence[Slot]) -> None:
-    """Gives each slot a default without effect: a file run without an adapter is the base."""
+def set_defaults(model: ir.Model, slots: Sequence[AnySlot]) -> None:
+    """Gives factors a default without effect: a file run without an adapter is the base."""
     inputs = {value.name: value for value in model.graph.inputs}
     for slot in slots:
         for name, tensor in slot.neutral().items():

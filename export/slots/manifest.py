@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, get_type_hints
 
-import torch
 from onnx import ModelProto
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.tensors import digest_of
+from lora_fx.export.slots.slot import AnySlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.layer_types import TYPES
-from lora_fx.layers.sites import Site, by_path
+from lora_fx.layers.sites import Site, by_path, readers
 
 KEY = "lora_fx.slots"
 VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_FIELDS = {
-    **dict.fromkeys(("path", "kind", "dtype", "digest", "bias_digest"), str),
-    **dict.fromkeys(("in_features", "out_features"), int),
-    "kernel": list,
-    "vectors": bool,
-}
+_SINCE = {"groups": 1}  # fields that older manifests lack; one of this value is not written
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,12 @@ class Manifest:
         slots: in the order of the graph.
     """
 
-    slots: tuple[Slot, ...]
+    slots: tuple[AnySlot, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The graph inputs of all slots."""
+        return [name for slot in self.slots for name in slot.names]
 
     @property
     def base(self) -> str:
@@ -49,10 +47,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text that is stored in the model."""
-        slots = [
-            {**asdict(slot), "kernel": list(slot.kernel), "inputs": slot.names}
-            for slot in self.slots
-        ]
+        slots = [{**_written(slot), "inputs": slot.names} for slot in self.slots]
         manifest = {"version": VERSION, "base": self.base, "slots": slots}
         return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
@@ -63,13 +58,22 @@ class Manifest:
         return int.from_bytes(digest, "big") & 0x7FFFFFFF or 1  # 0 is what other tools leave
 
 
-def manifest_of(gm: fx.GraphModule, slots: Sequence[Slot]) -> Manifest:
-    """Describes the slots of a graph, and digests the weights that they stand beside."""
+def _written(slot: AnySlot) -> dict[str, Any]:
+    record = {name: value for name, value in asdict(slot).items() if _SINCE.get(name) != value}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in record.items()}
+
+
+def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot]) -> Manifest:
+    """Describes the slots of a graph, and digests the tensors that they are of."""
     groups = by_path(gm)
-    return Manifest(tuple(_digested(gm, slot, groups[slot.path]) for slot in slots))
+    return Manifest(tuple(_digested(gm, slot, groups) for slot in slots))
 
 
-def _digested(gm: fx.GraphModule, slot: Slot, calls: Sequence[Site]) -> Slot:
+def _digested(gm: fx.GraphModule, slot: AnySlot, groups: Mapping[str, Sequence[Site]]) -> AnySlot:
+    if not isinstance(slot, Slot):
+        source = next(readers(gm, slot.path))[1]
+        return replace(slot, digest=digest_of(get_unevaluated(gm, str(source.target))))
+    calls = groups[slot.path]
     bias = bias_of(gm, calls)
     return replace(
         slot,
@@ -122,7 +126,7 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     found = {value.name for value in model.graph.input if value.name in constants}
-    listed = [name for slot in manifest.slots for name in slot.names]
+    listed = manifest.names
     lost = [name for name in listed if name not in found]
     unknown = sorted(found.difference(listed))
     if lost or unknown:
@@ -134,97 +138,22 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
         )
 
 
-def _slots(entries: Iterable[Any]) -> Iterator[Slot]:
+def _slots(entries: Sequence[Any]) -> Iterator[AnySlot]:
     for place, entry in enumerate(entries):
-        for name, kind in _FIELDS.items():
-            value = entry.get(name) if isinstance(entry, dict) else None
-            if type(value) is not kind:
-                raise ExportError(f"{KEY}: slot {place}: {name} is {value!r}")
-        sizes = [entry["in_features"], entry["out_features"], *entry["kernel"]]
-        whole = all(type(size) is int and size > 0 for size in sizes)
-        if entry["dtype"] not in DTYPES or entry["kind"] not in TYPES or not whole:
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        slot = _slot(class_of(kind), entry if isinstance(entry, dict) else {}, place)
+        if slot.dtype not in DTYPES or not slot.is_sound():
             raise ExportError(f"{KEY}: slot {place}: kind, dtype or size out of range: {entry}")
-        fields = {name: entry[name] for name in _FIELDS}
-        yield Slot(**{**fields, "kernel": tuple(entry["kernel"])})
+        yield slot
 
 
-class Input(NamedTuple):
-    """A graph input of a slot.
-
-    Attributes:
-        name: ``<module path>.lora_A`` and its kin.
-        shape: None where the rank goes.
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-
-    def sized(self, rank: int) -> tuple[int, ...]:
-        """The shape at a rank."""
-        return tuple(rank if size is None else size for size in self.shape)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One layer that an adapter can act on.
-
-    Attributes:
-        path: module path of the layer.
-        kind: of the layer, as `lora_fx.sites.Layer` says.
-        in_features: that A sums over; of an embedding, how many rows it has.
-        out_features: that B gives.
-        dtype: of what goes in: ``"float32"``.
-        kernel: of a convolution, else empty.
-        vectors: whether it takes those of DoRA and (IA)3 as well.
-        digest: of the weight that the slot stands beside, its dtype, shape and bytes.
-        bias_digest: of the layer's bias, or ``""``.
-    """
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    dtype: str
-    kernel: tuple[int, ...] = ()
-    vectors: bool = False
-    digest: str = ""
-    bias_digest: str = ""
-
-    @property
-    def layer(self) -> Layer:
-        """What an update needs to know of it."""
-        shape = (self.out_features, self.in_features, *self.kernel)
-        return Layer(path=self.path, kind=self.kind, shape=shape, dtype=getattr(torch, self.dtype))
-
-    @property
-    def inputs(self) -> dict[str, Input]:
-        """The graph inputs, by the names of `lora_fx.terms.Terms`: A, B, and vectors if any."""
-        stored = TYPES[self.kind]
-        sizes = {"out": self.out_features, "in": self.in_features, "r": None}
-        found = {
-            (role, stored.leaf(role)): stored.shape(role, sizes, self.kernel)
-            for role in ("down", "up")
-        }
-        along = {"gain": "out", "bias": "out"} | ({} if stored.reads_ids else {"col": "in"})
-        for name, axis in along.items() if self.vectors else ():
-            shape = stored.shape("vector", {"n": sizes[axis]}, self.kernel)
-            found[name, name] = shape
-        return {part: Input(f"{self.path}.lora_{n}", shape) for (part, n), shape in found.items()}
-
-    @property
-    def names(self) -> list[str]:
-        """The names of its graph inputs."""
-        return [value.name for value in self.inputs.values()]
-
-    def neutral(self) -> dict[str, torch.Tensor]:
-        """What has no effect, by input name: no rank, gains and biases of zero, columns of one.
-
-        A convolution gets zeros of rank 1: there are versions of onnxruntime (1.31) whose
-        convolutions leave the result of no channels as the memory was.
-        """
-        dtype, rank = self.layer.dtype, 1 if self.kernel else 0
-        make = {"col": torch.ones}
-        return {
-            value.name: make.get(part, torch.zeros)(value.sized(rank), dtype=dtype)
-            for part, value in self.inputs.items()
-        }
+def _slot(cls: type[AnySlot], entry: Mapping[str, Any], place: int) -> AnySlot:
+    types, values = get_type_hints(cls), {}
+    for field in fields(cls):
+        value = entry.get(field.name, _SINCE.get(field.name, MISSING))
+        kind = list if types[field.name] not in (str, int, bool) else types[field.name]
+        if type(value) is not kind:
+            shown = None if value is MISSING else value
+            raise ExportError(f"{KEY}: slot {place}: {field.name} is {shown!r}")
+        values[field.name] = tuple(value) if kind is list else value
+    return cls(**values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from torch import fx
@@ -42,16 +41,20 @@ def reference(
 
 
 def swapped(gm: fx.GraphModule) -> Iterator[tuple[Adapter, fx.GraphModule]]:
-    """Each adapter in a graph, and the graph with it alone; what was replaced is the base's."""
+    """Each adapter in a graph, and the graph with it alone."""
     anew = [name for _, name, _ in made_anew(gm.graph)]
-    names = list(dict.fromkeys([*(branch.name for branch in branches(gm)), *anew]))
+    replacing = [r.adapter.name for r in injected(gm) if r.before]
+    names = list(dict.fromkeys([*(branch.name for branch in branches(gm)), *anew, *replacing]))
     for name in names:
         alone = gm
         for other in names:
             alone = alone if other == name else StripLora(other)(alone).graph_module
-        records = [r for r in injected(alone) if r.adapter.name == name and r.adapter.updates]
-        adapter = records[-1].now(alone) if records else adapter_from(alone, name)
-        yield replace(adapter, replacements={}), alone
+        records = [r for r in injected(alone) if r.adapter.name == name and _acts(r)]
+        yield records[-1].now(alone) if records else adapter_from(alone, name), alone
+
+
+def _acts(record: Injected) -> bool:
+    return bool(record.adapter.updates or record.before)
 
 
 def _coverage(records: tuple[Injected, ...], form: WeightForm) -> Coverage | None:

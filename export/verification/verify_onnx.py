@@ -18,7 +18,7 @@ from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.negative_controls import controls
+from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import TASK, task_of
@@ -84,7 +84,7 @@ def _mode(path: Path, slots: list[str]) -> str:
 
 def check_adapter_files(
     gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
-) -> None:
+) -> Evidence:
     """Runs a swappable file with adapter files that were made for it, at the traced shape.
 
     Args:
@@ -98,8 +98,12 @@ def check_adapter_files(
     trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
-    if subjects:
-        verify_file(path, trial, subjects, []).judge(str(path))
+    if not subjects:
+        return Evidence()
+    control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
+    evidence = verify_file(path, trial, subjects, [control])
+    evidence.judge(str(path))
+    return evidence
 
 
 def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:

@@ -18,10 +18,13 @@ from lora_fx.algebra.matrix_expr import (
     Sum,
     columns_scaled,
     constant,
+    diagonal,
     exchanged,
     holding,
     leaves,
     normed,
+    product,
+    reshaped,
     scaled,
 )
 from lora_fx.errors import AdapterError
@@ -149,6 +152,12 @@ class WeightUpdate(AnyUpdate):
 def added(delta: torch.Tensor) -> Function:
     """``W + delta``: the expression of every update that is a difference."""
     return lambda weight: Sum(weight, constant(delta, weight.shape))
+
+
+def added_to_each(left: torch.Tensor, right: torch.Tensor) -> Function:
+    """``W[e] + left[e] @ right[e]`` for every e, of (blocks, rows, r) and (blocks, r, columns)."""
+    delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
+    return lambda weight: Sum(weight, reshaped(delta, len(left)))
 
 
 def evaluated(update: Update, shape: Shape, stored: Stored | None) -> WeightUpdate:

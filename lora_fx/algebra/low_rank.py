@@ -67,17 +67,60 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     Raises:
         NotLowRankError: the base is scaled, or something else is added than products of low rank.
     """
+    pairs = pairs_beside(base, whole)
+    down = torch.cat([dense(right, torch.float32) for _, right in pairs])
+    up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)
+    return down, up
+
+
+def pairs_beside(base: Matrix, whole: Matrix) -> list[tuple[Matrix, Matrix]]:
+    """The products of `factors_beside` as expressions, which computes nothing.
+
+    Raises:
+        NotLowRankError: as there.
+    """
     found = beside(base, whole)
     if found.row is not None or found.col is not None:
         raise NotLowRankError("the base weight itself is scaled")
     if not found.added:
         raise NotLowRankError("nothing is added to the base weight")
     pairs = [_split(term) for term in found.added]
-    down = torch.cat([dense(right, torch.float32) for _, right in pairs])
-    up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)
-    if down.shape[0] >= min(whole.shape):
-        raise NotLowRankError(f"what is added has rank {down.shape[0]}, no less than the layer")
-    return down, up
+    rank = sum(right.shape[0] for _, right in pairs)
+    if rank >= min(whole.shape):
+        raise NotLowRankError(f"what is added has rank {rank}, no less than the layer")
+    return pairs
+
+
+def blocks_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads ``whole = base + the blocks left[e] @ right[e], one below the other``.
+
+    Returns:
+        left (blocks, rows, r) and right (blocks, r, columns), as they are held.
+
+    Raises:
+        NotLowRankError: it is not written so.
+    """
+    match beside(base, whole):
+        case Beside(None, None, [m.Reshaped(m.Product(m.Blocks() as left, m.Leaf() as right))]):
+            count, _, rank = left.blocks
+            if not left.turned:
+                return left.fetch(), right.fetch().reshape(count, rank, -1)
+    raise NotLowRankError("what is added is no product for each block")
+
+
+def additive(base: m.Leaf, whole: Matrix) -> Matrix:
+    """The same as a sum where rows take the place of the base's: ``W + P (rows - W[places])``."""
+    if isinstance(whole, m.Transposed):
+        return m.transposed(additive(base, whole.of))
+    if not isinstance(whole, m.Replaced):
+        return whole
+    # Under another name: what is added is a number, whatever the base.
+    known = m.Leaf(base.shape, ("known", base.key), base.fetch)
+    own = m.exchanged(whole.matrix, lambda leaf: known if leaf == base else leaf)
+    change = m.Sum(whole.rows, m.scaled(m.number(-1), m.rows(own, whole.index)))
+    count, size = whole.index.count, whole.shape[0]
+    places = m.Placed(m.Identity(count), whole.index, size)
+    return m.Sum(whole.matrix, m.Product(places, change))
 
 
 def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | None:

@@ -62,7 +62,8 @@ def export_model(
         task: what a directory's model is exported for, as `lora_fx.tasks` names it.
         last_logits: of a decoder with a cache, logits of the last position alone.
         opset: version of the ONNX operator set; the exporter's own choice by default.
-        slots: in swappable mode, which layers take an adapter: module paths, or ``"all-linear"``.
+        slots: in swappable mode, what adapters can change beside what these change: paths, or
+            PATH=FORM, as `to_onnx` takes them, or ``"all-linear"``.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -80,8 +81,9 @@ def export_model(
     refuse_files(out, names, force)
     graphs = [_trace(part, progress) for part in parts]
     shares = shared_out(loaded, graphs)
-    wanted = "all-linear" if [*slots] == ["all-linear"] else [*slots] or None
-    options = {"vectors": vectors or None, "opset": opset, "slots": wanted}
+    options: dict[str, Any] = {"opset": opset}
+    if mode == "swappable":
+        options |= {"vectors": vectors or None, "slots": _slots(slots)}
     with staged_files(out, names, parts[-1].file, force) as draft:
         reports = [
             _export_part(part, gm, own, mode, draft, progress, options, allow_unmerged)
@@ -106,25 +108,47 @@ def _export_part(
     allow_unmerged: bool,
 ) -> ExportReport:
     """Writes one file, and its adapters' if they swap."""
-    from lora_fx.export import export_adapter, to_onnx
-    from lora_fx.export.verification.verify_onnx import check_adapter_files
+    from lora_fx.export import to_onnx
 
-    base, path, notes = gm, draft / part.file, []
+    path = draft / part.file
+    if mode == "swappable":
+        report = _swappable(part, gm, adapters, draft, progress, options)
+        return replace(report, mode=mode)
     if adapters:
         gm = inject(gm, adapters)
     if mode == "merged":
         gm = fold(gm)
         notes = _not_merged(gm, allow_unmerged)
-    kind = "input" if mode == "swappable" else "constant"
-    report = to_onnx(gm, path, adapters=kind, progress=progress, **options)
-    if mode == "swappable":
-        pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
-        for adapter, file in pairs:
-            progress(f"adapter {adapter.name}")
-            export_adapter(adapter, path, file, check=False)
-        check_adapter_files(base, path, pairs)
-    shown = mode if mode != "merged" else report.mode
-    return replace(report, mode=shown, notes=[*report.notes, *notes])
+        report = to_onnx(gm, path, progress=progress, **options)
+        return replace(report, notes=[*report.notes, *notes])
+    return replace(to_onnx(gm, path, progress=progress, **options), mode=mode)
+
+
+def _swappable(
+    part: ModelSource,
+    gm: fx.GraphModule,
+    adapters: Sequence[Adapter],
+    draft: Path,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> ExportReport:
+    """The base with slots for what its adapters change and for what was asked for; their files."""
+    from lora_fx.export import export_adapter, slots_for, to_onnx
+    from lora_fx.export.verification.verify_onnx import check_adapter_files
+
+    path, asked = draft / part.file, {**slots_for(gm, adapters), **options["slots"]} or None
+    report = to_onnx(gm, path, adapters="input", progress=progress, **{**options, "slots": asked})
+    pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
+    for adapter, file in pairs:
+        progress(f"adapter {adapter.name}")
+        export_adapter(adapter, path, file, check=False)
+    return report.with_evidence(check_adapter_files(gm, path, pairs))
+
+
+def _slots(given: Sequence[str]) -> dict[str, str]:
+    """``PATH`` or ``PATH=FORM``, as often as it was given."""
+    pairs = (text.partition("=") for text in given)
+    return {path: form or "factors" for path, _, form in pairs}
 
 
 def convert_adapter(

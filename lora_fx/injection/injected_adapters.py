@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import evaluated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.branch_tensors import Terms, update_of
 from lora_fx.layers.layer import Layer
 
 _META = "lora_fx.injected"
 _VALUE = "value"
+Held = torch.Tensor | LazyTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class Injected:
         tensors: how many tensors it held when it was given, those left out included.
         fresh: whether it came of a config, so that its values are the graph's alone.
         bound: path -> what its update became, at each layer that the path means.
+        before: name of a tensor that it replaced -> what stood there.
         lost: paths whose branches trained, and were gone when a pass first looked.
     """
 
@@ -92,6 +94,7 @@ class Injected:
     fresh: bool
     bound: Mapping[str, tuple[Bound, ...]]
     lost: tuple[str, ...] = ()
+    before: Mapping[str, Held] = field(default_factory=dict)
 
     def now(self, gm: fx.GraphModule) -> Adapter:
         """The adapter with the values that it has now, if it was trained.
@@ -160,8 +163,27 @@ def value_part(place: int) -> str:
     return f"{_VALUE} {place}"
 
 
+def unreplaced(gm: fx.GraphModule, name: str | None) -> dict[str, Held]:
+    """Forgets what an adapter replaced, or all did: what stood there before, by name.
+
+    What another adapter has replaced by the same stays replaced, and is that one's.
+    """
+    gone = [r for r in injected(gm) if name in (None, r.adapter.name)]
+    given_back = {n: value for record in gone for n, value in record.before.items()}
+    left = []
+    for record in injected(gm):
+        adapter, before = replace(record.adapter, replacements={}), dict[str, Held]()
+        if record not in gone:
+            adapter = record.adapter
+            own = {n: given_back.pop(n) for n in adapter.replacements if n in given_back}
+            before = {**record.before, **own}
+        left.append(replace(record, adapter=adapter, before=before))
+    remember(gm, left)
+    return given_back
+
+
 def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:
-    """Forgets what a pass has taken out on purpose; what an adapter replaced stays.
+    """Forgets what a pass has taken out on purpose.
 
     Returns:
         Whether all of the constants that went were of adapters that the graph remembers.

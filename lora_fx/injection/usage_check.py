@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding
-from lora_fx.injection.injected_adapters import Bound, Injected, add, value_part
+from lora_fx.injection.injected_adapters import Bound, Held, Injected, add, value_part
 from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.layers.parametrized_weights import adapter_of, value_names
 from lora_fx.layers.sites import Site
@@ -38,6 +38,7 @@ def note_binding(
     groups: Groups,
     beside: Beside,
     skipped: Collection[str],
+    before: Mapping[str, Held],
 ) -> None:
     """Makes a graph remember an adapter that has just been put into it.
 
@@ -47,6 +48,7 @@ def note_binding(
         groups: the calls of the layers.
         beside: which adapters stood at each layer already.
         skipped: replaced tensors that were left out.
+        before: what stood in the place of those that were replaced, by name.
 
     Raises:
         AdapterError: an update has not come into the graph.
@@ -71,7 +73,7 @@ def note_binding(
     kept = {path: given.updates[path] for path in bound}
     replaced = {n: t for n, t in given.replacements.items() if n not in skipped}
     known = replace(given, updates=kept, replacements=replaced)
-    add(gm, Injected(known, tensors_of(given), False, bound))
+    add(gm, Injected(known, tensors_of(given), False, bound, before=before))
 
 
 def note_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:

@@ -31,6 +31,7 @@ class BaseLayers(Mapping[str, Layer]):
         aliases: path of a module that has several names -> its other names.
         weights: of a graph, path -> the name of the weight that the layer reads.
         head: path of the output embedding that PEFT's "all-linear" leaves out.
+        held: where a file is all there is, its parameters: name -> a tensor of the same shape.
     """
 
     layers: Mapping[str, Layer]
@@ -39,6 +40,7 @@ class BaseLayers(Mapping[str, Layer]):
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, path: str) -> Layer:
         """The layer at a path."""
@@ -77,6 +79,8 @@ class BaseLayers(Mapping[str, Layer]):
 
     def unevaluated(self, name: str) -> torch.Tensor | LazyTensor | None:
         """The same; a lazy one of a graph is not computed."""
+        if name in self.held:
+            return self.held[name]
         if self.graph is not None:
             found = next(readers(self.graph, name), None)
             return None if found is None else get_unevaluated(self.graph, str(found[1].target))

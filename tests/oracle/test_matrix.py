@@ -53,9 +53,10 @@ the base alone is off by more than 1e-2, so that an adapter which is ignored agr
 - **fold**: `fold` of it agrees to 1e-5 and holds the adapter no more; "stays": it agrees, and the
   adapter is still beside the layer; the footnote is what `explain` says of the layer.
 - **constant**: `to_onnx` of the injected graph is verified, and onnxruntime agrees to 1e-5.
-- **swappable**: the base is exported with `adapters="input"`, a slot at the layer and
-  `vectors=True`; with the file that `export_adapter` makes, onnxruntime agrees to 1e-5, and
-  without one it agrees with the base.
+- **swappable**: the base is exported with `adapters="input"` and a slot at the layer, of the form
+  `"vectors"`; with the file that `export_adapter` makes, onnxruntime agrees to 1e-5, and without
+  one it agrees with the base. "whole": its weight is made anew, so the slot is of the form
+  `"weight"`, and each adapter as large as the layer.
 - **train**: `inject` of a fresh `LoraConfig` trains: the loss falls, and `adapter_from` reads back
   what was learned.
 - **save**: the first of these formats that `save_adapter` writes and `load_adapter` reads back,
@@ -167,11 +168,11 @@ def base_of(name: str) -> tuple[nn.Module, Any]:
 
 
 @functools.cache
-def swappable(name: str) -> bytes:
-    """A file with a slot at the layer that takes vectors too, exported once for all kinds."""
+def swappable(name: str, form: str) -> bytes:
+    """A file with a slot at the layer, exported once for all kinds."""
     with tempfile.TemporaryDirectory() as directory:
-        path, slots = Path(directory, "m.onnx"), [LAYERS[name].path]
-        lora_fx.to_onnx(base_of(name)[1], path, adapters="input", slots=slots, vectors=True)
+        path, slots = Path(directory, "m.onnx"), {LAYERS[name].path: form}
+        lora_fx.to_onnx(base_of(name)[1], path, adapters="input", slots=slots)
         return path.read_bytes()
 
 
@@ -259,12 +260,20 @@ class Case:
         return "yes"
 
     def swappable(self) -> str:
+        try:
+            return self.swapped("vectors", "yes")
+        except AdapterError as refusal:
+            if "makes the weight anew" not in str(refusal):
+                raise
+        return self.swapped("weight", "whole")
+
+    def swapped(self, form: str, word: str) -> str:
         path, file = self.directory / "swappable.onnx", self.directory / "a.onnx_adapter"
-        path.write_bytes(swappable(self.name))
+        path.write_bytes(swappable(self.name, form))
         lora_fx.export_adapter(self.adapter, path, file)
         self.agrees(self.run(path, file), 1e-5, self.wanted())
         assert relative(self.run(path), self.model(self.x)) <= 1e-5
-        return "yes"
+        return word
 
     def train(self) -> str:
         """The loss falls, and what was learned is read back."""

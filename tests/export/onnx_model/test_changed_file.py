@@ -24,7 +24,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx, verify_onnx
 from lora_fx.export.onnx_model.digests import KEY
 from lora_fx.export.slots.manifest import KEY as SLOTS
-from lora_fx.export.slots.manifest import Manifest, Slot
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot import Slot
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.lazy_tensor import get_unevaluated
 

@@ -16,7 +16,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.slots.adapter_file import read_adapter_file
 from lora_fx.export.slots.check_adapter import read_adapter
-from lora_fx.export.slots.insert import chosen_slots, probe
+from lora_fx.export.slots.choose import chosen_slots
+from lora_fx.export.slots.probe import probe
 from lora_fx.frontend.trace import trace
 from lora_fx.numerics import compare
 from lora_fx.passes import InjectLora

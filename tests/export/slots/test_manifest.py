@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export.slots.insert import chosen_slots
-from lora_fx.export.slots.manifest import KEY, Manifest, Slot, manifest_of, read_manifest
+from lora_fx.export.slots.choose import chosen_slots
+from lora_fx.export.slots.manifest import KEY, Manifest, manifest_of, read_manifest
+from lora_fx.export.slots.slot import Slot
 from lora_fx.frontend.trace import trace
 
 MANIFEST = Manifest(

@@ -1,0 +1,209 @@
+"""Which slots a swappable model gets: what adapters change, or what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.slots.manifest import DTYPES
+from lora_fx.export.slots.slot import AnySlot, ExpertSlot, Slot, TensorSlot
+from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, given_as
+from lora_fx.graph.example import aliases_of, example_of
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.injection.bind import bind
+from lora_fx.injection.injected_adapters import injected
+from lora_fx.injection.match_branch import branches
+from lora_fx.injection.usage_check import weight_name
+from lora_fx.layers.base_layers import BaseLayers, layers_in
+from lora_fx.layers.sites import Site, by_path, readers
+from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.passes import StripLora
+
+Groups = Mapping[str, Sequence[Site]]
+ALL_LINEAR = "all-linear"
+FORMS = (FACTORS, VECTORS, WEIGHT)
+Wanted = str | Sequence[str] | Mapping[str, str] | None
+
+
+def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What an export with ``adapters="input"`` leaves open for adapters, as its ``slots=``.
+
+    Factors for what is of low rank, and whole tensors for what is replaced. A weight that is made
+    anew (LoKr, OFT, a full difference) needs a whole one too: it is left out, since each adapter
+    then has the size of the layer, and is yours to ask for.
+
+    Args:
+        gm: the traced model, with adapters or without.
+        adapters: that shall be swapped.
+
+    Returns:
+        Path of a layer or a parameter -> ``"factors"``, ``"vectors"`` or ``"weight"``.
+
+    Raises:
+        AdapterError: an adapter does not fit.
+    """
+    layers = layers_in(gm, by_path(gm))
+    found: dict[str, str] = {}
+    for adapter in adapters:
+        binding = bind(layers, adapter)
+        for path in binding.updates:
+            form = form_of(given_as(binding, path), layers.get(path))
+            if form is not None and found.get(path) != VECTORS:
+                found[path] = form
+        found |= dict.fromkeys(_changed(layers, binding.replaced), WEIGHT)
+    return found
+
+
+def _changed(layers: BaseLayers, replaced: Mapping[str, torch.Tensor]) -> list[str]:
+    """Which of the replaced tensors are not the base's own, by the base's names."""
+    own = {name: layers.parameter(name) for name in replaced}
+    return [n for n, t in own.items() if t is None or not torch.equal(replaced[n].to(t.dtype), t)]
+
+
+def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None) -> list[AnySlot]:
+    """What an adapter shall be able to change.
+
+    Args:
+        gm: a graph, with adapters or without.
+        wanted: paths of layers and parameters, or path -> form, where ``*`` stands for any part
+            of a path; ``"all-linear"``; or None: what the adapters in the graph change, and if
+            there is none, all linear layers but the output embedding.
+        vectors: whether all take the vectors of DoRA and (IA)3 as well; None: if one needs to.
+
+    Raises:
+        ExportError: a path is no layer and no parameter, or there is none; or a layer has no
+            side where factors could stand.
+    """
+    groups = by_path(gm)
+    forms = _forms(gm, groups, wanted)
+    if not forms:
+        raise ExportError('adapters="input": the graph has no linear layer to adapt')
+    beside = [path for path, form in forms.items() if form != WEIGHT and path in groups]
+    both = [path for path in beside if not is_one_way(groups[path])]
+    if both:
+        raise ExportError(
+            f"slots: {shorten(both)}: one call multiplies with the weight, another with its "
+            "transpose, and factors stand beside one side alone; leave it out of slots=, or ask "
+            f'for its whole weight: {{"{both[0]}": "{WEIGHT}"}}'
+        )
+    if vectors is None:
+        vectors = VECTORS in forms.values()
+    layers = [_slot(groups[path][0], vectors) for path in _once(gm, beside)]
+    whole = [_tensor_slot(gm, name, groups) for name in _whole(gm, forms, groups)]
+    experts = [p for p, form in forms.items() if form != WEIGHT and p not in groups]
+    return [*layers, *(_expert_slot(gm, path) for path in experts), *whole]
+
+
+def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, str]:
+    """Path of a layer or a parameter -> form."""
+    if wanted is None:
+        example = example_of(gm)
+        head = example.output_embedding if example else None
+        linear = [path for path in _linear(groups) if path != head]
+        return _in_graph(gm) or dict.fromkeys(linear, FACTORS)
+    if isinstance(wanted, str) and wanted != ALL_LINEAR:
+        raise ExportError(f'slots={wanted!r}: give "{ALL_LINEAR}" or a list of module paths')
+    return _asked_for(gm, groups, [wanted] if isinstance(wanted, str) else wanted)
+
+
+def _in_graph(gm: fx.GraphModule) -> dict[str, str]:
+    """What the adapters in a graph change."""
+    base = StripLora()(gm).graph_module
+    found = slots_for(base, [record.now(gm) for record in injected(gm)])
+    for branch in branches(gm):
+        is_plain = branch.is_plain and branch.bias is None
+        found[branch.path] = FACTORS if is_plain else VECTORS
+    return found
+
+
+def _asked_for(
+    gm: fx.GraphModule, groups: Groups, wanted: Sequence[str] | Mapping[str, str]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    unknown = []
+    for name in wanted:
+        form = wanted[name] if isinstance(wanted, Mapping) else None
+        if form not in (None, *FORMS):
+            raise ExportError(f"slots: {name}: {form!r} is none of {', '.join(FORMS)}")
+        paths = [name] if name in groups else [p for p in groups if fnmatchcase(p, name)]
+        paths = _linear(groups) if name == ALL_LINEAR else paths
+        if paths:
+            found |= dict.fromkeys(paths, form or FACTORS)
+        elif _is_parameter(gm, name):
+            is_stack = len(parameter(gm, name).shape) == 3 and form in (None, FACTORS)
+            found[name] = FACTORS if is_stack else WEIGHT
+        else:
+            unknown.append(name)
+    if unknown:
+        known = shorten(list(groups)) or "none"
+        raise ExportError(f"slots: no layer at {shorten(unknown)}; there are {known}")
+    return found
+
+
+def _is_parameter(gm: fx.GraphModule, name: str) -> bool:
+    return any(True for _ in readers(gm, name))
+
+
+def parameter(gm: fx.GraphModule, name: str) -> torch.Tensor | LazyTensor:
+    """A parameter that the graph reads, by the path of the module that reads it."""
+    return get_unevaluated(gm, str(next(readers(gm, name))[1].target))
+
+
+def _whole(gm: fx.GraphModule, forms: Mapping[str, str], groups: Groups) -> list[str]:
+    """The parameters that are slots themselves: of a layer its weight, and its bias if any."""
+    asked = [path for path, form in forms.items() if form == WEIGHT]
+    names = [path for path in asked if path not in groups]
+    for path in _once(gm, [path for path in asked if path in groups]):
+        weight = weight_name(groups[path][0])
+        bias = f"{weight.removesuffix('weight')}bias"
+        is_told = weight.endswith("weight") and _is_parameter(gm, bias)
+        names += [weight, bias] if is_told else [weight]
+    return list(dict.fromkeys(names))
+
+
+def _once(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
+    """One path for each layer: of a module that has several names, the first in the model."""
+    others = aliases_of(gm)
+    order = {path: place for place, path in enumerate(others)}
+    named = ({path, *others.get(path, ())} & {*paths} for path in paths)
+    return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))
+
+
+def _linear(groups: Groups) -> list[str]:
+    """What all linear layers are: a product that is written out is named."""
+    firsts = {path: calls[0] for path, calls in groups.items()}
+    return [p for p, site in firsts.items() if site.is_linear and not (site.spelled and site.bare)]
+
+
+def _slot(site: Site, vectors: bool) -> Slot:
+    out, into, *kernel = site.shape
+    return Slot(
+        site.path, site.kind, into, out, _name(site.dtype), tuple(kernel), vectors,
+        groups=site.groups,
+    )  # fmt: skip
+
+
+def _tensor_slot(gm: fx.GraphModule, name: str, groups: Groups) -> TensorSlot:
+    tensor = parameter(gm, name)
+    slot = TensorSlot(name, tuple(tensor.shape), _name(tensor.dtype))
+    if slot.dtype not in DTYPES:
+        raise ExportError(f"slots: {name} is of {slot.dtype}; expected one of {', '.join(DTYPES)}")
+    site = next((calls[0] for calls in groups.values() if weight_name(calls[0]) == name), None)
+    if site is None:
+        return slot
+    return replace(slot, layer_path=site.path, layer_kind=site.kind, groups=site.groups)
+
+
+def _expert_slot(gm: fx.GraphModule, name: str) -> ExpertSlot:
+    tensor = parameter(gm, name)
+    return ExpertSlot(name, tuple(tensor.shape), _name(tensor.dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

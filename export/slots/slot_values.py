@@ -1,0 +1,261 @@
+"""What an adapter puts into the slots of a model: factors, vectors, and whole tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.algebra.low_rank import (
+    NotLowRankError,
+    additive,
+    blocks_beside,
+    factors_beside,
+    pairs_beside,
+)
+from lora_fx.algebra.matrix_expr import Leaf, constant
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.export.slots.base_weights import BaseWeights
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot import ExpertSlot, Slot, TensorSlot
+from lora_fx.injection.bind import Binding, bind
+from lora_fx.injection.branch_tensors import canonical, terms_of
+from lora_fx.injection.finite_values import check_finite, check_product
+from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.layer import Layer
+
+FACTORS, VECTORS, WEIGHT = "factors", "vectors", "weight"
+Values = dict[str, torch.Tensor]
+
+
+def values_of_adapter(adapter: Adapter, manifest: Manifest, model: Path) -> Values:
+    """What goes into each input, every scale folded in; factors left alone have no effect.
+
+    Raises:
+        AdapterError: the adapter does not fit, or changes what the model has no slot for.
+    """
+    with within(model):
+        binding = bind(_layers(manifest), adapter)
+    with within(f"adapter {adapter.name!r} for {model}"):
+        return dict(_Filling(binding, manifest, BaseWeights(model)).values())
+
+
+def _layers(manifest: Manifest) -> BaseLayers:
+    """What the slots are of: layers, and parameters."""
+    factors = {slot.path: slot.layer for slot in manifest.slots if isinstance(slot, Slot)}
+    tensors = [slot for slot in manifest.slots if isinstance(slot, TensorSlot | ExpertSlot)]
+    whole = {layer.path: layer for t in tensors if isinstance(t, TensorSlot) if (layer := t.layer)}
+    held = {t.path: torch.empty(t.shape, device="meta") for t in tensors}
+    return BaseLayers({**whole, **factors}, held=held)
+
+
+def form_of(update: AnyUpdate, layer: Layer | None) -> str | None:
+    """Which slot serves an update: factors, with vectors or without; None: a whole tensor alone.
+
+    Args:
+        update: as `given_as` says.
+        layer: that it is of, or None for the parameter of several experts.
+    """
+    if not update.makes_anew:
+        return FACTORS if update.is_plain and update.bias is None else VECTORS
+    try:
+        if layer is None:
+            base = constant(torch.empty([size or 0 for size in update.shape], device="meta"))
+            blocks_beside(base, update.of(base))
+        elif layer.groups > 1:
+            return None
+        else:
+            base = _base(layer, torch.Tensor)
+            pairs_beside(base, additive(base, update.of(base)))
+    except NotLowRankError:
+        return None
+    return FACTORS if update.bias is None else VECTORS
+
+
+def given_as(binding: Binding, path: str) -> AnyUpdate:
+    """An update with the factors that it was given with, where a grouped layer has no use."""
+    update = binding.updates[path]
+    meant = next((given for given, paths in binding.meant.items() if path in paths), path)
+    own = binding.adapter.updates[meant]
+    return own if update.makes_anew and isinstance(own, Update) else update
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """An adapter, and the slots of a model."""
+
+    binding: Binding
+    manifest: Manifest
+    base: BaseWeights
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The values by the names of the inputs."""
+        self._check_all_have_slots()
+        left = dict(self.binding.replaced)
+        for name in left.keys() - self._tensors.keys():
+            if not self.base.holds(name, left.pop(name)):
+                raise self._no_slot([f"replaced {name}"])
+        filled: Values = {}
+        for path, update in self.binding.updates.items():
+            with within(path):
+                filled |= self._updated(path, update)
+        for name, value in left.items():
+            filled.setdefault(name, _held(name, value, self._tensors[name].torch_dtype))
+        for slot in self.manifest.slots:
+            yield from {n: filled.get(n, t) for n, t in slot.neutral().items()}.items()
+        yield from ((name, value) for name, value in filled.items() if name in self._tensors)
+
+    @cached_property
+    def _factors(self) -> Mapping[str, Slot]:
+        return {slot.path: slot for slot in self.manifest.slots if isinstance(slot, Slot)}
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, TensorSlot]:
+        return {slot.path: slot for slot in self.manifest.slots if isinstance(slot, TensorSlot)}
+
+    def _check_all_have_slots(self) -> None:
+        """What has no slot may be the base's own: PEFT stores an adapted table's weight too."""
+        replaced, refused = self.binding.adapter.replacements, self.binding.refused
+        same = {n for n in refused if n in replaced and self.base.holds(n, replaced[n])}
+        if unmatched := [name for name in refused if name not in same]:
+            raise self._no_slot(unmatched)
+
+    def _no_slot(self, names: list[str]) -> AdapterError:
+        known = shorten([slot.path for slot in self.manifest.slots])
+        return AdapterError(
+            f"no slot at {shorten(names)}; the model has slots at {known}; export the model with "
+            "slots= for these, or fold the adapter into a model of its own"
+        )
+
+    def _updated(self, path: str, update: AnyUpdate) -> Values:
+        """What one update puts into the slots of its layer, or of its parameter."""
+        expert = next((s for s in self.manifest.slots if s.path == path), None)
+        if isinstance(expert, ExpertSlot):
+            return _of_experts(expert, update)
+        slot = self._factors.get(path)
+        tensor = next((t for n, t in self._tensors.items() if path in (n, t.layer_path)), None)
+        found = None if slot is None else self._beside(slot, given_as(self.binding, path))
+        if found is not None:
+            return found
+        if tensor is not None:
+            return self._merged(tensor, update)
+        raise AdapterError(
+            f"an update of kind {update.kind!r} makes the weight anew, which no factors can say; "
+            f'export the model with a slot for the whole weight, slots={{"{path}": "weight"}}, or '
+            "fold the adapter into a model of its own"
+        )
+
+    def _beside(self, slot: Slot, update: AnyUpdate) -> Values | None:
+        """Factors and vectors beside the layer; None where it is not of low rank."""
+        weight, bias = partial(self._weight, slot), partial(self.base.bias, slot)
+        if slot.groups > 1 and isinstance(update, Update):
+            update = _ungrouped(update, slot.layer)
+        if update.makes_anew:
+            if form_of(update, slot.layer) is None:
+                return None
+            update = _low_rank(update, slot.layer, weight())
+        _check_vectors(update, slot)
+        terms = terms_of(update, slot.layer, weight, bias)
+        check_finite(slot.layer, self.binding.adapter.name, update, terms, weight)
+        check_product(slot.layer, self.binding.adapter.name, terms)
+        return {slot.inputs[part].name: value for part, value in terms.each().items()}
+
+    def _weight(self, slot: Slot) -> torch.Tensor:
+        """Of a slot's layer: the base's, or what the adapter brings in its place."""
+        replaced = (n for n in self.binding.replaced if self._is_of(n, slot.path))
+        name = next(replaced, None)
+        return self.base.weight(slot) if name is None else self.binding.replaced[name]
+
+    def _is_of(self, name: str, path: str) -> bool:
+        return name in self._tensors and self._tensors[name].layer_path == path
+
+    def _merged(self, slot: TensorSlot, update: AnyUpdate) -> Values:
+        """W', and b' if the update changes it."""
+        weight, layer = self._own(slot), slot.layer
+        if layer is None:
+            return {slot.path: _held(slot.path, update.weight(weight), slot.torch_dtype)}
+        made = layer.type.store("weight", update.weight(canonical(layer, weight)), layer.groups)
+        found = {slot.path: _held(slot.path, made, slot.torch_dtype)}
+        name = f"{slot.path.removesuffix('weight')}bias"
+        beside = self._tensors.get(name) if slot.path.endswith("weight") else None
+        own = None if beside is None else self._own(beside)
+        shift = update.shift(lambda: own)
+        if shift is None:
+            return found
+        if beside is None or own is None:
+            raise AdapterError(
+                f"an update of kind {update.kind!r} changes the bias, which has no slot; export "
+                f'the model with slots={{"{name}": "weight"}} too'
+            )
+        return {**found, name: _held(name, own + shift, beside.torch_dtype)}
+
+    def _own(self, slot: TensorSlot) -> torch.Tensor:
+        replaced = self.binding.replaced.get(slot.path)
+        return (
+            self.base.tensor(slot.path, slot.shape, slot.digest) if replaced is None else replaced
+        )
+
+
+def _of_experts(slot: ExpertSlot, update: AnyUpdate) -> Values:
+    base = constant(torch.empty(slot.shape, device="meta"))
+    try:
+        up, down = blocks_beside(base, update.of(base))
+    except NotLowRankError as error:
+        raise AdapterError(
+            f"an update of kind {update.kind!r}: {error}; export the model with a slot for the "
+            f'whole parameter, slots={{"{slot.path}": "weight"}}'
+        ) from error
+    parts = {"down": down, "up": up}
+    return {slot.inputs[p].name: _held(p, v, slot.torch_dtype) for p, v in parts.items()}
+
+
+def _held(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    kept = value.detach().to(dtype).contiguous()
+    if not kept.isfinite().all():
+        raise AdapterError(f"{name}: NaN or infinity in {dtype}; save the adapter again")
+    return kept
+
+
+def _check_vectors(update: AnyUpdate, slot: Slot) -> None:
+    if slot.vectors or (update.is_plain and update.bias is None):
+        return
+    what = update.kind if update.bias is None else "lora_bias"
+    raise AdapterError(
+        f"{what} needs a vector beside the factors, and the slot takes none; export the "
+        "model with vectors=True, or fold the adapter into a model of its own"
+    )
+
+
+def _low_rank(update: AnyUpdate, layer: Layer, weight: torch.Tensor) -> Update:
+    """An update that is an expression in W as factors."""
+    base = _base(layer, lambda: canonical(layer, weight))
+    down, up = factors_beside(base, additive(base, update.of(base)))
+    return Update(down.reshape(-1, *layer.own_shape[1:]), up, 1.0, update.kind, update.bias)
+
+
+def _base(layer: Layer, fetch: Callable[[], torch.Tensor]) -> Leaf:
+    out, *rest = layer.own_shape
+    return Leaf((out, math.prod(rest)), "base", fetch)
+
+
+def _ungrouped(update: Update, layer: Layer) -> Update:
+    """An update of a grouped convolution by factors that read all inputs and give all outputs."""
+    groups, (_, into, *kernel) = layer.groups, layer.own_shape
+    if update.shape == layer.shape:
+        return replace(update, up=_diagonal(update.up, update.groups))
+    down = update.down.reshape(-1, into, *kernel)
+    wide = down.new_zeros(groups, len(down), groups, into, *kernel)
+    for group in range(groups):
+        wide[group, :, group] = down
+    return replace(update, down=wide.reshape(-1, *layer.shape[1:]), up=_diagonal(update.up, groups))
+
+
+def _diagonal(up: torch.Tensor, groups: int) -> torch.Tensor:
+    """(out, r), whose rows come group by group, as (out, groups * r)."""
+    whole: torch.Tensor = torch.block_diag(*up.chunk(groups))  # type: ignore[no-untyped-call]
+    return whole
