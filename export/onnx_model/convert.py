@@ -6,16 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from types import SimpleNamespace
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.onnx._internal.exporter import _registration as registration
 
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.ops import aten
@@ -61,7 +58,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             if has_masks(program):
                 program = program.run_decompositions({})  # writes become values
                 without_masks(program)
-            with _translations_kept():
+            with without_idle_work():
                 onnx_program = torch.onnx.export(
                     program, dynamo=True, optimize=False, verbose=False, opset_version=opset
                 )
@@ -102,24 +99,6 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
         reasons.append(str(error).partition("\n")[0])
     return "; ".join(reasons[-2:][::-1]) or str(error).partition("\n")[0]
-
-
-@contextmanager
-def _translations_kept() -> Iterator[None]:
-    """Lets torch.onnx list what translates operators once: it parses all of it for each export."""
-    exporter: Any = registration
-    apis = exporter.onnxscript_apis
-    known = _translations(apis)
-    exporter.onnxscript_apis = SimpleNamespace(get_torchlib_ops=lambda: known)
-    try:
-        yield
-    finally:
-        exporter.onnxscript_apis = apis
-
-
-@cache
-def _translations(apis: Any) -> list[Any]:
-    return list(apis.get_torchlib_ops())
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""What torch.onnx does not do twice is not missed: the same bytes as with its own passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.onnx._internal.exporter import _fx_passes, _registration
+
+from lora_fx.errors import ExportError
+from lora_fx.export import to_onnx
+from lora_fx.export.onnx_model import convert, idle_work
+from lora_fx.frontend.trace import trace
+from lora_fx.testing import Computes
+
+MIXED: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "whole numbers": lambda m, x: x * 2 + 3 - m.count,
+    "true division": lambda m, x: m.count / 3 + x,
+    "floor division": lambda m, x: torch.div(x.long(), 2, rounding_mode="floor") * x,
+    "halves": lambda m, x: x.half() + x,
+    "doubles": lambda m, x: (x.double() * x).sum(-1, keepdim=True) + m.count,
+    "booleans": lambda m, x: (x > 0) + (x > 0).sum(-1, keepdim=True) * x,
+    "powers": lambda m, x: x**2 + 2 ** (x > 1).int(),
+    "choices": lambda m, x: torch.where(x > 0, x, 1) + torch.where(x > 0, m.count, x),
+    "sizes": lambda m, x: x * x.shape[0] + x.shape[0] / 2,
+    "sums of numbers": lambda m, x: (x.int().sum() + x.int().cumsum(0).sum() + x.any()) * x,
+    "parts": lambda m, x: torch.cat([*(x * 3).split(2, -1)], 0) + m.count[:1],
+}
+
+
+@contextmanager
+def own_passes() -> Iterator[None]:
+    """As torch.onnx has it."""
+    yield
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_types_are_promoted_as_torch_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Computes(MIXED[name], count=torch.arange(4)).eval()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    gm = trace(model, (x,), dynamic_shapes=({0: "batch"},), frontend="export")
+    to_onnx(gm, tmp_path / "ours.onnx")
+    monkeypatch.setattr(convert, "without_idle_work", own_passes)
+    to_onnx(gm, tmp_path / "theirs.onnx", verify=False)
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
+
+
+def test_without_the_pass_the_types_would_be_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Computes(MIXED["doubles"], count=torch.arange(4)).eval()
+    gm = trace(model, (torch.randn(3, 4),), frontend="export")
+    monkeypatch.setattr(idle_work, "_insert_type_promotion", lambda module: None)
+    with pytest.raises(ExportError, match="not valid ONNX"):
+        to_onnx(gm, tmp_path / "none.onnx")
+
+
+def test_torch_onnx_is_left_as_it_was() -> None:
+    before = _registration.onnxscript_apis, _fx_passes.insert_type_promotion_nodes
+    with pytest.raises(ValueError, match="stop"), idle_work.without_idle_work():
+        raise ValueError("stop")
+    assert before == (_registration.onnxscript_apis, _fx_passes.insert_type_promotion_nodes)
