@@ -122,7 +122,7 @@ def to_onnx(
         seconds=clock.seconds,
         checks=evidence.checks,
         controls=evidence.controls,
-        notes=[*trial.notes, *evidence.notes],
+        notes=[*trial.notes, *plan.notes, *evidence.notes],
         inputs=trial.inputs,
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],

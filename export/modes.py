@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
 from lora_fx.export.slots.manifest import KEY, manifest_of
 from lora_fx.export.slots.probe import probe
-from lora_fx.export.slots.slot import AnySlot
+from lora_fx.export.slots.slot import AnySlot, TensorSlot
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference, swapped
@@ -55,6 +56,11 @@ class Constant:
         raised = RaiseLora(_free_name(expected))(expected).graph_module
         return cls(gm, expected, evaluating(ChooseForm()(raised).graph_module))
 
+    @property
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
     def open(self, model: ir.Model) -> None:
         """Changes nothing: there are no slots."""
 
@@ -91,6 +97,15 @@ class Swappable:
         probed = InjectLora(probe(slots, _TRACED_RANK))(apart).graph_module
         traced = ChooseForm(target="input")(probed).graph_module
         return cls(gm, evaluating(base), evaluating(traced), slots)
+
+    @property
+    def notes(self) -> list[str]:
+        """What whole tensors cost."""
+        whole = [slot for slot in self.slots if isinstance(slot, TensorSlot)]
+        size = sum(math.prod(slot.shape) * slot.torch_dtype.itemsize for slot in whole)
+        if not whole:
+            return []
+        return [f"{len(whole)} whole tensors can be replaced: {size / 1e6:.2f} MB by each adapter"]
 
     def open(self, model: ir.Model) -> None:
         """Makes the probe's weights inputs, before anything can merge or evaluate them."""

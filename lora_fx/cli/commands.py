@@ -136,6 +136,8 @@ def _swappable(
     from lora_fx.export import export_adapter, slots_for, to_onnx
     from lora_fx.export.verification.verify_onnx import check_adapter_files
 
+    for adapter in adapters:
+        inject(gm, adapter)  # what does not fit is told before a file is written
     path, asked = draft / part.file, {**slots_for(gm, adapters), **options["slots"]} or None
     report = to_onnx(gm, path, adapters="input", progress=progress, **{**options, "slots": asked})
     pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
