@@ -106,6 +106,7 @@ sites(gm)
 ExportReport
 Session(path, threads=None, providers=None, *, check=True)
 export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None,
     external_data_above=128000000, force=False, progress=None)

@@ -84,7 +84,7 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
     forms = _forms(gm, groups, wanted)
     if not forms:
         raise ExportError('adapters="input": the graph has no linear layer to adapt')
-    beside = [path for path, form in forms.items() if form != WEIGHT and path in groups]
+    beside = [path for path in groups if forms.get(path, WEIGHT) != WEIGHT]
     both = [path for path in beside if not is_one_way(groups[path])]
     if both:
         raise ExportError(

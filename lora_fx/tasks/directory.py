@@ -86,6 +86,8 @@ def _load(path: Path, adapters: AdapterTask, task: Task | None, transformers: An
             AdapterWarning,
             stacklevel=5,
         )
+    if getattr(model, "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("batched_mm")  # the one whose operators ONNX has
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
     return Loaded(model.eval(), tuple(sorted(lacks)), task or _task(kind, config, adapters))
 
