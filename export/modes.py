@@ -138,7 +138,8 @@ class Swappable:
             file = Path(directory) / "probe.onnx_adapter"
             export_adapter(adapter, path, file, check=False)  # it was just written
             probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
-            subjects.append(replace(probed, coverage=None))
+            # Its tokens are compared where there are no adapters of the user's to do it with.
+            subjects.append(replace(probed, coverage=None, generates=len(subjects) == 1))
             evidence = verify_file(path, trial, subjects, [control])
         evidence.notes += notes
         return evidence

@@ -207,6 +207,7 @@ class Subject:
         like: the graph whose precision counts, where ``eager`` is none.
         coverage: how much of an adapter it holds; the distance to the base is found later.
         once: at the traced shape alone.
+        generates: whether a decoder's tokens are compared too.
         notes: what the reader of a report should know of it.
     """
 
@@ -216,6 +217,7 @@ class Subject:
     like: fx.GraphModule | None = None
     coverage: Coverage | None = None
     once: bool = False
+    generates: bool = True
     notes: tuple[str, ...] = ()
 
     @property

@@ -66,7 +66,7 @@ def verify_file(
                 at_first = found if case is first else at_first
                 if not all(row.ok for row in rows) and not evidence.suspects:
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
-            if trial.generates and optimise:
+            if trial.generates and subject.generates and optimise:
                 dtype = _precision(subject.graph)
                 evidence.checks.append(rollout(subject, session, trial, dtype))
         del session  # one thread pool at a time
