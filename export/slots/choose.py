@@ -152,7 +152,8 @@ def _is_parameter(gm: fx.GraphModule, name: str) -> bool:
 
 def parameter(gm: fx.GraphModule, name: str) -> torch.Tensor | LazyTensor:
     """A parameter that the graph reads, by the path of the module that reads it."""
-    return get_unevaluated(gm, str(next(readers(gm, name))[1].target))
+    found: torch.Tensor | LazyTensor = get_unevaluated(gm, str(next(readers(gm, name))[1].target))
+    return found
 
 
 def _whole(gm: fx.GraphModule, forms: Mapping[str, str], groups: Groups) -> list[str]:
