@@ -61,7 +61,7 @@ def load_directory(
         raise LoraFxError(
             f"{path}: reading it needs transformers: pip install lora-fx[demo]"
         ) from error
-    with _quiet(transformers.utils.logging):
+    with quiet(transformers.utils.logging):
         return _load(path, adapters, task, dtype, transformers)
 
 
@@ -110,7 +110,7 @@ def _task(kind: type, config: Any, adapters: AdapterTask) -> Task | None:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def quiet(logging: Any) -> Iterator[None]:
     """Shows neither a bar nor the report of a load: what it would warn of, we say ourselves."""
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

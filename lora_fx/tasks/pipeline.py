@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
-from lora_fx.tasks.directory import Loaded, fields_of, load_directory
+from lora_fx.tasks.directory import Loaded, fields_of, load_directory, quiet
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _CLASS = "_class_name"
@@ -65,12 +64,10 @@ def load_pipeline(
     Raises:
         LoraFxError: it is no such directory, has no such component, or diffusers cannot load it.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise LoraFxError(f"{path}: reading it needs diffusers: pip install diffusers") from error
     fields = fields_of(path / INDEX)
-    with _quiet(diffusers.utils.logging):
+    diffusers = _imported(path)
+    with quiet(diffusers.utils.logging), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that diffusers uses itself
         if not fields:
             model = _load_own(path, dtype, diffusers)
             return Pipeline(path, {_role(path, model.model): model}, {})
@@ -82,6 +79,18 @@ def load_pipeline(
             )
         wanted = names if component is None or every else [component]
         return Pipeline(path, {n: _loaded(path / n, dtype, diffusers) for n in wanted}, fields)
+
+
+def _imported(path: Path) -> Any:
+    """diffusers, which looks for image processors when it is imported and says what it lacks."""
+    try:
+        import transformers
+
+        with quiet(transformers.utils.logging):
+            import diffusers.pipelines.auto_pipeline
+    except ImportError as error:
+        raise LoraFxError(f"{path}: reading it needs diffusers: pip install diffusers") from error
+    return diffusers
 
 
 def _is_exported(name: str, entry: Any) -> bool:
@@ -121,16 +130,3 @@ def _role(path: Path, model: Any) -> str:
     if _EXPORTED.fullmatch(path.name):
         return path.name
     return "unet" if "sample" in inspect.signature(model.forward).parameters else "transformer"
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Shows no bar and no advice: what matters of a load, we say ourselves."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names that diffusers uses itself
-            yield
-    finally:
-        logging.set_verbosity(before)

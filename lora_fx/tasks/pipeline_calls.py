@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +10,11 @@ from lora_fx.tasks.calls import Call
 from lora_fx.tasks.example_inputs import example_inputs
 from lora_fx.tasks.generation import called_by, taking
 from lora_fx.tasks.pipeline import Pipeline
+from lora_fx.tasks.pipeline_code import passes
 from lora_fx.tasks.pipeline_inputs import (
     ADDED,
     BATCH,
+    OPTIONAL,
     SEQUENCE,
     denoiser_inputs,
     facts_of,
@@ -24,6 +22,7 @@ from lora_fx.tasks.pipeline_inputs import (
     image,
 )
 
+HIDDEN, MASK = "output_hidden_states", "attention_mask"
 _BLOCKS = ("block_out_channels", "encoder_block_out_channels")
 
 
@@ -49,7 +48,8 @@ def file_of(name: str) -> str:
 def _denoiser(model: Any, pipeline: Pipeline, component: str) -> Call:
     """``sample``, ... -> ``out_sample`` of a UNet, ``hidden_states``, ... likewise."""
     own = type(model)
-    kwargs, axes = denoiser_inputs(facts_of(model, pipeline.fields), own.__name__)
+    given = [name for name in OPTIONAL if passes(pipeline.kind(), component, name)]
+    kwargs, axes = denoiser_inputs(facts_of(model, pipeline.fields), own.__name__, given)
     result = f"out_{next(iter(kwargs))}"
 
     def forward(self: Any, **given: Any) -> dict[str, torch.Tensor]:
@@ -97,46 +97,20 @@ def _decoder(model: Any, pipeline: Pipeline) -> Call:
 def _text_encoder(model: Any, pipeline: Pipeline, component: str) -> Call:
     """``input_ids`` (batch, sequence) -> what the model gives, in its own order.
 
-    ``hidden_states.N`` of every layer are among it where the pipeline asks for them.
+    ``hidden_states.N`` of every layer are among it where the pipeline asks for them, and an
+    ``attention_mask`` among the inputs where it gives one.
     """
-    own = type(model)
-    ids = example_inputs(model)[0]["input_ids"]
-    asked = {"output_hidden_states": True} if _wants_layers(pipeline.kind(), component) else {}
+    own, kind = type(model), pipeline.kind()
+    asked = {"output_hidden_states": True} if passes(kind, component, HIDDEN) else {}
+    names = ["input_ids", *([MASK] if passes(kind, component, MASK) else [])]
+    found = example_inputs(model)[0]
+    kwargs = {name: found[name] for name in names if name in found}
 
-    def forward(self: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = own.forward(self, input_ids, **asked)
+    def forward(self: Any, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = own.forward(self, **given, **asked)
         result = {n: value for n, value in found.items() if isinstance(value, torch.Tensor)}
         layers = found.hidden_states if asked else ()
         return result | {f"hidden_states.{n}": value for n, value in enumerate(layers)}
 
-    axes = {"input_ids": {0: BATCH, 1: SEQUENCE}}
-    return Call(called_by(model, forward), {"input_ids": ids}, axes, file=file_of(component))
-
-
-def _wants_layers(kind: Any, component: str) -> bool:
-    """Whether a pipeline's class asks a text encoder for all its layers whenever it calls it.
-
-    Its code says so. Where it has no call of this one by name, it calls one after the other as
-    ``text_encoder``.
-    """
-    if not inspect.isclass(kind):
-        return False
-    calls = [*_calls(kind)]
-    named = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == component]
-    several = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "text_encoder"]
-    found = named or several
-    return bool(found) and all(map(_asks, found))
-
-
-def _calls(kind: type) -> Iterator[ast.Call]:
-    for base in kind.__mro__:
-        if not base.__module__.startswith("diffusers."):
-            continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        yield from (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-
-
-def _asks(call: ast.Call) -> bool:
-    given = {word.arg: word.value for word in call.keywords}
-    value = given.get("output_hidden_states")
-    return isinstance(value, ast.Constant) and value.value is True
+    axes = {name: {0: BATCH, 1: SEQUENCE} for name in kwargs}
+    return Call(called_by(model, taking(forward, kwargs)), kwargs, axes, file=file_of(component))

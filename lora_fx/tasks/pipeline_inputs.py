@@ -7,7 +7,7 @@ decide what is fed, and how large it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError
 
 BATCH, SEQUENCE = "batch_size", "sequence_length"
 ADDED = ("text_embeds", "time_ids")  # inputs that a UNet takes in added_cond_kwargs
+OPTIONAL = ("encoder_attention_mask",)  # fed only if somebody needs or gives them
 _BATCH, _LENGTH, _HEIGHT, _WIDTH = 2, 5, 4, 6
 _PACKED = "packed_height_width"
 _GRID = (2, 3)  # patches of a picture whose positions are inputs
@@ -68,12 +69,15 @@ def facts_of(model: Any, fields: Mapping[str, Any]) -> Facts:
     return Facts(model.config, parameters, model.dtype, count)
 
 
-def denoiser_inputs(facts: Facts, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def denoiser_inputs(
+    facts: Facts, kind: str, given: Collection[str] = ()
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Inputs of a UNet or a transformer, by name, and their named dynamic axes.
 
     Args:
         facts: of the model.
         kind: of its class.
+        given: which of `OPTIONAL` the pipeline gives it, though it need not have them.
 
     Raises:
         LoraFxError: an input that the model needs cannot be made; names it.
@@ -83,11 +87,14 @@ def denoiser_inputs(facts: Facts, kind: str) -> tuple[dict[str, torch.Tensor], d
         raise _refusal(kind, f"added_cond_kwargs for addition_embed_type {extra!r}")
     made: dict[str, Made] = {}
     for name, parameter in facts.parameters.items():
+        is_needed = parameter.default is parameter.empty
+        if name in OPTIONAL and name not in given and not is_needed:
+            continue
         makers = ADDED if name == "added_cond_kwargs" else (name,)
         found = {n: _MAKERS[n](facts) for n in makers if n in _MAKERS}
         made |= {n: value for n, value in found.items() if value is not None}
         named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and named and name not in made:
+        if is_needed and named and name not in made:
             raise _refusal(kind, name)
     return {n: value for n, (value, _) in made.items()}, {n: axes for n, (_, axes) in made.items()}
 
@@ -138,6 +145,13 @@ def _text(facts: Facts) -> Made | None:
     width = facts.number(*_WIDTHS)
     axes = {0: BATCH, 1: SEQUENCE}
     return None if width is None else (facts.random(_BATCH, _LENGTH, width), axes)
+
+
+def _text_mask(facts: Facts) -> Made:
+    """Padding behind the second text: a graph that ignores the mask is found out."""
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+    mask[1, _LENGTH // 2 :] = 0
+    return mask, {0: BATCH, 1: SEQUENCE}
 
 
 def _pooled(facts: Facts) -> Made | None:
@@ -196,6 +210,7 @@ _MAKERS: Mapping[str, Callable[[Facts], Made | None]] = {
     "hidden_states": _hidden,
     "timestep": _timestep,
     "encoder_hidden_states": _text,
+    "encoder_attention_mask": _text_mask,
     "pooled_projections": _pooled,
     "text_embeds": _text_embeds,
     "time_ids": _time_ids,
