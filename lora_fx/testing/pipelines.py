@@ -62,7 +62,7 @@ def tiny_pipeline(path: Path) -> Path:
 
     words = path / "tokenizer"
     _write_tokenizer(words)
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
     diffusers.StableDiffusionPipeline(
         vae=tiny_vae(), text_encoder=tiny_text_encoder(), unet=tiny_unet(), scheduler=scheduler,
         tokenizer=transformers.CLIPTokenizer.from_pretrained(words), safety_checker=None,
