@@ -101,7 +101,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
     Raises:
         LoraFxError: the export would be refused for the same reason.
     """
-    part, gm, adapters, mode, options = work
+    part, gm, adapters, mode, _ = work
     layers = layers_in(gm, by_path(gm))
     taken = {
         adapter.name: [describe_update(p, u) for p, u in bind(layers, adapter).updates.items()]
@@ -109,19 +109,32 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
     }
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     called = part.input_names or {}
-    graph, notes, slots = inject(gm, adapters) if adapters else gm, [], []
+    graph = inject(gm, adapters) if adapters else gm
+    notes: list[str] = []
+    slots: list[str] = []
     if mode == "merged":
         notes = not_merged(fold(graph), allow_unmerged)
     if mode == "swappable":
-        from lora_fx.export.slots.insert import chosen_slots
-
-        slots = [slot.path for slot in chosen_slots(graph, options["slots"], options["vectors"])]
+        slots = _slots(work, graph)
     shown = "unmerged" if notes else mode
     return PlannedFile(
         part.file, shown, part.task.get(TASK), part.task.get(DTYPE),
         [called.get(name, name) for name in names], taken,
         [adapter_file(a, part) for a in adapters] if mode == "swappable" else [], slots, notes,
     )  # fmt: skip
+
+
+def _slots(work: Work, graph: fx.GraphModule) -> list[str]:
+    """The slots that there would be, which must carry the adapters."""
+    from lora_fx.export.slots import adapter_file as carried
+    from lora_fx.export.slots.insert import chosen_slots
+    from lora_fx.export.slots.manifest import manifest_of
+
+    slots = chosen_slots(graph, work.options["slots"], work.options["vectors"])
+    manifest = manifest_of(work.graph, slots)
+    for adapter in work.adapters:
+        carried._fitted(adapter, manifest, Path(work.part.file))
+    return [slot.path for slot in slots]
 
 
 def not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:

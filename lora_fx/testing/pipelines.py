@@ -102,10 +102,13 @@ def save_diffusers_adapter(path: Path, seed: int = 0, **parts: Any) -> dict[str,
     torch.manual_seed(seed)
     tuned, layers = {}, {}
     for name, model in parts.items():
-        targets = ["q_proj", "v_proj", "fc1"] if name.startswith("text") else ["to_q", "to_v"]
+        is_text = name.startswith("text")
+        targets = ["q_proj", "v_proj", "fc1"] if is_text else ["to_q", "to_v"]
         config = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_modules=targets)
         tuned[name] = peft.inject_adapter_in_model(config, copy.deepcopy(model)).eval()
-        layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(tuned[name])
+        found = peft.get_peft_model_state_dict(tuned[name])
+        wrapper = "text_model." if is_text else ""  # as what is published names its layers
+        layers[f"{name}_lora_layers"] = {f"{wrapper}{key}": t for key, t in found.items()}
         layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
     diffusers.StableDiffusionPipeline.save_lora_weights(path, **layers)
     return tuned

@@ -131,12 +131,11 @@ def test_an_adapter_is_shared_out_among_the_components(home: Path, swappable: Pa
 def test_one_component_of_a_pipeline_is_as_its_directory_alone(home: Path, tmp_path: Path) -> None:
     """By kohya's names, which want the whole pipeline, and by diffusers'."""
     base, french = home / "base", load_adapter(home / "french")
-    as_published = {  # what is published names the layers of a text encoder by this wrapper
-        path.replace("text_encoder.", "text_encoder.text_model."): update
-        for path, update in french.updates.items()
-    }
-    kohya = tmp_path / "kohya.safetensors"
-    save_adapter(type(french)("kohya", as_published), kohya, format="kohya")
+    kohya, flat = tmp_path / "kohya.safetensors", tmp_path / "flat.safetensors"
+    save_adapter(french, kohya, format="kohya")
+    unwrapped = {path.replace("text_model.", ""): u for path, u in french.updates.items()}
+    assert unwrapped != dict(french.updates)  # as diffusers writes it since transformers 5
+    save_adapter(type(french)("flat", unwrapped), flat, format="diffusers")
     part = export(base, [kohya], tmp_path / "a", given=given(component="unet"))
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "model.onnx", "report.json", "config.json"
@@ -149,8 +148,12 @@ def test_one_component_of_a_pipeline_is_as_its_directory_alone(home: Path, tmp_p
         with torch.no_grad():
             wanted = loaded_by_diffusers(home, adapter)(**MOMENT).sample
         assert relative(torch.tensor(found), wanted) <= 1e-5
-    text = export(base, [kohya], tmp_path / "c", given=given(component="text_encoder"))
-    assert text.coverage[0].used == text.coverage[0].tensors > 0
+    text = [
+        export(base, [file], tmp_path / file.stem, given=given(component="text_encoder"))
+        for file in (kohya, flat)
+    ]
+    assert text[0].coverage[0].used == text[0].coverage[0].tensors > 0
+    assert text[0].coverage[0].off == pytest.approx(text[1].coverage[0].off, rel=1e-6)
     decoder = export(base, [], tmp_path / "d", given=given(component="vae_decoder"))
     assert (decoder.task, decoder.inputs) == ("vae_decoder", ["latent_sample"])
     file = tmp_path / "a" / "model.onnx"
