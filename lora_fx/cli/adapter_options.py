@@ -165,8 +165,8 @@ def named(paths: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str |
             f"--name: {len(alone)} names ({', '.join(alone)}) for {len(rest)} adapters of "
             "--adapter: give one for each, or NAME=PATH"
         )
-    called = zip(rest, alone or [None] * len(rest), strict=True)
-    return [*called, *((path, name) for name, path in pairs)]
+    words: Sequence[str | None] = alone or [None] * len(rest)
+    return [*zip(rest, words, strict=True), *((path, name) for name, path in pairs)]
 
 
 def base_of(source: ModelSource) -> nn.Module:

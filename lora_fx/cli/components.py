@@ -79,7 +79,7 @@ def _part(adapter: Adapter, start: str, model: nn.Module) -> Adapter:
 
 def _unwrapped(values: Mapping[str, T], model: nn.Module) -> dict[str, T]:
     """Paths without the wrapper of a text encoder that the model has no longer."""
-    wrapped = model._modules.get(WRAPPER)
-    beside = len(model._modules) > 1 and wrapped is not None
-    is_gone = beside and all(model._modules.get(n) is m for n, m in wrapped._modules.items())
+    own, wrapped = model._modules, model._modules.get(WRAPPER)
+    inner = {} if wrapped is None else wrapped._modules
+    is_gone = bool(inner) and all(own.get(name) is module for name, module in inner.items())
     return {p.removeprefix(f"{WRAPPER}.") if is_gone else p: v for p, v in values.items()}

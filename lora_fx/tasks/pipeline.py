@@ -107,7 +107,7 @@ def _loaded(path: Path, dtype: Any, diffusers: Any) -> Loaded:
 def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
     """A model of diffusers' own classes."""
     name = fields_of(path / CONFIG).get(_CLASS)
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
         raise LoraFxError(
             f"{path}: its config.json names the class {name!r:.80}, which is no model of diffusers "

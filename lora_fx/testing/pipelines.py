@@ -18,9 +18,16 @@ _TEXT = {
 }  # fmt: skip
 
 
+def _libraries() -> tuple[Any, Any]:
+    import diffusers
+    import transformers
+
+    return diffusers, transformers
+
+
 def tiny_unet(**more: Any) -> Any:
     """A UNet with an attention on the way down, and one in the middle."""
-    import diffusers
+    diffusers, _ = _libraries()
 
     torch.manual_seed(0)
     blocks = {
@@ -33,7 +40,7 @@ def tiny_unet(**more: Any) -> Any:
 
 def tiny_vae() -> Any:
     """A VAE that makes 2 x 2 pixels of each latent."""
-    import diffusers
+    diffusers, _ = _libraries()
 
     torch.manual_seed(0)
     blocks = {
@@ -46,7 +53,7 @@ def tiny_vae() -> Any:
 
 def tiny_text_encoder(projected: bool = False) -> Any:
     """A CLIP text model of two layers, with the projection of its kind or without."""
-    import transformers
+    _, transformers = _libraries()
 
     torch.manual_seed(0)
     kind: Any = (
@@ -57,8 +64,7 @@ def tiny_text_encoder(projected: bool = False) -> Any:
 
 def tiny_pipeline(path: Path) -> Path:
     """A Stable Diffusion pipeline that is saved to a directory, its tokenizer one of letters."""
-    import diffusers
-    import transformers
+    diffusers, transformers = _libraries()
 
     words = path / "tokenizer"
     _write_tokenizer(words)
@@ -96,15 +102,18 @@ def save_diffusers_adapter(path: Path, seed: int = 0, **parts: Any) -> dict[str,
     Returns:
         Copies of the models as PEFT computes them with the adapter.
     """
-    import diffusers
     import peft
+
+    diffusers, _ = _libraries()
 
     torch.manual_seed(seed)
     tuned, layers = {}, {}
     for name, model in parts.items():
         is_text = name.startswith("text")
         targets = ["q_proj", "v_proj", "fc1"] if is_text else ["to_q", "to_v"]
-        config = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_modules=targets)
+        config: Any = peft.LoraConfig(
+            r=3, lora_alpha=6, init_lora_weights=False, target_modules=targets
+        )
         tuned[name] = peft.inject_adapter_in_model(config, copy.deepcopy(model)).eval()
         found = peft.get_peft_model_state_dict(tuned[name])
         wrapper = "text_model." if is_text else ""  # as what is published names its layers
