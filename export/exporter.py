@@ -23,7 +23,7 @@ from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
-from lora_fx.graph.example import TASK, task_of
+from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.io.atomic import refuse_existing, staged
 
@@ -128,6 +128,7 @@ def to_onnx(
         slots=[slot.path for slot in plan.slots],
         coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
+        dtype=task_of(gm).get(DTYPE),
     )
 
 

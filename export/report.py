@@ -96,6 +96,7 @@ class ExportReport:
         slots: module paths that an adapter can act on; empty unless ``mode`` is ``"input"``.
         coverage: how much of the adapters was used: of their sum, or of each if they swap.
         task: what the model was exported for, as `lora_fx.tasks` has it.
+        dtype: what the model was cast to, if it was.
     """
 
     path: str
@@ -111,6 +112,7 @@ class ExportReport:
     slots: list[str] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
     task: str | None = None
+    dtype: str | None = None
 
     @property
     def verified(self) -> bool:
@@ -143,6 +145,8 @@ class ExportReport:
         lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
         if self.task:
             lines.append(f"task {self.task}")
+        if self.dtype:
+            lines.append(f"dtype {self.dtype}")
         if self.slots:
             lines.append(f"slots {len(self.slots)}")
         for one in self.coverage:

@@ -170,12 +170,13 @@ def test_core_does_not_import_passes_or_export_at_module_level() -> None:
 def test_the_room_of_tasks_alone_knows_transformers() -> None:
     rooms = [room for room in ALLOWED if room not in ("tasks", "passes", "export")]
     rest = [f"lora_fx/{room}" for room in rooms] + ["lora_fx/cli", "passes", "export"]
-    assert offences(tuple(rest), {"transformers", "peft"}) == []
+    assert offences(tuple(rest), {"transformers", "peft", "diffusers"}) == []
     assert offences(("lora_fx/tasks",), {"transformers"}) != []
+    assert offences(("lora_fx/tasks",), {"diffusers"}) != []
 
 
 def test_core_runs_without_transformers_and_peft_at_module_level() -> None:
-    assert offences(ROOMS, {"transformers", "peft"}, at_module_level=True) == []
+    assert offences(ROOMS, {"transformers", "peft", "diffusers"}, at_module_level=True) == []
 
 
 def test_passes_do_not_import_export() -> None:

@@ -19,7 +19,7 @@ from lora_fx.export.program.io_signature import (
     output_names,
 )
 from lora_fx.export.program.lazy_weights import StandIn, with_stand_ins
-from lora_fx.export.program.shape_variants import Case, cases
+from lora_fx.export.program.shape_variants import Case, allowed_by, cases
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.runtime.ort import to_array
 from lora_fx.frontend.torch_export import export_program, outputs_of
@@ -82,5 +82,5 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
-    tried = cases(program, leaves)
+    tried = cases(program, leaves, allowed_by(gm))
     return Trial(program, leaves, tried, outputs, notes, stand_ins, inputs.generates)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.export.program.io_signature import Leaf, dimension_names
+from lora_fx.graph.ops import GUARDS
+
+_STEPS = (1, 2, 4, 8, 16, 32, 64)  # networks that halve an image take multiples of these
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,89 @@ class Case:
         return [value for value in flat if isinstance(value, torch.Tensor)]
 
 
-def cases(program: torch.export.ExportedProgram, leaves: Sequence[Leaf]) -> list[Case]:
+def allowed_by(gm: fx.GraphModule) -> Callable[[Case], bool]:
+    """Whether the guards of a graph, which torch.export found, let a case pass."""
+    calls = list(gm.graph.find_nodes(op="call_module", target=GUARDS))
+    inputs = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+
+    def passes(case: Case) -> bool:
+        flat = pytree.tree_leaves((case.args, case.kwargs))
+        try:
+            for call in calls:
+                gm.get_submodule(GUARDS)(*(flat[inputs[node]] for node in call.args))
+        except AssertionError:
+            return False
+        return True
+
+    return passes
+
+
+def cases(
+    program: torch.export.ExportedProgram,
+    leaves: Sequence[Leaf],
+    allowed: Callable[[Case], bool] = lambda case: True,
+) -> list[Case]:
     """The traced inputs first, then larger and smaller ones within what the program allows.
 
     New inputs repeat or drop rows of the traced ones, so ids stay valid. Dimensions of one name
     change together, and nameless ones together with all others of their traced size. One that is
     called ``"past + sequence"`` has the size of these two together.
+
+    Args:
+        program: what torch.export made.
+        leaves: its inputs.
+        allowed: whether a case is one that the graph is good for. Where a size is none, the next
+            multiple of a power of two is tried, each dimension by itself.
     """
     traced, names = _traced(leaves, program), dimension_names(leaves)
     groups = _groups(leaves, names, traced)
+
+    def of(sizes: Mapping[str, int]) -> Case:
+        by_name = {names[symbol]: size for symbol, size in sizes.items()}
+        whole = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
+        return _case(program, leaves, whole, names)
+
     found: list[Case] = []
     for change in (_same, _larger, _smaller):
-        sizes: dict[str, int] = {}
-        for place, members in enumerate(groups):
-            low, high = _limits(program, members)
-            size = min(max(change(traced[members[0]], place), low), high)
-            sizes |= dict.fromkeys(members, size)
-        by_name = {names[symbol]: size for symbol, size in sizes.items()}
-        sizes = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
-        case = _case(program, leaves, sizes, names)
+        wanted = [change(traced[members[0]], place) for place, members in enumerate(groups)]
+        limits = [_limits(program, members) for members in groups]
+        case = of(_sized(groups, wanted, limits, [1] * len(groups)))
+        if not allowed(case):
+            steps = _steps(groups, wanted, limits, traced, lambda sizes: allowed(of(sizes)))
+            case = of(traced | _sized(groups, wanted, limits, steps))
         if case.label not in {known.label for known in found}:
             found.append(case)
+    return found
+
+
+def _sized(
+    groups: Sequence[Sequence[str]],
+    wanted: Sequence[int],
+    limits: Sequence[tuple[int, int]],
+    steps: Sequence[int | None],
+) -> dict[str, int]:
+    """Symbol -> size, of those groups that have a step: the wanted one, rounded up to it."""
+    return {
+        symbol: min(max(-(-size // step) * step, low), high)
+        for members, size, (low, high), step in zip(groups, wanted, limits, steps, strict=True)
+        for symbol in members
+        if step is not None
+    }
+
+
+def _steps(
+    groups: Sequence[Sequence[str]],
+    wanted: Sequence[int],
+    limits: Sequence[tuple[int, int]],
+    traced: Mapping[str, int],
+    allowed: Callable[[Mapping[str, int]], bool],
+) -> list[int | None]:
+    """The first step of each group that passes with the other groups as they were traced."""
+    found: list[int | None] = []
+    for place in range(len(groups)):
+        alone = groups[place : place + 1], wanted[place : place + 1], limits[place : place + 1]
+        passing = (n for n in _STEPS if allowed({**traced, **_sized(*alone, [n])}))
+        found.append(next(passing, None))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.errors import ExportError, within
+from lora_fx.errors import ExportError
+from lora_fx.io.strict_json import read_json
 
 Array = np.ndarray[Any, Any]
 
@@ -80,20 +80,11 @@ class Ends:
             ExportError: that file is damaged.
         """
         beside = model.with_name("generation_config.json")
-        said = {}
-        if beside.is_file() and (given is None or pad is None):
-            with within(beside):
-                said = _read(beside)
+        needed = beside.is_file() and (given is None or pad is None)
+        read = read_json(beside, ExportError) if needed else {}
+        said = read if isinstance(read, dict) else {}
         tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
         found = tuple(int(token) for token in several if token is not None)
         padding = said.get("pad_token_id") if pad is None else pad
         return cls(found, int(padding) if padding is not None else (found or (0,))[0])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -33,16 +34,46 @@ FACTORS, VECTORS, WEIGHT = "factors", "vectors", "weight"
 Values = dict[str, torch.Tensor]
 
 
+class Holds(Protocol):
+    """A base, asked for its tensors."""
+
+    def holds(self, name: str, value: torch.Tensor) -> bool:
+        """Whether a tensor is its own."""
+
+
 def values_of_adapter(adapter: Adapter, manifest: Manifest, model: Path) -> Values:
     """What goes into each input, every scale folded in; factors left alone have no effect.
 
     Raises:
         AdapterError: the adapter does not fit, or changes what the model has no slot for.
     """
+    base = BaseWeights(model)
+    binding = check_slots_serve(adapter, manifest, model, base)
+    with within(f"adapter {adapter.name!r} for {model}"):
+        return dict(_Filling(binding, manifest, base).values())
+
+
+def check_slots_serve(adapter: Adapter, manifest: Manifest, model: Path, base: Holds) -> Binding:
+    """Finds the slot of everything that an adapter changes.
+
+    Args:
+        adapter: to put into slots.
+        manifest: of the model.
+        model: its file, for messages.
+        base: that the adapter may repeat tensors of.
+
+    Raises:
+        AdapterError: names what has no slot.
+    """
     with within(model):
         binding = bind(_layers(manifest), adapter)
     with within(f"adapter {adapter.name!r} for {model}"):
-        return dict(_Filling(binding, manifest, BaseWeights(model)).values())
+        places = _Places(binding, manifest)
+        places.check_replaced(base)
+        for path in binding.updates:
+            with within(path):
+                places.of(path)
+    return binding
 
 
 def _layers(manifest: Manifest) -> BaseLayers:
@@ -86,80 +117,95 @@ def given_as(binding: Binding, path: str) -> AnyUpdate:
 
 
 @dataclass(frozen=True)
-class _Filling:
+class _Places:
     """An adapter, and the slots of a model."""
 
     binding: Binding
     manifest: Manifest
-    base: BaseWeights
-
-    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The values by the names of the inputs."""
-        self._check_all_have_slots()
-        left = dict(self.binding.replaced)
-        for name in left.keys() - self._tensors.keys():
-            if not self.base.holds(name, left.pop(name)):
-                raise self._no_slot([f"replaced {name}"])
-        filled: Values = {}
-        for path, update in self.binding.updates.items():
-            with within(path):
-                filled |= self._updated(path, update)
-        for name, value in left.items():
-            filled.setdefault(name, _held(name, value, self._tensors[name].torch_dtype))
-        for slot in self.manifest.slots:
-            yield from {n: filled.get(n, t) for n, t in slot.neutral().items()}.items()
-        yield from ((name, value) for name, value in filled.items() if name in self._tensors)
 
     @cached_property
-    def _factors(self) -> Mapping[str, Slot]:
-        return {slot.path: slot for slot in self.manifest.slots if isinstance(slot, Slot)}
-
-    @cached_property
-    def _tensors(self) -> Mapping[str, TensorSlot]:
+    def tensors(self) -> Mapping[str, TensorSlot]:
+        """The slots of whole tensors, by their names."""
         return {slot.path: slot for slot in self.manifest.slots if isinstance(slot, TensorSlot)}
 
-    def _check_all_have_slots(self) -> None:
+    @cached_property
+    def _others(self) -> Mapping[str, Slot | ExpertSlot]:
+        found = (slot for slot in self.manifest.slots if isinstance(slot, Slot | ExpertSlot))
+        return {slot.path: slot for slot in found}
+
+    def check_replaced(self, base: Holds) -> None:
         """What has no slot may be the base's own: PEFT stores an adapted table's weight too."""
-        replaced, refused = self.binding.adapter.replacements, self.binding.refused
-        same = {n for n in refused if n in replaced and self.base.holds(n, replaced[n])}
-        if unmatched := [name for name in refused if name not in same]:
-            raise self._no_slot(unmatched)
+        replaced = self.binding.adapter.replacements
+        open_ = [
+            *self.binding.refused,
+            *(n for n in self.binding.replaced if n not in self.tensors),
+        ]
+        if left := [n for n in open_ if n not in replaced or not base.holds(n, replaced[n])]:
+            known = shorten([slot.path for slot in self.manifest.slots])
+            raise AdapterError(
+                f"no slot at {shorten(left)}; the model has slots at {known}; export the model "
+                "with slots= for these, or fold the adapter into a model of its own"
+            )
 
-    def _no_slot(self, names: list[str]) -> AdapterError:
-        known = shorten([slot.path for slot in self.manifest.slots])
-        return AdapterError(
-            f"no slot at {shorten(names)}; the model has slots at {known}; export the model with "
-            "slots= for these, or fold the adapter into a model of its own"
-        )
+    def of(self, path: str) -> Slot | ExpertSlot | TensorSlot:
+        """The slot that an update goes to: of factors if it has such, else the whole weight's.
 
-    def _updated(self, path: str, update: AnyUpdate) -> Values:
-        """What one update puts into the slots of its layer, or of its parameter."""
-        expert = next((s for s in self.manifest.slots if s.path == path), None)
-        if isinstance(expert, ExpertSlot):
-            return _of_experts(expert, update)
-        slot = self._factors.get(path)
-        tensor = next((t for n, t in self._tensors.items() if path in (n, t.layer_path)), None)
-        found = None if slot is None else self._beside(slot, given_as(self.binding, path))
-        if found is not None:
-            return found
+        Raises:
+            AdapterError: there is none, or it takes no vectors.
+        """
+        update, slot = given_as(self.binding, path), self._others.get(path)
+        layer = slot.layer if isinstance(slot, Slot) else None
+        form = None if slot is None else form_of(update, layer)
+        whole = (t for name, t in self.tensors.items() if path in (name, t.layer_path))
+        tensor = next(whole, None)
+        if slot is not None and form is not None:
+            if isinstance(slot, Slot) and form == VECTORS and not slot.vectors:
+                raise _no_vectors(update)
+            return slot
         if tensor is not None:
-            return self._merged(tensor, update)
+            return tensor
         raise AdapterError(
             f"an update of kind {update.kind!r} makes the weight anew, which no factors can say; "
             f'export the model with a slot for the whole weight, slots={{"{path}": "weight"}}, or '
             "fold the adapter into a model of its own"
         )
 
-    def _beside(self, slot: Slot, update: AnyUpdate) -> Values | None:
-        """Factors and vectors beside the layer; None where it is not of low rank."""
+
+@dataclass(frozen=True)
+class _Filling(_Places):
+    """The values that an adapter puts into the slots of a model file."""
+
+    base: BaseWeights
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The values by the names of the inputs."""
+        filled: Values = {}
+        for path in self.binding.updates:
+            with within(path):
+                filled |= self._updated(path)
+        for name, value in self.binding.replaced.items():
+            if name in self.tensors:
+                filled.setdefault(name, _held(name, value, self.tensors[name].torch_dtype))
+        for slot in self.manifest.slots:
+            yield from {n: filled.get(n, t) for n, t in slot.neutral().items()}.items()
+        yield from ((name, value) for name, value in filled.items() if name in self.tensors)
+
+    def _updated(self, path: str) -> Values:
+        """What one update puts into the slots of its layer, or of its parameter."""
+        slot = self.of(path)
+        if isinstance(slot, ExpertSlot):
+            return _of_experts(slot, self.binding.updates[path])
+        if isinstance(slot, TensorSlot):
+            return self._merged(slot, self.binding.updates[path])
+        return self._beside(slot, given_as(self.binding, path))
+
+    def _beside(self, slot: Slot, update: AnyUpdate) -> Values:
+        """Factors and vectors beside the layer."""
         weight, bias = partial(self._weight, slot), partial(self.base.bias, slot)
         if slot.groups > 1 and isinstance(update, Update):
             update = _ungrouped(update, slot.layer)
         if update.makes_anew:
-            if form_of(update, slot.layer) is None:
-                return None
             update = _low_rank(update, slot.layer, weight())
-        _check_vectors(update, slot)
         terms = terms_of(update, slot.layer, weight, bias)
         check_finite(slot.layer, self.binding.adapter.name, update, terms, weight)
         check_product(slot.layer, self.binding.adapter.name, terms)
@@ -172,7 +218,7 @@ class _Filling:
         return self.base.weight(slot) if name is None else self.binding.replaced[name]
 
     def _is_of(self, name: str, path: str) -> bool:
-        return name in self._tensors and self._tensors[name].layer_path == path
+        return name in self.tensors and self.tensors[name].layer_path == path
 
     def _merged(self, slot: TensorSlot, update: AnyUpdate) -> Values:
         """W', and b' if the update changes it."""
@@ -182,7 +228,7 @@ class _Filling:
         made = layer.type.store("weight", update.weight(canonical(layer, weight)), layer.groups)
         found = {slot.path: _held(slot.path, made, slot.torch_dtype)}
         name = f"{slot.path.removesuffix('weight')}bias"
-        beside = self._tensors.get(name) if slot.path.endswith("weight") else None
+        beside = self.tensors.get(name) if slot.path.endswith("weight") else None
         own = None if beside is None else self._own(beside)
         shift = update.shift(lambda: own)
         if shift is None:
@@ -203,13 +249,7 @@ class _Filling:
 
 def _of_experts(slot: ExpertSlot, update: AnyUpdate) -> Values:
     base = constant(torch.empty(slot.shape, device="meta"))
-    try:
-        up, down = blocks_beside(base, update.of(base))
-    except NotLowRankError as error:
-        raise AdapterError(
-            f"an update of kind {update.kind!r}: {error}; export the model with a slot for the "
-            f'whole parameter, slots={{"{slot.path}": "weight"}}'
-        ) from error
+    up, down = blocks_beside(base, update.of(base))
     parts = {"down": down, "up": up}
     return {slot.inputs[p].name: _held(p, v, slot.torch_dtype) for p, v in parts.items()}
 
@@ -221,11 +261,9 @@ def _held(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return kept
 
 
-def _check_vectors(update: AnyUpdate, slot: Slot) -> None:
-    if slot.vectors or (update.is_plain and update.bias is None):
-        return
+def _no_vectors(update: AnyUpdate) -> AdapterError:
     what = update.kind if update.bias is None else "lora_bias"
-    raise AdapterError(
+    return AdapterError(
         f"{what} needs a vector beside the factors, and the slot takes none; export the "
         "model with vectors=True, or fold the adapter into a model of its own"
     )

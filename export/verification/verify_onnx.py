@@ -21,7 +21,7 @@ from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
-from lora_fx.graph.example import TASK, task_of
+from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.passes import InjectLora
 
 
@@ -71,6 +71,7 @@ def verify_onnx(
         slots=slots,
         coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
+        dtype=task_of(gm).get(DTYPE),
     )
 
 

@@ -17,18 +17,18 @@ import lora_fx
 from lora_fx.cli.adapter_options import (
     Adapters,
     Against,
-    AllowPickle,
     AllowUnmerged,
-    Alpha,
     AsJson,
-    Base,
-    Component,
-    EnableLora,
+    DryRun,
+    DType,
     Force,
+    Given,
     LastLogits,
     Model,
+    NamedModel,
+    Names,
     TaskName,
-    UseRslora,
+    with_hints,
 )
 from lora_fx.cli.console import show, stages
 from lora_fx.cli.error_exit import report as report_failure
@@ -91,10 +91,14 @@ class Mode(StrEnum):
 
 
 @app.command()
+@with_hints("base")
 def export(
-    model: Model,
+    given: Given,
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
+    model: Model = None,
+    named_model: NamedModel = None,
     adapter: Adapters = None,
+    name: Names = None,
     mode: Annotated[Mode, typer.Option(help="Where the adapters go.")] = Mode.merged,
     vectors: Annotated[
         bool, typer.Option(help="Swappable slots that take DoRA and (IA)3 as well.")
@@ -102,6 +106,7 @@ def export(
     allow_unmerged: AllowUnmerged = False,
     task: TaskName = None,
     last_logits: LastLogits = False,
+    dtype: DType = None,
     opset: Annotated[
         int | None, typer.Option(help="Version of ONNX's operators, 18 to 25.")
     ] = None,
@@ -109,11 +114,7 @@ def export(
         list[str] | None,
         typer.Option(help="A layer that takes an adapter, in swappable mode; or all-linear."),
     ] = None,
-    alpha: Alpha = None,
-    enable_lora: EnableLora = None,
-    use_rslora: UseRslora = False,
-    component: Component = None,
-    allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,42 +122,37 @@ def export(
 
     In swappable mode each adapter is also written as OUT/NAME.onnx_adapter.
     """
-    from lora_fx.cli.adapter_options import Given
     from lora_fx.cli.commands import export_model
 
-    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
+    spec = model or named_model
+    if spec is None or (model and named_model):
+        raise LoraFxError("give one model: MODEL, or -m MODEL")
     with stages() as progress:
         report = export_model(
-            model, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
-            task, last_logits, opset, slots or (),
+            spec, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
+            task, last_logits, opset, slots or (), name or (), dtype, dry_run,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 
 
 @app.command()
+@with_hints()
 def adapter(
+    given: Given,
     adapter: Annotated[Path, typer.Argument(help="An adapter, such as a PEFT directory.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file or directory to write.")],
     model: Annotated[
         Path | None, typer.Option("--for", help="A model exported as swappable.")
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="A format, such as peft.")] = None,
-    alpha: Alpha = None,
-    enable_lora: EnableLora = None,
-    use_rslora: UseRslora = False,
-    component: Component = None,
-    allow_pickle: AllowPickle = False,
-    base: Base = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an adapter, for one exported model or to another format."""
-    from lora_fx.cli.adapter_options import Given
     from lora_fx.cli.commands import convert_adapter
 
     if (model is None) == (to is None):
         raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
-    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle, base)
     with stages():
         converted = convert_adapter(adapter, out, model, to, force, given)
     report = {"path": str(out), "adapter": converted.name, "targets": list(converted.updates)}
@@ -164,47 +160,39 @@ def adapter(
 
 
 @app.command()
+@with_hints()
 def inspect(
+    given: Given,
     path: Annotated[Path, typer.Argument(help="An adapter, a .onnx or a .onnx_adapter file.")],
-    alpha: Alpha = None,
-    enable_lora: EnableLora = None,
-    use_rslora: UseRslora = False,
-    component: Component = None,
-    allow_pickle: AllowPickle = False,
-    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Show targets, ranks, scales, norms, slots and digests."""
-    from lora_fx.cli.adapter_options import Given
     from lora_fx.cli.inspect import as_text, describe
 
-    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle, base)
     with stages():
         report = describe(path, given)
     show(as_json, report, as_text(report))
 
 
 @app.command()
+@with_hints("base")
 def verify(
+    given: Given,
     path: Annotated[Path, typer.Argument(help="An exported model.")],
     against: Against,
     adapter: Adapters = None,
+    name: Names = None,
     task: TaskName = None,
     last_logits: LastLogits = False,
-    alpha: Alpha = None,
-    enable_lora: EnableLora = None,
-    use_rslora: UseRslora = False,
-    component: Component = None,
-    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an exported model with the eager one, and with a control that must differ."""
-    from lora_fx.cli.adapter_options import Given
     from lora_fx.cli.commands import verify_model
 
-    given = Given(alpha or (), enable_lora or (), use_rslora, component, allow_pickle)
     with stages() as progress:
-        report = verify_model(path, against, adapter or [], progress, given, task, last_logits)
+        report = verify_model(
+            path, against, adapter or [], progress, given, task, last_logits, name or ()
+        )
     show(as_json, report.to_dict(), str(report))
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from torch import nn
 
-from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.cli.model_source import ModelSource, find_model
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats import FORMATS, load_adapter
 from lora_fx.frontend.trace import trace
 
@@ -21,9 +24,32 @@ T = TypeVar("T")
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
+Alpha = Annotated[
+    list[str] | None,
+    typer.Option("--alpha", help="The lora_alpha, where a file stores none; or LAYER=ALPHA."),
+]
+EnableLora = Annotated[
+    list[str] | None,
+    typer.Option("--enable-lora", help="loralib's enable_lora, as 1,0,1; or LAYER=1,0,1."),
+]
+UseRslora = Annotated[
+    bool, typer.Option("--use-rslora", help="The scale is alpha / sqrt(r), where none is stored.")
+]
+Component = Annotated[
+    str | None,
+    typer.Option("--component", help="The only part of a pipeline that is meant, as unet."),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read a .bin or .pt, of tensors alone.")
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="The model that names mean layers of, as in export.")
+]
+
+
 @dataclass(frozen=True)
 class Given:
-    """The hints of `load_adapter`, as the command line spells them.
+    """The hints of `load_adapter`, as the command line spells them, each an option of its name.
 
     Attributes:
         alpha: ``16``, or ``q_proj=16`` for the layers whose path ends so, which may be repeated.
@@ -34,12 +60,12 @@ class Given:
         base: the model that names are resolved against, as `find_model` takes it.
     """
 
-    alpha: Sequence[str] = ()
-    enable_lora: Sequence[str] = ()
-    use_rslora: bool = False
-    component: str | None = None
-    allow_pickle: bool = False
-    base: str | None = None
+    alpha: Alpha = None
+    enable_lora: EnableLora = None
+    use_rslora: UseRslora = False
+    component: Component = None
+    allow_pickle: AllowPickle = False
+    base: Base = None
 
     def hints(self) -> dict[str, Any]:
         """What is given, by the names and in the types of `load_adapter`.
@@ -48,20 +74,21 @@ class Given:
             AdapterError: a value that is no number or no list of flags; says which option.
         """
         every: dict[str, Any] = {
-            "alpha": _by_end("--alpha", self.alpha, _number),
-            "enable_lora": _by_end("--enable-lora", self.enable_lora, _flags),
+            "alpha": _by_end("--alpha", self.alpha or (), _number),
+            "enable_lora": _by_end("--enable-lora", self.enable_lora or (), _flags),
             "use_rslora": self.use_rslora or None,
             "component": self.component,
             "allow_pickle": self.allow_pickle or None,
         }
         return {name: value for name, value in every.items() if value is not None}
 
-    def load(self, path: Path, base: nn.Module | None = None) -> Adapter:
+    def load(self, path: Path, base: nn.Module | None = None, name: str | None = None) -> Adapter:
         """Reads an adapter.
 
         Args:
             path: of a file or a directory.
             base: the model that the adapter is for; by default the one that was named.
+            name: of the adapter; by default made of the path.
 
         Raises:
             LoraFxError: the adapter, or the model that was named, cannot be read.
@@ -69,7 +96,7 @@ class Given:
         hints = self.hints()
         if base is None and self.base is not None:
             base = base_of(find_model(self.base))
-        return load_adapter(path, base=base, **hints)
+        return load_adapter(path, base=base, name=name, **hints)
 
     def split(self, to: str | None) -> tuple[Given, dict[str, Any]]:
         """What to read with, and the hints to write with: the component is of one of the two.
@@ -83,9 +110,68 @@ class Given:
         return replace(self, component=None), {"component": self.component}
 
 
+def with_hints(
+    *names: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of `Given`, and hands it what they say as ``given``.
+
+    Args:
+        *names: of those that it has not.
+    """
+    fields = [field for field in dataclasses.fields(Given) if field.name not in names]
+    hints = get_type_hints(Given, include_extras=True)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            said = {field.name: options.pop(field.name) for field in fields}
+            command(**options, given=Given(**said))
+
+        own, types = inspect.signature(command), get_type_hints(command, include_extras=True)
+        kept = [p.replace(annotation=types[n]) for n, p in own.parameters.items() if n != "given"]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        more = [
+            inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name])
+            for f in fields
+        ]
+        run.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*kept, *more)}  # typer reads both
+        return run
+
+    return decorate
+
+
+def named(paths: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str | None]]:
+    """The adapters of a command, each with its name if it was given one.
+
+    Args:
+        paths: of ``--adapter``.
+        names: of ``--name``: ``NAME=PATH``, which is an adapter whether ``--adapter`` has it too or
+            not; or ``NAME`` for each adapter of ``--adapter``, in their order.
+
+    Raises:
+        AdapterError: there are other than as many names as adapters, or one is no identifier.
+    """
+    pairs = [
+        (name, Path(path)) for name, equals, path in (n.partition("=") for n in names) if equals
+    ]
+    alone = [name for name in names if "=" not in name]
+    for name in (*alone, *(name for name, _ in pairs)):
+        with within("--name"):
+            check_name(name)
+    rest = [path for path in paths if path not in {path for _, path in pairs}]
+    if alone and len(alone) != len(rest):
+        raise AdapterError(
+            f"--name: {len(alone)} names ({', '.join(alone)}) for {len(rest)} adapters of "
+            "--adapter: give one for each, or NAME=PATH"
+        )
+    words: Sequence[str | None] = alone or [None] * len(rest)
+    return [*zip(rest, words, strict=True), *((path, name) for name, path in pairs)]
+
+
 def base_of(source: ModelSource) -> nn.Module:
     """The model whose layers names are resolved against; of an exported program, its graph."""
-    model = source.model
+    model = source.base or source.model
     return model if isinstance(model, nn.Module) else trace(model)
 
 
@@ -124,14 +210,37 @@ def _flags(option: str, text: str) -> list[bool]:
 
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Argument(
-        help="A Hugging Face directory, module:function, file.py:function, or a .pt2 file."
+        help="A directory of Hugging Face's or diffusers', module:function, file.py:function, or "
+        "a .pt2 file.",
+        show_default=False,
     ),
 ]
-Against = Annotated[str, typer.Option("--against", help="The model to compare with, as in export.")]
+NamedModel = Annotated[
+    str | None, typer.Option("-m", "--model", help="The same, as an option.", show_default=False)
+]
+Against = Annotated[
+    str,
+    typer.Option("--against", "-m", "--model", help="The model to compare with, as in export."),
+]
 Adapters = Annotated[
     list[Path] | None, typer.Option("--adapter", help="An adapter; repeated, they are summed.")
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        help="NAME=PATH, an adapter and what it is called, or NAME for each --adapter in turn; "
+        "by default it is called as its directory is.",
+    ),
+]
+DType = Annotated[
+    str | None, typer.Option("--dtype", help="What the model is cast to: float32 or float16.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Trace and bind, say what would be written, write nothing."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 AllowUnmerged = Annotated[
@@ -151,25 +260,3 @@ LastLogits = Annotated[
     typer.Option("--last-logits", help="Of a decoder with a cache, the last position's alone."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]
-
-
-Alpha = Annotated[
-    list[str] | None,
-    typer.Option("--alpha", help="The lora_alpha, where a file stores none; or LAYER=ALPHA."),
-]
-EnableLora = Annotated[
-    list[str] | None,
-    typer.Option("--enable-lora", help="loralib's enable_lora, as 1,0,1; or LAYER=1,0,1."),
-]
-UseRslora = Annotated[
-    bool, typer.Option("--use-rslora", help="The scale is alpha / sqrt(r), where none is stored.")
-]
-Component = Annotated[
-    str | None, typer.Option("--component", help="A part of a pipeline, such as unet.")
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read a .bin or .pt, of tensors alone.")
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="The model that names mean layers of, as in export.")
-]

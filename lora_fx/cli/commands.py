@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
-from lora_fx.cli.adapter_options import Given, base_of
-from lora_fx.cli.model_source import ModelSource, find_model
-from lora_fx.cli.parts import Parts, adapter_file, shared_out
+from lora_fx.cli.adapter_options import Given, base_of, named
+from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
+from lora_fx.cli.model_source import ModelSource, dtype_named, find_model
+from lora_fx.cli.parts import Parts, Report, Work, adapter_file, part_work, share_of, shared_out
 from lora_fx.errors import AdapterError, ExportError, shorten, within
-from lora_fx.explanation import unmerged
 from lora_fx.formats import save_adapter
-from lora_fx.graph.example import LAST_LOGITS, TASK
+from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
+from lora_fx.tasks.pipeline import is_pipeline
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
@@ -44,7 +45,10 @@ def export_model(
     last_logits: bool = False,
     opset: int | None = None,
     slots: Sequence[str] = (),
-) -> ExportReport | Parts:
+    names: Sequence[str] = (),
+    dtype: str | None = None,
+    dry_run: bool = False,
+) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
     Args:
@@ -63,7 +67,11 @@ def export_model(
         last_logits: of a decoder with a cache, logits of the last position alone.
         opset: version of the ONNX operator set; the exporter's own choice by default.
         slots: in swappable mode, what adapters can change beside what these change: paths, or
-            PATH=FORM, as `to_onnx` takes them, or ``"all-linear"``.
+            PATH=FORM, as `to_onnx` takes them, or ``"all-linear"``; in a
+            pipeline they begin with the component's name.
+        names: of the adapters, as `named` takes them.
+        dtype: what the model is loaded in, or cast to: ``"float32"`` or ``"float16"``.
+        dry_run: write nothing, and say what would be written.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -73,23 +81,27 @@ def export_model(
     if (slots or vectors) and mode != "swappable":
         raise ExportError("--slots and --vectors are of --mode swappable: add it")
     progress("load")
-    source, loaded = _load(spec, adapters, given, task, last_logits)
+    source, loaded = _load(spec, adapters, given, task, last_logits, names, dtype)
     parts = source, *source.more
     swaps = loaded if mode == "swappable" else []
-    names = [part.file for part in parts] + [REPORT, *source.beside]
-    names += [adapter_file(adapter, part) for part in parts for adapter in swaps]
-    refuse_files(out, names, force)
+    files = [part.file for part in parts] + [REPORT, *source.beside]
+    files += [adapter_file(adapter, part) for part in parts for adapter in swaps]
+    places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
+    refuse_files(out, places, force)
     graphs = [_trace(part, progress) for part in parts]
-    shares = shared_out(loaded, graphs)
-    options: dict[str, Any] = {"opset": opset}
-    if mode == "swappable":
-        options |= {"vectors": vectors or None, "slots": _slots(slots)}
-    with staged_files(out, names, parts[-1].file, force) as draft:
-        reports = [
-            _export_part(part, gm, own, mode, draft, progress, options, allow_unmerged)
-            for part, gm, own in zip(parts, graphs, shares, strict=True)
-        ]
-        reports = [replace(r, path=str(out / Path(r.path).name)) for r in reports]
+    shares = shared_out(loaded, source, graphs)
+    works = [
+        part_work(part, gm, share, mode, slots, vectors, opset)
+        for part, gm, share in zip(parts, graphs, shares, strict=True)
+    ]
+    if dry_run:
+        return Plan(str(out), tuple(planned(w, allow_unmerged) for w in works), tuple(places))
+    with staged_files(out, places, Path(parts[-1].file).parts[0], force) as draft:
+        reports = []
+        for work in works:
+            (draft / work.part.file).parent.mkdir(exist_ok=True)
+            reports.append(_export_part(work, draft, progress, allow_unmerged))
+        reports = [replace(r, path=str(out / Path(r.path).relative_to(draft))) for r in reports]
         report = reports[0] if len(reports) == 1 else Parts(tuple(reports))
         report.save_json(draft / REPORT)
         if source.write_beside is not None:
@@ -97,60 +109,37 @@ def export_model(
     return report
 
 
-def _export_part(
-    part: ModelSource,
-    gm: fx.GraphModule,
-    adapters: Sequence[Adapter],
-    mode: str,
-    draft: Path,
-    progress: Progress,
-    options: Mapping[str, Any],
-    allow_unmerged: bool,
-) -> ExportReport:
+def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bool) -> ExportReport:
     """Writes one file, and its adapters' if they swap."""
     from lora_fx.export import to_onnx
 
-    path = draft / part.file
-    if mode == "swappable":
-        report = _swappable(part, gm, adapters, draft, progress, options)
-        return replace(report, mode=mode)
-    if adapters:
-        gm = inject(gm, adapters)
-    if mode == "merged":
+    if work.mode == "swappable":
+        return replace(_swappable(work, draft, progress), mode=work.mode)
+    path, notes = draft / work.part.file, []
+    gm = inject(work.graph, work.adapters) if work.adapters else work.graph
+    if work.mode == "merged":
         gm = fold(gm)
-        notes = _not_merged(gm, allow_unmerged)
-        report = to_onnx(gm, path, progress=progress, **options)
-        return replace(report, notes=[*report.notes, *notes])
-    return replace(to_onnx(gm, path, progress=progress, **options), mode=mode)
+        notes = not_merged(gm, allow_unmerged)
+    report = to_onnx(gm, path, progress=progress, **work.options)
+    shown = work.mode if work.mode != "merged" else report.mode
+    return replace(report, mode=shown, notes=[*report.notes, *notes])
 
 
-def _swappable(
-    part: ModelSource,
-    gm: fx.GraphModule,
-    adapters: Sequence[Adapter],
-    draft: Path,
-    progress: Progress,
-    options: Mapping[str, Any],
-) -> ExportReport:
+def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
     """The base with slots for what its adapters change and for what was asked for; their files."""
-    from lora_fx.export import export_adapter, slots_for, to_onnx
+    from lora_fx.export import export_adapter, to_onnx
     from lora_fx.export.verification.verify_onnx import check_adapter_files
 
-    for adapter in adapters:
+    gm, path = work.graph, draft / work.part.file
+    for adapter in work.adapters:
         inject(gm, adapter)  # what does not fit is told before a file is written
-    path, asked = draft / part.file, {**slots_for(gm, adapters), **options["slots"]} or None
-    report = to_onnx(gm, path, adapters="input", progress=progress, **{**options, "slots": asked})
-    pairs = [(adapter, draft / adapter_file(adapter, part)) for adapter in adapters]
+    options = {**work.options, "slots": wanted_slots(work)}
+    report = to_onnx(gm, path, adapters="input", progress=progress, **options)
+    pairs = [(adapter, draft / adapter_file(adapter, work.part)) for adapter in work.adapters]
     for adapter, file in pairs:
         progress(f"adapter {adapter.name}")
         export_adapter(adapter, path, file, check=False)
     return report.with_evidence(check_adapter_files(gm, path, pairs))
-
-
-def _slots(given: Sequence[str]) -> dict[str, str]:
-    """``PATH`` or ``PATH=FORM``, as often as it was given."""
-    pairs = (text.partition("=") for text in given)
-    return {path: form or "factors" for path, _, form in pairs}
 
 
 def convert_adapter(
@@ -199,6 +188,7 @@ def verify_model(
     given: Given | None = None,
     task: str | None = None,
     last_logits: bool = False,
+    names: Sequence[str] = (),
 ) -> ExportReport:
     """Compares an exported file with the eager model.
 
@@ -214,32 +204,23 @@ def verify_model(
     from lora_fx.export.onnx_model.model_file import load_proto
 
     progress("load")
-    if Path(spec).is_dir():
-        noted = {entry.key: entry.value for entry in load_proto(path).metadata_props}
+    noted = {entry.key: entry.value for entry in load_proto(path).metadata_props}
+    if Path(spec).is_dir() and not is_pipeline(Path(spec)):
         is_own = task in (None, noted.get(TASK))
         last_logits = last_logits or (is_own and LAST_LOGITS in noted)
         task = task or noted.get(TASK)
-    source, loaded = _load(spec, adapters, given, task, last_logits)
+    source, loaded = _load(spec, adapters, given, task, last_logits, names, noted.get(DTYPE))
+    part = _part_of(path, source, noted)
+    gm, share = share_of(part, loaded, source, lambda part: _trace(part, progress))
+    return verify_onnx(gm, path, adapters=share, progress=progress)
 
+
+def _part_of(path: Path, source: ModelSource, noted: Mapping[str, str]) -> ModelSource:
+    """The part of a model that a file is of: by what it notes, or by its name."""
     parts = source, *source.more
-    part = next((part for part in parts if part.file == path.name), source)
-    place, graphs = parts.index(part), [_trace(each, progress) for each in parts]
-    adapters_here = shared_out(loaded, graphs)[place]
-    return verify_onnx(graphs[place], path, adapters=adapters_here, progress=progress)
-
-
-def _not_merged(gm: fx.GraphModule, allowed: bool) -> list[str]:
-    """What to note of layers that fold left with an adapter beside them; refused by default."""
-    left = unmerged(gm)
-    if not left:
-        return []
-    lines = shorten([f"{path} ({reason})" for path, reason in left.items()])
-    if allowed:
-        return [f"not merged, computed beside the layer: {lines}"]
-    raise ExportError(
-        f"mode merged: fold left an adapter beside {len(left)} layers: {lines}; export with --mode "
-        "unmerged, or with --allow-unmerged to merge the others alone"
-    )
+    own = [p for p in parts if p.component and p.task.get(TASK) == noted.get(TASK)]
+    own += [p for p in parts if p.file == path.name]
+    return next(iter(own), source)
 
 
 def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
@@ -253,19 +234,25 @@ def _load(
     given: Given | None,
     task: str | None = None,
     last_logits: bool = False,
+    names: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> tuple[ModelSource, list[Adapter]]:
     """The model and its adapters, whose names it resolves."""
+    called, wanted = named(paths, names), dtype_named(dtype)
+    paths = [path for path, _ in called]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:  # told before a model is loaded, which can take long
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
     given = given or Given()
-    source = find_model(spec, trained_for(paths, given.allow_pickle), task, last_logits)
+    trained = trained_for(paths, given.allow_pickle) if paths else None
+    source = find_model(spec, trained, task, last_logits, given.component, wanted)
     base = base_of(source) if paths else None
-    adapters = [given.load(path, base) for path in paths]
+    given = replace(given, component=None) if source.chosen is not None else given
+    adapters = [given.load(path, base, name) for path, name in called]
     with within(spec):
         refuse_lacking(source.lacks, {n for adapter in adapters for n in adapter.replacements})
-    names = [adapter.name for adapter in adapters]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    found = [adapter.name for adapter in adapters]
+    twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
-        raise AdapterError(f"--adapter: {shorten(twice)} is given twice: rename a directory")
+        raise AdapterError(f"--adapter: {shorten(twice)} is given twice: name them by --name")
     return source, adapters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +14,21 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError, within
 from lora_fx.frontend.trace import trace
-from lora_fx.graph.example import LAST_LOGITS, TASK, example_of, remember_example
+from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK, example_of, remember_example
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Call, as_it_is
 from lora_fx.tasks.client_files import write_companions, written_beside
 from lora_fx.tasks.directory import load_directory, prepared_by
+from lora_fx.tasks.pipeline import is_pipeline
 from lora_fx.tasks.table import task_named
 
+MODEL = "model.onnx"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FORMS = "expected a Hugging Face directory, module:function, file.py:function, or a .pt2 file"
 
 
@@ -44,6 +49,9 @@ class ModelSource:
         more: what else is exported of the same model, a file each.
         beside: the names of what clients need beside the file.
         write_beside: writes these into a directory.
+        component: of a diffusers directory, which of a pipeline's models this is.
+        base: what an adapter's names are of, where it is more than this model.
+        chosen: the component that alone is exported of a pipeline.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -54,10 +62,19 @@ class ModelSource:
     task: Mapping[str, str] = field(default_factory=dict)
     input_names: Mapping[str, str] | None = None
     generates: bool = False
-    file: str = "model.onnx"
+    file: str = MODEL
     more: tuple[ModelSource, ...] = ()
     beside: Sequence[str] = ()
     write_beside: Callable[[Path], None] | None = None
+    component: str = ""
+    base: nn.Module | None = None
+    chosen: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What tells it from the other files of its model; nothing where there is one alone."""
+        path = Path(self.file)
+        return "" if self.file == MODEL else path.parent.name or path.stem
 
     def traced(self) -> fx.GraphModule:
         """Its graph, which remembers what its file is for, and what that calls the inputs."""
@@ -69,11 +86,29 @@ class ModelSource:
         return gm
 
 
+def dtype_named(word: str | None) -> torch.dtype | None:
+    """The dtype that ``--dtype`` names.
+
+    Raises:
+        LoraFxError: it is none that onnxruntime's CPU provider runs models in.
+    """
+    if word is None or word in DTYPES:
+        return DTYPES[word] if word else None
+    if isinstance(getattr(torch, word, None), torch.dtype):
+        raise LoraFxError(
+            f"--dtype {word}: onnxruntime's CPU provider runs no {word} models, so the file could "
+            f"not be verified: expected {' or '.join(DTYPES)}"
+        )
+    raise LoraFxError(f"--dtype {word!r:.80}: is no dtype: expected {' or '.join(DTYPES)}")
+
+
 def find_model(
     spec: str,
     adapters: AdapterTask | None = None,
     task: str | None = None,
     last_logits: bool = False,
+    component: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ModelSource:
     """Loads the model that a command line names.
 
@@ -85,25 +120,81 @@ def find_model(
         task: what a directory's model is exported for; by default what its adapters were trained
             for, or what its own class does.
         last_logits: of a decoder with a cache, logits of the last position alone.
+        component: of a pipeline of diffusers, the only model that is exported.
+        dtype: what the model is loaded in, or cast to.
 
     Raises:
         LoraFxError: it is none of these, or it cannot be loaded.
     """
+    found = _found(spec, adapters, task, last_logits, component, dtype)
+    return found if dtype is None else _noting(found, {DTYPE: str(dtype).removeprefix("torch.")})
+
+
+def _noting(source: ModelSource, more: Mapping[str, str]) -> ModelSource:
+    parts = tuple(replace(part, task={**part.task, **more}) for part in source.more)
+    return replace(source, task={**source.task, **more}, more=parts)
+
+
+def _found(
+    spec: str,
+    adapters: AdapterTask | None,
+    task: str | None,
+    last_logits: bool,
+    component: str | None,
+    dtype: torch.dtype | None,
+) -> ModelSource:
     path = Path(spec)
+    if path.is_dir() and is_pipeline(path):
+        return _from_diffusers(path, component, dtype, adapters is not None, task, last_logits)
     if path.is_dir():
-        return _from_directory(path, adapters or AdapterTask(), task, last_logits)
+        return _from_directory(path, adapters or AdapterTask(), task, last_logits, dtype)
     if task is not None or last_logits:
         raise LoraFxError(f"{spec}: --task and --last-logits are for a Hugging Face directory")
     if path.suffix == ".pt2":
-        return _from_program(path)
+        return _from_program(path, dtype)
     if ":" in spec:
-        return _from_function(spec)
+        return _cast(_from_function(spec), dtype)
     raise LoraFxError(f"{spec}: no such directory or file; {_FORMS}")
 
 
-def _from_program(path: Path) -> ModelSource:
+def _from_diffusers(
+    path: Path,
+    component: str | None,
+    dtype: torch.dtype | None,
+    every: bool,
+    task: str | None,
+    last_logits: bool,
+) -> ModelSource:
+    from lora_fx.cli.pipeline_source import from_pipeline
+
+    if task is not None or last_logits:
+        raise LoraFxError(
+            f"{path}: --task and --last-logits are for models of transformers; each model of a "
+            "pipeline has one call: --component chooses one"
+        )
+    return from_pipeline(path, component, dtype, every)
+
+
+def _cast(source: ModelSource, dtype: torch.dtype | None) -> ModelSource:
+    """A model of a function in another dtype, with its example inputs."""
+    if dtype is None:
+        return source
+    if not isinstance(source.model, nn.Module):
+        raise LoraFxError("--dtype: an exported program keeps its own; export its model again")
+
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    args, kwargs = pytree.tree_map(cast, (source.args, dict(source.kwargs)))
+    return replace(source, model=copy.deepcopy(source.model).to(dtype), args=args, kwargs=kwargs)
+
+
+def _from_program(path: Path, dtype: torch.dtype | None) -> ModelSource:
     if not path.is_file():
         raise LoraFxError(f"{path}: no such file")
+    if dtype is not None:
+        raise LoraFxError(f"{path}: --dtype: a program keeps its own; export its model again")
     if not zipfile.is_zipfile(path):  # torch would print a traceback before it raises
         raise LoraFxError(f"{path}: is damaged or no program: write it with torch.export.save")
     try:
@@ -158,9 +249,13 @@ def _checked(spec: str, returned: Any) -> ModelSource:
 
 
 def _from_directory(
-    path: Path, adapters: AdapterTask, task: str | None, last_logits: bool
+    path: Path,
+    adapters: AdapterTask,
+    task: str | None,
+    last_logits: bool,
+    dtype: torch.dtype | None,
 ) -> ModelSource:
-    loaded = load_directory(path, adapters, task_named(task) if task else None)
+    loaded = load_directory(path, adapters, task_named(task) if task else None, dtype)
     prepared = replace(prepared_by(path, loaded.model.config), last_logits=last_logits)
     with within(path):
         calls = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.cli.components import of_components
 from lora_fx.cli.model_source import ModelSource
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding, bind, targeted
-from lora_fx.layers.base_layers import layers_in
+from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.sites import by_path
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
+
+ALL_LINEAR = "all-linear"
+
+
+class Report(Protocol):
+    """What is said of an export: of one file, of several, or of one that was not made."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether every check agreed, and the controls did not."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+
+    def save_json(self, path: Path) -> None:
+        """Writes it as JSON."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +65,117 @@ class Parts:
 
 def adapter_file(adapter: Adapter, part: ModelSource) -> str:
     """The name of an adapter's file; of a model in several files, with that of its part."""
-    stem = "" if part.file == "model.onnx" else f".{Path(part.file).stem}"
-    return f"{adapter.name}{stem}.onnx_adapter"
+    label = f".{part.label}" if part.label else ""
+    return f"{adapter.name}{label}.onnx_adapter"
+
+
+class Work(NamedTuple):
+    """What is to be written for one part.
+
+    Attributes:
+        part: of the model.
+        graph: traced, without adapters.
+        adapters: its share of them.
+        mode: how it holds them.
+        options: of `to_onnx`.
+    """
+
+    part: ModelSource
+    graph: fx.GraphModule
+    adapters: Sequence[Adapter]
+    mode: str
+    options: Mapping[str, Any]
+
+
+def part_work(
+    part: ModelSource,
+    graph: fx.GraphModule,
+    adapters: Sequence[Adapter],
+    mode: str,
+    slots: Sequence[str],
+    vectors: bool,
+    opset: int | None,
+) -> Work:
+    """How a part is written: in swappable mode, one without any slot as it is.
+
+    Args:
+        part: of the model.
+        graph: traced, without adapters.
+        adapters: its share of them.
+        mode: how it holds them.
+        slots: what was asked for: ``PATH`` or ``PATH=FORM``, in a pipeline behind the component.
+        vectors: whether slots take vectors even if no adapter has any.
+        opset: version of the ONNX operator set, or None.
+    """
+    if mode != "swappable":
+        return Work(part, graph, adapters, mode, {"opset": opset})
+    start = f"{part.component}." if part.component else ""
+    pairs = (text.partition("=") for text in slots)
+    forms = {path: form or "factors" for path, _, form in pairs}
+    own = {p.removeprefix(start): f for p, f in forms.items() if p.startswith(start)}
+    own |= {ALL_LINEAR: "factors"} if ALL_LINEAR in forms else {}
+    if part.component == "vae" or (slots and not own and not adapters):
+        return Work(part, graph, adapters, "merged", {"opset": opset})
+    options = {"vectors": vectors or None, "opset": opset, "slots": own}
+    return Work(part, graph, adapters, mode, options)
 
 
 def shared_out(
-    adapters: Sequence[Adapter], graphs: Sequence[fx.GraphModule]
+    adapters: Sequence[Adapter], source: ModelSource, graphs: Sequence[fx.GraphModule]
 ) -> list[list[Adapter]]:
-    """What each graph gets of each adapter: all of it where there is one graph alone.
+    """What the graph of each part gets of each adapter: all of it where there is one part alone.
+
+    Args:
+        adapters: of the whole model.
+        source: the model.
+        graphs: of its parts.
 
     Raises:
         AdapterError: a part of an adapter is of no graph.
     """
+    parts = source, *source.more
+    by_component = [of_components(adapter, source) for adapter in adapters]
+    shares: list[list[Adapter]] = [[] for _ in parts]
+    for component in dict.fromkeys(part.component for part in parts):
+        own = [shares[component] for shares in by_component if component in shares]
+        places = [place for place, part in enumerate(parts) if part.component == component]
+        found = _among(own, [graphs[place] for place in places])
+        for place, share in zip(places, found, strict=True):
+            shares[place] = share
+    return shares
+
+
+def share_of(
+    part: ModelSource,
+    adapters: Sequence[Adapter],
+    source: ModelSource,
+    traced: Callable[[ModelSource], fx.GraphModule],
+) -> tuple[fx.GraphModule, list[Adapter]]:
+    """The graph of one part, and what it gets; others are traced only if it cannot take all.
+
+    Raises:
+        AdapterError: a part of an adapter is of no graph.
+    """
+    every = [of_components(adapter, source) for adapter in adapters]
+    own = [shares[part.component] for shares in every if part.component in shares]
+    beside = [p for p in (source, *source.more) if p.component == part.component]
+    gm = traced(part)
+    layers = layers_in(gm, by_path(gm))
+    if len(beside) == 1 or not any(_lost([bind(layers, a)], a, [layers]) for a in own):
+        return gm, own
+    graphs = [gm if p is part else traced(p) for p in beside]
+    return gm, _among(own, graphs)[beside.index(part)]
+
+
+def _among(adapters: Sequence[Adapter], graphs: Sequence[fx.GraphModule]) -> list[list[Adapter]]:
+    """The shares of graphs that are of one module."""
     if len(graphs) == 1:
         return [list(adapters)]
     layers = [layers_in(gm, by_path(gm)) for gm in graphs]
     shares: list[list[Adapter]] = [[] for _ in graphs]
     for adapter in adapters:
         bindings = [bind(known, adapter) for known in layers]
-        lost = set.intersection(*({*binding.refused} for binding in bindings))
-        wanted = {p for known in layers for p in targeted(adapter.expects, known)}
-        lost |= wanted - {path for binding in bindings for path in binding.updates}
+        lost = _lost(bindings, adapter, layers)
         if lost:
             raise AdapterError(
                 f"adapter {adapter.name}: {shorten(sorted(lost))} match nothing in any of the "
@@ -78,6 +185,13 @@ def shared_out(
             if binding.updates or binding.replaced:
                 share.append(_share(binding))
     return shares
+
+
+def _lost(bindings: Sequence[Binding], adapter: Adapter, layers: Sequence[BaseLayers]) -> set[str]:
+    """What of an adapter none of the graphs takes, and what it should have for them and lacks."""
+    lost = set.intersection(*({*binding.refused} for binding in bindings))
+    wanted = {p for known in layers for p in targeted(adapter.expects, known)}
+    return lost | (wanted - {path for binding in bindings for path in binding.updates})
 
 
 def _share(binding: Binding) -> Adapter:

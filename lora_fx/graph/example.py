@@ -13,6 +13,7 @@ from lora_fx.graph.traced_module import TracedModule
 _META = "lora_fx.example"
 TASK = "lora_fx.task"  # in a file's metadata
 LAST_LOGITS = "lora_fx.last_logits"
+DTYPE = "lora_fx.dtype"  # that the model was cast to
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,7 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back that changed."""
         for _, now, old in self.containers:
-            if not _same(now, old):
-                now.clear()
-                (now.update if isinstance(now, dict | set) else now.extend)(old)
+            refill(now, old)
         for _, tensor, old in self.tensors:
             if tensor.shape != old.shape:
                 tensor.data = old
@@ -127,6 +125,13 @@ def _generator(value: Any) -> tuple[_Read, _Put] | None:
         bits = value.bit_generator
         return lambda: bits.state, lambda state: setattr(bits, "state", state)
     return None
+
+
+def refill(container: Any, old: Any) -> None:
+    """Puts back what a container held; one that is as it was may be frozen, and is left alone."""
+    if not _same(container, old):
+        container.clear()
+        (container.update if isinstance(container, dict | set) else container.extend)(old)
 
 
 def _same(now: Any, old: Any) -> bool:

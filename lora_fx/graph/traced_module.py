@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.graph.lazy_tensor import Parameters
+from lora_fx.graph.module_state import refill
 
 # The dictionaries of every module: parameters, buffers, children, hooks.
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -63,8 +64,7 @@ class TracedModule:
             for module, (cls, held) in now.items():
                 _become(module, cls, held)
             for value, copy in containers:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(copy)
+                refill(value, copy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         """A copy of a graph is of the same module."""

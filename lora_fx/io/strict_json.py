@@ -1,13 +1,16 @@
-"""JSON as it was meant: no duplicate keys, no NaN, no byte order mark, bounded size."""
+"""JSON as it was meant: no duplicate keys, no NaN, no byte order mark, bounded size.
+
+And, of files that other tools read as Python does, whatever Python makes of it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lora_fx.errors import AdapterError, within
+from lora_fx.errors import AdapterError, LoraFxError, within
 
 MAX_BYTES = 1 << 20
 
@@ -27,6 +30,18 @@ def read_object(path: Path) -> dict[str, object]:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
     with within(path):
         return parse_object(data)
+
+
+def read_json(path: Path, error: type[LoraFxError] = LoraFxError) -> Any:
+    """What a JSON file of somebody else's directory holds, a config of a model or a tokenizer.
+
+    Raises:
+        LoraFxError: it cannot be read; of the kind that is given.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read: {problem}") from problem
 
 
 def parse_object(data: bytes) -> dict[str, object]:

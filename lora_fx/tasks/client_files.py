@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.calls import Call
-from lora_fx.tasks.directory import read_json
 
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".data", ".ot", ".gguf",
@@ -25,7 +25,7 @@ def companions(directory: Path) -> list[Path]:
     Config, tokenizer and processor, whatever they are called, and the modules of a
     sentence-transformers model with all that they hold.
     """
-    own = (path for path in sorted(directory.iterdir()) if path.is_file() and _is_kept(path))
+    own = (path for path in sorted(directory.iterdir()) if path.is_file() and is_kept(path))
     return [path.relative_to(directory) for path in (*own, *_modules(directory))]
 
 
@@ -112,7 +112,8 @@ def _named(directory: Path) -> str | None:
     return names[0] if isinstance(names, list) and names else None
 
 
-def _is_kept(path: Path) -> bool:
+def is_kept(path: Path) -> bool:
+    """Whether a file of a model's directory holds neither weights nor words about them."""
     is_index = path.name.endswith(".index.json")
     hidden = path.name.startswith(".") or is_index
     return not hidden and path.suffix not in _WEIGHTS and path.name not in _OTHERS

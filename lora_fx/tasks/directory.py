@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
+from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
@@ -33,7 +33,12 @@ class Loaded:
     task: Task | None = None
 
 
-def load_directory(path: Path, adapters: AdapterTask, task: Task | None = None) -> Loaded:
+def load_directory(
+    path: Path,
+    adapters: AdapterTask,
+    task: Task | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
     """Loads the model of a directory, of the class that its task needs.
 
     Args:
@@ -41,6 +46,7 @@ def load_directory(path: Path, adapters: AdapterTask, task: Task | None = None) 
         adapters: what they were trained for, and the shapes of their heads.
         task: what the model is for. By default that of the adapters, or else what the directory's
             own class does.
+        dtype: what it is loaded in; by default that of its weights.
 
     Raises:
         LoraFxError: it is no model, or transformers cannot load it.
@@ -55,11 +61,17 @@ def load_directory(path: Path, adapters: AdapterTask, task: Task | None = None) 
         raise LoraFxError(
             f"{path}: reading it needs transformers: pip install lora-fx[demo]"
         ) from error
-    with _quiet(transformers.utils.logging):
-        return _load(path, adapters, task, transformers)
+    with quiet(transformers.utils.logging):
+        return _load(path, adapters, task, dtype, transformers)
 
 
-def _load(path: Path, adapters: AdapterTask, task: Task | None, transformers: Any) -> Loaded:
+def _load(
+    path: Path,
+    adapters: AdapterTask,
+    task: Task | None,
+    dtype: torch.dtype | None,
+    transformers: Any,
+) -> Loaded:
     here = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **here)
@@ -75,6 +87,7 @@ def _load(path: Path, adapters: AdapterTask, task: Task | None, transformers: An
             config=config,
             ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
             output_loading_info=True,
+            dtype=dtype or "auto",
             **here,
         )
     except Exception as error:
@@ -99,7 +112,7 @@ def _task(kind: type, config: Any, adapters: AdapterTask) -> Task | None:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def quiet(logging: Any) -> Iterator[None]:
     """Shows neither a bar nor the report of a load: what it would warn of, we say ourselves."""
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -134,9 +147,9 @@ def prepared_by(path: Path, config: Any) -> Prepared:
     """
     import transformers
 
-    prepared = _json(path / "preprocessor_config.json")
+    prepared = fields_of(path / "preprocessor_config.json")
     names: list[object] = []
-    for said in (_json(path / "tokenizer_config.json"), prepared):
+    for said in (fields_of(path / "tokenizer_config.json"), prepared):
         found = said.get("model_input_names")
         names += found if isinstance(found, list) else []
     mapping = transformers.TOKENIZER_MAPPING
@@ -146,21 +159,14 @@ def prepared_by(path: Path, config: Any) -> Prepared:
     return Prepared([name for name in names if isinstance(name, str)], prepared)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    found = read_json(file) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file of a directory holds.
+def fields_of(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file of a directory; none where there is none.
 
     Raises:
         LoraFxError: it cannot be read.
     """
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoraFxError(f"{file}: cannot be read: {error}") from error
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _parts(config: Any) -> list[Any]:

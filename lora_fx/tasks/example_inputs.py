@@ -78,7 +78,8 @@ def example_inputs(
             raise _refusal(kind, name)
         made[name] = value
     made = {name: made[name] for name in parameters if name in made}
-    return {n: value for n, (value, _) in made.items()}, {n: axes for n, (_, axes) in made.items()}
+    values = {n: v.to(model.dtype) if v.is_floating_point() else v for n, (v, _) in made.items()}
+    return values, {n: axes for n, (_, axes) in made.items()}
 
 
 def _refusal(kind: str, name: str) -> LoraFxError:

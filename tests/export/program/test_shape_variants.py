@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.io_signature import input_leaves
-from lora_fx.export.program.shape_variants import Case, cases
+from lora_fx.export.program.shape_variants import Case, allowed_by, cases
 from lora_fx.frontend.torch_export import export_program
 from lora_fx.frontend.trace import trace
 
@@ -21,7 +21,7 @@ def tried(module: nn.Module, *args: torch.Tensor, dynamic_shapes: Any) -> list[C
     gm = trace(module.eval(), args, dynamic_shapes=dynamic_shapes)
     inputs = example_inputs(gm, None, None, None)
     program = export_program(gm, inputs.args, inputs.kwargs, inputs.dynamic_shapes)
-    return cases(program, input_leaves(gm, program, inputs.dynamic_shapes))
+    return cases(program, input_leaves(gm, program, inputs.dynamic_shapes), allowed_by(gm))
 
 
 def sizes(found: list[Case]) -> list[list[tuple[int, ...]]]:
@@ -82,3 +82,27 @@ def test_new_rows_repeat_the_traced_ones() -> None:
 def test_without_dynamic_dimensions_there_is_one_case() -> None:
     found = tried(Pair(), torch.rand(4, 7, 3), torch.rand(4, 7, 2), dynamic_shapes=None)
     assert [case.label for case in found] == ["as traced"]
+
+
+class Halves(nn.Module):
+    """Takes sizes that can be halved: twice in one direction, and once in the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] % 4 or x.shape[2] % 2:
+            return x
+        return x[:, ::4, ::2]
+
+
+def test_sizes_that_the_graph_is_not_good_for_are_rounded_up_to_some_that_it_is() -> None:
+    shapes = ({0: "batch", 1: "height", 2: "width"},)
+    found = tried(Halves(), torch.rand(2, 16, 10), dynamic_shapes=shapes)
+    assert sizes(found) == [[(2, 16, 10)], [(3, 20, 14)], [(2, 8, 6)]]
+
+
+def test_a_size_that_none_of_the_steps_allows_stays_as_it_was_traced() -> None:
+    class Threes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.shape[1] % 77 == 0 else x
+
+    found = tried(Threes(), torch.rand(4, 77), dynamic_shapes=({0: "batch", 1: "length"},))
+    assert sizes(found) == [[(4, 77)], [(5, 77)], [(2, 77)]]

@@ -1,0 +1,85 @@
+"""An adapter of a pipeline of diffusers, shared out among its components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.cli.model_source import ModelSource
+from lora_fx.cli.pipeline_source import WRAPPER
+from lora_fx.errors import AdapterError, shorten
+
+T = TypeVar("T")
+
+
+def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
+    """What each component of a model gets, its paths those of its own modules.
+
+    A file of diffusers' or kohya's says of each layer which component it is of. One of PEFT's does
+    not: it is of the component that was chosen, or of the only one that has its layers.
+
+    Args:
+        adapter: of the whole model.
+        source: the model; of any other than a pipeline, all is of the component ``""``.
+
+    Raises:
+        AdapterError: a layer is of no component, an adapter may be of several, or it has nothing
+            for the one that alone is exported.
+    """
+    if source.base is None:
+        return {"": adapter}
+    models = dict(source.base.named_children())
+    paths = [*adapter.updates, *adapter.replacements]
+    foreign = [path for path in paths if path.partition(".")[0] not in models]
+    if len(foreign) == len(paths):
+        only = source.chosen or _only(adapter, models)
+        return {only: replace(_part(adapter, "", models[only]), expects=adapter.expects)}
+    if foreign:
+        raise AdapterError(
+            f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline: "
+            f"{', '.join(models)}"
+        )
+    names = dict.fromkeys(path.partition(".")[0] for path in paths)
+    found = {name: _part(adapter, f"{name}.", models[name]) for name in names}
+    if source.chosen is not None and source.chosen not in found:
+        raise AdapterError(
+            f"adapter {adapter.name}: has nothing for {source.chosen}, which alone is exported, "
+            f"but for {', '.join(found)}"
+        )
+    return found
+
+
+def _only(adapter: Adapter, models: Mapping[str, nn.Module]) -> str:
+    paths = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.replacements)}
+    every = {n: dict(m.named_modules(remove_duplicate=False)) for n, m in models.items()}
+    fits = [name for name, modules in every.items() if paths & modules.keys()]
+    if len(fits) == 1 or len(models) == 1:
+        return next(iter(fits or models))
+    raise AdapterError(
+        f"adapter {adapter.name}: its layers ({shorten(sorted(paths), 2)}) are of "
+        f"{' and of '.join(fits) or 'no component of the pipeline'}: say which by --component, "
+        f"one of {', '.join(models)}"
+    )
+
+
+def _part(adapter: Adapter, start: str, model: nn.Module) -> Adapter:
+    """What of an adapter begins so, by the paths of the model."""
+
+    def own(values: Mapping[str, T]) -> dict[str, T]:
+        found = {p.removeprefix(start): v for p, v in values.items() if p.startswith(start)}
+        return _unwrapped(found, model)
+
+    updates, replaced = own(adapter.updates), own(adapter.replacements)
+    return replace(adapter, updates=updates, replacements=replaced, expects=None)
+
+
+def _unwrapped(values: Mapping[str, T], model: nn.Module) -> dict[str, T]:
+    """Paths without the wrapper of a text encoder that the model has no longer."""
+    own, wrapped = model._modules, model._modules.get(WRAPPER)
+    inner = {} if wrapped is None else wrapped._modules
+    is_gone = bool(inner) and all(own.get(name) is module for name, module in inner.items())
+    return {p.removeprefix(f"{WRAPPER}.") if is_gone else p: v for p, v in values.items()}

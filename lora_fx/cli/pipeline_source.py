@@ -1,0 +1,89 @@
+"""A diffusers directory as a model in several files, one a component."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.cli.model_source import ModelSource
+from lora_fx.errors import within
+from lora_fx.graph.example import TASK
+from lora_fx.tasks.calls import Call
+from lora_fx.tasks.pipeline import Pipeline, load_pipeline
+from lora_fx.tasks.pipeline_calls import calls_of
+from lora_fx.tasks.pipeline_files import copies_of, write_copies
+
+# Files name a text encoder's layers by this wrapper, which transformers 5 has left out of some.
+# Source: diffusers 0.42, loaders/lora_base.py.
+WRAPPER = "text_model"
+_HALVES = {"vae_encoder": "vae", "vae_decoder": "vae"}
+
+
+def from_pipeline(
+    path: Path, component: str | None, dtype: torch.dtype | None, every: bool
+) -> ModelSource:
+    """The models of a diffusers directory.
+
+    Args:
+        path: of a pipeline, or of one of its models.
+        component: the only one of a pipeline that is exported, as ``model.onnx``. A VAE is two
+            files, and ``vae_decoder`` one of them.
+        dtype: what they are loaded in.
+        every: load the others of a pipeline too: an adapter's names mean layers of all.
+
+    Raises:
+        LoraFxError: there is no such component, or it cannot be loaded or called.
+    """
+    chosen = _HALVES.get(component or "", component)
+    pipeline = load_pipeline(path, chosen, dtype, every)
+    if not pipeline.fields:  # of one model alone, a component is what its adapters call it
+        chosen = next(iter(pipeline.models))
+    names = [chosen] if chosen else [*pipeline.models]
+    with within(path):
+        parts = [(name, call) for name in names for call in calls_of(pipeline, name)]
+    parts = [p for p in parts if component not in _HALVES or component == _place(p[1])]
+    calls = [call for _, call in parts]
+    if chosen and len(parts) == 1:
+        calls = [replace(calls[0], file="model.onnx")]
+    sources = [
+        _part(name, _place(own), call) for (name, own), call in zip(parts, calls, strict=True)
+    ]
+    copies = copies_of(pipeline, chosen, {part.file: part.component for part in sources})
+    return replace(
+        sources[0],
+        more=tuple(sources[1:]),
+        lacks=tuple(f"{n}.{key}" for n in names for key in pipeline.models[n].lacks),
+        beside=list(dict.fromkeys(place.parts[0] for place in copies)),
+        write_beside=partial(write_copies, copies),
+        base=_base(pipeline),
+        chosen=chosen if pipeline.fields else None,
+    )
+
+
+def _place(call: Call) -> str:
+    return Path(call.file).parent.name
+
+
+def _part(component: str, task: str, call: Call) -> ModelSource:
+    return ModelSource(
+        call.model, (), call.kwargs, call.dynamic_shapes, task={TASK: task}, file=call.file,
+        component=component,
+    )  # fmt: skip
+
+
+def _base(pipeline: Pipeline) -> nn.Module:
+    """A module of the components by name, of whose layers an adapter's names are."""
+    base = nn.Module()
+    for name, loaded in pipeline.models.items():
+        model: Any = loaded.model
+        if name.startswith("text_encoder") and WRAPPER not in model._modules:
+            wrapped, model = model, nn.Module()
+            for child, module in {**wrapped._modules, WRAPPER: wrapped}.items():
+                model.add_module(child, module)
+        base.add_module(name, model)
+    return base
