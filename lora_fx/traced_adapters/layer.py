@@ -21,9 +21,10 @@ from lora_fx.algebra.low_rank import NotLowRankError, factors_beside
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, exchanged, leaves, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.frontend.trace import trace
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.graph_module import attribute
 from lora_fx.layers.layer import Layer
 from lora_fx.numerics import compare
+from lora_fx.traced_adapters.dense_sparse import sparse_said_densely
 
 Own = Mapping[str, torch.Tensor]
 
@@ -49,7 +50,8 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
         AdapterError: what it computes is no affine function of its input.
     """
     x = example(base, layer)
-    gm = trace(layer, (x,))
+    with sparse_said_densely():
+        gm = trace(layer, (x,))
     read = _Reading(analyse(gm), base, own)
     update = read.update(_value(read.analysis, gm), kind)
     _check(layer, base, own, update)
@@ -115,9 +117,10 @@ class _Reading:
         """How the analysis calls a tensor of the base's layer; None if PEFT put another there."""
         nodes = self.analysis.gm.graph.find_nodes(op="get_attr", target=name)
         own = self.own.get(name.rpartition(".")[2])
-        held = None if own is None else get_unevaluated(self.analysis.gm, name)
-        same = isinstance(held, torch.Tensor) and held.data_ptr() == own.data_ptr()
-        return self.analysis.constants.key(nodes[0]) if nodes and same else None
+        if not nodes or own is None:
+            return None
+        held = attribute(self.analysis.gm, name)
+        return self.analysis.constants.key(nodes[0]) if held.data_ptr() == own.data_ptr() else None
 
     def _function(self, weight: Matrix, whole: Matrix) -> Function:
         """W' of any W; what is not said in terms of W is a difference from the base's."""
