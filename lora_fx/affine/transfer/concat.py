@@ -15,6 +15,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, res
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
 from lora_fx.affine.transfer.overwrites import uniform_at
+from lora_fx.affine.transfer.views import movable
 from lora_fx.algebra.index_expr import along, slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, repeated, total
 from lora_fx.graph.ops import call_argument, op_name
@@ -114,12 +115,12 @@ def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
 
 def pad(analysis: Analysis, node: fx.Node) -> Value:
     """Zeros in front of the features and behind them."""
-    value, widths = analysis.whole_map_of(node.args[0]), call_argument(node, 1, "pad")
+    value, widths = movable(analysis, node.args[0]), call_argument(node, 1, "pad")
     mode, fill = call_argument(node, 2, "mode", "constant"), call_argument(node, 3, "value", 0)
     if op_name(node) == "constant_pad_nd":
         mode, fill = "constant", call_argument(node, 2, "value", 0)
     plain = isinstance(widths, Sequence) and all(isinstance(w, int) and w >= 0 for w in widths)
-    if value is None or not plain or mode != "constant" or fill not in (None, 0):
+    if value is None or value.grouped or not plain or mode != "constant" or fill not in (None, 0):
         return Opaque("a padding of no map, or with something else than zeros")
     at = 2 * value.layout.after
     widths = [*widths, *[0] * (at + 2 - len(widths))]
