@@ -185,3 +185,8 @@ _LORA_OPTIONS: dict[str, tuple[Make, Make]] = {
     ),
 }
 PEFT_TYPES |= _LORA_OPTIONS
+# Types whose effect no weight has.
+NOT_WEIGHTS = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
+    *("ADAPTION_PROMPT", "LILY", "XLORA", "POLY", "SHADOW"),
+)
