@@ -98,7 +98,7 @@ class Layout:
         for count in range(0 if not self.split else 1, end + 1):
             split = sizes[end - count : end]
             if not all(type(n) is int for n in split):
-                return None
+                break
             if prod(split) == size:
                 return Layout(split, self.after, (*sizes[: end - count], *sizes[end:]))
         return self._joined(sizes)

@@ -6,7 +6,7 @@ complex numbers: what comes out is the real matrix that all of it multiplies wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -20,6 +20,23 @@ from lora_fx.graph.ops import call_argument, op_name
 _FFTS = {"fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"}
 _SCALES = {"mul", "div"}  # by a number, or by a constant along the features
 _NO_MATRIX = Opaque("a spectrum of something else than features of a map")
+
+
+class _Step(NamedTuple):
+    """A call as it is now: erasing a node empties it.
+
+    Attributes:
+        before: what it reads that is no constant.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    before: fx.Node | None
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Step:
+        return cls(node.target, node.args, dict(node.kwargs), _before(node))
 
 
 def real(analysis: Analysis, node: fx.Node) -> Value:
@@ -36,7 +53,7 @@ def real(analysis: Analysis, node: fx.Node) -> Value:
     for call in chain:
         if not _keeps_batch(call, found.ndim - 1):
             return _NO_MATRIX
-        found = _run(analysis, [call], found)
+        found = _run(analysis, [_Step.of(call)], found)
     return _multiplied(analysis, value, chain, tuple(found.shape[1:]))
 
 
@@ -45,11 +62,12 @@ def _multiplied(
 ) -> Value:
     layout, size = Layout(split, 0, value.layout.batch), value.size
     named = tuple(analysis.constants.key(n) for n in _read(chain))
+    steps = [_Step.of(call) for call in chain]
     key = ("spectrum", tuple(_written(n) for n in chain), named, value.layout.split)
 
     def fetch() -> torch.Tensor:
         columns = torch.eye(size, dtype=_wide(value)).reshape(size, *value.layout.split)
-        return _run(analysis, chain, columns).reshape(size, -1).T
+        return _run(analysis, steps, columns).reshape(size, -1).T
 
     weight = Leaf((layout.count, size), key, fetch)
     dtype = result_dtype(chain[-1], value.dtype)
@@ -90,18 +108,15 @@ def _keeps_batch(node: fx.Node, count: int) -> bool:
     )
 
 
-def _run(analysis: Analysis, chain: list[fx.Node], x: torch.Tensor) -> torch.Tensor:
+def _run(analysis: Analysis, steps: list[_Step], x: torch.Tensor) -> torch.Tensor:
     """The calls again, on another tensor than the graph's."""
-    for node in chain:
-        x = node.target(*_given(analysis, node, x), **node.kwargs)  # type: ignore[operator]
+
+    def of(before: fx.Node | None) -> Any:
+        return lambda node: x if node is before else analysis.constants.value(node)
+
+    for step in steps:
+        x = step.target(*fx.node.map_arg(step.args, of(step.before)), **step.kwargs)
     return x
-
-
-def _given(analysis: Analysis, node: fx.Node, x: torch.Tensor) -> Any:
-    def own(argument: fx.Node) -> Any:
-        return x if argument is _before(node) else analysis.constants.value(argument)
-
-    return fx.node.map_arg(node.args, own)
 
 
 def _read(chain: list[fx.Node]) -> list[fx.Node]:
