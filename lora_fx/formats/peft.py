@@ -71,10 +71,10 @@ def assemble(
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
-    if config.type is TRACED:  # no kind of ours: PEFT itself is asked, in a room of its own
+    if config.type.kind == TRACED:  # no kind of ours: PEFT itself is asked, in a room of its own
         from lora_fx.traced_adapters import read_traced
 
-        return read_traced(name, weights, tensors, config.options, origin, hints)
+        return read_traced(name, weights, tensors, config, origin, hints)
     base = layers_of(hints.base)
     with within(weights):
         keys = sort_keys(tensors, config)

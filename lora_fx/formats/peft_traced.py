@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from lora_fx.formats.peft_settings import options_alone
-from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
 
-# Stands for a type that has no kind of ours: the options of such a config are its fields.
-TRACED = PeftType("", "traced", (), options_alone)
+TRACED = (
+    "traced"  # the kind of a type without one of ours: the options of its config are all fields
+)
 
 
 def is_traced(fields: Mapping[str, object], types: Collection[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,9 +309,16 @@ class SavedCase:
 
 def save_peft_case(name: str, directory: Path, seed: int = 3) -> SavedCase:
     """Lets PEFT wrap the model of a case of `PEFT_CASES` or `PEFT_TYPES`, randomise and save it."""
+    make, config = (PEFT_CASES | PEFT_TYPES)[name]
+    with warnings.catch_warnings():
+        if name in PEFT_TYPES:  # PEFT says what it cannot compile, and what it will not save
+            warnings.simplefilter("ignore")
+        return _saved(make, config, directory, seed)
+
+
+def _saved(make: Any, config: Any, directory: Path, seed: int) -> SavedCase:
     import peft
 
-    make, config = (PEFT_CASES | PEFT_TYPES)[name]
     torch.manual_seed(0)
     base = make().eval()
     for parameter in base.parameters():

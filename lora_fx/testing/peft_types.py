@@ -59,7 +59,11 @@ def _lora(kind: str = "", **fields: Any) -> Any:
     """LoRA with an option whose config is a class of its own."""
     import peft.tuners.lora.config as configs
 
-    made = {field: getattr(configs, kind)(**value) for field, value in fields.items()} if kind else fields
+    made = (
+        {field: getattr(configs, kind)(**value) for field, value in fields.items()}
+        if kind
+        else fields
+    )
     return _config("LoraConfig", {"r": 2, "lora_alpha": 3, **made})
 
 
@@ -181,7 +185,14 @@ _LORA_OPTIONS: dict[str, tuple[Make, Make]] = {
     "lora, velora": (_even, lambda: _lora("VeloraConfig", velora_config={"num_groups": 4})),
     "lora, bdlora": (
         _even,
-        lambda: _lora("BdLoraConfig", use_bdlora={"target_modules_bd_a": ["wide"], "target_modules_bd_b": ["narrow"], "nblocks": 2}),
+        lambda: _lora(
+            "BdLoraConfig",
+            use_bdlora={
+                "target_modules_bd_a": ["wide"],
+                "target_modules_bd_b": ["narrow"],
+                "nblocks": 2,
+            },
+        ),
     ),
 }
 PEFT_TYPES |= _LORA_OPTIONS

@@ -16,7 +16,7 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys, saved_module, sort_base
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
-from lora_fx.traced_adapters.config import parse
+from lora_fx.traced_adapters.config import named
 from lora_fx.traced_adapters.layer import update_of
 
 __all__ = ["read_traced"]
@@ -26,7 +26,7 @@ def read_traced(
     name: str,
     weights: Path,
     tensors: Mapping[str, torch.Tensor],
-    fields: Mapping[str, object],
+    config: PeftConfig,
     origin: Path,
     hints: Hints,
 ) -> Adapter:
@@ -39,7 +39,7 @@ def read_traced(
         name: of the adapter.
         weights: the file of the tensors.
         tensors: by PEFT's keys.
-        fields: of the config, strictly read.
+        config: as `config.parse` reads it.
         origin: where the config comes from.
         hints: ``base`` is needed, the model or the traced graph; ``strict`` is heeded.
 
@@ -48,11 +48,10 @@ def read_traced(
             config or a tensor, a tensor has no use, or a layer is no affine function.
     """
     with within(origin):
-        config = parse(fields, str(origin), hints.strict)
         if hints.base is None:
             raise AdapterError(
-                f"peft_type is {config.type.name!r}, which PEFT itself reads, around the layers of "
-                "the base; pass base=, the model (--base on the command line)"
+                f"{named(config.options)}, which PEFT itself reads, around the layers of the base; "
+                "pass base=, the model (--base on the command line)"
             )
         base = layers_of(hints.base)
         layers = skeleton.adapted(config, base)
@@ -89,7 +88,7 @@ def _read(
             trained = skeleton.trained_whole(layer)
             keys.replacements |= {f"{path}.{leaf}": value for leaf, value in trained.items()}
             if not trained:
-                updates[path] = update_of(layer, base[path], own[path], config.type.kind)
+                updates[path] = update_of(layer, base[path], own[path], config.type.name.lower())
     return Adapter(name, updates, keys.replacements, expects=config.rule)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft_config import TASK_HEADS
 from lora_fx.formats.peft_features import NEUTRAL, check_init
 from lora_fx.formats.peft_fields import field_of, names_in
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_traced import TRACED
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA
 from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
@@ -55,8 +56,20 @@ def parse(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig
     Raises:
         AdapterError: names the type or the field.
     """
-    name = str(fields["peft_type"])
-    refuse_what_is_not_affine(name, fields)
+    refuse_what_is_not_affine(str(fields["peft_type"]), fields)
+    with within(named(fields)):
+        return _parsed(str(fields["peft_type"]), fields, origin, strict)
+
+
+def named(fields: Mapping[str, object]) -> str:
+    """What of a config is no kind of ours, for a message: its type, or an option of LoRA."""
+    name = fields["peft_type"]
+    options = sorted(LORA.unsupported) if name == LORA.name else []
+    on = [f for f in options if fields.get(f) not in (None, False, [])]
+    return f"{on[0]} is {fields[on[0]]!r:.80}" if on else f"peft_type is {name!r:.80}"
+
+
+def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
     _check_fields(name, fields)
     if name == "LORA":
         check_init(fields, origin, strict)
@@ -65,7 +78,7 @@ def parse(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig
         raise AdapterError(f"bias is {bias!r}, expected 'none', 'all' or '{name.lower()}_only'")
     saved = names_in(fields, "modules_to_save")
     return PeftConfig(
-        type=PeftType(name, name.lower(), (), LORA.settings),
+        type=PeftType(name, TRACED, (), LORA.settings),
         bias="lora_only" if bias.endswith("_only") else bias,
         modules_to_save=tuple(saved),
         optional_heads=TASK_HEADS.get(str(fields.get("task_type")), frozenset()),
@@ -84,7 +97,9 @@ def by_peft(config: PeftConfig, paths: Sequence[str]) -> Any:
     names = {field.name for field in dataclasses.fields(known)}
     fields = {**config.options, **_OURS, "target_modules": list(paths)}
     try:
-        return known(**{name: value for name, value in fields.items() if name in names - {"peft_type"}})
+        return known(
+            **{name: value for name, value in fields.items() if name in names - {"peft_type"}}
+        )
     except Exception as error:  # PEFT's own code may raise anything
         raise AdapterError(f"PEFT refuses this config: {error}") from error
 
@@ -96,14 +111,15 @@ def _class_of(name: str) -> Any:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
         raise AdapterError(
-            f"peft_type is {name!r}, which is read through PEFT itself, and that cannot be "
-            f"imported ({error}): {INSTALL}"
+            f"it is read through PEFT itself, which cannot be imported ({error}): {INSTALL}"
         ) from error
-    table = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    table = {
+        str(getattr(kind, "value", kind)): made
+        for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     if name not in table:
         raise AdapterError(
-            f"peft_type is {name!r}, which PEFT {peft.__version__} does not know; correct it, or "
-            "install a newer PEFT"
+            f"PEFT {peft.__version__} does not know this type; correct it, or install a newer PEFT"
         )
     return table[name]
 

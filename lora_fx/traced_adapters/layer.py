@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -49,12 +50,13 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
     Raises:
         AdapterError: what it computes is no affine function of its input.
     """
-    x = example(base, layer)
-    with sparse_said_densely():
-        gm = trace(layer, (x,))
-    read = _Reading(analyse(gm), base, own)
-    update = read.update(_value(read.analysis, gm), kind)
-    _check(layer, base, own, update)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT advises those who train
+        with sparse_said_densely():
+            gm = trace(layer, (example(base, layer),))
+        read = _Reading(analyse(gm), base, own)
+        update = read.update(_value(read.analysis, gm), kind)
+        _check(layer, base, own, update)
     return update
 
 
@@ -64,7 +66,9 @@ def example(base: Layer, layer: nn.Module) -> torch.Tensor:
     if base.type.reads_ids:
         return torch.randint(0, base.in_features, _ROWS, generator=make)
     own: Any = layer.base_layer
-    sizes = [3 + (size - 1) * step for size, step in zip(base.shape[2:], _dilation(own), strict=True)]
+    sizes = [
+        3 + (size - 1) * step for size, step in zip(base.shape[2:], _dilation(own), strict=True)
+    ]
     shape = (_ROWS[0], base.in_features, *sizes) if base.is_conv else (*_ROWS, base.in_features)
     return torch.randn(shape, generator=make).to(base.dtype)
 
@@ -80,7 +84,8 @@ def _value(analysis: Analysis, gm: fx.GraphModule) -> Map:
     value = analysis.map_of(result)
     if value is None or value.source.node.op != "placeholder":
         known = analysis.values
-        why = next((v.reason for v in known.values() if isinstance(v, Opaque) and v.reason), "")
+        opaque = (v.reason for node, v in known.items() if isinstance(v, Opaque) and node.args)
+        why = next((reason for reason in opaque if not reason.startswith("guardsfn")), "")
         raise AdapterError(f"what it computes is no affine function of its input: {why}")
     return value
 
@@ -146,7 +151,7 @@ class _Reading:
         """What is added to the bias of the base's layer."""
         own, key = self.own.get("bias"), self._key(BIAS)
         known = isinstance(column, Leaf) and column.key == ("column", self.base.own_shape[:1], key)
-        if column is None and own is None or (known and key is not None):
+        if (column is None and own is None) or (known and key is not None):
             return None
         out = self.base.own_shape[0]
         made = torch.zeros(out) if column is None else dense(column, torch.float32).reshape(-1)

@@ -11,14 +11,15 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.bind import targeted
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
+from lora_fx.traced_adapters.bounded import Bounded
 from lora_fx.traced_adapters.config import by_peft
-from lora_fx.formats.peft_record import PeftConfig
 
 ADAPTER = "default"
 _HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks"))
@@ -58,7 +59,8 @@ def wrapped(config: PeftConfig, layers: Mapping[str, nn.Module]) -> Any:
     root = nn.Module()
     for path, module in layers.items():
         _place(root, path, module)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    tensors = [p for module in layers.values() for p in module.parameters()]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), Bounded(tensors):
         warnings.simplefilter("ignore")  # PEFT advises those who train
         try:
             return peft.get_peft_model(root, settings, adapter_name=ADAPTER).eval()
@@ -112,7 +114,11 @@ def replace(
     """Puts what a file stores of an adapted layer's own tensors in their place, and gives it."""
     held = getattr(layer_at(model, path), "base_layer", None)
     parameters = {} if held is None else held._parameters
-    found = {name: replacements[f"{path}.{name}"] for name in parameters if f"{path}.{name}" in replacements}
+    found = {
+        name: replacements[f"{path}.{name}"]
+        for name in parameters
+        if f"{path}.{name}" in replacements
+    }
     for name, value in found.items():
         parameters[name] = nn.Parameter(value.to(parameters[name].dtype), requires_grad=False)
     return found

@@ -20,6 +20,7 @@ from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import PEFT_TYPES, SavedCase, relative, save_peft_case
 from lora_fx.testing.peft_types import NOT_WEIGHTS
 from lora_fx.traced_adapters import read_traced
+from lora_fx.traced_adapters.config import parse
 
 # What PEFT says of Conv1D, of its kernels, of what it saves, and of how it is configured.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -138,7 +139,8 @@ def test_a_kind_of_ours_means_what_the_mechanism_reads(name: str, tmp_path: Path
     fields = json.loads((case.directory / "adapter_config.json").read_text())
     weights = case.directory / "adapter_model.safetensors"
     hints = Hints(base=case.base)
-    traced = read_traced("b", weights, load_file(weights), fields, case.directory, hints)
+    config = parse(fields, "here", strict=True)
+    traced = read_traced("b", weights, load_file(weights), config, case.directory, hints)
     ours = load_adapter(case.directory, base=case.base)
     gm = trace(case.base)
     with torch.no_grad():

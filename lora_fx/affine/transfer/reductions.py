@@ -53,7 +53,10 @@ def summed(analysis: Analysis, node: fx.Node) -> Value:
 def _ones_along(layout: Layout, axis: int) -> Matrix:
     """What adds up the features along one axis: each of the others gets the sum of its own."""
     matrix: Matrix = transposed(repeated(1.0, layout.split[axis]))
-    for size, is_left in ((prod(layout.split[axis + 1 :]), False), (prod(layout.split[:axis]), True)):
+    for size, is_left in (
+        (prod(layout.split[axis + 1 :]), False),
+        (prod(layout.split[:axis]), True),
+    ):
         if size > 1:
             matrix = Kron(Identity(size), matrix) if is_left else Kron(matrix, Identity(size))
     return matrix

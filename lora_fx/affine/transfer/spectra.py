@@ -103,9 +103,7 @@ def _keeps_batch(node: fx.Node, count: int) -> bool:
         others, _, output = rest.partition("->")
         fits = len(of_x) - 3 == count
         return of_x[:3] == output[:3] == "..." and fits and "," not in others and "." not in others
-    return op_name(node) == "real" or not any(
-        isinstance(other, fx.Node) for other in node.args[1:]
-    )
+    return op_name(node) == "real" or not any(isinstance(other, fx.Node) for other in node.args[1:])
 
 
 def _run(analysis: Analysis, steps: list[_Step], x: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,15 @@ def sent(m: Any, x: torch.Tensor, *places: int) -> torch.Tensor:
 
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
-    "cat with ones": (lambda m, x: torch.cat((m.low(x), torch.ones(4, 7, 2, dtype=x.dtype)), -1), "batch", "export"),
+    "cat with ones": (
+        lambda m, x: torch.cat((m.low(x), torch.ones(4, 7, 2, dtype=x.dtype)), -1),
+        "batch",
+        "export",
+    ),
     "cat of an input and ones": (
-        lambda m, x: torch.cat((torch.ones(4, 7, 1, dtype=x.dtype), x * 1), -1), "batch", "export",
+        lambda m, x: torch.cat((torch.ones(4, 7, 1, dtype=x.dtype), x * 1), -1),
+        "batch",
+        "export",
     ),
     "cat of an input and what is full": (
         lambda m, x: F.linear(torch.cat((x.clone(), x.new_full((4, 7, 2), 3.0)), -1), m.v[:, :5]),
@@ -45,9 +51,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "scatter": (lambda m, x: sent(m, x, 3, 0, 6, 2, 1), "batch", "export"),
     "scatter into a map": (
-        lambda m, x: m.wide(x).scatter(
-            2, m.places(4, 1, 0, 5, 2).expand(4, 7, 5), m.low(x)
-        ),
+        lambda m, x: m.wide(x).scatter(2, m.places(4, 1, 0, 5, 2).expand(4, 7, 5), m.low(x)),
         "batch",
         "export",
     ),
@@ -214,7 +218,9 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     ),
     "scatter that hangs on the row": (
         lambda m, x: zeros(x, 7).scatter(
-            -1, torch.stack([m.b.argsort()] * 27 + [m.b.argsort().flip(0)]).reshape(4, 7, 5), m.low(x)
+            -1,
+            torch.stack([m.b.argsort()] * 27 + [m.b.argsort().flip(0)]).reshape(4, 7, 5),
+            m.low(x),
         ),
         "batch",
         "no constant",

@@ -183,7 +183,9 @@ def turned_leaf(shape: tuple[int, int], key: Any, fetch: Any) -> Leaf:
 
 def first_call(real: Any) -> Any:
     """Forgets what lies between the spectrum and the way back."""
-    return lambda analysis, chain, x: real(analysis, [chain[0], *chain[2:]] if chain[1:] else chain, x)
+    return lambda analysis, chain, x: real(
+        analysis, [chain[0], *chain[2:]] if chain[1:] else chain, x
+    )
 
 
 def parted(value: Any) -> Any:

@@ -13,7 +13,9 @@ from lora_fx.testing import check_case, check_reason
 
 def deep(m: Any, x: torch.Tensor) -> torch.Tensor:
     """Thirty features on three axes."""
-    return F.linear(m.low(x), torch.cat([m.v, m.v * 2, m.v * 3, m.v + 1, m.v - 1])).reshape(4, 7, 3, 2, 5)
+    return F.linear(m.low(x), torch.cat([m.v, m.v * 2, m.v * 3, m.v + 1, m.v - 1])).reshape(
+        4, 7, 3, 2, 5
+    )
 
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -23,7 +25,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "sum of the axis between": (lambda m, x: deep(m, x).sum(-2), "batch", "export"),
     "sum of two axes": (lambda m, x: deep(m, x).sum((2, 4)), "batch", "export"),
     "sum of two axes, kept": (
-        lambda m, x: deep(m, x).sum((-1, -3), keepdim=True), "batch", "export",
+        lambda m, x: deep(m, x).sum((-1, -3), keepdim=True),
+        "batch",
+        "export",
     ),
     "mean": (lambda m, x: deep(m, x).mean((-1, -2)), "batch", "export"),
     "sum of an input in blocks": (
@@ -35,10 +39,16 @@ CASES: dict[str, tuple[Any, ...]] = {
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "sum of the batch": (lambda m, x: m.low(x).sum(0), "batch", "something else than features"),
     "sum of features and batch": (
-        lambda m, x: m.low(x).sum((1, 2)), "batch", "something else than features",
+        lambda m, x: m.low(x).sum((1, 2)),
+        "batch",
+        "something else than features",
     ),
     "sum of all": (lambda m, x: m.low(x).sum(), "batch", "something else than features"),
-    "sum in integers": (lambda m, x: m.low(x).detach().sum(-1, dtype=torch.int64), "batch", "integers"),
+    "sum in integers": (
+        lambda m, x: m.low(x).detach().sum(-1, dtype=torch.int64),
+        "batch",
+        "integers",
+    ),
 }
 
 

@@ -27,16 +27,22 @@ CASES: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "scaled and along the outer axis": (
-        lambda m, x: (torch.fft.fft(m.split(x), dim=-2) * 3).real, "batch", "export",
+        lambda m, x: (torch.fft.fft(m.split(x), dim=-2) * 3).real,
+        "batch",
+        "export",
     ),
 }
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "along the batch": (lambda m, x: torch.fft.fft(m.low(x), dim=-2).real, "batch", "spectrum"),
     "by the axis from the front": (
-        lambda m, x: torch.fft.fft(m.low(x), dim=1).real, "batch", "spectrum",
+        lambda m, x: torch.fft.fft(m.low(x), dim=1).real,
+        "batch",
+        "spectrum",
     ),
     "the length of each": (
-        lambda m, x: (torch.fft.fft(m.low(x)) * torch.fft.fft(m.low(x))).real, "batch", "spectrum",
+        lambda m, x: (torch.fft.fft(m.low(x)) * torch.fft.fft(m.low(x))).real,
+        "batch",
+        "spectrum",
     ),
     "a mixed batch": (
         lambda m, x: torch.einsum("abn,mn->bam", torch.fft.fft(m.low(x)), torch.fft.fft(m.v)).real,

@@ -125,10 +125,16 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "to integers": (lambda m, x: m.low(x).to(torch.int32), "batch", "integers"),
     "to truth": (lambda m, x: m.low(x).to(dtype=torch.bool), "batch", "integers"),
     "one axis of batch and features, turned": (
-        lambda m, x: m.wide(x).reshape(-1, 3).transpose(0, 1), "batch", "permutation", "export",
+        lambda m, x: m.wide(x).reshape(-1, 3).transpose(0, 1),
+        "batch",
+        "permutation",
+        "export",
     ),
     "one axis of batch and features, cut": (
-        lambda m, x: m.wide(x).reshape(-1, 3)[:3], "batch", "takes apart", "export",
+        lambda m, x: m.wide(x).reshape(-1, 3)[:3],
+        "batch",
+        "takes apart",
+        "export",
     ),
     "one axis of batch and features, scaled by rows": (
         lambda m, x: m.wide(x).reshape(-1, 3) * torch.cat([m.b[:4]] * 14)[:, None],
