@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_DATA: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
+_DATA: Any = torch._C.TensorBase.data
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def data_detached() -> Iterator[None]:
     A tensor that ``.data`` gives is of no graph: torch.export takes it for a constant that it has
     never seen. What is set by ``tensor.data = value`` is set as ever.
     """
-    torch.Tensor.data = property(  # type: ignore[method-assign, assignment]
+    torch.Tensor.data = property(  # type: ignore[assignment]
         lambda tensor: tensor.detach(), lambda tensor, value: _DATA.__set__(tensor, value)
     )
     try:

@@ -11,7 +11,8 @@
 - adapters: `make_adapter` of any kind in `UPDATES`, `update_of` one layer; `fits`, `means`
 - models: `Ragged`, `Shared`, `Two`, ...; of transformers `tiny` and, traced, `zoo`
 - the analysis: `computes`, `reason`, and both from tables, `check_case`, `check_reason`
-- other programs: `Lab`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`; files of ONNX: `Sample`, `Exported`
+- other programs: `Lab`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`
+- files of ONNX: `Sample`, `Exported`
 
 Plain asserts: ``pytest.register_assert_rewrite("lora_fx.testing")`` in a conftest.py, before it is
 imported, makes them explain themselves. transformers, PEFT, LyCORIS and onnx are loaded by what

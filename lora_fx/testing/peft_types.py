@@ -79,6 +79,7 @@ _OF = {
 }  # fmt: skip
 _VB = {"r": 2, "num_vectors": 6, "vector_length": 2}
 _FREQUENT = {"n_frequency": 9, "scaling": 9.0}
+_SPARSE = {"progressbar": False, "sparse_rate": 0.2}
 _ADA = {"r": 4, "num_subspaces": 2, "subspace_rank": 1}
 # Each: the model, the type and its options.
 _CASES: list[tuple[str, Make, str, dict[str, Any]]] = [
@@ -104,9 +105,9 @@ _CASES: list[tuple[str, Make, str, dict[str, Any]]] = [
     ("ragged seed", _linear, "fourierft", _FREQUENT | {"random_loc_seed": 5}),
     ("ragged pattern", _linear, "fourierft", _FREQUENT | {"n_frequency_pattern": {"wide": 4}}),
     ("Conv1D", _transposed, "fourierft", _FREQUENT | {"fan_in_fan_out": True}),
-    ("ragged", _linear, "frod", {"progressbar": False, "sparse_rate": 0.2}),
-    ("ragged unsaved", _linear, "frod", {"progressbar": False, "sparse_rate": 0.2, "save_projection": False}),
-    ("Conv1D", _transposed, "frod", {"progressbar": False, "sparse_rate": 0.2, "fan_in_fan_out": True}),
+    ("ragged", _linear, "frod", _SPARSE),
+    ("ragged unsaved", _linear, "frod", _SPARSE | {"save_projection": False}),
+    ("Conv1D", _transposed, "frod", _SPARSE | {"fan_in_fan_out": True}),
     ("ragged", _linear, "glora", {"r": 2}),
     ("ragged vectors", _linear, "glora",
      {"r": 2, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),

@@ -136,7 +136,8 @@ class _Reading:
 
         def function(other: Matrix) -> Matrix:
             new = transposed(other) if turned else other
-            return exchanged(whole, lambda leaf: new if leaf == held else leaf)
+            made: Matrix = exchanged(whole, lambda leaf: new if leaf == held else leaf)
+            return made
 
         return function
 

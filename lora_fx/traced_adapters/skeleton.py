@@ -94,7 +94,7 @@ def fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            result = peft.set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+            result: Any = peft.set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
         except Exception as error:  # shapes that differ, and whatever PEFT's own code raises
             raise AdapterError(f"PEFT cannot load the tensors: {error}") from error
     if result.unexpected_keys:
@@ -148,8 +148,9 @@ def _modules(base: BaseLayers) -> Iterator[tuple[str, nn.Module]]:
             if (module := _made(path, layer, base)) is not None:
                 yield path, module
         return
-    model = example.model if example else TracedModule(base.base)
-    assert model is not None
+    assert base.base is not None
+    known = example.model if example else None
+    model = TracedModule(base.base) if known is None else known
     shells: dict[int, nn.Module] = {}
     for path, module in model.modules.items():
         if path not in base:
@@ -174,7 +175,7 @@ def _shared(value: Any) -> nn.Parameter:
     return nn.Parameter(evaluate(value).detach(), requires_grad=False)
 
 
-def _made(path: str, layer: Layer, base: BaseLayers) -> nn.Module | None:
+def _made(path: str, layer: Layer, base: BaseLayers) -> Any:
     """A module for a layer of a graph that remembers none: linear layers and tables."""
     weight, bias = base.parameter(base.weights[path]) if path in base.weights else None, None
     if weight is None or layer.kind not in ("linear", "linear_transposed", "embedding"):
@@ -189,7 +190,9 @@ def _made(path: str, layer: Layer, base: BaseLayers) -> nn.Module | None:
         else:
             from transformers.pytorch_utils import Conv1D
 
-            module = Conv1D(layer.out_features, layer.in_features)
+            module = Conv1D(  # type: ignore[no-untyped-call]
+                layer.out_features, layer.in_features
+            )
     module.weight = _shared(weight)
     if layer.kind != "embedding":
         module.bias = None if bias is None else _shared(bias)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,38 @@ from safetensors.torch import load_file, save_file
 
 import lora_fx
 from lora_fx import fold, inject, load_adapter, text, trace
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.formats.hints import Hints
 from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import PEFT_TYPES, SavedCase, relative, save_peft_case
 from lora_fx.testing.peft_types import NOT_WEIGHTS
 from lora_fx.traced_adapters import read_traced
 from lora_fx.traced_adapters.config import parse
+from lora_fx.traced_adapters.reasons import NOT_AFFINE, NOT_AFFINE_LORA
 
 # What PEFT says of Conv1D, of its kernels, of what it saves, and of how it is configured.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "KINDS.md"
+MARK = "\n# Types of PEFT without a kind of ours\n"
+TEXT = """
+Written by `make matrix` (`tests/oracle/test_peft_types.py`, which holds it). With PEFT installed
+and `base=` given, PEFT builds the layers of these types, and the analysis reads them. Each row is
+an adapter of two layers that PEFT saved, with the options that the name says, read as two factors
+or as an expression in W that makes the weight anew; "inject" and "fold" say how near the outputs
+are to those of PEFT's own model. The base alone is off by more than 1e-2. What is of low rank goes
+into a slot too.
+
+| type | on | read as | inject | fold |
+|---|---|---|---|---|
+{rows}
+
+LORA, ADALORA, VERA, LOHA, LOKR, IA3, OFT and TRAINABLE_TOKENS have kinds of their own, above. What
+changes no weight is refused; trace and export the model that PEFT wraps instead:
+
+{reasons}
+"""
 
 
 def graph(case: SavedCase) -> Any:
@@ -34,19 +58,59 @@ def of_peft(case: SavedCase) -> torch.Tensor:
     return case.run(case.directory)
 
 
-@pytest.mark.parametrize("name", PEFT_TYPES)
-def test_a_type_injects_and_folds_to_what_peft_computes(name: str, tmp_path: Path) -> None:
-    case = save_peft_case(name, tmp_path / "french")
+def row_of(name: str, directory: Path) -> tuple[str, ...]:
+    """What a case of the table is read as, and what injecting and folding it give beside PEFT."""
+    case = save_peft_case(name, directory / "french")
     before = [parameter.clone() for parameter in case.base.parameters()]
     adapter = load_adapter(case.directory, base=case.base)
     injected, wanted = inject(trace(case.base), adapter), of_peft(case)
     folded = fold(injected)
     with torch.no_grad():
-        assert relative(injected(case.x), wanted) <= 1e-5
-        assert relative(folded(case.x), wanted) <= 1e-5
+        errors = [relative(gm(case.x), wanted) for gm in (injected, folded)]
         assert relative(case.base(case.x), wanted) > 1e-2
     assert "lora_" not in text(folded)
     assert all(map(torch.equal, case.base.parameters(), before))
+    read = {_word(update) for update in adapter.updates.values()} or {"replaced parameters"}
+    return (" or ".join(sorted(read)), *(_bound(error) for error in errors))
+
+
+def _word(update: AnyUpdate) -> str:
+    return "low rank" if isinstance(update, Update) else "an expression in W"
+
+
+def _bound(error: float) -> str:
+    return next(f"to {bound:.0e}" for bound in (1e-6, 1e-5) if error <= bound)
+
+
+def written(rows: Mapping[str, tuple[str, ...]]) -> str:
+    """The part of the document that is about PEFT's types."""
+    lines = [
+        f"| {name.replace(', ', ' | ', 1)} | {' | '.join(row)} |" for name, row in rows.items()
+    ]
+    reasons = [f"- {name}: {NOT_AFFINE[name]}" for name in NOT_WEIGHTS]
+    options = [
+        f"- LORA with {name}: {why.removeprefix('which ')}" for name, why in NOT_AFFINE_LORA.items()
+    ]
+    return TEXT.format(rows="\n".join(lines), reasons="\n".join(reasons + options))
+
+
+def documented() -> dict[str, tuple[str, ...]]:
+    """The rows that the document holds."""
+    lines = DOCUMENT.read_text().partition(MARK)[2].splitlines()
+    cells = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+    return {f"{kind}, {on}": tuple(rest) for kind, on, *rest in cells[1:]}
+
+
+@pytest.mark.parametrize("name", PEFT_TYPES)
+def test_a_type_injects_and_folds_to_what_peft_computes_as_documented(
+    name: str, tmp_path: Path
+) -> None:
+    assert row_of(name, tmp_path) == documented()[name]
+
+
+def test_the_document_has_every_type_and_no_other() -> None:
+    assert list(documented()) == list(PEFT_TYPES)
+    assert DOCUMENT.read_text().partition(MARK)[2] == written(documented())
 
 
 @pytest.mark.parametrize("name", ["hira, ragged", "road, linear", "frod, Conv1D", "hra, conv2d"])
@@ -164,3 +228,17 @@ def test_every_type_of_peft_is_a_case_or_has_a_reason() -> None:
     ours = {"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "TRAINABLE_TOKENS"}
     through = {name.partition(",")[0].upper() for name in PEFT_TYPES}
     assert {kind.value for kind in peft.PeftType} == ours | through | set(NOT_WEIGHTS)
+
+
+def main() -> None:
+    """Measures every type and writes its part of the document."""
+    torch.set_num_threads(1)
+    rows = {}
+    for name in PEFT_TYPES:
+        with tempfile.TemporaryDirectory() as directory:
+            rows[name] = row_of(name, Path(directory))
+    DOCUMENT.write_text(DOCUMENT.read_text().partition(MARK)[0] + MARK + written(rows))
+
+
+if __name__ == "__main__":
+    main()
