@@ -149,7 +149,7 @@ class Layout:
         behind = shape[len(shape) - self.after :] if self.after else ()
         front = shape[: len(shape) - self.after] if self.after else shape
         count = len(self.split)
-        own = front[len(front) - count :] if count else ()
+        own = front[max(0, len(front) - count) :] if count else ()
         lead = front[: len(front) - len(own)]
         if self.joined and len(own) == count and own[0] != 1:
             return False

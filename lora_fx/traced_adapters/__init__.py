@@ -16,6 +16,7 @@ from lora_fx.formats.peft_record import PeftConfig
 from lora_fx.formats.peft_replaced import SortedKeys, saved_module, sort_base
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
+from lora_fx.traced_adapters.base_modules import adapted
 from lora_fx.traced_adapters.config import named
 from lora_fx.traced_adapters.layer import update_of
 
@@ -54,7 +55,7 @@ def read_traced(
                 "pass base=, the model (--base on the command line)"
             )
         base = layers_of(hints.base)
-        layers = skeleton.adapted(config, base)
+        layers = adapted(config, base)
     with within(weights):
         return _read(name, tensors, config, base, layers)
 
