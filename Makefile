@@ -53,6 +53,7 @@ types: .venv/dev.stamp
 
 matrix: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/oracle/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/oracle/test_peft_types.py
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py

@@ -129,6 +129,7 @@ LayerShape(shape, groups=1, is_table=False, path='layer', make=None)
 Notebook(into=6, out=10)
 Outputs()
 PEFT_CASES
+PEFT_TYPES
 Ragged()
 Sample
 SavedCase
@@ -157,7 +158,7 @@ relative(actual, expected)
 same_adapter(found, expected)
 same_bits(found, expected)
 sample_of(name)
-save_peft_case(name, directory)
+save_peft_case(name, directory, seed=3)
 tensors(outputs)
 tiny(architecture, **changes)
 traced(module, *args, dynamic_shapes=None)

@@ -29,10 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {"graph", "layers", "affine", "algebra", "adapters", "injection", "branch_lowering"},
 }
 ALLOWED["formats"] = {"io", "graph", "algebra", "layers", "adapters", "kinds"}
+ALLOWED["traced_adapters"] = ALLOWED["passes"] - {"branch_lowering"} | {"frontend", "formats"}
 ALLOWED["tasks"] = {"io", "formats"}
 ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {
     "kinds",
     "formats",
+    "traced_adapters",
     "tasks",
 }
 FREE = {"api", "cli", "demo", "explanation", "testing", "__init__", "__main__"}  # any room
@@ -167,12 +169,15 @@ def test_core_does_not_import_passes_or_export_at_module_level() -> None:
     assert offences(("lora_fx",), {"lora_fx.passes", "lora_fx.export"}, at_module_level=True) == []
 
 
-def test_the_room_of_tasks_alone_knows_transformers() -> None:
-    rooms = [room for room in ALLOWED if room not in ("tasks", "passes", "export")]
+def test_the_rooms_of_tasks_and_of_traced_adapters_alone_know_transformers_and_peft() -> None:
+    apart = ("tasks", "traced_adapters", "passes", "export")
+    rooms = [room for room in ALLOWED if room not in apart]
     rest = [f"lora_fx/{room}" for room in rooms] + ["lora_fx/cli", "passes", "export"]
     assert offences(tuple(rest), {"transformers", "peft", "diffusers"}) == []
     assert offences(("lora_fx/tasks",), {"transformers"}) != []
     assert offences(("lora_fx/tasks",), {"diffusers"}) != []
+    assert offences(("lora_fx/tasks",), {"peft"}) == []
+    assert offences(("lora_fx/traced_adapters",), {"peft"}) != []
 
 
 def test_core_runs_without_transformers_and_peft_at_module_level() -> None:

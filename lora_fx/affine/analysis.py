@@ -199,4 +199,4 @@ def _countable(node: fx.Node, reading: Reading) -> bool:
 
 
 def _at(layout: Layout, size: int, after: int) -> bool:
-    return layout.split == (size,) and layout.after == after
+    return layout.keeps((size,), after)

@@ -1,7 +1,9 @@
 """Where a tensor keeps its features, and what reshapes and permutations do to that.
 
 Features are some neighbouring axes; all others are the batch. What moves axes must keep the
-order of the batch, so that a row of the result belongs to the same row of the source.
+order of the batch, so that a row of the result belongs to the same row of the source. A reshape may
+put the first axis of features and the batch in front of them on one axis, until another takes them
+apart again: no call in between can tell the two.
 """
 
 from __future__ import annotations
@@ -21,15 +23,24 @@ class Layout:
         split: sizes of the feature axes; ``()`` where one feature was selected.
         after: batch axes behind them.
         batch: sizes of the batch axes; None if they are not known, and then those of the source.
+        joined: whether the first feature axis and the batch are one axis of the tensor.
     """
 
     split: tuple[int, ...]
     after: int = 0
     batch: Sizes | None = None
+    joined: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many features there are."""
+        return prod(self.split)
 
     @property
     def axes(self) -> int | None:
         """How many axes the tensor has."""
+        if self.joined:
+            return len(self.split)
         return None if self.batch is None else len(self.batch) + len(self.split)
 
     @property
@@ -37,14 +48,21 @@ class Layout:
         """The sizes of all axes."""
         if self.batch is None:
             return None
+        if self.joined:
+            return (prod(self.batch) * self.split[0], *self.split[1:])
         front = len(self.batch) - self.after
         return (*self.batch[:front], *self.split, *self.batch[front:])
 
     def same(self, other: Layout) -> bool:
         """Whether two tensors of one source line up element by element."""
-        return (self.split, self.after) == (other.split, other.after) and same_sizes(
+        own = self.split, self.after, self.joined
+        return own == (other.split, other.after, other.joined) and same_sizes(
             self.batch, other.batch
         )
+
+    def keeps(self, split: tuple[int, ...], after: int) -> bool:
+        """Whether the features are on these axes, and the batch on others."""
+        return (self.split, self.after, self.joined) == (split, after, False)
 
     def feature(self, axis: object) -> int | None:
         """Which feature axis an axis of the tensor is, or None."""
@@ -52,7 +70,7 @@ class Layout:
             return None
         behind = -axis if axis < 0 else (self.axes or 0) - axis
         place = len(self.split) - (behind - self.after)
-        return place if 0 <= place < len(self.split) else None
+        return place if self.joined <= place < len(self.split) else None
 
     def gap(self, axis: object) -> int | None:
         """Where among the feature axes a new axis of the tensor is, or None."""
@@ -60,7 +78,7 @@ class Layout:
             return None
         behind = -axis - 1 if axis < 0 else (self.axes or 0) - axis
         place = len(self.split) - (behind - self.after)
-        return place if 0 <= place <= len(self.split) else None
+        return place if self.joined <= place <= len(self.split) else None
 
     def widened(self, axis: int) -> Layout:
         """With one more feature axis, of size 1."""
@@ -80,13 +98,23 @@ class Layout:
         for count in range(0 if not self.split else 1, end + 1):
             split = sizes[end - count : end]
             if not all(type(n) is int for n in split):
-                return None
+                break
             if prod(split) == size:
                 return Layout(split, self.after, (*sizes[: end - count], *sizes[end:]))
-        return None
+        return self._joined(sizes)
+
+    def _joined(self, sizes: Sizes) -> Layout | None:
+        """One axis of the batch and of the first features, others of features behind it."""
+        own = sizes[1:]
+        if self.after or not own or not self.split or not all(type(n) is int for n in own):
+            return None
+        first, rest = divmod(prod(self.split), prod(own)) if prod(own) else (0, 1)
+        return Layout((first, *own), 0, self.batch, joined=True) if not rest and first else None
 
     def permuted(self, order: Sequence[int]) -> tuple[Layout, tuple[int, ...]] | None:
         """What a permutation of all axes makes of it, and the new order of the feature axes."""
+        if self.joined:
+            return None
         front = len(order) - len(self.split) - self.after
         features = range(front, front + len(self.split))
         batch = [axis for axis in order if axis not in features]
@@ -121,7 +149,9 @@ class Layout:
         behind = shape[len(shape) - self.after :] if self.after else ()
         front = shape[: len(shape) - self.after] if self.after else shape
         count = len(self.split)
-        own = front[len(front) - count :] if count else ()
+        own = front[max(0, len(front) - count) :] if count else ()
         lead = front[: len(front) - len(own)]
+        if self.joined and len(own) == count and own[0] != 1:
+            return False
         fits = all(n in (1, m) for n, m in zip(reversed(own), reversed(self.split), strict=False))
         return fits and all(n == 1 for n in (*behind, *lead))

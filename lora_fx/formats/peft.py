@@ -16,6 +16,7 @@ from lora_fx.formats.peft_config import read_config
 from lora_fx.formats.peft_keys import sort_keys
 from lora_fx.formats.peft_layers import read_layers, read_tokens
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_traced import TRACED
 from lora_fx.io.state_dict import read_file
 from lora_fx.layers.base_layers import layers_of
 
@@ -70,6 +71,10 @@ def assemble(
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
+    if config.type.kind == TRACED:  # no kind of ours: PEFT itself is asked, in a room of its own
+        from lora_fx.traced_adapters import read_traced
+
+        return read_traced(name, weights, tensors, config, origin, hints)
     base = layers_of(hints.base)
     with within(weights):
         keys = sort_keys(tensors, config)

@@ -20,6 +20,7 @@ from lora_fx.formats.peft_fields import (
     tokens_in,
 )
 from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_traced import is_traced
 from lora_fx.formats.peft_type import PeftType
 from lora_fx.formats.peft_types import LORA, TYPES
 from lora_fx.io.strict_json import read_object
@@ -63,6 +64,10 @@ def parse_config(
         AdapterError: names the origin and the field.
     """
     with within(origin):
+        if is_traced(fields, types):  # no kind of ours: PEFT itself is asked, in a room of its own
+            from lora_fx.traced_adapters.config import parse
+
+            return parse(fields, origin, strict)
         kind = type_of(fields, types)
         check_features(fields, kind)
         if kind is LORA:

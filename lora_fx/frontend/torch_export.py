@@ -13,6 +13,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.graph.graph_module import copy_graph, without_guards
 from lora_fx.graph.module_copy import unshared
@@ -32,7 +33,7 @@ def export_program(
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
     root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
     args, kwargs = distinct((args, dict(kwargs)))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), data_detached():
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:

@@ -17,7 +17,7 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME = 512
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INTEGER_SIZES = {"I64": 8, "I32": 4}
+INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -111,8 +111,8 @@ def _check_entry(name: str, entry: object) -> tuple[int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _is_counts(shape) or len(shape) > MAX_DIMS or 0 in shape:
         raise AdapterError(f"{where}: shape {shape!r:.80}, expected at most {MAX_DIMS} sizes")
-    is_alpha = may_be_integer(name, math.prod(shape))
-    sizes = ITEM_SIZES | INTEGER_SIZES if is_alpha else ITEM_SIZES
+    is_integer = may_be_integer(name, math.prod(shape))
+    sizes = ITEM_SIZES | INTEGER_SIZES if is_integer else ITEM_SIZES
     if not isinstance(dtype, str) or dtype not in sizes:
         raise AdapterError(f"{where}: dtype {dtype!r}, expected one of {', '.join(sizes)}")
     if not _is_counts(offsets) or len(offsets) != 2:

@@ -9,12 +9,13 @@ import torch
 from lora_fx.errors import AdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is kohya's alpha or LyCORIS' flag: one number, perhaps an integer."""
-    return name.endswith((".alpha", ".on_input")) and count == 1
+    """Whether a tensor is kohya's alpha or LyCORIS' flag, one number; or places, by its name."""
+    is_number = name.endswith((".alpha", ".on_input")) and count == 1
+    return is_number or "_indices" in name or "_s_size" in name
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,8 @@
 - models: `Ragged`, `Shared`, `Two`, ...; of transformers `tiny` and, traced, `zoo`; of diffusers,
   `lora_fx.testing.pipelines`
 - the analysis: `computes`, `reason`, and both from tables, `check_case`, `check_reason`
-- other programs: `Lab`, `PEFT_CASES`, `by_peft`, `by_lycoris`; files of ONNX: `Sample`, `Exported`
+- other programs: `Lab`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`
+- files of ONNX: `Sample`, `Exported`
 
 Plain asserts: ``pytest.register_assert_rewrite("lora_fx.testing")`` in a conftest.py, before it is
 imported, makes them explain themselves. transformers, PEFT, LyCORIS and onnx are loaded by what
@@ -48,12 +49,14 @@ from lora_fx.testing.models import (
 from lora_fx.testing.passes import Checked, check_pass, folds_to, operators
 from lora_fx.testing.peft_cases import PEFT_CASES, SavedCase, save_peft_case
 from lora_fx.testing.peft_files import Lab
+from lora_fx.testing.peft_types import PEFT_TYPES
 from lora_fx.testing.updates import UPDATES, LayerShape, read_kind, update_of
 from lora_fx.testing.zoo import ZOO, Case, tiny, zoo
 
 __all__ = [
     "INPUTS",
     "PEFT_CASES",
+    "PEFT_TYPES",
     "UPDATES",
     "ZOO",
     "Attention",

@@ -128,6 +128,9 @@ def _source(value: Map) -> Map:
 def _rows(value: Map, seen: torch.Tensor) -> torch.Tensor:
     """A tensor as (batch, features), by what the Map says about where these are."""
     split, after = value.layout.split, value.layout.after
+    if value.layout.joined:
+        assert tuple(seen.shape[1:]) == split[1:]
+        return seen.reshape(-1, value.size)
     front = seen.ndim - after - len(split)
     axes = [*range(front), *range(seen.ndim - after, seen.ndim)]
     axes += list(range(front, seen.ndim - after))

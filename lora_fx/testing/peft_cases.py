@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx.testing.models import Two
+from lora_fx.testing.peft_types import PEFT_TYPES
 
 
 class Attends(nn.Module):
@@ -267,6 +269,8 @@ def _input(base: Any, batch: int) -> torch.Tensor:
     if isinstance(base, Attends):
         return torch.randn(batch, 7, 3, generator=make)
     weight = base.wide.weight
+    if isinstance(base.wide, nn.LayerNorm):
+        return torch.randn(batch, 7, len(weight), generator=make)
     if isinstance(base.wide, nn.Embedding):
         return torch.randint(0, 11, (batch, 7), generator=make)
     if weight.ndim == 2:
@@ -303,17 +307,24 @@ class SavedCase:
         return output
 
 
-def save_peft_case(name: str, directory: Path) -> SavedCase:
-    """Lets PEFT wrap the model of a case of `PEFT_CASES`, randomise and save it."""
+def save_peft_case(name: str, directory: Path, seed: int = 3) -> SavedCase:
+    """Lets PEFT wrap the model of a case of `PEFT_CASES` or `PEFT_TYPES`, randomise and save it."""
+    make, config = (PEFT_CASES | PEFT_TYPES)[name]
+    with warnings.catch_warnings():
+        if name in PEFT_TYPES:  # PEFT says what it cannot compile, and what it will not save
+            warnings.simplefilter("ignore")
+        return _saved(make, config, directory, seed)
+
+
+def _saved(make: Any, config: Any, directory: Path, seed: int) -> SavedCase:
     import peft
 
-    make, config = PEFT_CASES[name]
     torch.manual_seed(0)
     base = make().eval()
     for parameter in base.parameters():
         nn.init.normal_(parameter, 0.0, 0.5)
     model = peft.get_peft_model(copy.deepcopy(base), config())
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.requires_grad and ("magnitude" in key or "ia3" in key):

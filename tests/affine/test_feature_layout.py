@@ -24,7 +24,8 @@ def numbered(layout: Layout) -> torch.Tensor:
     features = torch.arange(prod(layout.split)).reshape(layout.split)
     rows = rows.reshape(*rows.shape[:front], *[1] * len(layout.split), *rows.shape[front:])
     features = features.reshape(*layout.split, *[1] * layout.after)
-    return 1000 * rows + features
+    whole = 1000 * rows + features
+    return whole.reshape(-1, *layout.split[1:]) if layout.joined else whole
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,6 +40,25 @@ def test_a_reshape_that_is_followed_keeps_every_element(
     found = layout.reshaped(tuple(sizes))
     if found is not None:
         assert torch.equal(tensor.reshape(sizes), numbered(found))
+
+
+def test_the_batch_and_the_first_features_on_one_axis_are_told_apart_again() -> None:
+    layout = Layout((12,), 0, (4, 7))
+    joined = layout.reshaped((56, 3, 2))
+    assert joined == Layout((2, 3, 2), 0, (4, 7), joined=True)
+    assert torch.equal(numbered(layout).reshape(56, 3, 2), numbered(joined))
+    assert (joined.axes, joined.sizes, joined.count) == (3, (56, 3, 2), 12)
+    assert [joined.feature(axis) for axis in (0, 1, -1, -3)] == [None, 1, 2, None]
+    assert [joined.gap(axis) for axis in (0, 1, -1)] == [None, 1, 3]
+    assert joined.permuted([0, 2, 1]) is joined.swapped(1, 2) is None
+    assert joined.column((3, 1))
+    assert not joined.column((2, 3, 1))
+    assert not joined.keeps((2, 3, 2), 0)
+    assert not joined.same(Layout((2, 3, 2), 0, (4, 7)))
+    assert joined.reshaped((4, 7, 12)) == layout
+    assert joined.reshaped((28, 4, 3)) == Layout((4, 3), 0, (28,))
+    assert joined.reshaped((56, 6)) == Layout((2, 6), 0, (4, 7), joined=True)
+    assert layout.reshaped((4, 14, 6)) is layout.reshaped((8, 42)) is None
 
 
 @settings(max_examples=300, deadline=None)

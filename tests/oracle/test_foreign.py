@@ -117,6 +117,18 @@ LINEAR: dict[str, Case] = {
         even,
         peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=1, target_modules=BOTH),
     ),
+    "miss": (even, peft.MissConfig(r=2, target_modules=BOTH)),
+    "road": (even, peft.RoadConfig(group_size=2, target_modules=BOTH)),
+    "gralora": (even, peft.GraloraConfig(r=4, gralora_k=2, target_modules=BOTH)),
+    "c3a": (even, peft.C3AConfig(block_size=4, target_modules=BOTH)),
+    "miss_ragged": (linear, peft.MissConfig(r=2, target_modules=BOTH)),
+    "road_two": (even, peft.RoadConfig(group_size=4, variant="road_2", target_modules=BOTH)),
+    "adamss": (
+        even,
+        peft.AdamssConfig(r=4, num_subspaces=2, subspace_rank=1, target_modules=BOTH),
+    ),
+    "hra": (linear, peft.HRAConfig(r=2, target_modules=BOTH)),
+    "pvera": (linear, peft.PveraConfig(r=2, target_modules=BOTH)),
     "two_lora": (linear, (LoraConfig(**LORA), LoraConfig(**LORA | {"r": 3}))),
     "dora_and_lora": (linear, (LoraConfig(**LORA, use_dora=True), LoraConfig(**LORA))),
     "two_loha": (linear, (peft.LoHaConfig(r=2, target_modules=BOTH),) * 2),
@@ -242,10 +254,6 @@ MOVED: dict[str, Case] = {
     ),
     # Its spectrum is picked by a mask: torch.export leaves checks of how many there are behind.
     "waveft": (even, peft.WaveFTConfig(n_frequency=9, target_modules=BOTH)),
-    "miss": (even, peft.MissConfig(r=2, target_modules=BOTH)),
-    "road": (even, peft.RoadConfig(group_size=2, target_modules=BOTH)),
-    "gralora": (even, peft.GraloraConfig(r=4, gralora_k=2, target_modules=BOTH)),
-    "c3a": (even, peft.C3AConfig(block_size=4, target_modules=BOTH)),
 }
 
 

@@ -12,7 +12,9 @@ from lora_fx.affine.transfer import (
     elementwise,
     linear,
     overwrites,
+    reductions,
     slicing,
+    spectra,
     views,
 )
 
@@ -40,6 +42,10 @@ TRANSFER: dict[str, Rule] = {
     "div": elementwise.div,
     "truediv": elementwise.div,
     "neg": elementwise.neg,
+    "sum": reductions.summed,
+    "mean": reductions.summed,
+    "real": spectra.real,
+    "fft_irfft": spectra.real,
     "dropout": views.dropout,
     "identity": views.identity,
     "alias": views.identity,
@@ -93,6 +99,7 @@ TRANSFER: dict[str, Rule] = {
     "index_put": overwrites.index_put,
     "slice_scatter": overwrites.slice_scatter,
     "select_scatter": overwrites.select_scatter,
+    "scatter": overwrites.scatter,
     "copy": overwrites.copy,
     "fill": overwrites.fill,
     "zero": overwrites.fill,

@@ -14,14 +14,16 @@ from lora_fx.affine.affine_map import Link, Map, meet
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
+from lora_fx.affine.transfer.overwrites import uniform_at
+from lora_fx.affine.transfer.views import movable
 from lora_fx.algebra.index_expr import along, slice_of
-from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, total
+from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, repeated, total
 from lora_fx.graph.ops import call_argument, op_name
 from lora_fx.graph.sizes import sizes_of
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:
-    """Features of several maps of one source, and zeros, one behind the other."""
+    """Features of several maps of one source, and of one number, one behind the other."""
     return _joined(analysis, node, is_stack=False)
 
 
@@ -31,11 +33,12 @@ def stack(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
-    parts = _parts_of(analysis, call_argument(node, 0, "tensors"))
+    dim = call_argument(node, 1, "dim", 0)
+    parts = _parts_of(analysis, call_argument(node, 0, "tensors"), dim)
     maps = [value for value, _ in parts if isinstance(value, Map)]
     if not maps:
         return Opaque("a concatenation of no maps")
-    first, source, dim = maps[0].layout, _meeting(maps), call_argument(node, 1, "dim", 0)
+    first, source = maps[0].layout, _meeting(maps)
     axis = first.gap(dim) if is_stack else first.feature(dim)
     layouts = [_layout(value, first, place) for value, place in parts]
     if is_stack and axis is not None:
@@ -52,15 +55,19 @@ def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
             index = along(axis, layout.split, slice_of(sum(sizes), slice(end - size, end)))
             weight = total(weight, placed(own, index, prod(layout.split)))
             bias = total(bias, shift and placed(shift, index, prod(layout.split)))
+        elif value.number:
+            index = along(axis, layout.split, slice_of(sum(sizes), slice(end - size, end)))
+            shift = repeated(value.number, index.count)
+            bias = total(bias, placed(shift, index, prod(layout.split)))
     assert weight is not None
     dtype = result_dtype(node, reduce(promoted, [value.dtype for value in maps]))
     return source.then(node, weight, bias, layout, dtype, Link.JOIN)
 
 
-def _parts_of(analysis: Analysis, given: Any) -> list[tuple[Any, fx.Node]]:
+def _parts_of(analysis: Analysis, given: Any, dim: Any) -> list[tuple[Any, fx.Node]]:
     """What is put together, value and node; pieces may be handed on as they came."""
     if isinstance(given, list | tuple):
-        return [(_part_of_cat(analysis, value, given), value) for value in given]
+        return [(_part_of_cat(analysis, value, given, dim), value) for value in given]
     pieces = analysis.values.get(given) if isinstance(given, fx.Node) else None
     return [(value, given) for value in pieces.values] if isinstance(pieces, Parts) else []
 
@@ -71,9 +78,15 @@ def _are_alike(layouts: list[Layout | None], axis: int) -> bool:
     return len(plain) == len(layouts) and all(layout.same(plain[0]) for layout in plain)
 
 
-def _part_of_cat(analysis: Analysis, node: fx.Node, beside: Sequence[fx.Node]) -> Any:
-    """The value of a part; what has none is a source if it stands beside a function of it."""
-    known = analysis.whole_map_of(node) or analysis.values.get(node)
+def _part_of_cat(analysis: Analysis, node: fx.Node, beside: Sequence[fx.Node], dim: Any) -> Any:
+    """The value of a part; what has none is a source beside a function of it, or beside numbers."""
+    known = analysis.whole_map_of(node) or uniform_at(analysis, node)
+    others = [uniform_at(analysis, other) for other in beside if other is not node]
+    sizes = sizes_of(node)
+    if others and all(isinstance(other, Uniform) for other in others) and sizes and dim == -1:
+        size = sizes[-1]  # features at the end, as of any other layer's input
+        is_known = isinstance(known, Map | Uniform) or type(size) is not int
+        return known if is_known else analysis.source(node, size)
     maps = (analysis.whole_map_of(other) for other in beside)
     sources = (other.source for other in maps if other is not None)
     return next((one for one in sources if one.node is node and one.reading is None), known)
@@ -87,10 +100,8 @@ def _meeting(maps: list[Map]) -> Map | None:
 
 
 def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
-    """Where a part has its features, if it is a map or zeros."""
+    """Where a part has its features, if it is a map or one number."""
     if not isinstance(value, Map | Uniform):
-        return None
-    if isinstance(value, Uniform) and value.number != 0:
         return None
     sizes = sizes_of(node)
     if value.layout is not None or sizes is None:
@@ -104,12 +115,12 @@ def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
 
 def pad(analysis: Analysis, node: fx.Node) -> Value:
     """Zeros in front of the features and behind them."""
-    value, widths = analysis.whole_map_of(node.args[0]), call_argument(node, 1, "pad")
+    value, widths = movable(analysis, node.args[0]), call_argument(node, 1, "pad")
     mode, fill = call_argument(node, 2, "mode", "constant"), call_argument(node, 3, "value", 0)
     if op_name(node) == "constant_pad_nd":
         mode, fill = "constant", call_argument(node, 2, "value", 0)
     plain = isinstance(widths, Sequence) and all(isinstance(w, int) and w >= 0 for w in widths)
-    if value is None or not plain or mode != "constant" or fill not in (None, 0):
+    if value is None or value.grouped or not plain or mode != "constant" or fill not in (None, 0):
         return Opaque("a padding of no map, or with something else than zeros")
     at = 2 * value.layout.after
     widths = [*widths, *[0] * (at + 2 - len(widths))]

@@ -33,7 +33,7 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     x = operands[1 - constant]
     is_matrix = len(own) == 2 and not plan.shared
     source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
-    if source is None or source.layout.split != split or source.layout.after != plan.after:
+    if source is None or not source.layout.keeps(split, plan.after):
         return Opaque("an einsum of what is no map with these features")
     layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.behind, source.layout.batch)
     matrix = analysis.matrix(operands[constant]) if is_matrix else None

@@ -20,7 +20,7 @@ from lora_fx.affine.analysis import (
 )
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.slicing import SLICE, constant_index, is_all
-from lora_fx.algebra.index_expr import Index, all_but, along, slice_of
+from lora_fx.algebra.index_expr import Index, all_but, along, listed, slice_of
 from lora_fx.algebra.matrix_expr import (
     Identity,
     Matrix,
@@ -34,6 +34,7 @@ from lora_fx.algebra.matrix_expr import (
 from lora_fx.graph.ops import call_argument, op_name
 from lora_fx.graph.sizes import same_sizes, sizes_of
 
+_FILLED = {"zeros", "ones", "full"}
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size
 
 
@@ -82,6 +83,30 @@ def select_scatter(analysis: Analysis, node: fx.Node) -> Value:
 
     found = _overwritten(analysis, node, into, values, dim, only, gone=True)
     return found or Opaque("an assignment to something else than features")
+
+
+def scatter(analysis: Analysis, node: fx.Node) -> Value:
+    """Features sent to constant places of one axis, the same at every place of the batch."""
+    into, dim = node.args[0], call_argument(node, 1, "dim", 0)
+    given, values = call_argument(node, 2, "index"), call_argument(node, 3, "src")
+    if not isinstance(values, fx.Node) or call_argument(node, 4, "reduce") is not None:
+        return Opaque("a scatter of one number, or one that accumulates")
+    while op_name(given) in ("expand", "expand_as", "broadcast_to"):
+        given = given.args[0]
+    shape = analysis.constants.shape(given) if given in analysis.constants.nodes else None
+    sizes = sizes_of(node)
+    if shape is None or sizes is None or type(dim) is not int or not shape:
+        return Opaque("a scatter to places that are no constant")
+    at = dim % len(sizes) - len(sizes)
+
+    def places(size: int) -> Index | None:
+        rows = analysis.constants.value(given).movedim(at, -1).reshape(-1, shape[at])
+        return listed(rows[0]) if bool((rows == rows[0]).all()) else None
+
+    if -at > len(shape):
+        return Opaque("a scatter to places that are no constant")
+    found = _overwritten(analysis, node, into, values, at, places)
+    return found or Opaque("a scatter to something else than features")
 
 
 def copy(analysis: Analysis, node: fx.Node) -> Value:
@@ -135,6 +160,14 @@ def uniform(analysis: Analysis, node: fx.Node) -> Value:
     return Uniform(float(given), like.layout if like else None)
 
 
+def uniform_at(analysis: Analysis, node: Any) -> Value | None:
+    """The value of an argument; of a constant that was made of one number, that number."""
+    name = op_name(node) if isinstance(node, fx.Node) else ""
+    if node in analysis.constants.nodes and name in _FILLED:
+        return uniform(analysis, node)
+    return analysis.values.get(node)
+
+
 def _alike(node: fx.Node, values: fx.Node, kept: Map | None, new: Map | None) -> bool:
     """Whether what is copied has the shape of what it is copied to."""
     if sizes_of(node) is not None and sizes_of(values) is not None:
@@ -160,7 +193,7 @@ def _overwritten(
 ) -> Value | None:
     """Places of one feature axis hold other values; None if it is no axis of features."""
     kept, new = analysis.whole_map_of(into), analysis.whole_map_of(values)
-    under, over = analysis.values.get(into), analysis.values.get(values)
+    under, over = uniform_at(analysis, into), uniform_at(analysis, values)
     layout = kept.layout if kept else _layout_beside(node, new, gone)
     axis = layout.feature(dim) if layout else None
     if layout is None or axis is None:

@@ -71,7 +71,7 @@ def reshape(analysis: Analysis, node: fx.Node) -> Value:
         return Opaque("bits read as another dtype")
     if isinstance(source, fx.Node) and isinstance(analysis.values.get(source), Uniform):
         return analysis.values[source]
-    value = _movable(analysis, source)
+    value = movable(analysis, source)
     layout = value.layout.reshaped(sizes) if value and sizes is not None else None
     if value is None or layout is None:
         return Opaque("a reshape that takes the features apart, or of unknown sizes")
@@ -80,20 +80,20 @@ def reshape(analysis: Analysis, node: fx.Node) -> Value:
 
 def transpose(analysis: Analysis, node: fx.Node) -> Value:
     """Two axes swapped, the order of the batch kept."""
-    value = _movable(analysis, node.args[0])
+    value = movable(analysis, node.args[0])
     one, two = call_argument(node, 1, "dim0"), call_argument(node, 2, "dim1")
     return _permuted(node, value, value.layout.swapped(one, two) if value else None)
 
 
 def turn(analysis: Analysis, node: fx.Node) -> Value:
     """``x.mT``: the last two axes swapped."""
-    value = _movable(analysis, node.args[0])
+    value = movable(analysis, node.args[0])
     return _permuted(node, value, value.layout.swapped(-1, -2) if value else None)
 
 
 def permute(analysis: Analysis, node: fx.Node) -> Value:
     """All axes in a new order."""
-    value = _movable(analysis, node.args[0])
+    value = movable(analysis, node.args[0])
     dims: Any = node.args[1:] if op_name(node) == "permute" else ()
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
     if not all(isinstance(axis, int) for axis in order) or value is None:
@@ -115,13 +115,13 @@ def _permuted(
     return value.picked(node, index, layout)
 
 
-def _movable(analysis: Analysis, value: object) -> Map | None:
+def movable(analysis: Analysis, value: object) -> Map | None:
     """A Map, or an activation of known sizes that keeps its features on the last axis."""
     known = analysis.map_of(value)
     if known is not None or not isinstance(value, fx.Node):
         return known
     if isinstance(same := analysis.values.get(value), Same):
-        return _movable(analysis, same.node)
+        return movable(analysis, same.node)
     sizes = sizes_of(value)
     is_sized = bool(sizes) and sizes is not None and type(sizes[-1]) is int
     return analysis.source(value, sizes[-1]) if is_sized and sizes else None

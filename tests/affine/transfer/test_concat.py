@@ -26,8 +26,36 @@ def put(into: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.
     return aten.index_put(into, [None, None, index], values)
 
 
+def sent(m: Any, x: torch.Tensor, *places: int) -> torch.Tensor:
+    """Features scattered to places, the same for all rows."""
+    index = m.places(*places).reshape(1, 1, -1).expand(4, 7, -1)
+    return zeros(x, 7).scatter(-1, index, m.low(x))
+
+
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
+    "cat with ones": (
+        lambda m, x: torch.cat((m.low(x), torch.ones(4, 7, 2, dtype=x.dtype)), -1),
+        "batch",
+        "export",
+    ),
+    "cat of an input and ones": (
+        lambda m, x: torch.cat((torch.ones(4, 7, 1, dtype=x.dtype), x * 1), -1),
+        "batch",
+        "export",
+    ),
+    "cat of an input and what is full": (
+        lambda m, x: F.linear(torch.cat((x.clone(), x.new_full((4, 7, 2), 3.0)), -1), m.v[:, :5]),
+        "batch",
+        "export",
+    ),
+    "scatter": (lambda m, x: sent(m, x, 3, 0, 6, 2, 1), "batch", "export"),
+    "scatter into a map": (
+        lambda m, x: m.wide(x).scatter(2, m.places(4, 1, 0, 5, 2).expand(4, 7, 5), m.low(x)),
+        "batch",
+        "export",
+    ),
+    "pad of an input": (lambda m, x: F.pad(x, (1, 2)), "batch", "export"),
     "cat": (lambda m, x: torch.cat((m.low(x), m.wide(x) * 2), -1), "batch"),
     "cat of one's own parts": (
         lambda m, x: (lambda p: torch.cat((p[2], p[0], p[1]), -1))(m.low(x).split([1, 2, 2], -1)),
@@ -182,6 +210,28 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 WHOLE = "something else than whole features"
 OPAQUE: dict[str, tuple[Any, ...]] = {
+    "scatter to one place twice": (
+        lambda m, x: sent(m, x, 3, 0, 3, 2, 1),
+        "batch",
+        "no constant",
+        "export",
+    ),
+    "scatter that hangs on the row": (
+        lambda m, x: zeros(x, 7).scatter(
+            -1,
+            torch.stack([m.b.argsort()] * 27 + [m.b.argsort().flip(0)]).reshape(4, 7, 5),
+            m.low(x),
+        ),
+        "batch",
+        "no constant",
+        "export",
+    ),
+    "scatter that adds": (
+        lambda m, x: zeros(x, 7).scatter_add(-1, m.places(3, 0, 3, 2, 1).expand(4, 7, 5), m.low(x)),
+        "batch",
+        "scatter_add",
+        "export",
+    ),
     "cat with an activation": (
         lambda m, x: torch.cat((m.low(x), torch.sin(x)), -1),
         "batch",

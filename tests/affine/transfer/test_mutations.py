@@ -15,12 +15,13 @@ import torch
 
 from lora_fx.affine.affine_map import Map, Patches
 from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
-from lora_fx.affine.transfer import TRANSFER, overwrites
+from lora_fx.affine.transfer import TRANSFER, overwrites, spectra
 from lora_fx.affine.transfer import concat as joins
 from lora_fx.affine.transfer import convolution as convs
 from lora_fx.affine.transfer import einsum as einsums
 from lora_fx.affine.transfer import elementwise as sums
 from lora_fx.affine.transfer import linear as layers
+from lora_fx.affine.transfer import reductions as sums_up
 from lora_fx.affine.transfer import slicing as features
 from lora_fx.affine.transfer import views as moves
 from lora_fx.algebra import matrix_expr as algebra
@@ -163,6 +164,34 @@ def straight(matrix: Any) -> Any:
     """A transpose that is none, where shapes allow it."""
     shape = matrix.shape[::-1]
     return Leaf(shape, "straight", lambda: dense(matrix, torch.float64).reshape(shape))
+
+
+def another_sum(real: Any) -> Any:
+    """The features added up are neighbours, whatever the axis."""
+    return lambda layout, axis: real(layout, len(layout.split) - 1 - axis)
+
+
+def as_sum(analysis: Analysis, node: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums_up, "op_name", lambda node: "sum")
+        return sums_up.summed(analysis, node)
+
+
+def turned_leaf(shape: tuple[int, int], key: Any, fetch: Any) -> Leaf:
+    return Leaf(shape, key, lambda: fetch().T.reshape(shape))
+
+
+def first_call(real: Any) -> Any:
+    """Forgets what lies between the spectrum and the way back."""
+    return lambda analysis, chain, x: real(
+        analysis, [chain[0], *chain[2:]] if chain[1:] else chain, x
+    )
+
+
+def parted(value: Any) -> Any:
+    """A layout that forgets that the batch is on the first axis of features."""
+    known = isinstance(value, Map)
+    return replace(value, layout=replace(value.layout, joined=False)) if known else value
 
 
 def rule(change: Callable[[Any], Any], name: str) -> tuple[str, str, Any]:
@@ -389,6 +418,28 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         (overwrites, "slice_of", one_off),
         "concat",
         "assignment of one place",
+    ),
+    "cat: numbers are zeros": (
+        (joins, "repeated", lambda value, size: algebra.repeated(0.0, size)),
+        "concat",
+        "cat with ones",
+    ),
+    "scatter: to the front": ((overwrites, "placed", put_in_front), "concat", "scatter"),
+    "scatter: off by one": ((overwrites, "listed", next_to), "concat", "scatter into a map"),
+    "summed: along another axis": (
+        (sums_up, "_ones_along", another_sum(sums_up._ones_along)),
+        "reductions",
+        "sum of blocks",
+    ),
+    "summed: not divided": (("TRANSFER", "mean", as_sum), "reductions", "mean"),
+    "summed: keeps its axis": (rule(one_more_axis, "sum"), "reductions", "sum in blocks"),
+    "real: turned": ((spectra, "Leaf", turned_leaf), "spectra", "one circulant"),
+    "real: weight doubled": (rule(doubled, "real"), "spectra", "blocks of circulants"),
+    "real: not scaled": ((spectra, "_run", first_call(spectra._run)), "spectra", "one circulant"),
+    "reshape: batch and features on two axes": (
+        rule(parted, "reshape"),
+        "views",
+        "batch and features on one axis",
     ),
     "copy: nothing is copied": (("TRANSFER", "copy", passes_on), "concat", "copied"),
     "copy: no constant": (("TRANSFER", "copy", passes_on), "concat", "copied constant"),

@@ -20,7 +20,10 @@ from lora_fx.graph.ops import op_name
 from lora_fx.passes import FoldLora
 from lora_fx.testing import analyse_function
 
-TABLES = ("linear", "convolution", "einsum", "elementwise", "views", "slicing", "concat")
+TABLES = (
+    *("linear", "convolution", "einsum", "elementwise", "views", "slicing", "concat"),
+    *("reductions", "spectra"),
+)
 
 Function = Callable[..., torch.Tensor]
 

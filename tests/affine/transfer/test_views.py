@@ -15,6 +15,16 @@ FRONTENDS = ["symbolic", "export"]
 
 # name -> (function, input, the frontends that see enough; all by default)
 CASES: dict[str, tuple[Any, ...]] = {
+    "batch and features on one axis": (lambda m, x: m.wide(x).reshape(-1, 3), "batch", "export"),
+    "and apart again": (
+        lambda m, x: (lambda y: torch.stack((-y[:, 1], y[:, 0], y[:, 2]), 1).reshape(4, 7, 6))(
+            m.wide(x).reshape(-1, 3)
+        ),
+        "batch",
+        "export",
+    ),
+    "scaled on one axis": (lambda m, x: m.wide(x).reshape(-1, 3) * m.b3, "batch", "export"),
+    "and cut there": (lambda m, x: m.wide(x).reshape(56, 3)[:, 1:] * 2, "batch", "export"),
     "clone": (lambda m, x: m.low(x).clone().contiguous().detach(), "batch"),
     "alias": (lambda m, x: torch.ops.aten.alias(m.low(x)), "batch"),
     "fresh copy": (lambda m, x: torch.ops.aten.lift_fresh_copy(m.low(x)), "batch"),
@@ -114,6 +124,24 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "dropout by default": (lambda m, x: F.dropout(m.low(x)), "batch", "in training"),
     "to integers": (lambda m, x: m.low(x).to(torch.int32), "batch", "integers"),
     "to truth": (lambda m, x: m.low(x).to(dtype=torch.bool), "batch", "integers"),
+    "one axis of batch and features, turned": (
+        lambda m, x: m.wide(x).reshape(-1, 3).transpose(0, 1),
+        "batch",
+        "permutation",
+        "export",
+    ),
+    "one axis of batch and features, cut": (
+        lambda m, x: m.wide(x).reshape(-1, 3)[:3],
+        "batch",
+        "takes apart",
+        "export",
+    ),
+    "one axis of batch and features, scaled by rows": (
+        lambda m, x: m.wide(x).reshape(-1, 3) * torch.cat([m.b[:4]] * 14)[:, None],
+        "batch",
+        "no constant of the features",
+        "export",
+    ),
     "batch and features mixed": (lambda m, x: m.low(x).reshape(4, 35), "batch", APART),
     "features dealt out": (lambda m, x: m.wide(x).reshape(4, 14, 3), "batch", APART),
     "features against the batch": (

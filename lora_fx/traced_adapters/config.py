@@ -1,0 +1,152 @@
+"""A config of PEFT's whose type has no kind of ours: checked here, then built by PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_fx.adapters.safe_regex import compile_bounded
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.errors import AdapterError, within
+from lora_fx.formats.peft_config import TASK_HEADS
+from lora_fx.formats.peft_features import NEUTRAL, check_init
+from lora_fx.formats.peft_fields import field_of, names_in
+from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft_traced import TRACED
+from lora_fx.formats.peft_type import PeftType
+from lora_fx.formats.peft_types import LORA
+from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
+
+INSTALL = "install it (pip install peft)"
+# What is of the whole model: it is read here, and PEFT is told of the adapted layers alone.
+_OURS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "task_type": None,
+    "inference_mode": True,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+    "bias": "none",
+    "progressbar": False,
+    "ensure_weight_tying": False,
+    "trainable_token_indices": None,
+    # What only makes a start, and would change the base for it; and what names a package.
+    "init_lora_weights": True,
+    "megatron_config": None,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+}
+_UNREAD = ("target_parameters", "trainable_token_indices", "token_indices")
+
+
+def parse(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
+    """What of a config says which layers are adapted, and what stands beside them.
+
+    Args:
+        fields: of an ``adapter_config.json``, strictly read.
+        origin: where they come from.
+        strict: as `lora_fx.load_adapter` takes it.
+
+    Raises:
+        AdapterError: names the type or the field.
+    """
+    refuse_what_is_not_affine(str(fields["peft_type"]), fields)
+    with within(named(fields)):
+        return _parsed(str(fields["peft_type"]), fields, origin, strict)
+
+
+def named(fields: Mapping[str, object]) -> str:
+    """What of a config is no kind of ours, for a message: its type, or an option of LoRA."""
+    name = fields["peft_type"]
+    options = sorted(LORA.unsupported) if name == LORA.name else []
+    on = [f for f in options if fields.get(f) not in (None, False, [])]
+    return f"{on[0]} is {fields[on[0]]!r:.80}" if on else f"peft_type is {name!r:.80}"
+
+
+def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
+    _check_fields(name, fields)
+    if name == "LORA":
+        check_init(fields, origin, strict)
+    bias = field_of(fields, "bias", "none")
+    if bias not in ("none", "all", f"{name.lower()}_only"):
+        raise AdapterError(f"bias is {bias!r}, expected 'none', 'all' or '{name.lower()}_only'")
+    saved = names_in(fields, "modules_to_save")
+    return PeftConfig(
+        type=PeftType(name, TRACED, (), LORA.settings),
+        bias="lora_only" if bias.endswith("_only") else bias,
+        modules_to_save=tuple(saved),
+        optional_heads=TASK_HEADS.get(str(fields.get("task_type")), frozenset()),
+        rule=_rule(fields, saved),
+        options=fields,
+    )
+
+
+def by_peft(config: PeftConfig, paths: Sequence[str]) -> Any:
+    """PEFT's own config, for some layers alone.
+
+    Raises:
+        AdapterError: PEFT refuses it; says why.
+    """
+    known = _class_of(config.type.name)
+    names = {field.name for field in dataclasses.fields(known)}
+    fields = {**config.options, **_OURS, "target_modules": list(paths)}
+    try:
+        return known(
+            **{name: value for name, value in fields.items() if name in names - {"peft_type"}}
+        )
+    except Exception as error:  # PEFT's own code may raise anything
+        raise AdapterError(f"PEFT refuses this config: {error}") from error
+
+
+def _class_of(name: str) -> Any:
+    """The class of a type's config, out of PEFT's own table."""
+    try:
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise AdapterError(
+            f"it is read through PEFT itself, which cannot be imported ({error}): {INSTALL}"
+        ) from error
+    table = {
+        str(getattr(kind, "value", kind)): made
+        for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    if name not in table:
+        raise AdapterError(
+            f"PEFT {peft.__version__} does not know this type; correct it, or install a newer PEFT"
+        )
+    return table[name]
+
+
+def _check_fields(name: str, fields: Mapping[str, object]) -> None:
+    known = {field.name for field in dataclasses.fields(_class_of(name))}
+    for field, value in fields.items():
+        if value and field not in known | NEUTRAL:
+            raise AdapterError(
+                f"{field} is {value!r:.80}, an unknown field that may change the result; "
+                "remove it if it does not, or install a newer PEFT"
+            )
+        if value and field in _UNREAD:
+            raise AdapterError(f"{field} is {value!r:.80}, which is not supported beside {name}")
+        if isinstance(value, dict) and field.endswith("_pattern"):
+            for pattern in value:
+                compile_bounded(pattern, field)
+
+
+def _rule(fields: Mapping[str, Any], saved: Sequence[str]) -> TargetRule:
+    targets = fields.get("target_modules")
+    if targets is None:
+        raise AdapterError("target_modules is missing; name the modules that are adapted")
+    return TargetRule(
+        target_modules=targets,
+        exclude_modules=fields.get("exclude_modules") or (),
+        layers_to_transform=fields.get("layers_to_transform"),
+        layers_pattern=fields.get("layers_pattern") or (),
+        saved_modules=saved,
+    )

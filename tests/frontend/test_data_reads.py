@@ -1,0 +1,40 @@
+"""Reads of ``tensor.data`` in a model's own code."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx import trace
+from lora_fx.frontend.data_reads import data_detached
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.fc.weight.data * 2, self.fc.bias)
+
+
+def test_a_model_that_reads_data_is_traced_to_its_own_weight() -> None:
+    model = Reads().eval()
+    gm = trace(model, (torch.randn(4, 3),))
+    assert any(node.target == "fc.weight" for node in gm.graph.nodes)
+    model.fc.weight.data.add_(1)
+    x = torch.randn(6, 3)
+    with torch.no_grad():
+        assert torch.equal(trace(model, (x,))(x), model(x))
+
+
+def test_what_is_set_is_set_and_all_is_as_before() -> None:
+    tensor = torch.ones(3)
+    own = tensor.data
+    with data_detached():
+        tensor.data = torch.zeros(3)
+        assert tensor.data.data_ptr() == tensor.data_ptr()
+    assert tensor.sum() == 0
+    assert own.sum() == 3
+    assert "data" not in vars(torch.Tensor)

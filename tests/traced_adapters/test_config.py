@@ -1,0 +1,98 @@
+"""What of a config is refused before PEFT sees it, and what PEFT refuses."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_fx import AdapterError, load_adapter
+from lora_fx.testing import SavedCase
+from lora_fx.traced_adapters.config import by_peft, parse
+
+Changed = Callable[..., Path]
+MINIMAL = {"peft_type": "BOFT", "target_modules": ["wide"]}
+
+
+def test_without_a_base_the_refusal_says_what_to_do(boft: SavedCase) -> None:
+    with pytest.raises(AdapterError, match=r"config\.json: peft_type is 'BOFT'.* pass base="):
+        load_adapter(boft.directory)
+
+
+def test_without_peft_the_refusal_says_what_to_do(boft: SavedCase, monkeypatch: Any) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "peft":
+            raise ImportError("No module named 'peft'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(AdapterError, match=r"'BOFT': it is read through PEFT itself.*pip install"):
+        load_adapter(boft.directory, base=boft.base)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "os.system"}, r"'os\.system': PEFT [\d.]+ does not know this type"),
+        ({"peft_type": "LILY"}, "'LILY', which mixes its factors by what each input is"),
+        ({"novel": 3}, "novel is 3, an unknown field"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none', 'all' or 'boft_only'"),
+        ({"target_modules": ...}, "target_modules is missing"),
+        ({"target_modules": "(.*)*X"}, "target_modules: the regex"),
+        ({"target_modules": ["nowhere"]}, "means no layer of the base"),
+        ({"modules_to_save": ["head"]}, "modules_to_save names 'head', but no tensor"),
+        ({"boft_block_size": 5}, "PEFT cannot build BOFT here"),
+        ({"boft_block_size": 4, "boft_block_num": 2}, "PEFT refuses this config: .*boft_block"),
+        ({"boft_block_size": "4"}, "PEFT cannot build BOFT here"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(
+    fields: dict[str, Any], message: str, boft: SavedCase, changed: Changed
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(changed(boft, **fields), base=boft.base)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern"])
+def test_a_regex_that_could_run_forever_is_refused(
+    field: str, hira: SavedCase, changed: Changed
+) -> None:
+    with pytest.raises(AdapterError, match=f"{field}: the regex"):
+        load_adapter(changed(hira, **{field: {"(a+)+": 2}}), base=hira.base)
+
+
+@pytest.mark.parametrize("field", ["alora_invocation_tokens", "arrow_config", "layer_replication"])
+def test_an_option_of_lora_whose_effect_no_weight_has(field: str) -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["wide"], field: [1]}
+    with pytest.raises(AdapterError, match=rf"{field} is \[1\], a feature that is not supported"):
+        parse(fields, "here", strict=True)
+
+
+def test_what_the_file_names_is_never_imported_or_fetched() -> None:
+    fields = {
+        "peft_type": "LORA",
+        "target_modules": ["wide"],
+        "use_qalora": True,
+        "megatron_config": {"a": 1},
+        "megatron_core": "antigravity",
+        "base_model_name_or_path": "somebody/elses",
+        "auto_mapping": {"parent_library": "antigravity"},
+    }
+    config = by_peft(parse(fields, "here", strict=True), ["wide"])
+    assert (config.megatron_config, config.base_model_name_or_path) == (None, None)
+    assert config.target_modules == {"wide"}
+    assert config.use_qalora is True
+
+
+def test_a_size_that_no_layer_could_have_is_refused_before_it_is_filled(
+    hira: SavedCase, changed: Changed
+) -> None:
+    with pytest.raises(AdapterError, match=r"PEFT cannot build HIRA here: .* numbers at once"):
+        load_adapter(changed(hira, r=1 << 40), base=hira.base)
+    assert torch.zeros(1 << 22).sum() == 0  # the control: nobody is watched afterwards
