@@ -152,6 +152,6 @@ def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
         stored = Stored({}, {"use_rslora": True}) if kind == "rslora" else None
         kind = "dora"
     magnitude = {"lora_magnitude_vector": roles[MAGNITUDE][1]} if MAGNITUDE in roles else {}
-    update = Update(down, up, scale, kind, bias, stored=stored)
     with within(path):
+        update = Update(down, up, scale, kind, bias, stored=stored)
         return dora.with_magnitude(update, magnitude)

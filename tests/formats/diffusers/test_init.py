@@ -245,12 +245,6 @@ OTHER = {"unet.up.lora_A.weight": torch.ones(2, 3), "unet.up.lora_B.weight": tor
 ALPHA = {"unet.fc.alpha": torch.tensor(3.0)}
 CONFIG = {"unet.r": 2, "unet.lora_alpha": 3}
 REFUSED: dict[str, tuple[Tensors, Any, str]] = {
-    "half of a twin": (
-        {"transformer.fc.lora_B.weight": torch.ones(5, 2), **PAIR},
-        None,
-        r"half of a pair.*: transformer\.fc\.lora_B\.weight$",
-    ),
-    "half": ({"unet.fc.lora_A.weight": torch.ones(2, 3)}, None, "half of a pair"),
     "alpha of some": ({**PAIR, **OTHER, **ALPHA}, None, r"\.alpha for fc, and none for up"),
     "alpha and config": ({**PAIR, **ALPHA}, CONFIG, r"\.alpha for fc, and a config in"),
     "config of another": (PAIR, {"transformer.r": 2}, "has no field of unet"),
@@ -258,16 +252,6 @@ REFUSED: dict[str, tuple[Tensors, Any, str]] = {
     "another rank": (PAIR, {**CONFIG, "unet.r": 4}, f"fc: rank 2, {METADATA} says 4"),
     "DoRA in the config": (PAIR, {**CONFIG, "unet.use_dora": True}, "use_dora is True in .* lacks"),
     "another method": (PAIR, {**CONFIG, "unet.peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-    "an up with a kernel": (
-        {**PAIR, "unet.fc.lora_B.weight": torch.ones(5, 2, 3, 3)},
-        None,
-        r"is \(5, 2, 3, 3\): expected \(r, in\)",
-    ),
-    "ranks": (
-        {**PAIR, "unet.fc.lora_A.weight": torch.ones(4, 3)},
-        None,
-        "the ranks differ",
-    ),
     "a magnitude of some": (
         {**PAIR, **OTHER, "unet.fc.lora_magnitude_vector": torch.ones(5)},
         None,
@@ -303,7 +287,6 @@ REFUSED: dict[str, tuple[Tensors, Any, str]] = {
         {**CONFIG, "unet.peft_type": "LORA"},
         "peft_type is 'LORA'",
     ),
-    "base weights": ({**PAIR, "unet.fc.weight": torch.ones(5, 3)}, None, r"use: unet\.fc\.weight"),
 }
 
 

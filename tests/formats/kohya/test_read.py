@@ -91,13 +91,6 @@ def test_a_norm_has_updates_of_its_parameters() -> None:
     assert found["x.bias"].shape == (5,)
 
 
-def test_magnitudes_are_doras() -> None:
-    down, up, magnitude = random((2, 3), (5, 2), (5, 1))
-    tensors = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
-    [update] = update_of(tensors, nn.Linear(3, 5)).values()
-    assert (update.kind, tuple(update.magnitude.shape)) == ("dora", (5,))
-
-
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.kohya.write import as_tensor, leaves_for, module_of, problem_with
+from lora_fx.formats.kohya.write import as_tensor, module_of, problem_with
 from lora_fx.kinds import KINDS
 from lora_fx.testing import relative, same_adapter
 
@@ -22,17 +22,6 @@ MAKE = torch.Generator().manual_seed(0)
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=MAKE)
-
-
-def test_a_convolution_has_an_up_of_points_and_a_magnitude_of_its_axes() -> None:
-    update = Update(random(2, 3, 4, 5), random(6, 2), 1.5, magnitude=random(6))
-    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in leaves_for(update).items()}
-    assert shapes == {
-        "lora_down.weight": (2, 3, 4, 5),
-        "lora_up.weight": (6, 2, 1, 1),
-        "dora_scale": (6, 1, 1, 1),
-        "alpha": (),
-    }
 
 
 def test_a_norm_is_called_as_its_module() -> None:

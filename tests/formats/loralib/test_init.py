@@ -198,29 +198,6 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     ),
     "another rank": (PAIR, {"alpha": 3, "r": 1}, "of rank 2, the hint r is 1; a convolution"),
     "bad rank": (PAIR, {"alpha": 3, "r": 2.0}, "r is 2.0, expected a positive integer"),
-    "half": ({"fc.lora_A": A}, {"alpha": 3}, r"half of a pair.*: fc\.lora_A"),
-    "a vector": ({"fc.lora_A": A, "fc.lora_B": torch.ones(5)}, {"alpha": 3}, "expected matrices"),
-    "some base weights": (
-        {**PAIR, "up.lora_A": A + 1, "up.lora_B": B + 1, "fc.weight": torch.ones(5, 3)},
-        {"alpha": 3},
-        r"1 tensors have names of no known use: fc\.weight; .*lora_state_dict",
-    ),
-    "a layer that is not adapted": (
-        {**PAIR, "head.weight": torch.ones(5, 3)},
-        {"alpha": 3},
-        r"1 tensors have names of no known use: head\.weight; .*the whole model",
-    ),
-    "a scale beside": (
-        {**PAIR, "fc.weight": torch.ones(5, 3), "fc.lora_alpha": torch.ones(1)},
-        {"alpha": 3},
-        r"no known use: fc\.lora_alpha",
-    ),
-    "the model itself": (
-        {**PAIR, "lora_A": A + 1, "lora_B": B + 1},
-        {"alpha": 3},
-        "no known use: lora_",
-    ),
-    "ranks differ": ({"fc.lora_A": A, "fc.lora_B": torch.ones(5, 3)}, {"alpha": 3}, "ranks differ"),
 }
 
 
