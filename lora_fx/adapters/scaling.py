@@ -48,3 +48,18 @@ def is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) <= 1.7976931348623157e308  # false for NaN, and for ints too big for a float
+
+
+def alpha_for(scale: float, divisor: float) -> float:
+    """The alpha that a reader divides back into a scale, a whole number if one does.
+
+    Exact for every scale that was made by the same division; another may move by its last bit,
+    for a division does not reach every float.
+
+    Args:
+        scale: what the update is multiplied by.
+        divisor: the rank, or its square root under rsLoRA.
+    """
+    alpha = scale * divisor
+    near = (round(alpha), alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
+    return min(near, key=lambda candidate: abs(candidate / divisor - scale))

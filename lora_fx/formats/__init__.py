@@ -18,9 +18,8 @@ from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
 from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
-from lora_fx.formats.peft import is_peft, read_peft
-from lora_fx.formats.peft_file import is_peft_file, read_peft_file, write_peft_file
-from lora_fx.formats.peft_write import write_peft
+from lora_fx.formats.peft import is_peft, read_peft, write_peft
+from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.io.state_dict import names_in
 
 

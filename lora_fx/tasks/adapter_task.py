@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.peft_replaced import PREFIX
+from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 

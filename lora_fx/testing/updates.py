@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Update
 from lora_fx.adapters.source_record import EMBEDDING, Stored
-from lora_fx.formats.loralib_fused import block_diagonal
-from lora_fx.formats.peft_lokr import split
+from lora_fx.formats.loralib.merged_linear import block_diagonal
+from lora_fx.formats.peft.lycoris import split
 from lora_fx.kinds import KINDS
 
 RANK, ALPHA = 2, 3.0

@@ -12,8 +12,8 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.formats.peft_replaced import SortedKeys, saved_module, sort_base
+from lora_fx.formats.peft.keys import SortedKeys, saved_module
+from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
 from lora_fx.traced_adapters.base_modules import adapted
@@ -27,7 +27,7 @@ def read_traced(
     name: str,
     weights: Path,
     tensors: Mapping[str, torch.Tensor],
-    config: PeftConfig,
+    config: TracedConfig,
     origin: Path,
     hints: Hints,
 ) -> Adapter:
@@ -51,7 +51,7 @@ def read_traced(
     with within(origin):
         if hints.base is None:
             raise AdapterError(
-                f"{named(config.options)}, which PEFT itself reads, around the layers of the base; "
+                f"{named(config.given)}, which PEFT itself reads, around the layers of the base; "
                 "pass base=, the model (--base on the command line)"
             )
         base = layers_of(hints.base)
@@ -63,16 +63,16 @@ def read_traced(
 def _read(
     name: str,
     tensors: Mapping[str, torch.Tensor],
-    config: PeftConfig,
+    config: TracedConfig,
     base: BaseLayers,
     layers: Mapping[str, nn.Module],
 ) -> Adapter:
     own = {path: _tensors_of(module) for path, module in layers.items()}
     model = skeleton.wrapped(config, layers)
     known = skeleton.keys_of(model)
-    keys = SortedKeys(layers={path: {} for path in layers})
+    keys = SortedKeys(config, {path: {} for path in layers})
     rest = [key for key in tensors if key not in known]
-    unused = [key for key in rest if not sort_base(key, tensors[key], config, keys)]
+    unused = [key for key in rest if not keys.is_of_base(key, tensors[key])]
     if unused:
         raise AdapterError(
             f"{len(unused)} tensors that the config gives no use: {shorten(unused)}; expected "
@@ -87,9 +87,9 @@ def _read(
         layer = skeleton.layer_at(model, path)
         with within(path):
             trained = skeleton.trained_whole(layer)
-            keys.replacements |= {f"{path}.{leaf}": value for leaf, value in trained.items()}
+            keys.replacements.update({f"{path}.{leaf}": value for leaf, value in trained.items()})
             if not trained:
-                updates[path] = update_of(layer, base[path], own[path], config.type.name.lower())
+                updates[path] = update_of(layer, base[path], own[path], config.name.lower())
     return Adapter(name, updates, keys.replacements, expects=config.rule)
 
 
@@ -97,7 +97,7 @@ def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module._parameters.items() if p is not None}
 
 
-def _check_saved(keys: SortedKeys, config: PeftConfig) -> None:
+def _check_saved(keys: SortedKeys, config: TracedConfig) -> None:
     modules = [name.rpartition(".")[0] for name in keys.replacements]
     for name in config.modules_to_save:
         if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):

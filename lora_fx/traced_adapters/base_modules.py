@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.traced_module import TracedModule
@@ -21,7 +21,7 @@ from lora_fx.layers.layer import Layer
 _HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks"))
 
 
-def adapted(config: PeftConfig, base: BaseLayers) -> dict[str, nn.Module]:
+def adapted(config: TracedConfig, base: BaseLayers) -> dict[str, nn.Module]:
     """The layers of a base that a config means, in its order: modules that share its tensors.
 
     Raises:

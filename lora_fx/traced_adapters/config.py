@@ -7,15 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fx.adapters.safe_regex import compile_bounded
-from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.peft_config import TASK_HEADS
-from lora_fx.formats.peft_features import NEUTRAL, check_init
-from lora_fx.formats.peft_fields import field_of, names_in
-from lora_fx.formats.peft_record import PeftConfig
-from lora_fx.formats.peft_traced import TRACED
-from lora_fx.formats.peft_type import PeftType
-from lora_fx.formats.peft_types import LORA
+from lora_fx.formats.peft.config import NEUTRAL, PeftConfig
+from lora_fx.formats.peft.fields import of_type
+from lora_fx.formats.peft.lora import LoraConfig, check_init
+from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
 
 INSTALL = "install it (pip install peft)"
@@ -45,7 +41,7 @@ _OURS: dict[str, Any] = {
 _UNREAD = ("target_parameters", "trainable_token_indices", "token_indices")
 
 
-def parse(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
+def parse(fields: Mapping[str, object], origin: str, strict: bool) -> TracedConfig:
     """What of a config says which layers are adapted, and what stands beside them.
 
     Args:
@@ -64,38 +60,32 @@ def parse(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig
 def named(fields: Mapping[str, object]) -> str:
     """What of a config is no kind of ours, for a message: its type, or an option of LoRA."""
     name = fields["peft_type"]
-    options = sorted(LORA.unsupported) if name == LORA.name else []
+    options = sorted(LoraConfig.refused) if name == LoraConfig.peft_type else []
     on = [f for f in options if fields.get(f) not in (None, False, [])]
     return f"{on[0]} is {fields[on[0]]!r:.80}" if on else f"peft_type is {name!r:.80}"
 
 
-def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
+def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) -> TracedConfig:
     _check_fields(name, fields)
-    if name == "LORA":
-        check_init(fields, origin, strict)
-    bias = field_of(fields, "bias", "none")
-    if bias not in ("none", "all", f"{name.lower()}_only"):
-        raise AdapterError(f"bias is {bias!r}, expected 'none', 'all' or '{name.lower()}_only'")
-    saved = names_in(fields, "modules_to_save")
-    return PeftConfig(
-        type=PeftType(name, TRACED, (), LORA.settings),
-        bias="lora_only" if bias.endswith("_only") else bias,
-        modules_to_save=tuple(saved),
-        optional_heads=TASK_HEADS.get(str(fields.get("task_type")), frozenset()),
-        rule=_rule(fields, saved),
-        options=fields,
-    )
+    if name == LoraConfig.peft_type and fields.get("init_lora_weights") is not None:
+        check_init(fields["init_lora_weights"], origin, strict)
+    if fields.get("target_modules") is None:
+        raise AdapterError("target_modules is missing; name the modules that are adapted")
+    known = {e.name: fields.get(e.name) for e in PeftConfig.used()}
+    entries = {entry.name: entry for entry in PeftConfig.used()}
+    ours = {n: of_type(entries[n], value) for n, value in known.items() if value is not None}
+    return TracedConfig(name=name, given=fields, **ours)
 
 
-def by_peft(config: PeftConfig, paths: Sequence[str]) -> Any:
+def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:
     """PEFT's own config, for some layers alone.
 
     Raises:
         AdapterError: PEFT refuses it; says why.
     """
-    known = _class_of(config.type.name)
+    known = _class_of(config.name)
     names = {field.name for field in dataclasses.fields(known)}
-    fields = {**config.options, **_OURS, "target_modules": list(paths)}
+    fields = {**config.given, **_OURS, "target_modules": list(paths)}
     try:
         return known(
             **{name: value for name, value in fields.items() if name in names - {"peft_type"}}
@@ -137,16 +127,3 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
         if isinstance(value, dict) and field.endswith("_pattern"):
             for pattern in value:
                 compile_bounded(pattern, field)
-
-
-def _rule(fields: Mapping[str, Any], saved: Sequence[str]) -> TargetRule:
-    targets = fields.get("target_modules")
-    if targets is None:
-        raise AdapterError("target_modules is missing; name the modules that are adapted")
-    return TargetRule(
-        target_modules=targets,
-        exclude_modules=fields.get("exclude_modules") or (),
-        layers_to_transform=fields.get("layers_to_transform"),
-        layers_pattern=fields.get("layers_pattern") or (),
-        saved_modules=saved,
-    )

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft_record import PeftConfig
+from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.traced_adapters.bounded import Bounded
 from lora_fx.traced_adapters.config import by_peft
 
 ADAPTER = "default"
 
 
-def wrapped(config: PeftConfig, layers: Mapping[str, nn.Module]) -> Any:
+def wrapped(config: TracedConfig, layers: Mapping[str, nn.Module]) -> Any:
     """PEFT's model of these layers and nothing else, its values those that PEFT starts with.
 
     Raises:
@@ -35,7 +35,7 @@ def wrapped(config: PeftConfig, layers: Mapping[str, nn.Module]) -> Any:
         try:
             return peft.get_peft_model(root, settings, adapter_name=ADAPTER).eval()
         except Exception as error:  # PEFT's own code may raise anything
-            raise AdapterError(f"PEFT cannot build {config.type.name} here: {error}") from error
+            raise AdapterError(f"PEFT cannot build {config.name} here: {error}") from error
 
 
 def keys_of(model: Any) -> set[str]:

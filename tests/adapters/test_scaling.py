@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number, scale_of
+from lora_fx.adapters.scaling import alpha_for, checked_alpha, checked_rank, is_number, scale_of
 from lora_fx.errors import AdapterError
 
 
@@ -27,3 +29,19 @@ def test_a_number_is_finite_and_no_bool() -> None:
         *[True, True],
         *[False] * 5,
     ]
+
+
+ALPHAS = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
+
+
+@given(ALPHAS, st.integers(1, 512))
+def test_a_scale_made_by_the_same_division_comes_back_exactly(alpha: float, rank: int) -> None:
+    for divisor in (rank, math.sqrt(rank)):
+        scale = alpha / divisor
+        assert alpha_for(scale, divisor) / divisor == scale
+
+
+@given(st.integers(1, 4096), st.integers(1, 512))
+def test_a_whole_alpha_stays_whole(alpha: int, rank: int) -> None:
+    assert alpha_for(alpha / rank, rank) == alpha
+    assert alpha_for(0.9 * alpha / rank, rank) != alpha

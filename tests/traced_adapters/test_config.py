@@ -42,7 +42,7 @@ def test_without_peft_the_refusal_says_what_to_do(boft: SavedCase, monkeypatch: 
         ({"peft_type": "os.system"}, r"'os\.system': PEFT [\d.]+ does not know this type"),
         ({"peft_type": "LILY"}, "'LILY', which mixes its factors by what each input is"),
         ({"novel": 3}, "novel is 3, an unknown field"),
-        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none', 'all' or 'boft_only'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none' or 'boft_only' or 'all'"),
         ({"target_modules": ...}, "target_modules is missing"),
         ({"target_modules": "(.*)*X"}, "target_modules: the regex"),
         ({"target_modules": ["nowhere"]}, "means no layer of the base"),

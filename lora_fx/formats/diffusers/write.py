@@ -1,0 +1,136 @@
+"""An adapter as the tensors and the metadata of a diffusers file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.source_record import is_embedding
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.updates import Update
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.diffusers.keys import COMPONENTS, LOKR
+from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.peft.config import PeftConfig, dump
+from lora_fx.formats.peft.lora import LoraConfig
+from lora_fx.formats.peft.lycoris import LokrConfig
+from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.formats.peft.wrappers import parameter_of
+from lora_fx.formats.peft.write import Chosen, config_of
+
+Tensors = dict[str, torch.Tensor]
+ByLayer = Mapping[str, Mapping[str, torch.Tensor]]
+Fields = dict[str, object]
+FORM = "diffusers' format"
+FACTOR = "decompose_factor"  # of a LoKr config: PEFT cannot do without
+
+
+def contents(adapter: Adapter, component: str | None) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a file and its metadata.
+
+    Args:
+        adapter: what to write.
+        component: what the paths are of; None where each begins with a component's name.
+
+    Raises:
+        AdapterError: the format cannot hold the adapter.
+    """
+    check_held(adapter, FORM, adapter.replacements, _problem)
+    tensors: Tensors = {}
+    fields: dict[str, object] = {}
+    without = []
+    rule = adapter.expects if component is not None else None
+    for name, part in _parts(adapter, component).items():
+        own, config = _part(name, part, rule)
+        for path, leaves in own.items():
+            tensors |= {f"{name}.{path}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        fields |= {f"{name}.{key}": value for key, value in (config or {}).items()}
+        without += [name] if config is None else []
+    if without and fields:
+        raise AdapterError(
+            f"{FORM} holds a config of all components or of none, and the LoKr of "
+            f"{shorten(without)} has none; write the components to files of their own"
+        )
+    return tensors, {METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
+
+
+def _problem(update: AnyUpdate) -> str | None:
+    if _is_lokr(update):
+        return None
+    if is_embedding(update.stored):
+        return "updates of embeddings"
+    return not_lora(replace(update, bias=None) if isinstance(update, Update) else update)
+
+
+def _is_lokr(update: AnyUpdate) -> bool:
+    """Whether PEFT would load it as LoKr: with a config's settings, or with a scale of 1."""
+    stored = update.stored
+    if stored is None or not update.makes_anew or not stored.tensors:
+        return False
+    is_own = stored.tensors.keys() <= LOKR and stored.settings.get("writer") == "peft"
+    return is_own and (FACTOR in stored.settings or stored.settings.get("scale") == 1)
+
+
+def _part(
+    name: str, part: Mapping[str, AnyUpdate], rule: TargetRule | None
+) -> tuple[ByLayer, Fields | None]:
+    """The tensors of one component as PEFT has them, and the fields of its config."""
+    lokr = [module for module, update in part.items() if _is_lokr(update)]
+    if not lokr:
+        return _lora(name, {m: u for m, u in part.items() if isinstance(u, Update)}, rule)
+    said = {FACTOR in u.stored.settings for u in part.values() if u.stored}
+    if len(lokr) < len(part) or len(said) > 1:
+        raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
+    fields = None if said == {False} else _fields(LokrConfig, part, rule)
+    return LokrConfig.tensors_of(part), fields
+
+
+def _lora(
+    name: str, part: Mapping[str, Update], rule: TargetRule | None
+) -> tuple[ByLayer, Fields | None]:
+    is_biased = any(update.bias is not None for update in part.values())
+    is_dora = [update.magnitude is not None for update in part.values()]
+    if any(is_dora) and (is_biased or not all(is_dora)):
+        mixed = "biases of up-projections (lora_bias)" if is_biased else "plain LoRA"
+        raise AdapterError(f"{FORM} cannot hold DoRA beside {mixed} in one model, {name}")
+    # A product of two factors is LoRA of a module here, whatever it came from.
+    plain = {
+        module: replace(
+            u,
+            kind=u.kind if u.kind in LoraConfig.kinds else "lora",
+            stored=u.stored if parameter_of(u) is None else None,
+        )
+        for module, u in part.items()
+    }
+    return LoraConfig.tensors_of(plain), _fields(LoraConfig, plain, rule)
+
+
+def _fields(
+    made: type[PeftConfig], part: Mapping[str, AnyUpdate], rule: TargetRule | None
+) -> Fields:
+    adapter = Adapter("part", part, expects=rule)
+    return dump(config_of(Chosen(made, part, adapter, {}, [])))
+
+
+def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:
+    """The updates of each component, their paths being those in the component's model."""
+    expected = ", ".join(COMPONENTS)
+    if component is not None:
+        if component not in COMPONENTS:
+            raise AdapterError(f"component is {component!r:.80}, expected one of {expected}")
+        return {component: dict(adapter.updates)}
+    groups: dict[str, dict[str, AnyUpdate]] = {}
+    for module, update in adapter.updates.items():
+        start, _, rest = module.partition(".")
+        if start not in COMPONENTS or not rest:
+            raise AdapterError(
+                f"{module} begins with no component's name; pass component=, one of "
+                f"{expected}, to say what the paths are of"
+            )
+        groups.setdefault(start, {})[rest] = update
+    return groups

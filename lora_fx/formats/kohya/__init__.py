@@ -1,0 +1,108 @@
+"""kohya's files, and LyCORIS': ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight``, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.errors import AdapterError, within
+from lora_fx.formats.dialects import sort_keys
+from lora_fx.formats.expressible import check_held
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.kohya.algorithms import DORA
+from lora_fx.formats.kohya.names import DIALECT, check_part, name_of, part_of, resolve
+from lora_fx.formats.kohya.read import updates_of
+from lora_fx.formats.kohya.write import leaves_for, module_of, problem_with
+from lora_fx.formats.layer_tensors import ALPHA, Layers, check_no_half
+from lora_fx.io.state_dict import read_file, write_file
+from lora_fx.layers.base_layers import layers_of
+
+
+def is_kohya(path: Path, names: Collection[str]) -> bool:
+    """Whether a file's tensors are named as kohya's, or as LyCORIS's."""
+    return any(part_of(name) for name in names)
+
+
+def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads a file of kohya's or LyCORIS': every key is used, or refused by name.
+
+    LoRA, DoRA, LoCon, LoHa, LoKr, (IA)3, Diag-OFT, full differences and norms. What is added to a
+    norm is an update of its parameters, ``<path>.weight`` and ``<path>.bias``.
+
+    Args:
+        path: the file.
+        name: of the adapter.
+        hints: ``base`` is needed, for the names are lossy; ``component`` reads one part of a
+            pipeline (unet, te, te1, te2, te3, lycoris) and leaves the others out.
+
+    Raises:
+        AdapterError: names the file, the tensor, and what is wrong with it.
+    """
+    if hints.base is None:
+        raise AdapterError(
+            f"{path}: kohya's names lose the dots of a path; pass base=, the model or the traced "
+            "graph that the adapter is for"
+        )
+    tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
+    updates: dict[str, AnyUpdate] = {}
+    with within(path):
+        layers = _sorted(tensors, hints.component)
+        check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
+        paths = resolve(layers, base)
+        for key, roles in layers.items():
+            with within(key):
+                updates |= updates_of(roles, paths[key], base[paths[key]])
+    return Adapter(name, updates)
+
+
+def write_kohya(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
+    """Writes a file that kohya's scripts or LyCORIS, and what reads theirs, load.
+
+    What was read from such a file is written as it was. Another product of two factors is LoRA,
+    with a magnitude DoRA; rsLoRA becomes the alpha that gives its scale over the rank. An alpha
+    that float32 cannot hold is written as float64.
+
+    Args:
+        adapter: what to write.
+        path: ends in ``.safetensors``.
+        hints: ``component`` says what the paths are of (``"lycoris"``: of a model that is no part
+            of a pipeline); without, each begins with a part's name in a pipeline, such as
+            ``unet.``.
+        force: replace a file that is there.
+
+    Raises:
+        AdapterError: the target exists, two paths would get one name, or the format cannot hold
+            the adapter.
+    """
+    with within(path):
+        tensors = _contents(adapter, hints.component)
+    write_file(path, tensors, {}, force)
+
+
+def _contents(adapter: Adapter, component: str | None) -> dict[str, torch.Tensor]:
+    check_held(adapter, "kohya's format", adapter.replacements, problem_with)
+    modules = {key: module_of(key, update) for key, update in adapter.updates.items()}
+    owners: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for key, update in adapter.updates.items():
+        module = modules[key]
+        name = name_of(module, adapter.updates, component)
+        if owners.setdefault(name, module) != module:
+            raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
+        tensors |= {DIALECT.key(name, leaf): t for leaf, t in leaves_for(update).items()}
+    return tensors
+
+
+def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
+    """The tensors by layer and leaf."""
+    if component is not None:
+        check_part(component)
+        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
+    layers = sort_keys(tensors, DIALECT)
+    if not layers:
+        raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
+    return layers

@@ -1,0 +1,95 @@
+"""An update as the tensors that kohya's scripts and LyCORIS read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.scaling import alpha_for
+from lora_fx.adapters.source_record import Stored, is_embedding
+from lora_fx.adapters.updates import Update
+from lora_fx.formats.expressible import not_lora
+from lora_fx.formats.kohya.algorithms import (
+    DORA,
+    DOWN_KEY,
+    UP_KEY,
+    algorithm_of,
+    rank_of_algorithm,
+)
+from lora_fx.formats.layer_tensors import ALPHA, up_beside
+from lora_fx.layers.axes import convert
+
+
+def module_of(key: str, update: AnyUpdate) -> str:
+    """The path of the module that an update is of: a norm's is of one of its parameters."""
+    return key.rpartition(".")[0] if update.kind == "norm" else key
+
+
+def problem_with(update: AnyUpdate) -> str | None:
+    """What kohya's format cannot hold of an update, in words, or None."""
+    scale = update.scale if isinstance(update, Update) else 1.0
+    own = _own(update)
+    if own is not None:
+        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and _scale(update) != 1
+        found = f"a scale of {_scale(update):g} of kind {own[0]!r}" if is_scaled else None
+    else:
+        found = not_lora(update)
+        if found is None and update.groups > 1:
+            found = "grouped up-projections"
+        if is_embedding(update.stored):
+            found = "updates of embeddings"
+    return "a scale of 0, which it reads as 1" if found is None and scale == 0 else found
+
+
+def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
+    """The tensors of an update that the format can hold, by leaf."""
+    own = _own(update)
+    if own is not None:
+        algorithm, stored = own
+        rank = rank_of_algorithm(algorithm, stored.tensors)
+        return dict(stored.tensors) | _alpha(stored.tensors, _scale(update), rank)
+    assert isinstance(update, Update)
+    leaves = {DOWN_KEY: update.down, UP_KEY: up_beside(update.down, update.up)}
+    if update.magnitude is not None:
+        leaves[DORA] = convert(update.magnitude, "n", "n 1*", update.down.ndim - 1)
+    return leaves | _alpha({}, update.scale, update.rank)
+
+
+def _own(update: AnyUpdate) -> tuple[str, Stored] | None:
+    """The algorithm and the tensors of an update that LyCORIS wrote, or could have written."""
+    stored = update.stored
+    algorithm = None if stored is None else algorithm_of(stored.tensors)
+    if stored is None or algorithm is None:
+        return None
+    # PEFT multiplies the full factors of a one-dimensional convolution in another order.
+    is_foreign = algorithm == "lokr" and stored.settings.get("writer") != "lycoris"
+    second = stored.tensors.get("lokr_w2")
+    if is_foreign and second is not None and second.ndim == 3:
+        return None
+    return algorithm, stored
+
+
+def _scale(update: AnyUpdate) -> float:
+    if isinstance(update, Update):
+        return update.scale
+    return float(update.stored.settings.get("scale", 1.0)) if update.stored else 1.0
+
+
+def _alpha(
+    stored: Mapping[str, torch.Tensor], scale: float, rank: int | None
+) -> dict[str, torch.Tensor]:
+    """The alpha that gives a scale: the stored one, if it does, or none if there is no rank."""
+    if rank is None:
+        return {}
+    given = stored.get(ALPHA)
+    if ((given.item() if given is not None else 0) or rank) / rank == scale and stored:
+        return {}
+    return {ALPHA: as_tensor(alpha_for(scale, rank))}
+
+
+def as_tensor(value: float) -> torch.Tensor:
+    """One number as kohya stores it, in float32, or wider if that would change it."""
+    narrow = torch.tensor(value, dtype=torch.float32)
+    return narrow if narrow.item() == value else torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,86 @@
+"""An adapter as the state dict of a model of loralib's layers."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.scaling import alpha_for
+from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.updates import Update
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.loralib.keys import BIAS
+from lora_fx.formats.loralib.layers import LEAVES, as_points
+
+# Keys of the safetensors metadata, ours: loralib keeps both in the model's constructor.
+ALPHAS, FUSED = "lora_alpha", "enable_lora"
+PICKLES = (".pt", ".pth", ".bin")
+
+
+def contents(adapter: Adapter, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file and its metadata.
+
+    Raises:
+        AdapterError: the format cannot hold the adapter.
+    """
+    others = [key for key in adapter.replacements if not key.endswith(BIAS)]
+    check_held(adapter, "loralib's format", others, _problem)
+    alphas = {module: _alpha(update) for module, update in adapter.updates.items()}
+    if suffix in PICKLES and len(set(alphas.values())) > 1:
+        found = shorten([f"{p}: {alpha:g}" for p, alpha in alphas.items()])
+        raise AdapterError(f"its layers have several alphas ({found}): write .safetensors")
+    tensors = dict(adapter.replacements)
+    fused = {}
+    for module, update in adapter.updates.items():
+        stored = _own(update)
+        own = _pair(update) if stored is None else stored.tensors
+        tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in own.items()}
+        if stored is not None and FUSED in stored.settings:
+            fused[module] = stored.settings[FUSED]
+    metadata = {ALPHAS: json.dumps(alphas)}
+    return tensors, metadata | ({FUSED: json.dumps(fused)} if fused else {})
+
+
+def _problem(update: AnyUpdate) -> str | None:
+    if _own(update) is not None:
+        return None
+    found = not_lora(update)
+    if found is not None or not isinstance(update, Update):
+        return found
+    if update.magnitude is not None:
+        return "DoRA"
+    if update.groups > 1:
+        return "grouped up-projections"
+    kernel = update.down.shape[2:]
+    is_square = len(kernel) == 2 and len(set(kernel)) == 1
+    if not is_square and any(size > 1 for size in kernel):
+        return f"updates of kernels such as {tuple(kernel)}"
+    return None
+
+
+def _own(update: AnyUpdate) -> Stored | None:
+    stored = update.stored
+    return stored if stored is not None and stored.tensors.keys() == LEAVES else None
+
+
+def _alpha(update: AnyUpdate) -> float:
+    stored = _own(update)
+    if not isinstance(update, Update):
+        return float(stored.settings["alpha"]) if stored else 1.0
+    rank = update.rank if stored is None else stored.settings["r"]
+    if stored is not None and stored.settings["scale"] == update.scale:
+        return float(stored.settings["alpha"])
+    return alpha_for(update.scale, rank)
+
+
+def _pair(update: AnyUpdate) -> dict[str, torch.Tensor]:
+    """lora_A and lora_B of a product of two factors."""
+    assert isinstance(update, Update)
+    kernel = update.down.shape[2:]
+    size = kernel[0] if kernel else 1
+    down = update.down.reshape(update.rank * size, -1)
+    return {"lora_A": down, "lora_B": as_points(update.up, size) if size > 1 else update.up}

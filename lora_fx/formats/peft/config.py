@@ -1,0 +1,349 @@
+"""PEFT's ``adapter_config.json``: one record a type, read and written from the record's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.updates import Update
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.peft.fields import checked, is_needed, names, of_type, tokens
+from lora_fx.formats.peft.wrappers import Home
+from lora_fx.kinds import KINDS
+from lora_fx.layers.base_layers import BaseLayers
+
+Tensors = Mapping[str, torch.Tensor]
+Fields = dict[str, Any]
+# Whose format it is: PEFT takes the files of OFT that do not say for those of older formulas.
+VERSION = "0.21.2"
+# Fields that say nothing about the result: who made the adapter, and from what. auto_mapping names
+# a module: never imported.
+NEUTRAL = frozenset(
+    ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"]
+)
+# PEFT lists these heads for every model of the task, whatever its own head is called.
+_TASK_HEADS = {
+    "SEQ_CLS": frozenset({"classifier", "score"}),
+    "TOKEN_CLS": frozenset({"classifier", "score"}),
+    "QUESTION_ANS": frozenset({"qa_outputs"}),
+}
+
+
+def words(text: str) -> frozenset[str]:
+    """A table's column of names."""
+    return frozenset(text.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The fields of a config that decide what its adapter computes, and what its type does.
+
+    A type is a subclass: its fields are those of PEFT's config that are used, by PEFT's own names
+    and with PEFT's defaults. Every other field is neutral, or refused if it is on.
+
+    Attributes:
+        peft_type: the name of the type.
+        kinds: of its updates; the first is the key of ``KINDS`` that reads them.
+        leaves: ends of the keys below a layer's path.
+        ranked: the leaves whose first axis is the rank.
+        rank_field: the name of the field of the rank.
+        shared_keys: key of a tensor that all layers share -> its leaf.
+        only_bias: what ``bias`` is called where biases of adapted layers alone are stored; "" where
+            the type stores none.
+        lacks: fields of this class that the type has not.
+        neutral: fields that say nothing about the result.
+        refused: features that would change it.
+        written: neutral fields that PEFT wants to be told.
+        options: fields that its updates keep as settings, and that all of them have to agree on.
+        keeps_rule: whether targets are written as they were read, where they mean the layers.
+        rule: which modules the adapter acts on, or None where the config leaves that to PEFT.
+    """
+
+    peft_type: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    leaves: ClassVar[tuple[str, ...]]
+    ranked: ClassVar[tuple[str, ...]] = ()
+    rank_field: ClassVar[str] = "r"
+    shared_keys: ClassVar[Mapping[str, str]] = {}
+    only_bias: ClassVar[str] = ""
+    lacks: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[frozenset[str]] = frozenset()
+    written: ClassVar[Fields] = {}
+    options: ClassVar[tuple[str, ...]] = ()
+    keeps_rule: ClassVar[bool] = True
+
+    task_type: Any = None
+    target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    modules_to_save: tuple[str, ...] = checked(names, ())
+    bias: str = "none"
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = checked(
+        tokens, None
+    )
+    ensure_weight_tying: bool = False
+    rule: TargetRule | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Makes the rule, which refuses targets that PEFT would not run; checks the biases."""
+        object.__setattr__(self, "rule", self._rule())
+        modes = ("none", self.only_bias, "all") if self.only_bias else ("none",)
+        if self.bias not in modes:
+            expected = " or ".join(map(repr, modes))
+            raise AdapterError(f"bias is {self.bias!r:.80}, expected {expected}")
+
+    def _rule(self) -> TargetRule | None:
+        if self.target_modules is None:
+            return None
+        return TargetRule(
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules or (),
+            layers_to_transform=self.layers_to_transform,
+            layers_pattern=self.layers_pattern or (),
+            saved_modules=self.modules_to_save,
+        )
+
+    @classmethod
+    def used(cls) -> list[dataclasses.Field[Any]]:
+        """The fields of PEFT's config that are used."""
+        return [f for f in dataclasses.fields(cls) if f.init and f.name not in cls.lacks]
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether a field is used."""
+        return any(entry.name == name for entry in cls.used())
+
+    @property
+    def optional_heads(self) -> frozenset[str]:
+        """Those of ``modules_to_save`` that the model need not have."""
+        return _TASK_HEADS.get(str(self.task_type), frozenset())
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The leaves that this config gives a use."""
+        return self.leaves
+
+    def check(self, fields: Mapping[str, object], origin: str, strict: bool) -> None:
+        """Refuses, or with ``strict=False`` warns of, what this type's other programs wrote."""
+
+    def patterns(self) -> dict[str, Mapping[str, object]]:
+        """The fields whose keys each mean a module, by name."""
+        return {}
+
+    def rank_of(self, path: str) -> int:
+        """The rank of a layer; 0 where the type has none."""
+        return 0
+
+    def settings(self, path: str, tensors: Tensors) -> Fields:
+        """What the kind wants to know of a layer."""
+        return {name: getattr(self, name) for name in self.options}
+
+    def read(
+        self, layers: Mapping[str, Tensors], shared: Tensors, base: BaseLayers
+    ) -> tuple[dict[str, AnyUpdate], list[str]]:
+        """The updates of a file's layers.
+
+        Args:
+            layers: path, as the file has it -> tensors by leaf.
+            shared: what all layers share, by leaf.
+            base: what is known of the model.
+
+        Returns:
+            The updates by path, and what the patterns may be asked about.
+
+        Raises:
+            AdapterError: names the layer, and what is wrong with it.
+        """
+        updates: dict[str, AnyUpdate] = {}
+        for path, tensors in layers.items():
+            with within(path):
+                updates[path] = self._read_one(path, {**tensors, **shared}, base)
+        return updates, list(updates)
+
+    def _read_one(self, path: str, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
+        rank, shape = self.rank_of(path), base.shape_of(path)
+        for leaf in self.ranked:
+            if leaf in tensors and tensors[leaf].shape[:1] != (rank,):
+                raise AdapterError(
+                    f"{leaf} {tuple(tensors[leaf].shape)} should be of rank {rank} by "
+                    f"{self.rank_field} or rank_pattern"
+                )
+        settings = self.settings(path, tensors) | ({"shape": shape} if shape else {})
+        return KINDS[self.kinds[0]].read(tensors, settings)
+
+    @classmethod
+    def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
+        """The updates as this type writes them, or None where it cannot hold one of them."""
+        kinds = {update.kind for update in layers.values()}
+        fits = kinds <= set(cls.kinds) and all(map(cls.holds, layers.values()))
+        return layers if fits else None
+
+    @classmethod
+    def holds(cls, update: AnyUpdate) -> bool:
+        """Whether a type has all the tensors of an update; alpha is in its config."""
+        if update.stored is None or (update.rank is not None and not update.is_plain):
+            return False
+        return update.stored.tensors.keys() <= {*cls.leaves, "alpha"}
+
+    @classmethod
+    def problems(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, list[str]]:
+        """What PEFT would not load, or not as it is meant -> the layers."""
+        return {}
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """The type's own fields, out of what its updates were read with.
+
+        Args:
+            layers: as `adopted` gives them.
+            homes: where they are kept.
+
+        Raises:
+            AdapterError: one config cannot say what all layers need.
+        """
+        defaults = {entry.name: entry.default for entry in cls.used()}
+        return {name: agreed(layers, name, defaults[name]) for name in cls.options}
+
+    @classmethod
+    def tensors_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of each layer, by leaf."""
+        return {
+            path: {leaf: t for leaf, t in stored_tensors(u).items() if leaf in cls.leaves}
+            for path, u in layers.items()
+        }
+
+    @classmethod
+    def shared_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, torch.Tensor]:
+        """What all layers share, by key."""
+        return {}
+
+
+def settings_of(update: AnyUpdate) -> Mapping[str, Any]:
+    """What an update was read with."""
+    return {} if update.stored is None else update.stored.settings
+
+
+def stored_tensors(update: AnyUpdate) -> Tensors:
+    """What the file held of a layer that was read from one."""
+    return {} if update.stored is None else update.stored.tensors
+
+
+def agreed(layers: Mapping[str, AnyUpdate], name: str, default: object = None) -> Any:
+    """The setting of all updates.
+
+    Raises:
+        AdapterError: they do not agree; names the field and the layers.
+    """
+    values: dict[str, tuple[Any, list[str]]] = {}
+    for path, update in layers.items():
+        value = settings_of(update).get(name, default)
+        values.setdefault(repr(value), (value, []))[1].append(path)
+    if len(values) > 1:
+        told = "; ".join(f"{text} at {shorten(paths, 3)}" for text, (_, paths) in values.items())
+        raise AdapterError(f"PEFT has one {name} for all layers, but it is {told}")
+    [(value, _)] = values.values()
+    return value
+
+
+def low_rank(layers: Mapping[str, AnyUpdate]) -> dict[str, Update]:
+    """The layers whose update is of two factors."""
+    return {path: update for path, update in layers.items() if isinstance(update, Update)}
+
+
+def parse(
+    fields: Mapping[str, object],
+    origin: str,
+    strict: bool,
+    types: Mapping[str, type[PeftConfig]],
+) -> PeftConfig:
+    """Checks the fields of a config, wherever they were stored.
+
+    A field that is missing or null has PEFT's default.
+
+    Args:
+        fields: of an ``adapter_config.json``.
+        origin: where they come from.
+        strict: refuse an adapter whose initialisation changed the base weights; else warn.
+        types: those that the caller knows how to read.
+
+    Raises:
+        AdapterError: names the origin and the field.
+    """
+    with within(origin):
+        made = _type_of(fields, types)
+        _check_features(fields, made)
+        config = made(**_values(fields, made))
+        config.check(fields, origin, strict)
+        return config
+
+
+def _type_of(
+    fields: Mapping[str, object], types: Mapping[str, type[PeftConfig]]
+) -> type[PeftConfig]:
+    supported, name = ", ".join(types), fields.get("peft_type")
+    if "peft_type" not in fields:
+        raise AdapterError(f"peft_type is missing, expected {supported}")
+    if not isinstance(name, str) or name not in types:
+        raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
+    return types[name]
+
+
+def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> None:
+    """Refuses every feature that would change the result and is not supported."""
+    known = {"peft_type", *NEUTRAL, *made.neutral, *(entry.name for entry in made.used())}
+    for name, value in fields.items():
+        # An empty object is not "off": PEFT makes the default sub-config of one.
+        is_off = value is None or value is False or value == []
+        if name in made.refused and not is_off:
+            raise AdapterError(f"{name} is {value!r:.80}, a feature that is not supported")
+        if value and name not in known | made.refused:
+            raise AdapterError(
+                f"{name} is {value!r:.80}, an unknown field that may change the result; "
+                "remove it if it does not"
+            )
+
+
+def _values(fields: Mapping[str, object], made: type[PeftConfig]) -> Fields:
+    values = {}
+    for entry in made.used():
+        name, value = entry.name, fields.get(entry.name)
+        if value is not None or (name in fields and is_needed(entry)):
+            values[name] = of_type(entry, value)
+        elif is_required(entry):
+            raise AdapterError(f"{name} is missing; without it the scale is unknown")
+    return values
+
+
+def is_required(entry: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return entry.default is entry.default_factory is dataclasses.MISSING
+
+
+def dump(config: PeftConfig) -> dict[str, object]:
+    """The fields of an ``adapter_config.json``: those that are used, and who wrote it."""
+    own = {entry.name: _plain(getattr(config, entry.name)) for entry in config.used()}
+    return {
+        "peft_type": config.peft_type,
+        "peft_version": VERSION,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        **config.written,
+        **own,
+    }
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it; PEFT has null in place of an empty list."""
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value] or None
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value

@@ -1,0 +1,94 @@
+"""LoRA on a parameter that holds one matrix for each expert, as PEFT packs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lora_fx.adapters.other_updates import Function, WeightUpdate
+from lora_fx.adapters.source_record import Stored
+from lora_fx.algebra.matrix_expr import Sum, constant, diagonal, product, reshaped
+from lora_fx.errors import AdapterError
+from lora_fx.formats.peft.wrappers import Place
+from lora_fx.layers.base_layers import BaseLayers
+
+Tensors = Mapping[str, torch.Tensor]
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+
+
+def read_experts(
+    place: Place, tensors: Tensors, rank: int, scale: float, use_rslora: bool, base: BaseLayers
+) -> WeightUpdate:
+    """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
+
+    ``lora_A`` (r * experts, in) has the experts one after the other, ``lora_B``
+    (out, r * experts) their columns of one rank next to each other: ``ParamWrapper`` of PEFT 0.21.
+
+    Args:
+        place: of the parameter, with its shape: (experts, out, in), or (experts, in, out).
+        tensors: ``lora_A.weight`` and ``lora_B.weight``.
+        rank: by the config.
+        scale: by the config.
+        use_rslora: whether it was divided by the root of the rank.
+        base: tells the orientation.
+
+    Raises:
+        AdapterError: a tensor is missing or of another shape, or the orientation is not known.
+    """
+    if sorted(tensors) != [DOWN, UP]:
+        raise AdapterError(f"has {sorted(tensors)}, expected {DOWN} and {UP} of experts")
+    shape = place.shape
+    if shape is None:
+        raise AdapterError(
+            f"{DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {rank}, "
+            "whose orientation the file does not say; pass base=, the model"
+        )
+    count, rows, columns = shape
+    transposed = _is_transposed(place, tensors, base)
+    out, into = (columns, rows) if transposed else (rows, columns)
+    expected = (rank * count, into), (out, rank * count)
+    found = tuple(tensors[DOWN].shape), tuple(tensors[UP].shape)
+    if found != expected:
+        raise AdapterError(
+            f"lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
+            f"{place.parameter} {shape}"
+        )
+    wide = torch.promote_types(tensors[DOWN].dtype, torch.float32)
+    down = tensors[DOWN].to(wide).reshape(count, rank, into)
+    up = tensors[UP].to(wide).reshape(out, rank, count).permute(2, 0, 1) * scale
+    left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
+    settings = {
+        "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
+        "use_rslora": use_rslora,
+    }  # fmt: skip
+    kind, stored = "rslora" if use_rslora else "lora", Stored(tensors, settings)
+    return WeightUpdate(kind, _added(left.contiguous(), right.contiguous()), shape, stored)
+
+
+def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
+    """Whether each expert is (in, out): what the module says, else what the shapes do."""
+    assert place.shape is not None
+    assert base.base is not None
+    try:
+        module = base.base.get_submodule(place.module)
+    except AttributeError:
+        module = base.base
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    if not base.is_graph:
+        return False
+    _, rows, columns = place.shape
+    if rows == columns:
+        raise AdapterError(
+            f"each of the experts is {rows} by {columns}, and a graph does not say which "
+            "of the two is the input; pass base=, the model itself"
+        )
+    return tuple(tensors[DOWN].shape[1:]) == (rows,)
+
+
+def _added(left: torch.Tensor, right: torch.Tensor) -> Function:
+    """``W[e] + left[e] @ right[e]`` for every e."""
+    delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
+    return lambda weight: Sum(weight, reshaped(delta, len(left)))

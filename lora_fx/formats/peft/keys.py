@@ -1,0 +1,157 @@
+"""The keys of a PEFT file, each sorted to its use or refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.dialects import Dialect, Tensors, sort_keys
+from lora_fx.formats.layer_tensors import Layers
+from lora_fx.formats.peft.config import PeftConfig
+
+PREFIX = "base_model.model."
+BASE_BIAS = ".base_layer.bias"
+# PEFT stores an adapted head whole, beside its adapter, in case the vocabulary was resized.
+BASE_WEIGHT = ".base_layer.weight"
+TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKEN_BASE = ".token_adapter.base_layer."
+# Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
+COPIES = ("original_module", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class SortedKeys:
+    """The tensors of a PEFT file by use.
+
+    Attributes:
+        config: what gives them a use.
+        layers: module path, as the file has it -> the tensors of its adapter, by leaf.
+        shared: what all layers share, by leaf.
+        tokens: path of a table -> its trained rows.
+        replacements: parameter path -> tensor that takes the place of the base's own.
+    """
+
+    config: PeftConfig
+    layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+    replacements: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def claim(self, rest: Tensors, layers: Layers) -> list[str]:
+        """Puts what is no layer's where it belongs; the keys that the config gives no use."""
+        for path, roles in layers.items():
+            self.layers[path] = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+        for uses in (self._is_own, self.is_of_base, self._is_tied):
+            rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
+        return list(rest)
+
+    def _is_own(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files a tensor of the adapter's own, beside its layers."""
+        path = key.removeprefix(PREFIX)
+        if key in self.config.shared_keys:
+            self.shared[self.config.shared_keys[key]] = tensor
+            return True
+        tokens = self.config.trainable_token_indices
+        if path == key or not path.endswith(TOKENS) or tokens is None:
+            return False
+        self.tokens[path.removesuffix(TOKENS)] = tensor
+        return True
+
+    def is_of_base(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files a tensor of the base."""
+        path = key.removeprefix(PREFIX)
+        if path == key:
+            return False
+        if self.config.bias == "all" and self._is_copy(path):
+            return True
+        owner = path.removesuffix(BASE_WEIGHT)
+        whole = owner != path and owner in self.layers
+        if not whole and not self._is_replacement(path):
+            return False
+        target = path.replace(TOKEN_BASE, ".")
+        if path.endswith((BASE_BIAS, BASE_WEIGHT)):
+            target = target.replace(".base_layer.", ".")
+        is_first = target not in self.replacements
+        self.replacements[target] = tensor
+        return is_first
+
+    def _is_tied(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files a copy of a module stored whole, for the head that is tied to it on demand."""
+        path = key.removeprefix(PREFIX)
+        is_named = path != key and path.endswith(".weight")
+        if not self.config.ensure_weight_tying or not is_named:
+            return False
+        is_copy = any(
+            value.shape == tensor.shape and torch.equal(value, tensor)
+            for name, value in self.replacements.items()
+            if saved_module(name.rpartition(".")[0], self.config.modules_to_save)
+        )
+        if is_copy:
+            self.replacements[path] = tensor
+        return is_copy
+
+    def _is_copy(self, path: str) -> bool:
+        parts = path.split(".")
+        at = next((index for index, part in enumerate(parts) if part in COPIES), 0)
+        is_saved = saved_module(".".join(parts[:at]), self.config.modules_to_save) is not None
+        return at > 0 and is_saved and path.endswith(".bias")
+
+    def _is_replacement(self, path: str) -> bool:
+        module, _, leaf = path.rpartition(".")
+        bias = self.config.bias
+        if module and saved_module(module, self.config.modules_to_save):
+            return True
+        if TOKEN_BASE in path:
+            return path.partition(TOKEN_BASE)[0] in self.tokens
+        if leaf != "bias" or ".lora_" in path or bias == "none":
+            return False
+        owner = path.removesuffix(BASE_BIAS) if path.endswith(BASE_BIAS) else module
+        return owner in self.layers or (bias == "all" and owner == module)
+
+
+def saved_module(path: str, modules: Sequence[str]) -> str | None:
+    """The first module on the way to a path that ``modules_to_save`` means, as PEFT matches it.
+
+    PEFT compares ends without asking for a dot: ``head`` means ``lm_head`` too.
+    """
+    parts = path.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((p for p in prefixes if p.endswith(tuple(modules))), None)
+
+
+def dialect_of(config: PeftConfig) -> Dialect:
+    """PEFT's spelling, as far as a config gives it a use."""
+    endings = {f".{leaf}": leaf for leaf in config.endings}
+    return Dialect(
+        endings,
+        f"{PREFIX}<module> and one of {', '.join(endings)} under {config.peft_type}, biases by "
+        "the field bias, and modules by modules_to_save",
+        re.escape(PREFIX),
+    )
+
+
+def sort_peft(tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> SortedKeys:
+    """Sorts every tensor of a file to its use.
+
+    Raises:
+        AdapterError: a key without a use, or a part that the config promises.
+    """
+    keys = SortedKeys(config)
+    sort_keys(tensors, dialect_of(config), keys.claim)
+    if not keys.layers and not keys.tokens:
+        raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")
+    modules = [name.rpartition(".")[0] for name in keys.replacements]
+    for name in config.modules_to_save:
+        if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):
+            raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")
+    clash = [path for path in keys.layers if saved_module(path, config.modules_to_save)]
+    clash += [path for path in keys.tokens if path in keys.layers]
+    if clash:
+        raise AdapterError(
+            f"both adapted and stored whole, by modules_to_save or as tokens: {shorten(clash)}"
+        )
+    return keys

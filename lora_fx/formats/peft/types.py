@@ -1,0 +1,202 @@
+"""PEFT's types of adapters: to support another, add its record and its place in the table."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
+from lora_fx.adapters.scaling import checked_alpha, checked_rank
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.formats.peft import lora
+from lora_fx.formats.peft.config import Fields, PeftConfig, Tensors, agreed, settings_of, words
+from lora_fx.formats.peft.fields import checked, indices, masks, names_or_regex
+from lora_fx.formats.peft.lora import LoraConfig
+from lora_fx.formats.peft.lycoris import LohaConfig, LokrConfig
+from lora_fx.formats.peft.tokens import read_rows
+from lora_fx.formats.peft.vera import VeraConfig
+from lora_fx.formats.peft.wrappers import Home
+from lora_fx.layers.base_layers import BaseLayers
+
+_NO_TOKENS = words("trainable_token_indices ensure_weight_tying")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaloraConfig(PeftConfig):
+    """AdaLoRA, whose layers never look at LoRA's fields, whatever the config says of them."""
+
+    peft_type = "ADALORA"
+    kinds = ("adalora",)
+    leaves = ("lora_A", "lora_B", "lora_E")
+    ranked = ("lora_A",)
+    rank_field = "init_r"
+    only_bias = "lora_only"
+    neutral = lora.NEUTRAL | words(
+        """r use_rslora alpha_pattern lora_bias init_lora_weights target_r tinit tfinal deltaT beta1
+        beta2 orth_reg_weight total_step"""
+    )
+    refused = lora.REFUSED | words("use_dora target_parameters")
+    # PEFT refuses a config without steps to train; these are never taken.
+    written: ClassVar[Fields] = {"total_step": 1, "tinit": 0, "tfinal": 0}
+
+    init_r: int = checked(checked_rank, 12, needed=True)
+    lora_alpha: float = checked(checked_alpha, needed=True)
+    rank_pattern: Mapping[str, list[bool]] | None = checked(masks, None)
+
+    def rank_of(self, path: str) -> int:
+        """What is left of the rank of a layer."""
+        mask = self._mask(path)
+        return self.init_r if mask is None else sum(mask)
+
+    def _mask(self, path: str) -> list[bool] | None:
+        return (self.rank_pattern or {}).get(f"{path}.lora_E")
+
+    def settings(self, path: str, tensors: Tensors) -> Fields:
+        """Alpha is the scale, divided by the rank before the pruning."""
+        scale = self.lora_alpha if self.lora_alpha > 0 else self.rank_of(path)
+        known = {"ranknum": self.init_r, "alpha": self.lora_alpha, "mask": self._mask(path)}
+        return {"scale": scale, **known}
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """Rank and alpha, and what was left of each layer that was pruned."""
+        kept = {f"{p}.lora_E": settings_of(update).get("mask") for p, update in layers.items()}
+        return {
+            "init_r": int(agreed(layers, "ranknum")),
+            "lora_alpha": agreed(layers, "alpha"),
+            "rank_pattern": {key: mask for key, mask in kept.items() if mask is not None} or None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config(PeftConfig):
+    """(IA)3; without ``feedforward_modules`` PEFT chooses by the type of the model."""
+
+    peft_type = "IA3"
+    kinds = ("ia3",)
+    leaves = ("ia3_l",)
+    lacks = _NO_TOKENS | words("bias layers_to_transform layers_pattern")
+    neutral = words("fan_in_fan_out init_ia3_weights")
+    keeps_rule = False  # PEFT wants the feed-forward layers to be among its names
+
+    feedforward_modules: str | tuple[str, ...] | None = checked(names_or_regex, None)
+
+    def settings(self, path: str, tensors: Tensors) -> Fields:
+        """Whether the layer is scaled at its input; PEFT compares ends without a dot."""
+        modules = self.feedforward_modules
+        if modules is None:
+            shape = tuple(tensors["ia3_l"].shape) if "ia3_l" in tensors else ()
+            if len(shape) != 2 or shape[0] == shape[1]:
+                raise AdapterError(
+                    f"feedforward_modules is missing, and ia3_l {shape} of {path} does not tell "
+                    "whether the layer is one; add the field to the config"
+                )
+            return {"feedforward": shape[0] == 1}
+        if isinstance(modules, str):
+            pattern = compile_bounded(modules, "feedforward_modules")
+            return {"feedforward": pattern.fullmatch(path) is not None}
+        return {"feedforward": path.endswith(modules)}
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """The layers that are scaled at their input: ends of paths, or a regex."""
+        every = sorted(layers)
+        inner = [path for path in every if settings_of(layers[path])["feedforward"]]
+        regex = "|".join(re.escape(path) for path in inner)
+        if inner and len(regex) <= MAX_LENGTH:
+            return {"feedforward_modules": regex}
+        extra = [path for path in every if path.endswith(tuple(inner)) and path not in inner]
+        if inner and extra:
+            raise AdapterError(
+                f"PEFT's feedforward_modules would mean {shorten(extra)} too, which is "
+                "scaled at its output"
+            )
+        return {"feedforward_modules": inner}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OftConfig(PeftConfig):
+    """OFT, of PEFT's formulas of today."""
+
+    peft_type = "OFT"
+    kinds = ("oft",)
+    leaves = ("oft_R.weight", "oft_embedding_R.weight")
+    only_bias = "oft_only"
+    lacks = _NO_TOKENS
+    neutral = words("module_dropout fan_in_fan_out init_weights")
+    options = (
+        "r", "oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann",
+        "num_cayley_neumann_terms",
+    )  # fmt: skip
+
+    r: int = 0
+    oft_block_size: int = 32
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    def check(self, fields: Mapping[str, object], origin: str, strict: bool) -> None:
+        """Refuses, or with ``strict=False`` warns of, an OFT of other formulas than today's.
+
+        PEFT changed them in 0.14, with the field oft_block_size, and the series in 0.18, with the
+        field peft_version.
+        """
+        if "oft_block_size" not in fields:
+            raise AdapterError(
+                "oft_block_size is missing, so it is an OFT of PEFT before 0.14, of other "
+                "formulas; train it again with a newer PEFT"
+            )
+        version = fields.get("peft_version")
+        found = re.match(r"(\d{1,6})\.(\d{1,6})\.", str(version))
+        is_new = found is not None and tuple(map(int, found.groups())) >= (0, 18)
+        if is_new or not self.use_cayley_neumann:
+            return
+        message = (
+            f"peft_version is {version!r}, and PEFT before 0.18 had another series for "
+            "use_cayley_neumann; train it again with a newer PEFT"
+        )
+        if strict:
+            raise AdapterError(f"{message}, or pass strict=False to use today's")
+        warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig(PeftConfig):
+    """Trained rows of a table."""
+
+    peft_type = "TRAINABLE_TOKENS"
+    kinds = ("tokens",)
+    leaves = ("trainable_tokens_delta",)
+    lacks = _NO_TOKENS | words(
+        "bias exclude_modules layers_to_transform layers_pattern modules_to_save"
+    )
+    neutral = words("init_weights")
+
+    token_indices: tuple[int, ...] = checked(indices, ())
+
+    def _rule(self) -> TargetRule | None:
+        return None
+
+    def _read_one(self, path: str, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
+        return read_rows(path, tensors, self.token_indices, base)
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """The tokens of all tables."""
+        return {"token_indices": tuple(agreed(layers, "indices", ()))}
+
+
+TYPES: dict[str, type[PeftConfig]] = {
+    made.peft_type: made
+    for made in (
+        LoraConfig, AdaloraConfig, LohaConfig, LokrConfig, VeraConfig, Ia3Config, OftConfig,
+        TokensConfig,
+    )
+}  # fmt: skip

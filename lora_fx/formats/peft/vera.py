@@ -1,0 +1,158 @@
+"""VeRA as PEFT stores it: its projections are in the file, or drawn again as PEFT drew them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.scaling import checked_rank
+from lora_fx.errors import AdapterError
+from lora_fx.formats.peft.config import (
+    Fields,
+    PeftConfig,
+    Tensors,
+    low_rank,
+    settings_of,
+    stored_tensors,
+    words,
+)
+from lora_fx.formats.peft.fields import checked
+from lora_fx.formats.peft.wrappers import Home
+from lora_fx.layers.base_layers import BaseLayers
+
+_SHARED = ("vera_A", "vera_B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(PeftConfig):
+    """VeRA: two vectors a layer, and two projections of all layers."""
+
+    peft_type = "VERA"
+    kinds = ("vera",)
+    leaves = ("vera_lambda_b", "vera_lambda_d")
+    ranked = ("vera_lambda_d",)
+    shared_keys: ClassVar[Mapping[str, str]] = {f"base_model.{leaf}": leaf for leaf in _SHARED}
+    only_bias = "vera_only"
+    lacks = words("exclude_modules trainable_token_indices ensure_weight_tying")
+    neutral = words("vera_dropout d_initial fan_in_fan_out init_weights")
+    options = ("r", "save_projection", "projection_prng_key")
+
+    r: int = checked(checked_rank, 256, needed=True)
+    save_projection: bool = True
+    projection_prng_key: int = 0
+
+    def rank_of(self, path: str) -> int:
+        """The rank of every layer."""
+        return self.r
+
+    def read(
+        self, layers: Mapping[str, Tensors], shared: Tensors, base: BaseLayers
+    ) -> tuple[dict[str, AnyUpdate], list[str]]:
+        """The updates of a file's layers, with the projections beside each."""
+        return super().read(layers, self.projections(list(layers), shared, base), base)
+
+    def projections(self, paths: list[str], shared: Tensors, base: BaseLayers) -> Tensors:
+        """``vera_A`` (r, widest in) and ``vera_B`` (widest out, r) of all layers of a file.
+
+        A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
+        layer that is adapted, which only the base tells.
+
+        Args:
+            paths: of the layers.
+            shared: what the file holds of them.
+            base: tells how wide the layers are.
+
+        Raises:
+            AdapterError: they are in the file or not, against what the config says; or there is a
+                seed and no base.
+        """
+        saved = self.save_projection
+        if sorted(shared) != (sorted(_SHARED) if saved else []):
+            raise AdapterError(
+                f"holds {sorted(shared) or 'no projection'}, but save_projection is {saved}: "
+                f"expected {'vera_A and vera_B' if saved else 'neither vera_A nor vera_B'}"
+            )
+        if saved:
+            return shared
+        unknown = [path for path in paths if not base.shape_of(path)]
+        if unknown:
+            raise AdapterError(
+                f"save_projection is False, so the projections are drawn from a seed, as wide "
+                f"as the widest layer; pass base=, a model that has {', '.join(unknown[:3])}"
+            )
+        shapes = [base[path].own_shape for path in paths]
+        out, into = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        down = _drawn(self.r, into, generator)
+        return {"vera_A": down, "vera_B": _drawn(out, self.r, generator)}
+
+    @classmethod
+    def holds(cls, update: AnyUpdate) -> bool:
+        """Whether an update is VeRA's vectors and projections, and no more."""
+        is_plain = update.rank is not None and update.is_plain
+        return is_plain and stored_tensors(update).keys() == {*cls.leaves, *_SHARED}
+
+    @classmethod
+    def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
+        """The updates, if all of them have the same projections."""
+        found = super().adopted(layers)
+        return None if found is None or shared_by(layers) is None else found
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """Rank and seed, and whether the file holds the projections."""
+        return super().described(layers, homes) | {"save_projection": not is_drawn_again(layers)}
+
+    @classmethod
+    def shared_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, torch.Tensor]:
+        """The projections, if the file is to hold them."""
+        found = None if is_drawn_again(layers) else shared_by(layers)
+        return {} if found is None else {key: found[leaf] for key, leaf in cls.shared_keys.items()}
+
+
+def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Kaiming-uniform values, by PEFT's own order of rounding."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+
+def shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
+    """The projections that all updates were read with, or None where they are of several files.
+
+    They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
+    """
+    every = [stored_tensors(update) for update in layers.values()]
+    first = every[0]
+    for leaf in _SHARED:
+        if not all(_same(tensors[leaf], first[leaf]) for tensors in every):
+            return None
+    out, into = _widest(layers)
+    return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
+
+
+def is_drawn_again(layers: Mapping[str, AnyUpdate]) -> bool:
+    """Whether PEFT draws the projections of these layers again from the seed that they came from.
+
+    Not if layers are gone: what is drawn is as wide as the widest.
+    """
+    out, into = _widest(layers)
+    return all(
+        not settings_of(update).get("save_projection", True)
+        and len(stored_tensors(update)["vera_B"]) == out
+        and stored_tensors(update)["vera_A"].shape[1] == into
+        for update in layers.values()
+    )
+
+
+def _widest(layers: Mapping[str, AnyUpdate]) -> tuple[int, int]:
+    shapes = [update.shape for update in low_rank(layers).values()]
+    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))

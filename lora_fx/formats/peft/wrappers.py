@@ -1,0 +1,160 @@
+"""PEFT's wrappers: where a file's paths belong, and where updates are kept in a file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.errors import AdapterError
+from lora_fx.layers.base_layers import BaseLayers
+
+WRAPPED = ".base_layer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the tensors under one path of a file act on.
+
+    Attributes:
+        path: of the update: of the module, or of a parameter that is no module's ``weight``.
+        asked: what the patterns are asked about.
+        parameter: the name of the parameter, under ``target_parameters``.
+        depth: how many wrappers of the same module are around this one.
+        shape: of the parameter, as the base stores it; None where nobody gave the base.
+        module: the module that is wrapped.
+    """
+
+    path: str
+    asked: str
+    module: str
+    parameter: str | None = None
+    depth: int = 0
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where an update is kept.
+
+    Attributes:
+        key: the path in the file.
+        asked: what the patterns name; "" where the layer has the rank of the one around it.
+        parameter: the name in target_parameters, or None where target_modules names the module.
+    """
+
+    key: str
+    asked: str
+    parameter: str | None = None
+
+
+def places_of(paths: Iterable[str], targets: Sequence[str], base: BaseLayers) -> dict[str, Place]:
+    """Finds what each path of a file means.
+
+    PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
+    its rank. Parameters that ``target_parameters`` names are wrapped one around the other, in the
+    order in which their module registered them.
+
+    Args:
+        paths: as the file has them.
+        targets: the config's ``target_parameters``.
+        base: tells the order of several parameters of a module.
+
+    Returns:
+        Path in the file -> what it means.
+
+    Raises:
+        AdapterError: the wrappers and the config do not agree, or only the base could tell.
+    """
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths, key=len):  # the outermost wrapper first
+        module = path
+        while module.endswith(WRAPPED):
+            module = module.removesuffix(WRAPPED)
+        modules[module].append(path)
+    places: dict[str, Place] = {}
+    for module, nested in modules.items():
+        names = _parameters(module, nested, targets, base)
+        if names:
+            places |= _in_parameters(module, nested, names, base)
+        else:
+            places[module] = _in_module(module, nested, modules)
+    return places
+
+
+def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Place:
+    owner, found, inner = module.partition(f"{WRAPPED}.")
+    if len(nested) > 1 or nested[0] != module or (found and owner not in modules):
+        raise AdapterError(
+            f"{nested[-1]}: an adapter nested in another, which target_parameters does not name"
+        )
+    return Place(f"{owner}.{inner}", owner, module) if found else Place(module, module, module)
+
+
+def _in_parameters(
+    module: str, nested: list[str], names: list[str], base: BaseLayers
+) -> dict[str, Place]:
+    shapes = base.parameters(module) if base.base is not None else {}
+    places = {}
+    for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
+        key = f"{module}.{name}"
+        target = module if name == "weight" else key
+        places[path] = Place(target, key, module, name, depth, shapes.get(name))
+    return places
+
+
+def _parameters(
+    module: str, nested: list[str], targets: Sequence[str], base: BaseLayers
+) -> list[str]:
+    """The parameters of a module that are adapted, in the order it registered them."""
+    names, open_ended = [], False
+    for target in targets:
+        owner, _, name = target.rpartition(".")
+        if name not in names and (not owner or module == owner or module.endswith(f".{owner}")):
+            names.append(name)
+            open_ended |= not owner
+    if not names:
+        return []
+    found = names
+    if base.base is not None:
+        found = [name for name in base.parameters(module) if name in names]
+    if (base.base is None and (open_ended or len(names) > 1)) or (base.is_graph and len(found) > 1):
+        raise AdapterError(
+            f"{module}: target_parameters may mean {', '.join(names)} of it, and which, "
+            "and in which order, the file does not say; pass base=, the model itself"
+        )
+    if found and len(found) != len(nested):
+        raise AdapterError(
+            f"{module}: {len(nested)} adapters in it, but target_parameters names "
+            f"{', '.join(found)} of it"
+        )
+    return found
+
+
+def homes_of(layers: Mapping[str, AnyUpdate]) -> dict[str, Home]:
+    """Finds where the updates are kept: the reverse of `places_of`."""
+    nested: dict[str, list[str]] = defaultdict(list)
+    for path, update in layers.items():
+        if parameter_of(update) is not None:
+            nested[path.removesuffix(f".{parameter_of(update)}")].append(path)
+    homes: dict[str, Home] = {}
+    for module, paths in nested.items():
+        for depth, path in enumerate(sorted(paths, key=lambda p: _depth(layers[p]))):
+            name = f"{module}.{parameter_of(layers[path])}"
+            homes[path] = Home(module + WRAPPED * depth, name, name)
+    for path in layers:
+        owner, _, inner = path.rpartition(".")
+        if path not in homes:
+            is_inside = owner in layers and parameter_of(layers[owner]) is None
+            homes[path] = Home(f"{owner}{WRAPPED}.{inner}", "") if is_inside else Home(path, path)
+    return homes
+
+
+def parameter_of(update: AnyUpdate) -> str | None:
+    """The name of the parameter that an update is of, under ``target_parameters``."""
+    return None if update.stored is None else update.stored.settings.get("parameter")
+
+
+def _depth(update: AnyUpdate) -> int:
+    return 0 if update.stored is None else int(update.stored.settings["depth"])

@@ -1,0 +1,365 @@
+"""diffusers' files; the oracle is its own way of loading one, made again with PEFT.
+
+diffusers takes the keys of a component, makes a ``LoraConfig`` of the metadata or else of ranks and
+alphas (``get_peft_kwargs``: without alphas each alpha is its rank), and lets PEFT inject it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.save_and_load import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.source_record import Stored
+from lora_fx.errors import AdapterError
+from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats.diffusers import WEIGHTS
+from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.testing import fits, relative, same_adapter
+
+X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
+Tensors = dict[str, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Layers named as diffusers' attention names them, each of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(3, 5, bias=False)
+        self.to_k = nn.Linear(5, 7)
+        self.to_out = nn.ModuleList([nn.Linear(7, 6), nn.Dropout(0.0)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.to_k(torch.tanh(self.to_q(x))))
+        result: torch.Tensor = self.to_out[0](x)
+        return result
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn1": Attention()})])
+        self.proj_out = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.proj_out(torch.tanh(self.get_submodule("blocks.0.attn1")(x)))
+        return result
+
+
+LAYERS = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.attn1.to_out.0", "proj_out"]
+
+
+def seeded() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def pairs(component: str, seed: int = 0, ranks: tuple[int, ...] = (2, 2, 3, 1)) -> Tensors:
+    """A component's tensors by the keys that PEFT gives them, as if trained."""
+    make, base = torch.Generator().manual_seed(seed), seeded()
+    state = {}
+    for path, rank in zip(LAYERS, ranks, strict=True):
+        layer: Any = base.get_submodule(path)
+        key = f"{component}.{path}"
+        state[f"{key}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=make)
+        state[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=make)
+    return state
+
+
+def modern(key: str) -> str:
+    return key.replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+
+
+def linear_layer(key: str) -> str:
+    return key.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up")
+
+
+def processor(key: str) -> str:
+    for name in ("to_q", "to_k", "to_out.0"):
+        old = name.removesuffix(".0")
+        for new, role in (("lora_A", "down"), ("lora_B", "up")):
+            key = key.replace(f".{name}.{new}.", f".processor.{old}_lora.{role}.")
+    return modern(key)
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "peft": str,
+    "modern": modern,
+    "linear_layer": linear_layer,
+    "processor": processor,
+}
+ALPHAS: dict[str, list[float] | None] = {
+    "none": None,
+    "one": [3.0, 3.0, 3.0, 3.0],
+    "several": [3.0, 0.5, 3.0, -2.0],
+}
+
+
+def loaded_by_diffusers(
+    component: str, state: Tensors, alphas: list[float] | None, config: Any = None
+) -> torch.Tensor:
+    """The output of the model after diffusers' own steps, for tensors by PEFT's keys."""
+    start = f"{component}."
+    own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+    ranks = {f"^{p}": own[f"{p}.lora_B.weight"].shape[1] for p in LAYERS}
+    stored = ranks if alphas is None else dict(zip(ranks, alphas, strict=True))
+    kwargs = config or {
+        "r": 1,
+        "lora_alpha": 1,
+        "rank_pattern": ranks,
+        "alpha_pattern": stored,
+        "target_modules": LAYERS,
+    }
+    model = seeded()
+    peft.inject_adapter_in_model(peft.LoraConfig(**kwargs), model, adapter_name="default_0")
+    missing: Any = set_peft_model_state_dict(model, own, "default_0")
+    assert not missing.unexpected_keys
+    with torch.no_grad():
+        result: torch.Tensor = model(X)
+    return result
+
+
+def write(path: Path, state: Tensors, fields: dict[str, Any] | None = None) -> Path:
+    metadata = None if fields is None else {METADATA: json.dumps(fields)}
+    save_file(state, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("alphas", ALPHAS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("component", ["unet", "transformer"])
+def test_outputs_are_those_of_diffusers(
+    tmp_path: Path, component: str, spelling: str, alphas: str
+) -> None:
+    state, values = pairs(component), ALPHAS[alphas]
+    file = {SPELLINGS[spelling](key): value for key, value in state.items()}
+    for path, alpha in zip(LAYERS, values or [], strict=values is not None):
+        file[f"{component}.{path}.alpha"] = torch.tensor(alpha)
+    adapter = load_adapter(write(tmp_path / "a.safetensors", file), component=component)
+    assert set(adapter.updates) == set(LAYERS)
+    fits(adapter, seeded(), X, loaded_by_diffusers(component, state, values))
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 2, "lora_alpha": 3, "target_modules": LAYERS},
+    "rslora": {"r": 3, "lora_alpha": 3, "use_rslora": True, "target_modules": LAYERS},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 3,
+        "rank_pattern": {"to_k": 4, "^proj_out": 1},
+        "alpha_pattern": {r"to_out\.0": 7},
+        "target_modules": ["to_q", "to_k", "to_out.0", "proj_out"],
+    },
+}
+RANKS = {"plain": (2, 2, 2, 2), "rslora": (3, 3, 3, 3), "patterns": (2, 4, 2, 1)}
+
+
+def fields_of(case: str, component: str = "unet") -> dict[str, Any]:
+    """What diffusers packs into the metadata: PEFT's config, each field after the component."""
+    config: Any = peft.LoraConfig(**CONFIGS[case])
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return {f"{component}.{key}": value for key, value in plain.items()}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_metadata_decides_the_scales(tmp_path: Path, case: str) -> None:
+    state = pairs("unet", ranks=RANKS[case])
+    file = write(tmp_path / "a.safetensors", state, fields_of(case))
+    adapter = load_adapter(file, component="unet")
+    assert adapter.expects is not None
+    assert all(map(adapter.expects.matches, LAYERS))
+    fits(adapter, seeded(), X, loaded_by_diffusers("unet", state, None, CONFIGS[case]))
+
+
+def test_without_a_component_paths_are_those_of_the_pipeline(tmp_path: Path) -> None:
+    state = pairs("unet") | pairs("text_encoder", seed=1)
+    file = write(tmp_path / "a.safetensors", state)
+    whole = load_adapter(file)
+    assert set(whole.updates) == {f"{c}.{p}" for c in ("unet", "text_encoder") for p in LAYERS}
+    for component in ("unet", "text_encoder"):
+        part = load_adapter(file, component=component)
+        own = {p: whole.updates[f"{component}.{p}"] for p in LAYERS}
+        same_adapter(part, Adapter("a", own))
+    with pytest.raises(AdapterError, match="component is 'vae', the file has text_encoder, unet"):
+        load_adapter(file, component="vae")
+
+
+def test_a_directory_is_read(tmp_path: Path) -> None:
+    file = write(tmp_path / WEIGHTS, pairs("unet"))
+    same_adapter(load_adapter(tmp_path), load_adapter(file))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: peft_type is missing"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("component", ["unet", "text_encoder", None], ids=str)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_load_save_load_keeps_every_bit(
+    tmp_path: Path, case: str, component: str | None, dtype: torch.dtype
+) -> None:
+    hints: dict[str, Any] = {} if component is None else {"component": component}
+    state: Tensors = {}
+    fields: dict[str, Any] = {}
+    for seed, part in enumerate(["unet", "text_encoder"]):
+        state |= {k: v.to(dtype) for k, v in pairs(part, seed, RANKS[case]).items()}
+        fields |= fields_of(case, part)
+    first = load_adapter(write(tmp_path / "a.safetensors", state, fields), name="a", **hints)
+    save_adapter(first, tmp_path / "b.safetensors", format="diffusers", **hints)
+    second = load_adapter(tmp_path / "b.safetensors", name="a", **hints)
+    same_adapter(second, first)
+    assert str(second) == str(first)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: str) -> None:
+    state = pairs("unet", ranks=RANKS[case])
+    first = load_adapter(write(tmp_path / "a.safetensors", state, fields_of(case)))
+    save_adapter(first, tmp_path / "b.safetensors", format="diffusers")
+    with safe_open(tmp_path / "b.safetensors", framework="pt") as file:
+        written = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 no dict
+        fields = json.loads(file.metadata()[METADATA])
+    assert all(key.startswith("unet.") for key in fields)
+    config = {key.removeprefix("unet."): value for key, value in fields.items()}
+    expected = loaded_by_diffusers("unet", state, None, CONFIGS[case])
+    found = loaded_by_diffusers("unet", written, None, config)
+    assert relative(found, expected) <= 1e-6
+    louder = {**config, "lora_alpha": 1.1 * config["lora_alpha"]}
+    assert relative(loaded_by_diffusers("unet", written, None, louder), expected) > 1e-3
+
+
+PAIR = {"unet.fc.lora_A.weight": torch.ones(2, 3), "unet.fc.lora_B.weight": torch.ones(5, 2)}
+OTHER = {"unet.up.lora_A.weight": torch.ones(2, 3), "unet.up.lora_B.weight": torch.ones(5, 2)}
+ALPHA = {"unet.fc.alpha": torch.tensor(3.0)}
+CONFIG = {"unet.r": 2, "unet.lora_alpha": 3}
+REFUSED: dict[str, tuple[Tensors, Any, str]] = {
+    "alpha of some": ({**PAIR, **OTHER, **ALPHA}, None, r"\.alpha for fc, and none for up"),
+    "alpha and config": ({**PAIR, **ALPHA}, CONFIG, r"\.alpha for fc, and a config in"),
+    "config of another": (PAIR, {"transformer.r": 2}, "has no field of unet"),
+    "config without alpha": (PAIR, {"unet.r": 2}, "of unet: lora_alpha is missing"),
+    "another rank": (PAIR, {**CONFIG, "unet.r": 4}, f"fc: rank 2, {METADATA} says 4"),
+    "DoRA in the config": (PAIR, {**CONFIG, "unet.use_dora": True}, "use_dora is True in .* lacks"),
+    "another method": (PAIR, {**CONFIG, "unet.peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+    "a magnitude of some": (
+        {**PAIR, **OTHER, "unet.fc.lora_magnitude_vector": torch.ones(5)},
+        None,
+        "fc has a magnitude, up has none",
+    ),
+    "a bias of some": (
+        {**PAIR, **OTHER, "unet.up.lora_B.bias": torch.ones(5)},
+        None,
+        "up has a bias of its up-projection, fc has none",
+    ),
+    "magnitudes and no DoRA": (
+        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(5)},
+        CONFIG,
+        "use_dora is False in .*, the file has magnitudes",
+    ),
+    "a magnitude of another size": (
+        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(3)},
+        None,
+        r"lora_magnitude_vector is \(3,\), expected \(5,\)",
+    ),
+    "LoKr beside LoRA": (
+        {**PAIR, "unet.up.lokr_w1": torch.ones(2, 2)},
+        None,
+        "up is LoKr, other layers of unet are LoRA",
+    ),
+    "LoRA in a layer of LoKr": (
+        {**PAIR, "unet.fc.lokr_w1": torch.ones(2, 2)},
+        None,
+        r"'unet\.fc\.lora_A\.weight' stands beside LoKr's tensors",
+    ),
+    "LoKr under a LoraConfig": (
+        {"unet.fc.lokr_w1": torch.ones(2, 2), "unet.fc.lokr_w2": torch.ones(2, 3)},
+        {**CONFIG, "unet.peft_type": "LORA"},
+        "peft_type is 'LORA'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
+    state, fields, message = REFUSED[case]
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(write(tmp_path / "a.safetensors", state, fields))
+
+
+def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
+    """A language model that PEFT trained may be called transformer too, and has alpha / r."""
+    state = {f"transformer.h.0.attn.c_attn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    file = write(tmp_path / "a.safetensors", state)
+    message = "nothing says what the scale is: .*; pass format=.diffusers. for the one, or save"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(file)
+    [update] = load_adapter(file, format="diffusers").updates.values()
+    assert isinstance(update, Update)
+    assert update.scale == 1
+    alphas = {"transformer.h.0.attn.c_attn.alpha": torch.tensor(3.0)}
+    fields = {"r": 2, "lora_alpha": 3, "peft_type": "LORA"}
+    of_part = {f"transformer.{key}": value for key, value in fields.items()}
+    for number, (more, config) in enumerate([(alphas, None), ({}, of_part), ({}, fields)]):
+        file = write(tmp_path / f"{number}.safetensors", {**state, **more}, config)
+        [update] = load_adapter(file).updates.values()
+        assert isinstance(update, Update)
+        assert update.scale == 1.5
+
+
+def test_a_file_of_diffusers_name_is_diffusers(tmp_path: Path) -> None:
+    state = {f"transformer.blocks.0.ffn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    file = write(tmp_path / WEIGHTS, state)
+    [update] = load_adapter(file).updates.values()
+    assert isinstance(update, Update)
+    assert update.scale == 1
+
+
+PLAIN = Update(torch.ones(2, 3), torch.ones(5, 2), 1.5)
+UNWRITABLE: dict[str, tuple[Adapter, dict[str, Any], str]] = {
+    "no component": (Adapter("a", {"fc": PLAIN}), {}, "fc begins with no component's name"),
+    "another one": (Adapter("a", {"fc": PLAIN}), {"component": "vae"}, "component is 'vae'"),
+    "DoRA of one layer": (
+        Adapter("a", {"fc": PLAIN, "up": replace(PLAIN, magnitude=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold DoRA beside plain LoRA in one model, unet",
+    ),
+    "DoRA with biases": (
+        Adapter("a", {"fc": replace(PLAIN, magnitude=torch.ones(5), bias=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold DoRA beside biases of up-projections",
+    ),
+    "rows": (
+        Adapter("a", {"fc": replace(PLAIN, row=torch.ones(5))}),
+        {"component": "unet"},
+        "cannot hold updates of kind 'lora', which scale inputs or outputs: fc",
+    ),
+    "an embedding": (
+        Adapter("a", {"fc": replace(PLAIN, stored=Stored({}, {"layer": "embedding"}))}),
+        {"component": "unet"},
+        "cannot hold updates of embeddings: fc",
+    ),
+    "replaced": (
+        Adapter("a", {"unet.fc": PLAIN}, {"unet.norm.weight": torch.ones(2)}),
+        {},
+        r"cannot hold replaced parameters: unet\.norm\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path, case: str) -> None:
+    adapter, hints, message = UNWRITABLE[case]
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers", **hints)
+    assert list(tmp_path.iterdir()) == []

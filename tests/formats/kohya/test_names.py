@@ -1,0 +1,117 @@
+"""kohya's names against a base: one layer each, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_fx.errors import AdapterError
+from lora_fx.formats.kohya.names import check_part, flat, name_of, part_of, resolve
+from lora_fx.layers.layer import Layer
+
+
+def layer(name: str, kind: str, shape: tuple[int, ...]) -> Layer:
+    return Layer(path="", kind=kind, shape=shape, dtype=torch.float32, name=name)
+
+
+LINEAR = layer("Linear", "linear", (5, 3))
+
+
+def found(names: list[str], *paths: str) -> list[str]:
+    return list(resolve(names, dict.fromkeys(paths, LINEAR)).values())
+
+
+def test_the_part_is_the_beginning_of_a_name() -> None:
+    names = ["lora_unet_x", "lora_te_x", "lora_te1_x", "lora_te2_x", "lora_te3_x", "lora_x", "x"]
+    parts = ["unet", "te", "te1", "te2", "te3", None, None]
+    assert [part_of(name) for name in names] == parts
+    assert part_of("lycoris_x") == "lycoris"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "lora_unet", "", 3])
+def test_another_part_is_refused(part: object) -> None:
+    check_part("te2")
+    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, lycoris"):
+        check_part(part)
+
+
+def test_underscores_of_a_module_are_told_from_dots() -> None:
+    paths = ["down_blocks.0.attn1.to_out.0", "down_blocks.0.attn1.to_q", "mid_block.proj_in"]
+    names = [f"lora_unet_{flat(path)}" for path in paths]
+    assert found(names, *paths, "down_blocks.0.attn1.to") == paths
+
+
+def test_a_pipeline_holds_the_parts() -> None:
+    paths = ["unet.proj", "text_encoder.proj", "text_encoder_2.proj", "text_encoder_3.proj"]
+    names = ["lora_unet_proj", "lora_te1_proj", "lora_te2_proj", "lora_te3_proj"]
+    assert found(names, *paths) == paths
+    assert found(["lora_unet_proj"], "transformer.proj") == ["transformer.proj"]
+    assert found(["lora_te3_proj"], "text_encoder_2.proj") == ["text_encoder_2.proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("lora_unet_a_b_c", ["a.b_c", "a_b.c"]),
+        ("lora_unet_a_b_c", ["a.b_c", "a_b.c", "a.b.c"]),
+        ("lora_unet_proj", ["proj", "unet.proj"]),
+        ("lora_unet_proj", ["transformer.proj", "unet.proj"]),
+    ],
+)
+def test_a_name_of_several_layers_lists_them(name: str, paths: list[str]) -> None:
+    with pytest.raises(AdapterError, match="mean several layers of the base") as caught:
+        found([name], *paths, "other")
+    assert all(path in str(caught.value) for path in paths)
+    assert "other" not in str(caught.value)
+
+
+def test_a_name_of_no_layer_is_named_with_the_layers() -> None:
+    with pytest.raises(AdapterError, match=r"1 names mean no layer .*: lora_unet_b; .*: a, c$"):
+        found(["lora_unet_a", "lora_unet_b"], "a", "c")
+    with pytest.raises(AdapterError, match=r"lora_te_b; .*pass component= .* of te, unet$"):
+        found(["lora_unet_a", "lora_te_b"], "a")
+
+
+def test_two_names_of_one_layer_ask_for_one_part() -> None:
+    with pytest.raises(AdapterError, match="lora_te1_a and lora_te2_a are both of a; pass comp"):
+        found(["lora_te1_a", "lora_te2_a"], "a")
+
+
+def test_layers_of_all_kinds_are_meant() -> None:
+    kinds = {
+        "a.b": layer("Conv2d", "conv2d", (5, 3, 3, 3)),
+        "a.c": layer("LayerNorm", "norm", (5,)),
+        "d": layer("Embedding", "embedding", (5, 11)),
+    }
+    names = ["lycoris_a_b", "lycoris_a_c", "lycoris_d"]
+    assert list(resolve(names, kinds).values()) == list(kinds)
+
+
+def test_a_layer_that_no_adapter_acts_on_is_refused_by_name() -> None:
+    with pytest.raises(AdapterError, match=r"_a_b is of a\.b, a ConvTranspose2d; linear, "):
+        resolve(
+            ["lora_unet_a_b"], {"a.b": layer("ConvTranspose2d", "conv_transpose2d", (5, 3, 1, 1))}
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "component", "name"),
+    [
+        ("a.b_c", "unet", "lora_unet_a_b_c"),
+        ("a.b", "lycoris", "lycoris_a_b"),
+        ("unet.a.b", None, "lora_unet_a_b"),
+        ("transformer.a", None, "lora_unet_a"),
+        ("text_encoder.a", None, "lora_te_a"),
+        ("text_encoder_2.a", None, "lora_te2_a"),
+    ],
+)
+def test_a_path_has_one_name(path: str, component: str | None, name: str) -> None:
+    assert name_of(path, [path, "text_encoder.b"], component) == name
+    if name == "lora_te_a":
+        assert name_of(path, [path, "text_encoder_2.b"], component) == "lora_te1_a"
+
+
+@pytest.mark.parametrize("path", ["a.b", "unet"])
+def test_a_path_of_no_part_is_refused(path: str) -> None:
+    with pytest.raises(AdapterError, match=f"{path} begins with no part .*; pass component="):
+        name_of(path, [path], None)

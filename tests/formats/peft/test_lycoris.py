@@ -1,0 +1,104 @@
+"""LoKr that LyCORIS cut, in PEFT's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lokr.layer import factorization
+from torch import nn
+
+from lora_fx import Adapter, AdapterError
+from lora_fx.formats import save_adapter
+from lora_fx.formats.peft.lycoris import split
+from lora_fx.kinds import KINDS
+from lora_fx.testing import relative
+
+Leaves = dict[str, tuple[int, ...]]
+
+
+@pytest.mark.parametrize("factor", [-1, *range(1, 17)])
+def test_sizes_are_split_as_peft_splits_them(factor: int) -> None:
+    assert [split(n, factor) for n in range(1, 130)] == [
+        factorization(n, factor) for n in range(1, 130)
+    ]
+
+
+FULL: Leaves = {"lokr_w1": (2, 2), "lokr_w2": (6, 4)}  # of 8 -> 12, by a factor of 2
+LOW: Leaves = {"lokr_w1": (2, 2), "lokr_w2_a": (6, 1), "lokr_w2_b": (1, 4)}
+BOTH: Leaves = {
+    "lokr_w1_a": (4, 1),
+    "lokr_w1_b": (1, 4),
+    "lokr_w2_a": (4, 1),
+    "lokr_w2_b": (1, 5),
+}  # of 20 -> 16
+CONV: Leaves = {"lokr_w1": (2, 2), "lokr_w2_a": (6, 1), "lokr_w2_b": (1, 36)}
+CORE: Leaves = {
+    "lokr_w1": (2, 2),
+    "lokr_t2": (1, 1, 3, 3),
+    "lokr_w2_a": (1, 6),
+    "lokr_w2_b": (1, 4),
+}
+CASES: dict[str, tuple[nn.Module, Leaves]] = {
+    "full": (nn.Linear(8, 12), FULL),
+    "low": (nn.Linear(8, 12), LOW),
+    "both low": (nn.Linear(20, 16), BOTH),
+    "convolution": (nn.Conv2d(8, 12, 3), CONV),
+    "core": (nn.Conv2d(8, 12, 3), CORE),
+}
+
+
+def adapter_of(layer: Any, leaves: Leaves, scale: float = 0.75) -> Adapter:
+    make = torch.Generator().manual_seed(0)
+    tensors = {leaf: torch.randn(shape, generator=make) for leaf, shape in leaves.items()}
+    settings = {"scale": scale, "shape": tuple(layer.weight.shape), "writer": "lycoris"}
+    return Adapter("a", {"0": KINDS["lokr"].read(tensors, settings)})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_cuts_the_layer_the_same_way(name: str, tmp_path: Path) -> None:
+    layer, leaves = CASES[name]
+    torch.manual_seed(0)
+    base = nn.Sequential(type(layer)(*sizes(layer)))
+    before = base[0].weight.detach().clone()
+    adapter = adapter_of(layer, leaves)
+    save_adapter(adapter, tmp_path / "a")
+    merged = peft.PeftModel.from_pretrained(base, str(tmp_path / "a")).merge_and_unload()
+    wanted = merged[0].weight.detach()
+    assert relative(adapter.updates["0"].weight(before), wanted) <= 1e-6
+    louder = adapter_of(layer, leaves, 0.9).updates["0"]
+    assert relative(louder.weight(before), wanted) > 1e-2
+
+
+def sizes(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels, layer.kernel_size[0]
+
+
+REFUSED: dict[str, tuple[nn.Module, Leaves]] = {
+    "two larger factors": (nn.Linear(8, 12), {"lokr_w1": (6, 4), "lokr_w2": (2, 2)}),
+    "a rank that is not low": (
+        nn.Linear(8, 12),
+        {"lokr_w1": (2, 2), "lokr_w2_a": (6, 5), "lokr_w2_b": (5, 4)},
+    ),
+    "two ranks": (
+        nn.Linear(20, 16),
+        {**BOTH, "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)},
+    ),
+    "one axis of a kernel": (
+        nn.Conv1d(8, 12, 3),
+        {"lokr_w1": (2, 2), "lokr_w2": (6, 4, 3)},
+    ),
+    "a magnitude": (nn.Linear(8, 12), {**FULL, "dora_scale": (12, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_would_cut_otherwise_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no one type of PEFT holds lokr: 0"):
+        save_adapter(adapter_of(*REFUSED[name]), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
