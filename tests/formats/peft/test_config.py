@@ -133,7 +133,9 @@ def test_a_feature_is_refused_by_name_unless_it_is_off(
         of(name, **{field: off})
 
 
-@pytest.mark.parametrize(("name", "field"), [*each("neutral"), *(("LORA", f) for f in sorted(NEUTRAL))])
+@pytest.mark.parametrize(
+    ("name", "field"), [*each("neutral"), *(("LORA", f) for f in sorted(NEUTRAL))]
+)
 def test_a_neutral_field_may_be_anything(name: str, field: str) -> None:
     for value in ("this", 0, {"parent_library": "this"}):
         assert of(name, **{field: value}) == of(name)
