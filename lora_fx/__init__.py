@@ -33,7 +33,7 @@ from lora_fx.injection.read_adapter import adapter_from
 from lora_fx.numerics import compare
 
 if TYPE_CHECKING:
-    from lora_fx import export, passes, testing
+    from lora_fx import export, passes, tasks, testing
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx
     from lora_fx.formats import load_adapter, save_adapter
 
@@ -48,7 +48,7 @@ _LAZY = {
     "load_adapter": "lora_fx.formats",
     "save_adapter": "lora_fx.formats",
 }
-_ROOMS = {"export", "passes", "testing"}
+_ROOMS = {"export", "passes", "tasks", "testing"}
 
 
 def __getattr__(name: str) -> Any:
@@ -96,6 +96,7 @@ __all__ = [
     "load_adapter",
     "passes",
     "save_adapter",
+    "tasks",
     "testing",
     "text",
     "to_onnx",

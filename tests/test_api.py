@@ -76,6 +76,7 @@ inject(gm, adapter, *, strict=True)
 load_adapter(path, *, name=None, format='auto', base=None, strict=True, **hints)
 passes
 save_adapter(adapter, path, *, format='peft', force=False, **hints)
+tasks
 testing
 text(gm)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
@@ -111,6 +112,12 @@ to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, d
     input_names=None, output_names=None, slots=None, vectors=None, opset=None,
     external_data_above=128000000, force=False, progress=None)
 verify_onnx(gm, path, *, adapters=(), progress=None)
+""",
+    "lora_fx.tasks": """
+ModelSource
+TASKS
+Task
+load(directory, task=None, *, adapters=(), last_logits=False, component=None, dtype=None)
 """,
     "lora_fx.testing": """
 Attention(size, crossed=False, bias=True)
@@ -168,7 +175,7 @@ zoo(name)
 }
 # Made by us, and read by a user.
 GIVEN = {"Checked", "Edit", "Editor", "ExportReport", "Exported", "Foreign", "PassResult", "Site"}
-GIVEN |= {"Case", "SavedCase", "Sample"}
+GIVEN |= {"Case", "ModelSource", "SavedCase", "Sample", "Task"}
 # What was promised first: later versions may only add what is optional.
 CONTRACT = """
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto')

@@ -14,10 +14,11 @@ import typer
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.cli.model_source import ModelSource, find_model
+from lora_fx.cli.model_source import find_model
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats import FORMATS, load_adapter
 from lora_fx.frontend.trace import trace
+from lora_fx.tasks.model_source import ModelSource
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.cli.adapter_options import Given, base_of, named
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
-from lora_fx.cli.model_source import ModelSource, dtype_named, find_model
+from lora_fx.cli.model_source import dtype_named, find_model
 from lora_fx.cli.parts import Parts, Report, Work, adapter_file, part_work, share_of, shared_out
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.formats import save_adapter
@@ -21,6 +21,7 @@ from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
+from lora_fx.tasks.model_source import ModelSource
 from lora_fx.tasks.pipeline import is_pipeline
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TypeVar
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.cli.model_source import ModelSource
-from lora_fx.cli.pipeline_source import WRAPPER
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.tasks.model_source import ModelSource
+from lora_fx.tasks.pipeline_source import WRAPPER
 
 T = TypeVar("T")
 

@@ -5,85 +5,26 @@ from __future__ import annotations
 import copy
 import logging
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.cli.user_code import load_module, users_code
-from lora_fx.errors import LoraFxError, within
-from lora_fx.frontend.trace import trace
-from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK, example_of, remember_example
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.example import DTYPE
 from lora_fx.tasks.adapter_task import AdapterTask
-from lora_fx.tasks.calls import Call, as_it_is
-from lora_fx.tasks.client_files import write_companions, written_beside
-from lora_fx.tasks.directory import load_directory, prepared_by
+from lora_fx.tasks.model_source import ModelSource, from_directory
 from lora_fx.tasks.pipeline import is_pipeline
-from lora_fx.tasks.table import task_named
+from lora_fx.tasks.pipeline_source import from_pipeline
 
-MODEL = "model.onnx"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FORMS = "expected a Hugging Face directory, module:function, file.py:function, or a .pt2 file"
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model with the inputs to trace it with.
-
-    Attributes:
-        model: a module in eval mode, or a program that remembers its inputs.
-        args: example inputs by position.
-        kwargs: example inputs by name.
-        dynamic_shapes: as `lora_fx.trace` takes it.
-        lacks: parameters without a value, which an adapter must bring.
-        task: what it is exported for, as a file's metadata has it.
-        input_names: what the file calls some of the inputs, by the names that they would have.
-        generates: whether it is a decoder with a cache.
-        file: the name of the file that it is exported to.
-        more: what else is exported of the same model, a file each.
-        beside: the names of what clients need beside the file.
-        write_beside: writes these into a directory.
-        component: of a diffusers directory, which of a pipeline's models this is.
-        base: what an adapter's names are of, where it is more than this model.
-        chosen: the component that alone is exported of a pipeline.
-    """
-
-    model: nn.Module | torch.export.ExportedProgram
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    dynamic_shapes: Any = None
-    lacks: tuple[str, ...] = ()
-    task: Mapping[str, str] = field(default_factory=dict)
-    input_names: Mapping[str, str] | None = None
-    generates: bool = False
-    file: str = MODEL
-    more: tuple[ModelSource, ...] = ()
-    beside: Sequence[str] = ()
-    write_beside: Callable[[Path], None] | None = None
-    component: str = ""
-    base: nn.Module | None = None
-    chosen: str | None = None
-
-    @property
-    def label(self) -> str:
-        """What tells it from the other files of its model; nothing where there is one alone."""
-        path = Path(self.file)
-        return "" if self.file == MODEL else path.parent.name or path.stem
-
-    def traced(self) -> fx.GraphModule:
-        """Its graph, which remembers what its file is for, and what that calls the inputs."""
-        gm = trace(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
-        example = example_of(gm)
-        assert example is not None, "trace remembers what it is given"
-        named = replace(example, input_names=self.input_names, task=self.task)
-        remember_example(gm, replace(named, generates=self.generates))
-        return gm
 
 
 def dtype_named(word: str | None) -> torch.dtype | None:
@@ -147,7 +88,7 @@ def _found(
     if path.is_dir() and is_pipeline(path):
         return _from_diffusers(path, component, dtype, adapters is not None, task, last_logits)
     if path.is_dir():
-        return _from_directory(path, adapters or AdapterTask(), task, last_logits, dtype)
+        return from_directory(path, adapters or AdapterTask(), task, last_logits, dtype)
     if task is not None or last_logits:
         raise LoraFxError(f"{spec}: --task and --last-logits are for a Hugging Face directory")
     if path.suffix == ".pt2":
@@ -165,8 +106,6 @@ def _from_diffusers(
     task: str | None,
     last_logits: bool,
 ) -> ModelSource:
-    from lora_fx.cli.pipeline_source import from_pipeline
-
     if task is not None or last_logits:
         raise LoraFxError(
             f"{path}: --task and --last-logits are for models of transformers; each model of a "
@@ -246,36 +185,3 @@ def _checked(spec: str, returned: Any) -> ModelSource:
     if not isinstance(args, tuple | None) or not isinstance(kwargs, Mapping | None):
         raise LoraFxError(f"{spec}: args must be a tuple and kwargs a mapping of example inputs")
     return ModelSource(model, args or (), kwargs or {}, shapes)
-
-
-def _from_directory(
-    path: Path,
-    adapters: AdapterTask,
-    task: str | None,
-    last_logits: bool,
-    dtype: torch.dtype | None,
-) -> ModelSource:
-    loaded = load_directory(path, adapters, task_named(task) if task else None, dtype)
-    prepared = replace(prepared_by(path, loaded.model.config), last_logits=last_logits)
-    with within(path):
-        calls = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
-        if last_logits and not calls[0].generates:
-            raise LoraFxError("--last-logits is for a decoder with a cache")
-    noted = {TASK: loaded.task.name} if loaded.task else {}
-    noted |= {LAST_LOGITS: "true"} if last_logits else {}
-    first, *more = (_of_call(call, noted) for call in calls)
-    return replace(
-        first,
-        lacks=loaded.lacks,
-        more=tuple(more),
-        beside=written_beside(path, calls[0]),
-        write_beside=partial(write_companions, path, model=loaded.model, call=calls[0]),
-    )
-
-
-def _of_call(call: Call, noted: Mapping[str, str]) -> ModelSource:
-    inputs = call.kwargs, call.dynamic_shapes
-    return ModelSource(
-        call.model, (), *inputs, task=noted, input_names=call.input_names,
-        generates=call.generates, file=call.file,
-    )  # fmt: skip

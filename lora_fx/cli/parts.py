@@ -12,11 +12,11 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.cli.components import of_components
-from lora_fx.cli.model_source import ModelSource
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding, bind, targeted
 from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.sites import by_path
+from lora_fx.tasks.model_source import ModelSource
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport

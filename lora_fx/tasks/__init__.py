@@ -4,6 +4,8 @@ Pipelines of diffusers likewise, by their components. This room alone imports th
 a directory is read.
 """
 
+from lora_fx.tasks.load import load
+from lora_fx.tasks.model_source import ModelSource
 from lora_fx.tasks.table import TASKS, Task
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["TASKS", "ModelSource", "Task", "load"]

@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Adapter, AdapterError, Update
 from lora_fx.cli.adapter_options import Given, base_of, named
-from lora_fx.cli.model_source import ModelSource
+from lora_fx.tasks import ModelSource
 
 
 @pytest.mark.parametrize(

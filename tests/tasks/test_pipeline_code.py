@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from lora_fx.cli.model_source import ModelSource
+from lora_fx.tasks import ModelSource
 from lora_fx.tasks.directory import Loaded
 from lora_fx.tasks.pipeline import Pipeline
 from lora_fx.tasks.pipeline_calls import calls_of

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.cli.model_source import ModelSource
 from lora_fx.errors import within
 from lora_fx.graph.example import TASK
 from lora_fx.tasks.calls import Call
+from lora_fx.tasks.model_source import MODEL, ModelSource
 from lora_fx.tasks.pipeline import Pipeline, load_pipeline
 from lora_fx.tasks.pipeline_calls import calls_of
 from lora_fx.tasks.pipeline_files import copies_of, write_copies
@@ -49,7 +49,7 @@ def from_pipeline(
     parts = [p for p in parts if component not in _HALVES or component == _place(p[1])]
     calls = [call for _, call in parts]
     if chosen and len(parts) == 1:
-        calls = [replace(calls[0], file="model.onnx")]
+        calls = [replace(calls[0], file=MODEL)]
     sources = [
         _part(name, _place(own), call) for (name, own), call in zip(parts, calls, strict=True)
     ]
