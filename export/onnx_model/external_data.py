@@ -11,6 +11,7 @@ from pathlib import Path
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, external_data_helper, helper
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.io.plain_file import check_plain
 
 _KEYS = {"location", "offset", "length", "checksum"}
 _REQUIRED = {"location", "offset", "length"}
@@ -111,4 +112,4 @@ def _size(path: Path, location: str) -> int:
         raise ExportError(f"{path}: its data file {location}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise ExportError(f"{path}: its data file {location} is a link or no plain file: copy it")
-    return status.st_size
+    return check_plain(path.with_name(location), ExportError)

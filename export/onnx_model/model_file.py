@@ -13,9 +13,11 @@ from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
+from lora_fx.io.plain_file import check_plain
 
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
+_MAX_MODEL = (1 << 31) - 1  # protobuf's own limit
 
 
 def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> None:
@@ -82,6 +84,7 @@ def load_proto(path: Path) -> onnx.ModelProto:
     Raises:
         ExportError: the file is missing or no ONNX model.
     """
+    check_plain(path, ExportError, _MAX_MODEL)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:

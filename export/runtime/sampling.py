@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.errors import ExportError, within
+from lora_fx.errors import ExportError
+from lora_fx.io.plain_file import read_plain
+from lora_fx.io.strict_json import MAX_BYTES
 
 Array = np.ndarray[Any, Any]
 
@@ -82,8 +84,7 @@ class Ends:
         beside = model.with_name("generation_config.json")
         said = {}
         if beside.is_file() and (given is None or pad is None):
-            with within(beside):
-                said = _read(beside)
+            said = _read(beside)
         tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
         found = tuple(int(token) for token in several if token is not None)
@@ -93,7 +94,7 @@ class Ends:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"cannot be read: {error}") from error
+        found = json.loads(read_plain(path, MAX_BYTES, ExportError))
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}

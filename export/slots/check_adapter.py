@@ -14,10 +14,12 @@ from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
 from lora_fx.injection.branch_tensors import Terms
 from lora_fx.injection.finite_values import overflow
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.tensor_checks import check_tensors
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
+_MAX_FILE = (1 << 31) - 1  # flatbuffers' own limit
 _DAMAGE = (*ERRORS, RuntimeError, ValueError)  # ValueError: a name that is not UTF-8
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 _TYPES = {
@@ -109,6 +111,7 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
     Raises:
         AdapterError: it is missing, is no adapter file, or is damaged.
     """
+    check_plain(path, most=_MAX_FILE)
     try:
         with path.open("rb") as file:
             start = file.read(8)

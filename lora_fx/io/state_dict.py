@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, within
 from lora_fx.io.atomic import publish
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
 from lora_fx.io.tensor_checks import check_tensors
 
@@ -108,6 +109,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: not a zip archive of plain members, or not names to dense float tensors.
     """
+    check_plain(path)
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

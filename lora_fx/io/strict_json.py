@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lora_fx.errors import AdapterError, within
+from lora_fx.io.plain_file import read_plain
 
 MAX_BYTES = 1 << 20
 
@@ -18,13 +19,7 @@ def read_object(path: Path) -> dict[str, object]:
     Raises:
         AdapterError: the file cannot be read, is larger, or is not strictly a JSON object.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise AdapterError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_plain(path, MAX_BYTES)
     with within(path):
         return parse_object(data)
 

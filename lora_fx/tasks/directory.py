@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
+from lora_fx.io.plain_file import read_plain
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
+
+_MAX_JSON = 64 << 20  # the index of a large model's weights has megabytes
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ def read_json(file: Path) -> Any:
         LoraFxError: it cannot be read.
     """
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_plain(file, _MAX_JSON, LoraFxError))
+    except (ValueError, RecursionError) as error:
         raise LoraFxError(f"{file}: cannot be read: {error}") from error
 
 
