@@ -68,9 +68,7 @@ def tensors_of_holes(path: Path) -> None:
 def model_before_zeros(path: Path) -> None:
     """A model that is right, and 2 GB of holes."""
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
-    sizes = [
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in ("x", "y")
-    ]
+    sizes = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in ("x", "y")]
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", sizes[:1], sizes[1:]))
     path.write_bytes(model.SerializeToString())
     os.truncate(path, 2 * GIGA - 1)
