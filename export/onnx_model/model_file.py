@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError
 from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
+from lora_fx.export.onnx_model.tensor_protos import check_model
+from lora_fx.export.onnx_model.wire import check_outline
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
 from lora_fx.io.plain_file import check_plain
@@ -84,8 +86,10 @@ def load_proto(path: Path) -> onnx.ModelProto:
     Raises:
         ExportError: the file is missing or no ONNX model.
     """
-    check_plain(path, ExportError, _MAX_MODEL)
+    size = check_plain(path, ExportError, _MAX_MODEL)
     try:
+        with within(path):
+            check_outline(path, size)
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
@@ -93,6 +97,8 @@ def load_proto(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path}: not an ONNX file: {error}") from error
     if not model.graph.node and not model.graph.output:
         raise ExportError(f"{path}: not an ONNX file: it holds no graph")
+    with within(path):
+        check_model(model)
     return model
 
 

@@ -10,6 +10,7 @@ from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
+from lora_fx.export.slots.adapter_table import count_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
 from lora_fx.injection.branch_tensors import Terms
@@ -126,10 +127,22 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
         stored = ort.AdapterFormat.read_adapter(str(path))
     except _DAMAGE as error:
         raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
+    with within(path):
+        _refuse_twice(path, stored)
     if stored.get_format_version() != FORMAT_VERSION:
         found = stored.get_format_version()
         raise AdapterError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
     return stored
+
+
+def _refuse_twice(path: Path, stored: ort.AdapterFormat) -> None:
+    """Refuses two values of one name: onnxruntime keeps one of them, without a word."""
+    listed, found = count_of(path), len(_shapes(stored))
+    if listed != found:
+        raise AdapterError(
+            f"{listed} values of {found} names, expected a name for each: a name stands twice; "
+            "make it again with export_adapter"
+        )
 
 
 def load_adapter(path: Path) -> ort.LoraAdapter:
