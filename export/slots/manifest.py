@@ -157,7 +157,7 @@ def _check_sizes(model: ModelProto, manifest: Manifest) -> None:
             pairs = zip(sizes, shapes[name], strict=False)
             if len(sizes) != len(shapes[name]) or any(s not in (None, n) for s, n in pairs):
                 raise ExportError(
-                    f"{KEY}: {name} is of {sizes}, but {shapes[name]} in the graph: use the file as "
+                    f"{KEY}: {name} is of {sizes}, but {shapes[name]} in the graph: use the file "
                     "as it was exported, or export it again"
                 )
 
