@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.tasks.calls import Call
-from lora_fx.tasks.directory import read_json
+from lora_fx.tasks.directory_files import read_json
 
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".data", ".ot", ".gguf",

@@ -1,0 +1,70 @@
+"""The files of a model's directory, looked at before transformers reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import LoraFxError, shorten
+from lora_fx.io.plain_file import check_plain, read_plain
+
+MAX_JSON = 64 << 20  # the index of a large model's weights has megabytes
+_READ = {".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja"}
+_INDEX = ".index.json"
+
+
+def check_files(directory: Path) -> None:
+    """Refuses what transformers would wait for, or follow to another directory.
+
+    A link is followed: a cache of models is made of them. A name in an index is not, beyond the
+    directory: it comes with the model.
+
+    Raises:
+        LoraFxError: names the file, what was found and what was expected.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.suffix not in _READ or file.is_dir():
+            continue
+        check_plain(file, LoraFxError, MAX_JSON if file.suffix == ".json" else None)
+        if file.name.endswith(_INDEX):
+            _check_index(file)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of a directory holds.
+
+    Raises:
+        LoraFxError: it cannot be read.
+    """
+    try:
+        return json.loads(read_plain(file, MAX_JSON, LoraFxError))
+    except (ValueError, RecursionError) as error:
+        raise LoraFxError(f"{file}: cannot be read: {error}") from error
+
+
+def _check_index(file: Path) -> None:
+    """Refuses an index of weights that is not names of tensors to names of files beside it."""
+    found = read_json(file)
+    names = found.get("weight_map") if isinstance(found, dict) else found
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise LoraFxError(
+            f"{file}: weight_map is {names!r:.80}, expected names of tensors to names of files: "
+            "save the model again"
+        )
+    files = sorted(set(names.values()))
+    if odd := [repr(name)[:80] for name in files if not _is_name(name)]:
+        raise LoraFxError(
+            f"{file}: the weights lie at {shorten(odd)}, expected names of files beside it: put "
+            "them there, or save the model again"
+        )
+    if lost := [name[:80] for name in files if not file.with_name(name).is_file()]:
+        raise LoraFxError(
+            f"{file}: names {shorten(lost)}, which are not there, expected every file of weights: "
+            "download or save the model again"
+        )
+
+
+def _is_name(name: str) -> bool:
+    plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 256
+    return plain and not set(name) & set("\\:\0")
