@@ -61,7 +61,7 @@ def byte_size(tensor: TensorProto) -> int:
     """How many bytes a tensor's shape and type take."""
     small = next((bits for bits, types in _BITS.items() if tensor.data_type in types), 0)
     bits = small or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) * bits // 8)
+    return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
 def _check_tensor(tensor: TensorProto) -> None:

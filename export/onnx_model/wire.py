@@ -35,7 +35,7 @@ def check_outline(path: Path, size: int) -> None:
 
 def _fields(data: mmap.mmap, start: int, end: int, wanted: int | None) -> list[tuple[int, int]]:
     """Walks over fields, and gives where the content of those of one number lies."""
-    found = []
+    found: list[tuple[int, int]] = []
     position = start
     for _ in range(_MOST_FIELDS):
         if position >= end:
