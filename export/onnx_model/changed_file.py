@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,20 @@ def check_digests(model: ModelProto, path: Path) -> None:
     with within(f"{path}: {KEY}"):
         stored = _read(text)
     check_external_data(model, path)
+    _refuse_twice(model, path)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         waiting = {t.name: pool.submit(_digest_on_disk, t, path) for t in external_tensors(model)}
         found = digests_of(model, lambda tensor: waiting[tensor.name].result())
     if found != stored:
         raise ExportError(f"{path}: not what was exported: {_difference(found, stored, model)}")
+
+
+def _refuse_twice(model: ModelProto, path: Path) -> None:
+    """Of two tensors of one name, only one would be held against its digest."""
+    beside = Counter(tensor.name for tensor in external_tensors(model))
+    held = Counter(tensor.name for tensor in model.graph.initializer)
+    if twice := sorted(name for name in beside | held if max(beside[name], held[name]) > 1):
+        raise ExportError(f"{path}: two tensors of one name: {shorten(twice)}: {_ADVICE}")
 
 
 def _digest_on_disk(tensor: TensorProto, path: Path) -> str:

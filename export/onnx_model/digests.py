@@ -14,6 +14,7 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, TensorProto, external_data_helper, numpy_helper
 
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.external_data import external_tensors
 from lora_fx.export.slots.manifest import KEY as SLOTS
 
@@ -95,8 +96,18 @@ def _digest_inline(tensor: TensorProto) -> str:
     elif tensor.data_type == TensorProto.STRING:
         digest.update(repr(list(tensor.string_data)).encode())
     else:
-        digest.update(numpy_helper.to_array(tensor).tobytes())
+        digest.update(_values(tensor))
     return short(digest)
+
+
+def _values(tensor: TensorProto) -> bytes:
+    try:
+        return numpy_helper.to_array(tensor).tobytes()
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ExportError(
+            f"tensor {tensor.name!r:.80}: its values do not fill its shape {list(tensor.dims)}: "
+            f"{error}: export it again"
+        ) from error
 
 
 def _graph_digest(model: ModelProto) -> str:

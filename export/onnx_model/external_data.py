@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, external_data_helper, helper
+from onnx import ModelProto, TensorProto, external_data_helper
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.export.onnx_model.tensor_protos import byte_size, every_tensor
+from lora_fx.io.plain_file import check_plain
 
 _KEYS = {"location", "offset", "length", "checksum"}
+_PLACE = re.compile("[0-9]{1,18}")  # ASCII, and no more than a file can have
 _REQUIRED = {"location", "offset", "length"}
 
 
@@ -61,14 +64,8 @@ def check_external_data(model: ModelProto, path: Path) -> None:
 
 
 def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """The tensors whose bytes lie beside the model, in its graph and in those of its branches."""
-    graphs = [model.graph]
-    while graphs:
-        graph: GraphProto = graphs.pop()
-        attributes: list[AttributeProto] = [a for node in graph.node for a in node.attribute]
-        graphs += [inner for a in attributes for inner in (a.g, *a.graphs) if inner.node]
-        tensors = [*graph.initializer, *(t for a in attributes for t in (a.t, *a.tensors))]
-        yield from (t for t in tensors if external_data_helper.uses_external_data(t))
+    """The tensors whose bytes lie beside the model, wherever in it they are."""
+    return (t for t in every_tensor(model) if external_data_helper.uses_external_data(t))
 
 
 def range_of(tensor: TensorProto, path: Path) -> Range:
@@ -85,14 +82,16 @@ def range_of(tensor: TensorProto, path: Path) -> Range:
         found = f"unknown or repeated: {shorten(odd) or 'none'}"
         raise ExportError(f"{where}: external data keys: {found}; missing: {shorten(lacking)}")
     values = {entry.key: entry.value for entry in tensor.external_data}
-    if not (values["offset"].isdecimal() and values["length"].isdecimal()):
-        raise ExportError(f"{where}: offset {values['offset']!r}, length {values['length']!r}")
+    if not all(_PLACE.fullmatch(values[key]) for key in ("offset", "length")):
+        raise ExportError(
+            f"{where}: offset {values['offset']!r:.80}, length {values['length']!r:.80}, expected "
+            "whole numbers of at most 18 digits: export it again"
+        )
     offset, length = int(values["offset"]), int(values["length"])
-    itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    if length != math.prod(tensor.dims) * itemsize:
+    if length != byte_size(tensor):
         raise ExportError(
             f"{where}: {length} bytes of external data, its shape {list(tensor.dims)} takes "
-            f"{math.prod(tensor.dims) * itemsize}"
+            f"{byte_size(tensor)}"
         )
     return Range(values["location"], offset, length, tensor.name)
 
@@ -111,4 +110,4 @@ def _size(path: Path, location: str) -> int:
         raise ExportError(f"{path}: its data file {location}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise ExportError(f"{path}: its data file {location} is a link or no plain file: copy it")
-    return status.st_size
+    return check_plain(path.with_name(location), ExportError)

@@ -11,11 +11,15 @@ from google.protobuf.message import DecodeError
 from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
+from lora_fx.export.onnx_model.tensor_protos import check_model
+from lora_fx.export.onnx_model.wire import check_outline
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
+from lora_fx.io.plain_file import check_plain
 
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
+_MAX_MODEL = (1 << 31) - 1  # protobuf's own limit
 
 
 def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> None:
@@ -82,7 +86,10 @@ def load_proto(path: Path) -> onnx.ModelProto:
     Raises:
         ExportError: the file is missing or no ONNX model.
     """
+    size = check_plain(path, ExportError, _MAX_MODEL)
     try:
+        with within(path):
+            check_outline(path, size)
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
@@ -90,6 +97,8 @@ def load_proto(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path}: not an ONNX file: {error}") from error
     if not model.graph.node and not model.graph.output:
         raise ExportError(f"{path}: not an ONNX file: it holds no graph")
+    with within(path):
+        check_model(model)
     return model
 
 

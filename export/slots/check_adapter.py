@@ -10,14 +10,17 @@ from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
+from lora_fx.export.slots.adapter_table import count_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
 from lora_fx.injection.branch_tensors import Terms
 from lora_fx.injection.finite_values import overflow
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.tensor_checks import check_tensors
 
 IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
+_MAX_FILE = (1 << 31) - 1  # flatbuffers' own limit
 _DAMAGE = (*ERRORS, RuntimeError, ValueError)  # ValueError: a name that is not UTF-8
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 _TYPES = {
@@ -109,6 +112,7 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
     Raises:
         AdapterError: it is missing, is no adapter file, or is damaged.
     """
+    check_plain(path, most=_MAX_FILE)
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -123,10 +127,22 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
         stored = ort.AdapterFormat.read_adapter(str(path))
     except _DAMAGE as error:
         raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
+    with within(path):
+        _refuse_twice(path, stored)
     if stored.get_format_version() != FORMAT_VERSION:
         found = stored.get_format_version()
         raise AdapterError(f"{path}: format version {found}, expected {FORMAT_VERSION}")
     return stored
+
+
+def _refuse_twice(path: Path, stored: ort.AdapterFormat) -> None:
+    """Refuses two values of one name: onnxruntime keeps one of them, without a word."""
+    listed, found = count_of(path), len(_shapes(stored))
+    if listed != found:
+        raise AdapterError(
+            f"{listed} values of {found} names, expected a name for each: a name stands twice; "
+            "make it again with export_adapter"
+        )
 
 
 def load_adapter(path: Path) -> ort.LoraAdapter:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any, get_type_hints
 
 from onnx import ModelProto
@@ -20,6 +22,10 @@ from lora_fx.layers.sites import Site, by_path, readers
 
 KEY = "lora_fx.slots"
 VERSION = 2
+_MAX_TEXT = 16 << 20
+_MOST_AXES = 8
+_MOST = (1 << 31) - 1  # of one axis
+_MOST_VALUES = 1 << 48  # of a weight: more than any disk holds
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SINCE = {"groups": 1}  # fields that older manifests lack; one of this value is not written
 
@@ -91,12 +97,16 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
     text = metadata.get(KEY)
     if text is None:
         return None
+    if len(text) > _MAX_TEXT:
+        raise ExportError(f"{KEY}: {len(text)} characters, expected at most {_MAX_TEXT}")
     with within(KEY):
         values = versioned(text, VERSION)
     slots = values.get("slots")
     if not isinstance(slots, list) or not isinstance(values.get("base"), str):
         raise ExportError(f"{KEY}: no list of slots or no base digest: export again")
     manifest = Manifest(tuple(_slots(slots)))
+    if len(set(manifest.names)) < len(manifest.names):
+        raise ExportError(f"{KEY}: two slots of one name: export the model again")
     if json.loads(manifest.to_json()) != values:
         raise ExportError(f"{KEY}: unknown or missing fields: export the model again")
     return manifest
@@ -110,11 +120,11 @@ def versioned(text: str, version: int) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise ExportError(f"not JSON ({error}): export the model again") from error
     found = values.get("version") if isinstance(values, dict) else None
     if found != version:
-        raise ExportError(f"version {found!r}, expected {version}: export again")
+        raise ExportError(f"version {found!r:.80}, expected {version}: export again")
     return dict(values)
 
 
@@ -136,15 +146,41 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
             "manifest does not list: another tool rewrote the file; use it as it was exported, or "
             "export it again"
         )
+    _check_sizes(model, manifest)
+
+
+def _check_sizes(model: ModelProto, manifest: Manifest) -> None:
+    """Refuses sizes that the graph has not: memory is taken by what the manifest says."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for slot in manifest.slots:
+        for name, sizes in slot.inputs.values():
+            pairs = zip(sizes, shapes[name], strict=False)
+            if len(sizes) != len(shapes[name]) or any(s not in (None, n) for s, n in pairs):
+                raise ExportError(
+                    f"{KEY}: {name} is of {sizes}, but {shapes[name]} in the graph: use the file "
+                    "as it was exported, or export it again"
+                )
 
 
 def _slots(entries: Sequence[Any]) -> Iterator[AnySlot]:
     for place, entry in enumerate(entries):
         kind = entry.get("kind") if isinstance(entry, dict) else None
         slot = _slot(class_of(kind), entry if isinstance(entry, dict) else {}, place)
-        if slot.dtype not in DTYPES or not slot.is_sound():
-            raise ExportError(f"{KEY}: slot {place}: kind, dtype or size out of range: {entry}")
+        if slot.dtype not in DTYPES or not _is_of_weights(entry) or not slot.is_sound():
+            raise ExportError(
+                f"{KEY}: slot {place}: kind, dtype or size out of range: {entry!r:.300}: export "
+                "the model again"
+            )
         yield slot
+
+
+def _is_of_weights(entry: Mapping[str, Any]) -> bool:
+    """Whether a file could have a weight of the sizes that an entry speaks of."""
+    lists = [value for value in entry.values() if isinstance(value, list)]
+    if any(len(value) > _MOST_AXES for value in lists):
+        return False
+    sizes = [n for n in (*entry.values(), *chain(*lists)) if type(n) is int]
+    return max(sizes, default=0) <= _MOST and math.prod(max(n, 1) for n in sizes) < _MOST_VALUES
 
 
 def _slot(cls: type[AnySlot], entry: Mapping[str, Any], place: int) -> AnySlot:
@@ -154,6 +190,6 @@ def _slot(cls: type[AnySlot], entry: Mapping[str, Any], place: int) -> AnySlot:
         kind = list if types[field.name] not in (str, int, bool) else types[field.name]
         if type(value) is not kind:
             shown = None if value is MISSING else value
-            raise ExportError(f"{KEY}: slot {place}: {field.name} is {shown!r}")
+            raise ExportError(f"{KEY}: slot {place}: {field.name} is {shown!r:.80}")
         values[field.name] = tuple(value) if kind is list else value
     return cls(**values)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
-from lora_fx.adapters.safe_regex import compile_bounded
+from lora_fx.adapters.safe_regex import BoundedRegex, compile_bounded
 from lora_fx.errors import AdapterError
 
 T = TypeVar("T")
@@ -41,10 +40,10 @@ class TargetRule:
     _excluded: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Closes the sequences and refuses a rule that PEFT would not run, or not in bounded time.
+        """Closes the sequences and refuses a rule that PEFT would not run.
 
         Raises:
-            AdapterError: a field of the wrong type, an unbounded regex, or layers of a regex.
+            AdapterError: a field of the wrong type, a malformed regex, or layers of a regex.
         """
         indices = _indices(self.layers_to_transform)
         for name in ("target_modules", "exclude_modules", "layers_pattern", "saved_modules"):
@@ -78,6 +77,9 @@ class TargetRule:
         Args:
             path: dotted module path. Under ``"all-linear"`` the caller asks about linear layers
                 only, and not about the output embedding.
+
+        Raises:
+            SlowRegexError: a regex of the rule is not done in time.
         """
         if self._is_excluded(path) or self._is_saved(path):
             return False
@@ -130,18 +132,14 @@ def pattern_matches(key: str, path: str) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _key_regex(key: str) -> re.Pattern[str]:
+def _key_regex(key: str) -> BoundedRegex:
     compile_bounded(key, "rank_pattern or alpha_pattern")
     return _wrapped(rf"(.*\.)?({key})$")
 
 
-@lru_cache(maxsize=65536)
-def _wrapped(pattern: str) -> re.Pattern[str]:
-    """Compiles a regex, already found bounded, inside the frame that PEFT puts around it."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(f"{pattern!r}, as PEFT builds it, is not a regex: {error}") from error
+def _wrapped(pattern: str) -> BoundedRegex:
+    """Compiles a regex inside the frame that PEFT puts around it."""
+    return compile_bounded(pattern, "as PEFT builds it")
 
 
 def _ends_in(path: str, names: frozenset[str]) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
+from lora_fx.adapters.safe_regex import SlowRegexError
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.injection.conform import fits, fitted
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -77,8 +79,28 @@ def bind(layers: BaseLayers, adapter: Adapter) -> Binding:
 
 
 def targeted(rule: TargetRule | None, layers: BaseLayers) -> list[str]:
-    """The layers that a rule means, if there is one."""
-    return [] if rule is None else [path for path in layers if _targets(rule, path, layers)]
+    """The layers that a file says it adapts, if it says so.
+
+    It has tensors too, which say the same: a regex that cannot be run costs a check, no more.
+    """
+    try:
+        return [] if rule is None else meant_by(rule, layers)
+    except SlowRegexError as error:
+        warnings.warn(
+            f"{error}. Whether the adapter lacks layers that it targets was not checked",
+            AdapterWarning,
+            stacklevel=4,
+        )
+        return []
+
+
+def meant_by(rule: TargetRule, layers: BaseLayers) -> list[str]:
+    """The layers that a rule means.
+
+    Raises:
+        SlowRegexError: a regex of the rule is not done in time.
+    """
+    return [path for path in layers if _targets(rule, path, layers)]
 
 
 def _targets(rule: TargetRule, path: str, layers: BaseLayers) -> bool:

@@ -11,7 +11,7 @@ from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.graph.graph_module import is_free
-from lora_fx.injection.bind import Binding, targeted
+from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.layers.base_layers import BaseLayers
@@ -68,7 +68,7 @@ def fresh_targets(
     Raises:
         AdapterError: the config matches no layer, or the name is taken.
     """
-    paths = targeted(config.rule, layers)
+    paths = meant_by(config.rule, layers)
     if not paths:
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_fx.errors import AdapterError, within
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.strict_json import parse_object
 from lora_fx.io.tensor_checks import check_tensors, may_be_integer
 
@@ -62,8 +63,9 @@ def check_header(path: Path) -> None:
 
 def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     """The entries of the tensors and the metadata of a header that was found good."""
+    size = check_plain(path)
     with within(path):
-        return _parsed(*_read_header(path))
+        return _parsed(*_read_header(path, size))
 
 
 def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object], dict[str, str]]:
@@ -77,10 +79,9 @@ def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object
     return header, metadata
 
 
-def _read_header(path: Path) -> tuple[dict[str, object], int]:
+def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
     """The header, and how many bytes of tensors follow it."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")

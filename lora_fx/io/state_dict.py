@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import pickletools
+import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,19 @@ from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, within
 from lora_fx.io.atomic import publish
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
 from lora_fx.io.tensor_checks import check_tensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_STREAM = 16 << 20
+# All that a state dict calls. torch allows more, such as bytearray and Tensor, which take any size.
+_CALLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter)"
+    r"|torch(\.storage)? [A-Za-z0-9]+Storage"
+    r"|torch b?(uint|int|float|complex|bool)[a-z0-9_]*|torch Size"
+)
 
 
 def is_pickle(path: Path) -> bool:
@@ -108,11 +117,16 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: not a zip archive of plain members, or not names to dense float tensors.
     """
-    _check_archive(path)
+    check_plain(path)
+    with within(path):
+        _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise AdapterError(f"{path}: not a file of plain tensors: {error}") from error
+    except Exception as error:  # an unpickler does what the stream says, and fails as it likes
+        raise AdapterError(
+            f"{path}: not a file of plain tensors, expected what torch.save writes of a state "
+            f"dict: {_first_line(error)}; save it again, as safetensors"
+        ) from error
     if not isinstance(content, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     ):
@@ -127,16 +141,43 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise AdapterError(f"{path}: not a PyTorch archive: {error}") from error
+            _check_members(members)
+            for member in members:
+                if member.filename.rpartition("/")[2] == "data.pkl":
+                    _check_stream(archive, member)
+    except AdapterError:
+        raise
+    except Exception as error:  # zipfile meets a damaged archive with errors of any kind
+        raise AdapterError(
+            f"not a PyTorch archive: {_first_line(error)}; expected what torch.save writes"
+        ) from error
+
+
+def _check_members(members: Sequence[zipfile.ZipInfo]) -> None:
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
-        raise AdapterError(f"{path}: the archive holds two members of one name")
+        raise AdapterError("the archive holds two members of one name")
     for member in members:
         if ".." in member.filename.split("/") or member.filename.startswith("/"):
-            raise AdapterError(f"{path}: the archive's member {member.filename!r} leaves it")
+            raise AdapterError(f"the archive's member {member.filename!r:.80} leaves it")
         if member.compress_type != zipfile.ZIP_STORED:
             raise AdapterError(
-                f"{path}: the archive's member {member.filename!r} is compressed; PyTorch stores "
+                f"the archive's member {member.filename!r:.80} is compressed; PyTorch stores "
                 "members as they are"
             )
+
+
+def _check_stream(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuses a stream that calls more than a state dict does: some of it takes any memory."""
+    if member.file_size > _MAX_STREAM:
+        raise AdapterError(f"data.pkl of {member.file_size} bytes, expected at most {_MAX_STREAM}")
+    for opcode, argument, _ in pickletools.genops(archive.read(member)):
+        if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
+            raise AdapterError(
+                f"not a file of plain tensors: it calls {argument!r:.80}, expected dense tensors "
+                "by name alone, as torch.save writes them"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".partition("\n")[0][:200]

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_fx.errors import AdapterError, LoraFxError, within
+from lora_fx.io.plain_file import read_plain
 
 MAX_BYTES = 1 << 20
+MAX_JSON = 64 << 20  # the index of a large model's weights has megabytes
 
 
 def read_object(path: Path) -> dict[str, object]:
@@ -21,13 +23,7 @@ def read_object(path: Path) -> dict[str, object]:
     Raises:
         AdapterError: the file cannot be read, is larger, or is not strictly a JSON object.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise AdapterError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_plain(path, MAX_BYTES)
     with within(path):
         return parse_object(data)
 
@@ -39,8 +35,8 @@ def read_json(path: Path, error: type[LoraFxError] = LoraFxError) -> Any:
         LoraFxError: it cannot be read; of the kind that is given.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as problem:
+        return json.loads(read_plain(path, MAX_JSON, error))
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: cannot be read: {problem}") from problem
 
 

@@ -26,12 +26,16 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         what = f"tensor {name!r}"
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise AdapterError(f"{what} is sparse, quantised or without data, expected dense")
-        sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        # What holds no values has strides that mean nothing: some readers give zeros.
-        if tensor.numel() and any(size > 1 and stride == 0 for size, stride in sizes):
-            raise AdapterError(f"{what} is expanded: fewer values are stored than it shows")
+        is_dense = tensor.layout == torch.strided and not tensor.is_nested  # which has no shape
+        if not is_dense or tensor.is_quantized or tensor.is_meta:
+            raise AdapterError(
+                f"{what} is sparse, nested, quantised or without data, expected dense"
+            )
+        if _overlaps(tensor):
+            raise AdapterError(
+                f"{what} is expanded: fewer values are stored than its shape "
+                f"{tuple(tensor.shape)} shows, expected one for each; save a contiguous copy"
+            )
         is_integer = tensor.dtype in INTEGERS and may_be_integer(name, tensor.numel())
         if tensor.dtype not in DTYPES and not is_integer:
             raise AdapterError(
@@ -39,3 +43,15 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
             )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{what} holds NaN or infinity; the adapter is damaged")
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory: a step shorter than what it skips."""
+    if not tensor.numel():  # strides mean nothing: some readers give zeros
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False

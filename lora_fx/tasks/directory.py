@@ -15,6 +15,7 @@ from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
 from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Prepared
+from lora_fx.tasks.directory_files import check_files
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 
 
@@ -55,6 +56,7 @@ def load_directory(
         raise LoraFxError(f"{path}: this is an adapter; name its base model, and it as --adapter")
     if not (path / "config.json").is_file():
         raise LoraFxError(f"{path}: holds no config.json, so it is no Hugging Face model")
+    check_files(path)
     try:
         import transformers
     except ImportError as error:
@@ -179,6 +181,7 @@ def _class_of(config: Any, adapters: AdapterTask, task: Task | None, transformer
     names = [name for name in said if isinstance(name, str)]
     own: Any = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+    is_model = is_model and own.config_class is not None  # not the base of all models
     wanted = task or task_of_adapters(adapters.name)
     if wanted is not None and not (is_model and wanted.is_done_by(own, config)):
         return _class_for(config, wanted, adapters)
@@ -227,7 +230,10 @@ def _labels(kind: Any, config: Any, adapters: AdapterTask) -> int | None:
 
 
 def _meta_shapes(kind: Any, config: Any, labels: int) -> dict[str, tuple[int, ...]]:
-    config = type(config).from_dict(config.to_dict())
-    config.num_labels = labels
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in kind(config).named_parameters()}
+    try:
+        config = type(config).from_dict(config.to_dict())
+        config.num_labels = labels
+        with torch.device("meta"):
+            return {name: tuple(value.shape) for name, value in kind(config).named_parameters()}
+    except Exception as error:  # a config may hold anything
+        raise LoraFxError(f"config.json does not describe a {kind.__name__}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.directory import Loaded, fields_of, load_directory, quiet
+from lora_fx.tasks.directory_files import check_files
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _CLASS = "_class_name"
@@ -106,6 +107,7 @@ def _loaded(path: Path, dtype: Any, diffusers: Any) -> Loaded:
 
 def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
     """A model of diffusers' own classes."""
+    check_files(path)
     name = fields_of(path / CONFIG).get(_CLASS)
     kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fx.adapters.safe_regex import compile_bounded
+from lora_fx.adapters.target_rule import pattern_value
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft.config import NEUTRAL, PeftConfig
 from lora_fx.formats.peft.fields import of_type
@@ -86,12 +88,24 @@ def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:
     known = _class_of(config.name)
     names = {field.name for field in dataclasses.fields(known)}
     fields = {**config.given, **_OURS, "target_modules": list(paths)}
+    fields |= {name: _by_path(p, paths) for name, p in fields.items() if _is_patterns(name, p)}
     try:
         return known(
             **{name: value for name, value in fields.items() if name in names - {"peft_type"}}
         )
     except Exception as error:  # PEFT's own code may raise anything
         raise AdapterError(f"PEFT refuses this config: {error}") from error
+
+
+def _is_patterns(name: str, value: object) -> bool:
+    return isinstance(value, dict) and name.endswith("_pattern")
+
+
+def _by_path(patterns: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """What patterns say of each path, longer paths first: PEFT runs no regex of the file's."""
+    said = {path: pattern_value(patterns, path, None) for path in paths}
+    ordered = sorted(paths, key=len, reverse=True)
+    return {re.escape(path): said[path] for path in ordered if said[path] is not None}
 
 
 def _class_of(name: str) -> Any:
@@ -124,6 +138,6 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
             )
         if value and field in _UNREAD:
             raise AdapterError(f"{field} is {value!r:.80}, which is not supported beside {name}")
-        if isinstance(value, dict) and field.endswith("_pattern"):
+        if _is_patterns(field, value):
             for pattern in value:
                 compile_bounded(pattern, field)

@@ -1,14 +1,23 @@
-"""Regexes out of a file: run only when matching is bounded."""
+"""Regexes out of a file: they mean what PEFT's do, and end soon."""
 
 from __future__ import annotations
 
+import re
+import resource
 import time
+import warnings
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
+from lora_fx.adapters.safe_regex import SlowRegexError, compile_bounded
+from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.errors import AdapterError
 
+LAYER = "model.layers.11.self_attn.q_proj"
+LONG = ".".join(["layers"] * 57)  # 398 characters
 USUAL = [
     "q_proj",
     r".*\.(q|k|v)_proj",
@@ -18,51 +27,149 @@ USUAL = [
     r"layers\.(1[0-9]|2[0-3])\..*",
     r"encoder\.layer\.[0-9]{1,2}\.attention",
     r"^transformer\.h\.0\.attn\.c_attn",
+    r"(model\.)?(layers\.\d+\.)+self_attn\.[qkv]_proj",
+    r"(?:model|\.|layers|\d+|self_attn|q_proj)*",
     r"a[)(*+]b",
     r"a\(\*\+b",
     r"[]*+]x",
-    r"(?i:fc)",
-    r"(?P<layer>fc)",
+    r"(?i:Q_PROJ)",
+    r"(?i).*Q_PROJ",
+    r"(?x) .* q _ proj  # the query",
+    r"(?P<layer>.*)q_proj",
     r"(fc)?",
-    "a" * MAX_LENGTH,
+    r".*(?#hidden)q_proj",
+    "|".join(f"model.layers.{i}.self_attn.q_proj" for i in range(500)),
+    rf"(?:.*?(?:{'vision|image|visual|patch|language|text'}).*?(?:self_attn|mlp).*?)|(?:\bmodel"
+    r"\.layers\.[\d]{1,}\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|k_proj)))",
+]
+# What `regex` would read otherwise than `re`.
+OWN = {
+    "(q_prox){e<=1}": ("q_proj", "q_prox{e<=1}"),
+    "q{i}": ("q", "q{i}"),
+    "q{,}": ("", "qqq", "q{,}"),
+    "q{,2}": ("qq", "qqq"),
+    "q{2,}x{}": ("qqx{}", "qqx"),
+    "[[:alpha:]]": ("a", "a]", ":]", "[]"),
+    "[^[:alpha:]]": ("q", "q]", "a]"),
+    "[[q]": ("[", "q"),
+    r"[\[q{e}]{2}": ("q{", "e["),
+    "(?#[)q{e<=1}]": ("q{e<=1}]", "q]"),
+    r"\{e\}": ("{e}",),
+    "[--a]": ("b", "-", "a", ","),
+    "[a&&b]": ("&", "a", "b"),
+    "[]{]{e}": ("]{e}", "{{e}", "]"),
+}
+SLOW = [
+    ".?" * 200 + "X",
+    "(?:.|.)" * 300 + "X",
+    ".*.*.*.*.*X",
+    ".*" * 12 + "X",
+    "(.*)*X",
+    "(a+)+$",
+    "(l|l)*[^l]X",
+    r"(?:(?:[^.]*)*\.?)*X",
+    r"([a-z]+\.?)+\d",
+    r"(\w*\.?)*(?=X)X",
+    r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)\1\2\3\4\5\6[^s]",
+    r"(?:(?:l|la|lay|layers|\.|a|y|e|r|s)*)+[A-Z0-9]",
+    r"(?=(.*)*[AB])x?",
+    r"(x?.?){300}[AB]",
 ]
 
 
 @pytest.mark.parametrize("pattern", USUAL)
-def test_usual_regexes_are_compiled(pattern: str) -> None:
-    assert compile_bounded(pattern, "target_modules").pattern == pattern
+def test_usual_regexes_match_as_python_does(pattern: str) -> None:
+    found = compile_bounded(pattern, "target_modules")
+    assert found.pattern == pattern
+    for path in (LAYER, "q_proj", "fc", "a)b", "a*b", "", "*x", "visual.q_proj", "a(*+b"):
+        assert bool(found.fullmatch(path)) == bool(re.fullmatch(pattern, path)), path
+        assert bool(found.match(path)) == bool(re.match(pattern, path)), path
+
+
+@pytest.mark.parametrize("pattern", OWN)
+def test_what_another_engine_reads_otherwise_is_read_as_python_does(pattern: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Python's, of sets in sets
+        wanted = re.compile(pattern)
+    for text in OWN[pattern]:
+        found = compile_bounded(pattern, "x").fullmatch(text)
+        assert bool(found) == bool(wanted.fullmatch(text)), text
+
+
+PARTS = st.sampled_from(
+    r"""q k . \. \d 1 { } {1} {,2} {e<=1} [ ] [^ : | ( (?: (?= (?! ) * + ? *? ^ $ \b [a-q] , # (?#
+    (?x) (?i) \[ alpha - && \w""".split()  # noqa: SIM905 it is read better so
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(PARTS, max_size=9).map("".join), st.text("qk.1{}[]:aQ<=e,", max_size=6))
+def test_any_regex_means_what_it_means_to_python(pattern: str, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            wanted = re.compile(pattern)
+        except (re.error, OverflowError):
+            with pytest.raises(AdapterError, match="is not a regex"):
+                compile_bounded(pattern, "x")
+            return
+    try:
+        found = compile_bounded(pattern, "x").fullmatch(text)
+    except SlowRegexError:
+        assert "(?x)" in pattern  # a comment in it may hold anything
+        return
+    assert (found and found.span()) == ((m := wanted.fullmatch(text)) and m.span())
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_whatever_is_run_ends_soon_on_a_thousand_paths(pattern: str) -> None:
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = compile_bounded(pattern, "target_modules")
+    for place in range(1000):
+        with suppress(SlowRegexError):
+            assert not found.fullmatch(f"{LONG}.{'l' * (place % 50)}s")
+    assert time.process_time() - begin < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+HANGS = "(?:(?:l|la|lay|layers|.|a|y|e|r|s)*)+[AB]"
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_rule_says_that_its_regex_is_slow(name: str) -> None:
+    rule = TargetRule(**{name: HANGS})
+    with pytest.raises(
+        SlowRegexError, match=rf"^{name}: the regex .* is not done with .* s, expected .*; give"
+    ):
+        rule.matches(LONG)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("(.*)*X", "repeats a group that itself"),
-        ("(a+)+$", "repeats a group that itself"),
-        ("(?:a+)+$", "repeats a group that itself"),
-        ("((a+))+$", "repeats a group that itself"),
-        ("(a|a)*$", "repeats a group that itself"),
-        ("(a|aa)+$", "repeats a group that itself"),
-        ("(a?)*$", "repeats a group that itself"),
-        ("(a?){40}$", "repeats a group that itself"),
-        ("(a{1,9}){1,9}$", "repeats a group that itself"),
-        (r"([^.]*\.)*$", "repeats a group that itself"),
-        ("(a+)(?#hidden)+$", "inline comment"),
-        ("(?x)(a+) #)\n +", "verbose flag"),
-        ("(?sx:a)", "verbose flag"),
-        (".*.*.*.*.*.*X", "has 6 repeats, more than 5"),
-        ("a" * (MAX_LENGTH + 1), "has 257 characters, at most 256"),
-        ("(a", "is not a regex"),
-        ("*a", "is not a regex"),
-        ("a{99999999999}", "is not a regex"),
-    ],
+    "fields",
+    [{"layers_to_transform": [1], "layers_pattern": [HANGS]}, {"saved_modules": [HANGS]}],
 )
-def test_a_regex_that_may_take_forever_is_refused_by_field(pattern: str, message: str) -> None:
-    with pytest.raises(AdapterError, match=f"(?s)^target_modules: .*{message}"):
+def test_a_slow_regex_in_the_frame_of_peft_ends_too(fields: dict[str, object]) -> None:
+    rule = TargetRule(["layers"], **fields)  # type: ignore[arg-type]
+    with pytest.raises(SlowRegexError, match=r"^as PEFT builds it: the regex"):
+        rule.matches(LONG)
+
+
+def test_a_slow_key_that_decides_a_number_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"the regex .* is not done with 'layers"):
+        pattern_value({HANGS: 4}, LONG, 8)
+
+
+def test_what_is_too_long_to_compile_is_not_tried() -> None:
+    pattern = "a|" * 100_000
+    begin = time.process_time()
+    with pytest.raises(SlowRegexError, match=r"\(200000 characters\) is not done"):
+        compile_bounded(pattern, "x").fullmatch("a")
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a", "*a", "a{99999999999}", "(" * 5000 + ")" * 5000, r"\p{L}", "(?R)", "(?V1)a"]
+)
+def test_what_is_no_regex_to_python_is_refused_by_field(pattern: str) -> None:
+    with pytest.raises(AdapterError, match=r"^target_modules: .* is not a regex: .*; correct it"):
         compile_bounded(pattern, "target_modules")
-
-
-def test_the_worst_that_is_run_ends_soon() -> None:
-    path = ".".join(["layers"] * 12)
-    begin = time.perf_counter()
-    assert compile_bounded(".*.*.*.*.*X", "target_modules").fullmatch(path) is None
-    assert time.perf_counter() - begin < 5

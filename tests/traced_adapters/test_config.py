@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lora_fx import AdapterError, load_adapter
+from lora_fx.formats.peft import CONFIG, read_config
+from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.testing import SavedCase
 from lora_fx.traced_adapters.config import by_peft, parse
 
@@ -44,7 +46,7 @@ def test_without_peft_the_refusal_says_what_to_do(boft: SavedCase, monkeypatch: 
         ({"novel": 3}, "novel is 3, an unknown field"),
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none' or 'boft_only' or 'all'"),
         ({"target_modules": ...}, "target_modules is missing"),
-        ({"target_modules": "(.*)*X"}, "target_modules: the regex"),
+        ({"target_modules": "(.*)**X"}, "target_modules: .* is not a regex"),
         ({"target_modules": ["nowhere"]}, "means no layer of the base"),
         ({"modules_to_save": ["head"]}, "modules_to_save names 'head', but no tensor"),
         ({"boft_block_size": 5}, "PEFT cannot build BOFT here"),
@@ -59,12 +61,16 @@ def test_a_bad_field_is_refused_by_name(
         load_adapter(changed(boft, **fields), base=boft.base)
 
 
-@pytest.mark.parametrize("field", ["rank_pattern"])
-def test_a_regex_that_could_run_forever_is_refused(
-    field: str, hira: SavedCase, changed: Changed
-) -> None:
-    with pytest.raises(AdapterError, match=f"{field}: the regex"):
-        load_adapter(changed(hira, **{field: {"(a+)+": 2}}), base=hira.base)
+def test_what_is_no_regex_is_refused(hira: SavedCase, changed: Changed) -> None:
+    with pytest.raises(AdapterError, match=r"rank_pattern: .* is not a regex"):
+        load_adapter(changed(hira, rank_pattern={"(a+)+)": 2}), base=hira.base)
+
+
+def test_peft_is_told_paths_and_no_regex_of_the_file(hira: SavedCase, changed: Changed) -> None:
+    """It would run one without a limit of time."""
+    config = read_config(changed(hira, rank_pattern={".*": 2, "x": 3}) / CONFIG, strict=True)
+    assert isinstance(config, TracedConfig)
+    assert by_peft(config, ["f.x", "a.f.x"]).rank_pattern == {r"a\.f\.x": 2, r"f\.x": 2}
 
 
 @pytest.mark.parametrize("field", ["alora_invocation_tokens", "arrow_config", "layer_replication"])

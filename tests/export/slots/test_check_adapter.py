@@ -16,6 +16,7 @@ from lora_fx.cli.inspect import describe
 from lora_fx.errors import AdapterError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+from lora_fx.export.slots.adapter_table import count_of
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter
 from lora_fx.export.slots.manifest import Manifest
 
@@ -163,3 +164,41 @@ def vector_slots(
     stored = read_adapter(file)
     arrays = {name: value.numpy().copy() for name, value in stored.get_parameters().items()}
     return model, arrays, stored.get_model_version()
+
+
+def doubled(path: Path, version: int, name: str) -> None:
+    """A file that names a value twice, with other numbers: its table is edited by hand."""
+    other = f"{name[:-1]}~"
+    write(path, good() | {other: good()[name] * 100}, version)
+    path.write_bytes(path.read_bytes().replace(other.encode(), name.encode()))
+
+
+@pytest.mark.parametrize("name", sorted(good()))
+def test_a_name_twice_is_refused(
+    exported_mlp: Any, manifest: Manifest, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "a.onnx_adapter"
+    doubled(path, manifest.model_version, name)
+    message = r"a\.onnx_adapter: 5 values of 4 names, expected a name for each"
+    with pytest.raises(AdapterError, match=message):
+        check_adapter_file(path, manifest, Path("model.onnx"))
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(path)
+    model = exported_mlp.path("input")
+    session = Session(model)
+    with pytest.raises(AdapterError, match=message):
+        session.run({name: np.zeros((1, 1, 3), np.float32) for name in session.inputs}, path)
+
+
+@pytest.mark.parametrize("content", [b"", b"TORT", b"\xff" * 4 + b"TORT" * 9])
+def test_a_table_that_lies_elsewhere_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(AdapterError, match="damaged: its table cannot be read"):
+        count_of(tmp_path / "a")
+    with pytest.raises(AdapterError):
+        read_adapter(tmp_path / "a")
+
+
+def test_an_adapter_without_values_lists_none(tmp_path: Path) -> None:
+    write(tmp_path / "a", {}, 1)
+    assert count_of(tmp_path / "a") == 0

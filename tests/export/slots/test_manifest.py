@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +11,15 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.slots.choose import chosen_slots
-from lora_fx.export.slots.manifest import KEY, Manifest, manifest_of, read_manifest
+from lora_fx.export.slots.manifest import (
+    KEY,
+    Manifest,
+    check_slots,
+    manifest_of,
+    read_manifest,
+)
 from lora_fx.export.slots.slot import Slot
 from lora_fx.frontend.trace import trace
 
@@ -69,3 +79,55 @@ def test_the_version_tells_weights_and_slots_apart() -> None:
     other = manifest_of(trace(model, (x,)), slots)
     assert len({m.model_version for m in (here, fewer, other)}) == 3
     assert all(0 < m.model_version < 2**31 for m in (here, fewer, other))
+
+
+DEEP = "[" * 50_000 + "]" * 50_000
+HOSTILE = {
+    "deep": (DEEP, "not JSON"),
+    "deep inside": (changed(slots=[]).replace("[]", DEEP), "not JSON"),
+    "deep objects": ('{"a":' * 50_000 + "1" + "}" * 50_000, "not JSON"),
+    "kernel of a million axes": (changed(slots=slot(kernel=[3] * 1_000_000)), "out of range"),
+    "kernel of nine": (changed(slots=slot(kernel=[1] * 9)), "out of range"),
+    "kernel of lists": (changed(slots=slot(kernel=[[3], [3]])), "out of range"),
+    "a million inputs": (changed(slots=slot(inputs=["a"] * 1_000_000)), "out of range"),
+    "size 1e12": (changed(slots=slot(in_features=10**12)), "out of range"),
+    "size 1e30": (changed(slots=slot(out_features=10**30)), "out of range"),
+    "size 1e4000": (changed(slots=slot(out_features=10**4000)), "out of range"),
+    "size of 5,000 digits": (changed(slots=[]).replace("[]", f"[{'9' * 5000}]"), "not JSON"),
+    "sizes of 1e12 together": (
+        changed(slots=slot(in_features=10**9, out_features=10**9)),
+        "out of range",
+    ),
+    "kernel 1e30": (changed(slots=slot(kernel=[10**30])), "out of range"),
+    "groups 1e30": (changed(slots=slot(groups=10**30)), "out of range"),
+    "size -1e30": (changed(slots=slot(in_features=-(10**30))), "out of range"),
+    "size 1e12 as a float": (changed(slots=slot(in_features=1e12)), "in_features is 1000000000000"),
+    "shape 1e30": (
+        changed(slots=[{"kind": "tensor", "path": "p", "shape": [10**30], "dtype": "float32"}]),
+        "",
+    ),
+    "version without end": (changed(version="9" * 1_000_000), "version '9+"),
+    "a path of 1 MB twice": (changed(slots=slot(path="p" * 1_000_000, kernel=[0])), "out of range"),
+    "a slot twice": (changed(slots=slot() * 2), "two slots of one name"),
+    "20 MB": (changed(extra="x" * 20_000_000), "expected at most 16777216"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_is_refused_soon(case: str) -> None:
+    text, reason = HOSTILE[case]
+    begin = time.perf_counter()
+    with pytest.raises(ExportError, match=f"^{KEY}: .*{reason}") as error:
+        read_manifest({KEY: text})
+    assert time.perf_counter() - begin < 2
+    assert len(str(error.value)) < 600
+
+
+def test_sizes_are_those_of_the_graph(exported_mlp: Any) -> None:
+    """The digests are as they should be: whoever writes a file can write those too."""
+    proto = load_proto(exported_mlp.path("input"))
+    manifest = manifest_in(proto, Path("x"))
+    assert manifest is not None
+    wide = replace(manifest.slots[0], in_features=2_000_000_000)
+    with pytest.raises(ExportError, match=r"up\.lora_A is of \(2000000000, None\), but \(3, 0\)"):
+        check_slots(proto, replace(manifest, slots=(wide, *manifest.slots[1:])))

@@ -151,9 +151,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "a pattern of ia3": (
         "linear ia3",
-        {"feedforward_modules": "(.*)*X"},
+        {"feedforward_modules": "(.*)**X"},
         {},
-        r"feedforward_modules: the regex",
+        r"feedforward_modules: .* is not a regex",
     ),
     "projections beside a seed": (
         "linear vera",

@@ -1,0 +1,92 @@
+"""The tensors of a model about to be read: every one there is, of a type and size that exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from google.protobuf.message import Message
+from onnx import ModelProto, TensorProto, external_data_helper, helper
+
+from lora_fx.errors import ExportError
+
+_TYPES = {number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
+_BITS = {
+    bits: {getattr(TensorProto, name) for name in names if hasattr(TensorProto, name)}
+    for bits, names in {
+        2: ("UINT2", "INT2"),
+        4: ("UINT4", "INT4", "FLOAT4E2M1"),
+        6: ("FLOAT6E2M3", "FLOAT6E3M2"),
+    }.items()
+}
+_TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+_MOST = 1 << 63
+_OLDEST_IR = 3  # before it a model said nothing of its operator sets
+
+
+def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors of a model: of graphs and branches, attributes, functions, sparse ones."""
+    waiting: list[Message] = [model]
+    while waiting:
+        message = waiting.pop()
+        if isinstance(message, TensorProto):
+            yield message
+            continue
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                waiting += [value] if isinstance(value, Message) else value
+
+
+def check_model(model: ModelProto) -> None:
+    """Refuses versions, types and sizes that no model has.
+
+    Raises:
+        ExportError: names the tensor or field, what was found and what was expected.
+    """
+    if model.ir_version < _OLDEST_IR:
+        raise ExportError(
+            f"IR version {model.ir_version}, expected {_OLDEST_IR} or more: export it again"
+        )
+    for entry in (*model.opset_import, *(e for f in model.functions for e in f.opset_import)):
+        if entry.version < 1:
+            raise ExportError(
+                f"opset version {entry.version} of {entry.domain!r:.80}, expected 1 or more: "
+                "export it again"
+            )
+    for tensor in every_tensor(model):
+        _check_tensor(tensor)
+
+
+def byte_size(tensor: TensorProto) -> int:
+    """How many bytes a tensor's shape and type take."""
+    small = next((bits for bits, types in _BITS.items() if tensor.data_type in types), 0)
+    bits = small or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(-(-math.prod(tensor.dims) * bits // 8))
+
+
+def _check_tensor(tensor: TensorProto) -> None:
+    where = f"tensor {tensor.name!r:.80}"
+    if tensor.data_type not in _TYPES:
+        raise ExportError(
+            f"{where}: data type {tensor.data_type}, expected one of ONNX's, 1 to {max(_TYPES)}: "
+            "the file is damaged; export it again"
+        )
+    if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) >= _MOST:
+        raise ExportError(
+            f"{where}: shape {list(tensor.dims)!s:.80}, expected sizes of 0 or more whose "
+            "product is below 2 ** 63: export it again"
+        )
+    if external_data_helper.uses_external_data(tensor):
+        return
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != byte_size(tensor):
+        raise ExportError(
+            f"{where}: {len(tensor.raw_data)} bytes, expected the {byte_size(tensor)} of its shape "
+            f"{list(tensor.dims)!s:.80}: export it again"
+        )
+    # Where values are packed, up to four are in one.
+    held = 4 * sum(len(getattr(tensor, name)) for name in _TYPED)
+    if not tensor.HasField("raw_data") and math.prod(tensor.dims) > held:
+        raise ExportError(
+            f"{where}: at most {held} values, expected the {math.prod(tensor.dims)} of its shape: "
+            "export it again"
+        )

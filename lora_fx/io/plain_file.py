@@ -1,0 +1,101 @@
+"""Files before they are read: of a plain kind, of a bounded size, and not made of holes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from lora_fx.errors import AdapterError, LoraFxError
+
+# Below, holes cost nothing to read. Above, weights are stored to an eighth at the very least, also
+# where a filesystem keeps zeros as holes.
+_SMALL = 64 << 20
+_LEAST_STORED = 8
+
+
+def check_plain(
+    path: Path, error: type[LoraFxError] = AdapterError, most: int | None = None
+) -> int:
+    """Refuses what cannot be read in bounded time and memory; reads nothing.
+
+    Every reader asks here first: a FIFO never ends, a device may not either, and holes make a file
+    of a few bytes larger than any memory.
+
+    Args:
+        path: of the file; a link counts as what it leads to.
+        error: what is raised.
+        most: bytes that the format may take.
+
+    Returns:
+        The size in bytes.
+
+    Raises:
+        LoraFxError: of the type ``error``; names the file, what it is, and what was expected.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f"{path}: cannot be read: Is a directory, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise error(
+                f"{path}: cannot be read: {_kind(status.st_mode)}, expected a plain file: copy its "
+                "content to one"
+            )
+        if most is not None and status.st_size > most:
+            raise error(f"{path}: {status.st_size} bytes, expected at most {most}")
+        if status.st_size > _SMALL and not _is_stored(path, status.st_size):
+            raise error(
+                f"{path}: {status.st_size} bytes, of which nearly all are holes, expected stored "
+                "ones: it was not written to the end; download or copy it again"
+            )
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:  # a NUL in the name
+        raise error(f"{str(path)!r}: cannot be read: {problem}") from problem
+    return status.st_size
+
+
+def read_plain(path: Path, most: int, error: type[LoraFxError] = AdapterError) -> bytes:
+    """The bytes of a plain file, at most so many.
+
+    Raises:
+        LoraFxError: of the type ``error``: it is no plain file, is larger, or cannot be read.
+    """
+    check_plain(path, error, most)
+    # Without waiting: what was a plain file a moment ago may be a FIFO now.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            data = file.read(most + 1)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    if len(data) > most:
+        raise error(f"{path}: grew while it was read, expected at most {most} bytes")
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        "a FIFO": stat.S_ISFIFO,
+        "a device": stat.S_ISCHR,
+        "a disk": stat.S_ISBLK,
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((name for name, is_kind in kinds.items() if is_kind(mode)), "no file")
+
+
+def _is_stored(path: Path, size: int) -> bool:
+    """Whether enough of a file is on the disk; also where no holes can be asked for."""
+    if not hasattr(os, "SEEK_DATA"):
+        return True
+    stored = end = 0
+    with path.open("rb") as file:
+        while stored * _LEAST_STORED < size:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError:  # no more data behind the last hole
+                return False
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            stored += end - start
+    return True
