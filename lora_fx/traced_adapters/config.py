@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.adapters.target_rule import pattern_value
@@ -97,7 +97,7 @@ def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:
         raise AdapterError(f"PEFT refuses this config: {error}") from error
 
 
-def _is_patterns(name: str, value: object) -> bool:
+def _is_patterns(name: str, value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, dict) and name.endswith("_pattern")
 
 
