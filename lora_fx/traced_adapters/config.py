@@ -88,7 +88,7 @@ def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:
     known = _class_of(config.name)
     names = {field.name for field in dataclasses.fields(known)}
     fields = {**config.given, **_OURS, "target_modules": list(paths)}
-    fields |= {name: _by_path(p, paths) for name, p in fields.items() if _is_patterns(name, p)}
+    fields |= {name: _by_path(p, paths) for name, p in fields.items() if _are_patterns(p, name)}
     try:
         return known(
             **{name: value for name, value in fields.items() if name in names - {"peft_type"}}
@@ -97,7 +97,7 @@ def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:
         raise AdapterError(f"PEFT refuses this config: {error}") from error
 
 
-def _is_patterns(name: str, value: object) -> TypeGuard[Mapping[str, Any]]:
+def _are_patterns(value: object, name: str) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, dict) and name.endswith("_pattern")
 
 
@@ -138,6 +138,6 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
             )
         if value and field in _UNREAD:
             raise AdapterError(f"{field} is {value!r:.80}, which is not supported beside {name}")
-        if _is_patterns(field, value):
+        if _are_patterns(value, field):
             for pattern in value:
                 compile_bounded(pattern, field)
