@@ -136,12 +136,19 @@ def test_as_a_slot_it_takes_adapters_of_any_rank(name: str, tmp_path: Path) -> N
         assert relative(again(x), wanted) <= 1e-6
 
 
-def test_a_slot_in_groups_is_refused_by_name(tmp_path: Path) -> None:
-    model, x = model_of("2d in groups")
-    with pytest.raises(ExportError, match="slots: layer: what a grouped convolution adds"):
-        lora_fx.to_onnx(
-            lora_fx.trace(model, (x,)), tmp_path / "m.onnx", adapters="input", slots=["layer"]
-        )
+@pytest.mark.parametrize("name", ["2d in groups", "1d in groups"])
+def test_a_slot_in_groups_takes_an_up_projection_in_groups(name: str, tmp_path: Path) -> None:
+    model, x = model_of(name)
+    path = tmp_path / "m.onnx"
+    lora_fx.to_onnx(lora_fx.trace(model, (x,)), path, adapters="input", slots=["layer"])
+    assert relative(run(path, x), model(x)) <= 1e-5
+    for rank in (2, 4):
+        update = update_of(model.layer, rank)
+        file = tmp_path / f"r{rank}.onnx_adapter"
+        lora_fx.export_adapter(Adapter("a", {"layer": update}), path, file)
+        wanted = merged(model, update)(x)
+        assert relative(run(path, x, file), wanted) <= 1e-5
+        assert relative(model(x), wanted) > 1e-2
 
 
 def test_an_adapter_of_a_convolution_the_other_way_round_does_not_fit() -> None:
