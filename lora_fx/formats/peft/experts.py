@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.other_updates import Function, WeightUpdate
+from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.source_record import Stored
-from lora_fx.algebra.matrix_expr import Sum, constant, diagonal, product, reshaped
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft.wrappers import Place
 from lora_fx.layers.base_layers import BaseLayers
@@ -63,7 +62,7 @@ def read_experts(
         "use_rslora": use_rslora,
     }  # fmt: skip
     kind, stored = "rslora" if use_rslora else "lora", Stored(tensors, settings)
-    return WeightUpdate(kind, _added(left.contiguous(), right.contiguous()), shape, stored)
+    return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)
 
 
 def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
@@ -86,9 +85,3 @@ def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
             "of the two is the input; pass base=, the model itself"
         )
     return tuple(tensors[DOWN].shape[1:]) == (rows,)
-
-
-def _added(left: torch.Tensor, right: torch.Tensor) -> Function:
-    """``W[e] + left[e] @ right[e]`` for every e."""
-    delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
-    return lambda weight: Sum(weight, reshaped(delta, len(left)))
