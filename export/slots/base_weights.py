@@ -66,15 +66,16 @@ class BaseWeights:
         return found
 
     def holds(self, name: str, value: torch.Tensor) -> bool:
-        """Whether a constant of the file has these values, whatever it is called."""
-        return self._find(name, tuple(value.shape), digest_of(value)) is not None
+        """Whether the constant of a name has these values, and not another one."""
+        tensor = self._values[name].const_value if name in self._values else None
+        return tensor is not None and (
+            _as_stored(to_torch(tensor), tuple(value.shape), digest_of(value)) is not None
+        )
 
     def _find(self, name: str, shape: tuple[int, ...], digest: str) -> torch.Tensor | None:
         for tensor in self._candidates(name, math.prod(shape)):
-            # The exporter may have stored a matrix the other way round.
-            for held in (tensor, tensor.T if tensor.ndim == 2 else None):
-                if held is not None and held.shape == shape and digest_of(held) == digest:
-                    return held.contiguous()
+            if (held := _as_stored(tensor, shape, digest)) is not None:
+                return held
         return None
 
     def _candidates(self, name: str, size: int) -> Iterator[torch.Tensor]:
@@ -84,3 +85,14 @@ class BaseWeights:
             tensor = value.const_value
             if tensor is not None and tensor.size == size:
                 yield to_torch(tensor)
+
+
+def _as_stored(tensor: torch.Tensor, shape: tuple[int, ...], digest: str) -> torch.Tensor | None:
+    """A constant the way the model stores it, if it is what was exported.
+
+    The exporter may have stored a matrix the other way round.
+    """
+    for held in (tensor, tensor.T if tensor.ndim == 2 else None):
+        if held is not None and held.shape == shape and digest_of(held) == digest:
+            return held.contiguous()
+    return None

@@ -141,9 +141,9 @@ class _Places:
             *(n for n in self.binding.replaced if n not in self.tensors),
         ]
         if left := [n for n in open_ if n not in replaced or not base.holds(n, replaced[n])]:
-            known = shorten([slot.path for slot in self.manifest.slots])
+            slots = shorten([slot.path for slot in self.manifest.slots])
             raise AdapterError(
-                f"no slot at {shorten(left)}; the model has slots at {known}; export the model "
+                f"no slot at {shorten(left)}; the model has slots at {slots}; export the model "
                 "with slots= for these, or fold the adapter into a model of its own"
             )
 

@@ -81,6 +81,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a vector": ({"fc.lora_A": ones(2), "fc.lora_B": ones(2, 5)}, r"fc\.lora_A \(2,\)"),
     "half": ({"fc.lora_A": ones(3, 2)}, r"half of a pair.*fc"),
     "ranks": ({"fc.lora_A": ones(3, 2), "fc.lora_B": ones(4, 5)}, "are of two ranks"),
+    "ranks of experts": (
+        {"fc.lora_A_experts": ones(4, 2, 3), "fc.lora_B_experts": ones(4, 5, 1)},
+        "are of two ranks",
+    ),
     "nothing": ({}, "no values"),
     "integers": (
         {"fc.lora_A": ones(3, 2, dtype=np.int64), "fc.lora_B": ones(2, 5)},

@@ -244,6 +244,16 @@ def test_a_tensor_that_is_the_bases_own_needs_no_slot(served: Any, tmp_path: Pat
     assert read_adapter_file(tmp_path / "a", "a").replacements == {}
 
 
+def test_a_tensor_that_is_another_ones_is_not_the_bases_own(served: Any, tmp_path: Path) -> None:
+    """Many are ones or zeros: what one of them is says nothing of the others."""
+    model, _, _, directory = served
+    assert torch.equal(model.norm.weight, torch.ones(6))
+    ones = Adapter("a", {}, {"fc.bias": torch.ones(6)})
+    with pytest.raises(AdapterError, match=r"no slot at fc\.bias"):
+        export_adapter(ones, directory / "model.onnx", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
