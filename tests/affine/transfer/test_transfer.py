@@ -1,9 +1,14 @@
-"""The table of operators, and random graphs of all of them."""
+"""The table of operators, and random graphs of all of them.
+
+``LORA_FX_GRAPHS=2000 pytest tests/affine/transfer/test_transfer.py`` draws more of them.
+"""
 
 from __future__ import annotations
 
+import os
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from lora_fx.graph.ops import op_name
 from lora_fx.passes import FoldLora
 from lora_fx.testing import analyse_function
 
+GRAPHS = max(500, int(os.environ.get("LORA_FX_GRAPHS", "0")))
 TABLES = (
     *("linear", "convolution", "einsum", "elementwise", "views", "slicing", "concat"),
     *("reductions", "spectra"),
@@ -138,13 +144,15 @@ def check(steps: list[tuple[str, int, int]], frozen: bool, frontend: str) -> Non
             assert got.dtype == wanted.dtype
             # Against the size of the terms: their sum may cancel to nothing.
             assert (got - wanted).norm() <= (1e-5 if rounds else 1e-9) * (1 + wanted.norm())
+    assert not FoldLora()(folded).modified
     assert text(unfold(folded)) == text(gm)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=GRAPHS, deadline=None)
 @given(steps_of(KINDS), st.booleans())
 @example(NESTED, False)
-def test_fold_changes_no_result_on_2000_random_graphs(
+@example(TIED, True)
+def test_a_fold_of_random_graphs_changes_no_result_and_is_done_once(
     steps: list[tuple[str, int, int]], frozen: bool
 ) -> None:
     check(steps, frozen, "symbolic")
@@ -152,20 +160,10 @@ def test_fold_changes_no_result_on_2000_random_graphs(
 
 @settings(max_examples=40, deadline=None)
 @given(steps_of((*KINDS, "written", "written")), st.booleans())
-def test_fold_changes_no_result_on_40_exported_graphs(
+def test_a_fold_of_40_exported_graphs_changes_no_result_and_is_done_once(
     steps: list[tuple[str, int, int]], frozen: bool
 ) -> None:
     check(steps, frozen, "export")
-
-
-@settings(max_examples=500, deadline=None)
-@given(steps_of(KINDS))
-@example(TIED)
-def test_a_second_fold_edits_nothing_on_500_random_graphs(
-    steps: list[tuple[str, int, int]],
-) -> None:
-    gm = trace(Random(steps).eval().requires_grad_(False), frontend="symbolic")
-    assert not FoldLora()(fold(gm)).modified
 
 
 class Images(nn.Module):
@@ -201,9 +199,10 @@ class Images(nn.Module):
 IMAGES = ("conv", "point", "strided", "low", "add", "sub", "gain", "relu")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=GRAPHS // 4, deadline=None)
 @given(steps_of(IMAGES))
-def test_fold_changes_no_result_on_200_sums_of_convolutions(
+@example(TIED_IMAGES)
+def test_a_fold_of_sums_of_convolutions_changes_no_result_and_is_done_once(
     steps: list[tuple[str, int, int]],
 ) -> None:
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(2)).double()
@@ -213,27 +212,22 @@ def test_fold_changes_no_result_on_200_sums_of_convolutions(
     with torch.no_grad():
         got, wanted = folded(x), module(x)
     assert (got - wanted).norm() <= 1e-9 * (1 + wanted.norm())
+    assert not FoldLora()(folded).modified
     assert text(unfold(folded)) == text(gm)
 
 
-@settings(max_examples=100, deadline=None)
-@given(steps_of(IMAGES))
-@example(TIED_IMAGES)
-def test_a_second_fold_edits_nothing_on_100_sums_of_convolutions(
-    steps: list[tuple[str, int, int]],
-) -> None:
-    gm = trace(Images(steps).eval(), frontend="symbolic")
-    assert not FoldLora()(fold(gm)).modified
-
-
 def test_every_function_of_the_table_is_in_some_case() -> None:
-    seen: set[str] = set()
+    cases: dict[tuple[str, str], list[Any]] = {}
     for table in TABLES:
-        cases = runpy.run_path(str(Path(__file__).with_name(f"test_{table}.py")))
+        rows = runpy.run_path(str(Path(__file__).with_name(f"test_{table}.py")))
         tracer = "export" if table == "elementwise" else "symbolic"  # which alone gives an rsub
-        for function, name, *only in (cases["CASES"] | cases.get("CASTS", {})).values():
-            analysis, _ = analyse_function(function, name, *(only[:1] or [tracer]), check=False)
-            seen |= {op_name(node) for node in analysis.gm.graph.nodes}
+        for function, name, *only in (rows["CASES"] | rows.get("CASTS", {})).values():
+            cases.setdefault((name, *(only[:1] or [tracer])), []).append(function)
+    seen: set[str] = set()
+    for where, functions in cases.items():  # one graph of all that take one input
+        every = partial(lambda fs, m, x: [function(m, x) for function in fs], functions)
+        analysis, _ = analyse_function(every, *where, check=False)
+        seen |= {op_name(node) for node in analysis.gm.graph.nodes}
     rules = {TRANSFER[name].__name__ for name in seen & set(TRANSFER)}
     assert rules == {rule.__name__ for rule in TRANSFER.values()}
 
