@@ -5,33 +5,70 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import torch
 from torch import fx
+from torch._export import utils as export_utils
 from torch.onnx._internal.exporter import _fx_passes, _registration
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.fx.passes import type_promotion
 
 
 @contextmanager
 def without_idle_work() -> Iterator[None]:
-    """Lets torch.onnx parse its translations once, and run only the nodes that it changes."""
-    exporter: Any = _registration
-    passes: Any = _fx_passes
-    apis, promote = exporter.onnxscript_apis, passes.insert_type_promotion_nodes
-    known = _translations(apis)
-    exporter.onnxscript_apis = SimpleNamespace(get_torchlib_ops=lambda: known)
-    passes.insert_type_promotion_nodes = _insert_type_promotion
+    """Lets torch.onnx read its translations once, and run only the nodes that it changes."""
+    once: dict[str, None] = {}
+
+    def materialize() -> None:
+        if not once:  # it is asked for anew for every namespace of operators
+            once["done"] = _MATERIALIZE()
+
+    changes: list[tuple[Any, str, Any]] = [
+        (_registration.ONNXRegistry, "from_torchlib", staticmethod(_registry)),
+        (_fx_passes, "insert_type_promotion_nodes", _insert_type_promotion),
+        (export_utils, "_materialize_cpp_cia_ops", materialize),
+        (ir.schemas.OpSignature, "from_op_schema", staticmethod(_signature)),
+    ]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        exporter.onnxscript_apis, passes.insert_type_promotion_nodes = apis, promote
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+_MATERIALIZE = export_utils._materialize_cpp_cia_ops
+_FROM_TORCHLIB = _registration.ONNXRegistry.from_torchlib
+_FROM_OP_SCHEMA = ir.schemas.OpSignature.from_op_schema
+
+
+def _registry(opset_version: int = TORCHLIB_OPSET) -> _registration.ONNXRegistry:
+    """All translations of an opset, in a registry that may be added to."""
+    known = _known_translations(opset_version)
+    registry = _registration.ONNXRegistry()
+    registry._opset_version = opset_version
+    registry.functions = {target: [*metas] for target, metas in known.functions.items()}
+    return registry
 
 
 @cache
-def _translations(apis: Any) -> list[Any]:
-    return list(apis.get_torchlib_ops())
+def _known_translations(opset_version: int) -> _registration.ONNXRegistry:
+    return _FROM_TORCHLIB(opset_version)
+
+
+def _signature(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:
+    key = schema.domain, schema.name, schema.since_version
+    if key not in _SIGNATURES:
+        _SIGNATURES[key] = _FROM_OP_SCHEMA(schema)
+    return _SIGNATURES[key]
+
+
+_SIGNATURES: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
 
 
 def _insert_type_promotion(graph_module: fx.GraphModule) -> None:

@@ -33,7 +33,10 @@ def export_program(
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
     root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
     args, kwargs = distinct((args, dict(kwargs)))
-    with warnings.catch_warnings(), data_detached():
+    has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
+    # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
+    results_cached = torch._dynamo.config.patch(fake_tensor_cache_enabled=not has_free_axes)
+    with warnings.catch_warnings(), data_detached(), results_cached:
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:

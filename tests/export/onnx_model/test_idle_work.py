@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
+from torch._export import utils as export_utils
 from torch.onnx._internal.exporter import _fx_passes, _registration
 
 from lora_fx.errors import ExportError
@@ -62,7 +64,27 @@ def test_without_the_pass_the_types_would_be_missed(
 
 
 def test_torch_onnx_is_left_as_it_was() -> None:
-    before = _registration.onnxscript_apis, _fx_passes.insert_type_promotion_nodes
+    replaced: list[tuple[Any, str]] = [
+        (_registration.ONNXRegistry, "from_torchlib"),
+        (_fx_passes, "insert_type_promotion_nodes"),
+        (export_utils, "_materialize_cpp_cia_ops"),
+        (ir.schemas.OpSignature, "from_op_schema"),
+    ]
+    before = [vars(owner)[name] for owner, name in replaced]
+    with idle_work.without_idle_work():
+        assert all(vars(o)[n] is not old for (o, n), old in zip(replaced, before, strict=True))
     with pytest.raises(ValueError, match="stop"), idle_work.without_idle_work():
         raise ValueError("stop")
-    assert before == (_registration.onnxscript_apis, _fx_passes.insert_type_promotion_nodes)
+    assert all(vars(o)[n] is old for (o, n), old in zip(replaced, before, strict=True))
+
+
+def test_a_translation_that_is_added_is_not_kept() -> None:
+    with idle_work.without_idle_work():
+        first = _registration.ONNXRegistry.from_torchlib()
+        target = next(iter(first.functions))
+        first.register_op(target, lambda x: x)
+        again = _registration.ONNXRegistry.from_torchlib()
+    own = _registration.ONNXRegistry.from_torchlib()
+    assert again.functions.keys() == own.functions.keys()
+    counts = [len(r.functions[target]) for r in (first, again, own)]
+    assert counts == [counts[2] + 1, counts[2], counts[2]]
