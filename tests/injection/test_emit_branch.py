@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -116,15 +117,20 @@ def along(vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return vector.reshape(-1, *[1] * (weight.ndim - 2))
 
 
-def built(layer: str, kind: str) -> tuple[nn.Module, AnyUpdate, fx.GraphModule]:
+@functools.cache
+def base(layer: str) -> tuple[nn.Module, fx.GraphModule]:
+    """A model and its graph: only read."""
     torch.manual_seed(0)
     model = LAYERS[layer]().eval()
-    weight, _, transposed = weight_of(model)
-    shape = tuple(weight.T.shape if transposed else weight.shape)
     frontend = "export" if "attention" in layer or "same" in layer else "auto"
     dynamic = ({0: "batch"},)
-    gm = trace(model, (example(layer),), dynamic_shapes=dynamic, frontend=frontend)
-    return model, KINDS[kind](shape), gm
+    return model, trace(model, (example(layer),), dynamic_shapes=dynamic, frontend=frontend)
+
+
+def built(layer: str, kind: str) -> tuple[nn.Module, AnyUpdate, fx.GraphModule]:
+    model, gm = base(layer)
+    weight, _, transposed = weight_of(model)
+    return model, KINDS[kind](tuple(weight.T.shape if transposed else weight.shape)), gm
 
 
 @pytest.mark.parametrize(("layer", "kind"), CASES)
