@@ -6,6 +6,7 @@ twice (``get_diff_weight`` multiplies what ``get_weight`` has scaled), its forwa
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,15 +215,20 @@ def test_lycoris_computes_the_same_from_what_is_written(tmp_path: Path, case: st
     assert relative(outputs(model), expected) <= 1e-6
 
 
+@functools.cache
+def traced(groups: int, dtype: torch.dtype) -> Any:
+    """The graph of a base: only read."""
+    return lora_fx.trace(seeded(groups=groups).to(dtype), (X.to(dtype),))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("case", ALGORITHMS)
 def test_a_graph_with_the_adapter_computes_what_lycoris_does(
     tmp_path: Path, case: str, groups: int
 ) -> None:
     file, expected = file_of(tmp_path / "a.safetensors", case, groups=groups)
-    base = seeded(case, groups=groups)
-    x = X.to(base.conv_in.weight)
-    gm = lora_fx.trace(base, (x,))
+    x = X.to(seeded(case).conv_in.weight)
+    gm = traced(groups, x.dtype)
     tuned = lora_fx.inject(gm, load_adapter(file, base=gm))
     folded = lora_fx.fold(tuned)
     assert relative(tuned(x), expected) <= 1e-6
@@ -230,16 +236,11 @@ def test_a_graph_with_the_adapter_computes_what_lycoris_does(
     assert relative(gm(x), expected) > 1e-2
     if groups > 1:
         return
-    single, x = fold_in_single(base, load_adapter(file, base=gm)), x.float()
+    # onnxruntime has convolutions for float32.
+    single = lora_fx.fold(lora_fx.inject(traced(1, torch.float32), load_adapter(file, base=gm)))
     lora_fx.to_onnx(single, tmp_path / "m.onnx")
-    (found,) = lora_fx.Session(tmp_path / "m.onnx").run({"x": x}).values()
+    (found,) = lora_fx.Session(tmp_path / "m.onnx").run({"x": x.float()}).values()
     assert relative(torch.from_numpy(found), expected) <= 1e-5
-
-
-def fold_in_single(base: nn.Module, adapter: Adapter) -> Any:
-    """The same in float32, which onnxruntime has convolutions for."""
-    gm = lora_fx.trace(base.float(), (X.float(),))
-    return lora_fx.fold(lora_fx.inject(gm, adapter))
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te_", "lora_te1_"])
