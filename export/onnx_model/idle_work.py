@@ -11,8 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch._export import utils as export_utils
-from torch.onnx._internal.exporter import _fx_passes, _registration
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.fx.passes import type_promotion
 
@@ -20,16 +19,10 @@ from torch.onnx._internal.fx.passes import type_promotion
 @contextmanager
 def without_idle_work() -> Iterator[None]:
     """Lets torch.onnx read its translations once, and run only the nodes that it changes."""
-    once: dict[str, None] = {}
-
-    def materialize() -> None:
-        if not once:  # it is asked for anew for every namespace of operators
-            once["done"] = _MATERIALIZE()
-
     changes: list[tuple[Any, str, Any]] = [
         (_registration.ONNXRegistry, "from_torchlib", staticmethod(_registry)),
         (_fx_passes, "insert_type_promotion_nodes", _insert_type_promotion),
-        (export_utils, "_materialize_cpp_cia_ops", materialize),
+        (_decomp, "create_onnx_friendly_decomposition_table", _decompositions),
         (ir.schemas.OpSignature, "from_op_schema", staticmethod(_signature)),
     ]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
@@ -42,7 +35,7 @@ def without_idle_work() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-_MATERIALIZE = export_utils._materialize_cpp_cia_ops
+_TABLE_OF = _decomp.create_onnx_friendly_decomposition_table
 _FROM_TORCHLIB = _registration.ONNXRegistry.from_torchlib
 _FROM_OP_SCHEMA = ir.schemas.OpSignature.from_op_schema
 
@@ -59,6 +52,19 @@ def _registry(opset_version: int = TORCHLIB_OPSET) -> _registration.ONNXRegistry
 @cache
 def _known_translations(opset_version: int) -> _registration.ONNXRegistry:
     return _FROM_TORCHLIB(opset_version)
+
+
+def _decompositions(translated: set[Any]) -> dict[Any, Any]:
+    """How what has no translation is taken apart; operators may be registered at any time."""
+    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+    known = frozenset(translated), tuple(composite), len(torch._decomp.decomposition_table)
+    if known not in _TABLES:
+        _TABLES.clear()
+        _TABLES[known] = _TABLE_OF(translated)
+    return dict(_TABLES[known])
+
+
+_TABLES: dict[Any, dict[Any, Any]] = {}
 
 
 def _signature(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:

@@ -10,8 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from torch._export import utils as export_utils
-from torch.onnx._internal.exporter import _fx_passes, _registration
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
@@ -67,7 +66,7 @@ def test_torch_onnx_is_left_as_it_was() -> None:
     replaced: list[tuple[Any, str]] = [
         (_registration.ONNXRegistry, "from_torchlib"),
         (_fx_passes, "insert_type_promotion_nodes"),
-        (export_utils, "_materialize_cpp_cia_ops"),
+        (_decomp, "create_onnx_friendly_decomposition_table"),
         (ir.schemas.OpSignature, "from_op_schema"),
     ]
     before = [vars(owner)[name] for owner, name in replaced]
@@ -88,3 +87,17 @@ def test_a_translation_that_is_added_is_not_kept() -> None:
     assert again.functions.keys() == own.functions.keys()
     counts = [len(r.functions[target]) for r in (first, again, own)]
     assert counts == [counts[2] + 1, counts[2], counts[2]]
+
+
+def test_an_operator_that_is_registered_later_is_decomposed() -> None:
+    with idle_work.without_idle_work():
+        _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
+        with torch.library._scoped_library("lora_fx_idle_work", "FRAGMENT") as library:
+            library.define("twice(Tensor x) -> Tensor")
+            library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
+            found = _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
+            twice = torch.ops.lora_fx_idle_work.twice.default
+    assert twice in found
+    own = _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
+    assert found.keys() - own.keys() <= {twice}
+    assert own.keys() <= found.keys()
