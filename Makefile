@@ -23,13 +23,13 @@ demo: .venv/demo.stamp
 	$(BIN)/lora-fx demo
 
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # What our own files, runs and readers of other packages' models are held against.
 OLDEST := tests/export tests/frontend/test_trace.py tests/cli/test_cli.py tests/oracle
 
 test-oldest: .venv-oldest/dev.stamp
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto $(OLDEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal $(OLDEST)
 
 test-clients: .venv/clients.stamp
 	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
