@@ -192,7 +192,7 @@ def _replaced(
         module, dot, leaf = name.rpartition(".")
         several = (name, *(f"{path}{dot}{leaf}" for path in layers.aliases.get(module, ())))
         called = {n: own for n in several if (own := layers.unevaluated(n)) is not None}
-        if not called:
+        if not called and value.is_floating_point():  # a count of batches changes no output
             refused[name] = "no layer of the graph reads a parameter of this name"
         for known, own in called.items():
             if own.shape != value.shape:

@@ -13,8 +13,8 @@ INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is kohya's alpha or LyCORIS' flag, one number; or places, by its name."""
-    is_number = name.endswith((".alpha", ".on_input")) and count == 1
+    """Whether a tensor is one number (an alpha, a flag, a count of batches), or places, by name."""
+    is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
     return is_number or "_indices" in name or "_s_size" in name
 
 

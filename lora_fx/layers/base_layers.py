@@ -17,7 +17,7 @@ from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.site_names import is_packed
-from lora_fx.layers.sites import Site, by_path, is_bare, readers
+from lora_fx.layers.sites import Site, by_path, is_bare, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,7 @@ class BaseLayers(Mapping[str, Layer]):
         if name in self.held:
             return self.held[name]
         if self.graph is not None:
-            found = next(readers(self.graph, name), None)
-            return None if found is None else get_unevaluated(self.graph, str(found[1].target))
+            return tensor_of(self.graph, name)
         path, _, leaf = name.rpartition(".")
         value = getattr(self._modules.get(path), leaf, None)
         return value if isinstance(value, torch.Tensor) else None
