@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,21 @@ from lora_fx.errors import AdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_gathered(name: str, shape: Sequence[int]) -> None:
+    """Refuses a tensor of a file that has no values.
+
+    Raises:
+        AdapterError: names it, and what leaves such tensors.
+    """
+    if 0 in shape:
+        raise AdapterError(
+            f"tensor {name!r:.80}: shape {list(shape)!r:.80}: it is empty, which is what DeepSpeed "
+            "ZeRO-3 and FSDP leave of a model that is saved while its tensors are spread over "
+            "processes: save it with stage3_gather_16bit_weights_on_model_save, or take the "
+            "adapter out of the checkpoint, as zero_to_fp32.py does"
+        )
 
 
 def may_be_integer(name: str, count: int) -> bool:

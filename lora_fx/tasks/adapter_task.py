@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.peft import weights_in
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 
-_CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
 
@@ -52,7 +53,7 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
 
 def _config(path: Path) -> Mapping[str, object]:
     beside = path / _CONFIG if path.is_dir() else path.with_name(_CONFIG)
-    if path.is_dir() or path.stem == "adapter_model":
+    if path.is_dir() or path.name.partition(".")[0] == "adapter_model":
         return read_object(beside) if beside.is_file() else {}
     text = metadata_of(path).get(_METADATA) if path.suffix == ".safetensors" else None
     if text is None:
@@ -62,8 +63,7 @@ def _config(path: Path) -> Mapping[str, object]:
 
 
 def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
-    files = [path / name for name in _WEIGHTS] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
+    file = weights_in(path) if path.is_dir() else path
     if file is None or (is_pickle(file) and not allow_pickle):
         return {}  # the adapter's reader says so, in its own words
     tensors = read_file(file, allow_pickle)

@@ -93,7 +93,7 @@ def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     if fields is not None:
         return parse_any(fields, f"{path}: {METADATA}", hints.strict), path
     beside = path.with_name(CONFIG)
-    if path.stem == Path(WEIGHTS).stem and beside.is_file():
+    if path.name.partition(".")[0] == Path(WEIGHTS).stem and beside.is_file():
         return read_config(beside, hints.strict), beside
     return None, path
 
