@@ -17,7 +17,7 @@ from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.site_names import is_packed
-from lora_fx.layers.sites import Site, by_path, is_bare, tensor_of
+from lora_fx.layers.sites import Site, by_path, is_bare, readers, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,19 @@ class BaseLayers(Mapping[str, Layer]):
         path, _, leaf = name.rpartition(".")
         value = getattr(self._modules.get(path), leaf, None)
         return value if isinstance(value, torch.Tensor) else None
+
+    def names_of(self, name: str) -> list[str]:
+        """All names that a parameter or buffer has, where modules share it; that one first."""
+        if self.graph is not None:
+            read = next(readers(self.graph, name), None)
+            weights = self.weights.items() if read is not None else ()
+            same = [f"{path}.weight" for path, own in weights if read and own == read[1].target]
+        else:
+            value, modules = self.unevaluated(name), self._modules.items()
+            same = [
+                f"{p}.{n}" for p, m in modules for n, own in m._parameters.items() if own is value
+            ]
+        return list(dict.fromkeys([name, *(other.removeprefix(".") for other in same)]))
 
     def parameters(self, path: str) -> dict[str, tuple[int, ...]]:
         """The shapes of those that a module itself holds, in the order that it registered them."""

@@ -23,10 +23,12 @@ class AdapterTask:
     Attributes:
         name: PEFT's ``task_type``, such as ``SEQ_CLS``; None if no adapter has one.
         shapes: of the tensors that the adapters hold whole, by parameter path: heads among them.
+        paths: where the adapters are.
     """
 
     name: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    paths: Sequence[Path] = field(default=(), compare=False)
 
 
 def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTask:
@@ -38,17 +40,18 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
     names: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        name = _config(path).get("task_type")
+        config = _config(path)
+        name = config.get("task_type")
         if isinstance(name, str):
             names.setdefault(name, path)
-            shapes |= _shapes(path, allow_pickle)
+        shapes |= _shapes(path, allow_pickle) if config else {}
     if len(names) > 1:
         told = shorten([f"{path} for {name}" for name, path in names.items()])
         raise AdapterError(
             f"--adapter: the adapters were trained for different tasks, {told}: one model has one "
             "head; export them one by one"
         )
-    return AdapterTask(next(iter(names), None), shapes)
+    return AdapterTask(next(iter(names), None), shapes, paths)
 
 
 def _config(path: Path) -> Mapping[str, object]:
@@ -67,4 +70,5 @@ def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
     if file is None or (is_pickle(file) and not allow_pickle):
         return {}  # the adapter's reader says so, in its own words
     tensors = read_file(file, allow_pickle)
-    return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in tensors.items()}
+    named = ((key.removeprefix(PREFIX), tensor) for key, tensor in tensors.items())
+    return {name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in named}

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lora_fx.errors import LoraFxError
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.shards import is_index, shards_of
 from lora_fx.io.strict_json import MAX_JSON
 
+_ADAPTER = "adapter_config.json"
+_WEIGHTS = {".safetensors", ".bin"}
 _READ = {".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja"}
+
+
+def check_alone(directory: Path, adapters: Sequence[Path]) -> None:
+    """Refuses an adapter in the place of a model, and one beside it that nobody asked for.
+
+    transformers would put the one that lies beside a model on it, unasked.
+
+    Raises:
+        LoraFxError: says what to name instead.
+    """
+    if not (directory / _ADAPTER).is_file():
+        return
+    names = (file.name for file in directory.iterdir() if file.suffix in _WEIGHTS)
+    if all(name.startswith("adapter_model") for name in names):
+        raise LoraFxError(
+            f"{directory}: this is an adapter; name its base model, and it as --adapter"
+        )
+    if directory.resolve() not in [path.resolve() for path in adapters]:
+        raise LoraFxError(
+            f"{directory}: this is a model with an adapter beside it: name it as --adapter too, or "
+            f"take {_ADAPTER} out of it"
+        )
+
+
+@contextmanager
+def without_adapter(directory: Path) -> Iterator[Path]:
+    """A directory as transformers may read it: it would load an adapter that lies there too."""
+    if not (directory / _ADAPTER).is_file():
+        yield directory
+        return
+    with TemporaryDirectory() as name:
+        for file in directory.iterdir():
+            if file.name != _ADAPTER:
+                Path(name, file.name).symlink_to(file.resolve())
+        yield Path(name)
 
 
 def check_files(directory: Path) -> None:

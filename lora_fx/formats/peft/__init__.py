@@ -15,7 +15,8 @@ from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import sort_peft
+from lora_fx.formats.peft.keys import is_own_key, sort_peft
+from lora_fx.formats.peft.state_dicts import as_saved
 from lora_fx.formats.peft.tokens import read_tokens
 from lora_fx.formats.peft.traced import TracedConfig, parse_any
 from lora_fx.formats.peft.write import contents
@@ -120,7 +121,8 @@ def assemble(
         return read_traced(name, weights, tensors, config, origin, hints)
     base = layers_of(hints.base)
     with within(weights):
-        keys = sort_peft(tensors, config)
+        own = as_saved(tensors, lambda key: is_own_key(key, config))
+        keys = sort_peft(own, config, base)
         updates, asked = config.read(keys.layers, keys.shared, base)
         updates |= read_tokens(keys.tokens, config, base)
     _check_patterns(origin, config, asked, hints.strict)
