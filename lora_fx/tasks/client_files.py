@@ -33,7 +33,7 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
     """Copies what a directory holds beside its weights, and adds what clients of decoders need.
 
     The config is copied as it is where it names the class that was exported, and its tokens;
-    otherwise it is that of the exported model, whose head or vocabulary an adapter may have brought.
+    otherwise it is that of the exported model, whose head or table an adapter may have brought.
 
     Args:
         source: the directory of the model.

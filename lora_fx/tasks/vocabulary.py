@@ -1,4 +1,4 @@
-"""Models whose adapters have another count of tokens: their tables grow, or shrink, as in training."""
+"""Models whose adapters have another count of tokens: their tables grow, or shrink, with them."""
 
 from __future__ import annotations
 

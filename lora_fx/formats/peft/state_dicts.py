@@ -66,7 +66,7 @@ def _shortened(key: str, is_known: Callable[[str], bool]) -> tuple[str, str] | N
 
 
 def _without_one(parts: list[str]) -> Iterator[tuple[str, str]]:
-    """What may be a name, and the rest; a vector that is a module has a weight, but not in files."""
+    """What may be a name, and the rest; a vector of its own module loses its weight in files."""
     *rest, last = parts
     yield last, ".".join(rest)
     if rest and last in _PARAMETERS:
