@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def _turned(update: Update, module: str, base: BaseLayers) -> Update:
     heads = _HEADS.get(module.rpartition(".")[2])
     if heads is None:
         return update
-    config = getattr(base.base, "config", None)
+    config: Any = getattr(base.base, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind, count = getattr(config, "model_type", None), getattr(config, heads, None)
     if kind in _KEPT:

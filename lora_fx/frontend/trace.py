@@ -197,7 +197,8 @@ def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, A
 
 def _output_embedding(model: nn.Module) -> str | None:
     head = getattr(model, "get_output_embeddings", None)
-    module = head() if callable(head) else None
+    found = head() if callable(head) else None
+    module = bare(found) if isinstance(found, nn.Module) else None
     return next((path for path, m in named_modules(model) if m is module), None)
 
 

@@ -25,9 +25,9 @@ def exchange(editor: Editor, name: str, value: torch.Tensor | LazyTensor) -> set
     if not found:
         editor.hold(name, value)
         return set()
-    is_plain = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-    new = nn.Parameter(value, requires_grad=False) if is_plain else value
-    node = editor.constant(name, new, before=found[0][0])
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    node = editor.constant(name, value, before=found[0][0])
     for reader, source in found:
         editor.rebind(reader, source, node)
     return {str(source.target) for _, source in found}

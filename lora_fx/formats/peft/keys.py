@@ -187,7 +187,7 @@ def sort_peft(
     Raises:
         AdapterError: a key without a use, or a part that the config promises.
     """
-    keys = SortedKeys(config, base or BaseLayers({}))
+    keys = SortedKeys(config) if base is None else SortedKeys(config, base)
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")

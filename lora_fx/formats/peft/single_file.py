@@ -48,7 +48,7 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
-    tensors = read_file(path, hints.allow_pickle)
+    tensors: Mapping[str, torch.Tensor] = read_file(path, hints.allow_pickle)
     config, origin = _stored_config(path, hints)
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:
