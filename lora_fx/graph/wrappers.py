@@ -52,7 +52,8 @@ def plain(held: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def unwrapped(root: nn.Module) -> Iterator[None]:
     """Takes wrappers and compiled calls out of a tree whose root is bare, and puts them back."""
-    then = {module: dict(module.__dict__) for _, module in named_modules(root)}
+    every = dict.fromkeys(module for _, module in named_modules(root))
+    then = {m: dict(m.__dict__) for m in every if plain(m.__dict__) != m.__dict__}
     try:
         for module, held in then.items():
             module.__dict__.update(plain(held))
