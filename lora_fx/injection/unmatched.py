@@ -24,7 +24,8 @@ def cause(unknown: Sequence[str], paths: Sequence[str], model: str) -> str:
 def _deeper(unknown: Sequence[str], paths: Sequence[str]) -> str | None:
     """A model of fewer layers: the paths are alike, up to a number that is too high."""
     known = {_alike(path): path for path in sorted(paths, key=_numbers)}
-    deep = [path for path in unknown if _alike(path) in known]
+    alike = [path for path in unknown if _alike(path) in known]
+    deep = [path for path in alike if _numbers(path) > _numbers(known[_alike(path)])]
     if not deep:
         return None
     last = max(deep, key=_numbers)

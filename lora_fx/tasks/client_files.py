@@ -44,9 +44,9 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
     for path in companions(source):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, out / path)
-    kept = read_json(source / CONFIG)
+    kept, tokens = read_json(source / CONFIG), getattr(model.config, "vocab_size", None)
     is_own = _class_in(kept) == type(model).__name__
-    if not is_own or kept.get("vocab_size") != getattr(model.config, "vocab_size", None):
+    if not is_own or kept.get("vocab_size", tokens) != tokens:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     if call.generates:

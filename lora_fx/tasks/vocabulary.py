@@ -18,7 +18,7 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[st
         shapes: of the tensors that adapters hold whole, by parameter name.
 
     Returns:
-        The parameters that hold no values of the model's own any more: tables and heads.
+        The parameters that were resized and that no adapter brings: they hold random numbers.
 
     Raises:
         LoraFxError: the model cannot be resized.
@@ -38,7 +38,9 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[st
         ) from error
     resized = [_asked(model, "get_input_embeddings"), _asked(model, "get_output_embeddings")]
     held = {id(p) for module in resized if module is not None for p in module.parameters()}
-    return [name for name, value in model.named_parameters() if id(value) in held]
+    every = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(value) for name, value in every.items() if name in shapes}
+    return [name for name, value in model.named_parameters() if id(value) in held - known]
 
 
 def _asked(model: Any, name: str) -> nn.Module | None:

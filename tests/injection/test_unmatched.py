@@ -56,6 +56,7 @@ def test_nothing_is_said_of_what_cannot_be_told() -> None:
     assert cause(["fc"], ["fc.fc"], "Net") == " The paths differ by 'fc.': trace the module that " \
         "the adapter was made for."  # fmt: skip
     assert cause(["b.q_proj.x"], ["a.x.q_proj.k"], "Net") == ""
+    assert cause(["h.1.fc"], ["h.0.fc", "h.2.fc"], "Net") == ""
     assert cause([], [], "Net") == ""
 
 
