@@ -14,7 +14,7 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.algebra.evaluate import recorded
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branch_tensors import canonical
@@ -24,9 +24,10 @@ from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
+from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.parametrized_weights import value_names
-from lora_fx.layers.sites import Site, by_path, readers
+from lora_fx.layers.sites import Site, by_path, readers, tensor_of
 
 Injectable = Adapter | LoraConfig
 
@@ -109,21 +110,19 @@ def _replace(
     """Puts other tensors in the place of the model's; what stood there, where any differed."""
     before: dict[str, Held] = {}
     for name, value in replacements.items():
-        found = list(readers(editor.gm, name))
-        own = get_unevaluated(editor.gm, str(found[0][1].target))
-        old = editor.tensor(found[0][1])
-        if torch.equal(value.to(old.dtype), old):
+        own = tensor_of(editor.gm, name)
+        assert own is not None
+        old = evaluate(own)
+        new = value.to(old.dtype)
+        if torch.equal(new, old):
             editor.record("keep", name, "the adapter's is equal to the model's own")
             continue
-        new = nn.Parameter(value.to(old.dtype), requires_grad=False)
         if not new.isfinite().all():
             raise AdapterError(
                 f"{name}: adapter {adapter} replaces it by NaN or infinity, or by values that "
                 f"overflow {old.dtype}; load the model in a wider dtype, or save the adapter again"
             )
-        node = editor.constant(name, new, before=found[0][0])
-        for reader, source in found:
-            editor.rebind(reader, source, node)
+        exchange(editor, name, new)
         editor.record("replace", name, f"{tuple(value.shape)}")
         before[name] = own
     return before

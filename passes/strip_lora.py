@@ -12,8 +12,9 @@ from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.injected_adapters import Held, stripped, unreplaced
 from lora_fx.injection.match_branch import Branch, branches_of
+from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.parametrized_weights import made_anew
-from lora_fx.layers.sites import Site, readers, sites
+from lora_fx.layers.sites import Site, sites, tensor_of
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,10 @@ class StripLora(Pass):
 
 def _give_back(editor: Editor, name: str, value: Held) -> set[str]:
     """Makes the readers of a parameter read the base's; what they read until now."""
-    found = list(readers(editor.gm, name))  # none, if a region that reads it was folded
-    if found:
-        node = editor.constant(name, value, before=found[0][0])
-        for reader, source in found:
-            editor.rebind(reader, source, node)
-        editor.record("strip", name, "the base's again")
-    return {str(source.target) for _, source in found}
+    if tensor_of(editor.gm, name) is None:
+        return set()  # a region that read it was folded
+    editor.record("strip", name, "the base's again")
+    return exchange(editor, name, value)
 
 
 def _strip(editor: Editor, site: Site, branch: Branch) -> None:

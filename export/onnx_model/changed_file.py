@@ -27,8 +27,8 @@ from lora_fx.export.slots.manifest import versioned
 _CHUNK = 1 << 20
 _ADVICE = (
     "use the file as it was exported, or export again. Was it meant to be changed, by a quantiser "
-    f"or another tool: Session(path, check=False) runs it as it is, and without its metadata {KEY} "
-    "nothing is held against it"
+    f"or another tool: without its metadata {KEY} nothing is held against it; in Python "
+    "Session(path, check=False) runs it as it is"
 )
 _PRODUCER = "pytorch"  # what torch.onnx signs with
 

@@ -21,7 +21,7 @@ from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches
 from lora_fx.injection.usage_check import weight_name
 from lora_fx.layers.base_layers import BaseLayers, layers_in
-from lora_fx.layers.sites import Site, by_path, readers
+from lora_fx.layers.sites import Site, by_path, is_inside, readers
 from lora_fx.layers.weight_readers import is_one_way
 from lora_fx.passes import StripLora
 
@@ -63,7 +63,11 @@ def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]
 def _changed(layers: BaseLayers, replaced: Mapping[str, torch.Tensor]) -> list[str]:
     """Which of the replaced tensors are not the base's own, by the base's names."""
     own = {name: layers.parameter(name) for name in replaced}
-    return [n for n, t in own.items() if t is None or not torch.equal(replaced[n].to(t.dtype), t)]
+    return [
+        name
+        for name, t in own.items()
+        if t is None or (t.is_floating_point() and not torch.equal(replaced[name].to(t.dtype), t))
+    ]
 
 
 def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None) -> list[AnySlot]:
@@ -116,6 +120,8 @@ def _in_graph(gm: fx.GraphModule) -> dict[str, str]:
     """What the adapters in a graph change."""
     base = StripLora()(gm).graph_module
     found = slots_for(base, [record.now(gm) for record in injected(gm)])
+    if inside := [name for name in found if is_inside(gm, name)]:
+        raise _no_slot(inside)
     for branch in branches(gm):
         is_plain = branch.is_plain and branch.bias is None
         found[branch.path] = FACTORS if is_plain else VECTORS
@@ -140,10 +146,19 @@ def _asked_for(
             found[name] = FACTORS if is_stack else WEIGHT
         else:
             unknown.append(name)
+    if inside := [name for name in unknown if is_inside(gm, name)]:
+        raise _no_slot(inside)
     if unknown:
         known = shorten(list(groups)) or "none"
         raise ExportError(f"slots: no layer at {shorten(unknown)}; there are {known}")
     return found
+
+
+def _no_slot(names: list[str]) -> ExportError:
+    return ExportError(
+        f"slots: {shorten(names)} lies in a module that symbolic tracing keeps whole, where no "
+        "slot can stand: trace the model with example inputs, which opens it"
+    )
 
 
 def _is_parameter(gm: fx.GraphModule, name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
+from lora_fx.graph.wrappers import named_modules
 from lora_fx.layers.layer import layer_of
 from lora_fx.layers.layer_types import NORM, TYPES
 from lora_fx.layers.sites import Site, sites
@@ -76,7 +77,7 @@ def _held(model: nn.Module) -> dict[str, Held]:
 
 
 def _held_by_module(model: nn.Module) -> Iterator[tuple[str, Held]]:
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model):
         kind = _kind_of(module)
         for leaf in (*module._parameters, *module._buffers):
             value = get_unevaluated(module, leaf)

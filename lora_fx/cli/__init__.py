@@ -55,7 +55,15 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, _USAGE):
             raise
         except BaseException as error:
-            sys.exit(report_failure(error))
+            options = {name: _options(command) for name, command in self.commands.items()}
+            own = options.get(ctx.invoked_subcommand or "", frozenset())
+            sys.exit(report_failure(error, own, frozenset().union(*options.values())))
+
+
+def _options(command: Any) -> frozenset[str]:
+    """What a command takes beside its arguments."""
+    names = (name for parameter in command.params for name in parameter.opts)
+    return frozenset(name for name in names if name.startswith("-"))
 
 
 app = typer.Typer(

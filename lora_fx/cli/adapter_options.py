@@ -43,6 +43,9 @@ Component = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read a .bin or .pt, of tensors alone.")
 ]
+Format = Annotated[
+    str | None, typer.Option("--format", help="The adapter's format, where nothing tells it.")
+]
 Base = Annotated[
     str | None, typer.Option("--base", help="The model that names mean layers of, as in export.")
 ]
@@ -58,6 +61,7 @@ class Given:
         use_rslora: the scale is alpha / sqrt(r).
         component: the part of a pipeline that is meant.
         allow_pickle: read a ``.bin`` or ``.pt``.
+        format: of the adapter's file or directory, by `load_adapter`'s names.
         base: the model that names are resolved against, as `find_model` takes it.
     """
 
@@ -66,6 +70,7 @@ class Given:
     use_rslora: UseRslora = False
     component: Component = None
     allow_pickle: AllowPickle = False
+    format: Format = None
     base: Base = None
 
     def hints(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class Given:
             "use_rslora": self.use_rslora or None,
             "component": self.component,
             "allow_pickle": self.allow_pickle or None,
+            "format": self.format,
         }
         return {name: value for name, value in every.items() if value is not None}
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.graph.wrappers import named_modules
 from lora_fx.tasks.model_source import ModelSource
 from lora_fx.tasks.pipeline_source import WRAPPER
 
@@ -55,7 +56,7 @@ def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
 
 def _only(adapter: Adapter, models: Mapping[str, nn.Module]) -> str:
     paths = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.replacements)}
-    every = {n: dict(m.named_modules(remove_duplicate=False)) for n, m in models.items()}
+    every = {n: dict(named_modules(m)) for n, m in models.items()}
     fits = [name for name, modules in every.items() if paths & modules.keys()]
     if len(fits) == 1 or len(models) == 1:
         return next(iter(fits or models))

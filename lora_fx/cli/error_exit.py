@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Collection
 
+from lora_fx.cli.advice import in_options
 from lora_fx.cli.user_code import users_line, words
 from lora_fx.errors import LoraFxError, VerificationError
 
 TRACEBACK = "LORA_FX_TRACEBACK"
 
 
-def report(error: BaseException) -> int:
+def report(error: BaseException, options: Collection[str] = (), every: Collection[str] = ()) -> int:
     """Prints one message on stderr, and gives the exit code.
 
     The environment variable ``LORA_FX_TRACEBACK`` shows the traceback too.
+
+    Args:
+        error: what was raised.
+        options: of the command that was called.
+        every: the options of all commands.
     """
     if isinstance(error, BrokenPipeError):
         _give_up_stdout()
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    print(f"error: {_message(error)}", file=sys.stderr)
+    print(f"error: {in_options(_message(error), options, every)}", file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 1 if isinstance(error, VerificationError) else 2

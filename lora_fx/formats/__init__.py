@@ -17,19 +17,21 @@ from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffus
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
 from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
+from lora_fx.formats.mlx import is_mlx, read_mlx
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
+from lora_fx.formats.torchtune import is_torchtune, read_torchtune
 from lora_fx.io.state_dict import names_in
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is told, read and written, and which hints each takes beside ``base``."""
+    """How one format is told, read and, if at all, written; which hints it takes but ``base``."""
 
     is_it: Callable[[Path, Collection[str]], bool]
     read: Callable[[Path, str, Hints], Adapter]
-    write: Callable[[Adapter, Path, Hints, bool], None]
+    write: Callable[[Adapter, Path, Hints, bool], None] | None
     hints: tuple[str, ...] = ("allow_pickle",)
     write_hints: tuple[str, ...] = ()
 
@@ -42,6 +44,8 @@ FORMATS = {
     "diffusers": Format(
         is_diffusers, read_diffusers, write_diffusers, ("allow_pickle", *_PART), _PART
     ),
+    "mlx": Format(is_mlx, read_mlx, None),
+    "torchtune": Format(is_torchtune, read_torchtune, None),
     "peft": Format(is_peft, read_peft, write_peft),
     "peft_file": Format(is_peft_file, read_peft_file, write_peft_file, _PEFT_HINTS),
     "kohya": Format(is_kohya, read_kohya, write_kohya, ("allow_pickle", *_PART), _PART),
@@ -64,7 +68,8 @@ def load_adapter(
         path: a directory or a file.
         name: tells adapters apart in one graph; an identifier. Default: made from the path.
         format: ``"peft"`` (a directory), ``"peft_file"``, ``"loralib"``, ``"kohya"``,
-            ``"diffusers"``, ``"onnx_adapter"``, or ``"auto"`` to tell it by what is there.
+            ``"diffusers"``, ``"onnx_adapter"``, ``"mlx"``, ``"torchtune"``, or ``"auto"`` to tell
+            it by what is there.
         base: the model or graph that kohya's names, which are lossy, are resolved against, and
             that loralib's fused layers are checked against.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
@@ -121,6 +126,9 @@ def save_adapter(
     """
     chosen = _format(format)
     _check_hints(Path(path), hints, format, chosen.write_hints)
+    if chosen.write is None:
+        written = ", ".join(name for name, entry in FORMATS.items() if entry.write is not None)
+        raise AdapterError(f"{path}: format {format} is read and not written; written: {written}")
     chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 

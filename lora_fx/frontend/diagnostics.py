@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import linecache
+import re
 import traceback
 from collections.abc import Iterable
 from types import FrameType
@@ -23,6 +24,8 @@ _TRY = {
 }
 
 
+# torch.export, of a type that it meets among inputs or outputs.
+_FOREIGN = re.compile(r"(?:Found|Unsupported input type) <class '[\w.<>]*?(?P<name>\w+)'>")
 # What the code of every graph reads: an input of the same name would hide it.
 _OF_FX = frozenset({"torch", "pytree", "fx_pytree"})
 
@@ -33,8 +36,31 @@ def explain_failure(model: nn.Module, frontend: str, error: Exception) -> str:
     shown = "\n  ".join(line for line in reason[:6] if line.strip())
     return (
         f"{type(model).__name__} cannot be traced ({frontend}){_place(model, error)}:\n"
-        f"  {type(error).__name__}: {shown}\nTry: {_TRY[frontend]}."
+        f"  {type(error).__name__}: {shown}\nTry: {_known(model, reason[0]) or _TRY[frontend]}."
     )
+
+
+def _known(model: nn.Module, reason: str) -> str | None:
+    """What to do about a cause that can be told."""
+    foreign = _FOREIGN.search(reason)
+    if foreign is not None and foreign["name"].endswith("Cache"):
+        return (
+            f"give use_cache=False among the inputs by name: a {foreign['name']} is no tensor, and "
+            "no graph takes or returns it; a directory's decoder is traced with its cache, as "
+            "tensors, by lora_fx.tasks.load and by the command line"
+        )
+    if foreign is not None:
+        return (
+            "wrap the model in a module that takes and returns tensors, or tuples, lists and "
+            f"dictionaries of them, and no {foreign['name']}"
+        )
+    empty = [name for name, p in model.named_parameters() if not p.numel()]
+    if empty:
+        return (
+            f"gather the parameters: {shorten(empty, 3)} is empty, which is what DeepSpeed ZeRO-3 "
+            "and FSDP leave of what is spread over processes"
+        )
+    return None
 
 
 def refuse_inputs(names: Iterable[object]) -> None:

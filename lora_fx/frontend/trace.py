@@ -29,6 +29,7 @@ from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.graph.train_eval import in_mode
+from lora_fx.graph.wrappers import bare, named_modules, unwrapped
 
 
 def trace(
@@ -70,6 +71,8 @@ def trace(
         raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, check)
+    if isinstance(model, nn.Module):
+        model = bare(model)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None
@@ -87,17 +90,18 @@ def _once(
 ) -> tuple[fx.GraphModule, str | None]:
     """The graph of a model in the mode that it is in, and why two calls of it may differ."""
     inputs = example.args, dict(example.kwargs)
-    gm = _made(model, example, frontend)
-    if not check:
-        return gm, None
-    try:
+    with unwrapped(model):
+        gm = _made(model, example, frontend)
+        if not check:
+            return gm, None
+        try:
+            return gm, check_faithful(model, gm, inputs)
+        except CallError:
+            if not clear_caches():
+                raise
+        call_once(model, gm, inputs)  # caches that the trace filled are now filled for good
+        gm = _made(model, example, frontend)
         return gm, check_faithful(model, gm, inputs)
-    except CallError:
-        if not clear_caches():
-            raise
-    call_once(model, gm, inputs)  # caches that were filled by the trace are now filled for good
-    gm = _made(model, example, frontend)
-    return gm, check_faithful(model, gm, inputs)
 
 
 def _made(model: nn.Module, example: Example, frontend: str) -> fx.GraphModule:
@@ -128,12 +132,12 @@ def _remember(
     """Lets a graph follow the modes of its model."""
 
     def again(mode: bool) -> Again:
-        with untouched(model), in_mode(model, mode) as modes:
+        with unwrapped(model), untouched(model), in_mode(model, mode) as modes:
             other, unsteady = once()
         return Again(other.graph, modes, unsteady)
 
     mark(gm)
-    modes = {path: module.training for path, module in model.named_modules()}
+    modes = {path: module.training for path, module in named_modules(model)}
     source = Source(type(model).__name__, copy_graph(gm.graph), modes, again, unsteady)
     remember(gm, source)
 
@@ -193,13 +197,14 @@ def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, A
 
 def _output_embedding(model: nn.Module) -> str | None:
     head = getattr(model, "get_output_embeddings", None)
-    module = head() if callable(head) else None
-    return next((path for path, m in model.named_modules() if m is module), None)
+    found = head() if callable(head) else None
+    module = bare(found) if isinstance(found, nn.Module) else None
+    return next((path for path, m in named_modules(model) if m is module), None)
 
 
 def _aliases(model: object) -> dict[str, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
-    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    modules = named_modules(model) if isinstance(model, nn.Module) else ()
     for path, module in modules:
         names.setdefault(id(module), []).append(path)
     return {

@@ -80,6 +80,13 @@ class Editor:
         with self._graph.inserting_before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
+    def hold(self, name: str, value: torch.Tensor | LazyTensor) -> None:
+        """Puts another tensor into a module that is called whole: a shell of this graph's own."""
+        if isinstance(attribute(self.gm, name), nn.Parameter) and isinstance(value, torch.Tensor):
+            value = nn.Parameter(value.detach(), requires_grad=False)
+        assign(self.gm, name, value)
+        self.modified = True
+
     def call(
         self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node
     ) -> fx.Node:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fx.graph.lazy_tensor import Parameters
 from lora_fx.graph.module_state import refill
+from lora_fx.graph.wrappers import bare, named_modules, plain
 
 # The dictionaries of every module: parameters, buffers, children, hooks.
 _STORES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -25,15 +26,15 @@ class TracedModule:
     A copy of a graph shares this, and a pickle drops it.
 
     Attributes:
-        modules: dotted path -> module; one with several names is there under each.
+        modules: dotted path -> module; one with several names is there under each. Wrappers are
+            left out, here and where it is run.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        while isinstance(inner := root._modules.get("_orig_mod"), nn.Module):
-            root = inner  # torch.compile's wrapper, which the paths of layers leave out
-        self._root = root
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        self._then = {module: (type(module), _copied(module.__dict__)) for module in root.modules()}
+        self._root = bare(root)
+        self.modules = dict(named_modules(root))
+        held = dict.fromkeys(self.modules.values())
+        self._then = {module: (type(module), _copied(plain(module.__dict__))) for module in held}
 
     def parameters(self, module: nn.Module) -> Mapping[str, Any]:
         """What a module held by name: tensors, lazy ones too, or None."""

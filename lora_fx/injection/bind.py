@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.safe_regex import SlowRegexError
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
-from lora_fx.injection.conform import fits, fitted
+from lora_fx.injection.conform import fits, fitted, remedy
 from lora_fx.layers.base_layers import BaseLayers
 
 
@@ -192,13 +192,13 @@ def _replaced(
         module, dot, leaf = name.rpartition(".")
         several = (name, *(f"{path}{dot}{leaf}" for path in layers.aliases.get(module, ())))
         called = {n: own for n in several if (own := layers.unevaluated(n)) is not None}
-        if not called:
+        if not called and value.is_floating_point():  # a count of batches changes no output
             refused[name] = "no layer of the graph reads a parameter of this name"
         for known, own in called.items():
             if own.shape != value.shape:
                 raise AdapterError(
                     f"adapter {adapter.name}, {known}: shape {tuple(value.shape)}, the model's is "
-                    f"{tuple(own.shape)}. Use the base that it was trained on"
+                    f"{tuple(own.shape)}. {remedy(tuple(value.shape), tuple(own.shape))}"
                 )
             if known in given and not _are_equal(value, found[known]):
                 raise AdapterError(

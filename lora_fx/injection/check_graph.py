@@ -10,10 +10,12 @@ from torch import fx
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, parameter_names
+from lora_fx.injection.unmatched import cause
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.sites import Site
 from lora_fx.layers.weight_readers import check_one_way, check_reached
@@ -48,7 +50,7 @@ def check_binding(
         _check_adaptable(gm, adapter.name, path, groups, one_way=not is_dense)
     _check_replaced(gm, adapter.name, binding.replaced)
     if binding.refused and strict:
-        raise AdapterError(_unmatched(adapter.name, list(binding.refused), list(groups)))
+        raise AdapterError(_unmatched(gm, adapter.name, list(binding.refused), list(groups)))
     missing = [p for p in targeted(adapter.expects, layers) if p not in binding.updates]
     if missing and strict:
         raise AdapterError(
@@ -123,23 +125,13 @@ def _check_replaced(gm: fx.GraphModule, name: str, replaced: Mapping[str, torch.
             )
 
 
-def _unmatched(name: str, unknown: list[str], paths: list[str]) -> str:
-    message = (
+def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[str]) -> str:
+    example = example_of(gm)
+    traced = example.model if example is not None else None
+    model = "graph" if traced is None else type(traced.modules[""]).__name__
+    return (
         f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
         f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
-        f"{shorten(paths) or 'none'}."
+        f"{shorten(paths) or 'none'}.{cause(unknown, paths, model)} Pass strict=False to leave "
+        "them out"
     )
-    prefix = _common_prefix(unknown, paths)
-    if prefix:
-        message += (
-            f" The paths differ by {prefix!r}: trace the module that the adapter was made for."
-        )
-    return f"{message} Pass strict=False to leave them out"
-
-
-def _common_prefix(unknown: list[str], paths: list[str]) -> str | None:
-    for one, two in ((unknown, paths), (paths, unknown)):
-        longer = next((path for path in two if path.endswith(f".{one[0]}")), None) if one else None
-        if longer:
-            return longer.removesuffix(one[0])
-    return None

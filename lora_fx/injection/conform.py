@@ -40,7 +40,7 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
         if site.groups > 1 and update.magnitude is not None:
             raise AdapterError("DoRA on a grouped convolution has no weight to norm")
         return update
-    _check(update.shape, stored)
+    _check(update.shape, stored, rows=int(site.type.reads_ids))
     if not update.is_plain:
         raise AdapterError("vectors beside a grouped convolution's weight have no form")
     return evaluated(update, update.shape, update.stored)
@@ -78,13 +78,32 @@ def _scaling(update: AnyUpdate, site: Layer) -> AnyUpdate:
     return update
 
 
-def _check(found: Shape, wanted: tuple[int, ...]) -> None:
+def _check(found: Shape, wanted: tuple[int, ...], rows: int = 0) -> None:
     same = len(found) == len(wanted)
     if same and all(size in (None, axis) for size, axis in zip(found, wanted, strict=True)):
         return
     raise AdapterError(
         f"made for a layer {_words(found)}, the model's is {_words(wanted)}. "
-        "Use the base that it was trained on"
+        f"{remedy(found, wanted, rows)}"
+    )
+
+
+def remedy(found: Shape, wanted: tuple[int, ...], rows: int = 0) -> str:
+    """What to do about a shape that is not the model's.
+
+    Args:
+        found: of the adapter.
+        wanted: of the model.
+        rows: the axis of what there may be one of for each token.
+    """
+    pairs = [*zip(found, wanted, strict=False)]
+    differ = [axis for axis, (one, two) in enumerate(pairs) if one not in (None, two)]
+    base = "Use the base that it was trained on"
+    if len(found) != len(wanted) or differ != [rows] or not found[rows]:
+        return base
+    return (
+        f"{base}; if its vocabulary grew before training, let the base's grow too, "
+        f"model.resize_token_embeddings({found[rows]}), before it is traced"
     )
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from lora_fx.errors import AdapterError, within
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.strict_json import parse_object
-from lora_fx.io.tensor_checks import check_tensors, may_be_integer
+from lora_fx.io.tensor_checks import check_gathered, check_tensors, may_be_integer
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
@@ -110,8 +110,9 @@ def _check_entry(name: str, entry: object) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(f"{where}: found {entry!r:.80}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not _is_counts(shape) or len(shape) > MAX_DIMS or 0 in shape:
+    if not _is_counts(shape) or len(shape) > MAX_DIMS:
         raise AdapterError(f"{where}: shape {shape!r:.80}, expected at most {MAX_DIMS} sizes")
+    check_gathered(name, shape)
     is_integer = may_be_integer(name, math.prod(shape))
     sizes = ITEM_SIZES | INTEGER_SIZES if is_integer else ITEM_SIZES
     if not isinstance(dtype, str) or dtype not in sizes:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lora_fx.errors import AdapterError, within
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.io.atomic import publish
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
-from lora_fx.io.tensor_checks import check_tensors
+from lora_fx.io.shards import is_index, shards_of
+from lora_fx.io.tensor_checks import check_gathered, check_tensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -36,13 +37,19 @@ def is_pickle(path: Path) -> bool:
 
 
 def read_file(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    """Reads every tensor of a file, in its own dtype.
+    """Reads every tensor of a file, or of the files of an index, in its own dtype.
 
     Raises:
         AdapterError: it is a pickle and that was not allowed, or it is damaged.
     """
     if path.is_dir():
         raise AdapterError(f"{path}: a directory, expected one file of tensors")
+    if is_index(path):
+        return _read_shards(path, allow_pickle)
+    return _read_one(path, allow_pickle)
+
+
+def _read_one(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     if not is_pickle(path):
         return read_tensors(path)
     if not allow_pickle:
@@ -50,17 +57,39 @@ def read_file(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
             f"{path}: a pickle can run code when it is opened; save the adapter as safetensors, "
             "or pass allow_pickle=True if you trust the file"
         )
-    return {key: tensor.detach() for key, tensor in read_pickle(path).items()}
+    tensors = {key: tensor.detach() for key, tensor in read_pickle(path).items()}
+    with within(path):
+        for name, tensor in tensors.items():
+            check_gathered(name, tensor.shape)
+    return tensors
+
+
+def _read_shards(index: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    """The tensors of all files of an index, which has to name just those that they hold."""
+    places = shards_of(index, AdapterError)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(places.values())):
+        held = _read_one(shard, allow_pickle)
+        named = {name for name, file in places.items() if file == shard}
+        if odd := held.keys() ^ named:
+            raise AdapterError(
+                f"{index}: does not agree with {shard.name} about {shorten(sorted(odd))}, expected "
+                "each tensor in the file that it names: download or save them again"
+            )
+        tensors |= held
+    return tensors
 
 
 def names_in(path: Path, allow_pickle: bool) -> Collection[str]:
     """The names of the tensors in a file, without reading a safetensors file's values."""
+    if is_index(path):
+        return shards_of(path, AdapterError).keys()
     return read_file(path, allow_pickle).keys() if is_pickle(path) else read_names(path)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file has beside its tensors; a pickle has none."""
-    return {} if is_pickle(path) else read_metadata(path)
+    """The texts that a safetensors file has beside its tensors; a pickle and an index have none."""
+    return {} if is_pickle(path) or is_index(path) else read_metadata(path)
 
 
 def write_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,9 +12,24 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
+def check_gathered(name: str, shape: Sequence[int]) -> None:
+    """Refuses a tensor of a file that has no values.
+
+    Raises:
+        AdapterError: names it, and what leaves such tensors.
+    """
+    if 0 in shape:
+        raise AdapterError(
+            f"tensor {name!r:.80}: shape {list(shape)!r:.80}: it is empty, which is what DeepSpeed "
+            "ZeRO-3 and FSDP leave of a model that is saved while its tensors are spread over "
+            "processes: save it with stage3_gather_16bit_weights_on_model_save, or take the "
+            "adapter out of the checkpoint, as zero_to_fp32.py does"
+        )
+
+
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is kohya's alpha or LyCORIS' flag, one number; or places, by its name."""
-    is_number = name.endswith((".alpha", ".on_input")) and count == 1
+    """Whether a tensor is one number (an alpha, a flag, a count of batches), or places, by name."""
+    is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
     return is_number or "_indices" in name or "_s_size" in name
 
 

@@ -13,10 +13,11 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
+from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.site_names import is_packed
-from lora_fx.layers.sites import Site, by_path, is_bare, readers
+from lora_fx.layers.sites import Site, by_path, is_bare, readers, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +83,29 @@ class BaseLayers(Mapping[str, Layer]):
         if name in self.held:
             return self.held[name]
         if self.graph is not None:
-            found = next(readers(self.graph, name), None)
-            return None if found is None else get_unevaluated(self.graph, str(found[1].target))
+            return tensor_of(self.graph, name)
         path, _, leaf = name.rpartition(".")
         value = getattr(self._modules.get(path), leaf, None)
         return value if isinstance(value, torch.Tensor) else None
 
+    def names_of(self, name: str) -> list[str]:
+        """All names that a parameter or buffer has, where modules share it; that one first."""
+        if self.graph is not None:
+            read = next(readers(self.graph, name), None)
+            weights = self.weights.items() if read is not None else ()
+            same = [f"{path}.weight" for path, own in weights if read and own == read[1].target]
+        else:
+            value, modules = self.unevaluated(name), self._modules.items()
+            same = [
+                f"{p}.{n}" for p, m in modules for n, own in m._parameters.items() if own is value
+            ]
+        return list(dict.fromkeys([name, *(other.removeprefix(".") for other in same)]))
+
     def parameters(self, path: str) -> dict[str, tuple[int, ...]]:
         """The shapes of those that a module itself holds, in the order that it registered them."""
-        start = f"{path}." if path else ""
-        named = () if self.base is None else self.base.named_parameters(remove_duplicate=False)
-        own = ((name.removeprefix(start), p) for name, p in named if name.startswith(start))
-        return {name: tuple(p.shape) for name, p in own if "." not in name}
+        module = self._modules.get(path)
+        own = () if module is None else module.named_parameters(recurse=False)
+        return {name: tuple(p.shape) for name, p in own}
 
     def tied_to(self, path: str) -> list[str]:
         """Other layers that read the weight of the layer at a path, in a model of transformers.
@@ -111,7 +123,7 @@ class BaseLayers(Mapping[str, Layer]):
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
-        return {} if self.base is None else dict(self.base.named_modules(remove_duplicate=False))
+        return {} if self.base is None else dict(named_modules(self.base))
 
 
 def layers_of(base: object) -> BaseLayers:
@@ -127,10 +139,11 @@ def layers_of(base: object) -> BaseLayers:
             f"base is a {type(base).__name__}, expected the model or the traced graph that the "
             "adapter was made for"
         )
+    base = bare(base)
     if isinstance(base, fx.GraphModule) and example_of(base) is not None:
         found = layers_in(base, by_path(base))
         return replace(found, layers={**dict(_norms(base)), **found.layers})
-    modules = base.named_modules(remove_duplicate=False)
+    modules = named_modules(base)
     return BaseLayers({path: layer for path, m in modules if (layer := _of_module(m, path))}, base)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.ops import call_argument, holder_path
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
@@ -183,6 +184,29 @@ def readers(gm: fx.GraphModule, parameter: str) -> Iterator[Read]:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and str(source.target).rpartition(".")[2] == name:
                 yield node, source
+
+
+def tensor_of(gm: fx.GraphModule, parameter: str) -> torch.Tensor | LazyTensor | None:
+    """The tensor that a graph has for ``<module path>.<name>``; None if nothing reads one."""
+    read = next(readers(gm, parameter), None)
+    if read is not None:
+        return cast(torch.Tensor, get_unevaluated(gm, str(read[1].target)))
+    if not is_inside(gm, parameter):
+        return None
+    try:
+        found = get_unevaluated(gm, parameter)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def is_inside(gm: fx.GraphModule, parameter: str) -> bool:
+    """Whether a tensor would be of a module that is called whole, as symbolic traces keep norms.
+
+    No node fetches such a tensor: the module in the graph holds it.
+    """
+    called = (str(node.target) for node in gm.graph.nodes if node.op == "call_module")
+    return any(parameter.startswith(f"{path}.") for path in called)
 
 
 def _calls(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, ...]:

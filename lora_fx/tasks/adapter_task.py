@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.peft import weights_in
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 
-_CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
 
@@ -22,10 +23,12 @@ class AdapterTask:
     Attributes:
         name: PEFT's ``task_type``, such as ``SEQ_CLS``; None if no adapter has one.
         shapes: of the tensors that the adapters hold whole, by parameter path: heads among them.
+        paths: where the adapters are.
     """
 
     name: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    paths: Sequence[Path] = field(default=(), compare=False)
 
 
 def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTask:
@@ -37,22 +40,23 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
     names: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        name = _config(path).get("task_type")
+        config = _config(path)
+        name = config.get("task_type")
         if isinstance(name, str):
             names.setdefault(name, path)
-            shapes |= _shapes(path, allow_pickle)
+        shapes |= _shapes(path, allow_pickle) if config else {}
     if len(names) > 1:
         told = shorten([f"{path} for {name}" for name, path in names.items()])
         raise AdapterError(
             f"--adapter: the adapters were trained for different tasks, {told}: one model has one "
             "head; export them one by one"
         )
-    return AdapterTask(next(iter(names), None), shapes)
+    return AdapterTask(next(iter(names), None), shapes, paths)
 
 
 def _config(path: Path) -> Mapping[str, object]:
     beside = path / _CONFIG if path.is_dir() else path.with_name(_CONFIG)
-    if path.is_dir() or path.stem == "adapter_model":
+    if path.is_dir() or path.name.partition(".")[0] == "adapter_model":
         return read_object(beside) if beside.is_file() else {}
     text = metadata_of(path).get(_METADATA) if path.suffix == ".safetensors" else None
     if text is None:
@@ -62,9 +66,9 @@ def _config(path: Path) -> Mapping[str, object]:
 
 
 def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
-    files = [path / name for name in _WEIGHTS] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
+    file = weights_in(path) if path.is_dir() else path
     if file is None or (is_pickle(file) and not allow_pickle):
         return {}  # the adapter's reader says so, in its own words
     tensors = read_file(file, allow_pickle)
-    return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in tensors.items()}
+    named = ((key.removeprefix(PREFIX), tensor) for key, tensor in tensors.items())
+    return {name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in named}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def companions(directory: Path) -> list[Path]:
 def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
     """Copies what a directory holds beside its weights, and adds what clients of decoders need.
 
-    The config is copied as it is where it names the class that was exported; otherwise it is that
-    of the exported model, whose head an adapter may have brought.
+    The config is copied as it is where it names the class that was exported, and its tokens;
+    otherwise it is that of the exported model, whose head or table an adapter may have brought.
 
     Args:
         source: the directory of the model.
@@ -44,7 +44,9 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
     for path in companions(source):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, out / path)
-    if _named(source) != type(model).__name__:
+    kept, tokens = read_json(source / CONFIG), getattr(model.config, "vocab_size", None)
+    is_own = _class_in(kept) == type(model).__name__
+    if not is_own or kept.get("vocab_size", tokens) != tokens:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     if call.generates:
@@ -107,8 +109,8 @@ def _tokens(config: Any, name: str) -> list[int]:
     return [int(token) for token in several if isinstance(token, int)]
 
 
-def _named(directory: Path) -> str | None:
-    names = read_json(directory / CONFIG).get("architectures")
+def _class_in(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
     return names[0] if isinstance(names, list) and names else None
 
 

@@ -15,8 +15,9 @@ from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
 from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Prepared
-from lora_fx.tasks.directory_files import check_files
+from lora_fx.tasks.directory_files import check_alone, check_files, without_adapter
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
+from lora_fx.tasks.vocabulary import fit_vocabulary
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def load_directory(
     Raises:
         LoraFxError: it is no model, or transformers cannot load it.
     """
-    if (path / "adapter_config.json").is_file():
-        raise LoraFxError(f"{path}: this is an adapter; name its base model, and it as --adapter")
+    check_alone(path, adapters.paths)
     if not (path / "config.json").is_file():
         raise LoraFxError(f"{path}: holds no config.json, so it is no Hugging Face model")
     check_files(path)
@@ -63,12 +63,13 @@ def load_directory(
         raise LoraFxError(
             f"{path}: reading it needs transformers: pip install lora-fx[demo]"
         ) from error
-    with quiet(transformers.utils.logging):
-        return _load(path, adapters, task, dtype, transformers)
+    with quiet(transformers.utils.logging), without_adapter(path) as place:
+        return _load(path, place, adapters, task, dtype, transformers)
 
 
 def _load(
     path: Path,
+    place: Path,
     adapters: AdapterTask,
     task: Task | None,
     dtype: torch.dtype | None,
@@ -76,7 +77,7 @@ def _load(
 ) -> Loaded:
     here = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **here)
+        config = transformers.AutoConfig.from_pretrained(place, **here)
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
     with within(path):
@@ -85,7 +86,7 @@ def _load(
         part.use_cache = False
     try:
         model, told = kind.from_pretrained(
-            path,
+            place,
             config=config,
             ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
             output_loading_info=True,
@@ -104,6 +105,8 @@ def _load(
     if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")  # the one whose operators ONNX has
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+    with within(path):
+        lacks |= {*fit_vocabulary(model, adapters.shapes)}
     return Loaded(model.eval(), tuple(sorted(lacks)), task or _task(kind, config, adapters))
 
 

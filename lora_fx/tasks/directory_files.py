@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from lora_fx.errors import LoraFxError, shorten
+from lora_fx.errors import LoraFxError
 from lora_fx.io.plain_file import check_plain
-from lora_fx.io.strict_json import MAX_JSON, read_json
+from lora_fx.io.shards import is_index, shards_of
+from lora_fx.io.strict_json import MAX_JSON
 
+_ADAPTER = "adapter_config.json"
+_WEIGHTS = {".safetensors", ".bin"}
 _READ = {".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja"}
-_INDEX = ".index.json"
+
+
+def check_alone(directory: Path, adapters: Sequence[Path]) -> None:
+    """Refuses an adapter in the place of a model, and one beside it that nobody asked for.
+
+    transformers would put the one that lies beside a model on it, unasked.
+
+    Raises:
+        LoraFxError: says what to name instead.
+    """
+    if not (directory / _ADAPTER).is_file():
+        return
+    names = (file.name for file in directory.iterdir() if file.suffix in _WEIGHTS)
+    if all(name.startswith("adapter_model") for name in names):
+        raise LoraFxError(
+            f"{directory}: this is an adapter; name its base model, and it as --adapter"
+        )
+    if directory.resolve() not in [path.resolve() for path in adapters]:
+        raise LoraFxError(
+            f"{directory}: this is a model with an adapter beside it: name it as --adapter too, or "
+            f"take {_ADAPTER} out of it"
+        )
+
+
+@contextmanager
+def without_adapter(directory: Path) -> Iterator[Path]:
+    """A directory as transformers may read it: it would load an adapter that lies there too."""
+    if not (directory / _ADAPTER).is_file():
+        yield directory
+        return
+    with TemporaryDirectory() as name:
+        for file in directory.iterdir():
+            if file.name != _ADAPTER:
+                Path(name, file.name).symlink_to(file.resolve())
+        yield Path(name)
 
 
 def check_files(directory: Path) -> None:
@@ -25,32 +65,5 @@ def check_files(directory: Path) -> None:
         if file.suffix not in _READ or file.is_dir():
             continue
         check_plain(file, LoraFxError, MAX_JSON if file.suffix == ".json" else None)
-        if file.name.endswith(_INDEX):
-            _check_index(file)
-
-
-def _check_index(file: Path) -> None:
-    """Refuses an index of weights that is not names of tensors to names of files beside it."""
-    found = read_json(file)
-    names = found.get("weight_map") if isinstance(found, dict) else found
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise LoraFxError(
-            f"{file}: weight_map is {names!r:.80}, expected names of tensors to names of files: "
-            "save the model again"
-        )
-    files = sorted(set(names.values()))
-    if odd := [repr(name)[:80] for name in files if not _is_name(name)]:
-        raise LoraFxError(
-            f"{file}: the weights lie at {shorten(odd)}, expected names of files beside it: put "
-            "them there, or save the model again"
-        )
-    if lost := [name[:80] for name in files if not file.with_name(name).is_file()]:
-        raise LoraFxError(
-            f"{file}: names {shorten(lost)}, which are not there, expected every file of weights: "
-            "download or save the model again"
-        )
-
-
-def _is_name(name: str) -> bool:
-    plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 256
-    return plain and not set(name) & set("\\:\0")
+        if is_index(file):
+            shards_of(file)

@@ -13,6 +13,7 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import SortedKeys, saved_module
+from lora_fx.formats.peft.state_dicts import as_saved
 from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
@@ -70,9 +71,12 @@ def _read(
     own = {path: _tensors_of(module) for path, module in layers.items()}
     model = skeleton.wrapped(config, layers)
     known = skeleton.keys_of(model)
-    keys = SortedKeys(config, {path: {} for path in layers})
-    rest = [key for key in tensors if key not in known]
-    unused = [key for key in rest if not keys.is_of_base(key, tensors[key])]
+    tensors = as_saved(tensors, known.__contains__)
+    keys = SortedKeys(config, base, {path: {} for path in layers})
+    rest = {key: tensor for key, tensor in tensors.items() if key not in known}
+    for uses in (keys.is_of_base, keys.is_of_model):
+        rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
+    unused = list(rest)
     if unused:
         raise AdapterError(
             f"{len(unused)} tensors that the config gives no use: {shorten(unused)}; expected "

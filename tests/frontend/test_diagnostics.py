@@ -92,3 +92,52 @@ def test_a_module_that_no_code_can_name_is_refused(name: str, frontend: str) -> 
     odd.add_module("a-b", nn.Linear(3, 5))
     gm = lora_fx.trace(odd, (torch.ones(2, 3),), frontend=frontend)
     assert torch.equal(gm(torch.ones(2, 3)), odd(torch.ones(2, 3)))
+
+
+class Held:
+    """What torch.export knows no tensors of."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Wrapping(nn.Module):
+    def forward(self, x: torch.Tensor) -> Held:
+        return Held(x + 1)
+
+
+class Unwrapping(nn.Module):
+    def forward(self, held: Held) -> torch.Tensor:
+        return held.x + 1
+
+
+@pytest.mark.parametrize("model", [Wrapping(), Unwrapping()])
+def test_a_type_that_no_graph_takes_or_returns_is_named(model: nn.Module) -> None:
+    x = torch.ones(2)
+    inputs: Any = x if isinstance(model, Wrapping) else Held(x)
+    with pytest.raises(TraceError, match=r"Try: wrap the model .* tensors.* and no Held"):
+        lora_fx.trace(model, (inputs,))
+
+
+@pytest.mark.parametrize("given", [{}, {"use_cache": True}, {"cache": True}])
+def test_a_cache_in_the_outputs_or_inputs_names_use_cache(given: dict[str, Any]) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor([[1, 5, 3]])
+    if "cache" in given:
+        given = {"past_key_values": transformers.DynamicCache(config=config)}
+    with pytest.raises(
+        TraceError, match=r"Try: give use_cache=False .* a DynamicCache is no tensor"
+    ):
+        lora_fx.trace(model, (), {"input_ids": ids, **given})
+    lora_fx.trace(model, (), {"input_ids": ids, "use_cache": False})  # the advice holds
+
+
+def test_parameters_that_are_spread_over_processes_are_named() -> None:
+    """DeepSpeed ZeRO-3 leaves each process parameters of shape [0]."""
+    model = nn.Sequential(nn.Linear(3, 5))
+    model[0].weight.data = torch.empty(0)
+    with pytest.raises(TraceError, match=r"Try: gather the parameters: 0\.weight is empty.*ZeRO-3"):
+        lora_fx.trace(model, (torch.ones(2, 3),))

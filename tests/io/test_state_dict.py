@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_fx.errors import AdapterError
 from lora_fx.io.state_dict import metadata_of, names_in, read_file, write_file
@@ -71,3 +72,55 @@ def test_tensors_that_no_reader_accepts_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'a' holds NaN"):
         write_file(tmp_path / "a.safetensors", {"a": torch.tensor([torch.nan])}, {}, False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0)])
+def test_what_was_not_gathered_is_refused_with_the_cause(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """DeepSpeed ZeRO-3 leaves tensors of shape [0] where a model is saved without gathering."""
+    tensors, path = {"good": torch.ones(2), "x.lora_A.weight": torch.zeros(shape)}, tmp_path / name
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    with pytest.raises(AdapterError, match=r"'x\.lora_A\.weight': shape .*empty.*ZeRO-3.*zero_to_"):
+        read_file(path, allow_pickle=True)
+
+
+def test_what_an_index_names_is_read_from_every_file(tmp_path: Path) -> None:
+    index, names = _sharded(tmp_path, {"a": 1, "b": 1, "c": 2})
+    found = read_file(index, allow_pickle=False)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == names
+    assert set(names_in(index, allow_pickle=False)) == set(names)
+    assert metadata_of(index) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": "1.safetensors"}, "does not agree with 1.safetensors about b, expected"),
+        ({"c": "1.safetensors"}, "does not agree with 1.safetensors about c"),
+        ({"d": "2.safetensors"}, "does not agree with 2.safetensors about d"),
+        ({"c": "3.safetensors"}, "names 3.safetensors, which are not there"),
+        ({"c": "../2.safetensors"}, r"lie at '\.\./2\.safetensors', expected names of files"),
+        ({"c": "w.index.json"}, "header"),
+    ],
+)
+def test_an_index_that_does_not_agree_with_its_files_is_refused(
+    change: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    index, _ = _sharded(tmp_path, {"a": 1, "b": 1, "c": 2})
+    names = json.loads(index.read_text())["weight_map"]
+    names = change if message.endswith("expected") else names | change
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(AdapterError, match=message):
+        read_file(index, allow_pickle=False)
+
+
+def _sharded(path: Path, places: dict[str, int]) -> tuple[Path, dict[str, tuple[int, ...]]]:
+    tensors = {name: torch.randn(3, at + 1) for at, name in enumerate(places)}
+    for number in set(places.values()):
+        own = {name: tensors[name] for name, at in places.items() if at == number}
+        save_file(own, path / f"{number}.safetensors")
+    names = {name: f"{number}.safetensors" for name, number in places.items()}
+    (path / "w.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return path / "w.index.json", {name: tuple(t.shape) for name, t in tensors.items()}

@@ -37,7 +37,10 @@ def test_a_file_with_its_config_in_it(tmp_path: Path) -> None:
 
 
 def test_no_task_is_none(tmp_path: Path) -> None:
-    assert trained_for([]) == trained_for([written(tmp_path / "a", None)]) == AdapterTask()
+    assert trained_for([]) == AdapterTask()
+    assert trained_for([written(tmp_path / "a", None)]) == AdapterTask(
+        None, {"score.weight": (3, 5)}
+    )
     (tmp_path / "x.pt").write_bytes(b"")
     assert trained_for([tmp_path / "x.pt"]) == AdapterTask()
 

@@ -15,11 +15,13 @@ from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import sort_peft
+from lora_fx.formats.peft.keys import is_own_key, sort_peft
+from lora_fx.formats.peft.state_dicts import as_saved
 from lora_fx.formats.peft.tokens import read_tokens
 from lora_fx.formats.peft.traced import TracedConfig, parse_any
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
+from lora_fx.io.shards import INDEX
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
 from lora_fx.layers.base_layers import layers_of
@@ -47,10 +49,8 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
     config = read_config(_existing(directory, CONFIG), hints.strict)
-    weights = directory / WEIGHTS
-    if not weights.exists() and (directory / PICKLE).exists():
-        weights = directory / PICKLE
-    tensors = read_file(_existing(directory, weights.name), hints.allow_pickle)
+    weights = weights_in(directory) or _existing(directory, WEIGHTS)
+    tensors = read_file(weights, hints.allow_pickle)
     return assemble(name, weights, tensors, config, directory / CONFIG, hints)
 
 
@@ -77,6 +77,12 @@ def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> 
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
     publish(directory, files, force)
+
+
+def weights_in(directory: Path) -> Path | None:
+    """The file of a directory that holds an adapter's tensors, or the index of several."""
+    names = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)
+    return next((directory / name for name in names if (directory / name).exists()), None)
 
 
 def read_config(path: Path, strict: bool) -> PeftConfig:
@@ -115,7 +121,8 @@ def assemble(
         return read_traced(name, weights, tensors, config, origin, hints)
     base = layers_of(hints.base)
     with within(weights):
-        keys = sort_peft(tensors, config)
+        own = as_saved(tensors, lambda key: is_own_key(key, config))
+        keys = sort_peft(own, config, base)
         updates, asked = config.read(keys.layers, keys.shared, base)
         updates |= read_tokens(keys.tokens, config, base)
     _check_patterns(origin, config, asked, hints.strict)

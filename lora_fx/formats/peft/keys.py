@@ -12,6 +12,7 @@ from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect, Tensors, sort_keys
 from lora_fx.formats.layer_tensors import Layers
 from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.layers.base_layers import BaseLayers
 
 PREFIX = "base_model.model."
 BASE_BIAS = ".base_layer.bias"
@@ -29,6 +30,7 @@ class SortedKeys:
 
     Attributes:
         config: what gives them a use.
+        base: what is known of the model.
         layers: module path, as the file has it -> the tensors of its adapter, by leaf.
         shared: what all layers share, by leaf.
         tokens: path of a table -> its trained rows.
@@ -36,6 +38,7 @@ class SortedKeys:
     """
 
     config: PeftConfig
+    base: BaseLayers = field(default_factory=lambda: BaseLayers({}))
     layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -45,16 +48,26 @@ class SortedKeys:
         """Puts what is no layer's where it belongs; the keys that the config gives no use."""
         for path, roles in layers.items():
             self.layers[path] = {leaf: tensor for leaf, (_, tensor) in roles.items()}
-        for uses in (self._is_own, self.is_of_base, self._is_tied):
+        own = self._is_shared, self._is_copy_of_shared, self._is_rows
+        for uses in (*own, self.is_of_base, self._is_tied, self.is_of_model):
             rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
         return list(rest)
 
-    def _is_own(self, key: str, tensor: torch.Tensor) -> bool:
-        """Files a tensor of the adapter's own, beside its layers."""
+    def _is_shared(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files what all layers share."""
+        leaf = self.config.shared_keys.get(key)
+        if leaf is not None:
+            self.shared[leaf] = tensor
+        return leaf is not None
+
+    def _is_copy_of_shared(self, key: str, tensor: torch.Tensor) -> bool:
+        """Whether it repeats what all layers share, as each has it in a state dict."""
+        shared = self.shared.get(key.rpartition(".")[2])
+        return shared is not None and shared.shape == tensor.shape and torch.equal(shared, tensor)
+
+    def _is_rows(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files trained rows, beside the adapter's layers."""
         path = key.removeprefix(PREFIX)
-        if key in self.config.shared_keys:
-            self.shared[self.config.shared_keys[key]] = tensor
-            return True
         tokens = self.config.trainable_token_indices
         if path == key or not path.endswith(TOKENS) or tokens is None:
             return False
@@ -70,6 +83,8 @@ class SortedKeys:
             return True
         owner = path.removesuffix(BASE_WEIGHT)
         whole = owner != path and owner in self.layers
+        if whole and self.is_of_model(key, tensor):
+            return True
         if not whole and not self._is_replacement(path):
             return False
         target = path.replace(TOKEN_BASE, ".")
@@ -78,6 +93,28 @@ class SortedKeys:
         is_first = target not in self.replacements
         self.replacements[target] = tensor
         return is_first
+
+    def is_of_model(self, key: str, tensor: torch.Tensor) -> bool:
+        """Files what the base has under this name, which PEFT loads over it, whatever its config.
+
+        So are embeddings stored whose vocabulary grew, and in a state dict all that there is. What
+        the base ties is one tensor; what is equal to its own says nothing.
+        """
+        path = key.removeprefix(PREFIX)
+        name = path.replace(".base_layer.", ".")
+        own = self.base.parameter(name) if path != key else None
+        if own is None:
+            return False
+        if own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
+            return True
+        for known in self.base.names_of(name):
+            other = self.replacements.setdefault(known, tensor)
+            if other is not tensor and not torch.equal(other, tensor):
+                raise AdapterError(
+                    f"{name} and {known} are one tensor of the base, and the file has two values "
+                    "for it: give the base that the adapter was trained on"
+                )
+        return True
 
     def _is_tied(self, key: str, tensor: torch.Tensor) -> bool:
         """Files a copy of a module stored whole, for the head that is tied to it on demand."""
@@ -123,24 +160,34 @@ def saved_module(path: str, modules: Sequence[str]) -> str | None:
     return next((p for p in prefixes if p.endswith(tuple(modules))), None)
 
 
+def is_own_key(key: str, config: PeftConfig | type[PeftConfig]) -> bool:
+    """Whether a key, as PEFT saves it, is of a tensor of the adapter's own, used or not."""
+    if key in config.shared_keys or key.endswith(TOKENS):
+        return True
+    leaves = (*config.leaves, *config.shared_keys.values())
+    return key.startswith(PREFIX) and key.endswith(tuple(f".{leaf}" for leaf in leaves))
+
+
 def dialect_of(config: PeftConfig) -> Dialect:
     """PEFT's spelling, as far as a config gives it a use."""
     endings = {f".{leaf}": leaf for leaf in config.endings}
     return Dialect(
         endings,
         f"{PREFIX}<module> and one of {', '.join(endings)} under {config.peft_type}, biases by "
-        "the field bias, and modules by modules_to_save",
+        "the field bias, modules by modules_to_save, and with base= given whatever the base holds",
         re.escape(PREFIX),
     )
 
 
-def sort_peft(tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> SortedKeys:
+def sort_peft(
+    tensors: Mapping[str, torch.Tensor], config: PeftConfig, base: BaseLayers | None = None
+) -> SortedKeys:
     """Sorts every tensor of a file to its use.
 
     Raises:
         AdapterError: a key without a use, or a part that the config promises.
     """
-    keys = SortedKeys(config)
+    keys = SortedKeys(config) if base is None else SortedKeys(config, base)
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import CONFIG, WEIGHTS, assemble, read_config
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import PREFIX, dialect_of
+from lora_fx.formats.peft.keys import PREFIX, dialect_of, is_own_key
 from lora_fx.formats.peft.lora import MAGNITUDE, UP_BIAS, LoraConfig
+from lora_fx.formats.peft.state_dicts import as_saved, saved_in
 from lora_fx.formats.peft.traced import parse_any
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.state_dict import metadata_of, read_file, write_file
@@ -47,14 +48,16 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     Raises:
         AdapterError: names the file, the tensor or field, and what is wrong with it.
     """
-    tensors = read_file(path, hints.allow_pickle)
+    tensors: Mapping[str, torch.Tensor] = read_file(path, hints.allow_pickle)
     config, origin = _stored_config(path, hints)
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:
         raise AdapterError(f"{origin}: says what alpha, r and use_rslora are; give no such hint")
     if config is None:
         with within(path):
-            config = _from_hints(tensors, hints)
+            modules = sorted(saved_in(tensors))
+            tensors = as_saved(tensors, lambda key: is_own_key(key, LoraConfig))
+            config = _from_hints(tensors, hints, modules)
     return assemble(name, path, tensors, config, origin, hints)
 
 
@@ -93,13 +96,15 @@ def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     if fields is not None:
         return parse_any(fields, f"{path}: {METADATA}", hints.strict), path
     beside = path.with_name(CONFIG)
-    if path.stem == Path(WEIGHTS).stem and beside.is_file():
+    if path.name.partition(".")[0] == Path(WEIGHTS).stem and beside.is_file():
         return read_config(beside, hints.strict), beside
     return None, path
 
 
-def _from_hints(tensors: Mapping[str, torch.Tensor], hints: Hints) -> PeftConfig:
-    """A config of the hints; the ranks are those of the tensors."""
+def _from_hints(
+    tensors: Mapping[str, torch.Tensor], hints: Hints, modules: Sequence[str]
+) -> PeftConfig:
+    """A config of the hints; the ranks are those of the tensors, the modules are held whole."""
     if hints.alpha is None:
         raise AdapterError(
             "holds no config, so the scale is unknown; pass alpha=, the lora_alpha it was "
@@ -117,6 +122,7 @@ def _from_hints(tensors: Mapping[str, torch.Tensor], hints: Hints) -> PeftConfig
         lora_alpha=alpha,
         use_rslora=hints.use_rslora,
         rank_pattern={f"^{re.escape(p)}": r for p, r in several.items()},
+        modules_to_save=tuple(path.removeprefix(PREFIX) for path in modules),
         lora_bias=any(key.endswith(f".{UP_BIAS}") for key in tensors),
         use_dora=any(key.endswith(f".{MAGNITUDE}") for key in tensors),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import AdapterError, AdapterWarning
@@ -247,3 +247,25 @@ def test_a_damaged_file_loads_or_raises_the_typed_error(lab: Any, name: str) -> 
             refused.append(str(error))
     assert len(refused) > 200
     assert all(str(directory) in message for message in refused)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_in_shards_is_the_same(name: str, lab: Any) -> None:
+    directory = lab.write("mlp", target_modules="all-linear", use_rslora=True, r=3)
+    whole = directory / "adapter_model.safetensors"
+    expected, tensors = load_adapter(directory), load_file(whole)
+    whole.unlink()
+    keys, stem = sorted(tensors), name.partition(".")[0]
+    names: dict[str, str] = {}
+    for part in (0, 1):
+        shard = name.replace(stem, f"{stem}-0000{part + 1}-of-00002")
+        own = {key: tensors[key] for key in keys[part::2]}
+        save_file(own, directory / shard) if "safe" in name else torch.save(own, directory / shard)
+        names |= dict.fromkeys(own, shard)
+    index = directory / f"{name}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    for path in (directory, index):  # the config beside it says what the index' tensors mean
+        found = load_adapter(path, allow_pickle=True)
+        assert found.updates.keys() == expected.updates.keys()
+        pairs = [(found.updates[p].delta(), expected.updates[p].delta()) for p in expected.updates]
+        assert all(torch.equal(one, two) for one, two in pairs)

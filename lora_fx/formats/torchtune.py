@@ -1,0 +1,144 @@
+"""Adapters of torchtune: its own names and order of rows, beside an ``adapter_config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.dialects import Dialect, sort_keys
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.layer_tensors import DOWN, MAGNITUDE, UP, Roles, check_pairs, matrices_of
+from lora_fx.formats.peft import CONFIG, read_config, weights_in
+from lora_fx.formats.peft.lora import LoraConfig
+from lora_fx.io.state_dict import names_in, read_file
+from lora_fx.layers.base_layers import BaseLayers, layers_of
+
+_DIALECT = Dialect(
+    {
+        ".lora_a.weight": DOWN, ".lora_b.weight": UP,
+        ".magnitude": MAGNITUDE, ".magnitude.weight": MAGNITUDE,
+    },
+    "<module>.lora_a.weight, .lora_b.weight and .magnitude",
+)  # fmt: skip
+# What transformers calls the modules of torchtune's decoder.
+_NAMES = {
+    "attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj",
+    "w3": "up_proj", "output": "lm_head", "tok_embeddings": "embed_tokens",
+}  # fmt: skip
+# How many heads a projection is of. torchtune turns neighbouring rows of a head together, as Meta
+# does, transformers the rows of its two halves.
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+# Of which models torchtune keeps the order of rows, and of which it does not.
+_TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}
+
+
+def is_torchtune(path: Path, names: Collection[str]) -> bool:
+    """Whether a directory holds a file of torchtune's, or a file its factors."""
+    if not path.is_dir():
+        return any(name.endswith(".lora_a.weight") for name in names)
+    file = weights_in(path)
+    if file is None:
+        return (path / CONFIG).is_file() and bool(_own(path))
+    return file.suffix != ".bin" and is_torchtune(file, names_in(file, allow_pickle=False))
+
+
+def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads what a LoRA recipe of torchtune trained, for its own models and transformers'.
+
+    Args:
+        path: a directory that holds ``adapter_config.json``, or a file beside one.
+        name: of the adapter.
+        hints: ``base`` is needed, torchtune's model or that of transformers, whose names and
+            heads tell what the rows are; ``strict`` and ``allow_pickle`` are heeded.
+
+    Raises:
+        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    """
+    file = path if path.is_file() else weights_in(path) or _last(path)
+    config = read_config(file.with_name(CONFIG), hints.strict)
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{file.with_name(CONFIG)}: peft_type is {config.peft_type}, not LORA")
+    tensors = read_file(file, hints.allow_pickle)
+    with within(file):
+        if hints.base is None:
+            raise AdapterError(
+                "torchtune's names and rows, which are others than transformers'; pass base=, the "
+                "model that it is for"
+            )
+        layers, base = sort_keys(tensors, _DIALECT), layers_of(hints.base)
+        check_pairs({p: {r: v for r, v in o.items() if r != MAGNITUDE} for p, o in layers.items()})
+        updates: dict[str, AnyUpdate] = {}
+        for own, roles in layers.items():
+            with within(own):
+                update, module = _update(own, roles, config), _module(own, base)
+                updates[module] = update if module == own else _turned(update, module, base)
+    return Adapter(name, updates)
+
+
+def _own(directory: Path) -> list[Path]:
+    """The files that torchtune names so, one an epoch, the last one last."""
+    epochs = {path: path.stem.removeprefix("adapter_") for path in directory.glob("adapter_*.pt")}
+    epochs = {path: end for path, end in epochs.items() if end == "model" or end.isdecimal()}
+    return sorted(epochs, key=lambda path: int(epochs[path]) if epochs[path] != "model" else -1)
+
+
+def _last(directory: Path) -> Path:
+    found = _own(directory)
+    if not found:
+        raise AdapterError(f"{directory}: holds neither adapter_model.pt nor adapter_0.pt")
+    return found[-1]
+
+
+def _update(path: str, roles: Roles, config: LoraConfig) -> Update:
+    down, up = matrices_of(roles)
+    rank, scale = config.rank_and_scale(path)
+    if (down.shape[0], up.shape[1]) != (rank, rank):
+        raise AdapterError(
+            f"lora_a {tuple(down.shape)} and lora_b {tuple(up.shape)}, expected ({rank}, in) and "
+            f"(out, {rank}), of the r in {CONFIG}"
+        )
+    magnitude = roles[MAGNITUDE][1] if MAGNITUDE in roles else None
+    if magnitude is not None and magnitude.shape != (up.shape[0],):
+        raise AdapterError(f"magnitude is {tuple(magnitude.shape)}, expected ({up.shape[0]},)")
+    return Update(down, up, scale, "lora" if magnitude is None else "dora", magnitude=magnitude)
+
+
+def _module(path: str, base: BaseLayers) -> str:
+    """The module of the base that a path means: its own, or the one that ends as transformers'."""
+    if path in base:
+        return path
+    end = ".".join(_NAMES.get(part, part) for part in path.split("."))
+    found = [name for name in base if name == end or name.endswith(f".{end}")]
+    if len(found) != 1:
+        raise AdapterError(
+            f"{shorten(found) or 'no layer'} of the base is called {end}, expected one: give the "
+            "model that torchtune trained, its own or transformers'"
+        )
+    return found[0]
+
+
+def _turned(update: Update, module: str, base: BaseLayers) -> Update:
+    """An update of transformers' layer: the rows of a head as it has them."""
+    heads = _HEADS.get(module.rpartition(".")[2])
+    if heads is None:
+        return update
+    config: Any = getattr(base.base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind, count = getattr(config, "model_type", None), getattr(config, heads, None)
+    if kind in _KEPT:
+        return update
+    if kind not in _TURNED or not isinstance(count, int) or update.shape[0] % (2 * count):
+        raise AdapterError(
+            f"the base is a {kind!r} of {count} heads: which rows of a head belong together is "
+            f"known of {shorten(sorted(_TURNED | _KEPT))}; pass base=, a model of transformers, or "
+            "let torchtune write PEFT's format"
+        )
+    rows = torch.arange(update.shape[0]).reshape(count, -1, 2).transpose(1, 2).flatten()
+    magnitude = None if update.magnitude is None else update.magnitude[rows]
+    return replace(update, up=update.up[rows], magnitude=magnitude)

@@ -1,0 +1,95 @@
+"""What an error says of paths that match nothing: how they differ, and so why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.errors import AdapterError
+from lora_fx.injection.unmatched import cause
+
+LLAMA = [
+    f"model.layers.{n}.{name}" for n in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")
+]
+HEADLESS = [path.removeprefix("model.") for path in LLAMA]
+CASES: dict[str, tuple[list[str], list[str], str]] = {
+    "a wrapper around the adapter's": (["wrapped." + p for p in LLAMA], LLAMA, "by 'wrapped.'"),
+    "a wrapper around the graph's": (HEADLESS, LLAMA, "by 'model.'"),
+    "a part that was moved": (
+        ["language_" + p.replace("model.", "model.model.", 1) for p in LLAMA],
+        ["model.language_model." + p for p in HEADLESS],
+        "6 of them begin with 'language_model.model.' where the graph's layers begin with "
+        "'model.language_model.'",
+    ),
+    "more layers": (
+        [p.replace(".2.", ".31.").replace(".1.", ".9.") for p in LLAMA],
+        LLAMA,
+        "of more layers: it has model.layers.31.self_attn.q_proj, and the graph ends with "
+        "model.layers.2.self_attn.q_proj",
+    ),
+    "a head": (["lm_head"], HEADLESS, "A LlamaModel computes nothing that is called lm_head: "),
+    "a head that is stored whole": (["score.weight"], HEADLESS, "nothing that is called score: "),
+    "another architecture": (
+        ["h.0.attn.c_attn", "h.0.mlp.c_fc"], LLAMA, "nothing that is called c_attn or c_fc: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cause_is_said(case: str) -> None:
+    unknown, paths, want = CASES[case]
+    said = cause(unknown, paths, "LlamaModel")
+    assert want in said
+    assert said.count(": ") <= 2, "one cause alone"
+
+
+def test_several_causes_are_all_said() -> None:
+    said = cause([*HEADLESS, "score.weight"], LLAMA, "LlamaModel")
+    assert "by 'model.'" in said
+    assert "called score" in said
+
+
+def test_nothing_is_said_of_what_cannot_be_told() -> None:
+    assert cause(["fc"], ["fc.fc"], "Net") == " The paths differ by 'fc.': trace the module that " \
+        "the adapter was made for."  # fmt: skip
+    assert cause(["b.q_proj.x"], ["a.x.q_proj.k"], "Net") == ""
+    assert cause(["h.1.fc"], ["h.0.fc", "h.2.fc"], "Net") == ""
+    assert cause([], [], "Net") == ""
+
+
+def small(kind: str, **more: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=9, pad_token_id=0, use_cache=False, **{"num_hidden_layers": 1, **more},
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
+
+
+def adapter_for(*paths: str) -> lora_fx.Adapter:
+    gen = torch.Generator().manual_seed(0)
+    shapes = dict.fromkeys(paths, (8, 8)) | ({"lm_head": (9, 8)} if "lm_head" in paths else {})
+    return lora_fx.Adapter("a", {
+        path: lora_fx.Update(
+            torch.randn(2, into, generator=gen), torch.randn(out, 2, generator=gen), 1.0
+        )
+        for path, (out, into) in shapes.items()
+    })  # fmt: skip
+
+
+def test_a_model_without_its_head_is_named_by_its_class() -> None:
+    gm = lora_fx.trace(small("LlamaModel"), (), {"input_ids": torch.tensor([[1, 2, 3]])})
+    with pytest.raises(AdapterError, match="A LlamaModel computes nothing that is called lm_head"):
+        lora_fx.inject(gm, adapter_for("layers.0.self_attn.q_proj", "lm_head"))
+
+
+def test_a_model_of_fewer_layers_is_named_by_its_last() -> None:
+    gm = lora_fx.trace(small("LlamaForCausalLM"), (), {"input_ids": torch.tensor([[1, 2, 3]])})
+    paths = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    with pytest.raises(AdapterError, match=r"it has model\.layers\.1.*ends with model\.layers\.0"):
+        lora_fx.inject(gm, adapter_for(*paths))
