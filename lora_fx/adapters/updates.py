@@ -26,6 +26,7 @@ from lora_fx.algebra.matrix_expr import (
     product,
     scaled,
 )
+from lora_fx.algebra.truncation import cut, of_product
 from lora_fx.errors import AdapterError
 
 Shape = tuple[int | None, ...]
@@ -298,22 +299,12 @@ class Update(AnyUpdate):
         if self.magnitude is not None or self.groups > 1:
             kind = "DoRA" if self.magnitude is not None else "a grouped convolution"
             raise AdapterError(f"the rank of {kind} cannot be cut: another row would be scaled")
-        up, down = self.up.detach().double(), self.down.detach().double().flatten(1).T
-        (left, above), (right, below) = torch.linalg.qr(up), torch.linalg.qr(down)
-        rows, values, columns = torch.linalg.svd(above @ below.T, full_matrices=False)
-        # Half of each singular value on either side, so that neither factor leaves a half's range.
-        root = values[:rank].sqrt()
-        wide = torch.promote_types(
-            torch.promote_types(self.up.dtype, self.down.dtype), torch.float32
-        )
-        new_up = (left @ (rows[:, :rank] * root)).to(wide)
-        new_down = ((columns[:rank].T * root).T @ right.T).to(wide)
-        size = float(values.norm())
-        error = float(values[rank:].norm()) / size if size > 0 else 0.0
+        svd = of_product(self.up.detach().double(), self.down.detach().double().flatten(1))
+        found = cut(svd, rank, self.wide(torch.float32))
         kind = self.kind if self.stored is None else "lora"
         stored = kept(self.stored)
-        new_down = new_down.reshape(-1, *self.down.shape[1:])
-        return replace(self, up=new_up, down=new_down, kind=kind, stored=stored), error
+        down = found.down.reshape(-1, *self.down.shape[1:])
+        return replace(self, up=found.up, down=down, kind=kind, stored=stored), found.error
 
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.parameter_updates import for_parameter
+from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import Stored, is_embedding
 from lora_fx.adapters.updates import Update
@@ -25,7 +25,7 @@ from lora_fx.formats.peft.config import (
     stored_tensors,
     words,
 )
-from lora_fx.formats.peft.experts import DOWN, UP, read_experts
+from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.fields import anything, checked, names
 from lora_fx.formats.peft.patterned import Numbers, Patterned
 from lora_fx.formats.peft.wrappers import Home, Place, parameter_of, places_of
