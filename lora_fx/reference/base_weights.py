@@ -113,5 +113,3 @@ class Base:
         if layer is None or not layer.is_matrix:
             return "it is no weight of a layer that multiplies with a matrix"
         return Own(path, layer, held, leaf)
-
-
