@@ -93,8 +93,10 @@ def rank_of(svd: Svd, size: int, rank: int | None, energy: float | None) -> int:
 def svd_of(
     matrix: Matrix, rank: int | None, energy: float | None, dtype: torch.dtype = torch.float64
 ) -> Svd:
-    """Decomposes an expression: by its factors, if it is a sum of narrow products or a Kronecker
-    product; else the matrix itself, by a random sketch if it is large.
+    """Decomposes an expression.
+
+    By its factors, if it is a sum of narrow products or a Kronecker product; else the matrix
+    itself, by a random sketch if it is large.
 
     Args:
         matrix: what to decompose.

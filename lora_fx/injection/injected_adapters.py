@@ -16,6 +16,7 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import evaluated
+from lora_fx.adapters.updates import activated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
@@ -73,7 +74,7 @@ class Bound:
             bias = held["bias"].flatten() if "bias" in held else None
             return replace(update.with_values(values), bias=bias, stored=None)
         assert self.layer is not None
-        return update_of(Terms(**held), self.layer, self.scale)
+        return activated(update_of(Terms(**held), self.layer, self.scale), update.invocation)
 
 
 @dataclass(frozen=True, eq=False)

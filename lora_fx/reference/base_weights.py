@@ -45,8 +45,8 @@ class Own:
         """
         if self.held is None:
             raise AdapterError(
-                "what the update does depends on the layer's weight; pass base=, the model (--base on "
-                "the command line)"
+                "what the update does depends on the layer's weight; pass base=, the model (--base "
+                "on the command line)"
             )
         return evaluate(self.held[self.leaf])
 
@@ -103,7 +103,7 @@ class Base:
         if self._traced is None:
             return "whether it is a layer's weight is not known without base="
         try:
-            module, leaf, held = replaced(self._traced, name)
+            _, leaf, held = replaced(self._traced, name)
         except NoWeightFormError as error:
             raise AdapterError(f"{error}. Use the base that it was trained on") from error
         owner = name.rpartition(".")[0]

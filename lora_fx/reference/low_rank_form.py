@@ -10,7 +10,6 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.converted import Converted, Layered
-from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.adapters.parameter_updates import of_experts
 from lora_fx.adapters.scaling import check_cut
 from lora_fx.adapters.source_record import EMBEDDING, Stored, kept
@@ -24,7 +23,7 @@ from lora_fx.layers.layer import Layer
 from lora_fx.reference.base_weights import Base, Own
 from lora_fx.reference.merged_parameters import ungrouped
 
-_PLAIN = ("lora", "rslora")
+_PLAIN = ("lora", "rslora", "alora")
 _SHARED = "its table is never called itself: the layers that share it have its rows"
 Made = tuple[AnyUpdate, Layered]
 
@@ -110,7 +109,7 @@ class _Form:
                 return stack
         place = _Place(own, fit)
         delta = place.delta(fit, value)
-        is_own = value is None and isinstance(fit, Update) and fit.is_plain
+        is_own = value is None and isinstance(fit, Update) and fit.is_product
         if is_own and self.rank is not None and fit.rank <= self.rank:
             return _as_it_is(update, fit, own.layer)
         svd = svd_of(delta, self.rank, self.energy)
@@ -123,6 +122,8 @@ class _Form:
             found.down.reshape(-1, *place.shape[1:]),
             found.up,
             1.0,
+            kind="alora" if fit is not None and fit.invocation else "lora",
+            invocation=() if fit is None else fit.invocation,
             bias=None if fit is None else fit.shift(own.bias),
             stored=_stored(fit, own.layer),
         )
@@ -210,7 +211,8 @@ def _fit(update: AnyUpdate, layer: Layer | None) -> AnyUpdate:
 
 def _as_it_is(given: AnyUpdate | None, fit: AnyUpdate, layer: Layer | None) -> Made:
     """Factors that are few enough, under the name of LoRA."""
-    assert given is not None and isinstance(fit, Update)
+    assert given is not None
+    assert isinstance(fit, Update)
     told = Layered(given.kind, fit.rank, 0.0)
     if given.kind in _PLAIN:
         return given, told

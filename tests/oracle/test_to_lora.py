@@ -48,7 +48,7 @@ def test_linear_layers_become_what_peft_converts_them_to(
     kind: str, cut: dict[str, Any], tmp_path: Path
 ) -> None:
     model = by_peft(KINDS[kind](), tmp_path / "french")
-    config, tensors = peft.convert_to_lora(model, next(iter(cut.values())))
+    _, tensors = peft.convert_to_lora(model, next(iter(cut.values())))
     lora, layers, _ = load_adapter(tmp_path / "french", base=base()).to_lora(**cut, base=base())
     for path, update in lora.updates.items():
         start = f"base_model.model.{path}.lora_"
