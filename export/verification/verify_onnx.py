@@ -14,6 +14,7 @@ from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.planted import planted
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
@@ -22,6 +23,7 @@ from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
+from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.passes import InjectLora
 
 
@@ -50,7 +52,9 @@ def verify_onnx(
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+        given = [u.invocation for adapter in adapters for u in adapter.updates.values()]
+        example = example_inputs(gm, None, None, None)
+        trial = trial_of(evaluating(gm), planted(example, gm, [*invocations_in(gm), *given]))
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)

@@ -12,7 +12,8 @@ from torch import fx
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import example_of
-from lora_fx.graph.ops import aten
+from lora_fx.graph.graph_module import attribute
+from lora_fx.graph.ops import aten, module_path
 from lora_fx.layers.parameter_names import part_of
 from lora_fx.layers.sites import Site
 
@@ -29,9 +30,8 @@ def active(ids: Any, tokens: Any, dtype: torch.dtype) -> Any:
         tokens: (n,), the invocation; of none, all tokens are active.
         dtype: of the mask.
     """
-    row = aten.ones_like.default(aten.select.int(ids, 0, 0))
-    each = aten.ones_like.default(tokens)
-    # Counted from 1, so that nothing asks for a size: places (length, 1), and steps (n,) from 0.
+    row, each = _ones(aten.select.int(ids, 0, 0)), _ones(tokens)
+    # Counted, so that nothing asks for a size: places (length, 1) from 1, and steps (n,) from 0.
     place = aten.unsqueeze.default(aten.cumsum.default(row, 0), 1)
     at = aten.add.Tensor(place, aten.sub.Tensor(aten.cumsum.default(each, 0), 1))
     last = aten.sum.default(row)
@@ -46,6 +46,11 @@ def active(ids: Any, tokens: Any, dtype: torch.dtype) -> Any:
     everywhere = aten.eq.Scalar(aten.sum.default(each), 0)
     mask = aten.logical_or.default(begun, everywhere)
     return aten.unsqueeze.default(aten._to_copy.default(mask, dtype=dtype), 2)
+
+
+def _ones(like: Any) -> Any:
+    """Of another size whenever what it is made like is, which a slot's tokens are."""
+    return aten._to_copy.default(aten.eq.Tensor(like, like), dtype=torch.int64)
 
 
 class Masks:
@@ -76,7 +81,9 @@ class Masks:
             name = f"{HOLDER}.{part_of(self._name)}"
             held = self._editor.constant(name, torch.tensor(key[0]), before=first)
             made = partial(active, dtype=site.dtype)
-            self._known[key] = self._editor.inline(made, [ids, held], before=first, like=ids)[0]
+            stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
+            outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
+            self._known[key] = self._editor.inline(made, [ids, held], first, outer)[0]
         return self._known[key]
 
 
@@ -90,6 +97,13 @@ def tokens_of(mask: object) -> fx.Node | None:
         if len(nodes) > _MOST:
             break
     return None
+
+
+def invocations_in(gm: fx.GraphModule) -> list[tuple[int, ...]]:
+    """The invocation tokens of the adapters in a graph."""
+    names = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    own = sorted(name for name in names if name.startswith(f"{HOLDER}."))
+    return [tuple(attribute(gm, name).tolist()) for name in own]
 
 
 def reads_flat(site: Site) -> bool:

@@ -13,9 +13,10 @@ INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is kohya's alpha or LyCORIS' flag, one number; or places, by its name."""
+    """Whether a tensor is kohya's alpha or LyCORIS' flag, one number; or places or tokens."""
     is_number = name.endswith((".alpha", ".on_input")) and count == 1
-    return is_number or "_indices" in name or "_s_size" in name
+    is_listed = name.endswith(".lora_invocation")
+    return is_number or is_listed or "_indices" in name or "_s_size" in name
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
