@@ -14,9 +14,7 @@ from lora_fx.export.program.example_inputs import Inputs
 from lora_fx.injection.invocation_mask import IDS
 
 
-def planted(
-    inputs: Inputs, gm: fx.GraphModule, invocations: Iterable[Sequence[int]]
-) -> Inputs:
+def planted(inputs: Inputs, gm: fx.GraphModule, invocations: Iterable[Sequence[int]]) -> Inputs:
     """The inputs, with each invocation in some row of the ids: a file is tried where it acts.
 
     Each is written behind the first token of the first row, the next behind it, so that there are

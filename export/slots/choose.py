@@ -12,7 +12,14 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import DTYPES
-from lora_fx.export.slots.slot import INVOCATION, AnySlot, ExpertSlot, InvocationSlot, Slot, TensorSlot
+from lora_fx.export.slots.slot import (
+    INVOCATION,
+    AnySlot,
+    ExpertSlot,
+    InvocationSlot,
+    Slot,
+    TensorSlot,
+)
 from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, given_as
 from lora_fx.graph.example import aliases_of, example_of
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated

@@ -23,9 +23,7 @@ from lora_fx.layers.parametrized_weights import adapter_of
 from lora_fx.layers.sites import Site
 
 
-def put(
-    editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks
-) -> None:
+def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:
     """Puts a fitted update at every call of a layer, with one set of constants for all.
 
     Args:
