@@ -84,7 +84,8 @@ class Masks:
             made = partial(active, dtype=site.dtype)
             stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
             outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
-            self._known[key] = self._editor.inline(made, [ids, held], first, outer)[0]
+            mask, _ = self._editor.inline(made, [ids, held], first, outer)
+            self._known[key] = mask
         return self._known[key]
 
 
@@ -110,7 +111,7 @@ def invocations_in(gm: fx.GraphModule) -> list[tuple[int, ...]]:
 def reads_flat(site: Site) -> bool:
     """Whether a layer reads (batch * length, in), as a product of matrices does."""
     value = site.input.meta.get("val")
-    return site.node.target is aten.addmm.default if value is None else value.ndim == 2
+    return site.node.target is aten.addmm.default if value is None else bool(value.ndim == 2)
 
 
 def _ids(gm: fx.GraphModule) -> fx.Node:
@@ -133,10 +134,11 @@ def _ids(gm: fx.GraphModule) -> fx.Node:
 def _check_rows(site: Site, ids: fx.Node) -> None:
     """Refuses a layer that does not read one row for each token."""
     value, known = site.input.meta.get("val"), ids.meta.get("val")
-    is_told = value is not None and known is not None
-    wanted = ([*known.shape], [prod(known.shape)]) if is_told else ()
-    # Compared as text: to ask whether sizes are equal would make a rule of it.
-    has_rows = not is_told or str([*value.shape[:-1]]) in map(str, wanted)
+    has_rows = value is None or known is None
+    if value is not None and known is not None:
+        # Compared as text: to ask whether sizes are equal would make a rule of it.
+        wanted = str([*known.shape]), str([prod(known.shape)])
+        has_rows = str([*value.shape[:-1]]) in wanted
     if site.is_linear and site.labels is None and site.part.rows is None and has_rows:
         return
     raise AdapterError(

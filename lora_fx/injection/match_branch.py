@@ -155,10 +155,10 @@ def _mask_in(out: fx.Node) -> fx.Node | None:
     """The mask that a sum's branch is multiplied by, without the view of a flat one."""
     delta: Any = out.args[1]
     factor = delta.args[1] if delta.target is aten.mul.Tensor else None
-    if tokens_of(factor) is None:
+    if not isinstance(factor, fx.Node) or tokens_of(factor) is None:
         return None
-    is_flat = factor.target is aten.view.default
-    return factor.args[0] if is_flat else factor
+    inner = factor.args[0] if factor.target is aten.view.default else factor
+    return inner if isinstance(inner, fx.Node) else None
 
 
 class _AbsentError(Exception):

@@ -13,7 +13,7 @@ from lora_fx.adapters.converted import Converted, Layered
 from lora_fx.adapters.parameter_updates import of_experts
 from lora_fx.adapters.scaling import check_cut
 from lora_fx.adapters.source_record import EMBEDDING, Stored, kept
-from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.adapters.updates import AnyUpdate, Update, activated
 from lora_fx.algebra.low_rank import NotLowRankError, additive, beside, blocks_beside
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, constant, number, scaled
 from lora_fx.algebra.truncation import cut, of_product, rank_of, svd_of, total
@@ -109,25 +109,21 @@ class _Form:
                 return stack
         place = _Place(own, fit)
         delta = place.delta(fit, value)
-        is_own = value is None and isinstance(fit, Update) and fit.is_product
-        if is_own and self.rank is not None and fit.rank <= self.rank:
-            return _as_it_is(update, fit, own.layer)
+        mine = fit if value is None and isinstance(fit, Update) and fit.is_product else None
+        if mine is not None and self.rank is not None and mine.rank <= self.rank:
+            return _as_it_is(update, mine, own.layer)
         svd = svd_of(delta, self.rank, self.energy)
         count = rank_of(svd, max(delta.shape), self.rank, self.energy)
-        if is_own and count >= fit.rank:
-            return _as_it_is(update, fit, own.layer)
-        dtype = torch.float32 if fit is None else fit.wide(torch.float32)
-        found = cut(svd, count, dtype)
-        lora = Update(
-            found.down.reshape(-1, *place.shape[1:]),
-            found.up,
-            1.0,
-            kind="alora" if fit is not None and fit.invocation else "lora",
-            invocation=() if fit is None else fit.invocation,
-            bias=None if fit is None else fit.shift(own.bias),
-            stored=_stored(fit, own.layer),
-        )
-        return lora, Layered("replaced" if fit is None else fit.kind, count, found.error)
+        if mine is not None and count >= mine.rank:
+            return _as_it_is(update, mine, own.layer)
+        found = cut(svd, count, torch.float32 if fit is None else fit.wide(torch.float32))
+        down, stored = found.down.reshape(-1, *place.shape[1:]), _stored(fit, own.layer)
+        if fit is None:
+            return Update(down, found.up, 1.0, stored=stored), Layered(
+                "replaced", count, found.error
+            )
+        lora = Update(down, found.up, 1.0, bias=fit.shift(own.bias), stored=stored)
+        return activated(lora, fit.invocation), Layered(fit.kind, count, found.error)
 
     def _of_experts(self, update: AnyUpdate, own: Own) -> Made | None:
         """The LoRA of a parameter that holds several matrices, each cut by itself at one rank."""
@@ -209,12 +205,10 @@ def _fit(update: AnyUpdate, layer: Layer | None) -> AnyUpdate:
     return fit
 
 
-def _as_it_is(given: AnyUpdate | None, fit: AnyUpdate, layer: Layer | None) -> Made:
+def _as_it_is(given: AnyUpdate | None, fit: Update, layer: Layer | None) -> Made:
     """Factors that are few enough, under the name of LoRA."""
-    assert given is not None
-    assert isinstance(fit, Update)
-    told = Layered(given.kind, fit.rank, 0.0)
-    if given.kind in _PLAIN:
+    told = Layered(fit.kind, fit.rank, 0.0)
+    if given is not None and fit.kind in _PLAIN:
         return given, told
     return replace(fit, kind="lora", stored=_stored(fit, layer)), told
 

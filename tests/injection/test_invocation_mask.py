@@ -157,7 +157,7 @@ class Cached(Model):
 
 class TestRefused:
     def test_a_layer_that_reads_no_row_for_each_token(self) -> None:
-        with pytest.raises(AdapterError, match="pooled: .* does not read one row for each token"):
+        with pytest.raises(AdapterError, match=r"pooled: .* does not read one row for each token"):
             inject(graph(), adapter(pooled=(3, 5)))
 
     def test_a_table(self) -> None:
@@ -173,7 +173,7 @@ class TestRefused:
         example = {"input_ids": IDS, "past_key": torch.randn(3, 4, 5)}
         gm = trace(Cached().eval(), (), example, frontend="export")
         with pytest.raises(
-            AdapterError, match="not told which tokens its past holds; .*--task text-gen"
+            AdapterError, match=r"not told which tokens its past holds; .*--task text-gen"
         ):
             inject(gm, adapter())
 

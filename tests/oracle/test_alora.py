@@ -66,7 +66,9 @@ class Saved:
 
     def __init__(self, architecture: str, name: str, root: Path, **options: Any) -> None:
         config = peft.LoraConfig(
-            **{"r": 2, "lora_alpha": 5, "target_modules": TARGETS[architecture]},
+            r=2,
+            lora_alpha=5,
+            target_modules=TARGETS[architecture],
             task_type="CAUSAL_LM",
             alora_invocation_tokens=INVOCATIONS[name],
             **options,
@@ -264,7 +266,9 @@ def damaged(root: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("tokens", ["7, 3", [7.5], [-1], [True], {"7": 3}], ids=str)
 def test_tokens_that_are_none_are_refused(tokens: Any, tmp_path: Path) -> None:
     directory = damaged(tmp_path, alora_invocation_tokens=tokens)
-    with pytest.raises(AdapterError, match="alora_invocation_tokens is .*, expected a list of tok"):
+    with pytest.raises(
+        AdapterError, match=r"alora_invocation_tokens is .*, expected a list of tok"
+    ):
         load_adapter(directory)
 
 
