@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added_to_each
+from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.updates import activated
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
@@ -148,11 +149,17 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
             raise AdapterError("holds no values")
         updates = {module: _update(module, terms) for module, terms in layers.items()}
     acting = {
-        module: activated(update, tokens) if isinstance(update, Update) else update
+        module: activated(update, tokens) if _is_linear(update) else update
         for module, update in updates.items()
         if update
     }
     return Adapter(name, acting, tensors)
+
+
+def _is_linear(update: AnyUpdate) -> TypeGuard[Update]:
+    """Whether the tokens of an invocation mean an update."""
+    is_matrix = isinstance(update, Update) and update.down.ndim == 2
+    return is_matrix and not is_embedding(update.stored)
 
 
 def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -52,9 +52,7 @@ def verify_onnx(
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        given = [u.invocation for adapter in adapters for u in adapter.updates.values()]
-        example = example_inputs(gm, None, None, None)
-        trial = trial_of(evaluating(gm), planted(example, gm, [*invocations_in(gm), *given]))
+        trial = _trial(gm, adapters)
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
@@ -100,7 +98,7 @@ def check_adapter_files(
     Raises:
         VerificationError: the file and the module with the adapter disagree.
     """
-    trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+    trial = _trial(gm, [adapter for adapter, _ in files])
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
     if not subjects:
@@ -109,6 +107,13 @@ def check_adapter_files(
     evidence = verify_file(path, trial, subjects, [control])
     evidence.judge(str(path))
     return evidence
+
+
+def _trial(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> Trial:
+    """A graph on inputs that adapters act at."""
+    given = [update.invocation for a in adapters for update in a.updates.values()]
+    inputs = example_inputs(gm, None, None, None)
+    return trial_of(evaluating(gm), planted(inputs, gm, [*invocations_in(gm), *given]))
 
 
 def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
@@ -73,8 +73,9 @@ class Masks:
             AdapterError: the graph reads no ids, or the past of a cache besides; or the layer has
                 no row for each token.
         """
-        ids = _ids(self._editor.gm)
-        _check_rows(site, ids)
+        with within(f"adapter {self._name}"):
+            ids = _ids(self._editor.gm)
+            _check_rows(site, ids)
         key = tuple(tokens), site.dtype
         if key not in self._known:
             nodes = self._editor.gm.graph.nodes
@@ -84,7 +85,7 @@ class Masks:
             made = partial(active, dtype=site.dtype)
             stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
             outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
-            mask, _ = self._editor.inline(made, [ids, held], first, outer)
+            mask: fx.Node = self._editor.inline(made, [ids, held], first, outer)[0]
             self._known[key] = mask
         return self._known[key]
 

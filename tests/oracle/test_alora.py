@@ -25,6 +25,7 @@ from lora_fx import (
 )
 from lora_fx.cli.inspect import as_text, describe
 from lora_fx.explanation import unmerged
+from lora_fx.export.verification.verify_onnx import check_adapter_files
 from lora_fx.testing import relative, same_adapter, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -232,6 +233,19 @@ class TestSwapped:
         adapters = [Adapter(name, one.adapter.updates) for name, one in saved.items()]
         report = lora_fx.export.verify_onnx(graph("LlamaForCausalLM"), model, adapters=adapters)
         assert report.verified
+        assert all(one.off is not None and one.off > 1e-2 for one in report.coverage)
+
+    def test_a_file_that_was_just_made_is_tried_where_it_acts(
+        self, model: Path, saved: dict[str, Saved], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "a.onnx_adapter"
+        lora_fx.export_adapter(saved["one"].adapter, model, file)
+        pairs = [(saved["one"].adapter, file)]
+        evidence = check_adapter_files(graph("LlamaForCausalLM"), model, pairs)
+        assert all(control.ok for control in evidence.controls)
+        assert evidence.controls
+        assert evidence.coverage[0].off is not None
+        assert evidence.coverage[0].off > 1e-2
 
     def test_without_a_slot_for_its_tokens_it_is_refused(
         self, home: Path, saved: dict[str, Saved], tmp_path: Path
