@@ -112,4 +112,4 @@ class Base:
         layer = self._known.get(path)
         if layer is None or not layer.is_matrix:
             return "it is no weight of a layer that multiplies with a matrix"
-        return Own(path, layer, held, leaf)
+        return Own(path, layer, held, leaf, "bias" if leaf == "weight" else None)

@@ -122,8 +122,14 @@ class _Form:
             return Update(down, found.up, 1.0, stored=stored), Layered(
                 "replaced", count, found.error
             )
-        lora = Update(down, found.up, 1.0, bias=fit.shift(own.bias), stored=stored)
+        shift = fit.shift(lambda: self._bias(own))
+        lora = Update(down, found.up, 1.0, bias=shift, stored=stored)
         return activated(lora, fit.invocation), Layered(fit.kind, count, found.error)
+
+    def _bias(self, own: Own) -> torch.Tensor | None:
+        """That of a layer: the base's, or what the adapter puts in its place."""
+        replaced = self.adapter.replacements.get(f"{own.path}.{own.bias_leaf}")
+        return own.bias() if replaced is None else replaced
 
     def _of_experts(self, update: AnyUpdate, own: Own) -> Made | None:
         """The LoRA of a parameter that holds several matrices, each cut by itself at one rank."""

@@ -260,6 +260,20 @@ class TestReplaced:
             assert relative(inject(gm, found.adapter)(x), wanted) <= 1e-6
             assert relative(inject(gm, replace(found.adapter, updates={}))(x), wanted) > 1e-3
 
+    @pytest.mark.parametrize("names", [["2.weight"], ["2.bias"], ["2.weight", "2.bias"]], ids=str)
+    def test_what_scales_a_replaced_weight_scales_its_bias(self, names: list[str]) -> None:
+        model, adapter = self.made()
+        replaced = {name: adapter.replacements[name] for name in names}
+        scaled = Adapter("a", {"2": Scaling(row=torch.tensor([0.5, 3.0]))}, replaced)
+        found = scaled.to_lora(energy=1.0, base=model).adapter
+        assert found.replacements.keys() == replaced.keys() - {"2.weight"}
+        x = torch.randn(4, 3)
+        gm = trace(model, (x,))
+        with torch.no_grad():
+            wanted = inject(gm, scaled)(x)
+            assert relative(inject(gm, found)(x), wanted) <= 1e-6
+            assert relative(inject(gm, replace(scaled, updates={}))(x), wanted) > 1e-2
+
     def test_what_is_the_bases_own_stays(self) -> None:
         model, adapter = self.made()
         own = {"2.weight": model.get_parameter("2.weight").detach().clone()}
