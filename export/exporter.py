@@ -71,6 +71,7 @@ def to_onnx(
             embedding. A layer's form is ``"factors"``, ``"vectors"`` (below), or ``"weight"``: an
             input of the weight's own name that takes W' whole, for LoKr, OFT and their like, each
             adapter as large as the layer. A parameter is whole: a head, a norm, a bias.
+            ``"input_ids"`` -> ``"invocation"`` lets aLoRA say from which tokens on it acts.
             `lora_fx.export.slots_for` says what some adapters need.
         vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default

@@ -85,8 +85,7 @@ class Masks:
             made = partial(active, dtype=site.dtype)
             stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
             outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
-            mask: fx.Node = self._editor.inline(made, [ids, held], first, outer)[0]
-            self._known[key] = mask
+            self._known[key] = self._editor.inline(made, [ids, held], first, outer)[0]
         return self._known[key]
 
 
@@ -116,7 +115,8 @@ def reads_flat(site: Site) -> bool:
 
 
 def _ids(gm: fx.GraphModule) -> fx.Node:
-    names = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    inputs: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
+    names = {node.name: node for node in inputs}
     example = example_of(gm)
     if (example is not None and example.generates) or any(n.startswith("past") for n in names):
         raise AdapterError(
