@@ -153,8 +153,10 @@ def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Bra
 
 def _mask_in(out: fx.Node) -> fx.Node | None:
     """The mask that a sum's branch is multiplied by, without the view of a flat one."""
-    delta: Any = out.args[1]
-    factor = delta.args[1] if delta.target is aten.mul.Tensor else None
+    delta = out.args[1] if len(out.args) > 1 else None
+    if not isinstance(delta, fx.Node) or delta.target is not aten.mul.Tensor:
+        return None
+    factor = delta.args[1]
     if not isinstance(factor, fx.Node) or tokens_of(factor) is None:
         return None
     inner = factor.args[0] if factor.target is aten.view.default else factor
