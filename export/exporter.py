@@ -20,11 +20,13 @@ from lora_fx.export.program.example_inputs import Inputs, example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
 from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
+from lora_fx.export.program.planted import planted
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.finite_values import check_branches
+from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
 
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
@@ -69,6 +71,7 @@ def to_onnx(
             embedding. A layer's form is ``"factors"``, ``"vectors"`` (below), or ``"weight"``: an
             input of the weight's own name that takes W' whole, for LoKr, OFT and their like, each
             adapter as large as the layer. A parameter is whole: a head, a norm, a bias.
+            ``"input_ids"`` -> ``"invocation"`` lets aLoRA say from which tokens on it acts.
             `lora_fx.export.slots_for` says what some adapters need.
         vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
@@ -99,6 +102,7 @@ def to_onnx(
     with clock.stage("trace"):
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
         refuse_unsteady(plan.traced)
+        inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
         trial = trial_of(plan.traced, inputs)
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)

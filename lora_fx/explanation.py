@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.adapters.updates import NO_WEIGHT
 from lora_fx.affine.affine_map import Map
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.region import Region
@@ -106,13 +107,15 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     Args:
         gm: a graph after `fold`.
     """
-    beside = {branch.path: branch.out for branch in branches(gm)}
+    standing = branches(gm)
+    beside = {branch.path: branch.out for branch in standing}
     made = made_anew(gm.graph)
     found = {module_path(end) or str(weight.target): end for end, _, weight in made}
     if not beside and not found:
         return {}
     analysis = analyse(gm)
     blocked = {n: region.blocked for region in maximal_regions(analysis) for n in region.nodes}
+    blocked |= {branch.out: NO_WEIGHT for branch in standing if branch.mask is not None}
     return {path: _reason(end, analysis, blocked) for path, end in (found | beside).items()}
 
 

@@ -21,6 +21,7 @@ from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, put
 from lora_fx.injection.injected_adapters import Held
+from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
@@ -40,6 +41,9 @@ class InjectLora(Pass):
     shrinks with its own geometry and expands point by point, a transposed one too. DoRA and (IA)3
     add a term ``mul(sub(linear, b), gain)``, or scale x by a vector first. What has no form beside
     the layer (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, f(W, values), b)``.
+
+    An activated adapter (aLoRA) adds ``mul(branch, mask)``, the mask of the tokens from the last
+    invocation in ``input_ids`` on.
 
     A `LoraConfig` makes a branch that
     trains: the base is frozen, the scale is a factor of its own, and dropout acts on x. A layer
@@ -82,9 +86,10 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     if before:
         groups = by_path(editor.gm)
     beside = {path: standing(groups[path]) for path in binding.updates if path in groups}
+    masks = Masks(editor, adapter.name)
     for path, update in binding.updates.items():
         if path in groups:
-            put(editor, groups[path], update, adapter.name)
+            put(editor, groups[path], update, adapter.name, masks)
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"graph", "algebra", "layers"},
     "kinds": {"algebra", "adapters"},
     "injection": {"graph", "algebra", "layers", "adapters"},
-    "reference": {"graph", "layers", "adapters", "injection"},
+    "reference": {"graph", "algebra", "layers", "adapters", "injection"},
     "branch_lowering": {"graph", "layers", "injection"},
     "passes": {"graph", "layers", "affine", "algebra", "adapters", "injection", "branch_lowering"},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -12,8 +12,10 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lora_fx
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added_to_each
+from lora_fx.adapters.source_record import is_embedding
+from lora_fx.adapters.updates import activated
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
@@ -112,6 +114,7 @@ def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
 # What a file calls the tensors of a slot; vectors with the value that has no effect.
 _EXPERTS = {"A_experts": "down", "B_experts": "up"}
 _FACTORS = {"A": "down", "At": "down", "B": "up", "Bt": "up", **_EXPERTS}
+_INVOCATION = ".lora_invocation"
 _NEUTRAL = {"gain": 0.0, "bias": 0.0, "col": 1.0}
 
 
@@ -138,13 +141,25 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     with within(path):
         # The file's memory is gone with the file.
         values = {key: value.clone() for key, value in values_of(stored).items()}
+        given = [values.pop(key) for key in list(values) if key.endswith(_INVOCATION)]
+        tokens = tuple(int(token) for listed in given for token in listed)
         tensors = {key: value for key, value in values.items() if ".lora_" not in key}
         layers = _sorted({key: v for key, v in values.items() if key not in tensors})
         if not layers and not tensors:
             raise AdapterError("holds no values")
         updates = {module: _update(module, terms) for module, terms in layers.items()}
-    acting = {module: update for module, update in updates.items() if update}
+    acting = {
+        module: activated(update, tokens) if _is_linear(update) else update
+        for module, update in updates.items()
+        if update
+    }
     return Adapter(name, acting, tensors)
+
+
+def _is_linear(update: AnyUpdate) -> TypeGuard[Update]:
+    """Whether the tokens of an invocation mean an update."""
+    is_matrix = isinstance(update, Update) and update.down.ndim == 2
+    return is_matrix and not is_embedding(update.stored)
 
 
 def _sorted(values: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

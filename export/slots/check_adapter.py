@@ -28,6 +28,7 @@ _TYPES = {
     "float16": "tensor(float16)",
     "bfloat16": "tensor(bfloat16)",
     "float64": "tensor(double)",
+    "int64": "tensor(int64)",
 }
 
 

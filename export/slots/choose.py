@@ -12,12 +12,20 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import DTYPES
-from lora_fx.export.slots.slot import AnySlot, ExpertSlot, Slot, TensorSlot
+from lora_fx.export.slots.slot import (
+    INVOCATION,
+    AnySlot,
+    ExpertSlot,
+    InvocationSlot,
+    Slot,
+    TensorSlot,
+)
 from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, given_as
 from lora_fx.graph.example import aliases_of, example_of
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.bind import bind
 from lora_fx.injection.injected_adapters import injected
+from lora_fx.injection.invocation_mask import IDS
 from lora_fx.injection.match_branch import branches
 from lora_fx.injection.usage_check import weight_name
 from lora_fx.layers.base_layers import BaseLayers, layers_in
@@ -27,7 +35,7 @@ from lora_fx.passes import StripLora
 
 Groups = Mapping[str, Sequence[Site]]
 ALL_LINEAR = "all-linear"
-FORMS = (FACTORS, VECTORS, WEIGHT)
+FORMS = (FACTORS, VECTORS, WEIGHT, INVOCATION)
 Wanted = str | Sequence[str] | Mapping[str, str] | None
 
 
@@ -43,7 +51,8 @@ def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]
         adapters: that shall be swapped.
 
     Returns:
-        Path of a layer or a parameter -> ``"factors"``, ``"vectors"`` or ``"weight"``.
+        Path of a layer or a parameter -> ``"factors"``, ``"vectors"`` or ``"weight"``; with aLoRA
+        among the adapters ``"input_ids"`` -> ``"invocation"``, the tokens from which on it acts.
 
     Raises:
         AdapterError: an adapter does not fit.
@@ -57,6 +66,8 @@ def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]
             if form is not None and found.get(path) != VECTORS:
                 found[path] = form
         found |= dict.fromkeys(_changed(layers, binding.replaced), WEIGHT)
+        if any(update.invocation for update in binding.updates.values()):
+            found[IDS] = INVOCATION
     return found
 
 
@@ -100,8 +111,10 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
         vectors = VECTORS in forms.values()
     layers = [_slot(groups[path][0], vectors) for path in _once(gm, beside)]
     whole = [_tensor_slot(gm, name, groups) for name in _whole(gm, forms, groups)]
-    experts = [p for p, form in forms.items() if form != WEIGHT and p not in groups]
-    return [*layers, *(_expert_slot(gm, path) for path in experts), *whole]
+    aside = (WEIGHT, INVOCATION)
+    experts = [p for p, form in forms.items() if form not in aside and p not in groups]
+    tokens = [InvocationSlot(p) for p, form in forms.items() if form == INVOCATION]
+    return [*layers, *(_expert_slot(gm, path) for path in experts), *whole, *tokens]
 
 
 def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, str]:
@@ -123,8 +136,9 @@ def _in_graph(gm: fx.GraphModule) -> dict[str, str]:
     if inside := [name for name in found if is_inside(gm, name)]:
         raise _no_slot(inside)
     for branch in branches(gm):
-        is_plain = branch.is_plain and branch.bias is None
-        found[branch.path] = FACTORS if is_plain else VECTORS
+        vectors = branch.gain, branch.bias, branch.col
+        found[branch.path] = FACTORS if vectors == (None, None, None) else VECTORS
+        found |= {} if branch.mask is None else {IDS: INVOCATION}
     return found
 
 
@@ -137,6 +151,9 @@ def _asked_for(
         form = wanted[name] if isinstance(wanted, Mapping) else None
         if form not in (None, *FORMS):
             raise ExportError(f"slots: {name}: {form!r} is none of {', '.join(FORMS)}")
+        if form == INVOCATION and name == IDS:
+            found[name] = form
+            continue
         paths = [name] if name in groups else [p for p in groups if fnmatchcase(p, name)]
         paths = _linear(groups) if name == ALL_LINEAR else paths
         if paths:

@@ -11,11 +11,12 @@ from torch import fx, nn
 
 from lora_fx.errors import ExportError
 from lora_fx.export.slots.probe import PROBE
-from lora_fx.export.slots.slot import AnySlot, ExpertSlot, TensorSlot
+from lora_fx.export.slots.slot import AnySlot, ExpertSlot, InvocationSlot, TensorSlot
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import aliases_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.invocation_mask import HOLDER
 from lora_fx.injection.match_branch import parameter_names
 from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import readers
@@ -82,6 +83,8 @@ def open_slots(model: ir.Model, gm: fx.GraphModule, slots: Sequence[AnySlot]) ->
         elif isinstance(slot, ExpertSlot):
             up, down = value_names(slot.path, PROBE, 2, bare=True)
             _open_factors(model, slot, {"up": up, "down": down})
+        elif isinstance(slot, InvocationSlot):
+            _open_tokens(model, slot)
         else:
             names = parameter_names(slot.path, PROBE)
             if names.down not in model.graph.initializers:
@@ -100,6 +103,19 @@ def _open_tensor(model: ir.Model, slot: TensorSlot, target: str) -> None:
         namesake.name = f"{slot.path}_tied"
     value.name = slot.path
     model.graph.inputs.append(value)
+
+
+def _open_tokens(model: ir.Model, slot: InvocationSlot) -> None:
+    """The tokens of an invocation; until they are counted, shapes hold how many the probe had."""
+    (name,) = slot.names
+    shape = ir.Shape([ir.SymbolicDim(f"length:{slot.path}")])
+    open_values = [_as_input(model, f"{HOLDER}.{PROBE}", name, shape)]
+    while open_values:
+        for node in open_values.pop().consumers():
+            if not node.op_type.startswith("Reduce"):
+                open_values += [value for value in node.outputs if value.shape is not None]
+                for value in node.outputs:
+                    value.shape = None
 
 
 def _open_factors(

@@ -15,7 +15,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.tensors import digest_of
-from lora_fx.export.slots.slot import AnySlot, Slot, class_of
+from lora_fx.export.slots.slot import AnySlot, InvocationSlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.sites import Site, by_path, readers
@@ -76,6 +76,8 @@ def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot]) -> Manifest:
 
 
 def _digested(gm: fx.GraphModule, slot: AnySlot, groups: Mapping[str, Sequence[Site]]) -> AnySlot:
+    if isinstance(slot, InvocationSlot):
+        return slot
     if not isinstance(slot, Slot):
         source = next(readers(gm, slot.path))[1]
         return replace(slot, digest=digest_of(get_unevaluated(gm, str(source.target))))
@@ -166,7 +168,8 @@ def _slots(entries: Sequence[Any]) -> Iterator[AnySlot]:
     for place, entry in enumerate(entries):
         kind = entry.get("kind") if isinstance(entry, dict) else None
         slot = _slot(class_of(kind), entry if isinstance(entry, dict) else {}, place)
-        if slot.dtype not in DTYPES or not _is_of_weights(entry) or not slot.is_sound():
+        is_float = slot.dtype in DTYPES or isinstance(slot, InvocationSlot)
+        if not is_float or not _is_of_weights(entry) or not slot.is_sound():
             raise ExportError(
                 f"{KEY}: slot {place}: kind, dtype or size out of range: {entry!r:.300}: export "
                 "the model again"

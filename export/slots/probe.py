@@ -10,11 +10,13 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added_to_each
+from lora_fx.adapters.updates import activated
 from lora_fx.export.slots.choose import parameter
-from lora_fx.export.slots.slot import AnySlot, ExpertSlot, Slot
+from lora_fx.export.slots.slot import AnySlot, ExpertSlot, InvocationSlot, Slot
 from lora_fx.graph.lazy_tensor import evaluate
 
 PROBE = "probe"
+PROBED = (1, 2)  # tokens that every vocabulary has
 _GAIN = 0.25
 
 
@@ -38,10 +40,14 @@ def probe(
     source = torch.Generator().manual_seed(seed)
     updates: dict[str, AnyUpdate] = {}
     replaced = {}
+    tokens = PROBED if any(isinstance(slot, InvocationSlot) for slot in slots) else ()
     for place, slot in enumerate(slots):
         rank = ranks[place % len(ranks)]
+        if isinstance(slot, InvocationSlot):
+            continue
         if isinstance(slot, Slot):
-            updates[slot.path] = _probe(slot, rank, source)
+            found = _probe(slot, rank, source)
+            updates[slot.path] = activated(found, tokens) if slot.layer.is_linear else found
         elif isinstance(slot, ExpertSlot):
             updates[slot.path] = _probe_of_experts(slot, rank, source)
         elif base is not None:

@@ -10,7 +10,7 @@ import torch
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
-TENSOR, EXPERTS = "tensor", "experts"
+TENSOR, EXPERTS, INVOCATION = "tensor", "experts", "invocation"
 
 
 class Input(NamedTuple):
@@ -228,9 +228,40 @@ class ExpertSlot(AnySlot):
         return len(self.shape) == 3 and _are_sizes(self.shape)
 
 
+@dataclass(frozen=True)
+class InvocationSlot(AnySlot):
+    """The tokens from whose last occurrence on the factors beside linear layers act: aLoRA.
+
+    Attributes:
+        path: the graph's input of ids, which they are looked for in.
+    """
+
+    path: str
+    kind: str = INVOCATION
+    dtype: str = "int64"
+    digest: str = ""
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """The tokens, (n,)."""
+        return {INVOCATION: Input(f"{self.path}.lora_invocation", (None,))}
+
+    def neutral(self) -> dict[str, torch.Tensor]:
+        """No tokens: factors act everywhere."""
+        return {name: torch.zeros(0, dtype=torch.int64) for name in self.names}
+
+    def is_sound(self) -> bool:
+        """Whether it is of whole numbers."""
+        return self.dtype == "int64"
+
+
 def class_of(kind: Any) -> type[AnySlot]:
     """The class of the slots of a kind."""
-    named: dict[Any, type[AnySlot]] = {TENSOR: TensorSlot, EXPERTS: ExpertSlot}
+    named: dict[Any, type[AnySlot]] = {
+        TENSOR: TensorSlot,
+        EXPERTS: ExpertSlot,
+        INVOCATION: InvocationSlot,
+    }
     return named.get(kind, Slot) if isinstance(kind, str) else Slot
 
 

@@ -23,10 +23,11 @@ from lora_fx.algebra.matrix_expr import Leaf, constant
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.slots.base_weights import BaseWeights
 from lora_fx.export.slots.manifest import Manifest
-from lora_fx.export.slots.slot import ExpertSlot, Slot, TensorSlot
+from lora_fx.export.slots.slot import INVOCATION, ExpertSlot, InvocationSlot, Slot, TensorSlot
 from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.branch_tensors import canonical, terms_of
 from lora_fx.injection.finite_values import check_finite, check_product
+from lora_fx.injection.invocation_mask import IDS
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
@@ -70,6 +71,7 @@ def check_slots_serve(adapter: Adapter, manifest: Manifest, model: Path, base: H
     with within(f"adapter {adapter.name!r} for {model}"):
         places = _Places(binding, manifest)
         places.check_replaced(base)
+        places.check_invocation()
         for path in binding.updates:
             with within(path):
                 places.of(path)
@@ -93,7 +95,8 @@ def form_of(update: AnyUpdate, layer: Layer | None) -> str | None:
         layer: that it is of, or None for the parameter of several experts.
     """
     if not update.makes_anew:
-        return FACTORS if update.is_plain and update.bias is None else VECTORS
+        is_product = isinstance(update, Update) and update.is_product
+        return FACTORS if is_product and update.bias is None else VECTORS
     try:
         if layer is None:
             base = constant(torch.empty([size or 0 for size in update.shape], device="meta"))
@@ -147,6 +150,30 @@ class _Places:
                 "with slots= for these, or fold the adapter into a model of its own"
             )
 
+    @cached_property
+    def invocation(self) -> InvocationSlot | None:
+        """The slot of the tokens from which on factors act, if there is one."""
+        return next((s for s in self.manifest.slots if isinstance(s, InvocationSlot)), None)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """From which on the adapter acts."""
+        return next((u.invocation for u in self.binding.updates.values()), ())
+
+    def check_invocation(self) -> None:
+        """Refuses an activated adapter where nothing would tell it when to act."""
+        apart = sorted({update.invocation for update in self.binding.updates.values()})
+        if len(apart) > 1:
+            raise AdapterError(
+                f"its updates act from the tokens {apart[0]} on, and from {apart[1]}: one file "
+                "has one invocation; make two adapters of it"
+            )
+        if any(apart) and self.invocation is None:
+            raise AdapterError(
+                f"it acts from its invocation tokens {list(self.tokens)} on (aLoRA), and the model "
+                f'has no slot for these; export it with slots={{..., "{IDS}": "{INVOCATION}"}}'
+            )
+
     def of(self, path: str) -> Slot | ExpertSlot | TensorSlot:
         """The slot that an update goes to: of factors if it has such, else the whole weight's.
 
@@ -186,6 +213,8 @@ class _Filling(_Places):
         for name, value in self.binding.replaced.items():
             if name in self.tensors:
                 filled.setdefault(name, _held(name, value, self.tensors[name].torch_dtype))
+        if self.invocation is not None:
+            filled |= dict.fromkeys(self.invocation.names, torch.tensor(self.tokens).long())
         for slot in self.manifest.slots:
             yield from {n: filled.get(n, t) for n, t in slot.neutral().items()}.items()
         yield from ((name, value) for name, value in filled.items() if name in self.tensors)

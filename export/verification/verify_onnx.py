@@ -14,6 +14,7 @@ from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.planted import planted
 from lora_fx.export.report import Clock, Evidence, ExportReport
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
@@ -22,6 +23,7 @@ from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
+from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.passes import InjectLora
 
 
@@ -50,7 +52,7 @@ def verify_onnx(
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+        trial = _trial(gm, adapters)
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
@@ -96,7 +98,7 @@ def check_adapter_files(
     Raises:
         VerificationError: the file and the module with the adapter disagree.
     """
-    trial = trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+    trial = _trial(gm, [adapter for adapter, _ in files])
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
     if not subjects:
@@ -105,6 +107,13 @@ def check_adapter_files(
     evidence = verify_file(path, trial, subjects, [control])
     evidence.judge(str(path))
     return evidence
+
+
+def _trial(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> Trial:
+    """A graph on inputs that adapters act at."""
+    given = [update.invocation for a in adapters for update in a.updates.values()]
+    inputs = example_inputs(gm, None, None, None)
+    return trial_of(evaluating(gm), planted(inputs, gm, [*invocations_in(gm), *given]))
 
 
 def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:

@@ -14,6 +14,9 @@ from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_fx.adapters.converted import Converted
     from lora_fx.adapters.target_rule import TargetRule
 
 
@@ -73,6 +76,47 @@ class Adapter:
                 reduced[path] = low_rank(update, "to_rank").to_rank(rank)
         adapter = replace(self, updates={path: update for path, (update, _) in reduced.items()})
         return Reduced(adapter, {path: error for path, (_, error) in reduced.items()})
+
+    def to_lora(
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        *,
+        base: nn.Module | None = None,
+    ) -> Converted:
+        """The nearest adapter of plain LoRA, whatever its updates are, and how near each layer is.
+
+        Each layer by itself: ``W' - W`` is cut off by singular value decomposition, a kernel's as
+        (out, in * kernel), in float64 (of more than 64 million numbers in float32). Where factors
+        say what it is (LoHa, LoKr, VeRA, trained tokens, LoRA of a higher rank), it is decomposed
+        by these, exactly; what is large and has none is sketched by random columns, the error
+        measured. Updates that are LoRA of this rank or less stay as they are. A replaced weight of
+        a layer (PEFT's ``modules_to_save``) becomes LoRA too; so everything fits the slots of
+        factors that a swappable file has. What an update adds to a bias is the LoRA's bias.
+
+        An error is no reason to refuse: what one rank loses is told, as `to_rank` and `extract`
+        tell theirs, in a record beside the adapter, whose ``str`` is a table. An adapter alone
+        would hide it.
+
+        Args:
+            rank: the highest rank of a layer, of each expert where there are several, or
+            energy: the fraction of the squared Frobenius norm of each ``W' - W`` to hold, in
+                (0, 1]; 1 loses nothing but rounding.
+            base: the model, or the traced graph. Not needed where W' - W does not depend on W;
+                needed by DoRA, (IA)3, OFT, tokens and replaced weights. It also tells a table from
+                a linear layer.
+
+        Returns:
+            The adapter, of the same name; rank, error and energy of each layer; and what stayed as
+            it was, since it is no weight of a layer (replaced norms and biases), with the reason.
+
+        Raises:
+            AdapterError: not just one of rank and energy is given, an update needs the base and
+                there is none, it does not fit the base, or it holds NaN or infinity.
+        """
+        from lora_fx.reference.low_rank_form import low_rank_form
+
+        return low_rank_form(self, rank, energy, base)
 
     def __str__(self) -> str:
         """One line a target: path, kind, shape, rank, scale."""

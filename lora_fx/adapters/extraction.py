@@ -11,8 +11,9 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update, check_name
 from lora_fx.adapters.model_diff import Pair, matched, shared
-from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.scaling import check_cut
 from lora_fx.adapters.source_record import EMBEDDING
+from lora_fx.algebra.truncation import cut, of_tensor, rank_of
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer_types import TYPES
 
@@ -65,7 +66,7 @@ def extract(
             one of rank and energy is given.
     """
     check_name(name)
-    _check_cut(rank, energy)
+    check_cut(rank, energy)
     updates: dict[str, Update] = {}
     replacements: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
@@ -82,15 +83,6 @@ def extract(
             updates |= dict.fromkeys(layers, found[0])
             errors |= dict.fromkeys(layers, found[1])
     return Extracted(Adapter(name, updates, replacements), errors, left_out)
-
-
-def _check_cut(rank: int | None, energy: float | None) -> None:
-    if (rank is None) == (energy is None):
-        raise AdapterError(f"rank is {rank!r:.80} and energy {energy!r:.80}: give one of the two")
-    if rank is not None:
-        checked_rank("rank", rank)
-    if energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1):
-        raise AdapterError(f"energy is {energy!r:.80}, expected a fraction, above 0 and at most 1")
 
 
 def _change(
@@ -141,21 +133,7 @@ def _difference(name: str, before: torch.Tensor, after: torch.Tensor, kind: str)
 
 
 def _factored(gap: torch.Tensor, rank: int | None, energy: float | None) -> tuple[Update, float]:
-    """The nearest update to a difference, which is used up, and its measured relative residual."""
-    rows, values, columns = torch.linalg.svd(gap, full_matrices=False)
-    kept = _rank_of(values, max(gap.shape), rank, energy)
-    root = values[:kept].sqrt()
-    up, down = rows[:, :kept] * root, (columns[:kept].T * root).T.contiguous()
-    size = gap.norm()
-    residual = gap.addmm_(up, down, alpha=-1).norm()
-    return Update(down, up, scale=1.0), float(residual / size)
-
-
-def _rank_of(values: torch.Tensor, size: int, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: never those that are rounding errors of the first."""
-    noise = values[0] * size * torch.finfo(values.dtype).eps
-    numerical = max(1, int((values > noise).sum()))
-    if energy is None:
-        return numerical if rank is None else min(rank, numerical)
-    held = values.double().square().cumsum(0)
-    return min(int((held < energy * held[-1]).sum()) + 1, numerical)
+    """The nearest update to a difference, and its measured relative residual."""
+    svd = of_tensor(gap, rank, energy)
+    found = cut(svd, rank_of(svd, max(gap.shape), rank, energy), gap.dtype)
+    return Update(found.down, found.up, scale=1.0), found.error

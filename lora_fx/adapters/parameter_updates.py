@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
+from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
 
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+TURNED_EXPERTS = "transposed"  # whether each expert is stored as (in, out)
 _NAME, _DEPTH, _TURNED = "parameter", "depth", "turned"
 
 
@@ -36,6 +41,25 @@ def of_parameter(update: Update, name: str, transposed: bool) -> Update:
     """An update of a layer that says which parameter it is of, and whether that is transposed."""
     settings: dict[str, object] = {_NAME: name, _DEPTH: 0}
     return replace(update, stored=Stored({}, settings | ({_TURNED: True} if transposed else {})))
+
+
+def of_experts(left: torch.Tensor, right: torch.Tensor, stored: Stored | None) -> WeightUpdate:
+    """``W[e] + left[e] @ right[e]`` for every e, and what PEFT's file of it holds.
+
+    Args:
+        left: (experts, rows, r), of W as the model stores it.
+        right: (experts, r, columns).
+        stored: of the update that they take the place of.
+    """
+    shape = (len(left), left.shape[1], right.shape[2])
+    record = None
+    if stored is not None and _NAME in stored.settings:
+        down, up = (left.mT, right.mT) if stored.settings.get(TURNED_EXPERTS) else (right, left)
+        # The experts of down one after the other; the columns of one rank of up beside each other.
+        tensors = {DOWN: down.flatten(0, 1), UP: up.permute(1, 2, 0).flatten(1)}
+        settings = {**stored.settings, "r": right.shape[1], "scale": 1.0, "use_rslora": False}
+        record = Stored({n: t.contiguous() for n, t in tensors.items()}, settings)
+    return WeightUpdate("lora", added_to_each(left, right), shape, record)
 
 
 def _is_turned(update: Update) -> bool:

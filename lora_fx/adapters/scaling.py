@@ -22,6 +22,16 @@ def checked_rank(where: str, rank: object) -> int:
     return rank
 
 
+def check_cut(rank: object, energy: object) -> None:
+    """Refuses other than just one of a rank to leave and a fraction of the energy to hold."""
+    if (rank is None) == (energy is None):
+        raise AdapterError(f"rank is {rank!r:.80} and energy {energy!r:.80}: give one of the two")
+    if rank is not None:
+        checked_rank("rank", rank)
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        raise AdapterError(f"energy is {energy!r:.80}, expected a fraction, above 0 and at most 1")
+
+
 def checked_alpha(where: str, alpha: object) -> float:
     """Returns an alpha, or refuses what is not a finite number."""
     if not is_number(alpha):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from functools import reduce
 from types import MappingProxyType
@@ -26,8 +26,12 @@ from lora_fx.algebra.matrix_expr import (
     product,
     scaled,
 )
+from lora_fx.algebra.truncation import cut, of_product
 from lora_fx.errors import AdapterError
 
+NO_WEIGHT = (
+    "it acts from its invocation tokens on (aLoRA), and not before them: no one weight says it"
+)
 Shape = tuple[int | None, ...]
 Bias = Callable[[], torch.Tensor | None]
 
@@ -45,6 +49,8 @@ class AnyUpdate(Protocol):
         is_plain: whether it is a product of two factors, and at most a bias: LoRA in effect.
         makes_anew: whether a graph computes W' itself, as nothing that stands beside can.
         leaves: what a graph then makes W' of, by the keys that the expression has.
+        invocation: the tokens from whose last occurrence on W' is in place of W, in each row of
+            ``input_ids``; where there are none of them, W is. Empty: W' is everywhere.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -57,6 +63,7 @@ class AnyUpdate(Protocol):
     is_plain: bool = False
     makes_anew: bool = False
     leaves: Mapping[Hashable, torch.Tensor] = MappingProxyType({})
+    invocation: tuple[int, ...] = ()
 
     def of(self, weight: Matrix) -> Matrix:
         """W' of W, both matrices of (out, in * kernel): the definition of the update."""
@@ -71,7 +78,8 @@ class AnyUpdate(Protocol):
     def measures(self) -> dict[str, Any]:
         """Its rank, its scale, and the norms of its vectors, for a report."""
         vectors = {name: getattr(self, name, None) for name in ("bias", "magnitude", "row", "col")}
-        return {f"{name}_norm": length(v) for name, v in vectors.items() if v is not None}
+        norms = {f"{name}_norm": length(v) for name, v in vectors.items() if v is not None}
+        return norms | ({"invocation": list(self.invocation)} if self.invocation else {})
 
     def shift(self, own: Bias) -> torch.Tensor | None:
         """What is added to the layer's bias, which is asked for if it is scaled; or None."""
@@ -99,8 +107,10 @@ class AnyUpdate(Protocol):
         """The weight form: W -> W', both (out, in, *kernel), in float32 or wider.
 
         Raises:
-            AdapterError: it is of a weight of another shape.
+            AdapterError: it is of a weight of another shape, or no one weight says it.
         """
+        if self.invocation:
+            raise AdapterError(NO_WEIGHT)
         axes = 2 if self.rank is None and not self.makes_anew else None  # a kernel may follow
         (rows, *columns), (high, *wide) = self.shape[:axes], base.shape[:axes]
         same = None in columns or math.prod(n or 0 for n in columns) == math.prod(wide)
@@ -138,6 +148,7 @@ class Update(AnyUpdate):
         row: (out,), or None.
         col: (in,), or None.
         stored: what the file held, where that is not just down, up and the vectors.
+        invocation: the tokens from whose last occurrence on it acts: aLoRA, arXiv:2504.12397.
     """
 
     down: torch.Tensor
@@ -149,6 +160,7 @@ class Update(AnyUpdate):
     row: torch.Tensor | None = None
     col: torch.Tensor | None = None
     stored: Stored | None = None
+    invocation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that the factors belong together.
@@ -197,6 +209,11 @@ class Update(AnyUpdate):
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
         """Whether it is a product of two factors, and at most a bias: plain LoRA in effect."""
+        return self.is_product and not self.invocation
+
+    @property
+    def is_product(self) -> bool:
+        """Whether W' is W and a product of two factors, wherever it acts."""
         return self.magnitude is None and self.row is None and self.col is None
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -298,26 +315,16 @@ class Update(AnyUpdate):
         if self.magnitude is not None or self.groups > 1:
             kind = "DoRA" if self.magnitude is not None else "a grouped convolution"
             raise AdapterError(f"the rank of {kind} cannot be cut: another row would be scaled")
-        up, down = self.up.detach().double(), self.down.detach().double().flatten(1).T
-        (left, above), (right, below) = torch.linalg.qr(up), torch.linalg.qr(down)
-        rows, values, columns = torch.linalg.svd(above @ below.T, full_matrices=False)
-        # Half of each singular value on either side, so that neither factor leaves a half's range.
-        root = values[:rank].sqrt()
-        wide = torch.promote_types(
-            torch.promote_types(self.up.dtype, self.down.dtype), torch.float32
-        )
-        new_up = (left @ (rows[:, :rank] * root)).to(wide)
-        new_down = ((columns[:rank].T * root).T @ right.T).to(wide)
-        size = float(values.norm())
-        error = float(values[rank:].norm()) / size if size > 0 else 0.0
+        svd = of_product(self.up.detach().double(), self.down.detach().double().flatten(1))
+        found = cut(svd, rank, self.wide(torch.float32))
         kind = self.kind if self.stored is None else "lora"
         stored = kept(self.stored)
-        new_down = new_down.reshape(-1, *self.down.shape[1:])
-        return replace(self, up=new_up, down=new_down, kind=kind, stored=stored), error
+        down = found.down.reshape(-1, *self.down.shape[1:])
+        return replace(self, up=found.up, down=down, kind=kind, stored=stored), found.error
 
     def has_effect(self) -> bool:
         """Whether any input could tell this update from none."""
-        if not self.is_plain:
+        if not self.is_product:
             return True  # what a vector does is known beside its layer
         product = self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
         return product or (self.bias is not None and self.scale != 0 and bool(self.bias.any()))
@@ -325,3 +332,8 @@ class Update(AnyUpdate):
     def is_finite(self) -> bool:
         """Whether the scale and every value are finite numbers."""
         return math.isfinite(self.scale) and super().is_finite()
+
+
+def activated(update: Update, tokens: Sequence[int]) -> Update:
+    """The update from the last of these tokens on; of none, as it is."""
+    return replace(update, kind="alora", invocation=tuple(tokens)) if tokens else update

@@ -84,7 +84,7 @@ def pairs_beside(base: Matrix, whole: Matrix) -> list[tuple[Matrix, Matrix]]:
         raise NotLowRankError("the base weight itself is scaled")
     if not found.added:
         raise NotLowRankError("nothing is added to the base weight")
-    pairs = [_split(term) for term in found.added]
+    pairs = [split(term) for term in found.added]
     rank = sum(right.shape[0] for _, right in pairs)
     if rank >= min(whole.shape):
         raise NotLowRankError(f"what is added has rank {rank}, no less than the layer")
@@ -138,8 +138,12 @@ def column_beside(base: Matrix | None, whole: Matrix | None) -> torch.Tensor | N
     return sum(columns[1:], columns[0]) if columns else None
 
 
-def _split(term: Matrix) -> tuple[Matrix, Matrix]:
-    """A product, cut where it is narrowest."""
+def split(term: Matrix) -> tuple[Matrix, Matrix]:
+    """A product as two factors, cut where it is narrowest.
+
+    Raises:
+        NotLowRankError: it is none.
+    """
     chain = m.parts(term, m.Product)
     if len(chain) == 1:
         raise NotLowRankError("what is added is no product of smaller factors")

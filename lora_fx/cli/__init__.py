@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -33,6 +33,12 @@ from lora_fx.cli.adapter_options import (
 from lora_fx.cli.console import show, stages
 from lora_fx.cli.error_exit import report as report_failure
 from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_fx.adapters.adapter import Adapter
+    from lora_fx.adapters.converted import Converted
 
 # Usage errors, which typer shows itself; what they derive from has no public name in every typer.
 _USAGE: type[Exception] = next(
@@ -153,18 +159,40 @@ def adapter(
         Path | None, typer.Option("--for", help="A model exported as swappable.")
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="A format, such as peft.")] = None,
+    to_lora: Annotated[
+        bool, typer.Option("--to-lora", help="As plain LoRA first, of any kind; tells the error.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="With --to-lora: of each layer, at most.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="With --to-lora: of W' - W, the fraction to hold.")
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an adapter, for one exported model or to another format."""
+    """Convert an adapter, for one exported model, to another format or to plain LoRA."""
     from lora_fx.cli.commands import convert_adapter
 
+    if to_lora and model is None and to is None:
+        to = "peft"
     if (model is None) == (to is None):
         raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
+    if not to_lora and (rank, energy) != (None, None):
+        raise LoraFxError("--rank and --energy are of --to-lora: add it")
+    told: list[Converted] = []
+
+    def change(read: Adapter, base: nn.Module | None) -> Adapter:
+        told.append(read.to_lora(rank, energy, base=base))
+        return told[0].adapter
+
     with stages():
-        converted = convert_adapter(adapter, out, model, to, force, given)
-    report = {"path": str(out), "adapter": converted.name, "targets": list(converted.updates)}
-    show(as_json, report, f"{converted}\nwritten to {out}")
+        converted = convert_adapter(
+            adapter, out, model, to, force, given, change if to_lora else None
+        )
+    report: dict[str, Any] = {"path": str(out), "adapter": converted.name}
+    report |= {"targets": list(converted.updates)} | (told[0].to_dict() if told else {})
+    show(as_json, report, f"{told[0] if told else converted}\nwritten to {out}")
 
 
 @app.command()

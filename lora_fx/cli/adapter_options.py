@@ -101,9 +101,15 @@ class Given:
             LoraFxError: the adapter, or the model that was named, cannot be read.
         """
         hints = self.hints()
-        if base is None and self.base is not None:
-            base = base_of(find_model(self.base))
-        return load_adapter(path, base=base, name=name, **hints)
+        return load_adapter(path, base=self.model() if base is None else base, name=name, **hints)
+
+    def model(self) -> nn.Module | None:
+        """The model that was named, if any.
+
+        Raises:
+            LoraFxError: it cannot be read.
+        """
+        return None if self.base is None else base_of(find_model(self.base))
 
     def split(self, to: str | None) -> tuple[Given, dict[str, Any]]:
         """What to read with, and the hints to write with: the component is of one of the two.

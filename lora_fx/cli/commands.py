@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
@@ -150,6 +150,7 @@ def convert_adapter(
     to: str | None,
     force: bool,
     given: Given | None = None,
+    change: Callable[[Adapter, nn.Module | None], Adapter] | None = None,
 ) -> Adapter:
     """Writes an adapter for an exported model, or in another format.
 
@@ -161,6 +162,7 @@ def convert_adapter(
         force: replace what exists.
         given: what the adapter's format does not store; a component is of what is written, where
             that format has components.
+        change: what to make of the adapter first, with the base that is given.
 
     Raises:
         LoraFxError: the adapter cannot be read, does not fit, or the output exists.
@@ -171,7 +173,10 @@ def convert_adapter(
             "exported as swappable, and no --to"
         )
     reading, hints = (given or Given()).split(to)
-    adapter = reading.load(source)
+    base = reading.model()
+    adapter = reading.load(source, base)
+    if change is not None:
+        adapter = change(adapter, base)
     if model is not None:
         from lora_fx.export import export_adapter
 

@@ -51,6 +51,8 @@ def not_lora(update: AnyUpdate) -> str | None:
         return f"updates of kind {update.kind!r}, which are no product of two factors"
     if not math.isfinite(update.scale):
         return "scales that are no finite number"
+    if update.invocation:
+        return "invocation tokens (aLoRA)"
     if update.rank == 0:
         return "updates of rank 0"
     if update.bias is not None:

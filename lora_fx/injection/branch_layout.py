@@ -10,6 +10,7 @@ from torch import fx
 
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten
+from lora_fx.injection.invocation_mask import reads_flat
 from lora_fx.layers.sites import Site
 from lora_fx.layers.weight_parts import Places
 
@@ -31,8 +32,9 @@ def branch_sum(
     tensors: Mapping[str, fx.Node],
     x: fx.Node,
     scale: float | None = None,
+    mask: fx.Node | None = None,
 ) -> fx.Node:
-    """``base + [scale * (x @ down) @ up] + [(layer - b) * gain] + [bias]``.
+    """``base + ([scale * (x @ down) @ up] + [(layer - b) * gain] + [bias]) [* mask]``.
 
     Args:
         builder: what makes each call, or finds it.
@@ -41,6 +43,7 @@ def branch_sum(
         tensors: the ``get_attr`` nodes of those that there are, by their names above.
         x: what the low-rank part reads.
         scale: a factor of the low-rank part that is not folded into ``up``.
+        mask: (batch, length, 1), of the tokens that the branch is added at; all by default.
 
     Returns:
         The sum, or base itself if nothing is added.
@@ -64,6 +67,10 @@ def branch_sum(
     if not terms:
         return base
     delta = reduce(lambda one, two: builder.call(aten.add.Tensor, (one, two)), terms)
+    if mask is not None:
+        if reads_flat(site):
+            mask = builder.call(aten.view.default, (mask, [-1, 1]), axis=None)
+        delta = builder.call(aten.mul.Tensor, (delta, mask))
     return builder.call(aten.add.Tensor, (base, delta))
 
 

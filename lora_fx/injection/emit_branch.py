@@ -15,6 +15,7 @@ from lora_fx.graph.editor import Editor
 from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
 from lora_fx.injection.branch_tensors import terms_of
 from lora_fx.injection.finite_values import check_finite
+from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.layers.layer_bias import bias_of
@@ -22,8 +23,15 @@ from lora_fx.layers.parametrized_weights import adapter_of
 from lora_fx.layers.sites import Site
 
 
-def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:
+def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:
     """Puts a fitted update at every call of a layer, with one set of constants for all.
+
+    Args:
+        editor: of the graph.
+        calls: of the layer.
+        update: fits it.
+        name: of the adapter.
+        masks: of the adapter.
 
     Raises:
         AdapterError: values that the layer's dtype cannot hold, or a second scaling of what the
@@ -33,6 +41,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
     if update.makes_anew:
         make_layer_anew(editor, calls, update, name)
     own = partial(_own_bias, editor, calls)
+    at = [masks.of(site, update.invocation) if update.invocation else None for site in calls]
     terms = terms_of(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
@@ -40,8 +49,8 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> 
         part: editor.constant(getattr(names, part), nn.Parameter(value, False), before=first.node)
         for part, value in terms.each().items()
     }
-    for site in calls:
-        add_branch(editor, site, nodes)
+    for site, mask in zip(calls, at, strict=True):
+        add_branch(editor, site, nodes, mask=mask)
 
 
 def add_branch(
@@ -50,6 +59,7 @@ def add_branch(
     nodes: dict[str, fx.Node],
     x: fx.Node | None = None,
     scale: float | None = None,
+    mask: fx.Node | None = None,
 ) -> None:
     """Adds a branch beside one call.
 
@@ -59,6 +69,7 @@ def add_branch(
         nodes: the ``get_attr`` nodes of `Terms`, by name.
         x: what the low-rank part reads; what the layer reads by default.
         scale: a factor of the low-rank part that is not folded into ``up``.
+        mask: of the tokens that it is added at.
     """
     base = last_of(site)
     behind = base.next
@@ -68,7 +79,7 @@ def add_branch(
         _refuse_scaled(site, mine=nodes)
     writer = _Writer(editor, site, behind, rank_of(site, "down", nodes) if "down" in nodes else 0)
     x = x or input_of(site, None if "col" in nodes else col_of(site))
-    total = branch_sum(writer, site, base, nodes, x, scale)
+    total = branch_sum(writer, site, base, nodes, x, scale, mask)
     if total is not base:
         editor.replace(base, total, keep=writer.made)  # a gain reads the layer, not the sum
 

@@ -16,10 +16,12 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import evaluated
+from lora_fx.adapters.updates import activated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.branch_tensors import Terms, update_of
+from lora_fx.injection.invocation_mask import HOLDER
 from lora_fx.layers.layer import Layer
 
 _META = "lora_fx.injected"
@@ -73,7 +75,7 @@ class Bound:
             bias = held["bias"].flatten() if "bias" in held else None
             return replace(update.with_values(values), bias=bias, stored=None)
         assert self.layer is not None
-        return update_of(Terms(**held), self.layer, self.scale)
+        return activated(update_of(Terms(**held), self.layer, self.scale), update.invocation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +193,7 @@ def stripped(gm: fx.GraphModule, gone: set[str]) -> bool:
     known: set[str] = set().union(*map(_names, injected(gm)))
     left = (_without(record, gone) for record in injected(gm))
     remember(gm, [r for r in left if r.adapter.updates or r.adapter.replacements])
-    return gone <= known
+    return all(name in known or name.startswith(f"{HOLDER}.") for name in gone)
 
 
 def _unnamed(record: Injected, taken: set[str]) -> Injected:

@@ -12,6 +12,7 @@ from torch import fx
 
 from lora_fx.graph.ops import aten, op_name
 from lora_fx.injection.branch_layout import branch_sum, held, scaled_input
+from lora_fx.injection.invocation_mask import tokens_of
 from lora_fx.layers.parameter_names import name_in, part_of
 from lora_fx.layers.sites import Site, sites
 
@@ -40,6 +41,7 @@ class Branch:
         bias: ``get_attr`` node of (out,), or None.
         gain: ``get_attr`` node of (out,), or None.
         col: ``get_attr`` node of (in,), which multiplies what the layer reads, or None.
+        mask: node of the tokens that it acts at, (batch, length, 1), or None.
         base: what the branch is added to: the site, or the sum with an earlier branch.
         out: the sum; the same as ``base`` if there is a col alone.
     """
@@ -55,11 +57,13 @@ class Branch:
     out: fx.Node
     gain: fx.Node | None = None
     col: fx.Node | None = None
+    mask: fx.Node | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether it adds a product of two factors, and at most a bias."""
-        return self.down is not None and self.gain is None and self.col is None
+        """Whether it adds a product of two factors, and at most a bias, at every token."""
+        apart = self.gain, self.col, self.mask
+        return self.down is not None and all(node is None for node in apart)
 
 
 def parameter_names(path: str, name: str, bare: bool = False) -> Names:
@@ -125,7 +129,8 @@ def _next(site: Site, base: fx.Node, col: fx.Node | None) -> Branch | None:
 
 def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Branch | None:
     """Reads what a sum adds, or None if that is somebody else's code."""
-    stops = {base, site.node, site.bias, site.input, input_of(site, col)}
+    mask = _mask_in(out)
+    stops = {base, site.node, site.bias, site.input, input_of(site, col), mask}
     found = _Found(out, stops)
     name, tensors = _tensors(found.nodes, site)
     if not name or ("down" in tensors) != ("up" in tensors):
@@ -136,13 +141,26 @@ def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Bra
     factors = (f for n in found.nodes if n.target is aten.mul.Tensor for f in n.args[1:])
     scale = next((factor for factor in factors if isinstance(factor, float)), None)
     with suppress(_AbsentError):
-        if branch_sum(found, site, base, tensors, next(dropped, x), scale) is out:
+        if branch_sum(found, site, base, tensors, next(dropped, x), scale, mask) is out:
             part = tensors.get
             return Branch(
                 site.path, name, site.node, part("down"), part("up"),
                 1.0 if scale is None else scale, part("bias"), base, out, part("gain"), mine,
+                mask,
             )  # fmt: skip
     return None
+
+
+def _mask_in(out: fx.Node) -> fx.Node | None:
+    """The mask that a sum's branch is multiplied by, without the view of a flat one."""
+    delta = out.args[1] if len(out.args) > 1 else None
+    if not isinstance(delta, fx.Node) or delta.target is not aten.mul.Tensor:
+        return None
+    factor = delta.args[1]
+    if not isinstance(factor, fx.Node) or tokens_of(factor) is None:
+        return None
+    inner = factor.args[0] if factor.target is aten.view.default else factor
+    return inner if isinstance(inner, fx.Node) else None
 
 
 class _AbsentError(Exception):

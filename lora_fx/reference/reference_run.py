@@ -21,6 +21,7 @@ from lora_fx.graph.lazy_tensor import evaluate, set_lazy
 from lora_fx.graph.mutation import written
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.injected_adapters import Injected, held_by, injected
+from lora_fx.reference.activated import Activated, ids_of
 from lora_fx.reference.merged_parameters import Step, Weight, shifted
 from lora_fx.reference.module_layers import NoWeightFormError, Place, place_of, replaced
 
@@ -44,6 +45,7 @@ class WeightForm:
         self._weights: dict[Slot, Weight] = {}
         self._biases: dict[Slot, list[Step]] = {}
         self._replaced: dict[Slot, str] = {}
+        self._activated: dict[nn.Module, list[Activated]] = {}
         adapters = [(record, record.now(gm)) for record in records]
         for _, adapter in adapters:
             for name, value in adapter.replacements.items():
@@ -56,6 +58,7 @@ class WeightForm:
         self._written = _written(gm, traced) - self._values.keys() - self._weights.keys()
         self.changed = sum(weight.has_effect for weight in self._weights.values())
         self.changed += sum(self._differs(slot) for slot in self._values)
+        self.changed += len(self._activated)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module; what it writes to, inputs and tensors of its own, is a copy."""
@@ -80,6 +83,10 @@ class WeightForm:
             }
             other._values = {at: v for at, v in self._values.items() if at != slot}
             yield path, other
+        for module, several in self._activated.items():
+            other = copy.copy(self)
+            other._activated = {at: a for at, a in self._activated.items() if at is not module}
+            yield several[0].path, other
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
@@ -92,6 +99,9 @@ class WeightForm:
                 self._traced.running() as model,
             ):
                 self._dress()
+                for module, several in self._activated.items():
+                    for one in several:
+                        module.register_forward_hook(one.beside(ids_of(model, args, kwargs)))
                 return model(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
@@ -119,6 +129,9 @@ class WeightForm:
         bounds = record.bound.get(path, ())
         hint = next((bound.layer for bound in bounds), None)
         place = place_of(self._traced, path, update, hint)
+        if update.invocation:
+            self._activated.setdefault(place.module, []).append(Activated.of(path, update, place))
+            return
         slot = place.module, place.leaf
         if slot not in self._weights:
             self._weights[slot] = Weight(self._own(*slot))

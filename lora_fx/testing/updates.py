@@ -89,7 +89,7 @@ def _lora(layer: LayerShape, kind: str = "lora", vector: str = "") -> AnyUpdate:
     out, into, *kernel = layer.shape
     shapes = (RANK, into * layer.groups, *kernel), (out, RANK // layer.groups), (out,)
     down, up, third = _drawn(*shapes)
-    vectors = {vector: third.abs() + 0.5} if vector else {}
+    vectors: dict[str, Any] = {vector: third.abs() + 0.5} if vector else {}
     scale = ALPHA / (RANK**0.5 if kind == "rslora" else RANK)
     stored = EMBEDDING if layer.is_table else None
     return Update(down, up, scale, kind, **vectors, stored=stored)

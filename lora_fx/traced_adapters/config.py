@@ -71,6 +71,11 @@ def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) 
     _check_fields(name, fields)
     if name == LoraConfig.peft_type and fields.get("init_lora_weights") is not None:
         check_init(fields["init_lora_weights"], origin, strict)
+    if fields.get("alora_invocation_tokens"):
+        raise AdapterError(
+            "alora_invocation_tokens are there too, and PEFT does not run the two together; "
+            "leave one of them out"
+        )
     if fields.get("target_modules") is None:
         raise AdapterError("target_modules is missing; name the modules that are adapted")
     known = {e.name: fields.get(e.name) for e in PeftConfig.used()}

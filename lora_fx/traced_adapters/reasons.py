@@ -24,7 +24,6 @@ NOT_AFFINE = {
 }
 # Fields of LoRA's config that do the same.
 NOT_AFFINE_LORA = {
-    "alora_invocation_tokens": "which acts from certain tokens on, and not before them",
     "arrow_config": "which " + _ROUTER,
     "layer_replication": "which makes another model, of more layers",
 }

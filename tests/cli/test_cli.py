@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 
+from lora_fx import load_adapter
 from lora_fx.cli import main
 from lora_fx.testing import tiny
 
@@ -241,6 +242,44 @@ def test_adapter_converts_for_a_model(home: Path, swappable: Path) -> None:
 def test_adapter_converts_to_a_format_that_peft_reads(home: Path) -> None:
     assert call("adapter", home / "french", "--to", "peft", "-o", home / "copy") == 0
     assert np.array_equal(eager(home / "copy")[1], eager(home / "french")[1])
+
+
+def test_adapter_converts_to_plain_lora(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lora, given = home / "as_lora", ("adapter", home / "french", "--to-lora", "--base", SPEC)
+    assert call(*given, "--rank", "1", "-o", lora) == 0
+    told = capfd.readouterr().out
+    assert "  first  lora -> rank 1  error " in told
+    assert f"written to {lora}" in told
+    assert load_adapter(lora).updates["first"].rank == 1
+    assert call(*given, "--energy", "1", "-o", home / "whole", "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    whole = {"kind": "lora", "rank": 2, "error": 0.0, "energy": 1.0}
+    assert report["layers"] == dict.fromkeys(report["targets"], whole)
+    assert np.array_equal(eager(home / "whole")[1], eager(home / "french")[1])
+    assert not np.allclose(eager(lora)[1], eager(home / "french")[1])
+
+
+def test_adapter_converts_to_plain_lora_for_a_model(home: Path, swappable: Path) -> None:
+    out, model = home / "lora.onnx_adapter", swappable / "model.onnx"
+    given = ("adapter", home / "french", "--to-lora", "--rank", "2", "--for", model, "-o", out)
+    assert call(*given) == 0
+    assert out.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", "2", "--to", "peft"), "--rank and --energy are of --to-lora"),
+        (("--to-lora",), "rank is None and energy None: give one of the two"),
+        (("--to-lora", "--rank", "0"), "rank is 0, expected a positive integer"),
+    ],
+)
+def test_what_plain_lora_shall_hold_is_said(
+    home: Path, options: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("adapter", home / "french", *options, "-o", home / "never") == 2
+    assert message in capfd.readouterr().err
+    assert not (home / "never").exists()
 
 
 def test_hints_reach_the_formats(home: Path, capfd: pytest.CaptureFixture[str]) -> None:

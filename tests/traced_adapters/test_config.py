@@ -73,11 +73,18 @@ def test_peft_is_told_paths_and_no_regex_of_the_file(hira: SavedCase, changed: C
     assert by_peft(config, ["f.x", "a.f.x"]).rank_pattern == {r"a\.f\.x": 2, r"f\.x": 2}
 
 
-@pytest.mark.parametrize("field", ["alora_invocation_tokens", "arrow_config", "layer_replication"])
+@pytest.mark.parametrize("field", ["arrow_config", "layer_replication"])
 def test_an_option_of_lora_whose_effect_no_weight_has(field: str) -> None:
     fields = {"peft_type": "LORA", "target_modules": ["wide"], field: [1]}
     with pytest.raises(AdapterError, match=rf"{field} is \[1\], a feature that is not supported"):
         parse(fields, "here", strict=True)
+
+
+def test_alora_beside_an_option_that_peft_reads_for_us_is_refused() -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["wide"], "use_qalora": True}
+    assert parse(fields, "here", strict=True)
+    with pytest.raises(AdapterError, match="use_qalora is True: alora_invocation_tokens are there"):
+        parse(fields | {"alora_invocation_tokens": [7, 3]}, "here", strict=True)
 
 
 def test_what_the_file_names_is_never_imported_or_fetched() -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
+from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP
 from lora_fx.adapters.source_record import Stored
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft.wrappers import Place
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
-DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
 def read_experts(
@@ -59,7 +59,7 @@ def read_experts(
     left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
     settings = {
         "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
-        "use_rslora": use_rslora,
+        "use_rslora": use_rslora, TURNED_EXPERTS: transposed,
     }  # fmt: skip
     kind, stored = "rslora" if use_rslora else "lora", Stored(tensors, settings)
     return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)

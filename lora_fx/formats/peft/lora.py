@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.parameter_updates import for_parameter
+from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import Stored, is_embedding
 from lora_fx.adapters.updates import Update
@@ -25,8 +25,8 @@ from lora_fx.formats.peft.config import (
     stored_tensors,
     words,
 )
-from lora_fx.formats.peft.experts import DOWN, UP, read_experts
-from lora_fx.formats.peft.fields import anything, checked, names
+from lora_fx.formats.peft.experts import read_experts
+from lora_fx.formats.peft.fields import anything, checked, indices, names
 from lora_fx.formats.peft.patterned import Numbers, Patterned
 from lora_fx.formats.peft.wrappers import Home, Place, parameter_of, places_of
 from lora_fx.layers.axes import shape_of, sizes_of
@@ -46,7 +46,7 @@ NEUTRAL = words(
     megatron_config megatron_core qalora_group_size runtime_config"""
 )
 REFUSED = words(
-    """alora_invocation_tokens arrow_config kasa_config layer_replication monteclora_config
+    """arrow_config kasa_config layer_replication monteclora_config
     use_bdlora use_qalora velora_config"""
 )
 
@@ -72,7 +72,7 @@ class LoraConfig(Patterned):
     """LoRA, rsLoRA, DoRA, of layers and of parameters."""
 
     peft_type = "LORA"
-    kinds = ("lora", "rslora", "dora")
+    kinds = ("lora", "rslora", "dora", "alora")
     leaves = (DOWN, UP, UP_BIAS, TABLE_DOWN, TABLE_UP, MAGNITUDE)
     ranked = (DOWN, TABLE_DOWN)
     alpha_field = "lora_alpha"
@@ -87,6 +87,7 @@ class LoraConfig(Patterned):
     lora_bias: bool = False
     target_parameters: tuple[str, ...] = checked(names, ())
     init_lora_weights: bool | str = checked(anything, True)
+    alora_invocation_tokens: tuple[int, ...] | None = checked(indices, None)
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -116,8 +117,12 @@ class LoraConfig(Patterned):
         down = tensors.get(DOWN)
         is_stack = down is not None and down.shape[:1] != (rank,)
         if is_stack if place.shape is None else len(place.shape) == 3:
+            if self.alora_invocation_tokens:
+                raise AdapterError("aLoRA of experts, which PEFT does not run; leave it out")
             return read_experts(place, tensors, rank, scale, self.use_rslora, base)
         update = read_lora(place.asked, tensors, self)
+        if update.invocation:
+            raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
         settings = {"parameter": place.parameter, "depth": place.depth}
         return replace(update, stored=Stored({}, settings))
 
@@ -136,12 +141,15 @@ class LoraConfig(Patterned):
         biased = [path for path, update in low.items() if update.bias is not None]
         tables = [path for path, update in low.items() if is_embedding(update.stored)]
         named = [path for path, update in layers.items() if parameter_of(update) is not None]
+        tokens = {update.invocation for update in layers.values()}
         is_dora = len(without) < len(low)
         return {
             "of rank 0, which PEFT does not load": [p for p, u in low.items() if u.rank == 0],
             "PEFT's use_dora is for all layers, but these have no magnitude": without * is_dora,
             "PEFT has no lora_bias beside DoRA": biased * is_dora,
             "PEFT has no lora_bias of embeddings": tables * bool(biased),
+            "PEFT's alora_invocation_tokens are of all layers, but these have several": list(layers)
+            * (len(tokens) > 1),
             "PEFT has no DoRA or lora_bias of parameters": named * (is_dora or bool(biased)),
         }
 
@@ -150,11 +158,15 @@ class LoraConfig(Patterned):
         """Ranks and alphas, and what all layers have or none."""
         low = low_rank(layers).values()
         parameters = sorted(h.parameter for h in homes.values() if h.parameter is not None)
+        tokens = next(update.invocation for update in layers.values())
+        # Only PEFT's model of this task looks for the tokens.
+        activated = {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} if tokens else {}
         return super().described(layers, homes) | {
             "use_rslora": all(map(_is_rslora, layers.values())),
             "use_dora": any(update.magnitude is not None for update in low),
             "lora_bias": any(update.bias is not None for update in low),
             "target_parameters": tuple(parameters),
+            **activated,
         }
 
     @classmethod
@@ -231,13 +243,16 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
             f"lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
         )
     magnitude = _magnitude(tensors, up.shape[0], kernel)
+    tokens = config.alora_invocation_tokens or ()
+    if tokens and (is_table or kernel or magnitude is not None):
+        raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
     plain = "rslora" if config.use_rslora else "lora"
-    kind = plain if magnitude is None else "dora"
+    kind = "alora" if tokens else plain if magnitude is None else "dora"
     settings: dict[str, object] = {"layer": "embedding"} if is_table else {}
-    settings |= {"use_rslora": True} if kind == "dora" and config.use_rslora else {}
+    settings |= {"use_rslora": True} if kind in ("dora", "alora") and config.use_rslora else {}
     return Update(
         down, up.flatten(1), scale, kind, bias, magnitude,
-        stored=Stored({}, settings) if settings else None,
+        stored=Stored({}, settings) if settings else None, invocation=tokens,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class AdaloraConfig(PeftConfig):
         """r use_rslora alpha_pattern lora_bias init_lora_weights target_r tinit tfinal deltaT beta1
         beta2 orth_reg_weight total_step"""
     )
-    refused = lora.REFUSED | words("use_dora target_parameters")
+    refused = lora.REFUSED | words("alora_invocation_tokens use_dora target_parameters")
     # PEFT refuses a config without steps to train; these are never taken.
     written: ClassVar[Fields] = {"total_step": 1, "tinit": 0, "tfinal": 0}
 
