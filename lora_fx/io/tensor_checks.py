@@ -28,7 +28,7 @@ def check_gathered(name: str, shape: Sequence[int]) -> None:
 
 
 def may_be_integer(name: str, count: int) -> bool:
-    """Whether a tensor is one number (an alpha, a flag, a count of batches), or places or tokens."""
+    """Whether a tensor is one number (alpha, a flag, a count of batches), or places or tokens."""
     is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
     is_listed = name.endswith(".lora_invocation")
     return is_number or is_listed or "_indices" in name or "_s_size" in name
