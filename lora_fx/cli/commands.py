@@ -181,6 +181,38 @@ def convert_adapter(
     return adapter
 
 
+def merge_file(
+    model: Path,
+    adapter: Path,
+    out: Path,
+    allow_unmerged: bool,
+    force: bool,
+    progress: Progress,
+    given: Given | None = None,
+) -> ExportReport:
+    """Merges an adapter into a swappable file.
+
+    Args:
+        model: the swappable file.
+        adapter: an adapter, or the file that was made of one for this model.
+        out: the file to write.
+        allow_unmerged: what no weight can hold stays beside its layer, as constants.
+        force: replace what exists.
+        progress: told the name of each stage.
+        given: what the adapter's format does not store.
+
+    Raises:
+        LoraFxError: the adapter cannot be read or does not fit, or the output exists.
+        VerificationError: the two files disagree.
+    """
+    from lora_fx.export import merge_onnx
+
+    is_made = adapter.suffix == ".onnx_adapter"
+    source = adapter if is_made else (given or Given()).load(adapter)
+    options = {"allow_unmerged": allow_unmerged, "force": force}
+    return merge_onnx(model, source, out, progress=progress, **options)
+
+
 def verify_model(
     path: Path,
     spec: str,
