@@ -47,6 +47,7 @@ def write_model(
     weights = {value: value.const_value for value in _initializers(model)}
     size = sum(tensor.nbytes for tensor in weights.values() if tensor is not None)
     is_large = size > external_data_above
+    model.graph.name = model.graph.name or "graph"  # which some leave empty, and onnx refuses
     try:
         _save(model, path, data_path(path).name if is_large else None, known)
     finally:

@@ -75,6 +75,7 @@ def merge_onnx(
     with tempfile.TemporaryDirectory() as directory, _checking(proto, path, check) as checked:
         with clock.stage("adapter"):
             file = _adapter_file(adapter, path, manifest, Path(directory))
+            del adapter  # the file has its values, in memory that is mapped
             stored = read_adapter(file)  # holds the memory of the values
         with clock.stage("merge"):
             model, beside = merged_model(lambda: ir.load(path), manifest, values_of(stored))

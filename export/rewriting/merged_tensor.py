@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from lora_fx.export.onnx_model.tensors import array_to_torch, to_numpy
 from lora_fx.layers.axes import names_of
 
-_PIECE = 16 << 20  # bytes in float32 that are made at a time
+_PIECE = 1 << 20  # bytes in float32 that are made at a time
 
 
 @dataclass(frozen=True)

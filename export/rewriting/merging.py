@@ -17,7 +17,7 @@ from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.slot import AnySlot, TensorSlot
 
 Values = Mapping[str, torch.Tensor]
-_NO_LAYER = "the layer that its branch is beside is not told"
+_NO_LAYER = "no weight of plain numbers is found that its branch is beside"
 
 
 def merged_model(

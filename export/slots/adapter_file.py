@@ -74,6 +74,7 @@ def export_adapter(
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
     values = values_of_adapter(adapter, manifest, Path(model_path))
+    del adapter  # a caller who gave a path has no use for it either
     arrays = {name: to_numpy(value) for name, value in values.items()}
     with staged(out, force=force) as draft:
         _write(draft, arrays, manifest)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache
 from itertools import chain
 from typing import Any, get_type_hints
 
@@ -183,8 +184,13 @@ def _is_of_weights(entry: Mapping[str, Any]) -> bool:
     return max(sizes, default=0) <= _MOST and math.prod(max(n, 1) for n in sizes) < _MOST_VALUES
 
 
+@cache
+def _types(cls: type[AnySlot]) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
 def _slot(cls: type[AnySlot], entry: Mapping[str, Any], place: int) -> AnySlot:
-    types, values = get_type_hints(cls), {}
+    types, values = _types(cls), {}
     for field in fields(cls):
         value = entry.get(field.name, _SINCE.get(field.name, MISSING))
         kind = list if types[field.name] not in (str, int, bool) else types[field.name]

@@ -183,6 +183,29 @@ def merge(
     show(as_json, report.to_dict(), str(report))
 
 
+@app.command("add-lora")
+def add_lora(
+    model: Annotated[Path, typer.Argument(help="An ONNX file without slots, whoever made it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write.")],
+    slots: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer that takes an adapter, * for any part; all linear by default."),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: what the layer of a weight or a node is called."),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give an ONNX file slots for adapters, verified against the file without them."""
+    from lora_fx.cli.commands import open_file
+
+    with stages() as progress:
+        report = open_file(model, out, slots or (), name or (), force, progress)
+    show(as_json, report.to_dict(), str(report))
+
+
 @app.command()
 @with_hints()
 def inspect(

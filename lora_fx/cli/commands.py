@@ -207,10 +207,46 @@ def merge_file(
     """
     from lora_fx.export import merge_onnx
 
-    is_made = adapter.suffix == ".onnx_adapter"
-    source = adapter if is_made else (given or Given()).load(adapter)
-    options = {"allow_unmerged": allow_unmerged, "force": force}
-    return merge_onnx(model, source, out, progress=progress, **options)
+    is_plain = given in (None, Given())  # then it is read where its memory is given back
+    return merge_onnx(
+        model,
+        adapter if given is None or is_plain else given.load(adapter),
+        out,
+        allow_unmerged=allow_unmerged,
+        force=force,
+        progress=progress,
+    )
+
+
+def open_file(
+    model: Path,
+    out: Path,
+    slots: Sequence[str],
+    names: Sequence[str],
+    force: bool,
+    progress: Progress,
+) -> ExportReport:
+    """Gives an ONNX file slots for adapters.
+
+    Args:
+        model: the file.
+        out: the file to write.
+        slots: layers; all linear ones by default.
+        names: ``NAME=PATH``: the module path of the layer of a weight or a node.
+        force: replace what exists.
+        progress: told the name of each stage.
+
+    Raises:
+        LoraFxError: a layer is not there, or the output exists.
+        VerificationError: the two files disagree.
+    """
+    from lora_fx.export import add_lora
+
+    pairs = [name.rpartition("=")[::2] for name in names]
+    if wrong := [name for name, (old, new) in zip(names, pairs, strict=True) if not (old and new)]:
+        raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
+    given = {"slots": list(slots)} if slots else {}
+    return add_lora(model, out, names=dict(pairs), force=force, progress=progress, **given)
 
 
 def verify_model(
