@@ -15,6 +15,7 @@ from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
 from lora_fx.export.onnx_model.tensor_protos import check_model
 from lora_fx.export.onnx_model.wire import check_outline
+from lora_fx.export.slots.foreign import foreign_manifest
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
 from lora_fx.io.plain_file import check_plain
@@ -124,8 +125,11 @@ def load_proto(path: Path) -> onnx.ModelProto:
     return model
 
 
-def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
+def manifest_in(model: onnx.ModelProto, path: Path, *, strict: bool = False) -> Manifest | None:
     """The manifest of a swappable model, whose graph has its slots; None for any other.
+
+    Of a file of another exporter's, the slots that its graph has, of an unknown base; under
+    ``strict`` what is called as one and is none is refused.
 
     Raises:
         ExportError: the manifest is damaged, or the graph has other slots than it lists.
@@ -133,6 +137,7 @@ def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     with within(path):
         manifest = read_manifest(metadata)
-        if manifest is not None:
-            check_slots(model, manifest)
+        if manifest is None:
+            return foreign_manifest(model, strict)
+        check_slots(model, manifest)
     return manifest

@@ -68,7 +68,7 @@ def merge_onnx(
     path, out, clock = Path(model_path), Path(out_path), Clock(progress)
     refuse_existing(out, force=force)
     proto = load_proto(path)
-    manifest = manifest_in(proto, path)
+    manifest = manifest_in(proto, path, strict=True)
     if manifest is None:
         raise ExportError(f'{path}: takes no adapter: export it with adapters="input"')
     check_external_data(proto, path)
@@ -90,10 +90,10 @@ def merge_onnx(
             evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
             if verify:
                 with clock.stage("verify"):
-                    feeds = feeds_for(path, proto, inputs)
-                    pair = Pair("merged", Run(draft), Run(path, file))
+                    feeds = feeds_for(path, proto, inputs, manifest)
+                    pair = Pair("merged", Run(draft), Run(path, file, manifest))
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
-                    evidence = held_against([pair], Run(path), feeds, dtype)
+                    evidence = held_against([pair], Run(path, None, manifest), feeds, dtype)
                     evidence.judge(str(out))
             files = {each.name: each.stat().st_size for each in sorted(draft.parent.iterdir())}
     return ExportReport(

@@ -39,7 +39,7 @@ def axes_of(slot: AnySlot, read: Read) -> tuple[str, ...] | None:
 
 def changes_of(slot: AnySlot, values: Values) -> list[Change] | None:
     """What becomes of W, for each group of the layer; None if its groups are mixed."""
-    given = {part: values[name] for part, (name, _) in slot.inputs.items()}
+    given = {p: slot.from_input(p, values[name]) for p, (name, _) in slot.inputs.items()}
     if isinstance(slot, ExpertSlot):
         return [Change(**{part: Part.of(_EXPERTS[part], v) for part, v in given.items()})]
     assert isinstance(slot, Slot)

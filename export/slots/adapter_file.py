@@ -65,7 +65,7 @@ def export_adapter(
     if out.resolve() in [path.resolve() for path in source]:
         raise ExportError(f"{out}: is an input of this call: give another name")
     proto = load_proto(Path(model_path))
-    manifest = manifest_in(proto, Path(model_path))
+    manifest = manifest_in(proto, Path(model_path), strict=True)
     if manifest is None:
         raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
     if check:

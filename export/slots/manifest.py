@@ -23,6 +23,7 @@ from lora_fx.layers.sites import Site, by_path, readers
 
 KEY = "lora_fx.slots"
 VERSION = 2
+UNKNOWN = "unknown"  # the base of a file of another exporter
 _MAX_TEXT = 16 << 20
 _MOST_AXES = 8
 _MOST = (1 << 31) - 1  # of one axis
@@ -47,8 +48,15 @@ class Manifest:
         return [name for slot in self.slots for name in slot.names]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether the file says itself which slots it has, and of which base."""
+        return all(slot.is_ours for slot in self.slots)
+
+    @property
     def base(self) -> str:
         """Digest of the slotted weights, names and bytes."""
+        if not self.is_ours:
+            return UNKNOWN
         parts = "".join(f"{slot.path}:{slot.digest};" for slot in self.slots)
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 

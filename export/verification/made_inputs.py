@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import onnx
 
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.export.runtime.required_slots import required_slots
+from lora_fx.export.slots.manifest import Manifest
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 _HANDS_ON = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
@@ -20,7 +22,10 @@ _SUM = re.compile(r"\s*\+\s*")
 
 
 def feeds_for(
-    path: Path, model: onnx.ModelProto, given: Mapping[str, Any] | None = None
+    path: Path,
+    model: onnx.ModelProto,
+    given: Mapping[str, Any] | None = None,
+    manifest: Manifest | None = None,
 ) -> dict[str, Feeds]:
     """Inputs of one or two shapes that a file runs on: label -> name -> array.
 
@@ -31,23 +36,26 @@ def feeds_for(
         path: the file.
         model: the same, loaded without its external data.
         given: inputs to use and no others.
+        manifest: its slots, which are left out.
 
     Raises:
         ExportError: what was given does not run, or nothing that was tried.
     """
     session = open_session(path, threads=1, frugal=True)
+    slots = required_slots(session, manifest, None)
+    inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        call(session, feeds)
+        call(session, feeds | slots)
         return {"as given": feeds}
     limits = dict(_table_sizes(model))
     found: dict[str, Feeds] = {}
     problem: ExportError | None = None
-    for sizes in _sizes(session):
-        feeds = {value.name: _values(value, sizes, limits) for value in session.get_inputs()}
+    for sizes in _sizes(inputs):
+        feeds = {value.name: _values(value, sizes, limits) for value in inputs}
         label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
         try:
-            call(session, feeds)
+            call(session, feeds | slots)
             found.setdefault(label, feeds)
         except ExportError as error:
             problem = error
@@ -58,9 +66,9 @@ def feeds_for(
     return found
 
 
-def _sizes(session: Any) -> Iterator[dict[str, int]]:
+def _sizes(inputs: Sequence[Any]) -> Iterator[dict[str, int]]:
     """Sizes of the dimensions that may change, all different, then all the same."""
-    names = [s for v in session.get_inputs() for s in v.shape if isinstance(s, str)]
+    names = [s for v in inputs for s in v.shape if isinstance(s, str)]
     parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
     for start in (2, 3):
         yield _summed(names, {part: start + 2 * place for place, part in enumerate(parts)})

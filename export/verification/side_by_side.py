@@ -10,7 +10,9 @@ import torch
 
 from lora_fx.export.report import Check, Evidence
 from lora_fx.export.runtime.ort import call, open_session
+from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.slots.check_adapter import active, load_adapter
+from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import Feeds
 from lora_fx.numerics import TOLERANCE, compare
 
@@ -22,17 +24,20 @@ class Run:
     Attributes:
         path: the model file.
         adapter: the adapter file, or None.
+        manifest: of the file, if it has slots.
     """
 
     path: Path
     adapter: Path | None = None
+    manifest: Manifest | None = None
 
     def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
         """What it gives: label -> output name -> array."""
         session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
         loaded = None if self.adapter is None else load_adapter(self.adapter)
-        options = None if loaded is None else active(loaded)
-        return {label: call(session, each, options) for label, each in feeds.items()}
+        given = required_slots(session, self.manifest, self.adapter)
+        options = None if loaded is None or given else active(loaded)
+        return {label: call(session, each | given, options) for label, each in feeds.items()}
 
 
 @dataclass(frozen=True)

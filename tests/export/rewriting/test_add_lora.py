@@ -74,7 +74,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, Shapes]] = {
     ),
     "Gemm": (Blocks, torch.randn(4, 3), {"fc": (5, 3), "layers.1": (6, 7), "classifier": (2, 9)}),
     "convolutions": (
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 3)
+        ),
         IMAGES, {"0": (6, 4, 3, 3), "2": (5, 6, 3, 3)},
     ),
     "a table": (
@@ -129,8 +131,10 @@ def anonymous(path: Path) -> Path:
     """Two products whose weights and nodes say nothing."""
     rows = [torch.randn(3, 5), torch.randn(5, 4)]
     values = [
-        ir.Value(name=f"onnx::MatMul_{n}", const_value=ir.tensor(w.numpy()), shape=ir.Shape(w.shape),
-                 type=ir.TensorType(ir.DataType.FLOAT))
+        ir.Value(
+            name=f"onnx::MatMul_{n}", const_value=ir.tensor(w.numpy()), shape=ir.Shape(w.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
         for n, w in enumerate(rows)
     ]  # fmt: skip
     x = ir.val("x", dtype=ir.DataType.FLOAT, shape=("n", 3))
