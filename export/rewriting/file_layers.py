@@ -64,7 +64,7 @@ def _matrix(node: ir.Node) -> FileLayer | None:
     weight, scale, turned, sizes = found
     if len(sizes) != 2:
         return None
-    turned ^= not (is_gemm and node.attributes.get_int("transB", 0))
+    turned ^= not (is_gemm and bool(node.attributes.get_int("transB", 0)))
     into, out = sizes if turned else sizes[::-1]
     return _layer(node, weight, scale, "linear", (out, into), turned=turned)
 

@@ -168,7 +168,10 @@ class _Merging:
 
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self._model.graph.register_initializer(value)
         return value

@@ -160,10 +160,9 @@ def _slot(path: str, parts: Mapping[str, ir.Value]) -> ForeignSlot:
     known = {"float": "float32", "double": "float64"}.get(dtype, dtype)
     if known not in DTYPES:
         raise ExportError(f"{path}: inputs of {dtype}, expected one of {', '.join(DTYPES)}")
-    names = {f"{part}_name": str(value.name) for part, value in parts.items()}
     return ForeignSlot(
         path, "linear", into, out, known, turned=tuple(turned), rank=low or high or 0,
-        scale=_scale(path, parts["down"], parts["up"]), **names,
+        scale=_scale(path, parts["down"], parts["up"]), down_name=str(parts["down"].name), up_name=str(parts["up"].name),
     )  # fmt: skip
 
 

@@ -245,8 +245,8 @@ def open_file(
     pairs = [name.rpartition("=")[::2] for name in names]
     if wrong := [name for name, (old, new) in zip(names, pairs, strict=True) if not (old and new)]:
         raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
-    given = {"slots": list(slots)} if slots else {}
-    return add_lora(model, out, names=dict(pairs), force=force, progress=progress, **given)
+    wanted = list(slots) or "all-linear"
+    return add_lora(model, out, slots=wanted, names=dict(pairs), force=force, progress=progress)
 
 
 def verify_model(
