@@ -162,7 +162,8 @@ def _slot(path: str, parts: Mapping[str, ir.Value]) -> ForeignSlot:
         raise ExportError(f"{path}: inputs of {dtype}, expected one of {', '.join(DTYPES)}")
     return ForeignSlot(
         path, "linear", into, out, known, turned=tuple(turned), rank=low or high or 0,
-        scale=_scale(path, parts["down"], parts["up"]), down_name=str(parts["down"].name), up_name=str(parts["up"].name),
+        scale=_scale(path, parts["down"], parts["up"]),
+        down_name=str(parts["down"].name), up_name=str(parts["up"].name),
     )  # fmt: skip
 
 
