@@ -2,9 +2,22 @@
 
 from lora_fx.export.exporter import to_onnx
 from lora_fx.export.report import ExportReport
+from lora_fx.export.rewriting.add_lora import add_lora
+from lora_fx.export.rewriting.merge import merge_onnx
+from lora_fx.export.runtime.calibration import CalibrationReader
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.choose import slots_for
 from lora_fx.export.verification.verify_onnx import verify_onnx
 
-__all__ = ["ExportReport", "Session", "export_adapter", "slots_for", "to_onnx", "verify_onnx"]
+__all__ = [
+    "CalibrationReader",
+    "ExportReport",
+    "Session",
+    "add_lora",
+    "export_adapter",
+    "merge_onnx",
+    "slots_for",
+    "to_onnx",
+    "verify_onnx",
+]

@@ -14,6 +14,7 @@ from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
 from lora_fx.export.onnx_model.model_file import write_model
+from lora_fx.export.onnx_model.node_names import name_nodes, tensors_of_constants
 from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
@@ -161,5 +162,7 @@ def _finish(model: ir.Model, plan: Constant | Swappable, trial: Trial) -> None:
     plan.open(model)
     clean(model)
     rename(model, trial.leaves, trial.outputs)
+    name_nodes(model)
+    tensors_of_constants(model)
     anonymise(model)
     plan.close(model)

@@ -242,6 +242,7 @@ class Evidence:
         notes: what could not be checked, and why.
         coverage: how much of each adapter was used.
         suspects: after a failure, what seems to be lost.
+        against: what the rows were held against.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -249,6 +250,7 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
+    against: str = "eager"
 
     def judge(self, path: str) -> None:
         """Raises VerificationError if a row does not say what it must."""
@@ -256,7 +258,8 @@ class Evidence:
         if wrong:
             table = "\n".join([*map(str, wrong[:_SHOWN]), *self.suspects])
             raise VerificationError(
-                f"{path}: {len(wrong)} of {len(self.checks)} checks disagree with eager:\n{table}"
+                f"{path}: {len(wrong)} of {len(self.checks)} checks disagree with "
+                f"{self.against}:\n{table}"
             )
         if self.controls and not any(row.ok for row in self.controls):
             table = "\n".join(map(str, self.controls[:_SHOWN]))

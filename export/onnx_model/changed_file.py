@@ -45,11 +45,9 @@ def check_digests(model: ModelProto, path: Path) -> None:
     Raises:
         ExportError: names what was changed, and what to do.
     """
-    text = metadata(model).get(KEY)
-    if text is None:
+    stored = stored_digests(model, path)
+    if stored is None:
         return
-    with within(f"{path}: {KEY}"):
-        stored = _read(text)
     check_external_data(model, path)
     _refuse_twice(model, path)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -57,6 +55,19 @@ def check_digests(model: ModelProto, path: Path) -> None:
         found = digests_of(model, lambda tensor: waiting[tensor.name].result())
     if found != stored:
         raise ExportError(f"{path}: not what was exported: {_difference(found, stored, model)}")
+
+
+def stored_digests(model: ModelProto, path: Path) -> Digests | None:
+    """What a file says that it held when it was exported; None if it says nothing.
+
+    Raises:
+        ExportError: it says so in a way that cannot be read.
+    """
+    text = metadata(model).get(KEY)
+    if text is None:
+        return None
+    with within(f"{path}: {KEY}"):
+        return _read(text)
 
 
 def _refuse_twice(model: ModelProto, path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError
-from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.ops import aten
@@ -50,6 +49,9 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     Raises:
         ExportError: an operator has no translation, or none in this opset.
     """
+    # The exporter takes 30 MB and a second to load, which nobody pays who exports nothing.
+    from lora_fx.export.onnx_model.idle_work import without_idle_work
+
     check_opset(opset)
     if not isinstance(program, LoweredProgram):
         _copy_before_reshape(program)

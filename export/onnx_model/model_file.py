@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +15,7 @@ from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
 from lora_fx.export.onnx_model.tensor_protos import check_model
 from lora_fx.export.onnx_model.wire import check_outline
+from lora_fx.export.slots.foreign import foreign_manifest
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
 from lora_fx.io.plain_file import check_plain
@@ -22,10 +25,22 @@ _INLINE = 256  # bytes of a tensor that stays in the model file though others li
 _MAX_MODEL = (1 << 31) - 1  # protobuf's own limit
 
 
-def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> None:
+def write_model(
+    model: ir.Model,
+    path: Path,
+    *,
+    external_data_above: int,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes a model, with its weights in a file beside it if they are large.
 
     Its metadata gets a digest of each weight, taken as that is written.
+
+    Args:
+        model: what is written.
+        path: the ``.onnx`` file.
+        external_data_above: bytes of weights from which they go to a file of their own.
+        known: digests of weights that are copied from another file as they are.
 
     Raises:
         ExportError: the result is not valid ONNX.
@@ -33,8 +48,9 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> Non
     weights = {value: value.const_value for value in _initializers(model)}
     size = sum(tensor.nbytes for tensor in weights.values() if tensor is not None)
     is_large = size > external_data_above
+    model.graph.name = model.graph.name or "graph"  # which some leave empty, and onnx refuses
     try:
-        _save(model, path, data_path(path).name if is_large else None)
+        _save(model, path, data_path(path).name if is_large else None, known)
     finally:
         for value, tensor in weights.items():
             value.const_value = tensor
@@ -44,9 +60,9 @@ def write_model(model: ir.Model, path: Path, *, external_data_above: int) -> Non
         raise ExportError(f"{path.name}: the result is not valid ONNX: {error}") from error
 
 
-def _save(model: ir.Model, path: Path, external: str | None) -> None:
+def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:
     try:
-        digests = {} if external is None else _save_beside(model, path, external)
+        digests = {} if external is None else _save_beside(model, path, external, known)
         proto = ir.to_proto(model)
         seal(proto, digests)
         onnx.save(proto, str(path))
@@ -57,12 +73,19 @@ def _save(model: ir.Model, path: Path, external: str | None) -> None:
         raise cause or ExportError(f"{path.name}: not written: {error}") from error
 
 
-def _save_beside(model: ir.Model, path: Path, external: str) -> dict[str, str]:
+def _save_beside(
+    model: ir.Model, path: Path, external: str, known: Mapping[str, str]
+) -> dict[str, str]:
     """Writes the large tensors to a file of their own, and gives the digest of each."""
-    tensors = []
+    tensors, digests = [], {}
     for value in _initializers(model):
-        if value.const_value is not None and value.const_value.nbytes > _INLINE:
-            value.const_value = Watched(value.const_value, value.name)
+        tensor, name = value.const_value, str(value.name)
+        if tensor is None or tensor.nbytes <= _INLINE:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) and name in known:
+            digests[name] = known[name]
+        else:
+            value.const_value = Watched(tensor, name)
             tensors.append(value.const_value)
     ir.external_data.unload_from_model(
         model,
@@ -72,7 +95,7 @@ def _save_beside(model: ir.Model, path: Path, external: str) -> dict[str, str]:
         alignment=_ALIGNMENT,
         align_threshold=_ALIGNMENT - 1,
     )
-    return {str(tensor.name): tensor.digest for tensor in tensors}
+    return digests | {str(tensor.name): tensor.digest for tensor in tensors}
 
 
 def _initializers(model: ir.Model) -> list[ir.Value]:
@@ -102,8 +125,11 @@ def load_proto(path: Path) -> onnx.ModelProto:
     return model
 
 
-def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
+def manifest_in(model: onnx.ModelProto, path: Path, *, strict: bool = False) -> Manifest | None:
     """The manifest of a swappable model, whose graph has its slots; None for any other.
+
+    Of a file of another exporter's, the slots that its graph has, of an unknown base; under
+    ``strict`` what is called as one and is none is refused.
 
     Raises:
         ExportError: the manifest is damaged, or the graph has other slots than it lists.
@@ -111,6 +137,7 @@ def manifest_in(model: onnx.ModelProto, path: Path) -> Manifest | None:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     with within(path):
         manifest = read_manifest(metadata)
-        if manifest is not None:
-            check_slots(model, manifest)
+        if manifest is None:
+            return foreign_manifest(model, strict)
+        check_slots(model, manifest)
     return manifest

@@ -8,7 +8,6 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
-from onnxscript.optimizer import fold_constants
 
 from lora_fx.export.onnx_model.tied import MultiplyTied
 
@@ -83,6 +82,8 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the model."""
+        from onnxscript.optimizer import fold_constants  # loaded where a model is exported
+
         modified: bool = fold_constants(model, should_fold=self._allowed).modified
         return ir.passes.PassResult(model, modified)
 

@@ -23,8 +23,12 @@ def digest_of(weight: torch.Tensor | LazyTensor) -> str:
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     """A tensor of an ONNX model, bit for bit."""
-    array = tensor.numpy()
-    if tensor.dtype is ir.DataType.BFLOAT16:
+    return array_to_torch(tensor.numpy(), tensor.dtype)
+
+
+def array_to_torch(array: np.ndarray[Any, Any], dtype: ir.DataType) -> torch.Tensor:
+    """The values of a tensor of an ONNX model, or some of them, bit for bit: a copy."""
+    if dtype is ir.DataType.BFLOAT16:
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
 

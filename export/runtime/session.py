@@ -24,6 +24,7 @@ from lora_fx.export.runtime.generation import (
     steps,
 )
 from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import active, check_adapter_file, load_adapter
 
@@ -68,7 +69,8 @@ class Session:
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs that `run` takes."""
-        return [value.name for value in self._session.get_inputs()]
+        slots = self._manifest.names if self._manifest else []
+        return [value.name for value in self._session.get_inputs() if value.name not in slots]
 
     @property
     def outputs(self) -> list[str]:
@@ -98,10 +100,11 @@ class Session:
         """
         self._check_names(inputs)
         feeds = {name: to_array(name, value) for name, value in inputs.items()}
-        if adapter is None:
-            return call(self._session, feeds)
-        loaded = self._load(Path(adapter))  # held here: run options do not keep it alive
-        return call(self._session, feeds, active(loaded))
+        loaded = None if adapter is None else self._load(Path(adapter))
+        given = required_slots(self._session, self._manifest, adapter)
+        # Run options do not keep an adapter alive; and they refuse what the file requires.
+        options = None if loaded is None or given else active(loaded)
+        return call(self._session, feeds | given, options)
 
     def generate(
         self,

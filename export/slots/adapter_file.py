@@ -67,7 +67,7 @@ def export_adapter(
     if out.resolve() in [path.resolve() for path in source]:
         raise ExportError(f"{out}: is an input of this call: give another name")
     proto = load_proto(Path(model_path))
-    manifest = manifest_in(proto, Path(model_path))
+    manifest = manifest_in(proto, Path(model_path), strict=True)
     if manifest is None:
         raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
     if check:
@@ -76,6 +76,7 @@ def export_adapter(
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
     values = values_of_adapter(adapter, manifest, Path(model_path))
+    del adapter  # a caller who gave a path has no use for it either
     arrays = {name: to_numpy(value) for name, value in values.items()}
     with staged(out, force=force) as draft:
         _write(draft, arrays, manifest)

@@ -46,7 +46,7 @@ def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
 def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
     found, expected = stored.get_model_version(), manifest.model_version
     shapes = _shapes(stored)
-    if found != expected:
+    if found != expected and manifest.is_ours:  # else names and shapes are all that is known
         raise AdapterError(
             f"made for another model: model version {found}, {model} has {expected}; make "
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
@@ -65,7 +65,8 @@ def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
     for slot in manifest.slots:
         if not isinstance(slot, Slot):
             continue
-        terms = Terms(**{part: values[name] for part, (name, _) in slot.inputs.items()})
+        given = {part: slot.from_input(part, values[n]) for part, (n, _) in slot.inputs.items()}
+        terms = Terms(**given)
         if what := overflow(slot.layer, terms):
             raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache
 from itertools import chain
 from typing import Any, get_type_hints
 
@@ -22,6 +23,7 @@ from lora_fx.layers.sites import Site, by_path, readers
 
 KEY = "lora_fx.slots"
 VERSION = 2
+UNKNOWN = "unknown"  # the base of a file of another exporter
 _MAX_TEXT = 16 << 20
 _MOST_AXES = 8
 _MOST = (1 << 31) - 1  # of one axis
@@ -46,8 +48,15 @@ class Manifest:
         return [name for slot in self.slots for name in slot.names]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether the file says itself which slots it has, and of which base."""
+        return all(slot.is_ours for slot in self.slots)
+
+    @property
     def base(self) -> str:
         """Digest of the slotted weights, names and bytes."""
+        if not self.is_ours:
+            return UNKNOWN
         parts = "".join(f"{slot.path}:{slot.digest};" for slot in self.slots)
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
@@ -186,8 +195,13 @@ def _is_of_weights(entry: Mapping[str, Any]) -> bool:
     return max(sizes, default=0) <= _MOST and math.prod(max(n, 1) for n in sizes) < _MOST_VALUES
 
 
+@cache
+def _types(cls: type[AnySlot]) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
 def _slot(cls: type[AnySlot], entry: Mapping[str, Any], place: int) -> AnySlot:
-    types, values = get_type_hints(cls), {}
+    types, values = _types(cls), {}
     for field in fields(cls):
         value = entry.get(field.name, _SINCE.get(field.name, MISSING))
         kind = list if types[field.name] not in (str, int, bool) else types[field.name]

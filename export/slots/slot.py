@@ -38,6 +38,7 @@ class AnySlot(Protocol):
         dtype: of what goes in: ``"float32"``.
         digest: of the base's tensor, its dtype, shape and bytes.
         may_lack: whether an adapter file may leave it out, which leaves the base as it is.
+        is_ours: whether the file says itself what it is of.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -46,6 +47,7 @@ class AnySlot(Protocol):
     dtype: str
     digest: str
     may_lack: ClassVar[bool] = False
+    is_ours: ClassVar[bool] = True
 
     @property
     def inputs(self) -> dict[str, Input]:
@@ -66,6 +68,14 @@ class AnySlot(Protocol):
     def neutral(self) -> dict[str, torch.Tensor]:
         """What has no effect, by input name."""
         return {}
+
+    def as_input(self, part: str, value: torch.Tensor) -> torch.Tensor:
+        """What goes in at a part, as the graph takes it."""
+        return value
+
+    def from_input(self, part: str, value: torch.Tensor) -> torch.Tensor:
+        """The reverse of `as_input`, with all that the graph does to it."""
+        return value
 
     def is_sound(self) -> bool:
         """Whether a file could have it: a known kind, sizes that are sizes."""

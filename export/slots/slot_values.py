@@ -22,6 +22,7 @@ from lora_fx.algebra.low_rank import (
 from lora_fx.algebra.matrix_expr import Leaf, constant
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.slots.base_weights import BaseWeights
+from lora_fx.export.slots.foreign import fitted_names
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import INVOCATION, ExpertSlot, InvocationSlot, Slot, TensorSlot
 from lora_fx.injection.bind import Binding, bind
@@ -67,7 +68,7 @@ def check_slots_serve(adapter: Adapter, manifest: Manifest, model: Path, base: H
         AdapterError: names what has no slot.
     """
     with within(model):
-        binding = bind(_layers(manifest), adapter)
+        binding = bind(_layers(manifest), fitted_names(adapter, manifest))
     with within(f"adapter {adapter.name!r} for {model}"):
         places = _Places(binding, manifest)
         places.check_replaced(base)
@@ -238,7 +239,10 @@ class _Filling(_Places):
         terms = terms_of(update, slot.layer, weight, bias)
         check_finite(slot.layer, self.binding.adapter.name, update, terms, weight)
         check_product(slot.layer, self.binding.adapter.name, terms)
-        return {slot.inputs[part].name: value for part, value in terms.each().items()}
+        return {
+            slot.inputs[part].name: slot.as_input(part, value)
+            for part, value in terms.each().items()
+        }
 
     def _weight(self, slot: Slot) -> torch.Tensor:
         """Of a slot's layer: the base's, or what the adapter brings in its place."""

@@ -197,6 +197,53 @@ def adapter(
 
 @app.command()
 @with_hints()
+def merge(
+    given: Given,
+    model: Annotated[Path, typer.Argument(help="A model exported as swappable.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter, or an .onnx_adapter made for the model.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write.")],
+    allow_unmerged: AllowUnmerged = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put an adapter into the weights of an exported model, without tracing it again.
+
+    Verified in onnxruntime against the model with that adapter.
+    """
+    from lora_fx.cli.commands import merge_file
+
+    with stages() as progress:
+        report = merge_file(model, adapter, out, allow_unmerged, force, progress, given)
+    show(as_json, report.to_dict(), str(report))
+
+
+@app.command("add-lora")
+def add_lora(
+    model: Annotated[Path, typer.Argument(help="An ONNX file without slots, whoever made it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write.")],
+    slots: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer that takes an adapter, * for any part; all linear by default."),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: what the layer of a weight or a node is called."),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give an ONNX file slots for adapters, verified against the file without them."""
+    from lora_fx.cli.commands import open_file
+
+    with stages() as progress:
+        report = open_file(model, out, slots or (), name or (), force, progress)
+    show(as_json, report.to_dict(), str(report))
+
+
+@app.command()
+@with_hints()
 def inspect(
     given: Given,
     path: Annotated[Path, typer.Argument(help="An adapter, a .onnx or a .onnx_adapter file.")],

@@ -186,6 +186,74 @@ def convert_adapter(
     return adapter
 
 
+def merge_file(
+    model: Path,
+    adapter: Path,
+    out: Path,
+    allow_unmerged: bool,
+    force: bool,
+    progress: Progress,
+    given: Given | None = None,
+) -> ExportReport:
+    """Merges an adapter into a swappable file.
+
+    Args:
+        model: the swappable file.
+        adapter: an adapter, or the file that was made of one for this model.
+        out: the file to write.
+        allow_unmerged: what no weight can hold stays beside its layer, as constants.
+        force: replace what exists.
+        progress: told the name of each stage.
+        given: what the adapter's format does not store.
+
+    Raises:
+        LoraFxError: the adapter cannot be read or does not fit, or the output exists.
+        VerificationError: the two files disagree.
+    """
+    from lora_fx.export import merge_onnx
+
+    is_plain = given in (None, Given())  # then it is read where its memory is given back
+    return merge_onnx(
+        model,
+        adapter if given is None or is_plain else given.load(adapter),
+        out,
+        allow_unmerged=allow_unmerged,
+        force=force,
+        progress=progress,
+    )
+
+
+def open_file(
+    model: Path,
+    out: Path,
+    slots: Sequence[str],
+    names: Sequence[str],
+    force: bool,
+    progress: Progress,
+) -> ExportReport:
+    """Gives an ONNX file slots for adapters.
+
+    Args:
+        model: the file.
+        out: the file to write.
+        slots: layers; all linear ones by default.
+        names: ``NAME=PATH``: the module path of the layer of a weight or a node.
+        force: replace what exists.
+        progress: told the name of each stage.
+
+    Raises:
+        LoraFxError: a layer is not there, or the output exists.
+        VerificationError: the two files disagree.
+    """
+    from lora_fx.export import add_lora
+
+    pairs = [name.rpartition("=")[::2] for name in names]
+    if wrong := [name for name, (old, new) in zip(names, pairs, strict=True) if not (old and new)]:
+        raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
+    wanted = list(slots) or "all-linear"
+    return add_lora(model, out, slots=wanted, names=dict(pairs), force=force, progress=progress)
+
+
 def verify_model(
     path: Path,
     spec: str,

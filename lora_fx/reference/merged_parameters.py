@@ -148,7 +148,10 @@ def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> tor
         wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
         return composed(wide, steps, Step.bias).to(bias.dtype)
     biases = [step.update.bias for step in steps if step.update.bias is not None]
-    return composed(torch.zeros_like(biases[0]), steps, Step.bias) if biases else None
+    if not biases:
+        return None
+    made, layer = composed(torch.zeros_like(biases[0]), steps, Step.bias), steps[0].place.layer
+    return made if layer is None else made.to(layer.dtype)  # a sum is made in float32 or wider
 
 
 def ungrouped(weight: torch.Tensor, groups: int) -> torch.Tensor:

@@ -9,7 +9,13 @@ import torch
 
 import lora_fx
 from lora_fx.cli.adapter_options import Given
-from lora_fx.cli.commands import convert_adapter, export_model, verify_model
+from lora_fx.cli.commands import (
+    convert_adapter,
+    export_model,
+    merge_file,
+    open_file,
+    verify_model,
+)
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
 from lora_fx.testing import make_adapter
 
@@ -301,3 +307,31 @@ def test_a_dry_run_is_refused_as_the_export_would_be(
     with pytest.raises(ExportError, match="beside 1 layers"):
         seen(tmp_path / "out", french, dry_run=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_merged_into_an_exported_file(
+    swappable: Path, french: Path, tmp_path: Path
+) -> None:
+    report = merge_file(
+        swappable / "model.onnx", french, tmp_path / "m.onnx", False, False, nothing
+    )
+    assert report.mode == "merged"
+    assert verify_model(tmp_path / "m.onnx", SPEC, [french], nothing).verified
+    made, given = swappable / "french.onnx_adapter", Given(allow_pickle=True)
+    for place, (source, hints) in enumerate(((made, None), (made, Given()), (french, given))):
+        out = tmp_path / f"{place}.onnx"
+        merge_file(swappable / "model.onnx", source, out, False, False, nothing, hints)
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    with pytest.raises(ExportError, match="exists: pass force=True"):
+        merge_file(swappable / "model.onnx", french, tmp_path / "m.onnx", False, False, nothing)
+
+
+def test_a_file_gets_slots_and_is_the_model_again(french: Path, tmp_path: Path) -> None:
+    export_model(SPEC, [], "merged", tmp_path / "base", False, nothing)
+    base, out = tmp_path / "base" / "model.onnx", tmp_path / "slots.onnx"
+    assert open_file(base, out, (), (), False, nothing).slots == ["one"]
+    assert verify_model(out, SPEC, [french], nothing).verified
+    report = open_file(base, out, ["o*"], ["one.weight=other"], True, nothing)
+    assert report.slots == ["other"]
+    with pytest.raises(ExportError, match=r"--name =x: expected NAME=PATH"):
+        open_file(base, out, (), ["=x"], True, nothing)

@@ -14,7 +14,7 @@ from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 
 from lora_fx.errors import ExportError
 from lora_fx.export import to_onnx
-from lora_fx.export.onnx_model import convert, idle_work
+from lora_fx.export.onnx_model import idle_work
 from lora_fx.frontend.trace import trace
 from lora_fx.testing import Computes
 
@@ -47,7 +47,7 @@ def test_types_are_promoted_as_torch_does(
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     gm = trace(model, (x,), dynamic_shapes=({0: "batch"},), frontend="export")
     to_onnx(gm, tmp_path / "ours.onnx")
-    monkeypatch.setattr(convert, "without_idle_work", own_passes)
+    monkeypatch.setattr(idle_work, "without_idle_work", own_passes)
     to_onnx(gm, tmp_path / "theirs.onnx", verify=False)
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
 

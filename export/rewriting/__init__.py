@@ -1,0 +1,1 @@
+"""ONNX files rewritten as they are, without the model that they came from."""

@@ -1,0 +1,214 @@
+"""Slots for adapters in an ONNX file that has none, whoever made it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.errors import ExportError, shorten, within
+from lora_fx.export.exporter import INLINE_LIMIT
+from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
+from lora_fx.export.onnx_model.external_data import check_external_data
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
+from lora_fx.export.rewriting.dequantize import is_known
+from lora_fx.export.rewriting.file_layers import layers_in
+from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
+from lora_fx.export.rewriting.layer_names import Paths, named_layers
+from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.check_adapter import read_adapter, values_of
+from lora_fx.export.slots.choose import ALL_LINEAR
+from lora_fx.export.slots.insert import set_defaults
+from lora_fx.export.slots.manifest import KEY, Manifest
+from lora_fx.export.slots.probe import probe
+from lora_fx.export.slots.slot import Slot
+from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.io.atomic import refuse_existing, staged
+
+_RANKS = (1, 4, 2, 7)
+_MOST = 1 << 30  # bytes of dequantised weights that a verification makes
+_OLDEST_IR = 4  # before it every initializer is an input
+
+
+def add_lora(
+    model_path: str | Path,
+    out_path: str | Path,
+    *,
+    slots: str | Sequence[str] = ALL_LINEAR,
+    names: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    check: bool = True,
+    verify: bool = True,
+    external_data_above: int = INLINE_LIMIT,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes an ONNX file with slots, for `export_adapter`, `Session` and `merge_onnx`.
+
+    A layer is a MatMul, Gemm or MatMulNBits, a Conv, or a Gather, with a stored weight, which may
+    be quantised. It is called after the module path in the name of its weight
+    (``encoder.fc.weight``), or in that of its node (``/encoder/fc/MatMul``).
+
+    Args:
+        model_path: the file.
+        out_path: the ``.onnx`` file to write.
+        slots: paths of layers, where ``*`` stands for any part of one; or ``"all-linear"``.
+        names: what layers are called: name of a weight or a node of the file -> module path.
+        inputs: by name, to compare the files on; made by what the file says of them if None.
+        check: read all weights of a file of ours once, and refuse one that was changed.
+        verify: run both files in onnxruntime, and the new one with a random adapter beside one
+            with that in its weights.
+        external_data_above: bytes of weights from which they go to ``<path>.data``.
+        force: replace files that exist.
+        progress: told the name of each stage as it starts.
+
+    Raises:
+        ExportError: no layer of a name, two of one, the file has slots, or the output exists.
+        VerificationError: the files disagree, or the control agrees.
+    """
+    path, out, clock = Path(model_path), Path(out_path), Clock(progress)
+    refuse_existing(out, force=force)
+    proto = load_proto(path)
+    if manifest_in(proto, path) is not None:
+        raise ExportError(f"{path}: has slots already: export an adapter for it as it is")
+    check_external_data(proto, path)
+    if check:
+        with clock.stage("check"):
+            check_digests(proto, path)
+    with clock.stage("slots"), within(path):
+        model = ir.load(path)
+        manifest, opened, notes = _open(model, slots, names or {})
+    with staged(out, force=force) as draft:
+        with clock.stage("write"):
+            digests = stored_digests(proto, path)
+            known = {} if digests is None else digests.tensors
+            write_model(model, draft, external_data_above=external_data_above, known=known)
+        evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+        if verify:
+            with clock.stage("verify"):
+                feeds = feeds_for(path, proto, inputs)
+                evidence = _evidence(draft, path, manifest, opened, feeds)
+                evidence.judge(str(out))
+        files = {each.name: each.stat().st_size for each in sorted(draft.parent.iterdir())}
+    return ExportReport(
+        path=str(out),
+        mode="swappable",
+        files=files,
+        opset=model.opset_imports[""],
+        seconds=clock.seconds,
+        checks=evidence.checks,
+        controls=evidence.controls,
+        notes=[*notes, *evidence.notes],
+        inputs=[n for v in model.graph.inputs if (n := str(v.name)) not in manifest.names],
+        outputs=[str(value.name) for value in model.graph.outputs],
+        slots=[slot.path for slot in manifest.slots],
+    )
+
+
+def _open(
+    model: ir.Model, slots: str | Sequence[str], names: Mapping[str, str]
+) -> tuple[Manifest, Opened, list[str]]:
+    """Puts slots into a model, in place; says which layers have no name."""
+    every = list(layers_in(model))
+    layers, nameless = named_layers(every, names)
+    chosen = _chosen(layers, nameless, slots)
+    for value in [v for v in model.graph.inputs if v.is_initializer()]:
+        model.graph.inputs.remove(value)  # a constant, where nobody overrides it
+    found = []
+    for path, calls in chosen.items():
+        found.append(slot_of(path, calls[0]))
+        _refuse_taken(model, found[-1].names)
+        insert_slot(model, found[-1], calls)
+    manifest = Manifest(tuple(found))
+    set_defaults(model, manifest.slots)
+    model.metadata_props[KEY] = manifest.to_json()
+    model.ir_version = max(model.ir_version, _OLDEST_IR)
+    said = f"no slot for what has no name: {shorten(nameless)}: names= gives one"
+    place = {layer.node: number for number, layer in enumerate(every)}
+    opened = {path: {place[c.node]: c for c in calls} for path, calls in chosen.items()}
+    return manifest, opened, [said] if nameless else []
+
+
+def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) -> Paths:
+    linear = [path for path, calls in layers.items() if calls[0].kind == "linear"]
+    found: dict[str, None] = {}
+    unknown = []
+    for name in [slots] if isinstance(slots, str) else slots:
+        paths = linear if name == ALL_LINEAR else [p for p in layers if fnmatchcase(p, name)]
+        found |= dict.fromkeys([name] if name in layers else paths)
+        unknown += [] if paths or name in layers else [name]
+    if unknown:
+        without = (
+            f"; without a name: {shorten(list(nameless))}: names= gives one" if nameless else ""
+        )
+        raise ExportError(
+            f"slots: no layer at {shorten(unknown)}; there are {shorten(list(layers)) or 'none'}"
+            f"{without}"
+        )
+    return {path: calls for path, calls in layers.items() if path in found}
+
+
+def _refuse_taken(model: ir.Model, names: Sequence[str]) -> None:
+    taken = {value.name for value in model.graph.initializers.values()}
+    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    if both := [name for name in names if name in taken]:
+        raise ExportError(f"it has values called {shorten(both)} already: names= gives other paths")
+
+
+def _evidence(draft: Path, base: Path, manifest: Manifest, opened: Opened, feeds: Any) -> Evidence:
+    """The new file alone against the old one; with an adapter against the old one with W'."""
+    known = _told(manifest, opened)
+    tried = [slot for slot in manifest.slots if known[slot.path]]
+    left = [slot.path for slot in manifest.slots if not known[slot.path]]
+    updates: Any = dict(probe(tried, _RANKS).updates)
+    for slot in tried:
+        if isinstance(slot, Slot) and slot.groups > 1:
+            updates[slot.path] = _apart(updates[slot.path], slot)
+    dtype = coarsest([slot.dtype for slot in manifest.slots])
+    with tempfile.TemporaryDirectory() as directory:
+        file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
+        export_adapter(Adapter("probe", updates), draft, file, check=False)
+        stored = read_adapter(file)
+        model = ir.load(base)
+        put_in_weights(model, tried, opened, values_of(stored))
+        write_model(model, changed, external_data_above=INLINE_LIMIT)
+        pairs = [
+            Pair("base", Run(draft), Run(base)),
+            Pair("adapted", Run(draft, file), Run(changed)),
+        ]
+        evidence = held_against(pairs, Run(draft), feeds, dtype)
+    if left:
+        evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
+    return evidence
+
+
+def _apart(update: Update, slot: Slot) -> Update:
+    """The update, each rank of which reads and gives one group alone: what a weight can hold."""
+    up, down = update.up.clone(), update.down.clone()
+    outs, ins = (torch.arange(n) * slot.groups // n for n in (len(up), down.shape[1]))
+    for rank in range(update.rank):
+        up[outs != rank % slot.groups, rank] = 0
+        down[rank, ins != rank % slot.groups] = 0
+    return replace(update, up=up, down=down)
+
+
+def _told(manifest: Manifest, opened: Opened) -> dict[str, bool]:
+    """Slots whose weight can be told as numbers, as many as memory is there for."""
+    left, found = _MOST, {}
+    for slot in manifest.slots:
+        calls = opened[slot.path].values()
+        first = next(iter(calls))
+        size = first.shape[0] * first.shape[1] * torch.float32.itemsize if first.quantised else 0
+        found[slot.path] = all(map(is_known, calls)) and size <= left
+        left -= size if found[slot.path] else 0
+    return found

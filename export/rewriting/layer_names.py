@@ -1,0 +1,104 @@
+"""What the layers of an ONNX file are called: by their weights, by their nodes, or as one says."""
+
+from __future__ import annotations
+
+import re
+from ast import literal_eval
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.rewriting.file_layers import FileLayer
+
+# ``fc.weight``, genai's ``fc.MatMul.weight``, and what quantisers put behind them.
+_WEIGHT = re.compile(
+    r"(?P<path>.+?)(\.MatMul|\.Gemm)?[._](weight|qweight|kernel)"
+    r"([._](Q\d+\w*|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
+)
+# ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
+_NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits)(_\w+)?")
+_NOTES = "pkg.torch.onnx"
+Paths = dict[str, list[FileLayer]]
+
+
+def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple[Paths, list[str]]:
+    """The layers of a file by module path, several calls of one together.
+
+    Args:
+        layers: of the file.
+        names: name of an initializer or of a node -> module path, before all else.
+
+    Returns:
+        The layers, and the names of the weights of those that have no path.
+
+    Raises:
+        ExportError: a name of ``names`` is none of the file's, or two layers have one path.
+    """
+    found: Paths = {}
+    nameless, used, every = [], set(), list(layers)
+    tables = {layer.weight for layer in every if layer.kind == "embedding"}
+    for layer in every:
+        mine = [str(layer.node.name), str(layer.weight.name)]
+        given = next((name for name in mine if name in names), None)
+        used.add(given)
+        is_tied = layer.kind == "linear" and layer.weight in tables
+        path = names[given] if given is not None else _path(layer, is_tied, found)
+        if path is None:
+            nameless.append(mine[1])
+        else:
+            found.setdefault(path, []).append(layer)
+    if unknown := [name for name in names if name not in used]:
+        raise ExportError(
+            f"names: no layer has a weight or a node called {shorten(unknown)}; there are "
+            f"{shorten(list(dict.fromkeys(str(layer.weight.name) for layer in every)))}"
+        )
+    for path, calls in found.items():
+        _check_one(path, calls)
+    return found, list(dict.fromkeys(nameless))
+
+
+def _path(layer: FileLayer, is_tied: bool, known: Mapping[str, Sequence[FileLayer]]) -> str | None:
+    """By the weight, if it bears the name of a parameter and is no table too; else by the node.
+
+    A second call of a layer is a node of the first one's name and a number.
+    """
+    by_weight = None if is_tied else _WEIGHT.fullmatch(str(layer.weight.name))
+    if by_weight is not None and "::" not in by_weight["path"]:
+        return by_weight["path"]
+    by_node = _NODE.fullmatch(str(layer.node.name))
+    path = _by_scope(layer.node) or (by_node["path"].replace("/", ".") if by_node else None)
+    first = re.sub(r"_\d+$", "", path or "")
+    if any(call.weight is layer.weight for call in known.get(first, ())):
+        return first
+    return path or _by_bias(layer.node)
+
+
+def _by_scope(node: ir.Node) -> str | None:
+    """The module that torch.onnx notes, if it reads its own weight there."""
+    try:
+        scopes = literal_eval(node.metadata_props.get(f"{_NOTES}.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return None
+    path = scopes[-2] if isinstance(scopes, list) and len(scopes) > 1 else ""
+    own = f"%p_{str(path).replace('.', '_')}_weight"
+    reads = re.findall(r"%\w+", node.metadata_props.get(f"{_NOTES}.fx_node", ""))
+    return str(path) if path and own in reads else None
+
+
+def _by_bias(node: ir.Node) -> str | None:
+    """The layer whose bias is added next."""
+    added = [v for user, _ in node.outputs[0].uses() if user.op_type == "Add" for v in user.inputs]
+    names = [str(v.name) for v in added if v is not None and v.is_initializer()]
+    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
+    return paths[0] if paths else None
+
+
+def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
+    weights = list(dict.fromkeys(str(call.weight.name) for call in calls))
+    if len(weights) > 1 or len({(call.kind, call.shape) for call in calls}) > 1:
+        nodes = [str(call.node.name) for call in calls]
+        raise ExportError(
+            f"{path}: two layers of one name: nodes {shorten(nodes)}, weights {shorten(weights)}; "
+            "give a name to each: names={node: path}"
+        )

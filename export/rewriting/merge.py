@@ -1,0 +1,132 @@
+"""From a swappable file and an adapter to a plain merged file, by no more than the two."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.exporter import INLINE_LIMIT
+from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
+from lora_fx.export.onnx_model.external_data import check_external_data
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.rewriting.merging import merged_model
+from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.io.atomic import refuse_existing, staged
+
+
+def merge_onnx(
+    model_path: str | Path,
+    adapter: Adapter | str | Path,
+    out_path: str | Path,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    allow_unmerged: bool = False,
+    check: bool = True,
+    verify: bool = True,
+    external_data_above: int = INLINE_LIMIT,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes a swappable file with an adapter in its weights, without its slots.
+
+    Nothing is traced and no model is loaded: weights go from file to file, one after the other.
+
+    Args:
+        model_path: a file that takes adapters.
+        adapter: an adapter, a path for `lora_fx.load_adapter`, or an ``.onnx_adapter`` that was
+            made for the file.
+        out_path: the ``.onnx`` file to write.
+        inputs: by name, to compare the two files on; made by what the file says of them if None.
+        allow_unmerged: what no weight of the file can hold stays beside its layer, as constants.
+        check: read all weights once, and refuse a file that is not what was exported.
+        verify: run both files in onnxruntime, the swappable one with the adapter, and as a control
+            without.
+        external_data_above: bytes of weights from which they go to ``<path>.data``.
+        force: replace files that exist.
+        progress: told the name of each stage as it starts.
+
+    Raises:
+        ExportError: the file takes no adapter, was changed, a weight cannot take it, or the output
+            exists.
+        AdapterError: the adapter does not fit.
+        VerificationError: the files disagree, or the control agrees.
+    """
+    path, out, clock = Path(model_path), Path(out_path), Clock(progress)
+    refuse_existing(out, force=force)
+    proto = load_proto(path)
+    manifest = manifest_in(proto, path, strict=True)
+    if manifest is None:
+        raise ExportError(f'{path}: takes no adapter: export it with adapters="input"')
+    check_external_data(proto, path)
+    with tempfile.TemporaryDirectory() as directory, _checking(proto, path, check) as checked:
+        with clock.stage("adapter"):
+            file = _adapter_file(adapter, path, manifest, Path(directory))
+            del adapter  # the file has its values, in memory that is mapped
+            stored = read_adapter(file)  # holds the memory of the values
+        with clock.stage("merge"):
+            model, beside = merged_model(lambda: ir.load(path), manifest, values_of(stored))
+        if beside and not allow_unmerged:
+            raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
+        with staged(out, force=force) as draft:
+            with clock.stage("write"):
+                digests = stored_digests(proto, path)
+                known = {} if digests is None else digests.tensors
+                write_model(model, draft, external_data_above=external_data_above, known=known)
+            checked.result()
+            evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+            if verify:
+                with clock.stage("verify"):
+                    feeds = feeds_for(path, proto, inputs, manifest)
+                    pair = Pair("merged", Run(draft), Run(path, file, manifest))
+                    dtype = coarsest([slot.dtype for slot in manifest.slots])
+                    evidence = held_against([pair], Run(path, None, manifest), feeds, dtype)
+                    evidence.judge(str(out))
+            files = {each.name: each.stat().st_size for each in sorted(draft.parent.iterdir())}
+    return ExportReport(
+        path=str(out),
+        mode="unmerged" if beside else "merged",
+        files=files,
+        opset=model.opset_imports[""],
+        seconds=clock.seconds,
+        checks=evidence.checks,
+        controls=evidence.controls,
+        notes=[*evidence.notes, *([_said(beside)] if beside else [])],
+        inputs=[str(value.name) for value in model.graph.inputs],
+        outputs=[str(value.name) for value in model.graph.outputs],
+    )
+
+
+@contextmanager
+def _checking(proto: onnx.ModelProto, path: Path, check: bool) -> Iterator[Future[None]]:
+    """Reads a file's weights beside whatever else is done."""
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(check_digests if check else lambda *_: None, proto, path)
+
+
+def _adapter_file(
+    adapter: Adapter | str | Path, model: Path, manifest: Manifest, directory: Path
+) -> Path:
+    if not isinstance(adapter, Adapter) and Path(adapter).suffix == ".onnx_adapter":
+        check_adapter_file(Path(adapter), manifest, model)
+        return Path(adapter)
+    file = directory / "merged.onnx_adapter"
+    export_adapter(adapter, model, file, check=False)  # it is read beside
+    return file
+
+
+def _said(beside: Mapping[str, str]) -> str:
+    return f"not merged: {shorten([f'{path}: {why}' for path, why in beside.items()])}"

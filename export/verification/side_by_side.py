@@ -1,0 +1,105 @@
+"""Files against files: what onnxruntime makes of two of them, and of one that must differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_fx.export.report import Check, Evidence
+from lora_fx.export.runtime.ort import call, open_session
+from lora_fx.export.runtime.required_slots import required_slots
+from lora_fx.export.slots.check_adapter import active, load_adapter
+from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.verification.made_inputs import Feeds
+from lora_fx.numerics import TOLERANCE, compare
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file, with an adapter or without.
+
+    Attributes:
+        path: the model file.
+        adapter: the adapter file, or None.
+        manifest: of the file, if it has slots.
+    """
+
+    path: Path
+    adapter: Path | None = None
+    manifest: Manifest | None = None
+
+    def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
+        """What it gives: label -> output name -> array."""
+        session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
+        loaded = None if self.adapter is None else load_adapter(self.adapter)
+        given = required_slots(session, self.manifest, self.adapter)
+        options = None if loaded is None or given else active(loaded)
+        return {label: call(session, each | given, options) for label, each in feeds.items()}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two that must agree.
+
+    Attributes:
+        what: which they are, in the report.
+        found: what was made.
+        expected: what it is held against.
+    """
+
+    what: str
+    found: Run
+    expected: Run
+
+
+def held_against(
+    pairs: Sequence[Pair],
+    control: Run,
+    feeds: Mapping[str, Feeds],
+    dtype: torch.dtype = torch.float32,
+) -> Evidence:
+    """Runs files on the same inputs.
+
+    Args:
+        pairs: that must agree; the last is what the control is held against.
+        control: what must not agree with it.
+        feeds: the inputs of each run, by a label.
+        dtype: the coarsest of the weights, which says what can be asked for.
+    """
+    evidence = Evidence(against="the file beside it")
+    expected: dict[str, Feeds] = {}
+    for pair in pairs:
+        expected = pair.expected.outputs(feeds)
+        for optimise in (False, True):
+            found = pair.found.outputs(feeds, optimise=optimise)
+            evidence.checks += _rows(pair.what, found, expected, optimise, dtype)
+    rows = _rows("control: no adapter", control.outputs(feeds), expected, True, dtype)
+    evidence.controls = [replace(row, ok=not row.ok) for row in rows]
+    return evidence
+
+
+def _rows(
+    what: str,
+    found: Mapping[str, Feeds],
+    expected: Mapping[str, Feeds],
+    optimise: bool,
+    dtype: torch.dtype,
+) -> Iterator[Check]:
+    for label, outputs in expected.items():
+        for name, wanted in outputs.items():
+            is_number = wanted.dtype.kind == "f"
+            result = compare(found[label][name], wanted, dtype if is_number else None)
+            numbers = result.max_abs, result.relative, result.tolerance
+            same = found[label][name].dtype == wanted.dtype
+            yield Check(
+                what, label, "all" if optimise else "off", name, *numbers, result.ok and same
+            )
+
+
+def coarsest(names: Sequence[str]) -> torch.dtype:
+    """The type of the largest tolerance, of names of types."""
+    found = [dtype for dtype in TOLERANCE if str(dtype).removeprefix("torch.") in names]
+    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)

@@ -1,0 +1,308 @@
+"""Slots in a base that somebody else exported, held against W' in its initializers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+from onnxruntime.quantization import QuantFormat
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from torch import nn
+
+from lora_fx import Adapter, AdapterError, Update, save_adapter
+from lora_fx.adapters.adapter import AnyUpdate
+from lora_fx.errors import ExportError, VerificationError
+from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
+from lora_fx.export.rewriting import add_lora as room
+from lora_fx.export.verification.side_by_side import Run
+from lora_fx.numerics import compare
+from lora_fx.testing import Blocks, Ragged, Tied, make_adapter
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def exported(model: nn.Module, x: torch.Tensor, path: Path, dynamo: bool = False) -> Path:
+    """A file as torch.onnx writes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(), (x,), str(path), dynamo=dynamo, verbose=False, external_data=False,
+            input_names=["x"], output_names=["y"],
+        )  # fmt: skip
+    return path
+
+
+def with_adapter(
+    base: Path, adapter: Adapter, x: torch.Tensor, directory: Path, **options: Any
+) -> Any:
+    """What a base gives after slots, without an adapter and with one."""
+    out, file = directory / "slots.onnx", directory / "a.onnx_adapter"
+    report = add_lora(base, out, **options)
+    assert report.verified
+    export_adapter(adapter, out, file)
+    session = Session(out)
+    return session.run({"x": x})["y"], session.run({"x": x}, file)["y"]
+
+
+def eager(model: nn.Module, adapter: Adapter, x: torch.Tensor) -> Any:
+    """The model with W' in place of W, and as it is."""
+    updates: Mapping[str, AnyUpdate] = adapter.updates
+    with torch.no_grad():
+        base = model(x)
+        for path, update in updates.items():
+            layer: Any = model.get_submodule(path)
+            is_table = isinstance(layer, nn.Embedding)
+            own = layer.weight.T if is_table else layer.weight
+            made = update.weight(own)
+            layer.weight.copy_(made.T if is_table else made)
+        return base, model(x)
+
+
+ROWS, IMAGES = torch.randn(4, 6, 3), torch.randn(2, 4, 8, 8)
+MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, Shapes]] = {
+    "weights by anonymous names": (
+        Ragged, ROWS, {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)},
+    ),
+    "Gemm": (Blocks, torch.randn(4, 3), {"fc": (5, 3), "layers.1": (6, 7), "classifier": (2, 9)}),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 3)
+        ),
+        IMAGES, {"0": (6, 4, 3, 3), "2": (5, 6, 3, 3)},
+    ),
+    "a table": (
+        lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)),
+        torch.randint(0, 7, (2, 3)), {"0": (5, 7), "1": (3, 5)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_of_torch_takes_adapters_by_module_path(
+    name: str, dynamo: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    make, x, shapes = MODELS[name]
+    model, adapter = make(), make_adapter(shapes, rank=3, scale=0.3)
+    base = exported(model, x, tmp_path / "base.onnx", dynamo)
+    slots = list(shapes) if name in ("convolutions", "a table") else "all-linear"
+    alone, adapted = with_adapter(base, adapter, x, tmp_path, slots=slots)
+    wanted_alone, wanted = eager(model, adapter, x)
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    assert compare(adapted, wanted_alone).relative > 1e-2
+    report = merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    assert report.mode == "merged"
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": x})["y"], wanted).ok
+
+
+def test_an_empty_slot_changes_no_bit(tmp_path: Path) -> None:
+    base = exported(Ragged(), ROWS, tmp_path / "base.onnx")
+    report = add_lora(base, tmp_path / "slots.onnx")
+    assert {row.max_abs for row in report.checks if row.what == "base"} == {0.0}
+    before, after = (
+        Session(tmp_path / n).run({"x": ROWS})["y"] for n in ("base.onnx", "slots.onnx")
+    )
+    assert before.tobytes() == after.tobytes()
+
+
+def test_nodes_are_called_after_the_path_and_a_second_call_is_the_same_slot(tmp_path: Path) -> None:
+    base = exported(Ragged(), ROWS, tmp_path / "base.onnx")
+    report = add_lora(base, tmp_path / "slots.onnx")
+    assert report.slots == ["wide", "again", "narrow"]
+    names = [n.name for n in onnx.load(tmp_path / "slots.onnx").graph.node]
+    assert [n for n in names if "lora" in n and n.startswith("again")] == [
+        "again/lora_A/MatMul", "again/lora_B/MatMul", "again/lora/Add",
+        "again/lora_A/MatMul_1", "again/lora_B/MatMul_1", "again/lora/Add_1",
+    ]  # fmt: skip
+
+
+def anonymous(path: Path) -> Path:
+    """Two products whose weights and nodes say nothing."""
+    rows = [torch.randn(3, 5), torch.randn(5, 4)]
+    values = [
+        ir.Value(
+            name=f"onnx::MatMul_{n}", const_value=ir.tensor(w.numpy()), shape=ir.Shape(w.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        for n, w in enumerate(rows)
+    ]  # fmt: skip
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=("n", 3))
+    one = ir.node("MatMul", [x, values[0]], name="node_1")
+    act = ir.node("Tanh", one.outputs)
+    two = ir.node("MatMul", [*act.outputs, values[1]], name="node_2")
+    y = two.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape(["n", 4])
+    graph = ir.Graph([x], [y], nodes=[one, act, two], initializers=values, opset_imports={"": 20})
+    ir.save(ir.Model(graph, ir_version=10), path)
+    return path
+
+
+def test_names_are_given_where_a_file_has_none(tmp_path: Path) -> None:
+    base, out = anonymous(tmp_path / "base.onnx"), tmp_path / "slots.onnx"
+    with pytest.raises(
+        ExportError, match=r"there are none; without a name: onnx::MatMul_0, .*names="
+    ):
+        add_lora(base, out)
+    with pytest.raises(ExportError, match=r"called nothing; there are onnx::MatMul_0"):
+        add_lora(base, out, names={"nothing": "fc"})
+    with pytest.raises(ExportError, match="fc: two layers of one name: nodes node_1, node_2"):
+        add_lora(base, out, names={"node_1": "fc", "node_2": "fc"})
+    assert not list(tmp_path.glob("*slots*"))
+    report = add_lora(base, out, names={"onnx::MatMul_0": "fc"})
+    assert report.slots == ["fc"]
+    assert report.notes == ["no slot for what has no name: onnx::MatMul_1: names= gives one"]
+    add_lora(base, out, names={"onnx::MatMul_0": "fc", "node_2": "head"}, slots=["h*"], force=True)
+    assert Session(out).slots == ["head"]
+    with pytest.raises(ExportError, match="has slots already"):
+        add_lora(out, tmp_path / "again.onnx")
+
+
+def test_a_table_that_is_the_head_has_a_slot_for_each(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randint(0, 6, (2, 3))
+    base = exported(model, x, tmp_path / "base.onnx")
+    node = next(n.name for n in onnx.load(base).graph.node if n.op_type == "MatMul")
+    adapter = make_adapter({"head": (6, 5)}, scale=0.3)
+    alone, adapted = with_adapter(base, adapter, x, tmp_path, slots=["*"], names={node: "head"})
+    assert Session(tmp_path / "slots.onnx").slots == ["table", "head"]
+    update: Any = adapter.updates["head"]
+    with torch.no_grad():
+        wanted = model.table(x) @ (model.table.weight + update.delta()).T
+    assert compare(adapted, wanted).ok
+    assert compare(alone, wanted).relative > 1e-2
+
+
+def quantised(path: Path, out: Path, **options: Any) -> Path:
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=16, **options)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out), False)
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "is_symmetric": True},
+        {"bits": 4, "is_symmetric": False},
+        {"bits": 8, "is_symmetric": True},
+        {"bits": 4, "is_symmetric": False, "quant_format": QuantFormat.QDQ},
+    ],
+)
+def test_a_quantised_base_takes_adapters_in_float(options: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 17)), torch.randn(4, 6, 32)
+    plain = exported(model, x, tmp_path / "plain.onnx", dynamo=True)
+    base = quantised(plain, tmp_path / "base.onnx", **options)
+    adapter = make_adapter({"0": (48, 32), "2": (17, 48)}, scale=0.2)
+    with_adapter(base, adapter, x, tmp_path)
+    files = (
+        (base, None),
+        (tmp_path / "slots.onnx", None),
+        (tmp_path / "slots.onnx", tmp_path / "a.onnx_adapter"),
+    )
+    # Unoptimised: onnxruntime rounds activations to 8 bits where it fuses a DequantizeLinear.
+    before, alone, adapted = (unoptimised(*file, x) for file in files)
+    assert compare(alone, before).ok
+    # The weight that the file stands for: what it gives of one row of the identity each.
+    updates: Any = adapter.updates
+    hidden = [torch.eye(32), torch.eye(48)]
+    weights = [of_node(base, place, rows) for place, rows in enumerate(hidden)]
+    biases = [model[0].bias, model[2].bias]  # type: ignore[union-attr]
+    with torch.no_grad():
+        h = torch.tanh(x @ (weights[0] + updates["0"].delta().T) + biases[0])  # type: ignore[operator]
+        wanted = h @ (weights[1] + updates["2"].delta().T) + biases[1]  # type: ignore[operator]
+    assert compare(adapted, wanted).ok
+    assert compare(alone, wanted).relative > 1e-2
+    with pytest.raises(ExportError, match="no weight of plain numbers"):
+        merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "m.onnx")
+    report = merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "m.onnx", allow_unmerged=True)
+    assert report.mode == "unmerged"
+    assert compare(unoptimised(tmp_path / "m.onnx", None, x), wanted).ok
+    dora = Update(torch.randn(2, 32), torch.randn(48, 2), 1.0, magnitude=torch.rand(48) + 1)
+    with pytest.raises(AdapterError, match="the slot takes none"):
+        export_adapter(Adapter("dora", {"0": dora}), tmp_path / "slots.onnx", tmp_path / "d")
+
+
+def unoptimised(path: Path, adapter: Path | None, x: torch.Tensor) -> Any:
+    return Run(path, adapter).outputs({"": {"x": x.numpy()}}, optimise=False)[""]["y"]
+
+
+def of_node(base: Path, place: int, rows: torch.Tensor) -> torch.Tensor:
+    """What one product of a file gives, run alone."""
+    model = onnx.load(base)
+    node = [n for n in model.graph.node if "MatMul" in n.op_type][place]
+    before = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in (node.input[0], node.output[0])
+    )
+    graph = onnx.helper.make_graph([*before, node], "part", [x], [y], model.graph.initializer)
+    part = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(part.SerializeToString(), options)
+    return torch.from_numpy(session.run(None, {node.input[0]: rows.numpy()})[0])
+
+
+def test_initializers_that_are_inputs_become_constants(tmp_path: Path) -> None:
+    model = onnx.load(exported(Blocks(), torch.randn(4, 3), tmp_path / "base.onnx"))
+    for tensor in model.graph.initializer:
+        info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        model.graph.input.append(info)
+    onnx.save(model, str(tmp_path / "old.onnx"))
+    report = add_lora(tmp_path / "old.onnx", tmp_path / "slots.onnx")
+    assert report.inputs == ["x"]
+    assert Session(tmp_path / "slots.onnx").slots == report.slots
+
+
+def test_groups_have_a_slot_that_reads_all_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 6, 3, groups=6))
+    base = exported(model, IMAGES, tmp_path / "base.onnx")
+    adapter = make_adapter({"0": (6, 4, 3, 3)}, scale=0.2)
+    alone, adapted = with_adapter(base, adapter, IMAGES, tmp_path, slots=["*"])
+    update: Any = adapter.updates["0"]
+    with torch.no_grad():
+        own = model[0](IMAGES) + torch.nn.functional.conv2d(IMAGES, update.delta())
+        wanted = model[2](torch.tanh(own))
+    assert compare(adapted, wanted).ok
+    assert compare(alone, wanted).relative > 1e-2
+
+
+def test_a_slot_that_was_put_in_wrong_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, kept = exported(Ragged(), ROWS, tmp_path / "base.onnx"), room.insert_slot
+
+    def wrong(model: ir.Model, slot: Any, calls: Any) -> None:
+        kept(model, slot, calls[:1])  # a second call of the layer goes without
+
+    monkeypatch.setattr(room, "insert_slot", wrong)
+    with pytest.raises((VerificationError, ExportError)):
+        add_lora(base, tmp_path / "slots.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["base.onnx"]
+
+
+def test_peft_s_own_directory_fits(tmp_path: Path) -> None:
+    base = exported(Blocks(), torch.randn(4, 3), tmp_path / "base.onnx")
+    save_adapter(make_adapter({"fc": (5, 3)}), tmp_path / "peft")
+    add_lora(base, tmp_path / "slots.onnx")
+    export_adapter(tmp_path / "peft", tmp_path / "slots.onnx", tmp_path / "a.onnx_adapter")
+    stored = {
+        t.name: numpy_helper.to_array(t)
+        for t in onnx.load(tmp_path / "slots.onnx").graph.initializer
+    }
+    assert stored["fc.lora_A"].shape == (3, 0)
+    assert np.array_equal(stored["fc.weight"], numpy_helper.to_array(
+        next(t for t in onnx.load(base).graph.initializer if t.name == "fc.weight")))  # fmt: skip
