@@ -20,6 +20,7 @@ from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import names_in
 
 
@@ -78,7 +79,7 @@ def load_adapter(
     Raises:
         AdapterError: names the file, the tensor or field, what was found and expected.
     """
-    source = Path(path)
+    source = check_path(Path(path), AdapterError)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory")
     if format == "auto":

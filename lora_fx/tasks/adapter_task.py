@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft.keys import PREFIX
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 
@@ -37,7 +38,7 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
     names: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        name = _config(path).get("task_type")
+        name = _config(check_path(path, AdapterError)).get("task_type")
         if isinstance(name, str):
             names.setdefault(name, path)
             shapes |= _shapes(path, allow_pickle)
