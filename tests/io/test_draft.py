@@ -151,8 +151,10 @@ def test_a_directory_that_somebody_else_put_there_replaces_nothing(
     assert not planted.exists()
 
 
-def test_a_directory_that_may_not_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"model: cannot be created: .* is no directory"):
-        (tmp_path / "file").write_text("")
-        with staged_files(tmp_path / "file" / "model", NAMES, "model", False):
-            pass
+def test_a_place_below_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ExportError, match=r"model: cannot be created: .* is no directory"),
+        staged_files(tmp_path / "file" / "model", NAMES, "model", False),
+    ):
+        raise AssertionError("the body must not run")

@@ -77,7 +77,7 @@ def test_an_output_is_no_input_and_in_none(home: Path, place: str, write: Callab
     before = everything(home)
     with (
         keeping(home / "a", str(home / "s.onnx"), None, "", home / "nowhere", "a\0b"),
-        pytest.raises(LoraFxError, match="of this call.*write to another place"),
+        pytest.raises(LoraFxError, match=r"of this call.*write to another place"),
     ):
         write(home / place)
     assert everything(home) == before
@@ -136,9 +136,9 @@ def test_a_link_to_elsewhere_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model").symlink_to(tmp_path / "theirs" / "model")
     for place in (tmp_path / "out" / "model", tmp_path / "mine" / "model"):
-        with pytest.raises(ExportError, match="is a link to .*theirs"):
+        with pytest.raises(ExportError, match=r"is a link to .*theirs"):
             write_files(place)
-    with pytest.raises(ExportError, match="is a link to .*theirs"):
+    with pytest.raises(ExportError, match=r"is a link to .*theirs"):
         write_model(tmp_path / "mine" / "model")
     assert everything(tmp_path / "theirs") == {"model": "old"}
 
