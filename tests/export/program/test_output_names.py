@@ -94,8 +94,12 @@ def test_a_name_that_cannot_be_printed_is_no_output_s(name: str) -> None:
 class Wrapped(nn.Module):
     """Returns what `Unnamed` holds, inside of other containers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        return {"a": Unnamed(x + 1, [Unnamed(x * 2)])}
+        return {"a": Unnamed(self.fc(x), [Unnamed(x * 2)])}
 
 
 def test_classes_without_names_are_exported_and_verified(tmp_path: Path) -> None:
@@ -103,8 +107,8 @@ def test_classes_without_names_are_exported_and_verified(tmp_path: Path) -> None
     report = to_onnx(trace(Wrapped(), (x,)), tmp_path / "model.onnx")
     found = Session(tmp_path / "model.onnx").run({"x": x})
     assert report.verified
-    assert list(found) == ["a_0", "a_1_0"]
-    assert compare(torch.as_tensor(found["a_1_0"]), x * 2).relative == 0
+    assert list(found) == ["a_0", "a_1_0_0"]
+    assert compare(torch.as_tensor(found["a_1_0_0"]), x * 2).relative == 0
 
 
 class Echo(nn.Module):
