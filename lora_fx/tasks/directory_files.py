@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_fx.errors import LoraFxError, shorten
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.strict_json import MAX_JSON, read_json
+from lora_fx.tasks.bounded_build import check_config
 
 _READ = {".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja"}
 _INDEX = ".index.json"
@@ -25,6 +26,8 @@ def check_files(directory: Path) -> None:
         if file.suffix not in _READ or file.is_dir():
             continue
         check_plain(file, LoraFxError, MAX_JSON if file.suffix == ".json" else None)
+        if file.name == "config.json":
+            check_config(file, read_json(file, LoraFxError))
         if file.name.endswith(_INDEX):
             _check_index(file)
 
