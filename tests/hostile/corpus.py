@@ -21,7 +21,6 @@ from cases import every_case, write
 from making import Case, Models
 
 
-
 def main(out: Path, run: bool) -> None:
     """Writes the corpus, and reads it."""
     out = out.resolve()
