@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from lora_fx.cli.user_code import users_line, words
-from lora_fx.errors import LoraFxError, VerificationError
+from lora_fx.errors import LoraFxError, VerificationError, is_out_of_memory
 
 TRACEBACK = "LORA_FX_TRACEBACK"
 
@@ -30,6 +30,8 @@ def report(error: BaseException) -> int:
 def _message(error: BaseException) -> str:
     if isinstance(error, LoraFxError):
         return str(error)
+    if is_out_of_memory(error):
+        return "MemoryError: there is not enough memory: free some, or take a smaller model"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, BrokenPipeError):

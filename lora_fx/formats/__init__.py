@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
@@ -89,7 +89,8 @@ def load_adapter(
     if name is not None:
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
-    adapter = chosen.read(source, name or _name_from(source), options)
+    with memory_told(source, AdapterError):
+        adapter = chosen.read(source, name or _name_from(source), options)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -122,7 +123,8 @@ def save_adapter(
     """
     chosen = _format(format)
     _check_hints(Path(path), hints, format, chosen.write_hints)
-    chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
+    with memory_told(path, AdapterError):
+        chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 
 def _format(name: str) -> Format:

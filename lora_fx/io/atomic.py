@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
-from lora_fx.errors import AdapterError, ExportError, LoraFxError, shorten
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, memory_told, shorten
 from lora_fx.io.draft import NEW, hidden_directory, put_in, sweep
 from lora_fx.io.output_place import check_places, keeping_nothing, refuse_links
 
@@ -47,7 +47,7 @@ def atomic(
     for place in {home, into.parent}:
         sweep(place)
     try:
-        with hidden_directory(home) as hidden:
+        with memory_told(target, error), hidden_directory(home) as hidden:
             draft = hidden / NEW / into.relative_to(home)
             draft.mkdir(parents=True)  # not the hidden one itself, which only its owner may read
             with keeping_nothing():
@@ -56,8 +56,6 @@ def atomic(
             _put(hidden, draft, into, last, gone)
     except OSError as problem:
         raise error(f"{target}: cannot be written: {problem.strerror or problem}") from problem
-    except MemoryError as problem:
-        raise error(f"{target}: cannot be written: there is not enough memory") from problem
 
 
 def _put(hidden: Path, draft: Path, into: Path, last: str, gone: Path | None) -> None:

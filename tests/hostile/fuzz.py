@@ -163,7 +163,7 @@ def damaged(one: Original, draw: random.Random) -> dict[str, bytes]:
 def problem(one: Original, files: dict[str, bytes], place: Path) -> tuple[str, str]:
     """What came of a file, and what is wrong with that."""
     _placed(files, place)
-    begin = time.process_time()
+    begin, before = time.process_time(), _most_memory()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -176,7 +176,13 @@ def problem(one: Original, files: dict[str, bytes], place: Path) -> tuple[str, s
         if "-t" in sys.argv:
             traceback.print_exc()
     took = time.process_time() - begin
-    return end, wrong or (f"took {took:.1f} s" if took > SECONDS else "")
+    more = _most_memory() - before
+    wrong = wrong or (f"took {took:.1f} s" if took > SECONDS else "")
+    return end, wrong or (f"took {more >> 10} MB" if more > KILOBYTES // 4 else "")
+
+
+def _most_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(count: int, first: int) -> int:
@@ -197,7 +203,7 @@ def main(count: int, first: int) -> int:
                 print(f"WRONG {number} {one.name}: {wrong}", flush=True)
             if count <= 3 and "-k" in sys.argv:
                 _placed(files, Path("kept"))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = _most_memory()
     if most > KILOBYTES:
         ends["wrong"] += 1
         print(f"WRONG: {most} KB of memory")
