@@ -14,11 +14,12 @@ from typing import Any
 # What no field expects, or all but.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 1 << 31, 1 << 63, 10**30, -(1 << 40), 0.5, -0.0, 1e308,
-    float("nan"), float("inf"), "", "a", "../x", "a\0b", "\ud800", "r", "x" * 300, "(.*)*X", "all-linear",
-    [], [None], [0], ["fc"], [[[]]], {}, {"a": 1}, {"": None}, "LORA", "F16", "F64", "I64", "BOOL",
+    float("nan"), float("inf"), "", "a", "../x", "a\0b", "\ud800", "r", "x" * 300, "(.*)*X",
+    "all-linear", [], [None], [0], ["fc"], [[[]]], {}, {"a": 1}, {"": None}, "LORA", "F16", "F64", "I64", "BOOL",
 )  # fmt: skip
 NUMBERS = (
-    b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\1\0\0\0", b"\0\0\0\x80",
+    b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\1\0\0\0",
+    b"\0\0\0\x80",
 )  # fmt: skip
 
 
