@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -15,7 +16,8 @@ from typing import Any
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 1 << 31, 1 << 63, 10**30, -(1 << 40), 0.5, -0.0, 1e308,
     float("nan"), float("inf"), "", "a", "../x", "a\0b", "\ud800", "r", "x" * 300, "(.*)*X",
-    "all-linear", [], [None], [0], ["fc"], [[[]]], {}, {"a": 1}, {"": None}, "LORA", "F16", "F64", "I64", "BOOL",
+    "all-linear", [], [None], [0], ["fc"], [[[]]], {}, {"a": 1}, {"": None}, "LORA", "F16", "F64",
+    "I64", "BOOL",
 )  # fmt: skip
 NUMBERS = (
     b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\1\0\0\0",
@@ -79,7 +81,9 @@ def changed_tree(tree: Any, draw: random.Random) -> Any:
         elif kind == 5:
             other, place = draw.choice(known)
             if place in other if isinstance(other, dict) else place < len(other):
-                holder[key], other[place] = other[place], holder[key]
+                # Copies: nothing may hold itself.
+                one, two = copy.deepcopy(holder[key]), copy.deepcopy(other[place])
+                holder[key], other[place] = two, one
         else:
             holder[key] = [holder[key]] * draw.randrange(3)
     return tree
