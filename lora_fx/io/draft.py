@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where leftovers stay
-    fcntl = None  # type: ignore[assignment]
+locks: Any = None
+with suppress(ImportError):  # not on Windows, where leftovers stay
+    locks = import_module("fcntl")
 
 PREFIX = ".lora_fx-"
 # What stands in a hidden directory: the draft; its files, while they move to their places, which
@@ -105,7 +106,7 @@ def _made(home: Path) -> tuple[Path, int | None]:
     for _ in range(100):
         hidden = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
         lock = _lock(hidden)
-        if fcntl is None or (lock is not None and hidden.is_dir()):
+        if locks is None or (lock is not None and hidden.is_dir()):
             return hidden, lock
         if lock is not None:  # somebody swept it before it was locked
             os.close(lock)
@@ -114,14 +115,14 @@ def _made(home: Path) -> tuple[Path, int | None]:
 
 def _lock(directory: Path) -> int | None:
     """Holds a directory until what is returned is closed, or the process ends; None if another."""
-    if fcntl is None:
+    if locks is None:
         return None
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.flock(lock, locks.LOCK_EX | locks.LOCK_NB)
     except OSError:  # in use, or on a filesystem without locks
         os.close(lock)
         return None
