@@ -6,13 +6,15 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-oldest lint types matrix bench bench-quick clean
+.PHONY: help demo test test-clients test-oldest fuzz mutants lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
 	@echo "make test-oldest  a part of it, on the oldest versions that pyproject promises"
 	@echo "make test-clients  exported directories in optimum, onnxruntime-genai, sentence-transformers"
+	@echo "make fuzz    100,000 damaged files and 2,000 random graphs; FILES=, GRAPHS=, FROM="
+	@echo "make mutants  changes of our own code that the tests should notice"
 	@echo "make lint    ruff, rules and format"
 	@echo "make types   mypy, strict, on an installed copy"
 	@echo "make matrix  docs/KINDS.md: what works with what, measured"
@@ -33,6 +35,18 @@ test-oldest: .venv-oldest/dev.stamp
 
 test-clients: .venv/clients.stamp
 	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
+
+FILES ?= 100000
+GRAPHS ?= 2000
+FROM ?= 1000
+
+fuzz: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/hostile/fuzz.py $(FILES) $(FROM)
+	OMP_NUM_THREADS=1 LORA_FX_GRAPHS=$(GRAPHS) LORA_FX_FROM=$(FROM) \
+		$(BIN)/python -m pytest -n auto tests/test_property.py
+
+mutants: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/mutants/run.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(ROOMS)

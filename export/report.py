@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.errors import VerificationError
+from lora_fx.errors import ExportError, VerificationError, memory_told
 from lora_fx.reference.reference_run import WeightForm
 
 
@@ -177,7 +177,8 @@ class Clock:
             self._watch(name)
         start = time.perf_counter()
         try:
-            yield
+            with memory_told(name, ExportError):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -53,3 +53,27 @@ def within(where: object) -> Iterator[None]:
     except LoraFxError as error:
         error.args = (f"{where}: {error}",)
         raise
+
+
+# What torch and onnxruntime raise as they raise anything else.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, whoever raised it, says that there is no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
+@contextmanager
+def memory_told(where: object, kind: type[LoraFxError]) -> Iterator[None]:
+    """Makes an error of the type ``kind`` of whatever says inside that memory is short."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise kind(
+            f"{where}: there is not enough memory: free some, or take a smaller one"
+        ) from error

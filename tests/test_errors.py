@@ -14,6 +14,7 @@ from lora_fx.errors import (
     LoraFxError,
     TraceError,
     VerificationError,
+    memory_told,
     shorten,
     within,
 )
@@ -118,3 +119,20 @@ def test_a_tensor_is_named_where_it_is_computed() -> None:
     for _ in range(2):  # each reading has an error of its own, so that none gathers prefixes
         with pytest.raises(AdapterError, match=r"^read: fc: holds NaN$"), within("read"):
             own.materialize()
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_lack_of_memory_is_told_as_what_it_hinders(raised: Exception) -> None:
+    with (
+        pytest.raises(AdapterError, match="french: there is not enough memory: free some"),
+        memory_told("french", AdapterError),
+    ):
+        raise raised
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_told("french", AdapterError):
+        raise RuntimeError("shapes differ")

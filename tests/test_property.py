@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import lora_fx
-from lora_fx import Adapter, Update, compare
+from lora_fx import Adapter, Update, compare, passes
 from lora_fx.affine.region_boundary import is_layer
 from lora_fx.injection.match_branch import branches
 
@@ -413,12 +413,18 @@ def walked(
     """The graph after injections, folds and unfolds in some order, with how many are in it."""
     steps = ["inject"] * len(adapters) + draw.choices(["fold", "unfold"], k=2)
     draw.shuffle(steps)
+    if random.Random(len(gm.graph.nodes)).random() < 0.2:  # all is taken out, and put in again
+        steps += ["strip"] + ["inject"] * len(adapters)
     done = folds = 0
     for step in steps:
-        if step == "inject":  # a folded layer is another than the one that is meant
+        if step in ("inject", "strip"):  # a folded layer is another than the one that is meant
             for _ in range(folds):
                 gm = lora_fx.unfold(gm)
-            gm, done, folds = lora_fx.inject(gm, adapters[done]), done + 1, 0
+            folds = 0
+        if step == "inject":
+            gm, done = lora_fx.inject(gm, adapters[done]), done + 1
+        elif step == "strip":
+            gm, done = passes.StripLora()(gm).graph_module, 0
         else:
             gm, folds = getattr(lora_fx, step)(gm), folds + (step == "fold")
         yield gm, done
@@ -470,6 +476,9 @@ def test_a_random_module_is_merged_whole_and_right(seed: int, tmp_path: Path) ->
     states = list(walked(gm, adapters, draw))
     for state, done in states:
         assert compare(state(x), wanted[done]).relative <= 1e-5
+    if seed % 10 == 7:
+        state, done = states[seed % len(states)]
+        assert compare(passes.ChooseForm()(state).graph_module(x), wanted[done]).relative <= 1e-5
     folded = lora_fx.fold(states[-1][0])
     assert compare(folded(x), wanted[-1]).relative <= 1e-5
     left = branches(folded)

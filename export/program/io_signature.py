@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -116,20 +116,46 @@ def key_of(part: Any) -> Any:
 def output_names(outputs: Any) -> list[str]:
     """Names of what a model returned: field names and keys, else ``output``, ``output_0``, ….
 
+    What a class holds that was registered without names is numbered.
+
     Raises:
-        ExportError: an output is no tensor.
+        ExportError: an output is no tensor, or there is none.
     """
-    flat, _ = pytree.tree_flatten_with_path(outputs)
     names = []
-    for path, value in flat:
-        name = "_".join(str(key_of(part)) for part in path)
+    for keys, value in _leaves(outputs):
+        name = "_".join(map(str, keys))
         if value is None:
             continue
+        if not name.isprintable():
+            raise ExportError(
+                f"output {name!r:.80}: expected a name that can be printed: change it"
+            )
         if not isinstance(value, torch.Tensor):
             found = type(value).__name__
             raise ExportError(f"output {name!r} is a {found}: ONNX returns tensors; leave it out")
         names.append(f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name)
+    if not names:
+        raise ExportError("the model returns no tensor: ONNX needs an output: return one")
     return names
+
+
+def _leaves(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves of what a model returned, each with the keys that lead to it."""
+
+    def is_inside(part: Any) -> bool:
+        return part is not tree
+
+    parts, spec = pytree.tree_flatten(tree, is_leaf=is_inside)
+    if spec == pytree.tree_structure(0):
+        yield keys, tree
+        return
+    try:
+        pairs, _ = pytree.tree_flatten_with_path(tree, is_leaf=is_inside)
+        own = [key_of(path[0]) for path, _ in pairs]
+    except Exception:  # a class may be registered without names of its parts, or with wrong ones
+        own = [*range(len(parts))]
+    for key, part in zip(own, parts, strict=True):
+        yield from _leaves(part, (*keys, key))
 
 
 def checked_names(

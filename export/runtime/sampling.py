@@ -85,6 +85,18 @@ class Ends:
         said = read if isinstance(read, dict) else {}
         tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
-        found = tuple(int(token) for token in several if token is not None)
         padding = said.get("pad_token_id") if pad is None else pad
+        for field, value in [("pad_token_id", padding), *(("eos_token_id", t) for t in several)]:
+            if value is not None and not _is_token(value):
+                raise ExportError(
+                    f"{beside}: {field} holds {value!r:.80}, expected numbers of tokens: correct "
+                    f"it, or pass {field}="
+                )
+        found = tuple(int(token) for token in several if token is not None)
         return cls(found, int(padding) if padding is not None else (found or (0,))[0])
+
+
+def _is_token(value: object) -> bool:
+    """Whether a value can be the number of a token, as onnxruntime takes it."""
+    is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_number and -1 <= int(value) < 1 << 31  # type: ignore[call-overload]

@@ -27,6 +27,7 @@ from lora_fx.export.runtime.ort import call, open_session, to_array
 from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import active, check_adapter_file, load_adapter
+from lora_fx.io.output_place import check_path
 
 Stamp = tuple[int, int, int]
 
@@ -181,7 +182,7 @@ class Session:
                 f"{path}: {self._path} takes no adapter: its weights are constants; export it "
                 'with adapters="input"'
             )
-        if not path.is_file():
+        if not check_path(path, AdapterError).is_file():
             raise AdapterError(f"{path}: no such adapter file")
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)

@@ -25,7 +25,8 @@ from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter,
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.injection.branch_tensors import Terms, update_of
-from lora_fx.io.atomic import staged
+from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.output_place import keeping
 from lora_fx.layers.axes import sizes_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
@@ -60,27 +61,30 @@ def export_adapter(
         ExportError: the model has no slots, was changed, or the output exists.
         AdapterError: the adapter does not fit the slots, or holds what a slot cannot carry.
     """
-    source = (
-        [Path(model_path)] if isinstance(adapter, Adapter) else [Path(adapter), Path(model_path)]
-    )
-    out = Path(out_path)
-    if out.resolve() in [path.resolve() for path in source]:
-        raise ExportError(f"{out}: is an input of this call: give another name")
-    proto = load_proto(Path(model_path))
-    manifest = manifest_in(proto, Path(model_path), strict=True)
+    source, out = (None if isinstance(adapter, Adapter) else adapter), Path(out_path)
+    with keeping(source, model_path):
+        refuse_existing(out, force=force)
+        _export(adapter, Path(model_path), out, force, check)
+
+
+def _export(
+    adapter: Adapter | str | Path, model_path: Path, out: Path, force: bool, check: bool
+) -> None:
+    proto = load_proto(model_path)
+    manifest = manifest_in(proto, model_path, strict=True)
     if manifest is None:
         raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
     if check:
-        check_digests(proto, Path(model_path))
+        check_digests(proto, model_path)
     del proto
     if not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
-    values = values_of_adapter(adapter, manifest, Path(model_path))
+    values = values_of_adapter(adapter, manifest, model_path)
     del adapter  # a caller who gave a path has no use for it either
     arrays = {name: to_numpy(value) for name, value in values.items()}
     with staged(out, force=force) as draft:
         _write(draft, arrays, manifest)
-        check_adapter_file(draft, manifest, Path(model_path))
+        check_adapter_file(draft, manifest, model_path)
         _check_bits(draft, arrays)
 
 

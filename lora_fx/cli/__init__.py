@@ -33,6 +33,7 @@ from lora_fx.cli.adapter_options import (
 from lora_fx.cli.console import show, stages
 from lora_fx.cli.error_exit import report as report_failure
 from lora_fx.errors import LoraFxError
+from lora_fx.io.output_place import keeping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,7 +142,7 @@ def export(
     spec = model or named_model
     if spec is None or (model and named_model):
         raise LoraFxError("give one model: MODEL, or -m MODEL")
-    with stages() as progress:
+    with stages() as progress, keeping(spec, spec.rpartition(":")[0], *(adapter or ()), given.base):
         report = export_model(
             spec, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
             task, last_logits, opset, slots or (), name or (), dtype, dry_run,
@@ -186,7 +187,7 @@ def adapter(
         told.append(read.to_lora(rank, energy, base=base))
         return told[0].adapter
 
-    with stages():
+    with stages(), keeping(adapter, model, given.base):
         converted = convert_adapter(
             adapter, out, model, to, force, given, change if to_lora else None
         )

@@ -19,6 +19,7 @@ from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.formats import save_adapter
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
+from lora_fx.io.output_place import check_path
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource
@@ -272,7 +273,7 @@ def verify_model(
         LoraFxError: something cannot be read, or an adapter does not fit.
         VerificationError: the file and eager disagree, or the control agreed.
     """
-    if not path.is_file():
+    if not check_path(path, ExportError).is_file():
         raise ExportError(f"{path}: no such file")
     from lora_fx.export import verify_onnx
     from lora_fx.export.onnx_model.model_file import load_proto
@@ -314,7 +315,7 @@ def _load(
     """The model and its adapters, whose names it resolves."""
     called, wanted = named(paths, names), dtype_named(dtype)
     paths = [path for path, _ in called]
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(p) for p in paths if not check_path(p, AdapterError).exists()]
     if missing:  # told before a model is loaded, which can take long
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
     given = given or Given()

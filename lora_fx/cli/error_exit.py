@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from lora_fx.cli.advice import in_options
 from lora_fx.cli.user_code import users_line, words
-from lora_fx.errors import LoraFxError, VerificationError
+from lora_fx.errors import LoraFxError, VerificationError, is_out_of_memory
 
 TRACEBACK = "LORA_FX_TRACEBACK"
 
@@ -37,6 +37,8 @@ def report(error: BaseException, options: Collection[str] = (), every: Collectio
 def _message(error: BaseException) -> str:
     if isinstance(error, LoraFxError):
         return str(error)
+    if is_out_of_memory(error):
+        return "MemoryError: there is not enough memory: free some, or take a smaller model"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, BrokenPipeError):

@@ -12,6 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.describe import describe_update
 from lora_fx.cli.adapter_options import Given
 from lora_fx.errors import LoraFxError, within
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20
@@ -30,7 +31,7 @@ def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
     Raises:
         LoraFxError: it is missing, damaged, not what was exported, or none of these.
     """
-    if not path.exists():
+    if not check_path(path, LoraFxError).exists():
         raise LoraFxError(f"{path}: no such file or directory")
     if path.suffix == ".onnx":
         return _model(path)

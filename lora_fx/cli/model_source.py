@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.example import DTYPE
+from lora_fx.io.output_place import check_path
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.model_source import ModelSource, from_directory
 from lora_fx.tasks.pipeline import is_pipeline
@@ -84,7 +85,7 @@ def _found(
     component: str | None,
     dtype: torch.dtype | None,
 ) -> ModelSource:
-    path = Path(spec)
+    path = check_path(Path(spec), LoraFxError)
     if path.is_dir() and is_pipeline(path):
         return _from_diffusers(path, component, dtype, adapters is not None, task, last_logits)
     if path.is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
@@ -22,6 +22,7 @@ from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, wri
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.formats.torchtune import is_torchtune, read_torchtune
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import names_in
 
 
@@ -83,7 +84,7 @@ def load_adapter(
     Raises:
         AdapterError: names the file, the tensor or field, what was found and expected.
     """
-    source = Path(path)
+    source = check_path(Path(path), AdapterError)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory")
     if format == "auto":
@@ -93,7 +94,8 @@ def load_adapter(
     if name is not None:
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
-    adapter = chosen.read(source, name or _name_from(source), options)
+    with memory_told(source, AdapterError):
+        adapter = chosen.read(source, name or _name_from(source), options)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -129,7 +131,8 @@ def save_adapter(
     if chosen.write is None:
         written = ", ".join(name for name, entry in FORMATS.items() if entry.write is not None)
         raise AdapterError(f"{path}: format {format} is read and not written; written: {written}")
-    chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
+    with memory_told(path, AdapterError):
+        chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 
 def _format(name: str) -> Format:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
-from lora_fx.errors import AdapterError, ExportError, LoraFxError, shorten
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, memory_told, shorten
+from lora_fx.io.draft import NEW, hidden_directory, put_in, sweep
+from lora_fx.io.output_place import check_places, keeping_nothing, refuse_links
 
 # What a forced write of an adapter may delete; anything else in its directory is somebody's work.
 REPLACEABLE = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
@@ -28,7 +28,8 @@ def atomic(
     """Gives a directory to write in, and moves what was written there to where it belongs.
 
     The draft is on the filesystem of its place. Whatever is raised, an interrupt too, the draft
-    goes, what had moved goes back, and what was there before is there again.
+    goes, what had moved goes back, and what was there before is there again. What is left of a
+    process that was killed goes before the next writes there.
 
     Args:
         target: what messages name.
@@ -39,59 +40,34 @@ def atomic(
         gone: a file of what is replaced, which goes if none of its name was written.
     """
     may_write()
+    into = Path(os.path.realpath(into))
     home = next(path for path in (into, *into.parents) if os.path.lexists(path))
+    if not home.is_dir():
+        raise error(f"{target}: cannot be created: {home} is no directory")
+    for place in {home, into.parent}:
+        sweep(place)
     try:
-        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
-    except OSError as problem:
-        raise error(f"{target}: cannot be created: {problem.strerror}") from problem
-    try:
-        draft = hidden / "new" / into.relative_to(home)
-        draft.mkdir(parents=True)  # not the hidden one itself, which only its owner may read
-        yield draft
-        may_write()
-        moves = _moves(draft, into, last)
-        if gone is not None and gone not in (place for _, place in moves) and gone.exists():
-            moves.append((gone, hidden / "gone"))
-        _move(moves, hidden)
+        with memory_told(target, error), hidden_directory(home) as hidden:
+            draft = hidden / NEW / into.relative_to(home)
+            draft.mkdir(parents=True)  # not the hidden one itself, which only its owner may read
+            with keeping_nothing():
+                yield draft
+            may_write()
+            _put(hidden, draft, into, last, gone)
     except OSError as problem:
         raise error(f"{target}: cannot be written: {problem.strerror or problem}") from problem
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _moves(draft: Path, into: Path, last: str) -> list[tuple[Path, Path]]:
-    """What moves where, in order: each file, or at once the directories that are missing."""
+def _put(hidden: Path, draft: Path, into: Path, last: str, gone: Path | None) -> None:
+    """Moves each file, or at once the directories that are missing."""
     if into.exists():
-        files = sorted(draft.iterdir(), key=lambda path: path.name == last)
-        return [(file, into / file.name) for file in files]
+        names = sorted((path.name for path in draft.iterdir()), key=lambda name: name == last)
+        is_left = gone is not None and gone.name not in names and gone.exists()
+        put_in(hidden, names, [gone.name] if gone is not None and is_left else [])
+        return
     while not into.parent.exists():
         draft, into = draft.parent, into.parent
-    return [(draft, into)]
-
-
-def _move(moves: Sequence[tuple[Path, Path]], hidden: Path) -> None:
-    """Makes all moves or none: what was there is kept until the last one is made."""
-    kept = [hidden / f"old{i}" for i in range(len(moves))]
-    try:
-        for (source, place), old in zip(moves, kept, strict=True):
-            if os.path.lexists(place):
-                _keep(place, old)
-            os.replace(source, place)
-    except BaseException:
-        for (source, place), old in reversed(list(zip(moves, kept, strict=True))):
-            if not os.path.lexists(source):
-                os.replace(place, source)
-            if os.path.lexists(old):
-                os.replace(old, place)
-        raise
-
-
-def _keep(place: Path, old: Path) -> None:
-    """Gives a file a second name, so that it is never away; a directory has to move."""
-    try:
-        os.link(place, old, follow_symlinks=False)
-    except OSError:  # also where a filesystem has no links
-        os.replace(place, old)
+    os.replace(draft, into)
 
 
 def publish(target: Path, content: bytes | Mapping[str, bytes], force: bool) -> None:
@@ -113,6 +89,7 @@ def publish(target: Path, content: bytes | Mapping[str, bytes], force: bool) -> 
 
 
 def _refuse_other(target: Path, is_directory: bool, force: bool) -> None:
+    check_places([target], AdapterError)
     if not os.path.lexists(target):
         return
     if not force:
@@ -144,13 +121,16 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     Raises:
         ExportError: the target or its external data exists, or its directory does not.
     """
+    places = [target, data_path(target)] if target.name else [target]
+    check_places(places, ExportError)
     if not target.parent.is_dir():
         raise ExportError(f"{target}: its directory does not exist: create it first")
     if target.is_dir():
         raise ExportError(f"{target}: is a directory: give the name of a file in it")
-    found = [path for path in (target, data_path(target)) if os.path.lexists(path)]
+    found = [path for path in places if os.path.lexists(path)]
     if found and not force:
         raise ExportError(f"{found[0]}: exists: pass force=True to replace it")
+    refuse_links(found, ExportError)
 
 
 def data_path(target: Path) -> Path:
@@ -175,8 +155,13 @@ def refuse_files(out: Path, names: Sequence[str], force: bool) -> None:
     Raises:
         ExportError: it does, and ``force`` does not say to replace them, or it is no directory.
     """
+    places = [out / name for name in names]
+    check_places(places, ExportError)
+    refuse_links([out], ExportError)
     if os.path.lexists(out) and not out.is_dir():
         raise ExportError(f"{out}: is a file: give a directory")
-    found = [name for name in names if os.path.lexists(out / name)]
+    found = [path for path in places if os.path.lexists(path)]
     if found and not force:
-        raise ExportError(f"{out}: holds {shorten(found)} already: pass --force to replace it")
+        held = shorten([path.name for path in found])
+        raise ExportError(f"{out}: holds {held} already: pass --force to replace it")
+    refuse_links(found, ExportError)

@@ -94,6 +94,9 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
         raise AdapterError(f"header of {length} bytes, expected at most {MAX_HEADER}")
     if length > size - 8:
         raise AdapterError(f"header of {length} bytes, but only {size - 8} follow")
+    count = data.count(b'"data_offsets"')
+    if count > MAX_TENSORS:  # before each is made a value of
+        raise AdapterError(f"{count} tensors, expected at most {MAX_TENSORS}")
     if not data.startswith(b"{"):
         raise AdapterError(f"the header starts with {data[:1]!r}, expected an object")
     with within("header"):

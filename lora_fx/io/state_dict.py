@@ -23,6 +23,7 @@ from lora_fx.io.tensor_checks import check_gathered, check_tensors
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_STREAM = 16 << 20
+_MOST_SHARED = 16  # times that a value may be shown
 # All that a state dict calls. torch allows more, such as bytearray and Tensor, which take any size.
 _CALLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter)"
@@ -161,8 +162,19 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise AdapterError(f"{path}: holds no state dict, expected names to tensors")
     with within(path):
+        _check_shared(content, path.stat().st_size)
         check_tensors(content)
     return dict(content)
+
+
+def _check_shared(tensors: Mapping[str, torch.Tensor], stored: int) -> None:
+    """Refuses many views of few values: tied tensors are some, and each is read."""
+    shown = sum(t.numel() * t.element_size() for t in tensors.values() if not t.is_nested)
+    if shown > _MOST_SHARED * stored:
+        raise AdapterError(
+            f"tensors of {shown} bytes in a file of {stored}, expected values of its own for each: "
+            "save contiguous copies"
+        )
 
 
 def _check_archive(path: Path) -> None:

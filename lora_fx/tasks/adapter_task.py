@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft import weights_in
 from lora_fx.formats.peft.keys import PREFIX
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 
@@ -40,7 +41,7 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
     names: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        config = _config(path)
+        config = _config(check_path(path, AdapterError))
         name = config.get("task_type")
         if isinstance(name, str):
             names.setdefault(name, path)

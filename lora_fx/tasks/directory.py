@@ -14,6 +14,7 @@ import torch
 from lora_fx.errors import AdapterWarning, LoraFxError, shorten, within
 from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.adapter_task import AdapterTask
+from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.directory_files import check_alone, check_files, without_adapter
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
@@ -80,19 +81,22 @@ def _load(
         config = transformers.AutoConfig.from_pretrained(place, **here)
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
-    with within(path):
+    with within(path), bounded(path):
         kind = _class_of(config, adapters, task, transformers)
     for part in (config, *_parts(config)):
         part.use_cache = False
     try:
-        model, told = kind.from_pretrained(
-            place,
-            config=config,
-            ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
-            output_loading_info=True,
-            dtype=dtype or "auto",
-            **here,
-        )
+        with bounded(path):
+            model, told = kind.from_pretrained(
+                place,
+                config=config,
+                ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
+                output_loading_info=True,
+                dtype=dtype or "auto",
+                **here,
+            )
+    except LoraFxError:
+        raise
     except Exception as error:
         raise LoraFxError(f"{path}: transformers cannot load it: {error}") from error
     if told["unexpected_keys"]:
@@ -238,5 +242,7 @@ def _meta_shapes(kind: Any, config: Any, labels: int) -> dict[str, tuple[int, ..
         config.num_labels = labels
         with torch.device("meta"):
             return {name: tuple(value.shape) for name, value in kind(config).named_parameters()}
+    except LoraFxError:
+        raise
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"config.json does not describe a {kind.__name__}: {error}") from error

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from lora_fx.errors import LoraFxError
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.shards import is_index, shards_of
-from lora_fx.io.strict_json import MAX_JSON
+from lora_fx.io.strict_json import MAX_JSON, read_json
+from lora_fx.tasks.bounded_build import check_config
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = {".safetensors", ".bin"}
@@ -65,5 +66,7 @@ def check_files(directory: Path) -> None:
         if file.suffix not in _READ or file.is_dir():
             continue
         check_plain(file, LoraFxError, MAX_JSON if file.suffix == ".json" else None)
+        if file.name == "config.json":
+            check_config(file, read_json(file, LoraFxError))
         if is_index(file):
             shards_of(file)

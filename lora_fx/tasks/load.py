@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.errors import LoraFxError
+from lora_fx.io.output_place import check_path
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource, from_directory
@@ -41,7 +42,7 @@ def load(
     Raises:
         LoraFxError: it cannot be loaded, has no such task, or lacks a weight.
     """
-    path, paths = Path(directory), [Path(adapter) for adapter in adapters]
+    path, paths = check_path(Path(directory), LoraFxError), [Path(adapter) for adapter in adapters]
     if not path.is_dir():
         raise LoraFxError(f"{path}: no such directory")
     if is_pipeline(path):

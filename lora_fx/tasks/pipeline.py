@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
+from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.directory import Loaded, fields_of, load_directory, quiet
 from lora_fx.tasks.directory_files import check_files
 
@@ -117,9 +120,13 @@ def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
         )
     try:
         loader: Any = kind  # which mypy takes for any class now
+        with bounded(path), torch.device("meta"):
+            loader.from_config(loader.load_config(path))
         model, told = loader.from_pretrained(
             path, torch_dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    except LoraFxError:
+        raise
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: diffusers cannot load it: {error}") from error
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}

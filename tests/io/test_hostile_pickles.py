@@ -86,9 +86,22 @@ CASES = {
     "overlap": saved(lambda: {"a": torch.arange(10.0).as_strided((4, 4), (2, 1))}),
     "windows": saved(lambda: {"a": torch.arange(10.0).unfold(0, 3, 1)}),
     "huge overlap": saved(lambda: {"a": torch.ones(200_000).as_strided((99_999, 99_999), (1, 1))}),
+    "many views": saved(lambda: dict.fromkeys(map(str, range(500)), torch.ones(9)) | views(1000)),
+    "a few whole views": saved(lambda: views(40)),
     "a tree": saved(lambda: {"model": {"a": torch.ones(2)}}),
     "a network": saved(lambda: torch.nn.Linear(2, 3)),
 }
+
+
+def views(count: int) -> dict[str, torch.Tensor]:
+    """So many views of one storage, each of nearly all of it, and none expanded."""
+    whole = torch.ones(50_000)
+    return {f"view{n}": whole[n:] for n in range(count)}
+
+
+def test_tied_tensors_are_read(tmp_path: Path) -> None:
+    torch.save(views(15), tmp_path / "a.bin")
+    assert len(read_pickle(tmp_path / "a.bin")) == 15
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of prototypes and of protocols

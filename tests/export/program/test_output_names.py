@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, to_onnx
@@ -19,6 +20,31 @@ T = torch.zeros(1)
 Pair = namedtuple("Pair", ["left", "right"])
 
 
+class Unnamed:
+    """Registered without names of its parts."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+class Broken(Unnamed):
+    """Registered with names that cannot be asked for."""
+
+
+class Nothing(Unnamed):
+    """Registered, and empty."""
+
+
+pytree.register_pytree_node(Unnamed, lambda own: (own.parts, None), lambda p, _: Unnamed(*p))
+pytree.register_pytree_node(
+    Broken,
+    lambda own: (own.parts, None),
+    lambda p, _: Broken(*p),
+    flatten_with_keys_fn=lambda own: own.nowhere,
+)
+pytree.register_pytree_node(Nothing, lambda own: ((), None), lambda p, _: Nothing())
+
+
 @pytest.mark.parametrize(
     ("outputs", "names"),
     [
@@ -27,6 +53,14 @@ Pair = namedtuple("Pair", ["left", "right"])
         ([T, None, (T, T)], ["output_0", "output_2_0", "output_2_1"]),
         ({"a": T, "b": (T, None)}, ["a", "b_0"]),
         (Pair(T, T), ["left", "right"]),
+        (Unnamed(T, T), ["output_0", "output_1"]),
+        (Unnamed(T, None), ["output_0"]),
+        (Broken(T, {"a": T}), ["output_0", "output_1_a"]),
+        (
+            {"logits": T, "rest": [Unnamed(T, Pair(T, Unnamed(T)))]},
+            ["logits", "rest_0_0", "rest_0_1_left", "rest_0_1_right_0"],
+        ),
+        ((T, Nothing()), ["output_0"]),
     ],
 )
 def test_output_names(outputs: Any, names: list[str]) -> None:
@@ -43,6 +77,38 @@ def test_an_output_cannot_have_the_name_of_an_input_or_of_another() -> None:
     assert free_names(["x", "y"], taken=["x"]) == ["x_out", "y"]
     assert free_names(["x", "x_out", "x"], taken=["x"]) == ["x_out_2", "x_out", "x_out_3"]
     assert free_names(["y", "y"], taken=["y_out"]) == ["y", "y_out_2"]
+
+
+def test_no_output_at_all_is_told() -> None:
+    for outputs in ((), None, {"a": None}, Nothing()):
+        with pytest.raises(ExportError, match="returns no tensor"):
+            output_names(outputs)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800"])
+def test_a_name_that_cannot_be_printed_is_no_output_s(name: str) -> None:
+    with pytest.raises(ExportError, match="a name that can be printed"):
+        output_names({name: T})
+
+
+class Wrapped(nn.Module):
+    """Returns what `Unnamed` holds, inside of other containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"a": Unnamed(self.fc(x), [Unnamed(x * 2)])}
+
+
+def test_classes_without_names_are_exported_and_verified(tmp_path: Path) -> None:
+    x = torch.randn(2, 3)
+    report = to_onnx(trace(Wrapped(), (x,)), tmp_path / "model.onnx")
+    found = Session(tmp_path / "model.onnx").run({"x": x})
+    assert report.verified
+    assert list(found) == ["a_0", "a_1_0_0"]
+    assert compare(torch.as_tensor(found["a_1_0_0"]), x * 2).relative == 0
 
 
 class Echo(nn.Module):

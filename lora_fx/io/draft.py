@@ -1,0 +1,129 @@
+"""The hidden directory that files are written in, and what is left of one whose process died."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+locks: Any = None
+with suppress(ImportError):  # not on Windows, where leftovers stay
+    locks = import_module("fcntl")
+
+PREFIX = ".lora_fx-"
+# What stands in a hidden directory: the draft; its files, while they move to their places, which
+# are free; and what stood there.
+NEW, MOVING, OLD = "new", "moving", "old"
+
+
+@contextmanager
+def hidden_directory(home: Path) -> Iterator[Path]:
+    """A directory of its own in ``home``, locked for as long as it is used, and then gone.
+
+    Raises:
+        OSError: there can be none.
+    """
+    hidden, lock = _made(home)
+    try:
+        yield hidden
+    finally:
+        _settle(hidden)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(home: Path) -> None:
+    """Settles what processes that died have left in a directory; what is locked is in use."""
+    try:
+        found = [Path(e.path) for e in os.scandir(home) if e.name.startswith(PREFIX)]
+    except OSError:
+        return
+    for hidden in found:
+        lock = None if hidden.is_symlink() else _lock(hidden)
+        if lock is not None:
+            _settle(hidden)
+            os.close(lock)
+
+
+def put_in(hidden: Path, names: list[str], gone: list[str]) -> None:
+    """Moves the files of a draft beside their hidden directory, all of them or none.
+
+    What they replace is taken away first, so that at no time files of two sets stand together.
+    Whoever finds the directory after this process died knows the set: the new one if its files
+    were already moving, else the old.
+
+    Args:
+        hidden: the directory.
+        names: of the draft's files, in their order.
+        gone: what goes, beside what they replace.
+    """
+    home, (draft, moving, old) = hidden.parent, (hidden / part for part in (NEW, MOVING, OLD))
+    taken = [name for name in reversed(names) if os.path.lexists(home / name)] + gone
+    if len(names) == 1 and (not taken or (taken == names and (home / names[0]).is_file())):
+        os.replace(draft / names[0], home / names[0])
+        return
+    old.mkdir()
+    try:
+        for name in taken:
+            os.replace(home / name, old / name)
+        os.rename(draft, moving)
+        for name in names:
+            os.replace(moving / name, home / name)
+    except BaseException:
+        _take_back(hidden, names)
+        raise
+
+
+def _take_back(hidden: Path, names: list[str]) -> None:
+    """The new files, as far as they had moved; the old ones are settled."""
+    if not os.path.lexists(hidden / MOVING):
+        return
+    os.rename(hidden / MOVING, hidden / NEW)
+    for name in names:
+        if not os.path.lexists(hidden / NEW / name):
+            os.replace(hidden.parent / name, hidden / NEW / name)
+
+
+def _settle(hidden: Path) -> None:
+    """Ends what was begun and removes the directory; nothing that has come since is replaced."""
+    left = hidden / MOVING if (hidden / MOVING).is_dir() else hidden / OLD
+    with suppress(OSError):  # there is none, or it may not be read
+        for file in list(left.iterdir()):
+            place = hidden.parent / file.name
+            if not os.path.lexists(place):
+                os.replace(file, place)
+    # What was replaced goes before that which says so.
+    shutil.rmtree(hidden / OLD, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _made(home: Path) -> tuple[Path, int | None]:
+    for _ in range(100):
+        hidden = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
+        lock = _lock(hidden)
+        if locks is None or (lock is not None and hidden.is_dir()):
+            return hidden, lock
+        if lock is not None:  # somebody swept it before it was locked
+            os.close(lock)
+    return hidden, None
+
+
+def _lock(directory: Path) -> int | None:
+    """Holds a directory until what is returned is closed, or the process ends; None if another."""
+    if locks is None:
+        return None
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        locks.flock(lock, locks.LOCK_EX | locks.LOCK_NB)
+    except OSError:  # in use, or on a filesystem without locks
+        os.close(lock)
+        return None
+    return lock
