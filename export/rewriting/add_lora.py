@@ -34,6 +34,7 @@ from lora_fx.export.slots.slot import Slot
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.output_place import keeping
 
 _RANKS = (1, 4, 2, 7)
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
@@ -77,7 +78,8 @@ def add_lora(
         VerificationError: the files disagree, or the control agrees.
     """
     path, out, clock = Path(model_path), Path(out_path), Clock(progress)
-    refuse_existing(out, force=force)
+    with keeping(path):
+        refuse_existing(out, force=force)
     proto = load_proto(path)
     if manifest_in(proto, path) is not None:
         raise ExportError(f"{path}: has slots already: export an adapter for it as it is")

@@ -26,6 +26,7 @@ from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.output_place import keeping
 
 
 def merge_onnx(
@@ -66,7 +67,8 @@ def merge_onnx(
         VerificationError: the files disagree, or the control agrees.
     """
     path, out, clock = Path(model_path), Path(out_path), Clock(progress)
-    refuse_existing(out, force=force)
+    with keeping(path, None if isinstance(adapter, Adapter) else adapter):
+        refuse_existing(out, force=force)
     proto = load_proto(path)
     manifest = manifest_in(proto, path, strict=True)
     if manifest is None:
