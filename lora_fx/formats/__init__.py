@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
+from lora_fx.adapters.settle import settled
 from lora_fx.errors import AdapterError, AdapterWarning, shorten
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
@@ -21,6 +22,7 @@ from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, wri
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.io.state_dict import names_in
+from lora_fx.layers.base_layers import BaseLayers, layers_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def load_adapter(
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
     adapter = chosen.read(source, name or _name_from(source), options)
+    adapter = _settled(adapter, layers_of(base))
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -96,6 +99,16 @@ def load_adapter(
             stacklevel=2,
         )
     return adapter
+
+
+def _settled(adapter: Adapter, base: BaseLayers) -> Adapter:
+    """An adapter by the paths of the base, if that is given."""
+    if base.base is None:
+        return adapter
+    names = (*adapter.updates, *adapter.replacements)
+    known = [name for name in names if name in base or name in base.aliases]
+    known += [name for name in names if base.unevaluated(name) is not None]
+    return settled(adapter, base, known)
 
 
 def save_adapter(

@@ -8,64 +8,168 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, evaluated
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, evaluated
+from lora_fx.adapters.row_blocks import swapped
+from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError
+from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.kohya.algorithms import (
     DORA,
     DOWN_KEY,
     MID,
     ROLES,
+    UP_KEY,
     algorithm_of,
+    by_algorithm,
     rank_of_algorithm,
 )
+from lora_fx.formats.kohya.names import part_of
 from lora_fx.formats.kohya.vectors import (
     ia3_update,
     is_of_inputs,
     norm_update,
     with_input_magnitude,
 )
-from lora_fx.formats.layer_tensors import Roles, check_no_half, factors_of, scalar_of
+from lora_fx.formats.layer_tensors import (
+    ALPHA,
+    Layers,
+    Roles,
+    check_no_half,
+    factors_of,
+    scalar_of,
+)
 from lora_fx.kinds import KINDS, dora
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
+from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.resolve import Size
+
+# What others call LyCORIS' differences of a norm's vectors.
+_OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 
 
-def updates_of(roles: Roles, path: str, layer: Layer) -> dict[str, AnyUpdate]:
-    """What the tensors of one name change: a layer, or the parameters of a norm.
+def size_of(roles: Roles) -> Size:
+    """(out, in, *kernel) of the layer that tensors are of, as far as they tell it alone."""
+    if "diff" in roles:
+        return tuple(roles["diff"][1].shape)
+    if not ROLES.keys() <= roles.keys():
+        return ()
+    down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
+    return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
+
+
+def placed(layers: Layers, meant: Mapping[str, Meaning], base: BaseLayers) -> dict[str, AnyUpdate]:
+    """The updates of a file, by the paths of the base.
+
+    Args:
+        layers: name -> tensors by leaf.
+        meant: name -> the layers that it is of.
+        base: their owner.
+
+    Raises:
+        AdapterError: tensors of several algorithms, of another layer, or of wrong shapes; or two
+            names are of one layer.
+    """
+    updates: dict[str, AnyUpdate] = {}
+    vectors: dict[str, AnyUpdate] = {}
+    for name, roles in layers.items():
+        meaning = meant[name]
+        with within(name):
+            layer = meaning.layer(base, (size_of(roles) or (None,))[0])
+            for key, update in updates_of(roles, layer).items():
+                if key:
+                    vectors |= _of_vectors(meaning, key, update, base)
+                else:
+                    updates[name] = update
+    try:
+        return place(updates, {name: meant[name] for name in updates}, base) | vectors
+    except AdapterError as error:
+        parts = sorted({part for name in layers if (part := part_of(name))})
+        advice = f"; pass component= to read one part of {', '.join(parts)}"
+        raise AdapterError(f"{error}{advice if len(parts) > 1 else ''}") from error
+
+
+def _of_vectors(
+    meaning: Meaning, key: str, update: AnyUpdate, base: BaseLayers
+) -> dict[str, AnyUpdate]:
+    """An update of the biases of several layers, or of a norm's vectors."""
+    if not meaning.is_all:
+        raise AdapterError(f"is of a part of {meaning.layers[0]}, whose {key} it cannot change")
+    whole = swapped(update) if meaning.halves_swapped else update
+    parts = divided(whole, meaning.layers, base)
+    return {f"{path}.{key}": part for path, part in parts.items()}
+
+
+def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
+    """What the tensors of one name change: a layer, or its parameters.
 
     The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
-    alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already.
+    alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already. A full
+    difference beside another algorithm is added to what that one makes of the weight.
 
     Args:
         roles: leaf -> key and tensor.
-        path: of the layer in the base.
         layer: as the base has it.
 
     Returns:
-        Path of the layer, or of a norm's parameter -> update.
+        "" -> update of the layer; ``weight`` or ``bias`` -> update of that parameter.
 
     Raises:
         AdapterError: tensors of several algorithms, of another layer, or of wrong shapes.
     """
+    if not layer.in_files:
+        raise AdapterError(
+            f"is of {layer.path}, a {layer.name}; linear, embedding, convolution and norm layers "
+            "are supported"
+        )
+    if layer.kind == NORM:
+        roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
+    first, *rest = ({leaf: roles[leaf] for leaf in leaves} for leaves in by_algorithm(roles))
+    found = _of_one(first, layer)
+    return _with_difference(found[""], rest[0]) if rest else found
+
+
+def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     algorithm = algorithm_of(tensors)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
-        raise AdapterError(f"{sorted(tensors)} do not fit {path}, a {layer.name}")
+        raise AdapterError(f"{sorted(tensors)} do not fit {layer.path}, a {layer.name}")
     if algorithm == "norm":
-        return dict(norm_update(path, leaf, tensor) for leaf, tensor in tensors.items())
+        return dict(norm_update(leaf, t) for leaf, t in tensors.items() if leaf != ALPHA)
+    if algorithm == "full" and "diff" not in tensors:
+        return {"bias": norm_update("b_norm", tensors["diff_b"])[1]}
     if algorithm == "ia3":
-        return {path: ia3_update(tensors, layer)}
+        return {"": ia3_update(tensors, layer)}
     scale = tensors.get(DORA)
     if scale is None or not is_of_inputs(scale, layer):
         update = _update(roles, algorithm, layer)
-        return {path: _on_groups(update, tensors, layer)}
+        return {"": _on_groups(update, tensors, layer)}
     rest = {leaf: found for leaf, found in roles.items() if leaf != DORA}
     plain = _update(rest, algorithm, layer)
-    return {path: with_input_magnitude(plain, tensors, layer)}
+    return {"": with_input_magnitude(plain, tensors, layer)}
+
+
+def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
+    """An update, and ``diff`` added to its weight, ``diff_b`` to its bias."""
+    diff, shift = (roles[leaf][1] if leaf in roles else None for leaf in ("diff", "diff_b"))
+    own = update.shift(lambda: None)
+    bias = own if shift is None else shift if own is None else own + shift
+    if diff is None and isinstance(update, Update) and update.scale != 0:
+        wide = torch.promote_types(update.up.dtype, torch.float32)
+        return {"": replace(update, bias=None if bias is None else bias.to(wide) / update.scale)}
+    delta = diff
+
+    def function(weight: Matrix) -> Matrix:
+        whole = update.of(weight)
+        return whole if delta is None else Sum(whole, constant(delta, weight.shape))
+
+    shape = update.shape if diff is None else tuple(diff.shape)
+    return {"": WeightUpdate("full", function, shape, bias=bias)}
 
 
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
