@@ -10,6 +10,7 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import sort_keys
+from lora_fx.formats.diffusers.keys import speaks_diffusers
 from lora_fx.formats.expressible import check_held
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.algorithms import DORA
@@ -34,9 +35,12 @@ _MARKS = tuple(end for end in DOTTED.endings if end not in (".alpha", ".diff_b")
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:
     """Whether a file's tensors are named as kohya's, or as LyCORIS's, or others' of that kind."""
-    return any(part_of(name) for name in names) or any(
-        name.endswith(_MARKS) and not name.startswith(PREFIX) for name in names
+    if any(part_of(name) for name in names):
+        return True
+    is_other = (
+        any(name.startswith(PREFIX) for name in names) or speaks_diffusers(names) is not False
     )
+    return not is_other and any(name.endswith(_MARKS) for name in names)
 
 
 def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:

@@ -24,13 +24,13 @@ _OTHERS = (
 # text encoder, in others the second.
 HOLDERS = {
     "unet": ("unet", "transformer"),
-    "transformer": ("transformer",),
-    "prior_unet": ("prior",),
-    "prior_te": ("text_encoder",),
     "te": ("text_encoder",),
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
     "te3": ("text_encoder_3", "text_encoder_2"),
+    "transformer": ("transformer",),
+    "prior_unet": ("prior",),
+    "prior_te": ("text_encoder",),
 }
 # LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
 LYCORIS = "lycoris"
@@ -119,7 +119,7 @@ def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:
         name -> the layers whose rows it has, mostly one layer.
 
     Raises:
-        AdapterError: a name means no layer, or several.
+        AdapterError: a name means no layer, or several, or two names mean one.
     """
     by_holder: dict[str, dict[str, Size]] = defaultdict(dict)
     for name, size in asked.items():
@@ -135,6 +135,7 @@ def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:
         several |= {name: [start + path for path in p] for name, p in result.several.items()}
     check_one(several)
     _check_found([name for name in asked if name not in found], asked, base)
+    _check_apart(found)
     return found
 
 
@@ -142,6 +143,17 @@ def _holder(name: str, base: BaseLayers) -> str:
     """The child of a pipeline that a name's part is of, or "" where the whole base is meant."""
     children = {path.partition(".")[0] for path in base}
     return next((h for h in HOLDERS.get(part_of(name) or "", ()) if h in children), "")
+
+
+def _check_apart(found: Mapping[str, Meaning]) -> None:
+    owners: dict[str, str] = {}
+    for name, meaning in found.items():
+        for path in meaning.layers if meaning.is_all else ():
+            if owners.setdefault(path, name) != name:
+                raise AdapterError(
+                    f"{owners[path]} and {name} are both of {path}; "
+                    f"pass component={part_of(name)!r} to read one part"
+                )
 
 
 def _check_found(missing: list[str], asked: Iterable[str], base: BaseLayers) -> None:

@@ -25,7 +25,6 @@ from lora_fx.formats.kohya.algorithms import (
     by_algorithm,
     rank_of_algorithm,
 )
-from lora_fx.formats.kohya.names import part_of
 from lora_fx.formats.kohya.vectors import (
     ia3_update,
     is_of_inputs,
@@ -84,12 +83,7 @@ def placed(layers: Layers, meant: Mapping[str, Meaning], base: BaseLayers) -> di
                     vectors |= _of_vectors(meaning, key, update, base)
                 else:
                     updates[name] = update
-    try:
-        return place(updates, {name: meant[name] for name in updates}, base) | vectors
-    except AdapterError as error:
-        parts = sorted({part for name in layers if (part := part_of(name))})
-        advice = f"; pass component= to read one part of {', '.join(parts)}"
-        raise AdapterError(f"{error}{advice if len(parts) > 1 else ''}") from error
+    return place(updates, {name: meant[name] for name in updates}, base) | vectors
 
 
 def _of_vectors(

@@ -38,7 +38,7 @@ def test_the_part_is_the_beginning_of_a_name() -> None:
 @pytest.mark.parametrize("part", ["text_encoder", "lora_unet", "", 3])
 def test_another_part_is_refused(part: object) -> None:
     check_part("te2")
-    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, lycoris"):
+    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, transformer"):
         check_part(part)
 
 
@@ -61,7 +61,6 @@ def test_a_pipeline_holds_the_parts() -> None:
     [
         ("lora_unet_a_b_c", ["a.b_c", "a_b.c"]),
         ("lora_unet_a_b_c", ["a.b_c", "a_b.c", "a.b.c"]),
-        ("lora_unet_proj", ["a.proj", "b.proj"]),
     ],
 )
 def test_a_name_of_several_layers_lists_them(name: str, paths: list[str]) -> None:
@@ -81,6 +80,11 @@ def test_a_name_of_no_layer_is_named_with_the_layers() -> None:
         found(["lora_unet_a", "lora_unet_b"], "a", "c")
     with pytest.raises(AdapterError, match=r"lora_te_b; .*pass component= .* of te, unet$"):
         found(["lora_unet_a", "lora_te_b"], "a")
+
+
+def test_two_names_of_one_layer_ask_for_one_part() -> None:
+    with pytest.raises(AdapterError, match="lora_te1_a and lora_te2_a are both of a; pass comp"):
+        found(["lora_te1_a", "lora_te2_a"], "a")
 
 
 def test_layers_of_all_kinds_are_meant() -> None:
