@@ -1,0 +1,330 @@
+"""Files that trainers of diffusion models write, held against what diffusers' own loader makes.
+
+Each file is written in the names of its trainer, converted and loaded by diffusers, fused, and its
+weights are compared with those that the updates give, on a tiny random model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
+from diffusers.loaders import lora_conversion_utils as conversion
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.errors import AdapterError
+from lora_fx.formats import load_adapter
+from lora_fx.testing import relative
+
+Tensors = dict[str, torch.Tensor]
+RANK = 3
+
+
+def flux() -> nn.Module:
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=10, pooled_projection_dim=6,
+        guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def flux2() -> nn.Module:
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=10, timestep_guidance_channels=6,
+        axes_dims_rope=(2, 2, 2, 2),
+    )  # fmt: skip
+
+
+def wan() -> nn.Module:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, text_dim=10, freq_dim=6, ffn_dim=24, num_layers=2, image_dim=7,
+        added_kv_proj_dim=16, rope_max_seq_len=8,
+    )  # fmt: skip
+
+
+def qwen() -> nn.Module:
+    return QwenImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=10, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def z_image() -> nn.Module:
+    return ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=10, axes_dims=[2, 2, 4], axes_lens=[8, 8, 8],
+    )  # fmt: skip
+
+
+def unet() -> nn.Module:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2,
+        cross_attention_dim=10, attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def size(model: nn.Module, *paths: str) -> tuple[int, ...]:
+    weights = [model.get_submodule(path).weight for path in paths]
+    return sum(len(weight) for weight in weights), *weights[0].shape[1:]
+
+
+def pair(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    out, into, *kernel = shape
+    return torch.randn(RANK, into, *kernel), torch.randn(out, RANK, *[1 for _ in kernel]) * 0.3
+
+
+BLOCKS = {
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+}
+FLUX = {f"double_blocks.1.{k}": f"transformer_blocks.1.{{}} {v}" for k, v in BLOCKS.items()}
+FLUX_NAMES = {
+    **BLOCKS,
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+}
+FLUX2_NAMES = {
+    **BLOCKS,
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+XLABS_NAMES = {
+    "processor.qkv_lora1": BLOCKS["img_attn.qkv"],
+    "processor.qkv_lora2": BLOCKS["txt_attn.qkv"],
+    "processor.proj_lora1": "attn.to_out.0",
+    "processor.proj_lora2": "attn.to_add_out",
+}
+WAN_NAMES = {
+    **{
+        f"self_attn.{old}": f"attn1.{new}"
+        for old, new in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+    },
+    **{
+        f"cross_attn.{old}": f"attn2.{new}"
+        for old, new in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+    },
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+WAN_REST = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+}
+FLUX_REST = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    **{
+        f"{old}.{a}": f"time_text_embed.{new}.{b}"
+        for old, new in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"))
+        for a, b in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    },
+    "single_blocks.0.linear2": "single_transformer_blocks.0.proj_out",
+    "single_blocks.0.modulation.lin": "single_transformer_blocks.0.norm.linear",
+}
+FLUX2_REST = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "single_blocks.0.linear1": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    "single_blocks.0.linear2": "single_transformer_blocks.0.attn.to_out",
+}
+QWEN = (
+    "attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_out.0 "
+    "attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2 img_mod.1 txt_mod.1"
+).split()
+Z_IMAGE = "attention.to_q attention.to_k attention.to_v attention.to_out.0 feed_forward.w1 feed_forward.w3".split()
+
+
+def blocks(
+    theirs: str, ours: str, names: Mapping[str, str], rest: Mapping[str, str] = {}
+) -> dict[str, list[str]]:
+    """Theirs -> ours, of both blocks of a model, and what is beside the blocks."""
+    own = {
+        f"{theirs}.{number}.{old}": [f"{ours}.{number}.{path}" for path in new.split()]
+        for number in (0, 1)
+        for old, new in names.items()
+    }
+    return own | {old: [new] for old, new in rest.items()}
+
+
+def same(start: str, leaves: list[str]) -> dict[str, list[str]]:
+    return {
+        f"{start}.{number}.{leaf}": [f"{start}.{number}.{leaf}"]
+        for number in (0, 1)
+        for leaf in leaves
+    }
+
+
+def kohya(name: str) -> str:
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def dotted(name: str) -> str:
+    return f"diffusion_model.{name}"
+
+
+LORA, PEFT = ("lora_down.weight", "lora_up.weight", "alpha"), ("lora_A.weight", "lora_B.weight", "")
+XLABS = ("down.weight", "up.weight", "")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Callable[[], nn.Module]
+    names: Mapping[str, list[str]]
+    spell: Callable[[str], str]
+    endings: tuple[str, str, str]
+    convert: Callable[[Tensors], Tensors]
+
+
+CASES = {
+    "flux, kohya": Case(
+        flux, blocks("double_blocks", "transformer_blocks", FLUX_NAMES, FLUX_REST), kohya, LORA,
+        conversion._convert_kohya_flux_lora_to_diffusers,
+    ),
+    "flux, ComfyUI": Case(
+        flux, blocks("double_blocks", "transformer_blocks", FLUX_NAMES), dotted, LORA,
+        conversion._convert_kohya_flux_lora_to_diffusers,
+    ),
+    "flux, XLabs": Case(
+        flux,
+        blocks("double_blocks", "transformer_blocks", XLABS_NAMES)
+        | blocks("single_blocks", "single_transformer_blocks", {"processor.qkv_lora": "attn.to_q attn.to_k attn.to_v", "processor.proj_lora": "proj_out"}),
+        str, XLABS, conversion._convert_xlabs_flux_lora_to_diffusers,
+    ),
+    "flux, OneTrainer": Case(
+        flux, same("transformer_blocks", ["attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn.to_add_out"]),
+        lambda name: "lora_transformer_" + name.replace(".", "_"), LORA,
+        conversion._convert_kohya_flux_lora_to_diffusers,
+    ),
+    "flux2, ai-toolkit": Case(
+        flux2, blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST), dotted, PEFT,
+        conversion._convert_non_diffusers_flux2_lora_to_diffusers,
+    ),
+    "flux2, kohya": Case(
+        flux2, blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST), kohya, LORA,
+        conversion._convert_kohya_flux2_lora_to_diffusers,
+    ),
+    "wan, ai-toolkit": Case(
+        wan, blocks("blocks", "blocks", WAN_NAMES, WAN_REST), dotted, PEFT,
+        conversion._convert_non_diffusers_wan_lora_to_diffusers,
+    ),
+    "wan, musubi": Case(
+        wan, blocks("blocks", "blocks", WAN_NAMES), kohya, LORA,
+        conversion._convert_musubi_wan_lora_to_diffusers,
+    ),
+    "qwen, musubi": Case(
+        qwen, same("transformer_blocks", QWEN[:8]), kohya, LORA,
+        conversion._convert_non_diffusers_qwen_lora_to_diffusers,
+    ),
+    "qwen, ai-toolkit": Case(
+        qwen, same("transformer_blocks", QWEN), dotted, PEFT,
+        conversion._convert_non_diffusers_qwen_lora_to_diffusers,
+    ),
+    "z-image, kohya": Case(
+        z_image, same("layers", Z_IMAGE), kohya, LORA,
+        conversion._convert_non_diffusers_z_image_lora_to_diffusers,
+    ),
+    "z-image, ai-toolkit": Case(
+        z_image, same("layers", Z_IMAGE), dotted, PEFT,
+        conversion._convert_non_diffusers_z_image_lora_to_diffusers,
+    ),
+}  # fmt: skip
+
+
+def written(case: Case, model: nn.Module) -> Tensors:
+    """A trainer's file for a model, of random factors; alphas are of another scale than 1."""
+    torch.manual_seed(3)
+    tensors: Tensors = {}
+    for theirs, ours in case.names.items():
+        if not all(path in dict(model.named_modules()) for path in ours):
+            continue
+        for ending, value in zip(
+            case.endings, (*pair(size(model, *ours)), torch.tensor(6.0)), strict=True
+        ):
+            if ending:
+                tensors[f"{case.spell(theirs)}.{ending}"] = value
+    return tensors
+
+
+def fused(model: nn.Module, tensors: Tensors, prefix: str = "transformer") -> Tensors:
+    """The weights that diffusers makes of a model with an adapter, those that it changed."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    tuned: Any = copy.deepcopy(model)
+    starts = f"{prefix}."
+    own = {k if k.startswith(starts) else starts + k: v for k, v in tensors.items()}
+    tuned.load_lora_adapter(own, prefix=prefix)
+    tuned.fuse_lora()
+    after = {
+        k.replace(".base_layer", ""): v for k, v in tuned.state_dict().items() if "lora_" not in k
+    }
+    return {k: v for k, v in after.items() if not torch.equal(v, before[k])}
+
+
+def made(model: nn.Module, adapter: Adapter) -> Tensors:
+    """The weights that the updates give."""
+    found = {}
+    for path, update in adapter.updates.items():
+        module: Any = model.get_submodule(path)
+        found[f"{path}.weight"] = update.weight(module.weight.detach())
+        if update.bias is not None:
+            found[f"{path}.bias"] = module.bias.detach() + update.shift(lambda: None)
+    return found
+
+
+def check_same(got: Tensors, want: Tensors) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert relative(got[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trainer_s_file_gives_the_weights_of_diffusers(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    model = case.model().eval()
+    tensors = written(case, model)
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", base=model)
+    want = fused(model, case.convert(dict(tensors)))
+    assert len(want) >= len(case.names) / 2
+    check_same(made(model, adapter), want)
+    with pytest.raises(AssertionError):  # the control: the base alone
+        base = {key: model.state_dict()[key] for key in want}
+        check_same(base, want)
