@@ -24,8 +24,11 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.loaders import lora_conversion_utils as conversion
+from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
@@ -99,7 +102,6 @@ BLOCKS = {
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
 }
-FLUX = {f"double_blocks.1.{k}": f"transformer_blocks.1.{{}} {v}" for k, v in BLOCKS.items()}
 FLUX_NAMES = {
     **BLOCKS,
     "img_mlp.0": "ff.net.0.proj",
@@ -286,15 +288,21 @@ def written(case: Case, model: nn.Module) -> Tensors:
 
 def fused(model: nn.Module, tensors: Tensors, prefix: str = "transformer") -> Tensors:
     """The weights that diffusers makes of a model with an adapter, those that it changed."""
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     tuned: Any = copy.deepcopy(model)
     starts = f"{prefix}."
     own = {k if k.startswith(starts) else starts + k: v for k, v in tensors.items()}
     tuned.load_lora_adapter(own, prefix=prefix)
-    tuned.fuse_lora()
-    after = {
-        k.replace(".base_layer", ""): v for k, v in tuned.state_dict().items() if "lora_" not in k
-    }
+    return changed(model, tuned)
+
+
+def changed(model: nn.Module, tuned: nn.Module) -> Tensors:
+    """The weights of a model that its adapter changes, merged by PEFT."""
+    before = model.state_dict()
+    for module in tuned.modules():
+        if isinstance(module, BaseTunerLayer) and not module.merged:
+            module.merge()
+    own = {k: v for k, v in tuned.state_dict().items() if "lora_" not in k}
+    after = {k.replace(".base_layer", ""): v for k, v in own.items()}
     return {k: v for k, v in after.items() if not torch.equal(v, before[k])}
 
 
@@ -328,3 +336,85 @@ def test_a_trainer_s_file_gives_the_weights_of_diffusers(tmp_path: Path, name: s
     with pytest.raises(AssertionError):  # the control: the base alone
         base = {key: model.state_dict()[key] for key in want}
         check_same(base, want)
+
+
+ATTENTION = "transformer_blocks.0."
+SGM = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks.2.0.emb_layers.1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks.2.0.out_layers.3": "down_blocks.0.resnets.1.conv2",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.4.0.skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    f"input_blocks.4.1.{ATTENTION}attn1.to_q": f"down_blocks.1.attentions.0.{ATTENTION}attn1.to_q",
+    f"input_blocks.5.1.{ATTENTION}attn2.to_k": f"down_blocks.1.attentions.1.{ATTENTION}attn2.to_k",
+    f"input_blocks.5.1.{ATTENTION}ff.net.2": f"down_blocks.1.attentions.1.{ATTENTION}ff.net.2",
+    "input_blocks.5.1.proj_in": "down_blocks.1.attentions.1.proj_in",
+    "middle_block.0.in_layers.2": "mid_block.resnets.0.conv1",
+    "middle_block.2.out_layers.3": "mid_block.resnets.1.conv2",
+    f"middle_block.1.{ATTENTION}attn2.to_v": f"mid_block.attentions.0.{ATTENTION}attn2.to_v",
+    "output_blocks.2.0.in_layers.2": "up_blocks.0.resnets.2.conv1",
+    f"output_blocks.1.1.{ATTENTION}attn1.to_v": f"up_blocks.0.attentions.1.{ATTENTION}attn1.to_v",
+    "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.4.0.skip_connection": "up_blocks.1.resnets.1.conv_shortcut",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "out.2": "conv_out",
+}
+OWN = [ours for ours in SGM.values() if "time_emb" not in ours]
+
+
+@pytest.mark.parametrize("names", [SGM, {ours: ours for ours in OWN}], ids=["SDXL", "SD1.5"])
+def test_a_unet_by_sgm_s_names_and_by_its_own(tmp_path: Path, names: Mapping[str, str]) -> None:
+    case = Case(unet, {old: [new] for old, new in names.items()}, kohya, LORA, dict)
+    model: Any = unet()
+    tensors = written(case, model)
+    save_file(tensors, tmp_path / "a.safetensors")
+    loader = StableDiffusionXLLoraLoaderMixin
+    state, alphas = loader.lora_state_dict(dict(tensors), unet_config=model.config)
+    tuned: Any = copy.deepcopy(model)
+    loader.load_lora_into_unet(state, alphas, tuned)
+    want = changed(model, tuned)
+    assert len(want) == len(names)
+    check_same(made(model, load_adapter(tmp_path / "a.safetensors", base=model)), want)
+
+
+def clip(seed: int, cls: type = CLIPTextModel) -> nn.Module:
+    torch.manual_seed(seed)
+    return cls(
+        CLIPTextConfig(
+            vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=8, projection_dim=6,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "start", ["lora_te{}_text_model_", "text_encoders.clip_{}.transformer.text_model."]
+)
+def test_text_encoders_of_a_pipeline(tmp_path: Path, start: str) -> None:
+    pipe = nn.Module()
+    pipe.text_encoder, pipe.text_encoder_2 = clip(1), clip(2, CLIPTextModelWithProjection)
+    leaves = ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+    flat, words = start.startswith("lora"), ("1", "2") if start.startswith("lora") else ("l", "g")
+    plain: Tensors = {}
+    tensors: Tensors = {}
+    for number, (word, encoder) in enumerate(zip(words, pipe.children(), strict=True), 1):
+        owner = dict(encoder.named_modules())
+        for leaf in leaves:
+            name = f"encoder.layers.1.{leaf}"
+            path = next(path for path in owner if path.endswith(name))
+            values = zip(LORA, (*pair(size(encoder, path)), torch.tensor(6.0)), strict=True)
+            for ending, value in values:
+                spelt = name.replace(".", "_") if flat else name
+                tensors[f"{start.format(word)}{spelt}.{ending}"] = value
+                plain[f"lora_te{number}_text_model_{name.replace('.', '_')}.{ending}"] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    loader = StableDiffusionXLLoraLoaderMixin
+    state, alphas = loader.lora_state_dict(dict(plain))
+    tuned: Any = copy.deepcopy(pipe)
+    for part in ("text_encoder", "text_encoder_2"):
+        loader.load_lora_into_text_encoder(state, alphas, getattr(tuned, part), prefix=part)
+    want = changed(pipe, tuned)
+    assert len(want) == 8
+    check_same(made(pipe, load_adapter(tmp_path / "a.safetensors", base=pipe)), want)
