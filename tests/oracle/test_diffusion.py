@@ -7,6 +7,7 @@ weights are compared with those that the updates give, on a tiny random model.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.loaders import lora_conversion_utils as conversion
+from diffusers.loaders import single_file_utils
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -33,6 +35,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
+from lora_fx.formats.trainers import names_of
+from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.meanings import Meaning
 from lora_fx.testing import relative
 
 Tensors = dict[str, torch.Tensor]
@@ -418,3 +423,66 @@ def test_text_encoders_of_a_pipeline(tmp_path: Path, start: str) -> None:
     want = changed(pipe, tuned)
     assert len(want) == 8
     check_same(made(pipe, load_adapter(tmp_path / "a.safetensors", base=pipe)), want)
+
+
+def sd3() -> nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=10,
+        caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+    )  # fmt: skip
+
+
+BFL = r"((double|single)_blocks\.(?!.*processor)|img_in|txt_in|\w+_in\.|final_layer|\w+_modul)"
+CHECKPOINTS = {
+    "sd3": (
+        sd3, r"(joint_blocks|[xty]_embedder|final_layer)",
+        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    ),
+    "flux2": (flux2, BFL, single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers),
+    "wan": (
+        wan, r"(blocks|time_(emb|proj)|text_emb|img_emb|head)",
+        single_file_utils.convert_wan_transformer_to_diffusers,
+    ),
+    "z-image": (
+        z_image, r"(layers|\w+_refiner|x_emb|final_layer)",
+        single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, kind: str) -> None:
+    """Whoever converts a whole checkpoint converts a change of its weights."""
+    make, own_names, convert = CHECKPOINTS[name]
+    model = make()
+    base = layers_of(model)
+    known = {
+        theirs: meaning for theirs, meaning in names_of(base).items()
+        if re.match(own_names, theirs) and all(base[path].is_matrix for path in meaning.layers)
+    }  # fmt: skip
+    known |= {"context_embedder": Meaning(("context_embedder",))} if name == "sd3" else {}
+    tensors: Tensors = {}
+    checkpoint: Tensors = {"pos_embed": torch.zeros(1)} if name == "sd3" else {}
+    for theirs, meaning in known.items():
+        out, into, *kernel = (n or 0 for n in meaning.shape(base))
+        down, up = pair((out, into, *kernel))
+        delta = torch.einsum("ri...,or->oi...", down, up.flatten(1))
+        checkpoint |= {f"{theirs}.weight": delta, f"{theirs}.bias": delta.flatten(1)[:, 0].clone()}
+        own = {"lora_A.weight": down, "lora_B.weight": up} if kind == "lora" else {"diff": delta}
+        own |= {"diff_b": checkpoint[f"{theirs}.bias"]} if kind == "diff" else {}
+        tensors |= {f"diffusion_model.{theirs}.{leaf}": value for leaf, value in own.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", base=model)
+    converted = convert(dict(checkpoint))
+    assert len(adapter.updates) > 15
+    for path, update in adapter.updates.items():
+        own_weight: Any = model.get_submodule(path).weight.detach()
+        delta = update.weight(own_weight) - own_weight
+        assert relative(delta, converted[f"{path}.weight"]) < 1e-5, path
+        if kind == "diff" and f"{path}.bias" in converted:
+            assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
+    weights = {f"{path}.weight" for path in adapter.updates}
+    assert {key for key in converted if key.endswith(".weight")} == weights
