@@ -121,7 +121,8 @@ class Names:
             found = [c for c in every if _same_numbers(c)]
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:
-                return fitting
+                dotted = [c for c in fitting if c.path.split(".")[-c.common :] == parts[start:]]
+                return dotted or fitting
             unfit = unfit or found
         return unfit
 
