@@ -128,11 +128,15 @@ class Names:
 
     def _fits(self, path: str, size: Size) -> bool:
         own = self.meanings[path].shape(self.base)
-        out, wanted = (sizes[0] if sizes else None for sizes in (size, own))
-        if None not in (out, wanted) and out != wanted:
-            return False
-        row, other = (None if None in s[1:] else prod(s[1:]) for s in (size, own))  # type: ignore[arg-type]
-        return None in (row, other) or row == other or size[1:2] == own[1:2]
+        same_out = None in (*size[:1], *own[:1]) or size[:1] in ((), own[:1])
+        row, other = _length(size), _length(own)
+        return same_out and (None in (row, other) or row == other or size[1:2] == own[1:2])
+
+
+def _length(size: Size) -> int | None:
+    """How many numbers a row has."""
+    known = [n for n in size[1:] if n is not None]
+    return prod(known) if size and len(known) == len(size) - 1 else None
 
 
 def _candidate(before: Sequence[str], end: Sequence[str], path: str, dotted: bool) -> Candidate:
