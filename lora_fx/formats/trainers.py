@@ -80,6 +80,8 @@ blocks.#.self_attn = blocks.#.attn1
   k = to_k
   v = to_v
   o = to_out.0
+  norm_q = norm_q
+  norm_k = norm_k
 blocks.#.cross_attn = blocks.#.attn2
   q = to_q
   k = to_k
@@ -87,6 +89,8 @@ blocks.#.cross_attn = blocks.#.attn2
   o = to_out.0
   k_img = add_k_proj
   v_img = add_v_proj
+  norm_q = norm_q
+  norm_k = norm_k
   norm_k_img = norm_added_k
 blocks.#.norm3 = blocks.#.norm2
 blocks.#.ffn.0 = blocks.#.ffn.net.0.proj
@@ -181,7 +185,7 @@ def _filled(pattern: str, values: Sequence[str]) -> str:
 
 
 def _of_unet(base: BaseLayers) -> Iterator[tuple[str, Meaning]]:
-    """The blocks of a UNet, which sgm counts through: resnets, each with its attention, and samplers."""
+    """The blocks of a UNet, which sgm counts through: resnets with attention, and samplers."""
     blocks = {path: match.groups() for path in base if (match := _BLOCK.match(path))}
     each = len({at for _, side, i, what, at, _ in blocks.values() if (side, i, what) == _FIRST})
     attended = {(side, i) for _, side, i, what, *_ in blocks.values() if what == "attentions"}

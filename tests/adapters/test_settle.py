@@ -109,7 +109,7 @@ def test_what_mixes_rows_is_not_cut() -> None:
     _, apart = bases()
     rotation = torch.eye(14).roll(1, 0)
     update = WeightUpdate("oft", lambda weight: product(constant(rotation), weight), (14, 3))
-    with pytest.raises(AdapterError, match="'oft' is of several layers .* merge it"):
+    with pytest.raises(AdapterError, match=r"'oft' is of several layers .* merge it"):
         settled(Adapter("a", {"qkv_proj": update}), layers_of(apart), ())
 
 

@@ -32,8 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_fx.adapters.adapter import Adapter
-from lora_fx.errors import AdapterError
+from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter
 from lora_fx.formats.trainers import names_of
 from lora_fx.layers.base_layers import layers_of
@@ -129,6 +128,10 @@ XLABS_NAMES = {
     "processor.proj_lora1": "attn.to_out.0",
     "processor.proj_lora2": "attn.to_add_out",
 }
+XLABS_SINGLE = {
+    "processor.qkv_lora": "attn.to_q attn.to_k attn.to_v",
+    "processor.proj_lora": "proj_out",
+}
 WAN_NAMES = {
     **{
         f"self_attn.{old}": f"attn1.{new}"
@@ -173,11 +176,20 @@ FLUX2_REST = {
     "single_blocks.0.linear1": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     "single_blocks.0.linear2": "single_transformer_blocks.0.attn.to_out",
 }
-QWEN = (
-    "attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_out.0 "
-    "attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2 img_mod.1 txt_mod.1"
-).split()
-Z_IMAGE = "attention.to_q attention.to_k attention.to_v attention.to_out.0 feed_forward.w1 feed_forward.w3".split()
+QWEN = {
+    f"{side}.{leaf}"
+    for side, leaves in {
+        "attn": "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out",
+        "img_mlp": "net.0.proj net.2",
+        "txt_mlp": "net.0.proj net.2",
+        "img_mod": "1",
+        "txt_mod": "1",
+    }.items()
+    for leaf in leaves.split()
+}
+Z_IMAGE = {f"attention.to_{leaf}" for leaf in ("q", "k", "v", "out.0")} | {
+    f"feed_forward.w{number}" for number in (1, 3)
+}
 
 
 def blocks(
@@ -192,7 +204,7 @@ def blocks(
     return own | {old: [new] for old, new in rest.items()}
 
 
-def same(start: str, leaves: list[str]) -> dict[str, list[str]]:
+def same(start: str, leaves: set[str]) -> dict[str, list[str]]:
     return {
         f"{start}.{number}.{leaf}": [f"{start}.{number}.{leaf}"]
         for number in (0, 1)
@@ -233,11 +245,12 @@ CASES = {
     "flux, XLabs": Case(
         flux,
         blocks("double_blocks", "transformer_blocks", XLABS_NAMES)
-        | blocks("single_blocks", "single_transformer_blocks", {"processor.qkv_lora": "attn.to_q attn.to_k attn.to_v", "processor.proj_lora": "proj_out"}),
+        | blocks("single_blocks", "single_transformer_blocks", XLABS_SINGLE),
         str, XLABS, conversion._convert_xlabs_flux_lora_to_diffusers,
     ),
     "flux, OneTrainer": Case(
-        flux, same("transformer_blocks", ["attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn.to_add_out"]),
+        flux,
+        same("transformer_blocks", {"attn.to_q", "attn.to_out.0", "attn.to_add_out"}),
         lambda name: "lora_transformer_" + name.replace(".", "_"), LORA,
         conversion._convert_kohya_flux_lora_to_diffusers,
     ),
@@ -258,7 +271,7 @@ CASES = {
         conversion._convert_musubi_wan_lora_to_diffusers,
     ),
     "qwen, musubi": Case(
-        qwen, same("transformer_blocks", QWEN[:8]), kohya, LORA,
+        qwen, same("transformer_blocks", {leaf for leaf in QWEN if "attn" in leaf}), kohya, LORA,
         conversion._convert_non_diffusers_qwen_lora_to_diffusers,
     ),
     "qwen, ai-toolkit": Case(
@@ -338,8 +351,8 @@ def test_a_trainer_s_file_gives_the_weights_of_diffusers(tmp_path: Path, name: s
     want = fused(model, case.convert(dict(tensors)))
     assert len(want) >= len(case.names) / 2
     check_same(made(model, adapter), want)
+    base = {key: model.state_dict()[key] for key in want}
     with pytest.raises(AssertionError):  # the control: the base alone
-        base = {key: model.state_dict()[key] for key in want}
         check_same(base, want)
 
 
@@ -486,3 +499,98 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
             assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
     weights = {f"{path}.weight" for path in adapter.updates}
     assert {key for key in converted if key.endswith(".weight")} == weights
+
+
+@pytest.mark.parametrize("convert", ["kohya", "ComfyUI"])
+def test_the_packed_layer_of_flux_s_single_blocks(tmp_path: Path, convert: str) -> None:
+    """Diffusers has this model's sizes in its code: they are the real ones, without numbers."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=0, num_single_layers=1, guidance_embeds=False)
+    spell = kohya if convert == "kohya" else dotted
+    values = (torch.randn(2, 3072), torch.randn(21504, 2), torch.tensor(3.0))
+    tensors = {
+        f"{spell('single_blocks.0.linear1')}.{ending}": value
+        for ending, value in zip(LORA, values, strict=True)
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = load_adapter(tmp_path / "a.safetensors", base=model).updates
+    want = conversion._convert_kohya_flux_lora_to_diffusers(dict(tensors))
+    assert {f"transformer.{path}.lora_A.weight" for path in found} < want.keys()
+    assert len(found) == 4
+    for path, update in found.items():
+        down, up = (want[f"transformer.{path}.lora_{ab}.weight"] for ab in "AB")
+        assert isinstance(update, Update)
+        probe = torch.randn(5, 3072)
+        own = update.scale * probe @ update.down.T @ update.up.T
+        assert relative(own, probe @ down.T @ up.T) < 1e-5
+        assert relative(own, probe @ down.T @ up.roll(1, 0).T) > 1e-1
+
+
+def test_biases_beside_lora(tmp_path: Path) -> None:
+    """Diffusers takes Wan's differences of biases for those of the up-projections."""
+    case = CASES["wan, ai-toolkit"]
+    model = wan()
+    tensors = written(case, model)
+    for theirs, [path] in case.names.items():
+        bias: Any = model.get_submodule(path).bias
+        tensors[f"{dotted(theirs)}.diff_b"] = torch.randn_like(bias)
+    save_file(tensors, tmp_path / "a.safetensors")
+    state = case.convert(dict(tensors))
+    want = fused(model, {key.replace("lora_A.bias", "lora_B.bias"): v for key, v in state.items()})
+    adapter = load_adapter(tmp_path / "a.safetensors", base=model)
+    got = made(model, adapter)
+    assert sum(key.endswith(".bias") for key in want) > 20
+    check_same({key: got[key] for key in want}, want)
+    assert all(isinstance(update, Update) for update in adapter.updates.values())
+
+
+def test_all_that_stands_beside_lora_of_a_layer_adds_up(tmp_path: Path) -> None:
+    """LoRA, differences of weight and bias, and of norms, by plain arithmetic."""
+    model: Any = wan()
+    down, up = pair((16, 16))
+    diff, shift, gain = torch.randn(16, 16), torch.randn(16), torch.randn(16)
+    lone = torch.randn(24)
+    start = "diffusion_model.blocks.1"
+    tensors = {
+        f"{start}.self_attn.q.lora_down.weight": down,
+        f"{start}.self_attn.q.lora_up.weight": up,
+        f"{start}.self_attn.q.alpha": torch.tensor(6.0),
+        f"{start}.self_attn.q.diff": diff,
+        f"{start}.self_attn.q.diff_b": shift,
+        f"{start}.self_attn.norm_q.diff": gain,
+        f"{start}.norm3.diff": gain,
+        f"{start}.norm3.diff_b": shift,
+        f"{start}.ffn.0.diff_b": lone,
+    }
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    updates = load_adapter(tmp_path / "a.safetensors", base=model).updates
+    block = model.blocks[1]
+    want = {
+        "attn1.to_q": block.attn1.to_q.weight + 2 * up @ down + diff,
+        "attn1.norm_q.weight": block.attn1.norm_q.weight + gain,
+        "norm2.weight": block.norm2.weight + gain,
+        "norm2.bias": block.norm2.bias + shift,
+        "ffn.net.0.proj.bias": block.ffn.net[0].proj.bias + lone,
+    }
+    assert updates.keys() == {f"blocks.1.{path}" for path in want}
+    for path, value in want.items():
+        name = f"blocks.1.{path}"
+        own = model.get_parameter(name if path.endswith(("weight", "bias")) else f"{name}.weight")
+        assert relative(updates[name].weight(own.detach()), value.detach()) < 1e-5, path
+    assert torch.equal(updates["blocks.1.attn1.to_q"].bias, shift)  # type: ignore[arg-type]
+
+
+def test_lokr_of_a_packed_projection_is_cut(tmp_path: Path) -> None:
+    """Diffusers fuses the model's projections for it; here each gets its rows."""
+    model: Any = flux2()
+    first, second = torch.randn(12, 4), torch.randn(4, 4)
+    name = "diffusion_model.double_blocks.1.img_attn.qkv"
+    tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2": second, f"{name}.alpha": torch.ones(1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    updates = load_adapter(tmp_path / "a.safetensors", base=model).updates
+    deltas = torch.kron(first, second).chunk(3)
+    for leaf, delta in zip(("to_q", "to_k", "to_v"), deltas, strict=True):
+        path = f"transformer_blocks.1.attn.{leaf}"
+        own = model.get_submodule(path).weight.detach()
+        assert relative(updates[path].weight(own) - own, delta) < 1e-5
+        assert relative(delta, deltas[0].flip(0)) > 1e-1

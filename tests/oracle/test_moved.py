@@ -208,7 +208,7 @@ def merged_by_hand(
         down, up = (tensors[f"base_model.model.{path}.lora_{ab}.weight"] for ab in "AB")
         path = path.replace("block_sparse_moe", "mlp")
         owner, _, leaf = path.rpartition(".")
-        stack, dot, number = owner.rpartition(".")
+        stack, _, number = owner.rpartition(".")
         if not number.isdigit():
             tuned.get_submodule(path).weight.data += 2 * up @ down  # type: ignore[operator]
             continue

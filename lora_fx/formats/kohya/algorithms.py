@@ -10,6 +10,7 @@ from lora_fx.formats.layer_tensors import ALPHA, DOWN, UP
 from lora_fx.kinds import KINDS
 
 DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
+UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
 ROLES = {DOWN_KEY: DOWN, UP_KEY: UP}
 _DIFFERENCES = frozenset({"diff", "diff_b"})
 # What LyCORIS' other algorithms write, by `lora_fx.kinds`; its (IA)3 and norms are of its own.
@@ -20,7 +21,7 @@ _OF_KINDS = {
     "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
 }
 ALGORITHMS: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({DOWN_KEY, UP_KEY, MID, DORA, ALPHA}),
+    "lora": frozenset({DOWN_KEY, UP_KEY, UP_BIAS, MID, DORA, ALPHA}),
     **_OF_KINDS,
     "ia3": frozenset({"weight", "on_input"}),
     "norm": frozenset({"w_norm", "b_norm"}),

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect
-from lora_fx.formats.kohya.algorithms import ALGORITHMS, FOREIGN, LEAVES, ROLES
+from lora_fx.formats.kohya.algorithms import ALGORITHMS, FOREIGN, LEAVES, ROLES, UP_BIAS
 from lora_fx.formats.trainers import names_of
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
@@ -55,7 +55,8 @@ DIALECT = Dialect(
 # The same with a path's dots, where the factors have other trainers' names too.
 DOTTED = Dialect(
     {end: leaf for end, leaf in _ENDINGS.items() if leaf not in ALGORITHMS["ia3"]}
-    | {end: role for pair in _OTHERS for end, role in zip(pair, ROLES, strict=True)},
+    | {end: role for pair in _OTHERS for end, role in zip(pair, ROLES, strict=True)}
+    | {".lora_B.bias": UP_BIAS},
     DIALECT.expected,
     silent="default",
     foreign=FOREIGN,

@@ -20,6 +20,7 @@ from lora_fx.formats.kohya.algorithms import (
     DOWN_KEY,
     MID,
     ROLES,
+    UP_BIAS,
     UP_KEY,
     algorithm_of,
     by_algorithm,
@@ -200,7 +201,8 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     if (len(up), math.prod(down.shape[1:])) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
         found = len(up), *down.shape[1:]
         raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
-    update = Update(down, up, scale, "dora" if DORA in tensors else "lora", stored=stored)
+    kind, bias = "dora" if DORA in tensors else "lora", tensors.get(UP_BIAS)
+    update = Update(down, up, scale, kind, bias, stored=stored)
     return dora.with_magnitude(update, {k: t for k, t in tensors.items() if k == DORA})
 
 
