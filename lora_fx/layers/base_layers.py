@@ -103,10 +103,13 @@ class BaseLayers(Mapping[str, Layer]):
             names = {str(n.target) for n in self.graph.graph.nodes if n.op == "get_attr"}
             found = {name: get_unevaluated(self.graph, name) for name in names}
             return {n: tuple(t.shape) for n, t in found.items() if hasattr(t, "shape")}
-        held = (m._parameters | m._buffers for m in self._modules.values())
-        named = zip(self._modules, held, strict=True)
-        every = ((f"{path}.{n}".lstrip("."), t) for path, own in named for n, t in own.items())
-        return {name: tuple(tensor.shape) for name, tensor in every if tensor is not None}
+        found = {}
+        for path, module in self._modules.items():
+            own: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
+            found |= {
+                f"{path}.{n}".lstrip("."): tuple(t.shape) for n, t in own.items() if t is not None
+            }
+        return found
 
     def under(self, path: str) -> BaseLayers:
         """The layers of one child of a model, by their paths in it; none if it has no such."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from lora_fx.errors import AdapterError
+from lora_fx.formats import load_adapter
 from lora_fx.formats.kohya.names import check_part, find, flat, name_of, part_of
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
@@ -118,3 +123,37 @@ def test_a_path_has_one_name(path: str, component: str | None, name: str) -> Non
 def test_a_path_of_no_part_is_refused(path: str) -> None:
     with pytest.raises(AdapterError, match=f"{path} begins with no part .*; pass component="):
         name_of(path, [path], None)
+
+
+@pytest.mark.parametrize(
+    ("start", "down", "up"),
+    [
+        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+        ("model.diffusion_model.", "lora_down.weight", "lora_up.weight"),
+        ("lora_prior_unet_", "lora_down.weight", "lora_up.weight"),
+        ("anything.", "lora_down.weight", "lora_up.weight"),
+        ("", "down.weight", "up.weight"),
+        ("diffusion_model.", "lora_A.default.weight", "lora_B.default.weight"),
+    ],
+)
+def test_any_trainer_s_spelling_is_told_and_read(
+    tmp_path: Path, start: str, down: str, up: str
+) -> None:
+    net = nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(3, 5)})})
+    path = "block_fc" if start.endswith("_") else "block.fc"
+    tensors = {f"{start}{path}.{down}": torch.randn(2, 3), f"{start}{path}.{up}": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    [(found, update)] = load_adapter(tmp_path / "a.safetensors", base=net).updates.items()
+    assert found == "block.fc"
+    assert update.shape == (5, 3)
+    with pytest.raises(AdapterError, match="pass base="):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_layer_that_no_adapter_acts_on_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 5, 1)})
+    tensors = {"lora_unet_up.lora_down.weight": torch.randn(2, 3, 1, 1)}
+    tensors |= {"lora_unet_up.lora_up.weight": torch.randn(5, 2, 1, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is of up, a ConvTranspose2d; linear, embedding"):
+        load_adapter(tmp_path / "a.safetensors", base=net)
