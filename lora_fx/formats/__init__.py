@@ -21,8 +21,9 @@ from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
+from lora_fx.formats.trainers import names_of
 from lora_fx.io.state_dict import names_in
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def load_adapter(
         name: tells adapters apart in one graph; an identifier. Default: made from the path.
         format: ``"peft"`` (a directory), ``"peft_file"``, ``"loralib"``, ``"kohya"``,
             ``"diffusers"``, ``"onnx_adapter"``, or ``"auto"`` to tell it by what is there.
-        base: the model or graph that kohya's names, which are lossy, are resolved against, and
-            that loralib's fused layers are checked against.
+        base: the model or graph that names are resolved against: needed for kohya's, which are
+            lossy, and where parts of the model were moved, packed or called otherwise since.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
         **hints: what a format does not store, see `lora_fx.formats.hints.Hints`: ``alpha``,
             ``r``, ``use_rslora``, ``enable_lora``, ``component``. ``allow_pickle=True`` reads a
@@ -91,7 +92,7 @@ def load_adapter(
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
     adapter = chosen.read(source, name or _name_from(source), options)
-    adapter = _settled(adapter, layers_of(base))
+    adapter = _settled(adapter, base)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -101,14 +102,15 @@ def load_adapter(
     return adapter
 
 
-def _settled(adapter: Adapter, base: BaseLayers) -> Adapter:
+def _settled(adapter: Adapter, model: object) -> Adapter:
     """An adapter by the paths of the base, if that is given."""
-    if base.base is None:
+    if model is None:
         return adapter
+    base = layers_of(model)
     names = (*adapter.updates, *adapter.replacements)
     known = [name for name in names if name in base or name in base.aliases]
     known += [name for name in names if base.unevaluated(name) is not None]
-    return settled(adapter, base, known)
+    return settled(adapter, base, known, names_of)
 
 
 def save_adapter(

@@ -122,7 +122,7 @@ class Names:
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:
                 dotted = [c for c in fitting if c.path.split(".")[-c.common :] == parts[start:]]
-                return dotted or fitting
+                return dotted if dotted and "." in name else fitting
             unfit = unfit or found
         return unfit
 
