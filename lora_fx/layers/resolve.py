@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -21,6 +21,11 @@ Size = tuple[int | None, ...]
 # How far a name is moved: the whole of one path is the end of the other; words are added, left out
 # or in another order; or others.
 WRAPPED, MOVED, RENAMED = 0, 1, 2
+# Parts of a path that wrappers add around any module, and that say nothing of where it is.
+_SILENT = frozenset(
+    ("module", "_orig_mod", "default", "processor")
+    + ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+)
 
 
 class Candidate(NamedTuple):
@@ -44,7 +49,8 @@ class Candidate(NamedTuple):
     def distance(self) -> int:
         """How far the name is moved."""
         old, new = (Counter(w for part in side for w in part.split("_")) for side in self[1:3])
-        if (not old or not new) and not self.is_inside:
+        is_silent = _SILENT.issuperset((*self.old, *self.new))
+        if is_silent or ((not old or not new) and not self.is_inside):
             return WRAPPED
         return MOVED if old <= new or new <= old else RENAMED
 
@@ -89,6 +95,14 @@ class Names:
             for start in range(len(parts)):
                 ends[_words(parts[start:])].append(name)
         return cls(base, meanings, ends)
+
+    def called(self, asked: Iterable[str]) -> BaseLayers:
+        """The base's layers, by the names of a file too where each means one of them."""
+        found = self.resolve(dict.fromkeys(asked, ())).found
+        meant = {name: self.meanings[path] for name, path in found.items()}
+        own = {n: m.layers[0] for n, m in meant.items() if m.is_whole and m.layers[0] in self.base}
+        layers = {**self.base.layers, **{name: self.base[path] for name, path in own.items()}}
+        return replace(self.base, layers=layers)
 
     def resolve(self, asked: Mapping[str, Size], furthest: int = RENAMED) -> Resolved:
         """Finds what each name means.

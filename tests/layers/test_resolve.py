@@ -47,6 +47,22 @@ def test_a_wrapper_around_the_model_is_added() -> None:
     assert found.moved == {"": "0.auto_model"}
 
 
+@pytest.mark.parametrize("part", ["_orig_mod", "module", "_checkpoint_wrapped_module"])
+def test_a_wrapper_inside_of_a_path_says_nothing(part: str) -> None:
+    paths = ["net.0.fc", "net.1.fc", "net.1.out"]
+    wrapped = [f"net.{part}.0.fc", f"net.1.{part}.fc", f"net.1.out.{part}"]
+    assert [*resolved(wrapped[:2], *paths).found.values()] == paths[:2]
+    assert [*resolved(paths[:2], *wrapped).found.values()] == wrapped[:2]
+    assert not resolved(["net.1.other.fc"], *paths).found
+
+
+def test_layers_are_called_by_a_file_s_names_too() -> None:
+    names = Names.of(BaseLayers({"a.fc": layer(), "b.fc": layer()}))
+    called = names.called(["old.a.fc", "none"])
+    assert [*called] == ["a.fc", "b.fc", "old.a.fc"]
+    assert called["old.a.fc"] is called["a.fc"]
+
+
 def test_parts_in_another_order_are_found() -> None:
     paths = ["model.language_model.layers.0.q", "model.vision.layers.0.q", "lm_head"]
     found = resolved(["language_model.model.layers.0.q", "language_model.lm_head"], *paths)

@@ -23,6 +23,7 @@ from lora_fx.io.atomic import publish
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
 from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.resolve import Names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -116,6 +117,8 @@ def assemble(
     base = layers_of(hints.base)
     with within(weights):
         keys = sort_peft(tensors, config)
+        if base.base is not None and not keys.layers.keys() <= base.layers.keys():
+            base = Names.of(base).called(keys.layers)
         updates, asked = config.read(keys.layers, keys.shared, base)
         updates |= read_tokens(keys.tokens, config, base)
     _check_patterns(origin, config, asked, hints.strict)
