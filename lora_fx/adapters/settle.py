@@ -12,7 +12,8 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning, Meanings
-from lora_fx.layers.resolve import RENAMED, Names
+from lora_fx.layers.moves import RENAMED
+from lora_fx.layers.resolve import Names
 
 
 def settled(

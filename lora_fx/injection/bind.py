@@ -16,7 +16,7 @@ from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.injection.conform import fits, fitted
 from lora_fx.layers.base_layers import BaseLayers
-from lora_fx.layers.resolve import MOVED
+from lora_fx.layers.moves import MOVED
 
 
 @dataclass(frozen=True, eq=False)

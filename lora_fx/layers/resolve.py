@@ -7,52 +7,24 @@ one move has to serve all names that it is of.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import NamedTuple
 
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning, Meanings, conventional
-
-Words = tuple[str, ...]
-Size = tuple[int | None, ...]
-# How far a name is moved: the whole of one path is the end of the other; words are added, left out
-# or in another order; or others.
-WRAPPED, MOVED, RENAMED = 0, 1, 2
-# Parts of a path that wrappers add around any module, and that say nothing of where it is.
-_SILENT = frozenset(
-    ("module", "_orig_mod", "default", "processor")
-    + ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from lora_fx.layers.moves import (
+    RENAMED,
+    WRAPPED,
+    Candidate,
+    Words,
+    candidate_of,
+    keeps_numbers,
+    words_of,
 )
 
-
-class Candidate(NamedTuple):
-    """A path of the base that a name may mean.
-
-    Attributes:
-        path: in the base.
-        old: what of the name stands before the common end, and after a common beginning.
-        new: what the path has in that place.
-        common: how many parts of the path the common end has.
-        is_inside: whether there is a common beginning.
-    """
-
-    path: str
-    old: Words
-    new: Words
-    common: int
-    is_inside: bool
-
-    @property
-    def distance(self) -> int:
-        """How far the name is moved."""
-        old, new = (Counter(w for part in side for w in part.split("_")) for side in self[1:3])
-        is_silent = _SILENT.issuperset((*self.old, *self.new))
-        if is_silent or ((not old or not new) and not self.is_inside):
-            return WRAPPED
-        return MOVED if old <= new or new <= old else RENAMED
+Size = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +65,7 @@ class Names:
         for name in meanings:
             parts = name.split(".")
             for start in range(len(parts)):
-                ends[_words(parts[start:])].append(name)
+                ends[words_of(parts[start:])].append(name)
         return cls(base, meanings, ends)
 
     def called(self, asked: Iterable[str]) -> BaseLayers:
@@ -130,12 +102,14 @@ class Names:
         parts = name.split(".") if "." in name else name.split("_")
         unfit: list[Candidate] = []
         for start in range(len(parts)):
-            paths = self.ends.get(_words(parts[start:]), ())
-            every = [_candidate(parts[:start], parts[start:], path, "." in name) for path in paths]
-            found = [c for c in every if _same_numbers(c)]
+            paths = self.ends.get(words_of(parts[start:]), ())
+            every = [
+                candidate_of(parts[:start], parts[start:], path, "." in name) for path in paths
+            ]
+            found = [c for c in every if keeps_numbers(c)]
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:
-                dotted = [c for c in fitting if c.path.split(".")[-c.common :] == parts[start:]]
+                dotted = [c for c in fitting if c.path.split(".")[-c.common :] == end]
                 return dotted if dotted and "." in name else fitting
             unfit = unfit or found
         return unfit
@@ -151,27 +125,6 @@ def _length(size: Size) -> int | None:
     """How many numbers a row has."""
     known = [n for n in size[1:] if n is not None]
     return prod(known) if size and len(known) == len(size) - 1 else None
-
-
-def _candidate(before: Sequence[str], end: Sequence[str], path: str, dotted: bool) -> Candidate:
-    words = len(_words(end))
-    parts = path.split(".")
-    common = next(n for n in range(1, len(parts) + 1) if len(_words(parts[-n:])) == words)
-    new = parts[:-common] if dotted else list(_words(parts[:-common]))
-    old = list(before)
-    while old and new and old[0] == new[0]:
-        del old[0], new[0]
-    return Candidate(path, tuple(old), tuple(new), common, len(old) < len(before))
-
-
-def _words(parts: Iterable[str]) -> Words:
-    return tuple(word for part in parts for word in part.split("_"))
-
-
-def _same_numbers(found: Candidate) -> bool:
-    """Whether no layer becomes another's: what is moved has the same numbers."""
-    old, new = ([part for part in side if part.isdigit()] for side in found[1:3])
-    return old == new or (found.distance == WRAPPED and found.common > 1)
 
 
 def _usable(

@@ -7,7 +7,8 @@ import torch
 
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
-from lora_fx.layers.resolve import MOVED, RENAMED, Names, Resolved, Size
+from lora_fx.layers.moves import MOVED, RENAMED
+from lora_fx.layers.resolve import Names, Resolved, Size
 
 
 def layer(out: int = 5, into: int = 3) -> Layer:

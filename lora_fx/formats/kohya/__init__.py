@@ -22,7 +22,7 @@ from lora_fx.formats.kohya.names import (
     name_of,
     part_of,
 )
-from lora_fx.formats.kohya.read import placed, size_of
+from lora_fx.formats.kohya.place import placed, size_of
 from lora_fx.formats.kohya.write import leaves_for, module_of, problem_with
 from lora_fx.formats.layer_tensors import ALPHA, Layers, check_no_half
 from lora_fx.formats.peft.keys import PREFIX
