@@ -102,10 +102,9 @@ class Names:
         parts = name.split(".") if "." in name else name.split("_")
         unfit: list[Candidate] = []
         for start in range(len(parts)):
-            paths = self.ends.get(words_of(parts[start:]), ())
-            every = [
-                candidate_of(parts[:start], parts[start:], path, "." in name) for path in paths
-            ]
+            before, end = parts[:start], parts[start:]
+            paths = self.ends.get(words_of(end), ())
+            every = [candidate_of(before, end, path, "." in name) for path in paths]
             found = [c for c in every if keeps_numbers(c)]
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:
