@@ -68,7 +68,10 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
         )
     if layer.kind == NORM:
         roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
-    first, *rest = ({leaf: roles[leaf] for leaf in leaves} for leaves in by_algorithm(roles))
+    first, *rest = (
+        {leaf: found for leaf, found in roles.items() if leaf in leaves}
+        for leaves in by_algorithm(roles)
+    )
     found = _of_one(first, layer)
     return _with_difference(found[""], rest[0]) if rest else found
 
