@@ -27,6 +27,7 @@ from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.finite_values import check_branches
+from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
 
@@ -127,7 +128,7 @@ def to_onnx(
         seconds=clock.seconds,
         checks=evidence.checks,
         controls=evidence.controls,
-        notes=[*trial.notes, *plan.notes, *evidence.notes],
+        notes=[*trial.notes, *plan.notes, *evidence.notes, *_moves(gm)],
         inputs=trial.inputs,
         outputs=trial.outputs,
         slots=[slot.path for slot in plan.slots],
@@ -135,6 +136,12 @@ def to_onnx(
         task=task_of(gm).get(TASK),
         dtype=task_of(gm).get(DTYPE),
     )
+
+
+def _moves(gm: fx.GraphModule) -> list[str]:
+    """What was exchanged in the paths of the adapters to find their layers in the model."""
+    every = (record.adapter for record in injected(gm))
+    return [f"adapter {adapter.name}: {move}" for adapter in every for move in adapter.moves]
 
 
 def _mode(gm: fx.GraphModule, adapters: str) -> str:

@@ -30,12 +30,15 @@ class Adapter:
         replacements: parameter path (``classifier.weight``) -> full tensor that takes its place
             (PEFT's ``modules_to_save`` and trained biases).
         expects: which modules the adapter's config says it adapts; checked when it meets a model.
+        moved: what was exchanged in the paths of its file to find the layers of a base, the old ->
+            the new; None where it was held against no base.
     """
 
     name: str
     updates: Mapping[str, AnyUpdate]
     replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
     expects: TargetRule | None = None
+    moved: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         """Checks the name and closes the mappings: an adapter is a value.
@@ -118,10 +121,19 @@ class Adapter:
 
         return low_rank_form(self, rank, energy, base)
 
+    @property
+    def moves(self) -> list[str]:
+        """What was exchanged in the paths of its file, in words."""
+        return [
+            f"paths moved: {old or '(root)'} -> {new or '(root)'}"
+            for old, new in (self.moved or {}).items()
+        ]
+
     def __str__(self) -> str:
         """One line a target: path, kind, shape, rank, scale."""
         lines = [f"adapter {self.name}: {len(self.updates)} targets"]
         lines += [f"  {path}  {_line(update)}" for path, update in self.updates.items()]
+        lines += [f"  {move}" for move in self.moves]
         lines += [f"  {path}  replaced  {tuple(t.shape)}" for path, t in self.replacements.items()]
         return "\n".join(lines)
 

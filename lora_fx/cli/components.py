@@ -12,7 +12,6 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.wrappers import named_modules
 from lora_fx.tasks.model_source import ModelSource
-from lora_fx.tasks.pipeline_source import WRAPPER
 
 T = TypeVar("T")
 
@@ -38,14 +37,14 @@ def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
     foreign = [path for path in paths if path.partition(".")[0] not in models]
     if len(foreign) == len(paths):
         only = source.chosen or _only(adapter, models)
-        return {only: replace(_part(adapter, "", models[only]), expects=adapter.expects)}
+        return {only: replace(_part(adapter, ""), expects=adapter.expects)}
     if foreign:
         raise AdapterError(
             f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline: "
             f"{', '.join(models)}"
         )
     names = dict.fromkeys(path.partition(".")[0] for path in paths)
-    found = {name: _part(adapter, f"{name}.", models[name]) for name in names}
+    found = {name: _part(adapter, f"{name}.") for name in names}
     if source.chosen is not None and source.chosen not in found:
         raise AdapterError(
             f"adapter {adapter.name}: has nothing for {source.chosen}, which alone is exported, "
@@ -67,20 +66,11 @@ def _only(adapter: Adapter, models: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _part(adapter: Adapter, start: str, model: nn.Module) -> Adapter:
-    """What of an adapter begins so, by the paths of the model."""
+def _part(adapter: Adapter, start: str) -> Adapter:
+    """What of an adapter begins so, by the paths behind that."""
 
     def own(values: Mapping[str, T]) -> dict[str, T]:
-        found = {p.removeprefix(start): v for p, v in values.items() if p.startswith(start)}
-        return _unwrapped(found, model)
+        return {p.removeprefix(start): v for p, v in values.items() if p.startswith(start)}
 
     updates, replaced = own(adapter.updates), own(adapter.replacements)
     return replace(adapter, updates=updates, replacements=replaced, expects=None)
-
-
-def _unwrapped(values: Mapping[str, T], model: nn.Module) -> dict[str, T]:
-    """Paths without the wrapper of a text encoder that the model has no longer."""
-    own, wrapped = model._modules, model._modules.get(WRAPPER)
-    inner = {} if wrapped is None else wrapped._modules
-    is_gone = bool(inner) and all(own.get(name) is module for name, module in inner.items())
-    return {p.removeprefix(f"{WRAPPER}.") if is_gone else p: v for p, v in values.items()}

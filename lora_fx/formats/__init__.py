@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
+from lora_fx.adapters.settle import settled
 from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
@@ -23,7 +24,9 @@ from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.formats.torchtune import is_torchtune, read_torchtune
 from lora_fx.io.output_place import check_path
+from lora_fx.formats.trainers import names_of
 from lora_fx.io.state_dict import names_in
+from lora_fx.layers.base_layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def load_adapter(
         format: ``"peft"`` (a directory), ``"peft_file"``, ``"loralib"``, ``"kohya"``,
             ``"diffusers"``, ``"onnx_adapter"``, ``"mlx"``, ``"torchtune"``, or ``"auto"`` to tell
             it by what is there.
-        base: the model or graph that kohya's names, which are lossy, are resolved against, and
-            that loralib's fused layers are checked against.
+        base: the model or graph that names are resolved against: needed for kohya's, which are
+            lossy, and where parts of the model were moved, packed or called otherwise since.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
         **hints: what a format does not store, see `lora_fx.formats.hints.Hints`: ``alpha``,
             ``r``, ``use_rslora``, ``enable_lora``, ``component``. ``allow_pickle=True`` reads a
@@ -96,6 +99,7 @@ def load_adapter(
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
     with memory_told(source, AdapterError):
         adapter = chosen.read(source, name or _name_from(source), options)
+        adapter = _settled(adapter, base)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -103,6 +107,17 @@ def load_adapter(
             stacklevel=2,
         )
     return adapter
+
+
+def _settled(adapter: Adapter, model: object) -> Adapter:
+    """An adapter by the paths of the base, if that is given."""
+    if model is None:
+        return adapter
+    base = layers_of(model)
+    names = (*adapter.updates, *adapter.replacements)
+    known = [name for name in names if name in base or name in base.aliases]
+    known += [name for name in names if base.unevaluated(name) is not None]
+    return settled(adapter, base, known, names_of)
 
 
 def save_adapter(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.safe_regex import SlowRegexError
+from lora_fx.adapters.settle import settled
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
+from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.injection.conform import fits, fitted, remedy
 from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.moves import MOVED
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Binding:
     """An adapter and the layers that it means.
 
     Attributes:
-        adapter: as it was given.
+        adapter: as it was given, or by the paths of the base where its own are found in it alone.
         meant: path that the adapter has -> paths that the base has for it; none for a table that
             is never called itself, whose rows those who share it have.
         updates: by the base's path, each in the shape of its layer.
@@ -55,6 +58,7 @@ def bind(layers: BaseLayers, adapter: Adapter) -> Binding:
             with values that differ; or rows are trained of a table that another layer shares,
             which the file leaves open.
     """
+    adapter = _settled(layers, adapter)
     found: dict[str, list[str]] = {}
     updates: dict[str, AnyUpdate] = {}
     refused: dict[str, str] = {}
@@ -76,6 +80,19 @@ def bind(layers: BaseLayers, adapter: Adapter) -> Binding:
     _check_shared_tokens(adapter.name, updates, layers)
     replaced = _replaced(layers, adapter, refused)
     return Binding(adapter, found, updates, replaced, refused)
+
+
+def _settled(layers: BaseLayers, adapter: Adapter) -> Adapter:
+    """An adapter that was held against no base yet, by the paths of this one.
+
+    What is bound may be a part of a model, which has another part's layers: no path is renamed.
+    """
+    if adapter.moved is not None:
+        return adapter
+    known = [p for p, update in adapter.updates.items() if _meant(layers, p, update)]
+    known += [path for path in adapter.updates if _is_shared(path, adapter, layers)]
+    known += [n for n in adapter.replacements if any(_called(layers, n))]
+    return settled(adapter, layers, known, furthest=MOVED)
 
 
 def targeted(rule: TargetRule | None, layers: BaseLayers) -> list[str]:
@@ -182,6 +199,15 @@ def _check_shared_tokens(name: str, updates: Mapping[str, AnyUpdate], layers: Ba
         )
 
 
+def _called(layers: BaseLayers, name: str) -> Iterator[tuple[str, torch.Tensor | LazyTensor]]:
+    """A parameter under each name that the base has for it."""
+    module, dot, leaf = name.rpartition(".")
+    for called in (name, *(f"{path}{dot}{leaf}" for path in layers.aliases.get(module, ()))):
+        own = layers.unevaluated(called)
+        if own is not None:
+            yield called, own
+
+
 def _replaced(
     layers: BaseLayers, adapter: Adapter, refused: dict[str, str]
 ) -> dict[str, torch.Tensor]:
@@ -189,9 +215,7 @@ def _replaced(
     found: dict[str, torch.Tensor] = {}
     given: dict[str, str] = {}
     for name, value in adapter.replacements.items():
-        module, dot, leaf = name.rpartition(".")
-        several = (name, *(f"{path}{dot}{leaf}" for path in layers.aliases.get(module, ())))
-        called = {n: own for n in several if (own := layers.unevaluated(n)) is not None}
+        called = dict(_called(layers, name))
         if not called and value.is_floating_point():  # a count of batches changes no output
             refused[name] = "no layer of the graph reads a parameter of this name"
         for known, own in called.items():

@@ -107,6 +107,32 @@ class BaseLayers(Mapping[str, Layer]):
         own = () if module is None else module.named_parameters(recurse=False)
         return {name: tuple(p.shape) for name, p in own}
 
+    def all_parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that is known by name, whosever it is."""
+        if self.held:
+            return {name: tuple(tensor.shape) for name, tensor in self.held.items()}
+        if self.graph is not None:
+            names = {str(n.target) for n in self.graph.graph.nodes if n.op == "get_attr"}
+            found = {name: get_unevaluated(self.graph, name) for name in names}
+            return {n: tuple(t.shape) for n, t in found.items() if hasattr(t, "shape")}
+        found = {}
+        for path, module in self._modules.items():
+            own: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
+            found |= {
+                f"{path}.{n}".lstrip("."): tuple(t.shape) for n, t in own.items() if t is not None
+            }
+        return found
+
+    def under(self, path: str) -> BaseLayers:
+        """The layers of one child of a model, by their paths in it; none if it has no such."""
+        start = f"{path}."
+        own = {p.removeprefix(start): layer for p, layer in self.items() if p.startswith(start)}
+        return BaseLayers(own, self._modules.get(path))
+
+    def is_turned(self, path: str) -> bool:
+        """Whether the module at a path says that it stores its experts as (in, out)."""
+        return getattr(self._modules.get(path), "is_transposed", False) is True
+
     def tied_to(self, path: str) -> list[str]:
         """Other layers that read the weight of the layer at a path, in a model of transformers.
 

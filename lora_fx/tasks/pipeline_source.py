@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +17,6 @@ from lora_fx.tasks.pipeline import Pipeline, load_pipeline
 from lora_fx.tasks.pipeline_calls import calls_of
 from lora_fx.tasks.pipeline_files import copies_of, write_copies
 
-# Files name a text encoder's layers by this wrapper, which transformers 5 has left out of some.
-# Source: diffusers 0.42, loaders/lora_base.py.
-WRAPPER = "text_model"
 _HALVES = {"vae_encoder": "vae", "vae_decoder": "vae"}
 
 
@@ -80,10 +76,5 @@ def _base(pipeline: Pipeline) -> nn.Module:
     """A module of the components by name, of whose layers an adapter's names are."""
     base = nn.Module()
     for name, loaded in pipeline.models.items():
-        model: Any = loaded.model
-        if name.startswith("text_encoder") and WRAPPER not in model._modules:
-            wrapped, model = model, nn.Module()
-            for child, module in {**wrapped._modules, WRAPPER: wrapped}.items():
-                model.add_module(child, module)
-        base.add_module(name, model)
+        base.add_module(name, loaded.model)
     return base

@@ -8,23 +8,39 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import sort_keys
+from lora_fx.formats.diffusers.keys import speaks_diffusers
 from lora_fx.formats.expressible import check_held
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.algorithms import DORA
-from lora_fx.formats.kohya.names import DIALECT, check_part, name_of, part_of, resolve
-from lora_fx.formats.kohya.read import updates_of
+from lora_fx.formats.kohya.names import (
+    DIALECT,
+    DOTTED,
+    check_part,
+    find,
+    name_of,
+    part_of,
+)
+from lora_fx.formats.kohya.place import placed, size_of
 from lora_fx.formats.kohya.write import leaves_for, module_of, problem_with
 from lora_fx.formats.layer_tensors import ALPHA, Layers, check_no_half
+from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import read_file, write_file
 from lora_fx.layers.base_layers import layers_of
 
+# Ends of keys that tell such a file, whatever its paths begin with.
+_MARKS = tuple(end for end in DOTTED.endings if end not in (".alpha", ".diff_b"))
+
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:
-    """Whether a file's tensors are named as kohya's, or as LyCORIS's."""
-    return any(part_of(name) for name in names)
+    """Whether a file's tensors are named as kohya's, or as LyCORIS's, or others' of that kind."""
+    if any(part_of(name) for name in names):
+        return True
+    is_other = (
+        any(name.startswith(PREFIX) for name in names) or speaks_diffusers(names) is not False
+    )
+    return not is_other and any(name.endswith(_MARKS) for name in names)
 
 
 def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
@@ -48,15 +64,11 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             "graph that the adapter is for"
         )
     tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
-    updates: dict[str, AnyUpdate] = {}
     with within(path):
         layers = _sorted(tensors, hints.component)
         check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
-        paths = resolve(layers, base)
-        for key, roles in layers.items():
-            with within(key):
-                updates |= updates_of(roles, paths[key], base[paths[key]])
-    return Adapter(name, updates)
+        asked = {name: size_of(roles) for name, roles in layers.items()}
+        return Adapter(name, placed(layers, find(asked, base), base), moved={})
 
 
 def write_kohya(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
@@ -102,7 +114,9 @@ def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layer
     if component is not None:
         check_part(component)
         tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    layers = sort_keys(tensors, DIALECT)
+    flat = {key: t for key, t in tensors.items() if DIALECT.split(key) or "." not in key}
+    layers = sort_keys(flat, DIALECT)
+    layers |= sort_keys({k: t for k, t in tensors.items() if k not in flat}, DOTTED)
     if not layers:
         raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers

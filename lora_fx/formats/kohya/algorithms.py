@@ -10,16 +10,18 @@ from lora_fx.formats.layer_tensors import ALPHA, DOWN, UP
 from lora_fx.kinds import KINDS
 
 DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
+UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
 ROLES = {DOWN_KEY: DOWN, UP_KEY: UP}
+_DIFFERENCES = frozenset({"diff", "diff_b"})
 # What LyCORIS' other algorithms write, by `lora_fx.kinds`; its (IA)3 and norms are of its own.
 _OF_KINDS = {
     "loha": KINDS["loha"].leaves,
     "lokr": KINDS["lokr"].leaves,
-    "full": frozenset({"diff", "diff_b"}),
+    "full": _DIFFERENCES,
     "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
 }
 ALGORITHMS: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({DOWN_KEY, UP_KEY, MID, DORA, ALPHA}),
+    "lora": frozenset({DOWN_KEY, UP_KEY, UP_BIAS, MID, DORA, ALPHA}),
     **_OF_KINDS,
     "ia3": frozenset({"weight", "on_input"}),
     "norm": frozenset({"w_norm", "b_norm"}),
@@ -41,6 +43,16 @@ def algorithm_of(leaves: Collection[str]) -> str | None:
     names = frozenset(leaves)
     found = (name for name, own in ALGORITHMS.items() if names <= own and names - {ALPHA, DORA})
     return next(found, None)
+
+
+def by_algorithm(leaves: Collection[str]) -> list[frozenset[str]]:
+    """The leaves of one layer, apart where a full difference stands beside another algorithm."""
+    names = frozenset(leaves)
+    beside = names & _DIFFERENCES
+    if not beside or algorithm_of(names) is not None:
+        return [names]
+    rest = names - beside
+    return [rest, beside] if rest - {ALPHA} else [beside]
 
 
 def rank_of_algorithm(algorithm: str, tensors: Mapping[str, torch.Tensor]) -> int | None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect
-from lora_fx.formats.kohya.algorithms import FOREIGN, LEAVES, ROLES
-from lora_fx.layers.layer import Layer
+from lora_fx.formats.kohya.algorithms import ALGORITHMS, FOREIGN, LEAVES, ROLES, UP_BIAS
+from lora_fx.formats.trainers import names_of
+from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.resolve import Names, Size
+
+_OTHERS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".down.weight", ".up.weight"),
+)
 
 # kohya's parts of a pipeline, and what a pipeline calls the models: te3 is a T5, in some the third
 # text encoder, in others the second.
@@ -18,23 +28,45 @@ HOLDERS = {
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
     "te3": ("text_encoder_3", "text_encoder_2"),
+    "transformer": ("transformer",),
+    "prior_unet": ("prior",),
+    "prior_te": ("text_encoder",),
 }
 # LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
 LYCORIS = "lycoris"
 PREFIXES = {part: f"lora_{part}_" for part in HOLDERS} | {LYCORIS: "lycoris_"}
+# What others begin paths of a part with, whose dots they keep.
+_DOTTED = {
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
+    "text_encoders.clip_l.": "te1",
+    "text_encoders.clip_g.": "te2",
+    "text_encoders.t5xxl.": "te3",
+}
+_ENDINGS = {f".{leaf}": leaf for leaf in sorted(LEAVES)}
 DIALECT = Dialect(
-    {f".{leaf}": leaf for leaf in sorted(LEAVES)},
-    f"{' or '.join(PREFIXES.values())}<path> and then .{', .'.join(ROLES)}, .alpha, or what "
-    "LyCORIS writes",
-    prefix=f"(?={'|'.join(PREFIXES.values())})",  # a name keeps it
+    _ENDINGS,
+    f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{', .'.join(ROLES)}, .alpha, or "
+    "what LyCORIS writes",
+    prefix=r"(?=lora_|lycoris_)",  # a name keeps it
     is_flat=True,
+    foreign=FOREIGN,
+)
+# The same with a path's dots, where the factors have other trainers' names too.
+DOTTED = Dialect(
+    {end: leaf for end, leaf in _ENDINGS.items() if leaf not in ALGORITHMS["ia3"]}
+    | {end: role for pair in _OTHERS for end, role in zip(pair, ROLES, strict=True)}
+    | {".lora_B.bias": UP_BIAS},
+    DIALECT.expected,
+    silent="default",
     foreign=FOREIGN,
 )
 
 
 def part_of(name: str) -> str | None:
     """The part of a pipeline that a layer's name begins with, or ``"lycoris"``."""
-    return next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+    flat = next((part for part, start in PREFIXES.items() if name.startswith(start)), None)
+    return flat or next((part for start, part in _DOTTED.items() if name.startswith(start)), None)
 
 
 def check_part(part: object) -> None:
@@ -77,67 +109,58 @@ def name_of(path: str, paths: Collection[str], component: str | None) -> str:
     return PREFIXES["te1" if is_double else part] + flat(rest)
 
 
-def resolve(names: Iterable[str], base: Mapping[str, Layer]) -> dict[str, str]:
-    """Finds the layer that each name means.
+def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:
+    """Finds the layers that each name means.
 
     Args:
-        names: such as ``lora_unet_mid_block_proj``.
+        asked: name, such as ``lora_unet_mid_block_proj`` -> the size of its weight.
         base: the layers of the model, or of a pipeline whose children hold the parts.
 
     Returns:
-        name -> path.
+        name -> the layers whose rows it has, mostly one layer.
 
     Raises:
-        AdapterError: a name means no layer, or several, or one that no adapter acts on, or two
-            names mean one layer.
+        AdapterError: a name means no layer, or several, or two names mean one.
     """
-    index = defaultdict(list)
-    for path in base:
-        index[flat(path)].append(path)
-    found = {name: _candidates(name, index) for name in names}
-    _check_found(found, base)
+    by_holder: dict[str, dict[str, Size]] = defaultdict(dict)
+    for name, size in asked.items():
+        by_holder[_holder(name, base)][name] = size
+    found: dict[str, Meaning] = {}
+    several: dict[str, list[str]] = {}
+    for holder, own in by_holder.items():
+        start = f"{holder}." if holder else ""
+        inner = base.under(holder) if holder else base
+        names = Names.of(inner, names_of(inner))
+        result = names.resolve(own)
+        found |= {n: names.meanings[path].inside(start) for n, path in result.found.items()}
+        several |= {name: [start + path for path in p] for name, p in result.several.items()}
+    check_one(several)
+    _check_found([name for name in asked if name not in found], asked, base)
+    _check_apart(found)
+    return found
+
+
+def _holder(name: str, base: BaseLayers) -> str:
+    """The child of a pipeline that a name's part is of, or "" where the whole base is meant."""
+    children = {path.partition(".")[0] for path in base}
+    return next((h for h in HOLDERS.get(part_of(name) or "", ()) if h in children), "")
+
+
+def _check_apart(found: Mapping[str, Meaning]) -> None:
     owners: dict[str, str] = {}
-    for name, (path,) in found.items():
-        if not base[path].in_files:
-            raise AdapterError(
-                f"{name} is of {path}, a {base[path].name}; linear, embedding, convolution "
-                "and norm layers are supported"
-            )
-        if owners.setdefault(path, name) != name:
-            raise AdapterError(
-                f"{owners[path]} and {name} are both of {path}; "
-                f"pass component={part_of(name)!r} to read one part"
-            )
-    return {name: path for name, (path,) in found.items()}
+    for name, meaning in found.items():
+        for path in meaning.layers if meaning.is_all else ():
+            if owners.setdefault(path, name) != name:
+                raise AdapterError(
+                    f"{owners[path]} and {name} are both of {path}; "
+                    f"pass component={part_of(name)!r} to read one part"
+                )
 
 
-def _candidates(name: str, index: Mapping[str, list[str]]) -> list[str]:
-    part = part_of(name)
-    if part is None:
-        return []
-    rest = name.removeprefix(PREFIXES[part])
-    inside = [
-        path
-        for holder in HOLDERS.get(part, ())
-        for path in index.get(f"{holder}_{rest}", [])
-        if path.startswith(f"{holder}.")
-    ]
-    if part == "te3":
-        inside = inside[:1]  # the second encoder is the T5 only where there is no third
-    return inside + index.get(rest, [])
-
-
-def _check_found(found: Mapping[str, list[str]], base: Mapping[str, Layer]) -> None:
-    several = [f"{name} ({' or '.join(paths)})" for name, paths in found.items() if len(paths) > 1]
-    if several:
-        raise AdapterError(
-            f"names that mean several layers of the base: {shorten(several)}; rename one "
-            "of the layers, or convert the file where it was made"
-        )
-    missing = [name for name, paths in found.items() if not paths]
+def _check_found(missing: list[str], asked: Iterable[str], base: BaseLayers) -> None:
     if not missing:
         return
-    parts = sorted({part for name in found if (part := part_of(name))})
+    parts = sorted({part for name in asked if (part := part_of(name))})
     advice = f"; pass component= to read one part of {', '.join(parts)}" if len(parts) > 1 else ""
     raise AdapterError(
         f"{len(missing)} names mean no layer of the base: {shorten(missing)}; its layers: "

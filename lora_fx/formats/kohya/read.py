@@ -8,16 +8,19 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, evaluated
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, evaluated
 from lora_fx.adapters.source_record import Stored
 from lora_fx.adapters.updates import Update
+from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError
 from lora_fx.formats.kohya.algorithms import (
     DORA,
     DOWN_KEY,
     MID,
     ROLES,
+    UP_BIAS,
     algorithm_of,
+    by_algorithm,
     rank_of_algorithm,
 )
 from lora_fx.formats.kohya.vectors import (
@@ -26,46 +29,91 @@ from lora_fx.formats.kohya.vectors import (
     norm_update,
     with_input_magnitude,
 )
-from lora_fx.formats.layer_tensors import Roles, check_no_half, factors_of, scalar_of
+from lora_fx.formats.layer_tensors import (
+    ALPHA,
+    Roles,
+    check_no_half,
+    factors_of,
+    scalar_of,
+)
 from lora_fx.kinds import KINDS, dora
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
 
+# What others call LyCORIS' differences of a norm's vectors.
+_OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 
-def updates_of(roles: Roles, path: str, layer: Layer) -> dict[str, AnyUpdate]:
-    """What the tensors of one name change: a layer, or the parameters of a norm.
+
+def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
+    """What the tensors of one name change: a layer, or its parameters.
 
     The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
-    alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already.
+    alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already. A full
+    difference beside another algorithm is added to what that one makes of the weight.
 
     Args:
         roles: leaf -> key and tensor.
-        path: of the layer in the base.
         layer: as the base has it.
 
     Returns:
-        Path of the layer, or of a norm's parameter -> update.
+        "" -> update of the layer; ``weight`` or ``bias`` -> update of that parameter.
 
     Raises:
         AdapterError: tensors of several algorithms, of another layer, or of wrong shapes.
     """
+    if not layer.in_files:
+        raise AdapterError(
+            f"is of {layer.path}, a {layer.name}; linear, embedding, convolution and norm layers "
+            "are supported"
+        )
+    if layer.kind == NORM:
+        roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
+    first, *rest = (
+        {leaf: found for leaf, found in roles.items() if leaf in leaves}
+        for leaves in by_algorithm(roles)
+    )
+    found = _of_one(first, layer)
+    return _with_difference(found[""], rest[0]) if rest else found
+
+
+def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     algorithm = algorithm_of(tensors)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
-        raise AdapterError(f"{sorted(tensors)} do not fit {path}, a {layer.name}")
+        raise AdapterError(f"{sorted(tensors)} do not fit {layer.path}, a {layer.name}")
     if algorithm == "norm":
-        return dict(norm_update(path, leaf, tensor) for leaf, tensor in tensors.items())
+        return dict(norm_update(leaf, t) for leaf, t in tensors.items() if leaf != ALPHA)
+    if algorithm == "full" and "diff" not in tensors:
+        return {"bias": norm_update("b_norm", tensors["diff_b"])[1]}
     if algorithm == "ia3":
-        return {path: ia3_update(tensors, layer)}
+        return {"": ia3_update(tensors, layer)}
     scale = tensors.get(DORA)
     if scale is None or not is_of_inputs(scale, layer):
         update = _update(roles, algorithm, layer)
-        return {path: _on_groups(update, tensors, layer)}
+        return {"": _on_groups(update, tensors, layer)}
     rest = {leaf: found for leaf, found in roles.items() if leaf != DORA}
     plain = _update(rest, algorithm, layer)
-    return {path: with_input_magnitude(plain, tensors, layer)}
+    return {"": with_input_magnitude(plain, tensors, layer)}
+
+
+def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
+    """An update, and ``diff`` added to its weight, ``diff_b`` to its bias."""
+    diff, shift = (roles[leaf][1] if leaf in roles else None for leaf in ("diff", "diff_b"))
+    own = update.shift(lambda: None)
+    bias = own if shift is None else shift if own is None else own + shift
+    if diff is None and isinstance(update, Update) and update.scale != 0:
+        wide = torch.promote_types(update.up.dtype, torch.float32)
+        return {"": replace(update, bias=None if bias is None else bias.to(wide) / update.scale)}
+    delta = diff
+
+    def function(weight: Matrix) -> Matrix:
+        whole = update.of(weight)
+        return whole if delta is None else Sum(whole, constant(delta, weight.shape))
+
+    shape = update.shape if diff is None else tuple(diff.shape)
+    return {"": WeightUpdate("full", function, shape, bias=bias)}
 
 
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
@@ -102,7 +150,8 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     if (len(up), math.prod(down.shape[1:])) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
         found = len(up), *down.shape[1:]
         raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
-    update = Update(down, up, scale, "dora" if DORA in tensors else "lora", stored=stored)
+    kind, bias = "dora" if DORA in tensors else "lora", tensors.get(UP_BIAS)
+    update = Update(down, up, scale, kind, bias, stored=stored)
     return dora.with_magnitude(update, {k: t for k, t in tensors.items() if k == DORA})
 
 

@@ -15,22 +15,21 @@ from lora_fx.layers.axes import shape_of
 from lora_fx.layers.layer import Layer
 
 
-def norm_update(path: str, leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
+def norm_update(leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
     """What is added to a norm's weight or bias, as an update of that parameter.
 
     Source: ``lycoris/modules/norms.py`` of 4.1.3.
 
     Args:
-        path: of the norm.
         leaf: ``"w_norm"`` or ``"b_norm"``.
         change: (features,).
 
     Returns:
-        The parameter's path, and its update.
+        The parameter's name, and its update.
     """
     name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
     stored = Stored({leaf: change})
-    return f"{path}.{name}", WeightUpdate("norm", added(change), tuple(change.shape), stored)
+    return name, WeightUpdate("norm", added(change), tuple(change.shape), stored)
 
 
 def ia3_update(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:

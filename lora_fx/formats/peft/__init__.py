@@ -25,6 +25,7 @@ from lora_fx.io.shards import INDEX
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
 from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.resolve import Names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -123,6 +124,8 @@ def assemble(
     with within(weights):
         own = as_saved(tensors, lambda key: is_own_key(key, config))
         keys = sort_peft(own, config, base)
+        if base.base is not None and not keys.layers.keys() <= base.layers.keys():
+            base = Names.of(base).called(keys.layers)
         updates, asked = config.read(keys.layers, keys.shared, base)
         updates |= read_tokens(keys.tokens, config, base)
     _check_patterns(origin, config, asked, hints.strict)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.kohya.names import check_part, flat, name_of, part_of, resolve
+from lora_fx.formats import load_adapter
+from lora_fx.formats.kohya.names import check_part, find, flat, name_of, part_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
 
@@ -18,7 +24,13 @@ LINEAR = layer("Linear", "linear", (5, 3))
 
 
 def found(names: list[str], *paths: str) -> list[str]:
-    return list(resolve(names, dict.fromkeys(paths, LINEAR)).values())
+    return resolved(names, dict.fromkeys(paths, LINEAR))
+
+
+def resolved(names: list[str], layers: dict[str, Layer]) -> list[str]:
+    meant = find(dict.fromkeys(names, ()), BaseLayers(layers))
+    assert all(meaning.is_whole for meaning in meant.values())
+    return [meant[name].layers[0] for name in names]
 
 
 def test_the_part_is_the_beginning_of_a_name() -> None:
@@ -31,7 +43,7 @@ def test_the_part_is_the_beginning_of_a_name() -> None:
 @pytest.mark.parametrize("part", ["text_encoder", "lora_unet", "", 3])
 def test_another_part_is_refused(part: object) -> None:
     check_part("te2")
-    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, lycoris"):
+    with pytest.raises(AdapterError, match="expected one of unet, te, te1, te2, te3, transformer"):
         check_part(part)
 
 
@@ -54,8 +66,6 @@ def test_a_pipeline_holds_the_parts() -> None:
     [
         ("lora_unet_a_b_c", ["a.b_c", "a_b.c"]),
         ("lora_unet_a_b_c", ["a.b_c", "a_b.c", "a.b.c"]),
-        ("lora_unet_proj", ["proj", "unet.proj"]),
-        ("lora_unet_proj", ["transformer.proj", "unet.proj"]),
     ],
 )
 def test_a_name_of_several_layers_lists_them(name: str, paths: list[str]) -> None:
@@ -63,6 +73,11 @@ def test_a_name_of_several_layers_lists_them(name: str, paths: list[str]) -> Non
         found([name], *paths, "other")
     assert all(path in str(caught.value) for path in paths)
     assert "other" not in str(caught.value)
+
+
+def test_the_part_that_a_name_begins_with_is_the_longer_end() -> None:
+    assert found(["lora_unet_proj"], "proj", "unet.proj") == ["unet.proj"]
+    assert found(["lora_unet_proj"], "transformer.proj", "unet.proj") == ["unet.proj"]
 
 
 def test_a_name_of_no_layer_is_named_with_the_layers() -> None:
@@ -84,14 +99,7 @@ def test_layers_of_all_kinds_are_meant() -> None:
         "d": layer("Embedding", "embedding", (5, 11)),
     }
     names = ["lycoris_a_b", "lycoris_a_c", "lycoris_d"]
-    assert list(resolve(names, kinds).values()) == list(kinds)
-
-
-def test_a_layer_that_no_adapter_acts_on_is_refused_by_name() -> None:
-    with pytest.raises(AdapterError, match=r"_a_b is of a\.b, a ConvTranspose2d; linear, "):
-        resolve(
-            ["lora_unet_a_b"], {"a.b": layer("ConvTranspose2d", "conv_transpose2d", (5, 3, 1, 1))}
-        )
+    assert resolved(names, kinds) == list(kinds)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +123,37 @@ def test_a_path_has_one_name(path: str, component: str | None, name: str) -> Non
 def test_a_path_of_no_part_is_refused(path: str) -> None:
     with pytest.raises(AdapterError, match=f"{path} begins with no part .*; pass component="):
         name_of(path, [path], None)
+
+
+@pytest.mark.parametrize(
+    ("start", "down", "up"),
+    [
+        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+        ("model.diffusion_model.", "lora_down.weight", "lora_up.weight"),
+        ("lora_prior_unet_", "lora_down.weight", "lora_up.weight"),
+        ("anything.", "lora_down.weight", "lora_up.weight"),
+        ("", "down.weight", "up.weight"),
+        ("diffusion_model.", "lora_A.default.weight", "lora_B.default.weight"),
+    ],
+)
+def test_any_trainer_s_spelling_is_told_and_read(
+    tmp_path: Path, start: str, down: str, up: str
+) -> None:
+    net = nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(3, 5)})})
+    path = "block_fc" if start.endswith("_") else "block.fc"
+    tensors = {f"{start}{path}.{down}": torch.randn(2, 3), f"{start}{path}.{up}": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    [(found, update)] = load_adapter(tmp_path / "a.safetensors", base=net).updates.items()
+    assert found == "block.fc"
+    assert update.shape == (5, 3)
+    with pytest.raises(AdapterError, match="pass base="):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_layer_that_no_adapter_acts_on_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 5, 1)})
+    tensors = {"lora_unet_up.lora_down.weight": torch.randn(2, 3, 1, 1)}
+    tensors |= {"lora_unet_up.lora_up.weight": torch.randn(5, 2, 1, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is of up, a ConvTranspose2d; linear, embedding"):
+        load_adapter(tmp_path / "a.safetensors", base=net)

@@ -32,7 +32,7 @@ KERNELS = [(3,), (1,), (3, 3), (3, 2), (1, 1), (2, 1, 3)]
 def update_of(tensors: dict[str, torch.Tensor], layer: nn.Module) -> Any:
     roles = {leaf: (f"{NAME}.{leaf}", tensor) for leaf, tensor in tensors.items()}
     base = layers_of(nn.ModuleDict({"x": layer}))["x"]
-    return updates_of(roles, "x", base)
+    return {f"x.{key}".rstrip("."): update for key, update in updates_of(roles, base).items()}
 
 
 def random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

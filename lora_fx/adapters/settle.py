@@ -1,0 +1,163 @@
+"""An adapter by the paths of a base, whatever its file calls them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.row_blocks import Block, cut, joined, swapped
+from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.meanings import Meaning, Meanings
+from lora_fx.layers.moves import RENAMED
+from lora_fx.layers.resolve import Names
+
+
+def settled(
+    adapter: Adapter,
+    base: BaseLayers,
+    known: Collection[str],
+    more: Callable[[BaseLayers], Meanings] = lambda base: {},
+    furthest: int = RENAMED,
+) -> Adapter:
+    """The adapter by the paths that a base has for its layers.
+
+    A path that the base has is meant as it is, one of no layer stays as it is: what binds the
+    adapter refuses it.
+
+    Args:
+        adapter: by the paths of its file.
+        base: its layers.
+        known: of its updates and replaced tensors those that the base has.
+        more: names that a format has for parts of a base.
+        furthest: how far a path may be moved.
+
+    Returns:
+        The adapter, and what was exchanged in its paths as ``moved``. Its config speaks of the
+        paths of another model then, so that what it expects is not asked.
+
+    Raises:
+        AdapterError: a path may mean several layers, two mean one, or what an update is made for
+            has another size.
+    """
+    updates, values = adapter.updates, adapter.replacements
+    asked = {
+        **{n: tuple(t.shape) for n, t in values.items()},
+        **{p: u.shape for p, u in updates.items()},
+    }
+    if asked.keys() <= set(known):
+        return replace(adapter, moved=adapter.moved or {})
+    names = Names.of(base, more(base))
+    found = names.resolve({n: () if n in known else s for n, s in asked.items()}, furthest)
+    with within(f"adapter {adapter.name}"):
+        check_one(found.several)
+    meant = {name: path for name, path in found.found.items() if name not in known}
+    if not meant:
+        return replace(adapter, moved=adapter.moved or {})
+    with within(f"adapter {adapter.name}"):
+        kept = {name: u for name, u in updates.items() if name not in meant}
+        own = {name: u for name, u in updates.items() if name in meant}
+        placed = place(own, {name: names.meanings[meant[name]] for name in own}, base)
+        _check_apart(kept, placed, meant)
+    replaced = {meant.get(name, name): value for name, value in values.items()}
+    moved = {**(adapter.moved or {}), **found.moved}
+    expects = adapter.expects if not found.moved else None
+    return replace(
+        adapter, updates={**kept, **placed}, replacements=replaced, expects=expects, moved=moved
+    )
+
+
+def place(
+    updates: Mapping[str, AnyUpdate], meant: Mapping[str, Meaning], base: BaseLayers
+) -> dict[str, AnyUpdate]:
+    """The updates of a base's own layers, out of those of what has their rows.
+
+    Args:
+        updates: by name.
+        meant: name -> whose rows it has.
+        base: its layers.
+
+    Raises:
+        AdapterError: two are of the same rows, or one has another size than its rows.
+    """
+    whole: dict[str, AnyUpdate] = {}
+    owners: dict[str, str] = {}
+    parts: dict[str, list[tuple[str, Block]]] = defaultdict(list)
+    for name, update in updates.items():
+        meaning = meant[name]
+        path = meaning.layers[0]
+        with within(name):
+            if not meaning.is_all:
+                size = update.shape[0] or 0
+                at = meaning.rows(base, size)
+                parts[path].append((name, Block(update, at, meaning.expert)))
+                continue
+            several = divided(update, meaning.layers, base)
+            several = {path: swapped(update)} if meaning.halves_swapped else several
+        for layer, part in several.items():
+            if owners.setdefault(layer, name) != name:
+                raise AdapterError(f"{owners[layer]} and {name} are both of {layer}")
+            whole[layer] = part
+    for path, blocks in parts.items():
+        _check_rows(path, blocks, whole)
+        with within(path):
+            shape = Meaning((path,)).shape(base)
+            whole[path] = joined([block for _, block in blocks], tuple(n or 0 for n in shape))
+    return whole
+
+
+def divided(update: AnyUpdate, layers: tuple[str, ...], base: BaseLayers) -> dict[str, AnyUpdate]:
+    """The update of each of several layers that have the rows of one."""
+    if len(layers) == 1:
+        return {layers[0]: update}
+    sizes = [base[path].own_shape[0] for path in layers]
+    if sum(sizes) != update.shape[0]:
+        raise AdapterError(
+            f"made for {update.shape[0]} rows, {', '.join(layers)} have {sum(sizes)} together"
+        )
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    return {
+        path: cut(update, range(end - size, end))
+        for path, size, end in zip(layers, sizes, ends, strict=True)
+    }
+
+
+def _check_rows(path: str, blocks: list[tuple[str, Block]], whole: Mapping[str, AnyUpdate]) -> None:
+    """Refuses two updates of the same rows."""
+    if path in whole:
+        raise AdapterError(f"{blocks[0][0]} and another update are both of {path}")
+    seen: dict[tuple[int | None, int], str] = {}
+    for name, block in blocks:
+        for row in block.at:
+            other = seen.setdefault((block.expert, row), name)
+            if other != name or row < 0:
+                raise AdapterError(
+                    f"{other} and {name} would both be of row {row} of {path}: their sizes do not "
+                    "add up to its own. Use the base that the adapter was trained on"
+                )
+
+
+def _check_apart(
+    kept: Mapping[str, AnyUpdate], placed: Mapping[str, AnyUpdate], meant: Mapping[str, str]
+) -> None:
+    both = [path for path in placed if path in kept]
+    if both:
+        names = [name for name, path in meant.items() if path in both]
+        raise AdapterError(f"{shorten(both)} and {shorten(names)} are the same layers")
+
+
+def check_one(several: Mapping[str, list[str]]) -> None:
+    """Refuses names that mean several layers.
+
+    Raises:
+        AdapterError: lists the layers of each.
+    """
+    if several:
+        told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
+        raise AdapterError(
+            f"names that mean several layers of the base: {shorten(told)}; rename one "
+            "of the layers, or convert the file where it was made"
+        )
