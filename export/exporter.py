@@ -18,11 +18,11 @@ from lora_fx.export.onnx_model.node_names import name_nodes, tensors_of_constant
 from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
-from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.program.planted import planted
-from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.report import Clock, ExportReport, Verification
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
@@ -105,13 +105,13 @@ def to_onnx(
         plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
-        trial = trial_of(plan.traced, inputs)
+        trial = export_unit(plan.traced, inputs)
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)
     with clock.stage("optimise"):
         _finish(model, plan, trial)
         model.metadata_props.update(task_of(gm))
-    evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+    evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
     with staged(target, force=force) as draft:
         with clock.stage("write"):
             write_model(model, draft, external_data_above=external_data_above)
@@ -151,21 +151,21 @@ def _mode(gm: fx.GraphModule, adapters: str) -> str:
 
 
 def _translated(
-    trial: Trial, plan: Constant | Swappable, inputs: Inputs, opset: int | None
-) -> tuple[Trial, ir.Model]:
+    trial: ExportUnit, plan: Constant | Swappable, inputs: Inputs, opset: int | None
+) -> tuple[ExportUnit, ir.Model]:
     """The ONNX form of a program; one that has none gets another chance, traced again."""
     try:
         model = convert(trial.program, opset)
     except ExportError:
         if not isinstance(trial.program, LoweredProgram):
             raise
-        trial = trial_of(plan.traced, inputs, retrace=True)
+        trial = export_unit(plan.traced, inputs, retrace=True)
         model = convert(trial.program, opset)
     replace_stand_ins(model, trial.stand_ins)
     return trial, model
 
 
-def _finish(model: ir.Model, plan: Constant | Swappable, trial: Trial) -> None:
+def _finish(model: ir.Model, plan: Constant | Swappable, trial: ExportUnit) -> None:
     plan.open(model)
     clean(model)
     rename(model, trial.leaves, trial.outputs)

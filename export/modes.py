@@ -11,8 +11,8 @@ import onnx_ir as ir
 from torch import fx
 
 from lora_fx.errors import AdapterError
-from lora_fx.export.program.export_unit import Trial
-from lora_fx.export.report import Evidence
+from lora_fx.export.program.export_unit import ExportUnit
+from lora_fx.export.report import Verification
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
@@ -67,7 +67,7 @@ class Constant:
     def close(self, model: ir.Model) -> None:
         """Changes nothing."""
 
-    def verify(self, path: Path, trial: Trial) -> Evidence:
+    def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the graph."""
         return verify_file(path, trial, [reference("model", self.source)], controls(self.source))
 
@@ -116,7 +116,7 @@ class Swappable:
         set_defaults(model, self.slots)
         model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
 
-    def verify(self, path: Path, trial: Trial) -> Evidence:
+    def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file alone against the base; with the adapters of the graph, and one of other ranks.
 
         The graph's own are tried at the traced shape alone: what shapes can do is the file's.

@@ -120,7 +120,7 @@ class ExportReport:
         agreed = bool(self.checks) and all(row.ok for row in self.checks)
         return agreed and any(row.ok for row in self.controls)
 
-    def with_evidence(self, evidence: Evidence) -> ExportReport:
+    def with_evidence(self, evidence: Verification) -> ExportReport:
         """The report, and what was seen since."""
         return replace(
             self,
@@ -202,7 +202,7 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Subject:
+class Reference:
     """An eager model that the file must agree with.
 
     Attributes:
@@ -234,7 +234,7 @@ class Subject:
 
 
 @dataclass
-class Evidence:
+class Verification:
     """What a verification found.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from lora_fx.adapters.updates import NO_WEIGHT
-from lora_fx.affine.affine_map import Map
+from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.region import Region
 from lora_fx.affine.region_boundary import is_layer, stored_in
@@ -62,7 +62,7 @@ def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:
 def _line(node: fx.Node, analysis: Analysis, region: Region | None) -> str:
     value = analysis.values[node]
     name = f"{module_path(node) or node.name}: {op_name(node)}"
-    if not isinstance(value, Map) or value.parent is None:
+    if not isinstance(value, AffineMap) or value.parent is None:
         reason = value.reason if isinstance(value, Opaque) else "no function of one input"
         return f"{name}: stays, {reason}"
     rows, columns = value.weight.shape

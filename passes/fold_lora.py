@@ -101,7 +101,7 @@ def _follow(editor: Editor, pack: Pack, call: fx.Node) -> None:
 
 def _fold(editor: Editor, analysis: Analysis, region: Region, pack: Pack | None) -> None:
     layer, end = region.layer, region.value.node
-    weight, bias = region.value.since(region.source)
+    weight, bias = region.value.relative_to(region.source)
     known = OPERATORS.get(layer.target)
     if known is not None and known.reads_ids and bias is not None:
         weight, bias = Sum(weight, _spread(bias, weight.shape)), None

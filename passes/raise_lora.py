@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.affine.affine_map import Map
+from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region
 from lora_fx.affine.region_boundary import input_of
@@ -89,9 +89,9 @@ def _update(analysis: Analysis, region: Region, site: Site | None) -> Update:
     if site is None or not site.is_whole:
         raise NotLowRankError("it reads a part of its weight, or none that is stored")
     own = analysis.values[region.layer]
-    if region.blocked or product_of(region.layer) is None or not isinstance(own, Map):
+    if region.blocked or product_of(region.layer) is None or not isinstance(own, AffineMap):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
-    weight, bias = region.value.since(region.source)
+    weight, bias = region.value.relative_to(region.source)
     down, up = factors_beside(own.weight, weight)
     return Update(down, up, 1.0, bias=column_beside(own.bias, bias))
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from lora_fx.export.program.example_inputs import Inputs
 from lora_fx.export.program.io_signature import (
-    Leaf,
+    TensorInput,
     checked_names,
     free_names,
     input_leaves,
@@ -26,7 +26,7 @@ from lora_fx.frontend.torch_export import export_program, outputs_of
 
 
 @dataclass(frozen=True)
-class Trial:
+class ExportUnit:
     """A graph as torch.export sees it, and what to call and feed its ONNX form.
 
     Attributes:
@@ -40,7 +40,7 @@ class Trial:
     """
 
     program: torch.export.ExportedProgram
-    leaves: Sequence[Leaf]
+    leaves: Sequence[TensorInput]
     cases: Sequence[Case]
     outputs: list[str]
     notes: list[str]
@@ -58,7 +58,7 @@ class Trial:
         return {name: to_array(name, value) for name, value in named}
 
 
-def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Trial:
+def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> ExportUnit:
     """Makes a program of a graph on example inputs, and finds the other shapes that it takes.
 
     Args:
@@ -83,4 +83,4 @@ def trial_of(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> Tr
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
     tried = cases(program, leaves, allowed_by(gm))
-    return Trial(program, leaves, tried, outputs, notes, stand_ins, inputs.generates)
+    return ExportUnit(program, leaves, tried, outputs, notes, stand_ins, inputs.generates)

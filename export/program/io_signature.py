@@ -20,7 +20,7 @@ SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
 
 @dataclass(frozen=True)
-class Leaf:
+class TensorInput:
     """One tensor among the example inputs.
 
     Attributes:
@@ -36,7 +36,7 @@ class Leaf:
 
 def input_leaves(
     gm: fx.GraphModule, program: torch.export.ExportedProgram, dynamic_shapes: Any
-) -> list[Leaf]:
+) -> list[TensorInput]:
     """The tensor inputs of a program, in the order of its graph inputs."""
     args, kwargs = program.example_inputs or ((), {})
     flat, _ = pytree.tree_flatten_with_path((args, kwargs))
@@ -49,11 +49,11 @@ def input_leaves(
             continue
         keys = _argument(path, arguments)
         sizes = tuple(holders[str(user)].meta["val"].shape)
-        leaves.append(Leaf("_".join(map(str, keys)), _axes(shapes, keys, sizes), sizes))
+        leaves.append(TensorInput("_".join(map(str, keys)), _axes(shapes, keys, sizes), sizes))
     return leaves
 
 
-def dimension_names(leaves: Sequence[Leaf]) -> dict[str, str]:
+def dimension_names(leaves: Sequence[TensorInput]) -> dict[str, str]:
     """Symbol -> the user's name for it, else the name of the first input that has it."""
     names: dict[str, str] = {}
     for leaf in leaves:
@@ -194,7 +194,7 @@ def free_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
     return names
 
 
-def rename(model: ir.Model, leaves: Sequence[Leaf], outputs: Sequence[str]) -> None:
+def rename(model: ir.Model, leaves: Sequence[TensorInput], outputs: Sequence[str]) -> None:
     """Gives graph inputs, outputs and dynamic dimensions the user's names, in place."""
     inputs, initializers = model.graph.inputs[: len(leaves)], model.graph.initializers
     wanted = {leaf.name for leaf in leaves} | set(outputs)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.export.program.io_signature import Leaf, dimension_names
+from lora_fx.export.program.io_signature import TensorInput, dimension_names
 from lora_fx.graph.ops import GUARDS
 
 _STEPS = (1, 2, 4, 8, 16, 32, 64)  # networks that halve an image take multiples of these
@@ -55,7 +55,7 @@ def allowed_by(gm: fx.GraphModule) -> Callable[[Case], bool]:
 
 def cases(
     program: torch.export.ExportedProgram,
-    leaves: Sequence[Leaf],
+    leaves: Sequence[TensorInput],
     allowed: Callable[[Case], bool] = lambda case: True,
 ) -> list[Case]:
     """The traced inputs first, then larger and smaller ones within what the program allows.
@@ -140,7 +140,7 @@ def _smaller(size: int, place: int) -> int:
     return max(1, (size + 1) // 2)
 
 
-def _traced(leaves: Sequence[Leaf], program: torch.export.ExportedProgram) -> dict[str, int]:
+def _traced(leaves: Sequence[TensorInput], program: torch.export.ExportedProgram) -> dict[str, int]:
     """Symbol -> the size it was traced with."""
     args, kwargs = program.example_inputs or ((), {})
     tensors = Case("", tuple(args), dict(kwargs)).tensors()
@@ -153,7 +153,7 @@ def _traced(leaves: Sequence[Leaf], program: torch.export.ExportedProgram) -> di
 
 
 def _groups(
-    leaves: Sequence[Leaf], names: Mapping[str, str], traced: Mapping[str, int]
+    leaves: Sequence[TensorInput], names: Mapping[str, str], traced: Mapping[str, int]
 ) -> list[list[str]]:
     given = {
         str(leaf.sizes[axis])
@@ -180,7 +180,7 @@ def _limits(program: torch.export.ExportedProgram, members: Sequence[str]) -> tu
 
 def _case(
     program: torch.export.ExportedProgram,
-    leaves: Sequence[Leaf],
+    leaves: Sequence[TensorInput],
     sizes: Mapping[str, int],
     names: Mapping[str, str],
 ) -> Case:
@@ -197,7 +197,7 @@ def _case(
     return Case(label or "as traced", new_args, new_kwargs)
 
 
-def _resize(tensor: torch.Tensor, leaf: Leaf, sizes: Mapping[str, int]) -> torch.Tensor:
+def _resize(tensor: torch.Tensor, leaf: TensorInput, sizes: Mapping[str, int]) -> torch.Tensor:
     for axis, size in enumerate(leaf.sizes):
         if isinstance(size, torch.SymInt):
             expression = size.node.expr

@@ -18,7 +18,7 @@ from lora_fx.export.exporter import INLINE_LIMIT
 from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
-from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.report import Clock, ExportReport, Verification
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
 from lora_fx.export.rewriting.file_layers import layers_in
@@ -95,7 +95,7 @@ def add_lora(
             digests = stored_digests(proto, path)
             known = {} if digests is None else digests.tensors
             write_model(model, draft, external_data_above=external_data_above, known=known)
-        evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+        evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
         if verify:
             with clock.stage("verify"):
                 feeds = feeds_for(path, proto, inputs)
@@ -167,7 +167,9 @@ def _refuse_taken(model: ir.Model, names: Sequence[str]) -> None:
         raise ExportError(f"it has values called {shorten(both)} already: names= gives other paths")
 
 
-def _evidence(draft: Path, base: Path, manifest: Manifest, opened: Opened, feeds: Any) -> Evidence:
+def _evidence(
+    draft: Path, base: Path, manifest: Manifest, opened: Opened, feeds: Any
+) -> Verification:
     """The new file alone against the old one; with an adapter against the old one with W'."""
     known = _told(manifest, opened)
     tried = [slot for slot in manifest.slots if known[slot.path]]

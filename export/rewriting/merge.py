@@ -18,7 +18,7 @@ from lora_fx.export.exporter import INLINE_LIMIT
 from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
-from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.report import Clock, ExportReport, Verification
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
@@ -89,7 +89,7 @@ def merge_onnx(
                 known = {} if digests is None else digests.tensors
                 write_model(model, draft, external_data_above=external_data_above, known=known)
             checked.result()
-            evidence = Evidence(notes=[] if verify else ["not verified: verify=False"])
+            evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
             if verify:
                 with clock.stage("verify"):
                     feeds = feeds_for(path, proto, inputs, manifest)

@@ -24,7 +24,7 @@ from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot_values import values_of_adapter
-from lora_fx.injection.branch_tensors import Terms, update_of
+from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 from lora_fx.layers.axes import sizes_of
@@ -213,4 +213,4 @@ def _update(module: str, values: dict[str, torch.Tensor]) -> AnyUpdate | None:
     if not rank and not acting:
         return None
     own = Layer(path=module, kind=layer.name, shape=shape, dtype=down.dtype)
-    return update_of(Terms(**(found if rank else {}), **acting), own)
+    return update_of(BranchTensors(**(found if rank else {}), **acting), own)

@@ -13,7 +13,7 @@ from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.adapter_table import count_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
-from lora_fx.injection.branch_tensors import Terms
+from lora_fx.injection.branch_tensors import BranchTensors
 from lora_fx.injection.finite_values import overflow
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.tensor_checks import check_tensors
@@ -66,7 +66,7 @@ def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
         if not isinstance(slot, Slot):
             continue
         given = {part: slot.from_input(part, values[n]) for part, (n, _) in slot.inputs.items()}
-        terms = Terms(**given)
+        terms = BranchTensors(**given)
         if what := overflow(slot.layer, terms):
             raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
 

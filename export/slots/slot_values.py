@@ -26,7 +26,7 @@ from lora_fx.export.slots.foreign import fitted_names
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import INVOCATION, ExpertSlot, InvocationSlot, Slot, TensorSlot
 from lora_fx.injection.bind import Binding, bind
-from lora_fx.injection.branch_tensors import canonical, terms_of
+from lora_fx.injection.branch_tensors import branch_tensors, canonical
 from lora_fx.injection.finite_values import check_finite, check_product
 from lora_fx.injection.invocation_mask import IDS
 from lora_fx.layers.base_layers import BaseLayers
@@ -236,7 +236,7 @@ class _Filling(_Places):
             update = _ungrouped(update, slot.layer)
         if update.makes_anew:
             update = _low_rank(update, slot.layer, weight())
-        terms = terms_of(update, slot.layer, weight, bias)
+        terms = branch_tensors(update, slot.layer, weight, bias)
         check_finite(slot.layer, self.binding.adapter.name, update, terms, weight)
         check_product(slot.layer, self.binding.adapter.name, terms)
         return {

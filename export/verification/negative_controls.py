@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lora_fx.export.report import Subject
+from lora_fx.export.report import Reference
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.graph.graph_module import assign
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
@@ -24,16 +24,16 @@ NO_ADAPTER = "control: no adapter"  # of a file that takes one
 NO_ADAPTERS = f"{NO_ADAPTER}s"
 
 
-def controls(gm: fx.GraphModule) -> Iterator[Subject]:
+def controls(gm: fx.GraphModule) -> Iterator[Reference]:
     """Candidates, best first: the base, if the graph has an adapter, then a weight scaled."""
     bare = weight_form(gm, ()) if injected(gm) else ""
     base = None if isinstance(bare, WeightForm) else without_adapters(gm)
     if isinstance(bare, WeightForm):
-        yield Subject(NO_ADAPTERS, bare, like=gm)
+        yield Reference(NO_ADAPTERS, bare, like=gm)
     elif base is not None:
-        yield Subject(NO_ADAPTERS, evaluating(base))
+        yield Reference(NO_ADAPTERS, evaluating(base))
     for name, changed in with_a_weight_scaled(gm):
-        yield Subject(f"control: {name} x {_FACTOR}", changed)
+        yield Reference(f"control: {name} x {_FACTOR}", changed)
 
 
 def without_adapters(gm: fx.GraphModule) -> fx.GraphModule | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.export.report import Coverage, Subject
+from lora_fx.export.report import Coverage, Reference
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.injection.injected_adapters import Injected, injected
 from lora_fx.injection.match_branch import branches
@@ -21,7 +21,7 @@ from lora_fx.reference.reference_run import WeightForm, weight_form
 
 def reference(
     what: str, gm: fx.GraphModule, file: Path | None = None, *, once: bool = False
-) -> Subject:
+) -> Reference:
     """The eager model of a graph.
 
     Args:
@@ -35,9 +35,9 @@ def reference(
     """
     form = weight_form(gm)
     if isinstance(form, WeightForm):
-        return Subject(what, form, file, gm, _coverage(injected(gm), form), once)
+        return Reference(what, form, file, gm, _coverage(injected(gm), form), once)
     note = f"{what}: held against the graph itself: {form}"
-    return Subject(what, evaluating(gm), file, once=once, notes=(note,))
+    return Reference(what, evaluating(gm), file, once=once, notes=(note,))
 
 
 def swapped(gm: fx.GraphModule) -> Iterator[tuple[Adapter, fx.GraphModule]]:

@@ -11,9 +11,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
-from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.export.report import Check, Subject
+from lora_fx.export.report import Check, Reference
 from lora_fx.export.runtime.generation import IDS, LOGITS, PAST, Array, Values, steps
 from lora_fx.export.runtime.ort import call
 from lora_fx.export.slots.check_adapter import active, load_adapter
@@ -23,7 +23,7 @@ from lora_fx.numerics import TOLERANCE, compare
 TOKENS = 32
 
 
-def rollout(subject: Subject, session: Any, trial: Trial, dtype: torch.dtype) -> Check:
+def rollout(subject: Reference, session: Any, trial: ExportUnit, dtype: torch.dtype) -> Check:
     """Holds the greedy tokens of a file against those of eager, from an empty cache on.
 
     The prompt is that of the example, its second row padded on the left. Eager is asked once, of
@@ -131,7 +131,7 @@ def _file(session: Any, adapter: Path | None) -> Callable[[Values], Values]:
     return run
 
 
-def _eager(subject: Subject, trial: Trial) -> Callable[[Values], Values]:
+def _eager(subject: Reference, trial: ExportUnit) -> Callable[[Values], Values]:
     first = trial.cases[0]
     _, spec = pytree.tree_flatten((first.args, first.kwargs))
 

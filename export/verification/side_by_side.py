@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.export.report import Check, Evidence
+from lora_fx.export.report import Check, Verification
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.slots.check_adapter import active, load_adapter
@@ -60,7 +60,7 @@ def held_against(
     control: Run,
     feeds: Mapping[str, Feeds],
     dtype: torch.dtype = torch.float32,
-) -> Evidence:
+) -> Verification:
     """Runs files on the same inputs.
 
     Args:
@@ -69,7 +69,7 @@ def held_against(
         feeds: the inputs of each run, by a label.
         dtype: the coarsest of the weights, which says what can be asked for.
     """
-    evidence = Evidence(against="the file beside it")
+    evidence = Verification(against="the file beside it")
     expected: dict[str, Feeds] = {}
     for pair in pairs:
         expected = pair.expected.outputs(feeds)

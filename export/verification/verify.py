@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterWarning, VerificationError, shorten
-from lora_fx.export.program.export_unit import Trial
+from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.export.report import Check, Evidence, Subject
+from lora_fx.export.report import Check, Reference, Verification
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.verification.eager import EAGER_ERRORS, Tensors, run_eager
@@ -29,8 +29,8 @@ from lora_fx.reference.reference_run import WeightForm
 
 
 def verify_file(
-    path: Path, trial: Trial, subjects: Sequence[Subject], controls: Iterable[Subject]
-) -> Evidence:
+    path: Path, trial: ExportUnit, subjects: Sequence[Reference], controls: Iterable[Reference]
+) -> Verification:
     """Runs a file and eager models on the same inputs.
 
     Args:
@@ -42,7 +42,7 @@ def verify_file(
     Returns:
         All rows, right or wrong.
     """
-    evidence = Evidence(notes=[note for subject in subjects for note in subject.notes])
+    evidence = Verification(notes=[note for subject in subjects for note in subject.notes])
     expected = [_expected(s, trial.cases, trial.outputs, evidence) for s in subjects]
     for subject, wanted in zip(subjects, expected, strict=True):
         evidence.notes += _not_finite(subject, trial.outputs, wanted)
@@ -78,7 +78,7 @@ def verify_file(
 
 
 def _expected(
-    subject: Subject, cases: Sequence[Case], wanted: Sequence[str], evidence: Evidence
+    subject: Reference, cases: Sequence[Case], wanted: Sequence[str], evidence: Verification
 ) -> dict[str, Tensors]:
     """Eager's outputs by case; a shape that eager cannot run is noted, the traced one must."""
     outputs = {cases[0].label: run_eager(subject.eager, cases[0])}
@@ -96,7 +96,7 @@ def _expected(
     return outputs
 
 
-def _check_count(subject: Subject, found: Tensors, wanted: Sequence[str]) -> None:
+def _check_count(subject: Reference, found: Tensors, wanted: Sequence[str]) -> None:
     if len(found) != len(wanted):
         raise VerificationError(
             f"{subject.what}: the module that was traced returns {len(found)} tensors, the file "
@@ -105,7 +105,9 @@ def _check_count(subject: Subject, found: Tensors, wanted: Sequence[str]) -> Non
         )
 
 
-def _not_finite(subject: Subject, names: Sequence[str], found: dict[str, Tensors]) -> Iterator[str]:
+def _not_finite(
+    subject: Reference, names: Sequence[str], found: dict[str, Tensors]
+) -> Iterator[str]:
     """What of eager's outputs is no number: there the file is only held to be no number too."""
     for place, name in enumerate(names):
         values = [outputs[place] for outputs in found.values()]
@@ -116,12 +118,12 @@ def _not_finite(subject: Subject, names: Sequence[str], found: dict[str, Tensors
 
 
 def _choose(
-    candidates: Iterable[Subject],
+    candidates: Iterable[Reference],
     case: Case,
     expected: Tensors,
     known: Mapping[int, Tensors],
-    evidence: Evidence,
-) -> tuple[tuple[Subject, Tensors] | None, Tensors | None]:
+    evidence: Verification,
+) -> tuple[tuple[Reference, Tensors] | None, Tensors | None]:
     """The first candidate that eager itself can tell from the model, and its outputs.
 
     Returns:
@@ -150,12 +152,12 @@ def _off(found: Tensors, base: Tensors | None) -> float | None:
 
 
 def _suspect(
-    subject: Subject,
+    subject: Reference,
     case: Case,
     found: list[Any],
     expected: Tensors,
     base: Tensors | None,
-    evidence: Evidence,
+    evidence: Verification,
 ) -> None:
     if isinstance(subject.eager, WeightForm) and subject.coverage is not None:
         at_case = base if case.label == evidence.checks[0].shape else None
@@ -167,7 +169,7 @@ def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
     return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
 
 
-def _run(session: Any, adapter: Path | None, trial: Trial, case: Case) -> list[Any]:
+def _run(session: Any, adapter: Path | None, trial: ExportUnit, case: Case) -> list[Any]:
     loaded = None if adapter is None else load_adapter(adapter)
     outputs = call(session, trial.feeds(case), None if loaded is None else active(loaded))
     return [outputs[name] for name in trial.outputs]
@@ -176,7 +178,7 @@ def _run(session: Any, adapter: Path | None, trial: Trial, case: Case) -> list[A
 class _Row:
     """The part of a row that all outputs of one run share."""
 
-    def __init__(self, subject: Subject, case: Case, optimise: bool) -> None:
+    def __init__(self, subject: Reference, case: Case, optimise: bool) -> None:
         self._head = (subject.what, case.label, "all" if optimise else "off")
         self._dtype = _precision(subject.graph)
 

@@ -13,9 +13,9 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.program.example_inputs import example_inputs
-from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.planted import planted
-from lora_fx.export.report import Clock, Evidence, ExportReport
+from lora_fx.export.report import Clock, ExportReport, Verification
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.verification.eager import evaluating
@@ -87,7 +87,7 @@ def _mode(path: Path, slots: list[str]) -> str:
 
 def check_adapter_files(
     gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
-) -> Evidence:
+) -> Verification:
     """Runs a swappable file with adapter files that were made for it, at the traced shape.
 
     Args:
@@ -102,18 +102,18 @@ def check_adapter_files(
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
     if not subjects:
-        return Evidence()
+        return Verification()
     control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
     evidence = verify_file(path, trial, subjects, [control])
     evidence.judge(str(path))
     return evidence
 
 
-def _trial(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> Trial:
+def _trial(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> ExportUnit:
     """A graph on inputs that adapters act at."""
     given = [update.invocation for a in adapters for update in a.updates.values()]
     inputs = example_inputs(gm, None, None, None)
-    return trial_of(evaluating(gm), planted(inputs, gm, [*invocations_in(gm), *given]))
+    return export_unit(evaluating(gm), planted(inputs, gm, [*invocations_in(gm), *given]))
 
 
 def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:
@@ -125,8 +125,8 @@ def _check_names(what: str, of_file: list[str], of_model: list[str]) -> None:
 
 
 def _evidence(
-    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter], trial: Trial, swappable: bool
-) -> Evidence:
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter], trial: ExportUnit, swappable: bool
+) -> Verification:
     if not (swappable and adapters):
         whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
         return verify_file(path, trial, [reference("model", whole)], controls(whole))

@@ -12,7 +12,7 @@ from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added_to_each
 from lora_fx.adapters.updates import AnyUpdate, Shape, Update
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.low_rank import NotLowRankError, beside
-from lora_fx.algebra.matrix_expr import Matrix, Placed, Replaced, constant, rows
+from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, rows
 from lora_fx.errors import AdapterError
 
 
@@ -42,7 +42,7 @@ def cut(update: AnyUpdate, at: range) -> AnyUpdate:
         )
 
     def function(weight: Matrix) -> Matrix:
-        return rows(update.of(Placed(weight, index, size)), index)
+        return rows(update.of(ScatterRows(weight, index, size)), index)
 
     bias = None if update.bias is None else update.bias[at.start : at.stop]
     return WeightUpdate(update.kind, function, (len(at), *update.shape[1:]), bias=bias)

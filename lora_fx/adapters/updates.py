@@ -14,10 +14,10 @@ import torch
 from lora_fx.adapters.source_record import Stored, kept
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import (
+    DiagMul,
     Matrix,
     Quotient,
     RowNorm,
-    RowScaled,
     Sum,
     columns_scaled,
     constant,
@@ -234,7 +234,7 @@ class Update(AnyUpdate):
     def _product(self) -> Matrix:
         up, groups = self.up, self.groups
         left = diagonal(up.reshape(groups, -1, up.shape[1])) if groups > 1 else constant(up)
-        return RowScaled(number(self.scale), product(left, constant(self.down)))
+        return DiagMul(number(self.scale), product(left, constant(self.down)))
 
     def shift(self, own: Bias) -> torch.Tensor | None:
         """``scale * bias``, in float32 or wider, or None."""

@@ -1,9 +1,9 @@
 """Affine functions between nodes, as chains of links.
 
-A `Map` is an affine function of its parent, which is a Map itself, and so on up to a source: the
-chain holds the points that every path from the source runs through. A source is a node and a way
-to read it: its features as they are, one-hot for a lookup, or in patches for a convolution. So a
-table and a kernel are matrices like any other.
+An `AffineMap` is an affine function of its parent, which is an AffineMap itself, and so on up to a
+source: the chain holds the points that every path from the source runs through. A source is a node
+and a way to read it: its features as they are, one-hot for a lookup, or in patches for a
+convolution. So a table and a kernel are matrices like any other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Reading = OneHot | Patches | None
 
 
 class Link(Enum):
-    """What a Map's node does to its parent.
+    """What an AffineMap's node does to its parent.
 
     Glue belongs to the link that it acts on, unless that is of moves; moves are links of their
     own, so that what is in front of them can be a source.
@@ -55,24 +55,24 @@ class Link(Enum):
     JOIN = "join"  # several paths come together
     PRODUCT = "product"  # multiplies with a matrix that is no layer
     GLUE = "glue"  # scales or shifts
-    MOVE = "move"  # reshapes, permutes, casts
+    VIEW = "move"  # reshapes, permutes, casts
 
 
 @dataclass(frozen=True)
-class Glue:
+class ScaleShift:
     """A node that scales or shifts, and those before it."""
 
     node: fx.Node
-    earlier: Glue | None
+    earlier: ScaleShift | None
 
 
 @dataclass(frozen=True, eq=False)
-class Map:
+class AffineMap:
     """``node = weight @ parent + bias`` along the features.
 
     Attributes:
         node: whose value this is.
-        parent: the Map of the node that it is a function of; None for a source.
+        parent: the AffineMap of the node that it is a function of; None for a source.
         weight: (out, in).
         layout: where the node keeps its features.
         bias: (out, 1), or None for zero.
@@ -87,18 +87,18 @@ class Map:
     """
 
     node: fx.Node
-    parent: Map | None
+    parent: AffineMap | None
     weight: Matrix
     layout: Layout
     bias: Matrix | None = None
     dtype: torch.dtype | None = None
-    link: Link = Link.MOVE
+    link: Link = Link.VIEW
     start: fx.Node | None = None
-    last: Link = Link.MOVE
-    glue: Glue | None = None
+    last: Link = Link.VIEW
+    glue: ScaleShift | None = None
     reading: Reading = None
     depth: int = 0
-    root: Map | None = None
+    root: AffineMap | None = None
 
     @property
     def size(self) -> int:
@@ -112,7 +112,7 @@ class Map:
         return isinstance(source.reading, Patches) and source.reading.groups > 1
 
     @property
-    def source(self) -> Map:
+    def source(self) -> AffineMap:
         """The end of its chain."""
         return self.root or self
 
@@ -124,33 +124,33 @@ class Map:
         layout: Layout,
         dtype: torch.dtype | None,
         link: Link = Link.LAYER,
-    ) -> Map:
+    ) -> AffineMap:
         """A node that is an affine function of this one."""
-        made = Map(node, self, weight, layout, bias, dtype, link, node, link)
+        made = AffineMap(node, self, weight, layout, bias, dtype, link, node, link)
         return replace(made, depth=self.depth + 1, root=self.source)
 
-    def scaled(self, node: fx.Node, factor: Matrix, dtype: torch.dtype | None) -> Map:
+    def scaled(self, node: fx.Node, factor: Matrix, dtype: torch.dtype | None) -> AffineMap:
         """A node that is ``diag(factor)`` times this one."""
         own = self._glued(node, dtype)
         bias = own.bias and scaled(factor, own.bias)
         return replace(own, weight=scaled(factor, own.weight), bias=bias)
 
-    def shifted(self, node: fx.Node, shift: Matrix, dtype: torch.dtype | None) -> Map:
+    def shifted(self, node: fx.Node, shift: Matrix, dtype: torch.dtype | None) -> AffineMap:
         """A node that is this one plus a constant."""
         own = self._glued(node, dtype)
         return replace(own, bias=total(own.bias, shift))
 
-    def picked(self, node: fx.Node, index: Index, layout: Layout) -> Map:
+    def gather(self, node: fx.Node, index: Index, layout: Layout) -> AffineMap:
         """A node that holds some of the features: a link of its own, as several may pick."""
         weight = rows(Identity(self.size), index)
         return self.then(node, weight, None, layout, self.dtype, Link.PRODUCT)
 
-    def moved(self, node: fx.Node, layout: Layout, dtype: torch.dtype | None) -> Map:
+    def moved(self, node: fx.Node, layout: Layout, dtype: torch.dtype | None) -> AffineMap:
         """A node with the same features, elsewhere or in another dtype."""
-        own = self if self.link is Link.MOVE and self.parent is not None else self._begun(Link.MOVE)
-        return replace(own, node=node, layout=layout, dtype=dtype, last=Link.MOVE)
+        own = self if self.link is Link.VIEW and self.parent is not None else self._begun(Link.VIEW)
+        return replace(own, node=node, layout=layout, dtype=dtype, last=Link.VIEW)
 
-    def of(self, node: fx.Node) -> Map:
+    def of(self, node: fx.Node) -> AffineMap:
         """The same value of another node."""
         return replace(self, node=node)
 
@@ -162,7 +162,7 @@ class Map:
             here = here.earlier
         return found
 
-    def since(self, ancestor: Map) -> tuple[Matrix, Matrix | None]:
+    def relative_to(self, ancestor: AffineMap) -> tuple[Matrix, Matrix | None]:
         """Weight and bias of this node as a function of one further up its chain."""
         weight: Matrix = Identity(self.size)
         bias: Matrix | None = None
@@ -174,17 +174,17 @@ class Map:
             here = here.parent
         return weight, bias
 
-    def _glued(self, node: fx.Node, dtype: torch.dtype | None) -> Map:
-        own = self._begun(Link.GLUE) if self.link is Link.MOVE else self
-        return replace(own, node=node, dtype=dtype, last=Link.GLUE, glue=Glue(node, own.glue))
+    def _glued(self, node: fx.Node, dtype: torch.dtype | None) -> AffineMap:
+        own = self._begun(Link.GLUE) if self.link is Link.VIEW else self
+        return replace(own, node=node, dtype=dtype, last=Link.GLUE, glue=ScaleShift(node, own.glue))
 
-    def _begun(self, link: Link) -> Map:
+    def _begun(self, link: Link) -> AffineMap:
         """A link that does nothing yet."""
         return self.then(self.node, Identity(self.size), None, self.layout, self.dtype, link)
 
 
-def meet(one: Map, other: Map) -> Map | None:
-    """The nearest Map that both are functions of, or None if their sources differ."""
+def common_ancestor(one: AffineMap, other: AffineMap) -> AffineMap | None:
+    """The nearest AffineMap that both are functions of, or None if their sources differ."""
     while one is not other:
         if one.depth < other.depth:
             one, other = other, one

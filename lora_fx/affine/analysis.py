@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import fx
 
-from lora_fx.affine.affine_map import Map, OneHot, Patches, Reading
+from lora_fx.affine.affine_map import AffineMap, OneHot, Patches, Reading
 from lora_fx.affine.constant_expr import factored
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
@@ -21,19 +21,19 @@ from lora_fx.layers.matrix_products import Product, product_of
 
 
 @dataclass(frozen=True)
-class Same:
-    """A node that passes on one that is no Map itself."""
+class Alias:
+    """A node that passes on one that is no AffineMap itself."""
 
     node: fx.Node
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Splat:
     """A tensor that holds one number everywhere.
 
     Attributes:
         number: that number.
-        layout: where it would have its features, if it was made like a Map; or None.
+        layout: where it would have its features, if it was made like an AffineMap; or None.
     """
 
     number: float
@@ -41,10 +41,10 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TupleValue:
     """Several values, of which `getitem` picks one."""
 
-    values: tuple[Map, ...]
+    values: tuple[AffineMap, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Opaque:
     reason: str
 
 
-Value = Map | Same | Uniform | Parts | Opaque
+Value = AffineMap | Alias | Splat | TupleValue | Opaque
 Rule = Callable[["Analysis", fx.Node], Value]
 
 
@@ -75,7 +75,7 @@ class Analysis:
         self.gm = gm
         self.constants = Constants(gm)
         self.values: dict[fx.Node, Value] = {}
-        self._sources: dict[tuple[fx.Node, int, Reading], Map] = {}
+        self._sources: dict[tuple[fx.Node, int, Reading], AffineMap] = {}
         self._products: dict[fx.Node, Product | None] = {}
         self.written = Written(gm.graph)
         for node in gm.graph.nodes:
@@ -102,43 +102,45 @@ class Analysis:
             self._products[node] = product_of(node)
         return self._products[node]
 
-    def map_of(self, value: object) -> Map | None:
-        """The Map of an argument, or None."""
+    def map_of(self, value: object) -> AffineMap | None:
+        """The AffineMap of an argument, or None."""
         known = self.values.get(value) if isinstance(value, fx.Node) else None
-        if isinstance(known, Same):
+        if isinstance(known, Alias):
             return self.map_of(known.node)
-        return known if isinstance(known, Map) else None
+        return known if isinstance(known, AffineMap) else None
 
-    def whole_map_of(self, value: object) -> Map | None:
-        """The Map of an argument whose features may be mixed: not those of a grouped kernel."""
+    def whole_map_of(self, value: object) -> AffineMap | None:
+        """The map of an argument whose features may be mixed: not those of a grouped kernel."""
         found = self.map_of(value)
         return None if found is None or found.grouped else found
 
     def source(
         self, value: object, size: int, after: int = 0, reading: Reading = None
-    ) -> Map | None:
-        """An argument as something with ``size`` features: its own Map, or a source.
+    ) -> AffineMap | None:
+        """An argument as something with ``size`` features: its own AffineMap, or a source.
 
-        A Map that keeps its features elsewhere, or is read in another way, becomes a source.
+        An AffineMap that keeps its features elsewhere, or is read in another way, becomes a source.
         """
         if not isinstance(value, fx.Node) or value in self.constants.nodes:
             return None
         known = self.values.get(value)
-        if isinstance(known, Same):
+        if isinstance(known, Alias):
             return self.source(known.node, size, after, reading)
         if not _countable(value, reading):
             return None
-        fits = isinstance(known, Map) and reading is None and not known.grouped
-        if fits and isinstance(known, Map) and _at(known.layout, size, after):
+        fits = isinstance(known, AffineMap) and reading is None and not known.grouped
+        if fits and isinstance(known, AffineMap) and _at(known.layout, size, after):
             return known
         return self._source(value, size, after, reading)
 
-    def _source(self, node: fx.Node, size: int, after: int, reading: Reading) -> Map:
+    def _source(self, node: fx.Node, size: int, after: int, reading: Reading) -> AffineMap:
         key = (node, after, reading)
         found = self._sources.get(key)
         if found is None or found.size != size:
             layout = Layout((size,), after, self._batch(node, after, reading))
-            found = Map(node, None, Identity(size), layout, dtype=dtype_of(node), reading=reading)
+            found = AffineMap(
+                node, None, Identity(size), layout, dtype=dtype_of(node), reading=reading
+            )
             self._sources[key] = found
         return found
 
@@ -153,7 +155,7 @@ class Analysis:
     def _derived(self, node: fx.Node) -> Sizes | None:
         """The sizes of a node that a pass has made."""
         known = self.values.get(node)
-        return known.layout.sizes if isinstance(known, Map) else None
+        return known.layout.sizes if isinstance(known, AffineMap) else None
 
     def matrix(self, node: object) -> Matrix | None:
         """A constant of two axes, as an expression of the constants that it is made of."""

@@ -113,11 +113,11 @@ class Pack:
 
     def _matrix(self, node: fx.Node) -> Matrix:
         region = self.regions[node]
-        return region.value.since(region.source)[0]
+        return region.value.relative_to(region.source)[0]
 
     def _bias(self, node: fx.Node) -> Matrix | None:
         region = self.regions[node]
-        return region.value.since(region.source)[1]
+        return region.value.relative_to(region.source)[1]
 
     @cached_property
     def _parts(self) -> dict[Key, list[Matrix | None]]:

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map
-from lora_fx.affine.analysis import Analysis, Opaque, Uniform
+from lora_fx.affine.affine_map import AffineMap, Link
+from lora_fx.affine.analysis import Analysis, Opaque, Splat
 from lora_fx.affine.region_boundary import (
-    Way,
+    ViewChain,
+    input_views,
+    output_views,
     reads_more,
     stored_in,
-    way_in,
-    way_out,
     weight_of,
 )
-from lora_fx.algebra.matrix_expr import Blocks
+from lora_fx.algebra.matrix_expr import BlockDiag
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.matrix_products import batches_of
@@ -30,8 +30,8 @@ class Region:
     """Everything between a source and one node that is an affine function of it.
 
     Attributes:
-        value: the Map of that node.
-        source: the Map that it is a function of.
+        value: the AffineMap of that node.
+        source: the AffineMap that it is a function of.
         nodes: the calls in between, the last node included.
         layer: the base layer among them, whose operator, path and dtype are kept.
         before: how the source comes to what the layer reads.
@@ -41,18 +41,18 @@ class Region:
         blocked: why the region stays as it is, or ``""``.
     """
 
-    value: Map
-    source: Map
+    value: AffineMap
+    source: AffineMap
     nodes: frozenset[fx.Node]
     layer: fx.Node
-    before: Way
-    behind: Way
+    before: ViewChain
+    behind: ViewChain
     place: fx.Node
     blocked: str = ""
 
 
 def region_between(
-    value: Map, source: Map, analysis: Analysis, gone: set[fx.Node]
+    value: AffineMap, source: AffineMap, analysis: Analysis, gone: set[fx.Node]
 ) -> Region | None:
     """The region from a source to a value, or None if there is nothing in it to gain.
 
@@ -69,7 +69,10 @@ def region_between(
     for layer in layers:
         if layer in staying:
             continue
-        before, behind = way_in(layer, source, analysis), way_out(layer, value, nodes, analysis)
+        before, behind = (
+            input_views(layer, source, analysis),
+            output_views(layer, value, nodes, analysis),
+        )
         if before is None or behind is None:
             reason = f"no reshape of the graph brings what {layer.name} reads or gives to the "
             reason += "others"
@@ -78,13 +81,15 @@ def region_between(
         if place is not None:
             return Region(value, source, frozenset(nodes), layer, before, behind, place)
         reason = f"what {layer.name} reads or gives is written in place meanwhile"
-    if value.last is Link.MOVE:
+    if value.last is Link.VIEW:
         return None  # the region that ends before the move says why
-    stays = Way(layers[0])
+    stays = ViewChain(layers[0])
     return Region(value, source, frozenset(nodes), layers[0], stays, stays, value.node, reason)
 
 
-def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Node | None:
+def _place(
+    before: ViewChain, behind: ViewChain, end: fx.Node, analysis: Analysis
+) -> fx.Node | None:
     """Where a layer can stand for a region that ends in a node, or None.
 
     It reads its source before anything is written into that, and what is written into its result
@@ -102,7 +107,7 @@ def _place(before: Way, behind: Way, end: fx.Node, analysis: Analysis) -> fx.Nod
     return first if all(n < first for n in needed) else None
 
 
-def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node]:
+def calls_between(source: AffineMap, node: fx.Node, analysis: Analysis) -> set[fx.Node]:
     """The calls from a source to a node that carry features: no sizes, no constants."""
     found, pending = {node}, [node]
     while pending:
@@ -118,13 +123,15 @@ def calls_between(source: Map, node: fx.Node, analysis: Analysis) -> set[fx.Node
 
 def _read_for_features(node: fx.Node, analysis: Analysis) -> list[fx.Node]:
     """What a call reads, but for who only says the shape or dtype of its result."""
-    if isinstance(analysis.values[node], Uniform):
+    if isinstance(analysis.values[node], Splat):
         return []
     nodes = node.all_input_nodes
     return nodes[:1] if op_name(node) in _LIKE else nodes
 
 
-def candidates(nodes: set[fx.Node], value: Map, source: Map, analysis: Analysis) -> list[fx.Node]:
+def candidates(
+    nodes: set[fx.Node], value: AffineMap, source: AffineMap, analysis: Analysis
+) -> list[fx.Node]:
     """The layers between a source and a value of the shape of the whole, the likeliest first.
 
     A layer's own operator is likelier than a product that is written out, and one that no other
@@ -160,13 +167,19 @@ def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
     own = analysis.values[node]
     if node.kwargs:
         return False
-    return isinstance(own, Map) and own.weight.shape == shape and not isinstance(own.weight, Blocks)
+    return (
+        isinstance(own, AffineMap)
+        and own.weight.shape == shape
+        and not isinstance(own.weight, BlockDiag)
+    )
 
 
-def _is_wider(node: fx.Node, value: Map, source: Map, analysis: Analysis) -> bool:
+def _is_wider(node: fx.Node, value: AffineMap, source: AffineMap, analysis: Analysis) -> bool:
     """Whether a layer reads the source and more: the whole weight is a part of its own."""
     own = analysis.values[node]
-    fits = isinstance(own, Map) and own.size == value.size and reads_more(node, source, analysis)
+    fits = (
+        isinstance(own, AffineMap) and own.size == value.size and reads_more(node, source, analysis)
+    )
     return fits and not node.kwargs
 
 
@@ -178,7 +191,7 @@ def _is_worth_it(
     A number that scales a layer is not worth a copy of a weight that others read.
     """
     values = (analysis.values[n] for n in nodes - {layer})
-    lasts = {v.last for v in values if isinstance(v, Map)} - {Link.MOVE}
+    lasts = {v.last for v in values if isinstance(v, AffineMap)} - {Link.VIEW}
     if not lasts:  # a product with what is computed is one call already
         return layer.target in OPERATORS and stored_in(layer, analysis.gm) is None
     if layer.target not in OPERATORS and _is_bias_alone(nodes - {layer}, layer, analysis):
@@ -190,7 +203,9 @@ def _is_worth_it(
 
 def _is_bias_alone(others: set[fx.Node], layer: fx.Node, analysis: Analysis) -> bool:
     """Whether a product is followed by a stored bias alone: it has none of its own."""
-    moving = {n for n in others if isinstance(v := analysis.values[n], Map) and v.last is Link.MOVE}
+    moving = {
+        n for n in others if isinstance(v := analysis.values[n], AffineMap) and v.last is Link.VIEW
+    }
     last, *more = sorted(others - moving, reverse=True)
     bias = last.args[1] if op_name(last) == "add" and len(last.args) == 2 else None
     if more or last.kwargs or not isinstance(bias, fx.Node):
@@ -208,11 +223,15 @@ def _is_read(constant: fx.Node, layer: fx.Node, gone: set[fx.Node], analysis: An
     )
 
 
-def _ends_late(value: Map, nodes: set[fx.Node], analysis: Analysis) -> bool:
+def _ends_late(value: AffineMap, nodes: set[fx.Node], analysis: Analysis) -> bool:
     """Whether a region ends in moves of somebody who has no other part in it."""
     moves: set[fx.Node] = set()
     node = value.node
-    while (here := analysis.values.get(node)) and isinstance(here, Map) and here.last is Link.MOVE:
+    while (
+        (here := analysis.values.get(node))
+        and isinstance(here, AffineMap)
+        and here.last is Link.VIEW
+    ):
         moves.add(node)
         node = node.all_input_nodes[0]
     paths = {module_path(n) for n in nodes - moves}

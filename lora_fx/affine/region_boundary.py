@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, Patches
-from lora_fx.affine.analysis import Analysis, Same, dtype_of
+from lora_fx.affine.affine_map import AffineMap, Link, Patches
+from lora_fx.affine.analysis import Alias, Analysis, dtype_of
 from lora_fx.algebra.matrix_expr import Identity
 from lora_fx.graph.ops import CASTS, op_name
 from lora_fx.layers.layer_types import OPERATORS, operands_of
@@ -16,7 +16,7 @@ from lora_fx.layers.weight_parts import part_of
 
 
 @dataclass(frozen=True)
-class Way:
+class ViewChain:
     """From a node through moves, which are said again behind it.
 
     Attributes:
@@ -60,48 +60,52 @@ def is_stored(layer: fx.Node, gm: fx.GraphModule) -> bool:
     return layer.target in OPERATORS or stored_in(layer, gm) is not None
 
 
-def reads_more(layer: fx.Node, source: Map, analysis: Analysis) -> bool:
+def reads_more(layer: fx.Node, source: AffineMap, analysis: Analysis) -> bool:
     """Whether a layer reads the source with functions of it behind: ``concat(x, x A)``."""
     x = input_of(layer)
     return op_name(x) == "cat" and _only_moves(x.args[0][0], source, analysis)  # type: ignore[index, arg-type]
 
 
-def way_in(layer: fx.Node, source: Map, analysis: Analysis) -> Way | None:
+def input_views(layer: fx.Node, source: AffineMap, analysis: Analysis) -> ViewChain | None:
     """How the source comes to a layer without what the region does to it on the way."""
     x = input_of(layer)
     if isinstance(source.reading, Patches):
-        return Way(source.node)
+        return ViewChain(source.node)
     if source.reading is not None or _only_moves(x, source, analysis):
-        return Way(_before_idle_casts(x))
+        return ViewChain(_before_idle_casts(x))
     if reads_more(layer, source, analysis):
-        return Way(_before_idle_casts(x.args[0][0]))  # type: ignore[index, arg-type]
+        return ViewChain(_before_idle_casts(x.args[0][0]))  # type: ignore[index, arg-type]
     moves: list[fx.Node] = []
     node = x
     while node is not source.node:
         value = analysis.values.get(node)
-        if isinstance(value, Map) and _alike(value, source):
+        if isinstance(value, AffineMap) and _alike(value, source):
             break
-        if _casts(node) or (isinstance(value, Map) and value.last is Link.MOVE):
+        if _casts(node) or (isinstance(value, AffineMap) and value.last is Link.VIEW):
             moves.insert(0, node)
-        elif not isinstance(value, Same) and _computes(value):
+        elif not isinstance(value, Alias) and _computes(value):
             return None
         node = _before(node, analysis)
     arriving = analysis.map_of(moves[-1]) if moves else source
     wanted = analysis.constants.dtype(weight_of(layer))
     fits = arriving is None or arriving.dtype in (None, wanted)
-    return Way(source.node, tuple(moves)) if fits else None
+    return ViewChain(source.node, tuple(moves)) if fits else None
 
 
-def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis) -> Way | None:
+def output_views(
+    layer: fx.Node, value: AffineMap, nodes: set[fx.Node], analysis: Analysis
+) -> ViewChain | None:
     """How a layer's result comes to the layout and dtype of a region's.
 
     Moves that act on anything laid out like the layer's result could act on that as well.
     """
     own = analysis.values[layer]
-    if not isinstance(own, Map) or _alike(own, value):
-        return Way(layer) if isinstance(own, Map) else None
+    if not isinstance(own, AffineMap) or _alike(own, value):
+        return ViewChain(layer) if isinstance(own, AffineMap) else None
     starts = [
-        n for n in sorted(nodes) if isinstance(v := analysis.values[n], Map) and _alike(v, own)
+        n
+        for n in sorted(nodes)
+        if isinstance(v := analysis.values[n], AffineMap) and _alike(v, own)
     ]
     ways: list[tuple[fx.Node, ...]] = [(start,) for start in starts]
     for way in ways:
@@ -109,13 +113,13 @@ def way_out(layer: fx.Node, value: Map, nodes: set[fx.Node], analysis: Analysis)
             if user not in nodes or not _moves(user, analysis):
                 continue
             here = analysis.values[user]
-            if isinstance(here, Map) and _alike(here, value):
-                return Way(layer, (*way[1:], user))
+            if isinstance(here, AffineMap) and _alike(here, value):
+                return ViewChain(layer, (*way[1:], user))
             ways.append((*way, user))
     return None
 
 
-def _alike(one: Map, other: Map) -> bool:
+def _alike(one: AffineMap, other: AffineMap) -> bool:
     return one.layout.same(other.layout) and one.dtype == other.dtype
 
 
@@ -135,23 +139,23 @@ def _casts(node: fx.Node) -> bool:
 
 def _computes(value: object) -> bool:
     """Whether a value is more than a scaled or shifted one."""
-    return not isinstance(value, Map) or value.last is not Link.GLUE
+    return not isinstance(value, AffineMap) or value.last is not Link.GLUE
 
 
 def _moves(node: fx.Node, analysis: Analysis) -> bool:
     value = analysis.values.get(node)
-    return isinstance(value, Map) and value.last is Link.MOVE
+    return isinstance(value, AffineMap) and value.last is Link.VIEW
 
 
-def _only_moves(node: fx.Node, source: Map, analysis: Analysis) -> bool:
+def _only_moves(node: fx.Node, source: AffineMap, analysis: Analysis) -> bool:
     if node is source.node:
         return True
     value = analysis.values.get(node)
-    if isinstance(value, Same):
+    if isinstance(value, Alias):
         return _only_moves(value.node, source, analysis)
-    if not isinstance(value, Map):
+    if not isinstance(value, AffineMap):
         return False
-    weight, bias = value.since(source)
+    weight, bias = value.relative_to(source)
     return isinstance(weight, Identity) and bias is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map
+from lora_fx.affine.affine_map import AffineMap, Link
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region, calls_between, candidates, region_between
 from lora_fx.affine.region_boundary import is_stored
@@ -55,7 +55,7 @@ def _scan(
 def _region(node: fx.Node, analysis: Analysis, gone: set[fx.Node], chains: bool) -> Region | None:
     """The largest region that ends here and may be replaced, or else one that may not."""
     value = analysis.values.get(node)
-    if not isinstance(value, Map) or value.node is not node or value.parent is None:
+    if not isinstance(value, AffineMap) or value.node is not node or value.parent is None:
         return None
     best: Region | None = None
     for source in _sources(value, analysis, chains):
@@ -65,9 +65,9 @@ def _region(node: fx.Node, analysis: Analysis, gone: set[fx.Node], chains: bool)
     return best
 
 
-def _sources(value: Map, analysis: Analysis, chains: bool) -> list[Map]:
+def _sources(value: AffineMap, analysis: Analysis, chains: bool) -> list[AffineMap]:
     """How far up a region may reach: over one layer, and what its own modules do around it."""
-    found: list[Map] = []
+    found: list[AffineMap] = []
     layer: fx.Node | None = None
     is_found = False
     glue: list[fx.Node] = []
@@ -89,7 +89,7 @@ def _sources(value: Map, analysis: Analysis, chains: bool) -> list[Map]:
     return found
 
 
-def _layer_of(value: Map, analysis: Analysis) -> fx.Node | None:
+def _layer_of(value: AffineMap, analysis: Analysis) -> fx.Node | None:
     """The layer that a link is, or that a join holds."""
     if value.link is Link.LAYER:
         return value.start

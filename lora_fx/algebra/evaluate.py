@@ -91,17 +91,17 @@ class _Evaluation:
                 return self._times(*_grouped(m.parts(matrix, m.Product)))
             case m.Sum():
                 return self._summed(m.parts(matrix, m.Sum))
-            case m.RowScaled(m.Repeated(value, 1), inner):
+            case m.DiagMul(m.Repeated(value, 1), inner):
                 held = self.of(inner)
                 return _Held(_aten.mul.Tensor(held.value, value), held.shape)
-            case m.RowScaled(factor, inner):
+            case m.DiagMul(factor, inner):
                 return _Held(_aten.mul.Tensor(self._flat(factor), self._flat(inner)), shape)
             case m.Transposed(inner):
                 return _Held(_aten.t.default(self._flat(inner)), shape)
-            case m.Rows(inner, index):
+            case m.GatherRows(inner, index):
                 rows = _aten.index_select.default(self._flat(inner), 0, self._places(index))
                 return _Held(rows, shape)
-            case m.Placed(inner, index):
+            case m.ScatterRows(inner, index):
                 zeros = _aten.new_zeros.default(self.like, list(shape))
                 copy = _aten.index_copy if self.known else _aten.index_copy_
                 rows = copy.default(zeros, 0, self._places(index), self._flat(inner))
@@ -121,7 +121,7 @@ class _Evaluation:
                 return _Held(_aten.div.Tensor(self._flat(left), self._flat(right)), shape)
             case m.Reshaped(inner):
                 return self.of(inner)
-            case m.Blocks():
+            case m.BlockDiag():
                 each = self._blocks(matrix)
                 each = _aten.transpose.int(each, 1, 2) if matrix.turned else each
                 return _Held(_aten.block_diag.default(_aten.unbind.int(each)), shape)
@@ -134,13 +134,13 @@ class _Evaluation:
     def _flat(self, matrix: Matrix) -> Any:
         return self.of(matrix).seen(matrix.shape)
 
-    def _fetched(self, leaf: m.Leaf | m.Blocks) -> _Held:
+    def _fetched(self, leaf: m.Leaf | m.BlockDiag) -> _Held:
         if self.known is not None:
             return self.known[leaf.key]
         value = leaf.fetch().to(self.like.dtype)
         return _Held(value, tuple(value.shape))
 
-    def _blocks(self, matrix: m.Blocks) -> Any:
+    def _blocks(self, matrix: m.BlockDiag) -> Any:
         count, high, wide = matrix.blocks
         stored = (count, wide, high) if matrix.turned else matrix.blocks
         return self._fetched(matrix).seen(stored)
@@ -156,7 +156,7 @@ class _Evaluation:
         ours = self.known is None and not isinstance(first, m.Leaf | m.Transposed | m.Reshaped)
         for term in rest:
             pair = _grouped(m.parts(term, m.Product)) if isinstance(term, m.Product) else ()
-            if pair and not any(isinstance(part, m.Blocks) for part in pair):
+            if pair and not any(isinstance(part, m.BlockDiag) for part in pair):
                 add = _aten.addmm_ if ours else _aten.addmm
                 into = _Held(add.default(into.seen(shape), *map(self._flat, pair)), shape)
             else:
@@ -169,12 +169,12 @@ class _Evaluation:
         """One product; of a block diagonal, and of one matrix for all blocks, block by block."""
         rows, columns = left.shape[0], right.shape[1]
         match left, right:
-            case m.Blocks(), _:
+            case m.BlockDiag(), _:
                 count, high, wide = left.blocks
                 axes = "cwh,cwm->chm" if left.turned else "chw,cwm->chm"
                 pair = [self._blocks(left), self.of(right).seen((count, wide, columns))]
                 return _Held(_aten.einsum.default(axes, pair), (count, high, columns))
-            case _, m.Blocks():
+            case _, m.BlockDiag():
                 count, high, wide = right.blocks
                 axes = "rch,cwh->rcw" if right.turned else "rch,chw->rcw"
                 pair = [self.of(left).seen((rows, count, high)), self._blocks(right)]
@@ -194,5 +194,5 @@ def _grouped(chain: list[Matrix]) -> list[Matrix]:
 
 
 def _cost(left: Matrix, right: Matrix) -> float:
-    blocks = max(part.blocks[0] if isinstance(part, m.Blocks) else 1 for part in (left, right))
+    blocks = max(part.blocks[0] if isinstance(part, m.BlockDiag) else 1 for part in (left, right))
     return left.shape[0] * left.shape[1] * right.shape[1] / blocks

@@ -40,9 +40,9 @@ def beside(base: Matrix, whole: Matrix) -> Beside:
         match term:
             case _ if term == base:
                 factors.append(factor)
-            case m.RowScaled(own, inner):
+            case m.DiagMul(own, inner):
                 pending.append((m.scaled(own, factor), inner))
-            case m.Transposed(m.RowScaled(each, inner)) if alone:  # an input's, at all its places
+            case m.Transposed(m.DiagMul(each, inner)) if alone:  # an input's, at all its places
                 col = each.left if isinstance(each, m.Kron) else each
                 pending.append((factor, m.transposed(inner)))
             case m.Sum(left, right):
@@ -101,7 +101,7 @@ def blocks_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tens
         NotLowRankError: it is not written so.
     """
     match beside(base, whole):
-        case Beside(None, None, [m.Reshaped(m.Product(m.Blocks() as left, m.Leaf() as right))]):
+        case Beside(None, None, [m.Reshaped(m.Product(m.BlockDiag() as left, m.Leaf() as right))]):
             count, _, rank = left.blocks
             if not left.turned:
                 return left.fetch(), right.fetch().reshape(count, rank, -1)
@@ -119,7 +119,7 @@ def additive(base: m.Leaf, whole: Matrix) -> Matrix:
     own = m.exchanged(whole.matrix, lambda leaf: known if leaf == base else leaf)
     change = m.Sum(whole.rows, m.scaled(m.number(-1), m.rows(own, whole.index)))
     count, size = whole.index.count, whole.shape[0]
-    places = m.Placed(m.Identity(count), whole.index, size)
+    places = m.ScatterRows(m.Identity(count), whole.index, size)
     return m.Sum(whole.matrix, m.Product(places, change))
 
 

@@ -23,19 +23,19 @@ class Expression:
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
         match self:
-            case Sum(like, _) | Quotient(like, _) | RowScaled(_, like) | Replaced(like, _, _):
+            case Sum(like, _) | Quotient(like, _) | DiagMul(_, like) | Replaced(like, _, _):
                 return like.shape
             case Product(left, right):
                 return left.shape[0], right.shape[1]
             case Transposed(inner):
                 return inner.shape[1], inner.shape[0]
-            case Rows(inner, index):
+            case GatherRows(inner, index):
                 return index.count, inner.shape[1]
-            case Placed(inner, _, size):
+            case ScatterRows(inner, _, size):
                 return size, inner.shape[1]
             case Identity(size):
                 return size, size
-            case Blocks((count, high, wide), _, _, _):
+            case BlockDiag((count, high, wide), _, _, _):
                 return count * high, count * wide
             case Kron(left, right):
                 return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]
@@ -71,7 +71,7 @@ class Repeated(Expression):
 
 
 @dataclass(frozen=True)
-class Blocks(Expression):
+class BlockDiag(Expression):
     """A block diagonal; what is fetched is (blocks, rows of each, columns of each), or turned."""
 
     blocks: tuple[int, int, int]
@@ -112,7 +112,7 @@ class Kron(Pair):
 
 
 @dataclass(frozen=True)
-class RowScaled(Expression):
+class DiagMul(Expression):
     """``diag(factor) @ matrix``; a factor of one element scales every row."""
 
     factor: Matrix
@@ -120,7 +120,7 @@ class RowScaled(Expression):
 
 
 @dataclass(frozen=True)
-class Rows(Expression):
+class GatherRows(Expression):
     """Some rows of a matrix."""
 
     matrix: Matrix
@@ -128,7 +128,7 @@ class Rows(Expression):
 
 
 @dataclass(frozen=True)
-class Placed(Expression):
+class ScatterRows(Expression):
     """A matrix whose rows go to places among ``size`` rows; the others are zero."""
 
     matrix: Matrix
@@ -161,8 +161,8 @@ class Reshaped:
 
 
 Matrix = (
-    Identity | Leaf | Repeated | Blocks | Transposed | Product | Sum | RowScaled | Rows | Placed
-    | Replaced | Kron | RowNorm | Quotient | Reshaped
+    Identity | Leaf | Repeated | BlockDiag | Transposed | Product | Sum | DiagMul | GatherRows
+    | ScatterRows | Replaced | Kron | RowNorm | Quotient | Reshaped
 )  # fmt: skip
 
 
@@ -179,9 +179,9 @@ def parts(matrix: Matrix, of: type[Sum] | type[Product]) -> list[Matrix]:
     return found
 
 
-def leaves(matrix: Any) -> Iterator[Leaf | Blocks | Index]:
+def leaves(matrix: Any) -> Iterator[Leaf | BlockDiag | Index]:
     """What an expression is made of, from left to right."""
-    if isinstance(matrix, Leaf | Blocks | Index):
+    if isinstance(matrix, Leaf | BlockDiag | Index):
         yield matrix
     elif isinstance(matrix, Matrix):
         for item in fields(matrix):
@@ -190,7 +190,7 @@ def leaves(matrix: Any) -> Iterator[Leaf | Blocks | Index]:
 
 def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
     """The expression with what a function gives in the place of its leaves."""
-    if isinstance(matrix, Leaf | Blocks | Index):
+    if isinstance(matrix, Leaf | BlockDiag | Index):
         return change(matrix)
     if not isinstance(matrix, Matrix):
         return matrix
@@ -198,7 +198,7 @@ def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
     return replace(matrix, **inner)
 
 
-def holding(leaf: Leaf | Blocks | Index, value: torch.Tensor) -> Leaf | Blocks | Index:
+def holding(leaf: Leaf | BlockDiag | Index, value: torch.Tensor) -> Leaf | BlockDiag | Index:
     """A leaf of the same shape, of another tensor."""
     if isinstance(leaf, Index):
         return replace(leaf, key=("tensor", id(value)), places=lambda: value)
@@ -211,10 +211,10 @@ def constant(value: torch.Tensor, shape: tuple[int, int] | None = None) -> Leaf:
     return Leaf(shape or (sizes[0], prod(sizes[1:])), ("tensor", id(value)), lambda: value)
 
 
-def diagonal(value: torch.Tensor) -> Blocks:
+def diagonal(value: torch.Tensor) -> BlockDiag:
     """A tensor of (blocks, rows, columns) as a block diagonal."""
     count, high, wide = value.shape
-    return Blocks((count, high, wide), ("tensor", id(value)), lambda: value)
+    return BlockDiag((count, high, wide), ("tensor", id(value)), lambda: value)
 
 
 def number(value: float) -> Matrix:
@@ -233,11 +233,11 @@ def product(left: Matrix, right: Matrix) -> Matrix:
         return right
     if isinstance(right, Identity):
         return left
-    if isinstance(left, RowScaled):
+    if isinstance(left, DiagMul):
         return scaled(left.factor, product(left.matrix, right))
-    if isinstance(left, Rows):
+    if isinstance(left, GatherRows):
         return rows(product(left.matrix, right), left.index)
-    if isinstance(left, Placed):
+    if isinstance(left, ScatterRows):
         return placed(product(left.matrix, right), left.index, left.size)
     return Product(left, right)
 
@@ -246,21 +246,21 @@ def scaled(factor: Matrix, matrix: Matrix) -> Matrix:
     """``diag(factor) @ matrix``."""
     if isinstance(matrix, Product):
         return Product(scaled(factor, matrix.left), matrix.right)
-    return RowScaled(factor, matrix)
+    return DiagMul(factor, matrix)
 
 
 def rows(matrix: Matrix, index: Index) -> Matrix:
     """Some rows of a matrix."""
     if isinstance(matrix, Product):
         return Product(rows(matrix.left, index), matrix.right)
-    return Rows(matrix, index)
+    return GatherRows(matrix, index)
 
 
 def placed(matrix: Matrix, index: Index, size: int) -> Matrix:
     """A matrix among rows of zeros."""
     if isinstance(matrix, Product):
         return Product(placed(matrix.left, index, size), matrix.right)
-    return Placed(matrix, index, size)
+    return ScatterRows(matrix, index, size)
 
 
 def total(left: Matrix | None, right: Matrix | None) -> Matrix | None:
@@ -278,7 +278,7 @@ def reshaped(matrix: Matrix, rows: int) -> Matrix:
 
 def normed(lengths: Matrix, matrix: Matrix) -> Matrix:
     """Every row at the length that a column says: DoRA."""
-    return RowScaled(Quotient(lengths, RowNorm(matrix)), matrix)
+    return DiagMul(Quotient(lengths, RowNorm(matrix)), matrix)
 
 
 def columns_scaled(matrix: Matrix, factor: Matrix) -> Matrix:
@@ -301,9 +301,9 @@ def transposed(matrix: Matrix) -> Matrix:
         return Product(transposed(matrix.right), transposed(matrix.left))
     if isinstance(matrix, Sum):
         return Sum(transposed(matrix.left), transposed(matrix.right))
-    if isinstance(matrix, RowScaled) and matrix.factor.shape == (1, 1):
+    if isinstance(matrix, DiagMul) and matrix.factor.shape == (1, 1):
         return scaled(matrix.factor, transposed(matrix.matrix))
-    if isinstance(matrix, Blocks):
+    if isinstance(matrix, BlockDiag):
         count, high, wide = matrix.blocks
         return replace(matrix, blocks=(count, wide, high), turned=not matrix.turned)
     return matrix if isinstance(matrix, Identity) else Transposed(matrix)

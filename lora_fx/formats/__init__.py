@@ -23,8 +23,8 @@ from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, wri
 from lora_fx.formats.peft import is_peft, read_peft, write_peft
 from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
 from lora_fx.formats.torchtune import is_torchtune, read_torchtune
-from lora_fx.io.output_place import check_path
 from lora_fx.formats.trainers import names_of
+from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import names_in
 from lora_fx.layers.base_layers import layers_of
 

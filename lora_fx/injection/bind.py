@@ -14,7 +14,7 @@ from lora_fx.adapters.settle import settled
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.lazy_tensor import LazyTensor
-from lora_fx.injection.conform import fits, fitted, remedy
+from lora_fx.injection.conform import conform, fits, remedy
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.moves import MOVED
 
@@ -152,7 +152,7 @@ def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 
 def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
     if path in layers:
-        return fitted(update, layers[path])
+        return conform(update, layers[path])
     shape = tuple(getattr(layers.unevaluated(path), "shape", ()))
     sizes = zip(update.shape, shape, strict=False)
     if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):

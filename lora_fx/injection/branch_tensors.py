@@ -18,7 +18,7 @@ from lora_fx.layers.layer import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Terms:
+class BranchTensors:
     """``base(col x) + (col x) A B + gain (base(col x) - b) + bias``, b the layer's own bias.
 
     A row of ``diag(row) (W + up @ down)`` is a gain of row - 1, and is folded into B: so the base
@@ -44,9 +44,9 @@ class Terms:
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
 
-def terms_of(
+def branch_tensors(
     update: AnyUpdate, site: Layer, weight: Callable[[], torch.Tensor], bias: Bias
-) -> Terms:
+) -> BranchTensors:
     """What of an update is beside a layer: in float32 or wider, rounded once to its dtype.
 
     Args:
@@ -58,12 +58,12 @@ def terms_of(
     store, added = partial(site.type.store, "vector"), update.shift(bias)
     shift = None if added is None else store(added.to(site.dtype))
     if update.makes_anew:
-        return Terms(bias=shift)
+        return BranchTensors(bias=shift)
     out, *rest = site.shape
     base = Leaf((out, prod(rest)), "base", lambda: canonical(site, weight()))
     found, wide = beside(base, update.of(base)), update.wide(site.dtype)
     row = None if found.row is None else dense(found.row, wide)[:, 0]
-    terms = Terms(
+    terms = BranchTensors(
         gain=None if row is None else store((row - 1).to(site.dtype)),
         bias=shift,
         col=None if found.col is None else store(dense(found.col, wide)[:, 0].to(site.dtype)),
@@ -80,8 +80,8 @@ def canonical(site: Layer, weight: torch.Tensor) -> torch.Tensor:
     return site.type.canonical("weight", weight.detach(), site.groups)
 
 
-def update_of(terms: Terms, site: Layer, scale: float = 1.0) -> Update:
-    """The reverse of `terms_of`: rows and columns in place of gains, factors as updates hold them.
+def update_of(terms: BranchTensors, site: Layer, scale: float = 1.0) -> Update:
+    """The reverse of `branch_tensors`: rows and columns for gains, factors as updates hold them.
 
     Args:
         terms: of one layer.

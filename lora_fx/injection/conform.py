@@ -12,7 +12,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.layers.layer import Layer
 
 
-def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
+def conform(update: AnyUpdate, site: Layer) -> AnyUpdate:
     """Brings an update into the shape of a layer, where that says the same.
 
     Files store the kernel of a convolution flat, or a linear layer as a convolution of one point.
@@ -47,9 +47,9 @@ def fitted(update: AnyUpdate, site: Layer) -> AnyUpdate:
 
 
 def fits(update: AnyUpdate, site: Layer) -> bool:
-    """Whether `fitted` would bring an update into the shape of a layer."""
+    """Whether `conform` would bring an update into the shape of a layer."""
     try:
-        fitted(update, site)
+        conform(update, site)
     except AdapterError:
         return False
     return True

@@ -13,7 +13,7 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
-from lora_fx.injection.branch_tensors import terms_of
+from lora_fx.injection.branch_tensors import branch_tensors
 from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
@@ -42,7 +42,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
         make_layer_anew(editor, calls, update, name)
     own = partial(_own_bias, editor, calls)
     at = [masks.of(site, update.invocation) if update.invocation else None for site in calls]
-    terms = terms_of(update, first, lambda: base_weight(editor, first), own)
+    terms = branch_tensors(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
     nodes = {

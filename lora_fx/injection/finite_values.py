@@ -11,14 +11,18 @@ from torch import fx
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.graph_module import attribute
-from lora_fx.injection.branch_tensors import Terms, canonical
+from lora_fx.injection.branch_tensors import BranchTensors, canonical
 from lora_fx.injection.match_branch import branches_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.sites import sites
 
 
 def check_finite(
-    site: Layer, name: str, update: AnyUpdate, terms: Terms, weight: Callable[[], torch.Tensor]
+    site: Layer,
+    name: str,
+    update: AnyUpdate,
+    terms: BranchTensors,
+    weight: Callable[[], torch.Tensor],
 ) -> None:
     """Refuses values that no layer of this dtype can hold.
 
@@ -50,7 +54,7 @@ def check_finite(
         _refuse(site, name, _scaled(site, terms, weight))
 
 
-def check_product(site: Layer, name: str, terms: Terms) -> None:
+def check_product(site: Layer, name: str, terms: BranchTensors) -> None:
     """Refuses a low-rank part that overflows the dtype of its layer when it is run beside it.
 
     Raises:
@@ -67,7 +71,7 @@ def _refuse(site: Layer, name: str, what: str) -> None:
         )
 
 
-def overflow(site: Layer, terms: Terms) -> str:
+def overflow(site: Layer, terms: BranchTensors) -> str:
     """What of a low-rank part overflows for inputs of size one, or ``""``.
 
     A bound, of sums in any order: no product of the size of the weight is made.
@@ -94,7 +98,7 @@ def _sizes(site: Layer, rows: torch.Tensor) -> torch.Tensor:
     return flat.abs().amax(1) if site.type.reads_ids else torch.linalg.vector_norm(flat, dim=1)
 
 
-def _scaled(site: Layer, terms: Terms, weight: Callable[[], torch.Tensor]) -> str:
+def _scaled(site: Layer, terms: BranchTensors, weight: Callable[[], torch.Tensor]) -> str:
     limit = torch.finfo(site.dtype).max
     vectors = {"gain": terms.gain, "col": terms.col}
     for name, vector in vectors.items():
@@ -128,7 +132,7 @@ def check_branches(gm: fx.GraphModule) -> None:
         for branch in branches_of(site):
             nodes = (branch.down, branch.up, branch.gain, branch.bias, branch.col)
             found = [None if n is None else attribute(gm, str(n.target)).detach() for n in nodes]
-            terms = Terms(*found)
+            terms = BranchTensors(*found)
             loud = [part for part, value in terms.each().items() if not value.isfinite().all()]
             what = f"NaN or infinity in {', '.join(loud)}" if loud else overflow(site, terms)
             if what:

@@ -20,7 +20,7 @@ from lora_fx.adapters.updates import activated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.injection.branch_tensors import Terms, update_of
+from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.injection.invocation_mask import HOLDER
 from lora_fx.layers.layer import Layer
 
@@ -35,7 +35,7 @@ class Bound:
 
     Attributes:
         layer: the layer, or None for a parameter that no layer alone reads.
-        names: part (a field of `Terms`, or ``value 0`` and so on) -> name of the constant.
+        names: part (a field of `BranchTensors`, or ``value 0`` and so on) -> name of the constant.
         prints: a checksum of each.
         scale: the factor of the low-rank part that is not folded in.
         beside: names of adapters that stood at the layer: what was folded before is its base.
@@ -75,7 +75,9 @@ class Bound:
             bias = held["bias"].flatten() if "bias" in held else None
             return replace(update.with_values(values), bias=bias, stored=None)
         assert self.layer is not None
-        return activated(update_of(Terms(**held), self.layer, self.scale), update.invocation)
+        return activated(
+            update_of(BranchTensors(**held), self.layer, self.scale), update.invocation
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from lora_fx.adapters.parameter_updates import of_parameter
 from lora_fx.adapters.updates import activated
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.graph_module import attribute
-from lora_fx.injection.branch_tensors import Terms, update_of
+from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.injection.invocation_mask import tokens_of
 from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.layers.parametrized_weights import made_anew
@@ -72,6 +72,6 @@ def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:
         return None if node is None else attribute(gm, str(node.target)).detach().clone()
 
     nodes = (branch.down, branch.up, branch.gain, branch.bias, branch.col)
-    update = update_of(Terms(*map(read, nodes)), site, branch.scale)
+    update = update_of(BranchTensors(*map(read, nodes)), site, branch.scale)
     tokens = read(tokens_of(branch.mask))
     return update if tokens is None else activated(update, tokens.tolist())

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import within
-from lora_fx.injection.conform import fitted
+from lora_fx.injection.conform import conform
 from lora_fx.reference.module_layers import NoWeightFormError, Place
 
 _IDS = "input_ids"
@@ -40,7 +40,7 @@ class Activated:
         if place.layer is None:
             raise NoWeightFormError(f"{path} is no layer")
         with within(path):
-            fit = fitted(update, place.layer)
+            fit = conform(update, place.layer)
         assert isinstance(fit, Update)
         return cls(path, fit)
 

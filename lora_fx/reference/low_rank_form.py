@@ -18,7 +18,7 @@ from lora_fx.algebra.low_rank import NotLowRankError, additive, beside, blocks_b
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, constant, number, scaled
 from lora_fx.algebra.truncation import cut, of_product, rank_of, svd_of, total
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.injection.conform import fitted
+from lora_fx.injection.conform import conform
 from lora_fx.layers.layer import Layer
 from lora_fx.reference.base_weights import Base, Own
 from lora_fx.reference.merged_parameters import ungrouped
@@ -205,7 +205,7 @@ def _fit(update: AnyUpdate, layer: Layer | None) -> AnyUpdate:
     """An update in the shape of its layer, or of the weight of a grouped one."""
     if layer is None:
         return update
-    fit = fitted(update, layer)
+    fit = conform(update, layer)
     if isinstance(update, Update) and not isinstance(fit, Update):
         return replace(update, down=update.down.reshape(-1, *layer.own_shape[1:]))
     return fit

@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import within
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
-from lora_fx.injection.conform import fitted
+from lora_fx.injection.conform import conform
 from lora_fx.injection.injected_adapters import Injected
 from lora_fx.layers.layer import Layer
 from lora_fx.reference.module_layers import NoWeightFormError, Place
@@ -43,7 +43,7 @@ class Step:
         if layer is None:
             return self.update.weight(stored)
         with within(self.path):
-            update = fitted(self.update, layer)
+            update = conform(self.update, layer)
         groups = 1 if self.is_whole else layer.groups
         own = layer.type.canonical("weight", stored, groups)
         return layer.type.store("weight", update.weight(own), groups)

@@ -1,4 +1,4 @@
-"""Holds a `Map`, what the analysis says of a node, against what the graph computes."""
+"""Holds a `AffineMap`, what the analysis says of a node, against what the graph computes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.affine.affine_map import Map, OneHot
-from lora_fx.affine.analysis import Analysis, Opaque, Same
+from lora_fx.affine.affine_map import AffineMap, OneHot
+from lora_fx.affine.analysis import Alias, Analysis, Opaque
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
 from lora_fx.frontend.trace import trace
@@ -119,14 +119,14 @@ def analysed(
     return analyse(gm), result[0] if isinstance(result, tuple | list) else result
 
 
-def _source(value: Map) -> Map:
+def _source(value: AffineMap) -> AffineMap:
     while value.parent is not None:
         value = value.parent
     return value
 
 
-def _rows(value: Map, seen: torch.Tensor) -> torch.Tensor:
-    """A tensor as (batch, features), by what the Map says about where these are."""
+def _rows(value: AffineMap, seen: torch.Tensor) -> torch.Tensor:
+    """A tensor as (batch, features), by what the AffineMap says about where these are."""
     split, after = value.layout.split, value.layout.after
     if value.layout.joined:
         assert tuple(seen.shape[1:]) == split[1:]
@@ -138,7 +138,7 @@ def _rows(value: Map, seen: torch.Tensor) -> torch.Tensor:
     return seen.permute(axes).reshape(-1, value.size)
 
 
-def _read(source: Map, seen: torch.Tensor) -> torch.Tensor:
+def _read(source: AffineMap, seen: torch.Tensor) -> torch.Tensor:
     """What the source's weight is multiplied with."""
     how = source.reading
     if how is None:
@@ -161,19 +161,19 @@ def _read(source: Map, seen: torch.Tensor) -> torch.Tensor:
 def computes(
     function: Callable[..., Any], x: torch.Tensor, frontend: str, tolerance: float = 1e-9
 ) -> None:
-    """Asserts that the result's Map says what the graph computes, and nothing else would do."""
+    """Asserts that the result's map says what the graph computes, and nothing else would do."""
     analysis, node = analysed(function, x, frontend)
     known = analysis.values.get(node)
-    while isinstance(known, Same):
+    while isinstance(known, Alias):
         node = known.node
         known = analysis.values.get(node)
-    assert isinstance(known, Map), known
+    assert isinstance(known, AffineMap), known
     source = _source(known)
     assert source is not known
     record = _Record(analysis.gm)
     with torch.no_grad():
         record.run(x)
-        weight, bias = known.since(source)
+        weight, bias = known.relative_to(source)
         assert weight.shape == (known.size, source.size)
         read = _read(source, record.seen[source.node])
         got = read @ dense(weight, torch.float64).T

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.updates import AnyUpdate, Update
-from lora_fx.affine.affine_map import Map
+from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
@@ -78,7 +78,7 @@ def _dilation(module: Any) -> tuple[int, ...]:
     return given if isinstance(given, tuple) else (given,)
 
 
-def _value(analysis: Analysis, gm: fx.GraphModule) -> Map:
+def _value(analysis: Analysis, gm: fx.GraphModule) -> AffineMap:
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     (result,) = output.all_input_nodes[:1]
     value = analysis.map_of(result)
@@ -98,8 +98,8 @@ class _Reading:
     base: Layer
     own: Own
 
-    def update(self, value: Map, kind: str) -> AnyUpdate:
-        whole, column = value.since(value.source)
+    def update(self, value: AffineMap, kind: str) -> AnyUpdate:
+        whole, column = value.relative_to(value.source)
         out, *rest = self.base.own_shape
         if whole.shape != (out, prod(rest)):
             raise AdapterError(f"it gives {whole.shape}, the base's layer {(out, prod(rest))}")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, meet
+from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
@@ -18,10 +18,10 @@ def leaf(value: torch.Tensor) -> Leaf:
     return Leaf((value.shape[0], value.shape[1]), id(value), lambda: value)
 
 
-def chain(*sizes: int) -> list[Map]:
+def chain(*sizes: int) -> list[AffineMap]:
     """A source and the maps that follow it, one link each."""
     graph = fx.Graph()
-    maps = [Map(graph.placeholder("x"), None, Identity(sizes[0]), layout(sizes[0]))]
+    maps = [AffineMap(graph.placeholder("x"), None, Identity(sizes[0]), layout(sizes[0]))]
     make = torch.Generator().manual_seed(0)
     for size in sizes[1:]:
         weight = leaf(torch.randn(size, maps[-1].size, generator=make).double())
@@ -38,24 +38,24 @@ def number(matrix: Matrix | None) -> torch.Tensor:
 
 def test_a_chain_composes_weights_and_biases() -> None:
     source, first, second = chain(3, 5, 7)
-    weight, bias = second.since(source)
+    weight, bias = second.relative_to(source)
     x = torch.randn(3, 1, generator=torch.Generator().manual_seed(1)).double()
     hidden = number(first.weight) @ x + number(first.bias)
     exact = number(second.weight) @ hidden + number(second.bias)
     torch.testing.assert_close(number(weight) @ x + number(bias), exact)
     assert not torch.allclose(number(weight) @ x + number(second.bias), exact)
-    assert second.since(second) == (Identity(7), None)
+    assert second.relative_to(second) == (Identity(7), None)
 
 
 def test_paths_meet_at_the_nearest_point() -> None:
     source, first, second = chain(3, 5, 7)
     left = second.then(second.node, leaf(torch.ones(2, 7)), None, layout(2), None)
     right = first.then(first.node, leaf(torch.ones(2, 5)), None, layout(2), None)
-    assert meet(left, right) is first
-    assert meet(right, left) is first
-    assert meet(left, source) is source
+    assert common_ancestor(left, right) is first
+    assert common_ancestor(right, left) is first
+    assert common_ancestor(left, source) is source
     other, *_ = chain(3, 5)
-    assert meet(left, other) is None
+    assert common_ancestor(left, other) is None
 
 
 def test_scaling_and_shifting_belong_to_the_link_before() -> None:
@@ -82,13 +82,13 @@ def test_moves_are_a_link_of_their_own_and_glue_behind_them_is_another() -> None
     scaled = again.scaled(first.node, leaf(torch.full((1, 1), 2.0)), torch.float64)
     assert scaled.parent is again
     assert scaled.link is Link.GLUE
-    torch.testing.assert_close(number(scaled.since(first)[0]), 2 * torch.eye(5).double())
+    torch.testing.assert_close(number(scaled.relative_to(first)[0]), 2 * torch.eye(5).double())
 
 
 def test_picked_features_are_rows_of_the_weight() -> None:
     source, first = chain(3, 5)
-    picked = first.picked(first.node, slice_of(5, slice(1, 4)), layout(3))
-    weight, bias = picked.since(source)
+    picked = first.gather(first.node, slice_of(5, slice(1, 4)), layout(3))
+    weight, bias = picked.relative_to(source)
     torch.testing.assert_close(number(weight), number(first.weight)[1:4])
     torch.testing.assert_close(number(bias), number(first.bias)[1:4])
     assert picked.size == 3

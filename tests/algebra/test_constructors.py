@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import (
-    Blocks,
+    BlockDiag,
     Identity,
     Kron,
     Leaf,
@@ -49,7 +49,9 @@ def block(count: int, seed: int) -> Pair:
     """A block diagonal of as many columns as asked for, in blocks of (2, 1)."""
     make = torch.Generator().manual_seed(seed)
     value = torch.randn(count, 2, 1, generator=make, dtype=torch.float64)
-    return Blocks((count, 2, 1), ("blocks", seed, count), lambda: value), torch.block_diag(*value)
+    return BlockDiag((count, 2, 1), ("blocks", seed, count), lambda: value), torch.block_diag(
+        *value
+    )
 
 
 def step(pair: Pair, operation: str, seed: int) -> Pair:

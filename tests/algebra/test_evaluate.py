@@ -6,7 +6,7 @@ import torch
 
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import (
-    Blocks,
+    BlockDiag,
     Identity,
     Leaf,
     Matrix,
@@ -80,8 +80,8 @@ def test_factors_are_multiplied_the_cheapest_first() -> None:
 def test_block_diagonals_multiply_block_by_block() -> None:
     value = torch.randn(2, 4, 3, generator=MAKE).double()
     other = torch.randn(3, 2, 4, generator=MAKE).double()
-    one = Blocks((2, 4, 3), "one", lambda: value)
-    two = Blocks((3, 2, 4), "two", lambda: other)
+    one = BlockDiag((2, 4, 3), "one", lambda: value)
+    two = BlockDiag((3, 2, 4), "two", lambda: other)
     up, down = leaf("u", 5, 8), leaf("d", 6, 5)
     dense_one, dense_two = torch.block_diag(*value), torch.block_diag(*other)
     cases = {

@@ -12,7 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from lora_fx.algebra.evaluate import dense, recorded
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.matrix_expr import (
-    Blocks,
+    BlockDiag,
     Identity,
     Index,
     Kron,
@@ -51,7 +51,7 @@ ROWS = noise(2, 4)
 
 
 def block(turned: bool = False) -> Matrix:
-    made: Matrix = Blocks((3, 2, 2), "blocks", lambda: BLOCKS)
+    made: Matrix = BlockDiag((3, 2, 2), "blocks", lambda: BLOCKS)
     return transposed(made) if turned else made
 
 

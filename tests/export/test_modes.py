@@ -13,7 +13,7 @@ from lora_fx import Adapter, Update, compare
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.program.example_inputs import example_inputs
-from lora_fx.export.program.export_unit import Trial, trial_of
+from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.graph.printer import text
 from lora_fx.injection.match_branch import branches
 from lora_fx.passes import InjectLora
@@ -22,8 +22,8 @@ from lora_fx.testing import Notebook, make_adapter, traced
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
 
 
-def trial(plan: Constant | Swappable, gm: Any) -> Trial:
-    return trial_of(plan.traced, example_inputs(gm, None, None, None))
+def trial(plan: Constant | Swappable, gm: Any) -> ExportUnit:
+    return export_unit(plan.traced, example_inputs(gm, None, None, None))
 
 
 def test_a_swappable_plan_takes_the_adapters_out_and_probes_the_slots(mlp: Any) -> None:

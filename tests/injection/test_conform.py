@@ -7,7 +7,7 @@ import torch
 
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.adapter import Scaling, WeightUpdate
-from lora_fx.injection.conform import fitted
+from lora_fx.injection.conform import conform
 from lora_fx.layers.layer import Layer
 
 
@@ -37,7 +37,7 @@ def test_values_stay_where_the_shape_says_the_same(
     down: tuple[int, ...], up: tuple[int, ...], where: Layer, shape: tuple[int, ...]
 ) -> None:
     update = Update(torch.randn(down), torch.randn(up), 1.5)
-    found = fitted(update, where)
+    found = conform(update, where)
     assert isinstance(found, Update)
     assert found.shape == shape
     assert torch.equal(found.down.flatten(), update.down.flatten())
@@ -46,7 +46,7 @@ def test_values_stay_where_the_shape_says_the_same(
 @pytest.mark.parametrize("down", [(2, 2, 3, 2), (2, 12)])
 def test_a_weight_of_groups_is_made_anew(down: tuple[int, ...]) -> None:
     update = Update(torch.randn(down), torch.randn(6, 2), 1.5, bias=torch.randn(6))
-    found = fitted(update, GROUPED)
+    found = conform(update, GROUPED)
     assert isinstance(found, WeightUpdate)
     base = torch.randn(6, 2, 3, 2)
     wanted = base + 1.5 * (update.up @ update.down.flatten(1)).reshape(6, 2, 3, 2)
@@ -58,11 +58,11 @@ def test_a_weight_of_groups_is_made_anew(down: tuple[int, ...]) -> None:
 
 def test_vera_reads_the_first_columns_of_a_wider_projection() -> None:
     update = Update(torch.randn(2, 7), torch.randn(5, 2), 1.0, "vera")
-    found = fitted(update, LINEAR)
+    found = conform(update, LINEAR)
     assert isinstance(found, Update)
     assert torch.equal(found.down, update.down[:, :3])
     with pytest.raises(AdapterError, match="7 -> 5, the model's is 3 -> 5"):
-        fitted(Update(update.down, update.up, 1.0), LINEAR)
+        conform(Update(update.down, update.up, 1.0), LINEAR)
 
 
 REFUSED: list[tuple[Any, Layer, str]] = [
@@ -94,10 +94,10 @@ REFUSED: list[tuple[Any, Layer, str]] = [
 @pytest.mark.parametrize(("update", "where", "reason"), REFUSED)
 def test_another_layer_is_refused_by_both_shapes(update: Any, where: Layer, reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
-        fitted(update, where)
+        conform(update, where)
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (None, 24), (6, None), (6, 4, 3, 2)])
 def test_a_function_of_as_many_columns_fits(shape: Any) -> None:
     update = WeightUpdate("oft", identity, shape)
-    assert fitted(update, CONV) is update
+    assert conform(update, CONV) is update

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, meet
-from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform, Value, result_dtype
+from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
+from lora_fx.affine.analysis import Analysis, Opaque, Splat, TupleValue, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import promoted
 from lora_fx.affine.transfer.overwrites import uniform_at
@@ -35,7 +35,7 @@ def stack(analysis: Analysis, node: fx.Node) -> Value:
 def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
     dim = call_argument(node, 1, "dim", 0)
     parts = _parts_of(analysis, call_argument(node, 0, "tensors"), dim)
-    maps = [value for value, _ in parts if isinstance(value, Map)]
+    maps = [value for value, _ in parts if isinstance(value, AffineMap)]
     if not maps:
         return Opaque("a concatenation of no maps")
     first, source = maps[0].layout, _meeting(maps)
@@ -50,8 +50,8 @@ def _joined(analysis: Analysis, node: fx.Node, is_stack: bool) -> Value:
     weight: Matrix | None = None
     bias: Matrix | None = None
     for (value, _), end, size in zip(parts, accumulate(sizes), sizes, strict=True):
-        if isinstance(value, Map):
-            own, shift = value.since(source)
+        if isinstance(value, AffineMap):
+            own, shift = value.relative_to(source)
             index = along(axis, layout.split, slice_of(sum(sizes), slice(end - size, end)))
             weight = total(weight, placed(own, index, prod(layout.split)))
             bias = total(bias, shift and placed(shift, index, prod(layout.split)))
@@ -69,7 +69,7 @@ def _parts_of(analysis: Analysis, given: Any, dim: Any) -> list[tuple[Any, fx.No
     if isinstance(given, list | tuple):
         return [(_part_of_cat(analysis, value, given, dim), value) for value in given]
     pieces = analysis.values.get(given) if isinstance(given, fx.Node) else None
-    return [(value, given) for value in pieces.values] if isinstance(pieces, Parts) else []
+    return [(value, given) for value in pieces.values] if isinstance(pieces, TupleValue) else []
 
 
 def _are_alike(layouts: list[Layout | None], axis: int) -> bool:
@@ -83,25 +83,25 @@ def _part_of_cat(analysis: Analysis, node: fx.Node, beside: Sequence[fx.Node], d
     known = analysis.whole_map_of(node) or uniform_at(analysis, node)
     others = [uniform_at(analysis, other) for other in beside if other is not node]
     sizes = sizes_of(node)
-    if others and all(isinstance(other, Uniform) for other in others) and sizes and dim == -1:
+    if others and all(isinstance(other, Splat) for other in others) and sizes and dim == -1:
         size = sizes[-1]  # features at the end, as of any other layer's input
-        is_known = isinstance(known, Map | Uniform) or type(size) is not int
+        is_known = isinstance(known, AffineMap | Splat) or type(size) is not int
         return known if is_known else analysis.source(node, size)
     maps = (analysis.whole_map_of(other) for other in beside)
     sources = (other.source for other in maps if other is not None)
     return next((one for one in sources if one.node is node and one.reading is None), known)
 
 
-def _meeting(maps: list[Map]) -> Map | None:
-    nearest: Map | None = maps[0]
+def _meeting(maps: list[AffineMap]) -> AffineMap | None:
+    nearest: AffineMap | None = maps[0]
     for value in maps[1:]:
-        nearest = nearest and meet(nearest, value)
+        nearest = nearest and common_ancestor(nearest, value)
     return nearest
 
 
 def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
     """Where a part has its features, if it is a map or one number."""
-    if not isinstance(value, Map | Uniform):
+    if not isinstance(value, AffineMap | Splat):
         return None
     sizes = sizes_of(node)
     if value.layout is not None or sizes is None:

@@ -14,7 +14,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Rule, Value
 from lora_fx.affine.constant_expr import leaf
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
-from lora_fx.algebra.matrix_expr import Blocks, Leaf, Matrix, columns_scaled
+from lora_fx.algebra.matrix_expr import BlockDiag, Leaf, Matrix, columns_scaled
 from lora_fx.graph.ops import call_argument, is_around, op_name
 from lora_fx.graph.sizes import sizes_of
 from lora_fx.layers.layer_types import OPERATORS
@@ -99,7 +99,7 @@ def _channels(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], groups:
     if groups == 1:
         return whole
     blocks = (groups, shape[0] // groups, shape[1])
-    return Blocks(blocks, ("channels", groups, whole.key), lambda: whole.fetch().reshape(blocks))
+    return BlockDiag(blocks, ("channels", groups, whole.key), lambda: whole.fetch().reshape(blocks))
 
 
 def _kernel(analysis: Analysis, node: fx.Node, shape: tuple[int, int], groups: int) -> Leaf:

@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.affine.affine_map import Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
-from lora_fx.algebra.matrix_expr import Blocks, Matrix, transposed
+from lora_fx.algebra.matrix_expr import BlockDiag, Matrix, transposed
 from lora_fx.layers.matrix_products import listed
 
 
@@ -81,7 +81,7 @@ class _Einsum:
             prod(sizes[n] for n in self.inputs[count:]),
         )
         key = ("einsum", analysis.constants.key(node), tuple(order))
-        return Blocks(
+        return BlockDiag(
             blocks, key, lambda: analysis.constants.value(node).permute(order).reshape(blocks)
         )
 

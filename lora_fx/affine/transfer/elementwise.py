@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, meet
-from lora_fx.affine.analysis import Analysis, Opaque, Uniform, Value, dtype_of, result_dtype
+from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
+from lora_fx.affine.analysis import Analysis, Opaque, Splat, Value, dtype_of, result_dtype
 from lora_fx.algebra.matrix_expr import Matrix, Quotient, Sum, number, repeated, signed, total
 from lora_fx.graph.ops import call_argument
 from lora_fx.graph.sizes import same_sizes, sizes_of
@@ -54,14 +54,16 @@ def neg(analysis: Analysis, node: fx.Node) -> Value:
     return _scaled(analysis, node, node.args[0], -1)
 
 
-def join(analysis: Analysis, node: fx.Node, one: Map, other: Map, sign: float = 1) -> Value:
+def join(
+    analysis: Analysis, node: fx.Node, one: AffineMap, other: AffineMap, sign: float = 1
+) -> Value:
     """``one + sign * other``, a function of the nearest node that both are functions of."""
-    source = meet(one, other)
+    source = common_ancestor(one, other)
     if source is None:
         return Opaque("a sum of maps of two sources")
     if not one.layout.same(other.layout):
         return Opaque("a sum that broadcasts, or of tensors laid out differently")
-    (weight, bias), (weight_2, bias_2) = one.since(source), other.since(source)
+    (weight, bias), (weight_2, bias_2) = one.relative_to(source), other.relative_to(source)
     dtype = result_dtype(node, promoted(one.dtype, other.dtype))
     bias = total(bias, bias_2 and signed(bias_2, sign))
     summed = Sum(weight, signed(weight_2, sign))
@@ -84,14 +86,14 @@ def _sum(analysis: Analysis, node: fx.Node, left: Any, right: Any, sign: int) ->
     return Opaque("a sum with something that is neither a map of one source nor a constant")
 
 
-def _operand(analysis: Analysis, value: object, beside: object) -> Map | None:
-    """The Map of an operand; what has none is a source if it stands beside a Map."""
+def _operand(analysis: Analysis, value: object, beside: object) -> AffineMap | None:
+    """The AffineMap of an operand; what has none is a source if it stands beside an AffineMap."""
     found = analysis.map_of(value)
     other = analysis.map_of(beside)
     if found is not None or other is None or not isinstance(value, fx.Node):
         return found
     layout = other.layout
-    if isinstance(analysis.values.get(value), Uniform) or len(layout.split) != 1:
+    if isinstance(analysis.values.get(value), Splat) or len(layout.split) != 1:
         return None
     return analysis.source(value, layout.split[0], layout.after)
 
@@ -109,7 +111,7 @@ def _scaled(
     return value.scaled(node, _reciprocal(column) if inverse else column, result_dtype(node, dtype))
 
 
-def _beside_constant(analysis: Analysis, x: object, factor: object) -> Map | None:
+def _beside_constant(analysis: Analysis, x: object, factor: object) -> AffineMap | None:
     """An activation of known sizes as a source, its features where the constant has them."""
     sizes = sizes_of(x) if isinstance(x, fx.Node) else None
     if not sizes or not _is_constant(analysis, factor):
@@ -145,13 +147,13 @@ def promoted(one: torch.dtype | None, other: torch.dtype | None) -> torch.dtype 
 
 
 def _vector(
-    analysis: Analysis, value: object, beside: Map
+    analysis: Analysis, value: object, beside: AffineMap
 ) -> tuple[Matrix, torch.dtype | None] | None:
-    """A constant as a column for the features of a Map, and the dtype that the two make."""
+    """A constant as a column for the features of an AffineMap, and the dtype that the two make."""
     if isinstance(value, fx.Node) and value in analysis.constants.nodes:
         seen = analysis.constants.on_meta(value)
         value = seen if isinstance(seen, int | float) else value
-    if isinstance(value, fx.Node) and isinstance(known := analysis.values.get(value), Uniform):
+    if isinstance(value, fx.Node) and isinstance(known := analysis.values.get(value), Splat):
         alike = same_sizes(sizes_of(value), beside.layout.sizes)
         value = known.number if alike and dtype_of(value) == beside.dtype else None
     if isinstance(value, int | float):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, OneHot
+from lora_fx.affine.affine_map import AffineMap, Link, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Matrix, transposed
@@ -65,7 +65,7 @@ def _tensordot(analysis: Analysis, node: fx.Node) -> Value:
     matrix = matrix if product.turned or matrix is None else transposed(matrix)
     after, behind = (labels.before, labels.behind) if labels else (0, 0)
     value = dense_layer(analysis, node, product.x, product.matrix, matrix, after=after)
-    if not isinstance(value, Map):
+    if not isinstance(value, AffineMap):
         return value
     return replace(value, layout=replace(value.layout, after=behind))
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map, meet
+from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
 from lora_fx.affine.analysis import (
+    Alias,
     Analysis,
     Opaque,
-    Same,
-    Uniform,
+    Splat,
     Value,
     dtype_of,
     result_dtype,
@@ -119,7 +119,7 @@ def copy(analysis: Analysis, node: fx.Node) -> Value:
             return new.moved(node, new.layout, dtype)
         same = dtype is not None and dtype_of(values) == dtype
         known = analysis.values.get(values)
-        return Same(values) if same and not isinstance(known, Uniform) else known or Opaque("")
+        return Alias(values) if same and not isinstance(known, Splat) else known or Opaque("")
     column = analysis.column(values, kept.layout) if kept else None
     if kept is None or column is None:
         return Opaque("a copy that broadcasts, or of no map")
@@ -145,7 +145,7 @@ def fill(analysis: Analysis, node: fx.Node) -> Value:
     given = 0 if op_name(node) == "zero" else call_argument(node, 1, "value")
     if type(given) not in (int, float):
         return Opaque("filled with something else than a number")
-    return Uniform(float(given), known.layout if known else None)
+    return Splat(float(given), known.layout if known else None)
 
 
 def uniform(analysis: Analysis, node: fx.Node) -> Value:
@@ -157,7 +157,7 @@ def uniform(analysis: Analysis, node: fx.Node) -> Value:
         given = call_argument(node, 2 if name == "new_full" else 1, "fill_value")
     if type(given) not in (int, float):
         return Opaque("filled with something else than a number")
-    return Uniform(float(given), like.layout if like else None)
+    return Splat(float(given), like.layout if like else None)
 
 
 def uniform_at(analysis: Analysis, node: Any) -> Value | None:
@@ -168,7 +168,7 @@ def uniform_at(analysis: Analysis, node: Any) -> Value | None:
     return analysis.values.get(node)
 
 
-def _alike(node: fx.Node, values: fx.Node, kept: Map | None, new: Map | None) -> bool:
+def _alike(node: fx.Node, values: fx.Node, kept: AffineMap | None, new: AffineMap | None) -> bool:
     """Whether what is copied has the shape of what it is copied to."""
     if sizes_of(node) is not None and sizes_of(values) is not None:
         return same_sizes(sizes_of(node), sizes_of(values))
@@ -179,7 +179,7 @@ def _all_of_it(analysis: Analysis, node: fx.Node, values: Any) -> Value:
     new, known = analysis.map_of(values), analysis.values.get(values)
     if new is not None:
         return new.moved(node, new.layout, new.dtype)
-    return known if isinstance(known, Uniform) else Opaque("all of it overwritten")
+    return known if isinstance(known, Splat) else Opaque("all of it overwritten")
 
 
 def _overwritten(
@@ -218,7 +218,7 @@ def _overwritten(
         return matrix and placed(matrix, at, size)
 
     if kept is None:
-        if new is None or not isinstance(under, Uniform):
+        if new is None or not isinstance(under, Splat):
             return Opaque("an assignment into something else than zeros or a map of one source")
         rest = repeated(under.number, others.count) if under.number else None
         weight = placed(Identity(new.size), picked, size)
@@ -228,17 +228,17 @@ def _overwritten(
     if new is None:
         weight = placed(rows(Identity(size), others), others, size)
         return kept.then(node, weight, spread(column, picked), layout, dtype, Link.PRODUCT)
-    root = meet(kept, new)
+    root = common_ancestor(kept, new)
     if root is None:
         return Opaque("an assignment into something else than zeros or a map of one source")
-    (own, shift), (fresh, new_shift) = kept.since(root), new.since(root)
+    (own, shift), (fresh, new_shift) = kept.relative_to(root), new.relative_to(root)
     whole = total(spread(rows(own, others), others), spread(fresh, picked))
     bias = total(spread(shift and rows(shift, others), others), spread(new_shift, picked))
     assert whole is not None
     return root.then(node, whole, bias, layout, dtype, Link.JOIN)
 
 
-def _layout_beside(node: fx.Node, new: Map | None, gone: bool) -> Layout | None:
+def _layout_beside(node: fx.Node, new: AffineMap | None, gone: bool) -> Layout | None:
     """The layout of a whole whose part is laid out like a map."""
     sizes = sizes_of(node)
     if sizes is None or new is None:
@@ -255,7 +255,7 @@ def _column(
     analysis: Analysis, values: Any, known: Value | None, part: Layout, count: int
 ) -> Matrix | None:
     """A constant that is assigned, one value for each place."""
-    if isinstance(known, Uniform):
+    if isinstance(known, Splat):
         return repeated(known.number, count)
     return analysis.column(values, part)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.affine.analysis import Analysis, Opaque, Parts, Value
+from lora_fx.affine.analysis import Analysis, Opaque, TupleValue, Value
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.views import identity
 from lora_fx.algebra.index_expr import Index, along, listed, then
@@ -52,7 +52,7 @@ def pieces(analysis: Analysis, node: fx.Node) -> Value:
     known = [cut for cut in cuts if cut is not None]
     if not known or len(known) < len(cuts):
         return _NOT_FIXED
-    return Parts(tuple(value.picked(node, *cut) for cut in known))
+    return TupleValue(tuple(value.gather(node, *cut) for cut in known))
 
 
 def flip(analysis: Analysis, node: fx.Node) -> Value:
@@ -82,10 +82,10 @@ def getitem(analysis: Analysis, node: fx.Node) -> Value:
     """One of several pieces, or Python's own indexing of a tensor."""
     source, place = node.args
     value = analysis.values.get(source) if isinstance(source, fx.Node) else None
-    if isinstance(value, Parts) and isinstance(place, int):
+    if isinstance(value, TupleValue) and isinstance(place, int):
         return value.values[place].of(node)
-    if isinstance(value, Parts) and isinstance(place, slice):
-        return Parts(value.values[place])
+    if isinstance(value, TupleValue) and isinstance(place, slice):
+        return TupleValue(value.values[place])
     if not isinstance(place, tuple):
         return _NO_FEATURES
     lists = [(at, one) for at, one in enumerate(place) if isinstance(one, fx.Node)]
@@ -132,7 +132,7 @@ def _taken(analysis: Analysis, node: fx.Node, steps: Sequence[tuple[Any, Run]]) 
         if cut is None:
             return _NOT_FIXED
         index, layout = cut[0] if index is None else then(index, cut[0]), cut[1]
-    return value.picked(node, index, layout) if index else identity(analysis, node)
+    return value.gather(node, index, layout) if index else identity(analysis, node)
 
 
 def _cut(layout: Layout, axis: int, numbers: torch.Tensor) -> tuple[Index, Layout] | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from lora_fx.affine.affine_map import Link, Map
+from lora_fx.affine.affine_map import AffineMap, Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Leaf
@@ -58,7 +58,7 @@ def real(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def _multiplied(
-    analysis: Analysis, value: Map, chain: list[fx.Node], split: tuple[int, ...]
+    analysis: Analysis, value: AffineMap, chain: list[fx.Node], split: tuple[int, ...]
 ) -> Value:
     layout, size = Layout(split, 0, value.layout.batch), value.size
     named = tuple(analysis.constants.key(n) for n in _read(chain))
@@ -89,7 +89,7 @@ def _is_linear(analysis: Analysis, node: fx.Node) -> bool:
     return name in _FFTS or name in _SCALES or name in ("real", "einsum")
 
 
-def _wide(value: Map) -> torch.dtype:
+def _wide(value: AffineMap) -> torch.dtype:
     return torch.promote_types(value.dtype or torch.float32, torch.float32)
 
 

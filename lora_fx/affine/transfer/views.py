@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.affine.affine_map import Map
+from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import (
+    Alias,
     Analysis,
     Opaque,
-    Same,
-    Uniform,
+    Splat,
     Value,
     dtype_of,
 )
@@ -29,9 +29,9 @@ def identity(analysis: Analysis, node: fx.Node) -> Value:
     if not isinstance(source, fx.Node):
         return Opaque("of no node")
     value = analysis.values.get(source)
-    if isinstance(value, Map):
+    if isinstance(value, AffineMap):
         return value.moved(node, value.layout, value.dtype)
-    return value if isinstance(value, Same | Uniform) else Same(source)
+    return value if isinstance(value, Alias | Splat) else Alias(source)
 
 
 def dropout(analysis: Analysis, node: fx.Node) -> Value:
@@ -59,7 +59,7 @@ def cast(analysis: Analysis, node: fx.Node) -> Value:
     if before is not None and not before.is_floating_point and dtype != before:
         return Opaque("a cast from integers")
     value = analysis.values.get(source)
-    if isinstance(value, Map):
+    if isinstance(value, AffineMap):
         return value.moved(node, value.layout, dtype or value.dtype)
     return identity(analysis, node)
 
@@ -69,7 +69,7 @@ def reshape(analysis: Analysis, node: fx.Node) -> Value:
     source, sizes = node.args[0], sizes_of(node)
     if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
         return Opaque("bits read as another dtype")
-    if isinstance(source, fx.Node) and isinstance(analysis.values.get(source), Uniform):
+    if isinstance(source, fx.Node) and isinstance(analysis.values.get(source), Splat):
         return analysis.values[source]
     value = movable(analysis, source)
     layout = value.layout.reshaped(sizes) if value and sizes is not None else None
@@ -102,7 +102,7 @@ def permute(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def _permuted(
-    node: fx.Node, value: Map | None, found: tuple[Layout, tuple[int, ...]] | None
+    node: fx.Node, value: AffineMap | None, found: tuple[Layout, tuple[int, ...]] | None
 ) -> Value:
     if value is None or found is None:
         return Opaque("a permutation that moves the batch, or of unknown axes")
@@ -112,15 +112,15 @@ def _permuted(
     if value.grouped:
         return Opaque("a permutation of the channels of a grouped kernel")
     index = reordered(value.layout.split, order)
-    return value.picked(node, index, layout)
+    return value.gather(node, index, layout)
 
 
-def movable(analysis: Analysis, value: object) -> Map | None:
-    """A Map, or an activation of known sizes that keeps its features on the last axis."""
+def movable(analysis: Analysis, value: object) -> AffineMap | None:
+    """A AffineMap, or an activation of known sizes that keeps its features on the last axis."""
     known = analysis.map_of(value)
     if known is not None or not isinstance(value, fx.Node):
         return known
-    if isinstance(same := analysis.values.get(value), Same):
+    if isinstance(same := analysis.values.get(value), Alias):
         return movable(analysis, same.node)
     sizes = sizes_of(value)
     is_sized = bool(sizes) and sizes is not None and type(sizes[-1]) is int

@@ -116,7 +116,7 @@ def test_a_repeated_row_is_not_seen_through() -> None:
         lambda m, x: torch.bmm(x, m.gain3.reshape(1, 3).expand(4, 3, 3)), "batch"
     )
     value = analysis.map_of(node)
-    assert value is None or value.since(value.parent)[0].shape == (3, 3)
+    assert value is None or value.relative_to(value.parent)[0].shape == (3, 3)
 
 
 def test_unsqueeze_by_keyword_in_front_of_bmm() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.affine.affine_map import Map, Patches
-from lora_fx.affine.analysis import Analysis, Opaque, Parts, Uniform
+from lora_fx.affine.affine_map import AffineMap, Patches
+from lora_fx.affine.analysis import Analysis, Opaque, Splat, TupleValue
 from lora_fx.affine.transfer import TRANSFER, overwrites, spectra
 from lora_fx.affine.transfer import concat as joins
 from lora_fx.affine.transfer import convolution as convs
@@ -27,21 +27,21 @@ from lora_fx.affine.transfer import views as moves
 from lora_fx.algebra import matrix_expr as algebra
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import Index, listed, slice_of
-from lora_fx.algebra.matrix_expr import Blocks, Leaf
+from lora_fx.algebra.matrix_expr import BlockDiag, Leaf
 from lora_fx.testing import check_case, check_reason
 
 
 def doubled(value: Any) -> Any:
     """A result whose weight is twice what it should be."""
-    if isinstance(value, Parts):
-        return Parts(tuple(map(doubled, value.values)))
-    if not isinstance(value, Map):
+    if isinstance(value, TupleValue):
+        return TupleValue(tuple(map(doubled, value.values)))
+    if not isinstance(value, AffineMap):
         return value
     return replace(value, weight=algebra.scaled(algebra.number(2.0), value.weight))
 
 
 def without_bias(value: Any) -> Any:
-    return replace(value, bias=None) if isinstance(value, Map) else value
+    return replace(value, bias=None) if isinstance(value, AffineMap) else value
 
 
 def bias_twice(value: Any) -> Any:
@@ -54,7 +54,7 @@ def turned(value: Any) -> Any:
 
 
 def narrow(value: Any) -> Any:
-    return replace(value, dtype=torch.float16) if isinstance(value, Map) else value
+    return replace(value, dtype=torch.float16) if isinstance(value, AffineMap) else value
 
 
 def passes_on(analysis: Analysis, node: Any) -> Any:
@@ -80,7 +80,7 @@ def one_more_axis(value: Any) -> Any:
 
 
 def backwards(value: Any) -> Any:
-    return Parts(value.values[::-1])
+    return TupleValue(value.values[::-1])
 
 
 def another_axis(real: Any) -> Any:
@@ -115,9 +115,9 @@ def same_order(split: tuple[int, ...], order: tuple[int, ...]) -> Index:
     return slice_of(prod(split), slice(None))
 
 
-def unmerged(blocks: tuple[int, int, int], key: Any, fetch: Any) -> Blocks:
+def unmerged(blocks: tuple[int, int, int], key: Any, fetch: Any) -> BlockDiag:
     """The blocks in the wrong order."""
-    return Blocks(blocks, key, lambda: fetch().flip(0))
+    return BlockDiag(blocks, key, lambda: fetch().flip(0))
 
 
 def dense_kernel(constants: Any, node: Any, shape: tuple[int, int]) -> Leaf:
@@ -190,7 +190,7 @@ def first_call(real: Any) -> Any:
 
 def parted(value: Any) -> Any:
     """A layout that forgets that the batch is on the first axis of features."""
-    known = isinstance(value, Map)
+    known = isinstance(value, AffineMap)
     return replace(value, layout=replace(value.layout, joined=False)) if known else value
 
 
@@ -444,14 +444,14 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "copy: nothing is copied": (("TRANSFER", "copy", passes_on), "concat", "copied"),
     "copy: no constant": (("TRANSFER", "copy", passes_on), "concat", "copied constant"),
     "fill: with zeros": (
-        ("TRANSFER", "fill", lambda analysis, node: Uniform(0.0)),
+        ("TRANSFER", "fill", lambda analysis, node: Splat(0.0)),
         "concat",
         "assignment of what is filled",
     ),
     "masked_fill: nothing is": (("TRANSFER", "masked_fill", passes_on), "concat", "masked"),
     "masked_fill: with zeros": (rule(without_bias, "masked_fill"), "concat", "masked"),
     "uniform: ones are zeros": (
-        ("TRANSFER", "ones_like", lambda analysis, node: Uniform(0.0)),
+        ("TRANSFER", "ones_like", lambda analysis, node: Splat(0.0)),
         "elementwise",
         "add zeros of data",
     ),

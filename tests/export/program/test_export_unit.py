@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from lora_fx.export.program.example_inputs import example_inputs
-from lora_fx.export.program.export_unit import trial_of
+from lora_fx.export.program.export_unit import export_unit
 
 
 def test_a_trial_feeds_each_case_under_the_models_names(sample: Any) -> None:
-    trial = trial_of(sample.gm, example_inputs(sample.gm, None, None, None))
+    trial = export_unit(sample.gm, example_inputs(sample.gm, None, None, None))
     assert trial.inputs == list(sample.other)
     for case in trial.cases:
         feeds = trial.feeds(case)

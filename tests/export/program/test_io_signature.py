@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.export.program.io_signature import Leaf, dimension_names, input_leaves
+from lora_fx.export.program.io_signature import TensorInput, dimension_names, input_leaves
 from lora_fx.frontend.torch_export import export_program
 from lora_fx.frontend.trace import trace
 
@@ -29,7 +29,7 @@ class Named(nn.Module):
         return total if last is None else total + last
 
 
-def leaves(module: nn.Module, args: Any, kwargs: Any, shapes: Any) -> list[Leaf]:
+def leaves(module: nn.Module, args: Any, kwargs: Any, shapes: Any) -> list[TensorInput]:
     gm = trace(module.eval(), args, kwargs, dynamic_shapes=shapes)
     return input_leaves(gm, export_program(gm, args, kwargs, shapes), shapes)
 
@@ -64,4 +64,4 @@ def test_a_given_name_wins_over_a_made_up_one() -> None:
 @pytest.mark.parametrize("shapes", [None, {"input": None}])
 def test_fixed_sizes_have_no_axes(shapes: Any) -> None:
     (leaf,) = leaves(nn.Linear(7, 5), (X,), {}, shapes)
-    assert leaf == Leaf("input", {}, (4, 7))
+    assert leaf == TensorInput("input", {}, (4, 7))

@@ -9,7 +9,7 @@ from torch import fx, nn
 from lora_fx.export.onnx_model.convert import convert
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
-from lora_fx.export.program.export_unit import trial_of
+from lora_fx.export.program.export_unit import export_unit
 from lora_fx.export.program.lazy_weights import with_stand_ins
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.verification.eager import evaluating
@@ -104,11 +104,11 @@ def test_what_it_cannot_tell_is_traced_again(mlp: Any) -> None:
     ]
     for gm, inputs in asked:
         assert program_of(gm, inputs) is None
-        assert not isinstance(trial_of(gm, inputs).program, LoweredProgram)
+        assert not isinstance(export_unit(gm, inputs).program, LoweredProgram)
 
 
 @pytest.mark.parametrize("retrace", [False, True])
 def test_a_trial_traces_again_when_told_to(mlp: Any, retrace: bool) -> None:
     inputs = example_inputs(mlp.gm, None, None, None)
-    found = trial_of(evaluating(mlp.gm), inputs, retrace=retrace).program
+    found = export_unit(evaluating(mlp.gm), inputs, retrace=retrace).program
     assert isinstance(found, LoweredProgram) != retrace

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_fx.errors import ExportError
-from lora_fx.export.report import Subject
+from lora_fx.export.report import Reference
 from lora_fx.export.runtime.generation import Values
 from lora_fx.export.verification import rollout
 
@@ -57,7 +57,7 @@ def checked(file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
     monkeypatch.setattr(rollout, "_eager", lambda subject, trial: counted)
     feeds = {"input_ids": IDS, "past_key_values.0": np.zeros((2, 1, 4))}
     trial: Any = type("Trial", (), {"cases": [None], "feeds": lambda self, case: feeds})()
-    subject: Any = Subject("base", None, None)  # type: ignore[arg-type]
+    subject: Any = Reference("base", None, None)  # type: ignore[arg-type]
     return rollout.rollout(subject, None, trial, torch.float32), len(calls)
 
 

@@ -10,8 +10,8 @@ from torch import fx, nn
 from lora_fx.errors import VerificationError
 from lora_fx.export import to_onnx
 from lora_fx.export.program.example_inputs import example_inputs
-from lora_fx.export.program.export_unit import Trial, trial_of
-from lora_fx.export.report import Subject
+from lora_fx.export.program.export_unit import ExportUnit, export_unit
+from lora_fx.export.report import Reference
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import controls
 from lora_fx.export.verification.verify import verify_file
@@ -19,15 +19,15 @@ from lora_fx.passes import InjectLora
 from lora_fx.testing import traced
 
 
-def trial(gm: fx.GraphModule) -> Trial:
-    return trial_of(evaluating(gm), example_inputs(gm, None, None, None))
+def trial(gm: fx.GraphModule) -> ExportUnit:
+    return export_unit(evaluating(gm), example_inputs(gm, None, None, None))
 
 
 @pytest.mark.parametrize("form", ["constant", "folded"])
 def test_another_model_disagrees_in_every_row(exported_mlp: Any, form: str) -> None:
     gm = exported_mlp.sample.gm
     evidence = verify_file(
-        exported_mlp.path(form), trial(gm), [Subject("base", evaluating(gm))], controls(gm)
+        exported_mlp.path(form), trial(gm), [Reference("base", evaluating(gm))], controls(gm)
     )
     assert len(evidence.checks) == 2 * 2 * 3  # outputs, optimisation levels, shapes
     assert not any(row.ok for row in evidence.checks)
@@ -39,7 +39,7 @@ def test_a_scale_off_by_ten_percent_is_seen(exported_mlp: Any) -> None:
     for scale, ok in ((2.0, True), (2.2, False)):
         updates = {p: type(u)(u.down, u.up, scale) for p, u in adapter.updates.items()}
         gm = InjectLora(type(adapter)("a", updates))(sample.gm).graph_module
-        subject = Subject("model", evaluating(gm))
+        subject = Reference("model", evaluating(gm))
         found = verify_file(exported_mlp.path("constant"), trial(gm), [subject], controls(gm))
         assert {row.ok for row in found.checks} == {ok}
 
@@ -64,7 +64,7 @@ def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path) -> None:
         return gm(x)
 
     few.forward = picky
-    found = verify_file(tmp_path / "model.onnx", trial(gm), [Subject("model", few)], controls(gm))
+    found = verify_file(tmp_path / "model.onnx", trial(gm), [Reference("model", few)], controls(gm))
     assert found.notes == ["model: eager fails at batch=5, skipped: too many rows"]
     assert {row.shape for row in found.checks} == {"batch=4", "batch=2"}
 
