@@ -49,7 +49,7 @@ def test_errors_have_one_base() -> None:
 # somebody has written: add what is optional, and let what goes warn for a version.
 PUBLIC = {
     "lora_fx": """
-Adapter(name, updates, replacements=<factory>, expects=None)
+Adapter(name, updates, replacements=<factory>, expects=None, moved=None)
 AdapterError
 AdapterWarning
 ExportError
@@ -61,7 +61,8 @@ LoraFxError
 PassError
 Session(path, threads=None, providers=None, *, check=True)
 TraceError
-Update(down, up, scale, kind='lora', bias=None, magnitude=None, row=None, col=None, stored=None)
+Update(down, up, scale, kind='lora', bias=None, magnitude=None, row=None, col=None, stored=None,
+    invocation=())
 VerificationError
 __version__
 adapter_from(gm, name=None)
@@ -104,9 +105,14 @@ op_name(node)
 sites(gm)
 """,
     "lora_fx.export": """
+CalibrationReader(path, inputs, adapters)
 ExportReport
 Session(path, threads=None, providers=None, *, check=True)
+add_lora(model_path, out_path, *, slots='all-linear', names=None, inputs=None, check=True,
+    verify=True, external_data_above=128000000, force=False, progress=None)
 export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+merge_onnx(model_path, adapter, out_path, *, inputs=None, allow_unmerged=False, check=True,
+    verify=True, external_data_above=128000000, force=False, progress=None)
 slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None,

@@ -62,7 +62,7 @@ def feeds_for(
         if len(found) == _CASES:
             break
     if not found:
-        raise ExportError(f"{path}: no inputs that were tried run, give some as inputs=: {problem}")
+        raise ExportError(f"{path}: no inputs that were tried run: {problem}; give some as inputs=")
     return found
 
 
@@ -93,7 +93,9 @@ def _values(
     if kind == "bool" or kind.startswith(("int", "uint")):
         made = random.integers(0, limits[value.name], shape) if value.name in limits else 1
         return np.broadcast_to(np.asarray(made), shape).astype(kind)
-    raise ExportError(f"input {value.name!r} is {value.type}: give it as inputs=")
+    raise ExportError(
+        f"input {value.name!r} is {value.type}, which nothing is made up for; give it as inputs="
+    )
 
 
 def _table_sizes(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:

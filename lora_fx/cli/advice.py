@@ -14,6 +14,7 @@ _END = r"(?=[\s,;:.)]|$)"
 OPTIONS = {
     r'adapters="input"': "--mode swappable",
     r"allow_pickle=True": "--allow-pickle",
+    r"allow_unmerged=True": "--allow-unmerged",
     rf"alpha={_END}": "--alpha",
     rf"base={_END}": "--base",
     rf"component={_END}": "--component",
@@ -24,13 +25,15 @@ OPTIONS = {
     rf"format={_END}": "--format",
     rf"model={_END}": "--for",
     rf"name={_END}": "--name",
+    r"names=\{node: path\}": "--name NODE=PATH",
+    rf"names={_END}": "--name",
     r'(?:slots=)?\{"([^"]+)": "(\w+)"\}': r"--slots \1=\2",
     rf"slots={_END}": "--slots",
     r"use_rslora=True": "--use-rslora",
     r"vectors=True": "--vectors",
 }
 # What no command has.
-PYTHON = (r"strict=False", r"check=False", r"frontend=['\"]\w+['\"]")
+PYTHON = (r"strict=False", r"check=False", r"frontend=['\"]\w+['\"]", rf"inputs={_END}")
 _STARTS, _ENDS = ("; ", ". ", ", or ", "\n", " ("), ("; ", ". ", "\n")
 
 

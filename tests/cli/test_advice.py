@@ -83,6 +83,15 @@ CASES = {
     "x is 'pissa': it fits that base alone; save it anew, or pass strict=False to use it": (
         "inspect", "x is 'pissa': it fits that base alone; save it anew",
     ),
+    "x: a, which reads it twice; allow_unmerged=True keeps it beside": (
+        "merge", "x: a, which reads it twice; --allow-unmerged keeps it beside",
+    ),
+    "no slot for what has no name: a: names= gives one": (
+        "add-lora", "no slot for what has no name: a: --name gives one",
+    ),
+    "no inputs that were tried run: it is too long; give some as inputs=": (
+        "merge", "no inputs that were tried run: it is too long",
+    ),
     "2 targets match nothing: fc. The layers: a. Pass strict=False to leave them out": (
         "export", "2 targets match nothing: fc. The layers: a",
     ),
