@@ -92,6 +92,11 @@ def to_onnx(
         AdapterError: a branch of the graph holds NaN or infinity, or its products overflow.
         VerificationError: the file and eager disagree, or a control agreed.
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise ExportError(
+            f"to_onnx writes a GraphModule, not a {type(gm).__name__}: trace the model first, "
+            "gm = lora_fx.trace(model, args)"
+        )
     if adapters not in ("constant", "input"):
         raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
     if adapters == "constant" and (slots is not None or vectors):

@@ -56,7 +56,8 @@ ExportError
 ExportReport
 LoraConfig(r=8, alpha=16, target_modules='all-linear', dropout=0.0, use_rslora=False,
     rank_pattern=<factory>, alpha_pattern=<factory>, exclude_modules=(), layers_to_transform=None,
-    layers_pattern=(), name='default', seed=None, init='kaiming', kind='lora')
+    layers_pattern=(), name='default', seed=None, init='kaiming', kind='lora', lora_alpha=None,
+    lora_dropout=None, init_lora_weights=None)
 LoraFxError
 PassError
 Session(path, threads=None, providers=None, *, check=True)

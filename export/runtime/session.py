@@ -101,7 +101,7 @@ class Session:
         """
         self._check_names(inputs)
         feeds = {name: to_array(name, value) for name, value in inputs.items()}
-        loaded = None if adapter is None else self._load(Path(adapter))
+        loaded = None if adapter is None else self._load(adapter)
         given = required_slots(self._session, self._manifest, adapter)
         # Run options do not keep an adapter alive; and they refuse what the file requires.
         options = None if loaded is None or given else active(loaded)
@@ -152,7 +152,7 @@ class Session:
         ids, mask = prompt(input_ids, attention_mask)
         ends = Ends.of(self._path, eos_token_id, pad_token_id)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
-        loaded = None if adapter is None else self._load(Path(adapter))
+        loaded = None if adapter is None else self._load(adapter)
         start = empty_cache(self._session, len(ids))
         run = bound_run(self._session, None if loaded is None else active(loaded))
         every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
@@ -176,14 +176,24 @@ class Session:
                 f"{shorten(unknown) or 'none'}; the model takes {shorten(wanted)}"
             )
 
-    def _load(self, path: Path) -> ort.LoraAdapter:
+    def _load(self, adapter: str | Path) -> ort.LoraAdapter:
+        if not isinstance(adapter, str | Path):
+            raise AdapterError(
+                f"adapter is a {type(adapter).__name__}, expected the path of one .onnx_adapter: "
+                "lora_fx.combine makes one adapter of several, lora_fx.export_adapter its file"
+            )
+        path = Path(adapter)
         if self._manifest is None:
             raise AdapterError(
                 f"{path}: {self._path} takes no adapter: its weights are constants; export it "
                 'with adapters="input"'
             )
         if not check_path(path, AdapterError).is_file():
-            raise AdapterError(f"{path}: no such adapter file")
+            found = "is a directory" if path.is_dir() else "no such adapter file"
+            raise AdapterError(
+                f"{path}: {found}; a session runs what lora_fx.export_adapter(adapter, "
+                f"{str(self._path)!r}, ...) wrote"
+            )
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         key = path.resolve()

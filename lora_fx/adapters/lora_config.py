@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -46,6 +46,9 @@ class LoraConfig:
             PiSSA and OLoRA change the base, and what they train fits the changed base alone, until
             the adapter as it started is taken off: ``combine([(trained, 1), (started, -1)])``.
         kind: of the updates; ``"lora"`` alone can be trained here, others are loaded.
+        lora_alpha: ``alpha``, as PEFT spells it.
+        lora_dropout: ``dropout``, as PEFT spells it.
+        init_lora_weights: ``init``, as PEFT spells it; True is ``"kaiming"``.
     """
 
     r: int = 8
@@ -62,13 +65,25 @@ class LoraConfig:
     seed: int | None = None
     init: str = "kaiming"
     kind: str = "lora"
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    init_lora_weights: InitVar[str | bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self,
+        lora_alpha: float | None,
+        lora_dropout: float | None,
+        init_lora_weights: str | bool | None,
+    ) -> None:
         """Closes the mappings and checks every option.
 
         Raises:
             AdapterError: an option of the wrong type or out of range, by name.
         """
+        self._take("alpha", "lora_alpha", lora_alpha)
+        self._take("dropout", "lora_dropout", lora_dropout)
+        how = "kaiming" if init_lora_weights is True else init_lora_weights
+        self._take("init", "init_lora_weights", how)
         ranks, alphas = checked_ranks(self.rank_pattern), checked_alphas(self.alpha_pattern)
         object.__setattr__(self, "rank_pattern", MappingProxyType(ranks))
         object.__setattr__(self, "alpha_pattern", MappingProxyType(alphas))
@@ -90,6 +105,14 @@ class LoraConfig:
         if not self.target_modules:
             raise AdapterError("target_modules is empty: nothing would be adapted")
         _ = self.rule
+
+    def _take(self, name: str, spelling: str, value: object) -> None:
+        """Takes an option that is given as PEFT spells it."""
+        if value is None:
+            return
+        if getattr(self, name) not in (type(self).__dataclass_fields__[name].default, value):
+            raise AdapterError(f"{name} and {spelling} are one option: give one of them")
+        object.__setattr__(self, name, value)
 
     @property
     def rule(self) -> TargetRule:

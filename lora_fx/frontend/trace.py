@@ -65,6 +65,12 @@ def trace(
         TraceError: the model cannot be traced, or its graph computes something else; says where
             and what to try.
     """
+    if not isinstance(model, nn.Module | torch.export.ExportedProgram):
+        raise TraceError(
+            f"{model!r:.80} is a {type(model).__name__}: trace takes a torch.nn.Module or an "
+            "ExportedProgram; a directory is loaded by lora_fx.tasks.load, and an .onnx file gets "
+            "slots by lora_fx.export.add_lora"
+        )
     if frontend not in ("auto", "symbolic", "export"):
         raise TraceError(f"frontend {frontend!r}: expected 'auto', 'symbolic' or 'export'")
     if not isinstance(args, tuple):

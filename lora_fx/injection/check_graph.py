@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
 from lora_fx.injection.bind import Binding, meant_by, targeted
@@ -75,11 +76,33 @@ def fresh_targets(
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "
             f"{len(layers)} layers: {shorten(list(layers)) or 'none'}"
+            f"{_as_a_name(config.target_modules, layers)}"
         )
     check_name(gm, config.name, [groups[path][0] for path in paths])
     for path in paths:
         _check_adaptable(gm, config.name, path, groups, one_way=True)
+    if config.rule.is_all_linear:
+        _tell_left_out(paths, layers)
     return paths
+
+
+def _tell_left_out(paths: list[str], layers: BaseLayers) -> None:
+    """Warns where most of a network is not linear: its linear layers are rarely what is meant."""
+    kernels = [path for path in layers if layers[path].is_conv]
+    if len(kernels) > len(paths):
+        warnings.warn(
+            f'target_modules="all-linear" adapts {shorten(paths)} and leaves out '
+            f"{len(kernels)} convolutions, {shorten(kernels)}: give a list of names to adapt them",
+            AdapterWarning,
+            stacklevel=2,
+        )
+
+
+def _as_a_name(wanted: object, layers: BaseLayers) -> str:
+    """What to say of a string that would mean layers as a name."""
+    if not isinstance(wanted, str) or not any(f".{p}".endswith(f".{wanted}") for p in layers):
+        return ""
+    return f". A string is a regex of whole paths: give a list of names, [{wanted!r}]"
 
 
 def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -100,6 +101,19 @@ def test_the_rule_is_made_of_the_fields() -> None:
         target_modules=["q"], exclude_modules=["x.q"], layers_to_transform=[1], layers_pattern="h"
     ).rule
     assert [path for path in ("h.1.q", "h.0.q", "h.1.x.q") if rule.matches(path)] == ["h.1.q"]
+
+
+def test_peft_s_spellings_mean_the_same() -> None:
+    ours = LoraConfig(alpha=32, dropout=0.1, init="gaussian")
+    theirs = LoraConfig(lora_alpha=32, lora_dropout=0.1, init_lora_weights="gaussian")
+    assert theirs == ours != LoraConfig()
+    assert LoraConfig(init_lora_weights=True) == LoraConfig()
+    assert replace(theirs, r=4).alpha == 32
+    assert LoraConfig(alpha=32, lora_alpha=32).alpha == 32
+    with pytest.raises(AdapterError, match="alpha and lora_alpha are one option: give one"):
+        LoraConfig(alpha=8, lora_alpha=32)
+    with pytest.raises(AdapterError, match="init is False, expected one of kaiming"):
+        LoraConfig(init_lora_weights=False)
 
 
 def test_a_config_is_closed() -> None:

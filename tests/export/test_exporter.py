@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.errors import AdapterWarning, ExportError, VerificationError
+from lora_fx.errors import AdapterWarning, ExportError, TraceError, VerificationError
 from lora_fx.export import Session, to_onnx
 from lora_fx.export.onnx_model.convert import convert
 from lora_fx.export.program.decompose import LoweredProgram
@@ -249,6 +249,14 @@ def test_a_graph_in_training_mode_is_exported_in_eval_mode(tmp_path: Path) -> No
         assert to_onnx(gm, tmp_path / f"{frontend}.onnx").verified
         assert gm.training
     assert model[1].training
+
+
+def test_what_is_no_graph_is_told_to_be_traced(tmp_path: Path) -> None:
+    module: Any = nn.Linear(2, 2)
+    with pytest.raises(ExportError, match=r"not a Linear: trace the model first"):
+        to_onnx(module, tmp_path / "a.onnx")
+    with pytest.raises(TraceError, match=r"'base.onnx' is a str: .* lora_fx.export.add_lora"):
+        trace("base.onnx")  # type: ignore[arg-type]
 
 
 def test_unknown_modes_and_slots_without_use_are_refused(mlp: Any, tmp_path: Path) -> None:

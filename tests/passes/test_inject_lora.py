@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, inject, trace
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    AdapterWarning,
+    LoraConfig,
+    Update,
+    adapter_from,
+    inject,
+    trace,
+)
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.passes import InjectLora
 from lora_fx.testing import check_pass, make_adapter, relative, zoo
@@ -193,5 +202,19 @@ def test_values_that_overflow_the_layers_dtype_are_refused(ragged: Any) -> None:
 def test_a_config_without_a_target_and_a_thing_that_is_no_adapter(ragged: Any) -> None:
     with pytest.raises(AdapterError, match="match none of the 3"):
         inject(trace(ragged), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"give a list of names, \['narrow'\]"):
+        inject(trace(nn.Sequential(ragged)), LoraConfig(target_modules="narrow"))
+    with pytest.raises(AdapterError, match=r"of the 3 layers: [^\[]*$"):
+        inject(trace(ragged), LoraConfig(target_modules="q_proj"))
     with pytest.raises(AdapterError, match="cannot inject a int"):
         inject(trace(ragged), 3)  # type: ignore[arg-type]
+
+
+def test_what_all_linear_leaves_of_a_convolutional_network_is_told() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3)]
+    gm = trace(nn.Sequential(*layers), (torch.randn(1, 3, 6, 6),))
+    with pytest.warns(AdapterWarning, match=r"adapts 4 and leaves out 2 convolutions, 0, 2: give"):
+        inject(gm, LoraConfig(r=2))
+    one = trace(nn.Sequential(*layers[2:]), (torch.randn(1, 4, 4, 4),))
+    inject(one, LoraConfig(r=2))  # as many linear layers: no warning
+    inject(gm, LoraConfig(r=2, target_modules=["4"]))

@@ -99,6 +99,10 @@ def test_missing_and_other_files_are_refused(
     inputs = exported_mlp.sample.other
     with pytest.raises(AdapterError, match="no such adapter file"):
         session.run(inputs, tmp_path / "nowhere.onnx_adapter")
+    with pytest.raises(AdapterError, match=r"is a directory; .* lora_fx.export_adapter"):
+        session.run(inputs, tmp_path)
+    with pytest.raises(AdapterError, match=r"adapter is a list, expected .* lora_fx.combine"):
+        session.run(inputs, [tmp_path, tmp_path])  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="not an adapter file: identifier"):
         session.run(inputs, exported_mlp.path("input"))
     with pytest.raises(AdapterError, match="takes no adapter: its weights are constants"):
