@@ -156,7 +156,7 @@ def _mask_in(out: fx.Node) -> fx.Node | None:
     delta = out.args[1] if len(out.args) > 1 else None
     if not isinstance(delta, fx.Node) or delta.target is not aten.mul.Tensor:
         return None
-    factor = delta.args[1]
+    factor = delta.args[1] if len(delta.args) > 1 else None
     if not isinstance(factor, fx.Node) or tokens_of(factor) is None:
         return None
     inner = factor.args[0] if factor.target is aten.view.default else factor

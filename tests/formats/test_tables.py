@@ -79,6 +79,7 @@ HARMLESS = {
     ("kohya", "dropped", "alpha"),
     ("kohya", "dropped", "dora_scale"),
     ("kohya", "dropped", "diff_b"),
+    ("kohya", "dropped", "diff"),  # a change of the bias alone is left
     ("diffusers", "dropped", "lora_B.bias"),
     ("peft_file", "wide first axis", "vera_B"),
     ("peft_file", "wide second axis", "vera_A"),

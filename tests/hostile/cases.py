@@ -378,7 +378,7 @@ def commands(made: Models) -> Iterator[Case]:
 
     start = ("adapter", "HOME/a", "--for", "HOME/model.onnx", "-o")
     to = ("adapter", "HOME/a", "--to")
-    yield case("output exists", of(*start, "HOME/a.onnx_adapter"), FILE, "exists: pass force")
+    yield case("output exists", of(*start, "HOME/a.onnx_adapter"), FILE, "exists: pass --force")
     for number, place in enumerate(
         (f"a/{WEIGHTS}", f"./a/../a/{WEIGHTS}", "model.onnx", "a/b.onnx_adapter", "link/" + WEIGHTS)
     ):

@@ -79,7 +79,7 @@ def test_an_architecture_that_is_no_model_is_refused(bert: Path, found: Any, mes
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "no_such"}', '{"a": 1}'])
 def test_a_config_that_cannot_be_read_is_refused(bert: Path, text: str) -> None:
     (bert / "config.json").write_text(text)
-    with pytest.raises(LoraFxError, match="bert: transformers cannot"):
+    with pytest.raises(LoraFxError, match=r"bert: transformers cannot|config.json: cannot be read"):
         load_directory(bert, NO_TASK)
 
 

@@ -226,7 +226,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     ),
     "conv: bias dropped": (rule(without_bias, "conv3d"), "convolution", "conv3d"),
     "conv: groups in another order": (
-        (convs, "Blocks", unmerged),
+        (convs, "BlockDiag", unmerged),
         "convolution",
         "conv1d of kernel one, in groups",
     ),
@@ -257,12 +257,12 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         "conv_transpose2d",
     ),
     "conv_transpose: groups in another order": (
-        (convs, "Blocks", unmerged),
+        (convs, "BlockDiag", unmerged),
         "convolution",
         "conv_transpose1d of kernel one, in groups",
     ),
     "einsum: blocks in another order": (
-        (einsums, "Blocks", unmerged),
+        (einsums, "BlockDiag", unmerged),
         "einsum",
         "block diagonal",
     ),
