@@ -12,6 +12,7 @@ from torch import fx, nn
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
 from lora_fx.cli.adapter_options import Given, base_of, named
+from lora_fx.cli.components import of_components
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
 from lora_fx.cli.model_source import dtype_named, find_model
 from lora_fx.cli.parts import Parts, Report, Work, adapter_file, part_work, share_of, shared_out
@@ -90,8 +91,9 @@ def export_model(
     files += [adapter_file(adapter, part) for part in parts for adapter in swaps]
     places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
     refuse_files(out, places, force)
+    by_component = [of_components(adapter, source) for adapter in loaded]
     graphs = [_trace(part, progress) for part in parts]
-    shares = shared_out(loaded, source, graphs)
+    shares = shared_out(by_component, parts, graphs)
     works = [
         part_work(part, gm, share, mode, slots, vectors, opset)
         for part, gm, share in zip(parts, graphs, shares, strict=True)

@@ -121,20 +121,20 @@ def part_work(
 
 
 def shared_out(
-    adapters: Sequence[Adapter], source: ModelSource, graphs: Sequence[fx.GraphModule]
+    by_component: Sequence[Mapping[str, Adapter]],
+    parts: Sequence[ModelSource],
+    graphs: Sequence[fx.GraphModule],
 ) -> list[list[Adapter]]:
     """What the graph of each part gets of each adapter: all of it where there is one part alone.
 
     Args:
-        adapters: of the whole model.
-        source: the model.
-        graphs: of its parts.
+        by_component: what each component gets, of each adapter.
+        parts: of the model.
+        graphs: of the parts.
 
     Raises:
         AdapterError: a part of an adapter is of no graph.
     """
-    parts = source, *source.more
-    by_component = [of_components(adapter, source) for adapter in adapters]
     shares: list[list[Adapter]] = [[] for _ in parts]
     for component in dict.fromkeys(part.component for part in parts):
         own = [shares[component] for shares in by_component if component in shares]

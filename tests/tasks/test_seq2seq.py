@@ -127,14 +127,16 @@ def test_three_files_generate_what_the_model_does(name: str, tmp_path: Path) -> 
 
 
 def test_what_no_part_has_a_place_for_is_refused(tmp_path: Path) -> None:
-    owner("T5ForConditionalGeneration", tmp_path)
+    owner("BartForConditionalGeneration", tmp_path)
     adapter = load_adapter(tmp_path / "french")
     path = next(iter(adapter.updates))
-    updates = dict(adapter.updates) | {"decoder.block.9.wo": adapter.updates[path]}
+    updates = dict(adapter.updates) | {"model.decoder.layers.9.fc2": adapter.updates[path]}
     save_adapter(type(adapter)("odd", updates), tmp_path / "odd")
     less = {k: u for k, u in adapter.updates.items() if k != path}
     given: Any = (str(tmp_path / "base"),)
-    with pytest.raises(AdapterError, match=r"odd: decoder\.block\.9\.wo match nothing in any of"):
+    with pytest.raises(
+        AdapterError, match=r"odd: model\.decoder\.layers\.9\.fc2 match nothing in any of"
+    ):
         export_model(*given, [tmp_path / "odd"], "merged", tmp_path / "a", False, lambda _: None)
     save_adapter(type(adapter)("less", less, expects=adapter.expects), tmp_path / "less")
     assert not (tmp_path / "a").exists()
