@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 from torch import fx
 
 from lora_fx.adapters.updates import NO_WEIGHT
@@ -20,26 +22,42 @@ from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import is_factor
 
 
-def explain(gm: fx.GraphModule) -> None:
-    """Prints a line for each layer: what it is a function of, and what `fold` makes of it.
+class Explanation(tuple[str, ...]):
+    """A line for each layer; ``print`` shows them, and a notebook a table of them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """The lines below each other."""
+        return "\n".join(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cells = (html.escape(line).partition(": ") for line in self)
+        rows = "".join(f"<tr><td>{layer}</td><td>{said}</td></tr>" for layer, _, said in cells)
+        return f"<table><tr><th>layer</th><th>what fold makes of it</th></tr>{rows}</table>"
+
+
+def explain(gm: fx.GraphModule) -> Explanation:
+    """A line for each layer: what it is a function of, and what `fold` makes of it.
 
     Where a branch stands beside it, also the form that an unmerged export computes it in, and what
     that and the other forms cost beyond the merged layer: `lora_fx.cost`.
 
     Args:
         gm: a traced graph; it is read, not run, and no weight is computed.
+
+    Returns:
+        The lines: ``print(explain(gm))``.
     """
-    for line in explained(gm):
-        print(line)
-
-
-def explained(gm: fx.GraphModule) -> list[str]:
-    """The lines that `explain` prints."""
     analysis = analyse(gm)
     regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}
     layers = [node for node in analysis.values if _is_own(node, gm)]
     forms = _forms(gm)
-    return [_line(node, analysis, regions.get(node)) + forms.get(node, "") for node in layers]
+    return Explanation(
+        _line(node, analysis, regions.get(node)) + forms.get(node, "") for node in layers
+    )
 
 
 def _is_own(node: fx.Node, gm: fx.GraphModule) -> bool:

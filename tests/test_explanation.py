@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from torch import nn
 
 import lora_fx
 from lora_fx import trace
-from lora_fx.explanation import explained
+from lora_fx.explanation import explain
 from lora_fx.graph.lazy_tensor import get_unevaluated
 
 
@@ -39,15 +39,18 @@ LINES = [
 
 
 def test_each_layer_has_a_line_in_the_graphs_own_words() -> None:
-    lines = explained(trace(Model()))
-    assert lines[:4] == LINES
+    lines = explain(trace(Model()))
+    assert [*lines[:4]] == LINES
     assert lines[4].startswith("kept: linear 7 -> 7 of act: one layer; add_1 (the model itself)")
     assert "two sources" in lines[4]
 
 
-def test_it_prints_them(capsys: Any) -> None:
-    lora_fx.explain(trace(Model()))
-    assert capsys.readouterr().out.splitlines()[:4] == LINES
+def test_they_are_printed_and_a_table_in_a_notebook() -> None:
+    lines = lora_fx.explain(trace(Model()))
+    assert str(lines).splitlines() == repr(lines).splitlines() == [*lines]
+    table = ElementTree.fromstring(lines._repr_html_())
+    rows = [[cell.text for cell in row] for row in table]
+    assert rows[1:] == [[*line.split(": ", 1)] for line in lines]
 
 
 def test_no_weight_is_computed() -> None:
@@ -66,10 +69,10 @@ def test_a_branch_has_its_form_and_what_each_form_costs() -> None:
     }
     shapes = ({0: "batch", 1: "length"},)
     gm = trace(model, (torch.randn(2, 7, 768),), dynamic_shapes=shapes)
-    first, second = explained(lora_fx.inject(gm, lora_fx.Adapter("a", updates)))
+    first, second = explain(lora_fx.inject(gm, lora_fx.Adapter("a", updates)))
     says = "unmerged: augmented, bias in B (n = 256; beyond merged: augmented +9.44 MFLOP, "
     assert says in first
     assert "; factored +9.44 MFLOP, 4 MB, 3 calls; " in first
     assert first.endswith("; as a slot: factored")
     assert "unmerged: factored (n = 256; beyond merged: augmented +" in second
-    assert all("unmerged" not in line for line in explained(gm))
+    assert all("unmerged" not in line for line in explain(gm))

@@ -17,7 +17,7 @@ from lora_fx.affine.transfer import TRANSFER
 from lora_fx.affine.transfer.linear import dense_layer
 from lora_fx.algebra.matrix_expr import number, scaled, transposed
 from lora_fx.errors import TraceError
-from lora_fx.explanation import explained, unmerged
+from lora_fx.explanation import explain, unmerged
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, LayerType, Operands, register
 from lora_fx.layers.sites import sites
@@ -182,7 +182,7 @@ def test_without_a_transfer_function_the_branch_stays_and_fold_says_why() -> Non
     folded = fold(injected)
     assert relative(folded(X), wanted(model)) <= 1e-6
     assert "lora_A" in text(folded)
-    assert any("mylib::scaled_linear is not known to be affine" in s for s in explained(injected))
+    assert any("mylib::scaled_linear is not known to be affine" in s for s in explain(injected))
     assert list(unmerged(folded)) == ["layer"]
 
 

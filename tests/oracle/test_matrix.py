@@ -28,7 +28,7 @@ from lora_fx import (
     text,
 )
 from lora_fx.adapters.adapter import AnyUpdate, Scaling
-from lora_fx.explanation import explained
+from lora_fx.explanation import explain
 from lora_fx.formats.loralib.merged_linear import block_diagonal
 from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of
 from lora_fx.testing.updates import ALPHA, RANK
@@ -251,7 +251,7 @@ class Case:
         if "lora_" not in text(folded):
             return "yes"
         # Without torch's numbers of nodes.
-        return f"stays: {re.sub(r'_tensor(_[0-9]+)?', '', explained(injected)[0])}"
+        return f"stays: {re.sub(r'_tensor(_[0-9]+)?', '', explain(injected)[0])}"
 
     def constant(self) -> str:
         path = self.directory / "model.onnx"
