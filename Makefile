@@ -102,4 +102,6 @@ clean:
 	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-oldest/constraints.txt -e '.[dev,demo]'
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-deps --target .venv-oldest/zoo torchvision timm
 	touch $@
