@@ -248,7 +248,8 @@ def of_node(base: Path, place: int, rows: torch.Tensor) -> torch.Tensor:
         for name in (node.input[0], node.output[0])
     )
     graph = onnx.helper.make_graph([*before, node], "part", [x], [y], model.graph.initializer)
-    part = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    kept = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
+    part = onnx.helper.make_model(graph, **kept)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(part.SerializeToString(), options)
