@@ -110,7 +110,7 @@ class LoraConfig:
         """Takes an option that is given as PEFT spells it."""
         if value is None:
             return
-        if getattr(self, name) not in (type(self).__dataclass_fields__[name].default, value):
+        if getattr(self, name) not in (getattr(type(self), name), value):
             raise AdapterError(f"{name} and {spelling} are one option: give one of them")
         object.__setattr__(self, name, value)
 

@@ -46,11 +46,7 @@ def dynamic(path: Path, out: Path) -> None:
     quantize_dynamic(str(path), str(out), nodes_to_exclude=slots_of(path))
 
 
-def static(path: Path, out: Path) -> None:
-    adapter = path.with_name("a.onnx_adapter")
-    inputs = [{"input": part} for part in X.split(16)]
-    is_open = bool(Session(path).slots)
-    reader: Any = CalibrationReader(path, inputs, [adapter]) if is_open else Plain(inputs)
+def calibrated(path: Path, out: Path, reader: Any) -> None:
     quantize_static(
         str(path),
         str(out),
@@ -58,6 +54,14 @@ def static(path: Path, out: Path) -> None:
         nodes_to_exclude=slots_of(path),
         activation_type=QuantType.QUInt8,
     )
+
+
+def static(path: Path, out: Path) -> None:
+    adapter = path.with_name("a.onnx_adapter")
+    inputs = [{"input": part} for part in X.split(16)]
+    is_open = bool(Session(path).slots)
+    reader: Any = CalibrationReader(path, inputs, [adapter]) if is_open else Plain(inputs)
+    calibrated(path, out, reader)
 
 
 class Plain:
@@ -186,13 +190,7 @@ def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(
     inputs = [{"input": part} for part in X.split(16)]
     reader = CalibrationReader(path, inputs, [directory / "a.onnx_adapter"])
     reader._slots = [reader._none]
-    quantize_static(
-        str(path),
-        str(out),
-        reader,
-        nodes_to_exclude=slots_of(path),
-        activation_type=QuantType.QUInt8,
-    )
+    calibrated(path, out, reader)
     export_adapter(adapter, out, tmp_path / "a.onnx_adapter", check=False)
     found = Session(out, check=False).run({"input": X}, tmp_path / "a.onnx_adapter")["output"]
     assert off(found, adapted) > 0.05

@@ -114,6 +114,19 @@ def test_exported_as_a_constant_onnxruntime_agrees(name: str, tmp_path: Path) ->
     assert relative(run(tmp_path / "m.onnx", x), merged(model, update, 1.1)(x)) > 1e-3
 
 
+def swapped(
+    model: Any, path: Path, x: torch.Tensor, rank: int
+) -> tuple[Update, Path, torch.Tensor]:
+    """An adapter of a rank, its file, which is right in the slot, and what it computes."""
+    update = update_of(model.layer, rank)
+    file = path.with_name(f"r{rank}.onnx_adapter")
+    lora_fx.export_adapter(Adapter("a", {"layer": update}), path, file)
+    wanted = merged(model, update)(x)
+    assert relative(run(path, x, file), wanted) <= 1e-5
+    assert relative(model(x), wanted) > 1e-2
+    return update, file, wanted
+
+
 @pytest.mark.parametrize("name", [name for name in RUN if "groups" not in name])
 def test_as_a_slot_it_takes_adapters_of_any_rank(name: str, tmp_path: Path) -> None:
     model, x = model_of(name)
@@ -122,12 +135,7 @@ def test_as_a_slot_it_takes_adapters_of_any_rank(name: str, tmp_path: Path) -> N
     lora_fx.to_onnx(gm, path, adapters="input", slots=["layer"])
     assert relative(run(path, x), model(x)) <= 1e-5
     for rank in (1, 4):
-        update = update_of(model.layer, rank)
-        file = tmp_path / f"r{rank}.onnx_adapter"
-        lora_fx.export_adapter(Adapter("a", {"layer": update}), path, file)
-        wanted = merged(model, update)(x)
-        assert relative(run(path, x, file), wanted) <= 1e-5
-        assert relative(model(x), wanted) > 1e-2
+        update, file, wanted = swapped(model, path, x, rank)
         back = load_adapter(file).updates["layer"]
         assert isinstance(back, Update)
         # 4 in and rank 4: nothing but its name says which axis of A is the rank.
@@ -143,12 +151,7 @@ def test_a_slot_in_groups_takes_an_up_projection_in_groups(name: str, tmp_path: 
     lora_fx.to_onnx(lora_fx.trace(model, (x,)), path, adapters="input", slots=["layer"])
     assert relative(run(path, x), model(x)) <= 1e-5
     for rank in (2, 4):
-        update = update_of(model.layer, rank)
-        file = tmp_path / f"r{rank}.onnx_adapter"
-        lora_fx.export_adapter(Adapter("a", {"layer": update}), path, file)
-        wanted = merged(model, update)(x)
-        assert relative(run(path, x, file), wanted) <= 1e-5
-        assert relative(model(x), wanted) > 1e-2
+        swapped(model, path, x, rank)
 
 
 def test_an_adapter_of_a_convolution_the_other_way_round_does_not_fit() -> None:
