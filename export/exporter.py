@@ -22,7 +22,7 @@ from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.program.planted import planted
-from lora_fx.export.report import Clock, ExportReport, Verification
+from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
@@ -116,7 +116,7 @@ def to_onnx(
     with clock.stage("optimise"):
         _finish(model, plan, trial)
         model.metadata_props.update(task_of(gm))
-    evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
+    evidence = Verification.left_out()
     with staged(target, force=force) as draft:
         with clock.stage("write"):
             write_model(model, draft, external_data_above=external_data_above)
@@ -124,7 +124,7 @@ def to_onnx(
             with clock.stage("verify"):
                 evidence = plan.verify(draft, trial)
                 evidence.judge(str(target))
-        files = {file.name: file.stat().st_size for file in sorted(draft.parent.iterdir())}
+        files = file_sizes(draft.parent)
     return ExportReport(
         path=str(target),
         mode=_mode(gm, adapters),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def check_digests(model: ModelProto, path: Path) -> None:
     Raises:
         ExportError: names what was changed, and what to do.
     """
-    stored = stored_digests(model, path)
+    stored = _stored(model, path)
     if stored is None:
         return
     check_external_data(model, path)
@@ -57,7 +58,17 @@ def check_digests(model: ModelProto, path: Path) -> None:
         raise ExportError(f"{path}: not what was exported: {_difference(found, stored, model)}")
 
 
-def stored_digests(model: ModelProto, path: Path) -> Digests | None:
+def tensor_digests(model: ModelProto, path: Path) -> Mapping[str, str]:
+    """Of each tensor that a file says something of, what it says.
+
+    Raises:
+        ExportError: it says so in a way that cannot be read.
+    """
+    stored = _stored(model, path)
+    return {} if stored is None else stored.tensors
+
+
+def _stored(model: ModelProto, path: Path) -> Digests | None:
     """What a file says that it held when it was exported; None if it says nothing.
 
     Raises:

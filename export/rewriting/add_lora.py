@@ -15,10 +15,10 @@ import torch
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.exporter import INLINE_LIMIT
-from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
+from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
-from lora_fx.export.report import Clock, ExportReport, Verification
+from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
 from lora_fx.export.rewriting.file_layers import layers_in
@@ -92,16 +92,15 @@ def add_lora(
         manifest, opened, notes = _open(model, slots, names or {})
     with staged(out, force=force) as draft:
         with clock.stage("write"):
-            digests = stored_digests(proto, path)
-            known = {} if digests is None else digests.tensors
+            known = tensor_digests(proto, path)
             write_model(model, draft, external_data_above=external_data_above, known=known)
-        evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
+        evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
                 feeds = feeds_for(path, proto, inputs)
                 evidence = _evidence(draft, path, manifest, opened, feeds)
                 evidence.judge(str(out))
-        files = {each.name: each.stat().st_size for each in sorted(draft.parent.iterdir())}
+        files = file_sizes(draft.parent)
     return ExportReport(
         path=str(out),
         mode="swappable",

@@ -15,10 +15,10 @@ import onnx_ir as ir
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.exporter import INLINE_LIMIT
-from lora_fx.export.onnx_model.changed_file import check_digests, stored_digests
+from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
-from lora_fx.export.report import Clock, ExportReport, Verification
+from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
@@ -85,11 +85,10 @@ def merge_onnx(
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
         with staged(out, force=force) as draft:
             with clock.stage("write"):
-                digests = stored_digests(proto, path)
-                known = {} if digests is None else digests.tensors
+                known = tensor_digests(proto, path)
                 write_model(model, draft, external_data_above=external_data_above, known=known)
             checked.result()
-            evidence = Verification(notes=[] if verify else ["not verified: verify=False"])
+            evidence = Verification.left_out()
             if verify:
                 with clock.stage("verify"):
                     feeds = feeds_for(path, proto, inputs, manifest)
@@ -97,7 +96,7 @@ def merge_onnx(
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
                     evidence = held_against([pair], Run(path, None, manifest), feeds, dtype)
                     evidence.judge(str(out))
-            files = {each.name: each.stat().st_size for each in sorted(draft.parent.iterdir())}
+            files = file_sizes(draft.parent)
     return ExportReport(
         path=str(out),
         mode="unmerged" if beside else "merged",
