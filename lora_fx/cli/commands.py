@@ -215,10 +215,11 @@ def merge_file(
     """
     from lora_fx.export import merge_onnx
 
-    is_plain = given in (None, Given())  # then it is read where its memory is given back
+    # Without hints it is read by path, there where its memory is given back.
+    own = adapter if given is None or given == Given() else given.load(adapter)
     return merge_onnx(
         model,
-        adapter if given is None or is_plain else given.load(adapter),
+        own,
         out,
         allow_unmerged=allow_unmerged,
         force=force,
