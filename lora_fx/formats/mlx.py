@@ -58,7 +58,7 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
         if kind == "full":
             return Adapter(name, {}, _whole(tensors))
         layers, base = sort_keys(tensors, _DIALECT), layers_of(hints.base)
-        check_pairs({path: _pair(roles) for path, roles in layers.items()})
+        check_pairs(layers)
         updates: dict[str, AnyUpdate] = {}
         for module, roles in layers.items():
             with within(module):
@@ -87,10 +87,6 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
                 "first has trained it"
             )
     return rank, float(scale)
-
-
-def _pair(roles: Roles) -> Roles:
-    return {role: held for role, held in roles.items() if role != MAGNITUDE}
 
 
 def _check_magnitude(roles: Roles, kind: object) -> None:

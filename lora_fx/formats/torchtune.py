@@ -72,7 +72,7 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
                 "model that it is for"
             )
         layers, base = sort_keys(tensors, _DIALECT), layers_of(hints.base)
-        check_pairs({p: {r: v for r, v in o.items() if r != MAGNITUDE} for p, o in layers.items()})
+        check_pairs(layers)
         updates: dict[str, AnyUpdate] = {}
         for own, roles in layers.items():
             with within(own):

@@ -116,6 +116,11 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "another rank": ({}, {"lora_parameters": {"rank": 3, "scale": 2}}, r"expected \(in, 3\)"),
     "a key": ({"fc.lora_c": A.clone()}, {}, r"no known use: fc\.lora_c; expected <module>\.lora_a"),
     "half": ({"head.lora_a": A.clone()}, {}, r"half of a pair.*head\.lora_a"),
+    "a magnitude alone": (
+        {"head.m": torch.ones(5)},
+        {"fine_tune_type": "dora"},
+        r"half of a pair.*head\.m",
+    ),
     "experts": (
         {"moe.lora_a": torch.ones(2, 2, 3), "moe.lora_b": torch.ones(2, 5, 2)},
         {},

@@ -171,6 +171,11 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {},
         r"no layer of the base is called layers\.0\.self_attn\.w9",
     ),
+    "a magnitude alone": (
+        {"layers.1.attn.q_proj.magnitude": torch.ones(16)},
+        {},
+        r"half of a pair.*layers\.1\.attn\.q_proj\.magnitude",
+    ),
     "a magnitude": ({"layers.0.attn.q_proj.magnitude": torch.ones(3)}, {}, r"magnitude is \(3,\)"),
 }
 
