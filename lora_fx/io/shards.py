@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from lora_fx.errors import LoraFxError, shorten
 from lora_fx.io.strict_json import read_json
 
 INDEX = ".index.json"
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
 
 
 def is_index(path: Path) -> bool:
     """Whether a file's name is one that an index of shards has."""
-    return path.name.endswith(INDEX)
+    return _INDEX.fullmatch(path.name) is not None
 
 
 def shards_of(index: Path, error: type[LoraFxError] = LoraFxError) -> Mapping[str, Path]:

@@ -16,7 +16,7 @@ from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.calls import Prepared
-from lora_fx.tasks.directory_files import check_alone, check_files, without_adapter
+from lora_fx.tasks.directory_files import check_alone, check_files, variant_of, without_adapter
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 from lora_fx.tasks.vocabulary import fit_vocabulary
 
@@ -93,6 +93,7 @@ def _load(
                 ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
                 output_loading_info=True,
                 dtype=dtype or "auto",
+                variant=variant_of(path),
                 **here,
             )
     except LoraFxError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from lora_fx.tasks.bounded_build import check_config
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = {".safetensors", ".bin"}
+# What weights are called, and an infix for a copy in another precision: model.fp16.safetensors.
+_MODEL = re.compile(
+    r"(diffusion_)?(pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?"
+)
 _READ = {".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja"}
 
 
@@ -70,3 +75,21 @@ def check_files(directory: Path) -> None:
             check_config(file, read_json(file, LoraFxError))
         if is_index(file):
             shards_of(file)
+
+
+def variant_of(directory: Path) -> str | None:
+    """What transformers and diffusers call the weights of a directory, if it has no others: fp16.
+
+    Raises:
+        LoraFxError: there are several variants, and none that is read unasked.
+    """
+    stems = (file.stem for file in directory.iterdir() if file.suffix in _WEIGHTS)
+    found = {match["variant"] for match in map(_MODEL.fullmatch, stems) if match}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        raise LoraFxError(
+            f"{directory}: holds the weights as {', '.join(sorted(filter(None, found)))}: take all "
+            "but one out of it"
+        )
+    return found.pop()

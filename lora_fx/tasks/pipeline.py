@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.directory import Loaded, fields_of, load_directory, quiet
-from lora_fx.tasks.directory_files import check_files
+from lora_fx.tasks.directory_files import check_files, variant_of
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _CLASS = "_class_name"
@@ -123,8 +123,9 @@ def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
         with bounded(path), torch.device("meta"):
             loader.from_config(loader.load_config(path))
         model, told = loader.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+            path, torch_dtype=dtype, variant=variant_of(path), local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except LoraFxError:
         raise
     except Exception as error:  # a config may hold anything

@@ -16,8 +16,10 @@ import torch
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.directory import load_directory, prepared_by
-from lora_fx.tasks.directory_files import check_files
+from lora_fx.tasks.directory_files import check_files, variant_of
+from lora_fx.tasks.pipeline import load_pipeline
 from lora_fx.testing import tiny
+from lora_fx.testing.pipelines import tiny_vae
 
 INDEX = "model.safetensors.index.json"
 Change = Callable[[Path], object]
@@ -28,6 +30,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "shards"
     tiny("BertForMaskedLM").save_pretrained(path, max_shard_size="20KB")
+    load_directory(path, AdapterTask())  # imports are not timed
     return path
 
 
@@ -151,7 +154,6 @@ CASES: dict[str, tuple[Change, str]] = {
 def test_a_hostile_directory_is_refused_soon(case: str, model: Path) -> None:
     change, message = CASES[case]
     change(model)
-    load_directory(model.parent / "other", AdapterTask())  # imports are not timed
     begin = time.perf_counter()
     with pytest.raises(LoraFxError, match=f"model.*{message}"):
         load_directory(model, AdapterTask())
@@ -185,3 +187,38 @@ def test_shards_are_loaded_also_through_links_of_a_cache(model: Path) -> None:
     wanted = load_directory(model.with_name("other"), AdapterTask()).model.state_dict()
     assert loaded.lacks == ()
     assert all(torch.equal(v, wanted[k]) for k, v in loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_weights_that_lie_there_in_one_other_precision_are_those(size: str, tmp_path: Path) -> None:
+    net = tiny("BertForMaskedLM").half()
+    net.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert variant_of(tmp_path) == "fp16"
+    loaded = load_directory(tmp_path, AdapterTask())
+    assert loaded.lacks == ()
+    wanted = net.state_dict()
+    assert all(torch.equal(v, wanted[k]) for k, v in loaded.model.state_dict().items())
+    if size == "20KB":
+        index = "model.safetensors.index.fp16.json"
+        edited(index, lambda i: {**i, "weight_map": dict.fromkeys(i["weight_map"], "../a")})(
+            tmp_path
+        )
+        with pytest.raises(LoraFxError, match=BESIDE):
+            load_directory(tmp_path, AdapterTask())
+        return
+    one = tmp_path / "model.fp16.safetensors"
+    shutil.copy(one, tmp_path / "model.bf16.safetensors")
+    with pytest.raises(LoraFxError, match="holds the weights as bf16, fp16: take all but one"):
+        load_directory(tmp_path, AdapterTask())
+    shutil.copy(one, tmp_path / "model.safetensors")
+    assert variant_of(tmp_path) is None
+
+
+def test_a_model_of_diffusers_in_one_other_precision_is_loaded(tmp_path: Path) -> None:
+    vae = tiny_vae().half()
+    vae.save_pretrained(tmp_path, variant="fp16")
+    found = load_pipeline(tmp_path).models["vae"]
+    assert found.lacks == ()
+    assert all(
+        torch.equal(v.half(), vae.state_dict()[k]) for k, v in found.model.state_dict().items()
+    )
