@@ -13,6 +13,8 @@ pytest.register_assert_rewrite("lora_fx.testing")
 from lora_fx.testing import Ragged, Shared  # noqa: E402  # after it is told to explain its asserts
 
 torch.set_num_threads(1)
+# No test reads where in a model's code a node comes from, and below pytest its stack is deep.
+torch.fx.config.do_not_emit_stack_traces = True
 # The same examples in every run: a change is judged by what it changed.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

@@ -7,10 +7,13 @@ one for its signature, as torch.export does, gets the true one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx
+
+_recompile = fx.GraphModule.recompile
 
 
 class _WhenRead:
@@ -26,7 +29,7 @@ class _WhenRead:
     def __get__(self, gm: fx.GraphModule | None, owner: type) -> Any:
         if gm is None:
             return self
-        gm.recompile()
+        _recompile(gm)
         return getattr(gm, self._name)
 
 
@@ -43,9 +46,20 @@ def compile_when_read(gm: fx.GraphModule, graph: fx.Graph) -> None:
     type(gm).__reduce__ = _reduce  # type: ignore[method-assign, assignment]
 
 
+@contextmanager
+def compiled_when_read() -> Iterator[None]:
+    """Lets torch make graphs that are compiled later: it compiles most of them for nobody."""
+    before = fx.GraphModule.recompile
+    setattr(fx.GraphModule, "recompile", lambda gm: compile_when_read(gm, gm._graph))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(fx.GraphModule, "recompile", before)  # noqa: B010
+
+
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
     """Compiles first: torch takes what is there before it compiles."""
-    gm.recompile()
+    _recompile(gm)
     rebuild, given = fx.GraphModule.__reduce__(gm)
     return _rebuilt, (_own_class(gm), rebuild, given)
 

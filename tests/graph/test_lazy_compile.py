@@ -13,7 +13,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx import trace
+from lora_fx.graph import lazy_compile
 from lora_fx.graph.graph_module import assemble, copy_graph
+from lora_fx.graph.lazy_compile import compiled_when_read
 
 
 def assembled(model: nn.Module, *args: Any) -> fx.GraphModule:
@@ -32,7 +34,7 @@ def test_nothing_compiles_before_the_first_call(ragged: nn.Module, x: torch.Tens
 def test_it_compiles_once(ragged: nn.Module, x: torch.Tensor) -> None:
     lazy = assembled(ragged, x)
     real = fx.GraphModule.recompile
-    with patch.object(fx.GraphModule, "recompile", autospec=True, side_effect=real) as recompile:
+    with patch.object(lazy_compile, "_recompile", side_effect=real) as recompile:
         lazy(x)
         lazy(x)
         assert lazy.code == lazy.code
@@ -64,3 +66,21 @@ def test_what_others_do_with_a_graph(ragged: nn.Module, x: torch.Tensor) -> None
     edited = assembled(ragged)
     edited.recompile()
     assert torch.equal(edited(x), expected)
+
+
+def test_graphs_that_torch_makes_compile_when_they_are_read(
+    ragged: nn.Module, x: torch.Tensor
+) -> None:
+    real = fx.GraphModule.recompile
+    with patch.object(lazy_compile, "_recompile", side_effect=real) as recompile:
+        with compiled_when_read():
+            made = torch.export.export(ragged, (x,)).module()
+            inside = recompile.call_count
+            copies = [fx.GraphModule(made, copy_graph(made.graph)) for _ in range(3)]
+            assert recompile.call_count == inside  # nobody read them
+        assert fx.GraphModule.recompile is real
+        assert all(torch.equal(gm(x), ragged(x)) for gm in (made, *copies))
+        assert recompile.call_count > inside
+    with pytest.raises(KeyError), compiled_when_read():
+        raise KeyError
+    assert fx.GraphModule.recompile is real
