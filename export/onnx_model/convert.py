@@ -14,6 +14,7 @@ from torch import fx
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
+from lora_fx.graph.lazy_compile import compiled_when_read
 from lora_fx.graph.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ def check_opset(opset: object) -> None:
         )
 
 
+@compiled_when_read()
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
     """Translates a program operator by operator, unoptimised.
 

@@ -23,6 +23,7 @@ from lora_fx.export.program.shape_variants import Case, allowed_by, cases
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.runtime.ort import to_array
 from lora_fx.frontend.torch_export import export_program, outputs_of
+from lora_fx.graph.lazy_compile import compiled_when_read
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ExportUnit:
         return {name: to_array(name, value) for name, value in named}
 
 
+@compiled_when_read()
 def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) -> ExportUnit:
     """Makes a program of a graph on example inputs, and finds the other shapes that it takes.
 

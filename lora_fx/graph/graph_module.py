@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.graph.lazy_compile import compile_when_read
+from lora_fx.graph.lazy_compile import compile_when_read, compiled_when_read
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated, set_lazy
 from lora_fx.graph.module_copy import shell
 from lora_fx.graph.ops import GUARDS
@@ -56,7 +56,8 @@ def assemble(
     What the root does not hold is in ``more``. Tensors are the same objects; called modules become
     shells, so that training mode can be set on the result alone.
     """
-    gm = TracedGraph({}, fx.Graph())
+    with compiled_when_read():
+        gm = TracedGraph({}, fx.Graph())
     gm.training = training
     for target, op in targets(graph).items():
         value: Any = more[target] if more and target in more else get_unevaluated(root, target)
