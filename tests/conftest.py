@@ -22,7 +22,7 @@ settings.load_profile("repeatable")
 
 def pytest_collection_finish() -> None:
     """Lets the garbage collector walk all that was imported less often."""
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture
