@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,7 +134,6 @@ ZOO: dict[str, Callable[[], Case]] = {
     "t5": _t5,
     "vit": _vit,
 }
-_traced: dict[str, tuple[Case, fx.GraphModule]] = {}
 
 
 def zoo(name: str) -> tuple[Case, fx.GraphModule]:
@@ -141,11 +141,20 @@ def zoo(name: str) -> tuple[Case, fx.GraphModule]:
 
     All but ``"mlp"`` need transformers.
     """
-    if name not in _traced:
-        torch.manual_seed(7)
-        case = ZOO[name]()
-        case.model.eval()
-        gm = trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
-        _traced[name] = case, gm
-    case, gm = _traced[name]
+    case, gm = traced(name)
     return replace(case, model=copy.deepcopy(case.model)), gm
+
+
+@functools.cache
+def traced(name: str) -> tuple[Case, fx.GraphModule]:
+    """A case of ``ZOO`` and its graph of that very model: both are only read."""
+    case = untraced(name)
+    return case, trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
+
+
+def untraced(name: str) -> Case:
+    """A case of ``ZOO``, made anew with the same numbers."""
+    torch.manual_seed(7)
+    case = ZOO[name]()
+    case.model.eval()
+    return case

@@ -11,6 +11,7 @@ from lora_fx import TraceError, text, trace
 from lora_fx.graph.example import example_of
 from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, zoo
+from lora_fx.testing.zoo import traced, untraced
 
 FRONTENDS = ["symbolic", "export"]
 MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
@@ -18,19 +19,25 @@ MODELS = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 
 @pytest.mark.parametrize("model", MODELS)
 def test_export_is_bit_equal_and_shares_the_tensors(model: str) -> None:
-    case, _ = zoo(model)
-    before = dict(case.model.named_parameters())
-    values = {name: p.clone() for name, p in before.items()}
-    gm = trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
+    case, gm = traced(model)
     with torch.no_grad():
         got, wanted = gm(**case.others), case.model(**case.others)
     assert type(got) is type(wanted)
     leaves = [torch.utils._pytree.tree_leaves(o) for o in (got, wanted)]
     assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
-    held = {id(p) for p in before.values()}
+    held = {id(p) for p in case.model.parameters()}
     assert all(id(p) in held for p in gm.parameters())
+    before = untraced(model).model.state_dict()
+    after = case.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_traced_model_keeps_its_own_parameters() -> None:
+    case = untraced("mlp")
+    before = dict(case.model.named_parameters())
+    trace(case.model, (), case.inputs, dynamic_shapes=case.dynamic)
     assert all(p is before[name] for name, p in case.model.named_parameters())
-    assert all(torch.equal(before[name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
@@ -41,6 +43,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(4, 6, (3, 3, 1), padding=(1, 0, 0)), (4, 5, 6, 3)),
 }
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 3}
+_HOME = tempfile.TemporaryDirectory()
 KINDS: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**LORA),
     "rslora": lambda: peft.LoraConfig(**LORA, use_rslora=True),
@@ -107,19 +110,32 @@ def owner_of(layer: str, kind: str) -> Any:
     return owner.eval()
 
 
-def saved(layer: str, kind: str, path: Path) -> Any:
-    owner = owner_of(layer, kind)
-    owner.save_pretrained(path)
-    return peft.PeftModel.from_pretrained(base_of(layer), path).eval()
+@functools.cache
+def saved(layer: str, kind: str) -> tuple[Path, Any]:
+    """An adapter's directory, and the model that PEFT makes of it; both are only read."""
+    path = Path(_HOME.name, f"{layer} {kind}", "french")
+    owner_of(layer, kind).save_pretrained(path)
+    return path, peft.PeftModel.from_pretrained(base_of(layer), path).eval()
+
+
+@functools.cache
+def traced(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, fx.GraphModule]:
+    """A base and its graph; both are only read."""
+    base, x = base_of(layer).to(dtype), cast(example(layer), dtype)
+    return base, trace(base, (x,), dynamic_shapes=({0: "batch"},))
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_injected_folded_and_in_onnx_as_peft_computes_it(
     layer: str, kind: str, tmp_path: Path
 ) -> None:
-    owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
-    gm = trace(base_of(layer), (example(layer),), dynamic_shapes=({0: "batch"},))
-    injected = inject(gm, load_adapter(tmp_path / "french", base=base_of(layer)))
+    (path, owner), x = saved(layer, kind), example(layer, 6)
+    base, gm = traced(layer)
+    injected = inject(gm, load_adapter(path, base=base))
     folded = fold(injected)
     with torch.no_grad():
         wanted = owner(x)
@@ -135,22 +151,16 @@ def test_injected_folded_and_in_onnx_as_peft_computes_it(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
-def test_half_precision_is_within_the_table(
-    layer: str, kind: str, dtype: str, tmp_path: Path
-) -> None:
-    saved(layer, kind, tmp_path / "french")
-    half = base_of(layer).to(DTYPES[dtype])
+def test_half_precision_is_within_the_table(layer: str, kind: str, dtype: str) -> None:
+    path, _ = saved(layer, kind)
+    half, gm = traced(layer, DTYPES[dtype])
     wide = copy.deepcopy(half).float()
-    owner = peft.PeftModel.from_pretrained(wide, tmp_path / "french").eval()
-    x, other = (
-        v if v.dtype == torch.int64 else v.to(DTYPES[dtype])
-        for v in (example(layer, batch) for batch in (4, 6))
-    )
-    gm = trace(half, (x,), dynamic_shapes=({0: "batch"},))
-    injected = inject(gm, load_adapter(tmp_path / "french", base=half))
+    owner = peft.PeftModel.from_pretrained(wide, path).eval()
+    other = cast(example(layer, 6), DTYPES[dtype])
+    injected = inject(gm, load_adapter(path, base=half))
     tolerance = TOLERANCE[DTYPES[dtype]]
     with torch.no_grad():
-        wanted = owner(other if other.dtype == torch.int64 else other.float())
+        wanted = owner(cast(other, torch.float32))
         assert relative(injected(other), wanted) <= tolerance
         assert relative(fold(injected)(other), wanted) <= tolerance
         assert relative(gm(other), wanted) > 5 * tolerance
@@ -158,8 +168,8 @@ def test_half_precision_is_within_the_table(
 
 @pytest.mark.parametrize(("layer", "kind"), RIGHT)
 def test_what_we_write_is_what_peft_computes(layer: str, kind: str, tmp_path: Path) -> None:
-    owner, x = saved(layer, kind, tmp_path / "french"), example(layer, 6)
-    adapter = load_adapter(tmp_path / "french", base=base_of(layer))
+    (path, owner), x = saved(layer, kind), example(layer, 6)
+    adapter = load_adapter(path, base=base_of(layer))
     save_adapter(adapter, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(base_of(layer), tmp_path / "again").eval()
     with torch.no_grad():

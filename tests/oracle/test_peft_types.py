@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
@@ -13,9 +14,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import fx
 
 import lora_fx
-from lora_fx import fold, inject, load_adapter, text, trace
+from lora_fx import Adapter, fold, inject, load_adapter, text, trace
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.formats.hints import Hints
 from lora_fx.numerics import TOLERANCE
@@ -29,6 +31,7 @@ from lora_fx.traced_adapters.reasons import NOT_AFFINE, NOT_AFFINE_LORA
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
+_HOME = tempfile.TemporaryDirectory()
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "KINDS.md"
 MARK = "\n# Types of PEFT without a kind of ours\n"
 TEXT = """
@@ -58,20 +61,26 @@ def of_peft(case: SavedCase) -> torch.Tensor:
     return case.run(case.directory)
 
 
-def row_of(name: str, directory: Path) -> tuple[str, ...]:
+@functools.cache
+def read(name: str) -> tuple[SavedCase, Adapter, fx.GraphModule, torch.Tensor]:
+    """A case, its adapter, the base's graph, and what PEFT computes; all are only read."""
+    case = save_peft_case(name, Path(_HOME.name, name.replace("/", "_"), "french"))
+    return case, load_adapter(case.directory, base=case.base), trace(case.base), of_peft(case)
+
+
+def row_of(name: str) -> tuple[str, ...]:
     """What a case of the table is read as, and what injecting and folding it give beside PEFT."""
-    case = save_peft_case(name, directory / "french")
+    case, adapter, gm, wanted = read(name)
     before = [parameter.clone() for parameter in case.base.parameters()]
-    adapter = load_adapter(case.directory, base=case.base)
-    injected, wanted = inject(trace(case.base), adapter), of_peft(case)
+    injected = inject(gm, adapter)
     folded = fold(injected)
     with torch.no_grad():
         errors = [relative(gm(case.x), wanted) for gm in (injected, folded)]
         assert relative(case.base(case.x), wanted) > 1e-2
     assert "lora_" not in text(folded)
     assert all(map(torch.equal, case.base.parameters(), before))
-    read = {_word(update) for update in adapter.updates.values()} or {"replaced parameters"}
-    return (" or ".join(sorted(read)), *(_bound(error) for error in errors))
+    words = {_word(update) for update in adapter.updates.values()} or {"replaced parameters"}
+    return (" or ".join(sorted(words)), *(_bound(error) for error in errors))
 
 
 def _word(update: AnyUpdate) -> str:
@@ -102,10 +111,19 @@ def documented() -> dict[str, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("name", PEFT_TYPES)
-def test_a_type_injects_and_folds_to_what_peft_computes_as_documented(
-    name: str, tmp_path: Path
-) -> None:
-    assert row_of(name, tmp_path) == documented()[name]
+def test_a_type_injects_and_folds_to_what_peft_computes_as_documented(name: str) -> None:
+    assert row_of(name) == documented()[name]
+
+
+@pytest.mark.parametrize("name", PEFT_TYPES)
+def test_with_all_the_energy_a_type_is_lora_to_rounding(name: str) -> None:
+    case, adapter, gm, wanted = read(name)
+    found = adapter.to_lora(energy=1.0, base=case.base)
+    with torch.no_grad():
+        assert relative(inject(gm, found.adapter)(case.x), wanted) <= 1e-5
+        assert relative(case.base(case.x), wanted) > 1e-2
+    assert all(isinstance(u, Update) and u.is_plain for u in found.adapter.updates.values())
+    assert all(error <= 1e-6 for error in found.errors.values())
 
 
 def test_the_document_has_every_type_and_no_other() -> None:
@@ -233,10 +251,7 @@ def test_every_type_of_peft_is_a_case_or_has_a_reason() -> None:
 def main() -> None:
     """Measures every type and writes its part of the document."""
     torch.set_num_threads(1)
-    rows = {}
-    for name in PEFT_TYPES:
-        with tempfile.TemporaryDirectory() as directory:
-            rows[name] = row_of(name, Path(directory))
+    rows = {name: row_of(name) for name in PEFT_TYPES}
     DOCUMENT.write_text(DOCUMENT.read_text().partition(MARK)[0] + MARK + written(rows))
 
 
