@@ -64,6 +64,7 @@ def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str,
     try:
         digests = {} if external is None else _save_beside(model, path, external, known)
         proto = ir.to_proto(model)
+        _say_once(proto.graph)
         seal(proto, digests)
         onnx.save(proto, str(path))
     except ir.serde.SerdeError as error:
@@ -71,6 +72,18 @@ def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str,
         while cause is not None and not isinstance(cause, LoraFxError):
             cause = cause.__cause__
         raise cause or ExportError(f"{path.name}: not written: {error}") from error
+
+
+def _say_once(graph: onnx.GraphProto) -> None:
+    """Leaves types and shapes of weights to the weights.
+
+    Tools that put another tensor in the place of one, as onnxruntime 1.31 transposes what it
+    quantises, leave what was said of it elsewhere as it was, and then trip over it.
+    """
+    weights = {tensor.name for tensor in graph.initializer}
+    others = [info for info in graph.value_info if info.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(others)
 
 
 def _save_beside(

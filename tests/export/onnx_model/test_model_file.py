@@ -27,6 +27,14 @@ def test_a_written_file_says_whether_it_has_slots(exported_mlp: Any) -> None:
     assert manifest_in(load_proto(exported_mlp.path("folded")), Path("x")) is None
 
 
+@pytest.mark.parametrize("form", ["constant", "folded", "input"])
+def test_what_is_said_of_a_weight_the_weight_says(exported_mlp: Any, form: str) -> None:
+    graph = load_proto(exported_mlp.path(form)).graph
+    described = {info.name for info in graph.value_info}
+    assert not described & {tensor.name for tensor in graph.initializer}
+    assert described  # what nodes give is still described
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"no model", onnx.ModelProto(ir_version=9).SerializeToString()]
 )
