@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """Lets the garbage collector walk all that was imported less often."""
+    """Leaves out what takes time and is not tested."""
     gc.set_threshold(200_000, 20, 50)
+    if "peft" in sys.modules:  # a README beside each adapter, whose template is compiled anew
+        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_one_component_of_a_pipeline_is_as_its_directory_alone(home: Path, tmp_p
     assert text[0].coverage[0].off == pytest.approx(text[1].coverage[0].off, rel=1e-6)
     decoder = export(base, [], tmp_path / "d", given=given(component="vae_decoder"))
     assert (decoder.task, decoder.inputs) == ("vae_decoder", ["latent_sample"])
-    file = tmp_path / "a" / "model.onnx"
+    file = tmp_path / kohya.stem / "model.onnx"
     assert verify_model(file, str(base), [kohya], lambda _: None).verified  # it notes which it is
 
 
