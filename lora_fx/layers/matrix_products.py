@@ -111,6 +111,12 @@ def product_of(node: fx.Node) -> Product | None:
     return read(node) if read is not None and not node.kwargs else None
 
 
+def has_factors(node: fx.Node) -> bool:
+    """Whether a call is ``beta b + alpha x @ w``: no layer, for an adapter knows no such factor."""
+    is_sum = op_name(node) in ("addmm", "baddbmm")
+    return is_sum and (len(node.args) != 3 or bool(node.kwargs))
+
+
 def batches_of(product: Product) -> list[fx.Node]:
     """The calls that give a product's matrix a batch, in order."""
     calls: list[fx.Node] = []
@@ -157,8 +163,7 @@ def _matmul(node: fx.Node) -> Product | None:
 
 
 def _biased(node: fx.Node) -> Product | None:
-    has_factors = len(node.args) != 3
-    return None if has_factors else _made(node, ((1,), (2,)), turned=False, bias=node.args[0])
+    return None if has_factors(node) else _made(node, ((1,), (2,)), False, bias=node.args[0])
 
 
 def _einsum(node: fx.Node) -> Product | None:

@@ -14,7 +14,14 @@ from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.ops import call_argument, holder_path
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
-from lora_fx.layers.matrix_products import Labels, Place, argument_at, batches_of, product_of
+from lora_fx.layers.matrix_products import (
+    Labels,
+    Place,
+    argument_at,
+    batches_of,
+    has_factors,
+    product_of,
+)
 from lora_fx.layers.parametrized_weights import recorded
 from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
@@ -111,7 +118,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     if product is not None:
         part, groups = part_of(gm, product.matrix, bases), 1
         bias, labels, places = product.bias, product.labels, product.at
-    elif node.target in OPERATORS:
+    elif node.target in OPERATORS and not has_factors(node):
         at = operands_of(node.target)
         part, labels = part_of(gm, node.args[at.weight], bases), None
         places = (at.x,), (at.weight,)

@@ -132,6 +132,32 @@ def test_a_product_is_a_layer(name: str, frontend: str) -> None:
     assert adapter_from(injected).updates[path].delta().allclose(update().delta(), atol=1e-6)
 
 
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("factor", ["alpha", "beta"])
+@pytest.mark.parametrize("name", ["addmm", "addmm method", "baddbmm"])
+def test_a_sum_with_factors_is_no_layer(name: str, factor: str, frontend: str) -> None:
+    """An adapter beside it would lack the factor."""
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        if name == "baddbmm":
+            return torch.baddbmm(m.b, x, m.w.expand(x.shape[0], -1, -1), **{factor: 2.0})
+        given = {factor: 2.0}
+        rows = x.reshape(-1, 3)
+        return (
+            torch.addmm(m.b, rows, m.w, **given)
+            if name == "addmm"
+            else m.b.addmm(rows, m.w, **given)
+        )
+
+    torch.manual_seed(0)
+    model = model_of(scaled).eval().requires_grad_(False)
+    gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
+    assert sites(gm) == []
+    with pytest.raises(AdapterError, match=r"match nothing in the graph: block\.w"):
+        inject(gm, Adapter("french", {"block.w": update()}))
+    assert relative(fold(gm)(OTHER), model(OTHER)) <= 1e-6
+
+
 @pytest.mark.parametrize(("name", "frontend"), ALL)
 def test_a_fresh_adapter_trains_beside_it(name: str, frontend: str) -> None:
     _, gm, path = made(name, frontend)

@@ -13,7 +13,7 @@ from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Matrix, transposed
 from lora_fx.graph.ops import call_argument, op_name
 from lora_fx.graph.sizes import sizes_of
-from lora_fx.layers.matrix_products import product_of
+from lora_fx.layers.matrix_products import has_factors, product_of
 from lora_fx.layers.transposes import turns
 
 _PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "tensordot"}
@@ -27,7 +27,7 @@ def linear(analysis: Analysis, node: fx.Node) -> Value:
 
 def addmm(analysis: Analysis, node: fx.Node) -> Value:
     """``addmm(b, x, W)`` with W of (in, out), or ``baddbmm``."""
-    if len(node.args) != 3 or node.kwargs:
+    if has_factors(node):
         return Opaque("addmm with factors")
     bias, x, weight = node.args
     weight = _without_batch(analysis, node, weight)
