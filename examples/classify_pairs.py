@@ -16,8 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import lora_fx
 
-WORDS = "[PAD] [CLS] [SEP] the cat dog horse bird sleeps eats runs sings not".split()
-SUBJECTS, VERBS = WORDS[4:8], WORDS[8:12]
+SUBJECTS, VERBS = ["cat", "dog", "horse", "bird"], ["sleeps", "eats", "runs", "sings"]
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", "not", *SUBJECTS, *VERBS]
 
 
 def pairs() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -85,7 +85,7 @@ def main() -> None:
         model = base()
         inputs, labels = pairs()
         adapter = lora_fx.load_adapter(directory / "contradicts", base=model)
-        axes = dict.fromkeys(inputs, {0: "batch", 1: "sequence"})
+        axes = {field: {0: "batch", 1: "sequence"} for field in inputs}
         gm = lora_fx.trace(model, (), inputs, dynamic_shapes=axes)
         report = lora_fx.to_onnx(
             lora_fx.fold(lora_fx.inject(gm, adapter)), directory / "model.onnx"
