@@ -18,9 +18,9 @@ from lora_fx.passes import op_name
 from lora_fx.testing import check_pass
 
 ROOT = Path(__file__).parent.parent
-PAGES = ROOT / "README.md", ROOT / "docs" / "guides" / "own-pass.md"
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-EXAMPLE, PASS = (BLOCK.findall(page.read_text())[0] for page in PAGES)
+*_, EXAMPLE = BLOCK.findall((ROOT / "README.md").read_text())
+PASS, *_ = BLOCK.findall((ROOT / "docs" / "guides" / "own-pass.md").read_text())
 IN_A_PROCESS_OF_ITS_OWN = """
 import torch, lora_fx
 from passes_of_mine import DropIdentity

@@ -137,10 +137,10 @@ def make(arguments: list[str]) -> None:
 
 
 def pip(arguments: list[str]) -> None:
-    """``pip install .`` and ``pip install '.[extra,extra]'``."""
-    assert arguments[0] == "install"
-    for wanted in arguments[1:]:
-        found = re.fullmatch(r"(?:\.|lora-fx)(?:\[([\w,-]+)\])?", wanted)
+    """``pip install -e .`` and ``pip install -e '.[extra,extra]'``."""
+    assert arguments[:2] == ["install", "-e"]
+    for wanted in arguments[2:]:
+        found = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", wanted)
         assert found, wanted
         assert {*filter(None, (found[1] or "").split(","))} <= EXTRAS.keys()
 
@@ -164,7 +164,7 @@ def test_no_language_but_these_is_fenced() -> None:
         ("```python\nassert 1 == 2, 'one'\n```\n", "one"),
         ("```python\nprint(3)\n```\n\n```text\n4\n```\n", "3"),
         ("```sh\nmake nothing\n```\n", "nothing"),
-        ("```sh\npip install '.[nothing]'\n```\n", "nothing"),
+        ("```sh\npip install -e '.[nothing]'\n```\n", "nothing"),
         ("```sh\nlora-fx inspect nowhere\n```\n", "inspect nowhere"),
     ],
 )
