@@ -22,6 +22,7 @@ release = version = version_of("lora-fx")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
+smartquotes = False  # a W' stays one
 myst_heading_anchors = 3
 myst_fence_as_directive = {"math"}  # which other viewers of Markdown show as a formula too
 html_theme = "furo"
