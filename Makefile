@@ -39,17 +39,17 @@ test-oldest: .venv-oldest/dev.stamp
 
 # Whatever is newest, so nothing is pinned: what a user of today gets.
 PYTHONS ?= python3.11 python3.12 python3.13
-MATRIX := tests/test_api.py tests/export/test_exporter.py tests/frontend/test_trace.py \
+MATRIX := tests/test_api.py tests/export/test_exporter.py tests/frontend/test_trace.py tests/passes \
 	tests/cli/test_cli.py tests/examples
 
 test-matrix:
 	@for python in $(PYTHONS); do \
 		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
-		echo "== $$python"; \
-		$$python -m venv .venv-matrix/$$python && \
-		.venv-matrix/$$python/bin/python -m pip install --quiet --disable-pip-version-check \
+		home=.venv-matrix/$$(basename $$python); echo "== $$home"; \
+		$$python -m venv $$home && \
+		$$home/bin/python -m pip install --quiet --disable-pip-version-check \
 			--upgrade --upgrade-strategy eager -e '.[dev]' && \
-		OMP_NUM_THREADS=1 .venv-matrix/$$python/bin/python -m pytest -n auto $(MATRIX) || exit 1; \
+		OMP_NUM_THREADS=1 $$home/bin/python -m pytest -n auto $(MATRIX) || exit 1; \
 	done
 
 docs: .venv/dev.stamp
@@ -108,7 +108,8 @@ bench-quick: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick
 
 clean:
-	rm -rf .venv .venv-oldest .venv-matrix .venv-release dist .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info
+	rm -rf .venv .venv-oldest .venv-matrix .venv-release .typecheck .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis build dist out *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
