@@ -3,15 +3,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := lora_fx passes export
-ROOMS := $(SOURCES) tests benchmarks
+ROOMS := $(SOURCES) tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-oldest fuzz mutants lint types matrix bench bench-quick clean
+.PHONY: help demo test test-clients test-oldest test-matrix docs release-check fuzz mutants lint types \
+	matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
 	@echo "make test    the whole test suite"
 	@echo "make test-oldest  a part of it, on the oldest versions that pyproject promises"
+	@echo "make test-matrix  a part of it, on each Python that is here, with the newest versions"
+	@echo "make docs    the site, into out/site; a broken link or reference is an error"
+	@echo "make release-check  sdist, wheel, and the wheel in an empty environment"
 	@echo "make test-clients  exported directories in optimum, onnxruntime-genai, sentence-transformers"
 	@echo "make fuzz    100,000 damaged files and 2,000 random graphs; FILES=, GRAPHS=, FROM="
 	@echo "make mutants  changes of our own code that the tests should notice"
@@ -32,6 +36,34 @@ OLDEST := tests/export tests/frontend/test_trace.py tests/cli/test_cli.py tests/
 
 test-oldest: .venv-oldest/dev.stamp
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal $(OLDEST)
+
+# Whatever is newest, so nothing is pinned: what a user of today gets.
+PYTHONS ?= python3.11 python3.12 python3.13
+MATRIX := tests/test_api.py tests/export/test_exporter.py tests/frontend/test_trace.py tests/passes \
+	tests/cli/test_cli.py tests/examples
+
+test-matrix:
+	@for python in $(PYTHONS); do \
+		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
+		home=.venv-matrix/$$(basename $$python); echo "== $$home"; \
+		$$python -m venv $$home && \
+		$$home/bin/python -m pip install --quiet --disable-pip-version-check \
+			--upgrade --upgrade-strategy eager -e '.[dev]' && \
+		OMP_NUM_THREADS=1 $$home/bin/python -m pytest -n auto $(MATRIX) || exit 1; \
+	done
+
+docs: .venv/dev.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/site
+	@echo "out/site/index.html"
+
+release-check: .venv/dev.stamp
+	rm -rf dist build .venv-release
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		dist/*.whl
+	cd dist && ../.venv-release/bin/lora-fx --version && ../.venv-release/bin/lora-fx demo --help
+	rm -rf build *.egg-info
 
 test-clients: .venv/clients.stamp
 	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
@@ -76,7 +108,8 @@ bench-quick: .venv/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick
 
 clean:
-	rm -rf .venv .venv-oldest .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build out *.egg-info
+	rm -rf .venv .venv-oldest .venv-matrix .venv-release .typecheck .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis build dist out *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -43,13 +43,13 @@ def explain(gm: fx.GraphModule) -> Explanation:
     """A line for each layer: what it is a function of, and what `fold` makes of it.
 
     Where a branch stands beside it, also the form that an unmerged export computes it in, and what
-    that and the other forms cost beyond the merged layer: `lora_fx.cost`.
+    that and the other forms cost beyond the merged layer.
 
     Args:
         gm: a traced graph; it is read, not run, and no weight is computed.
 
     Returns:
-        The lines: ``print(explain(gm))``.
+        The lines, for ``print``.
     """
     analysis = analyse(gm)
     regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}

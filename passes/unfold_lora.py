@@ -16,7 +16,7 @@ from lora_fx.graph.provenance import FOLDED, Origin, origins
 
 @dataclass(frozen=True)
 class UnfoldLora(Pass):
-    """``linear(x, W', b)  ->  `` the region that `FoldLora` found there, bit for bit.
+    """``linear(x, W', b)``  ->  the region that `FoldLora` found there, bit for bit.
 
     Nodes, their names and order, and every tensor are those that fold was given: nothing is
     computed back. Layers that were not folded stay as they are.

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def oldest() -> dict[str, str]:
-    """Name -> lower bound of each dependency of the package and of its demo."""
+    """Name -> lower bound of each dependency of the package, and of what reads directories."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    every = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    extras = project["optional-dependencies"]
+    every = [*project["dependencies"], *extras["hf"], *extras["demo"]]
     found = (re.match(r"([\w-]+)>=([\d.]+)", wanted) for wanted in every)
     return {match[1]: match[2] for match in found if match}
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its pass is a pass."""
+"""The README's Python leaves what it says, and the guide's pass is a pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from lora_fx import text, trace
 from lora_fx.passes import op_name
 from lora_fx.testing import check_pass
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLE, PASS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+*_, EXAMPLE = BLOCK.findall((ROOT / "README.md").read_text())
+PASS, *_ = BLOCK.findall((ROOT / "docs" / "guides" / "own-pass.md").read_text())
 IN_A_PROCESS_OF_ITS_OWN = """
 import torch, lora_fx
 from passes_of_mine import DropIdentity
@@ -51,7 +53,7 @@ def test_the_example_runs(
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of one's own, on the import path, that holds the README's code as it stands."""
+    """A package of one's own, on the import path, that holds the guide's code as it stands."""
     (tmp_path / "passes_of_mine").mkdir()
     (tmp_path / "passes_of_mine" / "__init__.py").write_text(PASS)
     monkeypatch.syspath_prepend(tmp_path)

@@ -49,6 +49,8 @@ def write_model(
     size = sum(tensor.nbytes for tensor in weights.values() if tensor is not None)
     is_large = size > external_data_above
     model.graph.name = model.graph.name or "graph"  # which some leave empty, and onnx refuses
+    if not is_large:
+        ir.external_data.load_to_model(model)  # of another file, which the new one is not beside
     try:
         _save(model, path, data_path(path).name if is_large else None, known)
     finally:

@@ -58,7 +58,7 @@ class Site(Layer):
 
     @property
     def operand(self) -> fx.Node:
-        """What the call reads as its weight: W, rows of it, or what an adapter made of it."""
+        """What the call reads for its weight, W, rows of it, or what an adapter made of it."""
         return cast(fx.Node, argument_at(self.node, self.at[1]))
 
     @property

@@ -62,7 +62,7 @@ def load_directory(
         import transformers
     except ImportError as error:
         raise LoraFxError(
-            f"{path}: reading it needs transformers: pip install lora-fx[demo]"
+            f"{path}: reading it needs transformers: pip install lora-fx[hf]"
         ) from error
     with quiet(transformers.utils.logging), without_adapter(path) as place:
         return _load(path, place, adapters, task, dtype, transformers)

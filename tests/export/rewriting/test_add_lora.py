@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,29 @@ def exported(model: nn.Module, x: torch.Tensor, path: Path, dynamo: bool = False
             input_names=["x"], output_names=["y"],
         )  # fmt: skip
     return path
+
+
+@pytest.mark.parametrize("above", [0, 1 << 20])
+def test_weights_beside_a_file_as_torch_writes_them_by_default(tmp_path: Path, above: int) -> None:
+    """Into the new file, or into one beside it, in another directory: the old one may go."""
+    x, adapter = torch.randn(4, 12), make_adapter({"0": (30, 12)})
+    model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).eval()
+    (tmp_path / "theirs").mkdir()
+    base = tmp_path / "theirs" / "base.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (x,), str(base), dynamo=True, verbose=False, input_names=["x"],
+            output_names=["y"],
+        )  # fmt: skip
+    assert base.with_name("base.onnx.data").stat().st_size > 0
+    plain, expected = Session(base).run({"x": x})["y"], tmp_path / "merged.onnx"
+    _, tuned = with_adapter(base, adapter, x, tmp_path, external_data_above=above)
+    merge_onnx(tmp_path / "slots.onnx", adapter, expected, external_data_above=above)
+    shutil.rmtree(base.parent)
+    assert compare(Session(expected).run({"x": x})["y"], tuned).ok
+    assert compare(Session(tmp_path / "slots.onnx").run({"x": x})["y"], plain).ok
+    assert not compare(tuned, plain).ok
 
 
 def with_adapter(
