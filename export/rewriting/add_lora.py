@@ -32,6 +32,7 @@ from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.probe import probe
 from lora_fx.export.slots.slot import Slot
 from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -189,7 +190,7 @@ def _evidence(
             Pair("base", Run(draft), Run(base)),
             Pair("adapted", Run(draft, file), Run(changed)),
         ]
-        evidence = held_against(pairs, Run(draft), feeds, dtype)
+        evidence = held_against(pairs, {NO_ADAPTER: Run(draft)}, feeds, dtype)
     if left:
         evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
     return evidence

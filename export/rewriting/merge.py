@@ -24,6 +24,7 @@ from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -94,7 +95,8 @@ def merge_onnx(
                     feeds = feeds_for(path, proto, inputs, manifest)
                     pair = Pair("merged", Run(draft), Run(path, file, manifest))
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
-                    evidence = held_against([pair], Run(path, None, manifest), feeds, dtype)
+                    bare = {NO_ADAPTER: Run(path, None, manifest)}
+                    evidence = held_against([pair], bare, feeds, dtype)
                     evidence.judge(str(out))
             files = file_sizes(draft.parent)
     return ExportReport(

@@ -61,7 +61,7 @@ def verify_onnx(
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode=_mode(path, slots),
+        mode=mode_of(path, slots),
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
         seconds=clock.seconds,
@@ -77,8 +77,8 @@ def verify_onnx(
     )
 
 
-def _mode(path: Path, slots: list[str]) -> str:
-    """What a file is, told by the names of what it holds."""
+def mode_of(path: Path, slots: object) -> str:
+    """What a file is, told by the names of what it holds, and whether it has slots."""
     if slots:
         return "swappable"
     names = (tensor.name for tensor in load_proto(path).graph.initializer)

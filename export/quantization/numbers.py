@@ -1,0 +1,105 @@
+"""The numbers that a file's weights of a few bits stand for, put where a model has its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from lora_fx.errors import VerificationError
+from lora_fx.export.onnx_model.tensors import to_numpy
+from lora_fx.export.quantization.quantise import error_of
+from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.graph.example import forget_model
+from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+
+_END = re.compile(r"_(Q\d+|Bnb4)$")
+Array = np.ndarray[Any, Any]
+
+
+def packed_in(path: Path) -> dict[str, FileLayer]:
+    """The layers of a file whose weights are in a few bits, by what those were called before."""
+    return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(ir.load(path))}
+
+
+def with_numbers(
+    gm: fx.GraphModule, packed: Mapping[str, FileLayer]
+) -> tuple[fx.GraphModule, dict[str, float]]:
+    """A graph with the numbers of a file in place of its own weights, and how far they are off.
+
+    Args:
+        gm: the graph; it is not changed. The result remembers no module.
+        packed: the file's layers, by the names of the graph's weights.
+
+    Raises:
+        VerificationError: a weight is none of the graph's, or not the one that was quantised.
+    """
+    copy = assemble(gm, copy_graph(gm.graph), gm.training)
+    copy.meta = dict(gm.meta)
+    forget_model(copy)
+    known, errors = targets(copy.graph), {}
+    for name, layer in packed.items():
+        if name not in known:
+            raise VerificationError(f"{name}: quantised, and no weight of the model's")
+        own = get_unevaluated(gm, name)
+        turned, errors[name.removesuffix(".weight")] = _compared(name, evaluate(own), layer)
+        remove(copy, name)
+        assign(copy, name, _lazily(layer, turned, own))
+    return copy, errors
+
+
+def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
+    """The file that was quantised, with the numbers in place of its weights, times a factor."""
+    model = ir.load(source)
+    for layer in list(layers_in(model)):
+        found = packed.get(str(layer.weight.name))
+        if found is not None:
+            layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
+    return model
+
+
+def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:
+    def computed() -> ir.TensorProtocol:
+        return ir.tensor(_numbers(packed, turned, factor), name=value.name)
+
+    assert value.shape is not None
+    assert value.dtype is not None
+    return ir.LazyTensor(computed, dtype=value.dtype, shape=value.shape, name=value.name)
+
+
+def _numbers(layer: FileLayer, turned: bool, factor: float = 1) -> Array:
+    """W (in, out), or turned round (out, in)."""
+    found = weight_and_step(layer.node)[0]
+    return np.ascontiguousarray(found.T if turned else found) * found.dtype.type(factor)
+
+
+def _compared(name: str, own: torch.Tensor, layer: FileLayer) -> tuple[bool, float]:
+    """Whether a model stores a weight as (out, in), and how far its numbers are off."""
+    problem: VerificationError | None = None
+    numbers, step = weight_and_step(layer.node)
+    for turned in (True, False):
+        held = to_numpy(own.T if turned else own)
+        if held.shape != numbers.shape:
+            continue
+        try:
+            return turned, error_of(name, held, numbers, step)
+        except VerificationError as error:
+            problem = problem or error
+    raise problem or VerificationError(
+        f"{name}: {tuple(own.shape)} in the model, {layer.shape} in the file: is it another model?"
+    )
+
+
+def _lazily(layer: FileLayer, turned: bool, own: torch.Tensor | LazyTensor) -> LazyTensor:
+    def made() -> torch.Tensor:
+        return torch.from_numpy(_numbers(layer, turned)).to(own.dtype)
+
+    return LazyTensor(tuple(own.shape), own.dtype, made, ("numbers", id(layer)), cache=False)
