@@ -227,6 +227,7 @@ def _plain(value: Any) -> Any:
 
 
 _SHOWN = 10
+_LISTS = ("checks", "controls", "notes", "coverage", "suspects")
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,12 @@ class Verification:
     def left_out(cls) -> Verification:
         """Of a file that nothing was held against."""
         return cls(notes=["not verified: verify=False"])
+
+    def and_then(self, more: Verification) -> Verification:
+        """This, and what was found next."""
+        return Verification(
+            *([*getattr(self, name), *getattr(more, name)] for name in _LISTS), against=self.against
+        )
 
     def judge(self, path: str) -> None:
         """Raises VerificationError if a row does not say what it must."""

@@ -14,7 +14,10 @@ from lora_fx.export.onnx_model.model_file import load_proto, write_model
 from lora_fx.export.quantization.choose_layers import choose_layers
 from lora_fx.export.quantization.quantise import quantise
 from lora_fx.export.quantization.schemes import Scheme
-from lora_fx.export.report import Check, Quantisation
+from lora_fx.export.report import Quantisation
+from lora_fx.export.verification.made_inputs import Feeds
+from lora_fx.export.verification.side_by_side import Run
+from lora_fx.numerics import compare
 
 NOT_QUANTISED = "control: not quantised"
 
@@ -26,7 +29,7 @@ def pack_file(
     *,
     layers: Sequence[str] | None = None,
     keep: Sequence[str] = (),
-    external_data_above: int,
+    above: int,
 ) -> Quantisation:
     """Writes a file with the weights of its linear layers in a few bits.
 
@@ -36,7 +39,7 @@ def pack_file(
         scheme: how they are stored.
         layers: which; by default all but heads.
         keep: which not.
-        external_data_above: bytes of weights from which they go to a file of their own.
+        above: bytes of weights from which they go to a file of their own.
 
     Raises:
         ExportError: a layer is not there, or none can be quantised.
@@ -45,7 +48,7 @@ def pack_file(
     model = ir.load(source)
     errors, left = quantise(model, scheme, choose_layers(model, layers, keep))
     known = tensor_digests(load_proto(source), source)
-    write_model(model, draft, external_data_above=external_data_above, known=known)
+    write_model(model, draft, external_data_above=above, known=known)
     return Quantisation(str(scheme), errors, left=left)
 
 
@@ -59,10 +62,12 @@ def plain_place(draft: Path, scheme: Scheme | None) -> Iterator[Path]:
         yield Path(directory) / draft.name
 
 
-def outputs_off(controls: Sequence[Check]) -> Mapping[str, float]:
-    """How far each output is off that of plain weights: the farthest of what was run."""
-    found: dict[str, float] = {}
-    for row in controls:
-        if row.what == NOT_QUANTISED:
-            found[row.output] = max(row.relative, found.get(row.output, 0.0))
-    return found
+def outputs_off(found: Run, plain: Run, feeds: Mapping[str, Feeds]) -> dict[str, float]:
+    """How far each output is off that of plain weights, relative: the farthest of some runs."""
+    farthest: dict[str, float] = {}
+    expected = plain.outputs(feeds)
+    for label, outputs in found.outputs(feeds).items():
+        for name, value in outputs.items():
+            off = compare(value, expected[label][name]).relative
+            farthest[name] = max(off, farthest.get(name, 0.0))
+    return farthest

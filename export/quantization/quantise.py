@@ -37,7 +37,7 @@ def quantise(
         Path -> how far its weight is off, relative; path -> why it stays as it is.
 
     Raises:
-        ExportError: none is quantised.
+        ExportError: none is quantised, of a scheme that takes any.
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
     manifest = read_manifest(model.metadata_props)
@@ -57,13 +57,14 @@ def quantise(
             model.graph.register_initializer(value)
         for call in calls:
             _store(call.node, packed, inputs)
-    if not errors:
+    if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
         raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}")
     if manifest is not None:
         slots = [_of_base(slot, digests) for slot in manifest.slots]
         model.metadata_props[KEY] = Manifest(tuple(slots)).to_json()
-    model.opset_imports[MICROSOFT] = 1
+    if errors:
+        model.opset_imports[MICROSOFT] = 1
     common.RemoveUnusedNodesPass()(model)
     return errors, left
 

@@ -84,14 +84,17 @@ def quantize_onnx(
             check_digests(proto, path)
     with staged(out, force=force) as draft:
         with clock.stage("quantise"):
-            options = {"layers": layers, "keep": keep, "external_data_above": external_data_above}
-            found = pack_file(path, draft, scheme, **options)  # type: ignore[arg-type]
+            quantised = pack_file(
+                path, draft, scheme, layers=layers, keep=keep, above=external_data_above
+            )
         evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
                 feeds = feeds_for(path, proto, inputs, manifest)
                 evidence = _evidence(draft, path, manifest, feeds)
                 evidence.judge(str(out))
+                runs = (Run(file, None, manifest) for file in (draft, path))
+                quantised = replace(quantised, outputs=outputs_off(*runs, feeds))
         files, mode = file_sizes(draft.parent), mode_of(draft, manifest)
     slots = () if manifest is None else manifest.slots
     fed = {name for slot in slots for name in slot.names}
@@ -107,7 +110,7 @@ def quantize_onnx(
         inputs=[value.name for value in proto.graph.input if value.name not in fed],
         outputs=[value.name for value in proto.graph.output],
         slots=[slot.path for slot in slots],
-        quantised=replace(found, outputs=dict(outputs_off(evidence.controls))),
+        quantised=quantised,
     )
 
 

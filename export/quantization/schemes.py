@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from onnxruntime.capi import _pybind_state as kernels
 
 from lora_fx.errors import ExportError
+from lora_fx.graph.example import STORED
 
 Array = np.ndarray[Any, Any]
 BLOCK = 32
@@ -131,6 +133,21 @@ def scheme_of(quantize: int | str, block: int | None = None) -> Scheme:
     if isinstance(quantize, str) and quantize in _TYPES:
         return Table(quantize, **more)
     raise ExportError(f"quantize to {quantize!r:.80}: expected 4 or 8 bits, 'nf4' or 'fp4'")
+
+
+def scheme_wanted(quantize: int | str | None, noted: Mapping[str, str]) -> Scheme | None:
+    """The scheme that is asked for, or that a base was loaded in; None for plain weights.
+
+    Args:
+        quantize: as `scheme_of` takes it; ``"float"``; or None for what is noted.
+        noted: what is known of a model, by `lora_fx.graph.example`.
+
+    Raises:
+        ExportError: it is none.
+    """
+    if quantize is None:
+        return stored_scheme(noted[STORED]) if STORED in noted else None
+    return None if quantize == "float" else scheme_of(quantize)
 
 
 def stored_scheme(said: str) -> Scheme:
