@@ -15,6 +15,7 @@ from torch import fx
 from lora_fx.errors import VerificationError
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.quantization.quantise import error_of
+from lora_fx.export.quantization.schemes import KINDS, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.graph.example import forget_model
@@ -28,6 +29,11 @@ Array = np.ndarray[Any, Any]
 def packed_in(path: Path) -> dict[str, FileLayer]:
     """The layers of a file whose weights are in a few bits, by what those were called before."""
     return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(ir.load(path))}
+
+
+def scheme_in(packed: Mapping[str, FileLayer]) -> str:
+    """How the weights of some layers are stored, in words."""
+    return ", ".join(dict.fromkeys(map(_scheme, packed.values())))
 
 
 def with_numbers(
@@ -64,6 +70,14 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
         if found is not None:
             layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
     return model
+
+
+def _scheme(layer: FileLayer) -> str:
+    given = layer.node.attributes
+    block = given["block_size"].as_int()
+    if layer.node.op_type == "MatMulBnb4":
+        return str(Table(KINDS[given["quant_type"].as_int()], block))
+    return str(Blocks(given.get_int("bits", 4) or 4, block))
 
 
 def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:

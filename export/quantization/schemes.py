@@ -15,7 +15,7 @@ from lora_fx.graph.example import STORED
 
 Array = np.ndarray[Any, Any]
 BLOCK = 32
-_TYPES = {"fp4": 0, "nf4": 1}  # by MatMulBnb4's quant_type
+KINDS = ("fp4", "nf4")  # in the order of MatMulBnb4's quant_type
 _STORED = re.compile(r"(?P<kind>fp4|nf4):(?P<block>[0-9]{1,5})")
 _BITS = (4, 8)
 _BLOCKS = (16, 32, 64, 128, 256)  # that onnxruntime's quantisers take
@@ -108,7 +108,7 @@ class Table:
         own = np.ascontiguousarray(weight.T)
         packed = np.zeros(-(-own.size // 2), np.uint8)
         largest = np.zeros(-(-own.size // self.block), own.dtype)
-        kind = _TYPES[self.kind]
+        kind = KINDS.index(self.kind)
         kernels.quantize_matmul_bnb4(packed, own, largest, self.block, kind, *own.shape)
         sizes = {"quant_type": kind, **_sizes(weight, self.block)}
         return Packed("MatMulBnb4", sizes, {"_Bnb4": packed, "_absmax": largest})
@@ -130,7 +130,7 @@ def scheme_of(quantize: int | str, block: int | None = None) -> Scheme:
     more = {} if block is None else {"block": block}
     if type(quantize) is int and quantize in _BITS:
         return Blocks(quantize, **more)
-    if isinstance(quantize, str) and quantize in _TYPES:
+    if isinstance(quantize, str) and quantize in KINDS:
         return Table(quantize, **more)
     raise ExportError(f"quantize to {quantize!r:.80}: expected 4 or 8 bits, 'nf4' or 'fp4'")
 

@@ -11,11 +11,12 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten, within
-from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.planted import planted
-from lora_fx.export.report import Clock, ExportReport, Verification
+from lora_fx.export.quantization.numbers import packed_in, scheme_in, with_numbers
+from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.verification.eager import evaluating
@@ -24,7 +25,7 @@ from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.invocation_mask import invocations_in
-from lora_fx.passes import InjectLora
+from lora_fx.passes import FoldLora, InjectLora
 
 
 def verify_onnx(
@@ -52,7 +53,7 @@ def verify_onnx(
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        trial = _trial(gm, adapters)
+        trial, (gm, adapters, quantised) = _trial(gm, adapters), _in_numbers(gm, path, adapters)
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
@@ -74,7 +75,23 @@ def verify_onnx(
         coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
         dtype=task_of(gm).get(DTYPE),
+        quantised=quantised,
     )
+
+
+def _in_numbers(
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter] = ()
+) -> tuple[fx.GraphModule, Sequence[Adapter], Quantisation | None]:
+    """A graph with the numbers that a file stores in a few bits, which a merged one has of W'."""
+    packed = packed_in(path)
+    if not packed:
+        return gm, adapters, None
+    manifest = manifest_in(load_proto(path), path)
+    if mode_of(path, manifest) == "merged":
+        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+        gm, adapters = FoldLora()(whole).graph_module, ()
+    numbers, errors = with_numbers(gm, packed)
+    return numbers, adapters, Quantisation(scheme_in(packed), errors)
 
 
 def mode_of(path: Path, slots: object) -> str:
@@ -99,6 +116,7 @@ def check_adapter_files(
         VerificationError: the file and the module with the adapter disagree.
     """
     trial = _trial(gm, [adapter for adapter, _ in files])
+    gm = _in_numbers(gm, path)[0]
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
     if not subjects:
