@@ -14,7 +14,7 @@ from lora_fx.errors import ExportError
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
-from lora_fx.export.onnx_model.model_file import write_model
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
 from lora_fx.export.onnx_model.node_names import name_nodes, tensors_of_constants
 from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
@@ -34,8 +34,6 @@ from lora_fx.injection.finite_values import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
-
-INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 
 
 def to_onnx(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lora_fx.export.slots.probe import probe
 from lora_fx.export.slots.slot import AnySlot, TensorSlot
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import (
+    FACTOR,
     NO_ADAPTER,
     controls,
     with_a_weight_scaled,
@@ -85,8 +86,10 @@ class Constant:
 
     def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the graph with the numbers that the file stores in a few bits."""
-        numbers, _ = with_numbers(self.traced, packed_in(path))
-        return verify_file(path, trial, [_held("model", numbers)], _plain(self.traced, numbers))
+        packed = packed_in(path)
+        numbers, _ = with_numbers(self.traced, packed)
+        others = _plain(self.traced, numbers, packed)
+        return verify_file(path, trial, [_held("model", numbers)], others)
 
 
 @dataclass(frozen=True)
@@ -171,24 +174,28 @@ class Swappable:
     def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the base with the numbers that it stores in a few bits, as `verify`."""
         adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
-        numbers, _ = with_numbers(self.base, packed_in(path))
+        packed = packed_in(path)
+        numbers, _ = with_numbers(self.base, packed)
         plain, adapted = (InjectLora(adapter)(gm).graph_module for gm in (self.base, numbers))
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "probe.onnx_adapter"
             export_adapter(adapter, path, file, check=False)
             subjects = [_held("base", numbers), replace(_held("adapted", adapted), adapter=file)]
-            return verify_file(path, trial, subjects, _plain(plain, adapted))
+            return verify_file(path, trial, subjects, _plain(plain, adapted, packed))
 
 
 def _held(what: str, gm: fx.GraphModule) -> Reference:
     return Reference(f"{what}, dequantised", evaluating(gm))
 
 
-def _plain(gm: fx.GraphModule, numbers: fx.GraphModule) -> Iterator[Reference]:
-    """What a file of numbers must not agree with: plain weights, if those are others."""
-    yield Reference(NOT_QUANTISED, evaluating(gm))
-    for name, changed in with_a_weight_scaled(numbers):
-        yield Reference(f"control: {name} x 1.1", changed)
+def _plain(
+    gm: fx.GraphModule, numbers: fx.GraphModule, packed: Collection[str]
+) -> Iterator[Reference]:
+    """What a file of few bits must not agree with: plain weights, if they are others."""
+    if gm is not numbers:
+        yield Reference(NOT_QUANTISED, evaluating(gm))
+    for name, changed in with_a_weight_scaled(numbers, packed):
+        yield Reference(f"control: {name} x {FACTOR}", changed)
 
 
 def _free_name(gm: fx.GraphModule) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from torch import fx
 
 from lora_fx.errors import VerificationError
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.quantization.quantise import error_of
-from lora_fx.export.quantization.schemes import KINDS, Blocks, Table
+from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.graph.example import forget_model
@@ -31,6 +34,22 @@ def packed_in(path: Path) -> dict[str, FileLayer]:
     return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(ir.load(path))}
 
 
+@contextmanager
+def of_whole_x(path: Path) -> Iterator[Path]:
+    """A file in which nothing rounds x: itself, or a copy that is held to more than it can hold."""
+    model = ir.load(path)
+    nodes = [node for node in model.graph if LEVEL in node.attributes]
+    if not nodes:
+        yield path
+        return
+    for node in nodes:
+        del node.attributes[LEVEL]
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / path.name
+        write_model(model, copy, external_data_above=INLINE_LIMIT)
+        yield copy
+
+
 def scheme_in(packed: Mapping[str, FileLayer]) -> str:
     """How the weights of some layers are stored, in words."""
     return ", ".join(dict.fromkeys(map(_scheme, packed.values())))
@@ -42,7 +61,8 @@ def with_numbers(
     """A graph with the numbers of a file in place of its own weights, and how far they are off.
 
     Args:
-        gm: the graph; it is not changed. The result remembers no module.
+        gm: the graph; it is not changed. One whose weights are these numbers is given back, else a
+            copy that remembers no module.
         packed: the file's layers, by the names of the graph's weights.
 
     Raises:
@@ -51,15 +71,17 @@ def with_numbers(
     copy = assemble(gm, copy_graph(gm.graph), gm.training)
     copy.meta = dict(gm.meta)
     forget_model(copy)
-    known, errors = targets(copy.graph), {}
+    known, errors = targets(gm.graph), {}
     for name, layer in packed.items():
         if name not in known:
             raise VerificationError(f"{name}: quantised, and no weight of the model's")
         own = get_unevaluated(gm, name)
-        turned, errors[name.removesuffix(".weight")] = _compared(name, evaluate(own), layer)
-        remove(copy, name)
-        assign(copy, name, _lazily(layer, turned, own))
-    return copy, errors
+        turned, off = _compared(name, evaluate(own), layer)
+        errors[name.removesuffix(".weight")] = off
+        if off:
+            remove(copy, name)
+            assign(copy, name, _lazily(layer, turned, own))
+    return copy if any(errors.values()) else gm, errors
 
 
 def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
@@ -77,7 +99,7 @@ def _scheme(layer: FileLayer) -> str:
     block = given["block_size"].as_int()
     if layer.node.op_type == "MatMulBnb4":
         return str(Table(KINDS[given["quant_type"].as_int()], block))
-    return str(Blocks(given.get_int("bits", 4) or 4, block))
+    return str(Blocks(given.get_int("bits", 4) or 4, block, given.get_int(LEVEL, 0) or 0))
 
 
 def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:

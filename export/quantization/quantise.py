@@ -142,7 +142,9 @@ def _digests(own: Array, numbers: Array) -> dict[str, str]:
 
 
 def _digest(array: Array) -> str:
-    return digest_of(array_to_torch(np.ascontiguousarray(array), ir.DataType.from_numpy(array.dtype)))
+    return digest_of(
+        array_to_torch(np.ascontiguousarray(array), ir.DataType.from_numpy(array.dtype))
+    )
 
 
 def _of_base(slot: AnySlot, digests: Mapping[str, str]) -> AnySlot:

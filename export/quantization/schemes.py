@@ -18,6 +18,8 @@ BLOCK = 32
 KINDS = ("fp4", "nf4")  # in the order of MatMulBnb4's quant_type
 _STORED = re.compile(r"(?P<kind>fp4|nf4):(?P<block>[0-9]{1,5})")
 _BITS = (4, 8)
+_LEVELS = (0, 4)
+LEVEL = "accuracy_level"  # of MatMulNBits
 _BLOCKS = (16, 32, 64, 128, 256)  # that onnxruntime's quantisers take
 
 
@@ -58,15 +60,18 @@ class Blocks:
     Attributes:
         bits: of a number, 4 or 8.
         block: inputs that share a scale.
+        level: what onnxruntime may round x to as well: 4, to 8 bits; 0, to nothing.
     """
 
     bits: int = 4
     block: int = BLOCK
+    level: int = 0
     is_exact: bool = field(default=False, init=False)
 
     def __str__(self) -> str:
         """In words."""
-        return f"{self.bits} bits in blocks of {self.block}"
+        more = ", x in 8 bits" if self.level else ""
+        return f"{self.bits} bits in blocks of {self.block}{more}"
 
     def pack(self, weight: Array) -> Packed:
         """Rounds to the nearest."""
@@ -77,11 +82,14 @@ class Blocks:
         zeros = np.zeros((out, -(-count * self.bits // 8)), np.uint8)
         scales = np.zeros((out, count), weight.dtype)
         # Not through MatMulNBitsQuantizer, which takes a whole model in memory and logs for all.
-        quantise = kernels.quantize_matmul_4bits if self.bits == 4 else kernels.quantize_matmul_8bits
+        quantise = (
+            kernels.quantize_matmul_4bits if self.bits == 4 else kernels.quantize_matmul_8bits
+        )
         quantise(numbers, padded, scales, zeros, self.block, out, into, False)
         names = (f"_Q{self.bits}", "_scales", "_zero_points")
         tensors = dict(zip(names, (numbers, scales, zeros), strict=True))
         sizes = {"bits": self.bits, **_sizes(weight, self.block)}
+        sizes |= {LEVEL: self.level} if self.level else {}
         return Packed("MatMulNBits", sizes, tensors)
 
 
@@ -114,12 +122,13 @@ class Table:
         return Packed("MatMulBnb4", sizes, {"_Bnb4": packed, "_absmax": largest})
 
 
-def scheme_of(quantize: int | str, block: int | None = None) -> Scheme:
+def scheme_of(quantize: int | str, block: int | None = None, level: int = 0) -> Scheme:
     """The scheme that a word or a number of bits means.
 
     Args:
         quantize: 4 or 8 bits, or ``"nf4"`` or ``"fp4"``.
         block: weights that share a scale; the scheme's own by default.
+        level: as `Blocks` has it.
 
     Raises:
         ExportError: it is none of these, or no size of a block that it takes.
@@ -127,9 +136,11 @@ def scheme_of(quantize: int | str, block: int | None = None) -> Scheme:
     if block is not None and (type(block) is not int or block not in _BLOCKS):
         known = ", ".join(map(str, _BLOCKS))
         raise ExportError(f"block_size={block!r}: expected one of {known}")
+    if level not in _LEVELS or (level and isinstance(quantize, str)):
+        raise ExportError(f"accuracy_level={level!r}: expected 0, or 4 with 4 or 8 bits")
     more = {} if block is None else {"block": block}
     if type(quantize) is int and quantize in _BITS:
-        return Blocks(quantize, **more)
+        return Blocks(quantize, level=level, **more)
     if isinstance(quantize, str) and quantize in KINDS:
         return Table(quantize, **more)
     raise ExportError(f"quantize to {quantize!r:.80}: expected 4 or 8 bits, 'nf4' or 'fp4'")

@@ -14,10 +14,9 @@ import onnx_ir as ir
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
-from lora_fx.export.exporter import INLINE_LIMIT
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
-from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import export_adapter

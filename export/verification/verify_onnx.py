@@ -15,7 +15,12 @@ from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.planted import planted
-from lora_fx.export.quantization.numbers import packed_in, scheme_in, with_numbers
+from lora_fx.export.quantization.numbers import (
+    of_whole_x,
+    packed_in,
+    scheme_in,
+    with_numbers,
+)
 from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
@@ -57,8 +62,8 @@ def verify_onnx(
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
-    with clock.stage("verify"):
-        evidence = _evidence(gm, path, adapters, trial, swappable=bool(slots))
+    with clock.stage("verify"), of_whole_x(path) as exact:
+        evidence = _evidence(gm, exact, adapters, trial, swappable=bool(slots))
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
@@ -122,7 +127,8 @@ def check_adapter_files(
     if not subjects:
         return Verification()
     control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
-    evidence = verify_file(path, trial, subjects, [control])
+    with of_whole_x(path) as exact:
+        evidence = verify_file(exact, trial, subjects, [control])
     evidence.judge(str(path))
     return evidence
 

@@ -253,6 +253,9 @@ def quantize(
     block_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or 256.")
     ] = None,
+    accuracy_level: Annotated[
+        int, typer.Option(help="4 rounds what layers read to 8 bits too, which is faster.")
+    ] = 0,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="A linear layer, * for any part; all but heads by default."),
@@ -271,7 +274,9 @@ def quantize(
     from lora_fx.cli.commands import quantize_file
 
     with stages() as progress:
-        report = quantize_file(model, out, bits, block_size, layer, keep or (), force, progress)
+        report = quantize_file(
+            model, out, bits, block_size, accuracy_level, layer, keep or (), force, progress
+        )
     show(as_json, report.to_dict(), str(report))
 
 

@@ -271,6 +271,7 @@ def quantize_file(
     out: Path,
     bits: str | None,
     block_size: int | None,
+    accuracy_level: int,
     layers: Sequence[str] | None,
     keep: Sequence[str],
     force: bool,
@@ -283,6 +284,7 @@ def quantize_file(
         out: the file to write.
         bits: ``"4"``, ``"8"``, ``"nf4"`` or ``"fp4"``.
         block_size: weights that share a scale.
+        accuracy_level: what onnxruntime may round inputs of layers to.
         layers: linear layers; all but heads by default.
         keep: those that stay as they are.
         force: replace what exists.
@@ -299,6 +301,7 @@ def quantize_file(
         out,
         bits=bits_named(bits) or 4,
         block_size=block_size,
+        accuracy_level=accuracy_level,
         layers=layers or None,
         keep=keep,
         force=force,

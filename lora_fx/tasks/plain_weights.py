@@ -79,7 +79,9 @@ class _Weights:
 
     def __init__(self, directory: Path, turned: tuple[str, ...]) -> None:
         index = directory / f"{_WEIGHTS}{INDEX}"
-        paths = sorted(set(shards_of(index).values())) if index.is_file() else [directory / _WEIGHTS]
+        paths = (
+            sorted(set(shards_of(index).values())) if index.is_file() else [directory / _WEIGHTS]
+        )
         self._files = {name: path for path in paths for name in _names(path)}
         self._turned = turned
         self._tables = {
