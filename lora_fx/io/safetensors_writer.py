@@ -39,7 +39,11 @@ class Made(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Made]) -> None:
-    """Writes tensors in their order."""
+    """Writes tensors in their order.
+
+    Raises:
+        ValueError: one is not what was said of it.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, made in tensors.items():
@@ -53,6 +57,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Made]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for made in tensors.values():
-            values: Any = made.make().contiguous().flatten().view(torch.uint8).numpy()
+        for name, made in tensors.items():
+            found = made.make()
+            if (tuple(found.shape), found.dtype) != (made.shape, made.dtype):
+                raise ValueError(f"{name}: shape {tuple(found.shape)}, expected {made.shape}")
+            values: Any = found.contiguous().flatten().view(torch.uint8).numpy()
             file.write(values.data)

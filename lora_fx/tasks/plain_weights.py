@@ -106,6 +106,11 @@ class _Weights:
             own = self._tensor(name)
             if self._scales(name) in self._files:
                 yield name, self._of_layer(name, tuple(own.shape))
+            elif own.dtype is torch.int8:
+                raise LoraFxError(
+                    f"{self._files[name]}: {name}: int8 without the scales {self._scales(name)}: "
+                    "download or save the model again"
+                )
             else:
                 yield name, Made(tuple(own.shape), own.dtype, partial(self._tensor, name))
 
