@@ -60,7 +60,7 @@ def save_bitsandbytes(
         if not (isinstance(module, nn.Linear) or is_turned) or path == "lm_head":
             continue
         own = state.pop(f"{path}.weight")
-        own = own.T if is_turned else own
+        own = own.T.contiguous() if is_turned else own
         in_table = kind != "int8"
         made, parts = _in_table(own, kind, nested, block, storage) if in_table else _in_rows(own)
         numbers[f"{path}.weight"] = made.T.contiguous() if is_turned else made
