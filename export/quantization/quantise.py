@@ -37,7 +37,7 @@ def quantise(
         Path -> how far its weight is off, relative; path -> why it stays as it is.
 
     Raises:
-        ExportError: none is quantised, of a scheme that takes any.
+        ExportError: a weight is not finite, or none is quantised by a scheme that takes any.
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
     manifest = read_manifest(model.metadata_props)
@@ -45,6 +45,8 @@ def quantise(
     errors, left = {}, dict(chosen.left)
     for path, calls in chosen.layers.items():
         own = _matrix(calls[0])
+        if wrong := int((~np.isfinite(own)).sum()):
+            raise ExportError(f"{path}: {wrong} of {own.size} weights are NaN or infinite")
         packed = scheme.pack(own)
         inputs = _inputs(packed, str(calls[0].weight.name))
         numbers, step = _read(packed, inputs)
@@ -82,8 +84,7 @@ def error_of(path: str, own: Array, numbers: Array, step: Array) -> float:
     if wrong:
         raise VerificationError(
             f"{path}: {wrong} of {own.size} weights are off by more than what lies between two "
-            "numbers of their block, or are none: are these the weights of another layer, or not "
-            "finite?"
+            "numbers of their block: are these the weights of another layer, or of another model?"
         )
     return float(np.linalg.norm(gap) / (np.linalg.norm(wide) or 1.0))
 

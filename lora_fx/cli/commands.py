@@ -262,8 +262,18 @@ def open_file(
 
 
 def bits_named(word: str | None) -> int | str | None:
-    """What ``--bits`` says, as `to_onnx` takes it, which refuses what is none."""
-    return int(word) if word is not None and word.isascii() and word.isdigit() else word
+    """What ``--bits`` says, as `to_onnx` takes it.
+
+    Raises:
+        LoraFxError: it is none that weights are stored in.
+    """
+    if word is None:
+        return None
+    from lora_fx.export.quantization.schemes import scheme_wanted
+
+    bits = int(word) if word.isascii() and word.isdigit() else word
+    scheme_wanted(bits, {})
+    return bits
 
 
 def quantize_file(
