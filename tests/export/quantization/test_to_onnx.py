@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx.branch_lowering.selection import Form
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, quantize_onnx
-from lora_fx.branch_lowering.selection import Form
 from lora_fx.testing import Attention, make_adapter
+from lora_fx.testing.bitsandbytes import TABLES
 
 SOURCE = torch.Generator().manual_seed(3)
 X = torch.randn(4, 7, 32, generator=SOURCE)
@@ -209,6 +210,30 @@ def test_a_packed_projection_is_one_layer(tmp_path: Path) -> None:
     assert report.quantised is not None
     assert list(report.quantised.weights) == ["layer.in_proj"]
     assert report.quantised.left == {"layer.out_proj": "a head"}
+
+
+def test_numbers_that_are_of_the_table_already_do_not_change(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    codes = torch.randint(16, (16, 64))
+    codes[:, 5] = 15  # the largest of each block
+    factors = torch.rand(16, 1) + 0.1
+    with torch.no_grad():
+        model.inner.weight.copy_((TABLES["nf4"][codes] * factors).reshape(32, 32))
+    gm = lora_fx.trace(model, (X,), dynamic_shapes=({0: "batch"},))
+    report = lora_fx.to_onnx(gm, tmp_path / "a.onnx", quantize="nf4")
+    assert report.verified
+    assert report.quantised is not None
+    assert report.quantised.weights == {"inner": 0.0}
+    assert report.quantised.outputs == {"output": 0.0}
+    assert {row.what for row in report.controls if row.ok} >= {"control: inner.weight x 1.1"}
+    other = lora_fx.to_onnx(gm, tmp_path / "b.onnx", quantize=4)
+    assert other.quantised is not None
+    assert other.quantised.weights["inner"] > 0.01
+    lora_fx.to_onnx(gm, tmp_path / "c.onnx")
+    report = quantize_onnx(tmp_path / "c.onnx", tmp_path / "d.onnx", bits="nf4")
+    assert report.verified  # by weights that are scaled: plain ones are the same
+    assert {row.what for row in report.controls if row.ok} == {"control: weights x 1.1"}
 
 
 def test_one_adapter_swaps_on_every_number_of_bits(tmp_path: Path) -> None:
