@@ -173,10 +173,10 @@ class Swappable:
 
     def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the base with the numbers that it stores in a few bits, as `verify`."""
-        adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
-        packed = packed_in(path)
+        adapter, packed = probe(self.slots, _TRIED_RANKS, 1, self.base), packed_in(path)
         numbers, _ = with_numbers(self.base, packed)
-        plain, adapted = (InjectLora(adapter)(gm).graph_module for gm in (self.base, numbers))
+        adapted = InjectLora(adapter)(numbers).graph_module
+        plain = adapted if numbers is self.base else InjectLora(adapter)(self.base).graph_module
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "probe.onnx_adapter"
             export_adapter(adapter, path, file, check=False)

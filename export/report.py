@@ -289,9 +289,8 @@ class Verification:
 
     def and_then(self, more: Verification) -> Verification:
         """This, and what was found next."""
-        return Verification(
-            *([*getattr(self, name), *getattr(more, name)] for name in _LISTS), against=self.against
-        )
+        lists = {name: [*getattr(self, name), *getattr(more, name)] for name in _LISTS}
+        return replace(self, **lists)
 
     def judge(self, path: str) -> None:
         """Raises VerificationError if a row does not say what it must."""

@@ -63,6 +63,8 @@ def write_model(
 
 def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:
     try:
+        if external is None:
+            ir.external_data.load_to_model(model)  # what lies beside another file
         digests = {} if external is None else _save_beside(model, path, external, known)
         proto = ir.to_proto(model)
         seal(proto, digests)

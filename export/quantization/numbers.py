@@ -114,7 +114,8 @@ def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> 
 def _numbers(layer: FileLayer, turned: bool, factor: float = 1) -> Array:
     """W (in, out), or turned round (out, in)."""
     found = weight_and_step(layer.node)[0]
-    return np.ascontiguousarray(found.T if turned else found) * found.dtype.type(factor)
+    made = np.ascontiguousarray(found.T if turned else found)
+    return made if factor == 1 else (made * factor).astype(made.dtype)
 
 
 def _compared(name: str, own: torch.Tensor, layer: FileLayer) -> tuple[bool, float]:

@@ -102,8 +102,8 @@ def _inputs(packed: Packed, name: str) -> list[ir.Value]:
     made = []
     for end, array in packed.tensors.items():
         tensor = ir.tensor(array, name=f"{name}{end}")
-        kind = ir.TensorType(tensor.dtype)
-        made.append(ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=kind))
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        made.append(ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind))
     return made
 
 

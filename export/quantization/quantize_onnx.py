@@ -95,8 +95,8 @@ def quantize_onnx(
                 with of_whole_x(draft) as exact:
                     evidence = _evidence(exact, path, manifest, feeds)
                 evidence.judge(str(out))
-                runs = (Run(file, None, manifest) for file in (draft, path))
-                quantised = replace(quantised, outputs=outputs_off(*runs, feeds))
+                found, plain = (Run(file, None, manifest) for file in (draft, path))
+                quantised = replace(quantised, outputs=outputs_off(found, plain, feeds))
         files, mode = file_sizes(draft.parent), mode_of(draft, manifest)
     slots = () if manifest is None else manifest.slots
     fed = {name for slot in slots for name in slot.names}

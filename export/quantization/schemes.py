@@ -14,7 +14,6 @@ from lora_fx.errors import ExportError
 from lora_fx.graph.example import STORED
 
 Array = np.ndarray[Any, Any]
-BLOCK = 32
 KINDS = ("fp4", "nf4")  # in the order of MatMulBnb4's quant_type
 _STORED = re.compile(r"(?P<kind>fp4|nf4):(?P<block>[0-9]{1,5})")
 _BITS = (4, 8)
@@ -64,7 +63,7 @@ class Blocks:
     """
 
     bits: int = 4
-    block: int = BLOCK
+    block: int = 32
     level: int = 0
     is_exact: bool = field(default=False, init=False)
 
@@ -138,11 +137,10 @@ def scheme_of(quantize: int | str, block: int | None = None, level: int = 0) -> 
         raise ExportError(f"block_size={block!r}: expected one of {known}")
     if level not in _LEVELS or (level and isinstance(quantize, str)):
         raise ExportError(f"accuracy_level={level!r}: expected 0, or 4 with 4 or 8 bits")
-    more = {} if block is None else {"block": block}
     if type(quantize) is int and quantize in _BITS:
-        return Blocks(quantize, level=level, **more)
+        return Blocks(quantize, block or Blocks.block, level)
     if isinstance(quantize, str) and quantize in KINDS:
-        return Table(quantize, **more)
+        return Table(quantize, block or Table.block)
     raise ExportError(f"quantize to {quantize!r:.80}: expected 4 or 8 bits, 'nf4' or 'fp4'")
 
 
