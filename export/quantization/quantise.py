@@ -51,7 +51,7 @@ def quantise(
         inputs = _inputs(packed, str(calls[0].weight.name))
         numbers, step = _read(packed, inputs)
         if scheme.is_exact and not np.array_equal(numbers, own):
-            left[path] = f"its numbers are not those of {scheme}: they were changed since"
+            left[path] = f"its numbers are not all of {scheme}: merged, trained or cast"
             continue
         errors[path] = error_of(path, own, numbers, step)
         digests |= _digests(own, numbers) if manifest is not None else {}

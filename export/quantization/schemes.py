@@ -169,7 +169,7 @@ def stored_scheme(said: str) -> Scheme:
     if found is None or int(found["block"]) not in _BLOCKS:
         raise ExportError(
             f"a base stored as {said!r:.80}: expected nf4 or fp4 in blocks of "
-            f"{', '.join(map(str, _BLOCKS))}; quantize='float' keeps its weights as plain numbers"
+            f"{', '.join(map(str, _BLOCKS))}; quantize='float' (--bits float) keeps plain numbers"
         )
     return Table(found["kind"], int(found["block"]), is_exact=True)
 
