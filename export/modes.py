@@ -120,8 +120,8 @@ class Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
         slots = tuple(chosen_slots(gm, wanted, vectors))
         base = StripLora()(gm).graph_module
-        apart = OwnTensors(shared(base, slots))(base).graph_module
-        probed = InjectLora(probe(slots, _TRACED_RANK))(apart).graph_module
+        own = OwnTensors(shared(base, slots))(base).graph_module
+        probed = InjectLora(probe(slots, _TRACED_RANK))(own).graph_module
         traced = probed if apart else ChooseForm(target="input")(probed).graph_module
         return cls(gm, evaluating(base), evaluating(traced), slots)
 
