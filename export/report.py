@@ -227,7 +227,6 @@ def _plain(value: Any) -> Any:
 
 
 _SHOWN = 10
-_LISTS = ("checks", "controls", "notes", "coverage", "suspects")
 
 
 @dataclass(frozen=True)
@@ -289,8 +288,14 @@ class Verification:
 
     def and_then(self, more: Verification) -> Verification:
         """This, and what was found next."""
-        lists = {name: [*getattr(self, name), *getattr(more, name)] for name in _LISTS}
-        return replace(self, **lists)
+        return Verification(
+            [*self.checks, *more.checks],
+            [*self.controls, *more.controls],
+            [*self.notes, *more.notes],
+            [*self.coverage, *more.coverage],
+            [*self.suspects, *more.suspects],
+            self.against,
+        )
 
     def judge(self, path: str) -> None:
         """Raises VerificationError if a row does not say what it must."""

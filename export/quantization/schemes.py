@@ -134,9 +134,9 @@ def scheme_of(quantize: int | str, block: int | None = None, level: int = 0) -> 
     """
     if block is not None and (type(block) is not int or block not in _BLOCKS):
         known = ", ".join(map(str, _BLOCKS))
-        raise ExportError(f"block_size={block!r}: expected one of {known}")
+        raise ExportError(f"blocks of {block!r}: expected one of {known}")
     if level not in _LEVELS or (level and isinstance(quantize, str)):
-        raise ExportError(f"accuracy_level={level!r}: expected 0, or 4 with 4 or 8 bits")
+        raise ExportError(f"accuracy level {level!r}: expected 0, or 4 with 4 or 8 bits")
     if type(quantize) is int and quantize in _BITS:
         return Blocks(quantize, block or Blocks.block, level)
     if isinstance(quantize, str) and quantize in KINDS:
@@ -169,7 +169,7 @@ def stored_scheme(said: str) -> Scheme:
     if found is None or int(found["block"]) not in _BLOCKS:
         raise ExportError(
             f"a base stored as {said!r:.80}: expected nf4 or fp4 in blocks of "
-            f"{', '.join(map(str, _BLOCKS))}; quantize='float' (--bits float) keeps plain numbers"
+            f'{", ".join(map(str, _BLOCKS))}; quantize="float" keeps plain numbers'
         )
     return Table(found["kind"], int(found["block"]), is_exact=True)
 

@@ -100,7 +100,7 @@ def test_what_is_asked_for_comes_before_what_a_base_was_stored_in() -> None:
 
 @pytest.mark.parametrize("said", ["nf4", "nf4:4096", "int3:64", "nf4:٦٤", ""])
 def test_a_base_stored_in_a_way_that_onnxruntime_has_not_is_refused(said: str) -> None:
-    with pytest.raises(ExportError, match="quantize='float' keeps"):
+    with pytest.raises(ExportError, match='quantize="float" keeps'):
         scheme_wanted(None, {STORED: said})
 
 
