@@ -129,7 +129,7 @@ def _readable(
         return
     from transformers.pytorch_utils import Conv1D
 
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         layers = kind(config).named_modules()
     turned = [path for path, module in layers if isinstance(module, Conv1D)]

@@ -236,6 +236,17 @@ def test_numbers_that_are_of_the_table_already_do_not_change(tmp_path: Path) -> 
     assert {row.what for row in report.controls if row.ok} == {"control: weights x 1.1"}
 
 
+@pytest.mark.parametrize("above", [0, 1 << 30])
+def test_weights_may_lie_beside_either_file(above: int, tmp_path: Path) -> None:
+    """A file whose weights lie beside it was once not written inline."""
+    exported(Twice, X, tmp_path / "a.onnx", adapters="input", external_data_above=0)
+    report = quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", external_data_above=above)
+    assert report.verified
+    assert (tmp_path / "b.onnx.data").exists() == (above == 0)
+    (tmp_path / "a.onnx.data").unlink()
+    assert Session(tmp_path / "b.onnx").run({"x": X})
+
+
 def test_one_adapter_swaps_on_every_number_of_bits(tmp_path: Path) -> None:
     """A wrong scale of the adapter is told apart, as without bits."""
     torch.manual_seed(0)
