@@ -1,6 +1,7 @@
 """From a graph to a verified ONNX file, its adapter files, and a session that runs both."""
 
 from lora_fx.export.exporter import to_onnx
+from lora_fx.export.quantization.quantize_onnx import quantize_onnx
 from lora_fx.export.report import ExportReport
 from lora_fx.export.rewriting.add_lora import add_lora
 from lora_fx.export.rewriting.merge import merge_onnx
@@ -17,6 +18,7 @@ __all__ = [
     "add_lora",
     "export_adapter",
     "merge_onnx",
+    "quantize_onnx",
     "slots_for",
     "to_onnx",
     "verify_onnx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lora_fx.errors import ExportError
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
-from lora_fx.export.onnx_model.model_file import write_model
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
 from lora_fx.export.onnx_model.node_names import name_nodes, tensors_of_constants
 from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
@@ -22,16 +23,17 @@ from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.io_signature import rename
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.program.planted import planted
+from lora_fx.export.quantization.pack_file import outputs_off, pack_file, plain_place
+from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
+from lora_fx.export.verification.side_by_side import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
-
-INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 
 
 def to_onnx(
@@ -48,6 +50,7 @@ def to_onnx(
     slots: Wanted = None,
     vectors: bool | None = None,
     opset: int | None = None,
+    quantize: int | str | None = None,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -79,6 +82,10 @@ def to_onnx(
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
             if an adapter in ``gm`` has one.
         opset: version of the ONNX operator set, 18 to 25; the exporter's own choice by default.
+        quantize: store the weights of linear layers in 4 or 8 bits, or as ``"nf4"`` or ``"fp4"``;
+            adapters, slots and heads stay as they are, as with `lora_fx.export.quantize_onnx`. The
+            file is verified with plain weights first, then with the numbers of its bits. By default
+            what a base was loaded in: a bitsandbytes base stays one, unless it is ``"float"``.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
         progress: told the name of each stage as it starts.
@@ -102,12 +109,18 @@ def to_onnx(
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input"')
     check_opset(opset)
+    scheme = scheme_wanted(quantize, task_of(gm))
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     with clock.stage("trace"):
-        plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
+        apart = scheme is not None
+        plan = (
+            Constant.of(gm, apart=apart)
+            if adapters == "constant"
+            else Swappable.of(gm, slots, vectors, apart=apart)
+        )
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
         trial = export_unit(plan.traced, inputs)
@@ -116,14 +129,23 @@ def to_onnx(
     with clock.stage("optimise"):
         _finish(model, plan, trial)
         model.metadata_props.update(task_of(gm))
-    evidence = Verification.left_out()
+    evidence, quantised = Verification.left_out(), None
     with staged(target, force=force) as draft:
-        with clock.stage("write"):
-            write_model(model, draft, external_data_above=external_data_above)
-        if verify:
-            with clock.stage("verify"):
-                evidence = plan.verify(draft, trial)
-                evidence.judge(str(target))
+        with plain_place(draft, scheme) as plain:
+            with clock.stage("write"):
+                write_model(model, plain, external_data_above=external_data_above)
+            if verify:
+                with clock.stage("verify"):
+                    evidence = plan.verify(plain, trial)
+                    evidence.judge(str(target))
+            if scheme is not None:
+                with clock.stage("quantise"):
+                    quantised = pack_file(plain, draft, scheme, above=external_data_above)
+                if verify:
+                    with clock.stage("verify"):
+                        more, off = _verified(plan, trial, plain, draft)
+                        more.judge(str(target))
+                    evidence, quantised = evidence.and_then(more), replace(quantised, outputs=off)
         files = file_sizes(draft.parent)
     return ExportReport(
         path=str(target),
@@ -140,6 +162,7 @@ def to_onnx(
         coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
         dtype=task_of(gm).get(DTYPE),
+        quantised=quantised,
     )
 
 
@@ -147,6 +170,15 @@ def _moves(gm: fx.GraphModule) -> list[str]:
     """What was exchanged in the paths of the adapters to find their layers in the model."""
     every = (record.adapter for record in injected(gm))
     return [f"adapter {adapter.name}: {move}" for adapter in every for move in adapter.moves]
+
+
+def _verified(
+    plan: Constant | Swappable, trial: ExportUnit, plain: Path, draft: Path
+) -> tuple[Verification, dict[str, float]]:
+    """A file of few bits against eager with its numbers, and how far it is off plain weights."""
+    evidence = plan.verify_numbers(draft, trial)
+    first = trial.cases[0]
+    return evidence, outputs_off(Run(draft), Run(plain), {first.label: trial.feeds(first)})
 
 
 def _mode(gm: fx.GraphModule, adapters: str) -> str:

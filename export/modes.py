@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torch import fx
 
 from lora_fx.errors import AdapterError
 from lora_fx.export.program.export_unit import ExportUnit
-from lora_fx.export.report import Verification
+from lora_fx.export.quantization.numbers import packed_in, with_numbers
+from lora_fx.export.quantization.pack_file import NOT_QUANTISED
+from lora_fx.export.report import Reference, Verification
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
@@ -20,7 +23,12 @@ from lora_fx.export.slots.manifest import KEY, manifest_of
 from lora_fx.export.slots.probe import probe
 from lora_fx.export.slots.slot import AnySlot, TensorSlot
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
+from lora_fx.export.verification.negative_controls import (
+    FACTOR,
+    NO_ADAPTER,
+    controls,
+    with_a_weight_scaled,
+)
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.injection.bind import bind
@@ -50,11 +58,16 @@ class Constant:
     slots: tuple[AnySlot, ...] = ()
 
     @classmethod
-    def of(cls, gm: fx.GraphModule) -> Constant:
-        """Plans the export of a graph: what it computes, not how it was spelled."""
+    def of(cls, gm: fx.GraphModule, *, apart: bool = False) -> Constant:
+        """Plans the export of a graph: what it computes, not how it was spelled.
+
+        Args:
+            gm: the graph.
+            apart: keep branches apart from the weights of their layers, in no other form.
+        """
         expected = evaluating(gm)
         raised = RaiseLora(_free_name(expected))(expected).graph_module
-        return cls(gm, expected, evaluating(ChooseForm()(raised).graph_module))
+        return cls(gm, expected, evaluating(raised if apart else ChooseForm()(raised).graph_module))
 
     @property
     def notes(self) -> list[str]:
@@ -70,6 +83,13 @@ class Constant:
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the graph."""
         return verify_file(path, trial, [reference("model", self.source)], controls(self.source))
+
+    def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
+        """The file against the graph with the numbers that the file stores in a few bits."""
+        packed = packed_in(path)
+        numbers, _ = with_numbers(self.traced, packed)
+        others = _plain(self.traced, numbers, packed)
+        return verify_file(path, trial, [_held("model", numbers)], others)
 
 
 @dataclass(frozen=True)
@@ -89,13 +109,20 @@ class Swappable:
     slots: tuple[AnySlot, ...]
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None) -> Swappable:
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        wanted: Wanted,
+        vectors: bool | None = None,
+        *,
+        apart: bool = False,
+    ) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
         slots = tuple(chosen_slots(gm, wanted, vectors))
         base = StripLora()(gm).graph_module
-        apart = OwnTensors(shared(base, slots))(base).graph_module
-        probed = InjectLora(probe(slots, _TRACED_RANK))(apart).graph_module
-        traced = ChooseForm(target="input")(probed).graph_module
+        own = OwnTensors(shared(base, slots))(base).graph_module
+        probed = InjectLora(probe(slots, _TRACED_RANK))(own).graph_module
+        traced = probed if apart else ChooseForm(target="input")(probed).graph_module
         return cls(gm, evaluating(base), evaluating(traced), slots)
 
     @property
@@ -143,6 +170,32 @@ class Swappable:
             evidence = verify_file(path, trial, subjects, [control])
         evidence.notes += notes
         return evidence
+
+    def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
+        """The file against the base with the numbers that it stores in a few bits, as `verify`."""
+        adapter, packed = probe(self.slots, _TRIED_RANKS, 1, self.base), packed_in(path)
+        numbers, _ = with_numbers(self.base, packed)
+        adapted = InjectLora(adapter)(numbers).graph_module
+        plain = adapted if numbers is self.base else InjectLora(adapter)(self.base).graph_module
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "probe.onnx_adapter"
+            export_adapter(adapter, path, file, check=False)
+            subjects = [_held("base", numbers), replace(_held("adapted", adapted), adapter=file)]
+            return verify_file(path, trial, subjects, _plain(plain, adapted, packed))
+
+
+def _held(what: str, gm: fx.GraphModule) -> Reference:
+    return Reference(f"{what}, dequantised", evaluating(gm))
+
+
+def _plain(
+    gm: fx.GraphModule, numbers: fx.GraphModule, packed: Collection[str]
+) -> Iterator[Reference]:
+    """What a file of few bits must not agree with: plain weights, if they are others."""
+    if gm is not numbers:
+        yield Reference(NOT_QUANTISED, evaluating(gm))
+    for name, changed in with_a_weight_scaled(numbers, packed):
+        yield Reference(f"control: {name} x {FACTOR}", changed)
 
 
 def _free_name(gm: fx.GraphModule) -> str:

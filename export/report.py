@@ -78,6 +78,30 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """Which weights a file stores in a few bits, and how far that is off the plain numbers.
+
+    Attributes:
+        scheme: ``"4 bits in blocks of 32"``.
+        weights: path of a layer -> the norm of what its weight is off over its own.
+        outputs: the same of each output of the file, on the inputs that it was verified with.
+        left: path of a linear layer -> why its weight stays as it is.
+    """
+
+    scheme: str
+    weights: dict[str, float]
+    outputs: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line for each layer, and for each output."""
+        rows = [f"weight {path:<40} off by {off:.2g}" for path, off in self.weights.items()]
+        rows += [f"output {name:<40} off by {off:.2g}" for name, off in self.outputs.items()]
+        rows += [f"as it is: {path}: {why}" for path, why in self.left.items()]
+        return "\n".join([f"{len(self.weights)} weights in {self.scheme}", *rows])
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What `to_onnx` wrote and measured.
 
@@ -97,6 +121,7 @@ class ExportReport:
         coverage: how much of the adapters was used: of their sum, or of each if they swap.
         task: what the model was exported for, as `lora_fx.tasks` has it.
         dtype: what the model was cast to, if it was.
+        quantised: which weights are stored in a few bits, if any, and what that costs.
     """
 
     path: str
@@ -113,6 +138,7 @@ class ExportReport:
     coverage: list[Coverage] = field(default_factory=list)
     task: str | None = None
     dtype: str | None = None
+    quantised: Quantisation | None = None
 
     @property
     def verified(self) -> bool:
@@ -152,6 +178,8 @@ class ExportReport:
         for one in self.coverage:
             name = f"{one.adapter}: " if len(self.coverage) > 1 or self.slots else ""
             lines.append(f"coverage {name}{one}")
+        if self.quantised is not None:
+            lines += [f"quantised {row}" for row in str(self.quantised).split("\n")]
         lines += [f"check    {row}" for row in _worst(self.checks)]
         lines += [f"control  {row}" for row in self.controls]
         lines += [f"note     {note}" for note in self.notes]
@@ -257,6 +285,17 @@ class Verification:
     def left_out(cls) -> Verification:
         """Of a file that nothing was held against."""
         return cls(notes=["not verified: verify=False"])
+
+    def and_then(self, more: Verification) -> Verification:
+        """This, and what was found next."""
+        return Verification(
+            [*self.checks, *more.checks],
+            [*self.controls, *more.controls],
+            [*self.notes, *more.notes],
+            [*self.coverage, *more.coverage],
+            [*self.suspects, *more.suspects],
+            self.against,
+        )
 
     def judge(self, path: str) -> None:
         """Raises VerificationError if a row does not say what it must."""

@@ -82,7 +82,7 @@ tasks
 testing
 text(gm)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
-    input_names=None, output_names=None, slots=None, vectors=None, opset=None,
+    input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
     external_data_above=128000000, force=False, progress=None)
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto', check=True)
 unfold(gm)
@@ -114,9 +114,12 @@ add_lora(model_path, out_path, *, slots='all-linear', names=None, inputs=None, c
 export_adapter(adapter, model_path, out_path, *, force=False, check=True)
 merge_onnx(model_path, adapter, out_path, *, inputs=None, allow_unmerged=False, check=True,
     verify=True, external_data_above=128000000, force=False, progress=None)
+quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0, layers=None,
+    keep=(), inputs=None, check=True, verify=True, external_data_above=128000000, force=False,
+    progress=None)
 slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
-    input_names=None, output_names=None, slots=None, vectors=None, opset=None,
+    input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
     external_data_above=128000000, force=False, progress=None)
 verify_onnx(gm, path, *, adapters=(), progress=None)
 """,
@@ -172,6 +175,8 @@ relative(actual, expected)
 same_adapter(found, expected)
 same_bits(found, expected)
 sample_of(name)
+save_bitsandbytes(model, directory, kind='nf4', *, nested=True, storage=torch.uint8, block=64,
+    shards=1)
 save_peft_case(name, directory, seed=3)
 tensors(outputs)
 tiny(architecture, **changes)

@@ -20,6 +20,7 @@ from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
 from lora_fx.io.atomic import data_path
 from lora_fx.io.plain_file import check_plain
 
+INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
 _MAX_MODEL = (1 << 31) - 1  # protobuf's own limit

@@ -14,10 +14,9 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import ExportError, shorten, within
-from lora_fx.export.exporter import INLINE_LIMIT
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
-from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
@@ -32,6 +31,7 @@ from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.probe import probe
 from lora_fx.export.slots.slot import Slot
 from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -189,7 +189,7 @@ def _evidence(
             Pair("base", Run(draft), Run(base)),
             Pair("adapted", Run(draft, file), Run(changed)),
         ]
-        evidence = held_against(pairs, Run(draft), feeds, dtype)
+        evidence = held_against(pairs, {NO_ADAPTER: Run(draft)}, feeds, dtype)
     if left:
         evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
     return evidence

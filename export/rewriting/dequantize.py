@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.rewriting.file_layers import FileLayer
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
+# What four bits stand for, by MatMulBnb4's quant_type: bitsandbytes' fp4 and nf4, the quantiles of
+# a normal distribution. Source: QLoRA (Dettmers et al., 2023), appendix E, and bitsandbytes.
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
+TABLES = (
+    np.array([*_FP4, *(-value for value in _FP4)], np.float32),
+    np.array(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ],
+        np.float32,
+    ),
+)
 
 
 def is_known(layer: FileLayer) -> bool:
     """Whether the numbers of a layer's weight can be told."""
     node = layer.node
-    if node.op_type != "MatMulNBits":
+    if node.op_type not in _OF_NODE:
         return not layer.quantised or _before(node) is not None
     rest = [value for value in node.inputs[4:] if value is not None]
     return not rest and node.attributes.get_int("bits", 4) in _BITS
 
 
+def in_few_bits(model: ir.Model) -> list[FileLayer]:
+    """The layers of a file whose weights `weight_and_step` tells."""
+    packed = (layer for layer in layers_in(model) if layer.node.op_type in _OF_NODE)
+    return [layer for layer in packed if is_known(layer)]
+
+
+def weight_and_step(node: ir.Node) -> tuple[Array, Array]:
+    """W of a MatMulNBits or MatMulBnb4, (in, out), and how far apart its numbers are at most there.
+
+    Args:
+        node: of a layer of `in_few_bits`.
+    """
+    return _OF_NODE[node.op_type](node)
+
+
 def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """Gives layers their weights as plain numbers, in place.
 
-    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, and
+    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, MatMulBnb4 likewise, and
     ``MatMul(x, DequantizeLinear(q, scale))  ->  MatMul(x, W)``.
 
     Args:
@@ -34,8 +64,8 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         nodes: of the layers, all of which are known.
     """
     for node in nodes:
-        if node.op_type == "MatMulNBits":
-            weight = _constant(model, f"{node.name}_float", _of_bits(node))
+        if node.op_type in _OF_NODE:
+            weight = _constant(model, f"{node.name}_float", weight_and_step(node)[0])
             node.replace_input_with(1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
@@ -67,8 +97,8 @@ def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
     return value
 
 
-def _of_bits(node: ir.Node) -> Array:
-    """(in, out): blocks of one row of an output after the other, the low bits first."""
+def _of_bits(node: ir.Node) -> tuple[Array, Array]:
+    """Blocks of one row of an output after the other, the low bits first."""
     into, out, bits, block = (node.attributes[n].as_int() for n in ("K", "N", "bits", "block_size"))
     count = -(-into // block)
     values = _unpacked(_array(node, 1).reshape(out, count, -1), bits)[..., :block]
@@ -79,8 +109,30 @@ def _of_bits(node: ir.Node) -> Array:
         if zero.dtype == np.uint8:
             zero = _unpacked(zero.reshape(out, -1), bits)[:, :count]
         zero = zero.reshape(out, count, 1).astype(np.float32)
-    made = (values.astype(np.float32) - zero) * scale.astype(np.float32)
-    return np.ascontiguousarray(made.reshape(out, -1)[:, :into].T.astype(scale.dtype))
+    wide = scale.astype(np.float32)
+    made = (values.astype(np.float32) - zero) * wide
+    every = (made, np.broadcast_to(np.abs(wide), made.shape))
+    made, step = (array.reshape(out, -1)[:, :into].T for array in every)
+    return np.ascontiguousarray(made.astype(scale.dtype)), step
+
+
+def _of_table(node: ir.Node) -> tuple[Array, Array]:
+    """Blocks of the weight (out, in) as one row, the high bits first."""
+    names = ("K", "N", "block_size", "quant_type")
+    into, out, block, kind = (node.attributes[name].as_int() for name in names)
+    packed, largest = _array(node, 1).reshape(-1), _array(node, 2).reshape(-1)
+    places = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: into * out]
+    spread = np.repeat(largest.astype(np.float32), block)[: into * out]
+    gap = np.diff(np.sort(TABLES[kind])).max()
+    every = (TABLES[kind][places] * spread, spread * gap)
+    made, step = (array.reshape(out, into).T for array in every)
+    return np.ascontiguousarray(made.astype(largest.dtype)), step
+
+
+_OF_NODE: dict[str, Callable[[ir.Node], tuple[Array, Array]]] = {
+    "MatMulNBits": _of_bits,
+    "MatMulBnb4": _of_table,
+}
 
 
 def _unpacked(values: Array, bits: int) -> Array:

@@ -100,6 +100,7 @@ _FINDERS: dict[tuple[str, str], Callable[[ir.Node], FileLayer | None]] = {
     ("", "MatMul"): _matrix,
     ("", "Gemm"): _matrix,
     (MICROSOFT, "MatMulNBits"): _bits,
+    (MICROSOFT, "MatMulBnb4"): _bits,
     ("", "Conv"): _convolution,
     ("", "Gather"): _table,
 }
@@ -117,7 +118,7 @@ def _stored(
     if source is None and (quantised := _dequantised(value)) is not None:
         outer, (inner, scale) = quantised[0], quantised[1:]
         source, turned, in_parts = source_of(inner)
-    if source is None or in_parts or source.shape is None:
+    if source is None or in_parts or source.shape is None or not source.shape.is_static():
         return None
     return source, scale, turned ^ outer, tuple(source.shape.numpy())
 

@@ -63,7 +63,7 @@ def _beside(
         made.outputs[0].name = f"{made.name}_output"
         made.outputs[0].type = y.type
     model.graph.insert_after(node, [shrink, expand, total])
-    _read_instead(y, total)
+    read_instead(y, total)
 
 
 def _products(call: FileLayer, down: ir.Value, up: ir.Value) -> tuple[ir.Node, ir.Node]:
@@ -82,7 +82,7 @@ def _products(call: FileLayer, down: ir.Value, up: ir.Value) -> tuple[ir.Node, i
     return shrink, ir.node("MatMul" if is_matrix else "Conv", [shrink.outputs[0], up])
 
 
-def _read_instead(y: ir.Value, total: ir.Node) -> None:
+def read_instead(y: ir.Value, total: ir.Node) -> None:
     """Lets the readers of a layer read the sum; an output of the graph keeps its name."""
     made, is_output, name = total.outputs[0], y.is_graph_output(), y.name
     made.shape = y.shape

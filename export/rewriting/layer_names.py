@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from ast import literal_eval
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -14,12 +15,13 @@ from lora_fx.export.rewriting.file_layers import FileLayer
 # ``fc.weight``, genai's ``fc.MatMul.weight``, and what quantisers put behind them.
 _WEIGHT = re.compile(
     r"(?P<path>.+?)(\.MatMul|\.Gemm)?[._](weight|qweight|kernel)"
-    r"([._](Q\d+\w*|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
+    r"([._](Q\d+\w*|Bnb4|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
-_NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits)(_\w+)?")
+_NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
 Paths = dict[str, list[FileLayer]]
+_NONE: Mapping[str, Sequence[FileLayer]] = MappingProxyType({})
 
 
 def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple[Paths, list[str]]:
@@ -43,7 +45,7 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         given = next((name for name in mine if name in names), None)
         used.add(given)
         is_tied = layer.kind == "linear" and layer.weight in tables
-        path = names[given] if given is not None else _path(layer, is_tied, found)
+        path = names[given] if given is not None else path_of(layer, is_tied, found)
         if path is None:
             nameless.append(mine[1])
         else:
@@ -58,7 +60,9 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     return found, list(dict.fromkeys(nameless))
 
 
-def _path(layer: FileLayer, is_tied: bool, known: Mapping[str, Sequence[FileLayer]]) -> str | None:
+def path_of(
+    layer: FileLayer, is_tied: bool = False, known: Mapping[str, Sequence[FileLayer]] = _NONE
+) -> str | None:
     """By the weight, if it bears the name of a parameter and is no table too; else by the node.
 
     A second call of a layer is a node of the first one's name and a number.

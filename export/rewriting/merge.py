@@ -14,16 +14,16 @@ import onnx_ir as ir
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
-from lora_fx.export.exporter import INLINE_LIMIT
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
-from lora_fx.export.onnx_model.model_file import load_proto, manifest_in, write_model
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import feeds_for
+from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -94,7 +94,8 @@ def merge_onnx(
                     feeds = feeds_for(path, proto, inputs, manifest)
                     pair = Pair("merged", Run(draft), Run(path, file, manifest))
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
-                    evidence = held_against([pair], Run(path, None, manifest), feeds, dtype)
+                    bare = {NO_ADAPTER: Run(path, None, manifest)}
+                    evidence = held_against([pair], bare, feeds, dtype)
                     evidence.judge(str(out))
             files = file_sizes(draft.parent)
     return ExportReport(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from lora_fx.errors import ExportError, shorten
@@ -26,6 +28,7 @@ ERRORS = (
     state.EPFail,
 )
 _ERRORS_ONLY = 3
+PACKED = ("MatMulNBits", "MatMulBnb4")
 
 
 def open_session(
@@ -44,7 +47,8 @@ def open_session(
         providers: onnxruntime execution providers; the CPU by default.
         optimise: rewrite the graph for speed.
         frugal: hold no copy of a weight in the layout that its kernels like best, and no memory
-            between runs: weights in a file beside the model are read where they lie.
+            between runs: weights in a file beside the model are read where they lie. Those of a
+            few bits are laid out all the same: without that, other kernels would run than a user's.
 
     Raises:
         ExportError: onnxruntime refuses the file, or has no kernel for it.
@@ -54,7 +58,8 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     if frugal:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        kept = "0" if _is_packed(path) else "1"
+        options.add_session_config_entry("session.disable_prepacking", kept)
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
@@ -72,6 +77,15 @@ def open_session(
         ) from error
     except (*ERRORS, ValueError) as error:
         raise ExportError(f"{path.name}: not loaded by onnxruntime: {reason(error)}") from error
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a model multiplies with weights of a few bits."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError, ValueError):  # onnxruntime says so better
+        return False
+    return any(node.op_type in PACKED for node in model.graph.node)
 
 
 def call(

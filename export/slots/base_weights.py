@@ -14,6 +14,8 @@ from lora_fx.errors import AdapterError
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.onnx_model.tensors import digest_of, to_torch
+from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
+from lora_fx.export.rewriting.layer_names import path_of
 from lora_fx.export.slots.slot import Slot
 
 
@@ -28,9 +30,13 @@ class BaseWeights:
         self._path = path
 
     @cached_property
-    def _values(self) -> Mapping[str, ir.Value]:
+    def _model(self) -> ir.Model:
         check_external_data(load_proto(self._path), self._path)
-        return ir.load(self._path).graph.initializers
+        return ir.load(self._path)
+
+    @property
+    def _values(self) -> Mapping[str, ir.Value]:
+        return self._model.graph.initializers
 
     def weight(self, slot: Slot) -> torch.Tensor:
         """W of a slot's layer, as the layer stores it.
@@ -79,12 +85,18 @@ class BaseWeights:
         return None
 
     def _candidates(self, name: str, size: int) -> Iterator[torch.Tensor]:
-        """The constants of a size, that of a name first: a shared one bears another's."""
+        """The constants of a size, that of a name first: a shared one bears another's.
+
+        Then the weights that are stored in a few bits, as numbers.
+        """
         named = sorted(self._values.items(), key=lambda item: item[0] != name)
         for _, value in named:
             tensor = value.const_value
             if tensor is not None and tensor.size == size:
                 yield to_torch(tensor)
+        packed = [layer for layer in in_few_bits(self._model) if math.prod(layer.shape) == size]
+        for layer in sorted(packed, key=lambda layer: f"{path_of(layer)}.weight" != name):
+            yield torch.from_numpy(weight_and_step(layer.node)[0])
 
 
 def _as_stored(tensor: torch.Tensor, shape: tuple[int, ...], digest: str) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora, UnfoldLora
 from lora_fx.reference.reference_run import WeightForm, weight_form
 
-_FACTOR = 1.1
+FACTOR = 1.1
 _ATTEMPTS = 8
 
 
@@ -33,7 +33,7 @@ def controls(gm: fx.GraphModule) -> Iterator[Reference]:
     elif base is not None:
         yield Reference(NO_ADAPTERS, evaluating(base))
     for name, changed in with_a_weight_scaled(gm):
-        yield Reference(f"control: {name} x {_FACTOR}", changed)
+        yield Reference(f"control: {name} x {FACTOR}", changed)
 
 
 def without_adapters(gm: fx.GraphModule) -> fx.GraphModule | None:
@@ -42,14 +42,21 @@ def without_adapters(gm: fx.GraphModule) -> fx.GraphModule | None:
     return stripped.graph_module if stripped.modified else None
 
 
-def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+def with_a_weight_scaled(
+    gm: fx.GraphModule, among: Collection[str] = ()
+) -> Iterator[tuple[str, fx.GraphModule]]:
     """The graph with one weight made 10 % larger: layers first, a few attempts.
 
     A layer in front of a normalisation may not care, so there is more than one.
+
+    Args:
+        gm: the graph.
+        among: names of weights; any by default.
     """
     layers = [str(site.weight.target) for site in sites(gm)]
     others = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
-    for target in list(dict.fromkeys([*layers, *others]))[:_ATTEMPTS]:
+    every = dict.fromkeys([*layers, *others])
+    for target in [name for name in every if not among or name in among][:_ATTEMPTS]:
         weight = get_unevaluated(gm, target)
         if isinstance(weight, torch.Tensor | LazyTensor) and weight.dtype.is_floating_point:
             changed = evaluating(gm)
@@ -59,8 +66,8 @@ def with_a_weight_scaled(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModu
 
 def _larger(weight: torch.Tensor | LazyTensor) -> torch.Tensor | LazyTensor:
     if isinstance(weight, LazyTensor):
-        make, key = (lambda: weight.evaluate() * _FACTOR), ("larger", weight.key)
+        make, key = (lambda: weight.evaluate() * FACTOR), ("larger", weight.key)
         return LazyTensor(weight.shape, weight.dtype, make, key, cache=False)
-    larger = weight.detach() * _FACTOR
+    larger = weight.detach() * FACTOR
     is_parameter = isinstance(weight, nn.Parameter)
     return nn.Parameter(larger, requires_grad=False) if is_parameter else larger

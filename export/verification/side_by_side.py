@@ -57,15 +57,15 @@ class Pair:
 
 def held_against(
     pairs: Sequence[Pair],
-    control: Run,
+    controls: Mapping[str, Run],
     feeds: Mapping[str, Feeds],
     dtype: torch.dtype = torch.float32,
 ) -> Verification:
     """Runs files on the same inputs.
 
     Args:
-        pairs: that must agree; the last is what the control is held against.
-        control: what must not agree with it.
+        pairs: that must agree; the last is what the controls are held against.
+        controls: what must not agree with it, by what they are in the report.
         feeds: the inputs of each run, by a label.
         dtype: the coarsest of the weights, which says what can be asked for.
     """
@@ -76,8 +76,9 @@ def held_against(
         for optimise in (False, True):
             found = pair.found.outputs(feeds, optimise=optimise)
             evidence.checks += _rows(pair.what, found, expected, optimise, dtype)
-    rows = _rows("control: no adapter", control.outputs(feeds), expected, True, dtype)
-    evidence.controls = [replace(row, ok=not row.ok) for row in rows]
+    for what, control in controls.items():
+        rows = _rows(what, control.outputs(feeds), expected, True, dtype)
+        evidence.controls += [replace(row, ok=not row.ok) for row in rows]
     return evidence
 
 

@@ -11,11 +11,17 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten, within
-from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.planted import planted
-from lora_fx.export.report import Clock, ExportReport, Verification
+from lora_fx.export.quantization.numbers import (
+    of_whole_x,
+    packed_in,
+    scheme_in,
+    with_numbers,
+)
+from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.verification.eager import evaluating
@@ -24,7 +30,7 @@ from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.invocation_mask import invocations_in
-from lora_fx.passes import InjectLora
+from lora_fx.passes import FoldLora, InjectLora
 
 
 def verify_onnx(
@@ -52,16 +58,16 @@ def verify_onnx(
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        trial = _trial(gm, adapters)
+        trial, (gm, adapters, quantised) = _trial(gm, adapters), _in_numbers(gm, path, adapters)
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
-    with clock.stage("verify"):
-        evidence = _evidence(gm, path, adapters, trial, swappable=bool(slots))
+    with clock.stage("verify"), of_whole_x(path) as exact:
+        evidence = _evidence(gm, exact, adapters, trial, swappable=bool(slots))
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode=_mode(path, slots),
+        mode=mode_of(path, slots),
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
         seconds=clock.seconds,
@@ -74,11 +80,27 @@ def verify_onnx(
         coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
         dtype=task_of(gm).get(DTYPE),
+        quantised=quantised,
     )
 
 
-def _mode(path: Path, slots: list[str]) -> str:
-    """What a file is, told by the names of what it holds."""
+def _in_numbers(
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter] = ()
+) -> tuple[fx.GraphModule, Sequence[Adapter], Quantisation | None]:
+    """A graph with the numbers that a file stores in a few bits, which a merged one has of W'."""
+    packed = packed_in(path)
+    if not packed:
+        return gm, adapters, None
+    manifest = manifest_in(load_proto(path), path)
+    if mode_of(path, manifest) == "merged":
+        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+        gm, adapters = FoldLora()(whole).graph_module, ()
+    numbers, errors = with_numbers(gm, packed)
+    return numbers, adapters, Quantisation(scheme_in(packed), errors)
+
+
+def mode_of(path: Path, slots: object) -> str:
+    """What a file is, told by the names of what it holds, and whether it has slots."""
     if slots:
         return "swappable"
     names = (tensor.name for tensor in load_proto(path).graph.initializer)
@@ -99,12 +121,14 @@ def check_adapter_files(
         VerificationError: the file and the module with the adapter disagree.
     """
     trial = _trial(gm, [adapter for adapter, _ in files])
+    gm = _in_numbers(gm, path)[0]
     graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
     subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
     if not subjects:
         return Verification()
     control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
-    evidence = verify_file(path, trial, subjects, [control])
+    with of_whole_x(path) as exact:
+        evidence = verify_file(exact, trial, subjects, [control])
     evidence.judge(str(path))
     return evidence
 

@@ -19,6 +19,7 @@ from lora_fx.cli.adapter_options import (
     Against,
     AllowUnmerged,
     AsJson,
+    Bits,
     DryRun,
     DType,
     Force,
@@ -122,6 +123,7 @@ def export(
     task: TaskName = None,
     last_logits: LastLogits = False,
     dtype: DType = None,
+    bits: Bits = None,
     opset: Annotated[
         int | None, typer.Option(help="Version of ONNX's operators, 18 to 25.")
     ] = None,
@@ -145,7 +147,7 @@ def export(
     with stages() as progress, keeping(spec, spec.rpartition(":")[0], *(adapter or ()), given.base):
         report = export_model(
             spec, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
-            task, last_logits, opset, slots or (), name or (), dtype, dry_run,
+            task, last_logits, opset, slots or (), name or (), dtype, dry_run, bits,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 
@@ -240,6 +242,41 @@ def add_lora(
 
     with stages() as progress:
         report = open_file(model, out, slots or (), name or (), force, progress)
+    show(as_json, report.to_dict(), str(report))
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, or a directory that holds one.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write.")],
+    bits: Bits = "4",
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or 256.")
+    ] = None,
+    accuracy_level: Annotated[
+        int, typer.Option(help="4 rounds what layers read to 8 bits too, which is faster.")
+    ] = 0,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer, * for any part; all but heads by default."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A linear layer that stays as it is, * for any part.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store the base of an ONNX file in a few bits; adapters, slots and heads stay as they are.
+
+    Verified against the file with the numbers of these bits as plain weights; the report says how
+    far they are off, of each weight and of the outputs.
+    """
+    from lora_fx.cli.commands import quantize_file
+
+    with stages() as progress:
+        report = quantize_file(
+            model, out, bits, block_size, accuracy_level, layer, keep or (), force, progress
+        )
     show(as_json, report.to_dict(), str(report))
 
 

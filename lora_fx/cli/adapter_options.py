@@ -251,6 +251,12 @@ Names = Annotated[
 DType = Annotated[
     str | None, typer.Option("--dtype", help="What the model is cast to: float32 or float16.")
 ]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits", help="What linear layers of the base are stored in: 4, 8, nf4, fp4 or float."
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Trace and bind, say what would be written, write nothing."),

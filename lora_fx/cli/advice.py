@@ -29,6 +29,7 @@ OPTIONS = {
     rf"names={_END}": "--name",
     r'(?:slots=)?\{"([^"]+)": "(\w+)"\}': r"--slots \1=\2",
     rf"slots={_END}": "--slots",
+    r'quantize="float"': "--bits float",
     r"use_rslora=True": "--use-rslora",
     r"vectors=True": "--vectors",
 }

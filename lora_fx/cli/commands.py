@@ -51,6 +51,7 @@ def export_model(
     names: Sequence[str] = (),
     dtype: str | None = None,
     dry_run: bool = False,
+    bits: str | None = None,
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -75,6 +76,7 @@ def export_model(
         names: of the adapters, as `named` takes them.
         dtype: what the model is loaded in, or cast to: ``"float32"`` or ``"float16"``.
         dry_run: write nothing, and say what would be written.
+        bits: what linear layers are stored in; by default as the base is.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -83,6 +85,7 @@ def export_model(
     refuse_files(out, [REPORT], force)
     if (slots or vectors) and mode != "swappable":
         raise ExportError("--slots and --vectors are of --mode swappable: add it")
+    stored = bits_named(bits)
     progress("load")
     source, loaded = _load(spec, adapters, given, task, last_logits, names, dtype)
     parts = source, *source.more
@@ -95,7 +98,7 @@ def export_model(
     graphs = [_trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
     works = [
-        part_work(part, gm, share, mode, slots, vectors, opset)
+        part_work(part, gm, share, mode, slots, vectors, {"opset": opset, "quantize": stored})
         for part, gm, share in zip(parts, graphs, shares, strict=True)
     ]
     if dry_run:
@@ -256,6 +259,64 @@ def open_file(
         raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
     wanted = list(slots) or "all-linear"
     return add_lora(model, out, slots=wanted, names=dict(pairs), force=force, progress=progress)
+
+
+def bits_named(word: str | None) -> int | str | None:
+    """What ``--bits`` says, as `to_onnx` takes it.
+
+    Raises:
+        LoraFxError: it is none that weights are stored in.
+    """
+    if word is None:
+        return None
+    from lora_fx.export.quantization.schemes import scheme_wanted
+
+    bits = int(word) if word.isascii() and word.isdigit() else word
+    scheme_wanted(bits, {})
+    return bits
+
+
+def quantize_file(
+    model: Path,
+    out: Path,
+    bits: str | None,
+    block_size: int | None,
+    accuracy_level: int,
+    layers: Sequence[str] | None,
+    keep: Sequence[str],
+    force: bool,
+    progress: Progress,
+) -> ExportReport:
+    """Stores the base of an ONNX file in a few bits.
+
+    Args:
+        model: the file, or a directory that holds one.
+        out: the file to write.
+        bits: ``"4"``, ``"8"``, ``"nf4"`` or ``"fp4"``.
+        block_size: weights that share a scale.
+        accuracy_level: what onnxruntime may round inputs of layers to.
+        layers: linear layers; all but heads by default.
+        keep: those that stay as they are.
+        force: replace what exists.
+        progress: told the name of each stage.
+
+    Raises:
+        LoraFxError: a layer is not there, or the output exists.
+        VerificationError: the file is not what its numbers say.
+    """
+    from lora_fx.export import quantize_onnx
+
+    return quantize_onnx(
+        model,
+        out,
+        bits=bits_named(bits) or 4,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        layers=layers or None,
+        keep=keep,
+        force=force,
+        progress=progress,
+    )
 
 
 def verify_model(

@@ -94,7 +94,7 @@ def part_work(
     mode: str,
     slots: Sequence[str],
     vectors: bool,
-    opset: int | None,
+    options: Mapping[str, Any],
 ) -> Work:
     """How a part is written: in swappable mode, one without any slot as it is.
 
@@ -105,19 +105,19 @@ def part_work(
         mode: how it holds them.
         slots: what was asked for: ``PATH`` or ``PATH=FORM``, in a pipeline behind the component.
         vectors: whether slots take vectors even if no adapter has any.
-        opset: version of the ONNX operator set, or None.
+        options: of `to_onnx`, of every part.
     """
     if mode != "swappable":
-        return Work(part, graph, adapters, mode, {"opset": opset})
+        return Work(part, graph, adapters, mode, options)
     start = f"{part.component}." if part.component else ""
     pairs = (text.partition("=") for text in slots)
     forms = {path: form or "factors" for path, _, form in pairs}
     own = {p.removeprefix(start): f for p, f in forms.items() if p.startswith(start)}
     own |= {ALL_LINEAR: "factors"} if ALL_LINEAR in forms else {}
     if part.component == "vae" or (slots and not own and not adapters):
-        return Work(part, graph, adapters, "merged", {"opset": opset})
-    options = {"vectors": vectors or None, "opset": opset, "slots": own}
-    return Work(part, graph, adapters, mode, options)
+        return Work(part, graph, adapters, "merged", options)
+    own_options = {**options, "vectors": vectors or None, "slots": own}
+    return Work(part, graph, adapters, mode, own_options)
 
 
 def shared_out(

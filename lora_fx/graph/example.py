@@ -14,6 +14,7 @@ _META = "lora_fx.example"
 TASK = "lora_fx.task"  # in a file's metadata
 LAST_LOGITS = "lora_fx.last_logits"
 DTYPE = "lora_fx.dtype"  # that the model was cast to
+STORED = "lora_fx.stored"  # what its weights were numbers of, and in blocks of what: "nf4:64"
 
 
 @dataclass(frozen=True)

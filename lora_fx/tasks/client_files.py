@@ -32,8 +32,9 @@ def companions(directory: Path) -> list[Path]:
 def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
     """Copies what a directory holds beside its weights, and adds what clients of decoders need.
 
-    The config is copied as it is where it names the class that was exported, and its tokens;
-    otherwise it is that of the exported model, whose head or table an adapter may have brought.
+    The config is copied as it is where it names the class that was exported, and its tokens, and
+    quantises nothing; otherwise it is that of the exported model, whose head or table an adapter
+    may have brought.
 
     Args:
         source: the directory of the model.
@@ -45,7 +46,7 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, out / path)
     kept, tokens = read_json(source / CONFIG), getattr(model.config, "vocab_size", None)
-    is_own = _class_in(kept) == type(model).__name__
+    is_own = _class_in(kept) == type(model).__name__ and "quantization_config" not in kept
     if not is_own or kept.get("vocab_size", tokens) != tokens:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")

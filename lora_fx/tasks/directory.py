@@ -17,6 +17,7 @@ from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.directory_files import check_alone, check_files, variant_of, without_adapter
+from lora_fx.tasks.plain_weights import is_bitsandbytes, plain_weights
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 from lora_fx.tasks.vocabulary import fit_vocabulary
 
@@ -29,11 +30,13 @@ class Loaded:
         model: the model.
         lacks: the parameters that its directory has no values for.
         task: what it is for; None if it is of no task here.
+        stored: what its weights were numbers of, ``"nf4:64"``, if bitsandbytes had stored them.
     """
 
     model: Any
     lacks: tuple[str, ...]
     task: Task | None = None
+    stored: str | None = None
 
 
 def load_directory(
@@ -49,7 +52,8 @@ def load_directory(
         adapters: what they were trained for, and the shapes of their heads.
         task: what the model is for. By default that of the adapters, or else what the directory's
             own class does.
-        dtype: what it is loaded in; by default that of its weights.
+        dtype: what it is loaded in; by default that of its weights, and float32 where bitsandbytes
+            quantised them.
 
     Raises:
         LoraFxError: it is no model, or transformers cannot load it.
@@ -86,14 +90,14 @@ def _load(
     for part in (config, *_parts(config)):
         part.use_cache = False
     try:
-        with bounded(path):
+        with bounded(path), _readable(place, kind, config) as (place, stored, own):
             model, told = kind.from_pretrained(
                 place,
                 config=config,
                 ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
                 output_loading_info=True,
-                dtype=dtype or "auto",
-                variant=variant_of(path),
+                dtype=dtype or own,
+                variant=variant_of(place),
                 **here,
             )
     except LoraFxError:
@@ -112,7 +116,26 @@ def _load(
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
     with within(path):
         lacks |= {*fit_vocabulary(model, adapters.shapes)}
-    return Loaded(model.eval(), tuple(sorted(lacks)), task or _task(kind, config, adapters))
+    found = task or _task(kind, config, adapters)
+    return Loaded(model.eval(), tuple(sorted(lacks)), found, stored)
+
+
+@contextmanager
+def _readable(
+    place: Path, kind: Any, config: Any
+) -> Iterator[tuple[Path, str | None, torch.dtype | str]]:
+    """A directory that transformers reads, what its weights are numbers of, and their type."""
+    if not is_bitsandbytes(place):
+        yield place, None, "auto"
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        layers = kind(config).named_modules()
+    turned = [path for path, module in layers if isinstance(module, Conv1D)]
+    with plain_weights(place, turned) as (plain, stored):
+        yield plain, stored, torch.float32  # the only type that has all the numbers
 
 
 def _task(kind: type, config: Any, adapters: AdapterTask) -> Task | None:

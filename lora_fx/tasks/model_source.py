@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, within
 from lora_fx.frontend.trace import trace
-from lora_fx.graph.example import LAST_LOGITS, TASK, example_of, remember_example
+from lora_fx.graph.example import LAST_LOGITS, STORED, TASK, example_of, remember_example
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.calls import Call, as_it_is
 from lora_fx.tasks.client_files import write_companions, written_beside
@@ -104,6 +104,7 @@ def from_directory(
             raise LoraFxError("--last-logits is for a decoder with a cache")
     noted = {TASK: loaded.task.name} if loaded.task else {}
     noted |= {LAST_LOGITS: "true"} if last_logits else {}
+    noted |= {STORED: loaded.stored} if loaded.stored else {}
     first, *more = (_of_call(call, noted) for call in calls)
     return replace(
         first,

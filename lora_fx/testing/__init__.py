@@ -13,7 +13,7 @@
   `lora_fx.testing.pipelines`
 - the analysis: `computes`, `reason`, and both from tables, `check_case`, `check_reason`
 - other programs: `Lab`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`
-- files of ONNX: `Sample`, `Exported`
+- files of ONNX: `Sample`, `Exported`; a base in a few bits: `save_bitsandbytes`
 
 Plain asserts: ``pytest.register_assert_rewrite("lora_fx.testing")`` in a conftest.py, before it is
 imported, makes them explain themselves. transformers, PEFT, LyCORIS and onnx are loaded by what
@@ -30,6 +30,7 @@ from lora_fx.testing.affine import (
     computes,
     reason,
 )
+from lora_fx.testing.bitsandbytes import save_bitsandbytes
 from lora_fx.testing.exports import Exported, Sample, sample_of, traced
 from lora_fx.testing.foreign import Foreign, by_lycoris, by_peft
 from lora_fx.testing.judge import distance, relative, same_adapter, same_bits, tensors
@@ -99,6 +100,7 @@ __all__ = [
     "same_adapter",
     "same_bits",
     "sample_of",
+    "save_bitsandbytes",
     "save_peft_case",
     "tensors",
     "tiny",

@@ -1,0 +1,136 @@
+"""Which weights of a file are quantised: those of its linear layers, and what stays and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.quantization.heads import BRANCH, heads_in
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.layer_names import path_of
+
+_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is quantised of a file.
+
+    Attributes:
+        layers: path -> the calls of one weight.
+        left: path -> why it stays as it is.
+    """
+
+    layers: dict[str, list[FileLayer]]
+    left: dict[str, str]
+
+
+def choose_layers(
+    model: ir.Model, wanted: Sequence[str] | None = None, keep: Sequence[str] = ()
+) -> Chosen:
+    """Chooses linear layers: of the base alone, what adapters bring is left.
+
+    Args:
+        model: the model.
+        wanted: paths, where ``*`` stands for any part; by default all but heads.
+        keep: paths that are left.
+
+    Raises:
+        ExportError: a path means no linear layer.
+    """
+    weights: dict[ir.Value, list[FileLayer]] = {}
+    for layer in layers_in(model):
+        is_own = BRANCH not in str(layer.weight.name) and not layer.weight.is_graph_input()
+        if layer.kind == "linear" and is_own:
+            weights.setdefault(layer.weight, []).append(layer)
+    named = _named(weights)
+    _refuse_unknown([*(wanted or ()), *keep], named)
+    heads = heads_in(model, {call.node for calls in named.values() for call in calls})
+    chosen: dict[str, list[FileLayer]] = {}
+    left = {}
+    for path, calls in named.items():
+        why = _why_not(calls)
+        if wanted is not None and not _means(wanted, path):
+            continue
+        if _means(keep, path):
+            why = "asked for"
+        elif wanted is None and any(call.node in heads for call in calls):
+            why = why or "a head"
+        if why:
+            left[path] = why
+        else:
+            chosen[path] = calls
+    return Chosen(chosen, left)
+
+
+def _named(weights: dict[ir.Value, list[FileLayer]]) -> dict[str, list[FileLayer]]:
+    """By module path, or by the weight's name; of two of one path the second by that too."""
+    found: dict[str, list[FileLayer]] = {}
+    for weight, calls in weights.items():
+        path = path_of(calls[0])
+        found[path if path and path not in found else str(weight.name)] = calls
+    return found
+
+
+def _why_not(calls: Sequence[FileLayer]) -> str:
+    """Why a weight cannot be quantised; nothing if it can."""
+    first = calls[0]
+    nodes = {call.node for call in calls}
+    others = {user.op_type for user in _readers(first.weight) if user not in nodes}
+    shape = first.node.inputs[0].shape if first.node.inputs[0] is not None else None
+    if any(call.quantised for call in calls):
+        return "quantised already"
+    if first.dtype not in _DTYPES:
+        return f"{first.dtype}"
+    if others or len({call.turned for call in calls}) > 1 or first.weight.is_graph_output():
+        return f"its weight is read by {', '.join(sorted(others)) or 'others'} too"
+    if any(call.node.attributes.get_float("beta", 1.0) != 1.0 for call in calls):
+        return "its bias is scaled"
+    if any(_holds_branch(call.node) for call in calls):
+        return "an adapter is a part of its weight: quantise when it is exported"
+    return "it reads a vector" if shape is not None and shape.rank() < 2 else ""
+
+
+def _readers(weight: ir.Value) -> list[ir.Node]:
+    """Who reads a weight in the end, turned round or not."""
+    found = []
+    for use in weight.uses():
+        is_turn = use.node.op_type == "Transpose"
+        found += _readers(use.node.outputs[0]) if is_turn else [use.node]
+    return found
+
+
+def _holds_branch(node: ir.Node) -> bool:
+    """Whether x has columns that an adapter made, whose rows of the weight are the adapter's B."""
+    x = node.inputs[0]
+    made = None if x is None else x.producer()
+    if made is None or made.op_type != "Concat":
+        return False
+    waiting, seen = [value for value in made.inputs if value is not None], 0
+    while waiting and seen < _DEEP:
+        seen += 1
+        value = waiting.pop(0)
+        if value.is_initializer() and BRANCH in str(value.name):
+            return True
+        maker = value.producer()
+        waiting += [v for v in maker.inputs if v is not None] if maker is not None else []
+    return False
+
+
+_DEEP = 12  # values behind a concatenation: its shrink, a sum with ones, casts
+
+
+def _means(patterns: Sequence[str], path: str) -> bool:
+    return any(name == path or fnmatchcase(path, name) for name in patterns)
+
+
+def _refuse_unknown(patterns: Sequence[str], named: dict[str, list[FileLayer]]) -> None:
+    unknown = [name for name in patterns if not any(_means([name], path) for path in named)]
+    if unknown:
+        raise ExportError(
+            f"no linear layer at {shorten(unknown)}; there are {shorten(list(named)) or 'none'}"
+        )

@@ -1,0 +1,142 @@
+"""The numbers that a file's weights of a few bits stand for, put where a model has its own."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from lora_fx.errors import VerificationError
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
+from lora_fx.export.onnx_model.tensors import to_numpy
+from lora_fx.export.quantization.quantise import error_of
+from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
+from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.graph.example import forget_model
+from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+
+_END = re.compile(r"_(Q\d+|Bnb4)$")
+Array = np.ndarray[Any, Any]
+
+
+def packed_in(path: Path) -> dict[str, FileLayer]:
+    """The layers of a file whose weights are in a few bits, by what those were called before."""
+    return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(ir.load(path))}
+
+
+@contextmanager
+def of_whole_x(path: Path) -> Iterator[Path]:
+    """A file in which nothing rounds x: itself, or a copy that is held to more than it can hold."""
+    model = ir.load(path)
+    nodes = [node for node in model.graph if LEVEL in node.attributes]
+    if not nodes:
+        yield path
+        return
+    for node in nodes:
+        del node.attributes[LEVEL]
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / path.name
+        write_model(model, copy, external_data_above=INLINE_LIMIT)
+        yield copy
+
+
+def scheme_in(packed: Mapping[str, FileLayer]) -> str:
+    """How the weights of some layers are stored, in words."""
+    return ", ".join(dict.fromkeys(map(_scheme, packed.values())))
+
+
+def with_numbers(
+    gm: fx.GraphModule, packed: Mapping[str, FileLayer]
+) -> tuple[fx.GraphModule, dict[str, float]]:
+    """A graph with the numbers of a file in place of its own weights, and how far they are off.
+
+    Args:
+        gm: the graph; it is not changed. One whose weights are these numbers is given back, else a
+            copy that remembers no module.
+        packed: the file's layers, by the names of the graph's weights.
+
+    Raises:
+        VerificationError: a weight is none of the graph's, or not the one that was quantised.
+    """
+    copy = assemble(gm, copy_graph(gm.graph), gm.training)
+    copy.meta = dict(gm.meta)
+    forget_model(copy)
+    known, errors = targets(gm.graph), {}
+    for name, layer in packed.items():
+        if name not in known:
+            raise VerificationError(f"{name}: quantised, and no weight of the model's")
+        own = get_unevaluated(gm, name)
+        turned, off = _compared(name, evaluate(own), layer)
+        errors[name.removesuffix(".weight")] = off
+        if off:
+            remove(copy, name)
+            assign(copy, name, _lazily(layer, turned, own))
+    return copy if any(errors.values()) else gm, errors
+
+
+def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
+    """The file that was quantised, with the numbers in place of its weights, times a factor."""
+    model = ir.load(source)
+    for layer in list(layers_in(model)):
+        found = packed.get(str(layer.weight.name))
+        if found is not None:
+            layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
+    return model
+
+
+def _scheme(layer: FileLayer) -> str:
+    given = layer.node.attributes
+    block = given["block_size"].as_int()
+    if layer.node.op_type == "MatMulBnb4":
+        return str(Table(KINDS[given["quant_type"].as_int()], block))
+    return str(Blocks(given.get_int("bits", 4) or 4, block, given.get_int(LEVEL, 0) or 0))
+
+
+def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:
+    def computed() -> ir.TensorProtocol:
+        return ir.tensor(_numbers(packed, turned, factor), name=value.name)
+
+    assert value.shape is not None
+    assert value.dtype is not None
+    return ir.LazyTensor(computed, dtype=value.dtype, shape=value.shape, name=value.name)
+
+
+def _numbers(layer: FileLayer, turned: bool, factor: float = 1) -> Array:
+    """W (in, out), or turned round (out, in)."""
+    found = weight_and_step(layer.node)[0]
+    made = np.ascontiguousarray(found.T if turned else found)
+    return made if factor == 1 else (made * factor).astype(made.dtype)
+
+
+def _compared(name: str, own: torch.Tensor, layer: FileLayer) -> tuple[bool, float]:
+    """Whether a model stores a weight as (out, in), and how far its numbers are off."""
+    problem: VerificationError | None = None
+    numbers, step = weight_and_step(layer.node)
+    for turned in (True, False):
+        held = to_numpy(own.T if turned else own)
+        if held.shape != numbers.shape:
+            continue
+        try:
+            return turned, error_of(name, held, numbers, step)
+        except VerificationError as error:
+            problem = problem or error
+    raise problem or VerificationError(
+        f"{name}: {tuple(own.shape)} in the model, {layer.shape} in the file: is it another model?"
+    )
+
+
+def _lazily(layer: FileLayer, turned: bool, own: torch.Tensor | LazyTensor) -> LazyTensor:
+    def made() -> torch.Tensor:
+        return torch.from_numpy(_numbers(layer, turned)).to(own.dtype)
+
+    return LazyTensor(tuple(own.shape), own.dtype, made, ("numbers", id(layer)), cache=False)

@@ -1,0 +1,158 @@
+"""A directory whose weights bitsandbytes quantised, as one of plain weights: its own is not needed.
+
+A QLoRA's base is saved so. transformers would want bitsandbytes to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_fx.errors import LoraFxError, within
+from lora_fx.io.safetensors_writer import Made, write_tensors
+from lora_fx.io.shards import INDEX, shards_of
+from lora_fx.io.strict_json import read_json
+from lora_fx.tasks.bitsandbytes import PARTS, SCALES, STATE, Table, of_rows
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_BESIDE = (SCALES, ".weight_format")
+
+
+def is_bitsandbytes(directory: Path) -> bool:
+    """Whether a directory's config says that bitsandbytes quantised its weights."""
+    said = read_json(directory / _CONFIG)
+    given = said.get("quantization_config") if isinstance(said, dict) else None
+    flags = ("load_in_4bit", "load_in_8bit")
+    return isinstance(given, dict) and (
+        given.get("quant_method") == "bitsandbytes" or any(given.get(flag) for flag in flags)
+    )
+
+
+@contextmanager
+def plain_weights(directory: Path, turned: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
+    """A directory with the numbers of another one's weights, for as long as it is read.
+
+    They are written where the system has its temporary files, one after the other.
+
+    Args:
+        directory: whose config `is_bitsandbytes`.
+        turned: paths of layers that store their weight as (in, out), transformers' Conv1D:
+            bitsandbytes has it as (out, in).
+
+    Yields:
+        The directory, and what its weights were stored in, ``"nf4:64"``, if a table of 4 bits.
+
+    Raises:
+        LoraFxError: a weight is damaged, or stored in another way.
+    """
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        for file in directory.iterdir():
+            if file.name != _CONFIG and ".safetensors" not in file.name:
+                (place / file.name).symlink_to(file.resolve())
+        config = read_json(directory / _CONFIG)
+        config.pop("quantization_config")
+        (place / _CONFIG).write_text(json.dumps(config))
+        weights = _Weights(directory, tuple(turned))
+        write_tensors(place / _WEIGHTS, dict(weights.made()))
+        yield place, weights.stored
+
+
+class _Weights:
+    """The weights of a directory, by name.
+
+    Args:
+        directory: that holds them.
+        turned: paths of layers whose weight is turned round.
+
+    Raises:
+        LoraFxError: it has none in safetensors.
+    """
+
+    def __init__(self, directory: Path, turned: tuple[str, ...]) -> None:
+        index = directory / f"{_WEIGHTS}{INDEX}"
+        paths = (
+            sorted(set(shards_of(index).values())) if index.is_file() else [directory / _WEIGHTS]
+        )
+        self._files = {name: path for path in paths for name in _names(path)}
+        self._turned = turned
+        self._tables = {
+            name.partition(STATE)[0]: self._table(name) for name in self._files if STATE in name
+        }
+
+    @property
+    def stored(self) -> str | None:
+        """What most of the weights of 4 bits are stored in."""
+        words = Counter(table.said for table in self._tables.values())
+        return words.most_common(1)[0][0] if words else None
+
+    def made(self) -> Iterator[tuple[str, Made]]:
+        """Each weight, read when it is written."""
+        beside = tuple(f"{weight}." for weight in self._tables)
+        for name in self._files:
+            if name.endswith(_BESIDE) or name.startswith(beside):
+                continue
+            if name in self._tables:
+                yield name, self._of_layer(name, self._tables[name].shape)
+                continue
+            own = self._tensor(name)
+            if self._scales(name) in self._files:
+                yield name, self._of_layer(name, tuple(own.shape))
+            elif own.dtype is torch.int8:
+                raise LoraFxError(
+                    f"{self._files[name]}: {name}: int8 without the scales {self._scales(name)}: "
+                    "download or save the model again"
+                )
+            else:
+                yield name, Made(tuple(own.shape), own.dtype, partial(self._tensor, name))
+
+    def _of_layer(self, name: str, shape: tuple[int, ...]) -> Made:
+        is_turned = _is_of(name.removesuffix(".weight"), self._turned)
+        make = partial(self._numbers, name, is_turned)
+        return Made(shape[::-1] if is_turned else shape, torch.float32, make)
+
+    def _numbers(self, name: str, is_turned: bool) -> torch.Tensor:
+        """A weight as its layer stores it."""
+        with within(f"{self._files[name]}: {name}"):
+            if name in self._tables:
+                parts = {p: self._tensor(n) for p in PARTS if (n := f"{name}.{p}") in self._files}
+                found = self._tables[name].numbers(self._tensor(name), parts)
+            else:
+                found = of_rows(self._tensor(name), self._tensor(self._scales(name)))
+            return found.T if is_turned else found
+
+    def _table(self, state: str) -> Table:
+        with within(f"{self._files[state]}: {state}"):
+            return Table.of(self._tensor(state))
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
+    def _scales(self, name: str) -> str:
+        return f"{name.removesuffix('.weight')}{SCALES}"
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise LoraFxError(
+            f"{path}: no safetensors file that can be read ({error}): save the quantised model "
+            "again, with save_pretrained"
+        ) from error
+
+
+def _is_of(path: str, turned: tuple[str, ...]) -> bool:
+    """Whether a layer is among some, where one of the two may be called by less of its path."""
+    return any(f".{a}".endswith(f".{b}") for own in turned for a, b in ((own, path), (path, own)))

@@ -1,0 +1,107 @@
+"""Directories that bitsandbytes quantised, loaded without it: every weight as it was stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.example import STORED
+from lora_fx.tasks import load
+from lora_fx.testing import save_bitsandbytes, tiny
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nf4": ("LlamaForCausalLM", {}),
+    "nf4 of plain factors": ("LlamaForCausalLM", {"nested": False}),
+    "fp4": ("LlamaForCausalLM", {"kind": "fp4"}),
+    "8 bits": ("LlamaForCausalLM", {"kind": "int8"}),
+    "in shards": ("LlamaForCausalLM", {"shards": 3}),
+    "held as bfloat16": ("LlamaForCausalLM", {"storage": torch.bfloat16}),
+    "turned round": ("GPT2LMHeadModel", {}),
+    "8 bits, square and turned round": ("GPT2LMHeadModel", {"kind": "int8"}),
+    "a classifier": ("BertForSequenceClassification", {}),
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_a_model_has_the_numbers_that_were_stored(what: str, tmp_path: Path) -> None:
+    kind, options = CASES[what]
+    torch.manual_seed(0)
+    original = tiny(kind).eval()
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    numbers = save_bitsandbytes(original, tmp_path / "base", **options)
+    source = load(tmp_path / "base")[0]
+    state = source.model.state_dict()
+    assert len(numbers) > 3
+    for name, value in state.items():
+        wanted = numbers.get(name, before[name])
+        assert value.dtype == wanted.dtype == torch.float32
+        assert torch.equal(value, wanted), name
+        assert (name in numbers) != torch.equal(value, before[name])  # the control
+    word = {"int8": None}.get(options.get("kind", "nf4"), f"{options.get('kind', 'nf4')}:64")
+    assert source.task.get(STORED) == word
+
+
+def base(tmp_path: Path, **options: Any) -> Path:
+    torch.manual_seed(0)
+    save_bitsandbytes(tiny("LlamaForCausalLM").eval(), tmp_path / "base", **options)
+    return tmp_path / "base"
+
+
+def test_it_may_be_loaded_in_half_precision(tmp_path: Path) -> None:
+    source = load(base(tmp_path), dtype=torch.float16)[0]
+    assert {value.dtype for value in source.model.parameters()} == {torch.float16}
+
+
+def test_nothing_is_left_in_the_directory_or_changed(tmp_path: Path) -> None:
+    directory = base(tmp_path)
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    load(directory)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_the_config_that_is_written_beside_a_file_quantises_nothing(tmp_path: Path) -> None:
+    source = load(base(tmp_path))[0]
+    (tmp_path / "out").mkdir()
+    assert source.write_beside is not None
+    source.write_beside(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in written
+    assert written["architectures"] == ["LlamaForCausalLM"]
+
+
+def broken(directory: Path, change: Any) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def test_a_part_that_is_missing_is_named_with_its_file(tmp_path: Path) -> None:
+    directory = base(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    broken(directory, lambda tensors: tensors.pop(f"{name}.quant_map"))
+    with pytest.raises(LoraFxError, match=rf"model.safetensors: {name}: lacks quant_map"):
+        load(directory)
+
+
+def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
+    directory = base(tmp_path, kind="int8")
+    name = "model.layers.0.mlp.up_proj"
+    broken(directory, lambda tensors: tensors.pop(f"{name}.SCB"))
+    with pytest.raises(LoraFxError, match=rf"{name}.weight: int8 without"):
+        load(directory)
+
+
+def test_a_pickle_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    directory = base(tmp_path)
+    (directory / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(LoraFxError, match="save the quantised model again"):
+        load(directory)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(LoraFxError, match="save the quantised model again"):
+        load(directory)
