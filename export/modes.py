@@ -24,7 +24,7 @@ from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.injection.bind import bind
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.match_branch import free_name
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
@@ -53,7 +53,7 @@ class Constant:
     def of(cls, gm: fx.GraphModule) -> Constant:
         """Plans the export of a graph: what it computes, not how it was spelled."""
         expected = evaluating(gm)
-        raised = RaiseLora(_free_name(expected))(expected).graph_module
+        raised = RaiseLora(free_name(expected))(expected).graph_module
         return cls(gm, expected, evaluating(ChooseForm()(raised).graph_module))
 
     @property
@@ -143,10 +143,3 @@ class Swappable:
             evidence = verify_file(path, trial, subjects, [control])
         evidence.notes += notes
         return evidence
-
-
-def _free_name(gm: fx.GraphModule) -> str:
-    """A name for the adapter that is read out of a graph, which no branch of it has."""
-    taken = {branch.name for branch in branches(gm)}
-    names = ("raised", *(f"raised_{number}" for number in range(2, len(taken) + 2)))
-    return next(name for name in names if name not in taken)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 from torch import fx
 
 from lora_fx.adapters.updates import NO_WEIGHT
@@ -20,6 +18,7 @@ from lora_fx.injection.match_branch import branches
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import is_factor
+from lora_fx.tables import table
 
 
 class Explanation(tuple[str, ...]):
@@ -34,9 +33,8 @@ class Explanation(tuple[str, ...]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = (html.escape(line).partition(": ") for line in self)
-        rows = "".join(f"<tr><td>{layer}</td><td>{said}</td></tr>" for layer, _, said in cells)
-        return f"<table><tr><th>layer</th><th>what fold makes of it</th></tr>{rows}</table>"
+        cells = (line.partition(": ")[::2] for line in self)
+        return table(["layer", "what fold makes of it"], cells)
 
 
 def explain(gm: fx.GraphModule) -> Explanation:

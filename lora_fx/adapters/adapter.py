@@ -12,6 +12,7 @@ import torch
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.tables import table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,15 +140,30 @@ class Adapter:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        rows = [[path, *_facts(update)] for path, update in self.updates.items()]
+        rows += [[p, "replaced", tuple(t.shape), *_NONE] for p, t in self.replacements.items()]
+        caption = "; ".join([f"adapter {self.name}: {len(self.updates)} targets", *self.moves])
+        return table(["layer", "kind", "size", "rank", "scale"], rows, caption)
+
+
+_NONE = (None, None)  # neither rank nor scale
+
 
 def _line(update: AnyUpdate) -> str:
+    kind, sizes, rank, scale = _facts(update)
+    return f"{kind}  {sizes}" + ("" if rank is None else f"  rank {rank}  scale {scale:g}")
+
+
+def _facts(update: AnyUpdate) -> tuple[str, str, int | None, float | None]:
+    """Kind, sizes, and of two factors rank and scale."""
     out, *rest = ("?" if size is None else size for size in update.shape)
     into, kernel = rest[:1], tuple(rest[1:])
     sizes = f"{into[0]} -> {out}" if into else f"{out}"
     sizes += f" kernel {kernel}" if kernel else ""
     if isinstance(update, Update):
-        return f"{update.kind}  {sizes}  rank {update.rank}  scale {update.scale:g}"
-    return f"{update.kind}  {sizes}"
+        return update.kind, sizes, update.rank, update.scale
+    return update.kind, sizes, *_NONE
 
 
 class Reduced(NamedTuple):
