@@ -28,6 +28,7 @@ from lora_fx.injection.match_branch import free_name
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
+from lora_fx.report.look import Look, look, look_at_slots
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)
@@ -66,6 +67,10 @@ class Constant:
 
     def close(self, model: ir.Model) -> None:
         """Changes nothing."""
+
+    def look(self) -> Look:
+        """What there is to see of the graph."""
+        return look(self.expected, self.traced)
 
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the graph."""
@@ -115,6 +120,12 @@ class Swappable:
         """Adds the defaults and the manifest."""
         set_defaults(model, self.slots)
         model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
+
+    def look(self) -> Look:
+        """What there is to see of the graph, and of each adapter in it."""
+        kinds = {slot.path: f"{slot.kind}, a slot" for slot in self.slots}
+        adapted = (evaluating(alone) for _, alone in swapped(self.source))
+        return look_at_slots(adapted, self.base, self.traced, kinds)
 
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file alone against the base; with the adapters of the graph, and one of other ranks.

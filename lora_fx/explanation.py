@@ -118,10 +118,10 @@ def is_unmerged(gm: fx.GraphModule) -> bool:
 
 
 def unmerged(gm: fx.GraphModule) -> dict[str, str]:
-    """The layers whose adapters stand beside them: module path -> why fold left them there.
+    """The layers whose adapters stand beside them: module path -> why they are not merged.
 
     Args:
-        gm: a graph after `fold`.
+        gm: a graph, after `fold` or without it.
     """
     standing = branches(gm)
     beside = {branch.path: branch.out for branch in standing}
@@ -130,9 +130,13 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     if not beside and not found:
         return {}
     analysis = analyse(gm)
-    blocked = {n: region.blocked for region in maximal_regions(analysis) for n in region.nodes}
+    regions = maximal_regions(analysis)
+    blocked = {n: region.blocked or _FREE for region in regions for n in region.nodes}
     blocked |= {branch.out: NO_WEIGHT for branch in standing if branch.mask is not None}
     return {path: _reason(end, analysis, blocked) for path, end in (found | beside).items()}
+
+
+_FREE = "the graph was not folded, which would merge it"
 
 
 def _reason(end: fx.Node, analysis: Analysis, blocked: dict[fx.Node, str]) -> str:

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["formats"] = {"io", "graph", "algebra", "layers", "adapters", "kinds"}
 ALLOWED["traced_adapters"] = ALLOWED["passes"] - {"branch_lowering"} | {"frontend", "formats"}
 ALLOWED["tasks"] = {"io", "graph", "frontend", "formats"}
+ALLOWED["report"] = {"io", *ALLOWED["passes"], "reference", "passes", "explanation"}
 ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {
     "kinds",
     "formats",

@@ -94,8 +94,8 @@ class Session:
         given = [v for v in self._session.get_inputs() if v.name not in slots]
         rows = [["input", v.name, v.type, _axes(v.shape)] for v in given]
         rows += [["output", v.name, v.type, _axes(v.shape)] for v in self._session.get_outputs()]
-        for slot in self._manifest.slots if self._manifest else ():
-            rows += [[f"slot {slot.path}", n, slot.dtype, _axes(s)] for n, s in slot.inputs.values()]
+        for one in self._manifest.slots if self._manifest else ():
+            rows += [[f"slot {one.path}", n, one.dtype, _axes(s)] for n, s in one.inputs.values()]
         providers = ", ".join(self._session.get_providers())
         return table(["", "name", "type", "shape"], rows, f"{self._path}: {providers}")
 

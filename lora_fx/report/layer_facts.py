@@ -1,0 +1,220 @@
+"""What an adapter does to each layer, and how well a graph holds it: measured, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from lora_fx.adapters.updates import AnyUpdate, Update, length
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.low_rank import NotLowRankError
+from lora_fx.algebra.matrix_expr import Matrix, Sum, number, scaled
+from lora_fx.algebra.truncation import of_product, svd_of
+from lora_fx.branch_lowering.cost import Cost
+from lora_fx.graph.lazy_tensor import evaluate
+from lora_fx.graph.provenance import origins
+from lora_fx.injection.bind import Binding, bind
+from lora_fx.injection.injected_adapters import injected
+from lora_fx.injection.match_branch import branches, free_name
+from lora_fx.injection.read_adapter import adapter_from
+from lora_fx.layers.base_layers import BaseLayers, layers_in
+from lora_fx.layers.sites import by_path
+from lora_fx.reference.base_weights import Base
+from lora_fx.reference.weight_change import Place, blocks, fitted
+from lora_fx.report.holding import Holding
+
+MOST = 64  # singular values that are kept of a layer
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What an adapter does to one layer.
+
+    Attributes:
+        path: of the layer; of what an adapter brings whole, the parameter's name.
+        layer: the layer's type, ``"linear"``, ``"conv2d"``, ...; ``""`` of no layer.
+        adapter: its name.
+        kind: of the update: ``"lora"``, ``"dora"``, ...; ``"replaced"``.
+        shape: (out, in, *kernel).
+        rank: of two factors, or None.
+        scale: of two factors, or None.
+        change: the Frobenius norm of W' - W over that of W; None where W is zero.
+        effective_rank: exp of the entropy of the singular values of W' - W as shares of their sum
+            (Roy and Vetterli, EUSIPCO 2007): 1 of one direction, r of r equal ones. Of the
+            ``singular_values``; None of a vector.
+        singular_values: of W' - W, descending, the first 64; of all matrices of experts.
+        form: how the graph holds it: ``"merged"``, or what is computed beside the layer.
+        cost: what the form costs more than the merged layer, with a shrink of its own; None where
+            it is not counted.
+        error: how far W' - W as the graph stores it is off, by rounding to its dtype, over the norm
+            of W' - W; None where it is made at each call, or of several adapters.
+    """
+
+    path: str
+    layer: str
+    adapter: str
+    kind: str
+    shape: list[int]
+    rank: int | None
+    scale: float | None
+    change: float | None
+    effective_rank: float | None
+    singular_values: list[float]
+    form: str
+    cost: Cost | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A graph with adapters, and what it was made of.
+
+    Attributes:
+        gm: as it is: adapters injected, trained, folded, or written into the model by somebody.
+        whole: before it was folded.
+        raised: the same, what the model itself adds to its layers as branches of ``name``.
+        base: without any adapter.
+        name: of the adapter that the model itself holds, if any.
+    """
+
+    gm: fx.GraphModule
+    whole: fx.GraphModule
+    raised: fx.GraphModule
+    base: fx.GraphModule
+    name: str
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Stages:
+        """Takes a graph apart; it is not changed."""
+        from lora_fx.passes import RaiseLora, StripLora, UnfoldLora
+
+        whole = UnfoldLora()(gm).graph_module if origins(gm) else gm
+        name = free_name(whole)
+        raised = RaiseLora(name)(whole).graph_module
+        return cls(gm, whole, raised, StripLora()(raised).graph_module, name)
+
+    def standing(self) -> fx.GraphModule:
+        """The graph as it is, with branches that are known as such."""
+        from lora_fx.passes import RaiseLora
+
+        return self.raised if self.whole is self.gm else RaiseLora(self.name)(self.gm).graph_module
+
+    def bound(self, layers: BaseLayers) -> Iterator[Binding]:
+        """Each adapter; what the model itself adds counts where no adapter is known to act."""
+        known: set[str] = set()
+        for record in injected(self.gm):
+            binding = bind(layers, record.now(self.gm))
+            known |= binding.updates.keys()
+            yield binding
+        if any(branch.name == self.name for branch in branches(self.raised)):
+            own = adapter_from(self.raised, self.name)
+            updates = {path: u for path, u in own.updates.items() if path not in known}
+            yield bind(layers, replace(own, updates=updates))
+
+
+@torch.no_grad()
+def layer_facts(stages: Stages, target: str = "constant") -> list[LayerFacts]:
+    """Measures every layer that the adapters of a graph change.
+
+    Args:
+        stages: of the graph.
+        target: ``"constant"``, or ``"input"`` where factors are given at each call.
+    """
+    layers = layers_in(stages.base, by_path(stages.base))
+    bound = list(stages.bound(layers))
+    every = [name for one in bound for name in (*one.updates, *one.replaced)]
+    once = {name for name in every if every.count(name) == 1}
+    holding = Holding.of(stages.standing(), target)
+    measure = _Measure(layers, Base(stages.base), holding, once)
+    return [fact for one in bound for fact in measure.facts(one)]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A base, and a graph that holds adapters of it.
+
+    Attributes:
+        layers: of the base.
+        base: the same, for its weights.
+        holding: the graph.
+        once: what one adapter alone changes.
+    """
+
+    layers: BaseLayers
+    base: Base
+    holding: Holding
+    once: Set[str]
+
+    def facts(self, binding: Binding) -> Iterator[LayerFacts]:
+        name = binding.adapter.name
+        for path, update in binding.updates.items():
+            if not (update.kind == "tokens" and self.base.never_calls(path)):
+                yield self._updated(name, path, update)
+        for parameter, value in binding.replaced.items():
+            yield self._replaced(name, parameter, value)
+
+    def _updated(self, name: str, path: str, update: AnyUpdate) -> LayerFacts:
+        own = self.base.own(path, update)
+        place = Place(own, fitted(update, own.layer))
+        values, whole = _spectrum(place)
+        held = self.holding.delta(path, place) if path in self.once else None
+        form, cost = self.holding.form(path)
+        return LayerFacts(
+            path, "" if own.layer is None else own.layer.kind, name, update.kind,
+            list(place.shape), update.rank, update.scale if isinstance(update, Update) else None,
+            _over(whole, length(own.weight())), effective_rank(values), values[:MOST].tolist(),
+            form, cost, None if held is None else _over(_gap(held, place.delta()), whole),
+        )  # fmt: skip
+
+    def _replaced(self, name: str, parameter: str, value: torch.Tensor) -> LayerFacts:
+        """Of a head, a norm or a bias; the spectrum is that of a matrix."""
+        before, own = self.layers.unevaluated(parameter), self.base.replaced(parameter)
+        assert before is not None
+        start = evaluate(before)
+        kept = (value.to(start.dtype).double() - value.double()).norm()
+        size = float((value.double() - start.double()).norm())
+        values = None if isinstance(own, str) else svd_of(Place(own, None).delta(value), MOST, None)
+        return LayerFacts(
+            parameter, "" if isinstance(own, str) or own.layer is None else own.layer.kind, name,
+            "replaced", list(value.shape), None, None, _over(size, length(start)),
+            None if values is None else effective_rank(values.values),
+            [] if values is None else values.values[:MOST].tolist(),
+            self.holding.otherwise[0], self.holding.otherwise[1], _over(float(kept), size),
+        )  # fmt: skip
+
+
+def effective_rank(values: torch.Tensor) -> float:
+    """``exp(-sum p log p)`` of singular values as shares p of their sum; 0 of none."""
+    total = values.double().sum()
+    if total == 0:
+        return 0.0
+    shares = values.double() / total
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _spectrum(place: Place) -> tuple[torch.Tensor, float]:
+    """The singular values of W' - W, descending, and its Frobenius norm."""
+    if place.own.layer is None and place.update is not None and len(place.update.shape) == 3:
+        try:
+            svds = [of_product(*pair) for pair in zip(*blocks(place.update), strict=True)]
+        except NotLowRankError:
+            svds = []
+        if svds:
+            values = torch.cat([svd.values for svd in svds]).sort(descending=True).values
+            return values, float(values.norm())
+    svd = svd_of(place.delta(), MOST, None)
+    return svd.values, svd.size
+
+
+def _gap(one: Matrix, other: Matrix) -> float:
+    if one.shape != other.shape:
+        return float("nan")
+    return float(dense(Sum(one, scaled(number(-1), other)), torch.float64).norm())
+
+
+def _over(part: float, whole: float) -> float | None:
+    """A share; None of nothing, or where it is not known."""
+    return part / whole if whole > 0 and part == part else None
