@@ -28,6 +28,11 @@ ERRORS = (
 _ERRORS_ONLY = 3
 
 
+def available_providers() -> list[str]:
+    """The execution providers that onnxruntime has here."""
+    return list(ort.get_available_providers())
+
+
 def open_session(
     path: Path,
     *,

@@ -133,7 +133,7 @@ class Adapter:
     def __str__(self) -> str:
         """One line a target: path, kind, shape, rank, scale."""
         lines = [f"adapter {self.name}: {len(self.updates)} targets"]
-        lines += [f"  {path}  {_line(update)}" for path, update in self.updates.items()]
+        lines += [f"  {path}  {line_of(update)}" for path, update in self.updates.items()]
         lines += [f"  {move}" for move in self.moves]
         lines += [f"  {path}  replaced  {tuple(t.shape)}" for path, t in self.replacements.items()]
         return "\n".join(lines)
@@ -150,9 +150,12 @@ class Adapter:
 _NONE = (None, None)  # neither rank nor scale
 
 
-def _line(update: AnyUpdate) -> str:
+def line_of(update: AnyUpdate) -> str:
+    """Kind, sizes, rank and scale, and the tokens from which on it acts."""
     kind, sizes, rank, scale = _facts(update)
-    return f"{kind}  {sizes}" + ("" if rank is None else f"  rank {rank}  scale {scale:g}")
+    words = [kind, sizes] if rank is None else [kind, sizes, f"rank {rank}", f"scale {scale:g}"]
+    words += [f"from tokens {list(update.invocation)}"] if update.invocation else []
+    return "  ".join(words)
 
 
 def _facts(update: AnyUpdate) -> tuple[str, str, int | None, float | None]:

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.updates import AnyUpdate, Update, length
-from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.low_rank import NotLowRankError
-from lora_fx.algebra.matrix_expr import Matrix, Sum, number, scaled
-from lora_fx.algebra.truncation import of_product, svd_of
+from lora_fx.algebra.matrix_expr import Matrix
+from lora_fx.algebra.truncation import of_product, size_of, svd_of
 from lora_fx.branch_lowering.cost import Cost
+from lora_fx.errors import AdapterError
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.provenance import origins
 from lora_fx.injection.bind import Binding, bind
@@ -24,6 +24,7 @@ from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.reference.base_weights import Base
 from lora_fx.reference.weight_change import Place, blocks, fitted
+from lora_fx.report.distance import difference
 from lora_fx.report.holding import Holding
 
 MOST = 64  # singular values that are kept of a layer
@@ -151,8 +152,12 @@ class _Measure:
     def facts(self, binding: Binding) -> Iterator[LayerFacts]:
         name = binding.adapter.name
         for path, update in binding.updates.items():
-            if not (update.kind == "tokens" and self.base.never_calls(path)):
+            if update.kind == "tokens" and self.base.never_calls(path):
+                continue
+            try:
                 yield self._updated(name, path, update)
+            except (AdapterError, torch.linalg.LinAlgError):  # it is said to be there, unmeasured
+                yield self._unknown(name, path, update)
         for parameter, value in binding.replaced.items():
             yield self._replaced(name, parameter, value)
 
@@ -168,6 +173,13 @@ class _Measure:
             _over(whole, length(own.weight())), effective_rank(values), values[:MOST].tolist(),
             form, cost, None if held is None else _over(_gap(held, place.delta()), whole),
         )  # fmt: skip
+
+    def _unknown(self, name: str, path: str, update: AnyUpdate) -> LayerFacts:
+        shape = [size or 0 for size in update.shape]
+        form, cost = self.holding.form(path)
+        return LayerFacts(
+            path, "", name, update.kind, shape, None, None, None, None, [], form, cost, None
+        )
 
     def _replaced(self, name: str, parameter: str, value: torch.Tensor) -> LayerFacts:
         """Of a head, a norm or a bias; the spectrum is that of a matrix."""
@@ -212,7 +224,7 @@ def _spectrum(place: Place) -> tuple[torch.Tensor, float]:
 def _gap(one: Matrix, other: Matrix) -> float:
     if one.shape != other.shape:
         return float("nan")
-    return float(dense(Sum(one, scaled(number(-1), other)), torch.float64).norm())
+    return size_of(difference(one, other))
 
 
 def _over(part: float, whole: float) -> float | None:

@@ -31,7 +31,9 @@ def page(report: Values) -> str:
         for part in parts
     ]
     source = files("lora_fx.report").joinpath("page.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
     title = Path(parts[0]["path"]).name if len(parts) == 1 else Path(parts[0]["path"]).parent.name
     return template.render(title=title, reports=shown, version=version("lora-fx"))
 

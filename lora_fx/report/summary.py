@@ -1,4 +1,4 @@
-"""An export's report as sections of HTML, of its plain values: what `report.json` holds is enough."""
+"""An export's report as sections of HTML, made of the plain values that `report.json` holds."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def _done(report: Values) -> str:
     rows += [[shown, str(report[name])] for name, shown in names.items() if report.get(name)]
     rows += [[name, ", ".join(report[name])] for name in ("inputs", "outputs", "slots")]
     forms = [fact["form"] for fact in report.get("layers", [])]
-    rows += [[f"layers {form}", str(forms.count(form))] for form in dict.fromkeys(forms)]
+    rows.append(["layers", "; ".join(f"{forms.count(f)} {f}" for f in dict.fromkeys(forms))])
     for one in report["coverage"]:
         off = "" if one["off"] is None else f", outputs off the base by {number(one['off'])}"
         used = f"{one['used']} of {one['tensors']} tensors used, {one['layers']} layers changed"
         rows.append([f"adapter {one['adapter']}", f"{used}{off}"])
-    rows += [[f"time: {stage}", f"{taken:.2f} s"] for stage, taken in report["seconds"].items()]
+    rows.append(["time", ", ".join(f"{n} {taken:.1f} s" for n, taken in report["seconds"].items())])
     return table(["", ""], [row for row in rows if row[1] not in ("", None)])
 
 
@@ -88,7 +88,7 @@ def _layer(fact: Values) -> list[object]:
     told = None if cost is None else f"+{cost}" if cost.calls or cost.work else "nothing"
     return [
         fact["path"], fact["adapter"], fact["kind"],
-        f"{' × '.join(map(str, into))} → {out}" if into else str(out),
+        f"{', '.join(map(str, into))} → {out}" if into else str(out),
         fact["rank"], fact["scale"], fact["change"], rank, Html(bars(values, said)), fact["error"],
         fact["form"], told,
     ]  # fmt: skip
@@ -133,9 +133,8 @@ def _badness(row: Values) -> tuple[bool, float]:
 def _check(row: Values) -> list[object]:
     mark = "ok" if row["ok"] else "WRONG"
     names = ("what", "output", "shape", "optimisation")
-    return [mark, *(row[n] for n in names), *map(_told, (row["relative"], row["tolerance"]))] + [
-        _told(row["max_abs"])
-    ]
+    numbers = (row["relative"], row["tolerance"], row["max_abs"])
+    return [mark, *(row[name] for name in names), *map(_told, numbers)]
 
 
 def _told(value: float | str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
+from itertools import pairwise
 
 _FILL = {"call": "#2f6fdb", "constant": "#808080", "adapter": "#e0760c", "outside": "none"}
 _LETTER, _HIGH, _GAP, _STEP = 7.2, 28, 16, 58  # pixels: a letter, a box, between boxes, a row
@@ -102,9 +103,9 @@ def _rows(boxes: Boxes) -> tuple[list[list[int]], list[list[int]]]:
 
 def _near(row: list[int], above: list[int], chains: Sequence[Sequence[int]]) -> list[int]:
     """A row in the order of what stands above it."""
-    over = {n: [] for n in row}  # type: dict[int, list[int]]
+    over: dict[int, list[int]] = {n: [] for n in row}
     for chain in chains:
-        for one, other in zip(chain, chain[1:], strict=False):
+        for one, other in pairwise(chain):
             if other in over and one in above:
                 over[other].append(above.index(one))
     return sorted(row, key=lambda n: sum(over[n]) / len(over[n]) if over[n] else len(above))
