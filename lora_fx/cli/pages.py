@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lora_fx.cli.adapter_options import Given
@@ -77,4 +78,5 @@ def compared(first: Path, second: Path, given: Given) -> Differences:
     if is_model(first) or is_model(second):
         return diff(first, second)
     base = given.model()
-    return diff(given.load(first, base), given.load(second, base), base=base)
+    found = diff(given.load(first, base), given.load(second, base), base=base)
+    return replace(found, first=str(first), second=str(second))  # two may have one name

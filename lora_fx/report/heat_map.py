@@ -40,12 +40,12 @@ def split(path: str) -> tuple[str, str]:
     return ".".join(names[:place]), ".".join(names[place:])
 
 
-def _cell(change: float | None, most: float) -> Html | None:
+def _cell(change: float | str | None, most: float) -> Html | None:
     if change is None:
         return None
     share = _known(change) / most if most else 0.0
     style = f"display:block;padding:.2em .4em;background:rgba(224,118,12,{0.75 * share:.2f})"
-    return Html(f'<span style="{style}">{number(change)}</span>')
+    return Html(f'<span style="{style}">{number(float(change))}</span>')
 
 
 def _known(change: float | str | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -60,7 +61,7 @@ def page_beside(path: str | Path, model: Path, *, force: bool) -> Path:
         ExportError: it would take the place of the model, or cannot be written there.
     """
     place = Path(path)
-    if place.absolute() in (model.absolute(), data_path(model).absolute()):
+    if os.path.realpath(place) in map(os.path.realpath, (model, data_path(model))):
         raise ExportError(f"{place}: is the model's file: give the report another, such as .html")
     refuse_existing(place, force=force)
     return place
