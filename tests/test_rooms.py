@@ -264,7 +264,7 @@ def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
         for room, prefix in zip(ROOMS, ("lora_fx", "lora_fx/passes", "lora_fx/export"), strict=True)
         for path in sources(room)
     }
-    assert expected | {"lora_fx/py.typed"} <= set(wheel.namelist())
+    assert expected | {"lora_fx/py.typed", "lora_fx/report/page.html"} <= set(wheel.namelist())
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
