@@ -141,7 +141,9 @@ class Adapter:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = [[path, *_facts(update)] for path, update in self.updates.items()]
+        rows: list[list[object]] = [
+            [path, *_facts(update)] for path, update in self.updates.items()
+        ]
         rows += [[p, "replaced", tuple(t.shape), *_NONE] for p, t in self.replacements.items()]
         caption = "; ".join([f"adapter {self.name}: {len(self.updates)} targets", *self.moves])
         return table(["layer", "kind", "size", "rank", "scale"], rows, caption)

@@ -40,7 +40,7 @@ def _read(kind: Any, value: Any, where: str, refuse: Callable[[str, Any, str], A
         return [_read(inner[0], v, f"{where}[{n}]", refuse) for n, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: _read(inner[1], v, f"{where}[{key!r}]", refuse) for key, v in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         types = get_type_hints(kind)
         given: dict[str, Any] = {}
         for item in fields(kind):

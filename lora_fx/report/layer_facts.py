@@ -27,6 +27,7 @@ from lora_fx.reference.weight_change import Place, blocks, fitted
 from lora_fx.report.distance import difference
 from lora_fx.report.holding import Holding
 
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 MOST = 64  # singular values that are kept of a layer
 
 
@@ -156,7 +157,7 @@ class _Measure:
                 continue
             try:
                 yield self._updated(name, path, update)
-            except (AdapterError, torch.linalg.LinAlgError):  # it is said to be there, unmeasured
+            except (AdapterError, LinAlgError):  # it is said to be there, unmeasured
                 yield self._unknown(name, path, update)
         for parameter, value in binding.replaced.items():
             yield self._replaced(name, parameter, value)

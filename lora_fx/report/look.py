@@ -73,7 +73,7 @@ def look_at_slots(
         slots: path -> what kind of slot is there.
     """
     layers = [fact for gm in adapted for fact in layer_facts(Stages.of(gm), "input")]
-    kinds = _kinds(layers) or {kind: path for path, kind in reversed(slots.items())}
+    kinds = _kinds(layers) or {kind: path for path, kind in reversed(list(slots.items()))}
     graphs = {"the model": Surroundings(base), "in the file": Surroundings(written, open=True)}
     return Look(layers, list(_pictures(graphs, kinds)))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_fx.branch_lowering.cost import Cost
+from lora_fx.errors import shorten
 from lora_fx.report.heat_map import heat_maps
 from lora_fx.report.svg import bars, drawn
 from lora_fx.tables import Html, number, size, table
@@ -46,10 +47,9 @@ def sections(report: Values) -> Iterator[Section]:
         yield Section("Around a layer", pictures)
     yield Section("Verification", _verification(report))
     yield Section("Sizes", _sizes(report))
-    left = report.get("left", {}).items()
-    rows = [*left, *(["", note] for note in report["notes"])]
+    rows = [*_left(report.get("left", {})), *(["", note] for note in report["notes"])]
     if rows:
-        yield Section("What was left, and what to know", table(["layer", "why"], rows))
+        yield Section("What was left, and what to know", table(["layers", "why"], rows))
 
 
 def tables(report: Values) -> Iterator[str]:
@@ -124,6 +124,13 @@ def _verification(report: Values) -> str:
     hidden = f"<details><summary>{len(more)} more</summary>{rest}</details>" if more else ""
     against = table(_CHECK, map(_check, controls), "has to disagree") if controls else ""
     return f"{Html.of('p', said)}{shown}{hidden}{against}"
+
+
+def _left(left: Mapping[str, str]) -> Iterator[list[str]]:
+    """The layers that have a reason in common."""
+    for reason in dict.fromkeys(left.values()):
+        paths = [path for path, own in left.items() if own == reason]
+        yield [f"{len(paths)}: {shorten(paths)}", reason]
 
 
 def _badness(row: Values) -> tuple[bool, float]:
