@@ -14,17 +14,24 @@ class Html(str):
 
     __slots__ = ()
 
-    def __html__(self) -> str:
-        """Itself, as libraries ask for it."""
-        return str(self)
 
-    @classmethod
-    def of(cls, tag: str, text: str) -> Html:
-        """An element that holds a text."""
-        return cls(f"<{tag}>{html.escape(text)}</{tag}>")
+def element(tag: str, *inner: str, **attributes: object) -> Html:
+    """An element; all that it holds is text, but `Html`.
+
+    Args:
+        tag: its name.
+        inner: what it holds.
+        attributes: a name that Python has no spelling for with ``_``: ``class_``, ``fill_opacity``.
+    """
+    given = (
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for name, value in attributes.items()
+    )
+    held = (part if isinstance(part, Html) else html.escape(part) for part in inner)
+    return Html(f"<{tag}{''.join(given)}>{''.join(held)}</{tag}>")
 
 
-def table(head: Sequence[str], rows: Rows, caption: str = "") -> str:
+def table(head: Sequence[str], rows: Rows, caption: str = "") -> Html:
     """A table; every cell is escaped, but `Html`.
 
     Args:
@@ -32,20 +39,17 @@ def table(head: Sequence[str], rows: Rows, caption: str = "") -> str:
         rows: cells: text, numbers, None where there is nothing to say.
         caption: what the table is of.
     """
-    title = Html.of("caption", caption) if caption else ""
-    top = "".join(Html.of("th", name) for name in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f"<table>{title}<tr>{top}</tr>{body}</table>"
+    title = [element("caption", caption)] if caption else []
+    top = element("tr", *(element("th", name) for name in head))
+    return element("table", *title, top, *(element("tr", *map(_cell, row)) for row in rows))
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, Html):
-        return f"<td>{value}</td>"
+def _cell(value: object) -> Html:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td style="text-align:right">{number(value)}</td>'
-    text = "" if value is None else str(value)
-    mark = ' class="long"' if len(text) > _LONG else ""
-    return f"<td{mark}>{html.escape(text)}</td>"
+        return element("td", number(value), style="text-align:right")
+    text = value if isinstance(value, str) else "" if value is None else str(value)
+    is_long = len(text) > _LONG and not isinstance(text, Html)
+    return element("td", text, class_="long") if is_long else element("td", text)
 
 
 def number(value: float) -> str:

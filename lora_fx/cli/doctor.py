@@ -24,7 +24,7 @@ from lora_fx.frontend.trace import trace
 from lora_fx.numerics import compare
 
 _PACKAGE = "lora-fx"
-_REMEDY = f"install the versions that are promised: pip install --upgrade {_PACKAGE}"
+_REMEDY = f"install the versions that are promised: pip install -U {_PACKAGE}"
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fx.tables import Html, number, table
+from lora_fx.tables import Html, element, number, table
 
 
-def heat_maps(layers: Sequence[Mapping[str, Any]]) -> str:
+def heat_maps(layers: Sequence[Mapping[str, Any]]) -> Html:
     """A table for each adapter: rows are layers, columns projections, cells ``‖ΔW‖ / ‖W‖``.
 
     Args:
         layers: `LayerFacts` as plain values.
     """
     most = max((_known(fact["change"]) for fact in layers), default=0.0)
-    return "".join(
-        _heat_map(name, [fact for fact in layers if fact["adapter"] == name], most)
-        for name in dict.fromkeys(fact["adapter"] for fact in layers)
+    return element(
+        "div",
+        *(
+            _heat_map(name, [fact for fact in layers if fact["adapter"] == name], most)
+            for name in dict.fromkeys(fact["adapter"] for fact in layers)
+        ),
     )
 
 
-def _heat_map(name: str, layers: Sequence[Mapping[str, Any]], most: float) -> str:
+def _heat_map(name: str, layers: Sequence[Mapping[str, Any]], most: float) -> Html:
     cells = {split(fact["path"]): fact["change"] for fact in layers}
     columns = list(dict.fromkeys(column for _, column in cells))
     rows = [
@@ -45,7 +48,7 @@ def _cell(change: float | str | None, most: float) -> Html | None:
         return None
     share = _known(change) / most if most else 0.0
     style = f"display:block;padding:.2em .4em;background:rgba(224,118,12,{0.75 * share:.2f})"
-    return Html(f'<span style="{style}">{number(float(change))}</span>')
+    return element("span", number(float(change)), style=style)
 
 
 def _known(change: float | str | None) -> float:

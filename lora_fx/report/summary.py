@@ -9,7 +9,7 @@ from lora_fx.branch_lowering.cost import Cost
 from lora_fx.errors import shorten
 from lora_fx.report.heat_map import heat_maps
 from lora_fx.report.svg import bars, drawn
-from lora_fx.tables import Html, number, size, table
+from lora_fx.tables import Html, element, number, size, table
 
 Values = Mapping[str, Any]
 _SHOWN = 20  # checks that are shown at once, the worst first
@@ -29,7 +29,7 @@ class Section(NamedTuple):
     """
 
     title: str
-    body: str
+    body: Html
 
 
 def sections(report: Values) -> Iterator[Section]:
@@ -43,8 +43,8 @@ def sections(report: Values) -> Iterator[Section]:
     if layers:
         yield Section("Layers", table(_LAYER, map(_layer, layers)))
         yield Section("How much each layer changes", heat_maps(layers))
-    if pictures := "".join(map(_picture, report.get("pictures", []))):
-        yield Section("Around a layer", pictures)
+    if pictures := report.get("pictures", []):
+        yield Section("Around a layer", element("div", *map(_picture, pictures)))
     yield Section("Verification", _verification(report))
     yield Section("Sizes", _sizes(report))
     rows = [*_left(report.get("left", {})), *(["", note] for note in report["notes"])]
@@ -55,7 +55,7 @@ def sections(report: Values) -> Iterator[Section]:
 def tables(report: Values) -> Iterator[str]:
     """The sections as a notebook shows them."""
     for section in sections(report):
-        yield f"<h4>{section.title}</h4>{section.body}"
+        yield element("h4", section.title) + section.body
 
 
 def verdict(report: Values) -> str:
@@ -65,7 +65,7 @@ def verdict(report: Values) -> str:
     return "not verified" if not report["checks"] else "without a control that failed"
 
 
-def _done(report: Values) -> str:
+def _done(report: Values) -> Html:
     names = {"mode": "mode", "task": "task", "dtype": "dtype", "opset": "opset"}
     rows = [["file", report["path"]], ["result", verdict(report)]]
     rows += [[shown, str(report[name])] for name, shown in names.items() if report.get(name)]
@@ -89,27 +89,27 @@ def _layer(fact: Values) -> list[object]:
     return [
         fact["path"], fact["adapter"], fact["kind"],
         f"{', '.join(map(str, into))} → {out}" if into else str(out),
-        fact["rank"], fact["scale"], fact["change"], rank, Html(bars(values, said)), fact["error"],
+        fact["rank"], fact["scale"], fact["change"], rank, bars(values, said), fact["error"],
         fact["form"], told,
     ]  # fmt: skip
 
 
-def _picture(picture: Values) -> str:
+def _picture(picture: Values) -> Html:
     stages = picture["stages"]
-    shown = [
-        f"<figure>{drawn(one['title'], [(b['text'], b['kind'], b['reads']) for b in one['boxes']])}"
-        f"{Html.of('figcaption', one['title'])}</figure>"
-        for one in stages
-    ]
-    head = Html.of("h3", f"{picture['title']}: {picture['path']}")
-    return f'{head}<div class="stages">{"".join(shown)}</div>' if stages else ""
+    shown = []
+    for one in stages:
+        boxes = [(box["text"], box["kind"], box["reads"]) for box in one["boxes"]]
+        caption = element("figcaption", one["title"])
+        shown.append(element("figure", drawn(one["title"], boxes), caption))
+    head = element("h3", f"{picture['title']}: {picture['path']}")
+    return element("div", head, element("div", *shown, class_="stages"))
 
 
-def _verification(report: Values) -> str:
+def _verification(report: Values) -> Html:
     checks = sorted(report["checks"], key=_badness, reverse=True)
     controls = report["controls"]
     if not checks:
-        return Html.of("p", "Nothing was held against eager: verify=False.")
+        return element("p", "Nothing was held against eager: it was left out.")
     worst = checks[0]
     said = (
         f"{sum(row['ok'] for row in checks)} of {len(checks)} comparisons with the eager model "
@@ -119,11 +119,13 @@ def _verification(report: Values) -> str:
     failed = [row for row in controls if row["ok"]]
     said += f"it does, by {_told(failed[0]['relative'])}." if failed else "there is none that did."
     shown = table(_CHECK, map(_check, checks[:_SHOWN]), "has to agree")
-    more = checks[_SHOWN:]
-    rest = table(_CHECK, map(_check, more))
-    hidden = f"<details><summary>{len(more)} more</summary>{rest}</details>" if more else ""
-    against = table(_CHECK, map(_check, controls), "has to disagree") if controls else ""
-    return f"{Html.of('p', said)}{shown}{hidden}{against}"
+    parts = [element("p", said), shown]
+    if more := checks[_SHOWN:]:
+        rest = table(_CHECK, map(_check, more))
+        parts.append(element("details", element("summary", f"{len(more)} more"), rest))
+    if controls:
+        parts.append(table(_CHECK, map(_check, controls), "has to disagree"))
+    return element("div", *parts)
 
 
 def _left(left: Mapping[str, str]) -> Iterator[list[str]]:
@@ -149,7 +151,7 @@ def _told(value: float | str) -> str:
     return f"{float(value):.1e}"
 
 
-def _sizes(report: Values) -> str:
+def _sizes(report: Values) -> Html:
     files: Mapping[str, int] = report["files"]
     rows: Sequence[list[object]] = [[name, size(count)] for name, count in files.items()]
     return table(["file", "size"], [*rows, ["all", size(sum(files.values()))]])

@@ -22,7 +22,7 @@ from lora_fx.report.page import write_page
 from lora_fx.tables import number
 
 HOSTILE = "<script>alert(1)</script>&amp;"
-VOID = {"meta", "path", "rect"}
+VOID = {"meta"}
 
 
 class Reader(HTMLParser):
