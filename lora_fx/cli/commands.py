@@ -21,8 +21,9 @@ from lora_fx.formats import save_adapter
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.io.output_place import check_path
-from lora_fx.report.layer_facts import Stages, layer_facts
+from lora_fx.report.layer_facts import layer_facts
 from lora_fx.report.look import Look
+from lora_fx.report.stages import Stages
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -11,6 +11,7 @@ from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.branch_lowering.cost import Cost
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
+from lora_fx.graph.provenance import FOLDED
 from lora_fx.injection.match_branch import branches_of
 from lora_fx.injection.read_adapter import update_from
 from lora_fx.layers.parametrized_weights import recorded
@@ -60,6 +61,12 @@ class Holding:
     def form(self, path: str) -> Form:
         """How the update of a layer is held, and what that costs more than the merged layer."""
         return self.beside.get(path, self.otherwise)
+
+    def folded(self) -> Iterator[tuple[str, Site]]:
+        """The layers that fold made anew, with nothing beside them."""
+        for path, (site, *_) in self.sites.items():
+            if FOLDED in site.node.meta and path not in self.beside:
+                yield path, site
 
     def delta(self, path: str, place: Place) -> Matrix | None:
         """W' - W of a layer as it is stored; None where it is not, or of several adapters."""

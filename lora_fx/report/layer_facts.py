@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from lora_fx.adapters.updates import AnyUpdate, Update, length
 from lora_fx.algebra.low_rank import NotLowRankError
@@ -15,19 +14,17 @@ from lora_fx.algebra.truncation import of_product, size_of, svd_of
 from lora_fx.branch_lowering.cost import Cost
 from lora_fx.errors import AdapterError
 from lora_fx.graph.lazy_tensor import evaluate
-from lora_fx.graph.provenance import origins
-from lora_fx.injection.bind import Binding, bind
-from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import branches, free_name
-from lora_fx.injection.read_adapter import adapter_from
+from lora_fx.injection.bind import Binding
 from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.reference.base_weights import Base
 from lora_fx.reference.weight_change import Place, blocks, fitted
 from lora_fx.report.distance import difference
 from lora_fx.report.holding import Holding
+from lora_fx.report.stages import Stages
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+ITSELF = "(the model)"  # in place of an adapter's name
 MOST = 64  # singular values that are kept of a layer
 
 
@@ -39,7 +36,9 @@ class LayerFacts:
         path: of the layer; of what an adapter brings whole, the parameter's name.
         layer: the layer's type, ``"linear"``, ``"conv2d"``, ...; ``""`` of no layer.
         adapter: its name.
-        kind: of the update: ``"lora"``, ``"dora"``, ...; ``"replaced"``.
+        kind: of the update: ``"lora"``, ``"dora"``, ...; ``"replaced"``; ``"folded"`` of what the
+            model itself computes around a layer, and is no low-rank product, such as DoRA in a
+            model that PEFT wrapped.
         shape: (out, in, *kernel).
         rank: of two factors, or None.
         scale: of two factors, or None.
@@ -52,7 +51,8 @@ class LayerFacts:
         cost: what the form costs more than the merged layer, with a shrink of its own; None where
             it is not counted.
         error: how far W' - W as the graph stores it is off, by rounding to its dtype, over the norm
-            of W' - W; None where it is made at each call, or of several adapters.
+            of W' - W; None where it is made at each call, of several adapters, or folded together
+            with more than its adapter.
     """
 
     path: str
@@ -70,53 +70,6 @@ class LayerFacts:
     error: float | None
 
 
-@dataclass(frozen=True)
-class Stages:
-    """A graph with adapters, and what it was made of.
-
-    Attributes:
-        gm: as it is: adapters injected, trained, folded, or written into the model by somebody.
-        whole: before it was folded.
-        raised: the same, what the model itself adds to its layers as branches of ``name``.
-        base: without any adapter.
-        name: of the adapter that the model itself holds, if any.
-    """
-
-    gm: fx.GraphModule
-    whole: fx.GraphModule
-    raised: fx.GraphModule
-    base: fx.GraphModule
-    name: str
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule) -> Stages:
-        """Takes a graph apart; it is not changed."""
-        from lora_fx.passes import RaiseLora, StripLora, UnfoldLora
-
-        whole = UnfoldLora()(gm).graph_module if origins(gm) else gm
-        name = free_name(whole)
-        raised = RaiseLora(name)(whole).graph_module
-        return cls(gm, whole, raised, StripLora()(raised).graph_module, name)
-
-    def standing(self) -> fx.GraphModule:
-        """The graph as it is, with branches that are known as such."""
-        from lora_fx.passes import RaiseLora
-
-        return self.raised if self.whole is self.gm else RaiseLora(self.name)(self.gm).graph_module
-
-    def bound(self, layers: BaseLayers) -> Iterator[Binding]:
-        """Each adapter; what the model itself adds counts where no adapter is known to act."""
-        known: set[str] = set()
-        for record in injected(self.gm):
-            binding = bind(layers, record.now(self.gm))
-            known |= binding.updates.keys()
-            yield binding
-        if any(branch.name == self.name for branch in branches(self.raised)):
-            own = adapter_from(self.raised, self.name)
-            updates = {path: u for path, u in own.updates.items() if path not in known}
-            yield bind(layers, replace(own, updates=updates))
-
-
 @torch.no_grad()
 def layer_facts(stages: Stages, target: str = "constant") -> list[LayerFacts]:
     """Measures every layer that the adapters of a graph change.
@@ -127,11 +80,13 @@ def layer_facts(stages: Stages, target: str = "constant") -> list[LayerFacts]:
     """
     layers = layers_in(stages.base, by_path(stages.base))
     bound = list(stages.bound(layers))
-    every = [name for one in bound for name in (*one.updates, *one.replaced)]
-    once = {name for name in every if every.count(name) == 1}
+    every = [path for one in bound for path in one.updates]
+    replaced = {name.rpartition(".")[0] for one in bound for name in one.replaced}
+    apart = stages.mixed() | replaced | {path for path in every if every.count(path) > 1}
     holding = Holding.of(stages.standing(), target)
-    measure = _Measure(layers, Base(stages.base), holding, once)
-    return [fact for one in bound for fact in measure.facts(one)]
+    measure = _Measure(layers, Base(stages.base), holding, apart)
+    found = [fact for one in bound for fact in measure.facts(one)]
+    return [*found, *measure.folded({*every, *replaced})]
 
 
 @dataclass(frozen=True)
@@ -142,13 +97,13 @@ class _Measure:
         layers: of the base.
         base: the same, for its weights.
         holding: the graph.
-        once: what one adapter alone changes.
+        apart: layers at which W' - W is not that of one adapter alone.
     """
 
     layers: BaseLayers
     base: Base
     holding: Holding
-    once: Set[str]
+    apart: Set[str]
 
     def facts(self, binding: Binding) -> Iterator[LayerFacts]:
         name = binding.adapter.name
@@ -162,11 +117,26 @@ class _Measure:
         for parameter, value in binding.replaced.items():
             yield self._replaced(name, parameter, value)
 
+    def folded(self, known: Set[str]) -> Iterator[LayerFacts]:
+        """What fold made of other layers: of what the model itself computes around them."""
+        for path, site in self.holding.folded():
+            own = self.base.replaced(f"{path}.weight") if path not in known else ""
+            held = None if isinstance(own, str) else self.holding.delta(path, Place(own, None))
+            if isinstance(own, str) or held is None:
+                continue
+            svd = svd_of(held, MOST, None)
+            if svd.size:
+                yield LayerFacts(
+                    path, site.kind, ITSELF, "folded", list(site.own_shape), None, None,
+                    _over(svd.size, length(own.weight())), effective_rank(svd.values),
+                    svd.values[:MOST].tolist(), *self.holding.otherwise, None,
+                )  # fmt: skip
+
     def _updated(self, name: str, path: str, update: AnyUpdate) -> LayerFacts:
         own = self.base.own(path, update)
         place = Place(own, fitted(update, own.layer))
         values, whole = _spectrum(place)
-        held = self.holding.delta(path, place) if path in self.once else None
+        held = None if path in self.apart else self.holding.delta(path, place)
         form, cost = self.holding.form(path)
         return LayerFacts(
             path, "" if own.layer is None else own.layer.kind, name, update.kind,
@@ -195,7 +165,7 @@ class _Measure:
             "replaced", list(value.shape), None, None, _over(size, length(start)),
             None if values is None else effective_rank(values.values),
             [] if values is None else values.values[:MOST].tolist(),
-            self.holding.otherwise[0], self.holding.otherwise[1], _over(float(kept), size),
+            *self.holding.otherwise, _over(float(kept), size),
         )  # fmt: skip
 
 

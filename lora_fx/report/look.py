@@ -11,7 +11,8 @@ from torch import fx
 from lora_fx.errors import PassError
 from lora_fx.explanation import unmerged
 from lora_fx.report.around import Drawing, Surroundings
-from lora_fx.report.layer_facts import LayerFacts, Stages, layer_facts
+from lora_fx.report.layer_facts import LayerFacts, layer_facts
+from lora_fx.report.stages import Stages
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,20 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import fx, nn
 
 import lora_fx
 from lora_fx import Adapter
-from lora_fx.report.layer_facts import LayerFacts, Stages, effective_rank, layer_facts
+from lora_fx.report.layer_facts import LayerFacts, effective_rank, layer_facts
+from lora_fx.report.stages import Stages
 from lora_fx.testing import (
     UPDATES,
     Attention,
     Between,
+    Computes,
     Experts,
     Notebook,
     make_adapter,
@@ -165,10 +168,57 @@ def test_what_was_trained_is_measured_as_it_is_now() -> None:
     assert agrees(trained, update.delta(), model[0].weight.detach())
 
 
-def test_a_graph_without_an_adapter_has_no_layers_to_measure() -> None:
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+def scaled() -> Computes:
+    """A layer whose outputs the model multiplies, and one that it leaves alone."""
+    torch.manual_seed(0)
+    return Computes(
+        lambda m, x: m.last(torch.tanh(m.fc(x) * m.factor)),
+        {"factor": (5,)},
+        fc=nn.Linear(6, 5),
+        last=nn.Linear(5, 3),
+    ).eval()
+
+
+def test_what_fold_makes_of_the_model_itself_is_said_to_be_that() -> None:
+    model: Any = scaled()
     gm = lora_fx.trace(model, (torch.randn(2, 6),))
-    assert facts(gm) == facts(lora_fx.fold(gm)) == []
+    assert facts(gm) == []
+    (fact,) = facts(lora_fx.fold(gm))
+    assert (fact.path, fact.kind, fact.adapter) == ("fc", "folded", "(the model)")
+    weight = model.fc.weight.detach()
+    assert agrees(fact, model.factor.detach()[:, None] * weight - weight, weight)
+
+
+def test_an_adapter_that_is_folded_with_more_has_no_error_of_its_own() -> None:
+    model: Any = scaled()
+    adapter = make_adapter({"fc": (5, 6), "last": (3, 5)})
+    tuned = lora_fx.inject(lora_fx.trace(model, (torch.randn(2, 6),)), adapter)
+    mixed, alone = facts(lora_fx.fold(tuned))
+    update: Any = adapter.updates["fc"]
+    assert agrees(mixed, update.delta(), model.fc.weight.detach())
+    assert (mixed.kind, mixed.form, mixed.error) == ("lora", "merged", None)
+    assert alone.error is not None
+    assert alone.error <= 1e-5
+    beside = facts(tuned)[0]
+    assert beside.error is not None
+    assert beside.error <= 1e-5
+
+
+@pytest.mark.parametrize("chosen", ["use_dora", "loha"])
+def test_a_model_that_peft_wrapped_is_measured_when_it_is_folded(chosen: str) -> None:
+    torch.manual_seed(0)
+    config: Any = (
+        peft.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        if chosen == "use_dora"
+        else peft.LoHaConfig(r=2, target_modules=["0"], init_weights=False)
+    )
+    wrapped = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6), nn.Tanh()), config).eval()
+    gm = lora_fx.trace(wrapped.get_base_model(), (torch.randn(3, 8),))
+    weight = wrapped.get_base_model()[0].base_layer.weight.detach().clone()
+    (fact,) = facts(lora_fx.fold(gm))
+    merged = wrapped.merge_and_unload()[0].weight.detach()
+    assert (fact.path, fact.kind, fact.form) == ("0.base_layer", "folded", "merged")
+    assert agrees(fact, merged - weight, weight)
 
 
 def test_the_form_and_its_cost_are_those_that_an_export_chooses() -> None:
