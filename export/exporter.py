@@ -151,7 +151,7 @@ def to_onnx(
             with clock.stage("measure"):
                 done = done.with_look(plan.look())
         if page is not None:
-            write_page(done.to_dict(), page, force=force)
+            write_page(done, page, force=force)
     return done
 
 

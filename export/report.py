@@ -18,7 +18,7 @@ from lora_fx.io.records import read_record
 from lora_fx.reference.reference_run import WeightForm
 from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.report.look import Look, Picture
-from lora_fx.report.summary import tables
+from lora_fx.report.summary import in_notebook
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ExportReport:
         return "\n".join([*lines, times])
 
     def _repr_html_(self) -> str:
-        return "".join(tables(self.to_dict()))
+        return in_notebook(self)
 
 
 class Clock:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fx.cli.adapter_options import Given
 from lora_fx.cli.commands import REPORT
-from lora_fx.cli.parts import Parts, Report
+from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.io.output_place import check_path
 from lora_fx.io.strict_json import read_json
 from lora_fx.report.diff import Differences, diff, is_model
 from lora_fx.report.page import write_page
 
+if TYPE_CHECKING:
+    from lora_fx.export import ExportReport
+
 PAGE = "report.html"
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> ExportReport | Parts:
     """Reads the report of an export.
 
     Args:
@@ -42,7 +46,7 @@ def read_report(path: Path) -> Report:
         return Parts(tuple(ExportReport.from_dict(part) for part in values["parts"]))
 
 
-def make_page(path: Path, out: Path | None, force: bool) -> tuple[Path, Report]:
+def make_page(path: Path, out: Path | None, force: bool) -> tuple[Path, ExportReport | Parts]:
     """Writes a report as one page.
 
     Args:
@@ -57,7 +61,7 @@ def make_page(path: Path, out: Path | None, force: bool) -> tuple[Path, Report]:
     place = out or (path if path.is_dir() else path.parent) / PAGE
     if place.suffix not in (".html", ".htm"):
         raise ExportError(f"{place}: expected the name of an .html file")
-    write_page(report.to_dict(), place, force=force)
+    write_page(report.reports if isinstance(report, Parts) else report, place, force=force)
     return place, report
 
 

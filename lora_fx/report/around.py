@@ -13,7 +13,8 @@ from lora_fx.errors import PassError, shorten
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import GUARDS, module_path, op_name
 from lora_fx.layers.sites import by_path
-from lora_fx.report.svg import drawn
+from lora_fx.report.svg import KINDS, drawn
+from lora_fx.tables import Html
 
 _MOST = 40  # calls that are drawn
 _READERS = 3  # of what the last call gives
@@ -47,6 +48,16 @@ class Drawing:
     title: str
     boxes: list[Box] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        """Checks what may have been read from a file.
+
+        Raises:
+            PassError: a box is of no known kind, or reads one that does not stand before it.
+        """
+        for place, box in enumerate(self.boxes):
+            if box.kind not in KINDS or not all(0 <= read < place for read in box.reads):
+                raise PassError(f"the drawing {self.title!r}: box {place} cannot be: {box!r:.200}")
+
     def __str__(self) -> str:
         """A line for each box."""
         lines = []
@@ -55,8 +66,12 @@ class Drawing:
             lines.append(f"{box.text}{read}")
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
+    def picture(self) -> Html:
+        """The boxes and their lines."""
         return drawn(self.title, [(box.text, box.kind, box.reads) for box in self.boxes])
+
+    def _repr_html_(self) -> str:
+        return self.picture()
 
 
 class Surroundings:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.tables import Html, element, number, table
 
 
-def heat_maps(layers: Sequence[Mapping[str, Any]]) -> Html:
+def heat_maps(layers: Sequence[LayerFacts]) -> Html:
     """A table for each adapter: rows are layers, columns projections, cells ``‖ΔW‖ / ‖W‖``.
 
     Args:
-        layers: `LayerFacts` as plain values.
+        layers: those that are changed.
     """
-    most = max((_known(fact["change"]) for fact in layers), default=0.0)
+    most = max((_known(fact.change) for fact in layers), default=0.0)
     return element(
         "div",
         *(
-            _heat_map(name, [fact for fact in layers if fact["adapter"] == name], most)
-            for name in dict.fromkeys(fact["adapter"] for fact in layers)
+            _heat_map(name, [fact for fact in layers if fact.adapter == name], most)
+            for name in dict.fromkeys(fact.adapter for fact in layers)
         ),
     )
 
 
-def _heat_map(name: str, layers: Sequence[Mapping[str, Any]], most: float) -> Html:
-    cells = {split(fact["path"]): fact["change"] for fact in layers}
+def _heat_map(name: str, layers: Sequence[LayerFacts], most: float) -> Html:
+    cells = {split(fact.path): fact.change for fact in layers}
     columns = list(dict.fromkeys(column for _, column in cells))
     rows = [
         [row, *(_cell(cells.get((row, column)), most) for column in columns)]
@@ -43,14 +43,13 @@ def split(path: str) -> tuple[str, str]:
     return ".".join(names[:place]), ".".join(names[place:])
 
 
-def _cell(change: float | str | None, most: float) -> Html | None:
+def _cell(change: float | None, most: float) -> Html | None:
     if change is None:
         return None
     share = _known(change) / most if most else 0.0
     style = f"display:block;padding:.2em .4em;background:rgba(224,118,12,{0.75 * share:.2f})"
-    return element("span", number(float(change)), style=style)
+    return element("span", number(change), style=style)
 
 
-def _known(change: float | str | None) -> float:
-    value = 0.0 if change is None else float(change)
-    return value if math.isfinite(value) else 0.0
+def _known(change: float | None) -> float:
+    return change if change is not None and math.isfinite(change) else 0.0

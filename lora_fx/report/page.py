@@ -7,51 +7,46 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fx.errors import ExportError
 from lora_fx.io.atomic import data_path, refuse_existing, staged
-from lora_fx.report.summary import Values, sections, verdict
+from lora_fx.report.summary import sections, verdict
+
+if TYPE_CHECKING:
+    from lora_fx.export import ExportReport
 
 
-def page(report: Values) -> str:
-    """A report as HTML.
-
-    Args:
-        report: what `ExportReport.to_dict` gives, or of several files, ``parts``, each of these.
-    """
+def page(reports: Sequence[ExportReport]) -> str:
+    """Reports of the files of one model as HTML."""
     from jinja2 import Environment  # a moment, which only who wants a page waits for
 
-    parts: Sequence[Values] = report.get("parts", [report])
-    shown = [
-        {
-            "path": part["path"],
-            "verified": part["verified"],
-            "verdict": verdict(part),
-            "sections": list(sections(part)),
-        }
-        for part in parts
-    ]
+    shown = [(report, verdict(report), list(sections(report))) for report in reports]
     source = files("lora_fx.report").joinpath("page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         source
     )
-    title = Path(parts[0]["path"]).name if len(parts) == 1 else Path(parts[0]["path"]).parent.name
+    first = Path(reports[0].path)
+    title = first.name if len(reports) == 1 else first.parent.name
     return template.render(title=title, reports=shown, version=version("lora-fx"))
 
 
-def write_page(report: Values, path: Path, *, force: bool = False) -> None:
-    """Writes a report as one page.
+def write_page(
+    report: ExportReport | Sequence[ExportReport], path: str | Path, *, force: bool = False
+) -> None:
+    """Writes a report as one page: one HTML file, which loads nothing and runs nothing.
 
     Args:
-        report: as `page` takes it.
+        report: of an export, or those of the files of one model.
         path: the ``.html`` file.
         force: replace a file that exists.
 
     Raises:
         ExportError: the file exists, or cannot be written.
     """
-    with staged(path, force=force) as draft:
-        draft.write_text(page(report), encoding="utf-8")
+    reports = report if isinstance(report, Sequence) else [report]
+    with staged(Path(path), force=force) as draft:
+        draft.write_text(page(reports), encoding="utf-8")
 
 
 def page_beside(path: str | Path, model: Path, *, force: bool) -> Path:

@@ -5,13 +5,19 @@ Lines and text have the colour of the text around them, so they are seen on ligh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from itertools import pairwise
 
 from lora_fx.tables import Html, element
 
-_FILL = {"call": "#2f6fdb", "constant": "#808080", "adapter": "#e0760c", "outside": "none"}
+KINDS = {
+    "call": "#2f6fdb",
+    "constant": "#808080",
+    "adapter": "#e0760c",
+    "outside": "none",
+}  # of boxes: their colour
 _LETTER, _HIGH, _GAP, _STEP = 7.2, 28, 16, 58  # pixels: a letter, a box, between boxes, a row
 _THIN = 10  # where a line passes a row
 Boxes = Sequence[tuple[str, str, Sequence[int]]]
@@ -51,9 +57,10 @@ def bars(values: Sequence[float], said: str) -> Html:
     """Values from left to right as bars, the largest as high as the picture.
 
     Args:
-        values: not negative.
+        values: not negative; what is not finite is left out.
         said: what they are, to who cannot see them.
     """
+    values = [value for value in values if math.isfinite(value)]
     most, wide, high = max(values, default=0.0), 96, 24
     if most <= 0:
         return Html()
@@ -134,7 +141,7 @@ def _box(text: str, kind: str, middle: float, top: float, width: float) -> tuple
     dash = {"stroke_dasharray": "4 3"} if kind == "outside" else {}
     frame = element(
         "rect", x=round(middle - width / 2), y=top, width=round(width), height=_HIGH, rx=5,
-        fill=_FILL[kind], fill_opacity=0.22, stroke="currentColor", stroke_opacity=0.5, **dash,
+        fill=KINDS[kind], fill_opacity=0.22, stroke="currentColor", stroke_opacity=0.5, **dash,
     )  # fmt: skip
     at = {"x": round(middle), "y": round(top + _HIGH / 2 + 4)}
     return frame, element("text", text, **at, text_anchor="middle", fill="currentColor")

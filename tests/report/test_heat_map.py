@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from lora_fx.report.heat_map import heat_maps, split
+from lora_fx.report.layer_facts import LayerFacts
 
 
-def fact(path: str, change: float | str | None, adapter: str = "a") -> dict[str, Any]:
-    return {"path": path, "change": change, "adapter": adapter}
+def fact(path: str, change: float | None, adapter: str = "a") -> LayerFacts:
+    return LayerFacts(path, "", adapter, "", [], None, None, change, None, [], "", None, None)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,6 @@ def test_a_cell_is_as_strong_as_its_number() -> None:
 
 
 def test_each_adapter_has_its_own_and_all_one_scale() -> None:
-    made = heat_maps([fact("q", 0.1, "one"), fact("q", 0.4, "two"), fact("k", "inf", "two")])
+    made = heat_maps([fact("q", 0.1, "one"), fact("q", 0.4, "two"), fact("k", float("inf"), "two")])
     assert made.count("<table>") == 2
     assert re.findall(r"rgba\(224,118,12,([\d.]+)\)", made) == ["0.19", "0.75", "0.00"]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export import ExportReport, to_onnx
 from lora_fx.report.page import page as render
 from lora_fx.report.page import write_page
@@ -112,16 +112,14 @@ def test_a_report_that_was_saved_gives_the_same_page(page: Any, tmp_path: Path) 
     page.report.save_json(tmp_path / "report.json")
     again = ExportReport.from_dict(json.loads((tmp_path / "report.json").read_text()))
     assert again == page.report
-    assert render(again.to_dict()) == page.html
+    assert render([again]) == page.html
     off = dataclasses.replace(again.layers[0], change=2 * (again.layers[0].change or 0))
     changed = dataclasses.replace(again, layers=[off, *again.layers[1:]])
-    assert render(changed.to_dict()) != page.html, "the control: another number, another page"
+    assert render([changed]) != page.html, "the control: another number, another page"
 
 
 def test_a_page_of_several_files_has_a_part_for_each(page: Any) -> None:
-    values = page.report.to_dict()
-    other = values | {"path": "out/decoder.onnx", "verified": False}
-    reader = read(render({"parts": [values, other]}))
+    reader = read(render([page.report, dataclasses.replace(page.report, path="out/decoder.onnx")]))
     ids = [value for _, name, value in reader.attributes if name == "id"]
     assert len(ids) == len({*ids})
     assert reader.tags.count("article") == 2
@@ -130,9 +128,9 @@ def test_a_page_of_several_files_has_a_part_for_each(page: Any) -> None:
 
 def test_what_is_not_verified_is_not_called_so(page: Any) -> None:
     plain = dataclasses.replace(page.report, checks=[], controls=[])
-    assert "not verified" in read(render(plain.to_dict())).words
+    assert "not verified" in read(render([plain])).words
     wrong = [dataclasses.replace(row, ok=False) for row in page.report.checks]
-    shown = read(render(dataclasses.replace(page.report, checks=wrong).to_dict()))
+    shown = read(render([dataclasses.replace(page.report, checks=wrong)]))
     assert "verified" not in shown.words
     assert "WRONG" in shown.words
 
@@ -140,7 +138,7 @@ def test_what_is_not_verified_is_not_called_so(page: Any) -> None:
 def test_many_checks_are_behind_a_fold_the_worst_first(page: Any) -> None:
     one = page.report.checks[0]
     rows = [dataclasses.replace(one, relative=n * 1e-8) for n in range(50)]
-    shown = read(render(dataclasses.replace(page.report, checks=rows).to_dict()))
+    shown = read(render([dataclasses.replace(page.report, checks=rows)]))
     assert "30 more" in shown.words
     assert (
         shown.words.index("4.9e-07") < shown.words.index("30 more") < shown.words.index("1.0e-08")
@@ -161,7 +159,7 @@ def test_a_page_that_is_there_is_not_replaced_unless_forced(tmp_path: Path) -> N
     report = small(tmp_path, report=place, force=True)
     assert "Nothing was held against eager" in place.read_text()
     with pytest.raises(ExportError, match="exists"):
-        write_page(report.to_dict(), place)
+        write_page(report, place)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
@@ -183,3 +181,28 @@ def test_a_notebook_shows_the_sections_of_the_page(page: Any) -> None:
     assert "<script" not in shown
     assert "Verification" in shown
     assert all(html.escape(fact.path) in shown for fact in page.report.layers)
+
+
+@pytest.mark.parametrize("odd", ["inf", "nan", "-inf"])
+def test_a_number_that_is_none_breaks_no_page(odd: str, page: Any) -> None:
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        return odd if isinstance(value, float) else value
+
+    again = ExportReport.from_dict(changed(page.report.to_dict()))
+    assert odd in read(render([again])).text
+    bare = [dataclasses.replace(fact, shape=[], singular_values=[]) for fact in again.layers]
+    read(render([dataclasses.replace(again, layers=bare)]))
+
+
+@pytest.mark.parametrize(
+    "box", [{"kind": "other"}, {"reads": [7]}, {"reads": [0]}, {"reads": [-1]}]
+)
+def test_a_drawing_that_cannot_be_is_refused(box: dict[str, Any], page: Any) -> None:
+    values = page.report.to_dict()
+    values["pictures"][0]["stages"][0]["boxes"][0] |= box
+    with pytest.raises(LoraFxError, match="box 0 cannot be"):
+        ExportReport.from_dict(values)

@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = dataclasses.replace(
         report, notes=[*report.notes, f"see {long}"], path=f"out/{long}.onnx"
     )
-    write_page(more.to_dict(), place / "page.html")
+    write_page(more, place / "page.html")
     return place
 
 
