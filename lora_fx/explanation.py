@@ -20,6 +20,8 @@ from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import is_factor
 from lora_fx.tables import table
 
+_FREE = "the graph was not folded, which would merge it"
+
 
 class Explanation(tuple[str, ...]):
     """A line for each layer; ``print`` shows them, and a notebook a table of them."""
@@ -134,9 +136,6 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     blocked = {n: region.blocked or _FREE for region in regions for n in region.nodes}
     blocked |= {branch.out: NO_WEIGHT for branch in standing if branch.mask is not None}
     return {path: _reason(end, analysis, blocked) for path, end in (found | beside).items()}
-
-
-_FREE = "the graph was not folded, which would merge it"
 
 
 def _reason(end: fx.Node, analysis: Analysis, blocked: dict[fx.Node, str]) -> str:

@@ -60,4 +60,7 @@ def _read(kind: Any, value: Any, where: str, refuse: Callable[[str, Any, str], A
 def _number(value: float | str, where: str, refuse: Callable[[str, Any, str], Any]) -> Any:
     if isinstance(value, str) and value not in ("inf", "-inf", "nan"):
         return refuse(where, value, "a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return refuse(where, value, "a number")

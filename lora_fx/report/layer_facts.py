@@ -10,14 +10,14 @@ import torch
 from lora_fx.adapters.updates import AnyUpdate, Update, length
 from lora_fx.algebra.low_rank import NotLowRankError
 from lora_fx.algebra.matrix_expr import Matrix
-from lora_fx.algebra.truncation import of_product, size_of, svd_of
+from lora_fx.algebra.truncation import Svd, of_product, size_of, svd_of
 from lora_fx.branch_lowering.cost import Cost
 from lora_fx.errors import AdapterError
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.injection.bind import Binding
 from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.sites import by_path
-from lora_fx.reference.base_weights import Base
+from lora_fx.reference.base_weights import Base, Own
 from lora_fx.reference.weight_change import Place, blocks, fitted
 from lora_fx.report.distance import difference
 from lora_fx.report.holding import Holding
@@ -120,17 +120,23 @@ class _Measure:
     def folded(self, known: Set[str]) -> Iterator[LayerFacts]:
         """What fold made of other layers: of what the model itself computes around them."""
         for path, site in self.holding.folded():
-            own = self.base.replaced(f"{path}.weight") if path not in known else ""
-            held = None if isinstance(own, str) else self.holding.delta(path, Place(own, None))
-            if isinstance(own, str) or held is None:
-                continue
-            svd = svd_of(held, MOST, None)
-            if svd.size:
+            own = None if path in known else self._own(f"{path}.weight")
+            held = None if own is None else self.holding.delta(path, Place(own, None))
+            svd = None if held is None else _decomposed(held)
+            if own is not None and svd is not None and svd.size:
                 yield LayerFacts(
                     path, site.kind, ITSELF, "folded", list(site.own_shape), None, None,
                     _over(svd.size, length(own.weight())), effective_rank(svd.values),
                     svd.values[:MOST].tolist(), *self.holding.otherwise, None,
                 )  # fmt: skip
+
+    def _own(self, parameter: str) -> Own | None:
+        """The layer whose weight a parameter is, if it is one and the base has it by this name."""
+        try:
+            own = self.base.replaced(parameter)
+        except AdapterError:
+            return None
+        return None if isinstance(own, str) else own
 
     def _updated(self, name: str, path: str, update: AnyUpdate) -> LayerFacts:
         own = self.base.own(path, update)
@@ -154,17 +160,17 @@ class _Measure:
 
     def _replaced(self, name: str, parameter: str, value: torch.Tensor) -> LayerFacts:
         """Of a head, a norm or a bias; the spectrum is that of a matrix."""
-        before, own = self.layers.unevaluated(parameter), self.base.replaced(parameter)
+        before, own = self.layers.unevaluated(parameter), self._own(parameter)
         assert before is not None
         start = evaluate(before)
         kept = (value.to(start.dtype).double() - value.double()).norm()
         size = float((value.double() - start.double()).norm())
-        values = None if isinstance(own, str) else svd_of(Place(own, None).delta(value), MOST, None)
+        svd = None if own is None else _decomposed(Place(own, None).delta(value))
         return LayerFacts(
-            parameter, "" if isinstance(own, str) or own.layer is None else own.layer.kind, name,
+            parameter, "" if own is None or own.layer is None else own.layer.kind, name,
             "replaced", list(value.shape), None, None, _over(size, length(start)),
-            None if values is None else effective_rank(values.values),
-            [] if values is None else values.values[:MOST].tolist(),
+            None if svd is None else effective_rank(svd.values),
+            [] if svd is None else svd.values[:MOST].tolist(),
             *self.holding.otherwise, _over(float(kept), size),
         )  # fmt: skip
 
@@ -176,6 +182,13 @@ def effective_rank(values: torch.Tensor) -> float:
         return 0.0
     shares = values.double() / total
     return float(torch.special.entr(shares).sum().exp())
+
+
+def _decomposed(matrix: Matrix) -> Svd | None:
+    try:
+        return svd_of(matrix, MOST, None)
+    except LinAlgError:  # a base that holds NaN or infinity
+        return None
 
 
 def _spectrum(place: Place) -> tuple[torch.Tensor, float]:

@@ -46,7 +46,7 @@ def write_page(
     """
     reports = report if isinstance(report, Sequence) else [report]
     with staged(Path(path), force=force) as draft:
-        draft.write_text(page(reports), encoding="utf-8")
+        draft.write_text(page(reports), encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def page_beside(path: str | Path, model: Path, *, force: bool) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from lora_fx.errors import PassError
 from lora_fx.graph.provenance import origins
 from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.injected_adapters import injected
@@ -38,7 +40,9 @@ class Stages:
         """Takes a graph apart; it is not changed."""
         from lora_fx.passes import RaiseLora, StripLora, UnfoldLora
 
-        whole = UnfoldLora()(gm).graph_module if origins(gm) else gm
+        whole = gm
+        with suppress(PassError):  # it was changed since it was folded: it is taken as it is
+            whole = UnfoldLora()(gm).graph_module if origins(gm) else gm
         name = free_name(whole)
         raised = RaiseLora(name)(whole).graph_module
         return cls(gm, whole, raised, StripLora()(raised).graph_module, name)

@@ -66,7 +66,7 @@ def verdict(report: ExportReport) -> str:
 
 def _done(report: ExportReport) -> Html:
     forms = [fact.form for fact in report.layers]
-    rows = [
+    rows: list[list[str | None]] = [
         ["file", report.path],
         ["result", verdict(report)],
         ["mode", report.mode],

@@ -118,6 +118,16 @@ def test_what_is_no_report_is_refused_by_name(content: str, says: str, tmp_path:
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_text_that_is_no_text_is_shown_as_far_as_it_goes(home: Path, tmp_path: Path) -> None:
+    values = json.loads((home / "merged" / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(values | {"notes": ["\ud800 a half"]}))
+    page, _ = make_page(tmp_path, None, False)
+    assert "a half" in page.read_text(encoding="utf-8")
+    (tmp_path / "report.json").write_text(json.dumps(values | {"seconds": {"trace": 10**400}}))
+    with pytest.raises(ExportError, match="seconds"):
+        make_page(tmp_path, None, True)
+
+
 @pytest.mark.parametrize("damage", ["layers", "pictures", "left", "checks", "coverage", "files"])
 def test_a_damaged_report_is_refused_and_makes_no_page(
     damage: str, home: Path, tmp_path: Path

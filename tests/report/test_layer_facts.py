@@ -221,6 +221,28 @@ def test_a_model_that_peft_wrapped_is_measured_when_it_is_folded(chosen: str) ->
     assert agrees(fact, merged - weight, weight)
 
 
+def test_a_weight_that_no_module_of_its_own_holds_is_passed_over_when_it_is_folded() -> None:
+    torch.manual_seed(0)
+    model = Computes(
+        lambda m, x: torch.tanh(x @ m.matrix * m.factor), {"matrix": (6, 5), "factor": (5,)}
+    ).eval()
+    assert facts(lora_fx.fold(lora_fx.trace(model, (torch.randn(2, 6),)))) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_base_that_is_not_finite_is_told_and_not_measured(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh()).eval()
+    tuned = lora_fx.inject(
+        lora_fx.trace(model, (torch.randn(2, 8),)), make_adapter({"0": (6, 8)}, kind=kind)
+    )
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")  # type: ignore[operator,index]
+    (fact,) = facts(tuned)
+    assert (fact.path, fact.kind) == ("0", kind)
+    assert fact.change in (None, 0.0)
+    assert bool(fact.singular_values) is (kind == "lora"), "only DoRA hangs on the weight"
+
+
 def test_the_form_and_its_cost_are_those_that_an_export_chooses() -> None:
     model = nn.Sequential(nn.Linear(64, 32)).eval()
     tuned = lora_fx.inject(
