@@ -66,6 +66,7 @@ def verdict(report: ExportReport) -> str:
 
 def _done(report: ExportReport) -> Html:
     forms = [fact.form for fact in report.layers]
+    covered: list[list[str | None]] = [[f"adapter {c.adapter}", str(c)] for c in report.coverage]
     rows: list[list[str | None]] = [
         ["file", report.path],
         ["result", verdict(report)],
@@ -77,7 +78,7 @@ def _done(report: ExportReport) -> Html:
         ["outputs", ", ".join(report.outputs)],
         ["slots", ", ".join(report.slots)],
         ["layers", "; ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))],
-        *([f"adapter {one.adapter}", str(one)] for one in report.coverage),
+        *covered,
         ["time", ", ".join(f"{stage} {taken:.1f} s" for stage, taken in report.seconds.items())],
     ]
     return table(["", ""], [row for row in rows if row[1]])
