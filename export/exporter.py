@@ -34,6 +34,7 @@ from lora_fx.injection.finite_values import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.report.page import page_beside, write_page
 
 
 def to_onnx(
@@ -54,6 +55,8 @@ def to_onnx(
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
+    report: str | Path | None = None,
+    measure: bool = False,
 ) -> ExportReport:
     """Writes a graph as ONNX, checks the file against eager, and only then publishes it.
 
@@ -89,6 +92,9 @@ def to_onnx(
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
         progress: told the name of each stage as it starts.
+        report: an ``.html`` file to write besides: one page with all that the report says.
+        measure: also measure what adapters do to each layer and draw one of each kind, for the
+            report's ``layers``, ``pictures`` and ``left``; a page has them anyway.
 
     Returns:
         What was written, measured and checked.
@@ -112,6 +118,7 @@ def to_onnx(
     scheme = scheme_wanted(quantize, task_of(gm))
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
+    page = None if report is None else page_beside(report, target, force=force)
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     with clock.stage("trace"):
@@ -146,24 +153,29 @@ def to_onnx(
                         more, off = _verified(plan, trial, plain, draft)
                         more.judge(str(target))
                     evidence, quantised = evidence.and_then(more), replace(quantised, outputs=off)
-        files = file_sizes(draft.parent)
-    return ExportReport(
-        path=str(target),
-        mode=_mode(gm, adapters),
-        files=files,
-        opset=model.opset_imports[""],
-        seconds=clock.seconds,
-        checks=evidence.checks,
-        controls=evidence.controls,
-        notes=[*trial.notes, *plan.notes, *evidence.notes, *_moves(gm)],
-        inputs=trial.inputs,
-        outputs=trial.outputs,
-        slots=[slot.path for slot in plan.slots],
-        coverage=evidence.coverage,
-        task=task_of(gm).get(TASK),
-        dtype=task_of(gm).get(DTYPE),
-        quantised=quantised,
-    )
+        done = ExportReport(
+            path=str(target),
+            mode=_mode(gm, adapters),
+            files=file_sizes(draft.parent),
+            opset=model.opset_imports[""],
+            seconds=clock.seconds,
+            checks=evidence.checks,
+            controls=evidence.controls,
+            notes=[*trial.notes, *plan.notes, *evidence.notes, *_moves(gm)],
+            inputs=trial.inputs,
+            outputs=trial.outputs,
+            slots=[slot.path for slot in plan.slots],
+            coverage=evidence.coverage,
+            task=task_of(gm).get(TASK),
+            dtype=task_of(gm).get(DTYPE),
+            quantised=quantised,
+        )
+        if measure or page is not None:
+            with clock.stage("measure"):
+                done = done.with_look(plan.look())
+        if page is not None:
+            write_page(done, page, force=force)
+    return done
 
 
 def _moves(gm: fx.GraphModule) -> list[str]:

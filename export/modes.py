@@ -32,10 +32,11 @@ from lora_fx.export.verification.negative_controls import (
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.injection.bind import bind
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.match_branch import free_name
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
+from lora_fx.report.look import Look, look, look_at_slots
 
 _TRACED_RANK = (3,)
 _TRIED_RANKS = (1, 4, 2, 7)
@@ -66,7 +67,7 @@ class Constant:
             apart: keep branches apart from the weights of their layers, in no other form.
         """
         expected = evaluating(gm)
-        raised = RaiseLora(_free_name(expected))(expected).graph_module
+        raised = RaiseLora(free_name(expected))(expected).graph_module
         return cls(gm, expected, evaluating(raised if apart else ChooseForm()(raised).graph_module))
 
     @property
@@ -79,6 +80,10 @@ class Constant:
 
     def close(self, model: ir.Model) -> None:
         """Changes nothing."""
+
+    def look(self) -> Look:
+        """What there is to see of the graph."""
+        return look(self.expected, self.traced)
 
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the graph."""
@@ -143,6 +148,12 @@ class Swappable:
         set_defaults(model, self.slots)
         model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
 
+    def look(self) -> Look:
+        """What there is to see of the graph, and of each adapter in it."""
+        kinds = {slot.path: f"{slot.kind}, a slot" for slot in self.slots}
+        adapted = (evaluating(alone) for _, alone in swapped(self.source))
+        return look_at_slots(adapted, self.base, self.traced, kinds)
+
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file alone against the base; with the adapters of the graph, and one of other ranks.
 
@@ -196,10 +207,3 @@ def _plain(
         yield Reference(NOT_QUANTISED, evaluating(gm))
     for name, changed in with_a_weight_scaled(numbers, packed):
         yield Reference(f"control: {name} x {FACTOR}", changed)
-
-
-def _free_name(gm: fx.GraphModule) -> str:
-    """A name for the adapter that is read out of a graph, which no branch of it has."""
-    taken = {branch.name for branch in branches(gm)}
-    names = ("raised", *(f"raised_{number}" for number in range(2, len(taken) + 2)))
-    return next(name for name in names if name not in taken)

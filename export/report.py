@@ -14,7 +14,11 @@ from typing import Any
 from torch import fx
 
 from lora_fx.errors import ExportError, VerificationError, memory_told
+from lora_fx.io.records import read_record
 from lora_fx.reference.reference_run import WeightForm
+from lora_fx.report.layer_facts import LayerFacts
+from lora_fx.report.look import Look, Picture
+from lora_fx.report.summary import in_notebook
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,9 @@ class ExportReport:
         task: what the model was exported for, as `lora_fx.tasks` has it.
         dtype: what the model was cast to, if it was.
         quantised: which weights are stored in a few bits, if any, and what that costs.
+        layers: under ``measure=True``, what adapters do to each layer, and how well it is held.
+        pictures: likewise, the graph around one layer of each kind.
+        left: likewise, layers that are not merged -> why.
     """
 
     path: str
@@ -139,6 +146,9 @@ class ExportReport:
     task: str | None = None
     dtype: str | None = None
     quantised: Quantisation | None = None
+    layers: list[LayerFacts] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def verified(self) -> bool:
@@ -156,10 +166,28 @@ class ExportReport:
             coverage=[*self.coverage, *evidence.coverage],
         )
 
+    def with_look(self, seen: Look) -> ExportReport:
+        """The report, and what was seen of the graph."""
+        return replace(
+            self,
+            layers=[*self.layers, *seen.layers],
+            pictures=[*self.pictures, *seen.pictures],
+            left=self.left | seen.left,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values; a number that JSON cannot hold becomes its name."""
         plain: dict[str, Any] = _plain(asdict(self))
         return plain | {"verified": self.verified}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ExportReport:
+        """Reads what `to_dict` gave.
+
+        Raises:
+            ExportError: it is no report; says what is wrong with it.
+        """
+        return read_record(cls, values, ExportError)
 
     def save_json(self, path: str | Path) -> None:
         """Writes the report as JSON."""
@@ -185,6 +213,9 @@ class ExportReport:
         lines += [f"note     {note}" for note in self.notes]
         times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, times])
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self)
 
 
 class Clock:

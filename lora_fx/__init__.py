@@ -33,7 +33,7 @@ from lora_fx.injection.read_adapter import adapter_from
 from lora_fx.numerics import compare
 
 if TYPE_CHECKING:
-    from lora_fx import export, passes, tasks, testing
+    from lora_fx import export, passes, report, tasks, testing
     from lora_fx.export import ExportReport, Session, export_adapter, to_onnx
     from lora_fx.formats import load_adapter, save_adapter
 
@@ -48,7 +48,7 @@ _LAZY = {
     "load_adapter": "lora_fx.formats",
     "save_adapter": "lora_fx.formats",
 }
-_ROOMS = {"export", "passes", "tasks", "testing"}
+_ROOMS = {"export", "passes", "report", "tasks", "testing"}
 
 
 def __getattr__(name: str) -> Any:
@@ -95,6 +95,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "passes",
+    "report",
     "save_adapter",
     "tasks",
     "testing",

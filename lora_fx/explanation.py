@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 from torch import fx
 
 from lora_fx.adapters.updates import NO_WEIGHT
@@ -20,6 +18,9 @@ from lora_fx.injection.match_branch import branches
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.parametrized_weights import made_anew
 from lora_fx.layers.sites import is_factor
+from lora_fx.tables import table
+
+_FREE = "the graph was not folded, which would merge it"
 
 
 class Explanation(tuple[str, ...]):
@@ -34,9 +35,8 @@ class Explanation(tuple[str, ...]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = (html.escape(line).partition(": ") for line in self)
-        rows = "".join(f"<tr><td>{layer}</td><td>{said}</td></tr>" for layer, _, said in cells)
-        return f"<table><tr><th>layer</th><th>what fold makes of it</th></tr>{rows}</table>"
+        cells = (line.partition(": ")[::2] for line in self)
+        return table(["layer", "what fold makes of it"], cells)
 
 
 def explain(gm: fx.GraphModule) -> Explanation:
@@ -120,10 +120,10 @@ def is_unmerged(gm: fx.GraphModule) -> bool:
 
 
 def unmerged(gm: fx.GraphModule) -> dict[str, str]:
-    """The layers whose adapters stand beside them: module path -> why fold left them there.
+    """The layers whose adapters stand beside them: module path -> why they are not merged.
 
     Args:
-        gm: a graph after `fold`.
+        gm: a graph, after `fold` or without it.
     """
     standing = branches(gm)
     beside = {branch.path: branch.out for branch in standing}
@@ -132,7 +132,8 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     if not beside and not found:
         return {}
     analysis = analyse(gm)
-    blocked = {n: region.blocked for region in maximal_regions(analysis) for n in region.nodes}
+    regions = maximal_regions(analysis)
+    blocked = {n: region.blocked or _FREE for region in regions for n in region.nodes}
     blocked |= {branch.out: NO_WEIGHT for branch in standing if branch.mask is not None}
     return {path: _reason(end, analysis, blocked) for path, end in (found | beside).items()}
 

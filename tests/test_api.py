@@ -77,13 +77,14 @@ fold(gm, *, chains=False)
 inject(gm, adapter, *, strict=True)
 load_adapter(path, *, name=None, format='auto', base=None, strict=True, **hints)
 passes
+report
 save_adapter(adapter, path, *, format='peft', force=False, **hints)
 tasks
 testing
 text(gm)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
-    external_data_above=128000000, force=False, progress=None)
+    external_data_above=128000000, force=False, progress=None, report=None, measure=False)
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto', check=True)
 unfold(gm)
 """,
@@ -120,8 +121,15 @@ quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0
 slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
-    external_data_above=128000000, force=False, progress=None)
+    external_data_above=128000000, force=False, progress=None, report=None, measure=False)
 verify_onnx(gm, path, *, adapters=(), progress=None)
+""",
+    "lora_fx.report": """
+Differences
+Drawing
+diff(first, second, *, base=None)
+draw(gm, path)
+write_page(report, path, *, force=False)
 """,
     "lora_fx.tasks": """
 ModelSource
@@ -187,7 +195,7 @@ zoo(name)
 }
 # Made by us, and read by a user.
 GIVEN = {"Checked", "Edit", "Editor", "ExportReport", "Exported", "Foreign", "PassResult", "Site"}
-GIVEN |= {"Case", "ModelSource", "SavedCase", "Sample", "Task"}
+GIVEN |= {"Case", "Differences", "Drawing", "ModelSource", "SavedCase", "Sample", "Task"}
 # What was promised first: later versions may only add what is optional.
 CONTRACT = """
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto')

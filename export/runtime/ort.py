@@ -31,6 +31,11 @@ _ERRORS_ONLY = 3
 PACKED = ("MatMulNBits", "MatMulBnb4")
 
 
+def available_providers() -> list[str]:
+    """The execution providers that onnxruntime has here."""
+    return list(ort.get_available_providers())
+
+
 def open_session(
     path: Path,
     *,

@@ -28,6 +28,7 @@ from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import active, check_adapter_file, load_adapter
 from lora_fx.io.output_place import check_path
+from lora_fx.tables import table
 
 Stamp = tuple[int, int, int]
 
@@ -82,6 +83,21 @@ class Session:
     def slots(self) -> list[str]:
         """Module paths that an adapter acts on; empty for a model without slots."""
         return [slot.path for slot in self._manifest.slots] if self._manifest else []
+
+    def __repr__(self) -> str:
+        """One line: the file, what it takes and gives, and how many slots it has."""
+        names = f"{shorten(self.inputs)} -> {shorten(self.outputs)}"
+        return f"Session({str(self._path)!r}): {names}, {len(self.slots)} slots"
+
+    def _repr_html_(self) -> str:
+        slots = self._manifest.names if self._manifest else []
+        given = [v for v in self._session.get_inputs() if v.name not in slots]
+        rows = [["input", v.name, v.type, _axes(v.shape)] for v in given]
+        rows += [["output", v.name, v.type, _axes(v.shape)] for v in self._session.get_outputs()]
+        for one in self._manifest.slots if self._manifest else ():
+            rows += [[f"slot {one.path}", n, one.dtype, _axes(s)] for n, s in one.inputs.values()]
+        providers = ", ".join(self._session.get_providers())
+        return table(["", "name", "type", "shape"], rows, f"{self._path}: {providers}")
 
     def run(
         self, inputs: Mapping[str, Any], adapter: str | Path | None = None
@@ -203,3 +219,8 @@ class Session:
             known = stamp, load_adapter(path)
             self._adapters[key] = known
         return known[1]
+
+
+def _axes(shape: Sequence[Any]) -> str:
+    """Sizes; an axis that may change by its name, that of a rank as r."""
+    return f"({', '.join('r' if size is None else str(size) for size in shape)})"

@@ -12,6 +12,7 @@ import torch
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.tables import table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,22 +133,42 @@ class Adapter:
     def __str__(self) -> str:
         """One line a target: path, kind, shape, rank, scale."""
         lines = [f"adapter {self.name}: {len(self.updates)} targets"]
-        lines += [f"  {path}  {_line(update)}" for path, update in self.updates.items()]
+        lines += [f"  {path}  {line_of(update)}" for path, update in self.updates.items()]
         lines += [f"  {move}" for move in self.moves]
         lines += [f"  {path}  replaced  {tuple(t.shape)}" for path, t in self.replacements.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        rows: list[list[object]] = [
+            [path, *_facts(update)] for path, update in self.updates.items()
+        ]
+        rows += [[p, "replaced", tuple(t.shape), *_NONE] for p, t in self.replacements.items()]
+        caption = "; ".join([f"adapter {self.name}: {len(self.updates)} targets", *self.moves])
+        return table(["layer", "kind", "size", "rank", "scale"], rows, caption)
 
-def _line(update: AnyUpdate) -> str:
+
+_NONE = (None, None)  # neither rank nor scale
+
+
+def line_of(update: AnyUpdate) -> str:
+    """Kind, sizes, rank and scale, and the tokens from which on it acts."""
+    kind, sizes, rank, scale = _facts(update)
+    words = [kind, sizes] if rank is None else [kind, sizes, f"rank {rank}", f"scale {scale:g}"]
+    words += [f"from tokens {list(update.invocation)}"] if update.invocation else []
+    return "  ".join(words)
+
+
+def _facts(update: AnyUpdate) -> tuple[str, str, int | None, float | None]:
+    """Kind, sizes, and of two factors rank and scale."""
     out, *rest = ("?" if size is None else size for size in update.shape)
     into, kernel = rest[:1], tuple(rest[1:])
     sizes = f"{into[0]} -> {out}" if into else f"{out}"
     sizes += f" kernel {kernel}" if kernel else ""
     if isinstance(update, Update):
-        return f"{update.kind}  {sizes}  rank {update.rank}  scale {update.scale:g}"
-    return f"{update.kind}  {sizes}"
+        return update.kind, sizes, update.rank, update.scale
+    return update.kind, sizes, *_NONE
 
 
 class Reduced(NamedTuple):

@@ -109,16 +109,29 @@ def svd_of(
     if isinstance(matrix, m.Kron) and _is_of_small(matrix):
         pair = (of_tensor(dense(part, dtype), None, 1.0) for part in (matrix.left, matrix.right))
         return _of_kron(*pair)
-    try:
-        pairs = [split(term) for term in m.parts(matrix, m.Sum)]
-    except NotLowRankError:
-        pairs = []
-    if pairs and 2 * sum(right.shape[0] for _, right in pairs) < min(matrix.shape):
-        up = torch.cat([dense(left, dtype) for left, _ in pairs], dim=1)
-        return of_product(up, torch.cat([dense(right, dtype) for _, right in pairs]))
+    if factors := _narrow(matrix, dtype):
+        return of_product(*factors)
     if matrix.shape[0] * matrix.shape[1] > _WIDE:
         dtype = torch.float32
     return of_tensor(dense(matrix, dtype), rank, energy)
+
+
+def size_of(matrix: Matrix) -> float:
+    """The Frobenius norm of an expression, in float64, by its factors if it is narrow."""
+    factors = _narrow(matrix, torch.float64)
+    return _norm(*factors) if factors else float(dense(matrix, torch.float64).norm())
+
+
+def _narrow(matrix: Matrix, dtype: torch.dtype) -> Factors | None:
+    """A sum of products as one, if that is much less than the matrix."""
+    try:
+        pairs = [split(term) for term in m.parts(matrix, m.Sum)]
+    except NotLowRankError:
+        return None
+    if not pairs or 2 * sum(right.shape[0] for _, right in pairs) >= min(matrix.shape):
+        return None
+    up = torch.cat([dense(left, dtype) for left, _ in pairs], dim=1)
+    return up, torch.cat([dense(right, dtype) for _, right in pairs])
 
 
 def of_product(up: torch.Tensor, down: torch.Tensor) -> Svd:

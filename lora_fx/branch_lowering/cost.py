@@ -43,6 +43,10 @@ class Cost:
         """Both, one after the other."""
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
 
+    def __sub__(self, other: Cost) -> Cost:
+        """What one costs more than the other."""
+        return self + Cost(-other.flops, -other.bytes, -other.calls)
+
     @property
     def work(self) -> float:
         """One number to compare by: FLOPs that take as long."""

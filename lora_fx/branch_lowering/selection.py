@@ -221,6 +221,10 @@ class Member:
         """Columns of the shrink."""
         return self.shape.r + self.form.ones
 
+    def beyond_merged(self, form: Form) -> Cost:
+        """What a form, with a shrink of its own, costs more than the merged layer."""
+        return form.alone(self.shape) - cost_of(forms.merged, self.shape)
+
     @property
     def at(self) -> str:
         """What the names of its new constants begin with."""
@@ -250,16 +254,17 @@ class Group:
         start = cost_of_shrink(self.members[0].shape, widths, ones)
         return sum((m.form.expand(m.shape) for m in self.members), start)
 
+    def form_of(self, member: Member) -> str:
+        """The form of a member, in words."""
+        shared = f", one shrink for {len(self.members)} layers" if self.shared else ""
+        return f"{member.form}{shared}"
+
     def why(self, member: Member) -> str:
         """The costs of a member's form and of the others, over those of the merged layer."""
-        least = cost_of(forms.merged, member.shape)
         found = {FACTORED, member.form, *forms_of(member, copies=True)} - {Form("weight")}
-        told = [
-            f"{form} {_over(form.alone(member.shape), least)}" for form in sorted(found, key=str)
-        ]
-        shared = f", one shrink for {len(self.members)} layers" if self.shared else ""
+        told = [f"{form} +{member.beyond_merged(form)}" for form in sorted(found, key=str)]
         rows = f"n = {member.shape.n}"
-        return f"{member.form}{shared} ({rows}; beyond merged: {'; '.join(told)})"
+        return f"{self.form_of(member)} ({rows}; beyond merged: {'; '.join(told)})"
 
 
 def forms_of(member: Member, copies: bool) -> list[Form]:
@@ -269,8 +274,3 @@ def forms_of(member: Member, copies: bool) -> list[Form]:
     ones = [False, True] if member.shape.biased else [False]
     found = [Form(kind, one) for kind in forms.CONSTANT for one in ones]
     return [form for form in found if form.shrinks or not form.ones]
-
-
-def _over(one: Cost, least: Cost) -> str:
-    more = f"{(one.flops - least.flops) / 1e6:.3g} MFLOP, {(one.bytes - least.bytes) / 1e6:.3g} MB"
-    return f"+{more}, {one.calls - least.calls} calls"

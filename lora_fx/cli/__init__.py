@@ -318,6 +318,57 @@ def verify(
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A directory that export wrote.")],
+    to: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The page; OUT/report.html by default.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page on an export: each layer's update, drawings, verification, in one HTML file."""
+    from lora_fx.cli.pages import make_page
+
+    with stages():
+        page, told = make_page(out, to, force)
+    show(as_json, {"path": str(page), "verified": told.verified}, f"written to {page}")
+
+
+@app.command()
+@with_hints()
+def diff(
+    given: Given,
+    first: Annotated[Path, typer.Argument(help="An adapter of any format, or a .onnx file.")],
+    second: Annotated[Path, typer.Argument(help="Another of the same sort.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers of two adapters, or tensors of two files, differ, and by how much.
+
+    The exit code is 0 whether they differ or not; --json says "same".
+    """
+    from lora_fx.cli.pages import compared
+
+    with stages():
+        found = compared(first, second, given)
+    show(as_json, found.to_dict(), str(found))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions and providers, hold them to what is promised, and try a tiny export.
+
+    Exit codes: 0 all is as promised, 1 the self-test is wrong, 2 a version is not as promised.
+    """
+    from lora_fx.cli.doctor import examined
+
+    with stages() as progress:
+        progress("self-test")
+        health = examined()
+    show(as_json, health.to_dict(), str(health))
+    health.judge()
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")] = Path("out"),
     as_json: AsJson = False,

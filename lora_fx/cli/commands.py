@@ -21,6 +21,9 @@ from lora_fx.formats import save_adapter
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.io.output_place import check_path
+from lora_fx.report.layer_facts import layer_facts
+from lora_fx.report.look import Look
+from lora_fx.report.stages import Stages
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource
@@ -127,7 +130,7 @@ def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bo
     if work.mode == "merged":
         gm = fold(gm)
         notes = not_merged(gm, allow_unmerged)
-    report = to_onnx(gm, path, progress=progress, **work.options)
+    report = to_onnx(gm, path, progress=progress, measure=True, **work.options)
     shown = work.mode if work.mode != "merged" else report.mode
     return replace(report, mode=shown, notes=[*report.notes, *notes])
 
@@ -138,15 +141,17 @@ def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
     from lora_fx.export.verification.verify_onnx import check_adapter_files
 
     gm, path = work.graph, draft / work.part.file
-    for adapter in work.adapters:
-        inject(gm, adapter)  # what does not fit is told before a file is written
+    # What does not fit is told before a file is written.
+    adapted = [inject(gm, adapter) for adapter in work.adapters]
     options = {**work.options, "slots": wanted_slots(work)}
-    report = to_onnx(gm, path, adapters="input", progress=progress, **options)
+    report = to_onnx(gm, path, adapters="input", progress=progress, measure=True, **options)
     pairs = [(adapter, draft / adapter_file(adapter, work.part)) for adapter in work.adapters]
     for adapter, file in pairs:
         progress(f"adapter {adapter.name}")
         export_adapter(adapter, path, file, check=False)
-    return report.with_evidence(check_adapter_files(gm, path, pairs))
+    layers = [fact for graph in adapted for fact in layer_facts(Stages.of(graph), "input")]
+    evidence = check_adapter_files(gm, path, pairs)
+    return report.with_evidence(evidence).with_look(Look(layers))
 
 
 def convert_adapter(

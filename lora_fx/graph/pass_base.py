@@ -10,6 +10,7 @@ from torch.fx.passes.infra import pass_base as torch_passes
 
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Edit, Editor
+from lora_fx.tables import table
 
 
 class PassResult(torch_passes.PassResult):
@@ -32,6 +33,11 @@ class PassResult(torch_passes.PassResult):
         result = cast(Self, super().__new__(cls, graph_module, modified))
         result.edits = tuple(edits)
         return result
+
+    def _repr_html_(self) -> str:
+        did = "modified" if self.modified else "not modified"
+        rows = ([edit.action, edit.path, edit.text] for edit in self.edits)
+        return table(["edit", "where", "what"], rows, f"{did}, {len(self.edits)} edits")
 
 
 class Pass:

@@ -80,6 +80,13 @@ def branches(gm: fx.GraphModule) -> list[Branch]:
     return [branch for site in sites(gm) for branch in branches_of(site)]
 
 
+def free_name(gm: fx.GraphModule) -> str:
+    """A name for an adapter that is read out of a graph, which no branch of it has."""
+    taken = {branch.name for branch in branches(gm)}
+    names = ("raised", *(f"raised_{number}" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)
+
+
 def branches_of(site: Site) -> Iterator[Branch]:
     """The branches beside one call of a layer, in the order they are added."""
     col = col_of(site)

@@ -46,7 +46,7 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
             "name; keep the Adapter that was injected"
         )
     mine = [(site, branch) for site, branch in found if branch.name == chosen]
-    updates = {site.path: _update(gm, site, branch) for site, branch in mine}
+    updates = {site.path: update_from(gm, site, branch) for site, branch in mine}
     return Adapter(chosen, updates | _of_parameters(mine, updates))
 
 
@@ -67,7 +67,9 @@ def _of_parameters(
     }
 
 
-def _update(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:
+def update_from(gm: fx.GraphModule, site: Site, branch: Branch) -> Update:
+    """What a branch computes, with the values that it has now."""
+
     def read(node: fx.Node | None) -> torch.Tensor | None:
         return None if node is None else attribute(gm, str(node.target)).detach().clone()
 

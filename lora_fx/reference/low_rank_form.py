@@ -14,14 +14,12 @@ from lora_fx.adapters.parameter_updates import of_experts
 from lora_fx.adapters.scaling import check_cut
 from lora_fx.adapters.source_record import EMBEDDING, Stored, kept
 from lora_fx.adapters.updates import AnyUpdate, Update, activated
-from lora_fx.algebra.low_rank import NotLowRankError, additive, beside, blocks_beside
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, constant, number, scaled
-from lora_fx.algebra.truncation import cut, of_product, rank_of, svd_of, total
+from lora_fx.algebra.low_rank import NotLowRankError
+from lora_fx.algebra.truncation import cut, of_product, rank_of, svd_of
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.injection.conform import conform
 from lora_fx.layers.layer import Layer
 from lora_fx.reference.base_weights import Base, Own
-from lora_fx.reference.merged_parameters import ungrouped
+from lora_fx.reference.weight_change import Place, blocks, fitted
 
 _PLAIN = ("lora", "rslora", "alora")
 _SHARED = "its table is never called itself: the layers that share it have its rows"
@@ -102,13 +100,13 @@ class _Form:
             own: the layer.
             value: what takes the place of its weight, if anything.
         """
-        fit = None if update is None else _fit(update, own.layer)
+        fit = None if update is None else fitted(update, own.layer)
         if fit is not None and own.layer is None and len(fit.shape) == 3:
             stack = self._of_experts(fit, own)
             if stack is not None:
                 return stack
-        place = _Place(own, fit)
-        delta = place.delta(fit, value)
+        place = Place(own, fit)
+        delta = place.delta(value)
         mine = fit if value is None and isinstance(fit, Update) and fit.is_product else None
         if mine is not None and self.rank is not None and mine.rank <= self.rank:
             return _as_it_is(update, mine, own.layer)
@@ -133,17 +131,15 @@ class _Form:
 
     def _of_experts(self, update: AnyUpdate, own: Own) -> Made | None:
         """The LoRA of a parameter that holds several matrices, each cut by itself at one rank."""
-        shape = [size or 0 for size in update.shape]
-        base = constant(torch.empty(shape, device="meta"))
         try:
-            left, right = blocks_beside(base, update.of(base))
+            left, right = blocks(update)
         except NotLowRankError as error:
             if own.held is None:
                 return None  # a convolution's kernel, for all that is known
             raise AdapterError(f"{error}, and it holds several matrices; leave it out") from error
-        pairs = zip(left.double(), right.double(), strict=True)
-        svds = [of_product(one, other) for one, other in pairs]
-        count = max(rank_of(svd, max(shape[1:]), self.rank, self.energy) for svd in svds)
+        svds = [of_product(one, other) for one, other in zip(left, right, strict=True)]
+        side = max(left.shape[1], right.shape[2])
+        count = max(rank_of(svd, side, self.rank, self.energy) for svd in svds)
         if count >= right.shape[1]:
             return update, Layered(update.kind, right.shape[1], 0.0)
         cuts = [cut(svd, count, update.wide(torch.float32)) for svd in svds]
@@ -153,62 +149,6 @@ class _Form:
         return of_experts(up, down, update.stored), Layered(
             update.kind, count, lost / size if size > 0 else 0.0
         )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The matrix of a layer that an update is of: of all groups at once, if it mixes them."""
-
-    own: Own
-    update: AnyUpdate | None
-
-    @property
-    def _mixes(self) -> bool:
-        layer, update = self.own.layer, self.update
-        if layer is None or update is None or layer.groups == 1 or update.makes_anew:
-            return False
-        return update.shape[1] == layer.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in, *kernel)."""
-        if self.own.layer is not None:
-            return self.own.layer.shape if self._mixes else self.own.layer.own_shape
-        assert self.update is not None
-        if None in self.update.shape:
-            self.own.weight()  # without a base, which is what is missing
-        return tuple(size or 0 for size in self.update.shape)
-
-    def delta(self, update: AnyUpdate | None, value: torch.Tensor | None) -> Matrix:
-        """W' - W, which asks for W only where it depends on it."""
-        out, *rest = self.shape
-        base = Leaf((out, math.prod(rest)), "base", lambda: self._matrix(self.own.weight()))
-        start = base if value is None else constant(self._matrix(value))
-        whole = start if update is None else update.of(start)
-        try:
-            found = beside(base, additive(base, whole))
-        except NotLowRankError:
-            found = None
-        if found is not None and found.added and found.row is None and found.col is None:
-            return total(found.added)
-        return Sum(whole, scaled(number(-1), base))
-
-    def _matrix(self, stored: torch.Tensor) -> torch.Tensor:
-        layer = self.own.layer
-        if layer is None:
-            return stored.flatten(1)
-        own = layer.type.canonical("weight", stored, layer.groups)
-        return (ungrouped(own, layer.groups) if self._mixes else own).flatten(1)
-
-
-def _fit(update: AnyUpdate, layer: Layer | None) -> AnyUpdate:
-    """An update in the shape of its layer, or of the weight of a grouped one."""
-    if layer is None:
-        return update
-    fit = conform(update, layer)
-    if isinstance(update, Update) and not isinstance(fit, Update):
-        return replace(update, down=update.down.reshape(-1, *layer.own_shape[1:]))
-    return fit
 
 
 def _as_it_is(given: AnyUpdate | None, fit: Update, layer: Layer | None) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -225,3 +226,15 @@ def test_an_update_that_is_not_finite_has_no_rank() -> None:
     broken = update(rank=4, up=torch.full((5, 4), float("nan")))
     with pytest.raises(AdapterError, match="adapter fr: NaN or infinity in q"):
         Adapter("fr", {"a": update(), "q": broken}).to_rank(2)
+
+
+def test_a_notebook_sees_the_targets_as_a_table() -> None:
+    head = {"head.weight": torch.ones(4, 3)}
+    adapter = Adapter("fr", {"a": update()}, head, moved={"old": "new"})
+    caption, _, first, second = ElementTree.fromstring(adapter._repr_html_())
+    assert caption.text == "adapter fr: 1 targets; paths moved: old -> new"
+    line = str(adapter).splitlines()[1].split("  ")
+    cells = [cell.text for cell in first]
+    assert cells[:3] == line[1:4]
+    assert [f"rank {cells[3]}", f"scale {cells[4]}"] == line[4:]
+    assert [cell.text for cell in second] == ["head.weight", "replaced", "(4, 3)", None, None]

@@ -121,3 +121,13 @@ def test_nothing_but_rounding_is_never_kept() -> None:
     svd = of_tensor(drawn(9, 2) @ drawn(2, 7), 5, None)
     assert rank_of(svd, 9, 5, None) == 2
     assert rank_of(of_tensor(torch.zeros(3, 4), 2, None), 4, 2, None) == 1
+
+
+@pytest.mark.parametrize("rank", [2, 20])
+def test_the_size_of_an_expression_is_that_of_the_matrix(rank: int) -> None:
+    up, down = torch.randn(24, rank), torch.randn(rank, 17)
+    expression = scaled(number(3.0), Product(constant(up), constant(down)))
+    expected = float((3.0 * up.double() @ down.double()).norm())
+    assert truncation.size_of(expression) == pytest.approx(expected, rel=1e-12)
+    nothing = Sum(expression, scaled(number(-1), expression))
+    assert truncation.size_of(nothing) < 1e-12 * expected

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from lora_fx import PassError, text, trace
 from lora_fx.graph.editor import Edit, Editor
 from lora_fx.graph.ops import aten
-from lora_fx.graph.pass_base import Pass
+from lora_fx.graph.pass_base import Pass, PassResult
 from lora_fx.passes import FoldLora, InjectLora, Pipeline, UnfoldLora
 from lora_fx.testing import check_pass, make_adapter
 
@@ -72,3 +73,14 @@ def test_anything_but_a_graph_is_refused(ragged: Any) -> None:
 def test_a_pass_without_a_rewrite_says_so(ragged: Any) -> None:
     with pytest.raises(PassError, match="rewrite"):
         Pass()(trace(ragged))
+
+
+def test_a_notebook_sees_the_edits_as_a_table(ragged: Any, x: Any) -> None:
+    result = InjectLora(make_adapter({"wide": (5, 3)}))(trace(ragged, (x,)))
+    caption, _, row = ElementTree.fromstring(result._repr_html_())
+    assert caption.text == "modified, 1 edits"
+    edit = result.edits[0]
+    assert [cell.text for cell in row] == [edit.action, edit.path, edit.text]
+    hostile = PassResult(result.graph_module, False, [Edit("skip", "<b>", "a & b")])
+    assert "<td>&lt;b&gt;</td>" in hostile._repr_html_()
+    assert "not modified" in hostile._repr_html_()

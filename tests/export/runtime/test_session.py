@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -124,3 +125,16 @@ def test_truncated_adapters_and_models_are_refused(exported_mlp: Any, tmp_path: 
         (tmp_path / "cut.onnx").write_bytes(whole[:end])
         with pytest.raises(ExportError, match=r"cut\.onnx"):
             Session(tmp_path / "cut.onnx")
+
+
+def test_a_session_shows_what_it_takes(session: Session, exported_mlp: Any) -> None:
+    table = ElementTree.fromstring(session._repr_html_())
+    rows = [[cell.text for cell in row] for row in table[2:]]
+    assert [row[1] for row in rows if row[0] == "input"] == session.inputs
+    assert [row[1] for row in rows if row[0] == "output"] == session.outputs
+    slots = [row for row in rows if row[0] and row[0].startswith("slot ")]
+    assert list(dict.fromkeys(row[0] for row in slots)) == [f"slot {p}" for p in session.slots]
+    assert all(".lora_" in str(row[1]) and "r" in str(row[3]) for row in slots)
+    assert repr(session).endswith(f"{len(session.slots)} slots")
+    constant = Session(exported_mlp.path("constant"), threads=1)
+    assert "slot" not in constant._repr_html_()
