@@ -59,7 +59,9 @@ def to_onnx(
         path: the ``.onnx`` file.
         adapters: ``"constant"``: low-rank weights are initializers. ``"input"``: they are
             overridable graph inputs ``<module path>.lora_A`` (in, r) and ``.lora_B`` (r, out);
-            without an adapter the file is the base.
+            without an adapter the file is the base. ``"required"``: the same inputs without a
+            default, for runtimes that feed no other ones, as JavaScript's: each run is fed what
+            `export_adapter` writes as safetensors, of an adapter or of none.
         verify: run eager and onnxruntime side by side, and a control that must fail.
         args: example inputs by position; those that ``gm`` was traced with by default.
         kwargs: example inputs by name.
@@ -67,7 +69,7 @@ def to_onnx(
         input_names: what the file calls its inputs, all in order, or some by the name that they
             would have; as the model does by default.
         output_names: what the file calls its outputs, likewise.
-        slots: under ``adapters="input"``, what an adapter can change: paths of layers and of
+        slots: of these two, what an adapter can change: paths of layers and of
             parameters (``*`` stands for any part of one), or path -> form; ``"all-linear"``; or
             None: what the adapters in ``gm`` change, else all linear layers but the output
             embedding. A layer's form is ``"factors"``, ``"vectors"`` (below), or ``"weight"``: an
@@ -75,7 +77,7 @@ def to_onnx(
             adapter as large as the layer. A parameter is whole: a head, a norm, a bias.
             ``"input_ids"`` -> ``"invocation"`` lets aLoRA say from which tokens on it acts.
             `lora_fx.export.slots_for` says what some adapters need.
-        vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
+        vectors: of these two, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
             if an adapter in ``gm`` has one.
         opset: version of the ONNX operator set, 18 to 25; the exporter's own choice by default.
@@ -97,8 +99,8 @@ def to_onnx(
             f"to_onnx writes a GraphModule, not a {type(gm).__name__}: trace the model first, "
             "gm = lora_fx.trace(model, args)"
         )
-    if adapters not in ("constant", "input"):
-        raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
+    if adapters not in ("constant", "input", "required"):
+        raise ExportError(f"adapters={adapters!r}: expected 'constant', 'input' or 'required'")
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input"')
     check_opset(opset)
@@ -107,7 +109,7 @@ def to_onnx(
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     with clock.stage("trace"):
-        plan = Constant.of(gm) if adapters == "constant" else Swappable.of(gm, slots, vectors)
+        plan = _planned(gm, adapters, slots, vectors)
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
         trial = export_unit(plan.traced, inputs)
@@ -149,8 +151,16 @@ def _moves(gm: fx.GraphModule) -> list[str]:
     return [f"adapter {adapter.name}: {move}" for adapter in every for move in adapter.moves]
 
 
+def _planned(
+    gm: fx.GraphModule, adapters: str, slots: Wanted, vectors: bool | None
+) -> Constant | Swappable:
+    if adapters == "constant":
+        return Constant.of(gm)
+    return Swappable.of(gm, slots, vectors, adapters == "required")
+
+
 def _mode(gm: fx.GraphModule, adapters: str) -> str:
-    if adapters == "input":
+    if adapters != "constant":
         return "swappable"
     return "unmerged" if is_unmerged(gm) else "merged"
 

@@ -13,7 +13,7 @@ from torch import fx
 from lora_fx.errors import AdapterError
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.report import Verification
-from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.adapter_file import ORT_ADAPTER, SAFETENSORS, export_adapter
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
 from lora_fx.export.slots.manifest import KEY, manifest_of
@@ -81,22 +81,30 @@ class Swappable:
         base: the graph without adapters.
         traced: the base with a probe in each slot, which is exported.
         slots: where an adapter can act.
+        required: whether they have no default.
     """
 
     source: fx.GraphModule
     base: fx.GraphModule
     traced: fx.GraphModule
     slots: tuple[AnySlot, ...]
+    required: bool = False
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None) -> Swappable:
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        wanted: Wanted,
+        vectors: bool | None = None,
+        required: bool = False,
+    ) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
         slots = tuple(chosen_slots(gm, wanted, vectors))
         base = StripLora()(gm).graph_module
         apart = OwnTensors(shared(base, slots))(base).graph_module
         probed = InjectLora(probe(slots, _TRACED_RANK))(apart).graph_module
         traced = ChooseForm(target="input")(probed).graph_module
-        return cls(gm, evaluating(base), evaluating(traced), slots)
+        return cls(gm, evaluating(base), evaluating(traced), slots, required)
 
     @property
     def notes(self) -> list[str]:
@@ -113,21 +121,28 @@ class Swappable:
 
     def close(self, model: ir.Model) -> None:
         """Adds the defaults and the manifest."""
-        set_defaults(model, self.slots)
-        model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
+        set_defaults(model, self.slots, self.required)
+        manifest = manifest_of(self.base, self.slots, self.required)
+        model.metadata_props[KEY] = manifest.to_json()
 
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file alone against the base; with the adapters of the graph, and one of other ranks.
 
-        The graph's own are tried at the traced shape alone: what shapes can do is the file's.
+        The graph's own are tried at the traced shape alone: what shapes can do is the file's. A
+        file that has to be fed is fed from safetensors, as its users do; alone, from that of none.
         """
         adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
         base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
-        subjects, notes = [base], []
+        ending = SAFETENSORS if self.required else ORT_ADAPTER
         with tempfile.TemporaryDirectory() as directory:
+            subjects, notes = [base], []
+            if self.required:
+                none = Path(directory) / f"none{ending}"
+                export_adapter(None, path, none, check=False)
+                subjects = [replace(base, adapter=none)]
             for place, (own, alone) in enumerate(swapped(self.source)):
-                file = Path(directory) / f"{place}.onnx_adapter"
+                file = Path(directory) / f"{place}{ending}"
                 try:
                     renamed = bind(layers_in(alone, by_path(alone)), own).renamed()
                     export_adapter(renamed, path, file, check=False)
@@ -135,7 +150,7 @@ class Swappable:
                     notes.append(f"not tried: {error}")
                     continue
                 subjects.append(reference(own.name, alone, file, once=True))
-            file = Path(directory) / "probe.onnx_adapter"
+            file = Path(directory) / f"probe{ending}"
             export_adapter(adapter, path, file, check=False)  # it was just written
             probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
             # Its tokens are compared where there are no adapters of the user's to do it with.

@@ -25,7 +25,7 @@ from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, named_layers
 from lora_fx.export.slots.adapter_file import export_adapter
-from lora_fx.export.slots.check_adapter import read_adapter, values_of
+from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
 from lora_fx.export.slots.insert import set_defaults
 from lora_fx.export.slots.manifest import KEY, Manifest
@@ -181,7 +181,7 @@ def _evidence(
     with tempfile.TemporaryDirectory() as directory:
         file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
         export_adapter(Adapter("probe", updates), draft, file, check=False)
-        stored = read_adapter(file)
+        stored = read_stored(file)
         model = ir.load(base)
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)

@@ -170,9 +170,24 @@ def _forget_rank(start: ir.Value, until: ir.Value) -> None:
                 open_values.append(value)
 
 
-def set_defaults(model: ir.Model, slots: Sequence[AnySlot]) -> None:
-    """Gives factors a default without effect: a file run without an adapter is the base."""
+OWN = "_base"  # behind a parameter's name: its own values, which nothing reads
+
+
+def set_defaults(model: ir.Model, slots: Sequence[AnySlot], required: bool = False) -> None:
+    """Gives factors a default without effect: a file run without an adapter is the base.
+
+    Args:
+        model: the model, changed in place.
+        slots: that were opened.
+        required: none gets one. The base's whole tensors stay in the file beside their inputs, for
+            whoever makes an adapter that leaves them alone.
+    """
     inputs = {value.name: value for value in model.graph.inputs}
+    if required:
+        for slot in slots:
+            if isinstance(slot, TensorSlot):
+                _close_default(model, inputs[slot.path])
+        return
     for slot in slots:
         for name, tensor in slot.neutral().items():
             value = inputs[name]
@@ -180,3 +195,12 @@ def set_defaults(model: ir.Model, slots: Sequence[AnySlot]) -> None:
             empty = tensor.float().numpy().astype(value.dtype.numpy())
             value.const_value = ir.Tensor(empty, dtype=value.dtype, name=name)
             model.graph.initializers[name] = value
+
+
+def _close_default(model: ir.Model, value: ir.Value) -> None:
+    tensor = model.graph.initializers.pop(str(value.name)).const_value
+    value.const_value = None
+    kept = ir.Value(
+        name=f"{value.name}{OWN}", shape=value.shape, type=value.type, const_value=tensor
+    )
+    model.graph.register_initializer(kept)
