@@ -102,7 +102,7 @@ def to_onnx(
     if adapters not in ("constant", "input", "required"):
         raise ExportError(f"adapters={adapters!r}: expected 'constant', 'input' or 'required'")
     if adapters == "constant" and (slots is not None or vectors):
-        raise ExportError('slots or vectors is given: that needs adapters="input"')
+        raise ExportError('slots or vectors is given: that needs adapters="input" or "required"')
     check_opset(opset)
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
@@ -161,7 +161,7 @@ def _planned(
 
 def _mode(gm: fx.GraphModule, adapters: str) -> str:
     if adapters != "constant":
-        return "swappable"
+        return "required" if adapters == "required" else "swappable"
     return "unmerged" if is_unmerged(gm) else "merged"
 
 

@@ -62,7 +62,10 @@ def write_model(
 
 def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:
     try:
-        digests = {} if external is None else _save_beside(model, path, external, known)
+        if external is None:
+            digests = _bring_in(model)
+        else:
+            digests = _save_beside(model, path, external, known)
         proto = ir.to_proto(model)
         seal(proto, digests)
         onnx.save(proto, str(path))
@@ -71,6 +74,16 @@ def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str,
         while cause is not None and not isinstance(cause, LoraFxError):
             cause = cause.__cause__
         raise cause or ExportError(f"{path.name}: not written: {error}") from error
+
+
+def _bring_in(model: ir.Model) -> dict[str, str]:
+    """Reads what lies beside another file, to be written into this one; no digest is left open."""
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            held = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+            value.const_value = held
+    return {}
 
 
 def _save_beside(

@@ -72,7 +72,7 @@ def export_adapter(
     if format is None:
         format = "safetensors" if out.suffix == SAFETENSORS else "onnx_adapter"
     if format not in FORMATS:
-        raise ExportError(f"format={format!r}: expected {' or '.join(map(repr, FORMATS))}")
+        raise ExportError(f"a file of format {format!r}: expected {' or '.join(FORMATS)}")
     with keeping(source, model_path):
         refuse_existing(out, force=force)
         _export(adapter, Path(model_path), out, format, force, check)

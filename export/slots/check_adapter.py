@@ -87,7 +87,9 @@ def _check(stored: Stored, manifest: Manifest, model: Path) -> None:
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
         )
     known = {name: slot for slot in manifest.slots for name in slot.names}
-    missing = [name for name, slot in known.items() if name not in stored.values and not slot.may_lack]
+    missing = [
+        name for name, slot in known.items() if name not in stored.values and not slot.may_lack
+    ]
     unknown = [name for name in stored.values if name not in known]
     if missing or unknown:
         raise AdapterError(

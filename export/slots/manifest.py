@@ -86,9 +86,7 @@ def _written(slot: AnySlot) -> dict[str, Any]:
     return {n: list(v) if isinstance(v, tuple) else v for n, v in record.items()}
 
 
-def manifest_of(
-    gm: fx.GraphModule, slots: Sequence[AnySlot], required: bool = False
-) -> Manifest:
+def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot], required: bool = False) -> Manifest:
     """Describes the slots of a graph, and digests the tensors that they are of."""
     groups = by_path(gm)
     return Manifest(tuple(_digested(gm, slot, groups) for slot in slots), required)

@@ -50,7 +50,9 @@ def write_slot_tensors(
         "slots": slots,
     }
     # Copies: of tensors that share memory, safetensors writes none.
-    copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in values.items()}
+    copies = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in values.items()
+    }
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     path.write_bytes(save(copies, metadata={KEY: text}))
 
@@ -91,4 +93,3 @@ def _check_entry(name: str, value: torch.Tensor, entry: Any) -> None:
 
 def _dtype(value: torch.Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
-

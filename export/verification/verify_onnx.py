@@ -61,7 +61,7 @@ def verify_onnx(
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode=_mode(path, slots),
+        mode=_mode(path, slots, inputs),
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
         seconds=clock.seconds,
@@ -77,32 +77,39 @@ def verify_onnx(
     )
 
 
-def _mode(path: Path, slots: list[str]) -> str:
+def _mode(path: Path, slots: list[str], inputs: list[str]) -> str:
     """What a file is, told by the names of what it holds."""
+    graph = load_proto(path).graph
+    names = [tensor.name for tensor in graph.initializer]
     if slots:
-        return "swappable"
-    names = (tensor.name for tensor in load_proto(path).graph.initializer)
+        is_fed = {value.name for value in graph.input} - {*names, *inputs}
+        return "required" if is_fed else "swappable"
     return "unmerged" if any(".lora_" in name for name in names) else "merged"
 
 
 def check_adapter_files(
-    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
+    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter | None, Path]]
 ) -> Verification:
     """Runs a swappable file with adapter files that were made for it, at the traced shape.
 
     Args:
         gm: the traced model without adapters.
         path: the ``.onnx`` file.
-        files: each adapter, and the file that was made of it.
+        files: each adapter, and the file that was made of it; None: of no adapter.
 
     Raises:
         VerificationError: the file and the module with the adapter disagree.
     """
-    trial = _trial(gm, [adapter for adapter, _ in files])
-    graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
-    subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
-    if not subjects:
+    given = [adapter for adapter, _ in files if adapter is not None]
+    if not given:  # the base was seen when the file was written
         return Verification()
+    trial = _trial(gm, given)
+    subjects = [
+        reference("base", gm, file, once=True)
+        if adapter is None
+        else reference(adapter.name, InjectLora(adapter)(gm).graph_module, file, once=True)
+        for adapter, file in files
+    ]
     control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
     evidence = verify_file(path, trial, subjects, [control])
     evidence.judge(str(path))

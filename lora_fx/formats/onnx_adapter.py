@@ -1,6 +1,6 @@
-"""Adapter files for one exported model: the export room reads and writes them, this is the way there.
+"""Adapter files for one exported model, onnxruntime's own kind and that of safetensors.
 
-onnxruntime's own kind, and the same values in safetensors, which runtimes without that kind feed.
+The export room reads and writes them, this is the way there.
 """
 
 from __future__ import annotations
