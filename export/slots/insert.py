@@ -40,7 +40,9 @@ class OwnTensors(Pass):
             value = get_unevaluated(editor.gm, str(source.target))
             if isinstance(value, torch.Tensor):
                 value = nn.Parameter(value.detach(), requires_grad=False)
-            node = editor.constant(name, value, before=first)
+            module, _, leaf = name.rpartition(".")  # by which its readers are found again
+            free = f"{module}.own.{leaf}" if str(source.target) == name else name
+            node = editor.constant(free, value, before=first)
             for reader, old in found:
                 editor.rebind(reader, old, node)
 

@@ -17,7 +17,7 @@ from lora_fx.demo.encoder import load_extra, load_tokenizer, pool
 from lora_fx.testing import relative
 from tests.web.conftest import ROOT, run
 
-QUERIES = ("Finish one request.", "Naïve CAFÉ — 東京's don't-stop 🙂 ‘x’ ﬁ\u200b " + "a" * 120)
+QUERIES = ("Finish one request.", "Naïve CAFÉ — 東京's don't-stop 🙂 “x” ﬁ\u200b " + "a" * 120)
 ADAPTERS = ("language", "network")
 NONE = "no adapter"
 

@@ -18,7 +18,7 @@ from lora_fx.export.slots.choose import chosen_slots
 from lora_fx.export.slots.probe import probe
 from lora_fx.numerics import TOLERANCE
 from lora_fx.testing import Experts, Ragged, Tied, relative, tiny
-from tests.web.conftest import HERE, run
+from tests.web.conftest import run
 
 Inputs = dict[str, torch.Tensor]
 INVOKED = (7, 3)
