@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := lora_fx passes export
-ROOMS := $(SOURCES) tests benchmarks
+ROOMS := $(SOURCES) tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-clients test-web test-oldest fuzz mutants lint types matrix bench bench-quick clean
