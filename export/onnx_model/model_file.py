@@ -62,8 +62,9 @@ def write_model(
 
 def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:
     try:
+        digests = {}
         if external is None:
-            digests = _bring_in(model)
+            _bring_in(model)
         else:
             digests = _save_beside(model, path, external, known)
         proto = ir.to_proto(model)
@@ -76,14 +77,13 @@ def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str,
         raise cause or ExportError(f"{path.name}: not written: {error}") from error
 
 
-def _bring_in(model: ir.Model) -> dict[str, str]:
-    """Reads what lies beside another file, to be written into this one; no digest is left open."""
+def _bring_in(model: ir.Model) -> None:
+    """Reads what lies beside another file, to be written into this one."""
     for value in _initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             held = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
             value.const_value = held
-    return {}
 
 
 def _save_beside(

@@ -59,4 +59,4 @@ def write_onnx_adapter(adapter: Adapter, path: Path, hints: Hints, force: bool) 
         )
     from lora_fx.export import export_adapter
 
-    export_adapter(adapter, hints.model, path, force=force)
+    export_adapter(adapter, hints.model, path, format="onnx_adapter", force=force)

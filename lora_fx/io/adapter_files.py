@@ -32,7 +32,7 @@ def is_slot_tensors(path: Path) -> bool:
     length = int.from_bytes(start[:8], "little")
     if start[8:] != b"{" or length > MAX_HEADER:
         return False
-    return f'"{KEY}"'.encode() in _start(path, 8 + length)
+    return f'"{KEY}":'.encode() in _start(path, 8 + length)
 
 
 def _start(path: Path, size: int) -> bytes:
