@@ -22,6 +22,7 @@ from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
+from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
@@ -80,8 +81,11 @@ def merge_onnx(
             file = _adapter_file(adapter, path, manifest, Path(directory))
             del adapter  # the file has its values, in memory that is mapped
             stored = read_stored(file)  # holds the memory of the values
+            values = values_of(stored)
+            if manifest.required:  # the graph has no value for what the adapter leaves alone
+                values = every_value(manifest, path, values)
         with clock.stage("merge"):
-            model, beside = merged_model(lambda: ir.load(path), manifest, values_of(stored))
+            model, beside = merged_model(lambda: ir.load(path), manifest, values)
         if beside and not allow_unmerged:
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
         with staged(out, force=force) as draft:

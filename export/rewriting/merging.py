@@ -13,7 +13,6 @@ from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor, Part
 from lora_fx.export.rewriting.neutral import ONE, ZERO, Join, Neutral, read_neutral, take_out
 from lora_fx.export.rewriting.slot_change import acts, axes_of, changes_of, shift_of
 from lora_fx.export.rewriting.weight_reads import Read, read_another, readers, reads_behind
-from lora_fx.export.slots.insert import OWN
 from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.slot import AnySlot, TensorSlot
 
@@ -91,8 +90,6 @@ class _Merging:
             if name in self._values:
                 value.const_value = _tensor(self._values[name], name)
                 value.shape = ir.Shape(self._values[name].shape)
-            elif value.const_value is None:  # of a file without defaults
-                value.const_value = self._model.graph.initializers[f"{name}{OWN}"].const_value
             self._model.graph.initializers[name] = value
 
     def _merge(self, slot: AnySlot, joins: Sequence[Join]) -> str:

@@ -29,7 +29,8 @@ class ActiveAdapter:
         self, values: Mapping[str, torch.Tensor], loaded: ort.LoraAdapter | None = None
     ) -> None:
         # Neither values nor options keep alive what they are made of.
-        self._memory = {name: value.detach().clone() for name, value in values.items()}
+        own = torch.contiguous_format
+        self._memory = {name: v.clone(memory_format=own) for name, v in values.items()}
         self._loaded = loaded
         self.feeds = {name: to_ort_value(value) for name, value in self._memory.items()}
         self.options = None

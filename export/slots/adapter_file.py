@@ -93,11 +93,12 @@ def _export(
     if check:
         check_digests(proto, model_path)
     del proto
-    if isinstance(adapter, str | Path):
+    if adapter is not None and not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
     name = None if adapter is None else adapter.name
-    values = values_of_adapter(adapter or _NO_ADAPTER, manifest, model_path)
-    del adapter  # a caller who gave a path has no use for it either
+    own = _NO_ADAPTER if adapter is None else adapter
+    values = values_of_adapter(own, manifest, model_path)
+    del adapter, own  # a caller who gave a path has no use for it either
     with staged(out, force=force) as draft:
         if format == "safetensors":
             values = every_value(manifest, model_path, values)

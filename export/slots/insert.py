@@ -172,9 +172,6 @@ def _forget_rank(start: ir.Value, until: ir.Value) -> None:
                 open_values.append(value)
 
 
-OWN = "_base"  # behind a parameter's name: its own values, which nothing reads
-
-
 def set_defaults(model: ir.Model, slots: Sequence[AnySlot], required: bool = False) -> None:
     """Gives factors a default without effect: a file run without an adapter is the base.
 
@@ -203,6 +200,6 @@ def _close_default(model: ir.Model, value: ir.Value) -> None:
     tensor = model.graph.initializers.pop(str(value.name)).const_value
     value.const_value = None
     kept = ir.Value(
-        name=f"{value.name}{OWN}", shape=value.shape, type=value.type, const_value=tensor
+        name=f"{value.name}_base", shape=value.shape, type=value.type, const_value=tensor
     )
     model.graph.register_initializer(kept)
