@@ -6,8 +6,8 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-oldest test-matrix docs release-check fuzz mutants lint types \
-	matrix bench bench-quick clean
+.PHONY: help demo test test-clients test-web test-oldest test-matrix docs release-check fuzz mutants \
+	lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs    the site, into out/site; a broken link or reference is an error"
 	@echo "make release-check  sdist, wheel, and the wheel in an empty environment"
 	@echo "make test-clients  exported directories in optimum, onnxruntime-genai, sentence-transformers"
+	@echo "make test-web  exported files in Node and in a headless browser"
 	@echo "make fuzz    100,000 damaged files and 2,000 random graphs; FILES=, GRAPHS=, FROM="
 	@echo "make mutants  changes of our own code that the tests should notice"
 	@echo "make lint    ruff, rules and format"
@@ -67,6 +68,12 @@ release-check: .venv/dev.stamp
 
 test-clients: .venv/clients.stamp
 	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
+
+CHROMIUM ?= /usr/bin/chromium
+
+test-web: .venv/web.stamp $(CHROMIUM)
+	OMP_NUM_THREADS=1 LORA_FX_WEB=.venv/web LORA_FX_CHROMIUM=$(CHROMIUM) \
+		$(BIN)/python -m pytest -n 2 --dist loadfile tests/web
 
 FILES ?= 100000
 GRAPHS ?= 2000
@@ -128,6 +135,18 @@ clean:
 	rm -rf .venv/clients
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target .venv/clients -r tests/clients/requirements.txt
+	touch $@
+
+/usr/bin/chromium:
+	apt-get update -qq
+	apt-get install -qq chromium
+
+# Without its scripts onnxruntime-node fetches no binaries for graphics cards; those it has suffice.
+.venv/web.stamp: .venv/dev.stamp tests/web/package.json tests/web/package-lock.json
+	rm -rf .venv/web
+	mkdir .venv/web
+	cp tests/web/package.json tests/web/package-lock.json .venv/web
+	npm ci --prefix .venv/web --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .venv-oldest/dev.stamp: pyproject.toml constraints.txt tests/oldest_versions.py

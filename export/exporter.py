@@ -14,7 +14,12 @@ from lora_fx.errors import ExportError
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
-from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
+from lora_fx.export.onnx_model.model_file import (
+    INLINE_LIMIT,
+    load_proto,
+    manifest_in,
+    write_model,
+)
 from lora_fx.export.onnx_model.node_names import name_nodes, tensors_of_constants
 from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
@@ -65,7 +70,9 @@ def to_onnx(
         path: the ``.onnx`` file.
         adapters: ``"constant"``: low-rank weights are initializers. ``"input"``: they are
             overridable graph inputs ``<module path>.lora_A`` (in, r) and ``.lora_B`` (r, out);
-            without an adapter the file is the base.
+            without an adapter the file is the base. ``"required"``: the same inputs without a
+            default, for runtimes that feed no other ones, as JavaScript's: each run is fed what
+            `export_adapter` writes as safetensors, of an adapter or of none.
         verify: run eager and onnxruntime side by side, and a control that must fail.
         args: example inputs by position; those that ``gm`` was traced with by default.
         kwargs: example inputs by name.
@@ -73,7 +80,7 @@ def to_onnx(
         input_names: what the file calls its inputs, all in order, or some by the name that they
             would have; as the model does by default.
         output_names: what the file calls its outputs, likewise.
-        slots: under ``adapters="input"``, what an adapter can change: paths of layers and of
+        slots: of these two, what an adapter can change: paths of layers and of
             parameters (``*`` stands for any part of one), or path -> form; ``"all-linear"``; or
             None: what the adapters in ``gm`` change, else all linear layers but the output
             embedding. A layer's form is ``"factors"``, ``"vectors"`` (below), or ``"weight"``: an
@@ -81,7 +88,7 @@ def to_onnx(
             adapter as large as the layer. A parameter is whole: a head, a norm, a bias.
             ``"input_ids"`` -> ``"invocation"`` lets aLoRA say from which tokens on it acts.
             `lora_fx.export.slots_for` says what some adapters need.
-        vectors: under ``adapters="input"``, each slot also takes a bias and the vectors of DoRA
+        vectors: of these two, each slot also takes a bias and the vectors of DoRA
             and (IA)3: ``.lora_gain`` and ``.lora_bias`` (out,), ``.lora_col`` (in,). By default
             if an adapter in ``gm`` has one.
         opset: version of the ONNX operator set, 18 to 25; the exporter's own choice by default.
@@ -110,10 +117,10 @@ def to_onnx(
             f"to_onnx writes a GraphModule, not a {type(gm).__name__}: trace the model first, "
             "gm = lora_fx.trace(model, args)"
         )
-    if adapters not in ("constant", "input"):
-        raise ExportError(f"adapters={adapters!r}: expected 'constant' or 'input'")
+    if adapters not in ("constant", "input", "required"):
+        raise ExportError(f"adapters={adapters!r}: expected 'constant', 'input' or 'required'")
     if adapters == "constant" and (slots is not None or vectors):
-        raise ExportError('slots or vectors is given: that needs adapters="input"')
+        raise ExportError('slots or vectors is given: that needs adapters="input" or "required"')
     check_opset(opset)
     scheme = scheme_wanted(quantize, task_of(gm))
     target, clock = Path(path), Clock(progress)
@@ -122,12 +129,7 @@ def to_onnx(
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     with clock.stage("trace"):
-        apart = scheme is not None
-        plan = (
-            Constant.of(gm, apart=apart)
-            if adapters == "constant"
-            else Swappable.of(gm, slots, vectors, apart=apart)
-        )
+        plan = _planned(gm, adapters, slots, vectors, apart=scheme is not None)
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
         trial = export_unit(plan.traced, inputs)
@@ -189,13 +191,22 @@ def _verified(
 ) -> tuple[Verification, dict[str, float]]:
     """A file of few bits against eager with its numbers, and how far it is off plain weights."""
     evidence = plan.verify_numbers(draft, trial)
-    first = trial.cases[0]
-    return evidence, outputs_off(Run(draft), Run(plain), {first.label: trial.feeds(first)})
+    manifest, first = manifest_in(load_proto(draft), draft), trial.cases[0]
+    runs = (Run(file, None, manifest) for file in (draft, plain))
+    return evidence, outputs_off(*runs, {first.label: trial.feeds(first)})
+
+
+def _planned(
+    gm: fx.GraphModule, adapters: str, slots: Wanted, vectors: bool | None, *, apart: bool
+) -> Constant | Swappable:
+    if adapters == "constant":
+        return Constant.of(gm, apart=apart)
+    return Swappable.of(gm, slots, vectors, required=adapters == "required", apart=apart)
 
 
 def _mode(gm: fx.GraphModule, adapters: str) -> str:
-    if adapters == "input":
-        return "swappable"
+    if adapters != "constant":
+        return "required" if adapters == "required" else "swappable"
     return "unmerged" if is_unmerged(gm) else "merged"
 
 

@@ -16,7 +16,7 @@ from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.export.quantization.pack_file import NOT_QUANTISED
 from lora_fx.export.report import Reference, Verification
-from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.adapter_file import ORT_ADAPTER, SAFETENSORS, export_adapter
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
 from lora_fx.export.slots.manifest import KEY, manifest_of
@@ -106,12 +106,14 @@ class Swappable:
         base: the graph without adapters.
         traced: the base with a probe in each slot, which is exported.
         slots: where an adapter can act.
+        required: whether they have no default.
     """
 
     source: fx.GraphModule
     base: fx.GraphModule
     traced: fx.GraphModule
     slots: tuple[AnySlot, ...]
+    required: bool = False
 
     @classmethod
     def of(
@@ -120,6 +122,7 @@ class Swappable:
         wanted: Wanted,
         vectors: bool | None = None,
         *,
+        required: bool = False,
         apart: bool = False,
     ) -> Swappable:
         """Plans the export of a graph with its adapters taken out and slots in their place."""
@@ -128,7 +131,7 @@ class Swappable:
         own = OwnTensors(shared(base, slots))(base).graph_module
         probed = InjectLora(probe(slots, _TRACED_RANK))(own).graph_module
         traced = probed if apart else ChooseForm(target="input")(probed).graph_module
-        return cls(gm, evaluating(base), evaluating(traced), slots)
+        return cls(gm, evaluating(base), evaluating(traced), slots, required)
 
     @property
     def notes(self) -> list[str]:
@@ -145,8 +148,9 @@ class Swappable:
 
     def close(self, model: ir.Model) -> None:
         """Adds the defaults and the manifest."""
-        set_defaults(model, self.slots)
-        model.metadata_props[KEY] = manifest_of(self.base, self.slots).to_json()
+        set_defaults(model, self.slots, self.required)
+        manifest = manifest_of(self.base, self.slots, self.required)
+        model.metadata_props[KEY] = manifest.to_json()
 
     def look(self) -> Look:
         """What there is to see of the graph, and of each adapter in it."""
@@ -157,15 +161,21 @@ class Swappable:
     def verify(self, path: Path, trial: ExportUnit) -> Verification:
         """The file alone against the base; with the adapters of the graph, and one of other ranks.
 
-        The graph's own are tried at the traced shape alone: what shapes can do is the file's.
+        The graph's own are tried at the traced shape alone: what shapes can do is the file's. A
+        file that has to be fed is fed from safetensors, as its users do; alone, from that of none.
         """
         adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
         base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
-        subjects, notes = [base], []
+        ending = SAFETENSORS if self.required else ORT_ADAPTER
         with tempfile.TemporaryDirectory() as directory:
+            subjects, notes = [base], []
+            if self.required:
+                none = Path(directory) / f"none{ending}"
+                export_adapter(None, path, none, check=False)
+                subjects = [replace(base, adapter=none)]
             for place, (own, alone) in enumerate(swapped(self.source)):
-                file = Path(directory) / f"{place}.onnx_adapter"
+                file = Path(directory) / f"{place}{ending}"
                 try:
                     renamed = bind(layers_in(alone, by_path(alone)), own).renamed()
                     export_adapter(renamed, path, file, check=False)
@@ -173,7 +183,7 @@ class Swappable:
                     notes.append(f"not tried: {error}")
                     continue
                 subjects.append(reference(own.name, alone, file, once=True))
-            file = Path(directory) / "probe.onnx_adapter"
+            file = Path(directory) / f"probe{ending}"
             export_adapter(adapter, path, file, check=False)  # it was just written
             probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
             # Its tokens are compared where there are no adapters of the user's to do it with.

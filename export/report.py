@@ -111,8 +111,8 @@ class ExportReport:
 
     Attributes:
         path: the model file.
-        mode: ``"merged"``, ``"unmerged"`` (some of an adapter is computed beside its layer) or
-            ``"swappable"``.
+        mode: ``"merged"``, ``"unmerged"`` (some of an adapter is computed beside its layer),
+            ``"swappable"``, or ``"required"`` (swappable, and fed at each run).
         files: name -> size in bytes of each file written.
         opset: version of the ONNX operator set.
         seconds: stage -> wall time.
@@ -121,7 +121,7 @@ class ExportReport:
         notes: what could not be checked, and why.
         inputs: names of the graph inputs.
         outputs: names of the graph outputs.
-        slots: module paths that an adapter can act on; empty unless ``mode`` is ``"input"``.
+        slots: module paths that an adapter can act on; empty if it is one of the first two.
         coverage: how much of the adapters was used: of their sum, or of each if they swap.
         task: what the model was exported for, as `lora_fx.tasks` has it.
         dtype: what the model was cast to, if it was.

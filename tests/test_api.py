@@ -71,7 +71,7 @@ combine(adapters, how='cat', rank=None, name=None)
 compare(actual, expected, dtype=None)
 explain(gm)
 export
-export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+export_adapter(adapter, model_path, out_path, *, format=None, force=False, check=True)
 extract(base, tuned, rank=None, energy=None, *, name='extracted')
 fold(gm, *, chains=False)
 inject(gm, adapter, *, strict=True)
@@ -110,9 +110,9 @@ sites(gm)
 CalibrationReader(path, inputs, adapters)
 ExportReport
 Session(path, threads=None, providers=None, *, check=True)
-add_lora(model_path, out_path, *, slots='all-linear', names=None, inputs=None, check=True,
-    verify=True, external_data_above=128000000, force=False, progress=None)
-export_adapter(adapter, model_path, out_path, *, force=False, check=True)
+add_lora(model_path, out_path, *, slots='all-linear', names=None, adapters='input', inputs=None,
+    check=True, verify=True, external_data_above=128000000, force=False, progress=None)
+export_adapter(adapter, model_path, out_path, *, format=None, force=False, check=True)
 merge_onnx(model_path, adapter, out_path, *, inputs=None, allow_unmerged=False, check=True,
     verify=True, external_data_above=128000000, force=False, progress=None)
 quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0, layers=None,

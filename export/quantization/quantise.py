@@ -17,7 +17,7 @@ from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
 from lora_fx.export.rewriting.file_layers import MICROSOFT, FileLayer
 from lora_fx.export.rewriting.insert_slots import read_instead
-from lora_fx.export.slots.manifest import KEY, Manifest, read_manifest
+from lora_fx.export.slots.manifest import KEY, read_manifest
 from lora_fx.export.slots.slot import AnySlot
 
 Array = np.ndarray[Any, Any]
@@ -63,8 +63,8 @@ def quantise(
         reasons = [f"{path}: {why}" for path, why in left.items()]
         raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}")
     if manifest is not None:
-        slots = [_of_base(slot, digests) for slot in manifest.slots]
-        model.metadata_props[KEY] = Manifest(tuple(slots)).to_json()
+        slots = tuple(_of_base(slot, digests) for slot in manifest.slots)
+        model.metadata_props[KEY] = replace(manifest, slots=slots).to_json()
     if errors:
         model.opset_imports[MICROSOFT] = 1
     common.RemoveUnusedNodesPass()(model)

@@ -24,7 +24,7 @@ from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, named_layers
 from lora_fx.export.slots.adapter_file import export_adapter
-from lora_fx.export.slots.check_adapter import read_adapter, values_of
+from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
 from lora_fx.export.slots.insert import set_defaults
 from lora_fx.export.slots.manifest import KEY, Manifest
@@ -47,6 +47,7 @@ def add_lora(
     *,
     slots: str | Sequence[str] = ALL_LINEAR,
     names: Mapping[str, str] | None = None,
+    adapters: str = "input",
     inputs: Mapping[str, Any] | None = None,
     check: bool = True,
     verify: bool = True,
@@ -65,6 +66,7 @@ def add_lora(
         out_path: the ``.onnx`` file to write.
         slots: paths of layers, where ``*`` stands for any part of one; or ``"all-linear"``.
         names: what layers are called: name of a weight or a node of the file -> module path.
+        adapters: ``"input"``, or ``"required"``: slots without a default, as in `to_onnx`.
         inputs: by name, to compare the files on; made by what the file says of them if None.
         check: read all weights of a file of ours once, and refuse one that was changed.
         verify: run both files in onnxruntime, and the new one with a random adapter beside one
@@ -77,6 +79,8 @@ def add_lora(
         ExportError: no layer of a name, two of one, the file has slots, or the output exists.
         VerificationError: the files disagree, or the control agrees.
     """
+    if adapters not in ("input", "required"):
+        raise ExportError(f"adapters={adapters!r}: expected 'input' or 'required'")
     path, out, clock = Path(model_path), Path(out_path), Clock(progress)
     with keeping(path):
         refuse_existing(out, force=force)
@@ -89,7 +93,7 @@ def add_lora(
             check_digests(proto, path)
     with clock.stage("slots"), within(path):
         model = ir.load(path)
-        manifest, opened, notes = _open(model, slots, names or {})
+        manifest, opened, notes = _open(model, slots, names or {}, adapters == "required")
     with staged(out, force=force) as draft:
         with clock.stage("write"):
             known = tensor_digests(proto, path)
@@ -103,7 +107,7 @@ def add_lora(
         files = file_sizes(draft.parent)
     return ExportReport(
         path=str(out),
-        mode="swappable",
+        mode="required" if manifest.required else "swappable",
         files=files,
         opset=model.opset_imports[""],
         seconds=clock.seconds,
@@ -117,7 +121,7 @@ def add_lora(
 
 
 def _open(
-    model: ir.Model, slots: str | Sequence[str], names: Mapping[str, str]
+    model: ir.Model, slots: str | Sequence[str], names: Mapping[str, str], required: bool
 ) -> tuple[Manifest, Opened, list[str]]:
     """Puts slots into a model, in place; says which layers have no name."""
     every = list(layers_in(model))
@@ -130,8 +134,8 @@ def _open(
         found.append(slot_of(path, calls[0]))
         _refuse_taken(model, found[-1].names)
         insert_slot(model, found[-1], calls)
-    manifest = Manifest(tuple(found))
-    set_defaults(model, manifest.slots)
+    manifest = Manifest(tuple(found), required)
+    set_defaults(model, manifest.slots, required)
     model.metadata_props[KEY] = manifest.to_json()
     model.ir_version = max(model.ir_version, _OLDEST_IR)
     said = f"no slot for what has no name: {shorten(nameless)}: names= gives one"
@@ -181,15 +185,15 @@ def _evidence(
     with tempfile.TemporaryDirectory() as directory:
         file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
         export_adapter(Adapter("probe", updates), draft, file, check=False)
-        stored = read_adapter(file)
+        stored = read_stored(file)
         model = ir.load(base)
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
         pairs = [
-            Pair("base", Run(draft), Run(base)),
-            Pair("adapted", Run(draft, file), Run(changed)),
+            Pair("base", Run(draft, None, manifest), Run(base)),
+            Pair("adapted", Run(draft, file, manifest), Run(changed)),
         ]
-        evidence = held_against(pairs, {NO_ADAPTER: Run(draft)}, feeds, dtype)
+        evidence = held_against(pairs, {NO_ADAPTER: Run(draft, None, manifest)}, feeds, dtype)
     if left:
         evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
     return evidence

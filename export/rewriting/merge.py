@@ -19,12 +19,14 @@ from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
-from lora_fx.export.slots.adapter_file import export_adapter
-from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
+from lora_fx.export.slots.adapter_file import ORT_ADAPTER, export_adapter
+from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
+from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
@@ -48,8 +50,8 @@ def merge_onnx(
 
     Args:
         model_path: a file that takes adapters.
-        adapter: an adapter, a path for `lora_fx.load_adapter`, or an ``.onnx_adapter`` that was
-            made for the file.
+        adapter: an adapter, a path for `lora_fx.load_adapter`, or a file that `export_adapter`
+            made for the model.
         out_path: the ``.onnx`` file to write.
         inputs: by name, to compare the two files on; made by what the file says of them if None.
         allow_unmerged: what no weight of the file can hold stays beside its layer, as constants.
@@ -78,9 +80,12 @@ def merge_onnx(
         with clock.stage("adapter"):
             file = _adapter_file(adapter, path, manifest, Path(directory))
             del adapter  # the file has its values, in memory that is mapped
-            stored = read_adapter(file)  # holds the memory of the values
+            stored = read_stored(file)  # holds the memory of the values
+            values = values_of(stored)
+            if manifest.required:  # the graph has no value for what the adapter leaves alone
+                values = every_value(manifest, path, values)
         with clock.stage("merge"):
-            model, beside = merged_model(lambda: ir.load(path), manifest, values_of(stored))
+            model, beside = merged_model(lambda: ir.load(path), manifest, values)
         if beside and not allow_unmerged:
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
         with staged(out, force=force) as draft:
@@ -122,9 +127,11 @@ def _checking(proto: onnx.ModelProto, path: Path, check: bool) -> Iterator[Futur
 def _adapter_file(
     adapter: Adapter | str | Path, model: Path, manifest: Manifest, directory: Path
 ) -> Path:
-    if not isinstance(adapter, Adapter) and Path(adapter).suffix == ".onnx_adapter":
-        check_adapter_file(Path(adapter), manifest, model)
-        return Path(adapter)
+    if not isinstance(adapter, Adapter):
+        given = Path(adapter)
+        if given.suffix == ORT_ADAPTER or is_slot_tensors(given):
+            check_adapter_file(given, manifest, model)
+            return given
     file = directory / "merged.onnx_adapter"
     export_adapter(adapter, model, file, check=False)  # it is read beside
     return file

@@ -13,7 +13,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.runtime.ort import to_array
-from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
+from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
+from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
 
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -49,8 +50,8 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
         for adapter in adapters:
             check_adapter_file(Path(adapter), manifest, Path(path))
         self._inputs = [{n: to_array(n, v) for n, v in each.items()} for each in inputs]
-        self._slots = [_values(Path(adapter)) for adapter in adapters]
-        self._none = _zeros(manifest)
+        self._slots = [_fed(manifest, Path(path), Path(each)) for each in adapters]
+        self._none = _fed(manifest, Path(path), None)
         self.rewind()
 
     def get_next(self) -> Feeds | None:
@@ -67,18 +68,8 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
             yield feeds | self._slots[place % len(self._slots)]
 
 
-def _values(adapter: Path) -> Feeds:
-    stored = read_adapter(adapter)  # holds the memory until it is copied
-    return {name: to_numpy(value).copy() for name, value in values_of(stored).items()}
-
-
-def _zeros(manifest: Manifest) -> Feeds:
-    """What has no effect, of rank 1 where it would have none."""
-    found: Feeds = {}
-    for slot in manifest.slots:
-        for given in slot.inputs.values():
-            neutral = slot.neutral().get(given.name)
-            if neutral is not None:
-                full = to_numpy(neutral)
-                found[given.name] = full if full.size else np.zeros(given.sized(1), full.dtype)
-    return found
+def _fed(manifest: Manifest, model: Path, adapter: Path | None) -> Feeds:
+    """What the slots are fed with an adapter, or with none."""
+    stored = None if adapter is None else read_stored(adapter)  # holds the memory of its values
+    every = every_value(manifest, model, {} if stored is None else values_of(stored))
+    return {name: to_numpy(value).copy() for name, value in every.items()}

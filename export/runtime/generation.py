@@ -10,6 +10,7 @@ import onnxruntime as ort
 import torch
 
 from lora_fx.errors import ExportError
+from lora_fx.export.runtime.active_adapter import ActiveAdapter
 from lora_fx.export.runtime.ort import ERRORS, reason, to_array
 from lora_fx.export.runtime.sampling import Ends
 
@@ -112,7 +113,7 @@ def empty_cache(session: Any, batch: int) -> dict[str, Any]:
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
-def bound_run(session: Any, options: Any) -> Callable[[Values], Values]:
+def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]:
     """One step of a session that leaves the cache where onnxruntime has put it."""
     names = [output.name for output in session.get_outputs()]
 
@@ -124,7 +125,7 @@ def bound_run(session: Any, options: Any) -> Callable[[Values], Values]:
             for name, value in feeds.items()
         }
         try:
-            outputs = session.run_with_ort_values(names, values, options)
+            outputs = session.run_with_ort_values(names, values | active.feeds, active.options)
         except ERRORS as error:
             raise ExportError(f"onnxruntime: {reason(error)}") from error
         found = dict(zip(names, outputs, strict=True))

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.export.onnx_model.tensors import to_numpy
 
 ERRORS = (
     state.Fail,
@@ -95,10 +96,10 @@ def _is_packed(path: Path) -> bool:
 
 def call(
     session: Any,
-    feeds: Mapping[str, np.ndarray[Any, Any]],
+    feeds: Mapping[str, Any],
     options: ort.RunOptions | None = None,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Runs a session and gives its outputs by name.
+    """Runs a session on arrays or values of its own, and gives its outputs by name.
 
     Raises:
         ExportError: onnxruntime refused an input or failed in the middle.
@@ -126,6 +127,14 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
         found = type(value).__name__
         raise ExportError(f"input {name!r} is a {found}: give a tensor or an array of numbers")
     return array
+
+
+def to_ort_value(tensor: torch.Tensor) -> ort.OrtValue:
+    """A tensor's memory, which the caller must keep, as onnxruntime takes it; also of bfloat16."""
+    array = to_numpy(tensor)
+    if tensor.dtype is torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def reason(error: Exception) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+from lora_fx.export.runtime.active_adapter import ActiveAdapter, activated
 from lora_fx.export.runtime.generation import (
     IDS,
     MASK,
@@ -24,9 +24,8 @@ from lora_fx.export.runtime.generation import (
     steps,
 )
 from lora_fx.export.runtime.ort import call, open_session, to_array
-from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.runtime.sampling import Ends, Sampling
-from lora_fx.export.slots.check_adapter import active, check_adapter_file, load_adapter
+from lora_fx.export.slots.check_adapter import check_adapter_file
 from lora_fx.io.output_place import check_path
 from lora_fx.tables import table
 
@@ -66,7 +65,7 @@ class Session:
             check_digests(proto, self._path)
         del proto
         self._session = open_session(self._path, threads=threads, providers=providers)
-        self._adapters: dict[Path, tuple[Stamp, ort.LoraAdapter]] = {}
+        self._adapters: dict[Path | None, tuple[Stamp | None, ActiveAdapter]] = {}
 
     @property
     def inputs(self) -> list[str]:
@@ -117,11 +116,8 @@ class Session:
         """
         self._check_names(inputs)
         feeds = {name: to_array(name, value) for name, value in inputs.items()}
-        loaded = None if adapter is None else self._load(adapter)
-        given = required_slots(self._session, self._manifest, adapter)
-        # Run options do not keep an adapter alive; and they refuse what the file requires.
-        options = None if loaded is None or given else active(loaded)
-        return call(self._session, feeds | given, options)
+        active = self._active(adapter)
+        return call(self._session, feeds | active.feeds, active.options)
 
     def generate(
         self,
@@ -168,9 +164,8 @@ class Session:
         ids, mask = prompt(input_ids, attention_mask)
         ends = Ends.of(self._path, eos_token_id, pad_token_id)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
-        loaded = None if adapter is None else self._load(adapter)
         start = empty_cache(self._session, len(ids))
-        run = bound_run(self._session, None if loaded is None else active(loaded))
+        run = bound_run(self._session, self._active(adapter))
         every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
         return np.concatenate([ids, every], axis=1)
 
@@ -192,7 +187,19 @@ class Session:
                 f"{shorten(unknown) or 'none'}; the model takes {shorten(wanted)}"
             )
 
-    def _load(self, adapter: str | Path) -> ort.LoraAdapter:
+    def _active(self, adapter: str | Path | None) -> ActiveAdapter:
+        path, stamp = (None, None) if adapter is None else self._stamped(adapter)
+        key = path and path.resolve()
+        known = self._adapters.get(key)
+        if known is None or known[0] != stamp:
+            if path is not None and self._manifest is not None:
+                check_adapter_file(path, self._manifest, self._path)
+            known = stamp, activated(self._session, self._path, self._manifest, path)
+            self._adapters[key] = known
+        return known[1]
+
+    def _stamped(self, adapter: str | Path) -> tuple[Path, Stamp]:
+        """The path of an adapter file, and what tells its content from a later one's."""
         if not isinstance(adapter, str | Path):
             raise AdapterError(
                 f"adapter is a {type(adapter).__name__}, expected the path of one .onnx_adapter: "
@@ -211,14 +218,7 @@ class Session:
                 f"{str(self._path)!r}, ...) wrote"
             )
         status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        key = path.resolve()
-        known = self._adapters.get(key)
-        if known is None or known[0] != stamp:
-            check_adapter_file(path, self._manifest, self._path)
-            known = stamp, load_adapter(path)
-            self._adapters[key] = known
-        return known[1]
+        return path, (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def _axes(shape: Sequence[Any]) -> str:

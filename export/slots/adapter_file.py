@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
-from torch.utils.dlpack import from_dlpack
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
@@ -20,9 +18,11 @@ from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
-from lora_fx.export.runtime.ort import ERRORS
-from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter, values_of
+from lora_fx.export.runtime.ort import ERRORS, to_ort_value
+from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
+from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.slot_tensors import write_slot_tensors
 from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.io.atomic import refuse_existing, staged
@@ -31,28 +31,35 @@ from lora_fx.layers.axes import sizes_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
-Array = np.ndarray[Any, Any]
+FORMATS = ("onnx_adapter", "safetensors")
+ORT_ADAPTER, SAFETENSORS = ".onnx_adapter", ".safetensors"
 _ADAPTER_VERSION = 1
+_NO_ADAPTER = Adapter("none", {})
 
 
 def export_adapter(
-    adapter: Adapter | str | Path,
+    adapter: Adapter | str | Path | None,
     model_path: str | Path,
     out_path: str | Path,
     *,
+    format: str | None = None,
     force: bool = False,
     check: bool = True,
 ) -> None:
-    """Writes an adapter as a file for a model that was exported with ``adapters="input"``.
+    """Writes an adapter as a file for a model that was exported with slots.
 
-    A layer that the adapter leaves alone gets a value of no effect, and a whole tensor that it
-    leaves alone none. The scale is folded into B in float32 or wider, then both are rounded once
-    to the type of the slot.
+    A layer that the adapter leaves alone gets a value of no effect. The scale is folded into B in
+    float32 or wider, then both are rounded once to the type of the slot.
 
     Args:
-        adapter: an adapter, or a path for `lora_fx.load_adapter`.
+        adapter: an adapter, or a path for `lora_fx.load_adapter`; None: no adapter, what leaves the
+            base as it is, for a model that has to be fed (``adapters="required"``).
         model_path: the model.
-        out_path: the ``.onnx_adapter`` file.
+        out_path: the file.
+        format: ``"onnx_adapter"``, onnxruntime's own, which has nothing for a whole tensor that the
+            adapter leaves alone; or ``"safetensors"``: each graph input of a slot by its name,
+            none left out and none empty, and metadata that tell the model. By default safetensors
+            where ``out_path`` ends so.
         force: replace a file that exists.
         check: read all weights of the model once, and refuse one that is not what was exported;
             if False, only those are read that DoRA and (IA)3 scale.
@@ -62,13 +69,22 @@ def export_adapter(
         AdapterError: the adapter does not fit the slots, or holds what a slot cannot carry.
     """
     source, out = (None if isinstance(adapter, Adapter) else adapter), Path(out_path)
+    if format is None:
+        format = "safetensors" if out.suffix == SAFETENSORS else "onnx_adapter"
+    if format not in FORMATS:
+        raise ExportError(f"a file of format {format!r}: expected {' or '.join(FORMATS)}")
     with keeping(source, model_path):
         refuse_existing(out, force=force)
-        _export(adapter, Path(model_path), out, force, check)
+        _export(adapter, Path(model_path), out, format, force, check)
 
 
 def _export(
-    adapter: Adapter | str | Path, model_path: Path, out: Path, force: bool, check: bool
+    adapter: Adapter | str | Path | None,
+    model_path: Path,
+    out: Path,
+    format: str,
+    force: bool,
+    check: bool,
 ) -> None:
     proto = load_proto(model_path)
     manifest = manifest_in(proto, model_path, strict=True)
@@ -77,41 +93,39 @@ def _export(
     if check:
         check_digests(proto, model_path)
     del proto
-    if not isinstance(adapter, Adapter):
+    if adapter is not None and not isinstance(adapter, Adapter):
         adapter = lora_fx.load_adapter(adapter)
-    values = values_of_adapter(adapter, manifest, model_path)
-    del adapter  # a caller who gave a path has no use for it either
-    arrays = {name: to_numpy(value) for name, value in values.items()}
+    name = None if adapter is None else adapter.name
+    own = _NO_ADAPTER if adapter is None else adapter
+    values = values_of_adapter(own, manifest, model_path)
+    del adapter, own  # a caller who gave a path has no use for it either
     with staged(out, force=force) as draft:
-        _write(draft, arrays, manifest)
+        if format == "safetensors":
+            values = every_value(manifest, model_path, values)
+            write_slot_tensors(draft, values, manifest, name)
+        else:
+            _write(draft, values, manifest)
         check_adapter_file(draft, manifest, model_path)
-        _check_bits(draft, arrays)
+        _check_bits(draft, values)
 
 
-def _write(draft: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
-    types = {name: slot.dtype for slot in manifest.slots for name in slot.names}
-    values = {name: _to_ort(array, types[name]) for name, array in arrays.items()}
+def _write(draft: Path, values: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    given = {name: to_ort_value(value) for name, value in values.items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(_ADAPTER_VERSION)
     file.set_model_version(manifest.model_version)
-    file.set_parameters(values)
+    file.set_parameters(given)
     try:
-        # Reads the memory of `arrays` through `values`: both must live until it returns.
+        # Reads the memory of `values` through `given`: both must live until it returns.
         file.export_adapter(str(draft))
     except (*ERRORS, RuntimeError) as error:
         raise ExportError(f"{draft.name}: not written by onnxruntime: {error}") from error
 
 
-def _to_ort(array: Array, dtype: str) -> ort.OrtValue:
-    if dtype == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx.TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _check_bits(draft: Path, arrays: dict[str, Array]) -> None:
-    stored = read_adapter(draft).get_parameters()
-    for name, array in arrays.items():
-        found = to_numpy(from_dlpack(stored[name]))  # numpy() refuses bfloat16
+def _check_bits(draft: Path, values: Mapping[str, torch.Tensor]) -> None:
+    stored = read_stored(draft)
+    for name, value in values.items():
+        found, array = to_numpy(stored.values[name]), to_numpy(value)
         if found.shape != array.shape or found.tobytes() != array.tobytes():
             raise ExportError(f"{draft.name}: {name}: read back other values than were written")
 
@@ -124,7 +138,7 @@ _NEUTRAL = {"gain": 0.0, "bias": 0.0, "col": 1.0}
 
 
 def read_adapter_file(path: Path, name: str) -> Adapter:
-    """Reads an ``.onnx_adapter`` that was made by `export_adapter`.
+    """Reads a file that was made by `export_adapter`, of either format.
 
     A is stored as (in, r) and B as (r, out) with the scale folded in: they are turned around, and
     the scale is 1. ``lora_At`` is that of a transposed convolution, (in, r, *kernel), and
@@ -142,7 +156,7 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     Raises:
         AdapterError: it is missing, damaged, or holds what is no pair of A and B.
     """
-    stored = read_adapter(path)
+    stored = read_stored(path)
     with within(path):
         # The file's memory is gone with the file.
         values = {key: value.clone() for key, value in values_of(stored).items()}
@@ -197,7 +211,7 @@ def _update(module: str, values: dict[str, torch.Tensor]) -> AnyUpdate | None:
     is_stack = values.keys() == _EXPERTS.keys() and up.ndim == down.ndim == 3
     if is_stack and up.shape[::2] == down.shape[:2]:
         shape = len(up), up.shape[1], down.shape[2]
-        return WeightUpdate("lora", added_to_each(up, down), shape) if up.numel() else None
+        return WeightUpdate("lora", added_to_each(up, down), shape) if up.any() else None
     known = (layer for layer in TYPES.values() if layer.kernel == down.ndim - 2)
     layer = next((t for t in known if {t.leaf("down"), t.leaf("up")} <= values.keys()), None)
     sizes = [layer and sizes_of(getattr(layer, role), found[role].shape) for role in found]
@@ -207,7 +221,7 @@ def _update(module: str, values: dict[str, torch.Tensor]) -> AnyUpdate | None:
         )
     shape = (up.shape[layer.axis("up", "out")], *layer.canonical("down", down).shape[1:])
     rank = down.shape[layer.axis("down", "r")]
-    if rank == 1 and layer.kernel and not (down.any() or up.any()):  # it stands for no rank there
+    if rank == 1 and not (down.any() or up.any()):  # it stands for no rank
         rank = 0
     acting = {n: values[n] for n, v in _NEUTRAL.items() if n in values and (values[n] != v).any()}
     if not rank and not acting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -11,18 +12,20 @@ from torch.utils.dlpack import from_dlpack
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.adapter_table import count_of
-from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.manifest import UNKNOWN, Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
+from lora_fx.export.slots.slot_tensors import read_slot_tensors
 from lora_fx.injection.branch_tensors import BranchTensors
 from lora_fx.injection.finite_values import overflow
+from lora_fx.io.adapter_files import IDENTIFIER, is_slot_tensors
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.tensor_checks import check_tensors
 
-IDENTIFIER = b"TORT"
 FORMAT_VERSION = 1
 _MAX_FILE = (1 << 31) - 1  # flatbuffers' own limit
-_DAMAGE = (*ERRORS, RuntimeError, ValueError)  # ValueError: a name that is not UTF-8
-Shapes = dict[str, tuple[tuple[int, ...], str]]
+# ValueError: a name that is not UTF-8; the last two: numbers that torch has no type for.
+DAMAGE = (*ERRORS, RuntimeError, ValueError, BufferError, TypeError)
+Values = dict[str, torch.Tensor]
 _TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -32,35 +35,69 @@ _TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An adapter file of either kind.
+
+    Attributes:
+        values: by the names of the slots' inputs: views of the file's memory, which it keeps.
+        model_version: of the model that it was made for, as its manifest has it.
+        base: the digest of that model's base, if the file says it.
+        memory: what the values are views of.
+    """
+
+    values: Values
+    model_version: int
+    base: str = UNKNOWN
+    memory: object = None
+
+
+def read_stored(path: Path) -> Stored:
+    """Reads an adapter file, onnxruntime's own or of safetensors.
+
+    Raises:
+        AdapterError: it is missing, is no adapter file, or is damaged.
+    """
+    check_plain(path)
+    if is_slot_tensors(path):
+        values, base, version = read_slot_tensors(path)
+        return Stored(values, version, base)
+    stored = read_adapter(path)
+    with within(path):
+        return Stored(_views(stored), stored.get_model_version(), memory=stored)
+
+
 def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
     """Checks that a file was made for this model, and fills exactly its slots.
 
     Raises:
         AdapterError: it is no adapter file, is damaged, or belongs to another model.
     """
-    stored = read_adapter(path)
+    stored = read_stored(path)
     with within(path):
         _check(stored, manifest, model)
 
 
-def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
-    found, expected = stored.get_model_version(), manifest.model_version
-    shapes = _shapes(stored)
-    if found != expected and manifest.is_ours:  # else names and shapes are all that is known
+def _check(stored: Stored, manifest: Manifest, model: Path) -> None:
+    found, expected = stored.model_version, manifest.model_version
+    same = found == expected and stored.base in (UNKNOWN, manifest.base)
+    if not same and manifest.is_ours:  # else names and shapes are all that is known
         raise AdapterError(
             f"made for another model: model version {found}, {model} has {expected}; make "
             f"it again: export_adapter(adapter, {str(model)!r}, ...)"
         )
     known = {name: slot for slot in manifest.slots for name in slot.names}
-    missing = [name for name, slot in known.items() if name not in shapes and not slot.may_lack]
-    unknown = [name for name in shapes if name not in known]
+    missing = [
+        name for name, slot in known.items() if name not in stored.values and not slot.may_lack
+    ]
+    unknown = [name for name in stored.values if name not in known]
     if missing or unknown:
         raise AdapterError(
             f"does not fit {model}: slots without a value: {shorten(missing) or 'none'}; "
             f"values without a slot: {shorten(unknown) or 'none'}"
         )
     for slot in manifest.slots:
-        _check_slot(slot, shapes)
+        _check_slot(slot, stored.values)
     values = values_of(stored)
     for slot in manifest.slots:
         if not isinstance(slot, Slot):
@@ -71,32 +108,30 @@ def _check(stored: ort.AdapterFormat, manifest: Manifest, model: Path) -> None:
             raise AdapterError(f"{slot.path}: {what} overflows {slot.dtype}; make it again")
 
 
-def values_of(stored: ort.AdapterFormat) -> dict[str, torch.Tensor]:
+def values_of(stored: Stored) -> Values:
     """The tensors of an adapter file, by name: views of its memory.
 
     Raises:
         AdapterError: one is not of floats, or holds NaN or infinity.
     """
-    parameters = stored.get_parameters()
-    values = {name: from_dlpack(parameters[name]) for name in sorted(parameters)}
-    check_tensors(values)  # numpy would refuse bfloat16
-    return values
+    check_tensors(stored.values)  # numpy would refuse bfloat16
+    return stored.values
 
 
-def _shapes(stored: ort.AdapterFormat) -> Shapes:
+def _views(stored: ort.AdapterFormat) -> Values:
     try:
-        values = stored.get_parameters()
-        return {name: (tuple(v.shape()), v.data_type()) for name, v in values.items()}
-    except _DAMAGE as error:
+        parameters = stored.get_parameters()
+        return {name: from_dlpack(parameters[name]) for name in sorted(parameters)}
+    except DAMAGE as error:
         raise AdapterError(f"damaged: {_first_line(error)}") from error
 
 
-def _check_slot(slot: AnySlot, shapes: Shapes) -> None:
+def _check_slot(slot: AnySlot, values: Values) -> None:
     ranks = set()
     for name, sizes in slot.inputs.values():
-        if name not in shapes:
+        if name not in values:
             continue
-        found, dtype = shapes[name]
+        found, dtype = tuple(values[name].shape), _dtype(values[name])
         fits = len(found) == len(sizes)
         if not fits or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
             expected = tuple("r" if size is None else size for size in sizes)
@@ -108,8 +143,13 @@ def _check_slot(slot: AnySlot, shapes: Shapes) -> None:
         raise AdapterError(f"{slot.path}: A and B are of ranks {sorted(ranks)}")
 
 
+def _dtype(value: torch.Tensor) -> str:
+    name = str(value.dtype).removeprefix("torch.")
+    return _TYPES.get(name, name)
+
+
 def read_adapter(path: Path) -> ort.AdapterFormat:
-    """Reads an adapter file.
+    """Reads an adapter file of onnxruntime's own kind.
 
     Raises:
         AdapterError: it is missing, is no adapter file, or is damaged.
@@ -127,7 +167,7 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
         )
     try:
         stored = ort.AdapterFormat.read_adapter(str(path))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise AdapterError(f"{path}: damaged: {_first_line(error)}") from error
     with within(path):
         _refuse_twice(path, stored)
@@ -139,33 +179,12 @@ def read_adapter(path: Path) -> ort.AdapterFormat:
 
 def _refuse_twice(path: Path, stored: ort.AdapterFormat) -> None:
     """Refuses two values of one name: onnxruntime keeps one of them, without a word."""
-    listed, found = count_of(path), len(_shapes(stored))
+    listed, found = count_of(path), len(_views(stored))
     if listed != found:
         raise AdapterError(
             f"{listed} values of {found} names, expected a name for each: a name stands twice; "
             "make it again with export_adapter"
         )
-
-
-def load_adapter(path: Path) -> ort.LoraAdapter:
-    """Maps an adapter file for running.
-
-    Raises:
-        AdapterError: onnxruntime refuses it.
-    """
-    adapter = ort.LoraAdapter()
-    try:
-        adapter.Load(str(path))
-    except _DAMAGE as error:
-        raise AdapterError(f"{path}: not loaded by onnxruntime: {_first_line(error)}") from error
-    return adapter
-
-
-def active(adapter: ort.LoraAdapter) -> ort.RunOptions:
-    """Run options with one adapter, which the caller must keep alive while they are used."""
-    options = ort.RunOptions()
-    options.add_active_adapter(adapter)
-    return options
 
 
 def _first_line(error: Exception) -> str:

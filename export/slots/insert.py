@@ -40,7 +40,9 @@ class OwnTensors(Pass):
             value = get_unevaluated(editor.gm, str(source.target))
             if isinstance(value, torch.Tensor):
                 value = nn.Parameter(value.detach(), requires_grad=False)
-            node = editor.constant(name, value, before=first)
+            module, _, leaf = name.rpartition(".")  # by which its readers are found again
+            free = f"{module}.own.{leaf}" if str(source.target) == name else name
+            node = editor.constant(free, value, before=first)
             for reader, old in found:
                 editor.rebind(reader, old, node)
 
@@ -170,9 +172,21 @@ def _forget_rank(start: ir.Value, until: ir.Value) -> None:
                 open_values.append(value)
 
 
-def set_defaults(model: ir.Model, slots: Sequence[AnySlot]) -> None:
-    """Gives factors a default without effect: a file run without an adapter is the base."""
+def set_defaults(model: ir.Model, slots: Sequence[AnySlot], required: bool = False) -> None:
+    """Gives factors a default without effect: a file run without an adapter is the base.
+
+    Args:
+        model: the model, changed in place.
+        slots: that were opened.
+        required: none gets one. The base's whole tensors stay in the file beside their inputs, for
+            whoever makes an adapter that leaves them alone.
+    """
     inputs = {value.name: value for value in model.graph.inputs}
+    if required:
+        for slot in slots:
+            if isinstance(slot, TensorSlot):
+                _close_default(model, inputs[slot.path])
+        return
     for slot in slots:
         for name, tensor in slot.neutral().items():
             value = inputs[name]
@@ -180,3 +194,12 @@ def set_defaults(model: ir.Model, slots: Sequence[AnySlot]) -> None:
             empty = tensor.float().numpy().astype(value.dtype.numpy())
             value.const_value = ir.Tensor(empty, dtype=value.dtype, name=name)
             model.graph.initializers[name] = value
+
+
+def _close_default(model: ir.Model, value: ir.Value) -> None:
+    tensor = model.graph.initializers.pop(str(value.name)).const_value
+    value.const_value = None
+    kept = ir.Value(
+        name=f"{value.name}_base", shape=value.shape, type=value.type, const_value=tensor
+    )
+    model.graph.register_initializer(kept)

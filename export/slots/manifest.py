@@ -11,7 +11,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, get_type_hints
 
-from onnx import ModelProto
+from onnx import ModelProto, ValueInfoProto
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
@@ -38,9 +38,11 @@ class Manifest:
 
     Attributes:
         slots: in the order of the graph.
+        required: whether the inputs of the slots have no default, so that each run feeds them.
     """
 
     slots: tuple[AnySlot, ...]
+    required: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -64,12 +66,18 @@ class Manifest:
         """The text that is stored in the model."""
         slots = [{**_written(slot), "inputs": slot.names} for slot in self.slots]
         manifest = {"version": VERSION, "base": self.base, "slots": slots}
+        if self.required:
+            manifest["required"] = True
         return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
     @property
     def model_version(self) -> int:
-        """31 bits of a digest of the manifest: what an adapter file remembers of its model."""
-        digest = hashlib.blake2b(self.to_json().encode(), digest_size=4).digest()
+        """31 bits of a digest of the manifest: what an adapter file remembers of its model.
+
+        With defaults or without, what an adapter puts in is the same.
+        """
+        text = replace(self, required=False).to_json()
+        digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
         return int.from_bytes(digest, "big") & 0x7FFFFFFF or 1  # 0 is what other tools leave
 
 
@@ -78,10 +86,10 @@ def _written(slot: AnySlot) -> dict[str, Any]:
     return {n: list(v) if isinstance(v, tuple) else v for n, v in record.items()}
 
 
-def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot]) -> Manifest:
+def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot], required: bool = False) -> Manifest:
     """Describes the slots of a graph, and digests the tensors that they are of."""
     groups = by_path(gm)
-    return Manifest(tuple(_digested(gm, slot, groups) for slot in slots))
+    return Manifest(tuple(_digested(gm, slot, groups) for slot in slots), required)
 
 
 def _digested(gm: fx.GraphModule, slot: AnySlot, groups: Mapping[str, Sequence[Site]]) -> AnySlot:
@@ -115,7 +123,7 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest | None:
     slots = values.get("slots")
     if not isinstance(slots, list) or not isinstance(values.get("base"), str):
         raise ExportError(f"{KEY}: no list of slots or no base digest: export again")
-    manifest = Manifest(tuple(_slots(slots)))
+    manifest = Manifest(tuple(_slots(slots)), values.get("required") is True)
     if len(set(manifest.names)) < len(manifest.names):
         raise ExportError(f"{KEY}: two slots of one name: export the model again")
     if json.loads(manifest.to_json()) != values:
@@ -146,13 +154,15 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
         ExportError: names the slots that are listed and gone, or there and not listed.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
-    found = {value.name for value in model.graph.input if value.name in constants}
+    inputs = {value.name for value in model.graph.input}
     listed = manifest.names
+    found = inputs - constants if manifest.required else inputs & constants
     lost = [name for name in listed if name not in found]
-    unknown = sorted(found.difference(listed))
+    unknown = sorted((inputs & constants).difference(listed))
     if lost or unknown:
+        default = "without" if manifest.required else "with"
         raise ExportError(
-            f"its graph has no input, or none with a default, for the slots "
+            f"its graph has no input, or none {default} a default, for the slots "
             f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
             "manifest does not list: another tool rewrote the file; use it as it was exported, or "
             "export it again"
@@ -163,6 +173,15 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
 def _check_sizes(model: ModelProto, manifest: Manifest) -> None:
     """Refuses sizes that the graph has not: memory is taken by what the manifest says."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    if manifest.required:
+        most = max(map(math.prod, shapes.values()), default=0)  # of the weights that slots are of
+        shapes = {value.name: _declared(value) for value in model.graph.input}
+        large = [n for n in manifest.names if math.prod(s for s in shapes[n] if s) > most]
+        if large:
+            raise ExportError(
+                f"{KEY}: {shorten(large)}: larger than any weight of the file: use the file as it "
+                "was exported, or export it again"
+            )
     for slot in manifest.slots:
         for name, sizes in slot.inputs.values():
             pairs = zip(sizes, shapes[name], strict=False)
@@ -171,6 +190,11 @@ def _check_sizes(model: ModelProto, manifest: Manifest) -> None:
                     f"{KEY}: {name} is of {sizes}, but {shapes[name]} in the graph: use the file "
                     "as it was exported, or export it again"
                 )
+
+
+def _declared(value: ValueInfoProto) -> tuple[int, ...]:
+    """The sizes of an input; 0 where one is open."""
+    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
 def _slots(entries: Sequence[Any]) -> Iterator[AnySlot]:

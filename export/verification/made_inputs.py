@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 
 from lora_fx.errors import ExportError
+from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.ort import call, open_session, to_array
-from lora_fx.export.runtime.required_slots import required_slots
 from lora_fx.export.slots.manifest import Manifest
 
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -42,7 +42,7 @@ def feeds_for(
         ExportError: what was given does not run, or nothing that was tried.
     """
     session = open_session(path, threads=1, frugal=True)
-    slots = required_slots(session, manifest, None)
+    slots = activated(session, path, manifest, None).feeds
     inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:
         feeds = {name: to_array(name, value) for name, value in given.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,18 @@ from lora_fx.errors import ExportError
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Reference
+from lora_fx.export.runtime.active_adapter import ActiveAdapter
 from lora_fx.export.runtime.generation import IDS, LOGITS, PAST, Array, Values, steps
 from lora_fx.export.runtime.ort import call
-from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.verification.eager import EAGER_ERRORS, run_eager
 from lora_fx.numerics import TOLERANCE, compare
 
 TOKENS = 32
 
 
-def rollout(subject: Reference, session: Any, trial: ExportUnit, dtype: torch.dtype) -> Check:
+def rollout(
+    subject: Reference, session: Any, active: ActiveAdapter, trial: ExportUnit, dtype: torch.dtype
+) -> Check:
     """Holds the greedy tokens of a file against those of eager, from an empty cache on.
 
     The prompt is that of the example, its second row padded on the left. Eager is asked once, of
@@ -32,8 +33,9 @@ def rollout(subject: Reference, session: Any, trial: ExportUnit, dtype: torch.dt
     computes another thing of a longer text), it generates itself.
 
     Args:
-        subject: the eager model, and the adapter file to run with.
+        subject: the eager model.
         session: of the file.
+        active: the adapter to run with.
         trial: its inputs by name.
         dtype: the model's precision.
     """
@@ -42,7 +44,7 @@ def rollout(subject: Reference, session: Any, trial: ExportUnit, dtype: torch.dt
     mask = np.ones_like(ids)
     mask[1:, : ids.shape[1] // 4] = 0
     start = {n: v[:, :, :0] if n.startswith(PAST) else v for n, v in given.items()}
-    file, eager = _file(session, subject.adapter), _eager(subject, trial)
+    file, eager = _file(session, active), _eager(subject, trial)
     try:
         found = _greedy(file, ids, mask, start, TOKENS)
         wanted = _chosen(eager, found[0], ids, mask, start)
@@ -120,15 +122,8 @@ def _is_tie(chosen: Array, expected: Array, dtype: torch.dtype) -> bool:
     return bool((gap <= TOLERANCE[dtype] * np.abs(expected).max(-1)).all())
 
 
-def _file(session: Any, adapter: Path | None) -> Callable[[Values], Values]:
-    loaded = None if adapter is None else load_adapter(adapter)
-    options = None if loaded is None else active(loaded)
-
-    def run(feeds: Values) -> Values:
-        assert loaded is None or options is not None  # the options do not keep the adapter alive
-        return call(session, feeds, options)
-
-    return run
+def _file(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]:
+    return lambda feeds: call(session, {**feeds, **active.feeds}, active.options)
 
 
 def _eager(subject: Reference, trial: ExportUnit) -> Callable[[Values], Values]:

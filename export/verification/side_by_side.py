@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from lora_fx.export.report import Check, Verification
+from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.ort import call, open_session
-from lora_fx.export.runtime.required_slots import required_slots
-from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.made_inputs import Feeds
 from lora_fx.numerics import TOLERANCE, compare
@@ -34,10 +33,9 @@ class Run:
     def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
         """What it gives: label -> output name -> array."""
         session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
-        loaded = None if self.adapter is None else load_adapter(self.adapter)
-        given = required_slots(session, self.manifest, self.adapter)
-        options = None if loaded is None or given else active(loaded)
-        return {label: call(session, each | given, options) for label, each in feeds.items()}
+        active = activated(session, self.path, self.manifest, self.adapter)
+        every = ((label, each | active.feeds) for label, each in feeds.items())
+        return {label: call(session, each, active.options) for label, each in every}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterWarning, VerificationError, shorten
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Reference, Verification
+from lora_fx.export.runtime.active_adapter import ActiveAdapter, activated
 from lora_fx.export.runtime.ort import call, open_session
-from lora_fx.export.slots.check_adapter import active, load_adapter
 from lora_fx.export.verification.eager import EAGER_ERRORS, Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
 from lora_fx.export.verification.rollout import rollout
@@ -58,8 +59,9 @@ def verify_file(
     for optimise in (False, True):
         session = open_session(path, threads=1, optimise=optimise, frugal=True)
         for subject, wanted in zip(subjects, expected, strict=True):
+            active = _activated(session, path, subject, trial)
             for case in (case for case in trial.cases if case.label in wanted):
-                found = _run(session, subject.adapter, trial, case)
+                found = _run(session, active, trial, case)
                 row = _Row(subject, case, optimise)
                 rows = row.compare(trial.outputs, found, wanted[case.label])
                 evidence.checks += rows
@@ -68,7 +70,7 @@ def verify_file(
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
             if trial.generates and subject.generates and optimise:
                 dtype = _precision(subject.graph)
-                evidence.checks.append(rollout(subject, session, trial, dtype))
+                evidence.checks.append(rollout(subject, session, active, trial, dtype))
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
@@ -169,9 +171,15 @@ def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
     return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
 
 
-def _run(session: Any, adapter: Path | None, trial: ExportUnit, case: Case) -> list[Any]:
-    loaded = None if adapter is None else load_adapter(adapter)
-    outputs = call(session, trial.feeds(case), None if loaded is None else active(loaded))
+def _activated(session: Any, path: Path, subject: Reference, trial: ExportUnit) -> ActiveAdapter:
+    """The adapter of a subject; a file that takes more than its model does requires its slots."""
+    is_fed = len(session.get_inputs()) > len(trial.inputs)
+    manifest = manifest_in(load_proto(path), path) if is_fed else None
+    return activated(session, path, manifest, subject.adapter)
+
+
+def _run(session: Any, active: ActiveAdapter, trial: ExportUnit, case: Case) -> list[Any]:
+    outputs = call(session, trial.feeds(case) | active.feeds, active.options)
     return [outputs[name] for name in trial.outputs]
 
 

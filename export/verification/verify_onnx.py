@@ -24,6 +24,7 @@ from lora_fx.export.quantization.numbers import (
 from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
@@ -56,6 +57,7 @@ def verify_onnx(
     """
     path, clock, session = Path(path), Clock(progress), Session(path)
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
+    manifest = manifest_in(load_proto(path), path)
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
         trial, (gm, adapters, quantised) = _trial(gm, adapters), _in_numbers(gm, path, adapters)
@@ -67,7 +69,7 @@ def verify_onnx(
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode=mode_of(path, slots),
+        mode=mode_of(path, manifest),
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
         seconds=clock.seconds,
@@ -99,33 +101,38 @@ def _in_numbers(
     return numbers, adapters, Quantisation(scheme_in(packed), errors)
 
 
-def mode_of(path: Path, slots: object) -> str:
-    """What a file is, told by the names of what it holds, and whether it has slots."""
-    if slots:
-        return "swappable"
+def mode_of(path: Path, manifest: Manifest | None) -> str:
+    """What a file is, told by its slots, or else by the names of what it holds."""
+    if manifest is not None and manifest.slots:
+        return "required" if manifest.required else "swappable"
     names = (tensor.name for tensor in load_proto(path).graph.initializer)
     return "unmerged" if any(".lora_" in name for name in names) else "merged"
 
 
 def check_adapter_files(
-    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter, Path]]
+    gm: fx.GraphModule, path: Path, files: Sequence[tuple[Adapter | None, Path]]
 ) -> Verification:
     """Runs a swappable file with adapter files that were made for it, at the traced shape.
 
     Args:
         gm: the traced model without adapters.
         path: the ``.onnx`` file.
-        files: each adapter, and the file that was made of it.
+        files: each adapter, and the file that was made of it; None: of no adapter.
 
     Raises:
         VerificationError: the file and the module with the adapter disagree.
     """
-    trial = _trial(gm, [adapter for adapter, _ in files])
-    gm = _in_numbers(gm, path)[0]
-    graphs = ((InjectLora(adapter)(gm).graph_module, adapter.name, file) for adapter, file in files)
-    subjects = [reference(name, graph, file, once=True) for graph, name, file in graphs]
-    if not subjects:
+    given = [adapter for adapter, _ in files if adapter is not None]
+    if not given:  # the base was seen when the file was written
         return Verification()
+    trial = _trial(gm, given)
+    gm = _in_numbers(gm, path)[0]
+    subjects = [
+        reference("base", gm, file, once=True)
+        if adapter is None
+        else reference(adapter.name, InjectLora(adapter)(gm).graph_module, file, once=True)
+        for adapter, file in files
+    ]
     control = replace(reference("base", gm), what=NO_ADAPTER, notes=(), coverage=None)
     with of_whole_x(path) as exact:
         evidence = verify_file(exact, trial, subjects, [control])

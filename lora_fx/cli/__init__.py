@@ -104,6 +104,7 @@ class Mode(StrEnum):
     merged = "merged"
     unmerged = "unmerged"
     swappable = "swappable"
+    required = "required"
 
 
 @app.command()
@@ -137,7 +138,8 @@ def export(
 ) -> None:
     """Write OUT/model.onnx and OUT/report.json, verified against the eager model.
 
-    In swappable mode each adapter is also written as OUT/NAME.onnx_adapter.
+    In swappable mode each adapter is also written as OUT/NAME.onnx_adapter. Mode required is the
+    same without defaults, for JavaScript: OUT/NAME.safetensors, and OUT/no-adapter.safetensors.
     """
     from lora_fx.cli.commands import export_model
 
@@ -156,12 +158,23 @@ def export(
 @with_hints()
 def adapter(
     given: Given,
-    adapter: Annotated[Path, typer.Argument(help="An adapter, such as a PEFT directory.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file or directory to write.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(help="An adapter, such as a PEFT directory.", show_default=False),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--for", help="A model exported as swappable.")
     ] = None,
-    to: Annotated[str | None, typer.Option("--to", help="A format, such as peft.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", help="A format, such as peft; with --for, onnx_adapter or safetensors."
+        ),
+    ] = None,
+    none: Annotated[
+        bool, typer.Option("--none", help="With --for: no adapter, what leaves the base as it is.")
+    ] = False,
     to_lora: Annotated[
         bool, typer.Option("--to-lora", help="As plain LoRA first, of any kind; tells the error.")
     ] = False,
@@ -177,10 +190,12 @@ def adapter(
     """Convert an adapter, for one exported model, to another format or to plain LoRA."""
     from lora_fx.cli.commands import convert_adapter
 
+    if none == (adapter is not None):
+        raise LoraFxError("give one adapter, or --none, which is what a model is fed without one")
     if to_lora and model is None and to is None:
         to = "peft"
-    if (model is None) == (to is None):
-        raise LoraFxError("give either --for MODEL.onnx or --to FORMAT")
+    if model is None and to is None:
+        raise LoraFxError("give --for MODEL.onnx or --to FORMAT")
     if not to_lora and (rank, energy) != (None, None):
         raise LoraFxError("--rank and --energy are of --to-lora: add it")
     told: list[Converted] = []
@@ -193,9 +208,10 @@ def adapter(
         converted = convert_adapter(
             adapter, out, model, to, force, given, change if to_lora else None
         )
-    report: dict[str, Any] = {"path": str(out), "adapter": converted.name}
-    report |= {"targets": list(converted.updates)} | (told[0].to_dict() if told else {})
-    show(as_json, report, f"{told[0] if told else converted}\nwritten to {out}")
+    name, targets = (converted.name, list(converted.updates)) if converted else (None, [])
+    report: dict[str, Any] = {"path": str(out), "adapter": name, "targets": targets}
+    report |= told[0].to_dict() if told else {}
+    show(as_json, report, f"{told[0] if told else converted or 'no adapter'}\nwritten to {out}")
 
 
 @app.command()
@@ -204,7 +220,7 @@ def merge(
     given: Given,
     model: Annotated[Path, typer.Argument(help="A model exported as swappable.")],
     adapter: Annotated[
-        Path, typer.Argument(help="An adapter, or an .onnx_adapter made for the model.")
+        Path, typer.Argument(help="An adapter, or a file that was made of one for the model.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write.")],
     allow_unmerged: AllowUnmerged = False,
@@ -234,6 +250,9 @@ def add_lora(
         list[str] | None,
         typer.Option(help="NAME=PATH: what the layer of a weight or a node is called."),
     ] = None,
+    required: Annotated[
+        bool, typer.Option("--required", help="Without defaults, as export's --mode required.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -241,7 +260,7 @@ def add_lora(
     from lora_fx.cli.commands import open_file
 
     with stages() as progress:
-        report = open_file(model, out, slots or (), name or (), force, progress)
+        report = open_file(model, out, slots or (), name or (), force, progress, required)
     show(as_json, report.to_dict(), str(report))
 
 
@@ -284,7 +303,9 @@ def quantize(
 @with_hints()
 def inspect(
     given: Given,
-    path: Annotated[Path, typer.Argument(help="An adapter, a .onnx or a .onnx_adapter file.")],
+    path: Annotated[
+        Path, typer.Argument(help="An adapter, an .onnx or an adapter's file for one.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show targets, ranks, scales, norms, slots and digests."""

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 _END = r"(?=[\s,;:.)]|$)"
 OPTIONS = {
     r'adapters="input"': "--mode swappable",
+    r'adapters="required"': "--mode required",
     r"allow_pickle=True": "--allow-pickle",
     r"allow_unmerged=True": "--allow-unmerged",
     rf"alpha={_END}": "--alpha",

@@ -15,7 +15,17 @@ from lora_fx.cli.adapter_options import Given, base_of, named
 from lora_fx.cli.components import of_components
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
 from lora_fx.cli.model_source import dtype_named, find_model
-from lora_fx.cli.parts import Parts, Report, Work, adapter_file, part_work, share_of, shared_out
+from lora_fx.cli.parts import (
+    SWAPPING,
+    Parts,
+    Report,
+    Work,
+    adapter_file,
+    beside,
+    part_work,
+    share_of,
+    shared_out,
+)
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.formats import save_adapter
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
@@ -61,9 +71,10 @@ def export_model(
     Args:
         spec: as `find_model` takes it.
         adapters: paths for `load_adapter`; summed, except in swappable mode.
-        mode: ``"merged"``, ``"unmerged"`` or ``"swappable"``.
+        mode: ``"merged"``, ``"unmerged"``, ``"swappable"`` or ``"required"``, which is swappable
+            without defaults.
         out: gets ``model.onnx``, or a file for each part of a model, ``report.json``, what clients
-            need and, in swappable mode, the adapter files.
+            need and, in the swappable modes, the adapter files.
         force: replace files that exist.
         progress: told the name of each stage.
         given: what the adapters' formats do not store; the model is their base.
@@ -86,15 +97,14 @@ def export_model(
         VerificationError: the file and eager disagree.
     """
     refuse_files(out, [REPORT], force)
-    if (slots or vectors) and mode != "swappable":
+    if (slots or vectors) and mode not in SWAPPING:
         raise ExportError("--slots and --vectors are of --mode swappable: add it")
     stored = bits_named(bits)
     progress("load")
     source, loaded = _load(spec, adapters, given, task, last_logits, names, dtype)
     parts = source, *source.more
-    swaps = loaded if mode == "swappable" else []
     files = [part.file for part in parts] + [REPORT, *source.beside]
-    files += [adapter_file(adapter, part) for part in parts for adapter in swaps]
+    files += [adapter_file(one, part, mode) for part in parts for one in beside(mode, loaded)]
     places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
     refuse_files(out, places, force)
     by_component = [of_components(adapter, source) for adapter in loaded]
@@ -123,7 +133,7 @@ def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bo
     """Writes one file, and its adapters' if they swap."""
     from lora_fx.export import to_onnx
 
-    if work.mode == "swappable":
+    if work.mode in SWAPPING:
         return replace(_swappable(work, draft, progress), mode=work.mode)
     path, notes = draft / work.part.file, []
     gm = inject(work.graph, work.adapters) if work.adapters else work.graph
@@ -144,32 +154,36 @@ def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
     # What does not fit is told before a file is written.
     adapted = [inject(gm, adapter) for adapter in work.adapters]
     options = {**work.options, "slots": wanted_slots(work)}
-    report = to_onnx(gm, path, adapters="input", progress=progress, measure=True, **options)
-    pairs = [(adapter, draft / adapter_file(adapter, work.part)) for adapter in work.adapters]
-    for adapter, file in pairs:
-        progress(f"adapter {adapter.name}")
-        export_adapter(adapter, path, file, check=False)
+    report = to_onnx(
+        gm, path, adapters=SWAPPING[work.mode][0], progress=progress, measure=True, **options
+    )
+    pairs = []
+    for one in beside(work.mode, work.adapters):
+        progress("no adapter" if one is None else f"adapter {one.name}")
+        file = draft / adapter_file(one, work.part, work.mode)
+        export_adapter(one, path, file, check=False)
+        pairs.append((one, file))
     layers = [fact for graph in adapted for fact in layer_facts(Stages.of(graph), "input")]
     evidence = check_adapter_files(gm, path, pairs)
     return report.with_evidence(evidence).with_look(Look(layers))
 
 
 def convert_adapter(
-    source: Path,
+    source: Path | None,
     out: Path,
     model: Path | None,
     to: str | None,
     force: bool,
     given: Given | None = None,
     change: Callable[[Adapter, nn.Module | None], Adapter] | None = None,
-) -> Adapter:
+) -> Adapter | None:
     """Writes an adapter for an exported model, or in another format.
 
     Args:
-        source: the adapter to read.
+        source: the adapter to read; None: no adapter, for a swappable file.
         out: the file or directory to write.
         model: a swappable file, or None.
-        to: a format; PEFT's directory by default.
+        to: a format; PEFT's directory by default, and for a swappable file what ``out`` ends in.
         force: replace what exists.
         given: what the adapter's format does not store; a component is of what is written, where
             that format has components.
@@ -178,11 +192,18 @@ def convert_adapter(
     Raises:
         LoraFxError: the adapter cannot be read, does not fit, or the output exists.
     """
-    if to == "onnx_adapter":
+    if model is None and to in ("onnx_adapter", "safetensors"):
         raise AdapterError(
-            f"{out}: an .onnx_adapter is made for one model: use --for MODEL.onnx, a file that was "
-            "exported as swappable, and no --to"
+            f"{out}: a file of format {to} is made for one model: use --for MODEL.onnx, a file "
+            "that was exported as swappable"
         )
+    if source is None:
+        from lora_fx.export import export_adapter
+
+        if model is None:
+            raise AdapterError(f"{out}: no adapter is of one model: use --for MODEL.onnx")
+        export_adapter(None, model, out, format=to, force=force)
+        return None
     reading, hints = (given or Given()).split(to)
     base = reading.model()
     adapter = reading.load(source, base)
@@ -191,7 +212,7 @@ def convert_adapter(
     if model is not None:
         from lora_fx.export import export_adapter
 
-        export_adapter(adapter, model, out, force=force)
+        export_adapter(adapter, model, out, format=to, force=force)
     else:
         save_adapter(adapter, out, format=to or "peft", force=force, **hints)
     return adapter
@@ -242,6 +263,7 @@ def open_file(
     names: Sequence[str],
     force: bool,
     progress: Progress,
+    required: bool = False,
 ) -> ExportReport:
     """Gives an ONNX file slots for adapters.
 
@@ -252,6 +274,7 @@ def open_file(
         names: ``NAME=PATH``: the module path of the layer of a weight or a node.
         force: replace what exists.
         progress: told the name of each stage.
+        required: the slots get no default.
 
     Raises:
         LoraFxError: a layer is not there, or the output exists.
@@ -263,7 +286,11 @@ def open_file(
     if wrong := [name for name, (old, new) in zip(names, pairs, strict=True) if not (old and new)]:
         raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
     wanted = list(slots) or "all-linear"
-    return add_lora(model, out, slots=wanted, names=dict(pairs), force=force, progress=progress)
+    adapters = "required" if required else "input"
+    return add_lora(
+        model, out, slots=wanted, names=dict(pairs), adapters=adapters, force=force,
+        progress=progress,
+    )  # fmt: skip
 
 
 def bits_named(word: str | None) -> int | str | None:

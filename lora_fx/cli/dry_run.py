@@ -13,7 +13,7 @@ from torch import fx
 
 from lora_fx.adapters.describe import describe_update
 from lora_fx.api import fold, inject
-from lora_fx.cli.parts import Work, adapter_file
+from lora_fx.cli.parts import SWAPPING, Work, adapter_file, beside
 from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import unmerged
 from lora_fx.graph.example import DTYPE, TASK
@@ -112,7 +112,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
     called = part.input_names or {}
     notes: list[str] = []
     slots: list[str] = []
-    if mode == "swappable":
+    if mode in SWAPPING:
         slots = _slots(work)
     else:
         graph = inject(gm, adapters) if adapters else gm
@@ -121,7 +121,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
     return PlannedFile(
         part.file, shown, part.task.get(TASK), part.task.get(DTYPE),
         [called.get(name, name) for name in names], taken,
-        [adapter_file(a, part) for a in adapters] if mode == "swappable" else [], slots, notes,
+        [adapter_file(a, part, mode) for a in beside(mode, adapters)], slots, notes,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.describe import describe_update
 from lora_fx.cli.adapter_options import Given
 from lora_fx.errors import LoraFxError, within
+from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
@@ -35,7 +36,7 @@ def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
         raise LoraFxError(f"{path}: no such file or directory")
     if path.suffix == ".onnx":
         return _model(path)
-    if path.suffix == ".onnx_adapter":
+    if path.suffix == ".onnx_adapter" or is_slot_tensors(path):
         return _adapter_file(path)
     if path.is_dir() or is_pickle(path) or path.suffix == SAFETENSORS:
         return _adapter(path, (given or Given()).load(path))
@@ -76,6 +77,7 @@ def _model(path: Path) -> dict[str, Any]:
         "inputs": [value.name for value in proto.graph.input if value.name not in fed],
         "outputs": [value.name for value in proto.graph.output],
         "slots": [asdict(slot) for slot in slots],
+        "required": manifest.required if manifest else False,
         "base": manifest.base if manifest else None,
         "model_version": manifest.model_version if manifest else None,
         "digests": _digests(file for file in files if file.is_file()),
@@ -83,15 +85,16 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
-    from lora_fx.export.slots.check_adapter import read_adapter, values_of
+    from lora_fx.export.slots.check_adapter import read_stored, values_of
 
-    stored = read_adapter(path)
+    stored = read_stored(path)
     with within(path):
         values = values_of(stored)
     return {
         "kind": "adapter file",
         "path": str(path),
-        "model_version": stored.get_model_version(),
+        "base": stored.base,
+        "model_version": stored.model_version,
         "values": [
             {
                 "name": name,

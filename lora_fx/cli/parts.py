@@ -63,10 +63,25 @@ class Parts:
         return "\n\n".join(map(str, self.reports))
 
 
-def adapter_file(adapter: Adapter, part: ModelSource) -> str:
+# Modes in which adapters come with each run: what `to_onnx` calls them, and how their files end.
+SWAPPING = {
+    "swappable": ("input", ".onnx_adapter"),
+    "required": ("required", ".safetensors"),
+}
+
+
+def beside(mode: str, adapters: Sequence[Adapter]) -> list[Adapter | None]:
+    """Whose files stand beside a model's; None: what is fed where there is no adapter."""
+    if mode not in SWAPPING:
+        return []
+    return [*([None] if mode == "required" else []), *adapters]
+
+
+def adapter_file(adapter: Adapter | None, part: ModelSource, mode: str) -> str:
     """The name of an adapter's file; of a model in several files, with that of its part."""
+    name = "no-adapter" if adapter is None else adapter.name  # no adapter has a hyphen in its name
     label = f".{part.label}" if part.label else ""
-    return f"{adapter.name}{label}.onnx_adapter"
+    return f"{name}{label}{SWAPPING[mode][1]}"
 
 
 class Work(NamedTuple):
@@ -96,7 +111,7 @@ def part_work(
     vectors: bool,
     options: Mapping[str, Any],
 ) -> Work:
-    """How a part is written: in swappable mode, one without any slot as it is.
+    """How a part is written: in a mode with slots, one without any as it is.
 
     Args:
         part: of the model.
@@ -107,7 +122,7 @@ def part_work(
         vectors: whether slots take vectors even if no adapter has any.
         options: of `to_onnx`, of every part.
     """
-    if mode != "swappable":
+    if mode not in SWAPPING:
         return Work(part, graph, adapters, mode, options)
     start = f"{part.component}." if part.component else ""
     pairs = (text.partition("=") for text in slots)

@@ -1,4 +1,7 @@
-"""onnxruntime's adapter files: the export room reads and writes them, this is the way there."""
+"""Adapter files for one exported model, onnxruntime's own kind and that of safetensors.
+
+The export room reads and writes them, this is the way there.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,16 @@ from pathlib import Path
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
-
-IDENTIFIER = b"TORT"
+from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 
 
 def is_onnx_adapter(path: Path, names: Collection[str]) -> bool:
-    """Whether a file has the identifier that onnxruntime gives its adapters.
+    """Whether a file says that it is of an exported model, in either way.
 
     Raises:
         AdapterError: it cannot be read.
     """
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(8)[4:] == IDENTIFIER
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    return is_ort_adapter(path) or is_slot_tensors(path)
 
 
 def read_onnx_adapter(path: Path, name: str, hints: Hints) -> Adapter:
@@ -63,4 +59,4 @@ def write_onnx_adapter(adapter: Adapter, path: Path, hints: Hints, force: bool) 
         )
     from lora_fx.export import export_adapter
 
-    export_adapter(adapter, hints.model, path, force=force)
+    export_adapter(adapter, hints.model, path, format="onnx_adapter", force=force)

@@ -9,6 +9,7 @@ import torch
 from lora_fx.errors import AdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LISTED = ".lora_invocation"
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -18,7 +19,7 @@ def check_gathered(name: str, shape: Sequence[int]) -> None:
     Raises:
         AdapterError: names it, and what leaves such tensors.
     """
-    if 0 in shape:
+    if 0 in shape and not name.endswith(LISTED):  # no tokens: everywhere
         raise AdapterError(
             f"tensor {name!r:.80}: shape {list(shape)!r:.80}: it is empty, which is what DeepSpeed "
             "ZeRO-3 and FSDP leave of a model that is saved while its tensors are spread over "
@@ -30,7 +31,7 @@ def check_gathered(name: str, shape: Sequence[int]) -> None:
 def may_be_integer(name: str, count: int) -> bool:
     """Whether a tensor is one number (alpha, a flag, a count of batches), or places or tokens."""
     is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
-    is_listed = name.endswith(".lora_invocation")
+    is_listed = name.endswith(LISTED)
     return is_number or is_listed or "_indices" in name or "_s_size" in name
 
 

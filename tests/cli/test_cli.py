@@ -14,6 +14,7 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_fx import load_adapter
 from lora_fx.cli import main
@@ -403,6 +404,25 @@ def test_an_adapter_goes_either_for_a_model_or_to_a_format(
     assert call("adapter", home / "french", *onnx) == 2
     assert "use --for MODEL.onnx" in capfd.readouterr().err
     assert not (home / "neither").exists()
+
+
+def test_no_adapter_is_written_for_a_model(
+    home: Path, swappable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, out = swappable / "model.onnx", home / "none.safetensors"
+    assert call("adapter", "--none", "--for", model, "-o", out) == 0
+    assert "no adapter" in capfd.readouterr().out
+    assert not any(value.any() for value in load_file(out).values())
+    assert call("adapter", "--none", "--for", model, "-o", home / "b", "--to", "safetensors") == 0
+    assert (home / "b").read_bytes() == out.read_bytes()
+    for given in (("--none", home / "french", "--for", model), ("--for", model)):
+        assert call("adapter", *given, "-o", home / "never") == 2
+        assert "give one adapter, or --none" in capfd.readouterr().err
+    assert call("adapter", "--none", "--to", "peft", "-o", home / "never") == 2
+    assert "use --for MODEL.onnx" in capfd.readouterr().err
+    assert call("adapter", home / "french", "--for", model, "--to", "peft", "-o", home / "n") == 2
+    assert "expected onnx_adapter or safetensors" in capfd.readouterr().err
+    assert not {home / "never", home / "n"} & {*home.iterdir()}
 
 
 def test_an_exported_program_is_a_model(home: Path) -> None:

@@ -79,6 +79,33 @@ def test_a_swappable_export_is_a_model_its_report_and_adapters(swappable: Path) 
     assert report["slots"] == ["one"]
 
 
+def test_a_required_export_has_a_file_for_no_adapter_too(french: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan: Any = export_model(SPEC, [french], "required", out, False, nothing, dry_run=True)
+    report: Any = export_model(SPEC, [french], "required", out, False, nothing)
+    names = {"model.onnx", "report.json", "french.safetensors", "no-adapter.safetensors"}
+    assert {file.name for file in out.iterdir()} == {*plan.names} == names
+    assert plan.files[0].adapter_files == ["no-adapter.safetensors", "french.safetensors"]
+    assert (report.mode, report.verified) == ("required", True)
+    assert {row.what for row in report.checks} == {"base", "adapted", "french"}
+    for name, to in (("none.safetensors", None), ("none.bin", "safetensors")):
+        assert convert_adapter(None, tmp_path / name, out / "model.onnx", to, False) is None
+        assert (tmp_path / name).read_bytes() == (out / "no-adapter.safetensors").read_bytes()
+    convert_adapter(french, tmp_path / "a.safetensors", out / "model.onnx", None, False)
+    assert (tmp_path / "a.safetensors").read_bytes() == (out / "french.safetensors").read_bytes()
+    assert verify_model(out / "model.onnx", SPEC, [french], nothing).mode == "required"
+    merged = merge_file(
+        out / "model.onnx", out / "french.safetensors", tmp_path / "m.onnx", False, False, nothing
+    )
+    assert (merged.mode, merged.verified) == ("merged", True)
+    (out / "report.json").unlink()
+    with pytest.raises(ExportError, match=r"holds .*no-adapter\.safetensors.* already"):
+        export_model(SPEC, [french], "required", out, False, nothing)
+    for given in ({"source": None, "model": None}, {"source": french, "model": None}):
+        with pytest.raises(AdapterError, match=r"use --for MODEL\.onnx"):
+            convert_adapter(out=tmp_path / "x", to="safetensors", force=False, **given)  # type: ignore[arg-type]
+
+
 def test_verify_tells_stages_and_finds_another_adapter(
     swappable: Path, french: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +358,8 @@ def test_a_file_gets_slots_and_is_the_model_again(french: Path, tmp_path: Path) 
     base, out = tmp_path / "base" / "model.onnx", tmp_path / "slots.onnx"
     assert open_file(base, out, (), (), False, nothing).slots == ["one"]
     assert verify_model(out, SPEC, [french], nothing).verified
+    required = open_file(base, tmp_path / "fed.onnx", (), (), False, nothing, required=True)
+    assert (required.mode, required.slots) == ("required", ["one"])
     report = open_file(base, out, ["o*"], ["one.weight=other"], True, nothing)
     assert report.slots == ["other"]
     with pytest.raises(ExportError, match=r"--name =x: expected NAME=PATH"):

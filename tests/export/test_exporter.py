@@ -260,7 +260,7 @@ def test_what_is_no_graph_is_told_to_be_traced(tmp_path: Path) -> None:
 
 
 def test_unknown_modes_and_slots_without_use_are_refused(mlp: Any, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="expected 'constant' or 'input'"):
+    with pytest.raises(ExportError, match="expected 'constant', 'input' or 'required'"):
         to_onnx(mlp.gm, tmp_path / "model.onnx", adapters="inputs")
     with pytest.raises(ExportError, match='that needs adapters="input"'):
         to_onnx(mlp.gm, tmp_path / "model.onnx", slots=["up"])

@@ -53,12 +53,12 @@ def checked(file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
         calls.append(feeds)
         return eager(feeds)
 
-    monkeypatch.setattr(rollout, "_file", lambda session, adapter: file)
+    monkeypatch.setattr(rollout, "_file", lambda session, active: file)
     monkeypatch.setattr(rollout, "_eager", lambda subject, trial: counted)
     feeds = {"input_ids": IDS, "past_key_values.0": np.zeros((2, 1, 4))}
     trial: Any = type("Trial", (), {"cases": [None], "feeds": lambda self, case: feeds})()
     subject: Any = Reference("base", None, None)  # type: ignore[arg-type]
-    return rollout.rollout(subject, None, trial, torch.float32), len(calls)
+    return rollout.rollout(subject, None, None, trial, torch.float32), len(calls)
 
 
 def test_one_run_says_what_32_would() -> None:
