@@ -192,8 +192,8 @@ def _verified(
     """A file of few bits against eager with its numbers, and how far it is off plain weights."""
     evidence = plan.verify_numbers(draft, trial)
     manifest, first = manifest_in(load_proto(draft), draft), trial.cases[0]
-    runs = (Run(file, None, manifest) for file in (draft, plain))
-    return evidence, outputs_off(*runs, {first.label: trial.feeds(first)})
+    found, wanted = (Run(file, None, manifest) for file in (draft, plain))
+    return evidence, outputs_off(found, wanted, {first.label: trial.feeds(first)})
 
 
 def _planned(
