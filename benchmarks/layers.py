@@ -13,7 +13,7 @@ from torch import nn
 import lora_fx
 from benchmarks.files import Active, adapter_for, agree, caller, runner, session, write
 from benchmarks.timing import columns, ratios
-from lora_fx.branch_lowering.cost import Shape
+from lora_fx.branch_lowering.cost import LayerShape
 
 FORMS = ("merged", "chosen", "factored", "augmented", "swappable")
 
@@ -38,7 +38,7 @@ ROWS = (1, 16, 256)
 
 def allowed(size: Size, rows: int) -> float:
     """What an unmerged layer may cost over the merged one."""
-    rho = Shape(rows, size.d, size.o, size.r).rho
+    rho = LayerShape(rows, size.d, size.o, size.r).rho
     return 1 + 1.3 * rho + (0.04 if rows >= 16 else 0.05)
 
 
@@ -62,7 +62,7 @@ def measure(size: Size, rounds: int) -> dict[str, dict[str, float]]:
         agree(called)
         found = ratios({f: runner(opened[f], x) for f in FORMS[:-1]}, "merged", rounds)
         found |= ratios({f: called[f] for f in ("merged", "swappable")}, "merged", rounds)
-        limit = 1 + Shape(count, size.d, size.o, size.r).rho
+        limit = 1 + LayerShape(count, size.d, size.o, size.r).rho
         name = f"{size.d} -> {size.o}, r {size.r}, n {count}"
         rows[name] = {"limit": limit, "allowed": allowed(size, count)} | columns(found)
     return rows

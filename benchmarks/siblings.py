@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from benchmarks.files import adapter_for, agree, caller, runner, session, write
 from benchmarks.timing import columns, ratios
-from lora_fx.branch_lowering.cost import Shape
+from lora_fx.branch_lowering.cost import LayerShape
 
 FORMS = {"merged": True, "separate": False, "shared": True}
 
@@ -52,7 +52,7 @@ def measure(
         over = ratios(runs, "merged", rounds)
         pair = {name: runs[name] for name in ("separate", "shared")}
         beside = ratios(pair, "separate", rounds)["shared"]
-        allowed = {"allowed": 1 + 1.3 * Shape(count, width, width, rank).rho + 0.03}
+        allowed = {"allowed": 1 + 1.3 * LayerShape(count, width, width, rank).rho + 0.03}
         row = allowed | columns(over) | columns({"shared / separate": beside})
         found[f"3 x {width}, r {rank}, n {count}"] = row
     return found

@@ -14,7 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 
 
@@ -35,7 +35,7 @@ class StandIn:
 
 def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
     """A copy that computes nothing: each tensor that is still to be computed has a stand-in."""
-    hollow = assemble(gm, copy_graph(gm.graph), gm.training)
+    hollow = build_graph_module(gm, copy_graph(gm.graph), gm.training)
     hollow.meta = dict(gm.meta)
     known: dict[int, nn.Parameter] = {}
     stand_ins = []

@@ -22,7 +22,7 @@ from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.graph.example import forget_model
-from lora_fx.graph.graph_module import assemble, assign, copy_graph, remove, targets
+from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 
 _END = re.compile(r"_(Q\d+|Bnb4)$")
@@ -68,7 +68,7 @@ def with_numbers(
     Raises:
         VerificationError: a weight is none of the graph's, or not the one that was quantised.
     """
-    copy = assemble(gm, copy_graph(gm.graph), gm.training)
+    copy = build_graph_module(gm, copy_graph(gm.graph), gm.training)
     copy.meta = dict(gm.meta)
     forget_model(copy)
     known, errors = targets(gm.graph), {}

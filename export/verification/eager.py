@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.graph.graph_module import assemble, assign, copy_graph, targets
+from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.mutation import written
 from lora_fx.graph.retracing import source_of
@@ -34,7 +34,7 @@ def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
     if source_of(gm) is None:
         for node in graph.nodes:
             _switch_off(node)
-    copy = assemble(gm, graph, training=False)
+    copy = build_graph_module(gm, graph, training=False)
     copy.meta = dict(gm.meta)
     for target in targets(graph):
         value = get_unevaluated(copy, target)

@@ -19,7 +19,7 @@ from lora_fx.layers.sites import Site, sites
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorRef:
     """One tensor of a model, by the place that reads it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Held:
         return value
 
 
-Pair = tuple[Held, Held]
+Pair = tuple[TensorRef, TensorRef]
 
 
 def matched(base: nn.Module, tuned: nn.Module) -> list[Pair]:
@@ -70,13 +70,13 @@ def matched(base: nn.Module, tuned: nn.Module) -> list[Pair]:
     return [(one[key], two[key]) for key in one]
 
 
-def _held(model: nn.Module) -> dict[str, Held]:
+def _held(model: nn.Module) -> dict[str, TensorRef]:
     if isinstance(model, fx.GraphModule):
         return _held_by_graph(model)
     return dict(_held_by_module(model))
 
 
-def _held_by_module(model: nn.Module) -> Iterator[tuple[str, Held]]:
+def _held_by_module(model: nn.Module) -> Iterator[tuple[str, TensorRef]]:
     for path, module in named_modules(model):
         kind = _kind_of(module)
         for leaf in (*module._parameters, *module._buffers):
@@ -85,9 +85,9 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, Held]]:
                 continue
             name = f"{path}.{leaf}".removeprefix(".")
             if kind is None or leaf != "weight":
-                yield name, Held(name, value)
+                yield name, TensorRef(name, value)
             else:
-                yield f"{name}{_mark(kind)}", Held(name, value, path or name, kind)
+                yield f"{name}{_mark(kind)}", TensorRef(name, value, path or name, kind)
 
 
 def _mark(kind: str) -> str:
@@ -105,11 +105,11 @@ def _kind_of(module: nn.Module) -> str | None:
     return None if getattr(module, "max_norm", None) is not None else found.kind
 
 
-def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:
+def _held_by_graph(gm: fx.GraphModule) -> dict[str, TensorRef]:
     """Names are those of the modules that read, since a tied tensor bears another's."""
     found = {site.node: site for site in sites(gm)}
     calls: Counter[str] = Counter()
-    held: dict[str, Held] = {}
+    held: dict[str, TensorRef] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             inner = dict(_held_by_module(gm.get_submodule(node.target)))
@@ -122,7 +122,7 @@ def _held_by_graph(gm: fx.GraphModule) -> dict[str, Held]:
             name = f"{module_path(node)}.{source.target.rpartition('.')[2]}".removeprefix(".")
             layer = _layer_of(found.get(node), source)
             key = f"{place} (call {calls[place]}, tensor {slot})"
-            held[key] = Held(name, get_unevaluated(gm, source.target), *layer)
+            held[key] = TensorRef(name, get_unevaluated(gm, source.target), *layer)
     return held
 
 
@@ -133,8 +133,8 @@ def _layer_of(site: Site | None, source: fx.Node) -> tuple[str, str] | tuple[()]
     return site.path, site.kind
 
 
-def _beneath(path: str, held: Held) -> Held:
-    return Held(f"{path}.{held.name}", held.value)
+def _beneath(path: str, held: TensorRef) -> TensorRef:
+    return TensorRef(f"{path}.{held.name}", held.value)
 
 
 def _is_tensor(value: object) -> bool:

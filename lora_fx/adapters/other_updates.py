@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length
 from lora_fx.algebra.evaluate import weight_of_shape
 from lora_fx.algebra.index_expr import Index
@@ -48,7 +48,7 @@ class Scaling(AnyUpdate):
     row: torch.Tensor | None = None
     col: torch.Tensor | None = None
     kind: str = "ia3"
-    stored: Stored | None = None
+    stored: SourceRecord | None = None
 
     def __post_init__(self) -> None:
         """Checks that there is one vector.
@@ -108,7 +108,7 @@ class WeightUpdate(AnyUpdate):
     kind: str
     function: Function
     shape: Shape
-    stored: Stored | None = None
+    stored: SourceRecord | None = None
     bias: torch.Tensor | None = None
     makes_anew = True
 
@@ -160,7 +160,7 @@ def added_to_each(left: torch.Tensor, right: torch.Tensor) -> Function:
     return lambda weight: Sum(weight, reshaped(delta, len(left)))
 
 
-def evaluated(update: Update, shape: Shape, stored: Stored | None) -> WeightUpdate:
+def evaluated(update: Update, shape: Shape, stored: SourceRecord | None) -> WeightUpdate:
     """``W + delta``, of a product that was multiplied: for a layer with no form in two factors."""
     bias = update.shift(lambda: None)
     return WeightUpdate(update.kind, added(update.delta()), shape, stored, bias)

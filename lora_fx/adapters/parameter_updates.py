@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
@@ -40,10 +40,14 @@ def for_parameter(update: Update) -> Update:
 def of_parameter(update: Update, name: str, transposed: bool) -> Update:
     """An update of a layer that says which parameter it is of, and whether that is transposed."""
     settings: dict[str, object] = {_NAME: name, _DEPTH: 0}
-    return replace(update, stored=Stored({}, settings | ({_TURNED: True} if transposed else {})))
+    return replace(
+        update, stored=SourceRecord({}, settings | ({_TURNED: True} if transposed else {}))
+    )
 
 
-def of_experts(left: torch.Tensor, right: torch.Tensor, stored: Stored | None) -> WeightUpdate:
+def of_experts(
+    left: torch.Tensor, right: torch.Tensor, stored: SourceRecord | None
+) -> WeightUpdate:
     """``W[e] + left[e] @ right[e]`` for every e, and what PEFT's file of it holds.
 
     Args:
@@ -58,7 +62,7 @@ def of_experts(left: torch.Tensor, right: torch.Tensor, stored: Stored | None) -
         # The experts of down one after the other; the columns of one rank of up beside each other.
         tensors = {DOWN: down.flatten(0, 1), UP: up.permute(1, 2, 0).flatten(1)}
         settings = {**stored.settings, "r": right.shape[1], "scale": 1.0, "use_rslora": False}
-        record = Stored({n: t.contiguous() for n, t in tensors.items()}, settings)
+        record = SourceRecord({n: t.contiguous() for n, t in tensors.items()}, settings)
     return WeightUpdate("lora", added_to_each(left, right), shape, record)
 
 
@@ -70,5 +74,5 @@ def _swapped(update: Update) -> Update:
     assert update.stored is not None
     settings = {**update.stored.settings, _TURNED: not _is_turned(update)}
     down, up = update.up.t().contiguous(), update.down.t().contiguous()
-    stored = Stored(update.stored.tensors, settings)
+    stored = SourceRecord(update.stored.tensors, settings)
     return replace(update, down=down, up=up, row=update.col, col=update.row, stored=stored)

@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class SourceRecord:
     """The tensors of one layer as their owner spells them, and the settings that they need.
 
     Attributes:
@@ -29,21 +29,21 @@ class Stored:
 
 
 # Of an update whose layer is a table of rows: nothing else about it says so.
-EMBEDDING = Stored({}, {"layer": "embedding"})
+EMBEDDING = SourceRecord({}, {"layer": "embedding"})
 
 
-def is_embedding(stored: Stored | None) -> bool:
+def is_embedding(stored: SourceRecord | None) -> bool:
     """Whether what was stored says that the layer is an embedding."""
     return stored is not None and (
         stored.settings.get("layer") == "embedding" or "lora_embedding_A" in stored.tensors
     )
 
 
-def kept(stored: Stored | None) -> Stored | None:
+def kept(stored: SourceRecord | None) -> SourceRecord | None:
     """What is still true of an update that was made anew: what kind of weight it is of."""
     if is_embedding(stored):
         return EMBEDDING
     if stored is None or "parameter" not in stored.settings:
         return None
     names = ("parameter", "depth", "turned")
-    return Stored({}, {n: stored.settings[n] for n in names if n in stored.settings})
+    return SourceRecord({}, {n: stored.settings[n] for n in names if n in stored.settings})

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from lora_fx.adapters.source_record import Stored, kept
+from lora_fx.adapters.source_record import SourceRecord, kept
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import (
     DiagMul,
@@ -57,7 +57,7 @@ class AnyUpdate(Protocol):
     kind: str
     shape: Shape
     bias: torch.Tensor | None = None
-    stored: Stored | None = None
+    stored: SourceRecord | None = None
     rank: int | None = None
     groups: int = 1
     is_plain: bool = False
@@ -159,7 +159,7 @@ class Update(AnyUpdate):
     magnitude: torch.Tensor | None = None
     row: torch.Tensor | None = None
     col: torch.Tensor | None = None
-    stored: Stored | None = None
+    stored: SourceRecord | None = None
     invocation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """The sizes of one call of a layer with an update.
 
     Attributes:
@@ -85,7 +85,7 @@ class Shape:
 
 @cache
 def cost_of(
-    form: forms.FormFunction, shape: Shape, ones: bool = False, slots: bool = False
+    form: forms.FormFunction, shape: LayerShape, ones: bool = False, slots: bool = False
 ) -> Cost:
     """What a form costs, but for the product that makes its ``narrow``.
 
@@ -112,7 +112,7 @@ def cost_of(
 
 
 @cache
-def cost_of_shrink(shape: Shape, widths: tuple[int, ...], ones: bool = False) -> Cost:
+def cost_of_shrink(shape: LayerShape, widths: tuple[int, ...], ones: bool = False) -> Cost:
     """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
     downs = [_meta(shape.d, width) for width in widths]
     column = _meta(sum(widths)) if ones else None

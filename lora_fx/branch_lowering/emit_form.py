@@ -11,14 +11,14 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branch_lowering import forms
-from lora_fx.branch_lowering.selection import Group, Member
+from lora_fx.branch_lowering.selection import Candidate, Group
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.fold_constants import fold_constants
 from lora_fx.graph.ops import aten
 
 
-def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[Member, fx.Node]]:
+def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[Candidate, fx.Node]]:
     """Each layer of a group that changes, and what computes it, in front of its last sum."""
     cut: list[fx.Node | None] = [None] * len(group.members)
     if group.shared:
@@ -31,7 +31,9 @@ def emit(editor: Editor, constants: Constants, group: Group) -> Iterator[tuple[M
         yield member, _layer(editor, constants, member, narrow)
 
 
-def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node | None) -> fx.Node:
+def _layer(
+    editor: Editor, constants: Constants, member: Candidate, narrow: fx.Node | None
+) -> fx.Node:
     """A layer with its branches as one."""
     site, branches, function = member.site, member.branches, member.form.function
     own = [node for node in (site.bias,) if node]
@@ -55,7 +57,14 @@ def _layer(editor: Editor, constants: Constants, member: Member, narrow: fx.Node
 
 
 def _given(
-    member: Member, x: Any, weight: Any, biases: Any, base: Any, narrow: Any, downs: Any, ups: Any
+    member: Candidate,
+    x: Any,
+    weight: Any,
+    biases: Any,
+    base: Any,
+    narrow: Any,
+    downs: Any,
+    ups: Any,
 ) -> dict[str, Callable[[], Any]]:
     """What a form may take, made when it does: branches as one, the bias in B if it is there."""
     bias = reduce(aten.add.Tensor, biases) if biases else None
@@ -77,7 +86,7 @@ def _given(
 
 
 def _shrunk(
-    editor: Editor, constants: Constants, members: Sequence[Member], before: fx.Node
+    editor: Editor, constants: Constants, members: Sequence[Candidate], before: fx.Node
 ) -> list[fx.Node]:
     """What ``x A`` is of each member, by one product."""
     site, widths = members[0].site, [member.width for member in members]
@@ -100,13 +109,13 @@ def _shrunk(
     return list(parts)
 
 
-def _factors(member: Member) -> tuple[list[fx.Node], list[fx.Node]]:
+def _factors(member: Candidate) -> tuple[list[fx.Node], list[fx.Node]]:
     """A and B of each branch."""
     pairs = [(b.down, b.up) for b in member.branches if b.down is not None and b.up is not None]
     return [down for down, _ in pairs], [up for _, up in pairs]
 
 
-def _beside(member: Member, parts: Sequence[Any], axis: int) -> Any:
+def _beside(member: Candidate, parts: Sequence[Any], axis: int) -> Any:
     """Factors of several branches as one; what is a constant is a new one, even of one branch."""
     return parts[0] if member.slots and len(parts) == 1 else aten.cat.default(list(parts), axis)
 
@@ -119,7 +128,7 @@ def _named(at: str, name: str, nodes: Iterable[fx.Node]) -> dict[str, str]:
     return {str(node.target): f"{at}{name}" for node in nodes}
 
 
-def _holder(members: Sequence[Member]) -> str:
+def _holder(members: Sequence[Candidate]) -> str:
     """What the names begin with that several layers have in common."""
     if len(members) == 1:
         return members[0].at

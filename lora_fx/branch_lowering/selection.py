@@ -10,7 +10,7 @@ from math import prod
 from torch import fx, nn
 
 from lora_fx.branch_lowering import forms
-from lora_fx.branch_lowering.cost import Cost, Shape, cost_of, cost_of_shrink
+from lora_fx.branch_lowering.cost import Cost, LayerShape, cost_of, cost_of_shrink
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.match_branch import Branch, branches_of, parameter_names
 from lora_fx.layers.sites import Site, sites
@@ -43,14 +43,14 @@ def choices(
         return [Group((_swappable(member),)) for member in members]
     elsewhere = _read_elsewhere(gm, members)
     decided: dict[str, Form] = {}  # of a layer that is called twice the first call decides
-    found: dict[fx.Node, list[Member]] = defaultdict(list)
+    found: dict[fx.Node, list[Candidate]] = defaultdict(list)
     for member in members:
         mine = decided.setdefault(member.site.path, _best(member, elsewhere, form))
         found[member.site.input].append(replace(member, form=mine))
     return [group for members in found.values() for group in _grouped(members, share)]
 
 
-def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
+def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Candidate]:
     for site in sites(gm):
         beside = tuple(branches_of(site))
         is_whole = site.is_linear and site.operand is site.weight and _is_stored(site.bias)
@@ -60,8 +60,8 @@ def _members(gm: fx.GraphModule, tokens: int) -> Iterator[Member]:
         rank = sum(_rank(gm, branch) for branch in beside)
         biased = site.bias is not None or any(branch.bias for branch in beside)
         rows, size = tokens_of(site.input, tokens), site.dtype.itemsize
-        shape = Shape(rows, site.in_features, site.out_features, rank, size, biased)
-        yield Member(site, beside, shape)
+        shape = LayerShape(rows, site.in_features, site.out_features, rank, size, biased)
+        yield Candidate(site, beside, shape)
 
 
 def _is_stored(bias: fx.Node | None) -> bool:
@@ -107,12 +107,12 @@ def tokens_of(x: fx.Node, assumed: int) -> int:
     return max(assumed, prod(known[:-1]))
 
 
-def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
+def _read_elsewhere(gm: fx.GraphModule, members: list[Candidate]) -> set[str]:
     """Paths of layers whose weight is read by more than their own calls with branches."""
     readers: dict[int, set[fx.Node]] = defaultdict(set)
     for node in gm.graph.find_nodes(op="get_attr"):
         readers[id(get_unevaluated(gm, str(node.target)))].update(node.users)
-    calls: dict[str, list[Member]] = defaultdict(list)
+    calls: dict[str, list[Candidate]] = defaultdict(list)
     for member in members:
         calls[member.site.path].append(member)
 
@@ -123,14 +123,14 @@ def _read_elsewhere(gm: fx.GraphModule, members: list[Member]) -> set[str]:
     return {path for path in calls if is_read(path)}
 
 
-def _best(member: Member, elsewhere: set[str], wanted: Form | None) -> Form:
+def _best(member: Candidate, elsewhere: set[str], wanted: Form | None) -> Form:
     found = forms_of(member, copies=member.site.path not in elsewhere)
     if wanted is not None:
         return next((form for form in (wanted, Form(wanted.kind)) if form in found), FACTORED)
     return min(found, key=lambda form: form.alone(member.shape).work)
 
 
-def _grouped(members: list[Member], share: bool) -> list[Group]:
+def _grouped(members: list[Candidate], share: bool) -> list[Group]:
     alone = [Group((member,)) for member in members]
     if not share or len(members) == 1 or not all(member.form.shrinks for member in members):
         return alone
@@ -139,7 +139,7 @@ def _grouped(members: list[Member], share: bool) -> list[Group]:
     return [together] if saved > 0 else alone
 
 
-def _swappable(member: Member) -> Member:
+def _swappable(member: Candidate) -> Candidate:
     """The cheapest for factors that are given at each call; unknown rows are taken to be few."""
     member = replace(member, slots=True)
     if any(branch.bias is not None for branch in member.branches):
@@ -174,11 +174,11 @@ class Form:
         """Whether it reads ``x A``, which may be made for several layers at once."""
         return "narrow" in forms.operands_of(self.function)
 
-    def expand(self, shape: Shape) -> Cost:
+    def expand(self, shape: LayerShape) -> Cost:
         """What it costs beside the shrink."""
         return cost_of(self.function, shape, self.ones, slots=self.kind not in forms.CONSTANT)
 
-    def alone(self, shape: Shape) -> Cost:
+    def alone(self, shape: LayerShape) -> Cost:
         """What it costs with a shrink of its own."""
         widths = (shape.r + self.ones,)
         shrink = cost_of_shrink(shape, widths, self.ones) if self.shrinks else Cost()
@@ -189,7 +189,7 @@ FACTORED = Form("factored")
 
 
 @dataclass(frozen=True)
-class Member:
+class Candidate:
     """One call of a layer with branches, and its form.
 
     Attributes:
@@ -202,7 +202,7 @@ class Member:
 
     site: Site
     branches: tuple[Branch, ...]
-    shape: Shape
+    shape: LayerShape
     form: Form = FACTORED
     slots: bool = False
 
@@ -241,7 +241,7 @@ class Group:
         shared: whether one product shrinks x for all of them.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[Candidate, ...]
     shared: bool = False
 
     @property
@@ -254,12 +254,12 @@ class Group:
         start = cost_of_shrink(self.members[0].shape, widths, ones)
         return sum((m.form.expand(m.shape) for m in self.members), start)
 
-    def form_of(self, member: Member) -> str:
+    def form_of(self, member: Candidate) -> str:
         """The form of a member, in words."""
         shared = f", one shrink for {len(self.members)} layers" if self.shared else ""
         return f"{member.form}{shared}"
 
-    def why(self, member: Member) -> str:
+    def why(self, member: Candidate) -> str:
         """The costs of a member's form and of the others, over those of the merged layer."""
         found = {FACTORED, member.form, *forms_of(member, copies=True)} - {Form("weight")}
         told = [f"{form} +{member.beyond_merged(form)}" for form in sorted(found, key=str)]
@@ -267,7 +267,7 @@ class Group:
         return f"{self.form_of(member)} ({rows}; beyond merged: {'; '.join(told)})"
 
 
-def forms_of(member: Member, copies: bool) -> list[Form]:
+def forms_of(member: Candidate, copies: bool) -> list[Form]:
     """The forms that a layer can have; ``copies``: whether one may hold a copy of its weight."""
     if not copies:
         return [FACTORED]

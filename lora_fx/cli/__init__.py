@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import lora_fx
 from lora_fx.cli.adapter_options import (
+    AdapterOptions,
     Adapters,
     Against,
     AllowUnmerged,
@@ -23,7 +24,6 @@ from lora_fx.cli.adapter_options import (
     DryRun,
     DType,
     Force,
-    Given,
     LastLogits,
     Model,
     NamedModel,
@@ -110,7 +110,7 @@ class Mode(StrEnum):
 @app.command()
 @with_hints("base")
 def export(
-    given: Given,
+    given: AdapterOptions,
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
     model: Model = None,
     named_model: NamedModel = None,
@@ -157,7 +157,7 @@ def export(
 @app.command()
 @with_hints()
 def adapter(
-    given: Given,
+    given: AdapterOptions,
     out: Annotated[Path, typer.Option("-o", "--out", help="The file or directory to write.")],
     adapter: Annotated[
         Path | None,
@@ -217,7 +217,7 @@ def adapter(
 @app.command()
 @with_hints()
 def merge(
-    given: Given,
+    given: AdapterOptions,
     model: Annotated[Path, typer.Argument(help="A model exported as swappable.")],
     adapter: Annotated[
         Path, typer.Argument(help="An adapter, or a file that was made of one for the model.")
@@ -302,7 +302,7 @@ def quantize(
 @app.command()
 @with_hints()
 def inspect(
-    given: Given,
+    given: AdapterOptions,
     path: Annotated[
         Path, typer.Argument(help="An adapter, an .onnx or an adapter's file for one.")
     ],
@@ -319,7 +319,7 @@ def inspect(
 @app.command()
 @with_hints("base")
 def verify(
-    given: Given,
+    given: AdapterOptions,
     path: Annotated[Path, typer.Argument(help="An exported model.")],
     against: Against,
     adapter: Adapters = None,
@@ -358,7 +358,7 @@ def report(
 @app.command()
 @with_hints()
 def diff(
-    given: Given,
+    given: AdapterOptions,
     first: Annotated[Path, typer.Argument(help="An adapter of any format, or a .onnx file.")],
     second: Annotated[Path, typer.Argument(help="Another of the same sort.")],
     as_json: AsJson = False,

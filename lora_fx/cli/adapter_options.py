@@ -52,7 +52,7 @@ Base = Annotated[
 
 
 @dataclass(frozen=True)
-class Given:
+class AdapterOptions:
     """The hints of `load_adapter`, as the command line spells them, each an option of its name.
 
     Attributes:
@@ -111,7 +111,7 @@ class Given:
         """
         return None if self.base is None else base_of(find_model(self.base))
 
-    def split(self, to: str | None) -> tuple[Given, dict[str, Any]]:
+    def split(self, to: str | None) -> tuple[AdapterOptions, dict[str, Any]]:
         """What to read with, and the hints to write with: the component is of one of the two.
 
         Args:
@@ -126,19 +126,19 @@ class Given:
 def with_hints(
     *names: str,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of `Given`, and hands it what they say as ``given``.
+    """Gives a command the options of `AdapterOptions`, and hands it what they say as ``given``.
 
     Args:
         *names: of those that it has not.
     """
-    fields = [field for field in dataclasses.fields(Given) if field.name not in names]
-    hints = get_type_hints(Given, include_extras=True)
+    fields = [field for field in dataclasses.fields(AdapterOptions) if field.name not in names]
+    hints = get_type_hints(AdapterOptions, include_extras=True)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**options: Any) -> None:
             said = {field.name: options.pop(field.name) for field in fields}
-            command(**options, given=Given(**said))
+            command(**options, given=AdapterOptions(**said))
 
         own, types = inspect.signature(command), get_type_hints(command, include_extras=True)
         kept = [p.replace(annotation=types[n]) for n, p in own.parameters.items() if n != "given"]

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
-from lora_fx.cli.adapter_options import Given, base_of, named
+from lora_fx.cli.adapter_options import AdapterOptions, base_of, named
 from lora_fx.cli.components import of_components
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
 from lora_fx.cli.model_source import dtype_named, find_model
@@ -54,7 +54,7 @@ def export_model(
     out: Path,
     force: bool,
     progress: Progress,
-    given: Given | None = None,
+    given: AdapterOptions | None = None,
     vectors: bool = False,
     allow_unmerged: bool = False,
     task: str | None = None,
@@ -174,7 +174,7 @@ def convert_adapter(
     model: Path | None,
     to: str | None,
     force: bool,
-    given: Given | None = None,
+    given: AdapterOptions | None = None,
     change: Callable[[Adapter, nn.Module | None], Adapter] | None = None,
 ) -> Adapter | None:
     """Writes an adapter for an exported model, or in another format.
@@ -204,7 +204,7 @@ def convert_adapter(
             raise AdapterError(f"{out}: no adapter is of one model: use --for MODEL.onnx")
         export_adapter(None, model, out, format=to, force=force)
         return None
-    reading, hints = (given or Given()).split(to)
+    reading, hints = (given or AdapterOptions()).split(to)
     base = reading.model()
     adapter = reading.load(source, base)
     if change is not None:
@@ -225,7 +225,7 @@ def merge_file(
     allow_unmerged: bool,
     force: bool,
     progress: Progress,
-    given: Given | None = None,
+    given: AdapterOptions | None = None,
 ) -> ExportReport:
     """Merges an adapter into a swappable file.
 
@@ -245,7 +245,7 @@ def merge_file(
     from lora_fx.export import merge_onnx
 
     # Without hints it is read by path, there where its memory is given back.
-    own = adapter if given is None or given == Given() else given.load(adapter)
+    own = adapter if given is None or given == AdapterOptions() else given.load(adapter)
     return merge_onnx(
         model,
         own,
@@ -356,7 +356,7 @@ def verify_model(
     spec: str,
     adapters: Sequence[Path],
     progress: Progress,
-    given: Given | None = None,
+    given: AdapterOptions | None = None,
     task: str | None = None,
     last_logits: bool = False,
     names: Sequence[str] = (),
@@ -402,7 +402,7 @@ def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
 def _load(
     spec: str,
     paths: Sequence[Path],
-    given: Given | None,
+    given: AdapterOptions | None,
     task: str | None = None,
     last_logits: bool = False,
     names: Sequence[str] = (),
@@ -414,7 +414,7 @@ def _load(
     missing = [str(p) for p in paths if not check_path(p, AdapterError).exists()]
     if missing:  # told before a model is loaded, which can take long
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
-    given = given or Given()
+    given = given or AdapterOptions()
     trained = trained_for(paths, given.allow_pickle) if paths else None
     source = find_model(spec, trained, task, last_logits, given.component, wanted)
     base = base_of(source) if paths else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.describe import describe_update
-from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.errors import LoraFxError, within
 from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.output_place import check_path
@@ -19,7 +19,7 @@ from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 _CHUNK = 1 << 20
 
 
-def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
+def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
     """Describes an adapter, a ``.onnx`` file or a ``.onnx_adapter`` file.
 
     Args:
@@ -39,7 +39,7 @@ def describe(path: Path, given: Given | None = None) -> dict[str, Any]:
     if path.suffix == ".onnx_adapter" or is_slot_tensors(path):
         return _adapter_file(path)
     if path.is_dir() or is_pickle(path) or path.suffix == SAFETENSORS:
-        return _adapter(path, (given or Given()).load(path))
+        return _adapter(path, (given or AdapterOptions()).load(path))
     raise LoraFxError(
         f"{path}: expected an adapter (a directory, a {SAFETENSORS} file or a pickle), a .onnx or "
         "a .onnx_adapter file"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.commands import REPORT
 from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError, LoraFxError, within
@@ -65,7 +65,7 @@ def make_page(path: Path, out: Path | None, force: bool) -> tuple[Path, ExportRe
     return place, report
 
 
-def compared(first: Path, second: Path, given: Given) -> Differences:
+def compared(first: Path, second: Path, given: AdapterOptions) -> Differences:
     """Holds two adapters, or two files, against each other.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.scaling import checked_rank, is_number
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.dialects import Dialect, sort_keys
 from lora_fx.formats.hints import Hints
@@ -111,7 +111,7 @@ def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> Updat
             f"m is {tuple(magnitude.shape)}, expected ({up.shape[0]},), one number an output; of "
             "an embedding MLX has one a token, which is not supported: fuse it where it was made"
         )
-    stored = Stored({}, {"layer": "embedding"}) if is_table else None
+    stored = SourceRecord({}, {"layer": "embedding"}) if is_table else None
     kind = "lora" if magnitude is None else "dora"
     return Update(down, up, scale, kind, magnitude=magnitude, stored=stored)
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree as pytree
 
 from lora_fx.frontend.isolated_run import seed
-from lora_fx.graph.graph_module import assemble, copy_graph
+from lora_fx.graph.graph_module import build_graph_module, copy_graph
 from lora_fx.graph.lazy_compile import compile_when_read
 
 _ITSELF = "the model itself"
@@ -115,7 +115,7 @@ class _Note(nn.Module):
 def _noting(gm: fx.GraphModule, seen: set[Any]) -> fx.GraphModule:
     """A copy of a graph that shows each of its values to a note."""
     graph = copy_graph(gm.graph)
-    copy = assemble(gm, graph, gm.training)
+    copy = build_graph_module(gm, graph, gm.training)
     copy.add_module("_note", _Note(seen))
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method", "call_module", "get_attr"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.graph.module_copy import shell
+from lora_fx.graph.module_copy import shallow_clone
 from lora_fx.graph.ops import aten
 
 
@@ -78,6 +78,6 @@ def copied_back(graph: fx.Graph, call: fx.Node) -> fx.Node:
 
 def with_new_results(module: nn.Module) -> nn.Module:
     """A shell of a module that works in place, which does not."""
-    other = shell(module)
+    other = shallow_clone(module)
     other.inplace = False  # type: ignore[assignment]
     return other

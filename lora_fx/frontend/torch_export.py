@@ -17,7 +17,7 @@ from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.graph.graph_module import copy_graph, without_guards
 from lora_fx.graph.lazy_compile import compiled_when_read
-from lora_fx.graph.module_copy import unshared
+from lora_fx.graph.module_copy import split_shared_modules
 
 
 def export_program(
@@ -32,7 +32,9 @@ def export_program(
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
     refuse_inputs(kwargs)
     shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
-    root = without_guards(model) if isinstance(model, fx.GraphModule) else unshared(model)
+    root = (
+        without_guards(model) if isinstance(model, fx.GraphModule) else split_shared_modules(model)
+    )
     args, kwargs = distinct((args, dict(kwargs)))
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.

@@ -23,8 +23,8 @@ from lora_fx.frontend.root_call import is_hooked
 from lora_fx.frontend.symbolic import symbolic_graph
 from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of, shapes_by_argument
 from lora_fx.graph.example import Example, example_of, remember_example
-from lora_fx.graph.graph_module import assemble, copy_graph, targets
-from lora_fx.graph.module_copy import unshared, untouched
+from lora_fx.graph.graph_module import build_graph_module, copy_graph, targets
+from lora_fx.graph.module_copy import split_shared_modules, untouched
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
 from lora_fx.graph.traced_module import TracedModule
@@ -124,7 +124,7 @@ def _traced(model: nn.Module, example: Example, frontend: str) -> fx.GraphModule
         return _finish(*graph_of(program), example, model.training)
     if isinstance(model, fx.GraphModule) and _opened(model) and not is_hooked(model):
         return _finish(model, copy_graph(model.graph), example, model.training)
-    root = unshared(model)
+    root = split_shared_modules(model)
     graph, made = symbolic_graph(root, args, kwargs)
     return _finish(root, graph, example, model.training, made)
 
@@ -158,7 +158,7 @@ def _finish(
     normalise(graph)
     refuse_attributes(targets(graph))
     refuse_inputs(_parameters(graph))
-    gm = assemble(root, graph, training, made)
+    gm = build_graph_module(root, graph, training, made)
     remember_example(gm, example)
     if example.model is not None:
         note_holders(gm, example.model)

@@ -10,7 +10,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.graph.graph_module import assemble, assign, attribute, copy_graph, remove, targets
+from lora_fx.graph.graph_module import (
+    assign,
+    attribute,
+    build_graph_module,
+    copy_graph,
+    remove,
+    targets,
+)
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.module_copy import frozen
 from lora_fx.graph.namespace import Store
@@ -51,7 +58,7 @@ class Editor:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = assemble(gm, copy_graph(gm.graph), gm.training)
+        self.gm = build_graph_module(gm, copy_graph(gm.graph), gm.training)
         self.gm.meta = dict(gm.meta)
         self.edits: list[Edit] = []
         self.modified = False
@@ -193,7 +200,7 @@ class Editor:
         """Notes that a new node stands for the region that ends in ``original``."""
         if self._origin is None:
             copy = copy_graph(self._source.graph)
-            self._origin = Origin.of(assemble(self._source, copy, self._source.training))
+            self._origin = Origin.of(build_graph_module(self._source, copy, self._source.training))
         folded.meta[FOLDED] = (self._origin, original.name)
         if "val" in original.meta:
             folded.meta.setdefault("val", original.meta["val"])

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.graph.lazy_compile import compile_when_read, compiled_when_read
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated, set_lazy
-from lora_fx.graph.module_copy import shell
+from lora_fx.graph.module_copy import shallow_clone
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.train_eval import TracedGraph
 
@@ -37,7 +37,7 @@ def without_guards(gm: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if node.target == GUARDS:
             graph.erase_node(node)
-    return assemble(gm, graph, gm.training)
+    return build_graph_module(gm, graph, gm.training)
 
 
 def targets(graph: fx.Graph) -> dict[str, str]:
@@ -45,7 +45,7 @@ def targets(graph: fx.Graph) -> dict[str, str]:
     return {str(n.target): n.op for n in graph.nodes if n.op in ("get_attr", "call_module")}
 
 
-def assemble(
+def build_graph_module(
     root: nn.Module,
     graph: fx.Graph,
     training: bool,
@@ -61,7 +61,7 @@ def assemble(
     gm.training = training
     for target, op in targets(graph).items():
         value: Any = more[target] if more and target in more else get_unevaluated(root, target)
-        assign(gm, target, shell(value) if op == "call_module" else value)
+        assign(gm, target, shallow_clone(value) if op == "call_module" else value)
     compile_when_read(gm, graph)
     return gm
 

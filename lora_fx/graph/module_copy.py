@@ -13,7 +13,7 @@ from torch import nn
 from lora_fx.graph.module_state import snapshot
 
 
-def shell(module: nn.Module) -> nn.Module:
+def shallow_clone(module: nn.Module) -> nn.Module:
     """Copies the tree of modules and shares every tensor.
 
     Training mode and tensor attributes of the copy can be set without the original noticing. A
@@ -25,7 +25,8 @@ def shell(module: nn.Module) -> nn.Module:
     for store in ("_parameters", "_buffers"):
         clone.__dict__[store] = module.__dict__[store].copy()
     clone.__dict__["_modules"] = {
-        name: child if child is None else shell(child) for name, child in module._modules.items()
+        name: child if child is None else shallow_clone(child)
+        for name, child in module._modules.items()
     }
     if "forward" in clone.__dict__:
         clone.__dict__["forward"] = _moved(clone.__dict__["forward"], module, clone)
@@ -42,11 +43,11 @@ def _moved(forward: Any, module: nn.Module, clone: nn.Module) -> Any:
     return forward
 
 
-def unshared(model: nn.Module) -> nn.Module:
+def split_shared_modules(model: nn.Module) -> nn.Module:
     """The model itself, or a shell of it if some module has two names in it."""
     once = sum(1 for _ in model.modules())
     named = sum(1 for _ in model.named_modules(remove_duplicate=False))
-    return model if once == named else shell(model)
+    return model if once == named else shallow_clone(model)
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def frozen(module: nn.Module) -> nn.Module:
 
     Buffers are copies: batch-norm writes its statistics into them in training.
     """
-    clone = shell(module)
+    clone = shallow_clone(module)
     for child in clone.modules():
         for name, buffer in child._buffers.items():
             child._buffers[name] = None if buffer is None else buffer.clone()

@@ -11,7 +11,7 @@ from torch import fx, nn
 from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import assign, is_free, remove
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.graph.module_copy import shell
+from lora_fx.graph.module_copy import shallow_clone
 
 _TRIES = 10_000
 
@@ -56,7 +56,7 @@ class Store:
         if not is_free(self._gm, name) and get_unevaluated(self._gm, name) is value:
             return name
         if name not in self._again:
-            kept = shell(value) if isinstance(value, nn.Module) else value
+            kept = shallow_clone(value) if isinstance(value, nn.Module) else value
             self._again[name] = self.keep(name, kept)
         return self._again[name]
 

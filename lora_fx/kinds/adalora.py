@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, number, unflatten, wide
@@ -41,5 +41,5 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     measure(tensors, _SHAPES)
     down = wide(tensors["lora_E"]) * wide(tensors["lora_A"])
     down = unflatten("lora_A", down, layer_shape(settings))
-    stored = Stored(tensors, settings)
+    stored = SourceRecord(tensors, settings)
     return Update(down, tensors["lora_B"], scale / (ranknum + 1e-5), kind="adalora", stored=stored)

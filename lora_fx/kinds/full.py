@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, number, wide
 
@@ -39,6 +39,6 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
     if layer is not None and tuple(diff.shape) != layer:
         raise AdapterError(f"diff is {tuple(diff.shape)}, the layer is {layer}")
     delta = diff if scale == 1 else wide(diff) * scale
-    stored = Stored(tensors, settings)
+    stored = SourceRecord(tensors, settings)
     shift = None if bias is None else wide(bias) * scale
     return WeightUpdate("full", added(delta), tuple(diff.shape), stored, shift)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import Scaling
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure
@@ -44,5 +44,5 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     grouped = is_input and len(layer or ()) > 2 and layer and factors.numel() % layer[1] == 0
     if layer is not None and layer[is_input] != factors.numel() and not grouped:
         raise AdapterError(f"ia3_l has {factors.numel()} factors, the layer is {layer}")
-    vector, stored = factors.reshape(-1), Stored(tensors, settings)
+    vector, stored = factors.reshape(-1), SourceRecord(tensors, settings)
     return Scaling(col=vector, stored=stored) if is_input else Scaling(row=vector, stored=stored)

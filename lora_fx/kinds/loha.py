@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
@@ -63,7 +63,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         raise AdapterError(f"hada_t1 and hada_t2 are {shapes}, expected equal kernels")
     up = (one[0][:, :, None] * other[0][:, None, :]).flatten(1)
     down = unflatten("hada_w1_b", (one[1][:, None] * other[1][None]).flatten(0, 1), shape)
-    update = Update(down, up, scale, kind="loha", stored=Stored(tensors, settings))
+    update = Update(down, up, scale, kind="loha", stored=SourceRecord(tensors, settings))
     return dora.with_magnitude(update, magnitude)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.matrix_expr import Kron, Matrix, Sum, constant
 from lora_fx.errors import AdapterError
@@ -72,7 +72,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         def function(weight: Matrix) -> Matrix:
             return Sum(weight, Kron(one, other))
 
-    update = WeightUpdate("lokr", function, layer or shape, Stored(tensors, settings))
+    update = WeightUpdate("lokr", function, layer or shape, SourceRecord(tensors, settings))
     return dora.with_magnitude(update, magnitude)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import Function, WeightUpdate
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Shape
 from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
 from lora_fx.errors import AdapterError
@@ -54,7 +54,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         is_shared = flag(settings, "block_share", False)
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
     side.check(leaf, layer)
-    stored = Stored(tensors, settings)
+    stored = SourceRecord(tensors, settings)
     return WeightUpdate("oft", side.turned(blocks), layer or side.shape, stored)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.index_expr import listed
 from lora_fx.algebra.matrix_expr import Matrix, Replaced, constant, transposed
@@ -54,7 +54,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         made = Replaced(by_token, index, constant(rows))
         return transposed(made) if axis else made
 
-    return WeightUpdate("tokens", replaced, shape, Stored(tensors, settings))
+    return WeightUpdate("tokens", replaced, shape, SourceRecord(tensors, settings))
 
 
 def _indices(settings: Mapping[str, Any], count: int, num: int | None) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, wide
@@ -53,4 +53,4 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     columns = into if layer is None else layer[1]
     down = wide(tensors["vera_lambda_d"])[:, None] * wide(tensors["vera_A"][:, :columns])
     up = wide(tensors["vera_lambda_b"])[:, None] * wide(tensors["vera_B"][:out])
-    return Update(down, up, 1.0, kind="vera", stored=Stored(tensors, settings))
+    return Update(down, up, 1.0, kind="vera", stored=SourceRecord(tensors, settings))

@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.converted import Converted, Layered
 from lora_fx.adapters.parameter_updates import of_experts
 from lora_fx.adapters.scaling import check_cut
-from lora_fx.adapters.source_record import EMBEDDING, Stored, kept
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord, kept
 from lora_fx.adapters.updates import AnyUpdate, Update, activated
 from lora_fx.algebra.low_rank import NotLowRankError
 from lora_fx.algebra.truncation import cut, of_product, rank_of, svd_of
@@ -159,7 +159,7 @@ def _as_it_is(given: AnyUpdate | None, fit: Update, layer: Layer | None) -> Made
     return replace(fit, kind="lora", stored=_stored(fit, layer)), told
 
 
-def _stored(update: AnyUpdate | None, layer: Layer | None) -> Stored | None:
+def _stored(update: AnyUpdate | None, layer: Layer | None) -> SourceRecord | None:
     if layer is not None and layer.is_matrix and layer.type.reads_ids:
         return EMBEDDING
     return None if update is None else kept(update.stored)

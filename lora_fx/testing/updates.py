@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Update
-from lora_fx.adapters.source_record import EMBEDDING, Stored
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.formats.loralib.merged_linear import block_diagonal
 from lora_fx.formats.peft.lycoris import split
 from lora_fx.kinds import KINDS
@@ -120,7 +120,7 @@ def _fused(layer: LayerShape) -> AnyUpdate:
     down, up = _drawn((2 * RANK, into), (out // 3 * 2, RANK))
     groups = True, False, True
     settings = {"alpha": ALPHA, "r": RANK, "scale": ALPHA / RANK, "enable_lora": list(groups)}
-    stored = Stored({"lora_A": down, "lora_B": up}, settings)
+    stored = SourceRecord({"lora_A": down, "lora_B": up}, settings)
     return Update(down, block_diagonal(up, groups), ALPHA / RANK, "fused", stored=stored)
 
 

@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft.keys import SortedKeys, saved_module
+from lora_fx.formats.peft.keys import ClassifiedTensors, saved_module
 from lora_fx.formats.peft.state_dicts import as_saved
 from lora_fx.formats.peft.traced import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
@@ -72,7 +72,7 @@ def _read(
     model = skeleton.wrapped(config, layers)
     known = skeleton.keys_of(model)
     tensors = as_saved(tensors, known.__contains__)
-    keys = SortedKeys(config, base, {path: {} for path in layers})
+    keys = ClassifiedTensors(config, base, {path: {} for path in layers})
     rest = {key: tensor for key, tensor in tensors.items() if key not in known}
     for uses in (keys.is_of_base, keys.is_of_model):
         rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
@@ -101,7 +101,7 @@ def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module._parameters.items() if p is not None}
 
 
-def _check_saved(keys: SortedKeys, config: TracedConfig) -> None:
+def _check_saved(keys: ClassifiedTensors, config: TracedConfig) -> None:
     modules = [name.rpartition(".")[0] for name in keys.replacements]
     for name in config.modules_to_save:
         if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):

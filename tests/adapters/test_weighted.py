@@ -12,12 +12,12 @@ import torch
 from lora_fx import Adapter, AdapterError, Update, combine
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.merging import summed, term_of
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.algebra.matrix_expr import Matrix
 
 WAYS = ["cat", "linear", "svd"]
 SHAPES = [(5, 3), (5, 3, 2), (5, 3, 2, 4), (5, 3, 1, 2, 3)]
-EMBEDDING = Stored({}, {"layer": "embedding"})
+EMBEDDING = SourceRecord({}, {"layer": "embedding"})
 
 
 def update(shape: tuple[int, ...] = (5, 3), seed: int = 0, **fields: Any) -> Update:
@@ -74,7 +74,7 @@ def test_a_flat_kernel_is_the_same_kernel(how: str) -> None:
 @pytest.mark.parametrize("kind", ["rslora", "adalora", "vera", "loha", "fused"])
 @pytest.mark.parametrize("how", WAYS)
 def test_every_kind_of_two_factors_becomes_lora(how: str, kind: str) -> None:
-    stored = Stored({"hada_w1_a": torch.ones(5, 2)}, {"alpha": 3})
+    stored = SourceRecord({"hada_w1_a": torch.ones(5, 2)}, {"alpha": 3})
     found = sum_of([update(kind=kind, stored=stored), update(seed=1)], how)
     same = sum_of([update(), update(seed=1)], how)
     assert (found.kind, found.stored) == ("lora", None)
@@ -84,7 +84,7 @@ def test_every_kind_of_two_factors_becomes_lora(how: str, kind: str) -> None:
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_sum_of_embeddings_is_of_an_embedding(how: str) -> None:
-    by_leaves = Stored({"lora_embedding_A": torch.ones(2, 3)})
+    by_leaves = SourceRecord({"lora_embedding_A": torch.ones(2, 3)})
     marked = [update(seed=i, stored=s) for i, s in enumerate((EMBEDDING, by_leaves, None))]
     for (i, one), (j, two) in itertools.product(enumerate(marked), repeat=2):
         found = sum_of([one, two], how, 1 if how == "svd" else None)

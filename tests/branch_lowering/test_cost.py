@@ -8,35 +8,35 @@ from typing import Any
 import pytest
 
 from lora_fx.branch_lowering import cost, forms
-from lora_fx.branch_lowering.cost import Cost, Shape, cost_of, cost_of_shrink
+from lora_fx.branch_lowering.cost import Cost, LayerShape, cost_of, cost_of_shrink
 from lora_fx.graph.ops import aten
 
-SQUARE = Shape(n=256, d=768, o=768, r=16, size=4, biased=False)
+SQUARE = LayerShape(n=256, d=768, o=768, r=16, size=4, biased=False)
 SHAPES = [
     SQUARE,
     replace(SQUARE, biased=True, r=8),
-    Shape(n=7, d=5, o=3, r=2, size=2),
-    Shape(n=1, d=384, o=1536, r=33, size=8, biased=False),
+    LayerShape(n=7, d=5, o=3, r=2, size=2),
+    LayerShape(n=1, d=384, o=1536, r=33, size=8, biased=False),
 ]
 
 
-def merged(shape: Shape) -> Cost:
+def merged(shape: LayerShape) -> Cost:
     return cost_of(forms.merged, shape)
 
 
-def factored(shape: Shape, ones: bool = False) -> Cost:
+def factored(shape: LayerShape, ones: bool = False) -> Cost:
     return cost_of(forms.factored, shape, ones)
 
 
-def augmented(shape: Shape, ones: bool = False) -> Cost:
+def augmented(shape: LayerShape, ones: bool = False) -> Cost:
     return cost_of(forms.augmented, shape, ones)
 
 
-def shrink(shape: Shape) -> Cost:
+def shrink(shape: LayerShape) -> Cost:
     return cost_of_shrink(shape, (shape.r,))
 
 
-def weight(shape: Shape) -> Cost:
+def weight(shape: LayerShape) -> Cost:
     return cost_of(forms.made, shape, slots=True)
 
 
@@ -89,7 +89,7 @@ def test_no_form_is_below_the_limit() -> None:
     [(768, 768, "augmented"), (384, 1536, "augmented"), (1536, 384, "factored")],
 )
 def test_the_better_form_is_the_one_that_was_measured(d: int, o: int, better: str) -> None:
-    shape = Shape(256, d, o, 8)
+    shape = LayerShape(256, d, o, 8)
     works = {form.__name__: form(shape, ones=True).work for form in (factored, augmented)}
     assert min(works, key=works.__getitem__) == better
 
@@ -104,7 +104,7 @@ def test_a_weight_made_at_each_call_pays_for_many_rows_alone() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ones", [False, True])
-def test_a_trace_counts_what_a_hand_does(shape: Shape, ones: bool) -> None:
+def test_a_trace_counts_what_a_hand_does(shape: LayerShape, ones: bool) -> None:
     n, d, o, r, size = shape.n, shape.d, shape.o, shape.r + ones, shape.size
     passes = cost.moved(2 * n * o, size) if shape.biased and not ones else Cost()
     base = cost.product(n, d, o, size)

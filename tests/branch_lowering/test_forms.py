@@ -9,17 +9,17 @@ import pytest
 
 from lora_fx import fold, inject, text, trace, unfold
 from lora_fx.branch_lowering import forms
-from lora_fx.branch_lowering.cost import Shape, cost_of, cost_of_shrink
-from lora_fx.branch_lowering.selection import FACTORED, Form, Group, Member, choices, forms_of
+from lora_fx.branch_lowering.cost import LayerShape, cost_of, cost_of_shrink
+from lora_fx.branch_lowering.selection import FACTORED, Candidate, Form, Group, choices, forms_of
 from lora_fx.graph.ops import aten
 from lora_fx.passes import ChooseForm
 from lora_fx.testing import check_pass, make_adapter, relative
 
-SHAPE = Shape(256, 768, 768, 8)
+SHAPE = LayerShape(256, 768, 768, 8)
 
 
 @pytest.fixture
-def member(ragged: Any, x: Any) -> Member:
+def member(ragged: Any, x: Any) -> Candidate:
     (group,) = choices(inject(trace(ragged, (x,)), make_adapter({"wide": (5, 3)})))
     return group.members[0]
 
@@ -36,12 +36,12 @@ def test_a_form_alone_is_its_expand_and_its_shrink() -> None:
     ]
 
 
-def test_what_has_no_bias_or_may_not_be_copied_has_fewer_forms(member: Member) -> None:
+def test_what_has_no_bias_or_may_not_be_copied_has_fewer_forms(member: Candidate) -> None:
     assert len(forms_of(member, copies=True)) == 4
     assert forms_of(member, copies=False) == [FACTORED]
 
 
-def test_a_shared_shrink_is_counted_once(member: Member) -> None:
+def test_a_shared_shrink_is_counted_once(member: Candidate) -> None:
     member = replace(member, shape=SHAPE)
     alone = Group((member,)).cost
     apart, together = (Group((member,) * 3, shared) for shared in (False, True))
@@ -50,7 +50,7 @@ def test_a_shared_shrink_is_counted_once(member: Member) -> None:
     assert together.cost.flops < apart.cost.flops  # three narrow products are one panel
 
 
-def test_the_reason_names_the_form_and_the_others(member: Member) -> None:
+def test_the_reason_names_the_form_and_the_others(member: Candidate) -> None:
     why = Group((member,)).why(member)
     assert why.startswith(f"{member.form} (n = 28; beyond merged: ")
     assert why.count("MFLOP") == 4

@@ -11,56 +11,62 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, AdapterError, Update
-from lora_fx.cli.adapter_options import Given, base_of, named
+from lora_fx.cli.adapter_options import AdapterOptions, base_of, named
 from lora_fx.tasks import ModelSource
 
 
 @pytest.mark.parametrize(
     ("given", "hints"),
     [
-        (Given(), {}),
-        (Given(alpha=["16"]), {"alpha": 16.0}),
-        (Given(alpha=["q_proj=16", "v=0.5"]), {"alpha": {"q_proj": 16.0, "v": 0.5}}),
-        (Given(enable_lora=["1,0,1"]), {"enable_lora": [True, False, True]}),
-        (Given(enable_lora=["attn=true, False"]), {"enable_lora": {"attn": [True, False]}}),
+        (AdapterOptions(), {}),
+        (AdapterOptions(alpha=["16"]), {"alpha": 16.0}),
+        (AdapterOptions(alpha=["q_proj=16", "v=0.5"]), {"alpha": {"q_proj": 16.0, "v": 0.5}}),
+        (AdapterOptions(enable_lora=["1,0,1"]), {"enable_lora": [True, False, True]}),
         (
-            Given(use_rslora=True, component="unet", allow_pickle=True),
+            AdapterOptions(enable_lora=["attn=true, False"]),
+            {"enable_lora": {"attn": [True, False]}},
+        ),
+        (
+            AdapterOptions(use_rslora=True, component="unet", allow_pickle=True),
             {"use_rslora": True, "component": "unet", "allow_pickle": True},
         ),
     ],
 )
-def test_only_what_is_given_is_a_hint(given: Given, hints: dict[str, Any]) -> None:
+def test_only_what_is_given_is_a_hint(given: AdapterOptions, hints: dict[str, Any]) -> None:
     assert given.hints() == hints
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (Given(alpha=["much"]), "--alpha much: expected a number"),
-        (Given(alpha=["q=much"]), "--alpha much: expected a number"),
-        (Given(alpha=["1", "2"]), "--alpha 1: expected one value for all layers, or LAYER=VALUE"),
-        (Given(alpha=["q=1", "q=2"]), "--alpha q=2: expected .* each layer once"),
-        (Given(alpha=["=2"]), "--alpha =2: expected"),
-        (Given(enable_lora=["yes"]), "--enable-lora yes: expected flags, such as 1,0,1"),
-        (Given(enable_lora=[""]), "--enable-lora : expected flags"),
+        (AdapterOptions(alpha=["much"]), "--alpha much: expected a number"),
+        (AdapterOptions(alpha=["q=much"]), "--alpha much: expected a number"),
+        (
+            AdapterOptions(alpha=["1", "2"]),
+            "--alpha 1: expected one value for all layers, or LAYER=VALUE",
+        ),
+        (AdapterOptions(alpha=["q=1", "q=2"]), "--alpha q=2: expected .* each layer once"),
+        (AdapterOptions(alpha=["=2"]), "--alpha =2: expected"),
+        (AdapterOptions(enable_lora=["yes"]), "--enable-lora yes: expected flags, such as 1,0,1"),
+        (AdapterOptions(enable_lora=[""]), "--enable-lora : expected flags"),
     ],
 )
-def test_what_cannot_be_read_is_refused(given: Given, message: str) -> None:
+def test_what_cannot_be_read_is_refused(given: AdapterOptions, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         given.hints()
 
 
 @pytest.mark.parametrize("to", [None, "peft", "no format"])
 def test_a_component_is_of_what_is_read(to: str | None) -> None:
-    given = Given(component="unet")
+    given = AdapterOptions(component="unet")
     assert given.split(to) == (given, {})
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_or_of_what_is_written_where_that_has_components(to: str) -> None:
-    reading, hints = Given(component="unet", alpha=["1"]).split(to)
-    assert (reading, hints) == (Given(alpha=["1"]), {"component": "unet"})
-    assert Given().split(to) == (Given(), {})
+    reading, hints = AdapterOptions(component="unet", alpha=["1"]).split(to)
+    assert (reading, hints) == (AdapterOptions(alpha=["1"]), {"component": "unet"})
+    assert AdapterOptions().split(to) == (AdapterOptions(), {})
 
 
 def test_the_base_of_a_program_is_its_graph() -> None:
@@ -84,12 +90,12 @@ def test_lossy_names_are_resolved_against_the_base(
     lora_fx.save_adapter(Adapter("french", updates), file, format="kohya", component="unet")
     model = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(3, 5)})})
     if named:
-        adapter = Given(base="model_of_the_hints:make").load(file)
+        adapter = AdapterOptions(base="model_of_the_hints:make").load(file)
     else:
-        adapter = Given(base="nowhere").load(file, model)
+        adapter = AdapterOptions(base="nowhere").load(file, model)
     assert list(adapter.updates) == ["a_b.c"]
     with pytest.raises(AdapterError, match="base="):
-        Given().load(file)
+        AdapterOptions().load(file)
 
 
 ONE, TWO = Path("a/french"), Path("b/french")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.commands import (
     convert_adapter,
     export_model,
@@ -142,9 +142,11 @@ def test_the_model_is_the_base_of_lossy_names(program: bool, home: Path, tmp_pat
         spec = str(tmp_path / "saved.pt2")
         torch.export.save(torch.export.export(model, args), spec)
     out = tmp_path / "out"
-    report = export_model(spec, [file], "merged", out, False, nothing, Given(component="unet"))
+    report = export_model(
+        spec, [file], "merged", out, False, nothing, AdapterOptions(component="unet")
+    )
     assert report.verified
-    verify_model(out / "model.onnx", spec, [file], nothing, Given(component="unet"))
+    verify_model(out / "model.onnx", spec, [file], nothing, AdapterOptions(component="unet"))
     with pytest.raises(VerificationError, match=r"model\.onnx"):
         verify_model(out / "model.onnx", spec, [], nothing)
 
@@ -153,10 +155,10 @@ def test_a_conversion_takes_hints_and_gives_components(
     french: Path, tmp_path: Path, home: Path
 ) -> None:
     kohya, diffusers = tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"
-    convert_adapter(french, kohya, None, "kohya", False, Given(component="unet"))
-    given = Given(component="text_encoder", base=SPEC)
+    convert_adapter(french, kohya, None, "kohya", False, AdapterOptions(component="unet"))
+    given = AdapterOptions(component="text_encoder", base=SPEC)
     convert_adapter(kohya, diffusers, None, "diffusers", False, given)
-    back = Given(component="text_encoder")
+    back = AdapterOptions(component="text_encoder")
     adapter = convert_adapter(diffusers, tmp_path / "back", None, "peft", False, back)
     before = lora_fx.load_adapter(french).updates["one"]
     assert torch.equal(adapter.updates["one"].weight(torch.zeros(5, 3)), before.delta())
@@ -344,8 +346,10 @@ def test_an_adapter_is_merged_into_an_exported_file(
     )
     assert report.mode == "merged"
     assert verify_model(tmp_path / "m.onnx", SPEC, [french], nothing).verified
-    made, given = swappable / "french.onnx_adapter", Given(allow_pickle=True)
-    for place, (source, hints) in enumerate(((made, None), (made, Given()), (french, given))):
+    made, given = swappable / "french.onnx_adapter", AdapterOptions(allow_pickle=True)
+    for place, (source, hints) in enumerate(
+        ((made, None), (made, AdapterOptions()), (french, given))
+    ):
         out = tmp_path / f"{place}.onnx"
         merge_file(swappable / "model.onnx", source, out, False, False, nothing, hints)
     assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()

@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter
-from lora_fx.cli.adapter_options import Given
+from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.inspect import as_text, describe
 from lora_fx.errors import LoraFxError
 from lora_fx.testing import make_adapter
@@ -44,11 +44,15 @@ def test_an_adapter_shows_each_target(tmp_path: Path, french: Adapter) -> None:
 @pytest.mark.parametrize(
     ("file", "format", "given"),
     [
-        ("french.safetensors", "peft_file", Given()),
-        ("french.safetensors", "loralib", Given()),
-        ("french.pt", "loralib", Given(alpha=["3"], allow_pickle=True)),
-        ("french.safetensors", "diffusers", Given(component="unet")),
-        ("french.safetensors", "kohya", Given(component="unet", base="model_to_describe:make")),
+        ("french.safetensors", "peft_file", AdapterOptions()),
+        ("french.safetensors", "loralib", AdapterOptions()),
+        ("french.pt", "loralib", AdapterOptions(alpha=["3"], allow_pickle=True)),
+        ("french.safetensors", "diffusers", AdapterOptions(component="unet")),
+        (
+            "french.safetensors",
+            "kohya",
+            AdapterOptions(component="unet", base="model_to_describe:make"),
+        ),
     ],
 )
 def test_a_single_file_shows_what_a_directory_shows(
@@ -56,7 +60,7 @@ def test_a_single_file_shows_what_a_directory_shows(
     french: Adapter,
     file: str,
     format: str,
-    given: Given,
+    given: AdapterOptions,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Linear(3, 5))\n"
@@ -104,7 +108,7 @@ def test_hints_that_are_missing_are_asked_for(tmp_path: Path, french: Adapter) -
     with pytest.raises(LoraFxError, match="pickle"):
         describe(tmp_path / "french.pt")
     with pytest.raises(LoraFxError, match="pass alpha="):
-        describe(tmp_path / "french.pt", Given(allow_pickle=True))
+        describe(tmp_path / "french.pt", AdapterOptions(allow_pickle=True))
 
 
 def test_a_swappable_model_and_its_adapter_share_a_version(tmp_path: Path, french: Adapter) -> None:

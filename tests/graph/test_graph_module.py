@@ -8,9 +8,9 @@ from torch import nn
 
 from lora_fx import trace
 from lora_fx.graph.graph_module import (
-    assemble,
     assign,
     attribute,
+    build_graph_module,
     copy_graph,
     is_free,
     remove,
@@ -25,7 +25,7 @@ def test_a_copied_graph_keeps_names_meta_and_calling_convention() -> None:
     assert str(copy) == str(gm.graph)
     pairs = zip(copy.nodes, gm.graph.nodes, strict=True)
     assert all(a.meta.keys() == b.meta.keys() for a, b in pairs)
-    built = assemble(gm, copy, training=False)
+    built = build_graph_module(gm, copy, training=False)
     built.graph = copy
     assert torch.equal(built(**case.inputs).last_hidden_state, gm(**case.inputs).last_hidden_state)
     assert set(built.state_dict()) == {t for t, op in targets(copy).items() if op == "get_attr"}

@@ -14,18 +14,18 @@ from torch import fx, nn
 
 from lora_fx import trace
 from lora_fx.graph import lazy_compile
-from lora_fx.graph.graph_module import assemble, copy_graph
+from lora_fx.graph.graph_module import build_graph_module, copy_graph
 from lora_fx.graph.lazy_compile import compiled_when_read
 
 
 def assembled(model: nn.Module, *args: Any) -> fx.GraphModule:
     gm = trace(model, args)
-    return assemble(gm, copy_graph(gm.graph), gm.training)
+    return build_graph_module(gm, copy_graph(gm.graph), gm.training)
 
 
 def test_nothing_compiles_before_the_first_call(ragged: nn.Module, x: torch.Tensor) -> None:
     gm = trace(ragged, (x,))
-    lazy = assemble(gm, copy_graph(gm.graph), gm.training)
+    lazy = build_graph_module(gm, copy_graph(gm.graph), gm.training)
     assert "_code" not in lazy.__dict__
     assert torch.equal(lazy(x), ragged(x))
     assert "_code" in lazy.__dict__

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.graph.module_copy import frozen, shell, unshared, untouched
+from lora_fx.graph.module_copy import frozen, shallow_clone, split_shared_modules, untouched
 
 
 def test_a_shell_shares_tensors_and_nothing_else(ragged: Any) -> None:
-    copy = shell(ragged)
+    copy = shallow_clone(ragged)
     assert all(a is b for a, b in zip(copy.parameters(), ragged.parameters(), strict=True))
     copy.train()
     copy.wide.weight = nn.Parameter(ragged.wide.weight * 2)
@@ -19,10 +19,10 @@ def test_a_shell_shares_tensors_and_nothing_else(ragged: Any) -> None:
 
 
 def test_a_module_under_two_names_becomes_two(shared: Any, ragged: Any) -> None:
-    copy = unshared(shared)
+    copy = split_shared_modules(shared)
     assert copy.one is not copy.two
     assert copy.one.weight is copy.two.weight is shared.one.weight
-    assert unshared(ragged) is ragged
+    assert split_shared_modules(ragged) is ragged
 
 
 def test_frozen_shares_memory_and_leaves_the_flag_of_the_original(ragged: Any) -> None:

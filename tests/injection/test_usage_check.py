@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, fold, inject, trace
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.graph.example import example_of
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.usage_check import tensors_of
@@ -103,6 +103,6 @@ def test_a_pickle_drops_the_module_and_the_records() -> None:
 
 def test_tensors_are_counted_as_the_file_has_them() -> None:
     one = update(4, 5, 1)
-    stored = Stored({"a": torch.ones(1), "b": torch.ones(1), "shared": one.down})
+    stored = SourceRecord({"a": torch.ones(1), "b": torch.ones(1), "shared": one.down})
     kept = Update(one.down, one.up, 1.0, stored=stored)
     assert tensors_of(Adapter("n", {"0": kept, "1": kept}, {"2.bias": torch.ones(3)})) == 4

@@ -161,9 +161,9 @@ def test_one_component_of_a_pipeline_is_as_its_directory_alone(home: Path, tmp_p
 
 
 def given(**fields: Any) -> Any:
-    from lora_fx.cli.adapter_options import Given
+    from lora_fx.cli.adapter_options import AdapterOptions
 
-    return Given(**fields)
+    return AdapterOptions(**fields)
 
 
 def test_a_file_is_verified_without_tracing_the_others(home: Path, swappable: Path) -> None:

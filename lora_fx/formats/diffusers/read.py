@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
@@ -149,7 +149,7 @@ def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
         kind = "rslora" if config.use_rslora else "lora"
     bias, stored = roles[BIAS][1] if BIAS in roles else None, None
     if MAGNITUDE in roles:
-        stored = Stored({}, {"use_rslora": True}) if kind == "rslora" else None
+        stored = SourceRecord({}, {"use_rslora": True}) if kind == "rslora" else None
         kind = "dora"
     magnitude = {"lora_magnitude_vector": roles[MAGNITUDE][1]} if MAGNITUDE in roles else {}
     with within(path):

@@ -21,7 +21,7 @@ from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
 from lora_fx.formats.peft.single_file import METADATA
 from lora_fx.formats.peft.wrappers import parameter_of
-from lora_fx.formats.peft.write import Chosen, config_of
+from lora_fx.formats.peft.write import PeftLayout, config_of
 
 Tensors = dict[str, torch.Tensor]
 ByLayer = Mapping[str, Mapping[str, torch.Tensor]]
@@ -114,7 +114,7 @@ def _fields(
     made: type[PeftConfig], part: Mapping[str, AnyUpdate], rule: TargetRule | None
 ) -> Fields:
     adapter = Adapter("part", part, expects=rule)
-    return dump(config_of(Chosen(made, part, adapter, {}, [])))
+    return dump(config_of(PeftLayout(made, part, adapter, {}, [])))
 
 
 def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, evaluated
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError
@@ -145,7 +145,7 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     scale, stored = _scale("lora", roles, tensors), None
     if MID in tensors:
         down = _with_core(down, tensors[MID])
-        stored = Stored(tensors, {"scale": scale})
+        stored = SourceRecord(tensors, {"scale": scale})
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
     if (len(up), math.prod(down.shape[1:])) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
         found = len(up), *down.shape[1:]
@@ -159,7 +159,7 @@ def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: La
     """DoRA on a grouped convolution as a function of the weight, the one form that it has."""
     if not isinstance(update, Update) or update.magnitude is None or layer.groups == 1:
         return update
-    stored = update.stored or Stored(tensors, {"scale": update.scale})
+    stored = update.stored or SourceRecord(tensors, {"scale": update.scale})
     plain = replace(update, magnitude=None)
     whole = evaluated(plain, layer.own_shape, stored)
     return dora.with_magnitude(whole, {DORA: tensors[DORA]})

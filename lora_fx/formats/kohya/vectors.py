@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added, evaluated
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, constant, normed, reshaped, scaled, transposed
 from lora_fx.errors import AdapterError
@@ -28,7 +28,7 @@ def norm_update(leaf: str, change: torch.Tensor) -> tuple[str, AnyUpdate]:
         The parameter's name, and its update.
     """
     name = {"w_norm": "weight", "b_norm": "bias"}[leaf]
-    stored = Stored({leaf: change})
+    stored = SourceRecord({leaf: change})
     return name, WeightUpdate("norm", added(change), tuple(change.shape), stored)
 
 
@@ -52,7 +52,7 @@ def ia3_update(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
     if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
         raise AdapterError(f"weight is {tuple(factors.shape)}, expected ({size},)")
     wide = torch.promote_types(factors.dtype, torch.float32)
-    vector, stored = 1 + factors.to(wide).flatten(), Stored(tensors)
+    vector, stored = 1 + factors.to(wide).flatten(), SourceRecord(tensors)
     if on_input:
         return Scaling(col=vector, stored=stored)
     row = constant(vector.reshape(-1, 1))
@@ -96,5 +96,5 @@ def with_input_magnitude(
         return transposed(reshaped(by_input, columns.shape[0]))
 
     kind = "dora" if update.kind == "lora" else update.kind
-    stored = Stored(tensors, {"scale": scale, "writer": "lycoris"})
+    stored = SourceRecord(tensors, {"scale": scale, "writer": "lycoris"})
     return WeightUpdate(kind, outer, layer.own_shape, stored)

@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for
-from lora_fx.adapters.source_record import Stored, is_embedding
+from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.formats.expressible import not_lora
 from lora_fx.formats.kohya.algorithms import (
@@ -57,7 +57,7 @@ def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
     return leaves | _alpha({}, update.scale, update.rank)
 
 
-def _own(update: AnyUpdate) -> tuple[str, Stored] | None:
+def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
     """The algorithm and the tensors of an update that LyCORIS wrote, or could have written."""
     stored = update.stored
     algorithm = None if stored is None else algorithm_of(stored.tensors)

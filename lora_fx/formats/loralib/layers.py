@@ -8,7 +8,7 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
 from lora_fx.adapters.scaling import checked_rank
-from lora_fx.adapters.source_record import EMBEDDING, Stored
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import Hints
@@ -59,7 +59,7 @@ def update_of(
     if groups is None:
         table = EMBEDDING if is_table else None
         return Update(down, up, alpha / rank, stored=table)
-    stored = Stored({"lora_A": down, "lora_B": up}, settings | {"enable_lora": list(groups)})
+    stored = SourceRecord({"lora_A": down, "lora_B": up}, settings | {"enable_lora": list(groups)})
     return Update(down, block_diagonal(up, groups), alpha / rank, "fused", stored=stored)
 
 
@@ -79,7 +79,7 @@ def _conv(
             f"no pair of a convolution {layer}: expected (r * k, in * k) and "
             "(out / groups * k, r * k), whose product has as many numbers as the weight"
         )
-    scale, stored = settings["scale"], Stored({"lora_A": down, "lora_B": up}, settings)
+    scale, stored = settings["scale"], SourceRecord({"lora_A": down, "lora_B": up}, settings)
     is_one_group = len(up) == out * size
     simple = _of_points(up, size) if is_one_group else None
     if simple is not None:

@@ -9,7 +9,7 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.expressible import check_held, not_lora
@@ -62,7 +62,7 @@ def _problem(update: AnyUpdate) -> str | None:
     return None
 
 
-def _own(update: AnyUpdate) -> Stored | None:
+def _own(update: AnyUpdate) -> SourceRecord | None:
     stored = update.stored
     return stored if stored is not None and stored.tensors.keys() == LEAVES else None
 

@@ -8,16 +8,21 @@ import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.wrappers import Place
+from lora_fx.formats.peft.wrappers import WrappedTarget
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_experts(
-    place: Place, tensors: Tensors, rank: int, scale: float, use_rslora: bool, base: BaseLayers
+    place: WrappedTarget,
+    tensors: Tensors,
+    rank: int,
+    scale: float,
+    use_rslora: bool,
+    base: BaseLayers,
 ) -> WeightUpdate:
     """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
 
@@ -61,11 +66,11 @@ def read_experts(
         "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
         "use_rslora": use_rslora, TURNED_EXPERTS: transposed,
     }  # fmt: skip
-    kind, stored = "rslora" if use_rslora else "lora", Stored(tensors, settings)
+    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, settings)
     return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)
 
 
-def _is_transposed(place: Place, tensors: Tensors, base: BaseLayers) -> bool:
+def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
     assert base.base is not None

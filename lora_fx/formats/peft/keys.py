@@ -25,7 +25,7 @@ COPIES = ("original_module", "modules_to_save")
 
 
 @dataclass(frozen=True)
-class SortedKeys:
+class ClassifiedTensors:
     """The tensors of a PEFT file by use.
 
     Attributes:
@@ -181,13 +181,13 @@ def dialect_of(config: PeftConfig) -> Dialect:
 
 def sort_peft(
     tensors: Mapping[str, torch.Tensor], config: PeftConfig, base: BaseLayers | None = None
-) -> SortedKeys:
+) -> ClassifiedTensors:
     """Sorts every tensor of a file to its use.
 
     Raises:
         AdapterError: a key without a use, or a part that the config promises.
     """
-    keys = SortedKeys(config) if base is None else SortedKeys(config, base)
+    keys = ClassifiedTensors(config) if base is None else ClassifiedTensors(config, base)
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")

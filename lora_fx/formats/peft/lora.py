@@ -13,7 +13,7 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.adapters.source_record import Stored, is_embedding
+from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, AdapterWarning, within
 from lora_fx.formats.layer_tensors import UP_AXES, magnitude_axes, magnitude_beside, up_beside
@@ -28,7 +28,7 @@ from lora_fx.formats.peft.config import (
 from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.fields import anything, checked, indices, names
 from lora_fx.formats.peft.patterned import Numbers, Patterned
-from lora_fx.formats.peft.wrappers import Home, Place, parameter_of, places_of
+from lora_fx.formats.peft.wrappers import Home, WrappedTarget, parameter_of, places_of
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -110,7 +110,7 @@ class LoraConfig(Patterned):
                 updates[place.path] = self._at(place, layers[path], base)
         return updates, [place.asked for place in places.values()]
 
-    def _at(self, place: Place, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
+    def _at(self, place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
         if place.parameter is None:
             return read_lora(place.asked, tensors, self)
         rank, scale = self.rank_and_scale(place.asked)
@@ -124,7 +124,7 @@ class LoraConfig(Patterned):
         if update.invocation:
             raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
         settings = {"parameter": place.parameter, "depth": place.depth}
-        return replace(update, stored=Stored({}, settings))
+        return replace(update, stored=SourceRecord({}, settings))
 
     @classmethod
     def holds(cls, update: AnyUpdate) -> bool:
@@ -252,7 +252,7 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     settings |= {"use_rslora": True} if kind in ("dora", "alora") and config.use_rslora else {}
     return Update(
         down, up.flatten(1), scale, kind, bias, magnitude,
-        stored=Stored({}, settings) if settings else None, invocation=tokens,
+        stored=SourceRecord({}, settings) if settings else None, invocation=tokens,
     )  # fmt: skip
 
 

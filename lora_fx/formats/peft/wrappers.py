@@ -14,7 +14,7 @@ WRAPPED = ".base_layer"
 
 
 @dataclass(frozen=True)
-class Place:
+class WrappedTarget:
     """What the tensors under one path of a file act on.
 
     Attributes:
@@ -49,7 +49,9 @@ class Home:
     parameter: str | None = None
 
 
-def places_of(paths: Iterable[str], targets: Sequence[str], base: BaseLayers) -> dict[str, Place]:
+def places_of(
+    paths: Iterable[str], targets: Sequence[str], base: BaseLayers
+) -> dict[str, WrappedTarget]:
     """Finds what each path of a file means.
 
     PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
@@ -73,7 +75,7 @@ def places_of(paths: Iterable[str], targets: Sequence[str], base: BaseLayers) ->
         while module.endswith(WRAPPED):
             module = module.removesuffix(WRAPPED)
         modules[module].append(path)
-    places: dict[str, Place] = {}
+    places: dict[str, WrappedTarget] = {}
     for module, nested in modules.items():
         names = _parameters(module, nested, targets, base)
         if names:
@@ -83,24 +85,28 @@ def places_of(paths: Iterable[str], targets: Sequence[str], base: BaseLayers) ->
     return places
 
 
-def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Place:
+def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> WrappedTarget:
     owner, found, inner = module.partition(f"{WRAPPED}.")
     if len(nested) > 1 or nested[0] != module or (found and owner not in modules):
         raise AdapterError(
             f"{nested[-1]}: an adapter nested in another, which target_parameters does not name"
         )
-    return Place(f"{owner}.{inner}", owner, module) if found else Place(module, module, module)
+    return (
+        WrappedTarget(f"{owner}.{inner}", owner, module)
+        if found
+        else WrappedTarget(module, module, module)
+    )
 
 
 def _in_parameters(
     module: str, nested: list[str], names: list[str], base: BaseLayers
-) -> dict[str, Place]:
+) -> dict[str, WrappedTarget]:
     shapes = base.parameters(module) if base.base is not None else {}
     places = {}
     for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
         key = f"{module}.{name}"
         target = module if name == "weight" else key
-        places[path] = Place(target, key, module, name, depth, shapes.get(name))
+        places[path] = WrappedTarget(target, key, module, name, depth, shapes.get(name))
     return places
 
 

@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PeftLayout:
     """An adapter divided as PEFT divides it.
 
     Attributes:
@@ -78,7 +78,7 @@ def contents(adapter: Adapter) -> tuple[dict[str, object], Tensors]:
     return fields, tensors
 
 
-def choose(adapter: Adapter) -> Chosen:
+def choose(adapter: Adapter) -> PeftLayout:
     """Finds the type that holds every update of an adapter.
 
     Updates of one kind are written as that kind, from the very tensors that they were read from.
@@ -96,7 +96,7 @@ def choose(adapter: Adapter) -> Chosen:
     layers = {path: update for path, update in adapter.updates.items() if path not in tokens}
     saved = _saved_modules(adapter)
     if not layers:
-        return Chosen(TokensConfig, explicit, adapter, {}, saved)
+        return PeftLayout(TokensConfig, explicit, adapter, {}, saved)
     found = ((made, made.adopted(layers)) for made in TYPES.values())
     made, held = next(((made, held) for made, held in found if held is not None), (None, None))
     if held is None and all(map(LoraConfig.holds, layers.values())):
@@ -107,7 +107,7 @@ def choose(adapter: Adapter) -> Chosen:
         raise AdapterError(
             f"PEFT has no trained tokens ({shorten(list(tokens))}) beside {made.peft_type}"
         )
-    return Chosen(made, held, adapter, explicit, saved)
+    return PeftLayout(made, held, adapter, explicit, saved)
 
 
 def _as_lora(update: AnyUpdate) -> AnyUpdate:
@@ -137,7 +137,7 @@ def _saved_modules(adapter: Adapter) -> list[str]:
     return sorted(m for m in owners if not any(m.startswith(f"{other}.") for other in owners))
 
 
-def _check_expressible(chosen: Chosen) -> None:
+def _check_expressible(chosen: PeftLayout) -> None:
     """Refuses what PEFT would not load, or not as it is meant."""
     adapter, saved = chosen.adapter, chosen.saved
     low, wrappers = low_rank(chosen.layers), {"base_layer", "token_adapter"}
@@ -163,7 +163,7 @@ def _check_expressible(chosen: Chosen) -> None:
         )
 
 
-def config_of(chosen: Chosen) -> PeftConfig:
+def config_of(chosen: PeftLayout) -> PeftConfig:
     """The config of which PEFT makes the same ranks, scales and targets.
 
     Raises:
@@ -180,7 +180,7 @@ def config_of(chosen: Chosen) -> PeftConfig:
     return chosen.type(**{n: v for n, v in fields.items() if chosen.type.has(n)})
 
 
-def _targets(chosen: Chosen) -> Fields:
+def _targets(chosen: PeftLayout) -> Fields:
     """The adapter's own rule where it says more than its paths do, else the paths."""
     rule, homes = chosen.adapter.expects, chosen.homes
     paths = [p for p in chosen.layers if homes[p].asked and homes[p].parameter is None]
@@ -211,7 +211,7 @@ def _exact_targets(paths: list[str]) -> str | list[str]:
     return regex if at_root and len(regex) <= MAX_LENGTH else paths
 
 
-def _bias(chosen: Chosen) -> str:
+def _bias(chosen: PeftLayout) -> str:
     """The narrowest mode that holds every lone bias."""
     adapter, only = chosen.adapter, chosen.type.only_bias
     names = [name for name in adapter.replacements if not _is_base_weight(adapter, name)]
@@ -224,7 +224,7 @@ def _bias(chosen: Chosen) -> str:
     return only if all(module in chosen.layers for module in alone) else "all"
 
 
-def _adapter_tensors(chosen: Chosen) -> Tensors:
+def _adapter_tensors(chosen: PeftLayout) -> Tensors:
     """The tensors of the updates under PEFT's keys."""
     homes, layers = chosen.homes, chosen.type.tensors_of(chosen.layers)
     tensors = chosen.type.shared_of(chosen.layers)
@@ -235,7 +235,7 @@ def _adapter_tensors(chosen: Chosen) -> Tensors:
     return tensors
 
 
-def _base_tensors(chosen: Chosen) -> Tensors:
+def _base_tensors(chosen: PeftLayout) -> Tensors:
     """The replaced tensors: of a wrapped module inside of its wrapper."""
     tensors: Tensors = {}
     for name, tensor in chosen.adapter.replacements.items():

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
@@ -345,7 +345,7 @@ UNWRITABLE: dict[str, tuple[Adapter, dict[str, Any], str]] = {
         "cannot hold updates of kind 'lora', which scale inputs or outputs: fc",
     ),
     "an embedding": (
-        Adapter("a", {"fc": replace(PLAIN, stored=Stored({}, {"layer": "embedding"}))}),
+        Adapter("a", {"fc": replace(PLAIN, stored=SourceRecord({}, {"layer": "embedding"}))}),
         {"component": "unet"},
         "cannot hold updates of embeddings: fc",
     ),

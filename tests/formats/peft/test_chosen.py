@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update
 from lora_fx.adapters.other_updates import AnyUpdate, Scaling, WeightUpdate, added
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.write import choose, contents
 from lora_fx.kinds import KINDS
@@ -25,11 +25,11 @@ def low(out: int = 5, into: int = 3, rank: int = 2, **fields: Any) -> Update:
 
 
 def table(**fields: Any) -> Update:
-    return low(6, 11, stored=Stored({}, {"layer": "embedding"}), **fields)
+    return low(6, 11, stored=SourceRecord({}, {"layer": "embedding"}), **fields)
 
 
 def parameter(**fields: Any) -> Update:
-    return low(stored=Stored({}, {"parameter": "w", "depth": 0}), **fields)
+    return low(stored=SourceRecord({}, {"parameter": "w", "depth": 0}), **fields)
 
 
 def tokens(*indices: int, **settings: Any) -> AnyUpdate:

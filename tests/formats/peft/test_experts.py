@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx import AdapterError
 from lora_fx.formats.peft.experts import read_experts
-from lora_fx.formats.peft.wrappers import Place
+from lora_fx.formats.peft.wrappers import WrappedTarget
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative
 
@@ -34,7 +34,7 @@ def factors() -> dict[str, torch.Tensor]:
 def test_every_expert_has_its_own_product(is_transposed: bool) -> None:
     shape = (4, 3, 5) if is_transposed else (4, 5, 3)
     model = base(shape, is_transposed)
-    place = Place("experts.kernel", "experts.kernel", "experts", "kernel", shape=shape)
+    place = WrappedTarget("experts.kernel", "experts.kernel", "experts", "kernel", shape=shape)
     update = read_experts(place, factors(), 2, 1.5, False, layers_of(model))
     weight = torch.randn(shape)
     found = update.weight(weight)
@@ -56,14 +56,14 @@ def test_square_experts_of_a_graph_are_refused() -> None:
             return torch.einsum("bi,eio->beo", x, self.kernel)
 
     gm = torch.fx.symbolic_trace(nn.Sequential(Square()))
-    place = Place("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
+    place = WrappedTarget("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
     tensors = factors() | {"lora_B.weight": torch.ones(3, 8)}
     with pytest.raises(AdapterError, match=r"3 by 3, and a graph does not say .* the model itself"):
         read_experts(place, tensors, 2, 1.5, False, layers_of(gm))
 
 
 def test_other_tensors_are_refused() -> None:
-    place = Place("experts.kernel", "experts.kernel", "experts", "kernel", shape=(4, 5, 3))
+    place = WrappedTarget("experts.kernel", "experts.kernel", "experts", "kernel", shape=(4, 5, 3))
     tensors = {"lora_A.weight": torch.ones(8, 3)}
     with pytest.raises(AdapterError, match=r"^has \['lora_A\.weight'\], expected"):
         read_experts(place, tensors, 2, 1.5, False, layers_of(base((4, 5, 3), False)))

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.keys import PREFIX, SortedKeys, saved_module, sort_peft
+from lora_fx.formats.peft.keys import PREFIX, ClassifiedTensors, saved_module, sort_peft
 from lora_fx.formats.peft.types import TYPES
 
 PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
-def sort(*names: str, type: str = "LORA", **fields: Any) -> SortedKeys:
+def sort(*names: str, type: str = "LORA", **fields: Any) -> ClassifiedTensors:
     alpha: Any = {"LORA": {"lora_alpha": 3}, "LOHA": {"alpha": 3}}.get(type, {})
     config = TYPES[type](r=2, **alpha, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}

@@ -12,9 +12,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import AdapterError, Update
-from lora_fx.adapters.source_record import Stored
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats import load_adapter
-from lora_fx.formats.peft.wrappers import Home, Place, homes_of, places_of
+from lora_fx.formats.peft.wrappers import Home, WrappedTarget, homes_of, places_of
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import save_peft_case
 
@@ -31,7 +31,9 @@ class Holder(nn.Module):
         self.experts.down = nn.Parameter(torch.ones(4, 3, 5))
 
 
-def places(*paths: str, base: nn.Module | None = None, targets: Any = ()) -> dict[str, Place]:
+def places(
+    *paths: str, base: nn.Module | None = None, targets: Any = ()
+) -> dict[str, WrappedTarget]:
     return places_of(paths, targets, layers_of(base))
 
 
@@ -40,7 +42,7 @@ def model() -> nn.Module:
 
 
 def test_a_module_is_its_own_place() -> None:
-    assert places("a.fc") == {"a.fc": Place("a.fc", "a.fc", "a.fc")}
+    assert places("a.fc") == {"a.fc": WrappedTarget("a.fc", "a.fc", "a.fc")}
 
 
 def test_the_output_projection_has_the_rank_of_its_attention() -> None:
@@ -115,7 +117,7 @@ def test_seeds_need_the_base(tmp_path: Path) -> None:
 
 
 def update(**settings: Any) -> Update:
-    stored = Stored({}, settings) if settings else None
+    stored = SourceRecord({}, settings) if settings else None
     return Update(torch.ones(2, 3), torch.ones(5, 2), 1.0, stored=stored)
 
 
