@@ -6,12 +6,13 @@ SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-web test-oldest test-matrix docs release-check fuzz mutants \
+.PHONY: help demo test test-docs test-clients test-web test-oldest test-matrix docs release-check fuzz mutants \
 	lint types matrix bench bench-quick clean
 
 help:
 	@echo "make demo    train, export, swap and score on a real model, outputs under out/"
-	@echo "make test    the whole test suite"
+	@echo "make test    the test suite"
+	@echo "make test-docs  pages, examples, the notebook and the wheel, as their readers run them"
 	@echo "make test-oldest  a part of it, on the oldest versions that pyproject promises"
 	@echo "make test-matrix  a part of it, on each Python that is here, with the newest versions"
 	@echo "make docs    the site, into out/site; a broken link or reference is an error"
@@ -29,8 +30,14 @@ help:
 demo: .venv/demo.stamp
 	$(BIN)/lora-fx demo
 
+# Pages, examples, the notebook and the wheel are run as their readers run them: make test-docs.
+PAGES := tests/docs tests/examples tests/test_tutorial.py tests/test_release.py
+
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(PAGES))
+
+test-docs: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PAGES)
 
 # What our own files, runs and readers of other packages' models are held against.
 OLDEST := tests/export tests/frontend/test_trace.py tests/cli/test_cli.py tests/oracle
@@ -67,7 +74,8 @@ release-check: .venv/dev.stamp
 	rm -rf build *.egg-info
 
 test-clients: .venv/clients.stamp
-	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients $(BIN)/python -m pytest tests/clients
+	OMP_NUM_THREADS=1 LORA_FX_CLIENTS=.venv/clients \
+		$(BIN)/python -m pytest -n auto --dist worksteal tests/clients
 
 CHROMIUM ?= /usr/bin/chromium
 

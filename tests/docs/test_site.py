@@ -66,10 +66,11 @@ def test_the_reference_has_every_function_that_a_user_calls(site: Path) -> None:
     import lora_fx
 
     text = unescape("".join(page.read_text() for page in (site / "api").glob("*.html")))
-    rooms = {"export", "passes", "tasks", "testing", "__version__"}
+    rooms = {"export", "passes", "report", "tasks", "testing", "__version__"}
     wanted = [f"lora_fx.{name}" for name in lora_fx.__all__ if name not in rooms]
     wanted += [f"lora_fx.passes.{name}" for name in lora_fx.passes.__all__]
     wanted += [f"lora_fx.export.{name}" for name in lora_fx.export.__all__]
+    wanted += [f"lora_fx.report.{name}" for name in lora_fx.report.__all__]
     known = {f"lora_fx.export.{name}" for name in dir(lora_fx)}
     lost = [n for n in wanted if f'id="{n}"' not in text and n not in known]
     assert lost == []
