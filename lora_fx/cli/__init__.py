@@ -25,6 +25,7 @@ from lora_fx.cli.adapter_options import (
     DType,
     Force,
     LastLogits,
+    Measure,
     Model,
     NamedModel,
     Names,
@@ -132,6 +133,7 @@ def export(
         list[str] | None,
         typer.Option(help="A layer that takes an adapter, in swappable mode; or all-linear."),
     ] = None,
+    measure: Measure = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -150,6 +152,7 @@ def export(
         report = export_model(
             spec, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
             task, last_logits, opset, slots or (), name or (), dtype, dry_run, bits,
+            measure,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 

@@ -257,6 +257,10 @@ Bits = Annotated[
         "--bits", help="What linear layers of the base are stored in: 4, 8, nf4, fp4 or float."
     ),
 ]
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Measure each layer's update, for the page of `report`."),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Trace and bind, say what would be written, write nothing."),

@@ -65,6 +65,7 @@ def export_model(
     dtype: str | None = None,
     dry_run: bool = False,
     bits: str | None = None,
+    measure: bool = False,
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -91,6 +92,7 @@ def export_model(
         dtype: what the model is loaded in, or cast to: ``"float32"`` or ``"float16"``.
         dry_run: write nothing, and say what would be written.
         bits: what linear layers are stored in; by default as the base is.
+        measure: measure what adapters do to each layer, for the page of the report.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -110,8 +112,9 @@ def export_model(
     by_component = [of_components(adapter, source) for adapter in loaded]
     graphs = [_trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
+    options = {"opset": opset, "quantize": stored, "measure": measure}
     works = [
-        part_work(part, gm, share, mode, slots, vectors, {"opset": opset, "quantize": stored})
+        part_work(part, gm, share, mode, slots, vectors, options)
         for part, gm, share in zip(parts, graphs, shares, strict=True)
     ]
     if dry_run:
@@ -140,7 +143,7 @@ def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bo
     if work.mode == "merged":
         gm = fold(gm)
         notes = not_merged(gm, allow_unmerged)
-    report = to_onnx(gm, path, progress=progress, measure=True, **work.options)
+    report = to_onnx(gm, path, progress=progress, **work.options)
     shown = work.mode if work.mode != "merged" else report.mode
     return replace(report, mode=shown, notes=[*report.notes, *notes])
 
@@ -154,18 +157,18 @@ def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
     # What does not fit is told before a file is written.
     adapted = [inject(gm, adapter) for adapter in work.adapters]
     options = {**work.options, "slots": wanted_slots(work)}
-    report = to_onnx(
-        gm, path, adapters=SWAPPING[work.mode][0], progress=progress, measure=True, **options
-    )
+    report = to_onnx(gm, path, adapters=SWAPPING[work.mode][0], progress=progress, **options)
     pairs = []
     for one in beside(work.mode, work.adapters):
         progress("no adapter" if one is None else f"adapter {one.name}")
         file = draft / adapter_file(one, work.part, work.mode)
         export_adapter(one, path, file, check=False)
         pairs.append((one, file))
+    report = report.with_evidence(check_adapter_files(gm, path, pairs))
+    if not options["measure"]:
+        return report
     layers = [fact for graph in adapted for fact in layer_facts(Stages.of(graph), "input")]
-    evidence = check_adapter_files(gm, path, pairs)
-    return report.with_evidence(evidence).with_look(Look(layers))
+    return report.with_look(Look(layers))
 
 
 def convert_adapter(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_fx.export import ExportReport
     from lora_fx.export.report import Check
 
+_UNMEASURED = "The layers were not measured: lora-fx export --measure does."
 _SHOWN = 20  # checks that are shown at once, the worst first
 _CHECK = ["", "what", "output", "shape", "optimised", "relative", "allowed", "largest"]
 _LAYER = [
@@ -47,6 +48,8 @@ def sections(report: ExportReport) -> Iterator[Section]:
     yield Section("Verification", _verification(report))
     yield Section("Sizes", _sizes(report.files))
     rows = [*_left(report.left), *(["", note] for note in report.notes)]
+    if report.coverage and not report.layers:
+        rows.append(["", _UNMEASURED])
     if rows:
         yield Section("What was left, and what to know", table(["layers", "why"], rows))
 

@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapters = [home / "french", home / "german"]
     for mode in ("merged", "swappable"):
         spec = f"{home / 'looked_at.py'}:make"
-        export_model(spec, adapters, mode, home / mode, False, lambda stage: None)
+        export_model(spec, adapters, mode, home / mode, False, lambda stage: None, measure=True)
     return home
 
 
@@ -71,6 +71,18 @@ def test_what_was_exported_has_a_page(
         assert fact.singular_values[:2] == pytest.approx(values[:2].tolist(), rel=1e-6)
         assert f">{name}<" in text
     assert sorted(file.name for file in (home / mode).iterdir()) == before
+
+
+@pytest.mark.parametrize("mode", ["merged", "swappable"])
+def test_a_page_says_that_layers_were_not_measured(mode: str, home: Path, tmp_path: Path) -> None:
+    spec, adapters = f"{home / 'looked_at.py'}:make", [home / "french"]
+    report: Any = export_model(spec, adapters, mode, tmp_path / "out", False, lambda stage: None)
+    assert report.layers == []
+    assert "measure" not in report.seconds
+    page, _ = make_page(tmp_path / "out", None, False)
+    assert "export --measure" in page.read_text()
+    measured, _ = make_page(home / mode, tmp_path / "measured.html", False)
+    assert "export --measure" not in measured.read_text()
 
 
 def test_the_page_goes_beside_the_report_and_is_not_replaced(
