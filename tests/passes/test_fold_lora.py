@@ -9,6 +9,7 @@ from torch import nn
 from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.layers.sites import sites
 from lora_fx.passes import FoldLora
 from lora_fx.testing import check_pass, make_adapter, zoo
 
@@ -272,3 +273,25 @@ def test_chance_is_never_a_constant() -> None:
     for frontend in ("symbolic", "export"):
         gm = trace(Noisy(), (torch.randn(4, 3),), frontend=frontend)
         assert not FoldLora()(gm).modified
+
+
+LAYERS = {
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (6, 4, 3, 3)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=3, bias=False), (6, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (6, 4, 3)),
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=2, scale_grad_by_freq=True), (9, 6)),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_folded_layer_keeps_its_other_arguments(name: str, frontend: str) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    model, sizes = nn.Sequential(make(), nn.Tanh()).eval(), [11] * (len(shape) - 2)
+    x = torch.randint(0, 9, (3, 5)) if name == "embedding" else torch.randn(2, 4, *sizes)
+    base = trace(model, (x,), frontend=frontend)
+    (site,) = sites(base)
+    injected = inject(base, make_adapter({site.path: site.shape}))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=model(x))
+    assert seen.after == text(base)
