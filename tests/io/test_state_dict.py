@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_fx.errors import AdapterError
+from lora_fx.io import state_dict
 from lora_fx.io.state_dict import metadata_of, names_in, read_file, write_file
 
 TENSORS = {"b": torch.randn(5, 3).T, "a.alpha": torch.tensor(1.5), "c": torch.randn(2).bfloat16()}
@@ -124,3 +126,23 @@ def _sharded(path: Path, places: dict[str, int]) -> tuple[Path, dict[str, tuple[
     names = {name: f"{number}.safetensors" for name, number in places.items()}
     (path / "w.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return path / "w.index.json", {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+class _Makes:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self._place),)
+
+
+def test_torch_runs_nothing_even_where_our_own_look_finds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_dict, "_check_archive", lambda path: None)
+    torch.save({"a": torch.ones(2), "b": _Makes(tmp_path / "made")}, tmp_path / "a.pt")
+    with pytest.raises(AdapterError, match="not a file of plain tensors"):
+        state_dict.read_pickle(tmp_path / "a.pt")
+    assert not (tmp_path / "made").exists()
