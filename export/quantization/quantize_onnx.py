@@ -97,7 +97,7 @@ def quantize_onnx(
                 evidence.judge(str(out))
                 found, plain = (Run(file, None, manifest) for file in (draft, path))
                 quantised = replace(quantised, outputs=outputs_off(found, plain, feeds))
-        files, mode = file_sizes(draft.parent), mode_of(draft, manifest)
+        files, mode = file_sizes(draft.parent), mode_of(load_proto(draft), manifest)
     slots = () if manifest is None else manifest.slots
     fed = {name for slot in slots for name in slot.names}
     return ExportReport(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
@@ -57,10 +58,12 @@ def verify_onnx(
     """
     path, clock, session = Path(path), Clock(progress), Session(path)
     slots, inputs, outputs = session.slots, session.inputs, session.outputs
-    manifest = manifest_in(load_proto(path), path)
+    proto = load_proto(path)
+    mode = mode_of(proto, manifest_in(proto, path))
     del session  # its threads would disturb those that follow
     with clock.stage("prepare"):
-        trial, (gm, adapters, quantised) = _trial(gm, adapters), _in_numbers(gm, path, adapters)
+        trial = _trial(gm, adapters)
+        gm, adapters, quantised = _in_numbers(gm, path, adapters, merged=mode == "merged")
         with within(path):
             _check_names("inputs", inputs, trial.inputs)
             _check_names("outputs", outputs, trial.outputs)
@@ -69,9 +72,9 @@ def verify_onnx(
     evidence.judge(str(path))
     return ExportReport(
         path=str(path),
-        mode=mode_of(path, manifest),
+        mode=mode,
         files={path.name: path.stat().st_size},
-        opset=next(entry.version for entry in load_proto(path).opset_import if not entry.domain),
+        opset=next(entry.version for entry in proto.opset_import if not entry.domain),
         seconds=clock.seconds,
         checks=evidence.checks,
         controls=evidence.controls,
@@ -87,25 +90,24 @@ def verify_onnx(
 
 
 def _in_numbers(
-    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter] = ()
+    gm: fx.GraphModule, path: Path, adapters: Sequence[Adapter] = (), *, merged: bool = False
 ) -> tuple[fx.GraphModule, Sequence[Adapter], Quantisation | None]:
     """A graph with the numbers that a file stores in a few bits, which a merged one has of W'."""
     packed = packed_in(path)
     if not packed:
         return gm, adapters, None
-    manifest = manifest_in(load_proto(path), path)
-    if mode_of(path, manifest) == "merged":
+    if merged:
         whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
         gm, adapters = FoldLora()(whole).graph_module, ()
     numbers, errors = with_numbers(gm, packed)
     return numbers, adapters, Quantisation(scheme_in(packed), errors)
 
 
-def mode_of(path: Path, manifest: Manifest | None) -> str:
+def mode_of(proto: onnx.ModelProto, manifest: Manifest | None) -> str:
     """What a file is, told by its slots, or else by the names of what it holds."""
     if manifest is not None and manifest.slots:
         return "required" if manifest.required else "swappable"
-    names = (tensor.name for tensor in load_proto(path).graph.initializer)
+    names = (tensor.name for tensor in proto.graph.initializer)
     return "unmerged" if any(".lora_" in name for name in names) else "merged"
 
 
