@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({_LIBRARIES})\..*"),
     ("py:.*", rf"lora_fx\.({_ROOMS})\..*"),
     ("py:.*", r"lora_fx\.(adapters\.(source_record|updates)|tasks\.calls|testing\.updates)\..*"),
-    ("py:class", "AnyUpdate|TargetRule|lora_fx.export.report.Verification"),
+    ("py:class", r"AnyUpdate|TargetRule|lora_fx\.export\.report\.(Clock|Verification)"),
     # Of a signature that names what is imported for its types alone, and so stays as it is written.
     ("py:class", r"Path|dict\[str"),
 ]

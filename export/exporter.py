@@ -155,19 +155,18 @@ def to_onnx(
                         more, off = _verified(plan, trial, plain, draft)
                         more.judge(str(target))
                     evidence, quantised = evidence.and_then(more), replace(quantised, outputs=off)
-        done = ExportReport(
-            path=str(target),
+        evidence.notes += _moves(gm)
+        done = ExportReport.of(
+            target,
+            evidence,
+            clock,
             mode=_mode(gm, adapters),
             files=file_sizes(draft.parent),
             opset=model.opset_imports[""],
-            seconds=clock.seconds,
-            checks=evidence.checks,
-            controls=evidence.controls,
-            notes=[*trial.notes, *plan.notes, *evidence.notes, *_moves(gm)],
+            notes=[*trial.notes, *plan.notes],
             inputs=trial.inputs,
             outputs=trial.outputs,
             slots=[slot.path for slot in plan.slots],
-            coverage=evidence.coverage,
             task=task_of(gm).get(TASK),
             dtype=task_of(gm).get(DTYPE),
             quantised=quantised,

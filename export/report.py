@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -149,6 +149,22 @@ class ExportReport:
     layers: list[LayerFacts] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, path: Path, evidence: Verification, clock: Clock, *, notes: Sequence[str] = (),
+        **facts: Any,
+    ) -> ExportReport:  # fmt: skip
+        """What was found of a file, how long it took, and the facts that the rest are."""
+        return cls(
+            path=str(path),
+            seconds=clock.seconds,
+            checks=evidence.checks,
+            controls=evidence.controls,
+            coverage=evidence.coverage,
+            notes=[*notes, *evidence.notes],
+            **facts,
+        )
 
     @property
     def verified(self) -> bool:

@@ -100,15 +100,13 @@ def quantize_onnx(
         files, mode = file_sizes(draft.parent), mode_of(load_proto(draft), manifest)
     slots = () if manifest is None else manifest.slots
     fed = {name for slot in slots for name in slot.names}
-    return ExportReport(
-        path=str(out),
+    return ExportReport.of(
+        out,
+        evidence,
+        clock,
         mode=mode,
         files=files,
         opset=next(entry.version for entry in proto.opset_import if not entry.domain),
-        seconds=clock.seconds,
-        checks=evidence.checks,
-        controls=evidence.controls,
-        notes=evidence.notes,
         inputs=[value.name for value in proto.graph.input if value.name not in fed],
         outputs=[value.name for value in proto.graph.output],
         slots=[slot.path for slot in slots],

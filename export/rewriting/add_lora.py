@@ -105,15 +105,14 @@ def add_lora(
                 evidence = _evidence(draft, path, manifest, opened, feeds)
                 evidence.judge(str(out))
         files = file_sizes(draft.parent)
-    return ExportReport(
-        path=str(out),
+    return ExportReport.of(
+        out,
+        evidence,
+        clock,
         mode="required" if manifest.required else "swappable",
         files=files,
         opset=model.opset_imports[""],
-        seconds=clock.seconds,
-        checks=evidence.checks,
-        controls=evidence.controls,
-        notes=[*notes, *evidence.notes],
+        notes=notes,
         inputs=[n for v in model.graph.inputs if (n := str(v.name)) not in manifest.names],
         outputs=[str(value.name) for value in model.graph.outputs],
         slots=[slot.path for slot in manifest.slots],

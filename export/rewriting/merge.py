@@ -103,15 +103,15 @@ def merge_onnx(
                     evidence = held_against([pair], bare, feeds, dtype)
                     evidence.judge(str(out))
             files = file_sizes(draft.parent)
-    return ExportReport(
-        path=str(out),
+    if beside:
+        evidence.notes.append(_said(beside))
+    return ExportReport.of(
+        out,
+        evidence,
+        clock,
         mode="unmerged" if beside else "merged",
         files=files,
         opset=model.opset_imports[""],
-        seconds=clock.seconds,
-        checks=evidence.checks,
-        controls=evidence.controls,
-        notes=[*evidence.notes, *([_said(beside)] if beside else [])],
         inputs=[str(value.name) for value in model.graph.inputs],
         outputs=[str(value.name) for value in model.graph.outputs],
     )

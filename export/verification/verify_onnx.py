@@ -70,19 +70,17 @@ def verify_onnx(
     with clock.stage("verify"), of_whole_x(path) as exact:
         evidence = _evidence(gm, exact, adapters, trial, swappable=bool(slots))
     evidence.judge(str(path))
-    return ExportReport(
-        path=str(path),
+    return ExportReport.of(
+        path,
+        evidence,
+        clock,
         mode=mode,
         files={path.name: path.stat().st_size},
         opset=next(entry.version for entry in proto.opset_import if not entry.domain),
-        seconds=clock.seconds,
-        checks=evidence.checks,
-        controls=evidence.controls,
-        notes=[*trial.notes, *evidence.notes],
+        notes=trial.notes,
         inputs=inputs,
         outputs=outputs,
         slots=slots,
-        coverage=evidence.coverage,
         task=task_of(gm).get(TASK),
         dtype=task_of(gm).get(DTYPE),
         quantised=quantised,
