@@ -5,6 +5,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := lora_fx passes export
 ROOMS := $(SOURCES) tests benchmarks examples docs
 
+# Tests start a hundred processes: each would compile all of this anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-docs test-clients test-web test-oldest test-matrix docs release-check fuzz mutants \
 	lint types matrix bench bench-quick clean

@@ -16,15 +16,15 @@ from lora_fx.testing import Ragged, Shared  # noqa: E402  # after it is told to 
 torch.set_num_threads(1)
 # No test reads where in a model's code a node comes from, and below pytest its stack is deep.
 torch.fx.config.do_not_emit_stack_traces = True
+gc.set_threshold(200_000, 20, 50)
 # The same examples in every run: a change is judged by what it changed.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """Leaves out what takes time and is not tested."""
-    gc.set_threshold(200_000, 20, 50)
-    if "peft" in sys.modules:  # a README beside each adapter, whose template is compiled anew
+    """Leaves out PEFT's README beside each adapter, whose template is compiled anew each time."""
+    if "peft" in sys.modules:
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 
 

@@ -379,11 +379,16 @@ def verify_model(
 
     progress("load")
     noted = {entry.key: entry.value for entry in load_proto(path).metadata_props}
-    if Path(spec).is_dir() and not is_pipeline(Path(spec)):
+    component = None
+    if Path(spec).is_dir() and is_pipeline(Path(spec)):
+        component = noted.get(TASK)
+    elif Path(spec).is_dir():
         is_own = task in (None, noted.get(TASK))
         last_logits = last_logits or (is_own and LAST_LOGITS in noted)
         task = task or noted.get(TASK)
-    source, loaded = _load(spec, adapters, given, task, last_logits, names, noted.get(DTYPE))
+    source, loaded = _load(
+        spec, adapters, given, task, last_logits, names, noted.get(DTYPE), component
+    )
     part = _part_of(path, source, noted)
     gm, share = share_of(part, loaded, source, lambda part: _trace(part, progress))
     return verify_onnx(gm, path, adapters=share, progress=progress)
@@ -410,8 +415,9 @@ def _load(
     last_logits: bool = False,
     names: Sequence[str] = (),
     dtype: str | None = None,
+    component: str | None = None,
 ) -> tuple[ModelSource, list[Adapter]]:
-    """The model and its adapters, whose names it resolves."""
+    """The model and its adapters, whose names it resolves; of a pipeline, a component by itself."""
     called, wanted = named(paths, names), dtype_named(dtype)
     paths = [path for path, _ in called]
     missing = [str(p) for p in paths if not check_path(p, AdapterError).exists()]
@@ -419,7 +425,9 @@ def _load(
         raise AdapterError(f"{shorten(missing)}: no such file or directory")
     given = given or AdapterOptions()
     trained = trained_for(paths, given.allow_pickle) if paths else None
-    source = find_model(spec, trained, task, last_logits, given.component, wanted)
+    source = find_model(spec, trained, task, last_logits, given.component or component, wanted)
+    if given.component is None:  # an adapter may be of the others alone
+        source = replace(source, chosen=None)
     base = base_of(source) if paths else None
     given = replace(given, component=None) if source.chosen is not None else given
     adapters = [given.load(path, base, name) for path, name in called]

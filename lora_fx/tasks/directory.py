@@ -21,6 +21,8 @@ from lora_fx.tasks.plain_weights import is_bitsandbytes, plain_weights
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 from lora_fx.tasks.vocabulary import fit_vocabulary
 
+_HERE = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -44,6 +46,7 @@ def load_directory(
     adapters: AdapterTask,
     task: Task | None = None,
     dtype: torch.dtype | None = None,
+    values: bool = True,
 ) -> Loaded:
     """Loads the model of a directory, of the class that its task needs.
 
@@ -54,6 +57,7 @@ def load_directory(
             own class does.
         dtype: what it is loaded in; by default that of its weights, and float32 where bitsandbytes
             quantised them.
+        values: load them; without, all is on the meta device.
 
     Raises:
         LoraFxError: it is no model, or transformers cannot load it.
@@ -69,41 +73,61 @@ def load_directory(
             f"{path}: reading it needs transformers: pip install lora-fx[hf]"
         ) from error
     with quiet(transformers.utils.logging), without_adapter(path) as place:
-        return _load(path, place, adapters, task, dtype, transformers)
+        config, kind = _config_and_class(path, place, adapters, task, transformers)
+        if not values:
+            with loading(path, "transformers"), bounded(path), torch.device("meta"):
+                return Loaded(kind(config).eval(), ())
+        return _load(path, place, kind, config, adapters, task, dtype)
 
 
-def _load(
-    path: Path,
-    place: Path,
-    adapters: AdapterTask,
-    task: Task | None,
-    dtype: torch.dtype | None,
-    transformers: Any,
-) -> Loaded:
-    here = {"local_files_only": True, "trust_remote_code": False}
+def _config_and_class(
+    path: Path, place: Path, adapters: AdapterTask, task: Task | None, transformers: Any
+) -> tuple[Any, Any]:
     try:
-        config = transformers.AutoConfig.from_pretrained(place, **here)
+        config = transformers.AutoConfig.from_pretrained(place, **_HERE)
     except Exception as error:  # a config may hold anything
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
     with within(path), bounded(path):
         kind = _class_of(config, adapters, task, transformers)
     for part in (config, *_parts(config)):
         part.use_cache = False
+    return config, kind
+
+
+@contextmanager
+def loading(path: Path, library: str) -> Iterator[None]:
+    """Whatever a library raises of a directory, as our own error: a config may hold anything."""
     try:
-        with bounded(path), _readable(place, kind, config) as (place, stored, own):
-            model, told = kind.from_pretrained(
-                place,
-                config=config,
-                ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
-                output_loading_info=True,
-                dtype=dtype or own,
-                variant=variant_of(place),
-                **here,
-            )
+        yield
     except LoraFxError:
         raise
     except Exception as error:
-        raise LoraFxError(f"{path}: transformers cannot load it: {error}") from error
+        raise LoraFxError(f"{path}: {library} cannot load it: {error}") from error
+
+
+def _load(
+    path: Path,
+    place: Path,
+    kind: Any,
+    config: Any,
+    adapters: AdapterTask,
+    task: Task | None,
+    dtype: torch.dtype | None,
+) -> Loaded:
+    with (
+        loading(path, "transformers"),
+        bounded(path),
+        _readable(place, kind, config) as (place, stored, own),
+    ):
+        model, told = kind.from_pretrained(
+            place,
+            config=config,
+            ignore_mismatched_sizes=True,  # they are refused below, unless an adapter has them
+            output_loading_info=True,
+            dtype=dtype or own,
+            variant=variant_of(place),
+            **_HERE,
+        )
     if told["unexpected_keys"]:
         warnings.warn(
             f"{path}: a {kind.__name__} has no place for {shorten(sorted(told['unexpected_keys']))}"

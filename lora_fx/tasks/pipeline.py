@@ -15,7 +15,7 @@ import torch
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
-from lora_fx.tasks.directory import Loaded, fields_of, load_directory, quiet
+from lora_fx.tasks.directory import Loaded, fields_of, load_directory, loading, quiet
 from lora_fx.tasks.directory_files import check_files, variant_of
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -59,11 +59,14 @@ def load_pipeline(
 ) -> Pipeline:
     """Loads the models of a diffusers directory that are exported.
 
+    An adapter's names mean layers of all of a pipeline's models: the others can come without their
+    values, which takes neither time nor memory.
+
     Args:
         path: holds ``model_index.json``, or ``config.json`` and weights of a model of diffusers.
         component: the one that is meant; by default all.
         dtype: what they are loaded in; by default what diffusers loads them in.
-        every: load the others too.
+        every: have the others too, on the meta device.
 
     Raises:
         LoraFxError: it is no such directory, has no such component, or diffusers cannot load it.
@@ -81,8 +84,14 @@ def load_pipeline(
                 f"{path}: has no {component or 'model'} to export; of its components these can be: "
                 f"{', '.join(names) or 'none'}"
             )
-        wanted = names if component is None or every else [component]
-        return Pipeline(path, {n: _loaded(path / n, dtype, diffusers) for n in wanted}, fields)
+        models = {
+            name: _loaded(path / name, dtype, diffusers)
+            if component in (None, name)
+            else _outlined(path / name, diffusers)
+            for name in names
+            if every or component in (None, name)
+        }
+        return Pipeline(path, models, fields)
 
 
 def _imported(path: Path) -> Any:
@@ -108,9 +117,36 @@ def _loaded(path: Path, dtype: Any, diffusers: Any) -> Loaded:
     return load_directory(path, AdapterTask(), dtype=dtype)
 
 
+def _outlined(path: Path, diffusers: Any) -> Loaded:
+    """A model's layers without their values."""
+    if _CLASS not in fields_of(path / CONFIG):
+        return load_directory(path, AdapterTask(), values=False)
+    check_files(path)
+    kind = _own_class(path, diffusers)
+    with loading(path, "diffusers"):
+        return Loaded(_outline(kind, path).eval(), ())
+
+
+def _outline(kind: Any, path: Path) -> Any:
+    with bounded(path), torch.device("meta"):
+        return kind.from_config(kind.load_config(path))
+
+
 def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
     """A model of diffusers' own classes."""
     check_files(path)
+    kind = _own_class(path, diffusers)
+    with loading(path, "diffusers"):
+        _outline(kind, path)
+        model, told = kind.from_pretrained(
+            path, torch_dtype=dtype, variant=variant_of(path), local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+    return Loaded(model.eval(), tuple(sorted(lacks)))
+
+
+def _own_class(path: Path, diffusers: Any) -> Any:
     name = fields_of(path / CONFIG).get(_CLASS)
     kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
@@ -118,20 +154,7 @@ def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
             f"{path}: its config.json names the class {name!r:.80}, which is no model of diffusers "
             f"{diffusers.__version__}"
         )
-    try:
-        loader: Any = kind  # which mypy takes for any class now
-        with bounded(path), torch.device("meta"):
-            loader.from_config(loader.load_config(path))
-        model, told = loader.from_pretrained(
-            path, torch_dtype=dtype, variant=variant_of(path), local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except LoraFxError:
-        raise
-    except Exception as error:  # a config may hold anything
-        raise LoraFxError(f"{path}: diffusers cannot load it: {error}") from error
-    lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
-    return Loaded(model.eval(), tuple(sorted(lacks)))
+    return kind
 
 
 def _role(path: Path, model: Any) -> str:

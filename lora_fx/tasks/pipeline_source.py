@@ -30,7 +30,7 @@ def from_pipeline(
         component: the only one of a pipeline that is exported, as ``model.onnx``. A VAE is two
             files, and ``vae_decoder`` one of them.
         dtype: what they are loaded in.
-        every: load the others of a pipeline too: an adapter's names mean layers of all.
+        every: have the others of a pipeline too: an adapter's names mean layers of all.
 
     Raises:
         LoraFxError: there is no such component, or it cannot be loaded or called.

@@ -317,10 +317,10 @@ def fixed(name: str) -> fx.GraphModule:
 
 @pytest.mark.parametrize(("name", "kind", "more"), WHOLE)
 def test_a_wrapped_model_folds_to_the_model(name: str, kind: str, more: str) -> None:
-    """With free axes where the adapter is LoRA; the other kinds have them on single layers."""
+    """With free axes where the adapter is LoRA on layers; all else has them on single layers."""
     case, base_graph = zoo(name)
     dynamic, others = case.dynamic, case.others
-    if kind not in ("lora", "two"):
+    if kind != "lora" or more:
         base_graph, dynamic, others = fixed(name), {}, case.inputs
     targets = case.targets + [more] * bool(more)
     # LoHa multiplies four factors: small ones would make an adapter of no effect.
