@@ -60,6 +60,11 @@ def _tensordot(node: fx.Node) -> Arguments | None:
     return call_argument(node, 0, "a"), call_argument(node, 1, "b"), list(one), list(two)
 
 
+def _inner(node: fx.Node) -> Arguments | None:
+    args = _plain(node)
+    return None if args is None else (*args, [-1], [-1])
+
+
 def _input(node: fx.Node) -> Any:
     return call_argument(node, 0, "input")
 
@@ -74,11 +79,13 @@ _PRODUCTS: dict[Any, tuple[Any, Callable[[fx.Node], Arguments | None]]] = {
     torch.bmm: (aten.bmm.default, _plain),
     torch.einsum: (aten.einsum.default, _einsum),
     torch.tensordot: (aten.tensordot.default, _tensordot),
+    torch.inner: (aten.tensordot.default, _inner),
+    aten.inner.default: (aten.tensordot.default, _inner),
 }
 
 # Methods of tensors by the function of that name.
 _METHODS: dict[Any, Any] = {
-    name: getattr(torch, name) for name in ("addmm", "baddbmm", "matmul", "mm", "bmm")
+    name: getattr(torch, name) for name in ("addmm", "baddbmm", "matmul", "mm", "bmm", "inner")
 }
 
 

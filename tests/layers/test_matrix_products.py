@@ -74,6 +74,8 @@ SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "einsum, features in the middle": lambda m, x: einsum("bis,oi->bos", x.mT, m.v),
     "tensordot": lambda m, x: torch.tensordot(x, m.w, 1),
     "tensordot of named axes": lambda m, x: torch.tensordot(x, m.v, dims=([-1], [1])),
+    "inner": lambda m, x: torch.inner(x, m.v),
+    "inner method": lambda m, x: x.inner(m.v),
     "linear": lambda m, x: F.linear(x, m.v),
     "linear, turned": lambda m, x: F.linear(x, m.w.t(), m.b),
 }
