@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import Message
 from onnx import ModelProto, TensorProto, external_data_helper, helper
@@ -26,11 +26,16 @@ _OLDEST_IR = 3  # before it a model said nothing of its operator sets
 
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
     """All tensors of a model: of graphs and branches, attributes, functions, sparse ones."""
+    return (message for message in _messages(model) if isinstance(message, TensorProto))
+
+
+def _messages(model: ModelProto) -> Iterator[Message]:
+    """All that a model is made of, itself included; a tensor's own parts are left out."""
     waiting: list[Message] = [model]
     while waiting:
         message = waiting.pop()
+        yield message
         if isinstance(message, TensorProto):
-            yield message
             continue
         for field, value in message.ListFields():
             if field.message_type is not None:
@@ -38,7 +43,7 @@ def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def check_model(model: ModelProto) -> None:
-    """Refuses versions, types and sizes that no model has.
+    """Refuses versions, types, sizes and names that no model has.
 
     Raises:
         ExportError: names the tensor or field, what was found and what was expected.
@@ -53,8 +58,23 @@ def check_model(model: ModelProto) -> None:
                 f"opset version {entry.version} of {entry.domain!r:.80}, expected 1 or more: "
                 "export it again"
             )
-    for tensor in every_tensor(model):
-        _check_tensor(tensor)
+    for message in _messages(model):
+        if isinstance(message, TensorProto):
+            _check_text([message.name])
+            _check_tensor(message)
+            continue
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_STRING:
+                _check_text([value] if isinstance(value, str | bytes) else value)
+
+
+def _check_text(texts: Iterable[str | bytes]) -> None:
+    for text in texts:
+        if isinstance(text, bytes):  # protobuf's word for what it could not decode
+            raise ExportError(
+                f"the name {text!r:.80} is not UTF-8, as every name of a model is: the file is "
+                "damaged; export it again"
+            )
 
 
 def byte_size(tensor: TensorProto) -> int:

@@ -100,6 +100,7 @@ def load_adapter(
     with memory_told(source, AdapterError):
         adapter = chosen.read(source, name or _name_from(source), options)
         adapter = _settled(adapter, base)
+    _check_products(source, adapter)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
@@ -107,6 +108,16 @@ def load_adapter(
             stacklevel=2,
         )
     return adapter
+
+
+def _check_products(source: Path, adapter: Adapter) -> None:
+    """Refuses products that a format asks for of its values, which are finite, and that are not."""
+    loud = [path for path, update in adapter.updates.items() if not update.is_finite()]
+    if loud:
+        raise AdapterError(
+            f"{source}: {shorten(loud)}: the values are finite, but products of them overflow: the "
+            "adapter diverged or is damaged; take an earlier checkpoint"
+        )
 
 
 def _settled(adapter: Adapter, model: object) -> Adapter:

@@ -55,6 +55,22 @@ def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
     assert load_adapter(file, base=base, format=format, **hints).updates.keys() == found.keys()
 
 
+@pytest.mark.parametrize("large", ["a", "b"])
+def test_products_that_overflow_are_refused_where_they_are_made(tmp_path: Path, large: str) -> None:
+    file, base = tmp_path / "a.safetensors", torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 6)})
+    shapes = {f"hada_w{n}_{side}": (6, 2) if side == "a" else (2, 4) for n in "12" for side in "ab"}
+    tensors = {f"lycoris_fc.{name}": torch.full(shape, 1.5) for name, shape in shapes.items()}
+
+    def read(value: float) -> Adapter:
+        tensors[f"lycoris_fc.hada_w1_{large}"][0, 0] = value
+        save_file(tensors, file)
+        return load_adapter(file, base=base)
+
+    assert read(1e30).updates["fc"].is_finite()
+    with pytest.raises(AdapterError, match="safetensors: fc: the values are finite, but products"):
+        read(3.4e38)
+
+
 # What stands after the file where the ranks of a pair differ: its layer, or the names of both.
 LAYERS = {
     "peft_file": "fc: lora_A",

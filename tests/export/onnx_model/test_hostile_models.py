@@ -167,6 +167,19 @@ def test_a_second_tensor_of_a_name_does_not_hide_behind_the_digest_of_the_first(
         Session(model)
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("of", ["a node's", "a tensor's", "the graph's"])
+def test_a_name_that_is_not_utf8_is_refused(of: str, check: bool, model: Path) -> None:
+    graph = onnx.load(model, load_external_data=False).graph
+    names = {"a node's": graph.node[0].name, "a tensor's": graph.initializer[0].name}
+    name = names.get(of, graph.input[0].name).encode()
+    damaged = name[:-1] + b"\xff"
+    length = len(name).to_bytes()
+    model.write_bytes(model.read_bytes().replace(length + name, length + damaged, 1))
+    with pytest.raises(ExportError, match=r"model\.onnx: the name b'.*' is not UTF-8"):
+        Session(model, check=check)
+
+
 def test_digests_may_be_nested_without_end(model: Path) -> None:
     proto = onnx.load(model, load_external_data=False)
     next(e for e in proto.metadata_props if e.key == DIGESTS).value = "[" * 50_000 + "]" * 50_000
