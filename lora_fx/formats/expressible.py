@@ -22,9 +22,6 @@ def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Pr
         form: the name of the format, for the message.
         replaced: parameters that the adapter replaces and the format has no place for.
         problem: what the format cannot hold of an update, in words, or None.
-
-    Raises:
-        AdapterError: no update, or something without a place; names the layers.
     """
     if not adapter.updates:
         raise AdapterError(f"the adapter {adapter.name} has no update to write")

@@ -47,11 +47,7 @@ def value_for(values: Mapping[str, T], path: str) -> T | None:
 
 
 def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]) -> None:
-    """Refuses a name that no path is or ends in: a misspelt one would change the result.
-
-    Raises:
-        AdapterError: names them.
-    """
+    """Refuses a name that no path is or ends in: a misspelt one would change the result."""
     parts = [path.split(".") for path in paths]
     ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
     unused = [name for name in values if name not in ends]

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, LoraFxError, shorten, within
 from lora_fx.io.atomic import publish
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
-from lora_fx.io.shards import is_index, shards_of
+from lora_fx.io.strict_json import read_json
 from lora_fx.io.tensor_checks import check_gathered, check_tensors
 
 SAFETENSORS = ".safetensors"
@@ -222,3 +222,45 @@ def _check_stream(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__} {error}".partition("\n")[0][:200]
+
+
+INDEX = ".index.json"
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file's name is one that an index of shards has."""
+    return _INDEX.fullmatch(path.name) is not None
+
+
+def shards_of(index: Path, error: type[LoraFxError] = LoraFxError) -> Mapping[str, Path]:
+    """Which file beside an index holds each tensor.
+
+    Raises:
+        LoraFxError: of the type ``error``: it is no index, names what does not lie beside it, or
+            what is not there.
+    """
+    found = read_json(index, error)
+    names = found.get("weight_map") if isinstance(found, dict) else found
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise error(
+            f"{index}: weight_map is {names!r:.80}, expected names of tensors to names of files: "
+            "save the model again"
+        )
+    files = sorted(set(names.values()))
+    if odd := [repr(name)[:80] for name in files if not _is_name(name)]:
+        raise error(
+            f"{index}: the weights lie at {shorten(odd)}, expected names of files beside it: put "
+            "them there, or save the model again"
+        )
+    if lost := [name[:80] for name in files if not index.with_name(name).is_file()]:
+        raise error(
+            f"{index}: names {shorten(lost)}, which are not there, expected every file of weights: "
+            "download or save the model again"
+        )
+    return {tensor: index.with_name(name) for tensor, name in names.items()}
+
+
+def _is_name(name: str) -> bool:
+    plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 256
+    return plain and not set(name) & set("\\:\0")

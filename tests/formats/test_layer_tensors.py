@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.layer_tensors import (
+from lora_fx.formats.dialects import (
     ALPHA,
     DOWN,
     UP,

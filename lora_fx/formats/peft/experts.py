@@ -36,9 +36,6 @@ def read_experts(
         scale: by the config.
         use_rslora: whether it was divided by the root of the rank.
         base: tells the orientation.
-
-    Raises:
-        AdapterError: a tensor is missing or of another shape, or the orientation is not known.
     """
     if sorted(tensors) != [DOWN, UP]:
         raise AdapterError(f"has {sorted(tensors)}, expected {DOWN} and {UP} of experts")

@@ -16,18 +16,17 @@ from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, AdapterWarning, within
-from lora_fx.formats.layer_tensors import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
 from lora_fx.formats.peft.config import (
-    Fields,
+    Numbers,
+    Patterned,
     Tensors,
     low_rank,
     settings_of,
     stored_tensors,
-    words,
 )
 from lora_fx.formats.peft.experts import read_experts
-from lora_fx.formats.peft.fields import anything, checked, indices, names
-from lora_fx.formats.peft.patterned import Numbers, Patterned
+from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import Home, WrappedTarget, parameter_of, places_of
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
@@ -216,9 +215,6 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
         path: what the patterns are asked about.
         tensors: by leaf.
         config: what decides rank and scale.
-
-    Raises:
-        AdapterError: a tensor is missing, one too many or of another shape.
     """
     is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)

@@ -65,9 +65,6 @@ def places_of(
 
     Returns:
         Path in the file -> what it means.
-
-    Raises:
-        AdapterError: the wrappers and the config do not agree, or only the base could tell.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     for path in sorted(paths, key=len):  # the outermost wrapper first

@@ -25,7 +25,7 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
-from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.formats.peft import METADATA
 from lora_fx.testing import fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.formats.kohya.algorithms import ALGORITHMS, algorithm_of, rank_of_algorithm
+from lora_fx.formats.kohya.names import ALGORITHMS, algorithm_of, rank_of_algorithm
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.loralib.keys import sort_loralib
+from lora_fx.formats.loralib import sort_loralib
 from lora_fx.layers.base_layers import layers_of
 
 PAIR = {"fc.lora_A": torch.ones(2, 3), "fc.lora_B": torch.ones(5, 2)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_fx.formats.peft.traced import is_traced
+from lora_fx.formats.peft.types import is_traced
 
 
 @pytest.mark.parametrize(
