@@ -142,13 +142,7 @@ class PeftConfig:
     ) -> tuple[dict[str, AnyUpdate], list[str]]:
         """The updates of a file's layers.
 
-        Args:
-            layers: path, as the file has it -> tensors by leaf.
-            shared: what all layers share, by leaf.
-            base: what is known of the model.
-
-        Returns:
-            The updates by path, and what the patterns may be asked about.
+        Gives the updates by path, and what the patterns may be asked about.
         """
         updates: dict[str, AnyUpdate] = {}
         for path, tensors in layers.items():
@@ -188,12 +182,7 @@ class PeftConfig:
 
     @classmethod
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
-        """The type's own fields, out of what its updates were read with.
-
-        Args:
-            layers: as `adopted` gives them.
-            homes: where they are kept.
-        """
+        """The type's own fields, out of what its updates were read with."""
         defaults = {entry.name: entry.default for entry in cls.used()}
         return {name: agreed(layers, name, defaults[name]) for name in cls.options}
 

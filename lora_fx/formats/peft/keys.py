@@ -211,10 +211,6 @@ def as_saved(
 
     What PEFT keeps of a module or of rows beside those that an adapter trains is left out: nothing
     reads it.
-
-    Args:
-        tensors: by key.
-        is_known: whether a key is one of an adapter's own, as PEFT saves it.
     """
     short = {key: found for key in tensors if (found := _shortened(key, is_known))}
     if not short or any(map(is_known, tensors)):

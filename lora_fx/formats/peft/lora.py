@@ -210,11 +210,6 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     a table (num, dim) ``lora_embedding_A`` is (r, num) and ``lora_embedding_B`` (dim, r), which are
     already down and up of a layer from num to dim. ``lora_magnitude_vector`` is (out,), or
     (1, out, 1, ...) of a convolution.
-
-    Args:
-        path: what the patterns are asked about.
-        tensors: by leaf.
-        config: what decides rank and scale.
     """
     is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
@@ -283,9 +278,7 @@ def _magnitude(tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
 def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
     """The tensors of one layer, by leaf: the reverse of `read_lora`.
 
-    Args:
-        update: of low rank, with no vector but a magnitude.
-        has_bias: whether any layer of the adapter has a bias; one that has none gets zeros.
+    A layer that has no bias gets zeros where any layer of the adapter has one (``has_bias``).
     """
     update = for_parameter(update)
     is_table = is_embedding(update.stored)

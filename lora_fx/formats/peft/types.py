@@ -216,10 +216,7 @@ LEAF = "trainable_tokens_delta"
 def read_tokens(rows: Tensors, config: PeftConfig, base: BaseLayers) -> dict[str, AnyUpdate]:
     """Reads the trained rows of every table of a file, and of the heads tied to them.
 
-    Args:
-        rows: path of a table -> its trained rows.
-        config: which tokens they are.
-        base: tells the heads: PEFT trains what ``tie_word_embeddings`` ties, and stores one.
+    PEFT trains what ``tie_word_embeddings`` ties, and stores one; the base tells the heads.
     """
     if config.trainable_token_indices is not None and not rows:
         raise AdapterError(f"trainable_token_indices is there, but no .{LEAF} is")

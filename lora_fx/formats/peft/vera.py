@@ -53,11 +53,6 @@ class VeraConfig(PeftConfig):
 
         A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
         layer that is adapted, which only the base tells.
-
-        Args:
-            paths: of the layers.
-            shared: what the file holds of them.
-            base: tells how wide the layers are.
         """
         saved = self.save_projection
         if sorted(shared) != (sorted(_SHARED) if saved else []):

@@ -51,11 +51,7 @@ class PeftLayout:
 
 
 def contents(adapter: Adapter) -> tuple[dict[str, object], Tensors]:
-    """The fields of PEFT's config and the tensors by PEFT's keys.
-
-    Args:
-        adapter: what to write.
-    """
+    """The fields of PEFT's config and the tensors by PEFT's keys."""
     chosen = choose(adapter)
     _check_expressible(chosen)
     fields = dump(config_of(chosen))
