@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, AdapterWarning, shorten
 
 T = TypeVar("T")
 
@@ -53,3 +55,13 @@ def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]
     unused = [name for name in values if name not in ends]
     if unused:
         raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")
+
+
+def doubt(message: str, otherwise: str, strict: bool) -> None:
+    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads."""
+    if strict:
+        raise AdapterError(message + otherwise)
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("lora_fx."):
+        level += 1
+    warnings.warn(message, AdapterWarning, stacklevel=level + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,9 +13,9 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_alpha
-from lora_fx.errors import AdapterError, AdapterWarning, within
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import DOWN, UP, Dialect, Layers, Tensors, check_pairs, sort_keys
-from lora_fx.formats.hints import Hints, check_all_used, value_for
+from lora_fx.formats.hints import Hints, check_all_used, doubt, value_for
 from lora_fx.formats.loralib.layers import update_of
 from lora_fx.formats.loralib.write import ALPHAS, FUSED
 from lora_fx.io.state_dict import metadata_of, read_file
@@ -199,9 +198,7 @@ def check_base(
         f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
         "give the base that the adapter was trained on"
     )
-    if strict:
-        raise AdapterError(f"{message}, or pass strict=False to leave the weight out")
-    warnings.warn(message, AdapterWarning, stacklevel=4)
+    doubt(message, ", or pass strict=False to leave the weight out", strict)
 
 
 def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from safetensors.torch import save
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.adapters.target_rule import pattern_matches
-from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
-from lora_fx.formats.hints import Hints
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.hints import Hints, doubt
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.keys import PREFIX, as_saved, dialect_of, is_own_key, saved_in, sort_peft
 from lora_fx.formats.peft.lora import MAGNITUDE, UP_BIAS, LoraConfig
@@ -109,12 +108,9 @@ def _check_patterns(origin: Path, config: PeftConfig, paths: list[str], strict: 
     """Refuses a pattern key that means no adapted module: a misspelt one changes the scale."""
     for field, pattern in config.patterns().items():
         unused = [key for key in pattern if not any(pattern_matches(key, path) for path in paths)]
-        if not unused:
-            continue
-        message = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
-        if strict:
-            raise AdapterError(f"{message}; correct them, or pass strict=False")
-        warnings.warn(message, AdapterWarning, stacklevel=5)
+        if unused:
+            said = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
+            doubt(said, "; correct them, or pass strict=False", strict)
 
 
 def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:

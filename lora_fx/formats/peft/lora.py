@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,8 +14,9 @@ from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError, AdapterWarning, within
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import (
     Numbers,
     Patterned,
@@ -61,9 +61,8 @@ def check_init(init: object, origin: str, strict: bool) -> None:
         f"init_lora_weights is {init!r}: training changed the base weights too, so the adapter "
         "fits that base alone; save it with PEFT's path_initial_model_for_weight_conversion"
     )
-    if strict:
-        raise AdapterError(f"{message}, or pass strict=False to use it as it is")
-    warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=7)
+    said = message if strict else f"{origin}: {message}"
+    doubt(said, ", or pass strict=False to use it as it is", strict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,8 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
 from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft import lora
 from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed, settings_of
 from lora_fx.formats.peft.fields import (
@@ -170,9 +170,8 @@ class OftConfig(PeftConfig):
             f"peft_version is {version!r}, and PEFT before 0.18 had another series for "
             "use_cayley_neumann; train it again with a newer PEFT"
         )
-        if strict:
-            raise AdapterError(f"{message}, or pass strict=False to use today's")
-        warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)
+        said = message if strict else f"{origin}: {message}"
+        doubt(said, ", or pass strict=False to use today's", strict)
 
 
 @dataclass(frozen=True, kw_only=True)
