@@ -19,7 +19,6 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
-from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib.layers import as_points
@@ -272,27 +271,3 @@ def test_a_pair_that_is_not_of_the_convolution_is_refused(tmp_path: Path, case: 
     base = nn.ModuleDict({"x": layer})
     with pytest.raises(AdapterError, match=message):
         load_adapter(tmp_path / "a.safetensors", alpha=3, base=base, **hints)
-
-
-DOWN, UP = torch.ones(2, 6, 3), torch.ones(4, 2)
-UNWRITABLE = {
-    "a line": (Update(DOWN, UP, 1.0), r"updates of kernels such as \(3,\): x"),
-    "groups": (Update(torch.ones(4, 6, 3, 3), UP, 1.0), "grouped up-projections: x"),
-    "DoRA": (Update(DOWN[:, :, 0], UP, 1.0, magnitude=torch.ones(4)), "DoRA: x"),
-    "rows": (
-        Update(DOWN[:, :, 0], UP, 1.0, row=torch.ones(4)),
-        ".* which scale inputs or outputs: x",
-    ),
-    "a function": (
-        WeightUpdate("oft", added(UP), (4, 2)),
-        "updates of kind 'oft', which are no product of two factors: x",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_loralib_cannot_hold_is_refused(tmp_path: Path, case: str) -> None:
-    update, message = UNWRITABLE[case]
-    with pytest.raises(AdapterError, match=f"loralib's format cannot hold {message}"):
-        save_adapter(Adapter("a", {"x": update}), tmp_path / "a.safetensors", format="loralib")
-    assert list(tmp_path.iterdir()) == []
