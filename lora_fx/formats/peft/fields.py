@@ -204,6 +204,3 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return value
-
-
-Check = Callable[[str, Any], Any]
