@@ -116,19 +116,33 @@ def write_file(
     endings = (SAFETENSORS, *pickles)
     if path.suffix not in endings:
         raise AdapterError(f"{path}: expected a file name that ends in {' or '.join(endings)}")
-    copies = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
     with within(path):
-        check_tensors(copies)
+        copies = _copies(tensors)
     if path.suffix == SAFETENSORS:
-        content = save(copies, metadata={"format": "pt", **metadata})
-        publish(path, _reproducible(content), force)
+        publish(path, _reproducible(save(copies, {"format": "pt", **metadata})), force)
         return
     buffer = io.BytesIO()
     torch.save(copies, buffer)
     publish(path, buffer.getvalue(), force)
+
+
+def safetensors_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The bytes of a safetensors file that has no texts of ours.
+
+    Raises:
+        AdapterError: a tensor that no reader should accept.
+    """
+    return save(_copies(tensors), {"format": "pt"})
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of their own, which may have shared memory, and that a reader accepts."""
+    copies = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    check_tensors(copies)
+    return copies
 
 
 def _reproducible(content: bytes) -> bytes:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha, checked_rank
@@ -22,7 +21,7 @@ from lora_fx.formats.peft.lora import MAGNITUDE, UP_BIAS, LoraConfig
 from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
-from lora_fx.io.state_dict import INDEX, metadata_of, read_file
+from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
 from lora_fx.io.strict_json import parse_object, read_object
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.resolve import Names
@@ -54,10 +53,8 @@ def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> 
     """
     with within(directory):
         config, tensors = contents(adapter)
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
-    }
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        files = {CONFIG: text.encode(), WEIGHTS: safetensors_of(tensors)}
     publish(directory, files, force)
 
 

@@ -213,7 +213,7 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
     _check_leaves(tensors, (first, second), config, is_table)
-    down, up, bias = tensors[first], tensors[second], tensors.get(UP_BIAS)
+    down, up = tensors[first], tensors[second]
     rank, scale = config.rank_and_scale(path)
     shapes = f"{first.partition('.')[0]} {tuple(down.shape)} and {tuple(up.shape)}"
     kernel = down.ndim - 2
@@ -228,11 +228,10 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
         raise AdapterError(
             f"{shapes} should be of rank {rank} by r or rank_pattern: (r, in) and (out, r)"
         )
-    if bias is not None and bias.shape != (up.shape[0],):
-        raise AdapterError(
-            f"lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
-        )
-    magnitude = _magnitude(tensors, up.shape[0], kernel)
+    bias, magnitude = (
+        _vector(tensors, leaf, axes, up.shape[0], kernel)
+        for leaf, axes in ((UP_BIAS, "n"), (MAGNITUDE, magnitude_axes(kernel)))
+    )
     tokens = config.alora_invocation_tokens or ()
     if tokens and (is_table or kernel or magnitude is not None):
         raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
@@ -262,16 +261,14 @@ def _check_leaves(
         )
 
 
-def _magnitude(tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
-    magnitude = tensors.get(MAGNITUDE)
-    if magnitude is None:
+def _vector(tensors: Tensors, leaf: str, axes: str, out: int, kernel: int) -> torch.Tensor | None:
+    """A tensor with a number for each output, as (out,); None where there is none."""
+    vector, expected = tensors.get(leaf), shape_of(axes, {"n": out}, (1,) * kernel)
+    if vector is None:
         return None
-    expected = shape_of(magnitude_axes(kernel), {"n": out}, (1,) * kernel)
-    if tuple(magnitude.shape) != expected:
-        raise AdapterError(
-            f"{MAGNITUDE} {tuple(magnitude.shape)}, expected {expected} as lora_B has it"
-        )
-    return magnitude.flatten()
+    if tuple(vector.shape) != expected:
+        raise AdapterError(f"{leaf} {tuple(vector.shape)}, expected {expected} as lora_B has it")
+    return vector.flatten()
 
 
 def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:

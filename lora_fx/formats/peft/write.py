@@ -21,7 +21,6 @@ from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS, saved_module
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.types import LEAF, TYPES, TokensConfig
 from lora_fx.formats.peft.wrappers import WRAPPED, Home, homes_of
-from lora_fx.io.tensor_checks import check_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,14 +53,7 @@ def contents(adapter: Adapter) -> tuple[dict[str, object], Tensors]:
     """The fields of PEFT's config and the tensors by PEFT's keys."""
     chosen = choose(adapter)
     _check_expressible(chosen)
-    fields = dump(config_of(chosen))
-    # Clones, for safetensors refuses shared memory.
-    tensors = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in {**_adapter_tensors(chosen), **_base_tensors(chosen)}.items()
-    }
-    check_tensors(tensors)
-    return fields, tensors
+    return dump(config_of(chosen)), {**_adapter_tensors(chosen), **_base_tensors(chosen)}
 
 
 def choose(adapter: Adapter) -> PeftLayout:
