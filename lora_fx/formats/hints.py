@@ -61,7 +61,7 @@ def doubt(message: str, otherwise: str, strict: bool) -> None:
     """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads."""
     if strict:
         raise AdapterError(message + otherwise)
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("lora_fx."):
-        level += 1
-    warnings.warn(message, AdapterWarning, stacklevel=level + 1)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("lora_fx."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AdapterWarning, stacklevel=level)
