@@ -21,6 +21,10 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 TOKEN_BASE = ".token_adapter.base_layer."
 # Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
 COPIES = ("original_module", "modules_to_save")
+# In the state dict of a model that PEFT wrapped.
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
+_ROWS = ".trainable_tokens_original"
+_PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -199,18 +203,14 @@ def sort_peft(
     return keys
 
 
-_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
-_ROWS = ".trainable_tokens_original"
-_PARAMETERS = ("weight", "bias")
-
-
 def as_saved(
     tensors: Mapping[str, torch.Tensor], is_known: Callable[[str], bool]
 ) -> Mapping[str, torch.Tensor]:
     """The tensors by the keys that PEFT saves them under; a file of PEFT's is left as it is.
 
-    What PEFT keeps of a module or of rows beside those that an adapter trains is left out: nothing
-    reads it.
+    The state dict of a wrapped model has the adapter's name in its keys, and tensors of the base
+    beside the adapter's. What PEFT keeps of a module or of rows beside those that an adapter
+    trains is left out: nothing reads it.
     """
     short = {key: found for key in tensors if (found := _shortened(key, is_known))}
     if not short or any(map(is_known, tensors)):

@@ -31,6 +31,7 @@ from lora_fx.formats.peft.wrappers import Home
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
+LEAF = "trainable_tokens_delta"
 _NO_TOKENS = words("trainable_token_indices ensure_weight_tying")
 
 
@@ -180,7 +181,7 @@ class TokensConfig(PeftConfig):
 
     peft_type = "TRAINABLE_TOKENS"
     kinds = ("tokens",)
-    leaves = ("trainable_tokens_delta",)
+    leaves = (LEAF,)
     lacks = _NO_TOKENS | words(
         "bias exclude_modules layers_to_transform layers_pattern modules_to_save"
     )
@@ -207,9 +208,6 @@ TYPES: dict[str, type[PeftConfig]] = {
         TokensConfig,
     )
 }  # fmt: skip
-
-
-LEAF = "trainable_tokens_delta"
 
 
 def read_tokens(rows: Tensors, config: PeftConfig, base: BaseLayers) -> dict[str, AnyUpdate]:
