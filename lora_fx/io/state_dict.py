@@ -1,4 +1,4 @@
-"""One file of named tensors: safetensors, or PyTorch's for those who trust theirs."""
+"""Named tensors, in one file or several: safetensors, or PyTorch's for those who trust theirs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from lora_fx.io.tensor_checks import check_gathered, check_tensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+INDEX = ".index.json"  # which says in which of several files each tensor is
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
 _MAX_STREAM = 16 << 20
 _MOST_SHARED = 16  # times that a value may be shown
 # All that a state dict calls. torch allows more, such as bytearray and Tensor, which take any size.
@@ -236,10 +238,6 @@ def _check_stream(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__} {error}".partition("\n")[0][:200]
-
-
-INDEX = ".index.json"
-_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
 
 
 def is_index(path: Path) -> bool:

@@ -16,6 +16,7 @@ from lora_fx.formats.dialects import Roles, matrices_of
 from lora_fx.formats.hints import Hints, value_for
 
 Shape = tuple[int, ...]
+Groups = tuple[bool, ...]  # of a MergedLinear, a matrix of several outputs: which are adapted
 LEAVES = frozenset({"lora_A", "lora_B"})
 
 
@@ -101,9 +102,6 @@ def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:
 def as_points(up: torch.Tensor, size: int) -> torch.Tensor:
     """An up-projection (out, r) as loralib stores a convolution's: (out * k, r * k)."""
     return torch.kron(up.contiguous(), torch.eye(size, dtype=up.dtype, device=up.device))
-
-
-Groups = tuple[bool, ...]
 
 
 def groups_of(
