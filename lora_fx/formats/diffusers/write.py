@@ -47,8 +47,8 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[
     rule = adapter.expects if component is not None else None
     for name, part in _parts(adapter, component).items():
         own, config = _part(name, part, rule)
-        for path, leaves in own.items():
-            tensors |= {f"{name}.{path}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        for module, leaves in own.items():
+            tensors |= {f"{name}.{module}.{leaf}": tensor for leaf, tensor in leaves.items()}
         fields |= {f"{name}.{key}": value for key, value in (config or {}).items()}
         without += [name] if config is None else []
     if without and fields:
