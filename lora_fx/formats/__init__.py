@@ -1,60 +1,106 @@
-"""Adapters on disk: one file a format, and here which is which."""
+"""Adapters on disk: one file a format, and here which is which.
+
+What is wrong with a file, or cannot be written, is an ``AdapterError`` everywhere in this room; it
+names the file, the tensor or field, and what was found and expected.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.adapters.settle import settled
-from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten
-from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
+from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten, within
+from lora_fx.formats import diffusers, mlx, peft, torchtune
+from lora_fx.formats.diffusers.write import contents as diffusers_contents
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
-from lora_fx.formats.loralib import is_loralib, read_loralib, write_loralib
-from lora_fx.formats.mlx import is_mlx, read_mlx
+from lora_fx.formats.kohya import is_kohya, read_kohya
+from lora_fx.formats.kohya.write import contents as kohya_contents
+from lora_fx.formats.loralib import DIALECT, read_loralib
+from lora_fx.formats.loralib.write import PICKLES
+from lora_fx.formats.loralib.write import contents as loralib_contents
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
-from lora_fx.formats.peft import is_peft, read_peft, write_peft
-from lora_fx.formats.peft.single_file import is_peft_file, read_peft_file, write_peft_file
-from lora_fx.formats.torchtune import is_torchtune, read_torchtune
+from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.trainers import names_of
 from lora_fx.io.output_place import check_path
-from lora_fx.io.state_dict import names_in
+from lora_fx.io.state_dict import is_pickle, names_in, write_file
 from lora_fx.layers.base_layers import layers_of
+
+Tell = Callable[[Path, Collection[str]], bool]
+Write = Callable[[Adapter, Path, Hints, bool], None]
+# An adapter, the file that it goes to and what the caller knows -> its tensors, and texts beside.
+Contents = Callable[[Adapter, Path, Hints], tuple[Mapping[str, torch.Tensor], Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is told, read and, if at all, written; which hints it takes but ``base``."""
+    """One format; to support another, add a line to the table.
 
-    is_it: Callable[[Path, Collection[str]], bool]
+    Attributes:
+        read: makes an adapter of a path, under a name.
+        write: writes it to a path, and replaces what is there if the last is true; None if it is
+            read alone.
+        is_it: whether a file is of the format, by its tensors' names and, if need be, by itself.
+        hints: those that it takes to be read, but ``base`` and ``strict``.
+        write_hints: those that it takes to be written.
+    """
+
     read: Callable[[Path, str, Hints], Adapter]
-    write: Callable[[Adapter, Path, Hints, bool], None] | None
+    write: Write | None = None
+    is_it: Tell = lambda path, names: False
     hints: tuple[str, ...] = ("allow_pickle",)
     write_hints: tuple[str, ...] = ()
 
 
-_PEFT_HINTS = ("allow_pickle", "alpha", "r", "use_rslora")
-_LORALIB_HINTS = ("allow_pickle", "alpha", "r", "enable_lora")
-_PART = ("component",)
+def _names(*, start: tuple[str, ...] = (), end: tuple[str, ...] = ()) -> Tell:
+    """Whether the name of a tensor begins or ends with one of these."""
+    return lambda path, names: any(name.startswith(start) or name.endswith(end) for name in names)
+
+
+def _as_file(contents: Contents, pickles: tuple[str, ...] = ()) -> Write:
+    """Writes one file of tensors, ``.safetensors`` or with one of these endings."""
+
+    def write(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
+        with within(path):
+            tensors, texts = contents(adapter, path, hints)
+        write_file(path, tensors, texts, force, pickles)
+
+    return write
+
+
+_SCALE, _PART = ("allow_pickle", "alpha", "r"), ("component",)
 FORMATS = {
-    "onnx_adapter": Format(is_onnx_adapter, read_onnx_adapter, write_onnx_adapter, (), ("model",)),
-    "diffusers": Format(
-        is_diffusers, read_diffusers, write_diffusers, ("allow_pickle", *_PART), _PART
+    "onnx_adapter": Format(
+        read_onnx_adapter, write_onnx_adapter, is_onnx_adapter, (), ("model",)
     ),
-    "mlx": Format(is_mlx, read_mlx, None),
-    "torchtune": Format(is_torchtune, read_torchtune, None),
-    "peft": Format(is_peft, read_peft, write_peft),
-    "peft_file": Format(is_peft_file, read_peft_file, write_peft_file, _PEFT_HINTS),
-    "kohya": Format(is_kohya, read_kohya, write_kohya, ("allow_pickle", *_PART), _PART),
-    "loralib": Format(is_loralib, read_loralib, write_loralib, _LORALIB_HINTS),
-}
+    "diffusers": Format(
+        diffusers.read_diffusers, _as_file(diffusers_contents), diffusers.is_diffusers,
+        ("allow_pickle", *_PART), _PART,
+    ),
+    "mlx": Format(mlx.read_mlx, is_it=_names(end=tuple(mlx.DIALECT.endings))),
+    "torchtune": Format(torchtune.read_torchtune, is_it=_names(end=(".lora_a.weight",))),
+    "peft": Format(peft.read_peft, peft.write_peft),
+    "peft_file": Format(
+        peft.read_peft_file, _as_file(peft.file_contents), _names(start=(PREFIX,)),
+        (*_SCALE, "use_rslora"),
+    ),
+    "kohya": Format(
+        read_kohya, _as_file(kohya_contents), is_kohya, ("allow_pickle", *_PART), _PART,
+    ),
+    "loralib": Format(
+        read_loralib, _as_file(loralib_contents, PICKLES), _names(end=tuple(DIALECT.endings)),
+        (*_SCALE, "enable_lora"),
+    ),
+}  # fmt: skip
 
 
 def load_adapter(
@@ -177,8 +223,9 @@ def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str,
 
 def _detect(source: Path, allow_pickle: bool) -> str:
     """The format of an existing file or directory: the first that knows it."""
-    is_tensors = source.is_file() and not is_onnx_adapter(source, ())
-    names = names_in(source, allow_pickle) if is_tensors else ()
+    if source.is_dir():
+        return _of_directory(source)
+    names = () if is_onnx_adapter(source) else names_in(source, allow_pickle)
     found = next((form for form, entry in FORMATS.items() if entry.is_it(source, names)), None)
     if found is None:
         supported = ", ".join(FORMATS)
@@ -187,6 +234,19 @@ def _detect(source: Path, allow_pickle: bool) -> str:
             f"pass format=, one of {supported}"
         )
     return found
+
+
+def _of_directory(path: Path) -> str:
+    """What a directory is of, by its files; PEFT's reader says what is missing in another."""
+    if (path / diffusers.WEIGHTS).exists() and not (path / peft.CONFIG).exists():
+        return "diffusers"
+    if (path / mlx.WEIGHTS).is_file():
+        return "mlx"
+    weights = peft.weights_in(path)
+    if weights is None:
+        return "torchtune" if torchtune.is_torchtune(path) else "peft"
+    names = () if is_pickle(weights) else names_in(weights, allow_pickle=False)
+    return "torchtune" if FORMATS["torchtune"].is_it(weights, names) else "peft"
 
 
 def _name_from(source: Path) -> str:

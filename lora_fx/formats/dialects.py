@@ -1,25 +1,33 @@
-"""How formats spell the tensors of a layer: one table a format, read and written from it."""
+"""How formats spell the tensors of a layer, one table a format, and what is checked of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
+from lora_fx.adapters.source_record import EMBEDDING
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.layer_tensors import Layers, add
+from lora_fx.layers.axes import convert, sizes_of
+from lora_fx.layers.layer import Layer
 
+# How every format has the two factors of a layer.
+DOWN_AXES, UP_AXES = "r in *k", "out r 1*"
+DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
 Tensors = Mapping[str, torch.Tensor]
+Roles = dict[str, tuple[str, torch.Tensor]]  # role -> key and tensor
+Layers = dict[str, Roles]
 # From the tensors that the table gives no use, and the layers, to the keys that have none at all.
 Claim = Callable[[Tensors, Layers], list[str]]
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The spelling of one format.
+    """The spelling of one format, read and written from it.
 
     Attributes:
         endings: end of a key -> role of the tensor; the first of a role is the one that is written.
@@ -70,21 +78,10 @@ class Dialect:
         return {role: ending for ending, role in reversed([*self.endings.items()])}
 
 
-def _none(rest: Tensors, layers: Layers) -> list[str]:
-    return list(rest)
-
-
-def sort_keys(tensors: Tensors, dialect: Dialect, claim: Claim = _none) -> Layers:
-    """Sorts every tensor of a file by layer and role.
-
-    Args:
-        tensors: by key.
-        dialect: how they are spelled.
-        claim: knows the uses of other keys, where a format has rules for them.
-
-    Raises:
-        AdapterError: a key without a use, or one of a feature that is not supported.
-    """
+def sort_keys(
+    tensors: Tensors, dialect: Dialect, claim: Claim = lambda rest, _: list(rest)
+) -> Layers:
+    """Sorts every tensor of a file by layer and role; ``claim`` knows the uses of other keys."""
     layers: Layers = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -103,3 +100,123 @@ def sort_keys(tensors: Tensors, dialect: Dialect, claim: Claim = _none) -> Layer
             f"{dialect.expected}"
         )
     return layers
+
+
+def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) -> None:
+    """Files a tensor under its layer's path and its role, which it may have in one spelling."""
+    roles = layers.setdefault(path, {})
+    if role in roles:
+        raise AdapterError(
+            f"tensors {roles[role][0]!r} and {key!r} are both the {role} of {path}; remove one"
+        )
+    roles[role] = key, tensor
+
+
+def check_pairs(layers: Layers) -> None:
+    """Refuses a file that adapts nothing, and a layer that has only half of a pair."""
+    check_no_half(layers.values())
+    if not layers:
+        raise AdapterError("no pair of down and up in it, so nothing is adapted")
+
+
+def check_no_half(layers: Iterable[Roles]) -> None:
+    """Refuses a layer that has only half of a pair; names the tensors that stand alone."""
+    halves = [
+        key for roles in layers if not {DOWN, UP} <= roles.keys() for key, _ in roles.values()
+    ]
+    if halves:
+        raise AdapterError(f"half of a pair, down without up or up without: {shorten(halves)}")
+
+
+def matrices_of(roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
+    """The down- and the up-projection of a layer; refuses what are no matrices."""
+    down, up = roles[DOWN][1], roles[UP][1]
+    if down.ndim != 2 or up.ndim != 2:
+        raise AdapterError(f"{_shapes(roles)}: expected matrices, (r, in) and (out, r)")
+    return down, up
+
+
+def lora_of(
+    roles: Roles, rank: int, scale: float, said: str, layer: Layer | None, turned: bool = False
+) -> Update:
+    """LoRA of two matrices of the rank that a config says, or DoRA where there is a magnitude.
+
+    Args:
+        roles: of the layer; a magnitude has one number an output.
+        rank: what the config says.
+        scale: of the product.
+        said: where the rank stands, for messages.
+        layer: of the base, where it is known: a table is one of an embedding.
+        turned: the factors are stored (in, r) and (r, out).
+    """
+    down, up = matrices_of(roles)
+    if turned:
+        down, up = down.t().contiguous(), up.t().contiguous()
+    if (down.shape[0], up.shape[1]) != (rank, rank):
+        shapes = f"(in, {rank}) and ({rank}, out)" if turned else f"({rank}, in) and (out, {rank})"
+        raise AdapterError(f"{_shapes(roles)}, expected {shapes}, of the rank in {said}")
+    key, magnitude = roles.get(MAGNITUDE, ("", None))
+    is_table = layer is not None and layer.is_matrix and layer.type.reads_ids
+    if magnitude is not None and (is_table or magnitude.shape != (up.shape[0],)):
+        raise AdapterError(
+            f"{key!r} is {tuple(magnitude.shape)}, expected ({up.shape[0]},), one number an "
+            "output; one a token, of an embedding, is not supported: fuse it where it was made"
+        )
+    kind = "lora" if magnitude is None else "dora"
+    stored = EMBEDDING if is_table else None
+    return Update(down, up, scale, kind, magnitude=magnitude, stored=stored)
+
+
+def factors_of(roles: Roles, grouped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The down- and the up-projection of a layer: of a linear one, or of a convolution.
+
+    Args:
+        roles: of the layer: down (r, in, *kernel), and up (out, r), or (out, r, 1, ...) with as
+            many axes as down.
+        grouped: whether up may be (out, r / groups, 1, ...), beside a grouped convolution.
+
+    Returns:
+        down as it is, and up as a matrix.
+    """
+    down, up = roles[DOWN][1], roles[UP][1]
+    low, high = sizes_of(DOWN_AXES, down.shape), sizes_of(UP_AXES, up.shape)
+    if low is None or high is None or up.ndim not in (2, down.ndim):
+        raise AdapterError(
+            f"{_shapes(roles)}: expected (r, in) and (out, r), or of a convolution "
+            "(r, in, *kernel) and (out, r, 1, ...)"
+        )
+    rank, inner = low["r"], high["r"]
+    if rank != inner and not (grouped and down.ndim > 2 and inner and rank % inner == 0):
+        raise AdapterError(f"{_shapes(roles)}: the ranks differ, expected (r, in) and (out, r)")
+    return down, up.flatten(1)
+
+
+def _shapes(roles: Roles) -> str:
+    (down_key, down), (up_key, up) = roles[DOWN], roles[UP]
+    return f"{down_key!r} is {tuple(down.shape)} and {up_key!r} is {tuple(up.shape)}"
+
+
+def up_beside(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """An up-projection (out, r) as files store it: with the axes of its down-projection."""
+    return convert(up, "out r", UP_AXES, down.ndim - 2)
+
+
+def magnitude_beside(down: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """A magnitude (out,) as PEFT and diffusers store it: (1, out, 1, ...) of a convolution."""
+    further = down.ndim - 2
+    return convert(magnitude, "n", magnitude_axes(further), further)
+
+
+def magnitude_axes(further: int) -> str:
+    """The axes of a magnitude as PEFT stores it, of a layer with so many kernel axes."""
+    return "1 n 1*" if further else "n"
+
+
+def scalar_of(roles: Roles) -> float | None:
+    """The alpha that a layer's tensors hold, or None; refuses what is not one number."""
+    if ALPHA not in roles:
+        return None
+    key, tensor = roles[ALPHA]
+    if tensor.numel() != 1:
+        raise AdapterError(f"{key!r} is {tuple(tensor.shape)}, expected one number")
+    return float(tensor.item())

@@ -17,14 +17,8 @@ Problem = Callable[[AnyUpdate], str | None]
 def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Problem) -> None:
     """Refuses an adapter that a format cannot hold.
 
-    Args:
-        adapter: what is to be written.
-        form: the name of the format, for the message.
-        replaced: parameters that the adapter replaces and the format has no place for.
-        problem: what the format cannot hold of an update, in words, or None.
-
-    Raises:
-        AdapterError: no update, or something without a place; names the layers.
+    ``replaced`` are parameters that the format has no place for; ``problem`` says in words what
+    it cannot hold of an update.
     """
     if not adapter.updates:
         raise AdapterError(f"the adapter {adapter.name} has no update to write")

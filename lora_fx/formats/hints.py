@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, AdapterWarning, shorten
 
 T = TypeVar("T")
 
@@ -47,13 +49,19 @@ def value_for(values: Mapping[str, T], path: str) -> T | None:
 
 
 def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]) -> None:
-    """Refuses a name that no path is or ends in: a misspelt one would change the result.
-
-    Raises:
-        AdapterError: names them.
-    """
+    """Refuses a name that no path is or ends in: a misspelt one would change the result."""
     parts = [path.split(".") for path in paths]
     ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
     unused = [name for name in values if name not in ends]
     if unused:
         raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")
+
+
+def doubt(message: str, otherwise: str, strict: bool) -> None:
+    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads."""
+    if strict:
+        raise AdapterError(message + otherwise)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("lora_fx."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AdapterWarning, stacklevel=level)

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.scaling import checked_rank, is_number
-from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import Dialect, sort_keys
+from lora_fx.formats.dialects import DOWN, MAGNITUDE, UP, Dialect, check_pairs, lora_of, sort_keys
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.layer_tensors import DOWN, MAGNITUDE, UP, Roles, check_pairs, matrices_of
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
 from lora_fx.layers.base_layers import layers_of
-from lora_fx.layers.layer import Layer
 
 CONFIG, WEIGHTS, PARAMETERS = "adapter_config.json", "adapters.safetensors", "lora_parameters"
-_DIALECT = Dialect(
+DIALECT = Dialect(
     {".lora_a": DOWN, ".lora_b": UP, ".m": MAGNITUDE},
     "<module>.lora_a, .lora_b, and under dora .m",
 )
-
-
-def is_mlx(path: Path, names: Collection[str]) -> bool:
-    """Whether a directory holds MLX's file, or a file MLX's factors."""
-    if path.is_dir():
-        return (path / WEIGHTS).is_file()
-    return any(name.endswith(tuple(_DIALECT.endings)) for name in names)
 
 
 def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads what ``mlx_lm`` trained: LoRA, DoRA, or weights as a whole.
 
     MLX stores factors the other way round, ``lora_a`` of (in, r) and ``lora_b`` of (r, out), and
-    the scale itself. Source: mlx-lm's ``tuner/lora.py``, ``dora.py`` and ``utils.py`` of 0.28.
-
-    Args:
-        path: the directory, or its ``adapters.safetensors``.
-        name: of the adapter.
-        hints: ``base`` tells embeddings from linear layers; ``strict`` is heeded.
-
-    Raises:
-        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    the scale itself. The base tells embeddings from linear layers. Source: mlx-lm's
+    ``tuner/lora.py``, ``dora.py`` and ``utils.py`` of 0.28.
     """
     file = path / WEIGHTS if path.is_dir() else path
     fields, tensors = read_object(file.with_name(CONFIG)), read_file(file, hints.allow_pickle)
@@ -57,13 +40,16 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
     with within(file):
         if kind == "full":
             return Adapter(name, {}, _whole(tensors))
-        layers, base = sort_keys(tensors, _DIALECT), layers_of(hints.base)
+        layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
         check_pairs(layers)
         updates: dict[str, AnyUpdate] = {}
         for module, roles in layers.items():
             with within(module):
-                _check_magnitude(roles, kind)
-                updates[module] = _update(roles, rank, scale, base.get(module))
+                if (MAGNITUDE in roles) != (kind == "dora"):
+                    found = "there" if MAGNITUDE in roles else "missing"
+                    raise AdapterError(f"fine_tune_type is {kind}, and .m is {found}")
+                layer = base.get(module)
+                updates[module] = lora_of(roles, rank, scale, PARAMETERS, layer, turned=True)
     return Adapter(name, updates)
 
 
@@ -87,33 +73,6 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
                 "first has trained it"
             )
     return rank, float(scale)
-
-
-def _check_magnitude(roles: Roles, kind: object) -> None:
-    if (MAGNITUDE in roles) != (kind == "dora"):
-        raise AdapterError(
-            f"fine_tune_type is {kind}, and .m is {'there' if MAGNITUDE in roles else 'missing'}"
-        )
-
-
-def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> Update:
-    """The update of one layer; a table's factors look it up, which in matrices is the same."""
-    down, up = (tensor.t().contiguous() for tensor in matrices_of(roles))
-    if (down.shape[0], up.shape[1]) != (rank, rank):
-        raise AdapterError(
-            f"lora_a {tuple(down.t().shape)} and lora_b {tuple(up.t().shape)}, expected (in, "
-            f"{rank}) and ({rank}, out), of the rank in {PARAMETERS}"
-        )
-    magnitude = roles[MAGNITUDE][1] if MAGNITUDE in roles else None
-    is_table = layer is not None and layer.is_matrix and layer.type.reads_ids
-    if magnitude is not None and (is_table or magnitude.shape != (up.shape[0],)):
-        raise AdapterError(
-            f"m is {tuple(magnitude.shape)}, expected ({up.shape[0]},), one number an output; of "
-            "an embedding MLX has one a token, which is not supported: fuse it where it was made"
-        )
-    stored = SourceRecord({}, {"layer": "embedding"}) if is_table else None
-    kind = "lora" if magnitude is None else "dora"
-    return Update(down, up, scale, kind, magnitude=magnitude, stored=stored)
 
 
 def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

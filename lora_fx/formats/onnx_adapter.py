@@ -14,44 +14,20 @@ from lora_fx.formats.hints import Hints
 from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 
 
-def is_onnx_adapter(path: Path, names: Collection[str]) -> bool:
-    """Whether a file says that it is of an exported model, in either way.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
+def is_onnx_adapter(path: Path, names: Collection[str] = ()) -> bool:
+    """Whether a file says that it is of an exported model, in either way."""
     return is_ort_adapter(path) or is_slot_tensors(path)
 
 
 def read_onnx_adapter(path: Path, name: str, hints: Hints) -> Adapter:
-    """Reads what `lora_fx.export_adapter` wrote; each scale is in its B, so it reads as 1.
-
-    Args:
-        path: the file.
-        name: of the adapter.
-        hints: none is heeded.
-
-    Raises:
-        AdapterError: it is damaged, or holds what is no pair of A and B.
-    """
+    """Reads what `lora_fx.export_adapter` wrote; each scale is in its B, so it reads as 1."""
     from lora_fx.export.slots.adapter_file import read_adapter_file
 
     return read_adapter_file(path, name)
 
 
 def write_onnx_adapter(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
-    """Writes an adapter for one swappable model, as `lora_fx.export_adapter` does.
-
-    Args:
-        adapter: what to write.
-        path: the file to create.
-        hints: ``model`` is needed: what fits depends on it.
-        force: replace a file that is there.
-
-    Raises:
-        AdapterError: no model is given, or the adapter does not fit it.
-        ExportError: the model has no slots, or the target exists.
-    """
+    """Writes an adapter for one swappable model, as `lora_fx.export_adapter` does."""
     if hints.model is None:
         raise AdapterError(
             f"{path}: an .onnx_adapter is made for one model; pass model=, the .onnx file that was "

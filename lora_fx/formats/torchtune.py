@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import Dialect, sort_keys
+from lora_fx.formats.dialects import DOWN, MAGNITUDE, UP, Dialect, check_pairs, lora_of, sort_keys
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.layer_tensors import DOWN, MAGNITUDE, UP, Roles, check_pairs, matrices_of
 from lora_fx.formats.peft import CONFIG, read_config, weights_in
 from lora_fx.formats.peft.lora import LoraConfig
-from lora_fx.io.state_dict import names_in, read_file
+from lora_fx.io.state_dict import read_file
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 
-_DIALECT = Dialect(
+DIALECT = Dialect(
     {
         ".lora_a.weight": DOWN, ".lora_b.weight": UP,
         ".magnitude": MAGNITUDE, ".magnitude.weight": MAGNITUDE,
@@ -38,27 +36,16 @@ _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}
 
 
-def is_torchtune(path: Path, names: Collection[str]) -> bool:
-    """Whether a directory holds a file of torchtune's, or a file its factors."""
-    if not path.is_dir():
-        return any(name.endswith(".lora_a.weight") for name in names)
-    file = weights_in(path)
-    if file is None:
-        return (path / CONFIG).is_file() and bool(_own(path))
-    return file.suffix != ".bin" and is_torchtune(file, names_in(file, allow_pickle=False))
+def is_torchtune(directory: Path) -> bool:
+    """Whether a directory has torchtune's own files beside a config."""
+    return (directory / CONFIG).is_file() and bool(_own(directory))
 
 
 def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads what a LoRA recipe of torchtune trained, for its own models and transformers'.
 
-    Args:
-        path: a directory that holds ``adapter_config.json``, or a file beside one.
-        name: of the adapter.
-        hints: ``base`` is needed, torchtune's model or that of transformers, whose names and
-            heads tell what the rows are; ``strict`` and ``allow_pickle`` are heeded.
-
-    Raises:
-        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    The base is needed, torchtune's model or that of transformers, whose names and heads tell what
+    the rows are.
     """
     file = path if path.is_file() else weights_in(path) or _last(path)
     config = read_config(file.with_name(CONFIG), hints.strict)
@@ -71,12 +58,14 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
                 "torchtune's names and rows, which are others than transformers'; pass base=, the "
                 "model that it is for"
             )
-        layers, base = sort_keys(tensors, _DIALECT), layers_of(hints.base)
+        layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
         check_pairs(layers)
         updates: dict[str, AnyUpdate] = {}
         for own, roles in layers.items():
             with within(own):
-                update, module = _update(own, roles, config), _module(own, base)
+                rank, scale = config.rank_and_scale(own)
+                update = lora_of(roles, rank, scale, CONFIG, None)
+                module = _module(own, base)
                 updates[module] = update if module == own else _turned(update, module, base)
     return Adapter(name, updates)
 
@@ -93,20 +82,6 @@ def _last(directory: Path) -> Path:
     if not found:
         raise AdapterError(f"{directory}: holds neither adapter_model.pt nor adapter_0.pt")
     return found[-1]
-
-
-def _update(path: str, roles: Roles, config: LoraConfig) -> Update:
-    down, up = matrices_of(roles)
-    rank, scale = config.rank_and_scale(path)
-    if (down.shape[0], up.shape[1]) != (rank, rank):
-        raise AdapterError(
-            f"lora_a {tuple(down.shape)} and lora_b {tuple(up.shape)}, expected ({rank}, in) and "
-            f"(out, {rank}), of the r in {CONFIG}"
-        )
-    magnitude = roles[MAGNITUDE][1] if MAGNITUDE in roles else None
-    if magnitude is not None and magnitude.shape != (up.shape[0],):
-        raise AdapterError(f"magnitude is {tuple(magnitude.shape)}, expected ({up.shape[0]},)")
-    return Update(down, up, scale, "lora" if magnitude is None else "dora", magnitude=magnitude)
 
 
 def _module(path: str, base: BaseLayers) -> str:

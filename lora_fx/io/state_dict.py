@@ -1,4 +1,4 @@
-"""One file of named tensors: safetensors, or PyTorch's for those who trust theirs."""
+"""Named tensors, in one file or several: safetensors, or PyTorch's for those who trust theirs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, LoraFxError, shorten, within
 from lora_fx.io.atomic import publish
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
-from lora_fx.io.shards import is_index, shards_of
+from lora_fx.io.strict_json import read_json
 from lora_fx.io.tensor_checks import check_gathered, check_tensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+INDEX = ".index.json"  # which says in which of several files each tensor is
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
 _MAX_STREAM = 16 << 20
 _MOST_SHARED = 16  # times that a value may be shown
 # All that a state dict calls. torch allows more, such as bytearray and Tensor, which take any size.
@@ -116,19 +118,33 @@ def write_file(
     endings = (SAFETENSORS, *pickles)
     if path.suffix not in endings:
         raise AdapterError(f"{path}: expected a file name that ends in {' or '.join(endings)}")
-    copies = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
     with within(path):
-        check_tensors(copies)
+        copies = _copies(tensors)
     if path.suffix == SAFETENSORS:
-        content = save(copies, metadata={"format": "pt", **metadata})
-        publish(path, _reproducible(content), force)
+        publish(path, _reproducible(save(copies, {"format": "pt", **metadata})), force)
         return
     buffer = io.BytesIO()
     torch.save(copies, buffer)
     publish(path, buffer.getvalue(), force)
+
+
+def safetensors_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The bytes of a safetensors file that has no texts of ours.
+
+    Raises:
+        AdapterError: a tensor that no reader should accept.
+    """
+    return save(_copies(tensors), {"format": "pt"})
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of their own, which may have shared memory, and that a reader accepts."""
+    copies = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    check_tensors(copies)
+    return copies
 
 
 def _reproducible(content: bytes) -> bytes:
@@ -222,3 +238,41 @@ def _check_stream(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__} {error}".partition("\n")[0][:200]
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file's name is one that an index of shards has."""
+    return _INDEX.fullmatch(path.name) is not None
+
+
+def shards_of(index: Path, error: type[LoraFxError] = LoraFxError) -> Mapping[str, Path]:
+    """Which file beside an index holds each tensor.
+
+    Raises:
+        LoraFxError: of the type ``error``: it is no index, names what does not lie beside it, or
+            what is not there.
+    """
+    found = read_json(index, error)
+    names = found.get("weight_map") if isinstance(found, dict) else found
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise error(
+            f"{index}: weight_map is {names!r:.80}, expected names of tensors to names of files: "
+            "save the model again"
+        )
+    files = sorted(set(names.values()))
+    if odd := [repr(name)[:80] for name in files if not _is_name(name)]:
+        raise error(
+            f"{index}: the weights lie at {shorten(odd)}, expected names of files beside it: put "
+            "them there, or save the model again"
+        )
+    if lost := [name[:80] for name in files if not index.with_name(name).is_file()]:
+        raise error(
+            f"{index}: names {shorten(lost)}, which are not there, expected every file of weights: "
+            "download or save the model again"
+        )
+    return {tensor: index.with_name(name) for tensor, name in names.items()}
+
+
+def _is_name(name: str) -> bool:
+    plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 256
+    return plain and not set(name) & set("\\:\0")

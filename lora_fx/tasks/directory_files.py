@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from lora_fx.errors import LoraFxError
 from lora_fx.io.plain_file import check_plain
-from lora_fx.io.shards import is_index, shards_of
+from lora_fx.io.state_dict import is_index, shards_of
 from lora_fx.io.strict_json import MAX_JSON, read_json
 from lora_fx.tasks.bounded_build import check_config
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Update
 from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
-from lora_fx.formats.loralib.merged_linear import block_diagonal
+from lora_fx.formats.loralib.layers import block_diagonal
 from lora_fx.formats.peft.lycoris import split
 from lora_fx.kinds import KINDS
 

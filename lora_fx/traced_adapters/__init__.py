@@ -12,9 +12,8 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft.keys import ClassifiedTensors, saved_module
-from lora_fx.formats.peft.state_dicts import as_saved
-from lora_fx.formats.peft.traced import TracedConfig
+from lora_fx.formats.peft.keys import ClassifiedTensors, as_saved, saved_module
+from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
 from lora_fx.traced_adapters.base_modules import adapted

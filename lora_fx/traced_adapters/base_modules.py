@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.traced import TracedConfig
+from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.traced_module import TracedModule

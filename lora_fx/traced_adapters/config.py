@@ -10,10 +10,10 @@ from typing import Any, TypeGuard
 from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.adapters.target_rule import pattern_value
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.peft.config import NEUTRAL, PeftConfig
-from lora_fx.formats.peft.fields import of_type
+from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.formats.peft.fields import NEUTRAL, of_type
 from lora_fx.formats.peft.lora import LoraConfig, check_init
-from lora_fx.formats.peft.traced import TracedConfig
+from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
 
 INSTALL = "install it (pip install peft)"

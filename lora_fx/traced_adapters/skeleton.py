@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft.traced import TracedConfig
+from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.traced_adapters.bounded import Bounded
 from lora_fx.traced_adapters.config import by_peft
 

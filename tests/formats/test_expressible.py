@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added
+from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
+from lora_fx.formats import save_adapter
 from lora_fx.formats.expressible import check_held, not_lora
 
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
@@ -57,3 +63,80 @@ def test_replaced_parameters_and_nothing_at_all_are_refused() -> None:
         check_held(adapter, "the format", ["head.weight"], not_lora)
     with pytest.raises(AdapterError, match="the adapter a has no update to write"):
         check_held(Adapter("a", {}), "the format", [], not_lora)
+
+
+PLAIN, ONES = Update(DOWN, UP, 1.5), torch.ones(5)
+UNET, VAE = {"component": "unet"}, {"component": "vae"}
+INFINITE = replace(PLAIN, scale=float("inf"))
+OFT = WeightUpdate("oft", added(UP), (5, 2))
+DAMAGED = Update(torch.full((2, 3), torch.nan), UP, 1.0)
+
+
+def kernel(rank: int, *sizes: int, **fields: Any) -> Update:
+    return Update(torch.ones(rank, 6, *sizes), torch.ones(4, 2), 1.0, **fields)
+
+
+Updates = dict[str, AnyUpdate]
+REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
+    ("kohya", {}, {"proj": PLAIN}, "proj begins with no part .* pass component="),
+    ("kohya", VAE, {"proj": PLAIN}, "component is 'vae'"),
+    ("kohya", {}, {"unet": PLAIN}, "unet begins with no part"),
+    ("kohya", UNET, {"a.b_c": PLAIN, "a_b.c": PLAIN},
+     r"a\.b_c and a_b\.c would both be called lora_unet_a_b_c"),
+    ("kohya", UNET, {"fc": replace(PLAIN, scale=0.0)}, "a scale of 0, which it reads as 1: fc"),
+    ("kohya", UNET, {"fc": INFINITE}, "cannot hold scales that are no finite number: fc"),
+    ("kohya", {}, {"unet.fc": replace(PLAIN, bias=ONES)},
+     r"cannot hold biases of up-projections \(lora_bias\): unet\.fc"),
+    ("diffusers", {}, {"fc": PLAIN}, "fc begins with no component's name"),
+    ("diffusers", VAE, {"fc": PLAIN}, "component is 'vae'"),
+    ("diffusers", UNET, {"fc": PLAIN, "up": replace(PLAIN, magnitude=ONES)},
+     "cannot hold DoRA beside plain LoRA in one model, unet"),
+    ("diffusers", UNET, {"fc": replace(PLAIN, magnitude=ONES, bias=ONES)},
+     "cannot hold DoRA beside biases of up-projections"),
+    ("diffusers", UNET, {"fc": replace(PLAIN, row=ONES)},
+     "cannot hold updates of kind 'lora', which scale inputs or outputs: fc"),
+    ("diffusers", UNET, {"fc": replace(PLAIN, stored=EMBEDDING)},
+     "cannot hold updates of embeddings: fc"),
+    ("loralib", {}, {"x": kernel(2, 3)}, r"cannot hold updates of kernels such as \(3,\): x"),
+    ("loralib", {}, {"x": kernel(4, 3, 3)}, "cannot hold grouped up-projections: x"),
+    ("loralib", {}, {"x": kernel(2, magnitude=torch.ones(4))}, "format cannot hold DoRA: x"),
+    ("loralib", {}, {"x": kernel(2, row=torch.ones(4))},
+     "cannot hold .* which scale inputs or outputs: x"),
+    ("loralib", {}, {"x": OFT}, "kind 'oft', which are no product of two factors: x"),
+    ("peft", {}, {}, "the adapter a has no update"),
+    ("peft", {}, {"fc": DAMAGED}, r"fc\.lora_A\.weight' holds NaN"),
+    ("peft", {}, {"fc": INFINITE}, "scales that are no finite number: fc"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "hints", "updates", "message"), REFUSED)
+def test_what_a_format_cannot_hold_is_refused(
+    tmp_path: Path, form: str, hints: dict[str, str], updates: Updates, message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(Adapter("a", updates), tmp_path / "a.safetensors", format=form, **hints)
+    assert list(tmp_path.iterdir()) == []
+
+
+COUNT = torch.ones(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("form", "path", "name", "tensor", "message"),
+    [
+        ("kohya", "unet.fc", "unet.norm.weight", UP, r"replaced parameters: unet\.norm\.weight"),
+        ("diffusers", "unet.fc", "unet.norm.weight", ONES, r"parameters: unet\.norm\.weight"),
+        ("loralib", "fc", "head.weight", UP, r"cannot hold replaced parameters: head\.weight"),
+        ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
+        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module: fc"),
+        ("peft", "b.fc", "b.scale", ONES, r"and replace a module: b\.fc beside the replaced b"),
+        ("peft", "fc", "bn.count", COUNT, r"bn\.count' has dtype torch\.int64"),
+    ],
+)
+def test_what_a_format_cannot_replace_is_refused(
+    tmp_path: Path, form: str, path: str, name: str, tensor: torch.Tensor, message: str
+) -> None:
+    adapter = Adapter("a", {path: PLAIN}, {name: tensor})
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(adapter, tmp_path / "a.safetensors", format=form)
+    assert list(tmp_path.iterdir()) == []

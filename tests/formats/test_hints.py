@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, AdapterWarning
+from lora_fx.formats import load_adapter
 from lora_fx.formats.hints import Hints, check_all_used, value_for
 
 
@@ -29,3 +32,18 @@ def test_a_name_that_ends_no_path_is_refused() -> None:
     check_all_used("alpha", {"fc": 1, "b.fc": 2}, ["a.b.fc"])
     with pytest.raises(AdapterError, match=r"alpha names what is no layer of the file: cf, a$"):
         check_all_used("alpha", {"fc": 1, "cf": 2, "a": 3}, ["a.b.fc"])
+
+
+@pytest.mark.parametrize(
+    "field", [{"init_lora_weights": "pissa"}, {"rank_pattern": {"misspelt": 3}}], ids=str
+)
+def test_a_doubt_is_refused_or_warned_of_at_the_line_that_loads(
+    lab: Any, field: dict[str, Any]
+) -> None:
+    directory = lab.write()
+    lab.edit_config(directory, **field)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: .* pass strict=False"):
+        load_adapter(directory)
+    with pytest.warns(AdapterWarning, match=r"adapter_config\.json: ") as warned:
+        load_adapter(directory, strict=False)
+    assert [warning.filename for warning in warned] == [__file__]

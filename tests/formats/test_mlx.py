@@ -132,7 +132,7 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"emb.lora_a": torch.ones(11, 2), "emb.lora_b": torch.ones(2, 3),
          "emb.m": torch.ones(11), "fc.m": torch.ones(5)},
         {"fine_tune_type": "dora"},
-        r"emb: m is \(11,\), .* one a token",
+        r"emb: .emb.m. is \(11,\), .* one a token",
     ),
     "kernels": ({"c.weight": torch.ones(2, 3, 3)}, {"fine_tune_type": "full"}, "c.weight: of more"),
 }  # fmt: skip

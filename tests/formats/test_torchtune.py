@@ -176,7 +176,7 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {},
         r"half of a pair.*layers\.1\.attn\.q_proj\.magnitude",
     ),
-    "a magnitude": ({"layers.0.attn.q_proj.magnitude": torch.ones(3)}, {}, r"magnitude is \(3,\)"),
+    "a magnitude": ({"layers.0.attn.q_proj.magnitude": torch.ones(3)}, {}, r"magnitude' is \(3,\)"),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lora_fx import AdapterError, load_adapter
 from lora_fx.formats.peft import CONFIG, read_config
-from lora_fx.formats.peft.traced import TracedConfig
+from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.testing import SavedCase
 from lora_fx.traced_adapters.config import by_peft, parse
 

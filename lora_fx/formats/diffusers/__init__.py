@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.errors import AdapterError, within
-from lora_fx.formats.diffusers.keys import ENDINGS, sort_by_component, speaks_diffusers
-from lora_fx.formats.diffusers.read import is_bare, updates_of
-from lora_fx.formats.diffusers.write import contents
+from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.updates import Update
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.dialects import (
+    ALPHA,
+    BIAS,
+    MAGNITUDE,
+    Layers,
+    Roles,
+    check_pairs,
+    factors_of,
+    scalar_of,
+)
+from lora_fx.formats.diffusers.keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.layer_tensors import Layers
-from lora_fx.formats.peft import CONFIG
+from lora_fx.formats.peft import METADATA, fields_in
+from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.formats.peft.fields import parse
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.formats.peft.single_file import fields_in
-from lora_fx.io.state_dict import read_file, write_file
+from lora_fx.formats.peft.lora import LoraConfig
+from lora_fx.formats.peft.lycoris import LokrConfig
+from lora_fx.io.state_dict import read_file
+from lora_fx.kinds import KINDS, dora
 
+Fields = Mapping[str, object]
+Part = tuple[dict[str, AnyUpdate], TargetRule | None]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
-    """Whether a directory has diffusers' file, or a file is diffusers' by name, keys or metadata.
-
-    Raises:
-        AdapterError: its keys may be diffusers' as well as PEFT's, which differ in the scale.
-    """
-    if path.is_dir():
-        return (path / WEIGHTS).exists() and not (path / CONFIG).exists()
+    """Whether a file is diffusers' by name, keys or metadata."""
     is_lora = any(n.endswith(tuple(ENDINGS)) and not n.startswith(PREFIX) for n in names)
     if is_lora and (path.name == WEIGHTS or is_bare(fields_in(path))):
         return True
@@ -48,16 +58,9 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
 
     LoRA and DoRA of linear and convolution layers, and LoKr. Scales come from the config in the
     file's metadata, or from ``.alpha`` tensors over the rank; without either a scale is 1.
-
-    Args:
-        path: the file, or the directory that holds ``pytorch_lora_weights.safetensors``.
-        name: of the adapter.
-        hints: ``component`` reads one model's part and leaves the others out; without, paths keep
-            the component's name at the front, as in the pipeline. A file that one model wrote by
-            itself (``save_lora_adapter``) has no components.
-
-    Raises:
-        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    ``component`` reads one model's part and leaves the others out; without, paths keep the
+    component's name at the front, as in the pipeline. A file that one model wrote by itself
+    (``save_lora_adapter``) has no components.
     """
     file = path / WEIGHTS if path.is_dir() else path
     fields = fields_in(file)
@@ -78,27 +81,112 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     return Adapter(name, updates, expects=rule)
 
 
-def write_diffusers(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
-    """Writes a file that diffusers' pipelines load, with its ``LoraConfig`` in the metadata.
-
-    Args:
-        adapter: what to write.
-        path: ends in ``.safetensors``; a pipeline looks for ``pytorch_lora_weights.safetensors``.
-        hints: ``component`` says what the paths are of; without, each begins with a component's
-            name.
-        force: replace a file that is there.
-
-    Raises:
-        AdapterError: the target exists, or the format cannot hold the adapter.
-    """
-    with within(path):
-        tensors, metadata = contents(adapter, hints.component)
-    write_file(path, tensors, metadata, force)
-
-
 def _chosen(components: dict[str, Layers], wanted: str) -> dict[str, Layers]:
     if wanted not in tuple(components):
         raise AdapterError(
             f"component is {wanted!r:.80}, the file has {', '.join(components) or 'none'}"
         )
     return {wanted: components[wanted]}
+
+
+def is_bare(fields: Fields | None) -> bool:
+    """Whether one model wrote the file by itself: its fields begin with no component's name."""
+    return fields is not None and "peft_type" in fields
+
+
+def updates_of(
+    file: Path, layers: Layers, fields: Fields | None, component: str, strict: bool
+) -> Part:
+    """The updates of one component, and which layers its config says it adapts."""
+    lokr = [path for path, roles in layers.items() if roles.keys() & LOKR]
+    if lokr and len(lokr) < len(layers):
+        raise AdapterError(f"{file}: {lokr[0]} is LoKr, other layers of {component} are LoRA")
+    config = _config_of(file, fields, component, LokrConfig if lokr else LoraConfig, strict)
+    rule = None if config is None else config.rule
+    with within(file):
+        if lokr:
+            assert config is None or isinstance(config, LokrConfig)
+            return _lokr_updates(layers, config), rule
+        assert config is None or isinstance(config, LoraConfig)
+        check_pairs(layers)
+        return _lora_updates(layers, config), rule
+
+
+def _config_of(
+    file: Path, fields: Fields | None, component: str, made: type[PeftConfig], strict: bool
+) -> PeftConfig | None:
+    """The config of one component, of the type that its tensors are of; None without metadata."""
+    if fields is None:
+        return None
+    start = f"{component}." if component else ""
+    own = {key.removeprefix(start): v for key, v in fields.items() if key.startswith(start)}
+    if not own:
+        raise AdapterError(f"{file}: {METADATA} has no field of {component}, whose tensors it has")
+    origin = f"{file}: {METADATA} of {component or 'the model'}"
+    return parse({"peft_type": made.peft_type, **own}, origin, strict, {made.peft_type: made})
+
+
+def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpdate]:
+    """LoRA or DoRA of every layer of a component."""
+    with_alpha = [path for path, roles in layers.items() if ALPHA in roles]
+    without = [path for path, roles in layers.items() if ALPHA not in roles]
+    if with_alpha and (without or config is not None):
+        other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
+        raise AdapterError(f".alpha for {shorten(with_alpha)}, and {other}; which holds?")
+    is_dora = _same_for_all(layers, MAGNITUDE, "a magnitude")
+    _same_for_all(layers, BIAS, "a bias of its up-projection")
+    if config is not None and config.use_dora != is_dora:
+        found = "has" if is_dora else "lacks"
+        raise AdapterError(
+            f"use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
+        )
+    return {path: _update(path, roles, config) for path, roles in layers.items()}
+
+
+def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpdate]:
+    """LoKr of every layer of a component; without a config alpha is in the weights already.
+
+    Source: ``_create_lokr_config`` of diffusers 0.42.
+    """
+    updates = {}
+    for path, roles in layers.items():
+        extra = sorted(roles.keys() - LOKR)
+        if extra:
+            raise AdapterError(f"{path}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
+        tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+        settings: dict[str, object] = {"scale": 1.0, "writer": "peft"}
+        with within(path):
+            if config is not None:
+                settings = config.settings(path, tensors)
+            updates[path] = KINDS["lokr"].read(tensors, settings)
+    return updates
+
+
+def _same_for_all(layers: Layers, role: str, what: str) -> bool:
+    """Whether all layers have a tensor of a role, as PEFT's one config has it for all or none."""
+    having = [path for path, roles in layers.items() if role in roles]
+    lacking = [path for path, roles in layers.items() if role not in roles]
+    if having and lacking:
+        raise AdapterError(f"{shorten(having)} has {what}, {shorten(lacking)} has none")
+    return bool(having)
+
+
+def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
+    down, up = factors_of(roles, grouped=True)
+    rank, scale, kind = len(down), 1.0, "lora"
+    if config is None:
+        alpha = scalar_of(roles)
+        scale = 1.0 if alpha is None else alpha / rank
+    else:
+        expected, scale = config.rank_and_scale(path)
+        if rank != expected:
+            raise AdapterError(f"{path}: rank {rank}, {METADATA} says {expected}")
+        kind = "rslora" if config.use_rslora else "lora"
+    bias, stored = roles[BIAS][1] if BIAS in roles else None, None
+    if MAGNITUDE in roles:
+        stored = SourceRecord({}, {"use_rslora": True}) if kind == "rslora" else None
+        kind = "dora"
+    magnitude = {"lora_magnitude_vector": roles[MAGNITUDE][1]} if MAGNITUDE in roles else {}
+    with within(path):
+        update = Update(down, up, scale, kind, bias, stored=stored)
+        return dora.with_magnitude(update, magnitude)

@@ -7,8 +7,17 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from lora_fx.formats.dialects import Dialect, Tensors, sort_keys
-from lora_fx.formats.layer_tensors import ALPHA, BIAS, DOWN, MAGNITUDE, UP, Layers
+from lora_fx.formats.dialects import (
+    ALPHA,
+    BIAS,
+    DOWN,
+    MAGNITUDE,
+    UP,
+    Dialect,
+    Layers,
+    Tensors,
+    sort_keys,
+)
 from lora_fx.kinds import lokr
 
 COMPONENTS = (
@@ -101,9 +110,6 @@ def sort_by_component(tensors: Tensors, bare: bool = False) -> dict[str, Layers]
     Args:
         tensors: by key.
         bare: the keys begin with no component's name; they are all of the component ``""``.
-
-    Raises:
-        AdapterError: a key without a use, or one of a feature that is not supported.
     """
     if bare:
         return {"": sort_keys(tensors, BARE)} if tensors else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -16,10 +17,12 @@ from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.diffusers.keys import COMPONENTS, LOKR
 from lora_fx.formats.expressible import check_held, not_lora
-from lora_fx.formats.peft.config import PeftConfig, dump
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.peft import METADATA
+from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.formats.peft.fields import dump
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
-from lora_fx.formats.peft.single_file import METADATA
 from lora_fx.formats.peft.wrappers import parameter_of
 from lora_fx.formats.peft.write import PeftLayout, config_of
 
@@ -30,16 +33,13 @@ FORM = "diffusers' format"
 FACTOR = "decompose_factor"  # of a LoKr config: PEFT cannot do without
 
 
-def contents(adapter: Adapter, component: str | None) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of a file and its metadata.
+def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[str, str]]:
+    """A file that diffusers' pipelines load, with its ``LoraConfig`` in the metadata.
 
-    Args:
-        adapter: what to write.
-        component: what the paths are of; None where each begins with a component's name.
-
-    Raises:
-        AdapterError: the format cannot hold the adapter.
+    ``component`` says what the paths are of; without, each begins with a component's name. A
+    pipeline looks for ``pytorch_lora_weights.safetensors``.
     """
+    component = hints.component
     check_held(adapter, FORM, adapter.replacements, _problem)
     tensors: Tensors = {}
     fields: dict[str, object] = {}
@@ -47,8 +47,8 @@ def contents(adapter: Adapter, component: str | None) -> tuple[Tensors, dict[str
     rule = adapter.expects if component is not None else None
     for name, part in _parts(adapter, component).items():
         own, config = _part(name, part, rule)
-        for path, leaves in own.items():
-            tensors |= {f"{name}.{path}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        for module, leaves in own.items():
+            tensors |= {f"{name}.{module}.{leaf}": tensor for leaf, tensor in leaves.items()}
         fields |= {f"{name}.{key}": value for key, value in (config or {}).items()}
         without += [name] if config is None else []
     if without and fields:

@@ -9,24 +9,13 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import sort_keys
+from lora_fx.formats.dialects import ALPHA, Layers, check_no_half, sort_keys
 from lora_fx.formats.diffusers.keys import speaks_diffusers
-from lora_fx.formats.expressible import check_held
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya.algorithms import DORA
-from lora_fx.formats.kohya.names import (
-    DIALECT,
-    DOTTED,
-    check_part,
-    find,
-    name_of,
-    part_of,
-)
-from lora_fx.formats.kohya.place import placed, size_of
-from lora_fx.formats.kohya.write import leaves_for, module_of, problem_with
-from lora_fx.formats.layer_tensors import ALPHA, Layers, check_no_half
+from lora_fx.formats.kohya.names import DIALECT, DORA, DOTTED, check_part, find, part_of
+from lora_fx.formats.kohya.read import placed, size_of
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.io.state_dict import read_file, write_file
+from lora_fx.io.state_dict import read_file
 from lora_fx.layers.base_layers import layers_of
 
 # Ends of keys that tell such a file, whatever its paths begin with.
@@ -47,16 +36,9 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads a file of kohya's or LyCORIS': every key is used, or refused by name.
 
     LoRA, DoRA, LoCon, LoHa, LoKr, (IA)3, Diag-OFT, full differences and norms. What is added to a
-    norm is an update of its parameters, ``<path>.weight`` and ``<path>.bias``.
-
-    Args:
-        path: the file.
-        name: of the adapter.
-        hints: ``base`` is needed, for the names are lossy; ``component`` reads one part of a
-            pipeline (unet, te, te1, te2, te3, lycoris) and leaves the others out.
-
-    Raises:
-        AdapterError: names the file, the tensor, and what is wrong with it.
+    norm is an update of its parameters, ``<path>.weight`` and ``<path>.bias``. The base is needed,
+    for the names are lossy; ``component`` reads one part of a pipeline (unet, te, te1, te2, te3,
+    lycoris) and leaves the others out.
     """
     if hints.base is None:
         raise AdapterError(
@@ -69,44 +51,6 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
         check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
         asked = {name: size_of(roles) for name, roles in layers.items()}
         return Adapter(name, placed(layers, find(asked, base), base), moved={})
-
-
-def write_kohya(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
-    """Writes a file that kohya's scripts or LyCORIS, and what reads theirs, load.
-
-    What was read from such a file is written as it was. Another product of two factors is LoRA,
-    with a magnitude DoRA; rsLoRA becomes the alpha that gives its scale over the rank. An alpha
-    that float32 cannot hold is written as float64.
-
-    Args:
-        adapter: what to write.
-        path: ends in ``.safetensors``.
-        hints: ``component`` says what the paths are of (``"lycoris"``: of a model that is no part
-            of a pipeline); without, each begins with a part's name in a pipeline, such as
-            ``unet.``.
-        force: replace a file that is there.
-
-    Raises:
-        AdapterError: the target exists, two paths would get one name, or the format cannot hold
-            the adapter.
-    """
-    with within(path):
-        tensors = _contents(adapter, hints.component)
-    write_file(path, tensors, {}, force)
-
-
-def _contents(adapter: Adapter, component: str | None) -> dict[str, torch.Tensor]:
-    check_held(adapter, "kohya's format", adapter.replacements, problem_with)
-    modules = {key: module_of(key, update) for key, update in adapter.updates.items()}
-    owners: dict[str, str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for key, update in adapter.updates.items():
-        module = modules[key]
-        name = name_of(module, adapter.updates, component)
-        if owners.setdefault(name, module) != module:
-            raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
-        tensors |= {DIALECT.key(name, leaf): t for leaf, t in leaves_for(update).items()}
-    return tensors
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:

@@ -1,37 +1,58 @@
-"""kohya's layer names, in which every dot became an underscore, and how they are told apart."""
+"""kohya's names: of the tensors that each algorithm writes, and of layers, whose dots are lost."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
+
 from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import Dialect
-from lora_fx.formats.kohya.algorithms import ALGORITHMS, FOREIGN, LEAVES, ROLES, UP_BIAS
+from lora_fx.formats.dialects import ALPHA, DOWN, UP, Dialect
 from lora_fx.formats.trainers import names_of
+from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 from lora_fx.layers.resolve import Names, Size
 
+DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
+UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
+ROLES = {DOWN_KEY: DOWN, UP_KEY: UP}
+_DIFFERENCES = frozenset({"diff", "diff_b"})
+# What LyCORIS' algorithms write, by `lora_fx.kinds` where it is no name of its own.
+ALGORITHMS: Mapping[str, frozenset[str]] = {
+    "lora": frozenset({DOWN_KEY, UP_KEY, UP_BIAS, MID, DORA, ALPHA}),
+    "loha": KINDS["loha"].leaves,
+    "lokr": KINDS["lokr"].leaves,
+    "full": _DIFFERENCES,
+    "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
+    "ia3": frozenset({"weight", "on_input"}),
+    "norm": frozenset({"w_norm", "b_norm"}),
+}
+# The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
+_RANKED = {"lora": (DOWN_KEY,), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}
+# Ends of keys that are known and not supported.
+FOREIGN = {
+    r"\.(a1|a2|b1|b2|bm)\.": "GLoRA",
+    r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
+    r"\.scalar": "a scaled update (LyCORIS)",
+    r"\.boft_": "BOFT",
+    r"\.vera_": "VeRA",
+    r"\.lora_magnitude_vector": "PEFT's DoRA",
+}
 _OTHERS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-    (".down.weight", ".up.weight"),
+    ".lora_A.weight .lora_B.weight",
+    ".lora.down.weight .lora.up.weight",
+    ".down.weight .up.weight",
 )
-
 # kohya's parts of a pipeline, and what a pipeline calls the models: te3 is a T5, in some the third
 # text encoder, in others the second.
 HOLDERS = {
-    "unet": ("unet", "transformer"),
-    "te": ("text_encoder",),
-    "te1": ("text_encoder",),
-    "te2": ("text_encoder_2",),
-    "te3": ("text_encoder_3", "text_encoder_2"),
-    "transformer": ("transformer",),
-    "prior_unet": ("prior",),
-    "prior_te": ("text_encoder",),
-}
+    "unet": ("unet", "transformer"), "te": ("text_encoder",), "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",), "te3": ("text_encoder_3", "text_encoder_2"),
+    "transformer": ("transformer",), "prior_unet": ("prior",), "prior_te": ("text_encoder",),
+}  # fmt: skip
 # LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
 LYCORIS = "lycoris"
 PREFIXES = {part: f"lora_{part}_" for part in HOLDERS} | {LYCORIS: "lycoris_"}
@@ -43,7 +64,7 @@ _DOTTED = {
     "text_encoders.clip_g.": "te2",
     "text_encoders.t5xxl.": "te3",
 }
-_ENDINGS = {f".{leaf}": leaf for leaf in sorted(LEAVES)}
+_ENDINGS = {f".{leaf}": leaf for leaf in sorted(frozenset().union(*ALGORITHMS.values()))}
 DIALECT = Dialect(
     _ENDINGS,
     f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{', .'.join(ROLES)}, .alpha, or "
@@ -55,7 +76,7 @@ DIALECT = Dialect(
 # The same with a path's dots, where the factors have other trainers' names too.
 DOTTED = Dialect(
     {end: leaf for end, leaf in _ENDINGS.items() if leaf not in ALGORITHMS["ia3"]}
-    | {end: role for pair in _OTHERS for end, role in zip(pair, ROLES, strict=True)}
+    | {end: role for pair in _OTHERS for end, role in zip(pair.split(), ROLES, strict=True)}
     | {".lora_B.bias": UP_BIAS},
     DIALECT.expected,
     silent="default",
@@ -70,11 +91,7 @@ def part_of(name: str) -> str | None:
 
 
 def check_part(part: object) -> None:
-    """Refuses a ``component`` that is none of kohya's parts.
-
-    Raises:
-        AdapterError: names it, and those that there are.
-    """
+    """Refuses a ``component`` that is none of kohya's parts."""
     if part not in tuple(PREFIXES):
         raise AdapterError(f"component is {part!r:.80}, expected one of {', '.join(PREFIXES)}")
 
@@ -85,15 +102,9 @@ def flat(path: str) -> str:
 
 
 def name_of(path: str, paths: Collection[str], component: str | None) -> str:
-    """What kohya calls the layer at a path.
+    """What kohya calls the layer at a path, which is of a component or begins with a part's name.
 
-    Args:
-        path: of the layer.
-        paths: of all layers of the adapter: they tell one text encoder from the first of several.
-        component: what the paths are of; None where each begins with a part's name in a pipeline.
-
-    Raises:
-        AdapterError: the path begins with no part's name, or the component is none.
+    All paths of the adapter tell one text encoder from the first of several.
     """
     if component is not None:
         check_part(component)
@@ -110,17 +121,11 @@ def name_of(path: str, paths: Collection[str], component: str | None) -> str:
 
 
 def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:
-    """Finds the layers that each name means.
+    """Finds the layers that each name means, whose rows it has; mostly one layer.
 
     Args:
         asked: name, such as ``lora_unet_mid_block_proj`` -> the size of its weight.
         base: the layers of the model, or of a pipeline whose children hold the parts.
-
-    Returns:
-        name -> the layers whose rows it has, mostly one layer.
-
-    Raises:
-        AdapterError: a name means no layer, or several, or two names mean one.
     """
     by_holder: dict[str, dict[str, Size]] = defaultdict(dict)
     for name, size in asked.items():
@@ -166,3 +171,26 @@ def _check_found(missing: list[str], asked: Iterable[str], base: BaseLayers) -> 
         f"{len(missing)} names mean no layer of the base: {shorten(missing)}; its layers: "
         f"{shorten(list(base)) or 'none'}{advice}"
     )
+
+
+def algorithm_of(leaves: Collection[str]) -> str | None:
+    """Which algorithm wrote these leaves; None if no single one writes them all."""
+    names = frozenset(leaves)
+    found = (name for name, own in ALGORITHMS.items() if names <= own and names - {ALPHA, DORA})
+    return next(found, None)
+
+
+def by_algorithm(leaves: Collection[str]) -> list[frozenset[str]]:
+    """The leaves of one layer, apart where a full difference stands beside another algorithm."""
+    names = frozenset(leaves)
+    beside = names & _DIFFERENCES
+    if not beside or algorithm_of(names) is not None:
+        return [names]
+    rest = names - beside
+    return [rest, beside] if rest - {ALPHA} else [beside]
+
+
+def rank_of_algorithm(algorithm: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """What LyCORIS divides alpha by, or None where it has no scale, as LoKr of full factors."""
+    found = (tensors[leaf] for leaf in _RANKED.get(algorithm, ()) if leaf in tensors)
+    return next((len(tensor) for tensor in found if tensor.ndim > 0), None)

@@ -8,40 +8,36 @@ from dataclasses import replace
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, evaluated
+from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added, evaluated
+from lora_fx.adapters.row_blocks import swapped
+from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import SourceRecord
-from lora_fx.adapters.updates import Update
-from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
-from lora_fx.errors import AdapterError
-from lora_fx.formats.kohya.algorithms import (
+from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.algebra.matrix_expr import Matrix, Sum, constant, normed, reshaped, scaled, transposed
+from lora_fx.errors import AdapterError, within
+from lora_fx.formats.dialects import ALPHA, Layers, Roles, check_no_half, factors_of, scalar_of
+from lora_fx.formats.kohya.names import (
     DORA,
     DOWN_KEY,
     MID,
     ROLES,
     UP_BIAS,
+    UP_KEY,
     algorithm_of,
     by_algorithm,
     rank_of_algorithm,
 )
-from lora_fx.formats.kohya.vectors import (
-    ia3_update,
-    is_of_inputs,
-    norm_update,
-    with_input_magnitude,
-)
-from lora_fx.formats.layer_tensors import (
-    ALPHA,
-    Roles,
-    check_no_half,
-    factors_of,
-    scalar_of,
-)
 from lora_fx.kinds import KINDS, dora
+from lora_fx.layers.axes import shape_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
+from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.resolve import Size
 
 # What others call LyCORIS' differences of a norm's vectors.
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
+_OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
 
 
 def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
@@ -50,16 +46,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     The scale is alpha over the rank, as sd-scripts (``networks/lora.py``) and LyCORIS have it; an
     alpha that is missing or 0 is the rank. rsLoRA's root is in LyCORIS' alpha already. A full
     difference beside another algorithm is added to what that one makes of the weight.
-
-    Args:
-        roles: leaf -> key and tensor.
-        layer: as the base has it.
-
-    Returns:
-        "" -> update of the layer; ``weight`` or ``bias`` -> update of that parameter.
-
-    Raises:
-        AdapterError: tensors of several algorithms, of another layer, or of wrong shapes.
+    It gives "" -> the layer's update; ``weight`` or ``bias`` -> that parameter's.
     """
     if not layer.in_files:
         raise AdapterError(
@@ -68,10 +55,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
         )
     if layer.kind == NORM:
         roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
-    first, *rest = (
-        {leaf: found for leaf, found in roles.items() if leaf in leaves}
-        for leaves in by_algorithm(roles)
-    )
+    first, *rest = ({k: roles[k] for k in roles if k in leaves} for leaves in by_algorithm(roles))
     found = _of_one(first, layer)
     return _with_difference(found[""], rest[0]) if rest else found
 
@@ -84,18 +68,17 @@ def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     if (algorithm == "norm") != (layer.kind == NORM):
         raise AdapterError(f"{sorted(tensors)} do not fit {layer.path}, a {layer.name}")
     if algorithm == "norm":
-        return dict(norm_update(leaf, t) for leaf, t in tensors.items() if leaf != ALPHA)
+        return {_OF_NORM[leaf]: _added(leaf, t) for leaf, t in tensors.items() if leaf != ALPHA}
     if algorithm == "full" and "diff" not in tensors:
-        return {"bias": norm_update("b_norm", tensors["diff_b"])[1]}
+        return {"bias": _added("b_norm", tensors["diff_b"])}
     if algorithm == "ia3":
-        return {"": ia3_update(tensors, layer)}
+        return {"": _ia3(tensors, layer)}
     scale = tensors.get(DORA)
-    if scale is None or not is_of_inputs(scale, layer):
+    if scale is None or not _is_of_inputs(scale, layer):
         update = _update(roles, algorithm, layer)
         return {"": _on_groups(update, tensors, layer)}
-    rest = {leaf: found for leaf, found in roles.items() if leaf != DORA}
-    plain = _update(rest, algorithm, layer)
-    return {"": with_input_magnitude(plain, tensors, layer)}
+    plain = _update({k: found for k, found in roles.items() if k != DORA}, algorithm, layer)
+    return {"": _with_input_magnitude(plain, tensors, layer)}
 
 
 def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
@@ -175,3 +158,100 @@ def _with_core(down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
         )
     wide = torch.promote_types(down.dtype, torch.float32)
     return torch.einsum("rq...,qi->ri...", core.to(wide), down.to(wide).flatten(1))
+
+
+def size_of(roles: Roles) -> Size:
+    """(out, in, *kernel) of the layer that tensors are of, as far as they tell it alone."""
+    if "diff" in roles:
+        return tuple(roles["diff"][1].shape)
+    if not ROLES.keys() <= roles.keys():
+        return ()
+    down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
+    return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
+
+
+def placed(layers: Layers, meant: Mapping[str, Meaning], base: BaseLayers) -> dict[str, AnyUpdate]:
+    """The updates of a file, by the paths of the base; ``meant`` are the layers of each name."""
+    updates: dict[str, AnyUpdate] = {}
+    vectors: dict[str, AnyUpdate] = {}
+    for name, roles in layers.items():
+        meaning = meant[name]
+        with within(name):
+            layer = meaning.layer(base, (size_of(roles) or (None,))[0])
+            for key, update in updates_of(roles, layer).items():
+                if key:
+                    vectors |= _of_vectors(meaning, key, update, base)
+                else:
+                    updates[name] = update
+    return place(updates, {name: meant[name] for name in updates}, base) | vectors
+
+
+def _of_vectors(
+    meaning: Meaning, key: str, update: AnyUpdate, base: BaseLayers
+) -> dict[str, AnyUpdate]:
+    """An update of the biases of several layers, or of a norm's vectors."""
+    if not meaning.is_all:
+        raise AdapterError(f"is of a part of {meaning.layers[0]}, whose {key} it cannot change")
+    whole = swapped(update) if meaning.halves_swapped else update
+    parts = divided(whole, meaning.layers, base)
+    return {f"{path}.{key}": part for path, part in parts.items()}
+
+
+def _added(leaf: str, change: torch.Tensor) -> AnyUpdate:
+    """What is added to a norm's weight or bias: ``lycoris/modules/norms.py`` of 4.1.3."""
+    stored = SourceRecord({leaf: change})
+    return WeightUpdate("norm", added(change), tuple(change.shape), stored)
+
+
+def _ia3(tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
+    """``W * (1 + weight)`` along inputs or outputs; LyCORIS' (IA)3 leaves the bias as it is.
+
+    weight is (features,) or with axes of 1 around it, on_input one number. Source:
+    ``lycoris/modules/ia3.py`` of 4.1.3.
+    """
+    factors, side = tensors.get("weight"), tensors.get("on_input")
+    if factors is None or side is None or side.numel() != 1:
+        raise AdapterError(f"{sorted(tensors)}, expected weight, and on_input of one number")
+    on_input = bool(side.item())
+    size = layer.own_shape[int(on_input)]
+    if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
+        raise AdapterError(f"weight is {tuple(factors.shape)}, expected ({size},)")
+    wide = torch.promote_types(factors.dtype, torch.float32)
+    vector, stored = 1 + factors.to(wide).flatten(), SourceRecord(tensors)
+    if on_input:
+        return Scaling(col=vector, stored=stored)
+    row = constant(vector.reshape(-1, 1))
+    return WeightUpdate("ia3", lambda weight: scaled(row, weight), layer.own_shape, stored)
+
+
+def _is_of_inputs(scale: torch.Tensor, layer: Layer) -> bool:
+    """Whether a ``dora_scale`` is (1, in, 1, ...), and no (out, 1, ...) of the layer."""
+    shape = tuple(scale.shape)
+    if shape[:1] == layer.own_shape[:1]:
+        return False
+    return shape == shape_of("1 n 1*", {"n": layer.own_shape[1]}, layer.own_shape[2:])
+
+
+def _with_input_magnitude(
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: Layer
+) -> WeightUpdate:
+    """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
+
+    Source: ``weight_decompose`` of LyCORIS 4.1.3 with ``wd_on_out=False``; its older files are
+    like this. The update has no magnitude: W' is what it makes of W.
+    """
+    if update.rank is None and not update.makes_anew:
+        raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
+    scale: object = 1.0 if update.stored is None else update.stored.settings.get("scale")
+    if isinstance(update, Update):
+        scale, update = update.scale, evaluated(update, layer.own_shape, None)
+    inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))
+
+    def outer(weight: Matrix) -> Matrix:
+        columns = transposed(inner(weight))
+        by_input = normed(magnitude, reshaped(columns, magnitude.shape[0]))
+        return transposed(reshaped(by_input, columns.shape[0]))
+
+    kind = "dora" if update.kind == "lora" else update.kind
+    stored = SourceRecord(tensors, {"scale": scale, "writer": "lycoris"})
+    return WeightUpdate(kind, outer, layer.own_shape, stored)

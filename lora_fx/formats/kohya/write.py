@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
-from lora_fx.formats.expressible import not_lora
-from lora_fx.formats.kohya.algorithms import (
+from lora_fx.errors import AdapterError
+from lora_fx.formats.dialects import ALPHA, up_beside
+from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.kohya.names import (
+    DIALECT,
     DORA,
     DOWN_KEY,
     UP_KEY,
     algorithm_of,
+    name_of,
     rank_of_algorithm,
 )
-from lora_fx.formats.layer_tensors import ALPHA, up_beside
 from lora_fx.layers.axes import convert
+
+Tensors = dict[str, torch.Tensor]
+
+
+def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[str, str]]:
+    """A file that kohya's scripts or LyCORIS, and what reads theirs, load.
+
+    What was read from such a file is written as it was. Another product of two factors is LoRA,
+    with a magnitude DoRA; rsLoRA becomes the alpha that gives its scale over the rank. An alpha
+    that float32 cannot hold is written as float64. ``component`` says what the paths are of
+    (``"lycoris"``: of a model that is no part of a pipeline); without, each begins with a part's
+    name in a pipeline, such as ``unet.``.
+    """
+    check_held(adapter, "kohya's format", adapter.replacements, problem_with)
+    owners: dict[str, str] = {}
+    tensors: Tensors = {}
+    for key, update in adapter.updates.items():
+        module = module_of(key, update)
+        name = name_of(module, adapter.updates, hints.component)
+        if owners.setdefault(name, module) != module:
+            raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
+        tensors |= {DIALECT.key(name, leaf): t for leaf, t in leaves_for(update).items()}
+    return tensors, {}
 
 
 def module_of(key: str, update: AnyUpdate) -> str:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_alpha
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.hints import Hints, check_all_used, value_for
-from lora_fx.formats.loralib.keys import check_base, sort_loralib
+from lora_fx.formats.dialects import DOWN, UP, Dialect, Layers, Tensors, check_pairs, sort_keys
+from lora_fx.formats.hints import Hints, check_all_used, doubt, value_for
 from lora_fx.formats.loralib.layers import update_of
-from lora_fx.formats.loralib.write import ALPHAS, FUSED, PICKLES, contents
-from lora_fx.io.state_dict import metadata_of, read_file, write_file
+from lora_fx.formats.loralib.write import ALPHAS, FUSED
+from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.io.strict_json import parse_object
-from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 
-
-def is_loralib(path: Path, names: Collection[str]) -> bool:
-    """Whether a file's tensors are named as loralib's."""
-    return any(name.endswith((".lora_A", ".lora_B")) for name in names)
+DIALECT = Dialect(
+    {".lora_A": DOWN, ".lora_B": UP},
+    "<module>.lora_A, <module>.lora_B and biases, as loralib.lora_state_dict(model) gives, or the "
+    "whole model.state_dict()",
+)
+WEIGHT, BIAS = ".weight", ".bias"
+# loralib's convolutions hold torch's as a child of this name.
+INNER = ".conv"
 
 
 def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
@@ -34,19 +40,11 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     computes the same, with zeros where nothing is adapted; their scale is still alpha over the
     rank of one output.
 
-    A whole ``state_dict()`` is read too. The weights that loralib adapts are frozen, so they are
-    the base's (in evaluation mode with the update merged into them); its other tensors replace
-    the base's, but where ``base`` is given and has the same.
+    A whole ``state_dict()`` is read too, see `sort_loralib`.
 
-    Args:
-        path: the file.
-        name: of the adapter.
-        hints: ``alpha`` is needed, but for a file that was written here; ``r`` is checked;
-            ``enable_lora`` says what is fused; ``base`` says which layers can be, and is needed
-            for convolutions, whose kernel nothing else tells but their weight in the file.
-
-    Raises:
-        AdapterError: names the file, the tensor or hint, and what is wrong with it.
+    ``alpha`` is needed, but for a file that was written here; ``r`` is checked; ``enable_lora``
+    says what is fused; the base says which layers can be, and is needed for convolutions, whose
+    kernel nothing else tells but their weight in the file.
     """
     tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
     base = layers_of(hints.base)
@@ -67,29 +65,6 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     return Adapter(name, updates, file.replacements)
 
 
-def write_loralib(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
-    """Writes a state dict that a model of loralib's layers loads.
-
-    Tensors that loralib wrote are written as they were; another product of two factors becomes
-    that of its ``Linear``, ``Embedding`` or ``Conv2d`` layer. A ``.pt`` holds the tensors alone,
-    so all layers must have one alpha, which the reader has to know, as it has to know what is
-    fused; a ``.safetensors`` holds both in its metadata. rsLoRA becomes the alpha that gives its
-    scale over the rank.
-
-    Args:
-        adapter: what to write; besides updates it may replace biases.
-        path: ends in ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
-        hints: none is heeded.
-        force: replace a file that is there.
-
-    Raises:
-        AdapterError: the target exists, or the format cannot hold the adapter.
-    """
-    with within(path):
-        tensors, metadata = contents(adapter, path.suffix)
-    write_file(path, tensors, metadata, force, PICKLES)
-
-
 def _layer(module: str, weight: torch.Tensor | None, base: Layer | None) -> tuple[int, ...] | None:
     """(out, in / groups, *kernel) of a layer, from the base or from the file; None if unknown."""
     if base is not None and not (base.is_matrix and base.in_files):
@@ -104,26 +79,26 @@ def _layer(module: str, weight: torch.Tensor | None, base: Layer | None) -> tupl
 
 def _fused(texts: Mapping[str, str], hints: Hints, paths: Iterable[str]) -> Any:
     """What is fused, from the hint or the file."""
-    text, given = texts.get(FUSED), hints.enable_lora
-    if text is not None:
-        if given is not None:
-            raise AdapterError("says what is fused; leave the hint enable_lora out")
-        with within(FUSED):
-            return parse_object(text.encode())
-    if isinstance(given, Mapping):
+    given = _said(texts, FUSED, "what is fused", hints.enable_lora)
+    if isinstance(given, Mapping) and FUSED not in texts:
         check_all_used("enable_lora", given, paths)
     return given
 
 
+def _said(texts: Mapping[str, str], key: str, what: str, given: object) -> Any:
+    """What a file says under a key, else what a hint does; not both."""
+    text = texts.get(key)
+    if text is None:
+        return given
+    if given is not None:
+        raise AdapterError(f"says {what}; leave the hint {'alpha' if key == ALPHAS else key} out")
+    with within(key):
+        return parse_object(text.encode())
+
+
 def _alphas(texts: Mapping[str, str], hints: Hints, paths: Collection[str]) -> dict[str, float]:
     """The alpha of each layer, from the hint or the file: one for all, or by the end of a path."""
-    text = texts.get(ALPHAS)
-    given: object = hints.alpha
-    if text is not None:
-        if given is not None:
-            raise AdapterError("says what alpha is; leave the hint alpha out")
-        with within(ALPHAS):
-            given = parse_object(text.encode())
+    given = _said(texts, ALPHAS, "what alpha is", hints.alpha)
     if given is None:
         raise AdapterError(
             "loralib stores no alpha, so the scale is unknown; pass alpha=, the "
@@ -140,3 +115,92 @@ def _alphas(texts: Mapping[str, str], hints: Hints, paths: Collection[str]) -> d
             raise AdapterError(f"{path}: no alpha is given for this layer; add it to alpha=")
         alphas[path] = alpha
     return alphas
+
+
+@dataclass
+class LoralibFile:
+    """The tensors of a file by use.
+
+    Attributes:
+        layers: path of an adapted layer -> its pair.
+        weights: path of an adapted layer -> its weight, of a whole state dict.
+        replacements: parameter path -> tensor that takes its place.
+    """
+
+    layers: Layers = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    replacements: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def sort_loralib(tensors: Tensors, base: BaseLayers) -> LoralibFile:
+    """Sorts every tensor of a file to its use.
+
+    loralib freezes the weights that it adapts, so those of a whole state dict are the base's (in
+    evaluation mode with the update merged into them) and tell shapes alone. Its other tensors may
+    have been trained: they replace the base's, but where the base is given and has the same.
+    """
+    file = LoralibFile()
+    file.layers = sort_keys(tensors, DIALECT, partial(_claim, file, base))
+    return file
+
+
+def _claim(file: LoralibFile, base: BaseLayers, others: Tensors, layers: Layers) -> list[str]:
+    """Files weights and replaced tensors; what is left has no use."""
+    check_pairs(layers)
+    named = {_outer(key, layers): tensor for key, tensor in others.items()}
+    file.weights = {m: named[m + WEIGHT] for m in layers if m + WEIGHT in named}
+    is_whole = file.weights.keys() == layers.keys()
+    rest = {key: t for key, t in named.items() if key.removesuffix(WEIGHT) not in file.weights}
+    file.replacements = {k: t for k, t in rest.items() if not (is_whole and _same(base, k, t))}
+    known = (BIAS, "") if is_whole else (BIAS,)
+    unused = [key for key in rest if "lora_" in key.rpartition(".")[2] or not key.endswith(known)]
+    return unused + ([] if is_whole else [module + WEIGHT for module in file.weights])
+
+
+def _outer(key: str, layers: Mapping[str, object]) -> str:
+    """The name of a convolution's parameter in the base."""
+    owner, _, leaf = key.rpartition(".")
+    module = owner.removesuffix(INNER)
+    return f"{module}.{leaf}" if owner != module and module in layers else key
+
+
+def _same(base: BaseLayers, key: str, tensor: torch.Tensor) -> bool:
+    """Whether the base has this tensor, as far as the file's dtype tells."""
+    own = base.parameter(key)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.to(tensor), tensor)
+
+
+def check_base(
+    path: Path,
+    module: str,
+    update: AnyUpdate,
+    weight: torch.Tensor,
+    layer: tuple[int, ...],
+    base: BaseLayers,
+    strict: bool,
+) -> None:
+    """Refuses, or with ``strict=False`` warns of, an adapted weight that is not the base's.
+
+    It may be as it was, or with the update merged into it, as loralib does in evaluation mode, and
+    either way round.
+    """
+    own = base.parameter(module + WEIGHT)
+    if own is None:
+        return
+    wide = torch.promote_types(own.dtype, torch.float32)
+    forms = [own.to(wide), own.to(wide).T] if own.ndim == 2 else [own.to(wide)]
+    known = [f for whole in forms if whole.shape == layer for f in (whole, update.weight(whole))]
+    turned = [t.T for t in known if t.ndim == 2]
+    tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
+    if any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned):
+        return
+    message = (
+        f"{path}: {module}{WEIGHT} is neither the base's nor that with this update merged into it; "
+        "give the base that the adapter was trained on"
+    )
+    doubt(message, ", or pass strict=False to leave the weight out", strict)
+
+
+def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
+    return bool(gap <= tolerance * torch.linalg.vector_norm(other))

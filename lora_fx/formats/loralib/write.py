@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -13,24 +14,28 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.expressible import check_held, not_lora
-from lora_fx.formats.loralib.keys import BIAS
+from lora_fx.formats.hints import Hints
 from lora_fx.formats.loralib.layers import LEAVES, as_points
 
 # Keys of the safetensors metadata, ours: loralib keeps both in the model's constructor.
 ALPHAS, FUSED = "lora_alpha", "enable_lora"
 PICKLES = (".pt", ".pth", ".bin")
+Tensors = dict[str, torch.Tensor]
 
 
-def contents(adapter: Adapter, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata.
+def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[str, str]]:
+    """A state dict that a model of loralib's layers loads, and texts beside.
 
-    Raises:
-        AdapterError: the format cannot hold the adapter.
+    Tensors that loralib wrote are written as they were; another product of two factors becomes
+    that of its ``Linear``, ``Embedding`` or ``Conv2d`` layer. A ``.pt`` holds the tensors alone,
+    so all layers must have one alpha, which the reader has to know, as it has to know what is
+    fused; a ``.safetensors`` holds both in its metadata. rsLoRA becomes the alpha that gives its
+    scale over the rank.
     """
-    others = [key for key in adapter.replacements if not key.endswith(BIAS)]
+    others = [key for key in adapter.replacements if not key.endswith(".bias")]
     check_held(adapter, "loralib's format", others, _problem)
     alphas = {module: _alpha(update) for module, update in adapter.updates.items()}
-    if suffix in PICKLES and len(set(alphas.values())) > 1:
+    if path.suffix in PICKLES and len(set(alphas.values())) > 1:
         found = shorten([f"{p}: {alpha:g}" for p, alpha in alphas.items()])
         raise AdapterError(f"its layers have several alphas ({found}): write .safetensors")
     tensors = dict(adapter.replacements)

@@ -1,53 +1,42 @@
-"""PEFT's directories: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
+"""PEFT's tensors and the config that says what they mean: in a directory, or in one file."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Collection, Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.adapters.target_rule import pattern_matches
-from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
-from lora_fx.formats.hints import Hints
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.hints import Hints, doubt
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import is_own_key, sort_peft
-from lora_fx.formats.peft.state_dicts import as_saved
-from lora_fx.formats.peft.tokens import read_tokens
-from lora_fx.formats.peft.traced import TracedConfig, parse_any
+from lora_fx.formats.peft.keys import PREFIX, as_saved, dialect_of, is_own_key, saved_in, sort_peft
+from lora_fx.formats.peft.lora import MAGNITUDE, UP_BIAS, LoraConfig
+from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
-from lora_fx.io.shards import INDEX
-from lora_fx.io.state_dict import read_file
-from lora_fx.io.strict_json import read_object
+from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
+from lora_fx.io.strict_json import parse_object, read_object
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.resolve import Names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-
-
-def is_peft(path: Path, names: Collection[str]) -> bool:
-    """Whether it is a directory: what is missing in it, the reader says."""
-    return path.is_dir()
+# Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.
+METADATA = "lora_adapter_metadata"
 
 
 def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
     """Reads a PEFT adapter: every key of its file is used, or refused by name.
 
-    Args:
-        directory: holds ``adapter_config.json`` and the weights.
-        name: of the adapter.
-        hints: ``strict``, ``allow_pickle`` and ``base`` are heeded; the base tells what some files
-            leave open: shapes of convolutions, order of parameters, tied heads.
-
-    Raises:
-        AdapterError: names the file, the tensor or field, and what is wrong with it.
+    The base tells what some files leave open: shapes of convolutions, order of parameters, heads.
     """
     config = read_config(_existing(directory, CONFIG), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
@@ -61,22 +50,11 @@ def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> 
     Updates of one kind are written as PEFT's type of that kind, with the very tensors that they
     were read from. Mixed kinds that all are plain products of two factors (LoRA, VeRA, AdaLoRA,
     LoHa) are written as LoRA of the products' rank; others are refused.
-
-    Args:
-        adapter: what to write.
-        directory: what to create.
-        hints: none is heeded.
-        force: replace an adapter that is already there.
-
-    Raises:
-        AdapterError: the target exists, or PEFT's format cannot express the adapter.
     """
     with within(directory):
         config, tensors = contents(adapter)
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
-    }
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        files = {CONFIG: text.encode(), WEIGHTS: safetensors_of(tensors)}
     publish(directory, files, force)
 
 
@@ -87,11 +65,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def read_config(path: Path, strict: bool) -> PeftConfig:
-    """Reads and checks an ``adapter_config.json``.
-
-    Raises:
-        AdapterError: names the file and the field.
-    """
+    """Reads and checks an ``adapter_config.json``."""
     return parse_any(read_object(path), str(path), strict)
 
 
@@ -103,19 +77,7 @@ def assemble(
     origin: Path,
     hints: Hints,
 ) -> Adapter:
-    """Makes an adapter of PEFT's tensors and the config that says what they mean.
-
-    Args:
-        name: of the adapter.
-        weights: the file of the tensors.
-        tensors: by PEFT's keys.
-        config: what decides ranks, scales and uses.
-        origin: where the config comes from.
-        hints: ``strict`` refuses pattern keys that match nothing; ``base`` is heeded.
-
-    Raises:
-        AdapterError: names the file, the tensor or field, and what is wrong with it.
-    """
+    """Makes an adapter of PEFT's tensors and the config that says what they mean."""
     if isinstance(config, TracedConfig):  # PEFT itself is asked, in a room of its own
         from lora_fx.traced_adapters import read_traced
 
@@ -143,9 +105,80 @@ def _check_patterns(origin: Path, config: PeftConfig, paths: list[str], strict: 
     """Refuses a pattern key that means no adapted module: a misspelt one changes the scale."""
     for field, pattern in config.patterns().items():
         unused = [key for key in pattern if not any(pattern_matches(key, path) for path in paths)]
-        if not unused:
-            continue
-        message = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
-        if strict:
-            raise AdapterError(f"{message}; correct them, or pass strict=False")
-        warnings.warn(message, AdapterWarning, stacklevel=5)
+        if unused:
+            said = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
+            doubt(said, "; correct them, or pass strict=False", strict)
+
+
+def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads PEFT's tensors from one file.
+
+    The config is the one in the file's metadata; else, for an ``adapter_model`` file, the
+    ``adapter_config.json`` beside it; else it is made of the hints ``alpha``, ``use_rslora``
+    and ``r``.
+    """
+    tensors: Mapping[str, torch.Tensor] = read_file(path, hints.allow_pickle)
+    config, origin = _stored_config(path, hints)
+    given = hints.alpha is not None or hints.r is not None or hints.use_rslora
+    if config is not None and given:
+        raise AdapterError(f"{origin}: says what alpha, r and use_rslora are; give no such hint")
+    if config is None:
+        with within(path):
+            modules = sorted(saved_in(tensors))
+            tensors = as_saved(tensors, lambda key: is_own_key(key, LoraConfig))
+            config = _from_hints(tensors, hints, modules)
+    return assemble(name, path, tensors, config, origin, hints)
+
+
+def file_contents(
+    adapter: Adapter, path: Path, hints: Hints
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """PEFT's tensors, and the config in the metadata."""
+    config, tensors = contents(adapter)
+    return tensors, {METADATA: json.dumps(config, sort_keys=True)}
+
+
+def fields_in(path: Path) -> Mapping[str, object] | None:
+    """The fields in a file's metadata, or None."""
+    text = metadata_of(path).get(METADATA)
+    if text is None:
+        return None
+    with within(f"{path}: {METADATA}"):
+        return parse_object(text.encode())
+
+
+def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
+    fields = fields_in(path)
+    if fields is not None:
+        return parse_any(fields, f"{path}: {METADATA}", hints.strict), path
+    beside = path.with_name(CONFIG)
+    if path.name.partition(".")[0] == Path(WEIGHTS).stem and beside.is_file():
+        return read_config(beside, hints.strict), beside
+    return None, path
+
+
+def _from_hints(
+    tensors: Mapping[str, torch.Tensor], hints: Hints, modules: Sequence[str]
+) -> PeftConfig:
+    """A config of the hints; the ranks are those of the tensors, the modules are held whole."""
+    if hints.alpha is None:
+        raise AdapterError(
+            "holds no config, so the scale is unknown; pass alpha=, the lora_alpha it was "
+            "trained with, and use_rslora=True if it was"
+        )
+    alpha = checked_alpha("alpha", hints.alpha)
+    dialect = dialect_of(LoraConfig(lora_alpha=alpha))
+    split = ((dialect.split(key), tensor) for key, tensor in tensors.items() if tensor.ndim)
+    ranks = {found[0]: len(t) for found, t in split if found and found[1] in LoraConfig.ranked}
+    common = Counter(ranks.values()).most_common(1)
+    rank = hints.r if hints.r is not None else common[0][0] if common else 1
+    several = {} if hints.r is not None else {p: r for p, r in ranks.items() if r != rank}
+    return LoraConfig(
+        r=checked_rank("r", rank),
+        lora_alpha=alpha,
+        use_rslora=hints.use_rslora,
+        rank_pattern={f"^{re.escape(p)}": r for p, r in several.items()},
+        modules_to_save=tuple(path.removeprefix(PREFIX) for path in modules),
+        lora_bias=any(key.endswith(f".{UP_BIAS}") for key in tensors),
+        use_dora=any(key.endswith(f".{MAGNITUDE}") for key in tensors),
+    )

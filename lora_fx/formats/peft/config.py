@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.scaling import checked_rank, scale_of
+from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.peft.fields import checked, is_needed, names, of_type, tokens
+from lora_fx.formats.peft.fields import Fields, alphas, checked, names, ranks, tokens
 from lora_fx.formats.peft.wrappers import Home
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
-Fields = dict[str, Any]
-# Whose format it is: PEFT takes the files of OFT that do not say for those of older formulas.
-VERSION = "0.21.2"
-# Fields that say nothing about the result: who made the adapter, and from what. auto_mapping names
-# a module: never imported.
-NEUTRAL = frozenset(
-    ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"]
-)
+Numbers = Mapping[str, float]
 # PEFT lists these heads for every model of the task, whatever its own head is called.
 _TASK_HEADS = {
     "SEQ_CLS": frozenset({"classifier", "score"}),
     "TOKEN_CLS": frozenset({"classifier", "score"}),
     "QUESTION_ANS": frozenset({"qa_outputs"}),
 }
-
-
-def words(text: str) -> frozenset[str]:
-    """A table's column of names."""
-    return frozenset(text.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +142,7 @@ class PeftConfig:
     ) -> tuple[dict[str, AnyUpdate], list[str]]:
         """The updates of a file's layers.
 
-        Args:
-            layers: path, as the file has it -> tensors by leaf.
-            shared: what all layers share, by leaf.
-            base: what is known of the model.
-
-        Returns:
-            The updates by path, and what the patterns may be asked about.
-
-        Raises:
-            AdapterError: names the layer, and what is wrong with it.
+        Gives the updates by path, and what the patterns may be asked about.
         """
         updates: dict[str, AnyUpdate] = {}
         for path, tensors in layers.items():
@@ -200,15 +182,7 @@ class PeftConfig:
 
     @classmethod
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
-        """The type's own fields, out of what its updates were read with.
-
-        Args:
-            layers: as `adopted` gives them.
-            homes: where they are kept.
-
-        Raises:
-            AdapterError: one config cannot say what all layers need.
-        """
+        """The type's own fields, out of what its updates were read with."""
         defaults = {entry.name: entry.default for entry in cls.used()}
         return {name: agreed(layers, name, defaults[name]) for name in cls.options}
 
@@ -237,11 +211,7 @@ def stored_tensors(update: AnyUpdate) -> Tensors:
 
 
 def agreed(layers: Mapping[str, AnyUpdate], name: str, default: object = None) -> Any:
-    """The setting of all updates.
-
-    Raises:
-        AdapterError: they do not agree; names the field and the layers.
-    """
+    """The setting of all updates."""
     values: dict[str, tuple[Any, list[str]]] = {}
     for path, update in layers.items():
         value = settings_of(update).get(name, default)
@@ -258,92 +228,70 @@ def low_rank(layers: Mapping[str, AnyUpdate]) -> dict[str, Update]:
     return {path: update for path, update in layers.items() if isinstance(update, Update)}
 
 
-def parse(
-    fields: Mapping[str, object],
-    origin: str,
-    strict: bool,
-    types: Mapping[str, type[PeftConfig]],
-) -> PeftConfig:
-    """Checks the fields of a config, wherever they were stored.
+@dataclass(frozen=True, kw_only=True)
+class Patterned(PeftConfig):
+    """A config whose scale is alpha / r, after both patterns.
 
-    A field that is missing or null has PEFT's default.
-
-    Args:
-        fields: of an ``adapter_config.json``.
-        origin: where they come from.
-        strict: refuse an adapter whose initialisation changed the base weights; else warn.
-        types: those that the caller knows how to read.
-
-    Raises:
-        AdapterError: names the origin and the field.
+    Attributes:
+        alpha_field: the name of the field of alpha.
     """
-    with within(origin):
-        made = _type_of(fields, types)
-        _check_features(fields, made)
-        config = made(**_values(fields, made))
-        config.check(fields, origin, strict)
-        return config
+
+    alpha_field = "alpha"
+    r: int = checked(checked_rank, 8, needed=True)
+    rank_pattern: Mapping[str, int] = checked(ranks, dict)
+    alpha_pattern: Mapping[str, float] = checked(alphas, dict)
+
+    def patterns(self) -> dict[str, Mapping[str, object]]:
+        """Both patterns."""
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def rank_of(self, path: str) -> int:
+        """The rank of a layer."""
+        return pattern_value(self.rank_pattern, path, self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of a layer."""
+        alpha: float = getattr(self, self.alpha_field)
+        return pattern_value(self.alpha_pattern, path, alpha)
+
+    def rank_and_scale(self, path: str) -> tuple[int, float]:
+        """The rank and the scale of a layer."""
+        rank = self.rank_of(path)
+        return rank, scale_of(self.alpha_of(path), rank, bool(getattr(self, "use_rslora", False)))
+
+    @classmethod
+    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+        """The most common rank and alpha, and patterns for the layers that differ."""
+        layer_ranks, layer_alphas = cls.numbers(layers)
+        inside = {path: path.rpartition(".")[0] for path in layers if not homes[path].asked}
+        for numbers in (layer_ranks, layer_alphas):
+            odd = [path for path, owner in inside.items() if numbers[path] != numbers[owner]]
+            if odd:
+                raise AdapterError(
+                    "PEFT has one rank and one alpha for an attention module and its output "
+                    f"projection, but these differ: {shorten(odd)}"
+                )
+        asked = {home.asked: path for path, home in homes.items() if home.asked}
+        rank = _most_common(layer_ranks[path] for path in asked.values())
+        alpha = _most_common(layer_alphas[path] for path in asked.values())
+        return super().described(layers, homes) | {
+            "r": rank,
+            cls.alpha_field: alpha,
+            "rank_pattern": _pattern({name: layer_ranks[p] for name, p in asked.items()}, rank),
+            "alpha_pattern": _pattern({name: layer_alphas[p] for name, p in asked.items()}, alpha),
+        }
+
+    @classmethod
+    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> tuple[Numbers, Numbers]:
+        """Rank and alpha of each layer."""
+        raise NotImplementedError
 
 
-def _type_of(
-    fields: Mapping[str, object], types: Mapping[str, type[PeftConfig]]
-) -> type[PeftConfig]:
-    supported, name = ", ".join(types), fields.get("peft_type")
-    if "peft_type" not in fields:
-        raise AdapterError(f"peft_type is missing, expected {supported}")
-    if not isinstance(name, str) or name not in types:
-        raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
-    return types[name]
+def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    """The values that are not the default; PEFT matches ends of paths, the ``^`` whole ones."""
+    return {f"^{re.escape(p)}": value for p, value in values.items() if value != default}
 
 
-def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> None:
-    """Refuses every feature that would change the result and is not supported."""
-    known = {"peft_type", *NEUTRAL, *made.neutral, *(entry.name for entry in made.used())}
-    for name, value in fields.items():
-        # An empty object is not "off": PEFT makes the default sub-config of one.
-        is_off = value is None or value is False or value == []
-        if name in made.refused and not is_off:
-            raise AdapterError(f"{name} is {value!r:.80}, a feature that is not supported")
-        if value and name not in known | made.refused:
-            raise AdapterError(
-                f"{name} is {value!r:.80}, an unknown field that may change the result; "
-                "remove it if it does not"
-            )
-
-
-def _values(fields: Mapping[str, object], made: type[PeftConfig]) -> Fields:
-    values = {}
-    for entry in made.used():
-        name, value = entry.name, fields.get(entry.name)
-        if value is not None or (name in fields and is_needed(entry)):
-            values[name] = of_type(entry, value)
-        elif is_required(entry):
-            raise AdapterError(f"{name} is missing; without it the scale is unknown")
-    return values
-
-
-def is_required(entry: dataclasses.Field[Any]) -> bool:
-    """Whether a field has no default."""
-    return entry.default is entry.default_factory is dataclasses.MISSING
-
-
-def dump(config: PeftConfig) -> dict[str, object]:
-    """The fields of an ``adapter_config.json``: those that are used, and who wrote it."""
-    own = {entry.name: _plain(getattr(config, entry.name)) for entry in config.used()}
-    return {
-        "peft_type": config.peft_type,
-        "peft_version": VERSION,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        **config.written,
-        **own,
-    }
-
-
-def _plain(value: object) -> object:
-    """A value as JSON has it; PEFT has null in place of an empty list."""
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value] or None
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+def _most_common(values: Iterable[float]) -> float:
+    [(value, _)] = Counter(values).most_common(1)
     return value

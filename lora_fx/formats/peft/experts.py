@@ -29,16 +29,7 @@ def read_experts(
     ``lora_A`` (r * experts, in) has the experts one after the other, ``lora_B``
     (out, r * experts) their columns of one rank next to each other: ``ParamWrapper`` of PEFT 0.21.
 
-    Args:
-        place: of the parameter, with its shape: (experts, out, in), or (experts, in, out).
-        tensors: ``lora_A.weight`` and ``lora_B.weight``.
-        rank: by the config.
-        scale: by the config.
-        use_rslora: whether it was divided by the root of the rank.
-        base: tells the orientation.
-
-    Raises:
-        AdapterError: a tensor is missing or of another shape, or the orientation is not known.
+    The parameter is (experts, out, in), or (experts, in, out); the base tells which.
     """
     if sorted(tensors) != [DOWN, UP]:
         raise AdapterError(f"has {sorted(tensors)}, expected {DOWN} and {UP} of experts")

@@ -1,16 +1,32 @@
-"""Single fields of a PEFT config, each checked for its type."""
+"""The fields of PEFT's configs: each checked for its type, all parsed and written again."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapters.safe_regex import compile_bounded
 from lora_fx.adapters.scaling import checked_alphas, checked_ranks
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, within
+
+if TYPE_CHECKING:
+    from lora_fx.formats.peft.config import PeftConfig
 
 Check = Callable[[str, Any], Any]
+Fields = dict[str, Any]
+# Whose format it is: PEFT takes the files of OFT that do not say for those of older formulas.
+VERSION = "0.21.2"
+# Fields that say nothing about the result: who made the adapter, and from what. auto_mapping names
+# a module: never imported.
+NEUTRAL = frozenset(
+    ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"]
+)
+
+
+def words(text: str) -> frozenset[str]:
+    """A table's column of names."""
+    return frozenset(text.split())
 
 
 def checked(check: Check, default: Any = dataclasses.MISSING, needed: bool = False) -> Any:
@@ -24,11 +40,6 @@ def checked(check: Check, default: Any = dataclasses.MISSING, needed: bool = Fal
     made: Any = {"metadata": {"check": check, "needed": needed}}
     made |= {"default_factory": dict} if default is dict else {"default": default}
     return dataclasses.field(**made)
-
-
-def is_needed(entry: dataclasses.Field[Any]) -> bool:
-    """Whether null is refused, and does not stand for the default."""
-    return bool(entry.metadata.get("needed"))
 
 
 def of_type(entry: dataclasses.Field[Any], value: object) -> Any:
@@ -65,16 +76,6 @@ def names_or_regex(name: str, value: object) -> str | tuple[str, ...]:
     return compile_bounded(value, name).pattern
 
 
-def ranks(name: str, value: object) -> dict[str, int]:
-    """A rank_pattern."""
-    return checked_ranks(_object(name, value))
-
-
-def alphas(name: str, value: object) -> dict[str, float]:
-    """An alpha_pattern."""
-    return checked_alphas(_object(name, value))
-
-
 def masks(name: str, value: object) -> dict[str, list[bool]]:
     """AdaLoRA's rank_pattern: which of the init_r of a layer are left, by ``<path>.lora_E``."""
     found = _object(name, value)
@@ -105,3 +106,101 @@ def indices(name: str, value: object) -> tuple[int, ...]:
 def _object(name: str, value: object) -> dict[str, Any]:
     found: dict[str, Any] = _like(name, value, {})  # type: ignore[assignment]
     return found
+
+
+def ranks(name: str, value: object) -> dict[str, int]:
+    """A rank_pattern."""
+    return checked_ranks(_object(name, value))
+
+
+def alphas(name: str, value: object) -> dict[str, float]:
+    """An alpha_pattern."""
+    return checked_alphas(_object(name, value))
+
+
+def parse(
+    fields: Mapping[str, object],
+    origin: str,
+    strict: bool,
+    types: Mapping[str, type[PeftConfig]],
+) -> PeftConfig:
+    """Checks the fields of a config, wherever they were stored.
+
+    A field that is missing or null has PEFT's default.
+
+    Args:
+        fields: of an ``adapter_config.json``.
+        origin: where they come from.
+        strict: refuse an adapter whose initialisation changed the base weights; else warn.
+        types: those that the caller knows how to read.
+    """
+    with within(origin):
+        made = _type_of(fields, types)
+        _check_features(fields, made)
+        config = made(**_values(fields, made))
+        config.check(fields, origin, strict)
+        return config
+
+
+def _type_of(
+    fields: Mapping[str, object], types: Mapping[str, type[PeftConfig]]
+) -> type[PeftConfig]:
+    supported, name = ", ".join(types), fields.get("peft_type")
+    if "peft_type" not in fields:
+        raise AdapterError(f"peft_type is missing, expected {supported}")
+    if not isinstance(name, str) or name not in types:
+        raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
+    return types[name]
+
+
+def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> None:
+    """Refuses every feature that would change the result and is not supported."""
+    known = {"peft_type", *NEUTRAL, *made.neutral, *(entry.name for entry in made.used())}
+    for name, value in fields.items():
+        # An empty object is not "off": PEFT makes the default sub-config of one.
+        is_off = value is None or value is False or value == []
+        if name in made.refused and not is_off:
+            raise AdapterError(f"{name} is {value!r:.80}, a feature that is not supported")
+        if value and name not in known | made.refused:
+            raise AdapterError(
+                f"{name} is {value!r:.80}, an unknown field that may change the result; "
+                "remove it if it does not"
+            )
+
+
+def _values(fields: Mapping[str, object], made: type[PeftConfig]) -> Fields:
+    values = {}
+    for entry in made.used():
+        name, value = entry.name, fields.get(entry.name)
+        if value is not None or (name in fields and entry.metadata.get("needed")):
+            values[name] = of_type(entry, value)
+        elif is_required(entry):
+            raise AdapterError(f"{name} is missing; without it the scale is unknown")
+    return values
+
+
+def is_required(entry: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return entry.default is entry.default_factory is dataclasses.MISSING
+
+
+def dump(config: PeftConfig) -> dict[str, object]:
+    """The fields of an ``adapter_config.json``: those that are used, and who wrote it."""
+    own = {entry.name: _plain(getattr(config, entry.name)) for entry in config.used()}
+    return {
+        "peft_type": config.peft_type,
+        "peft_version": VERSION,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        **config.written,
+        **own,
+    }
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it; PEFT has null in place of an empty list."""
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value] or None
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value

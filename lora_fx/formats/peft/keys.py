@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import Dialect, Tensors, sort_keys
-from lora_fx.formats.layer_tensors import Layers
+from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -22,6 +21,10 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 TOKEN_BASE = ".token_adapter.base_layer."
 # Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
 COPIES = ("original_module", "modules_to_save")
+# In the state dict of a model that PEFT wrapped.
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
+_ROWS = ".trainable_tokens_original"
+_PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -182,11 +185,7 @@ def dialect_of(config: PeftConfig) -> Dialect:
 def sort_peft(
     tensors: Mapping[str, torch.Tensor], config: PeftConfig, base: BaseLayers | None = None
 ) -> ClassifiedTensors:
-    """Sorts every tensor of a file to its use.
-
-    Raises:
-        AdapterError: a key without a use, or a part that the config promises.
-    """
+    """Sorts every tensor of a file to its use."""
     keys = ClassifiedTensors(config) if base is None else ClassifiedTensors(config, base)
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
@@ -202,3 +201,56 @@ def sort_peft(
             f"both adapted and stored whole, by modules_to_save or as tokens: {shorten(clash)}"
         )
     return keys
+
+
+def as_saved(
+    tensors: Mapping[str, torch.Tensor], is_known: Callable[[str], bool]
+) -> Mapping[str, torch.Tensor]:
+    """The tensors by the keys that PEFT saves them under; a file of PEFT's is left as it is.
+
+    The state dict of a wrapped model has the adapter's name in its keys, and tensors of the base
+    beside the adapter's. What PEFT keeps of a module or of rows beside those that an adapter
+    trains is left out: nothing reads it.
+    """
+    short = {key: found for key in tensors if (found := _shortened(key, is_known))}
+    if not short or any(map(is_known, tensors)):
+        return tensors
+    names = sorted({name for name, _ in short.values()})
+    if len(names) > 1:
+        raise AdapterError(
+            f"the state dict of a model with the adapters {shorten(names)}, expected one: save the "
+            "one that is meant by itself, as save_pretrained does"
+        )
+    [name] = names
+    saved = saved_in(tensors)
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        module = key.partition(_ORIGINAL)[0]
+        if (module != key and module in saved) or key.endswith(f"{_ROWS}.{name}"):
+            continue
+        plain = short[key][1] if key in short else key.replace(f"{_COPY}{name}.", ".")
+        result[plain] = tensor
+    return result
+
+
+def saved_in(keys: Iterable[str]) -> set[str]:
+    """The paths of the modules that an adapter holds whole, told by its state dict's keys."""
+    return {key.partition(_COPY)[0] for key in keys if _COPY in key}
+
+
+def _shortened(key: str, is_known: Callable[[str], bool]) -> tuple[str, str] | None:
+    """The adapter's name in a key, and the key without it; None of what is none of its own."""
+    for name, plain in _without_one(key.split(".")):
+        if name not in _PARAMETERS and is_known(plain):
+            return name, plain
+    return None
+
+
+def _without_one(parts: list[str]) -> Iterator[tuple[str, str]]:
+    """What may be a name, and the rest; a vector of its own module loses its weight in files."""
+    *rest, last = parts
+    yield last, ".".join(rest)
+    if rest and last in _PARAMETERS:
+        *start, name = rest
+        yield name, ".".join([*start, last])
+        yield name, ".".join(start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,19 +14,19 @@ from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError, AdapterWarning, within
-from lora_fx.formats.layer_tensors import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.errors import AdapterError, within
+from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import (
-    Fields,
+    Numbers,
+    Patterned,
     Tensors,
     low_rank,
     settings_of,
     stored_tensors,
-    words,
 )
 from lora_fx.formats.peft.experts import read_experts
-from lora_fx.formats.peft.fields import anything, checked, indices, names
-from lora_fx.formats.peft.patterned import Numbers, Patterned
+from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import Home, WrappedTarget, parameter_of, places_of
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
@@ -62,9 +61,8 @@ def check_init(init: object, origin: str, strict: bool) -> None:
         f"init_lora_weights is {init!r}: training changed the base weights too, so the adapter "
         "fits that base alone; save it with PEFT's path_initial_model_for_weight_conversion"
     )
-    if strict:
-        raise AdapterError(f"{message}, or pass strict=False to use it as it is")
-    warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=7)
+    said = message if strict else f"{origin}: {message}"
+    doubt(said, ", or pass strict=False to use it as it is", strict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,19 +209,11 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     a table (num, dim) ``lora_embedding_A`` is (r, num) and ``lora_embedding_B`` (dim, r), which are
     already down and up of a layer from num to dim. ``lora_magnitude_vector`` is (out,), or
     (1, out, 1, ...) of a convolution.
-
-    Args:
-        path: what the patterns are asked about.
-        tensors: by leaf.
-        config: what decides rank and scale.
-
-    Raises:
-        AdapterError: a tensor is missing, one too many or of another shape.
     """
     is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
     first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
     _check_leaves(tensors, (first, second), config, is_table)
-    down, up, bias = tensors[first], tensors[second], tensors.get(UP_BIAS)
+    down, up = tensors[first], tensors[second]
     rank, scale = config.rank_and_scale(path)
     shapes = f"{first.partition('.')[0]} {tuple(down.shape)} and {tuple(up.shape)}"
     kernel = down.ndim - 2
@@ -238,11 +228,10 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
         raise AdapterError(
             f"{shapes} should be of rank {rank} by r or rank_pattern: (r, in) and (out, r)"
         )
-    if bias is not None and bias.shape != (up.shape[0],):
-        raise AdapterError(
-            f"lora_B.bias {tuple(bias.shape)}, expected ({up.shape[0]},) as in lora_B"
-        )
-    magnitude = _magnitude(tensors, up.shape[0], kernel)
+    bias, magnitude = (
+        _vector(tensors, leaf, axes, up.shape[0], kernel)
+        for leaf, axes in ((UP_BIAS, "n"), (MAGNITUDE, magnitude_axes(kernel)))
+    )
     tokens = config.alora_invocation_tokens or ()
     if tokens and (is_table or kernel or magnitude is not None):
         raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
@@ -272,24 +261,20 @@ def _check_leaves(
         )
 
 
-def _magnitude(tensors: Tensors, out: int, kernel: int) -> torch.Tensor | None:
-    magnitude = tensors.get(MAGNITUDE)
-    if magnitude is None:
+def _vector(tensors: Tensors, leaf: str, axes: str, out: int, kernel: int) -> torch.Tensor | None:
+    """A tensor with a number for each output, as (out,); None where there is none."""
+    vector, expected = tensors.get(leaf), shape_of(axes, {"n": out}, (1,) * kernel)
+    if vector is None:
         return None
-    expected = shape_of(magnitude_axes(kernel), {"n": out}, (1,) * kernel)
-    if tuple(magnitude.shape) != expected:
-        raise AdapterError(
-            f"{MAGNITUDE} {tuple(magnitude.shape)}, expected {expected} as lora_B has it"
-        )
-    return magnitude.flatten()
+    if tuple(vector.shape) != expected:
+        raise AdapterError(f"{leaf} {tuple(vector.shape)}, expected {expected} as lora_B has it")
+    return vector.flatten()
 
 
 def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
     """The tensors of one layer, by leaf: the reverse of `read_lora`.
 
-    Args:
-        update: of low rank, with no vector but a magnitude.
-        has_bias: whether any layer of the adapter has a bias; one that has none gets zeros.
+    A layer that has no bias gets zeros where any layer of the adapter has one (``has_bias``).
     """
     update = for_parameter(update)
     is_table = is_embedding(update.stored)

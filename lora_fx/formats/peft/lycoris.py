@@ -11,15 +11,8 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.formats.peft.config import (
-    Fields,
-    Tensors,
-    settings_of,
-    stored_tensors,
-    words,
-)
-from lora_fx.formats.peft.fields import checked
-from lora_fx.formats.peft.patterned import Numbers, Patterned
+from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, settings_of, stored_tensors
+from lora_fx.formats.peft.fields import Fields, checked, words
 from lora_fx.formats.peft.wrappers import Home
 
 Pair = tuple[int, int]

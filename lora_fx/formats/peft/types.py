@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,17 +11,27 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
 from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft import lora
-from lora_fx.formats.peft.config import Fields, PeftConfig, Tensors, agreed, settings_of, words
-from lora_fx.formats.peft.fields import checked, indices, masks, names_or_regex
+from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed, settings_of
+from lora_fx.formats.peft.fields import (
+    Fields,
+    checked,
+    indices,
+    masks,
+    names_or_regex,
+    parse,
+    words,
+)
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LohaConfig, LokrConfig
-from lora_fx.formats.peft.tokens import read_rows
 from lora_fx.formats.peft.vera import VeraConfig
 from lora_fx.formats.peft.wrappers import Home
+from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
+LEAF = "trainable_tokens_delta"
 _NO_TOKENS = words("trainable_token_indices ensure_weight_tying")
 
 
@@ -162,9 +171,8 @@ class OftConfig(PeftConfig):
             f"peft_version is {version!r}, and PEFT before 0.18 had another series for "
             "use_cayley_neumann; train it again with a newer PEFT"
         )
-        if strict:
-            raise AdapterError(f"{message}, or pass strict=False to use today's")
-        warnings.warn(f"{origin}: {message}", AdapterWarning, stacklevel=6)
+        said = message if strict else f"{origin}: {message}"
+        doubt(said, ", or pass strict=False to use today's", strict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +181,7 @@ class TokensConfig(PeftConfig):
 
     peft_type = "TRAINABLE_TOKENS"
     kinds = ("tokens",)
-    leaves = ("trainable_tokens_delta",)
+    leaves = (LEAF,)
     lacks = _NO_TOKENS | words(
         "bias exclude_modules layers_to_transform layers_pattern modules_to_save"
     )
@@ -200,3 +208,87 @@ TYPES: dict[str, type[PeftConfig]] = {
         TokensConfig,
     )
 }  # fmt: skip
+
+
+def read_tokens(rows: Tensors, config: PeftConfig, base: BaseLayers) -> dict[str, AnyUpdate]:
+    """Reads the trained rows of every table of a file, and of the heads tied to them.
+
+    PEFT trains what ``tie_word_embeddings`` ties, and stores one; the base tells the heads.
+    """
+    if config.trainable_token_indices is not None and not rows:
+        raise AdapterError(f"trainable_token_indices is there, but no .{LEAF} is")
+    updates: dict[str, AnyUpdate] = {}
+    for path, own in rows.items():
+        indices = _indices(path, config)
+        for table in (path, *(tied for tied in base.tied_to(path) if tied not in rows)):
+            with within(table):
+                tied_to = {} if table == path else {"tied": path}
+                updates[table] = read_rows(table, {LEAF: own}, indices, base, **tied_to)
+    return updates
+
+
+def read_rows(
+    path: str, tensors: Tensors, indices: Sequence[int], base: BaseLayers, **settings: str
+) -> AnyUpdate:
+    """Reads the trained rows of one table, or of a head."""
+    shape = base.shape_of(path)
+    own = {"indices": list(indices), "head": _is_head(path, base)}
+    return KINDS["tokens"].read(tensors, own | settings | ({"shape": shape} if shape else {}))
+
+
+def _is_head(path: str, base: BaseLayers) -> bool:
+    """Whether a layer with a row for each token is linear; without a base its name tells."""
+    if base.shape_of(path):
+        return base[path].is_linear
+    return "head" in path.rpartition(".")[2]
+
+
+def _indices(path: str, config: PeftConfig) -> Sequence[int]:
+    tokens = config.trainable_token_indices
+    if not isinstance(tokens, Mapping):
+        return tokens or ()
+    for name, found in tokens.items():
+        if path.endswith(name):
+            return found
+    raise AdapterError(
+        f"trainable_token_indices names {', '.join(tokens)}, not {path}, of which "
+        "there are trained tokens"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedConfig(PeftConfig):
+    """A config whose type, or an option of LoRA's, has no kind of ours.
+
+    Attributes:
+        name: of the type.
+        given: all of its fields.
+    """
+
+    name: str
+    given: Mapping[str, object]
+
+    @property
+    def only_bias(self) -> str:  # type: ignore[override]  # known with the name
+        """What ``bias`` is called where biases of adapted layers alone are stored."""
+        return f"{self.name.lower()}_only"
+
+
+def is_traced(fields: Mapping[str, object]) -> bool:
+    """Whether a config is of a type, or of LoRA with an option, that no kind of ours computes."""
+    name = fields.get("peft_type")
+    if not isinstance(name, str) or not name:
+        return False
+    if name == LoraConfig.peft_type:
+        return any(fields.get(field) not in (None, False, []) for field in LoraConfig.refused)
+    return name not in TYPES
+
+
+def parse_any(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
+    """Checks the fields of a config of any type, as `config.parse` does."""
+    if not is_traced(fields):
+        return parse(fields, origin, strict, TYPES)
+    from lora_fx.traced_adapters.config import parse as parse_traced
+
+    with within(origin):
+        return parse_traced(fields, origin, strict)

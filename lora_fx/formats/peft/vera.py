@@ -12,16 +12,8 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.config import (
-    Fields,
-    PeftConfig,
-    Tensors,
-    low_rank,
-    settings_of,
-    stored_tensors,
-    words,
-)
-from lora_fx.formats.peft.fields import checked
+from lora_fx.formats.peft.config import PeftConfig, Tensors, low_rank, settings_of, stored_tensors
+from lora_fx.formats.peft.fields import Fields, checked, words
 from lora_fx.formats.peft.wrappers import Home
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -61,15 +53,6 @@ class VeraConfig(PeftConfig):
 
         A file saved with ``save_projection=False`` holds their seed. They are as wide as the widest
         layer that is adapted, which only the base tells.
-
-        Args:
-            paths: of the layers.
-            shared: what the file holds of them.
-            base: tells how wide the layers are.
-
-        Raises:
-            AdapterError: they are in the file or not, against what the config says; or there is a
-                seed and no base.
         """
         saved = self.save_projection
         if sorted(shared) != (sorted(_SHARED) if saved else []):

@@ -56,18 +56,7 @@ def places_of(
 
     PEFT wraps an attention module and, inside of that wrapper, its output projection, which shares
     its rank. Parameters that ``target_parameters`` names are wrapped one around the other, in the
-    order in which their module registered them.
-
-    Args:
-        paths: as the file has them.
-        targets: the config's ``target_parameters``.
-        base: tells the order of several parameters of a module.
-
-    Returns:
-        Path in the file -> what it means.
-
-    Raises:
-        AdapterError: the wrappers and the config do not agree, or only the base could tell.
+    order in which their module registered them, which only the base tells.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     for path in sorted(paths, key=len):  # the outermost wrapper first

@@ -15,20 +15,12 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft.config import (
-    Fields,
-    PeftConfig,
-    dump,
-    low_rank,
-    settings_of,
-    stored_tensors,
-)
+from lora_fx.formats.peft.config import PeftConfig, low_rank, settings_of, stored_tensors
+from lora_fx.formats.peft.fields import Fields, dump
 from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS, saved_module
 from lora_fx.formats.peft.lora import LoraConfig
-from lora_fx.formats.peft.tokens import LEAF
-from lora_fx.formats.peft.types import TYPES, TokensConfig
+from lora_fx.formats.peft.types import LEAF, TYPES, TokensConfig
 from lora_fx.formats.peft.wrappers import WRAPPED, Home, homes_of
-from lora_fx.io.tensor_checks import check_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -58,24 +50,10 @@ class PeftLayout:
 
 
 def contents(adapter: Adapter) -> tuple[dict[str, object], Tensors]:
-    """The fields of PEFT's config and the tensors by PEFT's keys.
-
-    Args:
-        adapter: what to write.
-
-    Raises:
-        AdapterError: PEFT cannot express the adapter.
-    """
+    """The fields of PEFT's config and the tensors by PEFT's keys."""
     chosen = choose(adapter)
     _check_expressible(chosen)
-    fields = dump(config_of(chosen))
-    # Clones, for safetensors refuses shared memory.
-    tensors = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in {**_adapter_tensors(chosen), **_base_tensors(chosen)}.items()
-    }
-    check_tensors(tensors)
-    return fields, tensors
+    return dump(config_of(chosen)), {**_adapter_tensors(chosen), **_base_tensors(chosen)}
 
 
 def choose(adapter: Adapter) -> PeftLayout:
@@ -84,9 +62,6 @@ def choose(adapter: Adapter) -> PeftLayout:
     Updates of one kind are written as that kind, from the very tensors that they were read from.
     Where no type holds all of them, but all are plain products of two factors, they are written
     as LoRA of the rank that the products have.
-
-    Raises:
-        AdapterError: the kinds are mixed, or PEFT has no type for one; lists them.
     """
     if not adapter.updates:
         raise AdapterError(f"the adapter {adapter.name} has no update to write")
@@ -164,11 +139,7 @@ def _check_expressible(chosen: PeftLayout) -> None:
 
 
 def config_of(chosen: PeftLayout) -> PeftConfig:
-    """The config of which PEFT makes the same ranks, scales and targets.
-
-    Raises:
-        AdapterError: one config cannot say what all layers need.
-    """
+    """The config of which PEFT makes the same ranks, scales and targets."""
     fields = chosen.type.described(chosen.layers, chosen.homes)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {

@@ -16,8 +16,7 @@ from lora_fx.cli.inspect import describe
 from lora_fx.errors import AdapterError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
-from lora_fx.export.slots.adapter_table import count_of
-from lora_fx.export.slots.check_adapter import check_adapter_file, read_adapter
+from lora_fx.export.slots.check_adapter import check_adapter_file, count_of, read_adapter
 from lora_fx.export.slots.manifest import Manifest
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
-from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.formats.peft import METADATA
 from lora_fx.testing import fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
@@ -323,43 +321,3 @@ def test_a_file_of_diffusers_name_is_diffusers(tmp_path: Path) -> None:
     [update] = load_adapter(file).updates.values()
     assert isinstance(update, Update)
     assert update.scale == 1
-
-
-PLAIN = Update(torch.ones(2, 3), torch.ones(5, 2), 1.5)
-UNWRITABLE: dict[str, tuple[Adapter, dict[str, Any], str]] = {
-    "no component": (Adapter("a", {"fc": PLAIN}), {}, "fc begins with no component's name"),
-    "another one": (Adapter("a", {"fc": PLAIN}), {"component": "vae"}, "component is 'vae'"),
-    "DoRA of one layer": (
-        Adapter("a", {"fc": PLAIN, "up": replace(PLAIN, magnitude=torch.ones(5))}),
-        {"component": "unet"},
-        "cannot hold DoRA beside plain LoRA in one model, unet",
-    ),
-    "DoRA with biases": (
-        Adapter("a", {"fc": replace(PLAIN, magnitude=torch.ones(5), bias=torch.ones(5))}),
-        {"component": "unet"},
-        "cannot hold DoRA beside biases of up-projections",
-    ),
-    "rows": (
-        Adapter("a", {"fc": replace(PLAIN, row=torch.ones(5))}),
-        {"component": "unet"},
-        "cannot hold updates of kind 'lora', which scale inputs or outputs: fc",
-    ),
-    "an embedding": (
-        Adapter("a", {"fc": replace(PLAIN, stored=SourceRecord({}, {"layer": "embedding"}))}),
-        {"component": "unet"},
-        "cannot hold updates of embeddings: fc",
-    ),
-    "replaced": (
-        Adapter("a", {"unet.fc": PLAIN}, {"unet.norm.weight": torch.ones(2)}),
-        {},
-        r"cannot hold replaced parameters: unet\.norm\.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path, case: str) -> None:
-    adapter, hints, message = UNWRITABLE[case]
-    with pytest.raises(AdapterError, match=message):
-        save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers", **hints)
-    assert list(tmp_path.iterdir()) == []

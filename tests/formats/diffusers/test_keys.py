@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
+from lora_fx.formats.dialects import ALPHA, BIAS, DOWN, MAGNITUDE, UP
 from lora_fx.formats.diffusers.keys import COMPONENTS, sort_by_component, speaks_diffusers
-from lora_fx.formats.layer_tensors import ALPHA, BIAS, DOWN, MAGNITUDE, UP
 
 SPELLINGS = {
     "unet.b.0.attn1.to_q.lora_A.weight": ("unet", "b.0.attn1.to_q", DOWN),

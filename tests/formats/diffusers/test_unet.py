@@ -22,7 +22,7 @@ from lora_fx.adapters.other_updates import added
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
-from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.formats.peft import METADATA
 from lora_fx.testing import relative
 
 diffusers = pytest.importorskip("diffusers")

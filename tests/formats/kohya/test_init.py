@@ -296,47 +296,6 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_adapter(file, base=Block(), component="vae")
 
 
-PLAIN = Update(DOWN, UP, 1.5)
-UNWRITABLE: dict[str, tuple[Adapter, dict[str, Any], str]] = {
-    "no part": (Adapter("a", {"proj": PLAIN}), {}, "proj begins with no part .* pass component="),
-    "another part": (Adapter("a", {"proj": PLAIN}), {"component": "vae"}, "component is 'vae'"),
-    "a part alone": (Adapter("a", {"unet": PLAIN}), {}, "unet begins with no part"),
-    "one name": (
-        Adapter("a", {"a.b_c": PLAIN, "a_b.c": PLAIN}),
-        {"component": "unet"},
-        r"a\.b_c and a_b\.c would both be called lora_unet_a_b_c",
-    ),
-    "scale 0": (
-        Adapter("a", {"fc": Update(DOWN, UP, 0.0)}),
-        {"component": "unet"},
-        "cannot hold a scale of 0, which it reads as 1: fc",
-    ),
-    "a scale that is no number": (
-        Adapter("a", {"fc": Update(DOWN, UP, float("inf"))}),
-        {"component": "unet"},
-        "cannot hold scales that are no finite number: fc",
-    ),
-    "replaced": (
-        Adapter("a", {"unet.fc": PLAIN}, {"unet.norm.weight": UP}),
-        {},
-        r"cannot hold replaced parameters: unet\.norm\.weight",
-    ),
-    "a bias": (
-        Adapter("a", {"unet.fc": Update(DOWN, UP, 1.5, bias=torch.ones(5))}),
-        {},
-        r"cannot hold biases of up-projections \(lora_bias\): unet\.fc",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_kohya_cannot_hold_is_refused(tmp_path: Path, case: str) -> None:
-    adapter, hints, message = UNWRITABLE[case]
-    with pytest.raises(AdapterError, match=message):
-        save_adapter(adapter, tmp_path / "a.safetensors", format="kohya", **hints)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
     """sd-scripts' own default alpha is the integer 1, which it saves as one."""
     file = write(tmp_path / "a.safetensors", {**PAIR, f"{START}.alpha": torch.tensor(1)})

@@ -10,7 +10,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.loralib.merged_linear import block_diagonal, groups_of
+from lora_fx.formats.loralib.layers import block_diagonal, groups_of
 
 ENABLED = [
     [True],

@@ -16,7 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats.peft import read_config
-from lora_fx.formats.peft.config import NEUTRAL, PeftConfig, dump, is_required, parse
+from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.formats.peft.fields import NEUTRAL, dump, is_required, parse
 from lora_fx.formats.peft.types import TYPES
 
 # PEFT advises against seeds.

@@ -1,9 +1,10 @@
-"""Reading PEFT's directories, PEFT being writer and oracle."""
+"""PEFT's directories, PEFT being writer, reader and oracle."""
 
 from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import AdapterError, AdapterWarning
-from lora_fx.formats import load_adapter
+from lora_fx.formats import load_adapter, save_adapter
 
 pytestmark = [
     # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
@@ -33,6 +34,7 @@ PATTERNS = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("mlp", {"target_modules": ["fc"]}),
     "all-linear": ("mlp", {"target_modules": "all-linear"}),
+    "only the outer of two fc": ("mlp", {"target_modules": "fc"}),
     "regex": ("mlp", {"target_modules": r"layers\.[02]|.*fc"}),
     "rslora": ("mlp", {"target_modules": "all-linear", "use_rslora": True, "r": 3}),
     "patterns": ("mlp", {"target_modules": "all-linear", **PATTERNS}),
@@ -44,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exclude by regex": ("mlp", {"target_modules": ["fc"], "exclude_modules": r"block\..*"}),
     "lora_bias": ("mlp", {"target_modules": ["fc", "layers.0"], "lora_bias": True}),
     "bias lora_only": ("mlp", {"bias": "lora_only"}),
+    "bias lora_only of one layer": ("mlp", {"target_modules": "fc", "bias": "lora_only"}),
     "bias all": ("mlp", {"bias": "all"}),
     "modules_to_save": ("mlp", {"modules_to_save": ["classifier", "norm"]}),
     "bias all with modules_to_save": ("mlp", {"bias": "all", "modules_to_save": ["classifier"]}),
@@ -116,6 +119,19 @@ def test_every_replacement_is_what_peft_puts_in_its_place(lab: Any, case: str) -
     assert set(adapter.replacements) == set(changed)
     for path, value in changed.items():
         assert torch.equal(adapter.replacements[path], value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_peft_computes_the_same_from_what_is_written(
+    lab: Any, tmp_path: Path, case: str, dtype: torch.dtype
+) -> None:
+    kind, options = CASES[case]
+    original = lab.write(kind, dtype, **options)
+    save_adapter(load_adapter(original), tmp_path / "written")
+    expected = lab.run(kind, lab.read(kind, original))
+    assert torch.equal(lab.run(kind, lab.read(kind, tmp_path / "written")), expected)
+    assert not torch.allclose(lab.run(kind, lab.base(kind)), expected, rtol=1e-2)
 
 
 def test_the_bias_of_the_up_projection_is_read(lab: Any) -> None:

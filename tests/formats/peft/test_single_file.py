@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.peft.single_file import METADATA
+from lora_fx.formats.peft import METADATA
 from lora_fx.testing import fits, same_adapter
 
 pytestmark = [

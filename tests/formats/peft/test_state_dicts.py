@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.state_dicts import as_saved
+from lora_fx.formats.peft.keys import as_saved
 from lora_fx.numerics import compare
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 import lora_fx
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats.peft.types import is_traced
 from lora_fx.testing import relative, tiny
 
 pytestmark = [
@@ -113,3 +114,23 @@ def test_a_head_with_tokens_of_its_own_is_left_to_them(tied: Callable[[str], Tie
     indices = {path: s.settings["indices"] for path, s in stored.items()}
     assert indices == {"model.embed_tokens": [1, 5], "lm_head": [1, 6]}
     assert stored["lm_head"].settings["head"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"peft_type": "BOFT"}, True),
+        ({"peft_type": "NO_SUCH"}, True),
+        ({"peft_type": "LOHA"}, False),
+        ({"peft_type": "LORA"}, False),
+        ({"peft_type": "LORA", "use_qalora": False, "arrow_config": None}, False),
+        ({"peft_type": "LORA", "use_qalora": True}, True),
+        ({"peft_type": "LORA", "kasa_config": {}}, True),  # an empty one is not off
+        ({"peft_type": 3}, False),
+        ({}, False),
+    ],
+)
+def test_a_type_without_a_kind_or_an_option_that_none_computes(
+    fields: dict[str, Any], wanted: bool
+) -> None:
+    assert is_traced(fields) is wanted

@@ -1,4 +1,4 @@
-"""Tensors by layer and role."""
+"""Tensors by layer and role, and what is checked of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.layer_tensors import (
+from lora_fx.formats.dialects import (
     ALPHA,
     DOWN,
+    MAGNITUDE,
     UP,
     Layers,
     Roles,
@@ -18,6 +19,8 @@ from lora_fx.formats.layer_tensors import (
     check_no_half,
     check_pairs,
     factors_of,
+    lora_of,
+    magnitude_beside,
     matrices_of,
     scalar_of,
     up_beside,
@@ -94,9 +97,45 @@ def test_shapes_that_are_no_pair_are_refused(down: tuple[int, ...], up: Any, mes
         factors_of(pair(down, up))
 
 
-def test_matrices_have_no_kernel() -> None:
-    with pytest.raises(AdapterError, match=r"'fc.down' is \(2, 3, 1\) .* expected matrices"):
-        matrices_of(pair((2, 3, 1), (5, 2, 1)))
+@pytest.mark.parametrize("kernels", [((1,), (1,)), ((1,), ()), ((), (1,))])
+def test_matrices_have_no_kernel(kernels: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    down, up = (2, 3, *kernels[0]), (5, 2, *kernels[1])
+    with pytest.raises(AdapterError, match=r"'fc.down' is .* expected matrices, \(r, in\)"):
+        matrices_of(pair(down, up))
+
+
+@pytest.mark.parametrize("kernel", [(), (3,), (3, 2)])
+def test_a_magnitude_stands_beside_its_factors_on_the_output_axis(kernel: tuple[int, ...]) -> None:
+    magnitude = torch.arange(5.0)
+    found = magnitude_beside(torch.ones(2, 3, *kernel), magnitude)
+    assert found.shape == ((1, 5, *[1] * len(kernel)) if kernel else (5,))
+    assert torch.equal(found.flatten(), magnitude)
+
+
+def roles(magnitude: int | None = None) -> Roles:
+    more = {} if magnitude is None else {MAGNITUDE: ("fc.m", torch.ones(magnitude))}
+    return pair() | more
+
+
+def test_a_pair_of_a_rank_that_a_config_says_is_lora_or_dora() -> None:
+    turned = {role: (key, tensor.T) for role, (key, tensor) in pair().items()}
+    for own, is_turned in ((pair(), False), (turned, True)):
+        update = lora_of(own, 2, 1.5, "r", None, is_turned)
+        assert (update.shape, update.scale, update.kind) == ((5, 3), 1.5, "lora")
+    assert lora_of(roles(5), 2, 1.5, "r", None).kind == "dora"
+
+
+@pytest.mark.parametrize(
+    ("own", "rank", "message"),
+    [
+        (pair(), 3, r"expected \(3, in\) and \(out, 3\), of the rank in r"),
+        (pair((2, 3), (5, 3)), 2, r"'fc.up' is \(5, 3\), expected \(2, in\)"),
+        (roles(3), 2, r"'fc.m' is \(3,\), expected \(5,\)"),
+    ],
+)
+def test_another_rank_or_magnitude_is_refused(own: Roles, rank: int, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        lora_of(own, rank, 1.5, "r", None)
 
 
 @pytest.mark.parametrize("down", [(4, 3), (3, 3, 3)])
