@@ -18,6 +18,7 @@ from lora_fx.formats.layer_tensors import (
     check_no_half,
     check_pairs,
     factors_of,
+    magnitude_beside,
     matrices_of,
     scalar_of,
     up_beside,
@@ -75,7 +76,10 @@ def test_factors_are_of_a_linear_layer_or_a_convolution(
 ) -> None:
     found = factors_of(pair(down, up), grouped)
     assert [tuple(factor.shape) for factor in found] == [down, up[:2]]
-    assert up_beside(*found).shape == (*up[:2], *[1] * (len(down) - 2))
+    kernel = [1] * (len(down) - 2)
+    assert up_beside(*found).shape == (*up[:2], *kernel)
+    one = [1] if kernel else []  # as PEFT has it: (out,), or (1, out, 1, ...)
+    assert magnitude_beside(found[0], torch.ones(5)).shape == (*one, 5, *kernel)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +98,10 @@ def test_shapes_that_are_no_pair_are_refused(down: tuple[int, ...], up: Any, mes
         factors_of(pair(down, up))
 
 
-def test_matrices_have_no_kernel() -> None:
-    with pytest.raises(AdapterError, match=r"'fc.down' is \(2, 3, 1\) .* expected matrices"):
-        matrices_of(pair((2, 3, 1), (5, 2, 1)))
+@pytest.mark.parametrize(("down", "up"), [((1,), ()), ((1,), (1,)), ((), (1,))])
+def test_matrices_have_no_kernel(down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    with pytest.raises(AdapterError, match=r"'fc.down' is \(2, 3.* expected matrices"):
+        matrices_of(pair((2, 3, *down), (5, 2, *up)))
 
 
 @pytest.mark.parametrize("down", [(4, 3), (3, 3, 3)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,27 @@ def test_what_down_gives_may_overflow_alone(graph: fx.GraphModule, swappable: Pa
     refused(graph, swappable, update, "fc", "what down gives")
     table = low_rank("table", 0.4 * largest(graph), 1e-6)  # one value is looked up, none summed
     check_branches(inject(graph, Adapter("a", {"table": table})))
+
+
+def test_a_column_may_make_down_overflow(graph: fx.GraphModule, swappable: Path) -> None:
+    col = torch.full((6,), 0.3 * largest(graph), dtype=torch.float64)
+    loud = replace(low_rank("fc", 6.0, 1e-6), col=col)
+    refused(graph, swappable, loud, "fc", "what down gives")
+    quiet = replace(low_rank("fc", 0.9 * largest(graph), 1e-6), col=torch.full((6,), 0.1))
+    check_branches(inject(graph, Adapter("a", {"fc": quiet})))
+
+
+def test_the_largest_number_of_a_dtype_is_one(graph: fx.GraphModule) -> None:
+    base = trace(nn.Sequential(nn.Embedding(9, 4)).to(graph.fc.weight.dtype).eval())  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        base.get_parameter("0.weight").clamp_(-1.0, 1.0)[0, 0] = 1.0
+    row = torch.full((4,), largest(graph), dtype=torch.float64)
+    found = inject(base, Adapter("a", {"0": Scaling(row=row)}))
+    assert float(found(torch.tensor([0])).detach().max()) == largest(graph)
+    with torch.no_grad():
+        base.get_parameter("0.weight")[0, 0] = 1.1
+    with pytest.raises(AdapterError, match="its gain times the weight overflows"):
+        inject(base, Adapter("a", {"0": Scaling(row=row)}))
 
 
 def test_a_vector_times_the_weight_may_overflow(graph: fx.GraphModule, swappable: Path) -> None:

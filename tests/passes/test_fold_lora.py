@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
+from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
@@ -273,6 +273,17 @@ def test_chance_is_never_a_constant() -> None:
     for frontend in ("symbolic", "export"):
         gm = trace(Noisy(), (torch.randn(4, 3),), frontend=frontend)
         assert not FoldLora()(gm).modified
+
+
+def test_what_is_being_trained_is_folded_as_it_is_now(ragged: Any, x: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["wide", "again"], init="orthogonal", seed=0)
+    injected = inject(trace(ragged, (x,)), config)
+    with torch.no_grad():
+        before, folded = injected(x), fold(injected)
+        for parameter in (p for p in injected.parameters() if p.requires_grad):
+            parameter.add_(0.1)  # another step of training
+        torch.testing.assert_close(folded(x), before)
+        assert not torch.allclose(injected(x), before, rtol=1e-2)
 
 
 LAYERS = {
