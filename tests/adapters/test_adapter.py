@@ -129,7 +129,9 @@ def test_the_text_is_one_line_a_target() -> None:
     ]
 
 
-@pytest.mark.parametrize(("down", "up"), [((2, 3), (5, 4)), ((3,), (5, 2)), ((2, 3), (5, 2, 1))])
+@pytest.mark.parametrize(
+    ("down", "up"), [((2, 3), (5, 4)), ((3,), (5, 2)), ((2, 3), (5, 2, 1)), ((3, 3, 2), (5, 2))]
+)
 def test_factors_that_do_not_belong_together_are_refused(down: Any, up: Any) -> None:
     with pytest.raises(AdapterError, match=r"expected down \(r, in\) and up \(out, r\)"):
         Update(torch.ones(down), torch.ones(up), 1.0)

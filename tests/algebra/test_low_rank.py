@@ -61,7 +61,8 @@ REFUSED: dict[str, tuple[Matrix, str]] = {
     "the base is scaled": (Sum(scaled(number(2.0), W), product(B, A)), "scaled"),
     "the base is scaled as well": (Sum(W, Sum(scaled(number(2.0), W), product(B, A))), "scaled"),
     "no factors": (Sum(W, leaf("delta", 10, 6)), "no product"),
-    "full rank": (Sum(W, product(leaf("b", 10, 7), leaf("aa", 7, 6))), "rank 7"),
+    "full rank": (Sum(W, product(leaf("b", 10, 6), leaf("aa", 6, 6))), "rank 6"),
+    "more than that": (Sum(W, product(leaf("b", 10, 7), leaf("aa", 7, 6))), "rank 7"),
 }
 
 

@@ -146,12 +146,36 @@ def test_a_module_that_is_called_by_two_names_is_adapted_at_both(
         assert relative(found, shared(x)["out"]) <= 1e-6
 
 
+def test_two_updates_of_one_module_are_the_same_or_refused(shared: Shared, x: torch.Tensor) -> None:
+    layers, one = layers_of(trace(shared, (x,))), make_adapter({"one": (5, 3)}).updates["one"]
+    assert isinstance(one, Update)
+    same = Update(one.down.clone(), one.up.clone(), one.scale)
+    assert list(bind(layers, Adapter("a", {"one": one, "two": same})).updates) == ["one", "two"]
+    for other in (
+        Update(one.down, one.up, 1.1 * one.scale),
+        Update(one.down, 1.1 * one.up, one.scale),
+        Update(one.down, one.up, one.scale, bias=torch.ones(5)),
+        Update(one.down, one.up, one.scale, row=torch.ones(5)),
+    ):
+        with pytest.raises(AdapterError, match=r"one and two are one layer of the model"):
+            bind(layers, Adapter("a", {"one": one, "two": other}))
+
+
+def test_a_replaced_tensor_is_of_all_names_that_its_module_has(
+    shared: Shared, x: torch.Tensor
+) -> None:
+    layers, value = layers_of(trace(shared, (x,))), torch.randn(5)
+    for given in ("one", "two"):
+        found = bind(layers, Adapter("a", {}, {f"{given}.bias": value})).replaced
+        assert sorted(found) == ["one.bias", "two.bias"]
+
+
 def test_a_parameter_of_no_layer_alone_is_found_by_its_name() -> None:
     layers = layers_of(trace(Experts().eval(), (torch.randn(2, 5, 4),)))
     assert "up_proj" not in layers
     many = WeightUpdate("full", added(torch.ones(3, 6, 4)), (3, 6, 4))
     assert bind(layers, Adapter("a", {"up_proj": many})).meant == {"up_proj": ["up_proj"]}
     assert list(bind(layers, Adapter("a", {"down_proj": many})).refused) == ["down_proj"]
+    turned = Adapter("a", {"up_proj": WeightUpdate("full", added(torch.ones(3, 4, 6)), (3, 4, 6))})
     with pytest.raises(AdapterError, match=r"up_proj: made for a parameter \(3, 4, 6\)"):
-        turned = WeightUpdate("full", added(torch.ones(3, 4, 6)), (3, 4, 6))
-        bind(layers, Adapter("a", {"up_proj": turned}))
+        bind(layers, turned)

@@ -286,6 +286,34 @@ def test_what_is_being_trained_is_folded_as_it_is_now(ragged: Any, x: Any) -> No
         assert not torch.allclose(injected(x), before, rtol=1e-2)
 
 
+class Turned(nn.Module):
+    """A layer that stores its weight as (in, out), and a linear call that turns it around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(nn.functional.linear(x, self.weight.t(), self.bias))
+
+
+PLAIN = """\
+input = input()
+linear = linear(input, 0.weight, 0.bias)
+tanh = tanh(linear)
+return tanh"""
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_layer_that_turns_its_own_weight_is_folded_to_a_plain_one(frontend: str, x: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned()).eval()
+    injected = inject(trace(model, (x,), frontend=frontend), make_adapter({"0": (5, 3)}))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=model(x))
+    assert seen.after.replace("[tanh]", "tanh") == PLAIN
+    assert attribute(seen.gm, "0.weight").shape == (5, 3)
+
+
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (6, 4, 3, 3)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=3, bias=False), (6, 4, 3)),

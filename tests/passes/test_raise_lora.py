@@ -112,6 +112,19 @@ def test_calls_that_are_updated_differently_stay(x: torch.Tensor) -> None:
     assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
 
 
+@pytest.mark.parametrize("other", ["a", "b"])
+def test_calls_with_factors_of_their_own_stay(other: str, x: torch.Tensor) -> None:
+    class Both(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = super().forward(x)
+            a, b = (2.0 * self.a, self.b) if other == "a" else (self.a, 2.0 * self.b)
+            return torch.tanh(first) + torch.sin(self.fc(x) + 1.5 * (x @ (a @ b).T))
+
+    result = RaiseLora()(trace(Both()))
+    assert not result.modified
+    assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
+
+
 def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any) -> None:
     class Twice(Notebook):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

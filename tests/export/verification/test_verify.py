@@ -44,6 +44,16 @@ def test_a_scale_off_by_ten_percent_is_seen(exported_mlp: Any) -> None:
         assert {row.ok for row in found.checks} == {ok}
 
 
+def test_a_control_is_right_where_the_file_differs_from_it(exported_mlp: Any) -> None:
+    sample = exported_mlp.sample
+    right, base = InjectLora(sample.adapter(2))(sample.gm).graph_module, sample.gm
+    for subject, control, differs in ((right, base, True), (base, right, False)):
+        model, other = (Reference(n, evaluating(g)) for n, g in (("a", subject), ("b", control)))
+        found = verify_file(exported_mlp.path("constant"), trial(right), [model], [other])
+        assert {row.ok for row in found.checks} == {differs}
+        assert {row.ok for row in found.controls} == {differs}
+
+
 class Counting(nn.Module):
     """Numbers, and large counts that are a little off."""
 
