@@ -68,7 +68,12 @@ def test_vera_reads_the_first_columns_of_a_wider_projection() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "turned"),
-    [("linear", False), ("linear_transposed", True), ("embedding", True), ("conv_transpose1d", False)],
+    [
+        ("linear", False),
+        ("linear_transposed", True),
+        ("embedding", True),
+        ("conv_transpose1d", False),
+    ],
 )
 def test_the_update_of_a_parameter_is_turned_where_a_layer_stores_it_turned(
     kind: str, turned: bool
