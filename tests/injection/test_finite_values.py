@@ -149,8 +149,12 @@ def test_what_is_not_finite_is_refused_wherever_it_is(graph: fx.GraphModule, bad
     values = torch.zeros(5, 6)
     values[1, 2] = bad
     made = Adapter("a", {"fc": WeightUpdate("full", added(values), (5, 6))})
-    with pytest.raises(AdapterError, match=r"NaN or infinity( in|; save)"):
+    with pytest.raises(AdapterError, match=r"^fc\.lora_weight_0\.a: NaN or infinity in torch"):
         inject(graph, made)
+    biased = replace(low_rank("fc", 1.0, 1.0), bias=values[1, :5])
+    for update in (biased, low_rank("fc", bad, 1.0), Scaling(row=values[1, :5])):
+        with pytest.raises(AdapterError, match=r"^fc: adapter a holds NaN or infinity; save it ag"):
+            inject(graph, Adapter("a", {"fc": update}))
     with pytest.raises(AdapterError, match=r"fc\.weight: adapter a replaces it by NaN or infinity"):
         inject(graph, Adapter("a", {}, {"fc.weight": values}))
 
