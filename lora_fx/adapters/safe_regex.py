@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +15,18 @@ from lora_fx.errors import AdapterError
 
 MAX_LENGTH = 256  # of a regex that is written: a longer one is a list of names instead
 _MAX_COMPILED = 1 << 16  # characters: compiling takes time too, and nothing limits that
+_MOST_REPEATED = 1000  # parts that repeats may add: `regex` writes out (a{99}){99}, and ((a+)+)+
+_MOST = 2000  # regexes of one field, which have as many characters together
 _SECONDS = 0.5  # for all paths together
 _USUAL = 0.002  # what a match may take that is not counted: a usual one takes microseconds
 
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _TOKEN = re.compile(rf"\(\?#[^)]*\)|\\.|{_CLASS.pattern}|\{{(?:\d+,?\d*|,\d*)\}}|\{{", re.DOTALL)
+_PART = re.compile(rf"{_TOKEN.pattern}|.", re.DOTALL)
+_REPEAT = re.compile(r"\+|\{(\d+)(?:,\d*)?\}")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+# A name that is a regex of itself: a dot in it is any character, unless it is escaped.
+NAME = re.compile(r"(\^?)((?:[A-Za-z0-9_-]|\\?\.)+)\$?")
 
 
 class SlowRegexError(AdapterError):
@@ -97,7 +103,7 @@ def compile_bounded(pattern: str, field: str) -> BoundedRegex:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what may mean something once
             re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError, ValueError) as error:  # of a count too long
         raise AdapterError(
             f"{field}: {_shown(pattern)!r} is not a regex: {error}; correct it, or give a list of "
             "module names"
@@ -105,10 +111,29 @@ def compile_bounded(pattern: str, field: str) -> BoundedRegex:
     return BoundedRegex(pattern, _compiled(pattern), field)
 
 
+def check_regexes(patterns: Iterable[str], field: str) -> None:
+    """Refuses a malformed regex among those of a field, and more than can be run in a moment.
+
+    Raises:
+        AdapterError: names the field and the regex.
+    """
+    written = [pattern for pattern in patterns if not NAME.fullmatch(pattern)]
+    size = sum(map(len, written))
+    if len(written) > _MOST or size > _MAX_COMPILED:
+        raise AdapterError(
+            f"{field}: {len(written)} regexes of {size} characters, expected at most {_MOST} of "
+            f"{_MAX_COMPILED}, beside plain names: give the names of the layers"
+        )
+    for pattern in written:
+        compile_bounded(pattern, field)
+
+
 def _compiled(pattern: str) -> Any:
     """What is run in place of a regex, or None if nothing is known to mean the same."""
-    plain = _TOKEN.sub(_plain, pattern)
-    if plain != pattern and _VERBOSE.search(pattern):  # where a comment may hold anything
+    plain, has_comments = _TOKEN.sub(_plain, pattern), _VERBOSE.search(pattern)
+    if has_comments and (plain != pattern or "{" in plain):  # a comment may hold anything
+        return None
+    if _repeated(plain) > _MOST_REPEATED + len(plain):
         return None
     try:
         return regex.compile(plain, regex.VERSION0)
@@ -129,6 +154,25 @@ def _plain(token: re.Match[str]) -> str:
     if text.startswith("["):
         return "[" + re.sub(r"(\\.)|\[", lambda m: m[1] or r"\[", text[1:], flags=re.DOTALL)
     return text
+
+
+def _repeated(pattern: str) -> int:
+    """How many parts the repeats of a regex add, once what they ask for is written out."""
+    groups = [0]  # the parts of each group that is open
+    last = added = 0
+    for part in _PART.finditer(pattern):
+        repeat = _REPEAT.fullmatch(part.group())
+        if part.group() == "(":
+            groups.append(0)
+        elif repeat is not None:
+            more = last * int(repeat[1] or 1)
+            groups[-1] += more
+            added += more
+        else:
+            is_group = part.group() == ")" and len(groups) > 1
+            last = groups.pop() if is_group else 1
+            groups[-1] += last
+    return added
 
 
 def _shown(pattern: str) -> str:

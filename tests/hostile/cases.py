@@ -116,6 +116,7 @@ def configs() -> Iterator[Case]:
     mapping = {"base_model_class": "Evil", "parent_library": "evil_module"}
     yield Case(30, "auto mapping", "load", with_fields(auto_mapping=mapping), "", "", warns=True)
     slow = ["(.*)*X", r"(a+\.?)+X", ".*.*.*.*.*.*.*.*.*X", "(?:.|.)" * 30 + "X", ".?" * 60 + "X"]
+    slow += ["(?:(?:(?:(?:a{99}){99}){99}){99}){99}", "(?:" * 60 + "a" + ")+" * 60 + "X"]
     for number, regex in enumerate(slow):
         # A path of 400 characters, which such a regex takes longer for than anybody waits.
         path = ".".join("a" * 200)
@@ -127,6 +128,10 @@ def configs() -> Iterator[Case]:
     yield case(31, "broken regex", with_fields(target_modules="(fc"), "target_modules")
     broken = with_fields(rank_pattern={"(fc": 2})
     yield case(31, "broken pattern", broken, "rank_pattern")
+    count = with_fields(rank_pattern={"a{" + "1" * 5000 + "}": 2})
+    yield case(31, "a count of 5,000 digits", count, "rank_pattern: .*not a regex")
+    many = with_fields(rank_pattern={f"{n}.*": 2 for n in range(60_000)})
+    yield case(31, "60,000 regexes", many, "rank_pattern: 60000 regexes")
     pattern = with_fields(rank_pattern={"nowhere": 2})
     yield case(33, "pattern of nothing", pattern, "rank_pattern.*match no.*nowhere")
     pattern = with_fields(alpha_pattern={"nowhere": 2})
