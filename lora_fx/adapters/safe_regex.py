@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import regex
@@ -38,15 +38,18 @@ class BoundedRegex:
 
     Args:
         pattern: as the file has it.
-        compiled: what is run; None for what is not tried.
         field: where it comes from, for the message.
     """
 
-    def __init__(self, pattern: str, compiled: Any, field: str) -> None:
+    def __init__(self, pattern: str, field: str) -> None:
         self.pattern = pattern
-        self._compiled = compiled
         self._field = field
-        self._left = 0.0 if compiled is None else _SECONDS
+        self._left = _SECONDS
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """What is run; None for what is not tried. A regex of which no path is asked is neither."""
+        return _compiled(self.pattern)
 
     def match(self, text: str) -> Any:
         """As `re.Pattern.match`.
@@ -65,7 +68,7 @@ class BoundedRegex:
         return self._run("fullmatch", text)
 
     def _run(self, how: str, text: str) -> Any:
-        if self._left <= 0:
+        if self._left <= 0 or self._compiled is None:
             raise self._slow(text)
         run: Callable[..., Any] = getattr(self._compiled, how)
         begin = time.process_time()
@@ -98,7 +101,7 @@ def compile_bounded(pattern: str, field: str) -> BoundedRegex:
         AdapterError: the regex is malformed.
     """
     if len(pattern) > _MAX_COMPILED:
-        return BoundedRegex(pattern, None, field)
+        return BoundedRegex(pattern, field)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what may mean something once
@@ -108,7 +111,7 @@ def compile_bounded(pattern: str, field: str) -> BoundedRegex:
             f"{field}: {_shown(pattern)!r} is not a regex: {error}; correct it, or give a list of "
             "module names"
         ) from error
-    return BoundedRegex(pattern, _compiled(pattern), field)
+    return BoundedRegex(pattern, field)
 
 
 def check_regexes(patterns: Iterable[str], field: str) -> None:
@@ -130,6 +133,8 @@ def check_regexes(patterns: Iterable[str], field: str) -> None:
 
 def _compiled(pattern: str) -> Any:
     """What is run in place of a regex, or None if nothing is known to mean the same."""
+    if len(pattern) > _MAX_COMPILED:
+        return None
     plain, has_comments = _TOKEN.sub(_plain, pattern), _VERBOSE.search(pattern)
     if has_comments and (plain != pattern or "{" in plain):  # a comment may hold anything
         return None
