@@ -141,6 +141,32 @@ def test_whatever_is_run_ends_soon_on_a_thousand_paths(pattern: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?:l{40}){40}",
+        "l{2000,}",
+        "(?:" * 11 + "l" + ")+" * 11,
+        "(?:" * 11 + "l" + "){1,2}" * 11,
+        r"(?:[ab]\+{30}){60}",
+        "(?x)(l{300} # )\n){300}",
+    ],
+)
+def test_what_repeats_too_much_is_not_tried(pattern: str) -> None:
+    re.compile(pattern)
+    with pytest.raises(SlowRegexError, match=r"the regex .* is not done with"):
+        compile_bounded(pattern, "x").fullmatch("l")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["l{900}", "(?:" * 6 + "l" + ")+" * 6, r"(?:l+\.?){,4000}", "(?:l{0,9999}){9}"]
+)
+def test_what_repeats_less_is(pattern: str) -> None:
+    found = compile_bounded(pattern, "x")
+    for count in (1, 12, 900, 901):
+        assert bool(found.fullmatch("l" * count)) == bool(re.fullmatch(pattern, "l" * count))
+
+
 HANGS = "(?:(?:l|la|lay|layers|.|a|y|e|r|s)*)+[AB]"
 
 
