@@ -396,6 +396,12 @@ def commands(made: Models) -> Iterator[Case]:
         yield case(f"output an input {number}", made_of, Path(place).name, "an input of this call")
     yield case("in place", of(*to, "peft", "-o", "HOME/a", "--force"), "a", "is an input")
     yield case("by a link", of(*to, "peft", "-o", "HOME/l", "--force", link="l"), "l", "is an inp")
+
+    def beside(home: Path) -> None:
+        of("inspect", "HOME/a")(home)
+        sparse_file(home / "a" / "README.md", 40 << 30)
+
+    yield case("holes beside an adapter", beside, "README.md", "nearly all are holes")
     loop = of(*to, "peft", "-o", "HOME/" + "x" * 300)
     yield case("a name too long", loop, "xxx", "File name too long")
     yield case("a link elsewhere", of("export", "HOME/a", "-o", "HOME/l", link="l"), "l", ".")
