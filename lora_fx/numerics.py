@@ -85,7 +85,7 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return gap.new_zeros(4)
     told = gap.new_ones(())
     low, high = gap.aminmax()
-    if not (low.isfinite() and high.isfinite()):
+    if not (high - low).isfinite():
         # Masked logits hold infinities on both sides; equal ones carry no information.
         same = (left == right) | (left.isnan() & right.isnan())
         gap = gap.masked_fill(same, 0.0)

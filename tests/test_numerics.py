@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lora_fx import numerics
 from lora_fx.numerics import TOLERANCE, compare
 
 MAKE = torch.Generator().manual_seed(0)
@@ -52,3 +53,21 @@ def test_what_holds_no_finite_number_proves_nothing(value: float) -> None:
     assert not compare(empty, empty).ok
     empty[4, 2] = 1.0
     assert compare(empty, empty).ok
+
+
+@pytest.mark.parametrize("place", [0, 7, 13, 14])
+def test_what_is_compared_in_pieces_is_compared_to_the_end(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare(VALUES * 2, VALUES)
+    monkeypatch.setattr(numerics, "_PIECE", 4)
+    assert compare(VALUES * 2, VALUES).relative == pytest.approx(whole.relative)
+    off = VALUES.clone()
+    off.view(-1)[place] += 0.5
+    found = compare(off, VALUES)
+    assert not found.ok
+    assert found.max_abs == pytest.approx(0.5)
+    assert found.relative == pytest.approx(0.5 / float(VALUES.norm()))
+    only = torch.full((15,), float("nan"))
+    only[place] = 1.0
+    assert compare(only, only).ok, "one number of them tells"

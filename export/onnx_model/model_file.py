@@ -60,7 +60,8 @@ def write_model(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name}: the result is not valid ONNX: {error}") from error
+        said = " ".join(str(error).split())
+        raise ExportError(f"{path.name}: the result is not valid ONNX: {said:.300}") from error
 
 
 def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:

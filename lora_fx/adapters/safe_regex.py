@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
 from typing import Any
 
 import regex
@@ -15,12 +15,18 @@ from lora_fx.errors import AdapterError
 
 MAX_LENGTH = 256  # of a regex that is written: a longer one is a list of names instead
 _MAX_COMPILED = 1 << 16  # characters: compiling takes time too, and nothing limits that
+_MOST_REPEATED = 1000  # parts that repeats may add: `regex` writes out (a{99}){99}, and ((a+)+)+
+_MOST = 2000  # regexes of one field, which have as many characters together
 _SECONDS = 0.5  # for all paths together
 _USUAL = 0.002  # what a match may take that is not counted: a usual one takes microseconds
 
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _TOKEN = re.compile(rf"\(\?#[^)]*\)|\\.|{_CLASS.pattern}|\{{(?:\d+,?\d*|,\d*)\}}|\{{", re.DOTALL)
+_PART = re.compile(rf"{_TOKEN.pattern}|.", re.DOTALL)
+_REPEAT = re.compile(r"\+|\{(\d+)(?:,\d*)?\}")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+# A name that is a regex of itself: a dot in it is any character, unless it is escaped.
+NAME = re.compile(r"(\^?)((?:[A-Za-z0-9_-]|\\?\.)+)\$?")
 
 
 class SlowRegexError(AdapterError):
@@ -32,15 +38,18 @@ class BoundedRegex:
 
     Args:
         pattern: as the file has it.
-        compiled: what is run; None for what is not tried.
         field: where it comes from, for the message.
     """
 
-    def __init__(self, pattern: str, compiled: Any, field: str) -> None:
+    def __init__(self, pattern: str, field: str) -> None:
         self.pattern = pattern
-        self._compiled = compiled
         self._field = field
-        self._left = 0.0 if compiled is None else _SECONDS
+        self._left = _SECONDS
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """What is run; None for what is not tried. A regex of which no path is asked is neither."""
+        return _compiled(self.pattern)
 
     def match(self, text: str) -> Any:
         """As `re.Pattern.match`.
@@ -59,7 +68,7 @@ class BoundedRegex:
         return self._run("fullmatch", text)
 
     def _run(self, how: str, text: str) -> Any:
-        if self._left <= 0:
+        if self._left <= 0 or self._compiled is None:
             raise self._slow(text)
         run: Callable[..., Any] = getattr(self._compiled, how)
         begin = time.process_time()
@@ -92,23 +101,44 @@ def compile_bounded(pattern: str, field: str) -> BoundedRegex:
         AdapterError: the regex is malformed.
     """
     if len(pattern) > _MAX_COMPILED:
-        return BoundedRegex(pattern, None, field)
+        return BoundedRegex(pattern, field)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what may mean something once
             re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError, ValueError) as error:  # of a count too long
         raise AdapterError(
             f"{field}: {_shown(pattern)!r} is not a regex: {error}; correct it, or give a list of "
             "module names"
         ) from error
-    return BoundedRegex(pattern, _compiled(pattern), field)
+    return BoundedRegex(pattern, field)
+
+
+def check_regexes(patterns: Iterable[str], field: str) -> None:
+    """Refuses a malformed regex among those of a field, and more than can be run in a moment.
+
+    Raises:
+        AdapterError: names the field and the regex.
+    """
+    written = [pattern for pattern in patterns if not NAME.fullmatch(pattern)]
+    size = sum(map(len, written))
+    if len(written) > _MOST or size > _MAX_COMPILED:
+        raise AdapterError(
+            f"{field}: {len(written)} regexes of {size} characters, expected at most {_MOST} of "
+            f"{_MAX_COMPILED}, beside plain names: give the names of the layers"
+        )
+    for pattern in written:
+        compile_bounded(pattern, field)
 
 
 def _compiled(pattern: str) -> Any:
     """What is run in place of a regex, or None if nothing is known to mean the same."""
-    plain = _TOKEN.sub(_plain, pattern)
-    if plain != pattern and _VERBOSE.search(pattern):  # where a comment may hold anything
+    if len(pattern) > _MAX_COMPILED:
+        return None
+    plain, has_comments = _TOKEN.sub(_plain, pattern), _VERBOSE.search(pattern)
+    if has_comments and (plain != pattern or "{" in plain):  # a comment may hold anything
+        return None
+    if _repeated(plain) > _MOST_REPEATED + len(plain):
         return None
     try:
         return regex.compile(plain, regex.VERSION0)
@@ -129,6 +159,25 @@ def _plain(token: re.Match[str]) -> str:
     if text.startswith("["):
         return "[" + re.sub(r"(\\.)|\[", lambda m: m[1] or r"\[", text[1:], flags=re.DOTALL)
     return text
+
+
+def _repeated(pattern: str) -> int:
+    """How many parts the repeats of a regex add, once what they ask for is written out."""
+    groups = [0]  # the parts of each group that is open
+    last = added = 0
+    for part in _PART.finditer(pattern):
+        repeat = _REPEAT.fullmatch(part.group())
+        if part.group() == "(":
+            groups.append(0)
+        elif repeat is not None:
+            more = last * int(repeat[1] or 1)
+            groups[-1] += more
+            added += more
+        else:
+            is_group = part.group() == ")" and len(groups) > 1
+            last = groups.pop() if is_group else 1
+            groups[-1] += last
+    return added
 
 
 def _shown(pattern: str) -> str:

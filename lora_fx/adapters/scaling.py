@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TypeGuard
 
-from lora_fx.adapters.safe_regex import compile_bounded
+from lora_fx.adapters.safe_regex import check_regexes
 from lora_fx.errors import AdapterError
 
 
@@ -41,15 +41,13 @@ def checked_alpha(where: str, alpha: object) -> float:
 
 def checked_ranks(pattern: Mapping[str, object]) -> dict[str, int]:
     """Returns a rank_pattern whose keys are bounded regexes and whose values are ranks."""
-    for key in pattern:
-        compile_bounded(key, "rank_pattern")
+    check_regexes(pattern, "rank_pattern")
     return {key: checked_rank(f"rank_pattern[{key!r}]", rank) for key, rank in pattern.items()}
 
 
 def checked_alphas(pattern: Mapping[str, object]) -> dict[str, float]:
     """Returns an alpha_pattern whose keys are bounded regexes and whose values are alphas."""
-    for key in pattern:
-        compile_bounded(key, "alpha_pattern")
+    check_regexes(pattern, "alpha_pattern")
     return {key: checked_alpha(f"alpha_pattern[{key!r}]", a) for key, a in pattern.items()}
 
 

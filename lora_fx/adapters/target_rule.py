@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
-from lora_fx.adapters.safe_regex import BoundedRegex, compile_bounded
+from lora_fx.adapters.safe_regex import NAME, BoundedRegex, check_regexes, compile_bounded
 from lora_fx.errors import AdapterError
 
 T = TypeVar("T")
@@ -66,10 +66,8 @@ class TargetRule:
             compile_bounded(self.exclude_modules, "exclude_modules")
         if self.layers_pattern and not self.layers_to_transform:
             raise AdapterError("layers_pattern is given without layers_to_transform")
-        for pattern in self.layers_pattern:
-            compile_bounded(pattern, "layers_pattern")
-        for name in self.saved_modules:
-            compile_bounded(name, "modules_to_save")
+        check_regexes(self.layers_pattern, "layers_pattern")
+        check_regexes(self.saved_modules, "modules_to_save")
 
     def matches(self, path: str) -> bool:
         """Whether the rule selects the module at a path.
@@ -128,7 +126,18 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 def pattern_matches(key: str, path: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at a path."""
-    return _key_regex(key).match(path) is not None
+    name = NAME.fullmatch(key)
+    if name is None:
+        return _key_regex(key).match(path) is not None
+    # Most keys are names, of which there may be as many as layers: no regex is made of them.
+    text = name[2].replace("\\.", "\0")
+    before, tail = path[: -len(text)], path[-len(text) :]
+    begins = not before if name[1] else before[-1:] in ("", ".")
+    return begins and len(tail) == len(text) and all(map(_fits, text, tail))
+
+
+def _fits(one: str, other: str) -> bool:
+    return one in (".", other) or (one == "\0" and other == ".")
 
 
 @lru_cache(maxsize=65536)

@@ -18,7 +18,7 @@ from lora_fx.affine.region import Region
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot, evaluate
+from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot
 from lora_fx.layers.layer_types import OPERATORS, operands_of
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.layers.weight_parts import Places
@@ -91,7 +91,7 @@ class Pack:
         name, shape, dtype = self._held.name, tuple(self._held.value.shape), self._first.dtype
         key = ("packed", name, tuple(self._parts.items()))
         whole = partial(self._rounded, round_to)
-        value = LazyTensor(shape, dtype, whole, key, sources=(self._held,))
+        value = LazyTensor(shape, dtype, whole, key)
         if self._is_trained():
             value.materialize()
         order = sorted(self.calls, key=self._place)
@@ -154,7 +154,7 @@ class Pack:
         return round_to(self._whole(), self._held.name)
 
     def _wide(self) -> torch.Tensor:
-        stored = evaluate(self._held.value)
+        stored = self._held.read()
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
 
     def _value(self, matrix: Matrix | None, stored: torch.Tensor, key: Key) -> torch.Tensor:

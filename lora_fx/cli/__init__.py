@@ -5,6 +5,7 @@ Exit codes: 0 done and verified, 1 verification failed, 2 anything else, 130 int
 
 from __future__ import annotations
 
+import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -407,4 +408,5 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command, and ends the process with its exit code."""
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # what is wrong is said by our error
     app(arguments)

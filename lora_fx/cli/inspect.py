@@ -14,6 +14,7 @@ from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.errors import LoraFxError, within
 from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_plain
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20
@@ -113,6 +114,7 @@ def _digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
+    check_plain(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -54,12 +54,11 @@ def lazily(constants: Constants, node: fx.Node, dtype: torch.dtype, name: str) -
     """A constant of a graph, computed when it is read, and rounded once."""
     shape = constants.shape(node)
     assert shape is not None
-    key, sources = constants.key(node), tuple(constants.leaves([node]).values())
 
     def make() -> torch.Tensor:
         return rounded(constants.value(node), dtype, name)
 
-    return LazyTensor(shape, dtype, make, key, sources)
+    return LazyTensor(shape, dtype, make, constants.key(node))
 
 
 def rounded(wide: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ folded graph holds one weight at a time until it is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, ItemsView, Iterator, Sequence, ValuesView
+from collections.abc import Callable, Hashable, ItemsView, Iterator, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,8 @@ class LazyTensor:
     Args:
         shape: of the tensor.
         dtype: of the tensor.
-        make: computes it.
+        make: computes it; what it is made of is read by `TensorSnapshot.read`.
         key: two of one key are equal.
-        sources: what it is made of, as that is now: once one of them is written to, reading fails.
         cache: whether it is computed once for all readers, or anew for each and never kept.
     """
 
@@ -35,12 +34,10 @@ class LazyTensor:
         dtype: torch.dtype,
         make: Callable[[], torch.Tensor],
         key: Hashable,
-        sources: Sequence[TensorSnapshot] = (),
         cache: bool = True,
     ) -> None:
         self.shape, self.dtype, self.key, self.cache = shape, dtype, key, cache
         self._make: Callable[[], torch.Tensor] | None = make
-        self._sources = tuple(sources)
         self._cached: nn.Parameter | None = None
         self._version = 0
 
@@ -61,8 +58,6 @@ class LazyTensor:
         """
         if self._cached is not None:
             return self._cached
-        for source in self._sources:
-            source.check()
         assert self._make is not None
         return self._make()
 
@@ -73,7 +68,7 @@ class LazyTensor:
         value = nn.Parameter(self.evaluate(), requires_grad=False)
         if self.cache:
             self._cached, self._version = value, version(value)
-            self._make, self._sources = None, ()
+            self._make = None
         return value
 
     def uncached(self) -> LazyTensor:
@@ -106,21 +101,17 @@ class TensorSnapshot:
         """Whether it takes gradients."""
         return getattr(self.value, "requires_grad", False)
 
-    def check(self) -> None:
-        """Raises a PassError if the tensor was written to in the meantime."""
-        if version(self.value) != self.version:
-            raise PassError(
-                f"{self.name} was changed in place after a weight was made of it and before that "
-                "was read: fold again, or choose a form again"
-            )
-
     def read(self) -> torch.Tensor:
         """The tensor; one that is still to be computed is not kept.
 
         Raises:
             PassError: it was written to in the meantime.
         """
-        self.check()
+        if version(self.value) != self.version:
+            raise PassError(
+                f"{self.name} was changed in place after a weight was made of it and before that "
+                "was read: fold again, or choose a form again"
+            )
         return evaluate(self.value)
 
 

@@ -44,10 +44,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         what = f"tensor {name!r}"
         is_dense = tensor.layout == torch.strided and not tensor.is_nested  # which has no shape
-        if not is_dense or tensor.is_quantized or tensor.is_meta:
-            raise AdapterError(
-                f"{what} is sparse, nested, quantised or without data, expected dense"
-            )
+        if not is_dense or tensor.is_meta:
+            raise AdapterError(f"{what} is sparse, nested or without data, expected dense")
         if _overlaps(tensor):
             raise AdapterError(
                 f"{what} is expanded: fewer values are stored than its shape "

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from lora_fx.adapters.safe_regex import compile_bounded
+from lora_fx.adapters.safe_regex import check_regexes
 from lora_fx.adapters.target_rule import pattern_value
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft.config import PeftConfig
@@ -144,5 +144,4 @@ def _check_fields(name: str, fields: Mapping[str, object]) -> None:
         if value and field in _UNREAD:
             raise AdapterError(f"{field} is {value!r:.80}, which is not supported beside {name}")
         if _are_patterns(value, field):
-            for pattern in value:
-                compile_bounded(pattern, field)
+            check_regexes(value, field)

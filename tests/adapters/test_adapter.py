@@ -130,14 +130,20 @@ def test_the_text_is_one_line_a_target() -> None:
 
 
 @pytest.mark.parametrize(
-    ("down", "up", "bias"),
-    [((2, 3), (5, 4), None), ((3,), (5, 2), None), ((2, 3), (5, 2), (1,))],
+    ("down", "up"), [((2, 3), (5, 4)), ((3,), (5, 2)), ((2, 3), (5, 2, 1)), ((3, 3, 2), (5, 2))]
 )
-def test_factors_that_do_not_belong_together_are_refused(down: Any, up: Any, bias: Any) -> None:
-    with pytest.raises(AdapterError, match="expected"):
-        Update(
-            torch.ones(down), torch.ones(up), 1.0, bias=None if bias is None else torch.ones(bias)
-        )
+def test_factors_that_do_not_belong_together_are_refused(down: Any, up: Any) -> None:
+    with pytest.raises(AdapterError, match=r"expected down \(r, in\) and up \(out, r\)"):
+        Update(torch.ones(down), torch.ones(up), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "axis"),
+    [("bias", 1, "out"), ("magnitude", 3, "out"), ("row", 3, "out"), ("col", 5, "in")],
+)
+def test_a_vector_of_another_size_is_refused(name: str, size: int, axis: str) -> None:
+    with pytest.raises(AdapterError, match=rf"{name} \({size},\): expected {name} \({axis},\)"):
+        update(**{name: torch.ones(size)})
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "2nd"])

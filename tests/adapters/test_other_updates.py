@@ -176,6 +176,16 @@ def test_another_weight_is_refused(update: Any, shape: tuple[int, ...], reason: 
         update.weight(torch.ones(shape))
 
 
+def test_a_row_scales_the_bias_of_the_layer_too() -> None:
+    bias, by_row = noise(8).double(), Scaling(row=ROW)
+    shift = by_row.shift(lambda: bias)
+    assert shift is not None
+    assert relative(bias + shift, bias * ROW) <= 1e-12
+    assert relative(bias, bias * ROW) > 1e-2
+    assert by_row.shift(lambda: None) is None, "the layer has no bias"
+    assert Scaling(col=ROW).shift(lambda: bias) is None
+
+
 def test_the_update_of_groups_has_the_weight_form_of_the_whole() -> None:
     update = Update(noise(4, 6, 2), noise(8, 2), 1.5)
     base, up = noise(8, 6, 2), torch.block_diag(update.up[:4], update.up[4:])

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fx.adapters.safe_regex import SlowRegexError, compile_bounded
-from lora_fx.adapters.target_rule import TargetRule, pattern_value
+from lora_fx.adapters.scaling import checked_ranks
+from lora_fx.adapters.target_rule import TargetRule, pattern_matches, pattern_value
 from lora_fx.errors import AdapterError
 
 LAYER = "model.layers.11.self_attn.q_proj"
@@ -74,6 +75,14 @@ SLOW = [
     r"(?:(?:l|la|lay|layers|\.|a|y|e|r|s)*)+[A-Z0-9]",
     r"(?=(.*)*[AB])x?",
     r"(x?.?){300}[AB]",
+    # `regex` writes these out when it compiles them: into gigabytes.
+    "(?:(?:(?:l{99}){99}){99}){99}",
+    "l{99999999}",
+    "(?:l{9999}|.{9999}){999,}",
+    "(?:" * 60 + "l" + ")+" * 60 + "X",
+    "(?:" * 60 + "l" + "){1,2}" * 60 + "X",
+    "(?<=(?:ls){9999999})X",
+    "(?x)(l{999} # )\n){999}",
 ]
 
 
@@ -132,6 +141,32 @@ def test_whatever_is_run_ends_soon_on_a_thousand_paths(pattern: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?:l{40}){40}",
+        "l{2000,}",
+        "(?:" * 11 + "l" + ")+" * 11,
+        "(?:" * 11 + "l" + "){1,2}" * 11,
+        r"(?:[ab]\+{30}){60}",
+        "(?x)(l{300} # )\n){300}",
+    ],
+)
+def test_what_repeats_too_much_is_not_tried(pattern: str) -> None:
+    re.compile(pattern)
+    with pytest.raises(SlowRegexError, match=r"the regex .* is not done with"):
+        compile_bounded(pattern, "x").fullmatch("l")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["l{900}", "(?:" * 6 + "l" + ")+" * 6, r"(?:l+\.?){,4000}", "(?:l{0,9999}){9}"]
+)
+def test_what_repeats_less_is(pattern: str) -> None:
+    found = compile_bounded(pattern, "x")
+    for count in (1, 12, 900, 901):
+        assert bool(found.fullmatch("l" * count)) == bool(re.fullmatch(pattern, "l" * count))
+
+
 HANGS = "(?:(?:l|la|lay|layers|.|a|y|e|r|s)*)+[AB]"
 
 
@@ -159,8 +194,9 @@ def test_a_slow_key_that_decides_a_number_is_refused() -> None:
         pattern_value({HANGS: 4}, LONG, 8)
 
 
-def test_what_is_too_long_to_compile_is_not_tried() -> None:
-    pattern = "a|" * 100_000
+@pytest.mark.parametrize("part", ["a|", "[a", "(?"])
+def test_what_is_too_long_to_compile_is_not_tried(part: str) -> None:
+    pattern = part * 100_000
     begin = time.process_time()
     with pytest.raises(SlowRegexError, match=r"\(200000 characters\) is not done"):
         compile_bounded(pattern, "x").fullmatch("a")
@@ -168,8 +204,38 @@ def test_what_is_too_long_to_compile_is_not_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a", "*a", "a{99999999999}", "(" * 5000 + ")" * 5000, r"\p{L}", "(?R)", "(?V1)a"]
+    "pattern",
+    [
+        *("(a", "*a", "a{99999999999}", "(" * 5000 + ")" * 5000, r"\p{L}", "(?R)", "(?V1)a"),
+        "a{" + "1" * 5000 + "}",
+    ],
 )
 def test_what_is_no_regex_to_python_is_refused_by_field(pattern: str) -> None:
     with pytest.raises(AdapterError, match=r"^target_modules: .* is not a regex: .*; correct it"):
         compile_bounded(pattern, "target_modules")
+
+
+KEYS = st.text("ab.", min_size=1, max_size=5).map(lambda name: name.replace("b.", r"b\."))
+
+
+@settings(max_examples=500, deadline=None)
+@given(KEYS, st.sampled_from(["", "^"]), st.sampled_from(["", "$"]), st.text("ab.", max_size=7))
+def test_a_key_that_is_a_name_means_what_it_means_as_a_regex(
+    name: str, start: str, end: str, path: str
+) -> None:
+    key = f"{start}{name}{end}"
+    assert pattern_matches(key, path) == bool(re.match(rf"(.*\.)?({key})$", path))
+
+
+def test_there_may_be_as_many_names_as_layers_and_fewer_regexes() -> None:
+    begin = time.process_time()
+    names = {f"^model.layers.{n}.q_proj": 4 for n in range(20_000)}
+    assert pattern_value(checked_ranks(names), "model.layers.19999.q_proj", 8) == 4
+    assert pattern_value(names, "layers.7.q_proj", 8) == 8
+    assert time.process_time() - begin < 1
+    for many in (
+        {f"layers.{n}.*": 4 for n in range(2001)},
+        {f"{n}.*" + "a" * 60_000: 4 for n in "12"},
+    ):
+        with pytest.raises(AdapterError, match=r"^rank_pattern: .* regexes of .* at most 2000 of"):
+            checked_ranks(many)

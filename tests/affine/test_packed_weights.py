@@ -66,6 +66,17 @@ def test_a_weight_that_changes_before_its_parts_are_read_is_refused() -> None:
         found(x)
 
 
+def test_what_is_being_trained_is_folded_as_it_is_now() -> None:
+    torch.manual_seed(0)
+    model, x = Parts(apart, (True, False, True)).eval(), torch.randn(3, 5)
+    found = fold(trace(model, (x,)))
+    with torch.no_grad():
+        before = model(x)
+        model.down.add_(0.1)  # another step of training
+        assert relative(found(x), before) <= 1e-5
+        assert relative(model(x), before) > 1e-2
+
+
 def test_parts_that_meet_stay_one_weight_if_they_agree() -> None:
     gm = folded(meeting, (True, True, True))
     assert {str(site.weight.target) for site in sites(gm)} == {"fc.weight"}

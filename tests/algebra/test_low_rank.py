@@ -7,10 +7,17 @@ import torch
 
 from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.index_expr import slice_of
-from lora_fx.algebra.low_rank import NotLowRankError, beside, column_beside, factors_beside
+from lora_fx.algebra.low_rank import (
+    NotLowRankError,
+    additive,
+    beside,
+    column_beside,
+    factors_beside,
+)
 from lora_fx.algebra.matrix_expr import (
     Leaf,
     Matrix,
+    Replaced,
     Sum,
     columns_scaled,
     normed,
@@ -19,6 +26,7 @@ from lora_fx.algebra.matrix_expr import (
     product,
     scaled,
     signed,
+    transposed,
 )
 
 
@@ -53,7 +61,8 @@ REFUSED: dict[str, tuple[Matrix, str]] = {
     "the base is scaled": (Sum(scaled(number(2.0), W), product(B, A)), "scaled"),
     "the base is scaled as well": (Sum(W, Sum(scaled(number(2.0), W), product(B, A))), "scaled"),
     "no factors": (Sum(W, leaf("delta", 10, 6)), "no product"),
-    "full rank": (Sum(W, product(leaf("b", 10, 7), leaf("aa", 7, 6))), "rank 7"),
+    "full rank": (Sum(W, product(leaf("b", 10, 6), leaf("aa", 6, 6))), "rank 6"),
+    "more than that": (Sum(W, product(leaf("b", 10, 7), leaf("aa", 7, 6))), "rank 7"),
 }
 
 
@@ -116,3 +125,15 @@ def test_what_scales_the_base_is_a_row_and_a_column(name: str) -> None:
 def test_a_base_that_is_moved_is_not_beside_anything(whole: Matrix) -> None:
     with pytest.raises(NotLowRankError, match="scaled or moved"):
         beside(W, whole)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_that_take_the_place_of_the_base_s_are_added_to_it(turned: bool) -> None:
+    where, new = slice_of(10, slice(1, 8, 3)), leaf("some rows", 3, 6)
+    base = leaf("turned", 6, 10) if turned else W
+    made = Replaced(transposed(base) if turned else base, where, new)
+    whole = transposed(made) if turned else made
+    assert torch.equal(dense(made, torch.float32)[[1, 4, 7]], new.fetch())
+    down, up = factors_beside(base, additive(base, whole))
+    torch.testing.assert_close(base.fetch() + up @ down, dense(whole, torch.float32))
+    assert 3 in up.shape

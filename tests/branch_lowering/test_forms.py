@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from lora_fx import fold, inject, text, trace, unfold
 from lora_fx.branch_lowering import forms
@@ -22,6 +23,18 @@ SHAPE = LayerShape(256, 768, 768, 8)
 def member(ragged: Any, x: Any) -> Candidate:
     (group,) = choices(inject(trace(ragged, (x,)), make_adapter({"wide": (5, 3)})))
     return group.members[0]
+
+
+@pytest.mark.parametrize("ranks", [(2,), (2, 3), (3, 1, 2)])
+@pytest.mark.parametrize("ones", [None, 1.5])
+def test_a_shrink_gives_each_layer_its_columns(ranks: tuple[int, ...], ones: float | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, *downs = (torch.randn(4, n, generator=draw) for n in (4, *ranks))
+    more = None if ones is None else torch.full((sum(ranks),), ones)
+    found = forms.shrink(x, downs, more, ranks)
+    assert [narrow.shape for narrow in found] == [(4, rank) for rank in ranks]
+    for narrow, down in zip(found, downs, strict=True):
+        assert relative(narrow, x @ down + (ones or 0.0)) <= 1e-6
 
 
 def test_a_form_alone_is_its_expand_and_its_shrink() -> None:

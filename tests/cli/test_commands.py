@@ -1,6 +1,7 @@
 """What the commands do: whole outputs or none, and refusals by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,27 @@ def test_a_failure_while_writing_leaves_no_draft(
     with pytest.raises(ExportError, match="no form"):
         export_model(SPEC, [], "merged", tmp_path / "out", False, nothing)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_comes_after_all_that_belongs_to_it(
+    french: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sees the model sees its report and adapters: it is put in place last, taken first."""
+    names, replace = {"french.onnx_adapter", "model.onnx", "report.json"}, os.replace
+    put: list[str] = []
+    taken: list[str] = []
+
+    def watched(source: Path, target: Path) -> None:
+        put.extend([target.name] if target.parent == tmp_path else [])
+        taken.extend([target.name] if source.parent == tmp_path else [])
+        replace(source, target)
+
+    monkeypatch.setattr("lora_fx.io.atomic.os.replace", watched)
+    export_model(SPEC, [french], "swappable", tmp_path, False, nothing)
+    assert (set(put), put[-1], taken) == (names, "model.onnx", [])
+    export_model(SPEC, [french], "swappable", tmp_path, True, nothing)
+    assert (set(put[3:]), put[-1]) == (names, "model.onnx")
+    assert (set(taken), taken[0]) == (names, "model.onnx")
 
 
 def test_a_missing_file_is_not_verified(tmp_path: Path) -> None:

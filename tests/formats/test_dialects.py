@@ -78,7 +78,10 @@ def test_factors_are_of_a_linear_layer_or_a_convolution(
 ) -> None:
     found = factors_of(pair(down, up), grouped)
     assert [tuple(factor.shape) for factor in found] == [down, up[:2]]
-    assert up_beside(*found).shape == (*up[:2], *[1] * (len(down) - 2))
+    kernel = [1] * (len(down) - 2)
+    assert up_beside(*found).shape == (*up[:2], *kernel)
+    one = [1] if kernel else []  # as PEFT has it: (out,), or (1, out, 1, ...)
+    assert magnitude_beside(found[0], torch.ones(5)).shape == (*one, 5, *kernel)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,16 @@ def configs() -> Iterator[Case]:
     yield case(31, "broken regex", with_fields(target_modules="(fc"), "target_modules")
     broken = with_fields(rank_pattern={"(fc": 2})
     yield case(31, "broken pattern", broken, "rank_pattern")
+    large = ["(?:(?:(?:(?:a{99}){99}){99}){99}){99}", "(?:" * 60 + "a" + ")+" * 60 + "X"]
+    for number, regex in enumerate(large):
+        made = with_fields(rank_pattern={regex: 2})
+        yield Case(31, f"large pattern {number}", "load", made, WEIGHTS, "fc: .* is not done with")
+        targets = with_fields(target_modules=regex)
+        yield Case(31, f"large targets {number}", "fit", targets, "", "target_modules", warns=True)
+    count = with_fields(rank_pattern={"a{" + "1" * 5000 + "}": 2})
+    yield case(31, "a count of 5,000 digits", count, "rank_pattern: .*not a regex")
+    many = with_fields(rank_pattern={f"{n}.*": 2 for n in range(60_000)})
+    yield case(31, "60,000 regexes", many, "rank_pattern: 60000 regexes")
     pattern = with_fields(rank_pattern={"nowhere": 2})
     yield case(33, "pattern of nothing", pattern, "rank_pattern.*match no.*nowhere")
     pattern = with_fields(alpha_pattern={"nowhere": 2})
@@ -386,9 +396,50 @@ def commands(made: Models) -> Iterator[Case]:
         yield case(f"output an input {number}", made_of, Path(place).name, "an input of this call")
     yield case("in place", of(*to, "peft", "-o", "HOME/a", "--force"), "a", "is an input")
     yield case("by a link", of(*to, "peft", "-o", "HOME/l", "--force", link="l"), "l", "is an inp")
+
+    def beside(home: Path) -> None:
+        of("inspect", "HOME/a")(home)
+        sparse_file(home / "a" / "README.md", 40 << 30)
+
+    yield case("holes beside an adapter", beside, "README.md", "nearly all are holes")
     loop = of(*to, "peft", "-o", "HOME/" + "x" * 300)
     yield case("a name too long", loop, "xxx", "File name too long")
     yield case("a link elsewhere", of("export", "HOME/a", "-o", "HOME/l", link="l"), "l", ".")
+
+
+def foreign() -> Iterator[Case]:
+    """Files of other tools, which nothing is known of but what they say."""
+
+    def of(change: Callable[[onnx.GraphProto], object]) -> Make:
+        def make(home: Path) -> None:
+            weight = onnx.numpy_helper.from_array(np.ones((5, 40), np.float32), "fc.weight")
+            takes, gives = (
+                onnx.helper.make_tensor_value_info(name, 1, [2, size])
+                for name, size in (("x", 40), ("y", 5))
+            )
+            node = onnx.helper.make_node("Gemm", ["x", "fc.weight"], ["y"], name="fc", transB=1)
+            graph = onnx.helper.make_graph([node], "g", [takes], [gives], [weight])
+            change(graph)
+            imports = [onnx.helper.make_opsetid("", 21)]
+            onnx.save(onnx.helper.make_model(graph, opset_imports=imports), home / MODEL)
+            words = ("add-lora", f"HOME/{MODEL}", "-o", "HOME/o.onnx")
+            (home / "command.txt").write_text("\n".join(words))
+
+        return make
+
+    def axis(graph: onnx.GraphProto) -> None:
+        graph.input[0].type.tensor_type.shape.dim[0].dim_value = -5
+
+    changes: dict[str, Callable[[onnx.GraphProto], object]] = {
+        "an operator of nobody": lambda g: g.node.add(op_type="Evil", domain="d", output=["z"]),
+        "an operator without a name": lambda g: g.node.add(output=["z"]),
+        "an input of nobody": lambda g: g.node.add(op_type="Relu", input=["no"], output=["y2"]),
+        "a circle": lambda g: g.node[0].input.__setitem__(0, "y"),
+        "an attribute of nobody": lambda g: g.node[0].attribute.add(name="axis", type=2, i=1),
+        "an axis of -5": axis,
+    }
+    for name, change in changes.items():
+        yield Case(57, name, "command", of(change), "o.onnx", "the result is not valid ONNX: .")
 
 
 def directories() -> Iterator[Case]:
@@ -418,7 +469,7 @@ def every_case(made: Models) -> list[Case]:
     """All of them, in the order of their rows."""
     found = [
         *safetensors(), *configs(), *fits(), *pickles(), *models(made), *onnx_adapters(made),
-        *commands(made), *directories(),
+        *commands(made), *foreign(), *directories(),
     ]  # fmt: skip
     return sorted(found, key=lambda case: case.row)
 

@@ -9,10 +9,11 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update, inject, trace
 from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.adapters.other_updates import added
 from lora_fx.injection.bind import bind
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of
-from lora_fx.testing import relative
+from lora_fx.testing import Experts, Shared, make_adapter, relative
 
 
 class Tied(nn.Module):
@@ -48,8 +49,8 @@ def update(into: int, out: int) -> Update:
     return Update(down, up, 1.5)
 
 
-def tokens(rows: torch.Tensor) -> Any:
-    found = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5]})
+def tokens(rows: torch.Tensor, **settings: Any) -> Any:
+    found = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5], **settings})
     assert isinstance(found, WeightUpdate)
     return found
 
@@ -97,7 +98,7 @@ def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(traced: Any) ->
     alone = Adapter("a", {"shared": tokens(rows)})
     with pytest.raises(AdapterError, match=r"encoder\.table, whose table head shares.*base="):
         inject(gm, alone)
-    head = KINDS["tokens"].read({"trainable_tokens_delta": rows}, {"indices": [1, 5], "head": True})
+    head = tokens(rows, head=True)
     both = Adapter("a", {"shared": tokens(rows), "encoder.table": tokens(rows), "head": head})
     tuned = Tied().eval()
     tuned.load_state_dict(model.state_dict())
@@ -107,3 +108,74 @@ def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(traced: Any) ->
         assert relative(gm(ids), tuned(ids)) > 1e-2
     untied = trace(Tied(tied=False).eval(), (ids,))
     assert inject(untied, alone) is not None
+
+
+def test_rows_of_a_table_that_is_never_called_are_of_those_who_share_it() -> None:
+    model, ids = Tied().eval(), torch.randint(0, 11, (4, 7))
+    model.encoder["table"] = nn.Embedding(11, 5)
+    model.encoder["table"].weight = model.shared.weight
+    layers, rows = layers_of(trace(model, (ids,), frontend="export")), torch.randn(2, 5)
+    assert "shared" not in layers
+    assert not layers.aliases
+    said: dict[str, Any] = {"tied": "shared"}
+    own = tokens(rows)
+    # Rows that no layer has, unless those who share the table say that they are of it.
+    for given, settings, refused in (
+        (own, said, []),
+        (own, {}, ["shared"]),
+        (update(11, 5), said, ["shared"]),
+    ):
+        head = tokens(rows, head=True, **settings)
+        sharing = {"encoder.table": tokens(rows, **settings), "head": head}
+        binding = bind(layers, Adapter("a", {"shared": given, **sharing}))
+        assert list(binding.updates) == ["encoder.table", "head"]
+        assert list(binding.refused) == refused
+
+
+@pytest.mark.parametrize("given", ["one", "two"])
+def test_a_module_that_is_called_by_two_names_is_adapted_at_both(
+    given: str, shared: Shared, x: torch.Tensor
+) -> None:
+    gm = trace(shared, (x,))
+    adapter = make_adapter({given: (5, 3)})
+    binding = bind(layers_of(gm), adapter)
+    assert sorted(binding.meant[given]) == sorted(binding.updates) == ["one", "two"]
+    found = inject(gm, adapter)(x)["out"]
+    with torch.no_grad():
+        shared.one.weight += adapter.updates[given].delta()
+        assert relative(found, shared(x)["out"]) <= 1e-6
+
+
+def test_two_updates_of_one_module_are_the_same_or_refused(shared: Shared, x: torch.Tensor) -> None:
+    layers, one = layers_of(trace(shared, (x,))), make_adapter({"one": (5, 3)}).updates["one"]
+    assert isinstance(one, Update)
+    same = Update(one.down.clone(), one.up.clone(), one.scale)
+    assert list(bind(layers, Adapter("a", {"one": one, "two": same})).updates) == ["one", "two"]
+    for other in (
+        Update(one.down, one.up, 1.1 * one.scale),
+        Update(one.down, 1.1 * one.up, one.scale),
+        Update(one.down, one.up, one.scale, bias=torch.ones(5)),
+        Update(one.down, one.up, one.scale, row=torch.ones(5)),
+    ):
+        with pytest.raises(AdapterError, match=r"one and two are one layer of the model"):
+            bind(layers, Adapter("a", {"one": one, "two": other}))
+
+
+def test_a_replaced_tensor_is_of_all_names_that_its_module_has(
+    shared: Shared, x: torch.Tensor
+) -> None:
+    layers, value = layers_of(trace(shared, (x,))), torch.randn(5)
+    for given in ("one", "two"):
+        found = bind(layers, Adapter("a", {}, {f"{given}.bias": value})).replaced
+        assert sorted(found) == ["one.bias", "two.bias"]
+
+
+def test_a_parameter_of_no_layer_alone_is_found_by_its_name() -> None:
+    layers = layers_of(trace(Experts().eval(), (torch.randn(2, 5, 4),)))
+    assert "up_proj" not in layers
+    many = WeightUpdate("full", added(torch.ones(3, 6, 4)), (3, 6, 4))
+    assert bind(layers, Adapter("a", {"up_proj": many})).meant == {"up_proj": ["up_proj"]}
+    assert list(bind(layers, Adapter("a", {"down_proj": many})).refused) == ["down_proj"]
+    turned = Adapter("a", {"up_proj": WeightUpdate("full", added(torch.ones(3, 4, 6)), (3, 4, 6))})
+    with pytest.raises(AdapterError, match=r"up_proj: made for a parameter \(3, 4, 6\)"):
+        bind(layers, turned)

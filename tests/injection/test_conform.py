@@ -7,6 +7,7 @@ import torch
 
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.adapter import Scaling, WeightUpdate
+from lora_fx.adapters.parameter_updates import of_parameter
 from lora_fx.injection.conform import conform
 from lora_fx.layers.layer import Layer
 
@@ -63,6 +64,29 @@ def test_vera_reads_the_first_columns_of_a_wider_projection() -> None:
     assert torch.equal(found.down, update.down[:, :3])
     with pytest.raises(AdapterError, match="7 -> 5, the model's is 3 -> 5"):
         conform(Update(update.down, update.up, 1.0), LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("kind", "turned"),
+    [
+        ("linear", False),
+        ("linear_transposed", True),
+        ("embedding", True),
+        ("conv_transpose1d", False),
+    ],
+)
+def test_the_update_of_a_parameter_is_turned_where_a_layer_stores_it_turned(
+    kind: str, turned: bool
+) -> None:
+    """PEFT's ``target_parameters`` counts axes as they are stored."""
+    down, up = torch.randn(2, 3), torch.randn(5, 2)
+    as_stored = (up.T, down.T) if turned else (down, up)
+    kernel = (1,) * kind.startswith("conv")
+    given = of_parameter(Update(*as_stored, 1.5), "weight", transposed=False)
+    found = conform(given, layer(kind, 5, 3, *kernel))
+    assert isinstance(found, Update)
+    assert torch.equal(found.down.flatten(1), down)
+    assert torch.equal(found.up, up)
 
 
 REFUSED: list[tuple[Any, Layer, str]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,27 @@ def test_what_down_gives_may_overflow_alone(graph: fx.GraphModule, swappable: Pa
     check_branches(inject(graph, Adapter("a", {"table": table})))
 
 
+def test_a_column_may_make_down_overflow(graph: fx.GraphModule, swappable: Path) -> None:
+    col = torch.full((6,), 0.3 * largest(graph), dtype=torch.float64)
+    loud = replace(low_rank("fc", 6.0, 1e-6), col=col)
+    refused(graph, swappable, loud, "fc", "what down gives")
+    quiet = replace(low_rank("fc", 0.9 * largest(graph), 1e-6), col=torch.full((6,), 0.1))
+    check_branches(inject(graph, Adapter("a", {"fc": quiet})))
+
+
+def test_the_largest_number_of_a_dtype_is_one(graph: fx.GraphModule) -> None:
+    base = trace(nn.Sequential(nn.Embedding(9, 4)).to(graph.fc.weight.dtype).eval())  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        base.get_parameter("0.weight").clamp_(-1.0, 1.0)[0, 0] = 1.0
+    row = torch.full((4,), largest(graph), dtype=torch.float64)
+    found = inject(base, Adapter("a", {"0": Scaling(row=row)}))
+    assert float(found(torch.tensor([0])).detach().max()) == largest(graph)
+    with torch.no_grad():
+        base.get_parameter("0.weight")[0, 0] = 1.1
+    with pytest.raises(AdapterError, match="its gain times the weight overflows"):
+        inject(base, Adapter("a", {"0": Scaling(row=row)}))
+
+
 def test_a_vector_times_the_weight_may_overflow(graph: fx.GraphModule, swappable: Path) -> None:
     assert float(graph.get_parameter("table.weight").detach().abs().max()) > 1.2
     row = torch.full((4,), 0.9 * largest(graph), dtype=torch.float64)
@@ -127,8 +149,12 @@ def test_what_is_not_finite_is_refused_wherever_it_is(graph: fx.GraphModule, bad
     values = torch.zeros(5, 6)
     values[1, 2] = bad
     made = Adapter("a", {"fc": WeightUpdate("full", added(values), (5, 6))})
-    with pytest.raises(AdapterError, match=r"NaN or infinity( in|; save)"):
+    with pytest.raises(AdapterError, match=r"^fc\.lora_weight_0\.a: NaN or infinity in torch"):
         inject(graph, made)
+    biased = replace(low_rank("fc", 1.0, 1.0), bias=values[1, :5])
+    for update in (biased, low_rank("fc", bad, 1.0), Scaling(row=values[1, :5])):
+        with pytest.raises(AdapterError, match=r"^fc: adapter a holds NaN or infinity; save it ag"):
+            inject(graph, Adapter("a", {"fc": update}))
     with pytest.raises(AdapterError, match=r"fc\.weight: adapter a replaces it by NaN or infinity"):
         inject(graph, Adapter("a", {}, {"fc.weight": values}))
 

@@ -127,6 +127,13 @@ def test_what_generates_has_a_plain_file_beside_it(tmp_path: Path) -> None:
         Ends.of(tmp_path / "model.onnx", None, None)
 
 
+def test_a_file_that_shows_fewer_bytes_than_it_gives_is_refused() -> None:
+    made_when_read = Path("/proc/self/maps")
+    assert check_plain(made_when_read, most=100) == 0
+    with pytest.raises(LoraFxError, match=r"maps: grew while it was read, expected at most 100"):
+        read_plain(made_when_read, 100)
+
+
 def test_links_to_plain_files_and_stored_zeros_are_read(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "zeros": torch.zeros(20_000_000)}
     save_file(tensors, tmp_path / "stored")

@@ -105,6 +105,7 @@ BAD_HEADERS: dict[str, tuple[object, bytes, str]] = {
     "9 negative dim": (entry(shape=[-3]), b"\0" * 12, r"'a': shape \[-3\]"),
     "9 bool dim": (entry(shape=[True, 3]), b"\0" * 12, r"'a': shape \[True, 3\]"),
     "9 shape that is no list": (entry(shape=3), b"\0" * 12, "'a': shape 3"),
+    "10 fewer values than bytes": (entry(shape=[2]), b"\0" * 12, "8 bytes, offsets give 12"),
     "10 overflow": (entry(shape=[1 << 62, 4]), b"\0" * 12, "offsets give 12"),
     "11 zero dim": (entry(shape=[0, 1 << 60]), b"\0" * 12, r"'a': shape \[0, "),
     "12 nine dims": (entry(shape=[1] * 8 + [3]), b"\0" * 12, "'a': shape .* at most 8 sizes"),
@@ -150,6 +151,7 @@ def test_a_bad_header_is_refused(tmp_path: Path, case: str) -> None:
         (b"", "0 bytes, expected a safetensors file of at least 8"),
         (b"\0" * 7, "7 bytes"),
         ((100).to_bytes(8, "little") + b"{}", "header of 100 bytes, but only 2 follow"),
+        ((3).to_bytes(8, "little") + b"{}", "header of 3 bytes, but only 2 follow"),
         ((MAX_HEADER + 1).to_bytes(8, "little"), "header of 16777217 bytes, expected at most"),
         ((1 << 63).to_bytes(8, "little"), "header of 9223372036854775808 bytes"),
         ((0).to_bytes(8, "little"), "the header starts with b''"),
@@ -166,6 +168,20 @@ def test_too_many_tensors_are_refused(tmp_path: Path) -> None:
     header = {f"t{i}": A for i in range(MAX_TENSORS + 1)}
     with pytest.raises(AdapterError, match="100001 tensors, expected at most 100000"):
         check_header(file_of(tmp_path, header))
+
+
+@pytest.mark.parametrize("spelled", [b"{%b", b'{"a":{%b}}'])
+def test_tensors_are_counted_before_a_header_is_parsed(tmp_path: Path, spelled: bytes) -> None:
+    header = spelled % (b'"data_offsets":[' * (MAX_TENSORS + 1))
+    with pytest.raises(AdapterError, match="100001 tensors, expected at most 100000"):
+        check_header(file_of(tmp_path, header))
+
+
+def test_tensors_are_counted_however_they_are_spelled(tmp_path: Path) -> None:
+    header = json.dumps({f"t{i}": A for i in range(MAX_TENSORS + 1)})
+    escaped = header.replace("data_offsets", "data\\u005foffsets").encode()
+    with pytest.raises(AdapterError, match="100001 tensors, expected at most 100000"):
+        check_header(file_of(tmp_path, escaped))
 
 
 def test_trailing_spaces_of_a_header_are_padding(tmp_path: Path) -> None:

@@ -36,3 +36,10 @@ def test_the_strides_of_what_is_empty_mean_nothing(shape: tuple[int, ...]) -> No
 def test_others_are_refused_by_name(tensor: torch.Tensor, message: str) -> None:
     with pytest.raises(AdapterError, match=rf"^tensor 'bad' .*{message}"):
         check_tensors({"good": torch.ones(2), "bad": tensor})
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_torch_itself_quantised_is_refused() -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+    with pytest.raises(AdapterError, match=r"^tensor 'bad' has dtype torch\.quint8"):
+        check_tensors({"bad": quantised})

@@ -49,6 +49,7 @@ def test_settings_are_read():
     assert flag(settings, "coft") is False
     assert flag(settings, "block_share", True) is True
     assert layer_shape(settings) == (5, 3, 2)
+    assert layer_shape({"shape": (5, 3)}) == (5, 3)
     assert layer_shape({}) is None
 
 

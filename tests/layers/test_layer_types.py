@@ -366,3 +366,14 @@ def test_a_type_with_calls_of_its_own_needs_no_reader(frontend: str) -> None:
         for table, held in zip((TYPES, OPERATORS), before, strict=True):
             table.clear()
             table.update(held)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_the_padding_of_a_table_learns_nothing(padding: int | None, frontend: str) -> None:
+    table, ids = nn.Embedding(5, 3, padding_idx=padding), torch.arange(5)[None]
+    gm = trace(nn.Sequential(table), (ids,), frontend=frontend)
+    gm(ids).sum().backward()
+    grad = gm.get_parameter("0.weight").grad
+    assert grad is not None
+    assert grad.any(1).tolist() == [row != padding for row in range(5)]

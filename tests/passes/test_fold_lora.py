@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import Adapter, PassError, Update, fold, inject, text, trace
+from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
@@ -273,6 +273,45 @@ def test_chance_is_never_a_constant() -> None:
     for frontend in ("symbolic", "export"):
         gm = trace(Noisy(), (torch.randn(4, 3),), frontend=frontend)
         assert not FoldLora()(gm).modified
+
+
+def test_what_is_being_trained_is_folded_as_it_is_now(ragged: Any, x: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["wide", "again"], init="orthogonal", seed=0)
+    injected = inject(trace(ragged, (x,)), config)
+    with torch.no_grad():
+        before, folded = injected(x), fold(injected)
+        for parameter in (p for p in injected.parameters() if p.requires_grad):
+            parameter.add_(0.1)  # another step of training
+        torch.testing.assert_close(folded(x), before)
+        assert not torch.allclose(injected(x), before, rtol=1e-2)
+
+
+class Turned(nn.Module):
+    """A layer that stores its weight as (in, out), and a linear call that turns it around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(nn.functional.linear(x, self.weight.t(), self.bias))
+
+
+PLAIN = """\
+input = input()
+linear = linear(input, 0.weight, 0.bias)
+tanh = tanh(linear)
+return tanh"""
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_layer_that_turns_its_own_weight_is_folded_to_a_plain_one(frontend: str, x: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned()).eval()
+    injected = inject(trace(model, (x,), frontend=frontend), make_adapter({"0": (5, 3)}))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=model(x))
+    assert seen.after.replace("[tanh]", "tanh") == PLAIN
+    assert attribute(seen.gm, "0.weight").shape == (5, 3)
 
 
 LAYERS = {

@@ -112,6 +112,19 @@ def test_calls_that_are_updated_differently_stay(x: torch.Tensor) -> None:
     assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
 
 
+@pytest.mark.parametrize("other", ["a", "b"])
+def test_calls_with_factors_of_their_own_stay(other: str, x: torch.Tensor) -> None:
+    class Both(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = super().forward(x)
+            a, b = (2.0 * self.a, self.b) if other == "a" else (self.a, 2.0 * self.b)
+            return torch.tanh(first) + torch.sin(self.fc(x) + 1.5 * (x @ (a @ b).T))
+
+    result = RaiseLora()(trace(Both()))
+    assert not result.modified
+    assert [str(edit) for edit in result.edits] == ["skip fc: its calls are updated differently"]
+
+
 def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any) -> None:
     class Twice(Notebook):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,3 +135,20 @@ def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any) -> None:
     seen = check_pass(RaiseLora(), trace(module), x, expected=module(x), control=control)
     assert len(branches(seen.gm)) == 2
     assert len([n for n, _ in seen.gm.named_parameters() if "lora_A" in n]) == 1
+
+
+def test_beside_a_part_of_a_weight_nothing_is_raised(x: Any) -> None:
+    """An update is of a whole weight, and of the other rows nothing is known."""
+
+    class Half(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.linear(x, self.fc.weight[:4], self.fc.bias[:4])
+            return y + 1.5 * (x @ (self.a[:4] @ self.b).T)
+
+    gm = trace(Half().eval(), (x,))
+    result = RaiseLora()(gm)
+    assert not result.modified
+    assert text(result.graph_module) == text(gm)
+    assert [edit.text for edit in result.edits] == [
+        "it reads a part of its weight, or none that is stored"
+    ]

@@ -44,6 +44,40 @@ def test_a_scale_off_by_ten_percent_is_seen(exported_mlp: Any) -> None:
         assert {row.ok for row in found.checks} == {ok}
 
 
+def test_a_control_is_right_where_the_file_differs_from_it(exported_mlp: Any) -> None:
+    sample = exported_mlp.sample
+    right, base = InjectLora(sample.adapter(2))(sample.gm).graph_module, sample.gm
+    for subject, control, differs in ((right, base, True), (base, right, False)):
+        model, other = (Reference(n, evaluating(g)) for n, g in (("a", subject), ("b", control)))
+        found = verify_file(exported_mlp.path("constant"), trial(right), [model], [other])
+        assert {row.ok for row in found.checks} == {differs}
+        assert {row.ok for row in found.controls} == {differs}
+
+
+class Counting(nn.Module):
+    """Numbers, and large counts that are a little off."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.fc, self.first = nn.Linear(3, 5), first
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fc(x), (x > 0).long() + self.first
+
+
+def test_integers_must_be_equal_whatever_numbers_may_be_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    right = Counting(1_000_000_000)
+    wrong = Counting(1_000_000_001)
+    wrong.load_state_dict(right.state_dict())
+    gm = traced(right, torch.randn(4, 7, 3))
+    to_onnx(gm, tmp_path / "model.onnx", verify=False)
+    for model, same in ((gm, True), (traced(wrong, torch.randn(4, 7, 3)), False)):
+        subject = Reference("model", evaluating(model))
+        found = verify_file(tmp_path / "model.onnx", trial(gm), [subject], controls(gm)).checks
+        assert [row.ok for row in found] == [True, same] * 2  # optimised or not
+
+
 class Sized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
