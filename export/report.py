@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.choices import Mode
 from lora_fx.errors import ExportError, VerificationError, memory_told
 from lora_fx.io.records import read_record
 from lora_fx.reference.reference_run import WeightForm
@@ -132,7 +133,7 @@ class ExportReport:
     """
 
     path: str
-    mode: str
+    mode: Mode
     files: dict[str, int]
     opset: int
     seconds: dict[str, float]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.adapters.settle import settled
-from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten
+from lora_fx.adapters.settle import inside, settled
+from lora_fx.choices import FormatOrAuto, SavedFormat
+from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten, within
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
@@ -43,7 +44,7 @@ class Format:
 _PEFT_HINTS = ("allow_pickle", "alpha", "r", "use_rslora")
 _LORALIB_HINTS = ("allow_pickle", "alpha", "r", "enable_lora")
 _PART = ("component",)
-FORMATS = {
+FORMATS: dict[str, Format] = {
     "onnx_adapter": Format(is_onnx_adapter, read_onnx_adapter, write_onnx_adapter, (), ("model",)),
     "diffusers": Format(
         is_diffusers, read_diffusers, write_diffusers, ("allow_pickle", *_PART), _PART
@@ -61,8 +62,9 @@ def load_adapter(
     path: str | PathLike[str],
     *,
     name: str | None = None,
-    format: str = "auto",
+    format: FormatOrAuto = "auto",
     base: object = None,
+    prefix: str | None = None,
     strict: bool = True,
     **hints: Any,
 ) -> Adapter:
@@ -76,6 +78,8 @@ def load_adapter(
             it by what is there.
         base: the model or graph that names are resolved against: needed for kohya's, which are
             lossy, and where parts of the model were moved, packed or called otherwise since.
+        prefix: the path of the module that the adapter was made for, where the model holds it in
+            another: ``"m"`` of ``self.m = model``. With ``base`` it is found.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
         **hints: what a format does not store, see `lora_fx.formats.hints.Hints`: ``alpha``,
             ``r``, ``use_rslora``, ``enable_lora``, ``component``. ``allow_pickle=True`` reads a
@@ -90,15 +94,18 @@ def load_adapter(
     source = check_path(Path(path), AdapterError)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory")
-    if format == "auto":
-        format = _detect(source, bool(hints.get("allow_pickle")))
-    chosen = _format(format)
-    _check_hints(source, hints, format, chosen.hints)
+    told: str = format
+    if told == "auto":
+        told = _detect(source, bool(hints.get("allow_pickle")))
+    chosen = _format(told)
+    _check_hints(source, hints, told, chosen.hints)
     if name is not None:
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
     with memory_told(source, AdapterError):
         adapter = chosen.read(source, name or _name_from(source), options)
+        with within(source):
+            adapter = adapter if prefix is None else inside(adapter, prefix)
         adapter = _settled(adapter, base)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
@@ -124,7 +131,7 @@ def save_adapter(
     adapter: Adapter,
     path: str | PathLike[str],
     *,
-    format: str = "peft",
+    format: SavedFormat = "peft",
     force: bool = False,
     **hints: Any,
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_fx.choices import TaskName
 from lora_fx.errors import LoraFxError
 from lora_fx.io.output_place import check_path
 from lora_fx.tasks.adapter_task import trained_for
@@ -18,7 +19,7 @@ from lora_fx.tasks.pipeline_source import from_pipeline
 
 def load(
     directory: str | Path,
-    task: str | None = None,
+    task: TaskName | None = None,
     *,
     adapters: Sequence[str | Path] = (),
     last_logits: bool = False,
