@@ -7,8 +7,8 @@ remembered that the signal came, and where it was lost it comes again.
 
 from __future__ import annotations
 
-import _thread
 import atexit
+import os
 import signal
 import sys
 import threading
@@ -38,9 +38,11 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, _come)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if not has_come():
             raise
+        if not isinstance(error, SystemExit):  # of whoever has said so already
+            print("error: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,7 +58,7 @@ def _come(*_: Any) -> None:
 def _again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def tell(lost: Any) -> None:
         if lost.exc_type is KeyboardInterrupt:
-            threading.Timer(_AGAIN, _thread.interrupt_main).start()
+            threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             hook(lost)
 
