@@ -13,4 +13,4 @@ def main(arguments: list[str] | None = None) -> None:
     with interruptible():
         from lora_fx.cli.program import app  # here, so that Ctrl-C is heard while it is loaded
 
-        app(arguments)
+        app(arguments, prog_name="lora-fx")

@@ -76,12 +76,15 @@ def test_whatever_was_made_of_it_is_an_interrupt(
 
 
 def test_an_error_on_its_way_is_told_as_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), interruptible():
+    def tells() -> None:
         try:
             in_an_import()
-        except ImportError as error:
-            assert report(error) == INTERRUPTED
-            raise SystemExit(INTERRUPTED) from None
+        except ImportError as lost:
+            sys.exit(report(lost))
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        tells()
+    assert ended.value.code == INTERRUPTED
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
