@@ -187,6 +187,7 @@ def check_one(several: Mapping[str, list[str]]) -> None:
     if several:
         told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
         raise AdapterError(
-            f"names that mean several layers of the base: {shorten(told)}; rename one "
-            "of the layers, or convert the file where it was made"
+            f"names that mean several layers of the base: {shorten(told)}; pass prefix= to "
+            "load_adapter, the path of the module that the file is of, or rename one of the layers, "
+            "or convert the file where it was made"
         )
