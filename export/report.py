@@ -20,6 +20,7 @@ from lora_fx.reference.reference_run import WeightForm
 from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.report.look import Look, Picture
 from lora_fx.report.summary import in_notebook
+from lora_fx.tables import size
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Check:
         """One line of the table."""
         return (
             f"{'ok  ' if self.ok else 'FAIL'} {self.what:<24} {self.output:<20} {self.shape:<24} "
-            f"{self.optimisation:<4} relative {self.relative:.1e}  max {self.max_abs:.1e}"
+            f"optimiser {self.optimisation:<4} relative {self.relative:.1e}  max {self.max_abs:.1e}"
         )
 
 
@@ -212,7 +213,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A short table: files, the worst check of each kind, controls, notes."""
-        sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
+        sizes = ", ".join(f"{name} {size(count)}" for name, count in self.files.items())
         lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
         if self.task:
             lines.append(f"task {self.task}")
@@ -352,12 +353,15 @@ class Verification:
             table = "\n".join([*map(str, wrong[:_SHOWN]), *self.suspects])
             raise VerificationError(
                 f"{path}: {len(wrong)} of {len(self.checks)} checks disagree with "
-                f"{self.against}:\n{table}"
+                f"{self.against}:\n{table}\nExpected are the model and the adapters that the file "
+                "was made of, in the same mode and dtype: give those; if they are, report it"
             )
         if self.controls and not any(row.ok for row in self.controls):
             table = "\n".join(map(str, self.controls[:_SHOWN]))
             raise VerificationError(
-                f"{path}: the control agrees with the file, so the checks prove nothing:\n{table}"
+                f"{path}: the control agrees with the file, so the checks prove nothing:\n{table}\n"
+                "Expected is an adapter that changes the outputs: inspect its norms, or give "
+                "example inputs that reach it"
             )
 
 

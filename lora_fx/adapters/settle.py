@@ -188,6 +188,6 @@ def check_one(several: Mapping[str, list[str]]) -> None:
         told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
         raise AdapterError(
             f"names that mean several layers of the base: {shorten(told)}; pass prefix= to "
-            "load_adapter, the path of the module that the file is of, or rename one of the layers, "
-            "or convert the file where it was made"
+            "load_adapter, the path of the module that the file is of, or rename one of the "
+            "layers, or convert the file where it was made"
         )

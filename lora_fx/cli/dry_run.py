@@ -109,7 +109,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
         adapter.name: [describe_update(p, u) for p, u in bind(layers, adapter).updates.items()]
         for adapter in adapters
     }
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
     called = part.input_names or {}
     notes: list[str] = []
     slots: list[str] = []

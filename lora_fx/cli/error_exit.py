@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Collection
 
 from lora_fx.cli.advice import in_options
+from lora_fx.cli.console import fitted
 from lora_fx.cli.interrupts import INTERRUPTED, has_come
 from lora_fx.cli.user_code import users_line, words
 from lora_fx.errors import LoraFxError, VerificationError, is_out_of_memory
@@ -31,7 +32,8 @@ def report(error: BaseException, options: Collection[str] = (), every: Collectio
         _give_up_stdout()
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    print(f"error: {in_options(_message(error), options, every)}", file=sys.stderr)
+    told = f"error: {in_options(_message(error), options, every)}"
+    print(fitted(told, sys.stderr), file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return 1 if isinstance(error, VerificationError) else 2

@@ -62,6 +62,7 @@ def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
 def _model(path: Path) -> dict[str, Any]:
     from lora_fx.export.onnx_model.changed_file import check_digests
     from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+    from lora_fx.export.verification.verify_onnx import mode_of
 
     proto = load_proto(path)
     manifest = manifest_in(proto, path)
@@ -72,6 +73,7 @@ def _model(path: Path) -> dict[str, Any]:
     return {
         "kind": "model",
         "path": str(path),
+        "mode": mode_of(proto, manifest),
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "nodes": len(proto.graph.node),
         "inputs": [value.name for value in proto.graph.input if value.name not in fed],
@@ -135,7 +137,8 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 def _record(row: Mapping[str, Any]) -> str:
     first, *rest = row.items()
-    return "  ".join([str(first[1]), *(f"{key} {_short(value)}" for key, value in rest)])
+    told = (f"{key} {_short(value)}" for key, value in rest if value not in ((), [], ""))
+    return "  ".join([str(first[1]), *told])
 
 
 def _short(value: Any) -> str:
