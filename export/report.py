@@ -19,7 +19,7 @@ from lora_fx.io.records import read_record
 from lora_fx.reference.reference_run import WeightForm
 from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.report.look import Look, Picture
-from lora_fx.report.summary import in_notebook
+from lora_fx.report.summary import in_notebook, verdict
 from lora_fx.tables import size
 
 
@@ -214,7 +214,7 @@ class ExportReport:
     def __str__(self) -> str:
         """A short table: files, the worst check of each kind, controls, notes."""
         sizes = ", ".join(f"{name} {size(count)}" for name, count in self.files.items())
-        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
+        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}", self._verdict()]
         if self.task:
             lines.append(f"task {self.task}")
         if self.dtype:
@@ -227,10 +227,20 @@ class ExportReport:
         if self.quantised is not None:
             lines += [f"quantised {row}" for row in str(self.quantised).split("\n")]
         lines += [f"check    {row}" for row in _worst(self.checks)]
-        lines += [f"control  {row}" for row in self.controls]
+        lines += [f"control  {str(row).replace('FAIL', 'same', 1)}" for row in self.controls]
         lines += [f"note     {note}" for note in self.notes]
         times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, times])
+
+    def _verdict(self) -> str:
+        """One line that answers whether it worked; a control need not differ on every output."""
+        if not self.checks:
+            return verdict(self)
+        agree, differ = (sum(row.ok for row in rows) for rows in (self.checks, self.controls))
+        return (
+            f"{verdict(self)}: {agree} of {len(self.checks)} checks agree, "
+            f"{differ} of {len(self.controls)} controls differ"
+        )
 
     def _repr_html_(self) -> str:
         return in_notebook(self)
