@@ -213,7 +213,7 @@ def verify_model(
         VerificationError: the file and eager disagree, or the control agreed.
     """
     if not check_path(path, ExportError).is_file():
-        raise ExportError(f"{path}: no such file")
+        raise ExportError(f"{path}: no such file: give the .onnx file that was exported")
     from lora_fx.export import verify_onnx
     from lora_fx.export.onnx_model.model_file import load_proto
 

@@ -48,7 +48,7 @@ def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
     if source.chosen is not None and source.chosen not in found:
         raise AdapterError(
             f"adapter {adapter.name}: has nothing for {source.chosen}, which alone is exported, "
-            f"but for {', '.join(found)}"
+            f"but for {', '.join(found)}: name one of these by --component, or leave that out"
         )
     return found
 

@@ -33,7 +33,7 @@ def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
         LoraFxError: it is missing, damaged, not what was exported, or none of these.
     """
     if not check_path(path, LoraFxError).exists():
-        raise LoraFxError(f"{path}: no such file or directory")
+        raise LoraFxError(f"{path}: no such file or directory: give an adapter or an .onnx")
     if path.suffix == ".onnx":
         return _model(path)
     if path.suffix == ".onnx_adapter" or is_slot_tensors(path):

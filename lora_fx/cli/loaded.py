@@ -34,7 +34,7 @@ def load(
     paths = [path for path, _ in called]
     missing = [str(p) for p in paths if not check_path(p, AdapterError).exists()]
     if missing:  # told before a model is loaded, which can take long
-        raise AdapterError(f"{shorten(missing)}: no such file or directory")
+        raise AdapterError(f"{shorten(missing)}: no such file or directory: give an adapter")
     given = given or AdapterOptions()
     trained = trained_for(paths, given.allow_pickle) if paths else None
     source = find_model(spec, trained, task, last_logits, given.component, wanted)

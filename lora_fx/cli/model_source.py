@@ -91,7 +91,9 @@ def _found(
     if path.is_dir():
         return from_directory(path, adapters or AdapterTask(), task, last_logits, dtype)
     if task is not None or last_logits:
-        raise LoraFxError(f"{spec}: --task and --last-logits are for a Hugging Face directory")
+        raise LoraFxError(
+            f"{spec}: --task and --last-logits are for a Hugging Face directory: leave them out"
+        )
     if path.suffix == ".pt2":
         return _from_program(path, dtype)
     if ":" in spec:
@@ -132,7 +134,7 @@ def _cast(source: ModelSource, dtype: torch.dtype | None) -> ModelSource:
 
 def _from_program(path: Path, dtype: torch.dtype | None) -> ModelSource:
     if not path.is_file():
-        raise LoraFxError(f"{path}: no such file")
+        raise LoraFxError(f"{path}: no such file: give what torch.export.save wrote")
     if dtype is not None:
         raise LoraFxError(f"{path}: --dtype: a program keeps its own; export its model again")
     if not zipfile.is_zipfile(path):  # torch would print a traceback before it raises

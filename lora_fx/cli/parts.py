@@ -195,7 +195,8 @@ def _among(adapters: Sequence[Adapter], graphs: Sequence[fx.GraphModule]) -> lis
         if lost:
             raise AdapterError(
                 f"adapter {adapter.name}: {shorten(sorted(lost))} match nothing in any of the "
-                f"{len(graphs)} files of the model, or are targeted and not in the adapter"
+                f"{len(graphs)} files of the model, or are targeted and not in the adapter: use "
+                "the base that it was trained on, or save it again"
             )
         for share, binding in zip(shares, bindings, strict=True):
             if binding.updates or binding.replaced:

@@ -14,7 +14,7 @@ from typing import Any
 from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.adapters.settle import inside, settled
 from lora_fx.choices import FormatOrAuto, SavedFormat
-from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten, within
+from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
 from lora_fx.formats.diffusers import is_diffusers, read_diffusers, write_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya import is_kohya, read_kohya, write_kohya
@@ -44,6 +44,7 @@ class Format:
 _PEFT_HINTS = ("allow_pickle", "alpha", "r", "use_rslora")
 _LORALIB_HINTS = ("allow_pickle", "alpha", "r", "enable_lora")
 _PART = ("component",)
+_AGAIN = "save the adapter again where it was made, or use the base that it was trained on"
 FORMATS: dict[str, Format] = {
     "onnx_adapter": Format(is_onnx_adapter, read_onnx_adapter, write_onnx_adapter, (), ("model",)),
     "diffusers": Format(
@@ -93,7 +94,7 @@ def load_adapter(
     """
     source = check_path(Path(path), AdapterError)
     if not source.exists():
-        raise AdapterError(f"{source}: no such file or directory")
+        raise AdapterError(f"{source}: no such file or directory: give an adapter's")
     told: str = format
     if told == "auto":
         told = _detect(source, bool(hints.get("allow_pickle")))
@@ -102,7 +103,7 @@ def load_adapter(
     if name is not None:
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
-    with memory_told(source, AdapterError):
+    with memory_told(source, AdapterError), advised(_AGAIN):
         adapter = chosen.read(source, name or _name_from(source), options)
         with within(source):
             adapter = adapter if prefix is None else inside(adapter, prefix)
@@ -152,8 +153,10 @@ def save_adapter(
     _check_hints(Path(path), hints, format, chosen.write_hints)
     if chosen.write is None:
         written = ", ".join(name for name, entry in FORMATS.items() if entry.write is not None)
-        raise AdapterError(f"{path}: format {format} is read and not written; written: {written}")
-    with memory_told(path, AdapterError):
+        raise AdapterError(
+            f"{path}: format {format} is read and not written; choose one of {written}"
+        )
+    with memory_told(path, AdapterError), advised("write another format"):
         chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 
@@ -168,7 +171,9 @@ def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str,
     unknown = sorted(set(given) - set(known))
     if unknown:
         takes = ", ".join(known) or "none"
-        raise AdapterError(f"{path}: unknown hint {unknown[0]!r}; format {form} takes {takes}")
+        raise AdapterError(
+            f"{path}: unknown hint {unknown[0]!r}; format {form} takes {takes}: leave it out"
+        )
 
 
 def _detect(source: Path, allow_pickle: bool) -> str:

@@ -45,7 +45,7 @@ def load(
     """
     path, paths = check_path(Path(directory), LoraFxError), [Path(adapter) for adapter in adapters]
     if not path.is_dir():
-        raise LoraFxError(f"{path}: no such directory")
+        raise LoraFxError(f"{path}: no such directory: give one of transformers or diffusers")
     if is_pipeline(path):
         source = from_pipeline(path, component, dtype, bool(paths))
         refuse_lacking(source.lacks, ())
