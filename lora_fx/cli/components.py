@@ -40,8 +40,8 @@ def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
         return {only: replace(_part(adapter, ""), expects=adapter.expects)}
     if foreign:
         raise AdapterError(
-            f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline: "
-            f"{', '.join(models)}"
+            f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline, "
+            f"expected one of {', '.join(models)}: use the pipeline that it was trained on"
         )
     names = dict.fromkeys(path.partition(".")[0] for path in paths)
     found = {name: _part(adapter, f"{name}.") for name in names}

@@ -112,7 +112,7 @@ def _from_diffusers(
     if task is not None or last_logits:
         raise LoraFxError(
             f"{path}: --task and --last-logits are for models of transformers; each model of a "
-            "pipeline has one call: --component chooses one"
+            "pipeline has one call: leave them out, or choose one by --component"
         )
     return from_pipeline(path, component, dtype, every)
 
@@ -186,5 +186,7 @@ def _checked(spec: str, returned: Any) -> ModelSource:
             "the later ones optional"
         )
     if not isinstance(args, tuple | None) or not isinstance(kwargs, Mapping | None):
-        raise LoraFxError(f"{spec}: args must be a tuple and kwargs a mapping of example inputs")
+        raise LoraFxError(
+            f"{spec}: expected args, a tuple of example inputs, and kwargs, a mapping"
+        )
     return ModelSource(model, args or (), kwargs or {}, shapes)
