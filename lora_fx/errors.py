@@ -60,7 +60,7 @@ def within(where: object) -> Iterator[None]:
 _VERBS = (
     "add|apply|ask|call|choose|combine|convert|copy|correct|create|download|drop|export|fold|free|"
     "fuse|give|inspect|install|keep|leave|let|load|make|merge|name|pass|put|read|remove|rename|"
-    "report|save|say|set|strip|take|trace|train|try|use|wrap|write"
+    "report|return|save|say|set|strip|take|trace|train|try|use|wrap|write"
 )
 _STEP = re.compile(rf"(?:^|[;:,.!?(] ?|\b(?:or|and|please) |\n)(?:{_VERBS})\b", re.IGNORECASE)
 

@@ -187,6 +187,6 @@ def _checked(spec: str, returned: Any) -> ModelSource:
         )
     if not isinstance(args, tuple | None) or not isinstance(kwargs, Mapping | None):
         raise LoraFxError(
-            f"{spec}: expected args, a tuple of example inputs, and kwargs, a mapping"
+            f"{spec}: args must be a tuple and kwargs a mapping of example inputs: return such"
         )
     return ModelSource(model, args or (), kwargs or {}, shapes)
