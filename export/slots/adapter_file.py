@@ -21,7 +21,7 @@ from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.runtime.ort import ERRORS, to_ort_value
-from lora_fx.export.slots.adapter_report import AdapterReport
+from lora_fx.export.slots.adapter_report import AdapterReport, report_of
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
@@ -67,7 +67,7 @@ def export_adapter(
             if False, only those are read that DoRA and (IA)3 scale.
 
     Returns:
-        What was written: the slots that the adapter fills, with ranks, and those that it leaves.
+        A report of the slots that the adapter fills, with ranks, and of those that it leaves.
 
     Raises:
         ExportError: the model has no slots, was changed, or the output exists.
@@ -106,9 +106,7 @@ def _export(
     values = values_of_adapter(own, manifest, model_path)
     del adapter, own  # a caller who gave a path has no use for it either
     with staged(out, force=force) as draft:
-        told = partial(
-            AdapterReport.of, out, model_path, format, name, values=values, manifest=manifest
-        )
+        told = partial(report_of, out, model_path, format, name, values=values, manifest=manifest)
         if format == "safetensors":
             values = every_value(manifest, model_path, values)
             write_slot_tensors(draft, values, manifest, name)

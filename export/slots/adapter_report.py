@@ -60,27 +60,6 @@ class AdapterReport:
     filled: Sequence[Filled]
     left: Sequence[str]
 
-    @classmethod
-    def of(
-        cls, path: Path, model: Path, format: SlotFormat, name: str | None, size: int,
-        values: Mapping[str, torch.Tensor], manifest: Manifest,
-    ) -> AdapterReport:  # fmt: skip
-        """What was written of an adapter's values.
-
-        Args:
-            path: of the file.
-            model: that it is for.
-            format: of the file.
-            name: of the adapter.
-            size: bytes of the file.
-            values: the adapter's, by the names of the inputs.
-            manifest: of the model.
-        """
-        acting = [slot for slot in manifest.slots if _acts(slot, values)]
-        filled = tuple(_filled(slot, values) for slot in acting)
-        left = tuple(slot.path for slot in manifest.slots if slot not in acting)
-        return cls(str(path), name, str(model), format, size, filled, left)
-
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
@@ -105,6 +84,27 @@ class AdapterReport:
         rows: list[list[object]] = [[f.path, f.rank, f.dtype, size(f.size)] for f in self.filled]
         rows += [[path, "as the base", None, None] for path in self.left]
         return table(["slot", "rank", "dtype", "size"], rows, self._head())
+
+
+def report_of(
+    path: Path, model: Path, format: SlotFormat, name: str | None, size: int,
+    values: Mapping[str, torch.Tensor], manifest: Manifest,
+) -> AdapterReport:  # fmt: skip
+    """What was written of an adapter's values.
+
+    Args:
+        path: of the file.
+        model: that it is for.
+        format: of the file.
+        name: of the adapter.
+        size: bytes of the file.
+        values: the adapter's, by the names of the inputs.
+        manifest: of the model.
+    """
+    acting = [slot for slot in manifest.slots if _acts(slot, values)]
+    filled = tuple(_filled(slot, values) for slot in acting)
+    left = tuple(slot.path for slot in manifest.slots if slot not in acting)
+    return AdapterReport(str(path), name, str(model), format, size, filled, left)
 
 
 def _acts(slot: AnySlot, values: Mapping[str, torch.Tensor]) -> bool:
