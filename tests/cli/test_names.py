@@ -40,6 +40,10 @@ def inner():
     return Inner().eval(), (torch.randn(4, 3),), {}, ({0: "batch"},)
 
 
+def plain():
+    return nn.Linear(3, 5).eval(), (torch.randn(4, 3),)
+
+
 def both():
     torch.manual_seed(0)
     return Both().eval(), (torch.randn(4, 3),), {}, ({0: "batch"},)
@@ -134,3 +138,18 @@ def test_the_prefix_says_which_of_two_an_adapter_is_for(
     report = json.loads(capfd.readouterr().out)["file"]
     assert report["filled"] == [{"path": "query.one", "rank": 2, "dtype": "float32", "size": 64}]
     assert (report["left"], report["size"]) == (["key.one"], file.stat().st_size)
+
+
+def test_a_dry_run_and_inspect_say_what_the_file_has(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``input`` is a function of Python too, which graphs call ``input_1``."""
+    spec, out = f"{home / 'named.py'}:plain", tmp_path / "out"
+    assert call("export", spec, "--dry-run", "--json", "-o", out) == 0
+    (part,) = json.loads(capfd.readouterr().out)["parts"]
+    assert call("export", spec, "-o", out) == 0
+    file = ort.InferenceSession(str(out / "model.onnx"))
+    assert part["inputs"] == [value.name for value in file.get_inputs()] == ["input"]
+    assert "verified: " in capfd.readouterr().out
+    assert call("inspect", out / "model.onnx", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["mode"] == "merged"
