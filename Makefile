@@ -73,7 +73,8 @@ release-check: .venv/dev.stamp
 	$(PYTHON) -m venv .venv-release
 	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		dist/*.whl
-	cd dist && ../.venv-release/bin/lora-fx --version && ../.venv-release/bin/lora-fx demo --help
+	cd dist && ../.venv-release/bin/lora-fx --version && ../.venv-release/bin/lora-fx demo --help \
+		&& ../.venv-release/bin/lora-fx doctor
 	rm -rf build *.egg-info
 
 test-clients: .venv/clients.stamp

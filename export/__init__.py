@@ -8,10 +8,12 @@ from lora_fx.export.rewriting.merge import merge_onnx
 from lora_fx.export.runtime.calibration import CalibrationReader
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.adapter_report import AdapterReport
 from lora_fx.export.slots.choose import slots_for
 from lora_fx.export.verification.verify_onnx import verify_onnx
 
 __all__ = [
+    "AdapterReport",
     "CalibrationReader",
     "ExportReport",
     "Session",

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
+from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice
 from lora_fx.errors import ExportError
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
@@ -46,7 +47,7 @@ def to_onnx(
     gm: fx.GraphModule,
     path: str | Path,
     *,
-    adapters: str = "constant",
+    adapters: AdapterMode = "constant",
     verify: bool = True,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -56,7 +57,7 @@ def to_onnx(
     slots: Wanted = None,
     vectors: bool | None = None,
     opset: int | None = None,
-    quantize: int | str | None = None,
+    quantize: BitsOrFloat | None = None,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -117,8 +118,7 @@ def to_onnx(
             f"to_onnx writes a GraphModule, not a {type(gm).__name__}: trace the model first, "
             "gm = lora_fx.trace(model, args)"
         )
-    if adapters not in ("constant", "input", "required"):
-        raise ExportError(f"adapters={adapters!r}: expected 'constant', 'input' or 'required'")
+    check_choice("adapters=", adapters, AdapterMode, ExportError)
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input" or "required"')
     check_opset(opset)
@@ -196,14 +196,14 @@ def _verified(
 
 
 def _planned(
-    gm: fx.GraphModule, adapters: str, slots: Wanted, vectors: bool | None, *, apart: bool
+    gm: fx.GraphModule, adapters: AdapterMode, slots: Wanted, vectors: bool | None, *, apart: bool
 ) -> Constant | Swappable:
     if adapters == "constant":
         return Constant.of(gm, apart=apart)
     return Swappable.of(gm, slots, vectors, required=adapters == "required", apart=apart)
 
 
-def _mode(gm: fx.GraphModule, adapters: str) -> str:
+def _mode(gm: fx.GraphModule, adapters: AdapterMode) -> Mode:
     if adapters != "constant":
         return "required" if adapters == "required" else "swappable"
     return "unmerged" if is_unmerged(gm) else "merged"

@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.choices import Mode
 from lora_fx.errors import ExportError, VerificationError, memory_told
 from lora_fx.io.records import read_record
 from lora_fx.reference.reference_run import WeightForm
 from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.report.look import Look, Picture
-from lora_fx.report.summary import in_notebook
+from lora_fx.report.summary import in_notebook, verdict
+from lora_fx.tables import size
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Check:
         """One line of the table."""
         return (
             f"{'ok  ' if self.ok else 'FAIL'} {self.what:<24} {self.output:<20} {self.shape:<24} "
-            f"{self.optimisation:<4} relative {self.relative:.1e}  max {self.max_abs:.1e}"
+            f"optimiser {self.optimisation:<4} relative {self.relative:.1e}  max {self.max_abs:.1e}"
         )
 
 
@@ -132,7 +134,7 @@ class ExportReport:
     """
 
     path: str
-    mode: str
+    mode: Mode
     files: dict[str, int]
     opset: int
     seconds: dict[str, float]
@@ -211,8 +213,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A short table: files, the worst check of each kind, controls, notes."""
-        sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.files.items())
-        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}"]
+        sizes = ", ".join(f"{name} {size(count)}" for name, count in self.files.items())
+        lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}", self._verdict()]
         if self.task:
             lines.append(f"task {self.task}")
         if self.dtype:
@@ -225,10 +227,20 @@ class ExportReport:
         if self.quantised is not None:
             lines += [f"quantised {row}" for row in str(self.quantised).split("\n")]
         lines += [f"check    {row}" for row in _worst(self.checks)]
-        lines += [f"control  {row}" for row in self.controls]
+        lines += [f"control  {str(row).replace('FAIL', 'same', 1)}" for row in self.controls]
         lines += [f"note     {note}" for note in self.notes]
         times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, times])
+
+    def _verdict(self) -> str:
+        """One line that answers whether it worked; a control need not differ on every output."""
+        if not self.checks:
+            return verdict(self)
+        agree, differ = (sum(row.ok for row in rows) for rows in (self.checks, self.controls))
+        return (
+            f"{verdict(self)}: {agree} of {len(self.checks)} checks agree, "
+            f"{differ} of {len(self.controls)} controls differ"
+        )
 
     def _repr_html_(self) -> str:
         return in_notebook(self)
@@ -351,12 +363,15 @@ class Verification:
             table = "\n".join([*map(str, wrong[:_SHOWN]), *self.suspects])
             raise VerificationError(
                 f"{path}: {len(wrong)} of {len(self.checks)} checks disagree with "
-                f"{self.against}:\n{table}"
+                f"{self.against}:\n{table}\nExpected are the model and the adapters that the file "
+                "was made of, in the same mode and dtype: give those; if they are, report it"
             )
         if self.controls and not any(row.ok for row in self.controls):
             table = "\n".join(map(str, self.controls[:_SHOWN]))
             raise VerificationError(
-                f"{path}: the control agrees with the file, so the checks prove nothing:\n{table}"
+                f"{path}: the control agrees with the file, so the checks prove nothing:\n{table}\n"
+                "Expected is an adapter that changes the outputs: inspect its norms, or give "
+                "example inputs that reach it"
             )
 
 

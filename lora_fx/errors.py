@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,34 @@ def within(where: object) -> Iterator[None]:
         yield
     except LoraFxError as error:
         error.args = (f"{where}: {error}",)
+        raise
+
+
+# How a clause begins that says what to do.
+_VERBS = (
+    "add|apply|ask|call|choose|combine|convert|copy|correct|create|download|drop|export|fold|free|"
+    "fuse|give|inspect|install|keep|leave|let|load|make|merge|name|pass|put|read|remove|rename|"
+    "report|return|save|say|set|strip|take|trace|train|try|use|wrap|write"
+)
+_STEP = re.compile(rf"(?:^|[;:,.!?(] ?|\b(?:or|and|please) |\n)(?:{_VERBS})\b", re.IGNORECASE)
+
+
+def says_what_to_do(text: str) -> bool:
+    """Whether a message names the next step."""
+    return _STEP.search(text) is not None
+
+
+@contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """Ends the message of any error raised inside by what to do, unless it says that itself.
+
+    Who finds what is wrong with a tensor does not know where its file is from; a border does.
+    """
+    try:
+        yield
+    except LoraFxError as error:
+        if not says_what_to_do(str(error)):
+            error.args = (f"{str(error).rstrip('.')}; {advice}",)
         raise
 
 

@@ -9,6 +9,7 @@ import torch
 from lora_fx.branch_lowering import forms
 from lora_fx.branch_lowering.emit_form import emit
 from lora_fx.branch_lowering.selection import TOKENS, Form, choices
+from lora_fx.choices import Target, check_choice
 from lora_fx.errors import PassError
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.editor import Editor
@@ -36,7 +37,7 @@ class ChooseForm(Pass):
         share: whether layers that read one x may share a shrink.
     """
 
-    target: str = "constant"
+    target: Target = "constant"
     tokens: int = TOKENS
     form: Form | None = None
     share: bool = True
@@ -44,8 +45,7 @@ class ChooseForm(Pass):
     @torch.no_grad()
     def rewrite(self, editor: Editor) -> None:
         """Rewrites the layers of one x after those of another."""
-        if self.target not in ("constant", "input"):
-            raise PassError(f"target={self.target!r}: expected 'constant' or 'input'")
+        check_choice("target=", self.target, Target, PassError)
         if self.form is not None and self.form.kind not in forms.CONSTANT | forms.SLOTS:
             known = ", ".join(forms.CONSTANT | forms.SLOTS)
             raise PassError(f"form={self.form.kind!r}: expected one of {known}")

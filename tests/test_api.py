@@ -51,6 +51,7 @@ PUBLIC = {
     "lora_fx": """
 Adapter(name, updates, replacements=<factory>, expects=None, moved=None)
 AdapterError
+AdapterReport
 AdapterWarning
 ExportError
 ExportReport
@@ -75,7 +76,7 @@ export_adapter(adapter, model_path, out_path, *, format=None, force=False, check
 extract(base, tuned, rank=None, energy=None, *, name='extracted')
 fold(gm, *, chains=False)
 inject(gm, adapter, *, strict=True)
-load_adapter(path, *, name=None, format='auto', base=None, strict=True, **hints)
+load_adapter(path, *, name=None, format='auto', base=None, prefix=None, strict=True, **hints)
 passes
 report
 save_adapter(adapter, path, *, format='peft', force=False, **hints)
@@ -107,6 +108,7 @@ op_name(node)
 sites(gm)
 """,
     "lora_fx.export": """
+AdapterReport
 CalibrationReader(path, inputs, adapters)
 ExportReport
 Session(path, threads=None, providers=None, *, check=True)
@@ -195,7 +197,16 @@ zoo(name)
 }
 # Made by us, and read by a user.
 GIVEN = {"Checked", "Edit", "Editor", "ExportReport", "Exported", "Foreign", "PassResult", "Site"}
-GIVEN |= {"Case", "Differences", "Drawing", "ModelSource", "SavedCase", "Sample", "Task"}
+GIVEN |= {
+    "AdapterReport",
+    "Case",
+    "Differences",
+    "Drawing",
+    "ModelSource",
+    "SavedCase",
+    "Sample",
+    "Task",
+}
 # What was promised first: later versions may only add what is optional.
 CONTRACT = """
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto')

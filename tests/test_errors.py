@@ -11,10 +11,13 @@ import torch
 from lora_fx.errors import (
     AdapterError,
     AdapterWarning,
+    ExportError,
     LoraFxError,
     TraceError,
     VerificationError,
+    advised,
     memory_told,
+    says_what_to_do,
     shorten,
     within,
 )
@@ -136,3 +139,44 @@ def test_a_lack_of_memory_is_told_as_what_it_hinders(raised: Exception) -> None:
 def test_another_error_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), memory_told("french", AdapterError):
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x: no rank; save it again", True),
+        ("a pickle can run code, or pass allow_pickle=True", True),
+        ("x: no such file: give an adapter", True),
+        ("The layers: a, b. Use another base", True),
+        ("Leave it out", True),
+        ("lora_A is (3,), the layer is (2, 4)", False),
+        ("the file does not say how to use it", False),  # in the middle of a clause
+        ("not a safetensors file: header of 9 bytes", False),
+        ("reporting is off; savings are lost", False),
+    ],
+)
+def test_a_step_begins_a_clause(text: str, says: bool) -> None:
+    assert says_what_to_do(text) is says
+
+
+def test_a_border_says_what_to_do_where_nobody_did() -> None:
+    def fails(text: str) -> None:
+        with advised("save it again"), within("a file"):
+            raise AdapterError(text)
+
+    with pytest.raises(AdapterError, match=r"^a file: no rank; save it again$"):
+        fails("no rank.")
+    with pytest.raises(AdapterError, match=r"^a file: no rank; pass r=$"):
+        fails("no rank; pass r=")
+    with pytest.raises(ValueError, match=r"^no rank$"), advised("save it again"):
+        raise ValueError("no rank")
+
+
+def test_a_function_can_be_such_a_border() -> None:
+    @advised("export it again")
+    def reads() -> None:
+        raise ExportError("cut off")
+
+    for _ in range(2):
+        with pytest.raises(ExportError, match=r"^cut off; export it again$"):
+            reads()

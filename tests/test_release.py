@@ -100,3 +100,8 @@ def test_the_pythons_that_are_promised() -> None:
 def test_every_extra_is_described() -> None:
     told = (ROOT / "CHANGELOG.md").read_text()
     assert [extra for extra in PROJECT["optional-dependencies"] if f"`{extra}`" not in told] == []
+
+
+def test_what_is_released_examines_itself() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\nrelease-check:")[2].partition("\n\n")[0]
+    assert "lora-fx doctor" in recipe

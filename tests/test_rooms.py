@@ -39,7 +39,7 @@ ALLOWED["export"] = {*ALLOWED, "frontend", "reference", "explanation"} - {
     "tasks",
 }
 FREE = {"api", "cli", "demo", "explanation", "testing", "__init__", "__main__"}  # any room
-BASIC = {"errors", "numerics", "tables"}  # what any room may import
+BASIC = {"choices", "errors", "numerics", "tables"}  # what any room may import
 LOOSE = {"__init__", "__main__", "api", "explanation", *BASIC}
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 HEAVY = ONNX | {"transformers", "peft"}

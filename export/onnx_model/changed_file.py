@@ -11,7 +11,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from lora_fx.errors import ExportError, shorten, within
+from lora_fx.errors import ExportError, advised, shorten, within
 from lora_fx.export.onnx_model.digests import (
     KEY,
     VERSION,
@@ -34,6 +34,7 @@ _ADVICE = (
 _PRODUCER = "pytorch"  # what torch.onnx signs with
 
 
+@advised("give the file as it was exported, or export it again")
 def check_digests(model: ModelProto, path: Path) -> None:
     """Reads every weight of a file, and refuses one that is not what was exported.
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, advised
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.lazy_compile import compiled_when_read
@@ -45,6 +45,7 @@ def check_opset(opset: object) -> None:
 
 
 @compiled_when_read()
+@advised("write what it names in other operators of PyTorch")
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
     """Translates a program operator by operator, unoptimised.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnx import ModelProto, TensorProto, external_data_helper
 
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import ExportError, advised, shorten
 from lora_fx.export.onnx_model.tensor_protos import byte_size, every_tensor
 from lora_fx.io.plain_file import check_plain
 
@@ -36,6 +36,7 @@ class Range:
     tensor: str
 
 
+@advised("copy the file and its data again, or export it again")
 def check_external_data(model: ModelProto, path: Path) -> None:
     """Refuses a model whose external data is not plainly its own.
 

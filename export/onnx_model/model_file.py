@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from lora_fx.errors import ExportError, LoraFxError, within
+from lora_fx.errors import ExportError, LoraFxError, advised, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
 from lora_fx.export.onnx_model.tensor_protos import check_model
@@ -120,6 +120,7 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
     return [value for value in values if value.const_value is not None]
 
 
+@advised("give the file as it was exported, or export it again")
 def load_proto(path: Path) -> onnx.ModelProto:
     """Reads a model without its external data.
 

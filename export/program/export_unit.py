@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from lora_fx.errors import ExportError
 from lora_fx.export.program.example_inputs import Inputs
 from lora_fx.export.program.io_signature import (
     TensorInput,
+    check_apart,
     checked_names,
     free_names,
     input_leaves,
@@ -81,6 +83,13 @@ def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) ->
     leaves = [replace(leaf, name=name) for leaf, name in zip(leaves, called, strict=True)]
     own = output_names(outputs_of(program))
     wanted = checked_names("output_names", inputs.output_names, own)
+    if inputs.output_names is not None:
+        check_apart("output_names", wanted, called)
+    if inputs.generates and [*wanted] != own:
+        raise ExportError(
+            "output_names: a decoder with a cache is run by the names of its outputs, logits and "
+            "present.*: expected none; leave it out"
+        )
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]

@@ -172,12 +172,29 @@ def checked_names(
         if strange := [name for name in given if name not in known]:
             raise ExportError(f"{option}: no {shorten(strange)}; there are {shorten(list(known))}")
         given = [given.get(name, name) for name in known]
-    if isinstance(given, str) or len(given) != len(known) or len(set(given)) < len(given):
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if not is_list or len(given) != len(known) or len({*map(str, given)}) < len(given):
+        found = list(given) if is_list else given
         raise ExportError(
-            f"{option} is {list(given)!r:.200}: expected {len(known)} different names, for "
+            f"{option} is {found!r:.200}: expected {len(known)} different names, for "
             f"{shorten(list(known))}"
         )
+    if odd := [n for n in given if not isinstance(n, str) or not n.isprintable() or not n.strip()]:
+        raise ExportError(f"{option}: {odd[0]!r:.80}: expected a name that can be printed")
     return given
+
+
+def check_apart(option: str, given: Sequence[str], taken: Sequence[str]) -> None:
+    """Refuses names that were asked for and are others' already.
+
+    Raises:
+        ExportError: says which.
+    """
+    if both := [name for name in given if name in taken]:
+        raise ExportError(
+            f"{option}: {shorten(both)} is an input too, and a file has each name once: expected "
+            f"others than {shorten(list(taken))}"
+        )
 
 
 def free_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:

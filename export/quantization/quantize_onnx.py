@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_fx.choices import Bits
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -33,7 +34,7 @@ def quantize_onnx(
     model_path: str | Path,
     out_path: str | Path,
     *,
-    bits: int | str = 4,
+    bits: Bits = 4,
     block_size: int | None = None,
     accuracy_level: int = 0,
     layers: Sequence[str] | None = None,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.choices import SlotMode, check_choice
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -47,7 +48,7 @@ def add_lora(
     *,
     slots: str | Sequence[str] = ALL_LINEAR,
     names: Mapping[str, str] | None = None,
-    adapters: str = "input",
+    adapters: SlotMode = "input",
     inputs: Mapping[str, Any] | None = None,
     check: bool = True,
     verify: bool = True,
@@ -79,8 +80,7 @@ def add_lora(
         ExportError: no layer of a name, two of one, the file has slots, or the output exists.
         VerificationError: the files disagree, or the control agrees.
     """
-    if adapters not in ("input", "required"):
-        raise ExportError(f"adapters={adapters!r}: expected 'input' or 'required'")
+    check_choice("adapters=", adapters, SlotMode, ExportError)
     path, out, clock = Path(model_path), Path(out_path), Clock(progress)
     with keeping(path):
         refuse_existing(out, force=force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
@@ -14,11 +15,13 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added_to_each
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.updates import activated
+from lora_fx.choices import SlotFormat, words
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.runtime.ort import ERRORS, to_ort_value
+from lora_fx.export.slots.adapter_report import AdapterReport, report_of
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
@@ -31,7 +34,6 @@ from lora_fx.layers.axes import sizes_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
-FORMATS = ("onnx_adapter", "safetensors")
 ORT_ADAPTER, SAFETENSORS = ".onnx_adapter", ".safetensors"
 _ADAPTER_VERSION = 1
 _NO_ADAPTER = Adapter("none", {})
@@ -42,10 +44,10 @@ def export_adapter(
     model_path: str | Path,
     out_path: str | Path,
     *,
-    format: str | None = None,
+    format: SlotFormat | None = None,
     force: bool = False,
     check: bool = True,
-) -> None:
+) -> AdapterReport:
     """Writes an adapter as a file for a model that was exported with slots.
 
     A layer that the adapter leaves alone gets a value of no effect. The scale is folded into B in
@@ -64,6 +66,9 @@ def export_adapter(
         check: read all weights of the model once, and refuse one that is not what was exported;
             if False, only those are read that DoRA and (IA)3 scale.
 
+    Returns:
+        A report of the slots that the adapter fills, with ranks, and of those that it leaves.
+
     Raises:
         ExportError: the model has no slots, was changed, or the output exists.
         AdapterError: the adapter does not fit the slots, or holds what a slot cannot carry.
@@ -71,21 +76,22 @@ def export_adapter(
     source, out = (None if isinstance(adapter, Adapter) else adapter), Path(out_path)
     if format is None:
         format = "safetensors" if out.suffix == SAFETENSORS else "onnx_adapter"
-    if format not in FORMATS:
-        raise ExportError(f"a file of format {format!r}: expected {' or '.join(FORMATS)}")
+    if format not in words(SlotFormat):
+        known = " or ".join(words(SlotFormat))
+        raise ExportError(f"a file of format {format!r:.80}: expected {known}")
     with keeping(source, model_path):
         refuse_existing(out, force=force)
-        _export(adapter, Path(model_path), out, format, force, check)
+        return _export(adapter, Path(model_path), out, format, force, check)
 
 
 def _export(
     adapter: Adapter | str | Path | None,
     model_path: Path,
     out: Path,
-    format: str,
+    format: SlotFormat,
     force: bool,
     check: bool,
-) -> None:
+) -> AdapterReport:
     proto = load_proto(model_path)
     manifest = manifest_in(proto, model_path, strict=True)
     if manifest is None:
@@ -100,6 +106,7 @@ def _export(
     values = values_of_adapter(own, manifest, model_path)
     del adapter, own  # a caller who gave a path has no use for it either
     with staged(out, force=force) as draft:
+        told = partial(report_of, out, model_path, format, name, values=values, manifest=manifest)
         if format == "safetensors":
             values = every_value(manifest, model_path, values)
             write_slot_tensors(draft, values, manifest, name)
@@ -107,6 +114,7 @@ def _export(
             _write(draft, values, manifest)
         check_adapter_file(draft, manifest, model_path)
         _check_bits(draft, values)
+        return told(size=draft.stat().st_size)
 
 
 def _write(draft: Path, values: Mapping[str, torch.Tensor], manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, advised, shorten, within
 from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.manifest import UNKNOWN, Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
@@ -53,6 +53,7 @@ class Stored:
     memory: object = None
 
 
+@advised("make it again with export_adapter")
 def read_stored(path: Path) -> Stored:
     """Reads an adapter file, onnxruntime's own or of safetensors.
 
@@ -68,6 +69,7 @@ def read_stored(path: Path) -> Stored:
         return Stored(_views(stored), stored.get_model_version(), memory=stored)
 
 
+@advised("make it again with export_adapter")
 def check_adapter_file(path: Path, manifest: Manifest, model: Path) -> None:
     """Checks that a file was made for this model, and fills exactly its slots.
 

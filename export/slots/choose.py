@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
 import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.choices import SlotForm
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import DTYPES
 from lora_fx.export.slots.slot import (
@@ -35,11 +37,11 @@ from lora_fx.passes import StripLora
 
 Groups = Mapping[str, Sequence[Site]]
 ALL_LINEAR = "all-linear"
-FORMS = (FACTORS, VECTORS, WEIGHT, INVOCATION)
-Wanted = str | Sequence[str] | Mapping[str, str] | None
+FORMS = get_args(SlotForm)
+Wanted = str | Sequence[str] | Mapping[str, SlotForm] | None
 
 
-def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]:
+def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, SlotForm]:
     """What an export with ``adapters="input"`` leaves open for adapters, as its ``slots=``.
 
     Factors for what is of low rank, and whole tensors for what is replaced. A weight that is made
@@ -58,7 +60,7 @@ def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, str]
         AdapterError: an adapter does not fit.
     """
     layers = layers_in(gm, by_path(gm))
-    found: dict[str, str] = {}
+    found: dict[str, SlotForm] = {}
     for adapter in adapters:
         binding = bind(layers, adapter)
         for path in binding.updates:
@@ -117,7 +119,7 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
     return [*layers, *(_expert_slot(gm, path) for path in experts), *whole, *tokens]
 
 
-def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, str]:
+def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, SlotForm]:
     """Path of a layer or a parameter -> form."""
     if wanted is None:
         example = example_of(gm)
@@ -129,7 +131,7 @@ def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, str]
     return _asked_for(gm, groups, [wanted] if isinstance(wanted, str) else wanted)
 
 
-def _in_graph(gm: fx.GraphModule) -> dict[str, str]:
+def _in_graph(gm: fx.GraphModule) -> dict[str, SlotForm]:
     """What the adapters in a graph change."""
     base = StripLora()(gm).graph_module
     found = slots_for(base, [record.now(gm) for record in injected(gm)])
@@ -143,9 +145,9 @@ def _in_graph(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def _asked_for(
-    gm: fx.GraphModule, groups: Groups, wanted: Sequence[str] | Mapping[str, str]
-) -> dict[str, str]:
-    found: dict[str, str] = {}
+    gm: fx.GraphModule, groups: Groups, wanted: Sequence[str] | Mapping[str, SlotForm]
+) -> dict[str, SlotForm]:
+    found: dict[str, SlotForm] = {}
     unknown = []
     for name in wanted:
         form = wanted[name] if isinstance(wanted, Mapping) else None
@@ -188,7 +190,7 @@ def parameter(gm: fx.GraphModule, name: str) -> torch.Tensor | LazyTensor:
     return found
 
 
-def _whole(gm: fx.GraphModule, forms: Mapping[str, str], groups: Groups) -> list[str]:
+def _whole(gm: fx.GraphModule, forms: Mapping[str, SlotForm], groups: Groups) -> list[str]:
     """The parameters that are slots themselves: of a layer its weight, and its bias if any."""
     asked = [path for path, form in forms.items() if form == WEIGHT]
     names = [path for path in asked if path not in groups]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import torch
 
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
 
-TENSOR, EXPERTS, INVOCATION = "tensor", "experts", "invocation"
+TENSOR, EXPERTS = "tensor", "experts"
+INVOCATION: Final = "invocation"
 
 
 class Input(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from lora_fx.algebra.low_rank import (
     pairs_beside,
 )
 from lora_fx.algebra.matrix_expr import Leaf, constant
+from lora_fx.choices import SlotForm
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.slots.base_weights import BaseWeights
 from lora_fx.export.slots.foreign import fitted_names
@@ -32,7 +33,9 @@ from lora_fx.injection.invocation_mask import IDS
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
-FACTORS, VECTORS, WEIGHT = "factors", "vectors", "weight"
+FACTORS: Final = "factors"
+VECTORS: Final = "vectors"
+WEIGHT: Final = "weight"
 Values = dict[str, torch.Tensor]
 
 
@@ -88,7 +91,7 @@ def _layers(manifest: Manifest) -> BaseLayers:
     return BaseLayers({**whole, **factors}, held=held)
 
 
-def form_of(update: AnyUpdate, layer: Layer | None) -> str | None:
+def form_of(update: AnyUpdate, layer: Layer | None) -> SlotForm | None:
     """Which slot serves an update: factors, with vectors or without; None: a whole tensor alone.
 
     Args:

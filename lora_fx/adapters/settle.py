@@ -70,6 +70,35 @@ def settled(
     )
 
 
+def inside(adapter: Adapter, prefix: str) -> Adapter:
+    """The adapter of a module, as one of the model that holds it.
+
+    Args:
+        adapter: by the paths of the module, as its file has them.
+        prefix: the module's path in the model.
+
+    Raises:
+        AdapterError: the prefix is no path, or the adapter's paths are those of the model already.
+    """
+    if not all(part.isidentifier() or part.isdecimal() for part in prefix.split(".")):
+        raise AdapterError(
+            f"prefix {prefix!r:.80}: expected the path of a module in the model, such as m or "
+            "encoder.0"
+        )
+    if adapter.moved is not None:
+        raise AdapterError(
+            f"prefix {prefix!r:.80}: a format like this one finds its layers in the base by "
+            "itself; leave prefix out"
+        )
+    return replace(
+        adapter,
+        updates={f"{prefix}.{path}": update for path, update in adapter.updates.items()},
+        replacements={f"{prefix}.{name}": value for name, value in adapter.replacements.items()},
+        expects=None,  # it speaks of the module's own paths
+        moved={"": prefix},
+    )
+
+
 def place(
     updates: Mapping[str, AnyUpdate], meant: Mapping[str, Meaning], base: BaseLayers
 ) -> dict[str, AnyUpdate]:
@@ -158,6 +187,7 @@ def check_one(several: Mapping[str, list[str]]) -> None:
     if several:
         told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
         raise AdapterError(
-            f"names that mean several layers of the base: {shorten(told)}; rename one "
-            "of the layers, or convert the file where it was made"
+            f"names that mean several layers of the base: {shorten(told)}; pass prefix= to "
+            "load_adapter, the path of the module that the file is of, or rename one of the "
+            "layers, or convert the file where it was made"
         )

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lora_fx.branch_lowering import forms
 from lora_fx.branch_lowering.cost import Cost, LayerShape, cost_of, cost_of_shrink
+from lora_fx.choices import Target
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.match_branch import Branch, branches_of, parameter_names
 from lora_fx.layers.sites import Site, sites
@@ -20,7 +21,7 @@ TOKENS = 256  # what the rows of an activation are taken to be where they are no
 
 def choices(
     gm: fx.GraphModule,
-    target: str = "constant",
+    target: Target = "constant",
     tokens: int = TOKENS,
     form: Form | None = None,
     share: bool = True,

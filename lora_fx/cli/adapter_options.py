@@ -1,4 +1,4 @@
-"""Options that commands share: adapters, and what their files do not say."""
+"""What commands are told of adapters beside their files; torch is loaded when one is read."""
 
 from __future__ import annotations
 
@@ -8,47 +8,31 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-import typer
-from torch import nn
-
-from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.cli.model_source import find_model
+from lora_fx import choices
+from lora_fx.choices import check_choice
+from lora_fx.cli.options import (
+    AllowPickle,
+    Alpha,
+    Base,
+    Component,
+    EnableLora,
+    Format,
+    Prefix,
+    UseRslora,
+)
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats import FORMATS, load_adapter
-from lora_fx.frontend.trace import trace
-from lora_fx.tasks.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_fx.adapters.adapter import Adapter
+    from lora_fx.tasks.model_source import ModelSource
 
 T = TypeVar("T")
 
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
-
-
-Alpha = Annotated[
-    list[str] | None,
-    typer.Option("--alpha", help="The lora_alpha, where a file stores none; or LAYER=ALPHA."),
-]
-EnableLora = Annotated[
-    list[str] | None,
-    typer.Option("--enable-lora", help="loralib's enable_lora, as 1,0,1; or LAYER=1,0,1."),
-]
-UseRslora = Annotated[
-    bool, typer.Option("--use-rslora", help="The scale is alpha / sqrt(r), where none is stored.")
-]
-Component = Annotated[
-    str | None,
-    typer.Option("--component", help="The only part of a pipeline that is meant, as unet."),
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read a .bin or .pt, of tensors alone.")
-]
-Format = Annotated[
-    str | None, typer.Option("--format", help="The adapter's format, where nothing tells it.")
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="The model that names mean layers of, as in export.")
-]
 
 
 @dataclass(frozen=True)
@@ -62,6 +46,7 @@ class AdapterOptions:
         component: the part of a pipeline that is meant.
         allow_pickle: read a ``.bin`` or ``.pt``.
         format: of the adapter's file or directory, by `load_adapter`'s names.
+        prefix: the path of the module that the adapter is for.
         base: the model that names are resolved against, as `find_model` takes it.
     """
 
@@ -71,14 +56,18 @@ class AdapterOptions:
     component: Component = None
     allow_pickle: AllowPickle = False
     format: Format = None
+    prefix: Prefix = None
     base: Base = None
 
     def hints(self) -> dict[str, Any]:
         """What is given, by the names and in the types of `load_adapter`.
 
         Raises:
-            AdapterError: a value that is no number or no list of flags; says which option.
+            AdapterError: a value that is no number, no list of flags or no format; says which
+                option.
         """
+        if self.format is not None:
+            check_choice("--format ", self.format, choices.Format, AdapterError)
         every: dict[str, Any] = {
             "alpha": _by_end("--alpha", self.alpha or (), _number),
             "enable_lora": _by_end("--enable-lora", self.enable_lora or (), _flags),
@@ -86,6 +75,7 @@ class AdapterOptions:
             "component": self.component,
             "allow_pickle": self.allow_pickle or None,
             "format": self.format,
+            "prefix": self.prefix,
         }
         return {name: value for name, value in every.items() if value is not None}
 
@@ -100,6 +90,8 @@ class AdapterOptions:
         Raises:
             LoraFxError: the adapter, or the model that was named, cannot be read.
         """
+        from lora_fx.formats import load_adapter
+
         hints = self.hints()
         return load_adapter(path, base=self.model() if base is None else base, name=name, **hints)
 
@@ -109,7 +101,11 @@ class AdapterOptions:
         Raises:
             LoraFxError: it cannot be read.
         """
-        return None if self.base is None else base_of(find_model(self.base))
+        if self.base is None:
+            return None
+        from lora_fx.cli.model_source import find_model
+
+        return base_of(find_model(self.base))
 
     def split(self, to: str | None) -> tuple[AdapterOptions, dict[str, Any]]:
         """What to read with, and the hints to write with: the component is of one of the two.
@@ -117,6 +113,8 @@ class AdapterOptions:
         Args:
             to: the format to write; if it has components, the one given is of what is written.
         """
+        from lora_fx.formats import FORMATS
+
         takes = to in FORMATS and "component" in FORMATS[to].write_hints
         if self.component is None or not takes:
             return self, {}
@@ -165,6 +163,8 @@ def named(paths: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str |
     Raises:
         AdapterError: there are other than as many names as adapters, or one is no identifier.
     """
+    from lora_fx.adapters.adapter import check_name
+
     pairs = [
         (name, Path(path)) for name, equals, path in (n.partition("=") for n in names) if equals
     ]
@@ -184,6 +184,10 @@ def named(paths: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str |
 
 def base_of(source: ModelSource) -> nn.Module:
     """The model whose layers names are resolved against; of an exported program, its graph."""
+    from torch import nn
+
+    from lora_fx.frontend.trace import trace
+
     model = source.base or source.model
     return model if isinstance(model, nn.Module) else trace(model)
 
@@ -220,66 +224,3 @@ def _flags(option: str, text: str) -> list[bool]:
     if any(word not in _FLAGS for word in words):
         raise AdapterError(f"{option} {text}: expected flags, such as 1,0,1, or LAYER=FLAGS")
     return [_FLAGS[word] for word in words]
-
-
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="A directory of Hugging Face's or diffusers', module:function, file.py:function, or "
-        "a .pt2 file.",
-        show_default=False,
-    ),
-]
-NamedModel = Annotated[
-    str | None, typer.Option("-m", "--model", help="The same, as an option.", show_default=False)
-]
-Against = Annotated[
-    str,
-    typer.Option("--against", "-m", "--model", help="The model to compare with, as in export."),
-]
-Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="An adapter; repeated, they are summed.")
-]
-Names = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--name",
-        help="NAME=PATH, an adapter and what it is called, or NAME for each --adapter in turn; "
-        "by default it is called as its directory is.",
-    ),
-]
-DType = Annotated[
-    str | None, typer.Option("--dtype", help="What the model is cast to: float32 or float16.")
-]
-Bits = Annotated[
-    str | None,
-    typer.Option(
-        "--bits", help="What linear layers of the base are stored in: 4, 8, nf4, fp4 or float."
-    ),
-]
-Measure = Annotated[
-    bool,
-    typer.Option("--measure", help="Measure each layer's update, for the page of `report`."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Trace and bind, say what would be written, write nothing."),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-AllowUnmerged = Annotated[
-    bool,
-    typer.Option(
-        "--allow-unmerged", help="In merged mode, keep beside its layer what cannot be folded."
-    ),
-]
-TaskName = Annotated[
-    str | None,
-    typer.Option(
-        "--task", help="What a directory's model is for, such as text-generation-with-past."
-    ),
-]
-LastLogits = Annotated[
-    bool,
-    typer.Option("--last-logits", help="Of a decoder with a cache, the last position's alone."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")]

@@ -28,6 +28,8 @@ OPTIONS = {
     rf"name={_END}": "--name",
     r"names=\{node: path\}": "--name NODE=PATH",
     rf"names={_END}": "--name",
+    r"output_names": "--output-name",
+    rf"prefix={_END}(?: to load_adapter)?": "--prefix",
     r'(?:slots=)?\{"([^"]+)": "(\w+)"\}': r"--slots \1=\2",
     rf"slots={_END}": "--slots",
     r'quantize="float"': "--bits float",

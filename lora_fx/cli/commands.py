@@ -1,20 +1,19 @@
-"""What the commands do, from paths to reports."""
+"""What ``export`` and ``verify`` do, from paths to reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
-
-from lora_fx.adapters.adapter import Adapter
 from lora_fx.api import fold, inject
-from lora_fx.cli.adapter_options import AdapterOptions, base_of, named
+from lora_fx.choices import Mode, check_choice
+from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.components import of_components
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
-from lora_fx.cli.model_source import dtype_named, find_model
+from lora_fx.cli.loaded import Progress, load, trace
+from lora_fx.cli.onnx_files import bits_named
 from lora_fx.cli.parts import (
     SWAPPING,
     Parts,
@@ -26,23 +25,18 @@ from lora_fx.cli.parts import (
     share_of,
     shared_out,
 )
-from lora_fx.errors import AdapterError, ExportError, shorten, within
-from lora_fx.formats import save_adapter
+from lora_fx.errors import ExportError
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.io.output_place import check_path
 from lora_fx.report.layer_facts import layer_facts
 from lora_fx.report.look import Look
 from lora_fx.report.stages import Stages
-from lora_fx.tasks.adapter_task import trained_for
-from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource
 from lora_fx.tasks.pipeline import is_pipeline
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
-
-Progress = Callable[[str], None]
 
 REPORT = "report.json"
 
@@ -50,7 +44,7 @@ REPORT = "report.json"
 def export_model(
     spec: str,
     adapters: Sequence[Path],
-    mode: str,
+    mode: Mode,
     out: Path,
     force: bool,
     progress: Progress,
@@ -66,6 +60,7 @@ def export_model(
     dry_run: bool = False,
     bits: str | None = None,
     measure: bool = False,
+    output_names: Sequence[str] = (),
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -93,26 +88,34 @@ def export_model(
         dry_run: write nothing, and say what would be written.
         bits: what linear layers are stored in; by default as the base is.
         measure: measure what adapters do to each layer, for the page of the report.
+        output_names: what the file calls its outputs, as `outputs_named` takes them.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
         VerificationError: the file and eager disagree.
     """
+    check_choice("--mode ", mode, Mode, ExportError)
     refuse_files(out, [REPORT], force)
     if (slots or vectors) and mode not in SWAPPING:
         raise ExportError("--slots and --vectors are of --mode swappable: add it")
-    stored = bits_named(bits)
+    stored, outputs = bits_named(bits), outputs_named(output_names)
     progress("load")
-    source, loaded = _load(spec, adapters, given, task, last_logits, names, dtype)
+    source, loaded = load(spec, adapters, given, task, last_logits, names, dtype)
     parts = source, *source.more
+    if outputs and len(parts) > 1:
+        raise ExportError(
+            f"--output-name: the model is written as {len(parts)} files, whose clients know their "
+            "outputs by name: leave it out"
+        )
     files = [part.file for part in parts] + [REPORT, *source.beside]
     files += [adapter_file(one, part, mode) for part in parts for one in beside(mode, loaded)]
     places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
     refuse_files(out, places, force)
     by_component = [of_components(adapter, source) for adapter in loaded]
-    graphs = [_trace(part, progress) for part in parts]
+    graphs = [trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
-    options = {"opset": opset, "quantize": stored, "measure": measure}
+    options: dict[str, Any] = {"opset": opset, "quantize": stored, "measure": measure}
+    options |= {"output_names": outputs} if outputs else {}
     works = [
         part_work(part, gm, share, mode, slots, vectors, options)
         for part, gm, share in zip(parts, graphs, shares, strict=True)
@@ -130,6 +133,26 @@ def export_model(
         if source.write_beside is not None:
             source.write_beside(draft)
     return report
+
+
+def outputs_named(given: Sequence[str]) -> dict[str, str] | list[str]:
+    """What ``--output-name`` says, as `to_onnx` takes it.
+
+    Args:
+        given: ``OLD=NEW`` each, or ``NAME`` for each output in turn.
+
+    Raises:
+        ExportError: they are some of both.
+    """
+    pairs = [name.partition("=") for name in given]
+    if all(not equals for _, equals, _ in pairs):
+        return [*given]
+    if not all(old and new for old, _, new in pairs) or len({o for o, _, _ in pairs}) < len(pairs):
+        raise ExportError(
+            f"--output-name {', '.join(given)}: expected OLD=NEW each, an output once, or NAME for "
+            "each output in turn"
+        )
+    return {old: new for old, _, new in pairs}
 
 
 def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bool) -> ExportReport:
@@ -171,189 +194,6 @@ def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
     return report.with_look(Look(layers))
 
 
-def convert_adapter(
-    source: Path | None,
-    out: Path,
-    model: Path | None,
-    to: str | None,
-    force: bool,
-    given: AdapterOptions | None = None,
-    change: Callable[[Adapter, nn.Module | None], Adapter] | None = None,
-) -> Adapter | None:
-    """Writes an adapter for an exported model, or in another format.
-
-    Args:
-        source: the adapter to read; None: no adapter, for a swappable file.
-        out: the file or directory to write.
-        model: a swappable file, or None.
-        to: a format; PEFT's directory by default, and for a swappable file what ``out`` ends in.
-        force: replace what exists.
-        given: what the adapter's format does not store; a component is of what is written, where
-            that format has components.
-        change: what to make of the adapter first, with the base that is given.
-
-    Raises:
-        LoraFxError: the adapter cannot be read, does not fit, or the output exists.
-    """
-    if model is None and to in ("onnx_adapter", "safetensors"):
-        raise AdapterError(
-            f"{out}: a file of format {to} is made for one model: use --for MODEL.onnx, a file "
-            "that was exported as swappable"
-        )
-    if source is None:
-        from lora_fx.export import export_adapter
-
-        if model is None:
-            raise AdapterError(f"{out}: no adapter is of one model: use --for MODEL.onnx")
-        export_adapter(None, model, out, format=to, force=force)
-        return None
-    reading, hints = (given or AdapterOptions()).split(to)
-    base = reading.model()
-    adapter = reading.load(source, base)
-    if change is not None:
-        adapter = change(adapter, base)
-    if model is not None:
-        from lora_fx.export import export_adapter
-
-        export_adapter(adapter, model, out, format=to, force=force)
-    else:
-        save_adapter(adapter, out, format=to or "peft", force=force, **hints)
-    return adapter
-
-
-def merge_file(
-    model: Path,
-    adapter: Path,
-    out: Path,
-    allow_unmerged: bool,
-    force: bool,
-    progress: Progress,
-    given: AdapterOptions | None = None,
-) -> ExportReport:
-    """Merges an adapter into a swappable file.
-
-    Args:
-        model: the swappable file.
-        adapter: an adapter, or the file that was made of one for this model.
-        out: the file to write.
-        allow_unmerged: what no weight can hold stays beside its layer, as constants.
-        force: replace what exists.
-        progress: told the name of each stage.
-        given: what the adapter's format does not store.
-
-    Raises:
-        LoraFxError: the adapter cannot be read or does not fit, or the output exists.
-        VerificationError: the two files disagree.
-    """
-    from lora_fx.export import merge_onnx
-
-    # Without hints it is read by path, there where its memory is given back.
-    own = adapter if given is None or given == AdapterOptions() else given.load(adapter)
-    return merge_onnx(
-        model,
-        own,
-        out,
-        allow_unmerged=allow_unmerged,
-        force=force,
-        progress=progress,
-    )
-
-
-def open_file(
-    model: Path,
-    out: Path,
-    slots: Sequence[str],
-    names: Sequence[str],
-    force: bool,
-    progress: Progress,
-    required: bool = False,
-) -> ExportReport:
-    """Gives an ONNX file slots for adapters.
-
-    Args:
-        model: the file.
-        out: the file to write.
-        slots: layers; all linear ones by default.
-        names: ``NAME=PATH``: the module path of the layer of a weight or a node.
-        force: replace what exists.
-        progress: told the name of each stage.
-        required: the slots get no default.
-
-    Raises:
-        LoraFxError: a layer is not there, or the output exists.
-        VerificationError: the two files disagree.
-    """
-    from lora_fx.export import add_lora
-
-    pairs = [name.rpartition("=")[::2] for name in names]
-    if wrong := [name for name, (old, new) in zip(names, pairs, strict=True) if not (old and new)]:
-        raise ExportError(f"--name {shorten(wrong)}: expected NAME=PATH")
-    wanted = list(slots) or "all-linear"
-    adapters = "required" if required else "input"
-    return add_lora(
-        model, out, slots=wanted, names=dict(pairs), adapters=adapters, force=force,
-        progress=progress,
-    )  # fmt: skip
-
-
-def bits_named(word: str | None) -> int | str | None:
-    """What ``--bits`` says, as `to_onnx` takes it.
-
-    Raises:
-        LoraFxError: it is none that weights are stored in.
-    """
-    if word is None:
-        return None
-    from lora_fx.export.quantization.schemes import scheme_wanted
-
-    bits = int(word) if word.isascii() and word.isdigit() else word
-    scheme_wanted(bits, {})
-    return bits
-
-
-def quantize_file(
-    model: Path,
-    out: Path,
-    bits: str | None,
-    block_size: int | None,
-    accuracy_level: int,
-    layers: Sequence[str] | None,
-    keep: Sequence[str],
-    force: bool,
-    progress: Progress,
-) -> ExportReport:
-    """Stores the base of an ONNX file in a few bits.
-
-    Args:
-        model: the file, or a directory that holds one.
-        out: the file to write.
-        bits: ``"4"``, ``"8"``, ``"nf4"`` or ``"fp4"``.
-        block_size: weights that share a scale.
-        accuracy_level: what onnxruntime may round inputs of layers to.
-        layers: linear layers; all but heads by default.
-        keep: those that stay as they are.
-        force: replace what exists.
-        progress: told the name of each stage.
-
-    Raises:
-        LoraFxError: a layer is not there, or the output exists.
-        VerificationError: the file is not what its numbers say.
-    """
-    from lora_fx.export import quantize_onnx
-
-    return quantize_onnx(
-        model,
-        out,
-        bits=bits_named(bits) or 4,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        layers=layers or None,
-        keep=keep,
-        force=force,
-        progress=progress,
-    )
-
-
 def verify_model(
     path: Path,
     spec: str,
@@ -373,7 +213,7 @@ def verify_model(
         VerificationError: the file and eager disagree, or the control agreed.
     """
     if not check_path(path, ExportError).is_file():
-        raise ExportError(f"{path}: no such file")
+        raise ExportError(f"{path}: no such file: give the .onnx file that was exported")
     from lora_fx.export import verify_onnx
     from lora_fx.export.onnx_model.model_file import load_proto
 
@@ -386,11 +226,11 @@ def verify_model(
         is_own = task in (None, noted.get(TASK))
         last_logits = last_logits or (is_own and LAST_LOGITS in noted)
         task = task or noted.get(TASK)
-    source, loaded = _load(
+    source, loaded = load(
         spec, adapters, given, task, last_logits, names, noted.get(DTYPE), component
     )
     part = _part_of(path, source, noted)
-    gm, share = share_of(part, loaded, source, lambda part: _trace(part, progress))
+    gm, share = share_of(part, loaded, source, lambda part: trace(part, progress))
     return verify_onnx(gm, path, adapters=share, progress=progress)
 
 
@@ -400,41 +240,3 @@ def _part_of(path: Path, source: ModelSource, noted: Mapping[str, str]) -> Model
     own = [p for p in parts if p.component and p.task.get(TASK) == noted.get(TASK)]
     own += [p for p in parts if p.file == path.name]
     return next(iter(own), source)
-
-
-def _trace(source: ModelSource, progress: Progress) -> fx.GraphModule:
-    progress("trace")
-    return source.traced()
-
-
-def _load(
-    spec: str,
-    paths: Sequence[Path],
-    given: AdapterOptions | None,
-    task: str | None = None,
-    last_logits: bool = False,
-    names: Sequence[str] = (),
-    dtype: str | None = None,
-    component: str | None = None,
-) -> tuple[ModelSource, list[Adapter]]:
-    """The model and its adapters, whose names it resolves; of a pipeline, a component by itself."""
-    called, wanted = named(paths, names), dtype_named(dtype)
-    paths = [path for path, _ in called]
-    missing = [str(p) for p in paths if not check_path(p, AdapterError).exists()]
-    if missing:  # told before a model is loaded, which can take long
-        raise AdapterError(f"{shorten(missing)}: no such file or directory")
-    given = given or AdapterOptions()
-    trained = trained_for(paths, given.allow_pickle) if paths else None
-    source = find_model(spec, trained, task, last_logits, given.component or component, wanted)
-    if given.component is None:  # an adapter may be of the others alone
-        source = replace(source, chosen=None)
-    base = base_of(source) if paths else None
-    given = replace(given, component=None) if source.chosen is not None else given
-    adapters = [given.load(path, base, name) for path, name in called]
-    with within(spec):
-        refuse_lacking(source.lacks, {n for adapter in adapters for n in adapter.replacements})
-    found = [adapter.name for adapter in adapters]
-    twice = sorted({name for name in found if found.count(name) > 1})
-    if twice:
-        raise AdapterError(f"--adapter: {shorten(twice)} is given twice: name them by --name")
-    return source, adapters

@@ -40,15 +40,15 @@ def of_components(adapter: Adapter, source: ModelSource) -> dict[str, Adapter]:
         return {only: replace(_part(adapter, ""), expects=adapter.expects)}
     if foreign:
         raise AdapterError(
-            f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline: "
-            f"{', '.join(models)}"
+            f"adapter {adapter.name}: {shorten(foreign)} begin with no component of the pipeline, "
+            f"expected one of {', '.join(models)}: use the pipeline that it was trained on"
         )
     names = dict.fromkeys(path.partition(".")[0] for path in paths)
     found = {name: _part(adapter, f"{name}.") for name in names}
     if source.chosen is not None and source.chosen not in found:
         raise AdapterError(
             f"adapter {adapter.name}: has nothing for {source.chosen}, which alone is exported, "
-            f"but for {', '.join(found)}"
+            f"but for {', '.join(found)}: name one of these by --component, or leave that out"
         )
     return found
 

@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lora_fx.errors import AdapterWarning
 
+_NARROWEST = 20  # columns that words fit into
+
 
 def show(as_json: bool, report: Mapping[str, Any], text: str) -> None:
     """Prints a result on stdout: as JSON alone, or as text."""
     shown = json.dumps(report, indent=2, allow_nan=False) if as_json else text
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    shown = shown if as_json else fitted(shown, sys.stdout)
     readable = shown.encode(encoding, "backslashreplace").decode(encoding)
     print(readable, flush=True)  # what cannot be written is told now, not when Python ends
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """A text whose lines are no wider than the terminal that they go to, as far as words allow.
+
+    What goes into a file or to another program stays as it is, unless ``COLUMNS`` says how wide.
+    """
+    said = os.environ.get("COLUMNS", "")
+    if not said.isdecimal() and not stream.isatty():
+        return text
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    return "\n".join(_folded(line, width) for line in text.split("\n"))
+
+
+def _folded(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    narrow = indent + "  ".join(re.split(r"\s{2,}", line.strip()))  # columns of a table are no use
+    return textwrap.fill(
+        narrow, width, subsequent_indent=f"{indent}    ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -80,4 +110,4 @@ class _Log:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(fitted(f"warning: {message}", sys.stderr), file=sys.stderr)

@@ -13,6 +13,7 @@ from torch import fx
 
 from lora_fx.adapters.describe import describe_update
 from lora_fx.api import fold, inject
+from lora_fx.choices import SlotForm
 from lora_fx.cli.parts import SWAPPING, Work, adapter_file, beside
 from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import unmerged
@@ -108,7 +109,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
         adapter.name: [describe_update(p, u) for p, u in bind(layers, adapter).updates.items()]
         for adapter in adapters
     }
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
     called = part.input_names or {}
     notes: list[str] = []
     slots: list[str] = []
@@ -151,7 +152,7 @@ class _Own:
         return own is not None and own.shape == value.shape and torch.equal(own, value)
 
 
-def wanted_slots(work: Work) -> dict[str, str] | None:
+def wanted_slots(work: Work) -> dict[str, SlotForm] | None:
     """What adapters change, and what was asked for."""
     from lora_fx.export import slots_for
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Collection
 
 from lora_fx.cli.advice import in_options
+from lora_fx.cli.console import fitted
+from lora_fx.cli.interrupts import INTERRUPTED, has_come
 from lora_fx.cli.user_code import users_line, words
-from lora_fx.errors import LoraFxError, VerificationError, is_out_of_memory
+from lora_fx.errors import (
+    AdapterError,
+    ExportError,
+    LoraFxError,
+    PassError,
+    TraceError,
+    VerificationError,
+    is_out_of_memory,
+    says_what_to_do,
+)
 
 TRACEBACK = "LORA_FX_TRACEBACK"
 
@@ -24,19 +36,42 @@ def report(error: BaseException, options: Collection[str] = (), every: Collectio
         options: of the command that was called.
         every: the options of all commands.
     """
+    if has_come():
+        error = KeyboardInterrupt()  # whatever was made of it on its way
     if isinstance(error, BrokenPipeError):
         _give_up_stdout()
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    print(f"error: {in_options(_message(error), options, every)}", file=sys.stderr)
+    told = f"error: {in_options(_message(error), options, every)}"
+    print(fitted(told, sys.stderr), file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     return 1 if isinstance(error, VerificationError) else 2
+
+
+# What a message says in place of a step: what would have been right.
+_RIGHT = re.compile(r"\b(expected|there are|one of|supported|takes|needs|pip install)\b")
+# The step where a message has none, by what it is about.
+_STEPS: dict[type[LoraFxError], str] = {
+    AdapterError: "use the adapter as it was saved, with the base that it was trained on",
+    TraceError: "change what it names in the model, or give module:function of one that is traced",
+    PassError: "export it unmerged, or in a wider dtype",
+    ExportError: "give the files as they were written, or write them again",
+    LoraFxError: "correct what it names, as the help of the command says",
+}
+
+
+def _told(error: LoraFxError) -> str:
+    text = str(error)
+    if says_what_to_do(text) or _RIGHT.search(text):
+        return text
+    step = next(step for kind, step in _STEPS.items() if isinstance(error, kind))
+    return f"{text}; {step}"
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, LoraFxError):
-        return str(error)
+        return _told(error)
     if is_out_of_memory(error):
         return "MemoryError: there is not enough memory: free some, or take a smaller model"
     if isinstance(error, KeyboardInterrupt):
@@ -44,7 +79,9 @@ def _message(error: BaseException) -> str:
     if isinstance(error, BrokenPipeError):
         return "the reader of the output closed it before everything was written"
     line = users_line(error)
-    if line or isinstance(error, OSError | MemoryError | SystemExit):
+    if isinstance(error, OSError) and not line:
+        return f"{words(error)}: free what it names, or give another place"
+    if line or isinstance(error, MemoryError | SystemExit):
         return words(error) + line
     if isinstance(error, ImportError):
         return f"{words(error)}: install what is missing: pip install lora-fx"

@@ -34,7 +34,7 @@ def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
         LoraFxError: it is missing, damaged, not what was exported, or none of these.
     """
     if not check_path(path, LoraFxError).exists():
-        raise LoraFxError(f"{path}: no such file or directory")
+        raise LoraFxError(f"{path}: no such file or directory: give an adapter or an .onnx")
     if path.suffix == ".onnx":
         return _model(path)
     if path.suffix == ".onnx_adapter" or is_slot_tensors(path):
@@ -63,6 +63,7 @@ def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
 def _model(path: Path) -> dict[str, Any]:
     from lora_fx.export.onnx_model.changed_file import check_digests
     from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+    from lora_fx.export.verification.verify_onnx import mode_of
 
     proto = load_proto(path)
     manifest = manifest_in(proto, path)
@@ -73,6 +74,7 @@ def _model(path: Path) -> dict[str, Any]:
     return {
         "kind": "model",
         "path": str(path),
+        "mode": mode_of(proto, manifest),
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "nodes": len(proto.graph.node),
         "inputs": [value.name for value in proto.graph.input if value.name not in fed],
@@ -137,7 +139,8 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 def _record(row: Mapping[str, Any]) -> str:
     first, *rest = row.items()
-    return "  ".join([str(first[1]), *(f"{key} {_short(value)}" for key, value in rest)])
+    told = (f"{key} {_short(value)}" for key, value in rest if value not in ((), [], ""))
+    return "  ".join([str(first[1]), *told])
 
 
 def _short(value: Any) -> str:

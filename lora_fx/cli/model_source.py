@@ -91,7 +91,9 @@ def _found(
     if path.is_dir():
         return from_directory(path, adapters or AdapterTask(), task, last_logits, dtype)
     if task is not None or last_logits:
-        raise LoraFxError(f"{spec}: --task and --last-logits are for a Hugging Face directory")
+        raise LoraFxError(
+            f"{spec}: --task and --last-logits are for a Hugging Face directory: leave them out"
+        )
     if path.suffix == ".pt2":
         return _from_program(path, dtype)
     if ":" in spec:
@@ -110,7 +112,7 @@ def _from_diffusers(
     if task is not None or last_logits:
         raise LoraFxError(
             f"{path}: --task and --last-logits are for models of transformers; each model of a "
-            "pipeline has one call: --component chooses one"
+            "pipeline has one call: leave them out, or choose one by --component"
         )
     return from_pipeline(path, component, dtype, every)
 
@@ -132,7 +134,7 @@ def _cast(source: ModelSource, dtype: torch.dtype | None) -> ModelSource:
 
 def _from_program(path: Path, dtype: torch.dtype | None) -> ModelSource:
     if not path.is_file():
-        raise LoraFxError(f"{path}: no such file")
+        raise LoraFxError(f"{path}: no such file: give what torch.export.save wrote")
     if dtype is not None:
         raise LoraFxError(f"{path}: --dtype: a program keeps its own; export its model again")
     if not zipfile.is_zipfile(path):  # torch would print a traceback before it raises
@@ -184,5 +186,7 @@ def _checked(spec: str, returned: Any) -> ModelSource:
             "the later ones optional"
         )
     if not isinstance(args, tuple | None) or not isinstance(kwargs, Mapping | None):
-        raise LoraFxError(f"{spec}: args must be a tuple and kwargs a mapping of example inputs")
+        raise LoraFxError(
+            f"{spec}: args must be a tuple and kwargs a mapping of example inputs: return such"
+        )
     return ModelSource(model, args or (), kwargs or {}, shapes)

@@ -78,7 +78,7 @@ def compared(first: Path, second: Path, given: AdapterOptions) -> Differences:
     """
     for path in (first, second):
         if not check_path(path, LoraFxError).exists():
-            raise LoraFxError(f"{path}: no such file or directory")
+            raise LoraFxError(f"{path}: no such file or directory: give an adapter or an .onnx")
     if is_model(first) or is_model(second):
         return diff(first, second)
     base = given.model()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.choices import Mode, SlotMode
 from lora_fx.cli.components import of_components
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding, bind, targeted
@@ -64,20 +65,20 @@ class Parts:
 
 
 # Modes in which adapters come with each run: what `to_onnx` calls them, and how their files end.
-SWAPPING = {
+SWAPPING: dict[Mode, tuple[SlotMode, str]] = {
     "swappable": ("input", ".onnx_adapter"),
     "required": ("required", ".safetensors"),
 }
 
 
-def beside(mode: str, adapters: Sequence[Adapter]) -> list[Adapter | None]:
+def beside(mode: Mode, adapters: Sequence[Adapter]) -> list[Adapter | None]:
     """Whose files stand beside a model's; None: what is fed where there is no adapter."""
     if mode not in SWAPPING:
         return []
     return [*([None] if mode == "required" else []), *adapters]
 
 
-def adapter_file(adapter: Adapter | None, part: ModelSource, mode: str) -> str:
+def adapter_file(adapter: Adapter | None, part: ModelSource, mode: Mode) -> str:
     """The name of an adapter's file; of a model in several files, with that of its part."""
     name = "no-adapter" if adapter is None else adapter.name  # no adapter has a hyphen in its name
     label = f".{part.label}" if part.label else ""
@@ -98,7 +99,7 @@ class Work(NamedTuple):
     part: ModelSource
     graph: fx.GraphModule
     adapters: Sequence[Adapter]
-    mode: str
+    mode: Mode
     options: Mapping[str, Any]
 
 
@@ -106,7 +107,7 @@ def part_work(
     part: ModelSource,
     graph: fx.GraphModule,
     adapters: Sequence[Adapter],
-    mode: str,
+    mode: Mode,
     slots: Sequence[str],
     vectors: bool,
     options: Mapping[str, Any],
@@ -194,7 +195,8 @@ def _among(adapters: Sequence[Adapter], graphs: Sequence[fx.GraphModule]) -> lis
         if lost:
             raise AdapterError(
                 f"adapter {adapter.name}: {shorten(sorted(lost))} match nothing in any of the "
-                f"{len(graphs)} files of the model, or are targeted and not in the adapter"
+                f"{len(graphs)} files of the model, or are targeted and not in the adapter: use "
+                "the base that it was trained on, or save it again"
             )
         for share, binding in zip(shares, bindings, strict=True):
             if binding.updates or binding.replaced:

@@ -15,16 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from lora_fx.errors import LoraFxError
 
 _HERE = Path(__file__).parents[1]
 _ROOMS = (_HERE, _HERE.with_name("passes"), _HERE.with_name("export"))  # beside it in a checkout
 _INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-_NOT_THE_USERS = tuple(
-    f"{place}{os.sep}" for place in (*_ROOMS, *_INSTALLED, Path(torch.__file__).parents[1])
-)
+_TORCH = importlib.util.find_spec("torch")  # which is not loaded for it: --help has no use for it
+_BESIDE_TORCH = [Path(_TORCH.origin).parents[1]] if _TORCH and _TORCH.origin else []
+_NOT_THE_USERS = tuple(f"{place}{os.sep}" for place in (*_ROOMS, *_INSTALLED, *_BESIDE_TORCH))
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.adapters.settle import settled
-from lora_fx.errors import AdapterError, AdapterWarning, memory_told, shorten, within
+from lora_fx.adapters.settle import inside, settled
+from lora_fx.choices import FormatOrAuto, SavedFormat
+from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
 from lora_fx.formats import diffusers, mlx, peft, torchtune
 from lora_fx.formats.diffusers.write import contents as diffusers_contents
 from lora_fx.formats.hints import Hints
@@ -78,7 +79,8 @@ def _as_file(contents: Contents, pickles: tuple[str, ...] = ()) -> Write:
 
 
 _SCALE, _PART = ("allow_pickle", "alpha", "r"), ("component",)
-FORMATS = {
+_AGAIN = "save the adapter again where it was made, or use the base that it was trained on"
+FORMATS: dict[str, Format] = {
     "onnx_adapter": Format(
         read_onnx_adapter, write_onnx_adapter, is_onnx_adapter, (), ("model",)
     ),
@@ -107,8 +109,9 @@ def load_adapter(
     path: str | PathLike[str],
     *,
     name: str | None = None,
-    format: str = "auto",
+    format: FormatOrAuto = "auto",
     base: object = None,
+    prefix: str | None = None,
     strict: bool = True,
     **hints: Any,
 ) -> Adapter:
@@ -122,6 +125,8 @@ def load_adapter(
             it by what is there.
         base: the model or graph that names are resolved against: needed for kohya's, which are
             lossy, and where parts of the model were moved, packed or called otherwise since.
+        prefix: the path of the module that the adapter was made for, where the model holds it in
+            another: ``"m"`` of ``self.m = model``. With ``base`` it is found.
         strict: refuse what is suspicious; False turns it into an ``AdapterWarning``.
         **hints: what a format does not store, see `lora_fx.formats.hints.Hints`: ``alpha``,
             ``r``, ``use_rslora``, ``enable_lora``, ``component``. ``allow_pickle=True`` reads a
@@ -135,16 +140,19 @@ def load_adapter(
     """
     source = check_path(Path(path), AdapterError)
     if not source.exists():
-        raise AdapterError(f"{source}: no such file or directory")
-    if format == "auto":
-        format = _detect(source, bool(hints.get("allow_pickle")))
-    chosen = _format(format)
-    _check_hints(source, hints, format, chosen.hints)
+        raise AdapterError(f"{source}: no such file or directory: give an adapter's")
+    told: str = format
+    if told == "auto":
+        told = _detect(source, bool(hints.get("allow_pickle")))
+    chosen = _format(told)
+    _check_hints(source, hints, told, chosen.hints)
     if name is not None:
         check_name(name)
     options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
-    with memory_told(source, AdapterError):
+    with memory_told(source, AdapterError), advised(_AGAIN):
         adapter = chosen.read(source, name or _name_from(source), options)
+        with within(source):
+            adapter = adapter if prefix is None else inside(adapter, prefix)
         adapter = _settled(adapter, base)
     _check_products(source, adapter)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
@@ -181,7 +189,7 @@ def save_adapter(
     adapter: Adapter,
     path: str | PathLike[str],
     *,
-    format: str = "peft",
+    format: SavedFormat = "peft",
     force: bool = False,
     **hints: Any,
 ) -> None:
@@ -202,8 +210,10 @@ def save_adapter(
     _check_hints(Path(path), hints, format, chosen.write_hints)
     if chosen.write is None:
         written = ", ".join(name for name, entry in FORMATS.items() if entry.write is not None)
-        raise AdapterError(f"{path}: format {format} is read and not written; written: {written}")
-    with memory_told(path, AdapterError):
+        raise AdapterError(
+            f"{path}: format {format} is read and not written; choose one of {written}"
+        )
+    with memory_told(path, AdapterError), advised("write another format"):
         chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
 
 
@@ -218,7 +228,9 @@ def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str,
     unknown = sorted(set(given) - set(known))
     if unknown:
         takes = ", ".join(known) or "none"
-        raise AdapterError(f"{path}: unknown hint {unknown[0]!r}; format {form} takes {takes}")
+        raise AdapterError(
+            f"{path}: unknown hint {unknown[0]!r}; format {form} takes {takes}: leave it out"
+        )
 
 
 def _detect(source: Path, allow_pickle: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.choices import Frontend, check_choice
 from lora_fx.errors import TraceError
 from lora_fx.frontend.check_trace import CallError, call_once, check_faithful
 from lora_fx.frontend.diagnostics import refuse_attributes, refuse_inputs
@@ -38,7 +39,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    frontend: str = "auto",
+    frontend: Frontend = "auto",
     check: bool = True,
 ) -> fx.GraphModule:
     """Traces a model into a graph that passes can rewrite.
@@ -71,8 +72,7 @@ def trace(
             "ExportedProgram; a directory is loaded by lora_fx.tasks.load, and an .onnx file gets "
             "slots by lora_fx.export.add_lora"
         )
-    if frontend not in ("auto", "symbolic", "export"):
-        raise TraceError(f"frontend {frontend!r}: expected 'auto', 'symbolic' or 'export'")
+    check_choice("frontend ", frontend, Frontend, TraceError)
     if not isinstance(args, tuple):
         raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
     if isinstance(model, torch.export.ExportedProgram):

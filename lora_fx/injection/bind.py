@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.safe_regex import SlowRegexError
 from lora_fx.adapters.settle import settled
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
+from lora_fx.errors import AdapterError, AdapterWarning, advised, shorten, within
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.injection.conform import conform, fits, remedy
 from lora_fx.layers.base_layers import BaseLayers
@@ -43,6 +43,7 @@ class Binding:
         return replace(self.adapter, updates=self.updates, replacements=self.replaced)
 
 
+@advised("use the base that it was trained on, or leave it out of the adapter")
 def bind(layers: BaseLayers, adapter: Adapter) -> Binding:
     """Finds what each update and each replaced tensor of an adapter means in a base.
 

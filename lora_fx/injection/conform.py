@@ -8,10 +8,11 @@ from dataclasses import replace
 from lora_fx.adapters.other_updates import evaluated
 from lora_fx.adapters.parameter_updates import for_layer
 from lora_fx.adapters.updates import AnyUpdate, Shape, Update
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, advised
 from lora_fx.layers.layer import Layer
 
 
+@advised("use the base that it was trained on, or leave it out of the adapter")
 def conform(update: AnyUpdate, site: Layer) -> AnyUpdate:
     """Brings an update into the shape of a layer, where that says the same.
 

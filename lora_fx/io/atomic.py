@@ -15,6 +15,8 @@ from lora_fx.io.output_place import check_places, keeping_nothing, refuse_links
 # What a forced write of an adapter may delete; anything else in its directory is somebody's work.
 REPLACEABLE = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
 
+_ELSEWHERE = "remove it, or give another place"
+
 
 @contextmanager
 def atomic(
@@ -43,7 +45,7 @@ def atomic(
     into = Path(os.path.realpath(into))
     home = next(path for path in (into, *into.parents) if os.path.lexists(path))
     if not home.is_dir():
-        raise error(f"{target}: cannot be created: {home} is no directory")
+        raise error(f"{target}: cannot be created: {home} is no directory: give another place")
     for place in {home, into.parent}:
         sweep(place)
     try:
@@ -55,7 +57,9 @@ def atomic(
             may_write()
             _put(hidden, draft, into, last, gone)
     except OSError as problem:
-        raise error(f"{target}: cannot be written: {problem.strerror or problem}") from problem
+        raise error(
+            f"{target}: cannot be written: {problem.strerror or problem}: give another place"
+        ) from problem
 
 
 def _put(hidden: Path, draft: Path, into: Path, last: str, gone: Path | None) -> None:
@@ -96,10 +100,12 @@ def _refuse_other(target: Path, is_directory: bool, force: bool) -> None:
         raise AdapterError(f"{target}: exists already; choose another path, or pass force=True")
     kind, is_kind = ("directory", target.is_dir()) if is_directory else ("file", target.is_file())
     if target.is_symlink() or not is_kind:
-        raise AdapterError(f"{target}: is no plain {kind}, so it is not replaced")
+        raise AdapterError(f"{target}: is no plain {kind}, so it is not replaced: {_ELSEWHERE}")
     held = [entry.name for entry in target.iterdir()] if is_directory else []
     if others := sorted(set(held) - REPLACEABLE):
-        raise AdapterError(f"{target}: holds more than an adapter, so it is not replaced: {others}")
+        raise AdapterError(
+            f"{target}: holds more than an adapter, so it is not replaced: {others}: {_ELSEWHERE}"
+        )
 
 
 @contextmanager

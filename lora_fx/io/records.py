@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_fx.errors import LoraFxError
 
@@ -50,6 +50,9 @@ def _read(kind: Any, value: Any, where: str, refuse: Callable[[str, Any, str], A
             elif item.default is MISSING and item.default_factory is MISSING:
                 refuse(at, "missing", f"a value of {kind.__name__}")
         return kind(**given)
+    if origin is Literal:
+        is_one = any(type(value) is type(one) and value == one for one in inner)
+        return value if is_one else refuse(where, value, f"one of {', '.join(map(str, inner))}")
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         return _number(value, where, refuse)
     if isinstance(kind, type) and type(value) is kind:

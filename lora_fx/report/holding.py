@@ -10,6 +10,7 @@ from torch import fx
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.branch_lowering.cost import Cost
 from lora_fx.branch_lowering.selection import choices
+from lora_fx.choices import Target
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.provenance import FOLDED
 from lora_fx.injection.match_branch import branches_of
@@ -40,7 +41,7 @@ class Holding:
     otherwise: Form
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, target: str) -> Holding:
+    def of(cls, gm: fx.GraphModule, target: Target) -> Holding:
         """Looks at a graph whose factors are constants, or ``"input"``: given at each call."""
         is_input = target == "input"
         start, anew = ("slot, ", "slot, whole") if is_input else ("", "made at each call")

@@ -12,6 +12,7 @@ from lora_fx.algebra.low_rank import NotLowRankError
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.algebra.truncation import Svd, of_product, size_of, svd_of
 from lora_fx.branch_lowering.cost import Cost
+from lora_fx.choices import Target
 from lora_fx.errors import AdapterError
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.injection.bind import Binding
@@ -71,7 +72,7 @@ class LayerFacts:
 
 
 @torch.no_grad()
-def layer_facts(stages: Stages, target: str = "constant") -> list[LayerFacts]:
+def layer_facts(stages: Stages, target: Target = "constant") -> list[LayerFacts]:
     """Measures every layer that the adapters of a graph change.
 
     Args:

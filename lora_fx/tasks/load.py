@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_fx.choices import TaskName
 from lora_fx.errors import LoraFxError
 from lora_fx.io.output_place import check_path
 from lora_fx.tasks.adapter_task import trained_for
@@ -18,7 +19,7 @@ from lora_fx.tasks.pipeline_source import from_pipeline
 
 def load(
     directory: str | Path,
-    task: str | None = None,
+    task: TaskName | None = None,
     *,
     adapters: Sequence[str | Path] = (),
     last_logits: bool = False,
@@ -44,7 +45,7 @@ def load(
     """
     path, paths = check_path(Path(directory), LoraFxError), [Path(adapter) for adapter in adapters]
     if not path.is_dir():
-        raise LoraFxError(f"{path}: no such directory")
+        raise LoraFxError(f"{path}: no such directory: give one of transformers or diffusers")
     if is_pipeline(path):
         source = from_pipeline(path, component, dtype, bool(paths))
         refuse_lacking(source.lacks, ())

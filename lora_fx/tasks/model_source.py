@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import LoraFxError, within
+from lora_fx.errors import LoraFxError, advised, within
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.example import LAST_LOGITS, STORED, TASK, example_of, remember_example
 from lora_fx.tasks.adapter_task import AdapterTask
@@ -77,6 +77,7 @@ class ModelSource:
         return gm
 
 
+@advised("download or save the model again, or give module:function")
 def from_directory(
     path: Path,
     adapters: AdapterTask,
@@ -101,7 +102,7 @@ def from_directory(
     with within(path):
         calls = (loaded.task.call if loaded.task else as_it_is)(loaded.model, prepared)
         if last_logits and not calls[0].generates:
-            raise LoraFxError("--last-logits is for a decoder with a cache")
+            raise LoraFxError("--last-logits is for a decoder with a cache: leave it out")
     noted = {TASK: loaded.task.name} if loaded.task else {}
     noted |= {LAST_LOGITS: "true"} if last_logits else {}
     noted |= {STORED: loaded.stored} if loaded.stored else {}

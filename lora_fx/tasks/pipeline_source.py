@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fx.errors import within
+from lora_fx.errors import advised, within
 from lora_fx.graph.example import TASK
 from lora_fx.tasks.calls import Call
 from lora_fx.tasks.model_source import MODEL, ModelSource
@@ -20,6 +20,7 @@ from lora_fx.tasks.pipeline_files import copies_of, write_copies
 _HALVES = {"vae_encoder": "vae", "vae_decoder": "vae"}
 
 
+@advised("download or save the pipeline again, or give module:function")
 def from_pipeline(
     path: Path, component: str | None, dtype: torch.dtype | None, every: bool
 ) -> ModelSource:

@@ -13,6 +13,7 @@ from lora_fx.affine.affine_map import AffineMap, OneHot
 from lora_fx.affine.analysis import Alias, Analysis, Opaque
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
+from lora_fx.choices import Frontend
 from lora_fx.frontend.trace import trace
 
 SHAPES = {
@@ -111,7 +112,7 @@ class _Record(fx.Interpreter):
 
 
 def analysed(
-    function: Callable[..., Any], x: torch.Tensor, frontend: str, check: bool = True
+    function: Callable[..., Any], x: torch.Tensor, frontend: Frontend, check: bool = True
 ) -> tuple[Analysis, Any]:
     """The analysis of a function's graph, and the node of its result."""
     gm = trace(Holds(function).double().eval(), (x,), frontend=frontend, check=check)
@@ -159,7 +160,7 @@ def _read(source: AffineMap, seen: torch.Tensor) -> torch.Tensor:
 
 
 def computes(
-    function: Callable[..., Any], x: torch.Tensor, frontend: str, tolerance: float = 1e-9
+    function: Callable[..., Any], x: torch.Tensor, frontend: Frontend, tolerance: float = 1e-9
 ) -> None:
     """Asserts that the result's map says what the graph computes, and nothing else would do."""
     analysis, node = analysed(function, x, frontend)
@@ -189,7 +190,7 @@ def computes(
     assert (1.1 * got - rows).norm() > tolerance * rows.norm()
 
 
-def reason(function: Callable[..., Any], x: torch.Tensor, frontend: str) -> str:
+def reason(function: Callable[..., Any], x: torch.Tensor, frontend: Frontend) -> str:
     """Why the result is not affine."""
     analysis, node = analysed(function, x, frontend)
     value = analysis.values.get(node)
@@ -197,12 +198,12 @@ def reason(function: Callable[..., Any], x: torch.Tensor, frontend: str) -> str:
     return value.reason
 
 
-def check_case(case: tuple[Any, ...], frontend: str, tolerance: float = 1e-9) -> None:
+def check_case(case: tuple[Any, ...], frontend: Frontend, tolerance: float = 1e-9) -> None:
     """`computes` of one entry of a table of cases: ``(function, name of the input, ...)``."""
     computes(case[0], INPUTS[case[1]], frontend, tolerance)
 
 
-def check_reason(case: tuple[Any, ...], frontend: str) -> None:
+def check_reason(case: tuple[Any, ...], frontend: Frontend) -> None:
     """Asserts the refusal of one entry of a table: ``(function, name of the input, words, ...)``.
 
     Raises:
@@ -212,7 +213,10 @@ def check_reason(case: tuple[Any, ...], frontend: str) -> None:
 
 
 def analyse_function(
-    function: Callable[..., Any], name: str = "batch", frontend: str = "export", check: bool = True
+    function: Callable[..., Any],
+    name: str = "batch",
+    frontend: Frontend = "export",
+    check: bool = True,
 ) -> tuple[Analysis, Any]:
     """The analysis of a function's graph on an input by name, and the node of its result."""
     return analysed(function, INPUTS[name], frontend, check)

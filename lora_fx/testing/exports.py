@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.api import fold, inject
+from lora_fx.choices import AdapterMode
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.example import example_of
 from lora_fx.layers.sites import by_path
@@ -86,7 +87,7 @@ class Exported:
             gm = inject(self.sample.gm, self.sample.adapter(2))
             if form == "folded":
                 gm = fold(gm)
-            mode = "input" if form == "input" else "constant"
+            mode: AdapterMode = "input" if form == "input" else "constant"
             self.reports[form] = to_onnx(gm, self.directory / f"{form}.onnx", adapters=mode)
         return self.directory / f"{form}.onnx"
 

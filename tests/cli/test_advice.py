@@ -11,8 +11,8 @@ import pytest
 import typer.main
 
 import lora_fx
-from lora_fx.cli import _options, app
 from lora_fx.cli.advice import OPTIONS, PYTHON, in_options
+from lora_fx.cli.program import _options, app
 
 COMMANDS = {name: _options(c) for name, c in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
 EVERY = frozenset().union(*COMMANDS.values()) | {"--version"}

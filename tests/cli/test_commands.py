@@ -10,13 +10,9 @@ import torch
 
 import lora_fx
 from lora_fx.cli.adapter_options import AdapterOptions
-from lora_fx.cli.commands import (
-    convert_adapter,
-    export_model,
-    merge_file,
-    open_file,
-    verify_model,
-)
+from lora_fx.cli.commands import export_model, verify_model
+from lora_fx.cli.convert import convert_adapter
+from lora_fx.cli.onnx_files import merge_file, open_file
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, VerificationError
 from lora_fx.testing import make_adapter
 
@@ -90,7 +86,7 @@ def test_a_required_export_has_a_file_for_no_adapter_too(french: Path, tmp_path:
     assert (report.mode, report.verified) == ("required", True)
     assert {row.what for row in report.checks} == {"base", "adapted", "french"}
     for name, to in (("none.safetensors", None), ("none.bin", "safetensors")):
-        assert convert_adapter(None, tmp_path / name, out / "model.onnx", to, False) is None
+        assert convert_adapter(None, tmp_path / name, out / "model.onnx", to, False).adapter is None
         assert (tmp_path / name).read_bytes() == (out / "no-adapter.safetensors").read_bytes()
     convert_adapter(french, tmp_path / "a.safetensors", out / "model.onnx", None, False)
     assert (tmp_path / "a.safetensors").read_bytes() == (out / "french.safetensors").read_bytes()
@@ -125,7 +121,8 @@ def test_an_adapter_is_written_for_a_model_or_as_peft(
     swappable: Path, french: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "again.onnx_adapter"
-    adapter = convert_adapter(french, file, swappable / "model.onnx", None, False)
+    adapter, report = convert_adapter(french, file, swappable / "model.onnx", None, False)
+    assert (report.path, report.size) == (str(file), file.stat().st_size)
     assert adapter.name == "french"
     assert file.read_bytes() == (swappable / "french.onnx_adapter").read_bytes()
     convert_adapter(french, tmp_path / "copy", None, "peft", False)
@@ -160,7 +157,7 @@ def test_a_conversion_takes_hints_and_gives_components(
     given = AdapterOptions(component="text_encoder", base=SPEC)
     convert_adapter(kohya, diffusers, None, "diffusers", False, given)
     back = AdapterOptions(component="text_encoder")
-    adapter = convert_adapter(diffusers, tmp_path / "back", None, "peft", False, back)
+    adapter, _ = convert_adapter(diffusers, tmp_path / "back", None, "peft", False, back)
     before = lora_fx.load_adapter(french).updates["one"]
     assert torch.equal(adapter.updates["one"].weight(torch.zeros(5, 3)), before.delta())
     with pytest.raises(AdapterError, match="base="):

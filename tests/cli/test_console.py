@@ -1,7 +1,9 @@
 """What is shown where: results on stdout, progress and warnings on stderr."""
 
+import io
 import json
 import re
+import sys
 import warnings
 
 import pytest
@@ -76,3 +78,33 @@ def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "warning: no effect\n")
     with pytest.raises(FutureWarning):  # the filters of before are back
         warnings.warn("of a library", FutureWarning, stacklevel=1)
+
+
+LINE = "check    ok   model    output    batch=4    a-name-with-hyphens relative 2.8e-07"
+
+
+def test_a_line_is_folded_at_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = console.fitted(f"head\n  {LINE}\n{'x' * 60}", sys.stdout).split("\n")
+    assert shown == [
+        "head",
+        "  check  ok  model  output  batch=4",
+        "      a-name-with-hyphens relative",
+        "      2.8e-07",
+        "x" * 60,
+    ]
+
+
+def test_a_line_that_fits_and_what_no_terminal_reads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert console.fitted(LINE, sys.stdout) == LINE
+    monkeypatch.delenv("COLUMNS")
+    assert console.fitted(LINE * 9, io.StringIO()) == LINE * 9
+
+
+def test_json_is_never_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    show(True, {"text": LINE}, "")
+    assert json.loads(capsys.readouterr().out) == {"text": LINE}

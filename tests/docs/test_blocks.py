@@ -145,12 +145,17 @@ def pip(arguments: list[str]) -> None:
         assert {*filter(None, (found[1] or "").split(","))} <= EXTRAS.keys()
 
 
+def venv(arguments: list[str]) -> None:
+    """An environment, made and entered: tests run in one."""
+    assert arguments == ["-m", "venv", ".venv", "&&", ".", ".venv/bin/activate"]
+
+
 def file(arguments: list[str]) -> None:
     """``python examples/x.py``, which a test of its own runs."""
     assert (ROOT / arguments[0]).is_file()
 
 
-CHECKS = {"lora-fx": lora_fx, "make": make, "pip": pip, "python": file}
+CHECKS = {"lora-fx": lora_fx, "make": make, "pip": pip, "python": file, "python3": venv}
 
 
 def test_no_language_but_these_is_fenced() -> None:
