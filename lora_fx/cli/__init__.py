@@ -133,6 +133,9 @@ def export(
         list[str] | None,
         typer.Option(help="A layer that takes an adapter, in swappable mode; or all-linear."),
     ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Leave the operators as torch.onnx gives them.")
+    ] = False,
     measure: Measure = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -152,7 +155,7 @@ def export(
         report = export_model(
             spec, adapter or [], mode.value, out, force, progress, given, vectors, allow_unmerged,
             task, last_logits, opset, slots or (), name or (), dtype, dry_run, bits,
-            measure,
+            measure, portable,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 

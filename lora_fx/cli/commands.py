@@ -66,6 +66,7 @@ def export_model(
     dry_run: bool = False,
     bits: str | None = None,
     measure: bool = False,
+    portable: bool = False,
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -93,6 +94,7 @@ def export_model(
         dry_run: write nothing, and say what would be written.
         bits: what linear layers are stored in; by default as the base is.
         measure: measure what adapters do to each layer, for the page of the report.
+        portable: leave the operators as torch.onnx gives them, as `to_onnx` does.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -112,7 +114,7 @@ def export_model(
     by_component = [of_components(adapter, source) for adapter in loaded]
     graphs = [_trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
-    options = {"opset": opset, "quantize": stored, "measure": measure}
+    options = {"opset": opset, "quantize": stored, "measure": measure, "portable": portable}
     works = [
         part_work(part, gm, share, mode, slots, vectors, options)
         for part, gm, share in zip(parts, graphs, shares, strict=True)
