@@ -38,6 +38,8 @@ def _with_bias(y: ir.Value, x: ir.Value) -> tuple[ir.Value, ...] | None:
     add = producer(y, "Add")
     if add is None or len(y.uses()) != 1 or y.is_graph_output():
         return None
-    product, bias = add.inputs
-    is_bias = bias is not None and bias.is_initializer() and not bias.is_graph_input()
-    return (product, bias, x) if is_bias and producer(product, "MatMul") else None  # type: ignore[return-value]
+    for product, bias in (add.inputs, add.inputs[::-1]):
+        is_bias = bias is not None and bias.is_initializer() and not bias.is_graph_input()
+        if product is not None and bias is not None and is_bias and producer(product, "MatMul"):
+            return product, bias, x
+    return None

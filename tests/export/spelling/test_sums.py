@@ -32,7 +32,7 @@ def graph(
     ("changed", "wanted"),
     [
         ({}, "s = Sum(p, bias, x)"),
-        ({"inner": "Add(bias, p)"}, "s = Sum(bias, p, x)"),
+        ({"inner": "Add(bias, p)"}, "s = Sum(p, bias, x)"),
         ({"sum": "Add(x, q)"}, "s = Sum(p, bias, x)"),
         ({"inner": "Relu(p)"}, "s = Sum(q, x)"),
         ({"inner": "Add(p, x)"}, "s = Sum(q, x)"),

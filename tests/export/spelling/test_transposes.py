@@ -9,7 +9,7 @@ from lora_fx.export.spelling.transposes import TransposeOnce
 
 # As torch.onnx exchanges the last two axes of what it does not know the number of axes of.
 GRAPH = """
-g (float[b, n, 3, 4] x) => (float y)
+g (float[b, n, 3, 4] x) => (float[i, j, k, l] y)
 <int64[1] minus = {{-1}}, int64[1] two = {{-2}}, int64[1] least = {{-9223372036854775808}},
  int64[1] most = {{9223372036854775807}}, int64[3] fixed = {{-1, 3, 4}}, float[b, 3, n, 4] k{more}>
 {{
@@ -40,7 +40,7 @@ def test_two_axes_are_exchanged_in_one_step(spelled: Callable[..., Any]) -> None
 
 
 def test_a_transpose_that_others_read_stays(spelled: Callable[..., Any]) -> None:
-    text = graph().replace("(float y)", "(float y, float[b, 3, n, 4] z)")
+    text = graph().replace("(float[i, j, k, l] y)", "(float[i, j, k, l] y, float[b, 3, n, 4] z)")
     found = spelled(TransposeOnce, text.replace("y =", "z = Relu(k)\n y ="), b=2, n=5)
     assert found.text == ["k = Transpose(x)", "z = Relu(k)", "y = Transpose(x)"]
     assert found.off == 0
