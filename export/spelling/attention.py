@@ -7,6 +7,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
+from lora_fx.export.spelling.shared_heads import before_sharing
 from lora_fx.export.spelling.sizes import Sizes, shape_of
 
 OPSET = 23  # the first that has the operator
@@ -34,7 +35,7 @@ class FuseAttention(Spelling):
         last = _joined_heads(node)
         attributes: dict[str, float | int] = {"scale": scale}
         if last is None or None in rows:
-            given: list[ir.Value | None] = [q, _unturned(node, k), v]
+            given: list[ir.Value | None] = [q, *_shared(_unturned(node, k), v)]
             last = node
         else:
             given = [row.value for row in rows if row is not None]
@@ -64,7 +65,7 @@ class _Rows(NamedTuple):
 
 def _attention(node: ir.Node) -> _Parts | None:
     softmax = producer(node.inputs[0], "Softmax") if producer(node.outputs[0], "MatMul") else None
-    if softmax is None or softmax.attributes.get_int("axis", -1) not in (-1, 3) or _shared(softmax):
+    if softmax is None or softmax.attributes.get_int("axis", -1) not in (-1, 3) or _read_elsewhere(softmax):
         return None
     scores, mask = softmax.inputs[0], None
     add = producer(scores, "Add")
@@ -81,7 +82,7 @@ def _attention(node: ir.Node) -> _Parts | None:
     return parts if all(part is not None for part in (q, k, v)) and _fits(parts) else None
 
 
-def _shared(node: ir.Node) -> bool:
+def _read_elsewhere(node: ir.Node) -> bool:
     """Whether what a node gives is read elsewhere too, as attentions that are an output."""
     result = node.outputs[0]
     return len(result.uses()) != 1 or result.is_graph_output()
@@ -156,6 +157,13 @@ def _joined_heads(node: ir.Node) -> ir.Node | None:
 def _only_reader(node: ir.Node) -> ir.Node | None:
     uses = node.outputs[0].uses()
     return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+
+
+def _shared(k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Keys and values before they are repeated for the queries that share them."""
+    fewer = before_sharing(k), before_sharing(v)
+    shapes = [shape_of(value) for value in fewer]
+    return fewer if shapes[0] is not None and shapes[0] == shapes[1] else (k, v)
 
 
 def _unturned(node: ir.Node, k: ir.Value) -> ir.Value:

@@ -18,8 +18,14 @@ def shape_of(value: ir.Value | None) -> Sizes | None:
         return None
     if value.shape is None:
         return _followed(value)
-    found = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+    found = tuple(_named(size) for size in value.shape)
     return None if None in found else found  # type: ignore[return-value]
+
+
+def _named(size: int | ir.SymbolicDim) -> int | str | None:
+    """An axis by its name; torch writes the terms of a sum in any order."""
+    name = size if isinstance(size, int) else size.value
+    return " + ".join(sorted(name.split(" + "))) if isinstance(name, str) else name
 
 
 def _followed(value: ir.Value) -> Sizes | None:

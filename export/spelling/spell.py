@@ -8,6 +8,8 @@ from onnx_ir.passes import common
 from lora_fx.export.spelling.attention import OPSET, FuseAttention
 from lora_fx.export.spelling.nan_guards import DropNanGuards
 from lora_fx.export.spelling.rewrite import Spelling
+from lora_fx.export.spelling.rms_norm import FuseRmsNorm
+from lora_fx.export.spelling.rotary import FuseRotary
 from lora_fx.export.spelling.sums import SumResiduals
 from lora_fx.export.spelling.transposes import TransposeOnce
 
@@ -15,6 +17,8 @@ _SPELLINGS: tuple[type[Spelling], ...] = (
     DropNanGuards,
     TransposeOnce,
     FuseAttention,
+    FuseRmsNorm,
+    FuseRotary,
     SumResiduals,
 )
 

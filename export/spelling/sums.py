@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from lora_fx.export.spelling.rewrite import Spelling, producer, put
 
-_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
+_NORMS = ("LayerNormalization", "RMSNormalization")
 
 
 class SumResiduals(Spelling):
