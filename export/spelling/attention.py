@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
+from lora_fx.export.spelling.heads import before_heads, joined_heads
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, take_over
 from lora_fx.export.spelling.shared_heads import before_sharing
-from lora_fx.export.spelling.sizes import Sizes, shape_of
+from lora_fx.export.spelling.sizes import shape_of
 
 OPSET = 23  # the first that has the operator
-_HEADS_FIRST = (0, 2, 1, 3)
 
 
 class FuseAttention(Spelling):
@@ -30,19 +30,25 @@ class FuseAttention(Spelling):
         found = _attention(node)
         if found is None:
             return False
-        q, k, v, mask, scale = found
-        rows = [_before_heads(value) for value in (q, k, v)]
-        last = _joined_heads(node)
-        attributes: dict[str, float | int] = {"scale": scale}
-        if last is None or None in rows:
-            given: list[ir.Value | None] = [q, *_shared(_unturned(node, k), v)]
-            last = node
-        else:
+        attributes: dict[str, float | int] = {"scale": found.scale}
+        k, v = _shared(_unturned(node, found.k), found.v)
+        caches = _cached(k, v) if _only_way(k, found.k, node) and _only_way(v, found.v, node) else ()
+        new_k, new_v = (cache.inputs[1] for cache in caches) if caches else (k, v)
+        rows = [before_heads(value) for value in (found.q, new_k, new_v)]
+        last = joined_heads(node)
+        given: list[ir.Value | None] = [found.q, new_k, new_v]
+        if last is not None and None not in rows:
             given = [row.value for row in rows if row is not None]
             heads = [row.heads for row in rows if row is not None]
             attributes |= {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
-        new = ir.node("Attention", [*given, mask][: 3 + (mask is not None)], attributes)
+        else:
+            last = node
+        past = [cache.inputs[0] for cache in caches]
+        given += [found.mask, *past] if found.mask is not None or past else []
+        new = ir.node("Attention", given, attributes, num_outputs=1 + len(past))
         put(last, [new], new.outputs[0])
+        for cache, present in zip(caches, new.outputs[1:], strict=True):
+            take_over(cache.outputs[0], present)
         return True
 
 
@@ -54,13 +60,6 @@ class _Parts(NamedTuple):
     v: ir.Value
     mask: ir.Value | None
     scale: float
-
-
-class _Rows(NamedTuple):
-    """What holds all heads side by side, and how many these are."""
-
-    value: ir.Value
-    heads: int
 
 
 def _attention(node: ir.Node) -> _Parts | None:
@@ -117,53 +116,35 @@ def _fits(parts: _Parts) -> bool:
     return all(size in (1, whole) for size, whole in zip(mask[:2], q[:2], strict=True))
 
 
-def _before_heads(value: ir.Value) -> _Rows | None:
-    """What is taken apart into heads, of queries, of values, or of keys that are turned."""
-    turned = producer(value, "Transpose")
-    if turned is None or turned.attributes["perm"].as_ints() not in (_HEADS_FIRST, (0, 2, 3, 1)):
-        return None
-    apart = producer(turned.inputs[0], "Reshape")
-    shape = shape_of(turned.inputs[0])
-    whole = shape_of(apart.inputs[0]) if apart is not None else None
-    if apart is None or apart.inputs[0] is None or shape is None or not _is_joined(whole, shape):
-        return None
-    return _Rows(apart.inputs[0], int(shape[2]))
-
-
-def _is_joined(whole: Sizes | None, apart: Sizes) -> bool:
-    """Whether (batch, length, heads * size) stands against (batch, length, heads, size)."""
-    *leading, heads, size = apart
-    if not isinstance(heads, int) or not isinstance(size, int):
-        return False
-    return len(apart) == 4 and whole == (*leading, heads * size)
-
-
-def _joined_heads(node: ir.Node) -> ir.Node | None:
-    """The node that puts the heads of a result side by side again."""
-    shape = shape_of(node.outputs[0])
-    while (reader := _only_reader(node)) is not None and reader.op_type == "Reshape":
-        if shape_of(reader.outputs[0]) != shape:
-            return None
-        node = reader
-    if reader is None or reader.op_type != "Transpose":
-        return None
-    joined, apart = _only_reader(reader), shape_of(reader.outputs[0])
-    if reader.attributes["perm"].as_ints() != _HEADS_FIRST or joined is None or apart is None:
-        return None
-    is_reshape = joined.op_type == "Reshape" and joined.inputs[0] is reader.outputs[0]
-    return joined if is_reshape and _is_joined(shape_of(joined.outputs[0]), apart) else None
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    uses = node.outputs[0].uses()
-    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
-
-
 def _shared(k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Keys and values before they are repeated for the queries that share them."""
     fewer = before_sharing(k), before_sharing(v)
     shapes = [shape_of(value) for value in fewer]
     return fewer if shapes[0] is not None and shapes[0] == shapes[1] else (k, v)
+
+
+def _cached(k: ir.Value, v: ir.Value) -> tuple[ir.Node, ...]:
+    """What puts new keys and values behind those of a cache."""
+    found = []
+    for value in (k, v):
+        joined, shape = producer(value, "Concat"), shape_of(value)
+        past = shape_of(joined.inputs[0]) if joined is not None else None
+        if joined is None or shape is None or past is None or len(joined.inputs) != 2:
+            return ()
+        if joined.attributes["axis"].as_int() not in (-2, 2) or past[:2] != shape[:2]:
+            return ()
+        found.append(joined)
+    return tuple(found)
+
+
+def _only_way(start: ir.Value, end: ir.Value, last: ir.Node) -> bool:
+    """Whether nothing but one attention reads a value, or what becomes of it on the way there."""
+    value = start
+    while (uses := value.uses()) and len(uses) == 1 and uses[0].node is not last:
+        value = uses[0].node.outputs[0]
+        if value.is_graph_output():
+            return False
+    return len(uses) == 1 and last.inputs[0] is not None
 
 
 def _unturned(node: ir.Node, k: ir.Value) -> ir.Value:

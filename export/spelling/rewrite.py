@@ -60,7 +60,12 @@ def put(node: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
     for new in nodes:
         new.metadata_props.update(node.metadata_props)
     graph.insert_before(node, nodes)
+    take_over(old, result)
+    graph.remove(node, safe=True)
+
+
+def take_over(old: ir.Value, result: ir.Value) -> None:
+    """Lets everybody read another value, under the name of the old one."""
     result.type, result.shape = old.type, old.shape
     old.replace_all_uses_with(result, replace_graph_outputs=True)
-    result.name = old.name
-    graph.remove(node, safe=True)
+    result.name, old.name = old.name, f"{old.name}_before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.export.spelling.heads import before_heads
 from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
 from lora_fx.export.spelling.sizes import shape_of
 
@@ -35,8 +36,8 @@ class FuseRotary(Spelling):
             if found is not None:
                 x, *angles = found
                 cos, sin = (self._half(node, value) for value in angles)
-                new = ir.node("RotaryEmbedding", [x, cos, sin])
-                put(node, [new], new.outputs[0])
+                nodes = _rotating(x, cos, sin)
+                put(node, nodes, nodes[-1].outputs[0])
                 return True
         return False
 
@@ -57,6 +58,20 @@ class FuseRotary(Spelling):
             half.outputs[0].type = value.type
             self._halves[value] = half.outputs[0]
         return self._halves[value]
+
+
+def _rotating(x: ir.Value, cos: ir.Value, sin: ir.Value) -> list[ir.Node]:
+    """The calls that rotate, in front of what takes heads apart: then that may go too."""
+    rows, turned = before_heads(x), producer(x, "Transpose")
+    apart = producer(turned.inputs[0], "Reshape") if turned is not None else None
+    if rows is None or turned is None or apart is None or turned.attributes["perm"].as_ints()[-1] != 3:
+        return [ir.node("RotaryEmbedding", [x, cos, sin])]
+    whole = ir.node("RotaryEmbedding", [rows.value, cos, sin], {"num_heads": rows.heads})
+    again = ir.node("Reshape", [whole.outputs[0], apart.inputs[1]], dict(apart.attributes))
+    last = ir.node("Transpose", [again.outputs[0]], {"perm": (0, 2, 1, 3)})
+    for new, old in ((whole, rows.value), (again, apart.outputs[0])):
+        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+    return [whole, again, last]
 
 
 def _rotated(

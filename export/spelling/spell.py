@@ -16,9 +16,9 @@ from lora_fx.export.spelling.transposes import TransposeOnce
 _SPELLINGS: tuple[type[Spelling], ...] = (
     DropNanGuards,
     TransposeOnce,
+    FuseRotary,
     FuseAttention,
     FuseRmsNorm,
-    FuseRotary,
     SumResiduals,
 )
 
@@ -38,7 +38,9 @@ def spell(model: ir.Model, opset: int | None) -> dict[str, int]:
     """
     newest = opset or OPSET
     passes = [spelling() for spelling in _SPELLINGS if spelling.since <= newest]
-    ir.passes.Sequential(*passes, common.RemoveUnusedNodesPass())(model)
+    for each in passes:  # what is left over of one is no reader to the next
+        each(model)
+        common.RemoveUnusedNodesPass()(model)
     versions = model.opset_imports
     versions[""] = max(versions[""], *(each.since for each in passes if each.count), 0)
     chosen = {each.what: each.count for each in passes if each.count}
