@@ -32,7 +32,7 @@ class FuseAttention(Spelling):
             return False
         attributes: dict[str, float | int] = {"scale": found.scale}
         k, v = _shared(_unturned(node, found.k), found.v)
-        caches = _cached(k, v) if _only_way(k, found.k, node) and _only_way(v, found.v, node) else ()
+        caches = _cached(k, v) if _only_way(k, node) and _only_way(v, node) else ()
         new_k, new_v = (cache.inputs[1] for cache in caches) if caches else (k, v)
         rows = [before_heads(value) for value in (found.q, new_k, new_v)]
         last = joined_heads(node)
@@ -64,7 +64,11 @@ class _Parts(NamedTuple):
 
 def _attention(node: ir.Node) -> _Parts | None:
     softmax = producer(node.inputs[0], "Softmax") if producer(node.outputs[0], "MatMul") else None
-    if softmax is None or softmax.attributes.get_int("axis", -1) not in (-1, 3) or _read_elsewhere(softmax):
+    if (
+        softmax is None
+        or softmax.attributes.get_int("axis", -1) not in (-1, 3)
+        or _read_elsewhere(softmax)
+    ):
         return None
     scores, mask = softmax.inputs[0], None
     add = producer(scores, "Add")
@@ -137,14 +141,15 @@ def _cached(k: ir.Value, v: ir.Value) -> tuple[ir.Node, ...]:
     return tuple(found)
 
 
-def _only_way(start: ir.Value, end: ir.Value, last: ir.Node) -> bool:
+def _only_way(value: ir.Value, last: ir.Node) -> bool:
     """Whether nothing but one attention reads a value, or what becomes of it on the way there."""
-    value = start
-    while (uses := value.uses()) and len(uses) == 1 and uses[0].node is not last:
+    while len(uses := value.uses()) == 1:
+        if uses[0].node is last:
+            return True
         value = uses[0].node.outputs[0]
         if value.is_graph_output():
             return False
-    return len(uses) == 1 and last.inputs[0] is not None
+    return False
 
 
 def _unturned(node: ir.Node, k: ir.Value) -> ir.Value:

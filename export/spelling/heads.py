@@ -59,5 +59,3 @@ def joined_heads(node: ir.Node) -> ir.Node | None:
 def _only_reader(node: ir.Node) -> ir.Node | None:
     uses = node.outputs[0].uses()
     return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
-
-

@@ -41,7 +41,7 @@ def _is_weight(weight: ir.Value, x: ir.Value) -> bool:
 def _normed(value: ir.Value | None) -> tuple[ir.Value, float] | None:
     """What is divided by its root mean square, and what is added to the mean."""
     scaled = producer(value, "Mul")
-    if scaled is None or len(scaled.outputs[0].uses()) != 1:
+    if scaled is None or scaled.outputs[0].is_graph_output():
         return None
     for x, factor in (scaled.inputs, scaled.inputs[::-1]):
         inverse = producer(factor, "Reciprocal")

@@ -64,7 +64,12 @@ def _rotating(x: ir.Value, cos: ir.Value, sin: ir.Value) -> list[ir.Node]:
     """The calls that rotate, in front of what takes heads apart: then that may go too."""
     rows, turned = before_heads(x), producer(x, "Transpose")
     apart = producer(turned.inputs[0], "Reshape") if turned is not None else None
-    if rows is None or turned is None or apart is None or turned.attributes["perm"].as_ints()[-1] != 3:
+    if (
+        rows is None
+        or turned is None
+        or apart is None
+        or turned.attributes["perm"].as_ints()[-1] != 3
+    ):
         return [ir.node("RotaryEmbedding", [x, cos, sin])]
     whole = ir.node("RotaryEmbedding", [rows.value, cos, sin], {"num_heads": rows.heads})
     again = ir.node("Reshape", [whole.outputs[0], apart.inputs[1]], dict(apart.attributes))
@@ -109,7 +114,12 @@ def _is_turned(value: ir.Value | None, x: ir.Value) -> bool:
 
 def _bounds(part: ir.Node, size: int) -> tuple[float, float] | None:
     numbers = [number(given) for given in part.inputs[1:]]
-    if len(numbers) < 3 or None in numbers or numbers[2] not in (-1, 3) or numbers[3:] not in ([], [1.0]):
+    if (
+        len(numbers) < 3
+        or None in numbers
+        or numbers[2] not in (-1, 3)
+        or numbers[3:] not in ([], [1.0])
+    ):
         return None
     start, end = numbers[:2]
     assert start is not None
@@ -135,6 +145,8 @@ def _angles(value: ir.Value | None, kind: str, x: ir.Value) -> ir.Value | None:
         step = producer(above, _STEPS)
         last = above
     joined = producer(last, "Concat") if kinds else None
-    is_same = joined is not None and len(joined.inputs) == 2 and joined.inputs[0] is joined.inputs[1]
+    is_same = (
+        joined is not None and len(joined.inputs) == 2 and joined.inputs[0] is joined.inputs[1]
+    )
     is_last = is_same and joined is not None and joined.attributes["axis"].as_int() in (-1, 2)
     return inner if is_last and kind in kinds else None

@@ -69,6 +69,14 @@ def test_attention_becomes_one_operator(changes: Any, spelled: Callable[..., Any
     assert found.off < 1e-6
 
 
+@pytest.mark.parametrize("sizes", ["1, 1, n, n", "1, 3, n, n", "b, 3, n, n"])
+def test_a_mask_of_some_rows_and_heads(sizes: str, spelled: Callable[..., Any]) -> None:
+    text = graph(("float[b, 1, n, n] m", f"float[{sizes}] m"))
+    found = spelled(FuseAttention, text, b=2, n=5)
+    assert found.text == WHOLE
+    assert found.off < 1e-6
+
+
 def test_without_a_mask(spelled: Callable[..., Any]) -> None:
     found = spelled(FuseAttention, graph(("Softmax <axis = -1> (z)", "Softmax (qk)")), b=2, n=5)
     assert found.text == ["y = Attention(q, k, v)"]
