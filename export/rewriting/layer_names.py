@@ -92,12 +92,7 @@ def _by_scope(node: ir.Node) -> str | None:
 
 def _by_bias(node: ir.Node) -> str | None:
     """The layer whose bias is added next."""
-    added = [
-        v
-        for user, _ in node.outputs[0].uses()
-        if user.op_type in ("Add", "Sum")
-        for v in user.inputs
-    ]
+    added = [v for user, _ in node.outputs[0].uses() if user.op_type == "Add" for v in user.inputs]
     names = [str(v.name) for v in added if v is not None and v.is_initializer()]
     paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
     return paths[0] if paths else None

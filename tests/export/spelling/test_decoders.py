@@ -58,7 +58,8 @@ def test_what_is_no_norm_stays(changed: dict[str, str], spelled: Callable[..., A
 ROTARY = """
 g (float[b, n, 6] q, float[b, n, 2] f) => (float[b, 1, n, 6] y)
 <int64[4] apart = {{0, -1, 1, 6}}, int64[1] zero = {{0}}, int64[1] half = {{{half}}},
- float c = {{1.5}}, int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, int64[1] one = {{1}},
+ float c = {{1.5}}, int64[1] end = {{9223372036854775807}},
+ int64[1] last = {{3}}, int64[1] one = {{1}},
  float[b, n, 1, 6] q4, float[b, 1, n, 6] x, float[b, n, 6] cc, float[b, n, 6] cs>
 {{
     q4 = Reshape(q, apart)
@@ -117,7 +118,8 @@ g (float[b, n, 16] q, float[b, n, 8] k, float[b, n, 8] v, float[b, 2, past, 4] p
    float[b, 2, past, 4] pv, float[b, 1, n, all] m) => (float[b, n, 16] y, float[b, 2, all, 4] ak,
    float[b, 2, all, 4] av)
 <int64[4] q_apart = {{0, -1, 4, 4}}, int64[4] apart = {{0, -1, 2, 4}},
- int64[3] joined = {{0, -1, 16}}, int64[1] two = {{2}}, int64[5] times = {{1, 1, 2, 1, 1}}, int64[4] again = {{0, 4, -1, 4}},
+ int64[3] joined = {{0, -1, 16}}, int64[1] two = {{2}},
+ int64[5] times = {{1, 1, 2, 1, 1}}, int64[4] again = {{0, 4, -1, 4}},
  float[b, n, 4, 4] q4, float[b, 4, n, 4] qh, float[b, n, 2, 4] k4, float[b, 2, n, 4] kh,
  float[b, n, 2, 4] v4, float[b, 2, n, 4] vh, float[b, 2, 2, all, 4] ek, float[b, 2, 2, all, 4] ev,
  float[b, 4, all, 4] rk, float[b, 4, all, 4] rv, float[b, 4, n, 4] yh, float[b, n, 4, 4] yt>
