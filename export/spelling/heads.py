@@ -9,7 +9,7 @@ import onnx_ir as ir
 from lora_fx.export.spelling.rewrite import producer
 from lora_fx.export.spelling.sizes import Sizes, shape_of
 
-_HEADS_FIRST = (0, 2, 1, 3)
+HEADS_FIRST = (0, 2, 1, 3)
 
 
 class Rows(NamedTuple):
@@ -20,9 +20,9 @@ class Rows(NamedTuple):
 
 
 def before_heads(value: ir.Value) -> Rows | None:
-    """What is taken apart into heads, of queries, of values, or of keys that are turned."""
+    """What is taken apart into heads, and turned so that these stand first."""
     turned = producer(value, "Transpose")
-    if turned is None or turned.attributes["perm"].as_ints() not in (_HEADS_FIRST, (0, 2, 3, 1)):
+    if turned is None or turned.attributes["perm"].as_ints() != HEADS_FIRST:
         return None
     apart = producer(turned.inputs[0], "Reshape")
     shape = shape_of(turned.inputs[0])
@@ -50,7 +50,7 @@ def joined_heads(node: ir.Node) -> ir.Node | None:
     if reader is None or reader.op_type != "Transpose":
         return None
     joined, apart = _only_reader(reader), shape_of(reader.outputs[0])
-    if reader.attributes["perm"].as_ints() != _HEADS_FIRST or joined is None or apart is None:
+    if reader.attributes["perm"].as_ints() != HEADS_FIRST or joined is None or apart is None:
         return None
     is_reshape = joined.op_type == "Reshape" and joined.inputs[0] is reader.outputs[0]
     return joined if is_reshape and is_joined(shape_of(joined.outputs[0]), apart) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.spelling.heads import before_heads
+from lora_fx.export.spelling.heads import HEADS_FIRST, before_heads
 from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
 from lora_fx.export.spelling.sizes import shape_of
 
@@ -64,16 +64,11 @@ def _rotating(x: ir.Value, cos: ir.Value, sin: ir.Value) -> list[ir.Node]:
     """The calls that rotate, in front of what takes heads apart: then that may go too."""
     rows, turned = before_heads(x), producer(x, "Transpose")
     apart = producer(turned.inputs[0], "Reshape") if turned is not None else None
-    if (
-        rows is None
-        or turned is None
-        or apart is None
-        or turned.attributes["perm"].as_ints()[-1] != 3
-    ):
+    if rows is None or apart is None:
         return [ir.node("RotaryEmbedding", [x, cos, sin])]
     whole = ir.node("RotaryEmbedding", [rows.value, cos, sin], {"num_heads": rows.heads})
     again = ir.node("Reshape", [whole.outputs[0], apart.inputs[1]], dict(apart.attributes))
-    last = ir.node("Transpose", [again.outputs[0]], {"perm": (0, 2, 1, 3)})
+    last = ir.node("Transpose", [again.outputs[0]], {"perm": HEADS_FIRST})
     for new, old in ((whole, rows.value), (again, apart.outputs[0])):
         new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
     return [whole, again, last]

@@ -69,6 +69,17 @@ def test_attention_becomes_one_operator(changes: Any, spelled: Callable[..., Any
     assert found.off < 1e-6
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_axes_are_told_apart_where_their_sizes_are_equal(
+    name: str, spelled: Callable[..., Any]
+) -> None:
+    """Four tokens, heads of four: what is turned another way has the same sizes."""
+    old = f"Transpose <perm = [0, 2, {'3, 1' if name == 'k' else '1, 3'}]> ({name}4)"
+    new = f"Transpose <perm = [0, 2, {'1, 3' if name == 'k' else '3, 1'}]> ({name}4)"
+    found = spelled(FuseAttention, graph((old, new), ("n,", "4,"), (", n]", ", 4]")), b=2)
+    assert found.off < 1e-6
+
+
 @pytest.mark.parametrize("sizes", ["1, 1, n, n", "1, 3, n, n", "b, 3, n, n"])
 def test_a_mask_of_some_rows_and_heads(sizes: str, spelled: Callable[..., Any]) -> None:
     text = graph(("float[b, 1, n, n] m", f"float[{sizes}] m"))
