@@ -35,7 +35,7 @@ class DropNanGuards(Spelling):
         assert isinstance(node.graph, ir.Graph)
         node.graph.remove(node, safe=True)
         if test is not None and test.graph is not None and not test.outputs[0].uses():
-            test.graph.remove(test, safe=True)  # type: ignore[union-attr]
+            test.graph.remove(test, safe=True)
         return True
 
 

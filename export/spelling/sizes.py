@@ -82,8 +82,7 @@ def _slice(node: ir.Node) -> Sizes | None:
     if whole is None or len(bounds) != len(given) or bounds[3:] not in ([], [1]):
         return None
     start, end = bounds[:2]  # of the only axis that a list has
-    is_known = isinstance(start, int) and isinstance(end, int)
-    return whole[start:end] if is_known else None  # type: ignore[misc]
+    return whole[start:end] if isinstance(start, int) and isinstance(end, int) else None
 
 
 def _same(node: ir.Node) -> Sizes | None:
