@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    base,
     growth,
     layers,
     merge,
@@ -45,6 +46,8 @@ FULL: dict[str, tuple[str, Callable[[], Rows]]] = {
     "pieces": ("what the cost model is made of", pieces.run),
     "siblings": ("query, key and value, time over merged", siblings.run),
     "models": ("adapters on all linear layers, time over merged", models.run),
+    "encoder": ("the base graph over optimum's fastest file", lambda: base.run("encoder")),
+    "decoder": ("the base graph over genai's builder's file", lambda: base.run("decoder")),
     "notebook": ("x @ (a @ b).T, ratios of time", notebook.run),
     "path": ("from disk to ONNX: seconds by stage, MB", path.run),
     "merge": ("an adapter into a checkpoint, beside PEFT", merge.run),
@@ -58,6 +61,8 @@ QUICK: dict[str, Callable[[], Rows]] = {
     "pieces": lambda: pieces.run(rounds=9),
     "siblings": lambda: siblings.run((384,), (1, 256), rounds=15),
     "models": lambda: models.run(("MiniLM",), rounds=5),
+    "encoder": lambda: base.run("encoder", rounds=7),
+    "decoder": lambda: base.run("decoder", rounds=3),
     "notebook": lambda: notebook.run((16, 256), rounds=9),
     "path": lambda: path.run({"0.01B": 4}, **_SMALL),
     "merge": lambda: merge.run({"0.01B": 4}, repeats=1, **_SMALL),

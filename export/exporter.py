@@ -33,6 +33,7 @@ from lora_fx.export.quantization.pack_file import outputs_off, pack_file, plain_
 from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
+from lora_fx.export.spelling.spell import spell
 from lora_fx.export.verification.side_by_side import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
@@ -58,6 +59,7 @@ def to_onnx(
     vectors: bool | None = None,
     opset: int | None = None,
     quantize: BitsOrFloat | None = None,
+    portable: bool = False,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -97,6 +99,8 @@ def to_onnx(
             adapters, slots and heads stay as they are, as with `lora_fx.export.quantize_onnx`. The
             file is verified with plain weights first, then with the numbers of its bits. By default
             what a base was loaded in: a bitsandbytes base stays one, unless it is ``"float"``.
+        portable: leave the operators as torch.onnx gives them. By default what onnxruntime runs
+            slowly is said otherwise; the report says what, and how often.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
         progress: told the name of each stage as it starts.
@@ -136,7 +140,7 @@ def to_onnx(
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)
     with clock.stage("optimise"):
-        _finish(model, plan, trial)
+        spellings = _finish(model, plan, trial, opset=opset, portable=portable)
         model.metadata_props.update(task_of(gm))
     evidence, quantised = Verification.left_out(), None
     with staged(target, force=force) as draft:
@@ -170,6 +174,7 @@ def to_onnx(
             task=task_of(gm).get(TASK),
             dtype=task_of(gm).get(DTYPE),
             quantised=quantised,
+            spellings=spellings,
         )
         if measure or page is not None:
             with clock.stage("measure"):
@@ -224,11 +229,20 @@ def _translated(
     return trial, model
 
 
-def _finish(model: ir.Model, plan: Constant | Swappable, trial: ExportUnit) -> None:
+def _finish(
+    model: ir.Model,
+    plan: Constant | Swappable,
+    trial: ExportUnit,
+    *,
+    opset: int | None,
+    portable: bool,
+) -> dict[str, int]:
     plan.open(model)
     clean(model)
+    spellings = {} if portable else spell(model, opset)
     rename(model, trial.leaves, trial.outputs)
     name_nodes(model)
     tensors_of_constants(model)
     anonymise(model)
     plan.close(model)
+    return spellings

@@ -128,6 +128,7 @@ class ExportReport:
         task: what the model was exported for, as `lora_fx.tasks` has it.
         dtype: what the model was cast to, if it was.
         quantised: which weights are stored in a few bits, if any, and what that costs.
+        spellings: what is said in operators that run faster, or had to stay -> how often.
         layers: under ``measure=True``, what adapters do to each layer, and how well it is held.
         pictures: likewise, the graph around one layer of each kind.
         left: likewise, layers that are not merged -> why.
@@ -148,6 +149,7 @@ class ExportReport:
     task: str | None = None
     dtype: str | None = None
     quantised: Quantisation | None = None
+    spellings: dict[str, int] = field(default_factory=dict)
     layers: list[LayerFacts] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -226,6 +228,7 @@ class ExportReport:
             lines.append(f"coverage {name}{one}")
         if self.quantised is not None:
             lines += [f"quantised {row}" for row in str(self.quantised).split("\n")]
+        lines += [f"spelling {count} x {what}" for what, count in self.spellings.items()]
         lines += [f"check    {row}" for row in _worst(self.checks)]
         lines += [f"control  {str(row).replace('FAIL', 'same', 1)}" for row in self.controls]
         lines += [f"note     {note}" for note in self.notes]

@@ -61,6 +61,7 @@ def export_model(
     bits: str | None = None,
     measure: bool = False,
     output_names: Sequence[str] = (),
+    portable: bool = False,
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -89,6 +90,7 @@ def export_model(
         bits: what linear layers are stored in; by default as the base is.
         measure: measure what adapters do to each layer, for the page of the report.
         output_names: what the file calls its outputs, as `outputs_named` takes them.
+        portable: leave the operators as torch.onnx gives them, as `to_onnx` does.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -115,6 +117,7 @@ def export_model(
     graphs = [trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
     options: dict[str, Any] = {"opset": opset, "quantize": stored, "measure": measure}
+    options |= {"portable": portable}
     options |= {"output_names": outputs} if outputs else {}
     works = [
         part_work(part, gm, share, mode, slots, vectors, options)

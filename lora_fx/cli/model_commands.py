@@ -58,6 +58,9 @@ def export(
         typer.Option(help="A layer that takes an adapter, in swappable mode; or all-linear."),
     ] = None,
     output_name: OutputNames = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Leave the operators as torch.onnx gives them.")
+    ] = False,
     measure: Measure = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -77,7 +80,7 @@ def export(
         report = export_model(
             spec, adapter or [], cast(choices.Mode, mode), out, force, progress, given, vectors,
             allow_unmerged, task, last_logits, opset, slots or (), name or (), dtype, dry_run, bits,
-            measure, output_name or (),
+            measure, output_name or (), portable,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 

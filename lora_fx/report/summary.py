@@ -81,6 +81,7 @@ def _done(report: ExportReport) -> Html:
         ["outputs", ", ".join(report.outputs)],
         ["slots", ", ".join(report.slots)],
         ["layers", "; ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))],
+        ["spelling", "; ".join(f"{count} x {what}" for what, count in report.spellings.items())],
         *covered,
         ["time", ", ".join(f"{stage} {taken:.1f} s" for stage, taken in report.seconds.items())],
     ]

@@ -1,0 +1,229 @@
+"""The base graph beside the fastest files of other exporters: optimum's, and genai's builder's.
+
+Both are made by packages of their own (`make test-clients` installs them), in a process of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import nn
+
+import lora_fx
+from benchmarks.files import Active, Arrays, adapter_for, agree, caller, session, write
+from benchmarks.models import RANK, encoder
+from benchmarks.timing import Run, Spread, columns, medians, ratios
+from lora_fx.cli.commands import export_model
+from lora_fx.demo.encoder import load_encoder, load_extra
+
+Rows = dict[str, dict[str, float]]
+CLIENTS = Path(__file__).parent.parent / ".venv" / "clients"
+SIZES = ((1, 16), (1, 128), (8, 128))
+STEPS = 128  # tokens of a prompt, and tokens decoded behind it
+_LAYERS, _HEADS, _SIZE = 6, 4, 64
+
+_OPTIMUM = """
+import sys
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTOptimizer
+from optimum.onnxruntime.configuration import AutoOptimizationConfig
+source, out = sys.argv[1:]
+main_export(source, f"{out}/O0", task="feature-extraction", do_validation=False)
+optimizer = ORTOptimizer.from_pretrained(ORTModelForFeatureExtraction.from_pretrained(f"{out}/O0"))
+for level in ("O1", "O2", "O3"):
+    config = getattr(AutoOptimizationConfig, level)()
+    optimizer.optimize(save_dir=f"{out}/{level}", optimization_config=config, file_suffix="")
+"""
+
+
+def _clients(packages: Path, *command: str) -> None:
+    """Runs Python with packages of others in front of ours."""
+    env = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+
+
+def encoders(directory: Path, rounds: int) -> Rows:
+    """MiniLM with an adapter of rank 8 on all linear layers, over optimum's file with W'."""
+    gm = encoder()
+    adapter = adapter_for(gm, RANK)
+    for form in ("merged", "swappable"):
+        write(gm, adapter, form, directory / f"{form}.onnx")
+    _save_merged(load_encoder(load_extra()), adapter, directory / "merged")
+    _clients(CLIENTS, "-c", _OPTIMUM, str(directory / "merged"), str(directory))
+    opened = {form: session(directory / f"{form}.onnx") for form in ("merged", "swappable")}
+    for level in ("O0", "O1", "O2", "O3"):
+        opened[level] = session(directory / level / "model.onnx")
+    model, file = directory / "swappable.onnx", directory / "a.onnx_adapter"
+    active = Active(adapter, model, file)
+    rows = {}
+    for batch, length in SIZES:
+        ids = np.random.default_rng(0).integers(1000, 4000, (batch, length))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        feeds["token_type_ids"] = np.zeros_like(ids)
+        runs = {
+            name: caller(each, _taken(each, feeds), active if name == "swappable" else None)
+            for name, each in opened.items()
+        }
+        outputs = {name: runs[name] for name in ("merged", "swappable", "O0")}
+        agree({name: lambda run=run: run()[:1] for name, run in outputs.items()})  # type: ignore[misc]
+        rows[f"MiniLM, {batch} x {length}"] = _over_the_fastest(runs, rounds)
+    return rows
+
+
+def _taken(opened: Any, feeds: Arrays) -> Arrays:
+    return {value.name: feeds[value.name] for value in opened.get_inputs()}
+
+
+def _over_the_fastest(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Ours over the level that wins here."""
+    levels = {name: run for name, run in runs.items() if name.startswith("O")}
+    taken = medians(levels, rounds // 3 + 1, 1)
+    fastest = min(taken, key=taken.__getitem__)
+    wanted = {name: runs[name] for name in ("merged", "swappable", fastest)}
+    return {"level": float(fastest[1:])} | columns(ratios(wanted, fastest, rounds, 0.02))
+
+
+def _save_merged(model: Any, adapter: lora_fx.Adapter, directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for path, update in adapter.updates.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            layer.weight.add_(update.scale * (update.up @ update.down))  # type: ignore[union-attr]
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(load_extra()).save_pretrained(directory)
+
+
+def decoders(directory: Path, rounds: int) -> Rows:
+    """A prompt, and tokens decoded behind it, over genai's file with its shared buffer."""
+    source = directory / "decoder"
+    _save_decoder(source)
+    report: Any = export_model(
+        str(source), (), "merged", directory / "ours", False, lambda stage: None,
+        task="text-generation-with-past",
+    )  # fmt: skip
+    assert report.verified
+    packages = directory / "packages"  # the builder alone: it wants our transformers
+    packages.mkdir()
+    (packages / "onnxruntime_genai").symlink_to(CLIENTS.resolve() / "onnxruntime_genai")
+    builder = ("-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu")
+    places = ("-i", str(source), "-o", str(directory / "genai"), "-c", str(directory / "cache"))
+    _clients(packages, *builder, *places)
+    both = {
+        "ours": Decoder(session(directory / "ours" / "model.onnx")),
+        "genai": Decoder(session(directory / "genai" / "model.onnx"), shared=True),
+    }
+    agree({name: lambda each=each: [each.run()] for name, each in both.items()}, "ours")  # type: ignore[misc]
+    found: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for _ in range(rounds):
+        taken = {}
+        for name, each in both.items():
+            each.run()
+            taken[name] = each.seconds
+        for stage, values in found.items():
+            values.append(taken["ours"][stage] / taken["genai"][stage])
+    spreads = {stage: Spread.of(values) for stage, values in found.items()}
+    return {f"decoder, {STEPS} tokens": columns(spreads)}
+
+
+class Decoder:
+    """Greedy decoding behind a prompt, from one session.
+
+    Attributes:
+        seconds: of the last run, processor time of the prompt, and of all tokens behind it.
+    """
+
+    def __init__(self, opened: Any, shared: bool = False) -> None:
+        self._session = opened
+        self._shared = shared
+        self._names = [f"{n}.{part}" for n in range(_LAYERS) for part in ("key", "value")]
+        self._reads = {value.name for value in opened.get_inputs()}
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> np.ndarray[Any, Any]:
+        """The logits of each token."""
+        length = 2 * STEPS if self._shared else 0
+        empty = np.zeros((1, _HEADS, length, _SIZE), np.float32)
+        past = {name: ort.OrtValue.ortvalue_from_numpy(empty.copy()) for name in self._names}
+        ids = np.random.default_rng(0).integers(0, 4000, (1, STEPS))
+        logits = []
+        start = time.thread_time()
+        for place in range(STEPS, 2 * STEPS):
+            found, past = self._step(ids, past, place)
+            logits.append(found.numpy()[0, -1])
+            ids = logits[-1].argmax().reshape(1, 1)
+            if place == STEPS:
+                between = time.thread_time()
+        self.seconds = {"prefill": between - start, "decode": time.thread_time() - between}
+        return np.stack(logits)
+
+    def _step(
+        self, ids: np.ndarray[Any, Any], past: dict[str, Any], length: int
+    ) -> tuple[Any, dict[str, Any]]:
+        binding = self._session.io_binding()
+        positions = np.arange(length - ids.shape[1], length)[None]
+        feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
+        for name, value in (feeds | {"position_ids": positions}).items():
+            if name in self._reads:
+                binding.bind_cpu_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name, value in past.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if self._shared:
+                binding.bind_ortvalue_output(f"present.{name}", value)
+            else:
+                binding.bind_output(f"present.{name}", "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits, past if self._shared else dict(zip(self._names, present, strict=True))
+
+
+def _save_decoder(directory: Path) -> None:
+    """A small decoder of Llama's architecture, and a tokenizer, which the builder wants."""
+    import tokenizers
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=_HEADS,
+        vocab_size=4000,
+        max_position_embeddings=1024,
+    )
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(directory)
+    words = tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+
+
+PARTS: dict[str, Callable[[Path, int], Rows]] = {
+    "encoder": encoders,
+    "decoder": decoders,
+}
+
+
+def run(part: str, rounds: int = 21) -> Rows:
+    """One part, if the other exporters are here."""
+    if not CLIENTS.is_dir():
+        return {"not measured: make test-clients installs the other exporters": {"files": 0.0}}
+    with tempfile.TemporaryDirectory() as directory:
+        return PARTS[part](Path(directory), rounds)

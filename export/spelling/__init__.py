@@ -1,0 +1,1 @@
+"""What a graph computes, said in the operators that onnxruntime runs fastest."""

@@ -1,0 +1,171 @@
+"""Attention in one operator, where a graph spells it out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lora_fx.export.spelling.heads import before_heads, joined_heads
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, take_over
+from lora_fx.export.spelling.shared_heads import before_sharing
+from lora_fx.export.spelling.sizes import shape_of
+
+OPSET = 23  # the first that has the operator
+
+
+class FuseAttention(Spelling):
+    """Says products, mask and softmax as Attention, and what takes heads apart with them.
+
+    Before -> after: ``MatMul(Softmax(Add(Mul(MatMul(q, Transpose(k)), scale), mask)), v)`` ->
+    ``Attention(q, k, v, mask)``. The mask is added as it is, so it means what it meant. A softmax
+    with a guard behind it stays apart.
+    """
+
+    since = OPSET
+    what = f"attention by one operator, Attention of opset {OPSET}"
+
+    def respell(self, node: ir.Node) -> bool:
+        """Of the last product."""
+        found = _attention(node)
+        if found is None:
+            return False
+        attributes: dict[str, float | int] = {"scale": found.scale}
+        k, v = _shared(_unturned(node, found.k), found.v)
+        caches = _cached(k, v) if _only_way(k, node) and _only_way(v, node) else ()
+        new_k, new_v = (cache.inputs[1] for cache in caches) if caches else (k, v)
+        rows = [before_heads(value) for value in (found.q, new_k, new_v)]
+        last = joined_heads(node)
+        given: list[ir.Value | None] = [found.q, new_k, new_v]
+        if last is not None and None not in rows:
+            given = [row.value for row in rows if row is not None]
+            heads = [row.heads for row in rows if row is not None]
+            attributes |= {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
+        else:
+            last = node
+        past = [cache.inputs[0] for cache in caches]
+        given += [found.mask, *past] if found.mask is not None or past else []
+        new = ir.node("Attention", given, attributes, num_outputs=1 + len(past))
+        put(last, [new], new.outputs[0])
+        for cache, present in zip(caches, new.outputs[1:], strict=True):
+            take_over(cache.outputs[0], present)
+        return True
+
+
+class _Parts(NamedTuple):
+    """Queries, keys with their last axes exchanged, values, the mask, and the scale."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    mask: ir.Value | None
+    scale: float
+
+
+def _attention(node: ir.Node) -> _Parts | None:
+    softmax = producer(node.inputs[0], "Softmax") if producer(node.outputs[0], "MatMul") else None
+    if (
+        softmax is None
+        or softmax.attributes.get_int("axis", -1) not in (-1, 3)
+        or _read_elsewhere(softmax)
+    ):
+        return None
+    scores, mask = softmax.inputs[0], None
+    add = producer(scores, "Add")
+    if add is not None:
+        scores, mask = add.inputs
+        if _product(scores)[0] is None:
+            scores, mask = mask, scores
+    product, scale = _product(scores)
+    if product is None:
+        return None
+    (q, by_q), (k, by_k) = (_scaled(value) for value in product.inputs)
+    v = node.inputs[1]
+    parts = _Parts(q, k, v, mask, scale * by_q * by_k)
+    return parts if all(part is not None for part in (q, k, v)) and _fits(parts) else None
+
+
+def _read_elsewhere(node: ir.Node) -> bool:
+    """Whether what a node gives is read elsewhere too, as attentions that are an output."""
+    result = node.outputs[0]
+    return len(result.uses()) != 1 or result.is_graph_output()
+
+
+def _product(value: ir.Value | None) -> tuple[ir.Node | None, float]:
+    """The product of queries and keys, and what it is multiplied by."""
+    inner, scale = _scaled(value)
+    return producer(inner, "MatMul"), scale
+
+
+def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """What a value is a multiple of."""
+    node = producer(value, ("Mul", "Div"))
+    factor = number(node.inputs[1]) if node is not None else None
+    if node is None or not factor:
+        return value, 1.0
+    return node.inputs[0], factor if node.op_type == "Mul" else 1 / factor
+
+
+def _fits(parts: _Parts) -> bool:
+    """Whether sizes are those that the operator takes: four axes, and a mask for each query."""
+    q, k, v = (shape_of(value) for value in parts[:3])
+    if parts.q.dtype is not ir.DataType.FLOAT or q is None or k is None or v is None:
+        return False
+    are_four = len(q) == len(k) == len(v) == 4
+    if not are_four or q[:2] != k[:2] or k[:2] != v[:2] or k[3] != v[2] or q[3] != k[2]:
+        return False
+    mask = shape_of(parts.mask) if parts.mask is not None else (1, 1, q[2], k[3])
+    if mask is None or len(mask) != 4 or mask[2:] != (q[2], k[3]):
+        return False
+    return all(size in (1, whole) for size, whole in zip(mask[:2], q[:2], strict=True))
+
+
+def _shared(k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Keys and values before they are repeated for the queries that share them."""
+    fewer = before_sharing(k), before_sharing(v)
+    shapes = [shape_of(value) for value in fewer]
+    return fewer if shapes[0] is not None and shapes[0] == shapes[1] else (k, v)
+
+
+def _cached(k: ir.Value, v: ir.Value) -> tuple[ir.Node, ...]:
+    """What puts new keys and values behind those of a cache."""
+    found = []
+    for value in (k, v):
+        joined, shape = producer(value, "Concat"), shape_of(value)
+        past = shape_of(joined.inputs[0]) if joined is not None else None
+        if joined is None or shape is None or past is None or len(joined.inputs) != 2:
+            return ()
+        if joined.attributes["axis"].as_int() not in (-2, 2) or past[:2] != shape[:2]:
+            return ()
+        found.append(joined)
+    return tuple(found)
+
+
+def _only_way(value: ir.Value, last: ir.Node) -> bool:
+    """Whether nothing but one attention reads a value, or what becomes of it on the way there."""
+    while len(uses := value.uses()) == 1:
+        if uses[0].node is last:
+            return True
+        value = uses[0].node.outputs[0]
+        if value.is_graph_output():
+            return False
+    return False
+
+
+def _unturned(node: ir.Node, k: ir.Value) -> ir.Value:
+    """Keys as they were before their last axes were exchanged."""
+    turned = producer(k, "Transpose")
+    axes = turned.attributes["perm"].as_ints() if turned is not None else (0, 1, 2, 3)
+    order = (*axes[:-2], axes[-1], axes[-2])
+    source = k if turned is None else turned.inputs[0]
+    assert source is not None
+    if order == (0, 1, 2, 3):
+        return source
+    new = ir.node("Transpose", [source], {"perm": order})
+    new.metadata_props.update(node.metadata_props)
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, new)
+    shape = shape_of(k)
+    assert shape is not None
+    new.outputs[0].type, new.outputs[0].shape = k.type, ir.Shape([*shape[:2], shape[3], shape[2]])
+    return new.outputs[0]
