@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ pytest.register_assert_rewrite("lora_fx.testing")
 from lora_fx.testing import Ragged, Shared  # noqa: E402  # after it is told to explain its asserts
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # xdist's, to which the command line would fold what it says
 # No test reads where in a model's code a node comes from, and below pytest its stack is deep.
 torch.fx.config.do_not_emit_stack_traces = True
 gc.set_threshold(200_000, 20, 50)

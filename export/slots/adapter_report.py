@@ -121,6 +121,5 @@ def _filled(slot: AnySlot, values: Mapping[str, torch.Tensor]) -> Filled:
     own = [values[name] for name in slot.names if name in values]
     bytes_ = sum(value.numel() * value.element_size() for value in own)
     down = slot.inputs.get("down")
-    if down is None:
-        return Filled(slot.path, None, slot.dtype, bytes_)
-    return Filled(slot.path, values[down.name].shape[down.shape.index(None)], slot.dtype, bytes_)
+    rank = None if down is None else slot.rank_of(values[down.name])
+    return Filled(slot.path, rank, slot.dtype, bytes_)

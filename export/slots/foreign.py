@@ -84,6 +84,10 @@ class ForeignSlot(Slot):
         own = value.T if part in self.turned else value
         return own * self.scale if part == "up" else own
 
+    def rank_of(self, down: torch.Tensor) -> int:
+        """The rank of what goes in, which a file of one rank alone takes with zeros behind it."""
+        return self.from_input("down", down).shape[1]
+
 
 def foreign_manifest(model: ModelProto, strict: bool = False) -> Manifest | None:
     """The slots of a file without a manifest, in the order of its inputs; None if it has none.

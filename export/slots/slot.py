@@ -78,6 +78,10 @@ class AnySlot(Protocol):
         """The reverse of `as_input`, with all that the graph does to it."""
         return value
 
+    def rank_of(self, down: torch.Tensor) -> int:
+        """The rank of what goes in at ``down``."""
+        return down.shape[self.inputs["down"].shape.index(None)]
+
     def is_sound(self) -> bool:
         """Whether a file could have it: a known kind, sizes that are sizes."""
         raise NotImplementedError
