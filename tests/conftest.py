@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +16,7 @@ pytest.register_assert_rewrite("lora_fx.testing")
 from lora_fx.testing import Ragged, Shared  # noqa: E402  # after it is told to explain its asserts
 
 torch.set_num_threads(1)
+
 os.environ.pop("COLUMNS", None)  # xdist's, to which the command line would fold what it says
 # No test reads where in a model's code a node comes from, and below pytest its stack is deep.
 torch.fx.config.do_not_emit_stack_traces = True
@@ -22,6 +24,17 @@ gc.set_threshold(200_000, 20, 50)
 # The same examples in every run: a change is judged by what it changed.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+    """Threads that wait spin, and would take the cores of the tests beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+onnxruntime.SessionOptions = OneThread
 
 
 def pytest_collection_finish() -> None:

@@ -81,8 +81,10 @@ def _attention(node: ir.Node) -> _Parts | None:
         return None
     (q, by_q), (k, by_k) = (_scaled(value) for value in product.inputs)
     v = node.inputs[1]
+    if q is None or k is None or v is None:
+        return None
     parts = _Parts(q, k, v, mask, scale * by_q * by_k)
-    return parts if all(part is not None for part in (q, k, v)) and _fits(parts) else None
+    return parts if _fits(parts) else None
 
 
 def _read_elsewhere(node: ir.Node) -> bool:
@@ -143,7 +145,7 @@ def _cached(k: ir.Value, v: ir.Value) -> tuple[ir.Node, ...]:
 
 def _only_way(value: ir.Value, last: ir.Node) -> bool:
     """Whether nothing but one attention reads a value, or what becomes of it on the way there."""
-    while len(uses := value.uses()) == 1:
+    while len(uses := tuple(value.uses())) == 1:
         if uses[0].node is last:
             return True
         value = uses[0].node.outputs[0]

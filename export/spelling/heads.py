@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     heads: int
 
 
-def before_heads(value: ir.Value) -> Rows | None:
+def before_heads(value: ir.Value | None) -> Rows | None:
     """What is taken apart into heads, and turned so that these stand first."""
     turned = producer(value, "Transpose")
     if turned is None or turned.attributes["perm"].as_ints() != HEADS_FIRST:
@@ -57,5 +57,5 @@ def joined_heads(node: ir.Node) -> ir.Node | None:
 
 
 def _only_reader(node: ir.Node) -> ir.Node | None:
-    uses = node.outputs[0].uses()
+    uses = tuple(node.outputs[0].uses())
     return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None

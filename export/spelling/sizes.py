@@ -31,7 +31,7 @@ def _named(size: int | ir.SymbolicDim) -> int | str | None:
 def _followed(value: ir.Value) -> Sizes | None:
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is not None:
-        return tensor.shape.numpy()
+        return tuple(tensor.shape.numpy())
     node = producer(value, (*_ELEMENTWISE, "Transpose"))
     shapes = [shape_of(given) for given in node.inputs] if node is not None else [None]
     if node is None or None in shapes:

@@ -26,8 +26,8 @@ _SPELLINGS: tuple[type[Spelling], ...] = (
 def spell(model: ir.Model, opset: int | None) -> dict[str, int]:
     """Says a graph in the operators that onnxruntime runs fastest, in place.
 
-    Each was measured: ``benchmarks/run.py base``. Numbers stay, up to the rounding of another
-    order; names and weights do too.
+    Each was measured: ``benchmarks/run.py encoder decoder``. Numbers stay, up to the rounding of
+    another order; names and weights do too.
 
     Args:
         model: what was exported.
