@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from google.protobuf.message import Message
 from onnx import ModelProto, TensorProto, external_data_helper, helper
@@ -26,18 +27,17 @@ _OLDEST_IR = 3  # before it a model said nothing of its operator sets
 
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
     """All tensors of a model: of graphs and branches, attributes, functions, sparse ones."""
-    return (message for message in _messages(model) if isinstance(message, TensorProto))
+    return (message for message, _ in _messages(model) if isinstance(message, TensorProto))
 
 
-def _messages(model: ModelProto) -> Iterator[Message]:
-    """All that a model is made of, itself included; a tensor's own parts are left out."""
+def _messages(model: ModelProto) -> Iterator[tuple[Message, Sequence[Any]]]:
+    """All that a model is made of, itself included, each with its fields; a tensor without."""
     waiting: list[Message] = [model]
     while waiting:
         message = waiting.pop()
-        yield message
-        if isinstance(message, TensorProto):
-            continue
-        for field, value in message.ListFields():
+        fields = [] if isinstance(message, TensorProto) else message.ListFields()
+        yield message, fields
+        for field, value in fields:
             if field.message_type is not None:
                 waiting += [value] if isinstance(value, Message) else value
 
@@ -58,12 +58,11 @@ def check_model(model: ModelProto) -> None:
                 f"opset version {entry.version} of {entry.domain!r:.80}, expected 1 or more: "
                 "export it again"
             )
-    for message in _messages(model):
+    for message, fields in _messages(model):
         if isinstance(message, TensorProto):
             _check_text([message.name])
             _check_tensor(message)
-            continue
-        for field, value in message.ListFields():
+        for field, value in fields:
             if field.type == field.TYPE_STRING:
                 _check_text([value] if isinstance(value, str | bytes) else value)
 
