@@ -1,9 +1,8 @@
 """Where a tensor keeps its features, and what reshapes and permutations do to that.
 
-Features are some neighbouring axes; all others are the batch. What moves axes must keep the
-order of the batch, so that a row of the result belongs to the same row of the source. A reshape may
-put the first axis of features and the batch in front of them on one axis, until another takes them
-apart again: no call in between can tell the two.
+Features are some neighbouring axes; all others are the batch, whose rows are those of the source,
+in its order or turned. A reshape may put the first axis of features and the batch in front of them
+on one axis, until another takes them apart again: no call in between can tell the two.
 """
 
 from __future__ import annotations
@@ -13,6 +12,41 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from lora_fx.graph.sizes import Sizes, same_sizes
+
+Order = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A permutation of the batch.
+
+    Attributes:
+        sizes: of the axes before it; None if they are not known.
+        order: of the last axes; those in front, which stay, are left out.
+    """
+
+    sizes: Sizes | None
+    order: Order
+
+    @property
+    def result(self) -> Sizes | None:
+        """The sizes of the axes behind it."""
+        if self.sizes is None:
+            return None
+        return tuple(self.sizes[axis] for axis in _of(len(self.sizes), self.order))
+
+    def then(self, order: Order) -> Turn:
+        """This one and another behind it."""
+        count = max(len(self.order), len(order))
+        own = _of(count, self.order)
+        whole = [own[axis] for axis in _of(count, order)]
+        while whole and whole[0] == count - len(whole):
+            whole = whole[1:]
+        return Turn(self.sizes, tuple(axis - count + len(whole) for axis in whole))
+
+    def same(self, other: Turn) -> bool:
+        """Whether both do the same to a batch of one size."""
+        return self.order == other.order and same_sizes(self.sizes, other.sizes)
 
 
 @dataclass(frozen=True)
@@ -24,12 +58,14 @@ class Layout:
         after: batch axes behind them.
         batch: sizes of the batch axes; None if they are not known, and then those of the source.
         joined: whether the first feature axis and the batch are one axis of the tensor.
+        turns: how the batch comes from that of the source, if not by reshapes alone.
     """
 
     split: tuple[int, ...]
     after: int = 0
     batch: Sizes | None = None
     joined: bool = False
+    turns: tuple[Turn, ...] = ()
 
     @property
     def count(self) -> int:
@@ -56,8 +92,11 @@ class Layout:
     def same(self, other: Layout) -> bool:
         """Whether two tensors of one source line up element by element."""
         own = self.split, self.after, self.joined
-        return own == (other.split, other.after, other.joined) and same_sizes(
-            self.batch, other.batch
+        return (
+            own == (other.split, other.after, other.joined)
+            and same_sizes(self.batch, other.batch)
+            and len(self.turns) == len(other.turns)
+            and all(map(Turn.same, self.turns, other.turns))
         )
 
     def keeps(self, split: tuple[int, ...], after: int) -> bool:
@@ -100,7 +139,8 @@ class Layout:
             if not all(type(n) is int for n in split):
                 break
             if prod(split) == size:
-                return Layout(split, self.after, (*sizes[: end - count], *sizes[end:]))
+                batch = (*sizes[: end - count], *sizes[end:])
+                return replace(self, split=split, batch=batch, joined=False)
         return self._joined(sizes)
 
     def _joined(self, sizes: Sizes) -> Layout | None:
@@ -109,7 +149,7 @@ class Layout:
         if self.after or not own or not self.split or not all(type(n) is int for n in own):
             return None
         first, rest = divmod(prod(self.split), prod(own)) if prod(own) else (0, 1)
-        return Layout((first, *own), 0, self.batch, joined=True) if not rest and first else None
+        return replace(self, split=(first, *own), joined=True) if not rest and first else None
 
     def permuted(self, order: Sequence[int]) -> tuple[Layout, tuple[int, ...]] | None:
         """What a permutation of all axes makes of it, and the new order of the feature axes."""
@@ -120,11 +160,21 @@ class Layout:
         batch = [axis for axis in order if axis not in features]
         places = [place for place, axis in enumerate(order) if axis in features]
         together = not places or places[-1] - places[0] == len(places) - 1
-        if front < 0 or batch != sorted(batch) or not together:
+        if front < 0 or not together:
             return None
         moved = tuple(axis - front for axis in order if axis in features)
         after = len(order) - 1 - places[-1] if places else self.after
-        return replace(self, split=tuple(self.split[m] for m in moved), after=after), moved
+        turned = self.turned(tuple(sorted(batch).index(axis) for axis in batch))
+        return replace(turned, split=tuple(self.split[m] for m in moved), after=after), moved
+
+    def turned(self, order: Order) -> Layout:
+        """With the last axes of the batch in a new order."""
+        *earlier, last = self.turns or [Turn(self.batch, ())]
+        if not same_sizes(self.batch, last.result):  # it was reshaped in between
+            earlier, last = list(self.turns), Turn(self.batch, ())
+        whole = last.then(order)
+        turns = (*earlier, whole) if whole.order else tuple(earlier)
+        return replace(self, batch=Turn(self.batch, order).result, turns=turns)
 
     def swapped(self, one: object, two: object) -> tuple[Layout, tuple[int, ...]] | None:
         """What swapping two axes makes of it."""
@@ -155,3 +205,9 @@ class Layout:
             return False
         fits = all(n in (1, m) for n, m in zip(reversed(own), reversed(self.split), strict=False))
         return fits and all(n == 1 for n in (*behind, *lead))
+
+
+def _of(count: int, order: Order) -> Order:
+    """An order of the last axes as one of more."""
+    front = count - len(order)
+    return (*range(front), *(front + axis for axis in order))

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lora_fx.affine.affine_map import AffineMap, OneHot
 from lora_fx.affine.analysis import Alias, Analysis, Opaque
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
 from lora_fx.choices import Frontend
@@ -136,7 +137,19 @@ def _rows(value: AffineMap, seen: torch.Tensor) -> torch.Tensor:
     axes = [*range(front), *range(seen.ndim - after, seen.ndim)]
     axes += list(range(front, seen.ndim - after))
     assert tuple(seen.shape[front : seen.ndim - after]) == split
-    return seen.permute(axes).reshape(-1, value.size)
+    rows = seen.permute(axes)
+    return rows.reshape(-1, value.size) if not value.layout.turns else _unturned(value.layout, rows)
+
+
+def _unturned(layout: Layout, rows: torch.Tensor) -> torch.Tensor:
+    """Rows in the order that they have in the source."""
+    for turn in reversed(layout.turns):
+        batch = turn.result or rows.shape[: -len(layout.split)]
+        rows = rows.reshape(*batch, layout.count)
+        front = len(batch) - len(turn.order)
+        back = [front + turn.order.index(axis) for axis in range(len(turn.order))]
+        rows = rows.permute(*range(front), *back, len(batch))
+    return rows.reshape(-1, layout.count)
 
 
 def _read(source: AffineMap, seen: torch.Tensor) -> torch.Tensor:

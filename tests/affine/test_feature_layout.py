@@ -18,9 +18,14 @@ SOME = st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple)
 
 
 def numbered(layout: Layout) -> torch.Tensor:
-    """A tensor whose elements say which row of the batch and which feature they are."""
+    """A tensor whose elements say which row of the source's batch and which feature they are."""
     front = len(layout.batch or ()) - layout.after
-    rows = torch.arange(prod(layout.batch or ())).reshape(layout.batch or ())
+    rows = torch.arange(prod(layout.batch or ()))
+    for turn in layout.turns:
+        stay = len(turn.sizes or ()) - len(turn.order)
+        order = *range(stay), *(stay + axis for axis in turn.order)
+        rows = rows.reshape(turn.sizes or ()).permute(order)
+    rows = rows.reshape(layout.batch or ())
     features = torch.arange(prod(layout.split)).reshape(layout.split)
     rows = rows.reshape(*rows.shape[:front], *[1] * len(layout.split), *rows.shape[front:])
     features = features.reshape(*layout.split, *[1] * layout.after)
@@ -69,6 +74,8 @@ def test_a_permutation_that_is_followed_keeps_every_element(
     layout = Layout(split, len(behind), (*front, *behind))
     order = data.draw(st.permutations(range(layout.axes or 0)))
     found = layout.permuted(order)
+    places = [place for place, axis in enumerate(order) if 0 <= axis - len(front) < len(split)]
+    assert (found is None) == (places[-1] - places[0] >= len(split))
     if found is None:
         return
     moved, features = found
@@ -76,6 +83,24 @@ def test_a_permutation_that_is_followed_keeps_every_element(
     index = torch.arange(prod(split)).reshape(split).permute(features).reshape(-1)
     assert torch.equal(tensor % 1000, index[numbered(moved) % 1000])
     assert torch.equal(tensor // 1000, numbered(moved) // 1000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.permutations(range(3)), st.permutations(range(3)), st.booleans())
+def test_batches_that_turn_line_up_where_their_rows_do(
+    one: list[int], other: list[int], is_reshaped: bool
+) -> None:
+    layout = Layout((5,), 0, (2, 3, 4)).turned(tuple(one))
+    if is_reshaped:
+        layout = layout.reshaped((6, 4, 5))  # type: ignore[assignment]
+        layout = layout and layout.reshaped((2, 3, 4, 5))
+    turned = layout.turned(tuple(other))
+    assert torch.equal(numbered(layout).permute(*other, 3), numbered(turned))
+    back = turned.turned(tuple(sorted(range(3), key=lambda place: other[place])))
+    assert back.same(layout)
+    assert turned.same(layout) == (other == sorted(other))
+    if not is_reshaped:
+        assert len(turned.turns) <= 1
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
 from math import prod
@@ -110,7 +111,8 @@ def _layout(value: Any, first: Layout, node: fx.Node) -> Layout | None:
     start = end - len(first.split)
     if start < 0 or not all(type(size) is int for size in sizes[start:end]):
         return None
-    return Layout(tuple(sizes[start:end]), first.after, (*sizes[:start], *sizes[end:]))
+    batch = (*sizes[:start], *sizes[end:])
+    return replace(first, split=tuple(sizes[start:end]), batch=batch, joined=False)
 
 
 def pad(analysis: Analysis, node: fx.Node) -> Value:

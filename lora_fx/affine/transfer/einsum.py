@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
-from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import BlockDiag, Matrix, transposed
 from lora_fx.layers.matrix_products import listed
 
@@ -27,7 +27,7 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     known = operands[constant] in analysis.constants.nodes
     shape = analysis.constants.shape(operands[constant]) if known else None
     if not plan.is_layer or shape is None:
-        return Opaque("an einsum that mixes the batch, or features out of order")
+        return Opaque("an einsum that sums over the batch, or has features out of order")
     sizes = dict(zip(own, shape, strict=True))
     split = tuple(sizes[label] for label in plan.inputs)
     x = operands[1 - constant]
@@ -35,7 +35,8 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
     if source is None or not source.layout.keeps(split, plan.after):
         return Opaque("an einsum of what is no map with these features")
-    layout = Layout(tuple(sizes[n] for n in plan.outputs), plan.behind, source.layout.batch)
+    split = tuple(sizes[n] for n in plan.outputs)
+    layout = replace(source.layout.turned(plan.order), split=split, after=plan.behind)
     matrix = analysis.matrix(operands[constant]) if is_matrix else None
     weight: Matrix = plan.weight(analysis, operands[constant], sizes)
     if matrix is not None:
@@ -58,8 +59,10 @@ class _Einsum:
         kept = [label for label in plain_out if label not in own]
         self.after, self.behind = _behind(plain_x, own), _behind(plain_out, own)
         count = len(self.shared)
+        self.order = tuple(batch.index(n) for n in kept if n in batch)
         self.is_layer = (
-            batch == kept
+            sorted(batch) == sorted(kept)
+            and (batch == kept or "." not in batch)
             and all(len(set(labels)) == len(labels) for labels in (own, plain_x, plain_out))
             and "." not in own
             and _together(plain_x, own)

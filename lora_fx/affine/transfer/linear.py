@@ -79,7 +79,7 @@ def embedding(analysis: Analysis, node: fx.Node) -> Value:
     source = analysis.source(ids, matrix.shape[0], reading=OneHot())
     if source is None:
         return Opaque("its ids are no activation")
-    layout = Layout((matrix.shape[1],), 0, source.layout.batch)
+    layout = replace(source.layout, split=(matrix.shape[1],), after=0)
     dtype = analysis.constants.dtype(table)
     return source.then(node, transposed(matrix), None, layout, dtype)
 
@@ -102,7 +102,7 @@ def dense_layer(
     source = analysis.source(x, matrix.shape[1], after)
     if source is None:
         return Opaque("its input is no activation")
-    layout = Layout((matrix.shape[0],), after, source.layout.batch)
+    layout = replace(source.layout, split=(matrix.shape[0],), after=after)
     link = Link.PRODUCT if op_name(node) in _PRODUCTS else Link.LAYER
     return source.then(node, matrix, column, layout, analysis.constants.dtype(constant), link)
 

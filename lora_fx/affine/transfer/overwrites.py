@@ -248,7 +248,8 @@ def _layout_beside(node: fx.Node, new: AffineMap | None, gone: bool) -> Layout |
     split = sizes[max(0, start) : end]
     if start < 0 or not all(type(n) is int for n in split):
         return None
-    return Layout(split, new.layout.after, (*sizes[:start], *sizes[end:]))
+    batch = (*sizes[:start], *sizes[end:])
+    return replace(new.layout, split=split, batch=batch, joined=False)
 
 
 def _column(

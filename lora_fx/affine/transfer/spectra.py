@@ -6,6 +6,7 @@ complex numbers: what comes out is the real matrix that all of it multiplies wit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from torch import fx
 
 from lora_fx.affine.affine_map import AffineMap, Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
-from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Leaf
 from lora_fx.graph.ops import call_argument, op_name
 
@@ -60,7 +60,7 @@ def real(analysis: Analysis, node: fx.Node) -> Value:
 def _multiplied(
     analysis: Analysis, value: AffineMap, chain: list[fx.Node], split: tuple[int, ...]
 ) -> Value:
-    layout, size = Layout(split, 0, value.layout.batch), value.size
+    layout, size = replace(value.layout, split=split, after=0), value.size
     named = tuple(analysis.constants.key(n) for n in _read(chain))
     steps = [_Step.of(call) for call in chain]
     key = ("spectrum", tuple(_written(n) for n in chain), named, value.layout.split)

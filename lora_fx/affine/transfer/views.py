@@ -79,7 +79,7 @@ def reshape(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def transpose(analysis: Analysis, node: fx.Node) -> Value:
-    """Two axes swapped, the order of the batch kept."""
+    """Two axes swapped."""
     value = movable(analysis, node.args[0])
     one, two = call_argument(node, 1, "dim0"), call_argument(node, 2, "dim1")
     return _permuted(node, value, value.layout.swapped(one, two) if value else None)
@@ -105,7 +105,7 @@ def _permuted(
     node: fx.Node, value: AffineMap | None, found: tuple[Layout, tuple[int, ...]] | None
 ) -> Value:
     if value is None or found is None:
-        return Opaque("a permutation that moves the batch, or of unknown axes")
+        return Opaque("a permutation that takes features apart, or of unknown axes")
     layout, order = found
     if order == tuple(range(len(order))):
         return value.moved(node, layout, value.dtype)

@@ -48,18 +48,23 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", m.low(x), m.v), "batch"),
+    "all permuted": (lambda m, x: einsum("bsi,oi->osb", m.low(x), m.v), "batch"),
+    "the batch permuted there and back": (
+        lambda m, x: einsum("sbi,oi->bso", einsum("bsi,oi->sbo", x, m.square), m.w),
+        "batch",
+    ),
     "one feature axis made two": (
         lambda m, x: einsum("bsi,opi->bsop", F.linear(x, m.square, m.b3), m.blocks),
         "batch",
     ),
 }
-REFUSED = "mixes the batch, or features out of order"
+REFUSED = "sums over the batch, or has features out of order"
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "three operands": (lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.b), "batch", "two operands"),
     "no arrow": (lambda m, x: einsum("bsi,oi", x, m.w), "batch", "two operands"),
     "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", REFUSED),
     "the batch summed": (lambda m, x: einsum("bsi,oi->so", m.low(x), m.v), "batch", REFUSED),
-    "the batch permuted": (lambda m, x: einsum("bsi,oi->sbo", m.low(x), m.v), "batch", REFUSED),
     "a label of the constant alone": (
         lambda m, x: einsum("bsi,oi->bs", m.low(x), m.v),
         "batch",

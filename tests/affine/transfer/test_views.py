@@ -23,6 +23,19 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "the batch turned": (lambda m, x: m.low(x).transpose(0, 1), "batch", "export"),
+    "the batch turned, from behind": (lambda m, x: m.low(x).transpose(-2, -3), "batch"),
+    "features over a batch that turns": (lambda m, x: m.low(x).permute(2, 1, 0), "batch"),
+    "the batch turned and made one axis": (
+        lambda m, x: m.low(x).transpose(0, 1).reshape(28, 5),
+        "batch",
+        "export",
+    ),
+    "and turned again": (
+        lambda m, x: m.low(x).transpose(0, 1).reshape(2, 14, 5).transpose(0, 1),
+        "batch",
+        "export",
+    ),
     "scaled on one axis": (lambda m, x: m.wide(x).reshape(-1, 3) * m.b3, "batch", "export"),
     "and cut there": (lambda m, x: m.wide(x).reshape(56, 3)[:, 1:] * 2, "batch", "export"),
     "clone": (lambda m, x: m.low(x).clone().contiguous().detach(), "batch"),
@@ -118,7 +131,7 @@ HALVES: dict[str, tuple[Any, ...]] = {
     "bfloat16": (lambda m, x: m.low(x).bfloat16().float(), "batch"),
 }
 APART = "takes the features apart"
-MOVES = "moves the batch"
+MOVES = "takes features apart"
 OPAQUE: dict[str, tuple[Any, ...]] = {
     "dropout in training": (lambda m, x: F.dropout(m.low(x), 0.5, True), "batch", "in training"),
     "dropout by default": (lambda m, x: F.dropout(m.low(x)), "batch", "in training"),
@@ -155,9 +168,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         APART,
     ),
     "sizes unknown": (lambda m, x: m.low(x).reshape(28, 5), "batch", "unknown", "symbolic"),
-    "the batch turned": (lambda m, x: m.low(x).transpose(0, 1), "batch", MOVES),
-    "the batch turned, from behind": (lambda m, x: m.low(x).transpose(-2, -3), "batch", MOVES),
-    "features over a batch that turns": (lambda m, x: m.low(x).permute(2, 1, 0), "batch", MOVES),
+    "axes that are not known": (
+        lambda m, x: m.low(x).transpose(0, 1),
+        "batch",
+        "unknown axes",
+        "symbolic",
+    ),
     "feature axes torn apart": (
         lambda m, x: m.wide(x).view(4, 7, 2, 3).permute(0, 2, 1, 3),
         "batch",
