@@ -99,6 +99,8 @@ def test_batches_that_turn_line_up_where_their_rows_do(
     back = turned.turned(tuple(sorted(range(3), key=lambda place: other[place])))
     assert back.same(layout)
     assert turned.same(layout) == (other == sorted(other))
+    cube = Layout((5,), 0, (3, 3, 3))  # whose sizes say nothing
+    assert cube.turned(tuple(one)).same(cube.turned(tuple(other))) == (one == other)
     if not is_reshaped:
         assert len(turned.turns) <= 1
 
