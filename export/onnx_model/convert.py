@@ -14,7 +14,7 @@ from torch import fx
 from lora_fx.errors import ExportError, advised
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
-from lora_fx.graph.lazy_compile import compiled_when_read
+from lora_fx.graph.lean_tracing import lean_tracing
 from lora_fx.graph.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ def check_opset(opset: object) -> None:
         )
 
 
-@compiled_when_read()
+@lean_tracing()
 @advised("write what it names in other operators of PyTorch")
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Model:
     """Translates a program operator by operator, unoptimised.

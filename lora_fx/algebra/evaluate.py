@@ -150,20 +150,30 @@ class _Evaluation:
 
     def _summed(self, terms: list[Matrix]) -> _Held:
         """Adds up in one buffer; a product is accumulated in the pass that adds it."""
-        first, *rest = sorted(terms, key=lambda term: isinstance(term, m.Product))
+        first, *rest = sorted(terms, key=lambda term: isinstance(self._factor(term)[1], m.Product))
         into, shape = self.of(first), first.shape
         # A constant of the graph is not written to, nor what is a view of one.
         ours = self.known is None and not isinstance(first, m.Leaf | m.Transposed | m.Reshaped)
         for term in rest:
-            pair = _grouped(m.parts(term, m.Product)) if isinstance(term, m.Product) else ()
+            factor, chain = self._factor(term)
+            pair = _grouped(m.parts(chain, m.Product)) if isinstance(chain, m.Product) else ()
             if pair and not any(isinstance(part, m.BlockDiag) for part in pair):
                 add = _aten.addmm_ if ours else _aten.addmm
-                into = _Held(add.default(into.seen(shape), *map(self._flat, pair)), shape)
+                alpha = {} if factor == 1 else {"alpha": factor}
+                total = add.default(into.seen(shape), *map(self._flat, pair), **alpha)
+                into = _Held(total, shape)
             else:
                 add = _aten.add_ if ours else _aten.add
                 into = _Held(add.Tensor(into.value, self.of(term).seen(into.shape)), into.shape)
             ours = self.known is None
         return into
+
+    def _factor(self, term: Matrix) -> tuple[float, Matrix]:
+        """The number that a product is multiplied with; a graph has a call of its own for it."""
+        match term:
+            case m.DiagMul(m.Repeated(value, 1), m.Product() as chain) if self.known is None:
+                return value, chain
+        return 1, term
 
     def _times(self, left: Matrix, right: Matrix) -> _Held:
         """One product; of a block diagonal, and of one matrix for all blocks, block by block."""

@@ -16,7 +16,7 @@ from lora_fx.errors import TraceError
 from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.graph.graph_module import copy_graph, without_guards
-from lora_fx.graph.lazy_compile import compiled_when_read
+from lora_fx.graph.lean_tracing import lean_tracing
 from lora_fx.graph.module_copy import split_shared_modules
 
 
@@ -39,7 +39,7 @@ def export_program(
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
     results_cached = torch._dynamo.config.patch(fake_tensor_cache_enabled=not has_free_axes)
-    with warnings.catch_warnings(), data_detached(), compiled_when_read(), results_cached:
+    with warnings.catch_warnings(), data_detached(), lean_tracing(), results_cached:
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:
@@ -59,7 +59,7 @@ def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
-        with compiled_when_read():
+        with lean_tracing():
             gm = program.module()
     return gm, copy_graph(gm.graph)
 
