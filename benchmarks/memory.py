@@ -18,12 +18,13 @@ class Peak:
     megabytes: float = 0.0
 
 
-def anonymous() -> float:
-    """Anonymous memory now, in MB."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/smaps_rollup says nothing of anonymous memory")
+def anonymous(process: int | str = "self") -> float:
+    """Anonymous memory of a process now, in MB; of one that has just ended, none."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except ProcessLookupError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 @contextmanager
