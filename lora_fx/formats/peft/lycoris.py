@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, settings_of, stored_tensors
+from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
 from lora_fx.formats.peft.wrappers import Home
 
@@ -45,7 +45,7 @@ class LohaConfig(Patterned):
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
         """Ranks and alphas, and what all layers agree on."""
         fields = super().described(layers, homes)
-        if any("hada_t1" in stored_tensors(update) for update in layers.values()):
+        if any("hada_t1" in update.stored_tensors for update in layers.values()):
             fields["use_effective_conv2d"] = True
         return fields
 
@@ -55,7 +55,7 @@ class LohaConfig(Patterned):
         ranks: dict[str, float] = {}
         alphas: dict[str, float] = {}
         for path, update in layers.items():
-            settings, tensors = settings_of(update), stored_tensors(update)
+            settings, tensors = update.stored_settings, update.stored_tensors
             found = [len(tensors[leaf]) for leaf in cls.ranked if leaf in tensors]
             rank, scale = int(settings.get("r") or found[0]), float(settings["scale"])
             said: Any = settings.get("alpha")
@@ -105,9 +105,9 @@ def with_fields(layers: Mapping[str, AnyUpdate]) -> dict[str, AnyUpdate] | None:
 
     Updates that were read from PEFT have them already.
     """
-    if all("decompose_factor" in settings_of(update) for update in layers.values()):
+    if all("decompose_factor" in update.stored_settings for update in layers.values()):
         return dict(layers)
-    stored = [stored_tensors(update) for update in layers.values()]
+    stored = [update.stored_tensors for update in layers.values()]
     both, cores = (any(leaf in own for own in stored) for leaf in ("lokr_w1_a", "lokr_t2"))
     firsts = [t for own in stored for leaf, t in own.items() if leaf.startswith("lokr_w1")]
     for factor in (-1, *sorted({size for tensor in firsts for size in tensor.shape})):
@@ -156,7 +156,7 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
 def _rank(update: AnyUpdate) -> int:
     """The rank of what is of low rank; of full factors any that is too high to be low."""
-    tensors = stored_tensors(update)
+    tensors = update.stored_tensors
     ranks = [len(tensors[leaf]) for leaf in LokrConfig.ranked if leaf in tensors]
     sides = (size for tensor in tensors.values() for size in tensor.shape[:2])
     return ranks[0] if ranks else max(sides, default=1)
@@ -164,12 +164,12 @@ def _rank(update: AnyUpdate) -> int:
 
 def _is_cut(update: AnyUpdate, cut: Cut) -> bool:
     """Whether PEFT has just these tensors for a layer, and means the same by them."""
-    found = {leaf: tuple(t.shape) for leaf, t in stored_tensors(update).items() if leaf != "alpha"}
+    found = {leaf: tuple(t.shape) for leaf, t in update.stored_tensors.items() if leaf != "alpha"}
     known = tuple(size or 0 for size in update.shape)
     return bool(found) and len(known) != 3 and found == cut.shapes(known)
 
 
 def _with_settings(update: AnyUpdate, fields: Mapping[str, object]) -> AnyUpdate:
     assert update.stored is not None
-    settings = {**update.stored.settings, **fields}
+    settings = {**update.stored_settings, **fields}
     return replace(update, stored=replace(update.stored, settings=settings))
