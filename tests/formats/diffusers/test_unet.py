@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import relative
+from lora_fx.testing import config_in, relative, same_tensors
 
 diffusers = pytest.importorskip("diffusers")
 # PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
@@ -188,11 +187,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str) -> None:
     adapter = load_adapter(file, component="unet")
     other = tmp_path / "b.safetensors"
     save_adapter(adapter, other, format="diffusers", component="unet")
-    first, second = load_file(file), load_file(other)
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert (tensor.dtype, tensor.shape) == (second[key].dtype, second[key].shape), key
-        assert torch.equal(tensor, second[key]), key
+    same_tensors(load_file(other), load_file(file))
     again = load_adapter(other, component="unet")
     assert str(again) == str(Adapter("b", adapter.updates))
 
@@ -281,8 +276,7 @@ def test_the_kind_is_what_the_config_says(tmp_path: Path, case: str) -> None:
     adapter = load_adapter(file)
     assert {update.kind for update in adapter.updates.values()} == {kind}
     save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as opened:
-        fields = json.loads(opened.metadata()[METADATA])
+    fields = config_in(tmp_path / "b.safetensors")
     assert fields["unet.use_rslora"] is ("rslora" in case)
 
 
@@ -315,7 +309,6 @@ def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path) -> None:
 def test_the_metadata_is_diffusers_own(tmp_path: Path) -> None:
     file = written(tmp_path / "a", trained("dora"), "dora")
     save_adapter(load_adapter(file), tmp_path / "b.safetensors", format="diffusers")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as opened:
-        fields = json.loads(opened.metadata()[METADATA])
+    fields = config_in(tmp_path / "b.safetensors")
     assert fields["unet.use_dora"] is True
     assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 3)
