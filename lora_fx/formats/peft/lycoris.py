@@ -166,7 +166,7 @@ def _is_cut(update: AnyUpdate, cut: Cut) -> bool:
     """Whether PEFT has just these tensors for a layer, and means the same by them."""
     found = {leaf: tuple(t.shape) for leaf, t in update.stored_tensors.items() if leaf != "alpha"}
     known = tuple(size or 0 for size in update.shape)
-    return bool(found) and len(known) != 3 and found == cut.shapes(known)
+    return update.makes_anew and len(known) != 3 and found == cut.shapes(known)
 
 
 def _with_settings(update: AnyUpdate, fields: Mapping[str, object]) -> AnyUpdate:

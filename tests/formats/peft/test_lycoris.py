@@ -35,6 +35,7 @@ BOTH: Leaves = {
     "lokr_w2_a": (4, 1),
     "lokr_w2_b": (1, 5),
 }  # of 20 -> 16
+SECOND: Leaves = {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 5)}
 CONV: Leaves = {"lokr_w1": (2, 2), "lokr_w2_a": (6, 1), "lokr_w2_b": (1, 36)}
 CORE: Leaves = {
     "lokr_w1": (2, 2),
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[nn.Module, Leaves]] = {
     "full": (nn.Linear(8, 12), FULL),
     "low": (nn.Linear(8, 12), LOW),
     "both low": (nn.Linear(20, 16), BOTH),
+    "the second low": (nn.Linear(20, 16), SECOND),
     "convolution": (nn.Conv2d(8, 12, 3), CONV),
     "core": (nn.Conv2d(8, 12, 3), CORE),
 }
