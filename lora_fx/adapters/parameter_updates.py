@@ -13,16 +13,16 @@ import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.source_record import SourceRecord
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.updates import AnyUpdate, Update
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 TURNED_EXPERTS = "transposed"  # whether each expert is stored as (in, out)
 _NAME, _DEPTH, _TURNED = "parameter", "depth", "turned"
 
 
-def name_of(update: Update) -> str | None:
+def name_of(update: AnyUpdate) -> str | None:
     """The name of the parameter that an update is of, or None where a module's layer is meant."""
-    return None if update.stored is None else update.stored.settings.get(_NAME)
+    return update.stored_settings.get(_NAME)
 
 
 def for_layer(update: Update, transposed: bool) -> Update:
@@ -67,7 +67,7 @@ def of_experts(
 
 
 def _is_turned(update: Update) -> bool:
-    return update.stored is not None and update.stored.settings.get(_TURNED) is True
+    return update.stored_settings.get(_TURNED) is True
 
 
 def _swapped(update: Update) -> Update:

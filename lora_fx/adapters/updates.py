@@ -90,6 +90,16 @@ class AnyUpdate(Protocol):
         raise AdapterError(f"a magnitude beside kind {self.kind!r}, which has none")
 
     @property
+    def stored_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the file held of the layer, by leaf; none where it was not read from one."""
+        return {} if self.stored is None else self.stored.tensors
+
+    @property
+    def stored_settings(self) -> Mapping[str, Any]:
+        """What it was read with."""
+        return {} if self.stored is None else self.stored.settings
+
+    @property
     def values(self) -> tuple[torch.Tensor, ...]:
         """The leaves without their keys."""
         return tuple(self.leaves.values())

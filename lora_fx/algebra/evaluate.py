@@ -73,14 +73,14 @@ class _Evaluation:
 
     like: Any
     known: Mapping[Hashable, _Held] | None = None
-    done: dict[int, _Held] = field(default_factory=dict)
+    done: dict[int, tuple[Matrix, _Held]] = field(default_factory=dict)
 
     def of(self, matrix: Matrix) -> _Held:
         if self.known is None:  # what is computed may be written to, and is let go
             return self._made(matrix)
         if id(matrix) not in self.done:
-            self.done[id(matrix)] = self._made(matrix)
-        return self.done[id(matrix)]
+            self.done[id(matrix)] = matrix, self._made(matrix)  # kept, or another has its id
+        return self.done[id(matrix)][1]
 
     def _made(self, matrix: Matrix) -> _Held:
         shape = matrix.shape

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 
-# Theirs = ours, or | ours of another model; under a common beginning, if indented. # is a number, @
-# any path. What has + has the rows of all, one below the other. After ~ the halves are swapped,
-# where there are two: diffusers has scale and shift of a last norm in the other order.
+# Theirs = ours, | before another name of either; under a common beginning, if indented. # is a
+# number, @ any path. What has + has the rows of all, one below the other. After ~ the halves are
+# swapped, where there are two: diffusers has scale and shift of a last norm in the other order.
 # Sources: flux and flux2 of Black Forest Labs, x-flux of XLabs, sgm and sd3 of Stability, Wan2.1,
 # Z-Image.
 _TABLE = """
 double_blocks.# = transformer_blocks.#
-  img_attn.qkv = attn.to_q + attn.to_k + attn.to_v
-  txt_attn.qkv = attn.add_q_proj + attn.add_k_proj + attn.add_v_proj
-  img_attn.proj = attn.to_out.0
-  txt_attn.proj = attn.to_add_out
-  processor.qkv_lora1 = attn.to_q + attn.to_k + attn.to_v
-  processor.qkv_lora2 = attn.add_q_proj + attn.add_k_proj + attn.add_v_proj
-  processor.proj_lora1 = attn.to_out.0
-  processor.proj_lora2 = attn.to_add_out
+  img_attn.qkv | processor.qkv_lora1 = attn.to_q + attn.to_k + attn.to_v
+  txt_attn.qkv | processor.qkv_lora2 = attn.add_q_proj + attn.add_k_proj + attn.add_v_proj
+  img_attn.proj | processor.proj_lora1 = attn.to_out.0
+  txt_attn.proj | processor.proj_lora2 = attn.to_add_out
   img_attn.norm.query_norm = attn.norm_q
   img_attn.norm.key_norm = attn.norm_k
   txt_attn.norm.query_norm = attn.norm_added_q
@@ -49,12 +46,12 @@ double_stream_modulation_txt.lin = double_stream_modulation_txt.linear
 single_stream_modulation.lin = single_stream_modulation.linear
 img_in = x_embedder
 txt_in = context_embedder
-time_in.in_layer = @.timestep_embedder.linear_1
-time_in.out_layer = @.timestep_embedder.linear_2
+time_in.in_layer | t_embedder.mlp.0 = @.timestep_embedder.linear_1
+time_in.out_layer | t_embedder.mlp.2 = @.timestep_embedder.linear_2
 guidance_in.in_layer = @.guidance_embedder.linear_1
 guidance_in.out_layer = @.guidance_embedder.linear_2
-vector_in.in_layer = @.text_embedder.linear_1
-vector_in.out_layer = @.text_embedder.linear_2
+vector_in.in_layer | y_embedder.mlp.0 = @.text_embedder.linear_1
+vector_in.out_layer | y_embedder.mlp.2 = @.text_embedder.linear_2
 final_layer.linear = proj_out | all_final_layer.2-1.linear
 final_layer.adaLN_modulation.1 = ~norm_out.linear | all_final_layer.2-1.adaLN_modulation.1
 joint_blocks.# = transformer_blocks.#
@@ -71,10 +68,6 @@ joint_blocks.# = transformer_blocks.#
   x_block.adaLN_modulation.1 = norm1.linear
   context_block.adaLN_modulation.1 = ~norm1_context.linear
 x_embedder.proj = pos_embed.proj
-t_embedder.mlp.0 = @.timestep_embedder.linear_1
-t_embedder.mlp.2 = @.timestep_embedder.linear_2
-y_embedder.mlp.0 = @.text_embedder.linear_1
-y_embedder.mlp.2 = @.text_embedder.linear_2
 blocks.#.self_attn = blocks.#.attn1
   q = to_q
   k = to_k
@@ -153,10 +146,10 @@ def _lines() -> Iterator[Line]:
         if following.startswith(" ") and not row.startswith(" "):
             left, right = f"{theirs}.", f"{ours}."
             continue
-        for alternative in ours.split(" | "):
+        for name, alternative in product(theirs.split(" | "), ours.split(" | ")):
             mark = "~" * alternative.startswith("~")
             several = alternative.removeprefix("~").split(" + ")
-            yield left + theirs, [mark + right + path for path in several]
+            yield left + name, [mark + right + path for path in several]
 
 
 def _of_line(theirs: str, several: list[str], base: BaseLayers) -> Iterator[tuple[str, Meaning]]:

@@ -52,7 +52,8 @@ def check_binding(
     _check_replaced(gm, adapter.name, binding.replaced)
     if binding.refused and strict:
         raise AdapterError(_unmatched(gm, adapter.name, list(binding.refused), list(groups)))
-    missing = [p for p in targeted(adapter.expects, layers) if p not in binding.updates]
+    present = {*binding.updates, *(name.removesuffix(".weight") for name in binding.replaced)}
+    missing = [path for path in targeted(adapter.expects, layers) if path not in present]
     if missing and strict:
         raise AdapterError(
             f"adapter {adapter.name}: its config targets layers that its file has no tensors for: "

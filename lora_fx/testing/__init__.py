@@ -7,12 +7,12 @@
     assert seen.after == "..."
 
 - passes: `check_pass`, `folds_to`, `operators`
-- the judge: `relative`, `distance`, `same_adapter`, `same_bits`, `tensors`
+- the judge: `relative`, `distance`, `same_adapter`, `same_bits`, `same_tensors`, `tensors`
 - adapters: `make_adapter` of any kind in `UPDATES`, `update_of` one layer; `fits`, `means`
 - models: `Ragged`, `Shared`, `Two`, ...; of transformers `tiny` and, traced, `zoo`; of diffusers,
   `lora_fx.testing.pipelines`
 - the analysis: `computes`, `reason`, and both from tables, `check_case`, `check_reason`
-- other programs: `Lab`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`
+- other programs: `Lab`, `config_in`, `PEFT_CASES`, `PEFT_TYPES`, `by_peft`, `by_lycoris`
 - files of ONNX: `Sample`, `Exported`; a base in a few bits: `save_bitsandbytes`
 
 Plain asserts: ``pytest.register_assert_rewrite("lora_fx.testing")`` in a conftest.py, before it is
@@ -33,7 +33,7 @@ from lora_fx.testing.affine import (
 from lora_fx.testing.bitsandbytes import save_bitsandbytes
 from lora_fx.testing.exports import Exported, Sample, sample_of, traced
 from lora_fx.testing.foreign import Foreign, by_lycoris, by_peft
-from lora_fx.testing.judge import distance, relative, same_adapter, same_bits, tensors
+from lora_fx.testing.judge import distance, relative, same_adapter, same_bits, same_tensors, tensors
 from lora_fx.testing.models import (
     Attention,
     Between,
@@ -49,7 +49,7 @@ from lora_fx.testing.models import (
 )
 from lora_fx.testing.passes import Checked, check_pass, folds_to, operators
 from lora_fx.testing.peft_cases import PEFT_CASES, SavedCase, save_peft_case
-from lora_fx.testing.peft_files import Lab
+from lora_fx.testing.peft_files import Lab, config_in
 from lora_fx.testing.peft_types import PEFT_TYPES
 from lora_fx.testing.updates import UPDATES, LayerShape, read_kind, update_of
 from lora_fx.testing.zoo import ZOO, Case, tiny, zoo
@@ -87,6 +87,7 @@ __all__ = [
     "check_pass",
     "check_reason",
     "computes",
+    "config_in",
     "distance",
     "fits",
     "folds_to",
@@ -99,6 +100,7 @@ __all__ = [
     "relative",
     "same_adapter",
     "same_bits",
+    "same_tensors",
     "sample_of",
     "save_bitsandbytes",
     "save_peft_case",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
+def same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Asserts that tensors by key, as of a file, are the same, bit for bit.
+
+    Raises:
+        AssertionError: they differ in a key, or a tensor in its dtype, shape or bits.
+    """
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        same_bits(found[key], tensor)
+
+
 def same_adapter(found: Adapter, expected: Adapter) -> None:
     """Asserts that two adapters of factors are one, bit for bit; their kinds may differ.
 
@@ -65,6 +77,4 @@ def same_adapter(found: Adapter, expected: Adapter) -> None:
         assert update.scale == other.scale, path
         same_bits(update.down, other.down)
         same_bits(update.up, other.up)
-    assert dict(found.replacements).keys() == dict(expected.replacements).keys()
-    for name, tensor in found.replacements.items():
-        same_bits(tensor, expected.replacements[name])
+    same_tensors(dict(found.replacements), dict(expected.replacements))

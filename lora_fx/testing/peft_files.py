@@ -24,6 +24,18 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
+def config_in(path: Path) -> dict[str, Any]:
+    """The fields of a PEFT config: beside the tensors in a directory, or in a file's metadata."""
+    from safetensors import safe_open
+
+    if path.is_dir():
+        fields: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
+        return fields
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads(file.metadata()["lora_adapter_metadata"])
+    return fields
+
+
 class Lab:
     """Models, and adapters that PEFT writes and reads in one directory.
 

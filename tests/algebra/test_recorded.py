@@ -183,3 +183,23 @@ def test_leaves_hold_other_tensors() -> None:
     assert [old == new for old, new in zip(keys, changed, strict=True)] == [
         True, False, False, True, True,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", range(2, 13, 2))
+def test_what_is_let_go_of_is_not_taken_for_what_is_made_later(count: int) -> None:
+    """Of a long product, pieces are made and let go: each has to be told from the others."""
+    vectors = [constant(noise(4, 1)) for _ in range(count)]
+
+    def turned(weight: Matrix) -> Matrix:
+        for vector in vectors:
+            shift = product(product(signed(weight, -2.0), vector), transposed(vector))
+            weight = Sum(weight, shift)
+        return weight
+
+    def reflected(weight: Matrix) -> Matrix:
+        return product(weight, product(turned(Identity(4)), turned(Identity(4))))
+
+    values = {vector.key: vector.fetch() for vector in vectors}
+    got = recorded(reflected, tuple(W.shape), values)(W, *values.values())
+    exact = dense(reflected(constant(W)), torch.float64)
+    torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)

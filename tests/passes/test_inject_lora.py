@@ -177,6 +177,8 @@ def test_layers_that_the_config_names_and_the_file_lacks(ragged: Any) -> None:
     partial = Adapter("a", adapter.updates, expects=TargetRule(["wide", "again"]))
     with pytest.raises(AdapterError, match="no tensors for: again"):
         inject(trace(ragged), partial)
+    whole = {"again.weight": 2 * ragged.get_submodule("again").weight.detach()}
+    inject(trace(ragged), Adapter("a", adapter.updates, whole, expects=partial.expects))
 
 
 def test_two_adapters_of_one_name_are_refused(ragged: Any) -> None:

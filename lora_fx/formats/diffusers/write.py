@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.parameter_updates import name_of
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
@@ -23,7 +24,6 @@ from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import dump
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
-from lora_fx.formats.peft.wrappers import parameter_of
 from lora_fx.formats.peft.write import PeftLayout, config_of
 
 Tensors = dict[str, torch.Tensor]
@@ -69,11 +69,11 @@ def _problem(update: AnyUpdate) -> str | None:
 
 def _is_lokr(update: AnyUpdate) -> bool:
     """Whether PEFT would load it as LoKr: with a config's settings, or with a scale of 1."""
-    stored = update.stored
-    if stored is None or not update.makes_anew or not stored.tensors:
+    tensors, settings = update.stored_tensors, update.stored_settings
+    if not update.makes_anew or not tensors:
         return False
-    is_own = stored.tensors.keys() <= LOKR and stored.settings.get("writer") == "peft"
-    return is_own and (FACTOR in stored.settings or stored.settings.get("scale") == 1)
+    is_own = tensors.keys() <= LOKR and settings.get("writer") == "peft"
+    return is_own and (FACTOR in settings or settings.get("scale") == 1)
 
 
 def _part(
@@ -83,7 +83,7 @@ def _part(
     lokr = [module for module, update in part.items() if _is_lokr(update)]
     if not lokr:
         return _lora(name, {m: u for m, u in part.items() if isinstance(u, Update)}, rule)
-    said = {FACTOR in u.stored.settings for u in part.values() if u.stored}
+    said = {FACTOR in part[module].stored_settings for module in lokr}
     if len(lokr) < len(part) or len(said) > 1:
         raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
     fields = None if said == {False} else _fields(LokrConfig, part, rule)
@@ -103,7 +103,7 @@ def _lora(
         module: replace(
             u,
             kind=u.kind if u.kind in LoraConfig.kinds else "lora",
-            stored=u.stored if parameter_of(u) is None else None,
+            stored=u.stored if name_of(u) is None else None,
         )
         for module, u in part.items()
     }

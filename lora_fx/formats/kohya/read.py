@@ -242,7 +242,7 @@ def _with_input_magnitude(
     """
     if update.rank is None and not update.makes_anew:
         raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
-    scale: object = 1.0 if update.stored is None else update.stored.settings.get("scale")
+    scale: object = update.stored_settings.get("scale", 1.0)
     if isinstance(update, Update):
         scale, update = update.scale, evaluated(update, layer.own_shape, None)
     inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))

@@ -101,9 +101,8 @@ def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
 
 
 def _scale(update: AnyUpdate) -> float:
-    if isinstance(update, Update):
-        return update.scale
-    return float(update.stored.settings.get("scale", 1.0)) if update.stored else 1.0
+    own = update.scale if isinstance(update, Update) else update.stored_settings.get("scale", 1.0)
+    return float(own)
 
 
 def _alpha(

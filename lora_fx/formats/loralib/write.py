@@ -10,7 +10,6 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for
-from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.expressible import check_held, not_lora
@@ -41,17 +40,16 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[
     tensors = dict(adapter.replacements)
     fused = {}
     for module, update in adapter.updates.items():
-        stored = _own(update)
-        own = _pair(update) if stored is None else stored.tensors
+        own = update.stored_tensors if _is_own(update) else _pair(update)
         tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in own.items()}
-        if stored is not None and FUSED in stored.settings:
-            fused[module] = stored.settings[FUSED]
+        if _is_own(update) and FUSED in update.stored_settings:
+            fused[module] = update.stored_settings[FUSED]
     metadata = {ALPHAS: json.dumps(alphas)}
     return tensors, metadata | ({FUSED: json.dumps(fused)} if fused else {})
 
 
 def _problem(update: AnyUpdate) -> str | None:
-    if _own(update) is not None:
+    if _is_own(update):
         return None
     found = not_lora(update)
     if found is not None or not isinstance(update, Update):
@@ -67,19 +65,17 @@ def _problem(update: AnyUpdate) -> str | None:
     return None
 
 
-def _own(update: AnyUpdate) -> SourceRecord | None:
-    stored = update.stored
-    return stored if stored is not None and stored.tensors.keys() == LEAVES else None
+def _is_own(update: AnyUpdate) -> bool:
+    return update.stored_tensors.keys() == LEAVES
 
 
 def _alpha(update: AnyUpdate) -> float:
-    stored = _own(update)
+    settings = update.stored_settings if _is_own(update) else {}
     if not isinstance(update, Update):
-        return float(stored.settings["alpha"]) if stored else 1.0
-    rank = update.rank if stored is None else stored.settings["r"]
-    if stored is not None and stored.settings["scale"] == update.scale:
-        return float(stored.settings["alpha"])
-    return alpha_for(update.scale, rank)
+        return float(settings["alpha"])
+    if settings.get("scale") == update.scale:
+        return float(settings["alpha"])
+    return alpha_for(update.scale, settings.get("r", update.rank))
 
 
 def _pair(update: AnyUpdate) -> dict[str, torch.Tensor]:

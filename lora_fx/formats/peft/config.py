@@ -173,7 +173,7 @@ class PeftConfig:
         """Whether a type has all the tensors of an update; alpha is in its config."""
         if update.stored is None or (update.rank is not None and not update.is_plain):
             return False
-        return update.stored.tensors.keys() <= {*cls.leaves, "alpha"}
+        return update.stored_tensors.keys() <= {*cls.leaves, "alpha"}
 
     @classmethod
     def problems(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, list[str]]:
@@ -190,7 +190,7 @@ class PeftConfig:
     def tensors_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of each layer, by leaf."""
         return {
-            path: {leaf: t for leaf, t in stored_tensors(u).items() if leaf in cls.leaves}
+            path: {leaf: t for leaf, t in u.stored_tensors.items() if leaf in cls.leaves}
             for path, u in layers.items()
         }
 
@@ -200,21 +200,11 @@ class PeftConfig:
         return {}
 
 
-def settings_of(update: AnyUpdate) -> Mapping[str, Any]:
-    """What an update was read with."""
-    return {} if update.stored is None else update.stored.settings
-
-
-def stored_tensors(update: AnyUpdate) -> Tensors:
-    """What the file held of a layer that was read from one."""
-    return {} if update.stored is None else update.stored.tensors
-
-
 def agreed(layers: Mapping[str, AnyUpdate], name: str, default: object = None) -> Any:
     """The setting of all updates."""
     values: dict[str, tuple[Any, list[str]]] = {}
     for path, update in layers.items():
-        value = settings_of(update).get(name, default)
+        value = update.stored_settings.get(name, default)
         values.setdefault(repr(value), (value, []))[1].append(path)
     if len(values) > 1:
         told = "; ".join(f"{text} at {shorten(paths, 3)}" for text, (_, paths) in values.items())

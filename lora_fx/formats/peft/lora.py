@@ -10,24 +10,17 @@ from typing import ClassVar
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter
+from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter, name_of
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
 from lora_fx.formats.hints import doubt
-from lora_fx.formats.peft.config import (
-    Numbers,
-    Patterned,
-    Tensors,
-    low_rank,
-    settings_of,
-    stored_tensors,
-)
+from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
 from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
-from lora_fx.formats.peft.wrappers import Home, WrappedTarget, parameter_of, places_of
+from lora_fx.formats.peft.wrappers import Home, WrappedTarget, places_of
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -129,7 +122,7 @@ class LoraConfig(Patterned):
         """Whether an update is of two factors, or of a parameter's experts."""
         if isinstance(update, Update):
             return update.row is None and update.col is None
-        return parameter_of(update) is not None
+        return name_of(update) is not None
 
     @classmethod
     def problems(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, list[str]]:
@@ -138,7 +131,7 @@ class LoraConfig(Patterned):
         without = [path for path, update in low.items() if update.magnitude is None]
         biased = [path for path, update in low.items() if update.bias is not None]
         tables = [path for path, update in low.items() if is_embedding(update.stored)]
-        named = [path for path, update in layers.items() if parameter_of(update) is not None]
+        named = [path for path, update in layers.items() if name_of(update) is not None]
         tokens = {update.invocation for update in layers.values()}
         is_dora = len(without) < len(low)
         return {
@@ -185,20 +178,20 @@ class LoraConfig(Patterned):
         """The tensors of each layer, by leaf."""
         has_bias = any(update.bias is not None for update in low_rank(layers).values())
         return {
-            path: lora_tensors(u, has_bias) if isinstance(u, Update) else dict(stored_tensors(u))
+            path: lora_tensors(u, has_bias) if isinstance(u, Update) else dict(u.stored_tensors)
             for path, u in layers.items()
         }
 
 
 def _is_rslora(update: AnyUpdate) -> bool:
     """Whether the scale of an update is alpha / sqrt(r)."""
-    return update.kind == "rslora" or bool(settings_of(update).get("use_rslora"))
+    return update.kind == "rslora" or bool(update.stored_settings.get("use_rslora"))
 
 
 def _rank_and_scale(update: AnyUpdate) -> tuple[int, float]:
     if isinstance(update, Update):
         return update.rank, update.scale
-    settings = settings_of(update)
+    settings = update.stored_settings
     return int(settings["r"]), float(settings["scale"])
 
 

@@ -11,11 +11,10 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, settings_of, stored_tensors
+from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
 from lora_fx.formats.peft.wrappers import Home
 
-Pair = tuple[int, int]
 _NEUTRAL = words("rank_dropout module_dropout init_weights")
 
 
@@ -46,7 +45,7 @@ class LohaConfig(Patterned):
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
         """Ranks and alphas, and what all layers agree on."""
         fields = super().described(layers, homes)
-        if any("hada_t1" in stored_tensors(update) for update in layers.values()):
+        if any("hada_t1" in update.stored_tensors for update in layers.values()):
             fields["use_effective_conv2d"] = True
         return fields
 
@@ -56,7 +55,7 @@ class LohaConfig(Patterned):
         ranks: dict[str, float] = {}
         alphas: dict[str, float] = {}
         for path, update in layers.items():
-            settings, tensors = settings_of(update), stored_tensors(update)
+            settings, tensors = update.stored_settings, update.stored_tensors
             found = [len(tensors[leaf]) for leaf in cls.ranked if leaf in tensors]
             rank, scale = int(settings.get("r") or found[0]), float(settings["scale"])
             said: Any = settings.get("alpha")
@@ -101,54 +100,46 @@ class LokrConfig(LohaConfig):
         return None if found is None else with_fields(found)
 
 
+def with_fields(layers: Mapping[str, AnyUpdate]) -> dict[str, AnyUpdate] | None:
+    """The updates with the fields of which PEFT makes tensors as theirs; None if there are none.
+
+    Updates that were read from PEFT have them already.
+    """
+    if all("decompose_factor" in update.stored_settings for update in layers.values()):
+        return dict(layers)
+    stored = [update.stored_tensors for update in layers.values()]
+    both, cores = (any(leaf in own for own in stored) for leaf in ("lokr_w1_a", "lokr_t2"))
+    firsts = [t for own in stored for leaf, t in own.items() if leaf.startswith("lokr_w1")]
+    for factor in (-1, *sorted({size for tensor in firsts for size in tensor.shape})):
+        fields = {path: Cut(_rank(u), both, factor, cores) for path, u in layers.items()}
+        if all(_is_cut(update, fields[path]) for path, update in layers.items()):
+            return {path: _with_settings(u, vars(fields[path])) for path, u in layers.items()}
+    return None
+
+
 @dataclass(frozen=True)
 class Cut:
-    """How one layer (a c, b d, *kernel) is cut.
+    """The fields by which PEFT cuts a layer, by its own names."""
 
-    Attributes:
-        outer: (a, b), of w1.
-        inner: (c, d), of w2.
-        is_low: whether w1 and w2 are of low rank.
-        rank: of what is, or None.
-        has_core: whether w2 has a core.
-    """
+    r: int
+    decompose_both: bool
+    decompose_factor: int
+    use_effective_conv2d: bool
 
-    outer: Pair
-    inner: Pair
-    is_low: tuple[bool, bool]
-    rank: int | None
-    has_core: bool
-
-
-def with_fields(layers: Mapping[str, AnyUpdate]) -> dict[str, AnyUpdate] | None:
-    """The updates with the fields that PEFT needs on their ``stored``, or None if there are none.
-
-    PEFT cuts a layer by ``decompose_factor``, and takes low rank where r is below half of what is
-    cut. Updates that were read from PEFT have the fields already.
-    """
-    if all(u.stored and "decompose_factor" in u.stored.settings for u in layers.values()):
-        return dict(layers)
-    cuts = {path: _cut(update) for path, update in layers.items()}
-    known = {path: cut for path, cut in cuts.items() if cut is not None}
-    factor = _factor(known) if len(known) == len(cuts) else None
-    if factor is None:
-        return None
-    both = any(cut.is_low[0] for cut in known.values())
-    cores = any(cut.has_core for cut in known.values())
-    found: dict[str, AnyUpdate] = {}
-    for path, cut in known.items():
-        # Without a rank of its own it may be any that is too high to be low.
-        rank = cut.rank or max(*cut.outer, *cut.inner)
-        halves = rank < max(cut.outer) / 2, rank < max(cut.inner) / 2
-        if cut.is_low != (both and halves[0], halves[1]):
-            return None
-        fields = {"r": rank, "decompose_both": both, "decompose_factor": factor}
-        fields |= {"use_effective_conv2d": cores}
-        found[path] = _with_settings(layers[path], fields)
-    return found
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer (out, in, *kernel): ``LoKrLayer.update_layer`` of PEFT 0.21."""
+        (a, c), (b, d) = (split(size, self.decompose_factor) for size in shape[:2])
+        r, kernel, points = self.r, shape[2:], math.prod(shape[2:])
+        is_low = self.decompose_both and r < max(a, b) / 2
+        first = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, b)} if is_low else {"lokr_w1": (a, b)}
+        if r >= max(c, d) / 2:
+            return {**first, "lokr_w2": (c, d, *kernel)}
+        if self.use_effective_conv2d and points > 1:
+            return {**first, "lokr_t2": (r, r, *kernel), "lokr_w2_a": (r, c), "lokr_w2_b": (r, d)}
+        return {**first, "lokr_w2_a": (c, r), "lokr_w2_b": (r, d * points)}
 
 
-def split(size: int, factor: int) -> Pair:
+def split(size: int, factor: int) -> tuple[int, int]:
     """The two factors of a size: ``factorization`` of PEFT 0.21.
 
     Args:
@@ -163,44 +154,22 @@ def split(size: int, factor: int) -> Pair:
     return smaller, size // smaller
 
 
-def _factor(cuts: Mapping[str, Cut]) -> int | None:
-    """The decompose_factor that cuts every layer as it is."""
-    sizes = {size for cut in cuts.values() for size in cut.outer}
-    for factor in (-1, *sorted(sizes)):
-        if all(_cuts_as(cut, factor) for cut in cuts.values()):
-            return factor
-    return None
+def _rank(update: AnyUpdate) -> int:
+    """The rank of what is of low rank; of full factors any that is too high to be low."""
+    tensors = update.stored_tensors
+    ranks = [len(tensors[leaf]) for leaf in LokrConfig.ranked if leaf in tensors]
+    sides = (size for tensor in tensors.values() for size in tensor.shape[:2])
+    return ranks[0] if ranks else max(sides, default=1)
 
 
-def _cuts_as(cut: Cut, factor: int) -> bool:
-    return all(split(m * n, factor) == (m, n) for m, n in zip(cut.outer, cut.inner, strict=True))
-
-
-def _cut(update: AnyUpdate) -> Cut | None:
-    """How an update is cut; None for what PEFT has no tensors for, or others of another meaning."""
-    if not update.makes_anew or update.stored is None or len(update.shape) == 3:
-        return None
-    tensors = update.stored.tensors
-    core, low = "lokr_t2" in tensors, ("lokr_w1_a" in tensors, "lokr_w2_a" in tensors)
-    outer = _sides(tensors, "lokr_w1", False)
-    inner = _sides(tensors, "lokr_w2", core)
-    ranks = {len(tensors[leaf]) for leaf in ("lokr_w1_b", "lokr_w2_b") if leaf in tensors}
-    if len(ranks) > 1 or {"dora_scale"} & tensors.keys():
-        return None
-    columns = update.shape[1]
-    if not core and "lokr_w2_b" in tensors and columns is not None and outer[1]:
-        inner = inner[0], columns // outer[1]  # the file has its kernel flat
-    return Cut(outer, inner, low, next(iter(ranks), None), core)
-
-
-def _sides(tensors: Mapping[str, torch.Tensor], name: str, has_core: bool) -> Pair:
-    if name in tensors:
-        return tensors[name].shape[0], tensors[name].shape[1]
-    left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]
-    return left.shape[1 if has_core else 0], right.shape[1]
+def _is_cut(update: AnyUpdate, cut: Cut) -> bool:
+    """Whether PEFT has just these tensors for a layer, and means the same by them."""
+    found = {leaf: tuple(t.shape) for leaf, t in update.stored_tensors.items() if leaf != "alpha"}
+    known = tuple(size or 0 for size in update.shape)
+    return update.makes_anew and len(known) != 3 and found == cut.shapes(known)
 
 
 def _with_settings(update: AnyUpdate, fields: Mapping[str, object]) -> AnyUpdate:
     assert update.stored is not None
-    settings = {**update.stored.settings, **fields}
+    settings = {**update.stored_settings, **fields}
     return replace(update, stored=replace(update.stored, settings=settings))

@@ -14,7 +14,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft import lora
-from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed, settings_of
+from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import (
     Fields,
     checked,
@@ -74,7 +74,7 @@ class AdaloraConfig(PeftConfig):
     @classmethod
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
         """Rank and alpha, and what was left of each layer that was pruned."""
-        kept = {f"{p}.lora_E": settings_of(update).get("mask") for p, update in layers.items()}
+        kept = {f"{p}.lora_E": update.stored_settings.get("mask") for p, update in layers.items()}
         return {
             "init_r": int(agreed(layers, "ranknum")),
             "lora_alpha": agreed(layers, "alpha"),
@@ -115,7 +115,7 @@ class Ia3Config(PeftConfig):
     def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
         """The layers that are scaled at their input: ends of paths, or a regex."""
         every = sorted(layers)
-        inner = [path for path in every if settings_of(layers[path])["feedforward"]]
+        inner = [path for path in every if layers[path].stored_settings["feedforward"]]
         regex = "|".join(re.escape(path) for path in inner)
         if inner and len(regex) <= MAX_LENGTH:
             return {"feedforward_modules": regex}

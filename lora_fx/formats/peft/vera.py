@@ -12,7 +12,7 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.config import PeftConfig, Tensors, low_rank, settings_of, stored_tensors
+from lora_fx.formats.peft.config import PeftConfig, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
 from lora_fx.formats.peft.wrappers import Home
 from lora_fx.layers.base_layers import BaseLayers
@@ -78,7 +78,7 @@ class VeraConfig(PeftConfig):
     def holds(cls, update: AnyUpdate) -> bool:
         """Whether an update is VeRA's vectors and projections, and no more."""
         is_plain = update.rank is not None and update.is_plain
-        return is_plain and stored_tensors(update).keys() == {*cls.leaves, *_SHARED}
+        return is_plain and update.stored_tensors.keys() == {*cls.leaves, *_SHARED}
 
     @classmethod
     def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
@@ -109,12 +109,10 @@ def shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
 
     They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
     """
-    every = [stored_tensors(update) for update in layers.values()]
-    first = every[0]
-    for leaf in _SHARED:
-        if not all(_same(tensors[leaf], first[leaf]) for tensors in every):
-            return None
-    out, into = _widest(layers)
+    first, *others = (update.stored_tensors for update in layers.values())
+    if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
+        return None
+    out, into = (max(update.shape[axis] or 0 for update in layers.values()) for axis in (0, 1))
     return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
 
 
@@ -123,18 +121,12 @@ def is_drawn_again(layers: Mapping[str, AnyUpdate]) -> bool:
 
     Not if layers are gone: what is drawn is as wide as the widest.
     """
-    out, into = _widest(layers)
+    drawn = shared_by(layers) or {}
     return all(
-        not settings_of(update).get("save_projection", True)
-        and len(stored_tensors(update)["vera_B"]) == out
-        and stored_tensors(update)["vera_A"].shape[1] == into
+        not update.stored_settings.get("save_projection", True)
+        and all(update.stored_tensors[leaf].shape == drawn[leaf].shape for leaf in _SHARED)
         for update in layers.values()
     )
-
-
-def _widest(layers: Mapping[str, AnyUpdate]) -> tuple[int, int]:
-    shapes = [update.shape for update in low_rank(layers).values()]
-    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

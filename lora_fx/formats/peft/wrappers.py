@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.parameter_updates import name_of
 from lora_fx.errors import AdapterError
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -131,25 +132,17 @@ def homes_of(layers: Mapping[str, AnyUpdate]) -> dict[str, Home]:
     """Finds where the updates are kept: the reverse of `places_of`."""
     nested: dict[str, list[str]] = defaultdict(list)
     for path, update in layers.items():
-        if parameter_of(update) is not None:
-            nested[path.removesuffix(f".{parameter_of(update)}")].append(path)
+        if name_of(update) is not None:
+            nested[path.removesuffix(f".{name_of(update)}")].append(path)
     homes: dict[str, Home] = {}
     for module, paths in nested.items():
-        for depth, path in enumerate(sorted(paths, key=lambda p: _depth(layers[p]))):
-            name = f"{module}.{parameter_of(layers[path])}"
+        by_depth = sorted(paths, key=lambda path: layers[path].stored_settings["depth"])
+        for depth, path in enumerate(by_depth):
+            name = f"{module}.{name_of(layers[path])}"
             homes[path] = Home(module + WRAPPED * depth, name, name)
     for path in layers:
         owner, _, inner = path.rpartition(".")
         if path not in homes:
-            is_inside = owner in layers and parameter_of(layers[owner]) is None
+            is_inside = owner in layers and name_of(layers[owner]) is None
             homes[path] = Home(f"{owner}{WRAPPED}.{inner}", "") if is_inside else Home(path, path)
     return homes
-
-
-def parameter_of(update: AnyUpdate) -> str | None:
-    """The name of the parameter that an update is of, under ``target_parameters``."""
-    return None if update.stored is None else update.stored.settings.get("parameter")
-
-
-def _depth(update: AnyUpdate) -> int:
-    return 0 if update.stored is None else int(update.stored.settings["depth"])

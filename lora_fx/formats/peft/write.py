@@ -15,7 +15,7 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft.config import PeftConfig, low_rank, settings_of, stored_tensors
+from lora_fx.formats.peft.config import PeftConfig, low_rank
 from lora_fx.formats.peft.fields import Fields, dump
 from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS, saved_module
 from lora_fx.formats.peft.lora import LoraConfig
@@ -67,7 +67,7 @@ def choose(adapter: Adapter) -> PeftLayout:
         raise AdapterError(f"the adapter {adapter.name} has no update to write")
     tokens = {path: update for path, update in adapter.updates.items() if update.kind == "tokens"}
     # Those that are tied to another's PEFT ties itself.
-    explicit = {p: u for p, u in tokens.items() if u.stored and "tied" not in u.stored.settings}
+    explicit = {p: u for p, u in tokens.items() if "tied" not in u.stored_settings}
     layers = {path: update for path, update in adapter.updates.items() if path not in tokens}
     saved = _saved_modules(adapter)
     if not layers:
@@ -143,7 +143,7 @@ def config_of(chosen: PeftLayout) -> PeftConfig:
     fields = chosen.type.described(chosen.layers, chosen.homes)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {
-        path: tuple(settings_of(update)["indices"]) for path, update in chosen.tokens.items()
+        path: tuple(update.stored_settings["indices"]) for path, update in chosen.tokens.items()
     } or None
     lacking = [name for name in chosen.type.lacks if fields.get(name) not in (None, (), "none")]
     if lacking:
@@ -156,7 +156,7 @@ def _targets(chosen: PeftLayout) -> Fields:
     rule, homes = chosen.adapter.expects, chosen.homes
     paths = [p for p in chosen.layers if homes[p].asked and homes[p].parameter is None]
     # PEFT wraps the heads that are tied to a table, and fails on both names.
-    paths = [p for p in paths if not settings_of(chosen.layers[p]).get("head")] or paths
+    paths = [p for p in paths if not chosen.layers[p].stored_settings.get("head")] or paths
     exact: Fields = {"target_modules": _exact_targets(sorted(paths))}
     if rule is None or rule.is_all_linear or not all(map(rule.matches, paths)):
         return exact
@@ -202,7 +202,7 @@ def _adapter_tensors(chosen: PeftLayout) -> Tensors:
     for path, own in layers.items():
         tensors |= {f"{PREFIX}{homes[path].key}.{leaf}": tensor for leaf, tensor in own.items()}
     for path, update in chosen.tokens.items():
-        tensors[PREFIX + path + TOKENS] = stored_tensors(update)[LEAF]
+        tensors[PREFIX + path + TOKENS] = update.stored_tensors[LEAF]
     return tensors
 
 

@@ -15,8 +15,7 @@ import peft
 import pytest
 import torch
 from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
@@ -24,7 +23,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import fits, relative, same_adapter
+from lora_fx.testing import config_in, fits, relative, same_adapter
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
@@ -226,9 +225,7 @@ def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: 
     state = pairs("unet", ranks=RANKS[case])
     first = load_adapter(write(tmp_path / "a.safetensors", state, fields_of(case)))
     save_adapter(first, tmp_path / "b.safetensors", format="diffusers")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as file:
-        written = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 no dict
-        fields = json.loads(file.metadata()[METADATA])
+    written, fields = load_file(tmp_path / "b.safetensors"), config_in(tmp_path / "b.safetensors")
     assert all(key.startswith("unet.") for key in fields)
     config = {key.removeprefix("unet."): value for key, value in fields.items()}
     expected = loaded_by_diffusers("unet", state, None, CONFIGS[case])

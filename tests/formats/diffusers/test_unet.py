@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import relative
+from lora_fx.testing import config_in, relative, same_tensors
 
 diffusers = pytest.importorskip("diffusers")
 # PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
@@ -129,6 +129,23 @@ def written(directory: Path, model: Any, case: str) -> Path:
     return directory / WEIGHTS
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A case, the UNet with it, the file that a pipeline writes, and what is read of that."""
+
+    case: str
+    model: Any
+    file: Path
+    adapter: Adapter
+
+
+@pytest.fixture(params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Saved:
+    model = trained(request.param)
+    file = written(tmp_path / "a", model, request.param)
+    return Saved(request.param, model, file, load_adapter(file, component="unet"))
+
+
 def loaded(file: Path, **options: Any) -> Any:
     """The UNet with a file, as diffusers loads it."""
     model = unet()
@@ -140,26 +157,21 @@ def test_the_graph_is_the_model() -> None:
     assert relative(traced()(*INPUTS)[0], run(BASE)) == 0
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_file_of_a_pipeline(tmp_path: Path, case: str) -> None:
-    model = trained(case)
-    adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
-    axes = {len(update.shape) for update in adapter.updates.values()}
-    assert axes == ({2} if "linear" in case else {2, 4})
-    tuned = lora_fx.inject(traced(), adapter)
-    assert relative(run(tuned), run(model)) <= 2e-6
-    assert relative(run(lora_fx.fold(tuned)), run(model)) <= 1e-5
-    assert relative(run(traced()), run(model)) > 1e-2
-    whole = load_adapter(tmp_path / "a")
-    assert {f"unet.{path}" for path in adapter.updates} == set(whole.updates)
+def test_a_file_of_a_pipeline(saved: Saved) -> None:
+    axes = {len(update.shape) for update in saved.adapter.updates.values()}
+    assert axes == ({2} if "linear" in saved.case else {2, 4})
+    tuned, expected = lora_fx.inject(traced(), saved.adapter), run(saved.model)
+    assert relative(run(tuned), expected) <= 2e-6
+    assert relative(run(lora_fx.fold(tuned)), expected) <= 1e-5
+    assert relative(run(traced()), expected) > 1e-2
+    whole = load_adapter(saved.file.parent)
+    assert {f"unet.{path}" for path in saved.adapter.updates} == set(whole.updates)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_that_diffusers_merges(tmp_path: Path, case: str) -> None:
-    model = copy.deepcopy(trained(case))
-    adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
+def test_weights_are_those_that_diffusers_merges(saved: Saved) -> None:
+    model = copy.deepcopy(saved.model)
     model.fuse_lora()
-    for path, update in adapter.updates.items():
+    for path, update in saved.adapter.updates.items():
         merged = model.get_submodule(path).base_layer.weight
         weight = BASE.get_submodule(path).weight.detach()
         found = update.weight(weight)
@@ -167,44 +179,29 @@ def test_weights_are_those_that_diffusers_merges(tmp_path: Path, case: str) -> N
         assert relative(weight, merged) > 1e-2, path
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_file_of_one_model(tmp_path: Path, case: str) -> None:
-    model = trained(case)
-    model.save_lora_adapter(str(tmp_path / "a"))
-    adapter = load_adapter(tmp_path / "a" / WEIGHTS)
-    assert set(adapter.updates) == set(load_adapter(tmp_path / "a", component="unet").updates)
-    pipeline = load_adapter(written(tmp_path / "b", model, case), component="unet")
+def test_a_file_of_one_model(saved: Saved, tmp_path: Path) -> None:
+    saved.model.save_lora_adapter(str(tmp_path / "b"))
+    adapter = load_adapter(tmp_path / "b" / WEIGHTS)
+    assert set(adapter.updates) == set(load_adapter(tmp_path / "b", component="unet").updates)
     for path, update in adapter.updates.items():
         weight = BASE.get_submodule(path).weight.detach()
-        assert torch.equal(update.weight(weight), pipeline.updates[path].weight(weight))
-    (tmp_path / "a" / WEIGHTS).rename(tmp_path / "c.safetensors")
+        assert torch.equal(update.weight(weight), saved.adapter.updates[path].weight(weight))
+    (tmp_path / "b" / WEIGHTS).rename(tmp_path / "c.safetensors")
     again = load_adapter(tmp_path / "c.safetensors", name="a")
     assert str(again) == str(Adapter("a", adapter.updates))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str) -> None:
-    file = written(tmp_path / "a", trained(case), case)
-    adapter = load_adapter(file, component="unet")
+def test_what_is_written_is_the_same_to_the_bit_and_to_diffusers(
+    saved: Saved, tmp_path: Path
+) -> None:
     other = tmp_path / "b.safetensors"
-    save_adapter(adapter, other, format="diffusers", component="unet")
-    first, second = load_file(file), load_file(other)
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert (tensor.dtype, tensor.shape) == (second[key].dtype, second[key].shape), key
-        assert torch.equal(tensor, second[key]), key
+    save_adapter(saved.adapter, other, format="diffusers", component="unet")
+    same_tensors(load_file(other), load_file(saved.file))
     again = load_adapter(other, component="unet")
-    assert str(again) == str(Adapter("b", adapter.updates))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: str) -> None:
-    model = trained(case)
-    adapter = load_adapter(written(tmp_path / "a", model, case), component="unet")
-    save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers", component="unet")
-    found = loaded(tmp_path / "b.safetensors", prefix="unet")
-    assert relative(run(found), run(model)) <= 1e-6
-    assert relative(run(BASE), run(model)) > 1e-2
+    assert str(again) == str(Adapter("b", saved.adapter.updates))
+    expected = run(saved.model)
+    assert relative(run(loaded(other, prefix="unet")), expected) <= 1e-6
+    assert relative(run(BASE), expected) > 1e-2
 
 
 @pytest.mark.parametrize("case", ["plain", "dora", "lokr of linear layers"])
@@ -281,9 +278,10 @@ def test_the_kind_is_what_the_config_says(tmp_path: Path, case: str) -> None:
     adapter = load_adapter(file)
     assert {update.kind for update in adapter.updates.values()} == {kind}
     save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as opened:
-        fields = json.loads(opened.metadata()[METADATA])
-    assert fields["unet.use_rslora"] is ("rslora" in case)
+    fields = config_in(tmp_path / "b.safetensors")
+    said = fields["unet.use_rslora"], fields["unet.use_dora"]
+    assert said == ("rslora" in case, "dora" in case)
+    assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 3)
 
 
 def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path) -> None:
@@ -310,12 +308,3 @@ def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path) -> None:
     save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers", component="unet")
     found = load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
-
-
-def test_the_metadata_is_diffusers_own(tmp_path: Path) -> None:
-    file = written(tmp_path / "a", trained("dora"), "dora")
-    save_adapter(load_adapter(file), tmp_path / "b.safetensors", format="diffusers")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as opened:
-        fields = json.loads(opened.metadata()[METADATA])
-    assert fields["unet.use_dora"] is True
-    assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 3)

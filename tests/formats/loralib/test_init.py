@@ -17,7 +17,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib import ALPHAS, sort_loralib
 from lora_fx.layers.base_layers import layers_of
-from lora_fx.testing import fits, relative, same_adapter
+from lora_fx.testing import fits, relative, same_adapter, same_tensors
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 
@@ -137,9 +137,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, enabled: Any, dtype: tor
     first = load_adapter(write(tmp_path / "a.safetensors", model, "all"), alpha=7, **hint)
     save_adapter(first, tmp_path / "b.safetensors", format="loralib")
     same_adapter(load_adapter(tmp_path / "b.safetensors"), first)
-    own, again = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
-    assert own.keys() == again.keys()
-    assert all(torch.equal(own[key], again[key]) for key in own)
+    same_tensors(*(load_file(tmp_path / f"{name}.safetensors") for name in "ba"))
     if enabled is not None:
         with pytest.raises(AdapterError, match="says what is fused; leave the hint enable_lora"):
             load_adapter(tmp_path / "b.safetensors", **hint)

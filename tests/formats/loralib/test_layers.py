@@ -21,7 +21,7 @@ from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.loralib.layers import as_points
-from lora_fx.testing import relative, same_adapter
+from lora_fx.testing import relative, same_adapter, same_tensors
 
 PLANE = torch.linspace(-1, 1, 4 * 6 * 5 * 7, dtype=torch.float64).reshape(4, 6, 5, 7)
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8]])
@@ -156,9 +156,7 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str) -> None:
     file, alpha = write(tmp_path / "a.safetensors", state), model.body[0].lora_alpha
     adapter = load_adapter(file, alpha=alpha, base=base)
     save_adapter(adapter, tmp_path / "b.safetensors", format="loralib")
-    found = load_file(tmp_path / "b.safetensors")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
+    same_tensors(load_file(tmp_path / "b.safetensors"), state)
     again = load_adapter(tmp_path / "b.safetensors", base=base).updates["body.0"]
     weight = torch.zeros(again.shape, dtype=torch.float64)  # type: ignore[arg-type]
     assert torch.equal(again.weight(weight), adapter.updates["body.0"].weight(weight))

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.testing import config_in
 
 pytestmark = [
     # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
@@ -237,7 +238,7 @@ def test_an_alpha_of_zero_is_warned_of(lab: Any) -> None:
 
 def test_a_saved_fan_in_fan_out_is_not_believed(lab: Any) -> None:
     directory = lab.write("gpt2", target_modules=["c_attn"])
-    saved = json.loads((directory / "adapter_config.json").read_text())["fan_in_fan_out"]
+    saved = config_in(directory)["fan_in_fan_out"]
     before = load_adapter(directory).updates["transformer.h.0.attn.c_attn"].delta()
     lab.edit_config(directory, fan_in_fan_out=not saved)
     after = load_adapter(directory).updates["transformer.h.0.attn.c_attn"].delta()

@@ -9,6 +9,7 @@ import torch
 
 from lora_fx import AdapterError
 from lora_fx.formats.peft.lora import LoraConfig, lora_tensors, read_lora
+from lora_fx.testing import same_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 PAIR: Shapes = {"lora_A.weight": (2, 3), "lora_B.weight": (5, 2)}
@@ -39,9 +40,7 @@ def test_what_is_read_is_written(name: str) -> None:
     update = read_lora("fc", tensors, LoraConfig(r=2, lora_alpha=3, **fields))
     assert (update.shape, update.scale, update.rank) == (shape, 1.5, 2)
     written = lora_tensors(update, update.bias is not None)
-    assert written.keys() == tensors.keys()
-    for leaf, tensor in tensors.items():
-        assert torch.equal(written[leaf], tensor), leaf
+    same_tensors(written, tensors)
 
 
 @pytest.mark.parametrize(

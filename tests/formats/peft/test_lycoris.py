@@ -35,6 +35,7 @@ BOTH: Leaves = {
     "lokr_w2_a": (4, 1),
     "lokr_w2_b": (1, 5),
 }  # of 20 -> 16
+SECOND: Leaves = {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 5)}
 CONV: Leaves = {"lokr_w1": (2, 2), "lokr_w2_a": (6, 1), "lokr_w2_b": (1, 36)}
 CORE: Leaves = {
     "lokr_w1": (2, 2),
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[nn.Module, Leaves]] = {
     "full": (nn.Linear(8, 12), FULL),
     "low": (nn.Linear(8, 12), LOW),
     "both low": (nn.Linear(20, 16), BOTH),
+    "the second low": (nn.Linear(20, 16), SECOND),
     "convolution": (nn.Conv2d(8, 12, 3), CONV),
     "core": (nn.Conv2d(8, 12, 3), CORE),
 }
@@ -102,3 +104,18 @@ def test_what_peft_would_cut_otherwise_is_refused(name: str, tmp_path: Path) -> 
     with pytest.raises(AdapterError, match="no one type of PEFT holds lokr: 0"):
         save_adapter(adapter_of(*REFUSED[name]), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_core_is_of_every_kernel_or_of_none(tmp_path: Path) -> None:
+    """PEFT's use_effective_conv2d is of all layers, but gives none to convolutions of points."""
+    conv, line = nn.Conv2d(8, 12, 3), nn.Conv2d(8, 12, 1)
+    core = adapter_of(conv, CORE).updates["0"]
+    for other, leaves, holds in ((line, LOW, True), (conv, CONV, False)):
+        adapter = Adapter("a", {"0": core, "1": adapter_of(other, leaves).updates["0"]})
+        if holds:
+            save_adapter(adapter, tmp_path / "a")
+            base = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(8, 12, 1))
+            peft.PeftModel.from_pretrained(base, str(tmp_path / "a"))
+        else:
+            with pytest.raises(AdapterError, match="no one type of PEFT holds lokr: 0, 1"):
+                save_adapter(adapter, tmp_path / "b")

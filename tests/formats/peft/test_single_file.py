@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ import peft
 import pytest
 import torch
 from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import fits, same_adapter
+from lora_fx.testing import config_in, fits, same_adapter
 
 pytestmark = [
     # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
@@ -112,9 +110,7 @@ def test_peft_computes_the_same_from_what_is_written(lab: Any, tmp_path: Path, c
     original = lab.write(**WRITTEN[case])
     file = tmp_path / "a.safetensors"
     save_adapter(load_adapter(original), file, format="peft_file")
-    with safe_open(file, framework="pt") as content:
-        config = peft.LoraConfig(**json.loads(content.metadata()[METADATA]))
-    model = peft.get_peft_model(lab.base("mlp"), config).eval()
+    model = peft.get_peft_model(lab.base("mlp"), peft.LoraConfig(**config_in(file))).eval()
     missing: Any = set_peft_model_state_dict(model, load_file(file))
     assert not missing.unexpected_keys
     expected = lab.run("mlp", lab.read("mlp", original))

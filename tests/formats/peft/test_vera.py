@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.vera import VeraConfig
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of
-from lora_fx.testing import save_peft_case
+from lora_fx.testing import config_in, save_peft_case
 
 # PEFT advises against seeds.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
@@ -46,7 +45,7 @@ def test_a_seed_is_not_written_when_the_widest_layer_is_gone(tmp_path: Path) -> 
     less = replace(adapter, updates={"wide": adapter.updates["wide"]}, expects=None)
     for name, given, is_saved in (("all", adapter, False), ("less", less, True)):
         save_adapter(given, tmp_path / name)
-        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        config = config_in(tmp_path / name)
         assert config["save_projection"] is is_saved
         found = load_adapter(tmp_path / name, base=case.base).updates["wide"]
         wanted = adapter.updates["wide"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.write import contents
 from lora_fx.kinds import KINDS
-from lora_fx.testing import save_peft_case
+from lora_fx.testing import config_in, save_peft_case
 
 pytestmark = [
     # PEFT does not see the keys of parameters.
@@ -58,7 +57,7 @@ def test_trained_and_tied_tensors_are_written(tmp_path: Path) -> None:
 def test_modules_inside_of_a_saved_module_are_saved_with_it(tmp_path: Path) -> None:
     replaced = {"head.scale": torch.ones(2), "head.fc.weight": torch.ones(2, 3)}
     save_adapter(Adapter("a", {"fc": update(5, 3, 2)}, replaced), tmp_path / "written")
-    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    config = config_in(tmp_path / "written")
     assert config["modules_to_save"] == ["head"]
     assert set(load_adapter(tmp_path / "written").replacements) == set(replaced)
 
@@ -71,7 +70,7 @@ def test_mixed_kinds_ranks_and_scales_become_patterns(lab: Any, tmp_path: Path) 
         "block.fc": update(9, 4, 1, 7.0),
     }
     save_adapter(Adapter("mixed", updates), tmp_path / "written")
-    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    config = config_in(tmp_path / "written")
     assert (config["use_rslora"], config["r"]) == (False, 3)
     assert config["rank_pattern"] == {"^fc": 2, r"^block\.fc": 1}
     found = load_adapter(tmp_path / "written").updates
@@ -95,7 +94,7 @@ def test_every_scale_comes_back_exactly(tmp_path: Path, rank: int, kind: str) ->
         found = load_adapter(tmp_path / str(index)).updates["fc"]
         assert (found.scale, found.kind) == (wanted.updates["fc"].scale, kind)
         if alpha == 16:
-            config = json.loads((tmp_path / str(index) / "adapter_config.json").read_text())
+            config = config_in(tmp_path / str(index))
             assert config["lora_alpha"] == 16
 
 
@@ -156,8 +155,7 @@ def ia3(feedforward: bool) -> AnyUpdate:
 
 def written(updates: dict[str, AnyUpdate], path: Path) -> dict[str, Any]:
     save_adapter(Adapter("a", updates), path)
-    fields: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
-    return fields
+    return config_in(path)
 
 
 def test_layers_that_disagree_are_refused(tmp_path: Path) -> None:
@@ -202,7 +200,7 @@ def test_an_output_projection_has_the_rank_of_its_attention(other: Update, tmp_p
     with pytest.raises(AdapterError, match=r"these differ: mha\.out_proj"):
         save_adapter(adapter, tmp_path / "a")
     save_adapter(Adapter("a", {"mha": low(2), "mha.out_proj": low(2)}), tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config = config_in(tmp_path / "a")
     assert (config["rank_pattern"], config["target_modules"]) == ({}, "mha")
 
 
