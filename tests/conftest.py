@@ -17,7 +17,9 @@ from lora_fx.testing import Ragged, Shared  # noqa: E402  # after it is told to 
 
 torch.set_num_threads(1)
 
-os.environ.pop("COLUMNS", None)  # xdist's, to which the command line would fold what it says
+# xdist's, or readline's, which os.environ has not heard of: the command line would fold to it.
+os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 # No test reads where in a model's code a node comes from, and below pytest its stack is deep.
 torch.fx.config.do_not_emit_stack_traces = True
 gc.set_threshold(200_000, 20, 50)
