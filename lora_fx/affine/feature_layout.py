@@ -21,7 +21,7 @@ class Turn:
     """A permutation of the batch.
 
     Attributes:
-        sizes: of the axes before it; None if they are not known.
+        sizes: of the axes before it, but for those of one; None if they are not known.
         order: of the last axes; those in front, which stay, are left out.
     """
 
@@ -103,6 +103,26 @@ class Layout:
         """Whether the features are on these axes, and the batch on others."""
         return (self.split, self.after, self.joined) == (split, after, False)
 
+    def seen_as(self, split: tuple[int, ...]) -> Layout | None:
+        """The same with features on these axes, if axes of one between them and the batch suffice.
+
+        Such an axis may be of either.
+        """
+        if self.split == split and not self.joined:
+            return self
+        if self.joined or self.batch is None:
+            return None
+        front = len(self.batch) - self.after
+        more = len(split) - len(self.split)
+        ones = (1,) * abs(more)
+        if more > 0 and split == ones + self.split and self.batch[front - more : front] == ones:
+            batch = (*self.batch[: front - more], *self.batch[front:])
+        elif more < 0 and self.split == ones + split:
+            batch = (*self.batch[:front], *ones, *self.batch[front:])
+        else:
+            return None
+        return replace(self, split=split, batch=batch)
+
     def feature(self, axis: object) -> int | None:
         """Which feature axis an axis of the tensor is, or None."""
         if not isinstance(axis, int) or (axis >= 0 and self.axes is None):
@@ -168,11 +188,16 @@ class Layout:
         return replace(turned, split=tuple(self.split[m] for m in moved), after=after), moved
 
     def turned(self, order: Order) -> Layout:
-        """With the last axes of the batch in a new order."""
-        *earlier, last = self.turns or [Turn(self.batch, ())]
-        if not same_sizes(self.batch, last.result):  # it was reshaped in between
-            earlier, last = list(self.turns), Turn(self.batch, ())
-        whole = last.then(order)
+        """With the last axes of the batch in a new order; where those of one are, no row says."""
+        wide, own = None, order
+        if self.batch is not None:
+            wide = tuple(size for size in self.batch if not _is_one(size))
+            places = [n for n in _of(len(self.batch), order) if not _is_one(self.batch[n])]
+            own = tuple(sorted(places).index(place) for place in places)
+        *earlier, last = self.turns or [Turn(wide, ())]
+        if not same_sizes(wide, last.result):  # it was reshaped in between
+            earlier, last = list(self.turns), Turn(wide, ())
+        whole = last.then(own)
         turns = (*earlier, whole) if whole.order else tuple(earlier)
         return replace(self, batch=Turn(self.batch, order).result, turns=turns)
 
@@ -211,3 +236,7 @@ def _of(count: int, order: Order) -> Order:
     """An order of the last axes as one of more."""
     front = count - len(order)
     return (*range(front), *(front + axis for axis in order))
+
+
+def _is_one(size: object) -> bool:
+    return type(size) is int and size == 1

@@ -15,7 +15,7 @@ _SELDOM = 200_000, 20, 50  # new objects until they are looked through for circl
 
 @contextmanager
 def lean_tracing() -> Iterator[None]:
-    """Compiles no graph that is not run, notes no stack for each node, and seldom looks for garbage.
+    """Compiles no graph that is not run, notes no stack of a node, and seldom looks for garbage.
 
     Together a tenth of the time of a trace: it makes a million objects, and keeps most of them.
     """

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fx.affine.feature_layout import Layout
+from lora_fx.affine.feature_layout import Layout, Turn
 from lora_fx.graph.sizes import same_sizes
 
 SIZES = st.lists(st.integers(1, 4), max_size=2).map(tuple)
@@ -83,6 +83,32 @@ def test_a_permutation_that_is_followed_keeps_every_element(
     index = torch.arange(prod(split)).reshape(split).permute(features).reshape(-1)
     assert torch.equal(tensor % 1000, index[numbered(moved) % 1000])
     assert torch.equal(tensor // 1000, numbered(moved) // 1000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SOME, SIZES, st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
+def test_an_axis_of_one_is_of_the_batch_or_of_the_features(
+    front: Any, split: Any, behind: Any, wanted: Any
+) -> None:
+    layout = Layout(split, len(behind), (*front, *behind))
+    seen = layout.seen_as(wanted)
+    if seen is None:
+        assert wanted != split
+        return
+    assert seen.keeps(wanted, len(behind))
+    assert seen.sizes == layout.sizes
+    assert torch.equal(numbered(seen), numbered(layout))
+
+
+def test_axes_of_one_are_told_from_others() -> None:
+    layout = Layout((5,), 0, (4, 1, 1))
+    assert layout.seen_as((1, 5)) == Layout((1, 5), 0, (4, 1))
+    assert layout.seen_as((1, 1, 5)) == Layout((1, 1, 5), 0, (4,))
+    assert layout.seen_as((4, 1, 1, 5)) is layout.seen_as((1, 1, 1, 5)) is None
+    assert Layout((1, 5), 1, (4, 3)).seen_as((5,)) == Layout((5,), 1, (4, 1, 3))
+    assert Layout((2, 5), 0, (4,)).seen_as((5,)) is Layout((5,)).seen_as((1, 5)) is None
+    assert Layout((5,), 0, (4, 1, 3)).turned((2, 1, 0)).turns == (Turn((4, 3), (1, 0)),)
+    assert layout.turned((1, 0)).turns == layout.turned((1, 0, 2)).turns == ()
 
 
 @settings(max_examples=300, deadline=None)

@@ -61,6 +61,11 @@ def even() -> nn.Module:
     return Two(nn.Linear(8, 12), nn.Linear(12, 4, bias=False))
 
 
+def one_block() -> nn.Module:
+    """Of one block on one side."""
+    return Two(nn.Linear(4, 8), nn.Linear(8, 4, bias=False))
+
+
 def transposed() -> nn.Module:
     return Two(Conv1D(5, 3), Conv1D(7, 5))
 
@@ -123,6 +128,9 @@ LINEAR: dict[str, Case] = {
     "road": (even, peft.RoadConfig(group_size=2, target_modules=BOTH)),
     "gralora": (even, peft.GraloraConfig(r=4, gralora_k=2, target_modules=BOTH)),
     "c3a": (even, peft.C3AConfig(block_size=4, target_modules=BOTH)),
+    # An axis of one may be of the batch or of the features.
+    "c3a_one_block": (one_block, peft.C3AConfig(block_size=4, target_modules=BOTH)),
+    "gralora_one_block": (one_block, peft.GraloraConfig(r=4, gralora_k=1, target_modules=BOTH)),
     "miss_ragged": (linear, peft.MissConfig(r=2, target_modules=BOTH)),
     "road_two": (even, peft.RoadConfig(group_size=4, variant="road_2", target_modules=BOTH)),
     "adamss": (

@@ -33,10 +33,11 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     x = operands[1 - constant]
     is_matrix = len(own) == 2 and not plan.shared
     source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
-    if source is None or not source.layout.keeps(split, plan.after):
+    seen = source and source.layout.seen_as(split)
+    if source is None or seen is None or seen.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
     split = tuple(sizes[n] for n in plan.outputs)
-    layout = replace(source.layout.turned(plan.order), split=split, after=plan.behind)
+    layout = replace(seen.turned(plan.order), split=split, after=plan.behind)
     matrix = analysis.matrix(operands[constant]) if is_matrix else None
     weight: Matrix = plan.weight(analysis, operands[constant], sizes)
     if matrix is not None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from lora_fx.affine.affine_map import AffineMap, Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
+from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Leaf
 from lora_fx.graph.ops import call_argument, op_name
 
@@ -46,27 +47,44 @@ def real(analysis: Analysis, node: fx.Node) -> Value:
         if before is None or not _is_linear(analysis, before):
             return _NO_MATRIX
         chain.insert(0, before)
-    layout = value.layout
-    if layout.after or layout.joined or value.dtype is None or not _is_linear(analysis, node):
+    own = value.layout
+    if own.after or own.joined or value.dtype is None or not _is_linear(analysis, node):
         return _NO_MATRIX
-    found = torch.zeros(1, *layout.split, dtype=_wide(value))
+    for split in (own.split, (1, *own.split), own.split[1:]):  # what an axis of one may belong to
+        layout = own.seen_as(split)
+        result = layout and _split_behind(
+            analysis, chain, torch.zeros(1, *split, dtype=_wide(value))
+        )
+        if layout is not None and result is not None:
+            return _multiplied(analysis, value, chain, layout, result)
+    return _NO_MATRIX
+
+
+def _split_behind(
+    analysis: Analysis, chain: list[fx.Node], x: torch.Tensor
+) -> tuple[int, ...] | None:
+    """The axes of features behind the calls, if these leave what is in front of them alone."""
     for call in chain:
-        if not _keeps_batch(call, found.ndim - 1):
-            return _NO_MATRIX
-        found = _run(analysis, [_Step.of(call)], found)
-    return _multiplied(analysis, value, chain, tuple(found.shape[1:]))
+        if not _keeps_batch(call, x.ndim - 1):
+            return None
+        x = _run(analysis, [_Step.of(call)], x)
+    return tuple(x.shape[1:])
 
 
 def _multiplied(
-    analysis: Analysis, value: AffineMap, chain: list[fx.Node], split: tuple[int, ...]
+    analysis: Analysis,
+    value: AffineMap,
+    chain: list[fx.Node],
+    seen: Layout,
+    split: tuple[int, ...],
 ) -> Value:
-    layout, size = replace(value.layout, split=split, after=0), value.size
+    layout, size = replace(seen, split=split), value.size
     named = tuple(analysis.constants.key(n) for n in _read(chain))
     steps = [_Step.of(call) for call in chain]
-    key = ("spectrum", tuple(_written(n) for n in chain), named, value.layout.split)
+    key = ("spectrum", tuple(_written(n) for n in chain), named, seen.split)
 
     def fetch() -> torch.Tensor:
-        columns = torch.eye(size, dtype=_wide(value)).reshape(size, *value.layout.split)
+        columns = torch.eye(size, dtype=_wide(value)).reshape(size, *seen.split)
         return _run(analysis, steps, columns).reshape(size, -1).T
 
     weight = Leaf((layout.count, size), key, fetch)

@@ -27,7 +27,7 @@ from lora_fx.layers.base_layers import BaseLayers
 UP_BIAS, MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
 TABLE_DOWN, TABLE_UP = "lora_embedding_A", "lora_embedding_B"
 # Initial values that leave the base alone, and those that subtract something from its weights.
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # How it was trained. fan_in_fan_out is among them because a saved one is unreliable: PEFT
 # overwrites it with the value of the layer wrapped last, so in a model of Linear and Conv1D it is

@@ -243,7 +243,7 @@ def warned(name: str, message: str, **fields: Any) -> None:
 
 
 def test_an_initialisation_leaves_the_base_alone_or_is_refused() -> None:
-    for init in (True, False, None, "gaussian", "eva", "orthogonal"):
+    for init in (True, False, None, "gaussian", "eva", "orthogonal", "mica"):
         of("LORA", init_lora_weights=init)
     for init in ("pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga"):
         warned("LORA", f"init_lora_weights is '{init}'", init_lora_weights=init)
