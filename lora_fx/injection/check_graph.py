@@ -18,7 +18,7 @@ from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.injection.unmatched import cause
 from lora_fx.layers.base_layers import BaseLayers
-from lora_fx.layers.sites import Site
+from lora_fx.layers.sites import CLOSED, Site, is_inside
 from lora_fx.layers.weight_readers import check_one_way, check_reached
 
 Groups = Mapping[str, Sequence[Site]]
@@ -152,9 +152,11 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
     example = example_of(gm)
     traced = example.model if example is not None else None
     model = "graph" if traced is None else type(traced.modules[""]).__name__
+    inside = [path for path in unknown if is_inside(gm, f"{path}.")]
+    told = cause(unknown, paths, model) if not inside else f" {shorten(inside)} {CLOSED}."
     return (
         f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
         f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
-        f"{shorten(paths) or 'none'}.{cause(unknown, paths, model)} Pass strict=False to leave "
+        f"{shorten(paths) or 'none'}.{told} Pass strict=False to leave "
         "them out"
     )

@@ -27,6 +27,10 @@ from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
 _CALLS = ("call_function", "call_method")
+CLOSED = (
+    "lies in a module that symbolic tracing keeps whole, where nothing can be adapted: trace the "
+    "model with example inputs, which opens it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
