@@ -182,6 +182,29 @@ def test_a_fresh_adapter_trains_beside_it(name: str, frontend: str) -> None:
     assert any(bool(p.grad.any()) for p in trained.values() if p.grad is not None)
 
 
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x @ m.w.unsqueeze(0),
+        lambda m, x: x @ m.w[None],
+        lambda m, x: m.v[None] @ x.mT,
+        lambda m, x: torch.matmul(x[:, None], m.w[None, None]),
+    ],
+)
+def test_one_of_a_batch_is_a_matrix(function: Any, frontend: str) -> None:
+    torch.manual_seed(0)
+    model = model_of(function).eval().requires_grad_(False)
+    gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
+    path = next(f"block.{n}" for n in "wv" if any(f"block.{n}" == g.target for g in gm.graph.nodes))
+    injected = inject(gm, Adapter("french", {path: update()}))
+    folded, wanted = fold(injected), weight_form(model, path, update())
+    for graph in (injected, folded):
+        assert relative(graph(OTHER), wanted) <= 1e-5
+    assert relative(gm(OTHER), wanted) > 1e-2
+    assert unmerged(folded) == {}
+
+
 def test_an_ellipsis_behind_the_features_is_as_many_axes_as_were_traced() -> None:
     torch.manual_seed(0)
     model = (
