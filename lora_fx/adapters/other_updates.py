@@ -176,10 +176,11 @@ def anew(update: AnyUpdate) -> AnyUpdate:
     """The same as a function of the weight: for what is read where nothing can stand beside it."""
     if update.makes_anew:
         return update
-    function, bias = update.of, update.shift(lambda: None)
+    function: Function = update.of
     if isinstance(update, Update) and update.is_product and update.groups == 1:
         down, up, _ = update.factors(update.wide(torch.float32))
         function = added_to_each(up, down.flatten(1))
+    bias = update.shift(lambda: None)
     return WeightUpdate(update.kind, function, update.shape, update.stored, bias)
 
 

@@ -147,8 +147,8 @@ def _stored_at(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 
 def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
     """A parameter that no layer alone reads: one that holds experts, or is computed with."""
-    names = (path, f"{path}.weight") if update.makes_anew else ()
-    names = (path,) if isinstance(update, Update) else names
+    is_known = update.makes_anew or isinstance(update, Update)
+    names = [path, f"{path}.weight"][: 2 if update.makes_anew else 1] if is_known else []
     return next(([name] for name in names if layers.unevaluated(name) is not None), [])
 
 
