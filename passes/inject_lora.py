@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,12 +11,13 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.adapters.other_updates import anew
 from lora_fx.algebra.evaluate import recorded
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.bind import bind
+from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, put
@@ -28,7 +29,8 @@ from lora_fx.injection.usage_check import note_binding, note_fresh, standing, we
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.parametrized_weights import value_names
-from lora_fx.layers.sites import Site, by_path, readers, tensor_of
+from lora_fx.layers.sites import CLOSED, Site, by_path, readers, tensor_of
+from lora_fx.layers.weight_readers import is_one_way
 
 Injectable = Adapter | LoraConfig
 
@@ -78,7 +80,7 @@ class InjectLora(Pass):
 def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
     layers = layers_in(editor.gm, groups)
-    binding = bind(layers, adapter)
+    binding = _beside(bind(layers, adapter), groups)
     skipped = check_binding(editor.gm, binding, layers, groups, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
@@ -96,10 +98,28 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     note_binding(editor.gm, binding, groups, beside, skipped, before)
 
 
+def _beside(binding: Binding, groups: Mapping[str, Sequence[Site]]) -> Binding:
+    """A weight that calls multiply with from both sides has no one side: it is made anew."""
+    both = {path for path, calls in groups.items() if not is_one_way(calls)}
+    updates = {
+        path: anew(update) if path in both and _says_weight(update) else update
+        for path, update in binding.updates.items()
+    }
+    return replace(binding, updates=updates)
+
+
+def _says_weight(update: AnyUpdate) -> bool:
+    """Whether W' is all that an update of low rank does."""
+    return isinstance(update, Update) and update.bias is None and not update.invocation
+
+
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
     """Makes a parameter that no layer alone reads anew, such as that of many experts."""
     names = value_names(path, name, len(update.values), bare=True)
-    for reader, source in list(readers(editor.gm, path)):
+    reads = list(readers(editor.gm, path))
+    if not reads:
+        raise AdapterError(f"adapter {name}: {path} {CLOSED}")
+    for reader, source in reads:
         own = editor.tensor(source)
         function = recorded(update.of, tuple(own.shape), update.leaves)
         make_anew(editor, reader, source, update.values, function, names, own.dtype)

@@ -26,6 +26,12 @@ _CHATTER: dict[str, tuple[str, ...]] = {
 }
 
 
+# What is known of operators that ONNX lacks: part of their names -> what to do.
+_HINTS = {
+    "transformers.grouped_mm": "Of a model with experts, that transformers multiplies in groups: "
+    'call model.set_experts_implementation("batched_mm") before it is traced',
+}
+
 # Older ones than torch.onnx translates to, and newer ones than onnxscript converts to, are passed
 # over by both without a word.
 OPSETS = range(18, 26)
@@ -68,7 +74,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
                     program, dynamo=True, optimize=False, verbose=False, opset_version=opset
                 )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"the graph has no ONNX form: {_cause(error)}") from error
+            raise ExportError(f"the graph has no ONNX form: {_told(_cause(error))}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
     written = onnx_program.model.opset_imports[""]
@@ -95,6 +101,11 @@ def _copy_before_reshape(program: torch.export.ExportedProgram) -> None:
         copy.meta = {**source.meta, "val": source.meta["val"].clone(**layout)}
         node.replace_input_with(source, copy)
     program.graph_module.recompile()
+
+
+def _told(cause: str) -> str:
+    """The cause, and what to do about it where that is known."""
+    return next((f"{cause}. {hint}" for name, hint in _HINTS.items() if name in cause), cause)
 
 
 def _cause(error: BaseException) -> str:

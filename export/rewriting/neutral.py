@@ -81,6 +81,7 @@ def take_out(joins: list[Join]) -> None:
     for join in joins:
         join.node.replace_input_with(0, join.kept)
         join.node.resize_inputs(1)
+        join.node.attributes.clear()  # of a Gemm
         join.node.op_type = "Identity"
 
 
@@ -90,8 +91,8 @@ def _follow(node: ir.Node, found: Mapping[ir.Value, Neutral], reading: Reading) 
     what = _gives(node, found, others)
     if what is not None:
         reading.known |= dict.fromkeys(node.outputs, Neutral(what, slots))
-    elif len(others) == 1 and _passes(node, found):
-        reading.joins.append(Join(node, others[0], slots, node.op_type in _SUMS))
+    elif (kept := _kept(node, found, others)) is not None:
+        reading.joins.append(Join(node, kept, slots, node.op_type != "Mul"))
     else:
         reading.stuck |= dict.fromkeys(slots, node.op_type)
 
@@ -106,6 +107,20 @@ def _gives(node: ir.Node, found: Mapping[ir.Value, Neutral], others: list[ir.Val
         return ZERO
     first = found.get(node.inputs[0]) if kind in _MOVES and node.inputs[0] is not None else None
     return first.what if first is not None else None
+
+
+def _kept(
+    node: ir.Node, found: Mapping[ir.Value, Neutral], others: list[ir.Value]
+) -> ir.Value | None:
+    """Which of its inputs a node gives, if it gives one as it is."""
+    if node.op_type != "Gemm":
+        return others[0] if len(others) == 1 and _passes(node, found) else None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None or bias in found or node.attributes.get_float("beta", 1.0) != 1.0:
+        return None
+    is_zero = any(neutral.what == ZERO for neutral in found.values())
+    is_whole = bias.shape is not None and bias.shape == node.outputs[0].shape
+    return bias if is_zero and is_whole else None
 
 
 def _passes(node: ir.Node, found: Mapping[ir.Value, Neutral]) -> bool:

@@ -26,7 +26,7 @@ def axes_of(slot: AnySlot, read: Read) -> tuple[str, ...] | None:
     """The names of the axes of a slot's weight, or None if it is of another shape."""
     shape = tuple(read.weight.shape.numpy()) if read.weight.shape is not None else ()
     if isinstance(slot, ExpertSlot):
-        return tuple(_EXPERTS["weight"].split()) if shape == slot.shape else None
+        return _axes_of(slot, "weight") if shape == slot.shape else None
     assert isinstance(slot, Slot)
     if read.axes is None:
         return None
@@ -37,11 +37,16 @@ def axes_of(slot: AnySlot, read: Read) -> tuple[str, ...] | None:
     return tuple(names) if list(shape) == wanted else None
 
 
+def _axes_of(slot: ExpertSlot, part: str) -> tuple[str, ...]:
+    names = _EXPERTS[part].split()
+    return tuple(names[-len(slot.shape) :])
+
+
 def changes_of(slot: AnySlot, values: Values) -> list[Change] | None:
     """What becomes of W, for each group of the layer; None if its groups are mixed."""
     given = {p: slot.from_input(p, values[name]) for p, (name, _) in slot.inputs.items()}
     if isinstance(slot, ExpertSlot):
-        return [Change(**{part: Part.of(_EXPERTS[part], v) for part, v in given.items()})]
+        return [Change(**{part: Part(_axes_of(slot, part), v) for part, v in given.items()})]
     assert isinstance(slot, Slot)
     stored, kernel = slot.layer.type, len(slot.kernel)
     whole = Change(

@@ -120,9 +120,13 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     """
     if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
         raise ExportError(f"input {name!r} is bfloat16, which numpy lacks: give float32 or float16")
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
-    array = np.asarray(value)
+    is_tensor = isinstance(value, torch.Tensor)
+    array = value.detach().cpu().numpy() if is_tensor else np.asarray(value)
+    if array.dtype.kind == "c":
+        raise ExportError(
+            f"input {name!r} is {array.dtype}, and onnxruntime takes no complex numbers: give its "
+            "parts, as torch.view_as_real does, and let the model join them"
+        )
     if array.dtype == object:
         found = type(value).__name__
         raise ExportError(f"input {name!r} is a {found}: give a tensor or an array of numbers")

@@ -216,9 +216,9 @@ def _update(module: str, values: dict[str, torch.Tensor]) -> AnyUpdate | None:
     """The update of one layer, or None if nothing is done to it."""
     found = {_FACTORS[leaf]: values[leaf] for leaf in _FACTORS if leaf in values}
     down, up = found["down"], found["up"]
-    is_stack = values.keys() == _EXPERTS.keys() and up.ndim == down.ndim == 3
-    if is_stack and up.shape[::2] == down.shape[:2]:
-        shape = len(up), up.shape[1], down.shape[2]
+    is_parameter = values.keys() == _EXPERTS.keys() and up.ndim == down.ndim in (2, 3)
+    if is_parameter and (*up.shape[:-2], up.shape[-1]) == down.shape[:-1]:
+        shape = *up.shape[:-1], down.shape[-1]
         return WeightUpdate("lora", added_to_each(up, down), shape) if up.any() else None
     known = (layer for layer in TYPES.values() if layer.kernel == down.ndim - 2)
     layer = next((t for t in known if {t.leaf("down"), t.leaf("up")} <= values.keys()), None)

@@ -161,8 +161,9 @@ def _asked_for(
         if paths:
             found |= dict.fromkeys(paths, form or FACTORS)
         elif _is_parameter(gm, name):
-            is_stack = len(parameter(gm, name).shape) == 3 and form in (None, FACTORS)
-            found[name] = FACTORS if is_stack else WEIGHT
+            axes = len(parameter(gm, name).shape)
+            is_factored = (axes == 3 and form is None) or (axes in (2, 3) and form == FACTORS)
+            found[name] = FACTORS if is_factored else WEIGHT
         else:
             unknown.append(name)
     if inside := [name for name in unknown if is_inside(gm, name)]:

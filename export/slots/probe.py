@@ -65,9 +65,9 @@ def _nearby(own: torch.Tensor, source: torch.Generator) -> torch.Tensor:
 
 
 def _probe_of_experts(slot: ExpertSlot, rank: int, source: torch.Generator) -> AnyUpdate:
-    experts, rows, columns = slot.shape
-    up = torch.randn(experts, rows, rank, generator=source) * _GAIN / rank**0.5
-    down = torch.randn(experts, rank, columns, generator=source) / columns**0.5
+    *experts, rows, columns = slot.shape
+    up = torch.randn(*experts, rows, rank, generator=source) * _GAIN / rank**0.5
+    down = torch.randn(*experts, rank, columns, generator=source) / columns**0.5
     function = added_to_each(up.to(slot.torch_dtype), down.to(slot.torch_dtype))
     return WeightUpdate("lora", function, slot.shape)
 

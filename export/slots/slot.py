@@ -209,11 +209,11 @@ class TensorSlot(AnySlot):
 
 @dataclass(frozen=True)
 class ExpertSlot(AnySlot):
-    """A parameter of one matrix for each expert: W[e] + B[e] @ A[e], computed at each run.
+    """A parameter of one matrix, or one for each expert: W[e] + B[e] @ A[e], computed at each run.
 
     Attributes:
         path: the parameter's name.
-        shape: (experts, rows, columns), as the model stores it.
+        shape: (rows, columns) or (experts, rows, columns), as the model stores it.
         dtype: of its values.
         digest: of the base's tensor.
     """
@@ -226,11 +226,11 @@ class ExpertSlot(AnySlot):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        """A (experts, r, columns) and B (experts, rows, r)."""
-        experts, rows, columns = self.shape
+        """A (r, columns) and B (rows, r), with the experts before them if there are such."""
+        *experts, rows, columns = self.shape
         return {
-            "down": Input(f"{self.path}.lora_A_experts", (experts, None, columns)),
-            "up": Input(f"{self.path}.lora_B_experts", (experts, rows, None)),
+            "down": Input(f"{self.path}.lora_A_experts", (*experts, None, columns)),
+            "up": Input(f"{self.path}.lora_B_experts", (*experts, rows, None)),
         }
 
     def neutral(self) -> dict[str, torch.Tensor]:
@@ -239,8 +239,8 @@ class ExpertSlot(AnySlot):
         return {name: torch.zeros(shape, dtype=self.torch_dtype) for name, shape in shapes.items()}
 
     def is_sound(self) -> bool:
-        """Whether there are three positive sizes."""
-        return len(self.shape) == 3 and _are_sizes(self.shape)
+        """Whether there are two or three positive sizes."""
+        return len(self.shape) in (2, 3) and _are_sizes(self.shape)
 
 
 @dataclass(frozen=True)

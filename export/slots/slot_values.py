@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapters.other_updates import anew
 from lora_fx.algebra.low_rank import (
     NotLowRankError,
     additive,
@@ -96,20 +97,21 @@ def form_of(update: AnyUpdate, layer: Layer | None) -> SlotForm | None:
 
     Args:
         update: as `given_as` says.
-        layer: that it is of, or None for the parameter of several experts.
+        layer: that it is of, or None for a parameter that no layer alone reads.
     """
+    update = anew(update) if layer is None else update
     if not update.makes_anew:
         is_product = isinstance(update, Update) and update.is_product
         return FACTORS if is_product and update.bias is None else VECTORS
     try:
         if layer is None:
             base = constant(torch.empty([size or 0 for size in update.shape], device="meta"))
-            blocks_beside(base, update.of(base))
-        elif layer.groups > 1:
+            up, _ = blocks_beside(base, update.of(base))
+            return FACTORS if up.ndim == len(update.shape) else None
+        if layer.groups > 1:
             return None
-        else:
-            base = _base(layer, torch.Tensor)
-            pairs_beside(base, additive(base, update.of(base)))
+        base = _base(layer, torch.Tensor)
+        pairs_beside(base, additive(base, update.of(base)))
     except NotLowRankError:
         return None
     return FACTORS if update.bias is None else VECTORS

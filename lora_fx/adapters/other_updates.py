@@ -155,7 +155,13 @@ def added(delta: torch.Tensor) -> Function:
 
 
 def added_to_each(left: torch.Tensor, right: torch.Tensor) -> Function:
-    """``W[e] + left[e] @ right[e]`` for every e, of (blocks, rows, r) and (blocks, r, columns)."""
+    """``W[e] + left[e] @ right[e]`` for every e, of (blocks, rows, r) and (blocks, r, columns).
+
+    Of two matrices, ``W + left @ right``.
+    """
+    if left.ndim == 2:
+        whole = product(constant(left), constant(right))
+        return lambda weight: Sum(weight, whole)
     delta = product(diagonal(left), constant(right, (right[..., 0].numel(), right.shape[2])))
     return lambda weight: Sum(weight, reshaped(delta, len(left)))
 
@@ -164,6 +170,18 @@ def evaluated(update: Update, shape: Shape, stored: SourceRecord | None) -> Weig
     """``W + delta``, of a product that was multiplied: for a layer with no form in two factors."""
     bias = update.shift(lambda: None)
     return WeightUpdate(update.kind, added(update.delta()), shape, stored, bias)
+
+
+def anew(update: AnyUpdate) -> AnyUpdate:
+    """The same as a function of the weight: for what is read where nothing can stand beside it."""
+    if update.makes_anew:
+        return update
+    function: Function = update.of
+    if isinstance(update, Update) and update.is_product and update.groups == 1:
+        down, up, _ = update.factors(update.wide(torch.float32))
+        function = added_to_each(up, down.flatten(1))
+    bias = update.shift(lambda: None)
+    return WeightUpdate(update.kind, function, update.shape, update.stored, bias)
 
 
 def low_rank(update: AnyUpdate, purpose: str) -> Update:
@@ -184,4 +202,4 @@ def low_rank(update: AnyUpdate, purpose: str) -> Update:
     )
 
 
-__all__ = ["AnyUpdate", "Scaling", "WeightUpdate", "added", "evaluated", "low_rank"]
+__all__ = ["AnyUpdate", "Scaling", "WeightUpdate", "added", "anew", "evaluated", "low_rank"]

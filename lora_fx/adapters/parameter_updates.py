@@ -73,6 +73,11 @@ def _is_turned(update: Update) -> bool:
 def _swapped(update: Update) -> Update:
     assert update.stored is not None
     settings = {**update.stored.settings, _TURNED: not _is_turned(update)}
-    down, up = update.up.t().contiguous(), update.down.t().contiguous()
     stored = SourceRecord(update.stored.tensors, settings)
-    return replace(update, down=down, up=up, row=update.col, col=update.row, stored=stored)
+    return replace(turned_round(update), stored=stored)
+
+
+def turned_round(update: Update) -> Update:
+    """The update of the transpose of the weight."""
+    down, up = update.up.t().contiguous(), update.down.t().contiguous()
+    return replace(update, down=down, up=up, row=update.col, col=update.row)

@@ -95,7 +95,8 @@ def blocks_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tens
     """Reads ``whole = base + the blocks left[e] @ right[e], one below the other``.
 
     Returns:
-        left (blocks, rows, r) and right (blocks, r, columns), as they are held.
+        left (blocks, rows, r) and right (blocks, r, columns), as they are held; of one product of
+        two matrices, left (rows, r) and right (r, columns).
 
     Raises:
         NotLowRankError: it is not written so.
@@ -105,6 +106,8 @@ def blocks_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tens
             count, _, rank = left.blocks
             if not left.turned:
                 return left.fetch(), right.fetch().reshape(count, rank, -1)
+        case Beside(None, None, [m.Product(m.Leaf() as left, m.Leaf() as right)]):
+            return left.fetch(), right.fetch()
     raise NotLowRankError("what is added is no product for each block")
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import TraceError
 from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
+from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.graph.graph_module import copy_graph, without_guards
 from lora_fx.graph.lean_tracing import lean_tracing
 from lora_fx.graph.module_copy import split_shared_modules
@@ -61,7 +62,9 @@ def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph
         warnings.simplefilter("ignore")  # deprecated pytree classes, inside torch.export
         with lean_tracing():
             gm = program.module()
-    return gm, copy_graph(gm.graph)
+    graph = copy_graph(gm.graph)
+    open_blocks(gm, graph)
+    return gm, graph
 
 
 def outputs_of(program: torch.export.ExportedProgram) -> Any:

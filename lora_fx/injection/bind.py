@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.safe_regex import SlowRegexError
 from lora_fx.adapters.settle import settled
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, advised, shorten, within
 from lora_fx.graph.lazy_tensor import LazyTensor
-from lora_fx.injection.conform import conform, fits, remedy
+from lora_fx.injection.conform import conform, conform_parameter, fits, remedy
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.moves import MOVED
 
@@ -146,22 +146,16 @@ def _stored_at(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 
 
 def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
-    """A parameter that no layer alone reads, such as one that holds experts."""
-    names = (path, f"{path}.weight") if update.makes_anew else ()
+    """A parameter that no layer alone reads: one that holds experts, or is computed with."""
+    is_known = update.makes_anew or isinstance(update, Update)
+    names = [path, f"{path}.weight"][: 2 if update.makes_anew else 1] if is_known else []
     return next(([name] for name in names if layers.unevaluated(name) is not None), [])
 
 
 def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
     if path in layers:
         return conform(update, layers[path])
-    shape = tuple(getattr(layers.unevaluated(path), "shape", ()))
-    sizes = zip(update.shape, shape, strict=False)
-    if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
-        raise AdapterError(
-            f"made for a parameter {update.shape}, the model's is {shape}. Use the base that it "
-            "was trained on"
-        )
-    return update
+    return conform_parameter(update, tuple(getattr(layers.unevaluated(path), "shape", ())))
 
 
 def _is_shared(path: str, adapter: Adapter, layers: BaseLayers) -> bool:

@@ -13,12 +13,14 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
+from lora_fx.graph.ops import holder_path
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, parameter_names
 from lora_fx.injection.unmatched import cause
 from lora_fx.layers.base_layers import BaseLayers
-from lora_fx.layers.sites import Site
+from lora_fx.layers.layer_types import OPERATORS
+from lora_fx.layers.sites import CLOSED, Site, is_inside
 from lora_fx.layers.weight_readers import check_one_way, check_reached
 
 Groups = Mapping[str, Sequence[Site]]
@@ -74,10 +76,11 @@ def fresh_targets(
     """
     paths = meant_by(config.rule, layers)
     if not paths:
+        told = _reached(gm, _named(gm, config))
         raise AdapterError(
             f"target_modules={config.target_modules!r} match none of the "
             f"{len(layers)} layers: {shorten(list(layers)) or 'none'}"
-            f"{_as_a_name(config.target_modules, layers)}"
+            f"{_as_a_name(config.target_modules, layers)}{told and f'.{told}'}"
         )
     check_name(gm, config.name, [groups[path][0] for path in paths])
     for path in paths:
@@ -85,6 +88,13 @@ def fresh_targets(
     if config.rule.is_all_linear:
         _tell_left_out(paths, layers)
     return paths
+
+
+def _named(gm: fx.GraphModule, config: LoraConfig) -> list[str]:
+    """The modules of a graph that a config means, layers or not."""
+    paths = dict.fromkeys(holder_path(node) for node in gm.graph.nodes)
+    rule = config.rule
+    return [] if rule.is_all_linear else [path for path in paths if path and rule.matches(path)]
 
 
 def _tell_left_out(paths: list[str], layers: BaseLayers) -> None:
@@ -153,9 +163,27 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
     example = example_of(gm)
     traced = example.model if example is not None else None
     model = "graph" if traced is None else type(traced.modules[""]).__name__
+    told = _reached(gm, unknown) or cause(unknown, paths, model)
     return (
         f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
         f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
-        f"{shorten(paths) or 'none'}.{cause(unknown, paths, model)} Pass strict=False to leave "
+        f"{shorten(paths) or 'none'}.{told} Pass strict=False to leave "
         "them out"
+    )
+
+
+def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
+    """What to say of modules that the model has, and whose weight no layer of a graph stores."""
+    inside = [path for path in unknown if is_inside(gm, f"{path}.")]
+    if inside:
+        return f" {shorten(inside)} {CLOSED}."
+    calling = {holder_path(node) for node in gm.graph.nodes if node.target in OPERATORS}
+    computed = [path for path in unknown if path and path in calling]
+    if not computed:
+        return ""
+    return (
+        f" What {shorten(computed)} multiplies with is computed at each call, as under "
+        "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations, before "
+        "the model is traced, or adapt the parameter that it is computed from, by its name "
+        "(PEFT's target_parameters)."
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lora_fx.adapters.other_updates import evaluated
-from lora_fx.adapters.parameter_updates import for_layer
-from lora_fx.adapters.updates import AnyUpdate, Shape, Update
+from lora_fx.adapters.other_updates import anew, evaluated
+from lora_fx.adapters.parameter_updates import for_layer, for_parameter, turned_round
+from lora_fx.adapters.updates import NO_WEIGHT, AnyUpdate, Shape, Update
 from lora_fx.errors import AdapterError, advised
 from lora_fx.layers.layer import Layer
 
@@ -45,6 +45,34 @@ def conform(update: AnyUpdate, site: Layer) -> AnyUpdate:
     if not update.is_plain:
         raise AdapterError("vectors beside a grouped convolution's weight have no form")
     return evaluated(update, update.shape, update.stored)
+
+
+def conform_parameter(update: AnyUpdate, shape: tuple[int, ...]) -> AnyUpdate:
+    """Brings an update into the shape of a parameter that no layer alone reads as it is stored.
+
+    It becomes a function of the parameter: what is computed of W is computed of W'.
+
+    Args:
+        update: makes its weight anew, or is of low rank.
+        shape: of the parameter.
+
+    Raises:
+        AdapterError: it is made for another shape, or is more than W' there.
+    """
+    if isinstance(update, Update):
+        update = for_parameter(update)
+        if update.shape[::-1] == shape != update.shape and update.magnitude is None:
+            update = turned_round(update)
+        if update.bias is not None or update.invocation:
+            what = NO_WEIGHT if update.invocation else "a bias (lora_bias) stands beside a layer"
+            raise AdapterError(f"{what}, and this is a parameter that no layer reads as it is")
+    sizes = zip(update.shape, shape, strict=False)
+    if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
+        raise AdapterError(
+            f"made for a parameter {update.shape}, the model's is {shape}. Use the base that it "
+            "was trained on"
+        )
+    return anew(update)
 
 
 def fits(update: AnyUpdate, site: Layer) -> bool:

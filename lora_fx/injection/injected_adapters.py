@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
-from lora_fx.adapters.other_updates import evaluated
+from lora_fx.adapters.other_updates import anew, evaluated
 from lora_fx.adapters.updates import activated
 from lora_fx.errors import VerificationError, shorten
 from lora_fx.graph.graph_module import targets
@@ -69,7 +69,8 @@ class Bound:
             return update
         held = {part: value.detach().clone() for part, value in held.items()}
         if isinstance(update, Update) and value_part(0) in held:
-            update = evaluated(update, update.shape, None)
+            is_one = value_part(1) not in held  # a grouped convolution's product is multiplied
+            update = evaluated(update, update.shape, None) if is_one else anew(update)
         if isinstance(update, WeightUpdate):
             values = [held[value_part(place)] for place in range(len(update.values))]
             bias = held["bias"].flatten() if "bias" in held else None

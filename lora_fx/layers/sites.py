@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -27,6 +27,10 @@ from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
 _CALLS = ("call_function", "call_method")
+CLOSED = (
+    "lies in a module that symbolic tracing keeps whole, where nothing can be adapted: trace the "
+    "model with example inputs, which opens it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +182,34 @@ def readers(gm: fx.GraphModule, parameter: str) -> Iterator[Read]:
     """Who reads ``<module path>.<name>``: pairs of a call and the ``get_attr`` node it reads.
 
     Told by the module that made the call, since a tied parameter bears another module's name;
-    where none did, by the layer that the graph has at that path, or the table of that name.
+    where none of its calls does, by the layer that the graph has at that path, or the table of
+    that name, else by the name: a module that is not called lends its weight.
     """
     path, _, name = parameter.rpartition(".")
-    calls = [n for n in gm.graph.nodes if n.op in _CALLS and holder_path(n) == path]
-    if not calls:
-        layers = sites(gm)
-        of_name = [s for s in layers if s.path == path]
-        found = of_name or [s for s in layers if _is_table(s, parameter)]
-        calls = list(dict.fromkeys(call for site in found for call in _calls(gm, site)))
-    for node in calls:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target).rpartition(".")[2] == name:
-                yield node, source
+    own = [n for n in gm.graph.nodes if n.op in _CALLS and holder_path(n) == path]
+    found = _reads(own, name) or _reads(_calls_of_layers(gm, parameter), name)
+    if found:
+        return iter(found)
+    lent = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == parameter]
+    return ((user, node) for node in lent for user in node.users if user.op in _CALLS)
+
+
+def _calls_of_layers(gm: fx.GraphModule, parameter: str) -> list[fx.Node]:
+    """The calls of the layers at the path of a parameter, or of those that look it up."""
+    layers, path = sites(gm), parameter.rpartition(".")[0]
+    of_name = [s for s in layers if s.path == path]
+    found = of_name or [s for s in layers if _is_table(s, parameter)]
+    return list(dict.fromkeys(call for site in found for call in _calls(gm, site)))
+
+
+def _reads(calls: Sequence[fx.Node], name: str) -> list[Read]:
+    """Which of the calls read a tensor whose own name is this."""
+    return [
+        (node, source)
+        for node in calls
+        for source in node.all_input_nodes
+        if source.op == "get_attr" and str(source.target).rpartition(".")[2] == name
+    ]
 
 
 def tensor_of(gm: fx.GraphModule, parameter: str) -> torch.Tensor | LazyTensor | None:

@@ -77,3 +77,25 @@ def test_a_name_that_a_parameter_has_is_refused() -> None:
     adapter = Adapter("weight", {"0": Update(torch.ones(2, 3), torch.ones(3, 2), 1.0)})
     with pytest.raises(AdapterError, match=r"0\.lora_A\.weight, names that the model"):
         checked(gm, adapter, strict=True)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)),
+        lambda: nn.utils.weight_norm(nn.Conv1d(7, 5, 1)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_at_each_call_is_named(make: Any, frontend: Any) -> None:
+    model = nn.Sequential(make(), nn.Tanh()).eval()
+    gm = trace(model, (torch.randn(4, 7, 3),), frontend=frontend)
+    reason = r"What 0 multiplies with is computed at each call.*remove_parametrizations"
+    with pytest.raises(AdapterError, match=reason):
+        checked(gm, make_adapter({"0": (5, 3)}), strict=True)
+    with pytest.raises(AdapterError, match=reason):
+        targets(gm, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AdapterError) as error:
+        targets(gm, LoraConfig(r=2, target_modules=["1"]))
+    assert "computed" not in str(error.value)

@@ -31,6 +31,7 @@ from lora_fx import (
     unfold,
 )
 from lora_fx.errors import AdapterError, ExportError
+from lora_fx.explanation import unmerged
 from lora_fx.graph.ops import op_name
 from lora_fx.layers.sites import sites
 from lora_fx.passes import FoldLora, RaiseLora
@@ -140,7 +141,7 @@ def test_a_product_is_a_layer(name: str, frontend: str) -> None:
 @pytest.mark.parametrize("factor", ["alpha", "beta"])
 @pytest.mark.parametrize("name", ["addmm", "addmm method", "baddbmm"])
 def test_a_sum_with_factors_is_no_layer(name: str, factor: str, frontend: str) -> None:
-    """An adapter beside it would lack the factor."""
+    """An adapter beside it would lack the factor: its weight is made anew."""
 
     def scaled(m: Any, x: Tensor) -> Tensor:
         if name == "baddbmm":
@@ -157,9 +158,17 @@ def test_a_sum_with_factors_is_no_layer(name: str, factor: str, frontend: str) -
     model = model_of(scaled).eval().requires_grad_(False)
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
     assert sites(gm) == []
-    with pytest.raises(AdapterError, match=r"match nothing in the graph: block\.w"):
-        inject(gm, Adapter("french", {"block.w": update()}))
     assert relative(fold(gm)(OTHER), model(OTHER)) <= 1e-6
+    changed = copy.deepcopy(model)
+    changed.get_parameter("block.w").add_(update().delta().T)
+    injected = inject(gm, Adapter("french", {"block.w": update()}))
+    for graph in (injected, fold(injected)):
+        assert relative(graph(OTHER), changed(OTHER)) <= 1e-5
+    assert (
+        relative(inject(gm, Adapter("french", {"block.w": update(1.35)}))(OTHER), changed(OTHER))
+        > 1e-2
+    )
+    assert unmerged(fold(injected)) == {}
 
 
 @pytest.mark.parametrize(("name", "frontend"), ALL)
@@ -171,6 +180,29 @@ def test_a_fresh_adapter_trains_beside_it(name: str, frontend: str) -> None:
     assert [tuple(p.shape) for p in trained.values()] == [(3, 2), (2, 5)]
     fresh(X).square().sum().backward()
     assert any(bool(p.grad.any()) for p in trained.values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x @ m.w.unsqueeze(0),
+        lambda m, x: x @ m.w[None],
+        lambda m, x: m.v[None] @ x.mT,
+        lambda m, x: torch.matmul(x[:, None], m.w[None, None]),
+    ],
+)
+def test_one_of_a_batch_is_a_matrix(function: Any, frontend: str) -> None:
+    torch.manual_seed(0)
+    model = model_of(function).eval().requires_grad_(False)
+    gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
+    path = next(f"block.{n}" for n in "wv" if any(f"block.{n}" == g.target for g in gm.graph.nodes))
+    injected = inject(gm, Adapter("french", {path: update()}))
+    folded, wanted = fold(injected), weight_form(model, path, update())
+    for graph in (injected, folded):
+        assert relative(graph(OTHER), wanted) <= 1e-5
+    assert relative(gm(OTHER), wanted) > 1e-2
+    assert unmerged(folded) == {}
 
 
 def test_an_ellipsis_behind_the_features_is_as_many_axes_as_were_traced() -> None:
@@ -360,12 +392,27 @@ class BothWays(nn.Module):
         return torch.tanh(torch.tanh(x @ self.w) @ self.w.t())
 
 
-def test_a_weight_that_is_read_both_ways_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_weight_that_is_read_both_ways_is_made_anew(frontend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = BothWays().eval().requires_grad_(False), torch.randn(3, 6)
+    gm = trace(model, (x,), frontend=frontend)
+    mine = Update(torch.randn(2, 6), torch.randn(4, 2), 0.5)
+    changed = copy.deepcopy(model)
+    changed.w.add_(mine.delta().T)
+    injected = inject(gm, Adapter("french", {"w": mine}))
+    folded = fold(injected)
+    for graph in (injected, folded):
+        assert relative(graph(x), changed(x)) <= 1e-5
+    assert relative(gm(x), changed(x)) > 1e-2
+    assert unmerged(folded) == {}
+    assert to_onnx(folded, tmp_path / "merged.onnx").mode == "merged"
+
+
+def test_no_factors_stand_beside_a_weight_that_is_read_both_ways(tmp_path: Path) -> None:
     gm = trace(BothWays(), (torch.randn(3, 6),))
-    mine = Adapter("french", {"w": Update(torch.randn(2, 6), torch.randn(4, 2), 1.5)})
-    for adapter in (mine, LoraConfig(r=2, target_modules=["w"])):
-        with pytest.raises(AdapterError, match="w: one call multiplies with its weight w, another"):
-            inject(gm, adapter)
+    with pytest.raises(AdapterError, match="w: one call multiplies with its weight w, another"):
+        inject(gm, LoraConfig(r=2, target_modules=["w"]))
     with pytest.raises(ExportError, match="slots: w: one call multiplies with the weight"):
         to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots=["w"])
     assert not list(tmp_path.iterdir())

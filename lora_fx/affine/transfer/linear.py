@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ def addmm(analysis: Analysis, node: fx.Node) -> Value:
     if has_factors(node):
         return Opaque("addmm with factors")
     bias, x, weight = node.args
-    weight = _without_batch(analysis, node, weight)
+    weight = _without_batch(analysis, node, weight, x)
     matrix = analysis.matrix(weight)
     return dense_layer(analysis, node, x, weight, matrix and transposed(matrix), bias)
 
@@ -42,14 +43,14 @@ def matmul(analysis: Analysis, node: fx.Node) -> Value:
     """
     if op_name(node) == "tensordot":
         return _tensordot(analysis, node)
-    left = _without_batch(analysis, node, call_argument(node, 0, "input"))
-    right = call_argument(node, 1, "mat2", node.kwargs.get("other"))
-    right = _without_batch(analysis, node, right)
+    first = call_argument(node, 0, "input")
+    second = call_argument(node, 1, "mat2", node.kwargs.get("other"))
+    left = _without_batch(analysis, node, first, second)
+    right = _without_batch(analysis, node, second, first)
     matrix = analysis.matrix(right)
     if matrix is not None or analysis.matrix(left) is None:
         return dense_layer(analysis, node, left, right, matrix and transposed(matrix))
-    known = analysis.map_of(right)
-    axes = known.layout.sizes if known else sizes_of(right)
+    axes = _axes(analysis, right)
     is_matrix = len(axes) > 1 if axes is not None else right is not None and turns(right)
     if not is_matrix:
         return Opaque("a product from the left with something of unknown axes")
@@ -107,12 +108,28 @@ def dense_layer(
     return source.then(node, matrix, column, layout, analysis.constants.dtype(constant), link)
 
 
-def _without_batch(analysis: Analysis, node: fx.Node, operand: Any) -> Any:
-    """An operand; that of `bmm`, which has a batch, seen through to what it repeats."""
-    has_batch = op_name(node) in ("bmm", "baddbmm")
-    while has_batch and isinstance(operand, fx.Node) and _repeats(analysis, operand):
+def _axes(analysis: Analysis, operand: Any) -> Sequence[Any] | None:
+    """The sizes of an operand, as far as they are known."""
+    known = analysis.map_of(operand)
+    return known.layout.sizes if known else sizes_of(operand)
+
+
+def _without_batch(analysis: Analysis, node: fx.Node, operand: Any, other: Any) -> Any:
+    """An operand, seen through to what it repeats for a batch that the other one has too."""
+    is_batched = op_name(node) in ("bmm", "baddbmm")
+    while isinstance(operand, fx.Node) and _repeats(analysis, operand):
+        if not is_batched and not _is_one_of(analysis, operand, _axes(analysis, other)):
+            break
         operand = operand.args[0]
     return operand
+
+
+def _is_one_of(analysis: Analysis, operand: fx.Node, axes: Sequence[Any] | None) -> bool:
+    """Whether ``C[None]`` meets as many axes: one of a batch, which makes none where x has it."""
+    shape = analysis.constants.shape(operand)
+    if op_name(operand) != "unsqueeze" or shape is None or axes is None:
+        return False
+    return 2 < len(shape) <= len(axes)
 
 
 def _repeats(analysis: Analysis, node: fx.Node) -> bool:
@@ -120,12 +137,12 @@ def _repeats(analysis: Analysis, node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or source not in analysis.constants.nodes:
         return False
+    shape = analysis.constants.shape(source)
     if op_name(node) == "unsqueeze":
-        return bool(call_argument(node, 1, "dim") == 0)
+        return call_argument(node, 1, "dim") in range(max(1, len(shape or ()) - 1))
     rest = node.args[1:]
     sizes = rest[0] if len(rest) == 1 and not isinstance(rest[0], int) else rest
     sizes = sizes or node.kwargs.get("size")
-    shape = analysis.constants.shape(source)
     if op_name(node) == "repeat" and shape is not None and isinstance(sizes, list | tuple):
         return list(sizes[-2:]) == [1, 1]
     if op_name(node) != "expand" or shape is None or not isinstance(sizes, list | tuple):

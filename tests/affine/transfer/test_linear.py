@@ -43,6 +43,9 @@ CASES: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "bmm after repeat": (lambda m, x: torch.bmm(x, m.w.T.unsqueeze(0).repeat(4, 1, 1)), "batch"),
+    "one of a batch": (lambda m, x: x @ m.w.T.unsqueeze(0), "batch", "export"),
+    "one of a batch of one": (lambda m, x: x[None] @ m.w.T[None, None], "batch", "export"),
+    "one of a batch from the left": (lambda m, x: m.w[None] @ x, "turned", "export"),
     "bmm from the left": (lambda m, x: torch.bmm(m.w.expand(4, 5, 3), x), "turned", "export"),
     "baddbmm": (lambda m, x: torch.baddbmm(m.b, x, m.w.T.expand(4, 3, 5)), "batch"),
     "matmul from the left, turned": (lambda m, x: m.w @ x.mT, "batch"),
@@ -71,6 +74,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "a matrix for each of the batch": (
         lambda m, x: torch.bmm(x, m.square.expand(4, 3, 3) * torch.arange(4).reshape(4, 1, 1)),
         "batch",
+        "no constant matrix",
+        "export",
+    ),
+    "a batch of one where there was none": (
+        lambda m, x: x @ m.w.T[None],
+        "flat",
         "no constant matrix",
         "export",
     ),

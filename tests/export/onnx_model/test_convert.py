@@ -28,6 +28,26 @@ def test_an_operator_without_onnx_form_is_named() -> None:
         convert(export_program(gm, (x,), {}, None), None)
 
 
+def test_experts_that_are_multiplied_in_groups_have_another_form() -> None:
+    import transformers.integrations.moe  # noqa: F401 - registers the operator
+
+    class Groups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(2, 4, 8))
+            self.register_buffer("ends", torch.tensor([3, 6], dtype=torch.int32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            grouped = torch.ops.transformers.grouped_mm_fallback
+            result: torch.Tensor = grouped(x, self.experts, self.ends)
+            return result
+
+    x = torch.randn(6, 4)
+    gm = trace(Groups(), (x,))
+    with pytest.raises(ExportError, match=r'set_experts_implementation\("batched_mm"\) before'):
+        convert(export_program(gm, (x,), {}, None), None)
+
+
 def test_the_exporter_is_quiet(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from lora_fx import to_onnx, trace
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.testing import Computes
 
 
 def test_outputs_come_by_name_at_every_setting(exported_mlp: Any) -> None:
@@ -28,3 +31,17 @@ def test_inputs_become_arrays() -> None:
     assert to_array("x", [1, 2]).shape == (2,)
     with pytest.raises(ExportError, match="'x' is a object"):
         to_array("x", object())
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, dtype=torch.complex64), np.ones(2) * 1j, 1j])
+def test_complex_numbers_are_refused_by_name(value: Any) -> None:
+    with pytest.raises(ExportError, match=r"input 'x' is complex\d+, .*torch\.view_as_real"):
+        to_array("x", value)
+
+
+def test_a_model_of_complex_numbers_is_not_written(tmp_path: Any) -> None:
+    model = Computes(lambda m, x: m.layer(x.real), layer=nn.Linear(3, 5)).eval()
+    gm = trace(model, (torch.randn(2, 3, dtype=torch.complex64),))
+    with pytest.raises(ExportError, match="takes no complex numbers"):
+        to_onnx(gm, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
