@@ -25,6 +25,7 @@ from benchmarks.models import RANK, encoder
 from benchmarks.timing import Run, Spread, columns, medians, ratios
 from lora_fx.cli.commands import export_model
 from lora_fx.demo.encoder import load_encoder, load_extra
+from lora_fx.export import quantize_onnx
 
 Rows = dict[str, dict[str, float]]
 CLIENTS = Path(__file__).parent.parent / ".venv" / "clients"
@@ -118,17 +119,60 @@ def decoders(directory: Path, rounds: int) -> Rows:
         task="text-generation-with-past",
     )  # fmt: skip
     assert report.verified
-    packages = directory / "packages"  # the builder alone: it wants our transformers
-    packages.mkdir()
-    (packages / "onnxruntime_genai").symlink_to(CLIENTS.resolve() / "onnxruntime_genai")
-    builder = ("-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu")
-    places = ("-i", str(source), "-o", str(directory / "genai"), "-c", str(directory / "cache"))
-    _clients(packages, *builder, *places)
     both = {
         "ours": Decoder(session(directory / "ours" / "model.onnx")),
-        "genai": Decoder(session(directory / "genai" / "model.onnx"), shared=True),
+        "genai": Decoder(session(_built(source, directory, "fp32")), shared=True),
     }
     agree({name: lambda each=each: [each.run()] for name, each in both.items()}, "ours")  # type: ignore[misc]
+    return {f"decoder, {STEPS} tokens": _over_genai(both, rounds)}
+
+
+def packed_decoders(directory: Path, rounds: int) -> Rows:
+    """The same in 4 bits but for the head: ours swappable, an adapter on all layers of 4 bits."""
+    source = directory / "decoder"
+    model = _save_decoder(source)
+    make = torch.Generator().manual_seed(0)
+    updates = {
+        path: lora_fx.Update(
+            torch.randn(RANK, layer.in_features, generator=make) / layer.in_features,
+            torch.randn(layer.out_features, RANK, generator=make),
+            0.25,
+        )
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and path != "lm_head"
+    }
+    adapter = lora_fx.Adapter("bench", updates)
+    lora_fx.save_adapter(adapter, source / "adapter")
+    export_model(
+        str(source), (source / "adapter",), "swappable", directory / "ours", False,
+        lambda stage: None, task="text-generation-with-past",
+    )  # fmt: skip
+    packed = directory / "packed.onnx"
+    plain = directory / "ours" / "model.onnx"
+    assert quantize_onnx(plain, packed, accuracy_level=4).verified
+    active = Active(adapter, packed, directory / "a.onnx_adapter")
+    built = _built(source, directory, "int4", "int4_nodes_to_exclude=/lm_head/MatMul")
+    both = {
+        "ours": Decoder(session(packed), options=active.options),
+        "genai": Decoder(session(built), shared=True),
+    }
+    return {f"decoder of 4 bits, {STEPS} tokens": _over_genai(both, rounds)}
+
+
+def _built(source: Path, directory: Path, precision: str, *options: str) -> Path:
+    """What genai's builder makes of a decoder: the builder alone, which wants our transformers."""
+    packages = directory / "packages"
+    packages.mkdir()
+    (packages / "onnxruntime_genai").symlink_to(CLIENTS.resolve() / "onnxruntime_genai")
+    builder = ("-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu")
+    places = ("-i", str(source), "-o", str(directory / "genai"), "-c", str(directory / "cache"))
+    extra = ("--extra_options", *options) if options else ()
+    _clients(packages, *builder, *places, *extra)
+    return directory / "genai" / "model.onnx"
+
+
+def _over_genai(both: dict[str, Decoder], rounds: int) -> dict[str, float]:
+    """Times of ours over theirs, round by round."""
     found: dict[str, list[float]] = {"prefill": [], "decode": []}
     for _ in range(rounds):
         taken = {}
@@ -138,7 +182,7 @@ def decoders(directory: Path, rounds: int) -> Rows:
         for stage, values in found.items():
             values.append(taken["ours"][stage] / taken["genai"][stage])
     spreads = {stage: Spread.of(values) for stage, values in found.items()}
-    return {f"decoder, {STEPS} tokens": columns(spreads)}
+    return columns(spreads)
 
 
 class Decoder:
@@ -148,8 +192,8 @@ class Decoder:
         seconds: of the last run, processor time of the prompt, and of all tokens behind it.
     """
 
-    def __init__(self, opened: Any, shared: bool = False) -> None:
-        self._session = opened
+    def __init__(self, opened: Any, shared: bool = False, options: Any = None) -> None:
+        self._session, self._options = opened, options
         self._shared = shared
         self._names = [f"{n}.{part}" for n in range(_LAYERS) for part in ("key", "value")]
         self._reads = {value.name for value in opened.get_inputs()}
@@ -188,12 +232,12 @@ class Decoder:
                 binding.bind_ortvalue_output(f"present.{name}", value)
             else:
                 binding.bind_output(f"present.{name}", "cpu")
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._options)
         logits, *present = binding.get_outputs()
         return logits, past if self._shared else dict(zip(self._names, present, strict=True))
 
 
-def _save_decoder(directory: Path) -> None:
+def _save_decoder(directory: Path) -> nn.Module:
     """A small decoder of Llama's architecture, and a tokenizer, which the builder wants."""
     import tokenizers
     import transformers
@@ -208,16 +252,19 @@ def _save_decoder(directory: Path) -> None:
         vocab_size=4000,
         max_position_embeddings=1024,
     )
-    transformers.LlamaForCausalLM(config).eval().save_pretrained(directory)
+    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)  # type: ignore[operator]
     words = tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(directory)
+    return model
 
 
 PARTS: dict[str, Callable[[Path, int], Rows]] = {
     "encoder": encoders,
     "decoder": decoders,
+    "packed": packed_decoders,
 }
 
 

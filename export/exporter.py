@@ -34,7 +34,7 @@ from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.spelling.spell import spell
-from lora_fx.export.verification.side_by_side import Run
+from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.injection.finite_values import check_branches

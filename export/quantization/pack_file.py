@@ -15,8 +15,7 @@ from lora_fx.export.quantization.choose_layers import choose_layers
 from lora_fx.export.quantization.quantise import quantise
 from lora_fx.export.quantization.schemes import Scheme
 from lora_fx.export.report import Quantisation
-from lora_fx.export.verification.made_inputs import Feeds
-from lora_fx.export.verification.side_by_side import Run
+from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.numerics import compare
 
 NOT_QUANTISED = "control: not quantised"

@@ -20,9 +20,10 @@ from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.probe import probe
-from lora_fx.export.verification.made_inputs import Feeds, feeds_for
+from lora_fx.export.verification.file_run import Feeds, Run
+from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import FACTOR, NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
 from lora_fx.export.verification.verify_onnx import mode_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -92,12 +93,13 @@ def quantize_onnx(
         evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
-                feeds = feeds_for(path, proto, inputs, manifest)
+                source = Run(path, None, manifest)
+                feeds = feeds_for(source, proto, inputs)
                 with of_whole_x(draft) as exact:
-                    evidence = _evidence(exact, path, manifest, feeds)
+                    evidence = _evidence(exact, source, manifest, feeds)
                 evidence.judge(str(out))
-                found, plain = (Run(file, None, manifest) for file in (draft, path))
-                quantised = replace(quantised, outputs=outputs_off(found, plain, feeds))
+                off = outputs_off(Run(draft, None, manifest), source, feeds)
+                quantised = replace(quantised, outputs=off)
         files, mode = file_sizes(draft.parent), mode_of(load_proto(draft), manifest)
     slots = () if manifest is None else manifest.slots
     fed = {name for slot in slots for name in slot.names}
@@ -131,25 +133,26 @@ def model_in(path: Path) -> Path:
 
 
 def _evidence(
-    draft: Path, source: Path, manifest: Manifest | None, feeds: Mapping[str, Feeds]
+    draft: Path, source: Run, manifest: Manifest | None, feeds: Mapping[str, Feeds]
 ) -> Verification:
     """The file against the one that it was made of, with the numbers of its bits as weights."""
     packed = packed_in(draft)
     dtype = coarsest([layer.dtype for layer in packed.values()])
     with tempfile.TemporaryDirectory() as directory:
         plain, scaled = (Path(directory) / name for name in ("plain.onnx", "scaled.onnx"))
-        write_model(with_numbers_of(source, packed), plain, external_data_above=INLINE_LIMIT)
-        pairs = [Pair("base", Run(draft, None, manifest), Run(plain, None, manifest))]
-        controls = {NOT_QUANTISED: Run(source, None, manifest)}
+        write_model(with_numbers_of(source.path, packed), plain, external_data_above=INLINE_LIMIT)
+        bare = Run(draft, None, manifest)
+        pairs = [Pair("base", bare, Run(plain, None, manifest))]
+        controls = {NOT_QUANTISED: source}
         if manifest is not None and manifest.slots:
             file = Path(directory) / "probe.onnx_adapter"
             export_adapter(probe(manifest.slots, _RANKS), draft, file, check=False)
             pairs.append(Pair("adapted", *(Run(f, file, manifest) for f in (draft, plain))))
-            controls = {NOT_QUANTISED: Run(source, file, manifest)}
-            controls[NO_ADAPTER] = Run(draft, None, manifest)
+            controls = {NOT_QUANTISED: Run(source.path, file, manifest)}
+            controls[NO_ADAPTER] = bare
         evidence = held_against(pairs, controls, feeds, dtype)
         if not any(row.ok for row in evidence.controls):  # the numbers were those before
-            model = with_numbers_of(source, packed, FACTOR)
+            model = with_numbers_of(source.path, packed, FACTOR)
             write_model(model, scaled, external_data_above=INLINE_LIMIT)
             control = {f"control: weights x {FACTOR}": Run(scaled, None, manifest)}
             evidence.controls += held_against(pairs[:1], control, feeds, dtype).controls

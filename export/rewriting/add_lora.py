@@ -31,9 +31,10 @@ from lora_fx.export.slots.insert import set_defaults
 from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.probe import probe
 from lora_fx.export.slots.slot import Slot
+from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
@@ -101,8 +102,9 @@ def add_lora(
         evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
-                feeds = feeds_for(path, proto, inputs)
-                evidence = _evidence(draft, path, manifest, opened, feeds)
+                base = Run(path)
+                feeds = feeds_for(base, proto, inputs)
+                evidence = _evidence(draft, base, manifest, opened, feeds)
                 evidence.judge(str(out))
         files = file_sizes(draft.parent)
     return ExportReport.of(
@@ -170,7 +172,7 @@ def _refuse_taken(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _evidence(
-    draft: Path, base: Path, manifest: Manifest, opened: Opened, feeds: Any
+    draft: Path, base: Run, manifest: Manifest, opened: Opened, feeds: Any
 ) -> Verification:
     """The new file alone against the old one; with an adapter against the old one with W'."""
     known = _told(manifest, opened)
@@ -185,14 +187,13 @@ def _evidence(
         file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
         export_adapter(Adapter("probe", updates), draft, file, check=False)
         stored = read_stored(file)
-        model = ir.load(base)
+        model = ir.load(base.path)
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
-        pairs = [
-            Pair("base", Run(draft, None, manifest), Run(base)),
-            Pair("adapted", Run(draft, file, manifest), Run(changed)),
-        ]
-        evidence = held_against(pairs, {NO_ADAPTER: Run(draft, None, manifest)}, feeds, dtype)
+        bare = Run(draft, None, manifest)
+        adapted = Pair("adapted", Run(draft, file, manifest), Run(changed))
+        pairs = [Pair("base", bare, base), adapted]
+        evidence = held_against(pairs, {NO_ADAPTER: bare}, feeds, dtype)
     if left:
         evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
     return evidence

@@ -23,9 +23,10 @@ from lora_fx.export.slots.adapter_file import ORT_ADAPTER, export_adapter
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
 from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -96,11 +97,11 @@ def merge_onnx(
             evidence = Verification.left_out()
             if verify:
                 with clock.stage("verify"):
-                    feeds = feeds_for(path, proto, inputs, manifest)
+                    bare = Run(path, None, manifest)
+                    feeds = feeds_for(bare, proto, inputs)
                     pair = Pair("merged", Run(draft), Run(path, file, manifest))
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
-                    bare = {NO_ADAPTER: Run(path, None, manifest)}
-                    evidence = held_against([pair], bare, feeds, dtype)
+                    evidence = held_against([pair], {NO_ADAPTER: bare}, feeds, dtype)
                     evidence.judge(str(out))
             files = file_sizes(draft.parent)
     if beside:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,15 @@ import onnx
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.ort import call, open_session, to_array
-from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.verification.file_run import Feeds, Run
 
-Feeds = dict[str, np.ndarray[Any, Any]]
 _HANDS_ON = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _CASES = 2  # that run are enough
 _SUM = re.compile(r"\s*\+\s*")
 
 
 def feeds_for(
-    path: Path,
-    model: onnx.ModelProto,
-    given: Mapping[str, Any] | None = None,
-    manifest: Manifest | None = None,
+    run: Run, model: onnx.ModelProto, given: Mapping[str, Any] | None = None
 ) -> dict[str, Feeds]:
     """Inputs of one or two shapes that a file runs on: label -> name -> array.
 
@@ -33,20 +28,19 @@ def feeds_for(
     one.
 
     Args:
-        path: the file.
+        run: the file, without an adapter; it knows what these gave afterwards.
         model: the same, loaded without its external data.
         given: inputs to use and no others.
-        manifest: its slots, which are left out.
 
     Raises:
         ExportError: what was given does not run, or nothing that was tried.
     """
-    session = open_session(path, threads=1, frugal=True)
-    slots = activated(session, path, manifest, None).feeds
+    session = open_session(run.path, threads=1, frugal=True)
+    slots = activated(session, run.path, run.manifest, None).feeds
     inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        call(session, feeds | slots)
+        run.known["as given"] = call(session, feeds | slots)
         return {"as given": feeds}
     limits = dict(_table_sizes(model))
     found: dict[str, Feeds] = {}
@@ -55,14 +49,17 @@ def feeds_for(
         feeds = {value.name: _values(value, sizes, limits) for value in inputs}
         label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
         try:
-            call(session, feeds | slots)
+            given_back = call(session, feeds | slots)
+            run.known.setdefault(label, given_back)
             found.setdefault(label, feeds)
         except ExportError as error:
             problem = error
         if len(found) == _CASES:
             break
     if not found:
-        raise ExportError(f"{path}: no inputs that were tried run: {problem}; give some as inputs=")
+        raise ExportError(
+            f"{run.path}: no inputs that were tried run: {problem}; give some as inputs="
+        )
     return found
 
 

@@ -4,38 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from lora_fx.export.report import Check, Verification
-from lora_fx.export.runtime.active_adapter import activated
-from lora_fx.export.runtime.ort import call, open_session
-from lora_fx.export.slots.manifest import Manifest
-from lora_fx.export.verification.made_inputs import Feeds
+from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.numerics import TOLERANCE, compare
-
-
-@dataclass(frozen=True)
-class Run:
-    """A file, with an adapter or without.
-
-    Attributes:
-        path: the model file.
-        adapter: the adapter file, or None.
-        manifest: of the file, if it has slots.
-    """
-
-    path: Path
-    adapter: Path | None = None
-    manifest: Manifest | None = None
-
-    def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
-        """What it gives: label -> output name -> array."""
-        session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
-        active = activated(session, self.path, self.manifest, self.adapter)
-        every = ((label, each | active.feeds) for label, each in feeds.items())
-        return {label: call(session, each, active.options) for label, each in every}
 
 
 @dataclass(frozen=True)

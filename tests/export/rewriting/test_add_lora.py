@@ -24,7 +24,7 @@ from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import ExportError, VerificationError
 from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
 from lora_fx.export.rewriting import add_lora as room
-from lora_fx.export.verification.side_by_side import Run
+from lora_fx.export.verification.file_run import Run
 from lora_fx.numerics import compare
 from lora_fx.testing import Blocks, Ragged, Tied, make_adapter
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_fx.export.verification.side_by_side import Pair, Run, coarsest, held_against
+from lora_fx.export.verification.file_run import Run
+from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
 
 FEEDS = {"batch=4": {"x": np.linspace(1, 2, 12, dtype=np.float32).reshape(4, 3)}}
 

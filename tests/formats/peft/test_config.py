@@ -247,7 +247,7 @@ def test_an_initialisation_leaves_the_base_alone_or_is_refused() -> None:
         of("LORA", init_lora_weights=init)
     for init in ("pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga"):
         warned("LORA", f"init_lora_weights is '{init}'", init_lora_weights=init)
-    for unknown in ("mica", "unheard_of", {"a": 1}):
+    for unknown in ("unheard", "unheard_of", {"a": 1}):
         refused("init_lora_weights is .*not supported", "LORA", init_lora_weights=unknown)
         with pytest.raises(AdapterError, match="not supported"):
             of("LORA", strict=False, init_lora_weights=unknown)

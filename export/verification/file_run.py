@@ -1,0 +1,45 @@
+"""What onnxruntime makes of a file, with an adapter or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.export.runtime.active_adapter import activated
+from lora_fx.export.runtime.ort import call, open_session
+from lora_fx.export.slots.manifest import Manifest
+
+Feeds = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file, with an adapter or without.
+
+    Attributes:
+        path: the model file.
+        adapter: the adapter file, or None.
+        manifest: of the file, if it has slots.
+        known: what it gave already, optimised: label -> output name -> array.
+    """
+
+    path: Path
+    adapter: Path | None = None
+    manifest: Manifest | None = None
+    known: dict[str, Feeds] = field(default_factory=dict, compare=False)
+
+    def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
+        """What it gives: label -> output name -> array; a label has the same inputs each time."""
+        if optimise and feeds.keys() <= self.known.keys():
+            return {label: self.known[label] for label in feeds}
+        session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
+        active = activated(session, self.path, self.manifest, self.adapter)
+        every = ((label, each | active.feeds) for label, each in feeds.items())
+        found = {label: call(session, each, active.options) for label, each in every}
+        if optimise:
+            self.known.update(found)
+        return found
