@@ -18,6 +18,7 @@ from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
 LEAVES = MARKS | {"rescale", "alpha"}
+_MOST_TERMS = 1000  # PEFT's default is 5; a number in a file must not keep a reader busy for hours
 
 
 def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
@@ -153,9 +154,9 @@ def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> t
     eye = torch.eye(size, dtype=skew.dtype)
     if flag(settings, "use_cayley_neumann", True):
         terms = settings.get("num_cayley_neumann_terms", 5)
-        if type(terms) is not int:
+        if type(terms) is not int or terms > _MOST_TERMS:
             said = f"setting num_cayley_neumann_terms is {terms!r:.80}"
-            raise AdapterError(f"{said}, expected an integer")
+            raise AdapterError(f"{said}, expected an integer of at most {_MOST_TERMS}")
         return _series(skew, eye, terms)
     return _cayley(-skew, eye)
 

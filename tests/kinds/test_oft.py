@@ -109,6 +109,7 @@ PEFT = {"oft_R.weight": (3, 6)}
         (PEFT, {"coft": "no"}, "coft is 'no'"),
         (PEFT, {"coft": True, "eps": None}, "eps is None"),
         (PEFT, {"num_cayley_neumann_terms": 2.5}, "num_cayley_neumann_terms is 2.5"),
+        (PEFT, {"num_cayley_neumann_terms": 1 << 40}, "an integer of at most 1000"),
         (PEFT, {"shape": (5, 8)}, r"rotates 3 blocks of 4, the layer is \(5, 8\)"),
         (PEFT, {"shape": (5, 12, 3, 3)}, "OFT of PEFT on a convolution"),
         ({"oft_R.weight": (1, 6)}, {"block_share": True, "shape": (5, 6)}, "1 blocks of 4"),
