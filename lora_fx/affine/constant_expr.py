@@ -22,7 +22,8 @@ def factored(constants: Constants, node: fx.Node) -> Matrix | None:
     shape = constants.shape(node)
     if shape is None or len(shape) != 2:
         return None
-    return _expression(constants, node) or leaf(constants, node, (shape[0], shape[1]))
+    found = None if constants.is_long(node) else _expression(constants, node)
+    return found or leaf(constants, node, (shape[0], shape[1]))
 
 
 def leaf(constants: Constants, node: fx.Node, shape: tuple[int, int]) -> Leaf:

@@ -18,6 +18,7 @@ _RANDOM = {
     *("alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d"),
     *("dropout3d", "rrelu", "gumbel_softmax", "binomial", "empty_like", "new_empty"),
 }
+_LONG = 200  # calls, each as often as it would be written
 # What makes a tensor of nothing but numbers.
 _FACTORIES = {"zeros", "ones", "full", "eye", "arange", "tensor", "scalar_tensor", "linspace"}
 
@@ -52,6 +53,7 @@ class Constants:
         self._tensors: dict[fx.Node, TensorSnapshot] = {}
         self._meta: dict[fx.Node, Any] = {}
         self._keys: dict[fx.Node, int] = {}
+        self._lengths: dict[fx.Node, int] = {}
         self._known: dict[Hashable, int] = {}
 
     def admit(self, node: fx.Node) -> bool:
@@ -113,6 +115,17 @@ class Constants:
         for step in self._order(node, self._keys):
             self._keys[step] = self._known.setdefault(self._written(step), len(self._known))
         return self._keys[node]
+
+    def is_long(self, node: fx.Node) -> bool:
+        """Whether a constant is better known by its value than written out.
+
+        What reads one matrix twice, and does so again with the result, doubles at each step.
+        """
+        for step in self._order(node, self._lengths):
+            inputs = self._steps[step].inputs
+            before = (self._lengths[source] for source in inputs)
+            self._lengths[step] = 1 + sum(1 if length > _LONG else length for length in before)
+        return self._lengths[node] > _LONG
 
     def _written(self, node: fx.Node) -> Hashable:
         step = self._steps[node]

@@ -125,6 +125,7 @@ _CASES: list[tuple[str, Make, str, dict[str, Any]]] = [
     ("conv3d", _conv(nn.Conv3d), "hira", {"r": 2, "target_modules": ["wide"]}),
     ("ragged", _linear, "hra", {"r": 2}),
     ("ragged orthogonal", _linear, "hra", {"r": 2, "apply_GS": True}),
+    ("linear long", _even, "hra", {"r": 20}),
     ("conv2d", _conv(nn.Conv2d), "hra", {"r": 2}),
     ("conv2d orthogonal", _conv(nn.Conv2d), "hra", {"r": 2, "apply_GS": True}),
     ("norm", _normed, "ln_tuning", {"target_modules": ["wide"]}),

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx import trace
+from lora_fx import fold, trace
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.graph_module import assign
+from lora_fx.testing import relative
 
 
 class Computes(nn.Module):
@@ -74,3 +75,25 @@ def test_a_constant_outlives_its_graph() -> None:
     weight.replace_all_uses_with(nodes["a"])
     gm.graph.erase_node(weight)
     torch.testing.assert_close(constants.value(weight), (module.a @ module.b.float()).T)
+
+
+def test_what_doubles_at_each_step_is_long() -> None:
+    class Doubling(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.w, self.count = nn.Parameter(torch.randn(3, 3)), count
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            whole = self.w
+            for _ in range(self.count):
+                whole = whole - whole @ self.w / 9
+            return x @ whole
+
+    for count, is_long in ((3, False), (40, True)):
+        x = torch.randn(2, 3)
+        gm = trace(Doubling(count).eval(), (x,))
+        constants, nodes = constants_of(gm)
+        known = [node for node in nodes.values() if node in constants.nodes]
+        assert any(constants.is_long(node) for node in known) == is_long
+        assert relative(fold(gm)(x), gm(x)) <= 1e-6
+        assert relative(1.1 * gm(x), gm(x)) > 1e-2
