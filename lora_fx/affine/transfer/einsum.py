@@ -33,7 +33,7 @@ def einsum(analysis: Analysis, node: fx.Node) -> Value:
     x = operands[1 - constant]
     is_matrix = len(own) == 2 and not plan.shared
     source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
-    seen = source and source.layout.seen_as(split)
+    seen = None if source is None else source.layout.seen_as(split)
     if source is None or seen is None or seen.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
     split = tuple(sizes[n] for n in plan.outputs)
