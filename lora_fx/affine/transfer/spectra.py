@@ -51,9 +51,11 @@ def real(analysis: Analysis, node: fx.Node) -> Value:
     if own.after or own.joined or value.dtype is None or not _is_linear(analysis, node):
         return _NO_MATRIX
     for split in (own.split, (1, *own.split), own.split[1:]):  # what an axis of one may belong to
-        layout, zeros = own.seen_as(split), torch.zeros(1, *split, dtype=_wide(value))
-        result = _split_behind(analysis, chain, zeros)
-        if layout is not None and result is not None:
+        layout = own.seen_as(split)
+        if layout is None:
+            continue
+        result = _split_behind(analysis, chain, torch.zeros(1, *split, dtype=_wide(value)))
+        if result is not None:
             return _multiplied(analysis, value, chain, layout, result)
     return _NO_MATRIX
 
