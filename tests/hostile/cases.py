@@ -103,6 +103,11 @@ def configs() -> Iterator[Case]:
     yield Case(
         26, "rank 10 ** 30", "load", with_fields(r=10**30), WEIGHTS, "fc: .* should be of ra"
     )
+    turned = {"peft_type": "OFT", "oft_block_size": 3, "num_cayley_neumann_terms": 1 << 40}
+    turned |= {"target_modules": ["fc"], "peft_version": "0.21.2"}
+    angles = {"base_model.model.fc.oft_R.weight": torch.ones(1, 3)}
+    terms = adapter(turned, angles)
+    yield Case(26, "2 ** 40 terms", "load", terms, WEIGHTS, "terms is 1099511627776, .* at most 1")
     yield case(27, "no alpha", with_fields(lora_alpha=...), "lora_alpha")
     for alpha in ("4", True, 10**400, [4]):
         yield case(28, f"alpha {str(alpha)[:5]!r}", with_fields(lora_alpha=alpha), "lora_alpha")
