@@ -2,7 +2,8 @@
 
 Python raises KeyboardInterrupt wherever it is just then. An import may make an ImportError of it,
 and a destructor or a callback can raise nothing, so that it would be printed and lost. So it is
-remembered that the signal came, and where it was lost it comes again.
+remembered that the signal came, and where it was lost it comes again. A library in C++ that is just
+being loaded ends the process when anything is raised in it: while something is imported it waits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130
 _AGAIN = 0.05  # seconds, after which Python is elsewhere
+_LONGEST = 5.0  # seconds that it waits for an import
 _came = threading.Event()
+_first: list[float] = []  # when it came
 
 
 def has_come() -> bool:
@@ -34,6 +39,7 @@ def interruptible() -> Iterator[None]:
         yield  # it is ignored, as of what a script runs in the background, or somebody else's
         return
     _came.clear()
+    _first.clear()
     hook, sys.unraisablehook = sys.unraisablehook, _again(sys.unraisablehook)
     signal.signal(signal.SIGINT, _come)
     try:
@@ -50,15 +56,34 @@ def interruptible() -> Iterator[None]:
         _deaf_at_the_end()
 
 
-def _come(*_: Any) -> None:
+def _come(_: int, frame: FrameType | None) -> None:
     _came.set()
+    _first.append(time.monotonic())
+    if _imports(frame) and _first[-1] - _first[0] < _LONGEST:
+        _send_again()
+        return
     raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether something is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again() -> None:
+    again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 def _again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def tell(lost: Any) -> None:
         if lost.exc_type is KeyboardInterrupt:
-            threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
+            _send_again()
         else:
             hook(lost)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import signal
 import subprocess
@@ -90,6 +91,38 @@ def test_whatever_was_made_of_it_is_an_interrupt(
     assert time.perf_counter() - start < 5
     assert "Traceback" not in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_import_is_finished_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ that is just being loaded would end the process."""
+    (tmp_path / "loads_slowly.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\ndone = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def loads() -> None:
+        importlib.import_module("loads_slowly")
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        loads()
+    assert ended.value.code == INTERRUPTED
+    assert sys.modules.pop("loads_slowly").done
+
+
+def test_an_import_that_never_ends_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "never_loads.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("lora_fx.cli.interrupts._LONGEST", 0.5)
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as ended, interruptible():
+        importlib.import_module("never_loads")
+    assert ended.value.code == INTERRUPTED
+    assert time.perf_counter() - start < 10
 
 
 def test_an_error_on_its_way_is_told_as_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
