@@ -6,6 +6,7 @@ And, of files that other tools read as Python does, whatever Python makes of it.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from lora_fx.errors import AdapterError, LoraFxError, within
 from lora_fx.io.plain_file import read_plain
 
 MAX_BYTES = 1 << 20
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a character outside of the first 65,536
 MAX_JSON = 64 << 20  # the index of a large model's weights has megabytes
 
 
@@ -47,7 +49,8 @@ def parse_object(data: bytes) -> dict[str, object]:
         data: UTF-8 text.
 
     Raises:
-        AdapterError: not UTF-8, not JSON, a duplicate key, NaN or Infinity, or not an object.
+        AdapterError: not UTF-8, not JSON, a duplicate key, NaN or Infinity, half a character, or
+            not an object.
     """
     if not data.strip():
         raise AdapterError("empty, expected a JSON object")
@@ -67,7 +70,18 @@ def parse_object(data: bytes) -> dict[str, object]:
         raise AdapterError(f"not strict JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"holds a {type(value).__name__}, expected a JSON object")
+    if _HALF.search(data):
+        _check_whole(value)
     return value
+
+
+def _check_whole(value: object) -> None:
+    """Refuses half of a surrogate pair, which is a string for Python alone: no file can hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise AdapterError(f"{half!r} is half a character, which no UTF-8 text holds") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -33,6 +33,8 @@ def test_an_object_is_read(tmp_path: Path) -> None:
         (b'{"r": "\xff"}', "not UTF-8"),
         (b'{"r": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not strict JSON"),
+        (b'{"a": ["x\\ud800"]}', "half a character"),
+        (b'{"\\uDC00": 1}', "half a character"),
     ],
 )
 def test_what_is_no_strict_object_is_refused(data: bytes, message: str) -> None:
@@ -63,3 +65,8 @@ def test_what_other_tools_read_is_read_as_they_do(tmp_path: Path) -> None:
             read_json(file, ExportError)
     with pytest.raises(LoraFxError, match=r"nowhere: cannot be read"):
         read_json(tmp_path / "nowhere")
+
+
+def test_a_whole_character_beyond_the_first_plane_is_read() -> None:
+    """The control."""
+    assert parse_object(b'{"a": "\\ud83d\\ude00"}') == {"a": "\N{GRINNING FACE}"}
