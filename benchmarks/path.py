@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.memory import peak
 from benchmarks.merge import checkpoint, loaded
+from benchmarks.peers import Logits
 
 SIZES = {"0.2B": 3, "0.5B": 24}
 ADAPTERS = 9  # the second to the tenth
@@ -74,19 +75,6 @@ def ours(directory: Path) -> Stages:
             lora_fx.export_adapter(another, path, file, check=False)
     stages["a further adapter"] = stages.pop("further adapters") / ADAPTERS
     return stages
-
-
-class Logits(torch.nn.Module):
-    """A model of transformers that returns a tensor, as torch.onnx wants it."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The logits."""
-        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
 
 
 def theirs(directory: Path) -> Stages:

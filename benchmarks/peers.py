@@ -115,7 +115,7 @@ def mobius(directory: Path) -> None:
     package.save(str(directory / "mobius"))
 
 
-class _Logits(torch.nn.Module):
+class Logits(torch.nn.Module):
     """A model of transformers that returns a tensor, as torch.onnx wants it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -131,7 +131,7 @@ class _Logits(torch.nn.Module):
 def torch_onnx(directory: Path) -> None:
     """PEFT's merge, torch.onnx.export and save."""
     free = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
-    module = _Logits(merged(directory)).eval()
+    module = Logits(merged(directory)).eval()
     program = torch.onnx.export(module, (ids(),), dynamo=True, dynamic_shapes=free, verbose=False)
     assert program is not None
     (directory / "torch.onnx").mkdir()

@@ -23,13 +23,12 @@ from typing import Any
 INTERRUPTED = 130
 _AGAIN = 0.05  # seconds, after which Python is elsewhere
 _LONGEST = 5.0  # seconds that it waits for an import
-_came = threading.Event()
-_first: list[float] = []  # when it came
+_came: list[float] = []  # when, each time
 
 
 def has_come() -> bool:
     """Whether this command was interrupted, whatever was made of it since."""
-    return _came.is_set()
+    return bool(_came)
 
 
 @contextmanager
@@ -39,7 +38,6 @@ def interruptible() -> Iterator[None]:
         yield  # it is ignored, as of what a script runs in the background, or somebody else's
         return
     _came.clear()
-    _first.clear()
     hook, sys.unraisablehook = sys.unraisablehook, _again(sys.unraisablehook)
     signal.signal(signal.SIGINT, _come)
     try:
@@ -57,9 +55,8 @@ def interruptible() -> Iterator[None]:
 
 
 def _come(_: int, frame: FrameType | None) -> None:
-    _came.set()
-    _first.append(time.monotonic())
-    if _imports(frame) and _first[-1] - _first[0] < _LONGEST:
+    _came.append(time.monotonic())
+    if _imports(frame) and _came[-1] - _came[0] < _LONGEST:
         _send_again()
         return
     raise KeyboardInterrupt

@@ -15,8 +15,8 @@ from lora_fx.errors import AdapterError, LoraFxError, within
 from lora_fx.io.plain_file import read_plain
 
 MAX_BYTES = 1 << 20
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a character outside of the first 65,536
 MAX_JSON = 64 << 20  # the index of a large model's weights has megabytes
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a character outside of the first 65,536
 
 
 def read_object(path: Path) -> dict[str, object]:
