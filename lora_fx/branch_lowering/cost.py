@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_fx.branch_lowering import forms
-from lora_fx.graph.ops import function_name
+from lora_fx.graph.ops import aten, function_name
 
 BYTE_FLOPS = 4.0  # a core with 200 GFLOP/s moves activations at 50 to 90 GB/s
 CALL_FLOPS = 1e5  # up to half a microsecond for each call of an operator
@@ -102,7 +103,7 @@ def cost_of(
     down, up = _meta(shape.d, shape.r), _meta(rank, shape.o)
     constants = [weight, matrix, bias] if slots else [weight, matrix, bias, down, up]
     given = {"x": x, "weight": weight, "matrix": matrix, "bias": bias, "narrow": narrow}
-    counter = _Counter(_tensors(constants), shape.size)
+    counter = Counter(_tensors(constants), shape.size)
     with counter:
         if "base" in forms.operands_of(form):
             given["base"] = forms.merged(x, weight, bias)
@@ -116,7 +117,7 @@ def cost_of_shrink(shape: LayerShape, widths: tuple[int, ...], ones: bool = Fals
     """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
     downs = [_meta(shape.d, width) for width in widths]
     column = _meta(sum(widths)) if ones else None
-    counter = _Counter([*downs, *_tensors(column)], shape.size)
+    counter = Counter([*downs, *_tensors(column)], shape.size)
     with counter:
         forms.shrink(_meta(shape.n, shape.d), downs, column, widths)
     return counter.total
@@ -133,7 +134,7 @@ def moved(elements: int, size: int) -> Cost:
     return Cost(0.0, float(size * elements), 1)
 
 
-class _Counter(TorchFunctionMode):
+class Counter(TorchFunctionMode):
     """Adds up the calls that are made under it, but for those that read constants alone."""
 
     def __init__(self, constants: Sequence[torch.Tensor], size: int) -> None:
@@ -167,8 +168,20 @@ class _Counter(TorchFunctionMode):
         if call.is_view and name != "split_with_sizes":
             return Cost()
         wrote = _tensors(result)
+        if name in ("embedding", "index_select"):  # rows of a table, read once each
+            return moved(2 * result.numel(), self._size)
         read = [value for value in _tensors(args) if value.ndim == wrote[0].ndim]  # not broadcast
-        return moved(sum(value.numel() for value in (*wrote, *read)), self._size)
+        elements = sum(value.numel() for value in (*wrote, *read))
+        return Cost(_flops(call, args)) + moved(elements, self._size)
+
+
+def _flops(call: torch._ops.OpOverload, args: tuple[Any, ...]) -> float:
+    """Multiplications and additions of what may be a product of several tensors."""
+    if torch.Tag.pointwise in call.tags or call is aten.cat.default or len(_tensors(args)) < 2:
+        return 0.0
+    with FlopCounterMode(display=False) as counted:
+        call(*args)
+    return float(counted.get_total_flops())
 
 
 def _meta(*sizes: int) -> torch.Tensor:

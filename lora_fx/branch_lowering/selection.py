@@ -99,13 +99,18 @@ def _reads(gm: fx.GraphModule, down: fx.Node, x: fx.Node) -> bool:
     return False
 
 
-def tokens_of(x: fx.Node, assumed: int) -> int:
-    """How many rows an activation has: as known, or as assumed where it is not."""
+def tokens_of(x: fx.Node, assumed: int, features: int = 1) -> int:
+    """How many rows an activation has: as known, or as assumed where it is not.
+
+    Args:
+        x: its node.
+        assumed: where a size is not known, unless the known ones make more.
+        features: how many of its axes, at the end, are no rows: none of ids.
+    """
     sizes = getattr(x.meta.get("val"), "shape", None)
     known = [size for size in sizes or () if type(size) is int]
-    if sizes is not None and len(known) == len(sizes):
-        return prod(known[:-1])
-    return max(assumed, prod(known[:-1]))
+    rows = prod(known[: len(known) - features])
+    return rows if sizes is not None and len(known) == len(sizes) else max(assumed, rows)
 
 
 def _read_elsewhere(gm: fx.GraphModule, members: list[Candidate]) -> set[str]:

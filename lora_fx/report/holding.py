@@ -9,6 +9,7 @@ from torch import fx
 
 from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.branch_lowering.cost import Cost
+from lora_fx.branch_lowering.cost_beside import cost_beside, cost_of_slot
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.choices import Target
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
@@ -38,30 +39,38 @@ class Holding:
     sites: Mapping[str, Sequence[Site]]
     made: Mapping[fx.Node, fx.Node]
     beside: Mapping[str, Form]
-    otherwise: Form
+    otherwise: str
 
     @classmethod
     def of(cls, gm: fx.GraphModule, target: Target) -> Holding:
         """Looks at a graph whose factors are constants, or ``"input"``: given at each call."""
         is_input = target == "input"
-        start, anew = ("slot, ", "slot, whole") if is_input else ("", "made at each call")
+        start, anew = ("slot, ", "slot, whole") if is_input else ("", "made when loaded")
         groups, made = by_path(gm), recorded(gm.graph)
         beside: dict[str, Form] = {str(weight.target): (anew, None) for weight in made.values()}
         for site in (site for several in groups.values() for site in several):
-            if site.operand in made:
-                beside[site.path] = anew, None
+            if is_input and site.operand in made:
+                beside[site.path] = anew, cost_of_slot(site)
+            elif site.operand in made:
+                beside[site.path] = anew, cost_beside(gm, site)
             elif any(branches_of(site)):
-                beside[site.path] = f"{start}factored", None
+                beside[site.path] = f"{start}factored", cost_beside(gm, site, is_input)
         for group in choices(gm, target):
             for one in group.members:
                 cost = one.beyond_merged(one.form)
                 beside[one.site.path] = f"{start}{group.form_of(one)}", cost
-        otherwise = ("slot, whole", None) if is_input else ("merged", Cost())
-        return cls(gm, groups, made, beside, otherwise)
+        return cls(gm, groups, made, beside, "slot, whole" if is_input else "merged")
 
     def form(self, path: str) -> Form:
-        """How the update of a layer is held, and what that costs more than the merged layer."""
-        return self.beside.get(path, self.otherwise)
+        """How the update of a layer is held, and what that costs more than the merged layer.
+
+        Args:
+            path: of the layer; of what an adapter brings whole, the parameter's name.
+        """
+        if path in self.beside or self.otherwise == "merged":
+            return self.beside.get(path, (self.otherwise, Cost()))
+        owner = self.sites.get(path) or self.sites.get(path.removesuffix(".weight"), ())
+        return self.otherwise, sum(map(cost_of_slot, owner[:1]), Cost())
 
     def folded(self) -> Iterator[tuple[str, Site]]:
         """The layers that fold made anew, with nothing beside them."""

@@ -52,7 +52,7 @@ class LayerFacts:
         cost: what the form costs more than the merged layer, with a shrink of its own; None where
             it is not counted.
         error: how far W' - W as the graph stores it is off, by rounding to its dtype, over the norm
-            of W' - W; None where it is made at each call, of several adapters, or folded together
+            of W' - W; None where it is made when loaded, of several adapters, or folded together
             with more than its adapter.
     """
 
@@ -128,7 +128,7 @@ class _Measure:
                 yield LayerFacts(
                     path, site.kind, ITSELF, "folded", list(site.own_shape), None, None,
                     _over(svd.size, length(own.weight())), effective_rank(svd.values),
-                    svd.values[:MOST].tolist(), *self.holding.otherwise, None,
+                    svd.values[:MOST].tolist(), *self.holding.form(path), None,
                 )  # fmt: skip
 
     def _own(self, parameter: str) -> Own | None:
@@ -172,7 +172,7 @@ class _Measure:
             "replaced", list(value.shape), None, None, _over(size, length(start)),
             None if svd is None else effective_rank(svd.values),
             [] if svd is None else svd.values[:MOST].tolist(),
-            *self.holding.otherwise, _over(float(kept), size),
+            *self.holding.form(parameter), _over(float(kept), size),
         )  # fmt: skip
 
 

@@ -1,0 +1,105 @@
+"""What a graph computes beside a layer that has no form, counted as the forms are.
+
+The calls between what the layer reads and what the rest of the graph reads are made again, on
+tensors without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.branch_lowering.cost import Cost, Counter, moved
+from lora_fx.branch_lowering.selection import TOKENS, tokens_of
+from lora_fx.graph.graph_module import attribute
+from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.sizes import sizes_of
+from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of
+from lora_fx.layers.sites import Site
+
+
+def cost_beside(gm: fx.GraphModule, site: Site, slots: bool = False) -> Cost | None:
+    """What a call of a layer with all that adapters put beside it costs more than the merged layer.
+
+    Args:
+        gm: the graph.
+        site: the call.
+        slots: whether what the adapters hold is given at each call.
+
+    Returns:
+        At the sizes of the example; where those of a linear layer are not known, for `TOKENS`
+        rows. None where they are needed and nothing tells them.
+    """
+    x = _input(site)
+    if x is None:
+        return None
+    masks = [branch.mask for branch in branches_of(site) if branch.mask is not None]
+    values = {input_of(site, col_of(site)): x} | dict.fromkeys(masks, _meta(*x.shape[:-1], 1))
+    calls = _behind(last_of(site), set(values))
+    tensors = {n: get_unevaluated(gm, str(n.target)) for n in calls if n.op == "get_attr"}
+    values |= {node: _meta(*tensor.shape) for node, tensor in tensors.items()}
+    own = [values[node] for node in (site.weight, site.bias) if node in values]
+    constants = own if slots else [values[node] for node in tensors]
+    whole = _counted(gm, [n for n in calls if n not in values], values, constants, site)
+    operands = [values[node] for node in (site.operand, site.bias) if node in values]
+    return whole - _counted(gm, [site.node], values | {site.input: x}, operands, site)
+
+
+def cost_of_slot(site: Site) -> Cost:
+    """What a layer costs more where its whole weight is given at each call: to lay it out anew."""
+    is_table = site.kind == "embedding"
+    return Cost() if is_table else moved(2 * prod(site.own_shape), site.dtype.itemsize)
+
+
+def _input(site: Site) -> torch.Tensor | None:
+    """What a layer reads, without its data."""
+    if site.kind == "embedding":
+        ids = tokens_of(site.input, TOKENS, features=0)
+        return torch.empty(ids, dtype=torch.long, device="meta")
+    if site.is_linear and site.labels is None:
+        return _meta(tokens_of(site.input, TOKENS), site.in_features)
+    sizes = sizes_of(site.input) or ()
+    known = [hint for size in sizes if (hint := _known(size)) is not None]
+    return _meta(*known) if known and len(known) == len(sizes) else None
+
+
+def _known(size: int | torch.SymInt) -> int | None:
+    """A size, of a free axis that of the example."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def _behind(end: fx.Node, starts: Set[fx.Node]) -> list[fx.Node]:
+    """What a node is computed from, itself included, from some nodes on, in order."""
+    found = {end}
+    pending = [end]
+    while pending:
+        read = set(pending.pop().all_input_nodes) - starts - found
+        found |= read
+        pending += read
+    return sorted(found)
+
+
+def _counted(
+    gm: fx.GraphModule,
+    calls: Sequence[fx.Node],
+    values: dict[fx.Node, torch.Tensor],
+    constants: Sequence[torch.Tensor],
+    site: Site,
+) -> Cost:
+    """Makes calls on what is known, adds what they give to it, and counts."""
+    counter = Counter(constants, site.dtype.itemsize)
+    with counter:
+        for node in calls:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            is_module = node.op == "call_module"
+            call: Any = attribute(gm, str(node.target)) if is_module else node.target
+            values[node] = call(*args, **kwargs)
+    return counter.total
+
+
+def _meta(*sizes: int) -> torch.Tensor:
+    return torch.empty(sizes, device="meta")
