@@ -1,5 +1,9 @@
 # Needs Python 3.11 or newer and make; everything else goes into .venv, once.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A distribution's own comes first: it is optimised, and the tests take a quarter less time by it
+# than by one that was compiled without.
+FITS := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in /usr/bin/python3.11 python3.11 /usr/bin/python3 python3; do \
+	$$python -c '$(FITS)' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := lora_fx passes export
@@ -70,7 +74,7 @@ docs: .venv/dev.stamp
 release-check: .venv/dev.stamp
 	rm -rf dist build .venv-release
 	$(BIN)/python -m build --quiet
-	$(PYTHON) -m venv .venv-release
+	$(PYTHON) -m venv --upgrade-deps .venv-release
 	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		dist/*.whl
 	cd dist && ../.venv-release/bin/lora-fx --version && ../.venv-release/bin/lora-fx demo --help \
@@ -132,7 +136,7 @@ clean:
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[demo]'
@@ -162,7 +166,7 @@ clean:
 	touch $@
 
 .venv-oldest/dev.stamp: pyproject.toml constraints.txt tests/oldest_versions.py
-	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m venv --upgrade-deps .venv-oldest
 	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-oldest/constraints.txt -e '.[dev,demo]'
