@@ -158,16 +158,16 @@ class Counter(TorchFunctionMode):
 
     def _cost(self, call: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> Cost:
         name = function_name(call)
-        if name in ("linear", "matmul"):
+        if name in ("linear", "matmul") and args[1].ndim == 2:
             x, weight, *bias = args
             d, o = weight.shape if name == "matmul" else weight.shape[::-1]
             cost = product(x.numel() // d, d, o, self._size)
             if _is_in(weight, self._made):  # it is laid out for the kernel at each call
                 cost += moved(2 * d * o, self._size)
             return cost + (moved(2 * result.numel(), self._size) if bias else Cost())
-        if call.is_view and name != "split_with_sizes":
-            return Cost()
         wrote = _tensors(result)
+        if not wrote or (call.is_view and name != "split_with_sizes"):  # a size, or a view
+            return Cost()
         if name in ("embedding", "index_select"):  # rows of a table, read once each
             return moved(2 * result.numel(), self._size)
         read = [value for value in _tensors(args) if value.ndim == wrote[0].ndim]  # not broadcast

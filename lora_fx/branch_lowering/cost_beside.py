@@ -16,7 +16,7 @@ from torch import fx
 from lora_fx.branch_lowering.cost import Cost, Counter, moved
 from lora_fx.branch_lowering.selection import TOKENS, tokens_of
 from lora_fx.graph.graph_module import attribute
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.sizes import sizes_of
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of
 from lora_fx.layers.sites import Site
@@ -31,17 +31,24 @@ def cost_beside(gm: fx.GraphModule, site: Site, slots: bool = False) -> Cost | N
         slots: whether what the adapters hold is given at each call.
 
     Returns:
-        At the sizes of the example; where those of a linear layer are not known, for `TOKENS`
-        rows. None where they are needed and nothing tells them.
+        At the sizes of the example, but for the rows of linear layers and tables: these are
+        `TOKENS` where they are not known. None where sizes are needed and nothing tells them.
     """
     x = _input(site)
     if x is None:
         return None
+    try:
+        return _beside(gm, site, x, slots)
+    except (RuntimeError, IndexError, KeyError):  # it takes x of other axes than are assumed
+        return None
+
+
+def _beside(gm: fx.GraphModule, site: Site, x: torch.Tensor, slots: bool) -> Cost:
     masks = [branch.mask for branch in branches_of(site) if branch.mask is not None]
     values = {input_of(site, col_of(site)): x} | dict.fromkeys(masks, _meta(*x.shape[:-1], 1))
     calls = _behind(last_of(site), set(values))
     tensors = {n: get_unevaluated(gm, str(n.target)) for n in calls if n.op == "get_attr"}
-    values |= {node: _meta(*tensor.shape) for node, tensor in tensors.items()}
+    values |= {node: _without_data(tensor) for node, tensor in tensors.items()}
     own = [values[node] for node in (site.weight, site.bias) if node in values]
     constants = own if slots else [values[node] for node in tensors]
     whole = _counted(gm, [n for n in calls if n not in values], values, constants, site)
@@ -57,19 +64,17 @@ def cost_of_slot(site: Site) -> Cost:
 
 def _input(site: Site) -> torch.Tensor | None:
     """What a layer reads, without its data."""
-    if site.kind == "embedding":
-        ids = tokens_of(site.input, TOKENS, features=0)
-        return torch.empty(ids, dtype=torch.long, device="meta")
-    if site.is_linear and site.labels is None:
-        return _meta(tokens_of(site.input, TOKENS), site.in_features)
-    sizes = sizes_of(site.input) or ()
-    known = [hint for size in sizes if (hint := _known(size)) is not None]
-    return _meta(*known) if known and len(known) == len(sizes) else None
-
-
-def _known(size: int | torch.SymInt) -> int | None:
-    """A size, of a free axis that of the example."""
-    return size if isinstance(size, int) else size.node.hint
+    sizes, is_table = sizes_of(site.input), site.kind == "embedding"
+    if is_table or (site.is_linear and site.labels is None):
+        rows = tokens_of(site.input, TOKENS, features=0 if is_table else 1)
+        features = [] if is_table else [site.in_features]
+        free = [at for at, size in enumerate(sizes or ()) if not isinstance(size, int)]
+        known = [1 if at in free else size for at, size in enumerate(sizes or (rows, *features))]
+        if free:
+            known[free[-1]] = rows * prod(features) // prod(known)
+        return torch.empty(known, dtype=torch.long if is_table else torch.float32, device="meta")
+    hints = [size if isinstance(size, int) else size.node.hint for size in sizes or ()]
+    return _meta(*hints) if hints and None not in hints else None
 
 
 def _behind(end: fx.Node, starts: Set[fx.Node]) -> list[fx.Node]:
@@ -95,10 +100,21 @@ def _counted(
     with counter:
         for node in calls:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            is_module = node.op == "call_module"
-            call: Any = attribute(gm, str(node.target)) if is_module else node.target
+            call: Any = node.target
+            if node.op == "call_module":
+                call = attribute(gm, str(node.target))
+            elif node.op == "call_method":
+                call = getattr(torch.Tensor, str(node.target))
+            elif node.op != "call_function":
+                raise KeyError(node)
             values[node] = call(*args, **kwargs)
     return counter.total
+
+
+def _without_data(tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
+    """A tensor's sizes, all real numbers of one dtype: what is cast is cast to that of x."""
+    dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
 def _meta(*sizes: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx import Adapter
 from lora_fx.branch_lowering.cost import PANEL, Cost
 from lora_fx.branch_lowering.cost_beside import cost_beside, cost_of_slot
-from lora_fx.branch_lowering.selection import FACTORED, choices
+from lora_fx.branch_lowering.selection import FACTORED, TOKENS, choices
 from lora_fx.layers.sites import sites
 from lora_fx.testing import UPDATES, Attention, Between, make_adapter, update_of
 
@@ -122,6 +122,27 @@ def test_a_part_of_a_packed_weight_and_a_product_with_labels_have_a_cost() -> No
     for gm in (packed, heads):
         (found,) = [cost for site in sites(gm) if (cost := cost_beside(gm, site)) and cost.calls]
         assert found.flops > 0
+
+
+class Batched(nn.Module):
+    """One matrix for each of a batch, the sizes read off x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.w.expand(x.shape[0], -1, -1))
+
+
+def test_sizes_that_are_not_known_are_assumed_where_they_may_be() -> None:
+    free, x = {"dynamic_shapes": ({0: Dim("batch"), 1: Dim("rows")},)}, torch.randn(2, 3, 8)
+    adapter = make_adapter({"w": (32, 8)}, rank=16)
+    (found,) = costs(injected(Batched(), x, adapter=adapter, **free))
+    assert found is not None
+    assert found.flops == 2 * TOKENS * 16 * (8 + 32)
+    symbolic = lora_fx.inject(lora_fx.trace(Batched().eval()), adapter)
+    assert costs(symbolic) == [None], "a batch of matrices wants three axes"
 
 
 def test_a_whole_weight_that_is_given_is_laid_out_and_a_table_is_not() -> None:
