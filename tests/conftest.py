@@ -28,7 +28,8 @@ os.unsetenv("COLUMNS")
 # where a seed was set for a device that is not there, or where tensors without data were made.
 torch.fx.config.do_not_emit_stack_traces = True
 for module in (torch.cuda, torch.xpu, torch.mtia, fake_tensor):
-    module.traceback = SimpleNamespace(format_stack=list, extract_stack=list)  # type: ignore[attr-defined]
+    stacks = SimpleNamespace(format_stack=list, extract_stack=list, format_list=list)
+    module.traceback = stacks  # type: ignore[attr-defined]
 gc.set_threshold(200_000, 20, 50)
 # The same examples in every run: a change is judged by what it changed.
 settings.register_profile("repeatable", derandomize=True)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Adapter
+from lora_fx.branch_lowering.cost import Cost
 from lora_fx.report.layer_facts import LayerFacts, effective_rank, layer_facts
 from lora_fx.report.stages import Stages
 from lora_fx.testing import (
@@ -148,6 +149,10 @@ def test_what_is_replaced_whole_and_what_two_adapters_change() -> None:
     assert agrees(found["one", "2.weight"], head - weight, weight)
     vector = found["one", "1.weight"]
     assert (vector.effective_rank, vector.singular_values) == (None, [])
+    given = {fact.path: fact for fact in facts(tuned, "input") if fact.kind == "replaced"}
+    assert {fact.form for fact in given.values()} == {"slot, whole"}
+    assert given["2.weight"].cost == Cost(0.0, 4 * 2 * 4 * 5, 1), "it is laid out at each call"
+    assert given["1.weight"].cost == Cost()
     assert vector.change == pytest.approx(float((norm - 1).norm() / math.sqrt(5)), rel=1e-6)
     assert [found[name, "0"].error for name in ("one", "two")] == [None, None]
 
