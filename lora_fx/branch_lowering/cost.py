@@ -97,10 +97,10 @@ def cost_of(
         slots: whether A and B are given at each call.
     """
     rank = shape.r + ones
-    x, narrow = _meta(shape.n, shape.d), _meta(shape.n, rank)
-    weight, matrix = _meta(shape.o, shape.d), _meta(shape.d, shape.o)
-    bias = _meta(shape.o) if shape.biased and not ones else None
-    down, up = _meta(shape.d, shape.r), _meta(rank, shape.o)
+    x, narrow = sized(shape.n, shape.d), sized(shape.n, rank)
+    weight, matrix = sized(shape.o, shape.d), sized(shape.d, shape.o)
+    bias = sized(shape.o) if shape.biased and not ones else None
+    down, up = sized(shape.d, shape.r), sized(rank, shape.o)
     constants = [weight, matrix, bias] if slots else [weight, matrix, bias, down, up]
     given = {"x": x, "weight": weight, "matrix": matrix, "bias": bias, "narrow": narrow}
     counter = Counter(_tensors(constants), shape.size)
@@ -115,11 +115,11 @@ def cost_of(
 @cache
 def cost_of_shrink(shape: LayerShape, widths: tuple[int, ...], ones: bool = False) -> Cost:
     """What it costs to make the ``narrow`` of layers that read one x, of so many columns each."""
-    downs = [_meta(shape.d, width) for width in widths]
-    column = _meta(sum(widths)) if ones else None
+    downs = [sized(shape.d, width) for width in widths]
+    column = sized(sum(widths)) if ones else None
     counter = Counter([*downs, *_tensors(column)], shape.size)
     with counter:
-        forms.shrink(_meta(shape.n, shape.d), downs, column, widths)
+        forms.shrink(sized(shape.n, shape.d), downs, column, widths)
     return counter.total
 
 
@@ -184,7 +184,8 @@ def _flops(call: torch._ops.OpOverload, args: tuple[Any, ...]) -> float:
     return float(counted.get_total_flops())
 
 
-def _meta(*sizes: int) -> torch.Tensor:
+def sized(*sizes: int) -> torch.Tensor:
+    """A tensor without data."""
     return torch.empty(sizes, device="meta")
 
 

@@ -6,17 +6,18 @@ tensors without data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
-from lora_fx.branch_lowering.cost import Cost, Counter, moved
+from lora_fx.branch_lowering.cost import Cost, Counter, moved, sized
 from lora_fx.branch_lowering.selection import TOKENS, tokens_of
+from lora_fx.graph.constants import called
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.ops import needed
 from lora_fx.graph.sizes import sizes_of
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of
 from lora_fx.layers.sites import Site
@@ -39,14 +40,14 @@ def cost_beside(gm: fx.GraphModule, site: Site, slots: bool = False) -> Cost | N
         return None
     try:
         return _beside(gm, site, x, slots)
-    except (RuntimeError, IndexError, KeyError):  # it takes x of other axes than are assumed
+    except (RuntimeError, IndexError, TypeError):  # it takes x of other axes than are assumed
         return None
 
 
 def _beside(gm: fx.GraphModule, site: Site, x: torch.Tensor, slots: bool) -> Cost:
     masks = [branch.mask for branch in branches_of(site) if branch.mask is not None]
-    values = {input_of(site, col_of(site)): x} | dict.fromkeys(masks, _meta(*x.shape[:-1], 1))
-    calls = _behind(last_of(site), set(values))
+    values = {input_of(site, col_of(site)): x} | dict.fromkeys(masks, sized(*x.shape[:-1], 1))
+    calls = needed(last_of(site), values.keys())
     tensors = {n: get_unevaluated(gm, str(n.target)) for n in calls if n.op == "get_attr"}
     values |= {node: _without_data(tensor) for node, tensor in tensors.items()}
     own = [values[node] for node in (site.weight, site.bias) if node in values]
@@ -74,18 +75,7 @@ def _input(site: Site) -> torch.Tensor | None:
             known[free[-1]] = rows * prod(features) // prod(known)
         return torch.empty(known, dtype=torch.long if is_table else torch.float32, device="meta")
     hints = [size if isinstance(size, int) else size.node.hint for size in sizes or ()]
-    return _meta(*hints) if hints and None not in hints else None
-
-
-def _behind(end: fx.Node, starts: Set[fx.Node]) -> list[fx.Node]:
-    """What a node is computed from, itself included, from some nodes on, in order."""
-    found = {end}
-    pending = [end]
-    while pending:
-        read = set(pending.pop().all_input_nodes) - starts - found
-        found |= read
-        pending += read
-    return sorted(found)
+    return sized(*hints) if hints and None not in hints else None
 
 
 def _counted(
@@ -99,15 +89,11 @@ def _counted(
     counter = Counter(constants, site.dtype.itemsize)
     with counter:
         for node in calls:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            call: Any = node.target
             if node.op == "call_module":
-                call = attribute(gm, str(node.target))
-            elif node.op == "call_method":
-                call = getattr(torch.Tensor, str(node.target))
-            elif node.op != "call_function":
-                raise KeyError(node)
-            values[node] = call(*args, **kwargs)
+                given = fx.node.map_arg(node.args, values.__getitem__)
+                values[node] = attribute(gm, str(node.target))(*given)
+            else:
+                values[node] = called(node, values)
     return counter.total
 
 
@@ -115,7 +101,3 @@ def _without_data(tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
     """A tensor's sizes, all real numbers of one dtype: what is cast is cast to that of x."""
     dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
-
-
-def _meta(*sizes: int) -> torch.Tensor:
-    return torch.empty(sizes, device="meta")

@@ -150,7 +150,7 @@ class Constants:
     def _run(self, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
         if node in self._tensors:
             return _widened(self._tensors[node].read())
-        return _widened(_call(self._steps[node], computed))
+        return _widened(called(self._steps[node], computed))
 
     def on_meta(self, node: fx.Node) -> Any:
         """The constant without its numbers: a meta tensor, or a value that is no tensor."""
@@ -168,7 +168,7 @@ class Constants:
         if any(self._meta[source] is None for source in step.inputs):
             return _like(seen)
         try:
-            return _call(step, self._meta, device)
+            return called(step, self._meta, device)
         except (RuntimeError, NotImplementedError):
             return _like(seen)  # its shape depends on values, or it has no meta kernel
 
@@ -206,7 +206,14 @@ def _widened(value: Any) -> Any:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _call(step: _Step, computed: dict[fx.Node, Any], device: str | None = None) -> Any:
+def called(
+    step: _Step | fx.Node, computed: Mapping[fx.Node, Any], device: str | None = None
+) -> Any:
+    """What a function or a method gives for what its arguments are known to be.
+
+    Raises:
+        TypeError: it is neither.
+    """
     args = fx.node.map_arg(step.args, computed.__getitem__)
     kwargs = dict(fx.node.map_arg(step.kwargs, computed.__getitem__))
     if device is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -171,3 +172,16 @@ def _module_class(node: fx.Node) -> str:
     if module is None:
         return "module"
     return type(module.get_submodule(str(node.target))).__name__
+
+
+def needed(node: fx.Node, known: Set[fx.Node] = frozenset()) -> list[fx.Node]:
+    """What a node is computed from, but for what is known, and itself, in the order of the graph.
+
+    A run may be long: no call of this calls another.
+    """
+    found, pending = {node}, [node]
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - known - found
+        found |= fresh
+        pending += fresh
+    return sorted(found)

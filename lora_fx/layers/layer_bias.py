@@ -9,6 +9,7 @@ from torch import fx
 
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
+from lora_fx.graph.ops import needed
 from lora_fx.layers.sites import Site
 
 
@@ -49,17 +50,7 @@ def _value(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
     if node.op == "get_attr":
         return evaluate(get_unevaluated(gm, str(node.target)))
     constants = Constants(gm)
-    if not all(constants.admit(step) for step in _needed(node)):
+    if not all(constants.admit(step) for step in needed(node)):
         return None
     value = constants.value(node).to(constants.dtype(node))
     return value if isinstance(value, torch.Tensor) and value.ndim == 1 else None
-
-
-def _needed(node: fx.Node) -> list[fx.Node]:
-    """What a value is computed from, and itself, in the order of the graph; a run may be long."""
-    found, pending = {node}, [node]
-    while pending:
-        fresh = [n for n in pending.pop().all_input_nodes if n not in found]
-        found.update(fresh)
-        pending.extend(fresh)
-    return sorted(found)

@@ -48,17 +48,18 @@ class Holding:
         start, anew = ("slot, ", "slot, whole") if is_input else ("", "made when loaded")
         groups, made = by_path(gm), recorded(gm.graph)
         beside: dict[str, Form] = {str(weight.target): (anew, None) for weight in made.values()}
-        for site in (site for several in groups.values() for site in several):
+        chosen = [(group, one) for group in choices(gm, target) for one in group.members]
+        for group, one in chosen:
+            cost = one.beyond_merged(one.form)
+            beside[one.site.path] = f"{start}{group.form_of(one)}", cost
+        apart = groups.keys() - {one.site.path for _, one in chosen}
+        for site in (site for path in apart for site in groups[path]):
             if is_input and site.operand in made:
                 beside[site.path] = anew, cost_of_slot(site)
             elif site.operand in made:
                 beside[site.path] = anew, cost_beside(gm, site)
             elif any(branches_of(site)):
                 beside[site.path] = f"{start}factored", cost_beside(gm, site, is_input)
-        for group in choices(gm, target):
-            for one in group.members:
-                cost = one.beyond_merged(one.form)
-                beside[one.site.path] = f"{start}{group.form_of(one)}", cost
         return cls(gm, groups, made, beside, "slot, whole" if is_input else "merged")
 
     def form(self, path: str) -> Form:
