@@ -26,7 +26,7 @@ from lora_fx.export.onnx_model.optimize import anonymise, clean
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
-from lora_fx.export.program.io_signature import rename
+from lora_fx.export.program.io_signature import rename, rename_axes
 from lora_fx.export.program.lazy_weights import replace_stand_ins
 from lora_fx.export.program.planted import planted
 from lora_fx.export.quantization.pack_file import outputs_off, pack_file, plain_place
@@ -239,6 +239,7 @@ def _finish(
 ) -> dict[str, int]:
     plan.open(model)
     clean(model)
+    rename_axes(model, trial.leaves)
     spellings = {} if portable else spell(model, opset)
     rename(model, trial.leaves, trial.outputs)
     name_nodes(model)

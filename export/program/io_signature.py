@@ -212,7 +212,7 @@ def free_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 
 def rename(model: ir.Model, leaves: Sequence[TensorInput], outputs: Sequence[str]) -> None:
-    """Gives graph inputs, outputs and dynamic dimensions the user's names, in place."""
+    """Gives graph inputs and outputs the user's names, in place."""
     inputs, initializers = model.graph.inputs[: len(leaves)], model.graph.initializers
     wanted = {leaf.name for leaf in leaves} | set(outputs)
     inner = [*initializers.values(), *(v for node in model.graph.all_nodes() for v in node.outputs)]
@@ -225,10 +225,11 @@ def rename(model: ir.Model, leaves: Sequence[TensorInput], outputs: Sequence[str
             value.name = f"renamed.{id(value)}.{place}"
         for value, name in zip(values, names, strict=True):
             value.name = name
-    _rename_dims(model, dimension_names(leaves))
 
 
-def _rename_dims(model: ir.Model, names: dict[str, str]) -> None:
+def rename_axes(model: ir.Model, leaves: Sequence[TensorInput]) -> None:
+    """Gives dynamic dimensions the user's names, in place: axes of one name are of one size."""
+    names = dimension_names(leaves)
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
         if value.shape is not None:
