@@ -128,7 +128,7 @@ def decoders(directory: Path, rounds: int) -> Rows:
 
 
 def packed_decoders(directory: Path, rounds: int) -> Rows:
-    """The same in 4 bits but for the head: ours swappable, an adapter on all layers of 4 bits."""
+    """All in 4 bits, ours swappable, over genai's files: with the adapter of both, and without."""
     source = directory / "decoder"
     model = _save_decoder(source)
     make = torch.Generator().manual_seed(0)
@@ -149,26 +149,39 @@ def packed_decoders(directory: Path, rounds: int) -> Rows:
     )  # fmt: skip
     packed = directory / "packed.onnx"
     plain = directory / "ours" / "model.onnx"
-    assert quantize_onnx(plain, packed, accuracy_level=4).verified
+    assert quantize_onnx(plain, packed, accuracy_level=4, layers=("*",)).verified
     active = Active(adapter, packed, directory / "a.onnx_adapter")
-    built = _built(source, directory, "int4", "int4_nodes_to_exclude=/lm_head/MatMul")
-    both = {
-        "ours": Decoder(session(packed), options=active.options),
-        "genai": Decoder(session(built), shared=True),
+    tuned = f"adapter_path={source / 'adapter'}"  # its factors are weights of 4 bits there
+    built = {
+        "no adapter": (None, _built(source, directory, "int4", out="genai")),
+        "an adapter": (active.options, _built(source, directory, "int4", tuned, out="tuned")),
     }
-    return {f"decoder of 4 bits, {STEPS} tokens": _over_genai(both, rounds)}
+    return {
+        f"4 bits, {name}, {STEPS} tokens": _over_genai(
+            {
+                "ours": Decoder(session(packed), options=options),
+                "genai": Decoder(session(theirs), shared=True),
+            },
+            rounds,
+        )
+        for name, (options, theirs) in built.items()
+    }
 
 
-def _built(source: Path, directory: Path, precision: str, *options: str) -> Path:
+def _built(
+    source: Path, directory: Path, precision: str, *options: str, out: str = "genai"
+) -> Path:
     """What genai's builder makes of a decoder: the builder alone, which wants our transformers."""
     packages = directory / "packages"
-    packages.mkdir()
-    (packages / "onnxruntime_genai").symlink_to(CLIENTS.resolve() / "onnxruntime_genai")
+    packages.mkdir(exist_ok=True)
+    link = packages / "onnxruntime_genai"
+    if not link.exists():
+        link.symlink_to(CLIENTS.resolve() / "onnxruntime_genai")
     builder = ("-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu")
-    places = ("-i", str(source), "-o", str(directory / "genai"), "-c", str(directory / "cache"))
+    places = ("-i", str(source), "-o", str(directory / out), "-c", str(directory / "cache"))
     extra = ("--extra_options", *options) if options else ()
     _clients(packages, *builder, *places, *extra)
-    return directory / "genai" / "model.onnx"
+    return directory / out / "model.onnx"
 
 
 def _over_genai(both: dict[str, Decoder], rounds: int) -> dict[str, float]:
