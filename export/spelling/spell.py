@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lora_fx.export.spelling.attention import OPSET, FuseAttention
+from lora_fx.export.spelling.idle_calls import DropIdleCalls
 from lora_fx.export.spelling.nan_guards import DropNanGuards
 from lora_fx.export.spelling.rewrite import Spelling
 from lora_fx.export.spelling.rms_norm import FuseRmsNorm
@@ -14,6 +15,7 @@ from lora_fx.export.spelling.sums import SumResiduals
 from lora_fx.export.spelling.transposes import TransposeOnce
 
 _SPELLINGS: tuple[type[Spelling], ...] = (
+    DropIdleCalls,
     DropNanGuards,
     TransposeOnce,
     FuseRotary,
