@@ -165,3 +165,43 @@ def test_a_cache_that_is_read_elsewhere_stays_apart(spelled: Callable[..., Any])
     assert "ak = Concat(pk, kh)" in found.text
     assert "av = Concat(pv, vh)" in found.text
     assert found.off < 1e-6
+
+
+def test_a_cache_that_is_read_before_attention_stays_apart(spelled: Callable[..., Any]) -> None:
+    text = CACHED.format(k_cache="pk, kh", v_read="av")
+    text = text.replace(
+        "float[b, 2, all, 4] av)", "float[b, 2, all, 4] av, float[b, 2, all, 4] nk)"
+    )
+    text = text.replace("uk =", "nk = Neg(ak)\n uk =")
+    found = spelled(FuseAttention, text, **SIZES)
+    assert found.count == 1
+    assert "ak = Concat(pk, kh)" in found.text
+    assert found.off < 1e-6
+
+
+REPEATED = """
+g (float[b, 2, n, 4] q, float[b, 2, t, 4] k, float[b, 2, t, 4] v, float[b, 1, n, twice] m) =>
+  (float[b, 2, n, 4] y)
+<int64[1] two = {2}, int64[5] times = {1, 1, 2, 1, 1}, int64[4] again = {0, 2, -1, 4},
+ float[b, 2, 2, t, 4] ek, float[b, 2, 2, t, 4] ev, float[b, 2, twice, 4] rk,
+ float[b, 2, twice, 4] rv>
+{
+    uk = Unsqueeze(k, two)
+    ek = Expand(uk, times)
+    rk = Reshape(ek, again)
+    uv = Unsqueeze(v, two)
+    ev = Expand(uv, times)
+    rv = Reshape(ev, again)
+    kt = Transpose <perm = [0, 1, 3, 2]> (rk)
+    qk = MatMul(q, kt)
+    z = Add(qk, m)
+    p = Softmax <axis = -1> (z)
+    y = MatMul(p, rv)
+}
+"""
+
+
+def test_keys_that_are_repeated_for_one_head_stay_so(spelled: Callable[..., Any]) -> None:
+    found = spelled(FuseAttention, REPEATED, b=2, n=5, t=3, twice=6)
+    assert found.text[-1] == "y = Attention(q, rk, rv, m)"
+    assert found.off < 1e-6
