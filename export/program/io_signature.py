@@ -37,20 +37,41 @@ class TensorInput:
 def input_leaves(
     gm: fx.GraphModule, program: torch.export.ExportedProgram, dynamic_shapes: Any
 ) -> list[TensorInput]:
-    """The tensor inputs of a program, in the order of its graph inputs."""
+    """The tensor inputs of a program, in the order of its graph inputs.
+
+    Raises:
+        ExportError: axes of one name are of two sizes.
+    """
     args, kwargs = program.example_inputs or ((), {})
     flat, _ = pytree.tree_flatten_with_path((args, kwargs))
     arguments = list(inspect.signature(gm.forward).parameters.values())
     shapes = _by_name(dynamic_shapes, arguments, kwargs)
     holders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    leaves = []
+    leaves: list[TensorInput] = []
+    given: list[torch.Tensor] = []
     for (path, value), user in zip(flat, program.graph_signature.user_inputs, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
         keys = _argument(path, arguments)
         sizes = tuple(holders[str(user)].meta["val"].shape)
         leaves.append(TensorInput("_".join(map(str, keys)), _axes(shapes, keys, sizes), sizes))
+        given.append(value)
+    _refuse_two_sizes(leaves, given)
     return leaves
+
+
+def _refuse_two_sizes(leaves: Sequence[TensorInput], given: Sequence[torch.Tensor]) -> None:
+    """An axis' name stands for one size: onnxruntime reuses memory by it."""
+    known: dict[str, tuple[str, int]] = {}
+    for leaf, value in zip(leaves, given, strict=True):
+        for axis, label in leaf.axes.items():
+            found = (leaf.name, value.shape[axis])
+            first = found if label is None else known.setdefault(label, found)
+            if first[1] != found[1]:
+                raise ExportError(
+                    f"dynamic_shapes: {label!r} is {first[1]} in {first[0]} and {found[1]} in "
+                    f"{leaf.name}: expected axes of one name to be of one size; name the other anew"
+                )
 
 
 def dimension_names(leaves: Sequence[TensorInput]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lora_fx import ExportError, to_onnx
 from lora_fx.export.program.io_signature import TensorInput, dimension_names, input_leaves
 from lora_fx.frontend.torch_export import export_program
 from lora_fx.frontend.trace import trace
@@ -51,6 +53,31 @@ def test_shapes_by_position_and_per_axis_lists() -> None:
 def test_starred_arguments_are_numbered() -> None:
     found = leaves(Many(), (X, X + 1), {}, None)
     assert [leaf.name for leaf in found] == ["xs_0", "xs_1"]
+
+
+class Apart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin() * self.weight, y.cos() * self.weight
+
+
+@pytest.mark.parametrize(
+    ("y", "shapes", "said"),
+    [
+        (X[:2], {"x": {0: "n"}, "y": {0: "n"}}, "'n' is 4 in x and 2 in y"),
+        (X, {"x": {0: "n", 1: "n"}, "y": None}, "'n' is 4 in x and 7 in x"),
+    ],
+)
+def test_axes_of_one_name_are_of_one_size(y: Any, shapes: Any, said: str, tmp_path: Path) -> None:
+    gm = trace(Apart(), (X, y), dynamic_shapes=shapes)
+    with pytest.raises(ExportError, match=said):
+        to_onnx(gm, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    apart = {name: {a: f"{name}{a}" for a in axes or ()} for name, axes in shapes.items()}
+    assert to_onnx(trace(Apart(), (X, y), dynamic_shapes=apart), tmp_path / "m.onnx").verified
 
 
 def test_a_given_name_wins_over_a_made_up_one() -> None:
