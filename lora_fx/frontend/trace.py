@@ -49,7 +49,8 @@ def trace(
         args: example inputs by position. Optional under symbolic tracing.
         kwargs: example inputs by name.
         dynamic_shapes: as torch.export takes it; an axis may also be given a name
-            (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred.
+            (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred; axes of
+            one name are of one size.
         frontend: ``"symbolic"`` (torch.fx, shapes stay general),
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
