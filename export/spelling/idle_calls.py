@@ -39,10 +39,12 @@ class DropIdleCalls(Spelling):
 def _same(node: ir.Node) -> ir.Value | None:
     """The input that a call gives as it is."""
     x, shape = node.inputs[0], shape_of(node.outputs[0])
+    if shape is None:
+        return None
     if node.op_type == "And":
         sides = ((x, node.inputs[1]), (node.inputs[1], x))
         return next((v for v, other in sides if _is_true(other) and shape_of(v) == shape), None)
-    if x is None or shape is None or shape_of(x) != shape:
+    if x is None or shape_of(x) != shape:
         return None
     if node.op_type == "Transpose":
         return x if node.attributes["perm"].as_ints() == tuple(range(len(shape))) else None

@@ -52,6 +52,7 @@ def test_what_changes_nothing_goes(
         ("h = Slice(x, less, start, two, less)  y = Neg(h)", f"{WHOLE} h", WHOLE),
         ("h = Transpose <perm = [0, 2, 1]> (x)  y = Neg(h)", "float[b, 5, n] h", "float[b, 5, n]"),
         ("h = And(m, no)  y = Not(h)", f"{TRUE} h", TRUE),
+        ("k = Tile(m, both)  h = And(k, yes)  y = Not(h)", f"{TRUE} h2", "bool[none, more]"),
         ("h = Or(m, yes)  y = Not(h)", f"{TRUE} h", TRUE),
         ("y = Expand(x, sizes)", f"{WHOLE} h", WHOLE),
     ],
