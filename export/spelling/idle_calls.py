@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, producer, put
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
 _MOVES = ("Slice", "Expand", "Transpose", "And")
@@ -43,21 +43,13 @@ def _same(node: ir.Node) -> ir.Value | None:
         return None
     if node.op_type == "And":
         sides = ((x, node.inputs[1]), (node.inputs[1], x))
-        return next((v for v, other in sides if _is_true(other) and shape_of(v) == shape), None)
+        return next((v for v, other in sides if number(other) == 1 and shape_of(v) == shape), None)
     if x is None or shape_of(x) != shape:
         return None
     if node.op_type == "Transpose":
         return x if node.attributes["perm"].as_ints() == tuple(range(len(shape))) else None
     steps = node.inputs[4] if len(node.inputs) > 4 else None
     return x if steps is None or set(sizes_in(steps) or (0,)) == {1} else None
-
-
-def _is_true(value: ir.Value | None) -> bool:
-    """Whether a value is a constant, all of which is true."""
-    if value is None or value.is_graph_input():
-        return False
-    tensor = ir.convenience.get_const_tensor(value)
-    return tensor is not None and tensor.size == 1 and bool(tensor.numpy().all())
 
 
 def _at_once(node: ir.Node) -> bool:
