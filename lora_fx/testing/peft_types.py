@@ -141,6 +141,8 @@ _CASES: list[tuple[str, Make, str, dict[str, Any]]] = [
     ("ragged plain", _linear, "psoft",
      {"r": 2, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}),
     ("ragged solved", _linear, "psoft", {"r": 2, "use_cayley_neumann": True}),
+    ("ragged bounded", _linear, "psoft",
+     {"r": 2, "use_cayley_neumann": True, "cayley_neumann_eps": 1e-3}),
     ("ragged", _linear, "pvera", {"r": 2}),
     ("ragged unsaved", _linear, "pvera", {"r": 2, "save_projection": False}),
     ("Conv1D", _transposed, "pvera", {"r": 2, "fan_in_fan_out": True}),

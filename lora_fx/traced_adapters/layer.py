@@ -26,6 +26,7 @@ from lora_fx.graph.graph_module import attribute
 from lora_fx.layers.layer import Layer
 from lora_fx.numerics import compare
 from lora_fx.traced_adapters.dense_sparse import sparse_said_densely
+from lora_fx.traced_adapters.value_branches import branches_taken
 
 Own = Mapping[str, torch.Tensor]
 
@@ -52,7 +53,7 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises those who train
-        with sparse_said_densely():
+        with branches_taken(layer, example(base, layer)), sparse_said_densely():
             gm = trace(layer, (example(base, layer),))
         read = _Reading(analyse(gm), base, own)
         update = read.update(_value(read.analysis, gm), kind)

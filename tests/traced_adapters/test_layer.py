@@ -80,6 +80,46 @@ def test_what_was_written_into_its_copy_of_w_is_a_part_of_the_update() -> None:
     assert relative(found, own["weight"] * 0.5 + layer.up @ layer.down) <= 1e-6
 
 
+def scaled_if(asked: Any) -> Any:
+    return lambda m, x: m.base_layer(x) + x @ m.down.T @ m.up.T * (2 if asked(m) else 3)
+
+
+ASKED: dict[str, Any] = {
+    "a comparison": lambda m: m.up.norm() > 1.0,
+    "its other side": lambda m: m.up.norm() > 100.0,
+    "two": lambda m: torch.isfinite(m.up.norm()) and m.down.norm() < 0,
+    "a number": lambda m: m.up.norm().item() > 1.0,
+    "a whole number": lambda m: int(m.up.norm()) > 100,
+    "a float": lambda m: float(m.up.detach().sum()) != 0.0,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_a_branch_on_values_of_its_own_is_taken_as_it_is_when_it_runs(asked: Any) -> None:
+    layer = Wraps(scaled_if(asked))
+    update, scale = read(layer), 2 if asked(layer) else 3
+    wanted = layer.base_layer.weight + scale * layer.up @ layer.down
+    assert relative(update.weight(layer.base_layer.weight), wanted) <= 1e-6
+    assert relative(update.weight(layer.base_layer.weight), wanted + layer.up @ layer.down) > 1e-2
+    assert "forward" not in vars(layer)
+
+
+BY_INPUT: dict[str, Any] = {
+    "as it is": lambda m, x: m.base_layer(x) * (2 if x.sum() > 1e9 else 3),
+    "behind a cast": lambda m, x: m.base_layer(x) * (2 if x.to(m.up.dtype).max() > 1e9 else 3),
+    "behind the layer": lambda m, x: m.base_layer(x) * (2 if m.base_layer(x).max() > 1e9 else 3),
+    "beside its own": lambda m, x: m.base_layer(x) * (2 if (m.up[0, 0] + x[0, 0, 0]) > 9 else 3),
+    "in a pair": lambda m, x: m.base_layer(x) * (2 if x.max(-1).values.sum() > 1e9 else 3),
+    "as a number": lambda m, x: m.base_layer(x) * x.sum().item(),
+}
+
+
+@pytest.mark.parametrize("function", BY_INPUT.values(), ids=BY_INPUT)
+def test_a_branch_on_its_input_is_refused(function: Any) -> None:
+    with pytest.raises(AdapterError, match="its Python code branches on what its input is"):
+        read(Wraps(function))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
