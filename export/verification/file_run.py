@@ -24,22 +24,20 @@ class Run:
         path: the model file.
         adapter: the adapter file, or None.
         manifest: of the file, if it has slots.
-        known: what it gave already, optimised: label -> output name -> array.
+        known: what it gave already: whether optimised, and label -> output name -> array.
     """
 
     path: Path
     adapter: Path | None = None
     manifest: Manifest | None = None
-    known: dict[str, Feeds] = field(default_factory=dict, compare=False)
+    known: dict[tuple[bool, str], Feeds] = field(default_factory=dict, compare=False)
 
     def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
         """What it gives: label -> output name -> array; a label has the same inputs each time."""
-        if optimise and feeds.keys() <= self.known.keys():
-            return {label: self.known[label] for label in feeds}
-        session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
-        active = activated(session, self.path, self.manifest, self.adapter)
-        every = ((label, each | active.feeds) for label, each in feeds.items())
-        found = {label: call(session, each, active.options) for label, each in every}
-        if optimise:
-            self.known.update(found)
-        return found
+        if any((optimise, label) not in self.known for label in feeds):
+            session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
+            active = activated(session, self.path, self.manifest, self.adapter)
+            for label, each in feeds.items():
+                given = each | active.feeds
+                self.known[optimise, label] = call(session, given, active.options)
+        return {label: self.known[optimise, label] for label in feeds}

@@ -40,7 +40,7 @@ def feeds_for(
     inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        run.known["as given"] = call(session, feeds | slots)
+        run.known[True, "as given"] = call(session, feeds | slots)
         return {"as given": feeds}
     limits = dict(_table_sizes(model))
     found: dict[str, Feeds] = {}
@@ -50,7 +50,7 @@ def feeds_for(
         label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
         try:
             given_back = call(session, feeds | slots)
-            run.known.setdefault(label, given_back)
+            run.known.setdefault((True, label), given_back)
             found.setdefault(label, feeds)
         except ExportError as error:
             problem = error
