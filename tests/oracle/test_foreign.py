@@ -187,9 +187,7 @@ def example(base: nn.Module, batch: int) -> tuple[torch.Tensor, dict[int, str]]:
 
 
 @functools.cache
-def based(
-    make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, fx.GraphModule]:
+def based(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, fx.GraphModule]:
     """A base with nothing zero, and its graph; both are only read."""
     torch.manual_seed(0)
     base = make().eval()
@@ -200,19 +198,22 @@ def based(
 
 
 @functools.cache
-def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, fx.GraphModule]:
-    """What PEFT makes of a case's base, and its graph; both are only read."""
+def built(
+    name: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, fx.GraphModule, Any, fx.GraphModule]:
+    """A case's base, its graph, what PEFT makes of it, and the graph of that: only read."""
     make, configs = CASES[name]
-    base, _ = based(make, dtype)
+    base, base_graph = based(make, dtype)
     torch.manual_seed(0)
     model = wrapped(base, configs if isinstance(configs, tuple) else (configs,))
     x, axes = example(base, 4)
-    return model, trace(model, (cast(x, dtype),), dynamic_shapes={"args": (axes,)})
+    gm = trace(model, (cast(x, dtype),), dynamic_shapes={"args": (axes,)})
+    return base, base_graph, model, gm
 
 
 @pytest.mark.parametrize("name", [*LINEAR, *CONV])
 def test_a_wrapped_layer_folds_to_the_layer(name: str) -> None:
-    (base, base_graph), (model, gm) = based(CASES[name][0]), built(name)
+    base, base_graph, model, gm = built(name)
     other, _ = example(base, 6)
     folded = folds_to(gm, base_graph)
     with torch.no_grad():
@@ -223,7 +224,7 @@ def test_a_wrapped_layer_folds_to_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "dora", "oft", "transposed_lora", "embedding_dora"])
 def test_the_folded_graph_reads_as_the_base(name: str) -> None:
-    (_, base_graph), (_, gm) = based(CASES[name][0]), built(name)
+    _, base_graph, _, gm = built(name)
     folded = text(fold(gm)).replace("base_model.model.", "").replace(".base_layer", "")
     assert folded.replace("args_0", "x") == text(base_graph)
 
@@ -233,7 +234,7 @@ def test_the_folded_graph_reads_as_the_base(name: str) -> None:
     "name", ["lora", "dora", "two_lora", "vera", "ia3", "transposed_lora", "embedding_lora"]
 )
 def test_casts_around_a_wide_adapter_fold_too(name: str, dtype: torch.dtype) -> None:
-    (base, base_graph), (model, gm) = based(CASES[name][0], dtype), built(name, dtype)
+    base, base_graph, model, gm = built(name, dtype)
     other = cast(example(base, 6)[0], dtype)
     folded = folds_to(gm, base_graph)
     with torch.no_grad():
@@ -272,7 +273,7 @@ CASES = LINEAR | CONV | APART | MOVED
 
 @pytest.mark.parametrize("name", [*APART, *MOVED])
 def test_what_is_no_layer_stays_right(name: str) -> None:
-    (base, base_graph), (model, gm) = based(CASES[name][0]), built(name)
+    base, base_graph, model, gm = built(name)
     other, _ = example(base, 6)
     folded = fold(gm)
     assert FoldLora()(folded).modified is False
