@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 TARGETS = {"LlamaForCausalLM": ["q_proj", "down_proj"], "GPT2LMHeadModel": ["c_attn", "c_proj"]}
 MODELS = list(TARGETS)
+# Keys of the base's tokens meet those of the adapter's in a second block.
+SIZES = {"LlamaForCausalLM": {"num_hidden_layers": 2}, "GPT2LMHeadModel": {"n_layer": 1}}
 ONE, OTHER = [7, 3], [9, 4, 6]
 # No invocation, one, two of them, two that overlap others', one at the end, half of one.
 IDS = torch.tensor(
@@ -52,7 +55,7 @@ INVOCATIONS = {"one": ONE, "other": OTHER, "plain": None}
 @functools.cache
 def base(architecture: str) -> Any:
     torch.manual_seed(0)
-    return tiny(architecture).eval()
+    return tiny(architecture, **SIZES[architecture]).eval()
 
 
 @functools.cache
@@ -74,8 +77,7 @@ class Saved:
             alora_invocation_tokens=INVOCATIONS[name],
             **options,
         )
-        torch.manual_seed(0)
-        self.model = peft.get_peft_model(tiny(architecture).eval(), config).eval()
+        self.model = peft.get_peft_model(copy.deepcopy(base(architecture)), config).eval()
         torch.manual_seed(len(name))
         for key, parameter in self.model.named_parameters():
             if "lora_" in key:
@@ -137,10 +139,8 @@ def test_what_is_saved_again_peft_runs_alike(options: dict[str, Any], tmp_path: 
     save_adapter(saved.adapter, tmp_path / "again")
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert (config["alora_invocation_tokens"], config["task_type"]) == (ONE, "CAUSAL_LM")
-    torch.manual_seed(0)
-    model = peft.PeftModel.from_pretrained(
-        tiny("LlamaForCausalLM").eval(), str(tmp_path / "again")
-    ).eval()
+    own = copy.deepcopy(base("LlamaForCausalLM"))
+    model = peft.PeftModel.from_pretrained(own, str(tmp_path / "again")).eval()
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, saved.of_peft())
     same_adapter(load_adapter(tmp_path / "again", base=base("LlamaForCausalLM")), saved.adapter)

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_fx import fold, text, trace, unfold
 from lora_fx.numerics import TOLERANCE
 from lora_fx.passes import FoldLora
-from lora_fx.testing import Two, folds_to, operators, relative, zoo
-from lora_fx.testing.zoo import traced
+from lora_fx.testing import Two, folds_to, operators, relative
+from lora_fx.testing.zoo import traced, untraced
 
 pytestmark = [
     # PEFT says what it does about Conv1D, and advises on tied embeddings.
@@ -78,6 +78,7 @@ def padded() -> nn.Module:
     return Two(nn.Embedding(11, 5, padding_idx=2), nn.Linear(5, 7))
 
 
+@functools.cache
 def conv(kind: Any, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         fields = {"kernel_size": 3, "stride": 2, "padding": 1} | options
@@ -185,28 +186,35 @@ def example(base: nn.Module, batch: int) -> tuple[torch.Tensor, dict[int, str]]:
     return torch.randn(batch, 4, *sizes, generator=make), {0: "batch"}
 
 
-def built(case: Case) -> tuple[nn.Module, nn.Module]:
-    """A case's base with nothing zero, and what PEFT makes of it."""
+@functools.cache
+def based(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, fx.GraphModule]:
+    """A base with nothing zero, and its graph; both are only read."""
     torch.manual_seed(0)
-    make, configs = case
     base = make().eval()
     for parameter in base.parameters():
         nn.init.normal_(parameter, 0.0, 0.5)
-    return base, wrapped(base, configs if isinstance(configs, tuple) else (configs,))
+    x, axes = example(base.to(dtype), 4)
+    return base, trace(base, (cast(x, dtype),), dynamic_shapes=(axes,))
 
 
-def graphs(base: nn.Module, model: nn.Module, x: Any, axes: Any) -> list[fx.GraphModule]:
-    return [
-        trace(base, (x,), dynamic_shapes=(axes,)),
-        trace(model, (x,), dynamic_shapes={"args": (axes,)}),
-    ]
+@functools.cache
+def built(
+    name: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, fx.GraphModule, Any, fx.GraphModule]:
+    """A case's base, its graph, what PEFT makes of it, and the graph of that: only read."""
+    make, configs = CASES[name]
+    base, base_graph = based(make, dtype)
+    torch.manual_seed(0)
+    model = wrapped(base, configs if isinstance(configs, tuple) else (configs,))
+    x, axes = example(base, 4)
+    gm = trace(model, (cast(x, dtype),), dynamic_shapes={"args": (axes,)})
+    return base, base_graph, model, gm
 
 
 @pytest.mark.parametrize("name", [*LINEAR, *CONV])
 def test_a_wrapped_layer_folds_to_the_layer(name: str) -> None:
-    base, model = built((LINEAR | CONV)[name])
-    (x, axes), (other, _) = example(base, 4), example(base, 6)
-    base_graph, gm = graphs(base, model, x, axes)
+    base, base_graph, model, gm = built(name)
+    other, _ = example(base, 6)
     folded = folds_to(gm, base_graph)
     with torch.no_grad():
         wanted = model(other)
@@ -216,8 +224,7 @@ def test_a_wrapped_layer_folds_to_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "dora", "oft", "transposed_lora", "embedding_dora"])
 def test_the_folded_graph_reads_as_the_base(name: str) -> None:
-    base, model = built(LINEAR[name])
-    base_graph, gm = graphs(base, model, *example(base, 4))
+    _, base_graph, _, gm = built(name)
     folded = text(fold(gm)).replace("base_model.model.", "").replace(".base_layer", "")
     assert folded.replace("args_0", "x") == text(base_graph)
 
@@ -227,22 +234,18 @@ def test_the_folded_graph_reads_as_the_base(name: str) -> None:
     "name", ["lora", "dora", "two_lora", "vera", "ia3", "transposed_lora", "embedding_lora"]
 )
 def test_casts_around_a_wide_adapter_fold_too(name: str, dtype: torch.dtype) -> None:
-    base, _ = built(LINEAR[name])
-    configs = LINEAR[name][1]
-    base = base.to(dtype)
-    model = wrapped(base, configs if isinstance(configs, tuple) else (configs,))
-    (x, axes), (other, _) = (cast(example(base, n), dtype) for n in (4, 6))
-    folded = folds_to(*reversed(graphs(base, model, x, axes)))
+    base, base_graph, model, gm = built(name, dtype)
+    other = cast(example(base, 6)[0], dtype)
+    folded = folds_to(gm, base_graph)
     with torch.no_grad():
-        exact = copy.deepcopy(model).float()(cast((other, {}), torch.float32)[0])
+        exact = copy.deepcopy(model).float()(cast(other, torch.float32))
         assert folded(other).dtype == model(other).dtype == dtype
         assert relative(folded(other), exact) <= TOLERANCE[dtype]
         assert relative(base(other), exact) > 10 * TOLERANCE[dtype]
 
 
-def cast(given: tuple[torch.Tensor, Any], dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
-    x, axes = given
-    return (x.to(dtype) if x.is_floating_point() else x), axes
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 # What PEFT computes here is no layer of the base's geometry, whatever its merge makes of it:
@@ -265,13 +268,13 @@ MOVED: dict[str, Case] = {
     # Its spectrum is picked by a mask: torch.export leaves checks of how many there are behind.
     "waveft": (even, peft.WaveFTConfig(n_frequency=9, target_modules=BOTH)),
 }
+CASES = LINEAR | CONV | APART | MOVED
 
 
 @pytest.mark.parametrize("name", [*APART, *MOVED])
 def test_what_is_no_layer_stays_right(name: str) -> None:
-    base, model = built((APART | MOVED)[name])
-    (x, axes), (other, _) = example(base, 4), example(base, 6)
-    base_graph, gm = graphs(base, model, x, axes)
+    base, base_graph, model, gm = built(name)
+    other, _ = example(base, 6)
     folded = fold(gm)
     assert FoldLora()(folded).modified is False
     assert text(unfold(folded)) == text(gm)
@@ -316,20 +319,34 @@ WHOLE += [(m, kind, table) for m, table in EMBEDDINGS.items() for kind in ("lora
 WHOLE += [("llama", "lora", "lm_head"), ("gpt2", "ia3", "")]
 
 
+BLOCKS = {
+    "bert": ["encoder.layer"],
+    "gpt2": ["transformer.h"],
+    "llama": ["model.layers"],
+    "qwen2": ["model.layers"],
+    "t5": ["encoder.block", "decoder.block"],
+    "vit": ["layers"],
+}
+
+
 @functools.cache
-def fixed(name: str) -> fx.GraphModule:
-    """A model's graph without free axes, which takes a third of the time: only read."""
-    case, _ = traced(name)
-    return trace(case.model, (), case.inputs)
+def fixed(name: str) -> tuple[Any, fx.GraphModule]:
+    """A model of one block without free axes, a sixth of the time, and its graph: only read."""
+    case = untraced(name)
+    for path in BLOCKS[name]:
+        del case.model.get_submodule(path)[1:]  # type: ignore[operator]
+    for parameter in case.model.parameters():
+        if parameter.ndim > 1:  # or a block hardly shows beside what it is added to
+            parameter.data.mul_(4)
+    return case, trace(case.model, (), case.inputs)
 
 
 @pytest.mark.parametrize(("name", "kind", "more"), WHOLE)
 def test_a_wrapped_model_folds_to_the_model(name: str, kind: str, more: str) -> None:
-    """With free axes where the adapter is LoRA on layers; all else has them on single layers."""
-    case, base_graph = zoo(name)
-    dynamic, others = case.dynamic, case.others
-    if kind != "lora" or more:
-        base_graph, dynamic, others = fixed(name), {}, case.inputs
+    """Of two blocks and free axes where it is LoRA on layers; all else has axes on single ones."""
+    is_whole = kind == "lora" and not more
+    case, base_graph = traced(name) if is_whole else fixed(name)
+    dynamic, others = (case.dynamic, case.others) if is_whole else ({}, case.inputs)
     targets = case.targets + [more] * bool(more)
     # LoHa multiplies four factors: small ones would make an adapter of no effect.
     model = wrapped(case.model, on_model(kind, targets), spread=0.4 if kind == "loha" else 0.15)

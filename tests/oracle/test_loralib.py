@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import loralib
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lora_fx import Session, fold, inject, load_adapter, to_onnx, trace
 from lora_fx.numerics import TOLERANCE
@@ -77,8 +78,9 @@ def example(base: nn.Module, batch: int) -> torch.Tensor:
     return torch.randn(batch, *sizes, generator=make)
 
 
+@functools.cache
 def built(name: str) -> tuple[nn.Module, nn.Module]:
-    """torch's layers with loralib's base weights, and loralib's with an adapter of effect."""
+    """loralib's layers with an adapter of effect, and torch's with its base weights: only read."""
     make, plain = CASES[name]
     torch.manual_seed(0)
     model, base = make().eval(), plain().eval()
@@ -92,12 +94,24 @@ def built(name: str) -> tuple[nn.Module, nn.Module]:
     return model, base
 
 
+@functools.cache
+def traced(name: str, dtype: torch.dtype) -> fx.GraphModule:
+    """The graph of torch's layers: only read."""
+    base = copy.deepcopy(built(name)[1]).to(dtype)
+    x = cast(example(base, 4), dtype)
+    return trace(base, (x,), dynamic_shapes=({0: "batch"},))
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loralib_folds_to_plain_layers(name: str) -> None:
     model, base = built(name)
     x, other = example(base, 4), example(base, 6)
-    gm, plain = (trace(m, (x,), dynamic_shapes=({0: "batch"},)) for m in (model, base))
-    folded = folds_to(gm, plain)
+    gm = trace(model, (x,), dynamic_shapes=({0: "batch"},))
+    folded = folds_to(gm, traced(name, torch.float32))
     with torch.no_grad():
         wanted = model(other)
         assert relative(folded(other), wanted) <= 1e-5
@@ -113,7 +127,7 @@ def test_what_loralib_saves_is_injected_folded_and_exported(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, base = built(name)
-    path, x, other = tmp_path / "a.pt", example(base, 4), example(base, 6)
+    path, other = tmp_path / "a.pt", example(base, 6)
     torch.save(loralib.lora_state_dict(model), path)
     # The scale of what loralib was given no alpha for is that of its default, 1.
     hints: dict[str, Any] = {"alpha": {"wide": 3, "narrow": narrow_alpha(name)}}
@@ -122,14 +136,12 @@ def test_what_loralib_saves_is_injected_folded_and_exported(
     adapter = load_adapter(path, format="loralib", base=base, allow_pickle=True, **hints)
     with torch.no_grad():
         wanted = model(other)
-    half, tolerance = copy.deepcopy(base).to(dtype), TOLERANCE[dtype]
-    cast = (lambda t: t) if x.dtype == torch.int64 else (lambda t: t.to(dtype))
-    gm = trace(half, (cast(x),), dynamic_shapes=({0: "batch"},))
+    gm, tolerance = traced(name, dtype), TOLERANCE[dtype]
     injected = inject(gm, adapter)
     for form in (injected, fold(injected)):
         with torch.no_grad():
-            assert relative(form(cast(other)), wanted) <= tolerance
-            assert relative(gm(cast(other)), wanted) > 5 * tolerance
+            assert relative(form(cast(other, dtype)), wanted) <= tolerance
+            assert relative(gm(cast(other, dtype)), wanted) > 5 * tolerance
         if dtype is torch.float32:
             to_onnx(form, tmp_path / "m.onnx", force=True)
             (found,) = Session(tmp_path / "m.onnx", threads=1).run({"x": other}).values()

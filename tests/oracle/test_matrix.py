@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
@@ -232,32 +232,36 @@ class Case:
         assert relative(outputs, wanted) <= within
         assert relative(self.model(self.x), wanted) > 1e-2
 
+    @functools.cached_property
     def wanted(self) -> torch.Tensor:
         outputs: torch.Tensor = merged(self.layer, self.model, self.update)(self.x)
         return outputs
+
+    @functools.cached_property
+    def injected(self) -> fx.GraphModule:
+        return inject(self.gm, self.adapter)
 
     def run(self, model: Path, adapter: Path | None = None) -> torch.Tensor:
         (outputs,) = lora_fx.Session(model, threads=1).run({"x": self.x}, adapter=adapter).values()
         return torch.from_numpy(outputs)
 
     def inject(self) -> str:
-        self.agrees(inject(self.gm, self.adapter)(self.x), 1e-6, self.wanted())
+        self.agrees(self.injected(self.x), 1e-6, self.wanted)
         return "yes"
 
     def fold(self) -> str:
-        injected = inject(self.gm, self.adapter)
-        folded = lora_fx.fold(injected)
-        self.agrees(folded(self.x), 1e-5, self.wanted())
+        folded = lora_fx.fold(self.injected)
+        self.agrees(folded(self.x), 1e-5, self.wanted)
         if "lora_" not in text(folded):
             return "yes"
         # Without torch's numbers of nodes.
-        return f"stays: {re.sub(r'_tensor(_[0-9]+)?', '', explain(injected)[0])}"
+        return f"stays: {re.sub(r'_tensor(_[0-9]+)?', '', explain(self.injected)[0])}"
 
     def constant(self) -> str:
         path = self.directory / "model.onnx"
-        report = lora_fx.to_onnx(inject(self.gm, self.adapter), path)
+        report = lora_fx.to_onnx(self.injected, path)
         assert report.verified
-        self.agrees(self.run(path), 1e-5, self.wanted())
+        self.agrees(self.run(path), 1e-5, self.wanted)
         return "yes"
 
     def swappable(self) -> str:
@@ -272,7 +276,7 @@ class Case:
         path, file = self.directory / "swappable.onnx", self.directory / "a.onnx_adapter"
         path.write_bytes(swappable(self.name, form))
         lora_fx.export_adapter(self.adapter, path, file)
-        self.agrees(self.run(path, file), 1e-5, self.wanted())
+        self.agrees(self.run(path, file), 1e-5, self.wanted)
         assert relative(self.run(path), self.model(self.x)) <= 1e-5
         return word
 
@@ -295,7 +299,7 @@ class Case:
 
     def save(self) -> str:
         """The first format that holds it and gives it back."""
-        injected, refusals = inject(self.gm, self.adapter)(self.x), []
+        injected, refusals = self.injected(self.x), []
         for name, file, hints in FORMATS:
             path = self.directory / file
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -69,10 +70,17 @@ def by_peft(base: nn.Module, path: Path) -> torch.Tensor:
     return want
 
 
+@functools.cache
+def traced(base: nn.Module) -> fx.GraphModule:
+    """A model's graph, of which it remembers the model: both are only read."""
+    return trace(base, (), FEED)
+
+
 def ours(base: nn.Module, path: Path) -> torch.Tensor:
-    return outputs(inject(trace(base, (), FEED), load_adapter(path, base=base)))
+    return outputs(inject(traced(base), load_adapter(path, base=base)))
 
 
+@functools.cache
 def llava() -> nn.Module:
     from transformers import Qwen2Config
 
@@ -132,26 +140,36 @@ class Wrapper(nn.Module):
         return self.backbone(**kwargs)
 
 
+@functools.cache
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).eval()
+
+
+@functools.cache
+def base_of(form: str) -> Any:
+    inner = llama() if form == "wrapped" else llama().model
+    return Wrapper(inner) if form.startswith("wrapped") else inner
+
+
 @pytest.mark.parametrize("form", ["headless", "wrapped", "wrapped headless", "whole on headless"])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_an_adapter_meets_its_model_without_a_head_or_wrapped(
     tmp_path: Path, form: str, with_base: bool
 ) -> None:
     torch.manual_seed(0)
-    whole = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).eval()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    trained: Any = whole if form != "wrapped headless" else whole.model
+    trained: Any = llama() if form != "wrapped headless" else llama().model
     tuned: Any = get_peft_model(copy.deepcopy(trained), config)
     for name, value in tuned.named_parameters():
         if "lora_" in name:
             nn.init.normal_(value.data, 0, 0.3)
     tuned.eval().save_pretrained(tmp_path / "a")
-    inner: Any = whole if form == "wrapped" else whole.model
-    base = Wrapper(inner) if form.startswith("wrapped") else inner
+    base = base_of(form)
     own = tuned.get_base_model()
     want = outputs(own.model if "headless" in form and hasattr(own, "model") else own)
     adapter = load_adapter(tmp_path / "a", base=base if with_base else None)
-    got = outputs(inject(trace(base, (), FEED), adapter))
+    got = outputs(inject(traced(base), adapter))
     assert relative(got, want) < 1e-5
     assert relative(outputs(base), want) > 1e-3
 

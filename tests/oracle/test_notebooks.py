@@ -199,11 +199,10 @@ def test_merging_in_place_and_back_is_not_exact() -> None:
 @pytest.mark.parametrize("name", ["linear", "fused", "concat", "pad"])
 def test_the_merged_layer_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     layer = made(name)
-    assert_runs(layer, tmp_path / "merged.onnx")
+    assert_runs(layer, fold(traced(layer, batch(layer, 4, 7))), tmp_path / "merged.onnx")
 
 
-def assert_runs(layer: Layer, path: Path) -> None:
-    folded = fold(traced(layer, batch(layer, 4, 7)))
+def assert_runs(layer: Layer, folded: fx.GraphModule, path: Path) -> None:
     to_onnx(folded, path)
     other = batch(layer, 2, 9)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -226,8 +225,9 @@ def test_every_pattern_of_a_fused_layer_runs_as_it_is_and_merged(
     torch.manual_seed(0)
     layer = FusedLora(5, 21, rank, list(enabled)).eval()
     gm, other = traced(layer, batch(layer, 4, 7)), batch(layer, 2, 9)
-    assert operators(fold(gm)) == operators(traced(layer.base(), batch(layer, 4, 7)))
-    assert relative(fold(gm)(other), layer(other)) <= 1e-5
+    folded = fold(gm)
+    assert operators(folded) == operators(traced(layer.base(), batch(layer, 4, 7)))
+    assert relative(folded(other), layer(other)) <= 1e-5
     to_onnx(gm, tmp_path / "beside.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "beside.onnx")
     (actual,) = session.run(None, {"x": other.numpy()})
@@ -265,9 +265,10 @@ def test_the_fused_layer_at_the_size_of_the_notebook(tmp_path: Path) -> None:
         parameter.uniform_(0.0, 0.1)
     layer.lora_ind.copy_(torch.arange(3).ne(1).repeat_interleave(4096))
     gm = traced(layer, batch(layer, 2, 5))
-    assert operators(fold(gm))["linear"] == 1
-    assert operators(fold(gm)).total() == 3  # its input, the layer, its output
+    folded = fold(gm)
+    assert operators(folded)["linear"] == 1
+    assert operators(folded).total() == 3  # its input, the layer, its output
     raised = RaiseLora()(gm).graph_module
     assert adapter_from(raised).updates["target"].rank == 16  # two groups of 8
     assert relative(raised(batch(layer, 2, 5)), layer(batch(layer, 2, 5))) <= 1e-5
-    assert_runs(layer, tmp_path / "merged.onnx")
+    assert_runs(layer, folded, tmp_path / "merged.onnx")

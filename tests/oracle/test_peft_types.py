@@ -147,18 +147,16 @@ LOW_RANK = ["delora", "miss", "psoft", "pvera", "tinylora", "unilora", "vblora",
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_what_shows_its_factors_is_an_update_of_low_rank(name: str, tmp_path: Path) -> None:
-    case = save_peft_case(next(n for n in PEFT_TYPES if n.startswith(name)), tmp_path / "a")
-    updates = load_adapter(case.directory, base=case.base).updates.values()
+def test_what_shows_its_factors_is_an_update_of_low_rank(name: str) -> None:
+    _, adapter, _, _ = read(next(n for n in PEFT_TYPES if n.startswith(name)))
+    updates = adapter.updates.values()
     assert all(isinstance(u, Update) and u.is_plain and u.rank <= 2 for u in updates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["vblora, linear", "boft, linear", "hira, ragged", "miss, ragged"])
-def test_a_base_of_half_precision_agrees_within_the_table(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    case = save_peft_case(name, tmp_path / "a")
+def test_a_base_of_half_precision_agrees_within_the_table(name: str, dtype: torch.dtype) -> None:
+    case, _, _, _ = read(name)
     half = copy.deepcopy(case.base).to(dtype)
     gm = trace(half, (case.x.to(dtype),))
     wide = SavedCase(copy.deepcopy(half).float(), case.directory, case.x.to(dtype).float())
@@ -170,41 +168,41 @@ def test_a_base_of_half_precision_agrees_within_the_table(
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Files of a few types, merged and beside the layer, and what PEFT computes."""
-    made: dict[str, Any] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a few types, merged and beside the layer."""
+    made: dict[str, Path] = {}
     for name in ("boft, linear", "hira, embedding", "c3a, linear"):
         directory = tmp_path_factory.mktemp("exported")
-        case = save_peft_case(name, directory / "a")
-        injected = inject(graph(case), load_adapter(case.directory, base=case.base))
+        case, adapter, _, _ = read(name)
+        injected = inject(graph(case), adapter)
         for mode, gm in (("merged", fold(injected)), ("unmerged", injected)):
             path = directory / f"{mode}.onnx"
             assert lora_fx.to_onnx(gm, path).verified
-            made[f"{name} {mode}"] = path, case
+            made[f"{name} {mode}"] = path
     return made
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
 @pytest.mark.parametrize("name", ["boft, linear", "hira, embedding", "c3a, linear"])
-def test_a_file_of_it_runs_in_onnxruntime(name: str, mode: str, exported: dict[str, Any]) -> None:
-    path, case = exported[f"{name} {mode}"]
+def test_a_file_of_it_runs_in_onnxruntime(name: str, mode: str, exported: dict[str, Path]) -> None:
+    path, (case, _, _, wanted) = exported[f"{name} {mode}"], read(name)
     session = lora_fx.Session(path, threads=1)
     (found,) = session.run({"x": case.x}).values()
-    assert relative(torch.from_numpy(found), of_peft(case)) <= 1e-5
-    assert relative(case.base(case.x).detach(), of_peft(case)) > 1e-2
+    assert relative(torch.from_numpy(found), wanted) <= 1e-5
+    assert relative(case.base(case.x).detach(), wanted) > 1e-2
 
 
 def test_one_of_low_rank_goes_into_a_slot(tmp_path: Path) -> None:
-    case = save_peft_case("vblora, linear", tmp_path / "french")
-    lora_fx.to_onnx(graph(case), tmp_path / "m.onnx", adapters="input")
-    adapter = load_adapter(case.directory, base=case.base)
+    case, adapter, _, wanted = read("vblora, linear")
+    gm = graph(case)
+    lora_fx.to_onnx(gm, tmp_path / "m.onnx", adapters="input")
     lora_fx.export_adapter(adapter, tmp_path / "m.onnx", tmp_path / "french.onnx_adapter")
     session = lora_fx.Session(tmp_path / "m.onnx", threads=1)
     (found,) = session.run({"x": case.x}, adapter=tmp_path / "french.onnx_adapter").values()
-    assert relative(torch.from_numpy(found), of_peft(case)) <= 1e-5
+    assert relative(torch.from_numpy(found), wanted) <= 1e-5
     lora_fx.save_adapter(adapter, tmp_path / "as_lora")
-    again = inject(graph(case), load_adapter(tmp_path / "as_lora"))
-    assert relative(again(case.x).detach(), of_peft(case)) <= 1e-5
+    again = inject(gm, load_adapter(tmp_path / "as_lora"))
+    assert relative(again(case.x).detach(), wanted) <= 1e-5
 
 
 # A kind of ours is read without PEFT and without the base, and means the same.

@@ -97,16 +97,23 @@ class Fused(nn.Module):
         return y
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A base, which is only read, and its file."""
+    torch.manual_seed(0)
+    base, path = Fused(nn.Linear(5, 18)).eval(), tmp_path_factory.mktemp("fused") / "m.onnx"
+    gm = trace(base, (torch.randn(3, 7, 5),), dynamic_shapes=({0: "batch", 1: "length"},))
+    lora_fx.to_onnx(gm, path, adapters="input")
+    return base, path
+
+
 @pytest.mark.parametrize("enable", [[True, False, True], [False, True, False], [True] * 3])
 @pytest.mark.parametrize("rank", [2, 5])
 def test_one_file_takes_fused_adapters_of_loralib(
-    enable: list[bool], rank: int, tmp_path: Path
+    fused: tuple[nn.Module, Path], enable: list[bool], rank: int, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    base = Fused(nn.Linear(5, 18)).eval()
-    x, other = torch.randn(3, 7, 5), torch.randn(2, 4, 5)
-    gm = trace(base, (x,), dynamic_shapes=({0: "batch", 1: "length"},))
-    lora_fx.to_onnx(gm, tmp_path / "m.onnx", adapters="input")
+    torch.manual_seed(1)
+    (base, model), other = fused, torch.randn(2, 4, 5)
     layer = loralib.MergedLinear(
         5, 18, r=rank, lora_alpha=3, enable_lora=enable, merge_weights=False
     )
@@ -126,8 +133,8 @@ def test_one_file_takes_fused_adapters_of_loralib(
         enable_lora=enable,
         allow_pickle=True,
     )
-    lora_fx.export_adapter(adapter, tmp_path / "m.onnx", tmp_path / "a.onnx_adapter")
-    session = lora_fx.Session(tmp_path / "m.onnx", threads=1)
+    lora_fx.export_adapter(adapter, model, tmp_path / "a.onnx_adapter")
+    session = lora_fx.Session(model, threads=1)
     (found,) = session.run({"x": other}, tmp_path / "a.onnx_adapter").values()
     (alone,) = session.run({"x": other}).values()
     assert relative(torch.from_numpy(found), wanted) <= 1e-5
