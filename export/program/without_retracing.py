@@ -27,8 +27,8 @@ from lora_fx.graph.ops import GUARDS, written_arguments
 def program_of(gm: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram | None:
     """The program of a graph, or None where it has to be traced again.
 
-    That is a graph of another frontend, other inputs than it was traced with, a write into
-    memory, or a call that is no operator.
+    That is a graph of another frontend, inputs of another form than it was traced with, a write
+    into memory, or a call that is no operator.
     """
     graph = copy_graph(gm.graph)
     modes = {value.fake_mode for value in _inputs(graph) if isinstance(value, FakeTensor)}
@@ -53,8 +53,17 @@ def _was_traced_with(gm: fx.GraphModule, inputs: Inputs) -> bool:
     example = example_of(gm)
     if example is None or not isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
         return False
-    same = inputs.args is example.args and inputs.kwargs is example.kwargs
+    given, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+    known, known_spec = pytree.tree_flatten((example.args, dict(example.kwargs)))
+    same = spec == known_spec and all(map(_is_alike, given, known))
     return same and inputs.dynamic_shapes is example.dynamic_shapes
+
+
+def _is_alike(value: Any, traced: Any) -> bool:
+    """Whether a graph that was traced with the one is good for the other."""
+    if isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor):
+        return (value.shape, value.dtype) == (traced.shape, traced.dtype)
+    return value is traced
 
 
 def _is_plain(node: fx.Node) -> bool:

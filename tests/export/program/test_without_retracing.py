@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.export.onnx_model.convert import convert
 from lora_fx.export.program.decompose import LoweredProgram
@@ -105,6 +107,24 @@ def test_what_it_cannot_tell_is_traced_again(mlp: Any) -> None:
     for gm, inputs in asked:
         assert program_of(gm, inputs) is None
         assert not isinstance(export_unit(gm, inputs).program, LoweredProgram)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [
+        (lambda x: x + 1, True),
+        (lambda x: x[:1], False),
+        (lambda x: x.double(), False),
+        (lambda x: x.tolist(), False),
+    ],
+)
+def test_inputs_of_the_form_that_was_traced_need_no_trace(
+    mlp: Any, change: Any, is_known: bool
+) -> None:
+    inputs = example_inputs(mlp.gm, None, None, None)
+    args, kwargs = pytree.tree_map(change, (inputs.args, dict(inputs.kwargs)))
+    found = program_of(mlp.gm, replace(inputs, args=args, kwargs=kwargs))
+    assert (found is not None) == is_known
 
 
 @pytest.mark.parametrize("retrace", [False, True])
