@@ -51,7 +51,11 @@ onnxruntime.SessionOptions = OneThread
 
 
 def pytest_collection_finish() -> None:
-    """Leaves out PEFT's README beside each adapter, whose template is compiled anew each time."""
+    """What was imported stays, and who collects garbage need not walk it each time.
+
+    Leaves out PEFT's README beside each adapter, whose template is compiled anew each time.
+    """
+    gc.freeze()
     if "peft" in sys.modules:
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 

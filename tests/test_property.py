@@ -353,10 +353,19 @@ def spread(weight: Tensor, groups: int) -> Tensor:
     return whole * blocks.reshape(*blocks.shape, *[1] * (weight.ndim - 2))
 
 
+def anew(module: Any, done: dict[int, Any]) -> Any:
+    """The same tensors in modules of their own: one that has two names is one again."""
+    if id(module) not in done:
+        made = done[id(module)] = copy.copy(module)
+        inner = {name: anew(part, done) for name, part in module._modules.items()}
+        own = {"_parameters": module._parameters.copy(), "_buffers": module._buffers.copy()}
+        vars(made).update(own, _modules=inner)
+    return done[id(module)]
+
+
 def by_weight(model: Random, adapters: list[Adapter], but: str = "") -> Random:
     """A copy with each changed weight put where its path names it."""
-    tensors = [*model.parameters(), *model.buffers()]
-    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    changed = anew(model, {})
     for one in adapters:
         for path, update in one.updates.items():
             if path != but:

@@ -1,12 +1,13 @@
 """The rooms: who may import whom, what is installed, and what a bare import loads."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,21 @@ def sources(*rooms: str) -> list[Path]:
     return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module name that a tree imports, `from a import b` as both `a` and `a.b`."""
-    for node in ast.walk(tree):
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path, at_module_level: bool = False) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    tree = parsed(path)
+    nodes = module_level(tree) if at_module_level else ast.walk(tree)
+    return tuple(node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+def imported(nodes: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[str]:
+    """Every module name that is imported, `from a import b` as both `a` and `a.b`."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
@@ -80,9 +93,8 @@ def within(name: str, packages: set[str]) -> bool:
 def offences(rooms: tuple[str, ...], banned: set[str], at_module_level: bool = False) -> list[str]:
     found = []
     for path in sources(*rooms):
-        tree = ast.parse(path.read_text())
-        parts = list(module_level(tree)) if at_module_level else [tree]
-        names = sorted({name for part in parts for name in imported(part) if within(name, banned)})
+        known = imported(imports(path, at_module_level))
+        names = sorted({name for name in known if within(name, banned)})
         found += [f"{path.relative_to(ROOT)}: {name}" for name in names]
     return found
 
@@ -98,12 +110,11 @@ def arrows(room: str) -> Iterator[tuple[str, str]]:
     for path in sources(*ROOMS):
         if room_of(path) != room:
             continue
-        for statement in module_level(ast.parse(path.read_text())):
-            for name in imported(statement):
-                top, _, rest = name.partition(".")
-                other = rest.partition(".")[0] if top == "lora_fx" else ""
-                if other in rooms - {room}:
-                    yield str(path.relative_to(ROOT)), other
+        for name in imported(imports(path, at_module_level=True)):
+            top, _, rest = name.partition(".")
+            other = rest.partition(".")[0] if top == "lora_fx" else ""
+            if other in rooms - {room}:
+                yield str(path.relative_to(ROOT)), other
 
 
 def test_the_table_names_every_room() -> None:
@@ -139,8 +150,7 @@ def imports_of_files() -> dict[str, set[str]]:
     return {
         name: {
             other
-            for statement in module_level(ast.parse(path.read_text()))
-            for other in imported(statement)
+            for other in imported(imports(path, at_module_level=True))
             if other in names and other != name and not name.startswith(f"{other}.")
         }
         for name, path in names.items()
@@ -195,7 +205,7 @@ def test_every_import_is_absolute_and_by_the_installed_name() -> None:
     relative = [
         str(path)
         for path in sources(*ROOMS)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in imports(path)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,18 @@ def read(case: Case, path: Path) -> Adapter:
     return load_adapter(path, name="a", base=base_of(case[2])[0], format=case[0], **hints)
 
 
-def edited(path: Path, tensors: Tensors) -> Path:
-    """The file with other tensors and its own metadata."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+@functools.cache
+def contents(case: Case) -> tuple[Tensors, dict[str, str] | None]:
+    """What is written of a case, its tensors and its metadata: only read."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = written(case, Path(directory) / "a.safetensors")
+        with safe_open(path, framework="pt") as file:
+            return load_file(path), file.metadata()
+
+
+def edited(case: Case, path: Path, tensors: Tensors) -> Path:
+    """The file of a case with other tensors and its own metadata."""
+    metadata = contents(case)[1]
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     return path
 
@@ -123,9 +132,8 @@ def edited(path: Path, tensors: Tensors) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_load_save_load_keeps_every_bit(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
-    file = written(case, tmp_path / "a.safetensors")
-    narrow = {k: t if "alpha" in k else t.to(dtype) for k, t in load_file(file).items()}
-    first = read(case, edited(file, narrow))
+    narrow = {k: t if "alpha" in k else t.to(dtype) for k, t in contents(case)[0].items()}
+    first = read(case, edited(case, tmp_path / "a.safetensors", narrow))
     save_adapter(first, tmp_path / "b.safetensors", format=case[0], **HELD[case[0]][0])
     same_tensors(load_file(tmp_path / "b.safetensors"), narrow)
     second = read(case, tmp_path / "b.safetensors")
@@ -199,12 +207,12 @@ def is_harmless(case: Case, damage: str, key: str) -> bool:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_damaged_file_is_refused_by_name(case: Case, damage: str, tmp_path: Path) -> None:
-    sound = load_file(written(case, tmp_path / "sound.safetensors"))
+    sound, _ = contents(case)
     for place, key in enumerate(sound):
         tensors = DAMAGES[damage](sound, key)
         if tensors is sound or (damage == "elsewhere" and tensors.keys() == sound.keys()):
             continue
-        file = edited(written(case, tmp_path / f"{place}.safetensors"), tensors)
+        file = edited(case, tmp_path / f"{place}.safetensors", tensors)
         if is_harmless(case, damage, key) and tensors:
             lora_fx.inject(base_of(case[2])[1], read(case, file))
             continue

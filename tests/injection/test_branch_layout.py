@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,11 +86,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], AnyUpdate, torch.Tensor]] = {
 }
 
 
-def built(case: str) -> fx.GraphModule:
+@functools.cache
+def base_of(case: str) -> fx.GraphModule:
+    """The graph without an adapter: only read."""
     torch.manual_seed(0)
-    make, update, x = CASES[case]
-    model = make().eval()
-    base = trace(model, (x,))
+    make, _, x = CASES[case]
+    return trace(make().eval(), (x,))
+
+
+def built(case: str) -> fx.GraphModule:
+    base, update = base_of(case), CASES[case][1]
     names = dict.fromkeys(site.path for site in sites(base))
     assert len(names) == 2
     return inject(base, Adapter("a", dict.fromkeys(names, update)))

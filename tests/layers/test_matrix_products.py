@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,9 @@ X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
 OTHER = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(2))
 
 
+@functools.cache
 def made(name: str, frontend: str) -> tuple[nn.Module, fx.GraphModule, str]:
-    """A model, its graph and the path of its layer."""
+    """A model, its graph and the path of its layer: only read."""
     torch.manual_seed(0)
     model = model_of(SPELLINGS[name]).eval().requires_grad_(False)
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},), frontend=frontend)
@@ -332,8 +334,9 @@ def parts_of(function: Any) -> nn.Module:
     return Computes(mixed, {"w": (5, 12), "v": (12, 5), "b": (12,)})
 
 
-def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphModule, Adapter, Any]:
-    """A model, its graph, an adapter of its layer, and what it then gives."""
+@functools.cache
+def apart_graph(name: str, frontend: str) -> tuple[nn.Module, fx.GraphModule, str]:
+    """A model of parts, its graph and the path of its layer: only read."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("block", parts_of(PARTS[name]))
@@ -341,6 +344,12 @@ def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphMo
     model.eval().requires_grad_(False)
     gm = trace(model, (WIDE,), dynamic_shapes=({0: "batch"},), frontend=frontend)
     (path,) = {site.path for site in sites(gm)}
+    return model, gm, path
+
+
+def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[fx.GraphModule, Adapter, Tensor]:
+    """A graph, an adapter of its layer, and what the model then gives."""
+    model, gm, path = apart_graph(name, frontend)
     make = torch.Generator().manual_seed(3)
     factors = torch.randn(2, 5, generator=make), torch.randn(12, 2, generator=make)
     adapter = Adapter("french", {path: Update(*factors, scale)})
@@ -348,18 +357,18 @@ def apart(name: str, frontend: str, scale: float = 1.5) -> tuple[Any, fx.GraphMo
     weight = changed.get_parameter(path)
     delta = Update(*factors, 1.5).delta()
     weight.add_(delta if weight.shape == (12, 5) else delta.T)
-    return model, gm, adapter, changed(WIDER)
+    return gm, adapter, changed(WIDER)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", PARTS)
 def test_a_product_with_a_part_of_a_weight_is_a_layer(name: str, frontend: str) -> None:
-    _, gm, adapter, wanted = apart(name, frontend)
+    gm, adapter, wanted = apart(name, frontend)
     injected = inject(gm, adapter)
     folded = fold(injected)
     for graph in (injected, folded):
         assert relative(graph(WIDER), wanted) <= 1e-5
-    for control in (gm, inject(gm, apart(name, frontend, 1.35)[2])):
+    for control in (gm, inject(gm, apart(name, frontend, 1.35)[1])):
         assert relative(control(WIDER), wanted) > 1e-2
     assert not calls(folded) - calls(gm)
     assert {site.path for site in sites(folded)} == adapter.updates.keys()
@@ -371,7 +380,7 @@ def test_a_product_with_a_part_of_a_weight_is_a_layer(name: str, frontend: str) 
 
 @pytest.mark.parametrize("name", ["chunks", "einsum, features moved", "bmm", "all spellings"])
 def test_a_file_of_it_is_held_against_the_weight_form(name: str, tmp_path: Path) -> None:
-    _, gm, adapter, wanted = apart(name, "export")
+    gm, adapter, wanted = apart(name, "export")
     report = to_onnx(fold(inject(gm, adapter)), tmp_path / "merged.onnx")
     assert "coverage 2 of 2 adapter tensors, 1 layers changed" in str(report)
     to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots=list(adapter.updates))

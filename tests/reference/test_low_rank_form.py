@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
@@ -54,18 +55,24 @@ UNDEFINED = {
 CASES = [(kind, n) for kind in UPDATES for n in LAYERS if n not in UNDEFINED.get(kind, ())]
 
 
+@functools.cache
+def base_of(name: str) -> tuple[nn.Module, torch.Tensor, fx.GraphModule]:
+    """A model of one layer, its input and its graph: only read."""
+    module, shape, layer = LAYERS[name]
+    torch.manual_seed(0)
+    module = copy.deepcopy(module)
+    model = (module if name == "packed" else Between(module)).eval().requires_grad_(False)
+    x = torch.randint(0, 10, shape) if layer.is_table else torch.randn(shape)
+    frontend: Any = "export" if name == "packed" else "auto"
+    return model, x, trace(model, (x,), frontend=frontend)
+
+
 class Made:
     """One kind on one layer, and what the adapter computes."""
 
     def __init__(self, kind: str, name: str) -> None:
-        module, shape, layer = LAYERS[name]
-        torch.manual_seed(0)
-        module = copy.deepcopy(module)
-        self.model = (module if name == "packed" else Between(module)).eval().requires_grad_(False)
-        self.x = torch.randint(0, 10, shape) if layer.is_table else torch.randn(shape)
-        frontend: Any = "export" if name == "packed" else "auto"
-        self.gm = trace(self.model, (self.x,), frontend=frontend)
-        self.adapter = Adapter("french", {"layer": update_of(kind, layer)})
+        self.model, self.x, self.gm = base_of(name)
+        self.adapter = Adapter("french", {"layer": update_of(kind, LAYERS[name][2])})
         self.wanted = self.of(self.adapter)
 
     @torch.no_grad()

@@ -42,19 +42,27 @@ def exported(model: nn.Module, x: torch.Tensor, path: Path, dynamo: bool = False
     return path
 
 
-@pytest.mark.parametrize("above", [0, 1 << 20])
-def test_weights_beside_a_file_as_torch_writes_them_by_default(tmp_path: Path, above: int) -> None:
-    """Into the new file, or into one beside it, in another directory: the old one may go."""
-    x, adapter = torch.randn(4, 12), make_adapter({"0": (30, 12)})
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as torch.onnx writes it where nothing is asked for."""
+    base = tmp_path_factory.mktemp("theirs") / "base.onnx"
     model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).eval()
-    (tmp_path / "theirs").mkdir()
-    base = tmp_path / "theirs" / "base.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (x,), str(base), dynamo=True, verbose=False, input_names=["x"],
-            output_names=["y"],
+            model, (torch.randn(4, 12),), str(base), dynamo=True, verbose=False,
+            input_names=["x"], output_names=["y"],
         )  # fmt: skip
+    return base
+
+
+@pytest.mark.parametrize("above", [0, 1 << 20])
+def test_weights_beside_a_file_as_torch_writes_them_by_default(
+    by_default: Path, tmp_path: Path, above: int
+) -> None:
+    """Into the new file, or into one beside it, in another directory: the old one may go."""
+    x, adapter = torch.randn(4, 12), make_adapter({"0": (30, 12)})
+    base = shutil.copytree(by_default.parent, tmp_path / "theirs") / "base.onnx"
     assert base.with_name("base.onnx.data").stat().st_size > 0
     plain, expected = Session(base).run({"x": x})["y"], tmp_path / "merged.onnx"
     _, tuned = with_adapter(base, adapter, x, tmp_path, external_data_above=above)
@@ -207,6 +215,15 @@ def test_a_table_that_is_the_head_has_a_slot_for_each(tmp_path: Path) -> None:
     assert compare(alone, wanted).relative > 1e-2
 
 
+@pytest.fixture(scope="module")
+def unquantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, torch.Tensor, Path]:
+    """A model, an input and its file: only read."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 17)), torch.randn(4, 6, 32)
+    path = tmp_path_factory.mktemp("unquantised") / "plain.onnx"
+    return model, x, exported(model, x, path, dynamo=True)
+
+
 def quantised(path: Path, out: Path, **options: Any) -> Path:
     quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=16, **options)
     quantizer.process()
@@ -223,10 +240,10 @@ def quantised(path: Path, out: Path, **options: Any) -> Path:
         {"bits": 4, "is_symmetric": False, "quant_format": QuantFormat.QDQ},
     ],
 )
-def test_a_quantised_base_takes_adapters_in_float(options: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 17)), torch.randn(4, 6, 32)
-    plain = exported(model, x, tmp_path / "plain.onnx", dynamo=True)
+def test_a_quantised_base_takes_adapters_in_float(
+    options: Any, unquantised: tuple[Any, torch.Tensor, Path], tmp_path: Path
+) -> None:
+    model, x, plain = unquantised
     base = quantised(plain, tmp_path / "base.onnx", **options)
     adapter = make_adapter({"0": (48, 32), "2": (17, 48)}, scale=0.2)
     with_adapter(base, adapter, x, tmp_path)
@@ -242,10 +259,10 @@ def test_a_quantised_base_takes_adapters_in_float(options: Any, tmp_path: Path) 
     updates: Any = adapter.updates
     hidden = [torch.eye(32), torch.eye(48)]
     weights = [of_node(base, place, rows) for place, rows in enumerate(hidden)]
-    biases = [model[0].bias, model[2].bias]  # type: ignore[union-attr]
+    biases = [model[0].bias, model[2].bias]
     with torch.no_grad():
-        h = torch.tanh(x @ (weights[0] + updates["0"].delta().T) + biases[0])  # type: ignore[operator]
-        wanted = h @ (weights[1] + updates["2"].delta().T) + biases[1]  # type: ignore[operator]
+        h = torch.tanh(x @ (weights[0] + updates["0"].delta().T) + biases[0])
+        wanted = h @ (weights[1] + updates["2"].delta().T) + biases[1]
     assert compare(adapted, wanted).ok
     assert compare(alone, wanted).relative > 1e-2
     with pytest.raises(ExportError, match="no weight of plain numbers"):

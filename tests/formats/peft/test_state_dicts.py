@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import AdapterError
@@ -61,8 +62,16 @@ def held(tuned: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone().contiguous() for k, v in tuned.state_dict().items()}
 
 
-def output(net: nn.Module, adapter: lora_fx.Adapter) -> torch.Tensor:
-    found: torch.Tensor = lora_fx.inject(lora_fx.trace(net, (IDS,)), adapter)(IDS)
+@functools.cache
+def base() -> tuple[nn.Module, fx.GraphModule]:
+    """A net and its graph: only read."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    return net, lora_fx.trace(net, (IDS,))
+
+
+def output(adapter: lora_fx.Adapter) -> torch.Tensor:
+    found: torch.Tensor = lora_fx.inject(base()[1], adapter)(IDS)
     return found
 
 
@@ -71,8 +80,8 @@ def output(net: nn.Module, adapter: lora_fx.Adapter) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["default", "french"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_whole_state_dict_is_the_adapter_in_it(kind: str, name: str, tmp_path: Path) -> None:
+    net, gm = base()
     torch.manual_seed(0)
-    net = Net().eval()
     tuned = trained(CONFIGS[kind], net, name)
     want = tuned(IDS).detach()
     tuned.save_pretrained(str(tmp_path))
@@ -84,33 +93,33 @@ def test_a_whole_state_dict_is_the_adapter_in_it(kind: str, name: str, tmp_path:
 
     found = lora_fx.load_adapter(directory, base=net)
 
-    assert compare(output(net, found), want).ok
-    assert not compare(lora_fx.trace(net, (IDS,))(IDS), want).ok  # the control
+    assert compare(output(found), want).ok
+    assert not compare(gm(IDS), want).ok  # the control
     assert found.updates.keys() == expected.updates.keys()
     assert found.replacements.keys() <= {*expected.replacements, "emb.weight"}
 
 
 def test_a_state_dict_alone_needs_but_alpha_and_the_base(tmp_path: Path) -> None:
-    net, path = Net().eval(), tmp_path / "all.safetensors"
+    net, path = base()[0], tmp_path / "all.safetensors"
     tuned = trained(peft.LoraConfig(**LORA, use_dora=True, modules_to_save=["head"]), net)
     save_file(held(tuned), path)
     adapter = lora_fx.load_adapter(path, base=net, alpha=3)
     assert set(adapter.replacements) == {"head.weight", "head.bias"}
-    assert compare(output(net, adapter), tuned(IDS).detach()).ok
+    assert compare(output(adapter), tuned(IDS).detach()).ok
     with pytest.raises(AdapterError, match=r"no known use: .*emb\.weight.*with base= given"):
         lora_fx.load_adapter(path, alpha=3)
 
 
 def test_weights_that_training_changed_are_the_adapter_s_too(tmp_path: Path) -> None:
     """PEFT loads whatever the base has a place for; here a norm that somebody thawed."""
-    net, path = Net().eval(), tmp_path / "all.safetensors"
+    net, path = base()[0], tmp_path / "all.safetensors"
     tuned = trained(peft.LoraConfig(**LORA), net)
     with torch.no_grad():
         tuned.base_model.model.norm.weight += 1
     save_file(held(tuned), path)
     adapter = lora_fx.load_adapter(path, base=net, alpha=3)
     assert set(adapter.replacements) == {"norm.weight"}
-    assert compare(output(net, adapter), tuned(IDS).detach()).ok
+    assert compare(output(adapter), tuned(IDS).detach()).ok
 
 
 KEYS = ("fc.lora_A.weight", "fc.lora_B.weight")
@@ -147,6 +156,19 @@ def small(kind: str, tied: bool) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@functools.cache
+def grown(kind: str, tied: bool) -> Any:
+    """A model before and after tokens were added to its vocabulary, and the graphs: only read."""
+    before, ids = small(kind, tied), torch.tensor([[1, 41, 43, 7, 2]])
+    after = copy.deepcopy(before)
+    after.resize_token_embeddings(44, mean_resizing=False)
+    graphs = [
+        lora_fx.trace(model, (), {"input_ids": ids.clamp(max=largest), "use_cache": False})
+        for model, largest in ((before, 39), (after, 43))
+    ]
+    return before, after, *graphs, ids
+
+
 TARGETS = (["q_proj"], ["q_proj", "lm_head"], ["q_proj", "embed_tokens"])
 
 
@@ -156,27 +178,23 @@ TARGETS = (["q_proj"], ["q_proj", "lm_head"], ["q_proj", "embed_tokens"])
 def test_embeddings_of_a_grown_vocabulary_are_the_adapter_s(
     kind: str, tied: bool, targets: list[str], tmp_path: Path
 ) -> None:
-    base, ids = small(kind, tied), torch.tensor([[1, 41, 43, 7, 2]])
-    small_base = copy.deepcopy(base)
-    base.resize_token_embeddings(44, mean_resizing=False)
-    tuned = trained(peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets), base)
+    before, after, low, gm, ids = grown(kind, tied)
+    tuned = trained(peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets), after)
     with torch.no_grad():  # the rows of the new tokens are only in the adapter's file
         inner = tuned.get_base_model()
         for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()):
             weight = getattr(layer, "base_layer", layer).weight
             weight[40:] = torch.linspace(-1, 1, 4 * 8).reshape(4, 8)
     tuned.save_pretrained(str(tmp_path), save_embedding_layers=True)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(after), str(tmp_path)).eval()
     want = again(input_ids=ids, use_cache=False).logits.detach()
 
-    gm = lora_fx.trace(base, (), {"input_ids": ids, "use_cache": False})
-    for given in (base, gm):
+    for given in (after, gm):
         adapter = lora_fx.load_adapter(tmp_path, base=given)
         got = lora_fx.inject(gm, adapter)(input_ids=ids, use_cache=False).logits
         assert compare(got, want).ok
     without = lora_fx.Adapter("b", adapter.updates)
     assert not compare(lora_fx.inject(gm, without)(input_ids=ids, use_cache=False).logits, want).ok
 
-    low = lora_fx.trace(small_base, (), {"input_ids": ids.clamp(max=39), "use_cache": False})
     with pytest.raises(AdapterError, match=r"44.*40.*vocabulary.*resize_token_embeddings\(44\)"):
-        lora_fx.inject(low, lora_fx.load_adapter(tmp_path, base=small_base))
+        lora_fx.inject(low, lora_fx.load_adapter(tmp_path, base=before))
