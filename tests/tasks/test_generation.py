@@ -43,7 +43,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": GROUPED | {"tie_word_embeddings": True},
     "Qwen2ForCausalLM": GROUPED,
     "Qwen3ForCausalLM": {"head_dim": 8, **GROUPED},
-    "MistralForCausalLM": WINDOW,
+    "MistralForCausalLM": WINDOW | {"num_hidden_layers": 1},  # all its layers have a window
     "Phi3ForCausalLM": GROUPED,
     "Gemma2ForCausalLM": WINDOW | {"tie_word_embeddings": False},
     "GPT2LMHeadModel": {"n_inner": 48},

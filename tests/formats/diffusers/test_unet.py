@@ -139,10 +139,10 @@ class Saved:
     adapter: Adapter
 
 
-@pytest.fixture(params=CASES)
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Saved:
+@pytest.fixture(scope="module", params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     model = trained(request.param)
-    file = written(tmp_path / "a", model, request.param)
+    file = written(tmp_path_factory.mktemp("saved") / "a", model, request.param)
     return Saved(request.param, model, file, load_adapter(file, component="unet"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,18 +63,25 @@ class Tied:
         return logits
 
 
+@functools.cache
+def qwen() -> tuple[Any, fx.GraphModule]:
+    """A model and its graph: only read."""
+    torch.manual_seed(0)
+    base = tiny("Qwen2ForCausalLM", tie_word_embeddings=True, num_hidden_layers=1).eval()
+    return base, lora_fx.trace(base, (), {"input_ids": IDS})
+
+
 @pytest.fixture
 def tied(tmp_path: Path) -> Callable[[str], Tied]:
     def make(name: str) -> Tied:
+        base, gm = qwen()
         torch.manual_seed(0)
-        base = tiny("Qwen2ForCausalLM", tie_word_embeddings=True, num_hidden_layers=1).eval()
         model = peft.get_peft_model(copy.deepcopy(base), CASES[name]())
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(0, 0.3)
         model.save_pretrained(str(tmp_path / "by_peft"))
-        gm = lora_fx.trace(base, (), {"input_ids": IDS})
         return Tied(base, gm, tmp_path / "by_peft")
 
     return make
