@@ -21,8 +21,12 @@ def clear_caches() -> bool:
     Such a function, called for the first time while a model is traced, would give everyone who
     calls it later, the model itself included, a tensor without values.
     """
+    is_frozen = gc.get_freeze_count() > 0  # of what is, nobody is told
+    gc.unfreeze()
     # Not isinstance: some objects of torch warn when they are asked for their class.
     caches: list[Any] = [c for c in gc.get_objects() if type(c) is _lru_cache_wrapper]
+    if is_frozen:
+        gc.freeze()
     stale = [cache for cache in caches if _keeps_fakes(cache)]
     for cache in stale:
         cache.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
 from collections.abc import Callable
@@ -229,12 +230,15 @@ def mask(size: int) -> torch.Tensor:
     return torch.ones(size, size).tril()
 
 
-def test_a_cache_that_tracing_would_fill_is_filled_with_values() -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_cache_that_tracing_would_fill_is_filled_with_values(is_frozen: bool) -> None:
+    (gc.freeze if is_frozen else gc.unfreeze)()
     mask.cache_clear()
     model, x = model_of(lambda m, x: mask(x.shape[0]) @ m.fc(x)), torch.randn(4, 3)
     gm = trace(model, (x,))
     assert type(mask(4)) is torch.Tensor
     assert torch.equal(gm(x), model(x))
+    assert (gc.get_freeze_count() > 0) == is_frozen
 
 
 def test_an_exported_program_and_a_graph_are_checked_too() -> None:
