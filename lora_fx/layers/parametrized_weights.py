@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
@@ -33,6 +33,18 @@ def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
 def made_anew(graph: fx.Graph) -> list[tuple[fx.Node, str, fx.Node]]:
     """Every operand that an adapter made: the operand, the adapter's name, the stored weight."""
     return [(made, adapter_of(made), source) for made, source in recorded(graph).items()]
+
+
+def makers(operands: Iterable[fx.Node]) -> set[fx.Node]:
+    """The calls by which adapters make operands, these included: no layer is among them."""
+    found: set[fx.Node] = set()
+    pending = list(operands)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def adapter_of(operand: fx.Node) -> str:

@@ -22,7 +22,7 @@ from lora_fx.layers.matrix_products import (
     has_factors,
     product_of,
 )
-from lora_fx.layers.parametrized_weights import recorded
+from lora_fx.layers.parametrized_weights import makers, recorded
 from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
@@ -112,7 +112,9 @@ class Site(Layer):
 def sites(gm: fx.GraphModule) -> list[Site]:
     """The layers of a graph, in order, by the paths that `paths_of` gives them."""
     bases = recorded(gm.graph)
-    found = [site for node in gm.graph.nodes if (site := _site(gm, node, bases))]
+    made = makers(bases)
+    own = (node for node in gm.graph.nodes if node not in made)
+    found = [site for node in own if (site := _site(gm, node, bases))]
     paths = paths_of((site.path, str(site.weight.target)) for site in found)
     return [replace(site, path=paths[site.path, str(site.weight.target)]) for site in found]
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from lora_fx.errors import AdapterError
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.layers.parametrized_weights import recorded
+from lora_fx.layers.parametrized_weights import makers, recorded
 from lora_fx.layers.sites import Site
 
 _SIZES = {"size", "sym_size", "getattr", "dim", "numel", "stride"}  # they ask for no numbers of it
@@ -49,7 +49,7 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
         return
     layers = {site.node for group in groups.values() for site in group}
     picks = {call for group in groups.values() for site in group for call in site.part.calls}
-    made = _made(gm.graph)
+    made = makers(recorded(gm.graph))
     weight = calls[0].weight.target
     pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
     for node in pending:
@@ -67,15 +67,3 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
 
 def _counts(user: fx.Node) -> bool:
     return op_name(user) not in _SIZES and (bool(user.users) or user.op == "output")
-
-
-def _made(graph: fx.Graph) -> set[fx.Node]:
-    """The calls by which adapters make weights anew."""
-    found: set[fx.Node] = set()
-    pending = list(recorded(graph))
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found

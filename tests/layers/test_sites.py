@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import trace
+from lora_fx import Adapter, inject, trace
+from lora_fx.adapters.other_updates import WeightUpdate
+from lora_fx.algebra.matrix_expr import Sum, constant, product
 from lora_fx.layers.sites import by_path, readers, sites
 from lora_fx.testing import Attention, zoo
 
@@ -40,6 +42,16 @@ def test_a_computed_weight_is_no_site() -> None:
             return F.linear(x, self.weight * 2, self.bias)
 
     assert sites(trace(Masked(3, 5))) == []
+
+
+def test_calls_of_an_adapter_that_makes_a_weight_anew_are_no_sites(ragged: Any, x: Any) -> None:
+    """``P W + W`` is computed as ``addmm(W, P, W)``, which is a layer where a model says it."""
+    turning = constant(torch.randn(5, 5))
+    update = WeightUpdate("turned", lambda weight: Sum(product(turning, weight), weight), (5, 5))
+    base = trace(ragged, (x,))
+    injected = inject(base, Adapter("french", {"again": update}))
+    assert torch.ops.aten.addmm.default in {node.target for node in injected.graph.nodes}
+    assert [site.layer for site in sites(injected)] == [site.layer for site in sites(base)]
 
 
 def test_readers_are_told_by_module_and_not_by_name() -> None:

@@ -20,8 +20,9 @@ import lora_fx
 from lora_fx import Adapter, fold, inject, load_adapter, text, trace
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.formats.hints import Hints
+from lora_fx.layers.sites import sites
 from lora_fx.numerics import TOLERANCE
-from lora_fx.testing import PEFT_TYPES, SavedCase, relative, save_peft_case
+from lora_fx.testing import PEFT_TYPES, SavedCase, make_adapter, relative, save_peft_case
 from lora_fx.testing.peft_types import NOT_WEIGHTS
 from lora_fx.traced_adapters import read_traced
 from lora_fx.traced_adapters.config import parse
@@ -124,6 +125,24 @@ def test_with_all_the_energy_a_type_is_lora_to_rounding(name: str) -> None:
         assert relative(case.base(case.x), wanted) > 1e-2
     assert all(isinstance(u, Update) and u.is_plain for u in found.adapter.updates.values())
     assert all(error <= 1e-6 for error in found.errors.values())
+
+
+@pytest.mark.parametrize("name", PEFT_TYPES)
+def test_calls_that_make_a_weight_anew_are_no_layers(name: str) -> None:
+    _, adapter, gm, _ = read(name)
+    before, now = ([site.layer for site in sites(graph)] for graph in (gm, inject(gm, adapter)))
+    assert now == before
+
+
+@pytest.mark.parametrize("name", ["road, linear", "randlora, ragged", "osf, ragged"])
+def test_lora_stands_beside_a_weight_that_another_adapter_made_anew(name: str) -> None:
+    case, adapter, gm, _ = read(name)
+    shapes = {site.path: site.shape for site in sites(gm) if site.is_linear}
+    one, lora = inject(gm, adapter), make_adapter(shapes, name="second")
+    with torch.no_grad():
+        wanted = inject(fold(one), lora)(case.x)
+        assert relative(inject(one, lora)(case.x), wanted) <= 1e-5
+        assert relative(one(case.x), wanted) > 1e-2
 
 
 def test_the_document_has_every_type_and_no_other() -> None:
