@@ -35,20 +35,29 @@ def branches_taken(layer: nn.Module, x: torch.Tensor) -> Iterator[None]:
     Raises:
         AdapterError: it asks so of what its input has a part in.
     """
-    with _Asking(x) as asking:
-        layer(x)
-    own = layer.forward
+    answers, own = _asked(layer, x), layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Answering(asking.answers):
+        with _Answering(answers):
             return own(*args, **kwargs)
 
-    if asking.answers:
+    if answers:
         layer.forward = forward
     try:
         yield
     finally:
         layer.__dict__.pop("forward", None)
+
+
+def _asked(layer: nn.Module, x: torch.Tensor) -> Sequence[Any]:
+    with _Asking(x) as asking:
+        try:
+            layer(x)
+        except AdapterError:
+            raise
+        except Exception:  # its own code may raise anything, and does so again where it is traced
+            return ()
+    return asking.answers
 
 
 class _Asking(TorchFunctionMode):

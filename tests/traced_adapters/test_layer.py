@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, TraceError
 from lora_fx.layers.layer import layer_of
 from lora_fx.testing import relative
 from lora_fx.traced_adapters.layer import update_of
@@ -132,3 +132,8 @@ def test_a_branch_on_its_input_is_refused(function: Any) -> None:
 def test_what_is_no_layer_says_why(function: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         read(Wraps(function))
+
+
+def test_what_fails_on_any_input_is_said_by_name() -> None:
+    with pytest.raises(TraceError, match=r"Wraps cannot be traced \(export\)"):
+        read(Wraps(lambda m, x: x @ m.up))
