@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from lora_fx.export.spelling.heads import HEADS_FIRST, before_heads
@@ -35,29 +34,35 @@ class FuseRotary(Spelling):
             found = _rotated(plain, turned)
             if found is not None:
                 x, *angles = found
-                cos, sin = (self._half(node, value) for value in angles)
+                cos, sin = map(self._half, angles)
                 nodes = _rotating(x, cos, sin)
                 put(node, nodes, nodes[-1].outputs[0])
                 return True
         return False
 
-    def _half(self, node: ir.Node, value: ir.Value) -> ir.Value:
-        """The first half of the last axis: computed once, where the whole is."""
+    def _half(self, value: ir.Value) -> ir.Value:
         if value not in self._halves:
-            size = int(shape_of(value)[-1]) // 2  # type: ignore[index]
-            graph, after = node.graph, value.producer()
-            assert isinstance(graph, ir.Graph)
-            assert after is not None
-            bounds = [
-                ir.node("Constant", [], {"value": ir.tensor(np.array([n], np.int64))})
-                for n in (0, size, -1)
-            ]
-            half = ir.node("Slice", [value, *(n.outputs[0] for n in bounds)])
-            half.metadata_props.update(after.metadata_props)
-            graph.insert_after(after, [*bounds, half])
-            half.outputs[0].type = value.type
-            self._halves[value] = half.outputs[0]
+            self._halves[value] = _of_one_half(value)
         return self._halves[value]
+
+
+def _of_one_half(value: ir.Value) -> ir.Value:
+    """Cosines or sines of the angles before these are joined with themselves."""
+    step = producer(value, (*_STEPS, "Concat"))
+    assert step is not None
+    above = step.inputs[0]
+    assert above is not None
+    if step.op_type == "Concat":
+        return above
+    half = _of_one_half(above)
+    if step.op_type == "Mul" and number(step.inputs[1]) == 1:
+        return half
+    new = ir.node(step.op_type, [half, *step.inputs[1:]], dict(step.attributes))
+    new.metadata_props.update(step.metadata_props)
+    new.outputs[0].type = step.outputs[0].type
+    assert isinstance(step.graph, ir.Graph)
+    step.graph.insert_after(step, [new])
+    return new.outputs[0]
 
 
 def _rotating(x: ir.Value, cos: ir.Value, sin: ir.Value) -> list[ir.Node]:

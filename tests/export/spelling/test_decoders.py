@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_what_is_no_norm_stays(changed: dict[str, str], spelled: Callable[..., A
 ROTARY = """
 g (float[b, n, 6] q, float[b, n, 2] f) => (float[b, 1, n, 6] y)
 <int64[4] apart = {{0, -1, 1, 6}}, int64[1] zero = {{0}}, int64[1] half = {{{half}}},
- float c = {{1.5}}, int64[1] end = {{9223372036854775807}},
+ float c = {{{scale}}}, int64[1] end = {{9223372036854775807}},
  int64[1] last = {{3}}, int64[1] one = {{1}},
  float[b, n, 1, 6] q4, float[b, 1, n, 6] x, float[b, n, 6] cc, float[b, n, 6] cs>
 {{
@@ -85,16 +86,27 @@ g (float[b, n, 6] q, float[b, n, 2] f) => (float[b, 1, n, 6] y)
 
 
 def rotary(**changed: str) -> str:
-    plain = {"half": "3", "angles": "h, h", "minus": "second", "turned": "minus, first"}
+    plain = {
+        "half": "3",
+        "scale": "1.5",
+        "angles": "h, h",
+        "minus": "second",
+        "turned": "minus, first",
+    }
     text = ROTARY.format(**(plain | changed))
     return text.replace("int64[1] one", "int64[1] three = {3}, int64[1] axis2 = {2}, int64[1] one")
 
 
-def test_rotary_positions_become_one_operator(spelled: Callable[..., Any]) -> None:
-    found = spelled(FuseRotary, rotary(), b=2, n=5)
-    assert found.count == 1
-    assert sum("RotaryEmbedding" in row for row in found.text) == 1
-    assert not any("Neg" in row for row in found.text)
+@pytest.mark.parametrize(("scale", "scaled"), [("1.5", 2), ("1", 0)])
+def test_rotary_positions_become_one_operator(
+    scale: str, scaled: int, spelled: Callable[..., Any]
+) -> None:
+    """Its angles are no longer joined with themselves, nor what is made of them cut in half."""
+    found = spelled(FuseRotary, rotary(scale=scale), b=2, n=5)
+    called = Counter(row.partition("(")[0].split()[-1] for row in found.text)
+    assert found.count == called["RotaryEmbedding"] == 1
+    assert (called["Cos"], called["Sin"], called["Mul"]) == (1, 1, scaled)
+    assert (called["Slice"], called["Concat"], called["Neg"]) == (1, 1, 0)  # of the input alone
     assert found.off < 1e-6
 
 
