@@ -28,8 +28,9 @@ class DropIdleCalls(Spelling):
         if producer(result, _MOVES) is None or result.is_graph_output():
             return False
         same = _same(node)
-        if same is None or same.dtype is not result.dtype:
+        if same is None or len({same.dtype, result.dtype} - {None}) > 1:
             return False
+        same.shape, same.type = same.shape or result.shape, same.type or result.type
         result.replace_all_uses_with(same)
         assert isinstance(node.graph, ir.Graph)
         node.graph.remove(node, safe=True)
@@ -39,6 +40,9 @@ class DropIdleCalls(Spelling):
 def _same(node: ir.Node) -> ir.Value | None:
     """The input that a call gives as it is."""
     x, shape = node.inputs[0], shape_of(node.outputs[0])
+    if node.op_type == "Transpose":
+        order = node.attributes["perm"].as_ints()
+        return x if order == tuple(range(len(order))) else None
     if shape is None:
         return None
     if node.op_type == "And":
@@ -46,8 +50,6 @@ def _same(node: ir.Node) -> ir.Value | None:
         return next((v for v, other in sides if number(other) == 1 and shape_of(v) == shape), None)
     if x is None or shape_of(x) != shape:
         return None
-    if node.op_type == "Transpose":
-        return x if node.attributes["perm"].as_ints() == tuple(range(len(shape))) else None
     steps = node.inputs[4] if len(node.inputs) > 4 else None
     return x if steps is None or set(sizes_in(steps) or (0,)) == {1} else None
 

@@ -13,9 +13,11 @@ from lora_fx.export.spelling.rms_norm import FuseRmsNorm
 from lora_fx.export.spelling.rotary import FuseRotary
 from lora_fx.export.spelling.sums import SumResiduals
 from lora_fx.export.spelling.transposes import TransposeOnce
+from lora_fx.export.spelling.whole_masks import ReadWholeMasks
 
 _SPELLINGS: tuple[type[Spelling], ...] = (
     DropIdleCalls,
+    ReadWholeMasks,
     DropNanGuards,
     TransposeOnce,
     FuseRotary,

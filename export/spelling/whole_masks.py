@@ -1,0 +1,71 @@
+"""Masks that are read place by place, at every place that they have."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
+from lora_fx.export.spelling.sizes import shape_of, sizes_in
+
+
+class ReadWholeMasks(Spelling):
+    """Reads a tensor as it is where each of its places is named.
+
+    Before -> after: ``GatherND(m, Concat(all rows, all columns))``, as ``m[rows, columns]`` is said
+    in ONNX -> ``Unsqueeze(m)``.
+    """
+
+    what = "masks read whole, and not place by place"
+
+    def respell(self, node: ir.Node) -> bool:
+        """Of the call that reads."""
+        result = node.outputs[0]
+        if producer(result, "GatherND") is None or node.attributes.get_int("batch_dims", 0):
+            return False
+        sizes, whole = shape_of(node.inputs[0]), shape_of(result)
+        if sizes is None or whole is None:
+            return False
+        axes = _axes(node.inputs[1], sizes, len(whole))
+        if axes is None or axes != sorted(set(axes)):
+            return False
+        if whole != tuple(sizes[axes.index(a)] if a in axes else 1 for a in range(len(whole))):
+            return False
+        added = np.array([axis for axis in range(len(whole)) if axis not in axes], np.int64)
+        given = ir.node("Constant", [], {"value": ir.tensor(added)})
+        new = ir.node("Unsqueeze", [node.inputs[0], given.outputs[0]])
+        put(node, [given, new], new.outputs[0])
+        return True
+
+
+def _axes(places: ir.Value | None, sizes: tuple[int | str, ...], rank: int) -> list[int] | None:
+    """Along which axis of the result each axis of a tensor is read, from its first place on."""
+    joined = producer(places, "Concat")
+    if joined is None or len(joined.inputs) != len(sizes):
+        return None
+    if joined.attributes["axis"].as_int() not in (-1, rank):
+        return None
+    found = [
+        _counting(part, size, rank + 1) for part, size in zip(joined.inputs, sizes, strict=True)
+    ]
+    axes = [axis for axis in found if axis is not None]
+    return axes if len(axes) == len(sizes) else None
+
+
+def _counting(value: ir.Value | None, size: int | str, rank: int) -> int | None:
+    """The axis of a value along which it counts from 0 to a size; it is the same along others."""
+    node = producer(value, ("Range", "Unsqueeze", "Expand", "Add"))
+    if node is None:
+        return None
+    first, *others = node.inputs
+    if node.op_type == "Range":
+        is_whole = shape_of(value) == (size,) and number(first) == 0 and number(others[1]) == 1
+        return 0 if is_whole and rank == 1 else None
+    if node.op_type == "Unsqueeze":
+        added = {int(axis) % rank for axis in sizes_in(others[0]) or ()}
+        axis = _counting(first, size, rank - len(added))
+        kept = [place for place in range(rank) if place not in added]
+        return None if axis is None or not added else kept[axis]
+    if node.op_type == "Expand":  # to no more axes, since it counts along one of as many before
+        return _counting(first, size, rank)
+    return _counting(first, size, rank) if number(others[0]) == 0 else None
