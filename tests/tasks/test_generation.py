@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import peft
 import pytest
 import torch
@@ -143,6 +144,8 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
     layers = sum(f"past_key_values.{n}.key" in session.inputs for n in range(3))
     assert layers > 0
     assert report.spellings.get(FuseAttention.what, 0) == (0 if name in CAPPED else layers)
+    called = {node.op_type for node in onnx.load(tmp_path / "merged.onnx").graph.node}
+    assert "GatherND" not in called  # its mask is read whole
     found = session.generate(IDS, 32, attention_mask=MASK, eos_token_id=[])
     assert torch.equal(torch.from_numpy(found), wanted["french"])
     assert not torch.equal(torch.from_numpy(found), wanted["legal"])
