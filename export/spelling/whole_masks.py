@@ -21,7 +21,7 @@ class ReadWholeMasks(Spelling):
     def respell(self, node: ir.Node) -> bool:
         """Of the call that reads."""
         result = node.outputs[0]
-        if producer(result, "GatherND") is None or node.attributes.get_int("batch_dims", 0):
+        if producer(result, "GatherND") is None or node.attributes.get_int("batch_dims", 0) != 0:
             return False
         sizes, whole = shape_of(node.inputs[0]), shape_of(result)
         if sizes is None or whole is None:

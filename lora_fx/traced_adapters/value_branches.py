@@ -50,13 +50,14 @@ def branches_taken(layer: nn.Module, x: torch.Tensor) -> Iterator[None]:
 
 
 def _asked(layer: nn.Module, x: torch.Tensor) -> Sequence[Any]:
-    with _Asking(x) as asking:
-        try:
+    asking = _Asking(x)
+    try:
+        with asking:
             layer(x)
-        except AdapterError:
-            raise
-        except Exception:  # its own code may raise anything, and does so again where it is traced
-            return ()
+    except AdapterError:
+        raise
+    except Exception:  # its own code may raise anything, and does so again where it is traced
+        return ()
     return asking.answers
 
 
