@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, with_axes
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
 _MOVES = ("Slice", "Expand", "Transpose", "And")
@@ -66,7 +65,6 @@ def _at_once(node: ir.Node) -> bool:
     added = [int(axis) % rank for axis in last]
     kept = [axis for axis in range(rank) if axis not in added]
     axes = sorted([*added, *(kept[int(axis)] for axis in first)])
-    given = ir.node("Constant", [], {"value": ir.tensor(np.array(axes, np.int64))})
-    new = ir.node("Unsqueeze", [before.inputs[0], given.outputs[0]])
-    put(node, [given, new], new.outputs[0])
+    nodes = with_axes(before.inputs[0], axes)
+    put(node, nodes, nodes[-1].outputs[0])
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -62,6 +63,12 @@ def put(node: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
     graph.insert_before(node, nodes)
     take_over(old, result)
     graph.remove(node, safe=True)
+
+
+def with_axes(value: ir.Value | None, axes: Sequence[int]) -> list[ir.Node]:
+    """The calls that add axes of one place, at these places of the result."""
+    given = ir.node("Constant", [], {"value": ir.tensor(np.array(axes, np.int64))})
+    return [given, ir.node("Unsqueeze", [value, given.outputs[0]])]
 
 
 def take_over(old: ir.Value, result: ir.Value) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, with_axes
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
 
@@ -31,10 +30,9 @@ class ReadWholeMasks(Spelling):
             return False
         if whole != tuple(sizes[axes.index(a)] if a in axes else 1 for a in range(len(whole))):
             return False
-        added = np.array([axis for axis in range(len(whole)) if axis not in axes], np.int64)
-        given = ir.node("Constant", [], {"value": ir.tensor(added)})
-        new = ir.node("Unsqueeze", [node.inputs[0], given.outputs[0]])
-        put(node, [given, new], new.outputs[0])
+        added = [axis for axis in range(len(whole)) if axis not in axes]
+        nodes = with_axes(node.inputs[0], added)
+        put(node, nodes, nodes[-1].outputs[0])
         return True
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from lora_fx.graph.ops import aten
+from lora_fx.graph.ops import aten, needed
 from lora_fx.layers.parameter_names import name_in, part_of
 
 _MARK = ".lora_weight_"
@@ -37,14 +37,7 @@ def made_anew(graph: fx.Graph) -> list[tuple[fx.Node, str, fx.Node]]:
 
 def makers(operands: Iterable[fx.Node]) -> set[fx.Node]:
     """The calls by which adapters make operands, these included: no layer is among them."""
-    found: set[fx.Node] = set()
-    pending = list(operands)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
+    return {node for operand in operands for node in needed(operand)}
 
 
 def adapter_of(operand: fx.Node) -> str:

@@ -51,10 +51,11 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
     Raises:
         AdapterError: what it computes is no affine function of its input.
     """
+    x = example(base, layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises those who train
-        with branches_taken(layer, example(base, layer)), sparse_said_densely():
-            gm = trace(layer, (example(base, layer),))
+        with branches_taken(layer, x), sparse_said_densely():
+            gm = trace(layer, (x,))
         read = _Reading(analyse(gm), base, own)
         update = read.update(_value(read.analysis, gm), kind)
         _check(layer, base, own, update)
