@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+import lora_fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
@@ -19,11 +19,17 @@ from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
-from lora_fx.export.slots.adapter_file import ORT_ADAPTER, export_adapter
-from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
+from lora_fx.export.slots.adapter_file import ORT_ADAPTER, write_ort_adapter
+from lora_fx.export.slots.check_adapter import (
+    Stored,
+    check_adapter_file,
+    read_stored,
+    values_of,
+)
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
-from lora_fx.export.verification.file_run import Run
+from lora_fx.export.slots.slot_values import values_of_adapter
+from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
@@ -77,11 +83,11 @@ def merge_onnx(
     if manifest is None:
         raise ExportError(f'{path}: takes no adapter: export it with adapters="input"')
     check_external_data(proto, path)
-    with tempfile.TemporaryDirectory() as directory, _checking(proto, path, check) as checked:
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as aside:
+        checked = aside.submit(check_digests, proto, path) if check else None
         with clock.stage("adapter"):
-            file = _adapter_file(adapter, path, manifest, Path(directory))
-            del adapter  # the file has its values, in memory that is mapped
-            stored = read_stored(file)  # holds the memory of the values
+            file, stored = _taken(adapter, path, manifest, Path(directory))
+            del adapter  # its values are all that is needed
             values = values_of(stored)
             if manifest.required:  # the graph has no value for what the adapter leaves alone
                 values = every_value(manifest, path, values)
@@ -89,19 +95,20 @@ def merge_onnx(
             model, beside = merged_model(lambda: ir.load(path), manifest, values)
         if beside and not allow_unmerged:
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
+        bare, active = Run(path, None, manifest), Run(path, file, manifest)
         with staged(out, force=force) as draft:
             with clock.stage("write"):
                 known = tensor_digests(proto, path)
+                runs = aside.submit(_runs, bare, active, proto, inputs) if verify else None
                 write_model(model, draft, external_data_above=external_data_above, known=known)
-            checked.result()
+            if checked is not None:
+                checked.result()
             evidence = Verification.left_out()
-            if verify:
+            if runs is not None:
                 with clock.stage("verify"):
-                    bare = Run(path, None, manifest)
-                    feeds = feeds_for(bare, proto, inputs)
-                    pair = Pair("merged", Run(draft), Run(path, file, manifest))
                     dtype = coarsest([slot.dtype for slot in manifest.slots])
-                    evidence = held_against([pair], {NO_ADAPTER: bare}, feeds, dtype)
+                    pair = Pair("merged", Run(draft), active)
+                    evidence = held_against([pair], {NO_ADAPTER: bare}, runs.result(), dtype)
                     evidence.judge(str(out))
             files = file_sizes(draft.parent)
     if beside:
@@ -118,24 +125,28 @@ def merge_onnx(
     )
 
 
-@contextmanager
-def _checking(proto: onnx.ModelProto, path: Path, check: bool) -> Iterator[Future[None]]:
-    """Reads a file's weights beside whatever else is done."""
-    with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(check_digests if check else lambda *_: None, proto, path)
-
-
-def _adapter_file(
+def _taken(
     adapter: Adapter | str | Path, model: Path, manifest: Manifest, directory: Path
-) -> Path:
+) -> tuple[Path, Stored]:
+    """A file that onnxruntime takes an adapter from, and what is in it."""
     if not isinstance(adapter, Adapter):
         given = Path(adapter)
         if given.suffix == ORT_ADAPTER or is_slot_tensors(given):
             check_adapter_file(given, manifest, model)
-            return given
-    file = directory / "merged.onnx_adapter"
-    export_adapter(adapter, model, file, check=False)  # it is read beside
-    return file
+            return given, read_stored(given)
+        adapter = lora_fx.load_adapter(given)
+    file, values = directory / f"merged{ORT_ADAPTER}", values_of_adapter(adapter, manifest, model)
+    write_ort_adapter(file, values, manifest)
+    return file, Stored(values, manifest.model_version)
+
+
+def _runs(
+    bare: Run, active: Run, model: onnx.ModelProto, inputs: Mapping[str, Any] | None
+) -> dict[str, Feeds]:
+    """What the swappable file gives, which both runs remember, and the inputs that it was given."""
+    feeds = feeds_for(bare, model, inputs)
+    active.outputs(feeds)
+    return feeds
 
 
 def _said(beside: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from lora_fx.export.onnx_model.tensors import array_to_torch, to_numpy
 from lora_fx.layers.axes import names_of
 
-_PIECE = 1 << 22  # bytes in float32 that are made at a time
+_PIECE = 1 << 20  # bytes in float32 that are made at a time: what larger ones leave is not reused
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ class Change:
         if gain is not None:
             made = made * gain.along(weight.axes).add(1)
         if up is not None and down is not None:
-            equation = f"{_spelled(up.axes)},{_spelled(down.axes)}->{_spelled(weight.axes)}"
-            made = made + torch.einsum(equation, up.values, down.values)
+            # In this order the product lies in memory as the weight does.
+            rows, others = (up, down) if first in up.axes else (down, up)
+            equation = f"{_spelled(rows.axes)},{_spelled(others.axes)}->{_spelled(weight.axes)}"
+            made = torch.einsum(equation, rows.values, others.values).add_(made)
         if col is not None:
             made = made * col.along(weight.axes)
         return made if added is None else made + added.values

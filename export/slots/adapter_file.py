@@ -111,13 +111,23 @@ def _export(
             values = every_value(manifest, model_path, values)
             write_slot_tensors(draft, values, manifest, name)
         else:
-            _write(draft, values, manifest)
+            write_ort_adapter(draft, values, manifest)
         check_adapter_file(draft, manifest, model_path)
         _check_bits(draft, values)
         return told(size=draft.stat().st_size)
 
 
-def _write(draft: Path, values: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+def write_ort_adapter(draft: Path, values: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    """Writes onnxruntime's own file.
+
+    Args:
+        draft: the file.
+        values: by the names of the slots' inputs; not empty.
+        manifest: of the model.
+
+    Raises:
+        ExportError: onnxruntime does not write it.
+    """
     given = {name: to_ort_value(value) for name, value in values.items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(_ADAPTER_VERSION)
