@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from ast import literal_eval
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from types import MappingProxyType
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,7 +23,7 @@ _WEIGHT = re.compile(
 _NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
 Paths = dict[str, list[FileLayer]]
-_NONE: Mapping[str, Sequence[FileLayer]] = MappingProxyType({})
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple[Paths, list[str]]:
@@ -39,13 +41,14 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     """
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
+    parents = _parents_of_scopes(every[0].node.graph) if every else {}
     tables = {layer.weight for layer in every if layer.kind == "embedding"}
     for layer in every:
         mine = [str(layer.node.name), str(layer.weight.name)]
         given = next((name for name in mine if name in names), None)
         used.add(given)
         is_tied = layer.kind == "linear" and layer.weight in tables
-        path = names[given] if given is not None else path_of(layer, is_tied, found)
+        path = names[given] if given is not None else path_of(layer, is_tied, found, parents)
         if path is None:
             nameless.append(mine[1])
         else:
@@ -61,21 +64,66 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
 
 
 def path_of(
-    layer: FileLayer, is_tied: bool = False, known: Mapping[str, Sequence[FileLayer]] = _NONE
+    layer: FileLayer,
+    is_tied: bool = False,
+    known: Mapping[str, Sequence[FileLayer]] = _NONE,
+    parents: Mapping[str, str] = _NONE,
 ) -> str | None:
     """By the weight, if it bears the name of a parameter and is no table too; else by the node.
 
     A second call of a layer is a node of the first one's name and a number.
+
+    Args:
+        layer: a call of it.
+        is_tied: whether its weight is a table too.
+        known: the layers that have a path already.
+        parents: how paths begin where the scopes of nodes begin otherwise.
     """
     by_weight = None if is_tied else _WEIGHT.fullmatch(str(layer.weight.name))
     if by_weight is not None and "::" not in by_weight["path"]:
         return by_weight["path"]
     by_node = _NODE.fullmatch(str(layer.node.name))
-    path = _by_scope(layer.node) or (by_node["path"].replace("/", ".") if by_node else None)
+    scope = by_node["path"].replace("/", ".") if by_node else None
+    path = _by_scope(layer.node) or (scope and _moved(scope, parents))
     first = re.sub(r"_\d+$", "", path or "")
     if any(call.weight is layer.weight for call in known.get(first, ())):
         return first
     return path or _by_bias(layer.node)
+
+
+def _parents_of_scopes(graph: ir.Graph | ir.Function | None) -> dict[str, str]:
+    """How paths begin where scopes begin otherwise: a module that is not called itself has none.
+
+    ``self.model.decoder(x)`` makes nodes of ``/decoder/...`` that read ``model.decoder...``.
+    """
+    found: dict[str, set[str]] = {}
+    for node in graph or ():
+        scope = str(node.name).strip("/").split("/")[:-1]
+        old = [part for name in scope for part in name.split(".")]
+        for value in node.inputs:
+            is_own = value is not None and value.is_initializer()
+            new = str(value.name).split(".")[:-1] if is_own and value is not None else []
+            common = _common_end(old, new)
+            if common and _numbers(old) == _numbers(new):
+                begins = [".".join(path[: len(path) - common + 1]) for path in (old, new)]
+                found.setdefault(begins[0], set()).add(begins[1])
+    return {old: next(iter(new)) for old, new in found.items() if len(new) == 1 and old not in new}
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two paths end in alike."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _numbers(path: Iterable[str]) -> list[str]:
+    return [part for part in path if part.isdigit()]
+
+
+def _moved(path: str, parents: Mapping[str, str]) -> str:
+    """A scope as a path."""
+    old = max((p for p in parents if f"{path}.".startswith(f"{p}.")), key=len, default="")
+    return parents[old] + path.removeprefix(old) if old else path
 
 
 def _by_scope(node: ir.Node) -> str | None:

@@ -99,10 +99,26 @@ def eager(model: nn.Module, adapter: Adapter, x: torch.Tensor) -> Any:
         return base, model(x)
 
 
+class PastItsParent(nn.Module):
+    """Calls a child of a child: in TorchScript's scopes the one between has no name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.decoder = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 7))
+        self.head = nn.Linear(7, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.model.decoder(x))  # type: ignore[operator]
+
+
 ROWS, IMAGES = torch.randn(4, 6, 3), torch.randn(2, 4, 8, 8)
 MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, Shapes]] = {
     "weights by anonymous names": (
         Ragged, ROWS, {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)},
+    ),
+    "a module that is not called itself": (
+        PastItsParent, ROWS, {"model.decoder.0": (5, 3), "model.decoder.2": (7, 5), "head": (2, 7)},
     ),
     "Gemm": (Blocks, torch.randn(4, 3), {"fc": (5, 3), "layers.1": (6, 7), "classifier": (2, 9)}),
     "convolutions": (
