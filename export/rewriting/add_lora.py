@@ -23,7 +23,7 @@ from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
 from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
-from lora_fx.export.rewriting.layer_names import Paths, named_layers
+from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
@@ -128,6 +128,7 @@ def _open(
     every = list(layers_in(model))
     layers, nameless = named_layers(every, names)
     chosen = _chosen(layers, nameless, slots)
+    _refuse_fused(chosen, names)
     for value in [v for v in model.graph.inputs if v.is_initializer()]:
         model.graph.inputs.remove(value)  # a constant, where nobody overrides it
     found = []
@@ -162,6 +163,23 @@ def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) 
             f"{without}"
         )
     return {path: calls for path, calls in layers.items() if path in found}
+
+
+def _refuse_fused(chosen: Paths, names: Mapping[str, str]) -> None:
+    """An adapter is trained beside the layer's own weight: what was fused follows both."""
+    given = set(names.values())
+    found = [
+        f"{path} (weight {next(c.weight.name for c in calls if is_fused(c))})"
+        for path, calls in chosen.items()
+        if path not in given and any(map(is_fused, calls))
+    ]
+    if found:
+        raise ExportError(
+            f"{shorten(found)}: a batch-norm was fused into it when the file was made, and what an "
+            "adapter adds would miss that: export the model so that it stays, which torch.onnx "
+            "does where it is told not to optimise, and TorchScript's exporter not to fold "
+            "constants; or name it in names= to take the weight as it is"
+        )
 
 
 def _refuse_taken(model: ir.Model, names: Sequence[str]) -> None:

@@ -22,6 +22,10 @@ _WEIGHT = re.compile(
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
 _NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
+# What exporters and onnxruntime call a weight that a batch-norm, or a factor, was multiplied into;
+# a linear layer's has no name in TorchScript's files because it was transposed.
+_FUSED = re.compile(r"onnx::Conv_\d+|(ConvBn|ConvMul|MatMulBn)Fusion_\w+.*")
+_RULES = "pkg.onnxscript.rewriter.rule_name"
 Paths = dict[str, list[FileLayer]]
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -89,6 +93,12 @@ def path_of(
     if any(call.weight is layer.weight for call in known.get(first, ())):
         return first
     return path or _by_bias(layer.node)
+
+
+def is_fused(layer: FileLayer) -> bool:
+    """Whether the file says that a weight is another one than the module has."""
+    rules = layer.node.metadata_props.get(_RULES, "")
+    return "FuseBatchNorm" in rules or _FUSED.fullmatch(str(layer.weight.name)) is not None
 
 
 def _parents_of_scopes(graph: ir.Graph | ir.Function | None) -> dict[str, str]:

@@ -154,6 +154,56 @@ def test_a_file_of_torch_takes_adapters_by_module_path(
     assert compare(Session(tmp_path / "merged.onnx").run({"x": x})["y"], wanted).ok
 
 
+class Normed(nn.Module):
+    """A convolution with a batch-norm behind it, which exporters make one layer of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+        with torch.no_grad():
+            self.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            self.norm.weight.uniform_(0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("fused_by", ["TorchScript", "dynamo", "onnxruntime"])
+def test_a_weight_that_a_batch_norm_was_fused_into_takes_no_adapter(
+    fused_by: str, tmp_path: Path
+) -> None:
+    """Beside another layer it does, and beside this where the norm stayed: held against W'."""
+    torch.manual_seed(0)
+    model, kept = Normed().eval(), tmp_path / "kept.onnx"
+    adapter = make_adapter({"conv": (6, 4, 3, 3), "last": (5, 6, 1, 1)}, rank=3, scale=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (IMAGES,), str(kept), dynamo=False, do_constant_folding=False,
+            input_names=["x"], output_names=["y"],
+        )  # fmt: skip
+    if fused_by == "onnxruntime":
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / "base.onnx")
+        ort.InferenceSession(str(kept), options)
+    else:
+        exported(model, IMAGES, tmp_path / "base.onnx", fused_by == "dynamo")
+    with pytest.raises(ExportError, match=r"conv \(weight .*fused into it"):
+        add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", slots=["*"])
+    assert add_lora(tmp_path / "base.onnx", tmp_path / "last.onnx", slots=["last"]).verified
+    alone, adapted = with_adapter(kept, adapter, IMAGES, tmp_path, slots=["*"])
+    wanted_alone, wanted = eager(model, adapter, IMAGES)
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    assert compare(adapted, wanted_alone).relative > 1e-2
+    weight = onnx.load(tmp_path / "base.onnx").graph.node[0].input[1]
+    taken = add_lora(
+        tmp_path / "base.onnx", tmp_path / "taken.onnx", slots=["conv"], names={weight: "conv"}
+    )
+    assert taken.slots == ["conv"]
+
+
 def test_an_empty_slot_changes_no_bit(tmp_path: Path) -> None:
     base = exported(Ragged(), ROWS, tmp_path / "base.onnx")
     report = add_lora(base, tmp_path / "slots.onnx")
