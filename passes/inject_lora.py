@@ -25,10 +25,11 @@ from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
+from lora_fx.injection.stacking import check_stacks
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.base_layers import layers_in
-from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.parametrized_weights import adapters_of, behind, value_names
 from lora_fx.layers.sites import CLOSED, Site, by_path, readers, tensor_of
 from lora_fx.layers.weight_readers import is_one_way
 
@@ -116,11 +117,13 @@ def _says_weight(update: AnyUpdate) -> bool:
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
     """Makes a parameter that no layer alone reads anew, such as that of many experts."""
     names = value_names(path, name, len(update.values), bare=True)
-    reads = list(readers(editor.gm, path))
+    reads = behind(editor.gm.graph, readers(editor.gm, path))
     if not reads:
         raise AdapterError(f"adapter {name}: {path} {CLOSED}")
+    check_stacks(path, adapters_of(reads[0][1]), update, name)
+    own = tensor_of(editor.gm, path)
+    assert own is not None
     for reader, source in reads:
-        own = editor.tensor(source)
         function = recorded(update.of, tuple(own.shape), update.leaves)
         make_anew(editor, reader, source, update.values, function, names, own.dtype)
 
