@@ -59,8 +59,8 @@ def beside(base: Matrix, whole: Matrix) -> Beside:
 def is_added(base: Matrix, whole: Matrix) -> bool:
     """Whether ``whole - base`` is the same whatever the base is, as far as the expression shows."""
     if isinstance(whole, m.Replaced):
-        own = m.rows(whole.matrix, whole.index)
-        return is_added(base, whole.matrix) and is_added(own, whole.rows)
+        inside = is_added(m.rows(base, whole.index), whole.rows)
+        return inside and is_added(base, whole.matrix)
     try:
         found = beside(base, whole)
     except NotLowRankError:

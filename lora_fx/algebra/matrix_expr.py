@@ -196,8 +196,9 @@ def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
         return matrix
     inner = {item.name: exchanged(getattr(matrix, item.name), change) for item in fields(matrix)}
     made = replace(matrix, **inner)
-    is_back = isinstance(made, Transposed) and isinstance(made.of, Transposed)
-    return made.of.of if is_back else made
+    if isinstance(made, Transposed) and isinstance(made.of, Transposed):
+        return made.of.of
+    return made
 
 
 def holding(leaf: Leaf | BlockDiag | Index, value: torch.Tensor) -> Leaf | BlockDiag | Index:

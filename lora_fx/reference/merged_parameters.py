@@ -163,7 +163,7 @@ def composed(
 
 
 def _goes_before(step: Step, other: Step, beside: Collection[str]) -> bool:
-    """Whether one acts on what a layer reads, so that of W it comes before an earlier of its like."""
+    """Whether one acts on what a layer reads: of the weight, before an earlier of its like."""
     both = {step.update.stacks, other.update.stacks} == {"inputs first"}
     return both and other.owner.adapter.name in beside
 

@@ -199,7 +199,7 @@ def test_two_adapters_are_summed_and_taken_away_alone(layer: str) -> None:
         ("ia3_in", "dora"),
         ("dora", "ia3_in"),
         ("ia3_in", "ia3_in"),
-        ("lokr", "lokr"),
+        ("lokr", "lokr_dora"),
         ("lokr", "dora"),
         ("ia3", "lokr"),
     ],

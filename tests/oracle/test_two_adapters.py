@@ -84,12 +84,14 @@ def of_peft(first: str, second: str) -> Any:
         model.load_adapter(str(places[1]), adapter_name="b")
         model.base_model.set_adapter(["a", "b"])
         return model.eval()
-    configs = [(PEFT_CASES | PEFT_TYPES)[name][1]() for name in (first, second)]
-    model = peft.get_peft_model(base, configs[0], adapter_name="a", mixed=True)
-    model.add_adapter("b", configs[1])
-    for place in places:
-        tensors = load_file(place / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(model, tensors, adapter_name=place.name)
+    if "oft" not in first:
+        model = peft.PeftMixedModel.from_pretrained(base, str(places[0]), adapter_name="a")
+    else:  # which from_pretrained knows as the second alone
+        _, make = (PEFT_CASES | PEFT_TYPES)[first]
+        model = peft.get_peft_model(base, make(), adapter_name="a", mixed=True)
+        for key, value in load_file(places[0] / "adapter_model.safetensors").items():
+            model.get_parameter(key.replace("oft_R.", "oft_R.a.")).data.copy_(value)
+    model.load_adapter(str(places[1]), adapter_name="b")
     model.set_adapter(["a", "b"])
     return model.eval()
 
@@ -163,6 +165,28 @@ def test_the_order_of_rotations_is_that_of_peft_and_counts() -> None:
         assert relative(inject(gm, [two, one])(case.x), wanted) > 1e-2
         # Folded, the first is the base that the second acts on.
         assert relative(inject(fold(inject(gm, one)), two)(case.x), merged) <= 1e-6
+
+
+def test_low_rank_before_a_rotation_is_what_peft_runs_once_it_is_folded(tmp_path: Path) -> None:
+    case, gm, (turning, _), places = pair("linear oft exact", "linear oft exact")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["wide", "narrow"])
+    owner: Any = peft.get_peft_model(copy.deepcopy(case.base), config)
+    for name, parameter in owner.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0.0, 0.4)
+    owner.save_pretrained(tmp_path / "lora")
+    low = load_adapter(tmp_path / "lora", base=case.base, name="low")
+    model: Any = peft.PeftMixedModel.from_pretrained(
+        copy.deepcopy(case.base), str(tmp_path / "lora"), adapter_name="low"
+    )
+    model.load_adapter(str(places[0]), adapter_name="b")
+    model.eval().set_adapter(["low", "b"])
+    with pytest.raises(AdapterError, match="low stands beside it, out of its reach: fold"):
+        inject(gm, [low, turning])
+    with torch.no_grad():
+        wanted = model(case.x)  # of (W + B A) R, which is not W R + B A
+        assert relative(inject(fold(inject(gm, low)), turning)(case.x), wanted) <= 1e-6
+        assert relative(inject(gm, [turning, low])(case.x), wanted) > 1e-2
 
 
 @pytest.mark.parametrize("name", NEVER)
