@@ -55,7 +55,8 @@ def check_stacks(path: str, others: Sequence[str], update: AnyUpdate, name: str)
     """
     if not others or update.stacks in ("on any", "inputs first"):
         return
-    start = f"{path}: adapter {name} makes its weight anew, and {shorten(list(others))} has made it anew"
+    earlier = shorten(list(others))
+    start = f"{path}: adapter {name} makes its weight anew, and {earlier} has made it anew"
     if update.stacks == "never":
         raise AdapterError(
             f"{start}: what PEFT computes of the two of kind {update.kind!r} is no function of "

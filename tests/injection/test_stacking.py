@@ -364,8 +364,8 @@ def test_an_export_is_both_and_each_goes_into_the_slot(base: Any, tmp_path: Path
     with torch.no_grad():
         wanted, alone = both(x), [inject(gm, adapter)(x) for adapter in several]
 
-    def run(path: Path, *adapter: Path) -> torch.Tensor:
-        (found,) = lora_fx.Session(path, *adapter).run({"x": x}).values()
+    def run(path: Path, adapter: Path | None = None) -> torch.Tensor:
+        (found,) = lora_fx.Session(path).run({"x": x}, adapter).values()
         return torch.from_numpy(found)
 
     for number, graph in enumerate((both, fold(both))):
