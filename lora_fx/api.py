@@ -21,7 +21,7 @@ def inject(
     Args:
         gm: a traced graph; it is not changed.
         adapter: a loaded adapter; a LoraConfig, whose parameters then are the only ones that
-            train; or several of them, which are summed.
+            train; or several of them, which are summed, or act one on what another made (OFT).
         strict: False leaves out what matches nothing, instead of refusing it.
 
     Returns:

@@ -128,7 +128,7 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     standing = branches(gm)
     beside = {branch.path: branch.out for branch in standing}
     made = made_anew(gm.graph)
-    found = {module_path(end) or str(weight.target): end for end, _, weight in made}
+    found = {module_path(m.operand) or str(m.stored.target): m.operand for m in made}
     if not beside and not found:
         return {}
     analysis = analyse(gm)

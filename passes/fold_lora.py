@@ -27,7 +27,7 @@ from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.match_branch import branches
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
-from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.parametrized_weights import Made, made_anew
 from lora_fx.layers.weight_parts import Part, part_of
 
 
@@ -65,8 +65,11 @@ class FoldLora(Pass):
             for call in pack.rest():
                 _follow(editor, pack, call)
         editor.sweep()
-        for made, _, source in made_anew(editor.gm.graph):
-            _evaluate(editor, analysis, made, source)
+        made = made_anew(editor.gm.graph)
+        inner = {each.source for each in made}
+        for each in made:
+            if each.operand not in inner:
+                _evaluate(editor, analysis, each)
 
 
 def _without_lone_factors(editor: Editor, regions: Sequence[Region]) -> list[Region]:
@@ -82,13 +85,13 @@ def _without_lone_factors(editor: Editor, regions: Sequence[Region]) -> list[Reg
     return [r for r, weight in stored if weight not in calls or calls[weight] & r.nodes]
 
 
-def _evaluate(editor: Editor, analysis: Analysis, made: fx.Node, source: fx.Node) -> None:
-    """Puts a constant in the place of a weight that an adapter made and no layer alone reads."""
-    constants, name = analysis.constants, str(source.target)
-    value = lazily(constants, made, constants.dtype(source), name)
-    node = editor.constant(name, value, before=next(iter(made.users)))
-    editor.remember(node, made)
-    editor.replace(made, node)
+def _evaluate(editor: Editor, analysis: Analysis, made: Made) -> None:
+    """Puts a constant in the place of a weight that adapters made and no layer alone reads."""
+    constants, name = analysis.constants, str(made.stored.target)
+    value = lazily(constants, made.operand, constants.dtype(made.stored), name)
+    node = editor.constant(name, value, before=next(iter(made.operand.users)))
+    editor.remember(node, made.operand)
+    editor.replace(made.operand, node)
     editor.record("fold", name, "made anew by an adapter")
 
 

@@ -13,7 +13,7 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.adapters.other_updates import anew
 from lora_fx.algebra.evaluate import recorded
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.pass_base import Pass
@@ -25,10 +25,11 @@ from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
+from lora_fx.injection.stacking import check_stacks
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.base_layers import layers_in
-from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.parametrized_weights import adapters_of, behind, value_names
 from lora_fx.layers.sites import CLOSED, Site, by_path, readers, tensor_of
 from lora_fx.layers.weight_readers import is_one_way
 
@@ -42,7 +43,8 @@ class InjectLora(Pass):
     A is (in, r), B is (r, out) with the scale folded in; an embedding looks A up, a convolution
     shrinks with its own geometry and expands point by point, a transposed one too. DoRA and (IA)3
     add a term ``mul(sub(linear, b), gain)``, or scale x by a vector first. What has no form beside
-    the layer (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, f(W, values), b)``.
+    the layer (LoKr, OFT) makes its weight anew: ``linear(x, W, b) -> linear(x, f(W, values), b)``;
+    a second of these makes it of what the first made.
 
     An activated adapter (aLoRA) adds ``mul(branch, mask)``, the mask of the tokens from the last
     invocation in ``input_ids`` on.
@@ -116,11 +118,13 @@ def _says_weight(update: AnyUpdate) -> bool:
 def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> None:
     """Makes a parameter that no layer alone reads anew, such as that of many experts."""
     names = value_names(path, name, len(update.values), bare=True)
-    reads = list(readers(editor.gm, path))
+    reads = behind(editor.gm.graph, readers(editor.gm, path))
     if not reads:
         raise AdapterError(f"adapter {name}: {path} {CLOSED}")
+    check_stacks(path, adapters_of(reads[0][1]), update, name)
+    own = tensor_of(editor.gm, path)
+    assert own is not None
     for reader, source in reads:
-        own = editor.tensor(source)
         function = recorded(update.of, tuple(own.shape), update.leaves)
         make_anew(editor, reader, source, update.values, function, names, own.dtype)
 
@@ -216,7 +220,17 @@ def _fresh(
 
 
 def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> None:
-    """Puts what was left of a weight in its place."""
+    """Puts what was left of a weight in its place.
+
+    Raises:
+        AdapterError: an adapter has made the weight anew, and would be lost.
+    """
+    others = adapters_of(calls[0].operand)
+    if others:
+        raise AdapterError(
+            f"{calls[0].path}: the factors start out of the weight, and {shorten(others)} has made "
+            "that anew; fold the first, then inject the second"
+        )
     for reader, source in dict.fromkeys(read for call in calls for read in call.reads):
         node = editor.constant(str(calls[0].weight.target), residual, before=reader)
         editor.rebind(reader, source, node)

@@ -38,10 +38,10 @@ class StripLora(Pass):
         for site, branch in reversed(found):
             if self.name in (None, branch.name):
                 _strip(editor, site, branch)
-        for made, adapter, source in reversed(made_anew(editor.gm.graph)):
-            if self.name in (None, adapter):
-                editor.replace(made, source)
-                editor.record("strip", str(source.target), f"adapter {adapter}")
+        for made in reversed(made_anew(editor.gm.graph)):
+            if self.name in (None, made.adapter):
+                editor.replace(made.operand, made.source)
+                editor.record("strip", str(made.stored.target), f"adapter {made.adapter}")
         replaced: set[str] = set()
         for name, value in unreplaced(editor.gm, self.name).items():
             replaced |= _give_back(editor, name, value)

@@ -42,7 +42,7 @@ def reference(
 
 def swapped(gm: fx.GraphModule) -> Iterator[tuple[Adapter, fx.GraphModule]]:
     """Each adapter in a graph, and the graph with it alone."""
-    anew = [name for _, name, _ in made_anew(gm.graph)]
+    anew = [made.adapter for made in made_anew(gm.graph)]
     replacing = [r.adapter.name for r in injected(gm) if r.before]
     names = list(dict.fromkeys([*(branch.name for branch in branches(gm)), *anew, *replacing]))
     for name in names:

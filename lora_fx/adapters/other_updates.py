@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.source_record import SourceRecord
-from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Update, length
+from lora_fx.adapters.updates import AnyUpdate, Bias, Shape, Stacks, Update, length
 from lora_fx.algebra.evaluate import weight_of_shape
 from lora_fx.algebra.index_expr import Index
 from lora_fx.algebra.matrix_expr import (
@@ -103,6 +103,7 @@ class WeightUpdate(AnyUpdate):
             as many columns does; None where any size does.
         stored: what the file held.
         bias: (out,), or None.
+        stacks: as `Stacks` says.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class WeightUpdate(AnyUpdate):
     shape: Shape
     stored: SourceRecord | None = None
     bias: torch.Tensor | None = None
+    stacks: Stacks = "if added"
     makes_anew = True
 
     def of(self, weight: Matrix) -> Matrix:
@@ -136,7 +138,11 @@ class WeightUpdate(AnyUpdate):
     def with_magnitude(self, magnitude: torch.Tensor) -> WeightUpdate:
         """An expression that ends with it."""
         column = magnitude.reshape(-1, 1)
-        return replace(self, function=lambda weight: normed(constant(column), self.of(weight)))
+
+        def function(weight: Matrix) -> Matrix:
+            return normed(constant(column), self.of(weight))
+
+        return replace(self, function=function, stacks="if added")
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The values, and the bias if there is one."""

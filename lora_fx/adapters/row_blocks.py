@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added_to_each
-from lora_fx.adapters.updates import AnyUpdate, Shape, Update
+from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks, Update
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.low_rank import NotLowRankError, beside
 from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, rows
@@ -45,7 +45,8 @@ def cut(update: AnyUpdate, at: range) -> AnyUpdate:
         return rows(update.of(ScatterRows(weight, index, size)), index)
 
     bias = None if update.bias is None else update.bias[at.start : at.stop]
-    return WeightUpdate(update.kind, function, (len(at), *update.shape[1:]), bias=bias)
+    shape = (len(at), *update.shape[1:])
+    return WeightUpdate(update.kind, function, shape, bias=bias, stacks=update.stacks)
 
 
 def _by_row(update: AnyUpdate) -> bool:
@@ -128,7 +129,15 @@ def _replaced(blocks: Sequence[Block], shape: tuple[int, ...]) -> WeightUpdate:
     for at, own in shifts:
         if bias is not None and own is not None:
             bias[at.start : at.stop] = own
-    return WeightUpdate(blocks[0].update.kind, function, shape, bias=bias)
+    return WeightUpdate(blocks[0].update.kind, function, shape, bias=bias, stacks=_stacks(blocks))
+
+
+def _stacks(blocks: Sequence[Block]) -> Stacks:
+    """As all of them do; never, if one of them never does."""
+    every = {block.update.stacks for block in blocks}
+    if "never" in every:
+        return "never"
+    return every.pop() if len(every) == 1 else "if added"
 
 
 def _of_experts(blocks: Sequence[Block], shape: tuple[int, ...]) -> WeightUpdate:

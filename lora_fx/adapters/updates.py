@@ -7,12 +7,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from lora_fx.adapters.source_record import SourceRecord, kept
-from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.evaluate import dense, weight_of_shape
+from lora_fx.algebra.low_rank import is_added
 from lora_fx.algebra.matrix_expr import (
     DiagMul,
     Matrix,
@@ -32,6 +33,10 @@ from lora_fx.errors import AdapterError
 NO_WEIGHT = (
     "it acts from its invocation tokens on (aLoRA), and not before them: no one weight says it"
 )
+# What an update acts on that makes a weight anew where another adapter has made it: what that made,
+# if all that it does is to add; whatever weight there is; likewise, but before its like, since it
+# acts on what the layer reads; or never anything but the base's own.
+Stacks = Literal["if added", "on any", "inputs first", "never"]
 Shape = tuple[int | None, ...]
 Bias = Callable[[], torch.Tensor | None]
 
@@ -51,6 +56,7 @@ class AnyUpdate(Protocol):
         leaves: what a graph then makes W' of, by the keys that the expression has.
         invocation: the tokens from whose last occurrence on W' is in place of W, in each row of
             ``input_ids``; where there are none of them, W is. Empty: W' is everywhere.
+        stacks: where another adapter has made the weight anew, what it may act on (`Stacks`).
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -64,6 +70,7 @@ class AnyUpdate(Protocol):
     makes_anew: bool = False
     leaves: Mapping[Hashable, torch.Tensor] = MappingProxyType({})
     invocation: tuple[int, ...] = ()
+    stacks: Stacks = "if added"
 
     def of(self, weight: Matrix) -> Matrix:
         """W' of W, both matrices of (out, in * kernel): the definition of the update."""
@@ -103,6 +110,12 @@ class AnyUpdate(Protocol):
     def values(self) -> tuple[torch.Tensor, ...]:
         """The leaves without their keys."""
         return tuple(self.leaves.values())
+
+    @property
+    def is_added(self) -> bool:
+        """Whether W' - W is the same whatever W is, as far as the expression shows."""
+        weight = weight_of_shape(self.shape)
+        return is_added(weight, self.of(weight))
 
     def is_finite(self) -> bool:
         """Whether every value is a finite number."""

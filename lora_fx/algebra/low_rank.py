@@ -56,6 +56,18 @@ def beside(base: Matrix, whole: Matrix) -> Beside:
     return Beside(None if factors == [ones] else reduce(m.Sum, factors), col, added)
 
 
+def is_added(base: Matrix, whole: Matrix) -> bool:
+    """Whether ``whole - base`` is the same whatever the base is, as far as the expression shows."""
+    if isinstance(whole, m.Replaced):
+        inside = is_added(m.rows(base, whole.index), whole.rows)
+        return inside and is_added(base, whole.matrix)
+    try:
+        found = beside(base, whole)
+    except NotLowRankError:
+        return False
+    return found.row is None and found.col is None
+
+
 def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads ``whole = base + up @ down``.
 

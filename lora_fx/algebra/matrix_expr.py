@@ -195,7 +195,10 @@ def exchanged(matrix: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(matrix, Matrix):
         return matrix
     inner = {item.name: exchanged(getattr(matrix, item.name), change) for item in fields(matrix)}
-    return replace(matrix, **inner)
+    made = replace(matrix, **inner)
+    if isinstance(made, Transposed) and isinstance(made.of, Transposed):
+        return made.of.of
+    return made
 
 
 def holding(leaf: Leaf | BlockDiag | Index, value: torch.Tensor) -> Leaf | BlockDiag | Index:

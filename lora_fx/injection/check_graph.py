@@ -16,7 +16,8 @@ from lora_fx.graph.graph_module import is_free
 from lora_fx.graph.ops import holder_path
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import branches_of, parameter_names
+from lora_fx.injection.match_branch import parameter_names
+from lora_fx.injection.stacking import adapters_at
 from lora_fx.injection.unmatched import cause
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer_types import OPERATORS
@@ -123,7 +124,7 @@ def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:
         AdapterError: names the layers, or the tensors.
     """
     layers = list(layers)
-    taken = [site.path for site in layers if name in {b.name for b in branches_of(site)}]
+    taken = [site.path for site in layers if name in adapters_at(site)]
     if taken:
         raise AdapterError(
             f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "

@@ -39,7 +39,10 @@ def conform(update: AnyUpdate, site: Layer) -> AnyUpdate:
         raise AdapterError("a col scales what a layer reads, and an embedding reads ids")
     if update.shape == site.shape:
         if site.groups > 1 and update.magnitude is not None:
-            raise AdapterError("DoRA on a grouped convolution has no weight to norm")
+            raise AdapterError(
+                "DoRA on a grouped convolution has no weight to norm; trace the model that PEFT "
+                "wraps (lora_fx.trace) instead, and export that"
+            )
         return update
     _check(update.shape, stored, rows=int(site.type.reads_ids))
     if not update.is_plain:

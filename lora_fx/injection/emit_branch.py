@@ -19,7 +19,7 @@ from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.parametrized_weights import adapter_of
+from lora_fx.layers.parametrized_weights import adapters_of
 from lora_fx.layers.sites import Site
 
 
@@ -123,7 +123,7 @@ def _own_bias(editor: Editor, calls: Sequence[Site]) -> torch.Tensor | None:
 
 def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
     gained = any(branch.gain is not None for branch in branches_of(site))
-    if gained or col_of(site) is not None:
+    if gained or col_of(site) is not None or adapters_of(site.operand):
         raise AdapterError(
             f"{site.path}: a second adapter scales what the layer reads or gives, which has no "
             "sum with the first; fold the first, then inject the second"
@@ -137,7 +137,7 @@ def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
 
 def _refuse_scaled(site: Site, mine: dict[str, fx.Node]) -> None:
     """A gain is relative to what the base gives, which another adapter may have changed."""
-    if ("col" not in mine and col_of(site) is not None) or adapter_of(site.operand):
+    if ("col" not in mine and col_of(site) is not None) or adapters_of(site.operand):
         raise AdapterError(
             f"{site.path}: a second adapter scales what the layer gives, and the first changed "
             "that; fold the first, then inject the second"

@@ -15,8 +15,8 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import aten
-from lora_fx.injection.match_branch import branches_of
-from lora_fx.layers.parametrized_weights import adapter_of, value_names
+from lora_fx.injection.stacking import check_layer, placed
+from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import Site
 
 
@@ -29,19 +29,17 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: AnyUpdate, na
     """Makes the weight of a layer anew at all of its calls.
 
     Raises:
-        AdapterError: another adapter has done so, or a value is not finite in the layer's dtype.
+        AdapterError: another adapter is there that it does not go with, or a value is not finite
+            in the layer's dtype.
     """
+    if not update.leaves and update.is_added:
+        return  # a bias, and nothing of the weight
     first = calls[0]
-    scaled = (branch.name for branch in branches_of(first) if branch.gain is not None)
-    other = adapter_of(first.operand) or next(scaled, "")
-    if other:
-        raise AdapterError(
-            f"{first.path}: adapter {name} makes its weight anew, and {other} has made it anew or "
-            "scales what it gives; fold the first, then inject the second"
-        )
+    check_layer(first, update, name)
     names = value_names(first.path, name, len(update.values), first.bare)
     function = _on_stored(update, first)
-    for reader, source in dict.fromkeys(read for site in calls for read in site.reads):
+    reads = list(dict.fromkeys(read for site in calls for read in site.reads))
+    for reader, source in placed(editor.gm, reads, first.path, update, first.bare):
         make_anew(editor, reader, source, update.values, function, names, first.dtype)
 
 

@@ -33,7 +33,7 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
         AdapterError: there is no such adapter, several and no name, or one that made weights anew.
     """
     found = [(site, branch) for site in sites(gm) for branch in branches_of(site)]
-    made = [(adapter, str(source.target)) for _, adapter, source in made_anew(gm.graph)]
+    made = [(each.adapter, str(each.stored.target)) for each in made_anew(gm.graph)]
     names = list(dict.fromkeys([b.name for _, b in found] + [adapter for adapter, _ in made]))
     if not names or (name or names[0]) not in names or (name is None and len(names) > 1):
         listed = shorten(names) or "none"

@@ -11,8 +11,9 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding
 from lora_fx.injection.injected_adapters import Bound, Held, Injected, add, value_part
-from lora_fx.injection.match_branch import branches_of, parameter_names
-from lora_fx.layers.parametrized_weights import adapter_of, value_names
+from lora_fx.injection.match_branch import parameter_names
+from lora_fx.injection.stacking import adapters_at
+from lora_fx.layers.parametrized_weights import value_names
 from lora_fx.layers.sites import Site
 
 Groups = Mapping[str, Sequence[Site]]
@@ -21,9 +22,7 @@ Beside = Mapping[str, frozenset[str]]
 
 def standing(calls: Sequence[Site]) -> frozenset[str]:
     """Names of the adapters that stand at a layer."""
-    first = calls[0]
-    names = {branch.name for branch in branches_of(first)} | {adapter_of(first.operand)}
-    return frozenset(names - {""})
+    return frozenset(adapters_at(calls[0]))
 
 
 def weight_name(site: Site) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import SourceRecord
-from lora_fx.adapters.updates import AnyUpdate, Shape
+from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks
 from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
@@ -56,7 +56,9 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
     side.check(leaf, layer)
     stored = SourceRecord(tensors, settings)
-    return WeightUpdate("oft", side.turned(blocks), layer or side.shape, stored)
+    # PEFT's layers rotate what they read, one adapter behind the other; its tables what they give.
+    stacks: Stacks = "inputs first" if on_inputs else "on any"
+    return WeightUpdate("oft", side.turned(blocks), layer or side.shape, stored, stacks=stacks)
 
 
 def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import fx
 
@@ -13,26 +14,41 @@ _MARK = ".lora_weight_"
 _STEPS = 200  # nodes that an operand may be made of: what is more is no adapter's function
 
 
+class Made(NamedTuple):
+    """An operand that an adapter made.
+
+    Attributes:
+        operand: an ``alias``, which says where the adapter's calls end and the model's begin, of
+            what is computed from its source and the adapter's values alone.
+        adapter: the adapter's name.
+        source: what it was made of: the stored weight, or what another adapter made of that.
+        stored: the stored weight.
+    """
+
+    operand: fx.Node
+    adapter: str
+    source: fx.Node
+    stored: fx.Node
+
+
 def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
     """What adapter ``name`` calls the values from which it makes the weight of a layer anew."""
     at, own = f"{path}_adapted" if bare else path, part_of(name)
     return [f"{at}{_MARK}{place}.{own}" for place in range(count)]
 
 
+def made_anew(graph: fx.Graph) -> list[Made]:
+    """Every operand that an adapter made, a later one of the same weight behind the earlier."""
+    found: dict[fx.Node, Made] = {}
+    for end in graph.find_nodes(op="call_function", target=aten.alias.default):
+        if (made := _made(end, found)) is not None:
+            found[end] = made
+    return list(found.values())
+
+
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
-    """The operands that an adapter made: each with the stored weight that it was made of.
-
-    Such an operand is an ``alias``, which says where the adapter's calls end and the model's begin,
-    of what is computed from stored tensors alone, an adapter's values among them.
-    """
-    ends = graph.find_nodes(op="call_function", target=aten.alias.default)
-    found = {end: _stored(end) for end in ends}
-    return {end: source for end, source in found.items() if source is not None}
-
-
-def made_anew(graph: fx.Graph) -> list[tuple[fx.Node, str, fx.Node]]:
-    """Every operand that an adapter made: the operand, the adapter's name, the stored weight."""
-    return [(made, adapter_of(made), source) for made, source in recorded(graph).items()]
+    """The operands that adapters made: each with the stored weight that it was made of."""
+    return {made.operand: made.stored for made in made_anew(graph)}
 
 
 def makers(operands: Iterable[fx.Node]) -> set[fx.Node]:
@@ -40,27 +56,48 @@ def makers(operands: Iterable[fx.Node]) -> set[fx.Node]:
     return {node for operand in operands for node in needed(operand)}
 
 
-def adapter_of(operand: fx.Node) -> str:
-    """The name of the adapter that made an operand, or ``""`` if none did."""
-    pending, steps = [operand], 0
-    while pending and steps < _STEPS:
-        node, steps = pending.pop(), steps + 1
+def adapters_of(operand: fx.Node) -> list[str]:
+    """The names of the adapters that made an operand, or what it is picked of."""
+    found: dict[str, None] = {}
+    nodes, most = [operand], _STEPS
+    for node in nodes:  # grows
         if node.op == "get_attr" and _MARK in str(node.target):
-            return name_in(str(node.target))
-        pending.extend(node.all_input_nodes)
-    return ""
+            found[name_in(str(node.target))] = None
+        most += _STEPS if node.target is aten.alias.default else 0
+        nodes += [source for source in node.all_input_nodes if source not in nodes]
+        if len(nodes) > most:
+            break
+    return list(found)
 
 
-def _stored(end: fx.Node) -> fx.Node | None:
-    """The weight that an adapter made an operand of, or None if no adapter did."""
-    source, is_made = None, False
+def behind(
+    graph: fx.Graph, reads: Iterable[tuple[fx.Node, fx.Node]]
+) -> Sequence[tuple[fx.Node, fx.Node]]:
+    """Who reads a weight, or what adapters made of it: the calls that make that read no more."""
+    ends = [(made.operand, makers([made.operand])) for made in made_anew(graph)]
+    found: dict[tuple[fx.Node, fx.Node], None] = {}
+    for reader, source in reads:
+        last = next((end for end, inner in reversed(ends) if reader in inner), None)
+        outer = [(reader, source)] if last is None else [(user, last) for user in last.users]
+        found |= dict.fromkeys(outer)
+    return list(found)
+
+
+def _made(end: fx.Node, below: Mapping[fx.Node, Made]) -> Made | None:
+    """What made an operand, or None if no adapter did."""
+    name, source = "", None
     pending, steps = list(end.all_input_nodes), 0
     while pending and steps < _STEPS:
         node, steps = pending.pop(), steps + 1
-        if node.op == "get_attr":
-            is_made = is_made or _MARK in str(node.target)
-            source = source if _MARK in str(node.target) else node
-        elif node.op != "call_function":
+        if node in below:
+            source = node
+        elif node.op == "get_attr":
+            is_value = _MARK in str(node.target)
+            name, source = (name_in(str(node.target)), source) if is_value else (name, node)
+        elif node.op == "call_function":
+            pending.extend(node.all_input_nodes)
+        else:
             return None
-        pending.extend(node.all_input_nodes)
-    return source if is_made and not pending else None
+    if not name or source is None or pending:
+        return None
+    return Made(end, name, source, below[source].stored if source in below else source)

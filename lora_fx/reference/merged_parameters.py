@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import within
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
 from lora_fx.injection.conform import conform
-from lora_fx.injection.injected_adapters import Injected
+from lora_fx.injection.injected_adapters import Injected, value_part
 from lora_fx.layers.layer import Layer
 from lora_fx.reference.module_layers import NoWeightFormError, Place
 
@@ -59,6 +59,12 @@ class Step:
         return self.update.shift(lambda: torch.ones(1)) is not None
 
     @property
+    def makes_anew(self) -> bool:
+        """Whether the graph makes the weight anew: of its kind, or where nothing stands beside."""
+        bounds = self.owner.bound.get(self.path, ())
+        return self.update.makes_anew or any(value_part(0) in bound.names for bound in bounds)
+
+    @property
     def is_whole(self) -> bool:
         """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
         layer = self.place.layer
@@ -86,13 +92,24 @@ class Weight:
         self._base = base
         self._depth = 0
 
-    def add(self, step: Step) -> None:
+    def add(self, step: Step, beside: Collection[str] = ()) -> None:
         """Takes another update.
+
+        Args:
+            step: the update.
+            beside: names of the adapters that stood at the layer.
 
         Raises:
             NoWeightFormError: of a grouped convolution, one mixes the groups and another does not.
         """
-        self.steps.append(step)
+        place = len(self.steps)
+        while place and _goes_before(step, self.steps[place - 1], beside):
+            place -= 1
+        if place < len(self.steps):
+            after = self.steps[place]
+            self.steps[place] = replace(after, summed=True)
+            step = replace(step, summed=after.summed)
+        self.steps.insert(place, step)
         if len({step.is_whole for step in self.steps}) > 1:
             raise NoWeightFormError(f"updates of two kinds at {step.place.leaf}, a grouped weight")
 
@@ -131,14 +148,24 @@ class Weight:
 def composed(
     base: torch.Tensor, steps: Sequence[Step], act: Callable[[Step, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """All updates: those that stand beside each other are summed, a later one acts on the sum."""
+    """All updates: those that stand beside each other are summed, a later one acts on the sum.
+
+    Of those that make a weight anew, each acts on what the one before it made.
+    """
     start = total = base
     for step in steps:
         if not step.summed:
             start = total
         made = act(step, start)
         total = made if total is start else total + (made - start)
+        start = made if step.makes_anew else start
     return total
+
+
+def _goes_before(step: Step, other: Step, beside: Collection[str]) -> bool:
+    """Whether one acts on what a layer reads: of the weight, before an earlier of its like."""
+    both = {step.update.stacks, other.update.stacks} == {"inputs first"}
+    return both and other.owner.adapter.name in beside
 
 
 def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> torch.Tensor | None:

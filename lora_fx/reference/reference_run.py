@@ -141,7 +141,7 @@ class WeightForm:
         step = Step(record, path, update, place, summed=earlier <= beside)
         if any(s.owner is record and s.place.inside == place.inside for s in weight.steps):
             return  # another name of the same module, with the same numbers
-        weight.add(step)
+        weight.add(step, beside)
         if not step.changes_bias:
             return
         if place.bias is None:

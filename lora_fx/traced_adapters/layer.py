@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from lora_fx.adapters.other_updates import Function, WeightUpdate
-from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.adapters.updates import AnyUpdate, Stacks, Update
 from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.transfer import analyse
@@ -30,6 +30,13 @@ from lora_fx.traced_adapters.value_branches import branches_taken
 
 Own = Mapping[str, torch.Tensor]
 
+# Of which PEFT adds up what several adapters of one layer change, each of the base's own W; and of
+# which each acts on what the one before it made. All others mean neither.
+_SUMMED = frozenset({
+    "adamss", "beft", "c3a", "delora", "fourierft", "frod", "gralora", "hira", "peanut", "randlora",
+    "shira", "supertuning", "waveft",
+})  # fmt: skip
+_ONE_BY_ONE = frozenset({"boft", "hra"})
 WEIGHT, BIAS = "base_layer.weight", "base_layer.bias"
 _ROWS = (3, 5)  # of the example: nobody's number of features
 
@@ -110,8 +117,15 @@ class _Reading:
         try:
             down, up = factors_beside(weight, whole)
         except NotLowRankError:
-            return WeightUpdate(kind, self._function(weight, whole), (out, *rest), None, shift)
+            function, stacks = self._function(weight, whole), self._stacks(kind, weight, whole)
+            return WeightUpdate(kind, function, (out, *rest), None, shift, stacks)
         return Update(down.reshape(-1, *rest), up, 1.0, kind, shift)
+
+    def _stacks(self, kind: str, weight: Matrix, whole: Matrix) -> Stacks:
+        if kind in _SUMMED:
+            return "if added"
+        is_of_any = next(leaves(weight)) in leaves(whole)
+        return "on any" if kind in _ONE_BY_ONE and is_of_any else "never"
 
     def _weight(self) -> Matrix:
         """W of (out, in * kernel), as the analysis writes it."""
