@@ -112,6 +112,11 @@ def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) ->
     roles[role] = key, tensor
 
 
+def tensors_of(roles: Roles) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by role, without their keys."""
+    return {role: tensor for role, (_, tensor) in roles.items()}
+
+
 def check_pairs(layers: Layers) -> None:
     """Refuses a file that adapts nothing, and a layer that has only half of a pair."""
     check_no_half(layers.values())

@@ -20,6 +20,7 @@ from lora_fx.formats.dialects import (
     check_pairs,
     factors_of,
     scalar_of,
+    tensors_of,
 )
 from lora_fx.formats.diffusers.keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.hints import Hints
@@ -153,7 +154,7 @@ def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpd
         extra = sorted(roles.keys() - LOKR)
         if extra:
             raise AdapterError(f"{path}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
-        tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+        tensors = tensors_of(roles)
         settings: dict[str, object] = {"scale": 1.0, "writer": "peft"}
         with within(path):
             if config is not None:

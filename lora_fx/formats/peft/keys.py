@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys
+from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys, tensors_of
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -50,7 +50,7 @@ class ClassifiedTensors:
     def claim(self, rest: Tensors, layers: Layers) -> list[str]:
         """Puts what is no layer's where it belongs; the keys that the config gives no use."""
         for path, roles in layers.items():
-            self.layers[path] = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+            self.layers[path] = tensors_of(roles)
         own = self._is_shared, self._is_copy_of_shared, self._is_rows
         for uses in (*own, self.is_of_base, self._is_tied, self.is_of_model):
             rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
