@@ -161,17 +161,14 @@ class LoraConfig(Patterned):
         }
 
     @classmethod
-    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> tuple[Numbers, Numbers]:
+    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:
         """Rank and alpha of each layer; of rsLoRA only if all of them are."""
         use_rslora = all(map(_is_rslora, layers.values()))
-        found = {path: _rank_and_scale(update) for path, update in layers.items()}
-        return (
-            {path: rank for path, (rank, _) in found.items()},
-            {
-                path: alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
-                for path, (rank, scale) in found.items()
-            },
-        )
+        numbers = {}
+        for path, update in layers.items():
+            rank, scale = _rank_and_scale(update)
+            numbers[path] = rank, alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
+        return numbers
 
     @classmethod
     def tensors_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, dict[str, torch.Tensor]]:
