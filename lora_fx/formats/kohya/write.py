@@ -13,11 +13,9 @@ from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.dialects import ALPHA, up_beside
-from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.dialects import ALPHA, check_held, not_lora, up_beside
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
-    DIALECT,
     DORA,
     DOWN_KEY,
     UP_KEY,
@@ -47,7 +45,7 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[
         name = name_of(module, adapter.updates, hints.component)
         if owners.setdefault(name, module) != module:
             raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
-        tensors |= {DIALECT.key(name, leaf): t for leaf, t in leaves_for(update).items()}
+        tensors |= {f"{name}.{leaf}": t for leaf, t in leaves_for(update).items()}
     return tensors, {}
 
 

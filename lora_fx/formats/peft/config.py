@@ -17,7 +17,7 @@ from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft.fields import Fields, alphas, checked, names, ranks, tokens
-from lora_fx.formats.peft.wrappers import Home
+from lora_fx.formats.peft.wrappers import homes_of
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -181,7 +181,7 @@ class PeftConfig:
         return {}
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The type's own fields, out of what its updates were read with."""
         defaults = {entry.name: entry.default for entry in cls.used()}
         return {name: agreed(layers, name, defaults[name]) for name in cls.options}
@@ -250,9 +250,9 @@ class Patterned(PeftConfig):
         return rank, scale_of(self.alpha_of(path), rank, bool(getattr(self, "use_rslora", False)))
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The most common rank and alpha, and patterns for the layers that differ."""
-        numbers = cls.numbers(layers)
+        numbers, homes = cls.numbers(layers), homes_of(layers)
         inside = [path for path in layers if not homes[path].asked]
         odd = [path for path in inside if numbers[path] != numbers[path.rpartition(".")[0]]]
         if odd:
@@ -264,7 +264,7 @@ class Patterned(PeftConfig):
         rank, ranks = _with_pattern({name: rank for name, (rank, _) in asked.items()})
         alpha, alphas = _with_pattern({name: alpha for name, (_, alpha) in asked.items()})
         own = {"r": rank, cls.alpha_field: alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
-        return super().described(layers, homes) | own
+        return super().described(layers) | own
 
     @classmethod
     def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:

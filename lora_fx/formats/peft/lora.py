@@ -18,9 +18,8 @@ from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
-from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
-from lora_fx.formats.peft.wrappers import Home, WrappedTarget, places_of
+from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -145,14 +144,14 @@ class LoraConfig(Patterned):
         }
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Ranks and alphas, and what all layers have or none."""
-        low = low_rank(layers).values()
-        parameters = sorted(h.parameter for h in homes.values() if h.parameter is not None)
+        low, homes = low_rank(layers).values(), homes_of(layers).values()
+        parameters = sorted(h.parameter for h in homes if h.parameter is not None)
         tokens = next(update.invocation for update in layers.values())
         # Only PEFT's model of this task looks for the tokens.
         activated = {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} if tokens else {}
-        return super().described(layers, homes) | {
+        return super().described(layers) | {
             "use_rslora": all(map(_is_rslora, layers.values())),
             "use_dora": any(update.magnitude is not None for update in low),
             "lora_bias": any(update.bias is not None for update in low),

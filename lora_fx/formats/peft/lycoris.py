@@ -14,7 +14,6 @@ from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
-from lora_fx.formats.peft.wrappers import Home
 
 _NEUTRAL = words("rank_dropout module_dropout init_weights")
 
@@ -43,9 +42,9 @@ class LohaConfig(Patterned):
         return super().settings(path, tensors) | own
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Ranks and alphas, and what all layers agree on."""
-        fields = super().described(layers, homes)
+        fields = super().described(layers)
         if any("hada_t1" in update.stored_tensors for update in layers.values()):
             fields["use_effective_conv2d"] = True
         return fields

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft.config import PeftConfig, Tensors
-from lora_fx.formats.peft.fields import Fields, checked, words
-from lora_fx.formats.peft.wrappers import Home
+from lora_fx.formats.peft.fields import checked, words
 from lora_fx.layers.base_layers import BaseLayers
 
 _SHARED = ("vera_A", "vera_B")
@@ -82,51 +82,46 @@ class VeraConfig(PeftConfig):
 
     @classmethod
     def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
-        """The updates, if all of them have the same projections."""
-        found = super().adopted(layers)
-        return None if found is None or shared_by(layers) is None else found
+        """The updates, if all of them have the same projections, and whether a seed is enough.
 
-    @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
-        """Rank and seed, and whether the file holds the projections."""
-        return super().described(layers, homes) | {"save_projection": not is_drawn_again(layers)}
+        They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone;
+        then PEFT would draw others from the seed.
+        """
+        found = super().adopted(layers)
+        if found is None:
+            return None
+        first, *others = (update.stored_tensors for update in found.values())
+        if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
+            return None
+        out, into = (max(update.shape[axis] or 0 for update in found.values()) for axis in (0, 1))
+        shared = {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
+        is_saved = any(
+            update.stored_settings.get("save_projection", True) for update in found.values()
+        ) or any(shared[leaf].shape != first[leaf].shape for leaf in _SHARED)
+        return {
+            path: replace(
+                update,
+                stored=SourceRecord(
+                    {**update.stored_tensors, **shared},
+                    {**update.stored_settings, "save_projection": is_saved},
+                ),
+            )
+            for path, update in found.items()
+        }
 
     @classmethod
     def shared_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, torch.Tensor]:
         """The projections, if the file is to hold them."""
-        found = None if is_drawn_again(layers) else shared_by(layers)
-        return {} if found is None else {key: found[leaf] for key, leaf in cls.shared_keys.items()}
+        first = next(iter(layers.values()))
+        if not first.stored_settings["save_projection"]:
+            return {}
+        return {key: first.stored_tensors[leaf] for key, leaf in cls.shared_keys.items()}
 
 
 def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Kaiming-uniform values, by PEFT's own order of rounding."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
-
-def shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
-    """The projections that all updates were read with, or None where they are of several files.
-
-    They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
-    """
-    first, *others = (update.stored_tensors for update in layers.values())
-    if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
-        return None
-    out, into = (max(update.shape[axis] or 0 for update in layers.values()) for axis in (0, 1))
-    return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
-
-
-def is_drawn_again(layers: Mapping[str, AnyUpdate]) -> bool:
-    """Whether PEFT draws the projections of these layers again from the seed that they came from.
-
-    Not if layers are gone: what is drawn is as wide as the widest.
-    """
-    drawn = shared_by(layers) or {}
-    return all(
-        not update.stored_settings.get("save_projection", True)
-        and all(update.stored_tensors[leaf].shape == drawn[leaf].shape for leaf in _SHARED)
-        for update in layers.values()
-    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -75,7 +75,7 @@ def choose(adapter: Adapter) -> PeftLayout:
     found = ((made, made.adopted(layers)) for made in TYPES.values())
     made, held = next(((made, held) for made, held in found if held is not None), (None, None))
     if held is None and all(map(LoraConfig.holds, layers.values())):
-        made, held = LoraConfig, {path: _as_lora(update) for path, update in layers.items()}
+        made, held = LoraConfig, {path: as_lora(update) for path, update in layers.items()}
     if made is None or held is None:
         raise AdapterError(f"no one type of PEFT holds {_kinds(layers)}")
     if tokens and not made.has("trainable_token_indices"):
@@ -85,7 +85,7 @@ def choose(adapter: Adapter) -> PeftLayout:
     return PeftLayout(made, held, adapter, explicit, saved)
 
 
-def _as_lora(update: AnyUpdate) -> AnyUpdate:
+def as_lora(update: AnyUpdate) -> AnyUpdate:
     """As LoRA: what the file of another kind held no longer matters."""
     if not isinstance(update, Update) or update.kind in LoraConfig.kinds:
         return update
@@ -140,7 +140,7 @@ def _check_expressible(chosen: PeftLayout) -> None:
 
 def config_of(chosen: PeftLayout) -> PeftConfig:
     """The config of which PEFT makes the same ranks, scales and targets."""
-    fields = chosen.type.described(chosen.layers, chosen.homes)
+    fields = chosen.type.described(chosen.layers)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {
         path: tuple(update.stored_settings["indices"]) for path, update in chosen.tokens.items()
