@@ -6,12 +6,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.source_record import EMBEDDING
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.layers.axes import convert, sizes_of
@@ -20,6 +21,7 @@ from lora_fx.layers.layer import Layer
 # How every format has the two factors of a layer.
 DOWN_AXES, UP_AXES = "r in *k", "out r 1*"
 DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
+U = TypeVar("U", bound=AnyUpdate)
 Tensors = Mapping[str, torch.Tensor]
 Roles = dict[str, tuple[str, torch.Tensor]]  # role -> key and tensor
 Layers = dict[str, Roles]
@@ -163,9 +165,22 @@ def lora_of(
             f"{key!r} is {tuple(magnitude.shape)}, expected ({up.shape[0]},), one number an "
             "output; one a token, of an embedding, is not supported: fuse it where it was made"
         )
-    kind = "lora" if magnitude is None else "dora"
     stored = EMBEDDING if is_table else None
-    return Update(down, up, scale, kind, magnitude=magnitude, stored=stored)
+    return with_kind(Update(down, up, scale, magnitude=magnitude, stored=stored))
+
+
+def with_kind(update: Update, use_rslora: bool = False) -> Update:
+    """The update of a pair by its kind; where that does not tell rsLoRA, a setting does."""
+    plain = "rslora" if use_rslora else "lora"
+    kind = "alora" if update.invocation else plain if update.magnitude is None else "dora"
+    found = replace(update, kind=kind)
+    return with_settings(found, use_rslora=True) if use_rslora and kind != plain else found
+
+
+def with_settings(update: U, **settings: object) -> U:
+    """The update, its source record saying more."""
+    stored = SourceRecord(update.stored_tensors, {**update.stored_settings, **settings})
+    return replace(update, stored=stored)
 
 
 def factors_of(roles: Roles, grouped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

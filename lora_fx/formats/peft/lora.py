@@ -12,10 +12,10 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter, name_of
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.adapters.source_record import SourceRecord, is_embedding
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside, with_kind
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
 from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
@@ -224,14 +224,9 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     tokens = config.alora_invocation_tokens or ()
     if tokens and (is_table or kernel or magnitude is not None):
         raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
-    plain = "rslora" if config.use_rslora else "lora"
-    kind = "alora" if tokens else plain if magnitude is None else "dora"
-    settings: dict[str, object] = {"layer": "embedding"} if is_table else {}
-    settings |= {"use_rslora": True} if kind in ("dora", "alora") and config.use_rslora else {}
-    return Update(
-        down, up.flatten(1), scale, kind, bias, magnitude,
-        stored=SourceRecord({}, settings) if settings else None, invocation=tokens,
-    )  # fmt: skip
+    update = Update(down, up.flatten(1), scale, "lora", bias, magnitude, invocation=tokens)
+    update = replace(update, stored=EMBEDDING) if is_table else update
+    return with_kind(update, config.use_rslora)
 
 
 def _check_leaves(

@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.formats.dialects import with_settings
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
 
@@ -124,8 +124,7 @@ class LokrConfig(LohaConfig):
         if not (update.makes_anew and len(known) != 3 and found == config.shapes(known)):
             return None
         own = {name: getattr(config, name) for name in ("r", *self.options)}
-        record = SourceRecord(stored, {**update.stored_settings, **own})
-        return replace(update, stored=record)
+        return with_settings(update, **own)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors of a layer (out, in, *kernel): ``LoKrLayer.update_layer`` of PEFT 0.21."""

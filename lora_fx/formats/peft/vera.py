@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
-from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.config import PeftConfig, Tensors
+from lora_fx.formats.dialects import with_settings
+from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import checked, words
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -82,46 +82,44 @@ class VeraConfig(PeftConfig):
 
     @classmethod
     def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
-        """The updates, if all of them have the same projections, and whether a seed is enough.
+        """The updates, if all have the same projections, and whether these are to be stored.
 
-        They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone;
-        then PEFT would draw others from the seed.
+        A seed is enough where no layer is gone: what PEFT draws is as wide as the widest.
         """
         found = super().adopted(layers)
-        if found is None:
+        shared = None if found is None else _shared_by(found)
+        if found is None or shared is None:
             return None
-        first, *others = (update.stored_tensors for update in found.values())
-        if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
-            return None
-        out, into = (max(update.shape[axis] or 0 for update in found.values()) for axis in (0, 1))
-        shared = {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
         is_saved = any(
-            update.stored_settings.get("save_projection", True) for update in found.values()
-        ) or any(shared[leaf].shape != first[leaf].shape for leaf in _SHARED)
-        return {
-            path: replace(
-                update,
-                stored=SourceRecord(
-                    {**update.stored_tensors, **shared},
-                    {**update.stored_settings, "save_projection": is_saved},
-                ),
-            )
-            for path, update in found.items()
-        }
+            update.stored_settings.get("save_projection", True)
+            or any(update.stored_tensors[leaf].shape != t.shape for leaf, t in shared.items())
+            for update in found.values()
+        )
+        return {path: with_settings(u, save_projection=is_saved) for path, u in found.items()}
 
     @classmethod
     def shared_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, torch.Tensor]:
         """The projections, if the file is to hold them."""
-        first = next(iter(layers.values()))
-        if not first.stored_settings["save_projection"]:
-            return {}
-        return {key: first.stored_tensors[leaf] for key, leaf in cls.shared_keys.items()}
+        found = _shared_by(layers) if agreed(layers, "save_projection") else None
+        return {} if found is None else {key: found[leaf] for key, leaf in cls.shared_keys.items()}
 
 
 def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Kaiming-uniform values, by PEFT's own order of rounding."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+
+def _shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
+    """The projections that all updates were read with, or None where they are of several files.
+
+    They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
+    """
+    first, *others = (update.stored_tensors for update in layers.values())
+    if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
+        return None
+    out, into = (max(update.shape[axis] or 0 for update in layers.values()) for axis in (0, 1))
+    return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
