@@ -56,11 +56,10 @@ def module_of(key: str, update: AnyUpdate) -> str:
 
 def problem_with(update: AnyUpdate) -> str | None:
     """What kohya's format cannot hold of an update, in words, or None."""
-    scale = update.scale if isinstance(update, Update) else 1.0
-    own = _own(update)
+    own, scale = _own(update), _scale(update)
     if own is not None:
-        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and _scale(update) != 1
-        found = f"a scale of {_scale(update):g} of kind {own[0]!r}" if is_scaled else None
+        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and scale != 1
+        found = f"a scale of {scale:g} of kind {own[0]!r}" if is_scaled else None
     else:
         found = not_lora(update)
         if found is None and update.groups > 1:
