@@ -6,7 +6,6 @@ names the file, the tensor or field, and what was found and expected.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -24,11 +23,11 @@ from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, s
 from lora_fx.formats import diffusers, mlx, peft, torchtune
 from lora_fx.formats.diffusers.write import contents as diffusers_contents
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya import is_kohya, read_kohya
+from lora_fx.formats.kohya.read import is_kohya, read_kohya
 from lora_fx.formats.kohya.write import contents as kohya_contents
 from lora_fx.formats.loralib import DIALECT, read_loralib
-from lora_fx.formats.loralib.write import PICKLES
-from lora_fx.formats.loralib.write import contents as loralib_contents
+from lora_fx.formats.loralib.layers import PICKLES
+from lora_fx.formats.loralib.layers import contents as loralib_contents
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.trainers import names_of
@@ -148,7 +147,7 @@ def load_adapter(
     _check_hints(source, hints, told, chosen.hints)
     if name is not None:
         check_name(name)
-    options = dataclasses.replace(Hints(strict=strict, base=base), **hints)
+    options = Hints(strict=strict, base=base, **hints)
     with memory_told(source, AdapterError), advised(_AGAIN):
         adapter = chosen.read(source, name or _name_from(source), options)
         with within(source):
@@ -214,7 +213,7 @@ def save_adapter(
             f"{path}: format {format} is read and not written; choose one of {written}"
         )
     with memory_told(path, AdapterError), advised("write another format"):
-        chosen.write(adapter, Path(path), dataclasses.replace(Hints(), **hints), force)
+        chosen.write(adapter, Path(path), Hints(**hints), force)
 
 
 def _format(name: str) -> Format:

@@ -1,16 +1,19 @@
-"""How formats spell the tensors of a layer, one table a format, and what is checked of them."""
+"""How formats spell the tensors of a layer, and what is checked of them, read or to be written."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
-from lora_fx.adapters.source_record import EMBEDDING
-from lora_fx.adapters.updates import Update
+from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
+from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.layers.axes import convert, sizes_of
 from lora_fx.layers.layer import Layer
@@ -18,19 +21,22 @@ from lora_fx.layers.layer import Layer
 # How every format has the two factors of a layer.
 DOWN_AXES, UP_AXES = "r in *k", "out r 1*"
 DOWN, UP, ALPHA, MAGNITUDE, BIAS = "down", "up", "alpha", "magnitude", "bias"
+U = TypeVar("U", bound=AnyUpdate)
 Tensors = Mapping[str, torch.Tensor]
 Roles = dict[str, tuple[str, torch.Tensor]]  # role -> key and tensor
 Layers = dict[str, Roles]
 # From the tensors that the table gives no use, and the layers, to the keys that have none at all.
 Claim = Callable[[Tensors, Layers], list[str]]
+# What a format cannot hold of an update, in words.
+Problem = Callable[[AnyUpdate], str | None]
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The spelling of one format, read and written from it.
+    """The spelling of one format.
 
     Attributes:
-        endings: end of a key -> role of the tensor; the first of a role is the one that is written.
+        endings: end of a key -> role of the tensor.
         expected: what the message about a key of no known use ends with.
         prefix: regex of what stands before a path.
         older: end of a key -> what of it is the path's, by today's name, and today's ending.
@@ -63,19 +69,11 @@ class Dialect:
                 return path + tail, self.endings[ending]
         return None
 
-    def key(self, path: str, role: str) -> str:
-        """The key of a tensor of a layer, as this format writes it; the path has its prefix."""
-        return path + self._written[role]
-
     def feature(self, key: str) -> str | None:
         """The feature that a key is of, where that is known and not supported."""
         if not re.match(self.prefix, key):
             return None
         return next((what for end, what in self.foreign.items() if re.search(end, key)), None)
-
-    @cached_property
-    def _written(self) -> dict[str, str]:
-        return {role: ending for ending, role in reversed([*self.endings.items()])}
 
 
 def sort_keys(
@@ -110,6 +108,11 @@ def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) ->
             f"tensors {roles[role][0]!r} and {key!r} are both the {role} of {path}; remove one"
         )
     roles[role] = key, tensor
+
+
+def tensors_of(roles: Roles) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by role, without their keys."""
+    return {role: tensor for role, (_, tensor) in roles.items()}
 
 
 def check_pairs(layers: Layers) -> None:
@@ -162,9 +165,22 @@ def lora_of(
             f"{key!r} is {tuple(magnitude.shape)}, expected ({up.shape[0]},), one number an "
             "output; one a token, of an embedding, is not supported: fuse it where it was made"
         )
-    kind = "lora" if magnitude is None else "dora"
     stored = EMBEDDING if is_table else None
-    return Update(down, up, scale, kind, magnitude=magnitude, stored=stored)
+    return with_kind(Update(down, up, scale, magnitude=magnitude, stored=stored))
+
+
+def with_kind(update: Update, use_rslora: bool = False) -> Update:
+    """The update of a pair by its kind; where that does not tell rsLoRA, a setting does."""
+    plain = "rslora" if use_rslora else "lora"
+    kind = "alora" if update.invocation else plain if update.magnitude is None else "dora"
+    found = replace(update, kind=kind)
+    return with_settings(found, use_rslora=True) if use_rslora and kind != plain else found
+
+
+def with_settings(update: U, **settings: object) -> U:
+    """The update, its source record saying more."""
+    stored = SourceRecord(update.stored_tensors, {**update.stored_settings, **settings})
+    return replace(update, stored=stored)
 
 
 def factors_of(roles: Roles, grouped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,3 +236,45 @@ def scalar_of(roles: Roles) -> float | None:
     if tensor.numel() != 1:
         raise AdapterError(f"{key!r} is {tuple(tensor.shape)}, expected one number")
     return float(tensor.item())
+
+
+def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Problem) -> None:
+    """Refuses an adapter that a format cannot hold.
+
+    ``replaced`` are parameters that the format has no place for; ``problem`` says in words what
+    it cannot hold of an update.
+    """
+    if not adapter.updates:
+        raise AdapterError(f"the adapter {adapter.name} has no update to write")
+    problems: dict[str, list[str]] = defaultdict(list)
+    for module, update in adapter.updates.items():
+        found = problem(update)
+        if found is not None:
+            problems[found].append(module)
+    problems["replaced parameters"] += replaced
+    for what, names in problems.items():
+        if names:
+            raise AdapterError(
+                f"{form} cannot hold {what}: {shorten(names)}; "
+                "write a PEFT directory, or leave them out"
+            )
+
+
+def not_lora(update: AnyUpdate) -> str | None:
+    """Why an update is no LoRA or DoRA of a format without more, or None.
+
+    A product of two factors is one, whatever kind of adapter it came from.
+    """
+    if not isinstance(update, Update):
+        return f"updates of kind {update.kind!r}, which are no product of two factors"
+    if not math.isfinite(update.scale):
+        return "scales that are no finite number"
+    if update.invocation:
+        return "invocation tokens (aLoRA)"
+    if update.rank == 0:
+        return "updates of rank 0"
+    if update.bias is not None:
+        return "biases of up-projections (lora_bias)"
+    if update.row is not None or update.col is not None:
+        return f"updates of kind {update.kind!r}, which scale inputs or outputs"
+    return None

@@ -41,17 +41,20 @@ class Hints:
     model: str | Path | None = None
 
 
+def _ends(path: str) -> list[str]:
+    """A path and its ends after a dot, the longest first."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
 def value_for(values: Mapping[str, T], path: str) -> T | None:
     """The value of the longest name that is a path, or its end after a dot; None without one."""
-    parts = path.split(".")
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((values[end] for end in ends if end in values), None)
+    return next((values[end] for end in _ends(path) if end in values), None)
 
 
 def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]) -> None:
     """Refuses a name that no path is or ends in: a misspelt one would change the result."""
-    parts = [path.split(".") for path in paths]
-    ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
+    ends = {end for path in paths for end in _ends(path)}
     unused = [name for name in values if name not in ends]
     if unused:
         raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")

@@ -38,7 +38,7 @@ _TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}
 
 def is_torchtune(directory: Path) -> bool:
     """Whether a directory has torchtune's own files beside a config."""
-    return (directory / CONFIG).is_file() and bool(_own(directory))
+    return (directory / CONFIG).is_file() and _last(directory) is not None
 
 
 def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
@@ -48,6 +48,8 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
     the rows are.
     """
     file = path if path.is_file() else weights_in(path) or _last(path)
+    if file is None:
+        raise AdapterError(f"{path}: holds neither adapter_model.pt nor adapter_0.pt")
     config = read_config(file.with_name(CONFIG), hints.strict)
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{file.with_name(CONFIG)}: peft_type is {config.peft_type}, not LORA")
@@ -70,18 +72,10 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
     return Adapter(name, updates)
 
 
-def _own(directory: Path) -> list[Path]:
-    """The files that torchtune names so, one an epoch, the last one last."""
-    epochs = {path: path.stem.removeprefix("adapter_") for path in directory.glob("adapter_*.pt")}
-    epochs = {path: end for path, end in epochs.items() if end == "model" or end.isdecimal()}
-    return sorted(epochs, key=lambda path: int(epochs[path]) if epochs[path] != "model" else -1)
-
-
-def _last(directory: Path) -> Path:
-    found = _own(directory)
-    if not found:
-        raise AdapterError(f"{directory}: holds neither adapter_model.pt nor adapter_0.pt")
-    return found[-1]
+def _last(directory: Path) -> Path | None:
+    """The file of torchtune's own names, one an epoch, that was written last."""
+    files = {path.stem.removeprefix("adapter_"): path for path in directory.glob("adapter_*.pt")}
+    return files.get(max(filter(str.isdecimal, files), key=int, default="model"))
 
 
 def _module(path: str, base: BaseLayers) -> str:

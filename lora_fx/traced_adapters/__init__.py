@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.peft.keys import ClassifiedTensors, as_saved, saved_module
+from lora_fx.formats.peft.keys import ClassifiedTensors, as_saved
 from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
@@ -72,16 +72,13 @@ def _read(
     known = skeleton.keys_of(model)
     tensors = as_saved(tensors, known.__contains__)
     keys = ClassifiedTensors(config, base, {path: {} for path in layers})
-    rest = {key: tensor for key, tensor in tensors.items() if key not in known}
-    for uses in (keys.is_of_base, keys.is_of_model):
-        rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
-    unused = list(rest)
+    unused = keys.claim_of_base({key: t for key, t in tensors.items() if key not in known})
     if unused:
         raise AdapterError(
             f"{len(unused)} tensors that the config gives no use: {shorten(unused)}; expected "
             f"{shorten(sorted(known), 3)}, biases by the field bias, and modules by modules_to_save"
         )
-    _check_saved(keys, config)
+    keys.check_saved()
     skeleton.fill(model, {key: tensor for key, tensor in tensors.items() if key in known})
     for path in layers:
         own[path] |= skeleton.replace(model, path, keys.replacements)
@@ -98,10 +95,3 @@ def _read(
 
 def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module._parameters.items() if p is not None}
-
-
-def _check_saved(keys: ClassifiedTensors, config: TracedConfig) -> None:
-    modules = [name.rpartition(".")[0] for name in keys.replacements]
-    for name in config.modules_to_save:
-        if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):
-            raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")

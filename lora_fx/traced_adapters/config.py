@@ -11,7 +11,7 @@ from lora_fx.adapters.safe_regex import check_regexes
 from lora_fx.adapters.target_rule import pattern_value
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.fields import NEUTRAL, of_type
+from lora_fx.formats.peft.fields import NEUTRAL, refused_in, values_of
 from lora_fx.formats.peft.lora import LoraConfig, check_init
 from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
@@ -62,8 +62,7 @@ def parse(fields: Mapping[str, object], origin: str, strict: bool) -> TracedConf
 def named(fields: Mapping[str, object]) -> str:
     """What of a config is no kind of ours, for a message: its type, or an option of LoRA."""
     name = fields["peft_type"]
-    options = sorted(LoraConfig.refused) if name == LoraConfig.peft_type else []
-    on = [f for f in options if fields.get(f) not in (None, False, [])]
+    on = refused_in(fields, LoraConfig) if name == LoraConfig.peft_type else []
     return f"{on[0]} is {fields[on[0]]!r:.80}" if on else f"peft_type is {name!r:.80}"
 
 
@@ -78,10 +77,7 @@ def _parsed(name: str, fields: Mapping[str, object], origin: str, strict: bool) 
         )
     if fields.get("target_modules") is None:
         raise AdapterError("target_modules is missing; name the modules that are adapted")
-    known = {e.name: fields.get(e.name) for e in PeftConfig.used()}
-    entries = {entry.name: entry for entry in PeftConfig.used()}
-    ours = {n: of_type(entries[n], value) for n, value in known.items() if value is not None}
-    return TracedConfig(name=name, given=fields, **ours)
+    return TracedConfig(name=name, given=fields, **values_of(fields, PeftConfig))
 
 
 def by_peft(config: TracedConfig, paths: Sequence[str]) -> Any:

@@ -14,7 +14,7 @@ from lora_fx.adapters.other_updates import added
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
 from lora_fx.formats import save_adapter
-from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.dialects import check_held, not_lora
 
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
 PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
@@ -20,6 +19,8 @@ from lora_fx.formats.dialects import (
     check_pairs,
     factors_of,
     scalar_of,
+    tensors_of,
+    with_kind,
 )
 from lora_fx.formats.diffusers.keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.hints import Hints
@@ -69,7 +70,10 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     with within(file):
         components = sort_by_component(tensors, bare)
         if hints.component is not None and not bare:
-            components = _chosen(components, hints.component)
+            if hints.component not in tuple(components):
+                there = ", ".join(components) or "none"
+                raise AdapterError(f"component is {hints.component!r:.80}, the file has {there}")
+            components = {hints.component: components[hints.component]}
     updates: dict[str, AnyUpdate] = {}
     rule = None
     for component, layers in (components or {"": {}}).items():
@@ -79,14 +83,6 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
         else:
             updates |= {f"{component}.{p}": update for p, update in found.items()}
     return Adapter(name, updates, expects=rule)
-
-
-def _chosen(components: dict[str, Layers], wanted: str) -> dict[str, Layers]:
-    if wanted not in tuple(components):
-        raise AdapterError(
-            f"component is {wanted!r:.80}, the file has {', '.join(components) or 'none'}"
-        )
-    return {wanted: components[wanted]}
 
 
 def is_bare(fields: Fields | None) -> bool:
@@ -153,7 +149,7 @@ def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpd
         extra = sorted(roles.keys() - LOKR)
         if extra:
             raise AdapterError(f"{path}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
-        tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+        tensors = tensors_of(roles)
         settings: dict[str, object] = {"scale": 1.0, "writer": "peft"}
         with within(path):
             if config is not None:
@@ -173,7 +169,7 @@ def _same_for_all(layers: Layers, role: str, what: str) -> bool:
 
 def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
     down, up = factors_of(roles, grouped=True)
-    rank, scale, kind = len(down), 1.0, "lora"
+    rank, scale = len(down), 1.0
     if config is None:
         alpha = scalar_of(roles)
         scale = 1.0 if alpha is None else alpha / rank
@@ -181,12 +177,9 @@ def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
         expected, scale = config.rank_and_scale(path)
         if rank != expected:
             raise AdapterError(f"{path}: rank {rank}, {METADATA} says {expected}")
-        kind = "rslora" if config.use_rslora else "lora"
-    bias, stored = roles[BIAS][1] if BIAS in roles else None, None
-    if MAGNITUDE in roles:
-        stored = SourceRecord({}, {"use_rslora": True}) if kind == "rslora" else None
-        kind = "dora"
-    magnitude = {"lora_magnitude_vector": roles[MAGNITUDE][1]} if MAGNITUDE in roles else {}
+    tensors = tensors_of(roles)
+    own = {"lora_magnitude_vector": tensors[MAGNITUDE]} if MAGNITUDE in tensors else {}
     with within(path):
-        update = Update(down, up, scale, kind, bias, stored=stored)
-        return dora.with_magnitude(update, magnitude)
+        update = dora.with_magnitude(Update(down, up, scale, bias=tensors.get(BIAS)), own)
+        assert isinstance(update, Update)
+        return with_kind(update, config is not None and config.use_rslora)

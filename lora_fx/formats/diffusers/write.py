@@ -16,15 +16,15 @@ from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.dialects import check_held, not_lora
 from lora_fx.formats.diffusers.keys import COMPONENTS, LOKR
-from lora_fx.formats.expressible import check_held, not_lora
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import dump
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
-from lora_fx.formats.peft.write import PeftLayout, config_of
+from lora_fx.formats.peft.write import PeftLayout, as_lora, config_of
 
 Tensors = dict[str, torch.Tensor]
 ByLayer = Mapping[str, Mapping[str, torch.Tensor]]
@@ -99,14 +99,8 @@ def _lora(
         mixed = "biases of up-projections (lora_bias)" if is_biased else "plain LoRA"
         raise AdapterError(f"{FORM} cannot hold DoRA beside {mixed} in one model, {name}")
     # A product of two factors is LoRA of a module here, whatever it came from.
-    plain = {
-        module: replace(
-            u,
-            kind=u.kind if u.kind in LoraConfig.kinds else "lora",
-            stored=u.stored if name_of(u) is None else None,
-        )
-        for module, u in part.items()
-    }
+    modules = {m: u if name_of(u) is None else replace(u, stored=None) for m, u in part.items()}
+    plain = {module: as_lora(update) for module, update in modules.items()}
     return LoraConfig.tensors_of(plain), _fields(LoraConfig, plain, rule)
 
 

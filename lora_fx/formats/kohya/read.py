@@ -1,13 +1,15 @@
-"""The tensors of one layer in a file of kohya's or LyCORIS', as updates."""
+"""kohya's files and LyCORIS' as updates: which they are, whose layers, and what a layer's hold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added, evaluated
 from lora_fx.adapters.row_blocks import swapped
 from lora_fx.adapters.settle import divided, place
@@ -15,9 +17,22 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant, normed, reshaped, scaled, transposed
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import ALPHA, Layers, Roles, check_no_half, factors_of, scalar_of
+from lora_fx.formats.dialects import (
+    ALPHA,
+    Layers,
+    Roles,
+    check_no_half,
+    factors_of,
+    scalar_of,
+    sort_keys,
+    tensors_of,
+)
+from lora_fx.formats.diffusers.keys import speaks_diffusers
+from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
+    DIALECT,
     DORA,
+    DOTTED,
     DOWN_KEY,
     MID,
     ROLES,
@@ -25,11 +40,16 @@ from lora_fx.formats.kohya.names import (
     UP_KEY,
     algorithm_of,
     by_algorithm,
+    check_part,
+    find,
+    part_of,
     rank_of_algorithm,
 )
+from lora_fx.formats.peft.keys import PREFIX
+from lora_fx.io.state_dict import read_file
 from lora_fx.kinds import KINDS, dora
 from lora_fx.layers.axes import shape_of
-from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.meanings import Meaning
@@ -38,6 +58,51 @@ from lora_fx.layers.resolve import Size
 # What others call LyCORIS' differences of a norm's vectors.
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
+# Ends of keys that tell such a file, whatever its paths begin with.
+_MARKS = tuple(end for end in DOTTED.endings if end not in (".alpha", ".diff_b"))
+
+
+def is_kohya(path: Path, names: Collection[str]) -> bool:
+    """Whether a file's tensors are named as kohya's, or as LyCORIS', or others' of that kind."""
+    if any(part_of(name) for name in names):
+        return True
+    is_peft = any(name.startswith(PREFIX) for name in names)
+    is_other = is_peft or speaks_diffusers(names) is not False
+    return not is_other and any(name.endswith(_MARKS) for name in names)
+
+
+def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads a file of kohya's or LyCORIS': every key is used, or refused by name.
+
+    LoRA, DoRA, LoCon, LoHa, LoKr, (IA)3, Diag-OFT, full differences and norms. What is added to a
+    norm is an update of its parameters, ``<path>.weight`` and ``<path>.bias``. The base is needed,
+    for the names are lossy; ``component`` reads one part of a pipeline (unet, te, te1, te2, te3,
+    lycoris) and leaves the others out.
+    """
+    if hints.base is None:
+        raise AdapterError(
+            f"{path}: kohya's names lose the dots of a path; pass base=, the model or the traced "
+            "graph that the adapter is for"
+        )
+    tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
+    with within(path):
+        layers = _sorted(tensors, hints.component)
+        check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
+        asked = {name: size_of(roles) for name, roles in layers.items()}
+        return Adapter(name, placed(layers, find(asked, base), base), moved={})
+
+
+def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
+    """The tensors by layer and leaf."""
+    if component is not None:
+        check_part(component)
+        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
+    flat = {key: t for key, t in tensors.items() if DIALECT.split(key) or "." not in key}
+    layers = sort_keys(flat, DIALECT)
+    layers |= sort_keys({k: t for k, t in tensors.items() if k not in flat}, DOTTED)
+    if not layers:
+        raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
+    return layers
 
 
 def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
@@ -61,7 +126,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
 
 
 def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
-    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
+    tensors = tensors_of(roles)
     algorithm = algorithm_of(tensors)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
@@ -100,19 +165,18 @@ def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
 
 
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
-    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
     if algorithm == "lora":
         return _lora(roles, layer)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        settings["scale"] = _scale(algorithm, roles, tensors)
+        settings["scale"] = _scale(algorithm, roles)
     if algorithm == "oft":
         settings["constraint"] = scalar_of(roles) or 0.0
-    return KINDS[algorithm].read(tensors, settings)
+    return KINDS[algorithm].read(tensors_of(roles), settings)
 
 
-def _scale(algorithm: str, roles: Roles, tensors: Mapping[str, torch.Tensor]) -> float:
-    rank = rank_of_algorithm(algorithm, tensors)
+def _scale(algorithm: str, roles: Roles) -> float:
+    rank = rank_of_algorithm(algorithm, tensors_of(roles))
     return 1.0 if rank is None else (scalar_of(roles) or rank) / rank
 
 
@@ -122,10 +186,10 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     The Tucker form has a core (r, r, *kernel) between a down- and an up-projection of single
     points. Joined with the core, down is (r, in, *kernel): the same product, exactly.
     """
-    tensors = {leaf: tensor for leaf, (_, tensor) in roles.items()}
-    check_no_half([{ROLES.get(leaf, leaf): found for leaf, found in roles.items()}])
-    down, up = factors_of({ROLES[leaf]: roles[leaf] for leaf in ROLES})
-    scale, stored = _scale("lora", roles, tensors), None
+    tensors, pair = tensors_of(roles), {ROLES.get(leaf, leaf): roles[leaf] for leaf in roles}
+    check_no_half([pair])
+    down, up = factors_of(pair)
+    scale, stored = _scale("lora", roles), None
     if MID in tensors:
         down = _with_core(down, tensors[MID])
         stored = SourceRecord(tensors, {"scale": scale})

@@ -13,11 +13,9 @@ from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.dialects import ALPHA, up_beside
-from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.formats.dialects import ALPHA, check_held, not_lora, up_beside
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
-    DIALECT,
     DORA,
     DOWN_KEY,
     UP_KEY,
@@ -47,7 +45,7 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> tuple[Tensors, dict[
         name = name_of(module, adapter.updates, hints.component)
         if owners.setdefault(name, module) != module:
             raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
-        tensors |= {DIALECT.key(name, leaf): t for leaf, t in leaves_for(update).items()}
+        tensors |= {f"{name}.{leaf}": t for leaf, t in leaves_for(update).items()}
     return tensors, {}
 
 
@@ -58,11 +56,10 @@ def module_of(key: str, update: AnyUpdate) -> str:
 
 def problem_with(update: AnyUpdate) -> str | None:
     """What kohya's format cannot hold of an update, in words, or None."""
-    scale = update.scale if isinstance(update, Update) else 1.0
-    own = _own(update)
+    own, scale = _own(update), _scale(update)
     if own is not None:
-        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and _scale(update) != 1
-        found = f"a scale of {_scale(update):g} of kind {own[0]!r}" if is_scaled else None
+        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and scale != 1
+        found = f"a scale of {scale:g} of kind {own[0]!r}" if is_scaled else None
     else:
         found = not_lora(update)
         if found is None and update.groups > 1:

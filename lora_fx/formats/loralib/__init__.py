@@ -16,8 +16,7 @@ from lora_fx.adapters.scaling import checked_alpha
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import DOWN, UP, Dialect, Layers, Tensors, check_pairs, sort_keys
 from lora_fx.formats.hints import Hints, check_all_used, doubt, value_for
-from lora_fx.formats.loralib.layers import update_of
-from lora_fx.formats.loralib.write import ALPHAS, FUSED
+from lora_fx.formats.loralib.layers import ALPHAS, FUSED, update_of
 from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.io.strict_json import parse_object
 from lora_fx.layers.base_layers import BaseLayers, layers_of

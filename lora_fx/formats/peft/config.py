@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,12 +17,12 @@ from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft.fields import Fields, alphas, checked, names, ranks, tokens
-from lora_fx.formats.peft.wrappers import Home
+from lora_fx.formats.peft.wrappers import homes_of
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
-Numbers = Mapping[str, float]
+Numbers = Mapping[str, tuple[int, float]]  # path of a layer -> its rank and its alpha
 # PEFT lists these heads for every model of the task, whatever its own head is called.
 _TASK_HEADS = {
     "SEQ_CLS": frozenset({"classifier", "score"}),
@@ -181,7 +181,7 @@ class PeftConfig:
         return {}
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The type's own fields, out of what its updates were read with."""
         defaults = {entry.name: entry.default for entry in cls.used()}
         return {name: agreed(layers, name, defaults[name]) for name in cls.options}
@@ -250,38 +250,29 @@ class Patterned(PeftConfig):
         return rank, scale_of(self.alpha_of(path), rank, bool(getattr(self, "use_rslora", False)))
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The most common rank and alpha, and patterns for the layers that differ."""
-        layer_ranks, layer_alphas = cls.numbers(layers)
-        inside = {path: path.rpartition(".")[0] for path in layers if not homes[path].asked}
-        for numbers in (layer_ranks, layer_alphas):
-            odd = [path for path, owner in inside.items() if numbers[path] != numbers[owner]]
-            if odd:
-                raise AdapterError(
-                    "PEFT has one rank and one alpha for an attention module and its output "
-                    f"projection, but these differ: {shorten(odd)}"
-                )
-        asked = {home.asked: path for path, home in homes.items() if home.asked}
-        rank = _most_common(layer_ranks[path] for path in asked.values())
-        alpha = _most_common(layer_alphas[path] for path in asked.values())
-        return super().described(layers, homes) | {
-            "r": rank,
-            cls.alpha_field: alpha,
-            "rank_pattern": _pattern({name: layer_ranks[p] for name, p in asked.items()}, rank),
-            "alpha_pattern": _pattern({name: layer_alphas[p] for name, p in asked.items()}, alpha),
-        }
+        numbers, homes = cls.numbers(layers), homes_of(layers)
+        inside = [path for path in layers if not homes[path].asked]
+        odd = [path for path in inside if numbers[path] != numbers[path.rpartition(".")[0]]]
+        if odd:
+            raise AdapterError(
+                "PEFT has one rank and one alpha for an attention module and its output "
+                f"projection, but these differ: {shorten(odd)}"
+            )
+        asked = {home.asked: numbers[path] for path, home in homes.items() if home.asked}
+        rank, ranks = _with_pattern({name: rank for name, (rank, _) in asked.items()})
+        alpha, alphas = _with_pattern({name: alpha for name, (_, alpha) in asked.items()})
+        own = {"r": rank, cls.alpha_field: alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+        return super().described(layers) | own
 
     @classmethod
-    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> tuple[Numbers, Numbers]:
+    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:
         """Rank and alpha of each layer."""
         raise NotImplementedError
 
 
-def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
-    """The values that are not the default; PEFT matches ends of paths, the ``^`` whole ones."""
-    return {f"^{re.escape(p)}": value for p, value in values.items() if value != default}
-
-
-def _most_common(values: Iterable[float]) -> float:
-    [(value, _)] = Counter(values).most_common(1)
-    return value
+def _with_pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and the others by PEFT's regex of a whole path."""
+    [(common, _)] = Counter(values.values()).most_common(1)
+    return common, {f"^{re.escape(p)}": v for p, v in values.items() if v != common}

@@ -42,7 +42,7 @@ def checked(check: Check, default: Any = dataclasses.MISSING, needed: bool = Fal
     return dataclasses.field(**made)
 
 
-def of_type(entry: dataclasses.Field[Any], value: object) -> Any:
+def _of_type(entry: dataclasses.Field[Any], value: object) -> Any:
     """The value of a field; refuses another type than that of the default, if there is one."""
     if "check" in entry.metadata:
         return entry.metadata["check"](entry.name, value)
@@ -137,7 +137,7 @@ def parse(
     with within(origin):
         made = _type_of(fields, types)
         _check_features(fields, made)
-        config = made(**_values(fields, made))
+        config = made(**values_of(fields, made))
         config.check(fields, origin, strict)
         return config
 
@@ -156,11 +156,9 @@ def _type_of(
 def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> None:
     """Refuses every feature that would change the result and is not supported."""
     known = {"peft_type", *NEUTRAL, *made.neutral, *(entry.name for entry in made.used())}
+    for name in refused_in(fields, made):
+        raise AdapterError(f"{name} is {fields[name]!r:.80}, a feature that is not supported")
     for name, value in fields.items():
-        # An empty object is not "off": PEFT makes the default sub-config of one.
-        is_off = value is None or value is False or value == []
-        if name in made.refused and not is_off:
-            raise AdapterError(f"{name} is {value!r:.80}, a feature that is not supported")
         if value and name not in known | made.refused:
             raise AdapterError(
                 f"{name} is {value!r:.80}, an unknown field that may change the result; "
@@ -168,12 +166,22 @@ def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> Non
             )
 
 
-def _values(fields: Mapping[str, object], made: type[PeftConfig]) -> Fields:
+def refused_in(fields: Mapping[str, object], made: type[PeftConfig]) -> list[str]:
+    """The features of a type that a config has on, and that are not supported.
+
+    An empty object is not "off": PEFT makes the default sub-config of one.
+    """
+    given = {name: fields.get(name) for name in sorted(made.refused)}
+    return [n for n, v in given.items() if not (v is None or v is False or v == [])]
+
+
+def values_of(fields: Mapping[str, object], made: type[PeftConfig]) -> Fields:
+    """The fields that are used and there, each of its type."""
     values = {}
     for entry in made.used():
         name, value = entry.name, fields.get(entry.name)
         if value is not None or (name in fields and entry.metadata.get("needed")):
-            values[name] = of_type(entry, value)
+            values[name] = _of_type(entry, value)
         elif is_required(entry):
             raise AdapterError(f"{name} is missing; without it the scale is unknown")
     return values

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys
+from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys, tensors_of
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -50,43 +50,53 @@ class ClassifiedTensors:
     def claim(self, rest: Tensors, layers: Layers) -> list[str]:
         """Puts what is no layer's where it belongs; the keys that the config gives no use."""
         for path, roles in layers.items():
-            self.layers[path] = {leaf: tensor for leaf, (_, tensor) in roles.items()}
-        own = self._is_shared, self._is_copy_of_shared, self._is_rows
-        for uses in (*own, self.is_of_base, self._is_tied, self.is_of_model):
-            rest = {key: tensor for key, tensor in rest.items() if not uses(key, tensor)}
-        return list(rest)
+            self.layers[path] = tensors_of(roles)
+        shared = self.config.shared_keys
+        self.shared.update({shared[key]: rest[key] for key in rest.keys() & shared.keys()})
+        rest = {key: tensor for key, tensor in rest.items() if key not in shared}
+        own = self._is_copy_of_shared, self._is_rows
+        return self._left(rest, *own, self._is_of_base, self._is_tied, self._is_of_model)
 
-    def _is_shared(self, key: str, tensor: torch.Tensor) -> bool:
-        """Files what all layers share."""
-        leaf = self.config.shared_keys.get(key)
-        if leaf is not None:
-            self.shared[leaf] = tensor
-        return leaf is not None
+    def claim_of_base(self, rest: Tensors) -> list[str]:
+        """Files what stands beside layers that are read elsewhere; the keys without a use."""
+        return self._left(rest, self._is_of_base, self._is_of_model)
 
-    def _is_copy_of_shared(self, key: str, tensor: torch.Tensor) -> bool:
+    def check_saved(self) -> None:
+        """Refuses a config that names modules to be stored whole of which there is nothing."""
+        modules = [name.rpartition(".")[0] for name in self.replacements]
+        for name in self.config.modules_to_save:
+            is_there = any(saved_module(module, [name]) for module in modules)
+            if not is_there and name not in self.config.optional_heads:
+                raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")
+
+    @staticmethod
+    def _left(rest: Tensors, *uses: Callable[[str, torch.Tensor], bool]) -> list[str]:
+        """The keys that no use takes; each use knows paths, and is asked of all before the next."""
+        left = [*rest]
+        for use in uses:
+            used = {k for k in left if k.startswith(PREFIX) and use(k[len(PREFIX) :], rest[k])}
+            left = [key for key in left if key not in used]
+        return left
+
+    def _is_copy_of_shared(self, path: str, tensor: torch.Tensor) -> bool:
         """Whether it repeats what all layers share, as each has it in a state dict."""
-        shared = self.shared.get(key.rpartition(".")[2])
+        shared = self.shared.get(path.rpartition(".")[2])
         return shared is not None and shared.shape == tensor.shape and torch.equal(shared, tensor)
 
-    def _is_rows(self, key: str, tensor: torch.Tensor) -> bool:
+    def _is_rows(self, path: str, tensor: torch.Tensor) -> bool:
         """Files trained rows, beside the adapter's layers."""
-        path = key.removeprefix(PREFIX)
-        tokens = self.config.trainable_token_indices
-        if path == key or not path.endswith(TOKENS) or tokens is None:
-            return False
-        self.tokens[path.removesuffix(TOKENS)] = tensor
-        return True
+        is_one = path.endswith(TOKENS) and self.config.trainable_token_indices is not None
+        if is_one:
+            self.tokens[path.removesuffix(TOKENS)] = tensor
+        return is_one
 
-    def is_of_base(self, key: str, tensor: torch.Tensor) -> bool:
+    def _is_of_base(self, path: str, tensor: torch.Tensor) -> bool:
         """Files a tensor of the base."""
-        path = key.removeprefix(PREFIX)
-        if path == key:
-            return False
         if self.config.bias == "all" and self._is_copy(path):
             return True
         owner = path.removesuffix(BASE_WEIGHT)
         whole = owner != path and owner in self.layers
-        if whole and self.is_of_model(key, tensor):
+        if whole and self._is_of_model(path, tensor):
             return True
         if not whole and not self._is_replacement(path):
             return False
@@ -97,15 +107,14 @@ class ClassifiedTensors:
         self.replacements[target] = tensor
         return is_first
 
-    def is_of_model(self, key: str, tensor: torch.Tensor) -> bool:
+    def _is_of_model(self, path: str, tensor: torch.Tensor) -> bool:
         """Files what the base has under this name, which PEFT loads over it, whatever its config.
 
         So are embeddings stored whose vocabulary grew, and in a state dict all that there is. What
         the base ties is one tensor; what is equal to its own says nothing.
         """
-        path = key.removeprefix(PREFIX)
         name = path.replace(".base_layer.", ".")
-        own = self.base.parameter(name) if path != key else None
+        own = self.base.parameter(name)
         if own is None:
             return False
         if own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
@@ -119,11 +128,9 @@ class ClassifiedTensors:
                 )
         return True
 
-    def _is_tied(self, key: str, tensor: torch.Tensor) -> bool:
+    def _is_tied(self, path: str, tensor: torch.Tensor) -> bool:
         """Files a copy of a module stored whole, for the head that is tied to it on demand."""
-        path = key.removeprefix(PREFIX)
-        is_named = path != key and path.endswith(".weight")
-        if not self.config.ensure_weight_tying or not is_named:
+        if not self.config.ensure_weight_tying or not path.endswith(".weight"):
             return False
         is_copy = any(
             value.shape == tensor.shape and torch.equal(value, tensor)
@@ -190,10 +197,7 @@ def sort_peft(
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")
-    modules = [name.rpartition(".")[0] for name in keys.replacements]
-    for name in config.modules_to_save:
-        if name not in config.optional_heads and not any(saved_module(m, [name]) for m in modules):
-            raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")
+    keys.check_saved()
     clash = [path for path in keys.layers if saved_module(path, config.modules_to_save)]
     clash += [path for path in keys.tokens if path in keys.layers]
     if clash:

@@ -12,15 +12,14 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter, name_of
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.adapters.source_record import SourceRecord, is_embedding
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside
+from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside, with_kind
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
-from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
-from lora_fx.formats.peft.wrappers import Home, WrappedTarget, places_of
+from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.layers.axes import shape_of, sizes_of
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -145,14 +144,14 @@ class LoraConfig(Patterned):
         }
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Ranks and alphas, and what all layers have or none."""
-        low = low_rank(layers).values()
-        parameters = sorted(h.parameter for h in homes.values() if h.parameter is not None)
+        low, homes = low_rank(layers).values(), homes_of(layers).values()
+        parameters = sorted(h.parameter for h in homes if h.parameter is not None)
         tokens = next(update.invocation for update in layers.values())
         # Only PEFT's model of this task looks for the tokens.
         activated = {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} if tokens else {}
-        return super().described(layers, homes) | {
+        return super().described(layers) | {
             "use_rslora": all(map(_is_rslora, layers.values())),
             "use_dora": any(update.magnitude is not None for update in low),
             "lora_bias": any(update.bias is not None for update in low),
@@ -161,17 +160,14 @@ class LoraConfig(Patterned):
         }
 
     @classmethod
-    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> tuple[Numbers, Numbers]:
+    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:
         """Rank and alpha of each layer; of rsLoRA only if all of them are."""
         use_rslora = all(map(_is_rslora, layers.values()))
-        found = {path: _rank_and_scale(update) for path, update in layers.items()}
-        return (
-            {path: rank for path, (rank, _) in found.items()},
-            {
-                path: alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
-                for path, (rank, scale) in found.items()
-            },
-        )
+        numbers = {}
+        for path, update in layers.items():
+            rank, scale = _rank_and_scale(update)
+            numbers[path] = rank, alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
+        return numbers
 
     @classmethod
     def tensors_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, dict[str, torch.Tensor]]:
@@ -228,14 +224,9 @@ def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
     tokens = config.alora_invocation_tokens or ()
     if tokens and (is_table or kernel or magnitude is not None):
         raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
-    plain = "rslora" if config.use_rslora else "lora"
-    kind = "alora" if tokens else plain if magnitude is None else "dora"
-    settings: dict[str, object] = {"layer": "embedding"} if is_table else {}
-    settings |= {"use_rslora": True} if kind in ("dora", "alora") and config.use_rslora else {}
-    return Update(
-        down, up.flatten(1), scale, kind, bias, magnitude,
-        stored=SourceRecord({}, settings) if settings else None, invocation=tokens,
-    )  # fmt: skip
+    update = Update(down, up.flatten(1), scale, "lora", bias, magnitude, invocation=tokens)
+    update = replace(update, stored=EMBEDDING) if is_table else update
+    return with_kind(update, config.use_rslora)
 
 
 def _check_leaves(

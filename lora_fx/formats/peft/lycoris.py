@@ -11,9 +11,9 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
+from lora_fx.formats.dialects import with_settings
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
-from lora_fx.formats.peft.wrappers import Home
 
 _NEUTRAL = words("rank_dropout module_dropout init_weights")
 
@@ -42,26 +42,25 @@ class LohaConfig(Patterned):
         return super().settings(path, tensors) | own
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Ranks and alphas, and what all layers agree on."""
-        fields = super().described(layers, homes)
+        fields = super().described(layers)
         if any("hada_t1" in update.stored_tensors for update in layers.values()):
             fields["use_effective_conv2d"] = True
         return fields
 
     @classmethod
-    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> tuple[Numbers, Numbers]:
+    def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:
         """Rank and alpha of each layer; the alpha that its file had, where that gives its scale."""
-        ranks: dict[str, float] = {}
-        alphas: dict[str, float] = {}
+        numbers = {}
         for path, update in layers.items():
             settings, tensors = update.stored_settings, update.stored_tensors
             found = [len(tensors[leaf]) for leaf in cls.ranked if leaf in tensors]
             rank, scale = int(settings.get("r") or found[0]), float(settings["scale"])
             said: Any = settings.get("alpha")
             is_exact = said is not None and said / rank == scale
-            ranks[path], alphas[path] = rank, said if is_exact else alpha_for(scale, rank)
-        return ranks, alphas
+            numbers[path] = rank, said if is_exact else alpha_for(scale, rank)
+        return numbers
 
     @classmethod
     def tensors_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, dict[str, torch.Tensor]]:
@@ -85,9 +84,7 @@ class LokrConfig(LohaConfig):
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     )  # fmt: skip
     ranked = ("lokr_w1_b", "lokr_w2_b")
-    options = (
-        "use_effective_conv2d", "decompose_both", "decompose_factor",
-    )  # fmt: skip
+    options = ("use_effective_conv2d", "decompose_both", "decompose_factor")
     neutral = _NEUTRAL | {"rank_dropout_scale"}
 
     decompose_both: bool = False
@@ -95,36 +92,39 @@ class LokrConfig(LohaConfig):
 
     @classmethod
     def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
-        """The updates with the fields that make PEFT cut their layers as they are cut."""
+        """The updates with the fields that make PEFT cut their layers as they are cut.
+
+        Updates that were read from PEFT have them already.
+        """
         found = super().adopted(layers)
-        return None if found is None else with_fields(found)
+        if found is None or all("decompose_factor" in u.stored_settings for u in found.values()):
+            return found
+        stored = [update.stored_tensors for update in found.values()]
+        both, cores = (any(leaf in own for own in stored) for leaf in ("lokr_w1_a", "lokr_t2"))
+        firsts = [t for own in stored for leaf, t in own.items() if leaf.startswith("lokr_w1")]
+        for factor in (-1, *sorted({size for tensor in firsts for size in tensor.shape})):
+            config = cls(
+                alpha=1.0, use_effective_conv2d=cores, decompose_both=both, decompose_factor=factor
+            )
+            cut = {path: config.cut(update) for path, update in found.items()}
+            if None not in cut.values():
+                return {path: update for path, update in cut.items() if update is not None}
+        return None
 
-
-def with_fields(layers: Mapping[str, AnyUpdate]) -> dict[str, AnyUpdate] | None:
-    """The updates with the fields of which PEFT makes tensors as theirs; None if there are none.
-
-    Updates that were read from PEFT have them already.
-    """
-    if all("decompose_factor" in update.stored_settings for update in layers.values()):
-        return dict(layers)
-    stored = [update.stored_tensors for update in layers.values()]
-    both, cores = (any(leaf in own for own in stored) for leaf in ("lokr_w1_a", "lokr_t2"))
-    firsts = [t for own in stored for leaf, t in own.items() if leaf.startswith("lokr_w1")]
-    for factor in (-1, *sorted({size for tensor in firsts for size in tensor.shape})):
-        fields = {path: Cut(_rank(u), both, factor, cores) for path, u in layers.items()}
-        if all(_is_cut(update, fields[path]) for path, update in layers.items()):
-            return {path: _with_settings(u, vars(fields[path])) for path, u in layers.items()}
-    return None
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The fields by which PEFT cuts a layer, by its own names."""
-
-    r: int
-    decompose_both: bool
-    decompose_factor: int
-    use_effective_conv2d: bool
+    def cut(self, update: AnyUpdate) -> AnyUpdate | None:
+        """The update with this config's fields, if PEFT has just its tensors under them."""
+        stored = update.stored_tensors
+        found = {leaf: tuple(t.shape) for leaf, t in stored.items() if leaf != "alpha"}
+        ranks = [found[leaf][0] for leaf in self.ranked if leaf in found]
+        # Full factors are of any rank that is too high to be low.
+        high = max((size for shape in found.values() for size in shape[:2]), default=1)
+        config = replace(self, r=ranks[0] if ranks else high)
+        known = tuple(size or 0 for size in update.shape)
+        # PEFT multiplies the factors of a one-dimensional convolution in another order.
+        if not (update.makes_anew and len(known) != 3 and found == config.shapes(known)):
+            return None
+        own = {name: getattr(config, name) for name in ("r", *self.options)}
+        return with_settings(update, **own)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors of a layer (out, in, *kernel): ``LoKrLayer.update_layer`` of PEFT 0.21."""
@@ -152,24 +152,3 @@ def split(size: int, factor: int) -> tuple[int, int]:
     bound = min(math.isqrt(size), factor if factor > 0 else size)
     smaller = max(n for n in range(1, bound + 1) if size % n == 0)
     return smaller, size // smaller
-
-
-def _rank(update: AnyUpdate) -> int:
-    """The rank of what is of low rank; of full factors any that is too high to be low."""
-    tensors = update.stored_tensors
-    ranks = [len(tensors[leaf]) for leaf in LokrConfig.ranked if leaf in tensors]
-    sides = (size for tensor in tensors.values() for size in tensor.shape[:2])
-    return ranks[0] if ranks else max(sides, default=1)
-
-
-def _is_cut(update: AnyUpdate, cut: Cut) -> bool:
-    """Whether PEFT has just these tensors for a layer, and means the same by them."""
-    found = {leaf: tuple(t.shape) for leaf, t in update.stored_tensors.items() if leaf != "alpha"}
-    known = tuple(size or 0 for size in update.shape)
-    return update.makes_anew and len(known) != 3 and found == cut.shapes(known)
-
-
-def _with_settings(update: AnyUpdate, fields: Mapping[str, object]) -> AnyUpdate:
-    assert update.stored is not None
-    settings = {**update.stored_settings, **fields}
-    return replace(update, stored=replace(update.stored, settings=settings))

@@ -22,12 +22,12 @@ from lora_fx.formats.peft.fields import (
     masks,
     names_or_regex,
     parse,
+    refused_in,
     words,
 )
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LohaConfig, LokrConfig
 from lora_fx.formats.peft.vera import VeraConfig
-from lora_fx.formats.peft.wrappers import Home
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -72,7 +72,7 @@ class AdaloraConfig(PeftConfig):
         return {"scale": scale, **known}
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Rank and alpha, and what was left of each layer that was pruned."""
         kept = {f"{p}.lora_E": update.stored_settings.get("mask") for p, update in layers.items()}
         return {
@@ -112,7 +112,7 @@ class Ia3Config(PeftConfig):
         return {"feedforward": path.endswith(modules)}
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The layers that are scaled at their input: ends of paths, or a regex."""
         every = sorted(layers)
         inner = [path for path in every if layers[path].stored_settings["feedforward"]]
@@ -196,7 +196,7 @@ class TokensConfig(PeftConfig):
         return read_rows(path, tensors, self.token_indices, base)
 
     @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
+    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """The tokens of all tables."""
         return {"token_indices": tuple(agreed(layers, "indices", ()))}
 
@@ -280,7 +280,7 @@ def is_traced(fields: Mapping[str, object]) -> bool:
     if not isinstance(name, str) or not name:
         return False
     if name == LoraConfig.peft_type:
-        return any(fields.get(field) not in (None, False, []) for field in LoraConfig.refused)
+        return bool(refused_in(fields, LoraConfig))
     return name not in TYPES
 
 

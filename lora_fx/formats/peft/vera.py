@@ -12,9 +12,9 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.config import PeftConfig, Tensors
-from lora_fx.formats.peft.fields import Fields, checked, words
-from lora_fx.formats.peft.wrappers import Home
+from lora_fx.formats.dialects import with_settings
+from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
+from lora_fx.formats.peft.fields import checked, words
 from lora_fx.layers.base_layers import BaseLayers
 
 _SHARED = ("vera_A", "vera_B")
@@ -82,19 +82,25 @@ class VeraConfig(PeftConfig):
 
     @classmethod
     def adopted(cls, layers: Mapping[str, AnyUpdate]) -> Mapping[str, AnyUpdate] | None:
-        """The updates, if all of them have the same projections."""
-        found = super().adopted(layers)
-        return None if found is None or shared_by(layers) is None else found
+        """The updates, if all have the same projections, and whether these are to be stored.
 
-    @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate], homes: Mapping[str, Home]) -> Fields:
-        """Rank and seed, and whether the file holds the projections."""
-        return super().described(layers, homes) | {"save_projection": not is_drawn_again(layers)}
+        A seed is enough where no layer is gone: what PEFT draws is as wide as the widest.
+        """
+        found = super().adopted(layers)
+        shared = None if found is None else _shared_by(found)
+        if found is None or shared is None:
+            return None
+        is_saved = any(
+            update.stored_settings.get("save_projection", True)
+            or any(update.stored_tensors[leaf].shape != t.shape for leaf, t in shared.items())
+            for update in found.values()
+        )
+        return {path: with_settings(u, save_projection=is_saved) for path, u in found.items()}
 
     @classmethod
     def shared_of(cls, layers: Mapping[str, AnyUpdate]) -> dict[str, torch.Tensor]:
         """The projections, if the file is to hold them."""
-        found = None if is_drawn_again(layers) else shared_by(layers)
+        found = _shared_by(layers) if agreed(layers, "save_projection") else None
         return {} if found is None else {key: found[leaf] for key, leaf in cls.shared_keys.items()}
 
 
@@ -104,7 +110,7 @@ def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
 
 
-def shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
+def _shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
     """The projections that all updates were read with, or None where they are of several files.
 
     They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
@@ -114,19 +120,6 @@ def shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
         return None
     out, into = (max(update.shape[axis] or 0 for update in layers.values()) for axis in (0, 1))
     return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
-
-
-def is_drawn_again(layers: Mapping[str, AnyUpdate]) -> bool:
-    """Whether PEFT draws the projections of these layers again from the seed that they came from.
-
-    Not if layers are gone: what is drawn is as wide as the widest.
-    """
-    drawn = shared_by(layers) or {}
-    return all(
-        not update.stored_settings.get("save_projection", True)
-        and all(update.stored_tensors[leaf].shape == drawn[leaf].shape for leaf in _SHARED)
-        for update in layers.values()
-    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -75,7 +75,7 @@ def choose(adapter: Adapter) -> PeftLayout:
     found = ((made, made.adopted(layers)) for made in TYPES.values())
     made, held = next(((made, held) for made, held in found if held is not None), (None, None))
     if held is None and all(map(LoraConfig.holds, layers.values())):
-        made, held = LoraConfig, {path: _as_lora(update) for path, update in layers.items()}
+        made, held = LoraConfig, {path: as_lora(update) for path, update in layers.items()}
     if made is None or held is None:
         raise AdapterError(f"no one type of PEFT holds {_kinds(layers)}")
     if tokens and not made.has("trainable_token_indices"):
@@ -85,7 +85,7 @@ def choose(adapter: Adapter) -> PeftLayout:
     return PeftLayout(made, held, adapter, explicit, saved)
 
 
-def _as_lora(update: AnyUpdate) -> AnyUpdate:
+def as_lora(update: AnyUpdate) -> AnyUpdate:
     """As LoRA: what the file of another kind held no longer matters."""
     if not isinstance(update, Update) or update.kind in LoraConfig.kinds:
         return update
@@ -99,16 +99,16 @@ def _kinds(layers: Mapping[str, AnyUpdate]) -> str:
     return "; ".join(f"{kind}: {shorten(paths, 3)}" for kind, paths in sorted(by_kind.items()))
 
 
-def _is_base_weight(adapter: Adapter, name: str) -> bool:
-    """Whether a replaced tensor is the weight of a layer that the adapter updates as well."""
-    module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and module in adapter.updates
+def _beside(adapter: Adapter) -> list[str]:
+    """The replaced tensors, but the weights of layers that the adapter updates as well."""
+    own = {f"{path}.weight" for path in adapter.updates}
+    return [name for name in adapter.replacements if name not in own]
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
     """Modules to store whole: the outermost that own a replaced tensor other than a lone bias."""
-    names = [name for name in adapter.replacements if not _is_base_weight(adapter, name)]
-    owners = {name.rpartition(".")[0] for name in names if not name.endswith(".bias")}
+    names = [name for name in _beside(adapter) if not name.endswith(".bias")]
+    owners = {name.rpartition(".")[0] for name in names}
     return sorted(m for m in owners if not any(m.startswith(f"{other}.") for other in owners))
 
 
@@ -140,7 +140,7 @@ def _check_expressible(chosen: PeftLayout) -> None:
 
 def config_of(chosen: PeftLayout) -> PeftConfig:
     """The config of which PEFT makes the same ranks, scales and targets."""
-    fields = chosen.type.described(chosen.layers, chosen.homes)
+    fields = chosen.type.described(chosen.layers)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {
         path: tuple(update.stored_settings["indices"]) for path, update in chosen.tokens.items()
@@ -184,9 +184,8 @@ def _exact_targets(paths: list[str]) -> str | list[str]:
 
 def _bias(chosen: PeftLayout) -> str:
     """The narrowest mode that holds every lone bias."""
-    adapter, only = chosen.adapter, chosen.type.only_bias
-    names = [name for name in adapter.replacements if not _is_base_weight(adapter, name)]
-    modules = [name.rpartition(".")[0] for name in names]
+    only = chosen.type.only_bias
+    modules = [name.rpartition(".")[0] for name in _beside(chosen.adapter)]
     alone = [m for m in modules if not saved_module(m, chosen.saved)]
     if alone and not only:
         raise AdapterError(f"PEFT's {chosen.type.peft_type} holds no biases: {shorten(alone)}")

@@ -61,6 +61,10 @@ def test_what_peft_wrote_lycoris_reads(tmp_path: Path, update: Any) -> None:
 def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
     assert problem_with(lokr(1.0)) is None
     assert problem_with(lokr(1.5)) == "a scale of 1.5 of kind 'lokr'"
+    factors = {"lokr_w1": random(2, 3), "lokr_w2_a": random(5, 1), "lokr_w2_b": random(1, 2)}
+    low = {scale: KINDS["lokr"].read(factors, {"scale": scale}) for scale in (0.0, 1.5)}
+    assert problem_with(low[0.0]) == "a scale of 0, which it reads as 1"
+    assert problem_with(low[1.5]) is None
     # PEFT aligns the last axes of the two factors of a Conv1d, LyCORIS the first
     line = problem_with(lokr(1.0, second=(5, 2, 3)))
     assert line == "updates of kind 'lokr', which are no product of two factors"

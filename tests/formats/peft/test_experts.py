@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx import AdapterError
-from lora_fx.formats.peft.experts import read_experts
-from lora_fx.formats.peft.wrappers import WrappedTarget
+from lora_fx.formats.peft.wrappers import WrappedTarget, read_experts
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative
 
