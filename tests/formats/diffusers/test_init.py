@@ -235,63 +235,6 @@ def test_diffusers_computes_the_same_from_what_is_written(tmp_path: Path, case: 
     assert relative(loaded_by_diffusers("unet", written, None, louder), expected) > 1e-3
 
 
-PAIR = {"unet.fc.lora_A.weight": torch.ones(2, 3), "unet.fc.lora_B.weight": torch.ones(5, 2)}
-OTHER = {"unet.up.lora_A.weight": torch.ones(2, 3), "unet.up.lora_B.weight": torch.ones(5, 2)}
-ALPHA = {"unet.fc.alpha": torch.tensor(3.0)}
-CONFIG = {"unet.r": 2, "unet.lora_alpha": 3}
-REFUSED: dict[str, tuple[Tensors, Any, str]] = {
-    "alpha of some": ({**PAIR, **OTHER, **ALPHA}, None, r"\.alpha for fc, and none for up"),
-    "alpha and config": ({**PAIR, **ALPHA}, CONFIG, r"\.alpha for fc, and a config in"),
-    "config of another": (PAIR, {"transformer.r": 2}, "has no field of unet"),
-    "config without alpha": (PAIR, {"unet.r": 2}, "of unet: lora_alpha is missing"),
-    "another rank": (PAIR, {**CONFIG, "unet.r": 4}, f"fc: rank 2, {METADATA} says 4"),
-    "DoRA in the config": (PAIR, {**CONFIG, "unet.use_dora": True}, "use_dora is True in .* lacks"),
-    "another method": (PAIR, {**CONFIG, "unet.peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-    "a magnitude of some": (
-        {**PAIR, **OTHER, "unet.fc.lora_magnitude_vector": torch.ones(5)},
-        None,
-        "fc has a magnitude, up has none",
-    ),
-    "a bias of some": (
-        {**PAIR, **OTHER, "unet.up.lora_B.bias": torch.ones(5)},
-        None,
-        "up has a bias of its up-projection, fc has none",
-    ),
-    "magnitudes and no DoRA": (
-        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(5)},
-        CONFIG,
-        "use_dora is False in .*, the file has magnitudes",
-    ),
-    "a magnitude of another size": (
-        {**PAIR, "unet.fc.lora_magnitude_vector": torch.ones(3)},
-        None,
-        r"lora_magnitude_vector is \(3,\), expected \(5,\)",
-    ),
-    "LoKr beside LoRA": (
-        {**PAIR, "unet.up.lokr_w1": torch.ones(2, 2)},
-        None,
-        "up is LoKr, other layers of unet are LoRA",
-    ),
-    "LoRA in a layer of LoKr": (
-        {**PAIR, "unet.fc.lokr_w1": torch.ones(2, 2)},
-        None,
-        r"'unet\.fc\.lora_A\.weight' stands beside LoKr's tensors",
-    ),
-    "LoKr under a LoraConfig": (
-        {"unet.fc.lokr_w1": torch.ones(2, 2), "unet.fc.lokr_w2": torch.ones(2, 3)},
-        {**CONFIG, "unet.peft_type": "LORA"},
-        "peft_type is 'LORA'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
-    state, fields, message = REFUSED[case]
-    with pytest.raises(AdapterError, match=message):
-        load_adapter(write(tmp_path / "a.safetensors", state, fields))
-
-
 def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
     """A language model that PEFT trained may be called transformer too, and has alpha / r."""
     state = {f"transformer.h.0.attn.c_attn.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}

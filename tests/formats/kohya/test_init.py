@@ -19,7 +19,6 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import fits, same_adapter
 
@@ -205,95 +204,6 @@ def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
 PAIR = {"lora_unet_proj_in.lora_down.weight": DOWN, "lora_unet_proj_in.lora_up.weight": UP}
 START = "lora_unet_proj_in"
-FOREIGN = {
-    "a1.weight": "GLoRA",
-    "bm.weight": "GLoRA",
-    "lambda_layer": "T-LoRA",
-    "scalar": "a scaled update",
-    "boft_R": "BOFT",
-}
-
-
-@pytest.mark.parametrize("ending", FOREIGN)
-def test_a_feature_that_is_not_supported_is_refused_by_name(tmp_path: Path, ending: str) -> None:
-    file = write(tmp_path / "a.safetensors", {**PAIR, f"{START}.{ending}": torch.ones(5)})
-    with pytest.raises(AdapterError, match=f"'{START}.{ending}' is {FOREIGN[ending]}"):
-        load_adapter(file, base=Block())
-
-
-REFUSED: dict[str, tuple[Tensors, str]] = {
-    "alpha alone": ({**PAIR, "lora_unet_x.alpha": torch.ones(())}, r"half of a pair.*x\.alpha"),
-    "alpha of two": ({**PAIR, f"{START}.alpha": torch.ones(2)}, r"alpha' is \(2,\), expected one"),
-    "a convolution": (
-        {f"{START}.lora_down.weight": torch.ones(2, 3, 3, 3), f"{START}.lora_up.weight": UP},
-        r"a\.safe.*: lora_unet_proj_in: made for a layer \(5, 3, 3, 3\), the Linear is \(5, 3\)",
-    ),
-    "two algorithms": (
-        {**PAIR, f"{START}.hada_w1_a": torch.ones(5, 2)},
-        "'hada_w1_a', 'lora_down.weight', 'lora_up.weight'. are of no single algorithm",
-    ),
-    "a core without a kernel": (
-        {**PAIR, f"{START}.lora_mid.weight": torch.ones(2, 2)},
-        r"lora_mid.weight is \(2, 2\) beside lora_down.weight \(2, 3\), expected \(r, r, ",
-    ),
-    "magnitudes of nothing": (
-        {**PAIR, f"{START}.dora_scale": torch.ones(1, 4)},
-        r"dora_scale is \(1, 4\), expected \(out, 1, ...\)",
-    ),
-    "a norm's on a linear layer": (
-        {f"{START}.w_norm": torch.ones(5)},
-        "lora_unet_proj_in: .'w_norm'. do not fit proj_in, a Linear",
-    ),
-    "no layer": (
-        {f"{key}".replace("proj_in", "proj"): value for key, value in PAIR.items()},
-        "1 names mean no layer of the base: lora_unet_proj; its layers: proj_in",
-    ),
-    "a norm": (
-        {key.replace("proj_in", "norm"): value for key, value in PAIR.items()},
-        "lora_unet_norm: .*do not fit norm, a LayerNorm",
-    ),
-    "an embedding beside": (
-        {**PAIR, "bundle_emb.x.string_to_param": torch.ones(3)},
-        "1 tensors have names of no known use: bundle_emb",
-    ),
-    "LyCORIS's own prefix beside": (
-        {**PAIR, "lycoris_proj_in.lora_up.weight": torch.ones(5, 1)},
-        "proj_in and lycoris_proj_in are both of proj_in; pass component='lycoris'",
-    ),
-    "an unknown ending": (
-        {**PAIR, f"{START}.lora_down.bias": torch.ones(2)},
-        rf"no known use: {START}\.lora_down\.bias; expected lora_unet_ or ",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
-    state, message = REFUSED[case]
-    with pytest.raises(AdapterError, match=message):
-        load_adapter(write(tmp_path / "a.safetensors", state), base=Block())
-
-
-def test_names_need_a_base(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="names lose the dots of a path; pass base="):
-        load_adapter(write(tmp_path / "a.safetensors", PAIR))
-
-
-def test_ambiguous_names_list_the_candidates(tmp_path: Path) -> None:
-    base = nn.ModuleDict(
-        {"a": nn.ModuleDict({"b_c": nn.Linear(3, 5)}), "a_b": nn.ModuleDict({"c": nn.Linear(3, 5)})}
-    )
-    state = {key.replace("proj_in", "a_b_c"): value for key, value in PAIR.items()}
-    with pytest.raises(AdapterError, match=r"lora_unet_a_b_c \(a\.b_c or a_b\.c\)"):
-        load_adapter(write(tmp_path / "a.safetensors", state), base=base)
-
-
-def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", PAIR)
-    with pytest.raises(AdapterError, match="nothing is adapted"):
-        load_adapter(file, base=Block(), component="te")
-    with pytest.raises(AdapterError, match="component is 'vae', expected one of unet"):
-        load_adapter(file, base=Block(), component="vae")
 
 
 def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:

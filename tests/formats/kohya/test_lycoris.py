@@ -282,13 +282,6 @@ def test_an_algorithm_that_is_not_supported_is_refused_by_name(
         load_adapter(file, base=seeded())
 
 
-def test_a_butterfly_is_refused_by_name(tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    save_file({"lycoris_to_q.oft_blocks": torch.ones(2, 5, 2, 2)}, file)
-    with pytest.raises(AdapterError, match=r"oft_blocks is \(2, 5, 2, 2\): BOFT is not supported"):
-        load_adapter(file, base=seeded())
-
-
 def test_a_scale_that_changed_is_written(tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -159,15 +159,6 @@ def test_any_trainer_s_spelling_is_told_and_read(
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_a_layer_that_no_adapter_acts_on_is_refused_by_name(tmp_path: Path) -> None:
-    net = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 5, 1)})
-    tensors = {"lora_unet_up.lora_down.weight": torch.randn(2, 3, 1, 1)}
-    tensors |= {"lora_unet_up.lora_up.weight": torch.randn(5, 2, 1, 1)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterError, match="is of up, a ConvTranspose2d; linear, embedding"):
-        load_adapter(tmp_path / "a.safetensors", base=net)
-
-
 @pytest.mark.parametrize(
     ("leaves", "algorithm"),
     [
