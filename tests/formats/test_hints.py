@@ -35,15 +35,21 @@ def test_a_name_that_ends_no_path_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"init_lora_weights": "pissa"}, {"rank_pattern": {"misspelt": 3}}], ids=str
+    ("field", "value", "message"),
+    [
+        ("init_lora_weights", "pissa", "is 'pissa'"),
+        ("rank_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+        ("alpha_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+    ],
 )
 def test_a_doubt_is_refused_or_warned_of_at_the_line_that_loads(
-    lab: Any, field: dict[str, Any]
+    lab: Any, field: str, value: Any, message: str
 ) -> None:
     directory = lab.write()
-    lab.edit_config(directory, **field)
-    with pytest.raises(AdapterError, match=r"adapter_config\.json: .* pass strict=False"):
+    lab.edit_config(directory, **{field: value})
+    message = rf"adapter_config\.json: {field} {message}"
+    with pytest.raises(AdapterError, match=f"{message}.* pass strict=False"):
         load_adapter(directory)
-    with pytest.warns(AdapterWarning, match=r"adapter_config\.json: ") as warned:
+    with pytest.warns(AdapterWarning, match=message) as warned:
         load_adapter(directory, strict=False)
     assert [warning.filename for warning in warned] == [__file__]
