@@ -23,7 +23,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import config_in, relative, same_tensors
+from lora_fx.testing import config_in, relative, same_adapter, same_tensors
 
 diffusers = pytest.importorskip("diffusers")
 # PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
@@ -166,6 +166,8 @@ def test_a_file_of_a_pipeline(saved: Saved) -> None:
     assert relative(run(traced()), expected) > 1e-2
     whole = load_adapter(saved.file.parent)
     assert {f"unet.{path}" for path in saved.adapter.updates} == set(whole.updates)
+    assert saved.adapter.expects is not None
+    assert all(map(saved.adapter.expects.matches, saved.adapter.updates))
 
 
 def test_weights_are_those_that_diffusers_merges(saved: Saved) -> None:
@@ -236,9 +238,9 @@ def test_a_text_encoder_beside_the_model(tmp_path: Path) -> None:
             parameter.data.normal_()
     diffusers.StableDiffusionPipeline.save_lora_weights(
         str(tmp_path),
-        unet_lora_layers=get_peft_model_state_dict(trained("plain")),
+        unet_lora_layers=get_peft_model_state_dict(trained("patterns")),
         text_encoder_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(text)),
-        unet_lora_adapter_metadata=config_of("plain").to_dict(),
+        unet_lora_adapter_metadata=config_of("patterns").to_dict(),
         text_encoder_lora_adapter_metadata=config.to_dict(),
     )
     assert any("lora_linear_layer" in key for key in load_file(tmp_path / WEIGHTS))
@@ -250,6 +252,12 @@ def test_a_text_encoder_beside_the_model(tmp_path: Path) -> None:
         assert relative(found, expected) <= 1e-6
         assert relative(base, expected) > 1e-2
     assert len(adapter.updates) == 2
+    for number, hints in enumerate(({}, {"component": "text_encoder"}, {"component": "unet"})):
+        first = load_adapter(tmp_path, name="a", **hints)
+        save_adapter(first, tmp_path / f"{number}.safetensors", format="diffusers", **hints)
+        again = load_adapter(tmp_path / f"{number}.safetensors", name="a", **hints)
+        same_adapter(again, first)
+        assert str(again) == str(first)
 
 
 def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None:
