@@ -20,8 +20,6 @@ from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import NEUTRAL, dump, is_required, parse
 from lora_fx.formats.peft.types import TYPES
 
-# PEFT advises against seeds.
-pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B")
 # The fields without which a config of a type is refused.
 NEEDED: dict[str, dict[str, Any]] = {
     "LORA": {"lora_alpha": 3},

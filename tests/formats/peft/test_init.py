@@ -19,17 +19,6 @@ from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import config_in, relative, same_adapter, same_bits, same_tensors
 
-pytestmark = [
-    # PEFT 0.21.2 asks transformers 5.23 for an attribute by the name it had before.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT turns its own default of fan_in_fan_out around when it meets a Conv1D, and says so.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    # PEFT takes the one-dimensional lora_B.bias for a damaged matrix.
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape"),
-    # PEFT warns that a layer without bias cannot be merged under lora_bias; nothing here merges.
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
-]
-
 PATTERNS = {
     "rank_pattern": {"layers.1": 3, "block.fc": 1, "^fc": 4},
     "alpha_pattern": {"fc": 7, r"layers\.\d": 0.5},

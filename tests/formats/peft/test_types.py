@@ -19,12 +19,6 @@ from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.types import is_traced
 from lora_fx.testing import relative, tiny
 
-pytestmark = [
-    # PEFT says that it stores the embedding whole, and advises on ties.
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
-    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied"),
-]
 IDS = torch.tensor([[1, 5, 7, 2, 9], [5, 6, 1, 4, 3]])
 BOTH = {"embed_tokens": [1, 5], "lm_head": [1, 6]}
 

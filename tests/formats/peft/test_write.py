@@ -21,13 +21,6 @@ from lora_fx.formats.peft.write import choose, contents
 from lora_fx.kinds import KINDS
 from lora_fx.testing import config_in, relative, save_peft_case, update_of
 
-pytestmark = [
-    # PEFT does not see the keys of parameters.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not"),
-    # PEFT takes the one-dimensional lora_B.bias for a damaged matrix.
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape"),
-]
-
 
 def low(out: int = 5, into: int = 3, rank: int = 2, scale: float = 1.5, **fields: Any) -> Update:
     return Update(torch.randn(rank, into), torch.randn(out, rank), scale, **fields)
