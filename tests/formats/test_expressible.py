@@ -15,6 +15,7 @@ from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
 from lora_fx.formats import save_adapter
 from lora_fx.formats.expressible import check_held, not_lora
+from lora_fx.testing import update_of
 
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
 PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
@@ -24,23 +25,15 @@ PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
     "rank 0": (Update(DOWN[:0], UP[:, :0], 1.5), "updates of rank 0"),
     "infinite": (Update(DOWN, UP, float("inf")), "scales that are no finite number"),
     "bias": (Update(DOWN, UP, 1.5, bias=torch.ones(5)), "biases of up-projections (lora_bias)"),
-    "row": (
-        Update(DOWN, UP, 1.5, "vera", row=torch.ones(5)),
-        "updates of kind 'vera', which scale inputs or outputs",
-    ),
-    "col": (
-        Update(DOWN, UP, 1.5, col=torch.ones(3)),
-        "updates of kind 'lora', which scale inputs or outputs",
-    ),
-    "scaling": (
-        Scaling(row=torch.ones(5)),
-        "updates of kind 'ia3', which are no product of two factors",
-    ),
-    "function": (
-        WeightUpdate("oft", added(UP), (5, 2)),
-        "updates of kind 'oft', which are no product of two factors",
-    ),
-}
+    "row": (Update(DOWN, UP, 1.5, "vera", row=torch.ones(5)),
+     "updates of kind 'vera', which scale inputs or outputs"),
+    "col": (Update(DOWN, UP, 1.5, col=torch.ones(3)),
+     "updates of kind 'lora', which scale inputs or outputs"),
+    "scaling": (Scaling(row=torch.ones(5)),
+     "updates of kind 'ia3', which are no product of two factors"),
+    "function": (WeightUpdate("oft", added(UP), (5, 2)),
+     "updates of kind 'oft', which are no product of two factors"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
@@ -69,6 +62,7 @@ PLAIN, ONES = Update(DOWN, UP, 1.5), torch.ones(5)
 UNET, VAE = {"component": "unet"}, {"component": "vae"}
 INFINITE = replace(PLAIN, scale=float("inf"))
 OFT = WeightUpdate("oft", added(UP), (5, 2))
+LOKR = update_of("lokr", (6, 4))  # in files of LyCORIS it has no scale
 DAMAGED = Update(torch.full((2, 3), torch.nan), UP, 1.0)
 
 
@@ -85,6 +79,10 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
      r"a\.b_c and a_b\.c would both be called lora_unet_a_b_c"),
     ("kohya", UNET, {"fc": replace(PLAIN, scale=0.0)}, "a scale of 0, which it reads as 1: fc"),
     ("kohya", UNET, {"fc": INFINITE}, "cannot hold scales that are no finite number: fc"),
+    *[
+        ("kohya", hints, {path: LOKR}, "cannot hold a scale of 0.5 of kind 'lokr'")
+        for hints, path in ((UNET, "fc"), ({}, "unet.fc"))
+    ],
     ("kohya", {}, {"unet.fc": replace(PLAIN, bias=ONES)},
      r"cannot hold biases of up-projections \(lora_bias\): unet\.fc"),
     ("diffusers", {}, {"fc": PLAIN}, "fc begins with no component's name"),

@@ -111,8 +111,7 @@ LORALIB: list[Row] = [
     (FC | {"fc.lora_alpha": (1,)}, None, ALONE, r"no known use: fc\.lora_alpha"),
     (FC | WEIGHT | {"fc.lora_alpha": (1,)}, None, ALONE, r"no known use: fc\.lora_alpha"),
     (FC | {"up.lora_A": DOWN}, None, ALONE, r"half of a pair.*: up\.lora_A"),
-    (FC | WEIGHT | pair("up"), None, ALONE,
-     r"1 tensors have names of no known use: fc\.weight"),
+    (FC | WEIGHT | pair("up"), None, ALONE, r"1 tensors have names of no known use: fc\.weight"),
 ]  # fmt: skip
 UNET, CONFIG = peft("unet.fc"), {"unet.r": 2, "unet.lora_alpha": 3}
 TWICE, ALPHA = UNET | peft("unet.up"), {"unet.fc.alpha": torch.tensor(3.0)}

@@ -17,9 +17,7 @@ SPELLINGS = {
     "unet.b.0.attn1.processor.to_out_lora.up.weight": ("unet", "b.0.attn1.to_out.0", UP),
     "text_encoder.l.0.self_attn.to_k_lora.up.weight": ("text_encoder", "l.0.self_attn.k_proj", UP),
     "text_encoder_2.l.0.self_attn.to_out_lora.down.weight": (
-        "text_encoder_2",
-        "l.0.self_attn.out_proj",
-        DOWN,
+        "text_encoder_2", "l.0.self_attn.out_proj", DOWN,
     ),
     "text_encoder.l.0.q_proj.lora_linear_layer.down.weight": ("text_encoder", "l.0.q_proj", DOWN),
     "text_encoder.l.0.mlp.fc1.lora_linear_layer.up.weight": ("text_encoder", "l.0.mlp.fc1", UP),
@@ -33,7 +31,7 @@ SPELLINGS = {
     "text_encoder.a.to_k.lora_magnitude_vector": ("text_encoder", "a.k_proj", MAGNITUDE),
     "transformer.fc.lokr_w1": ("transformer", "fc", "lokr_w1"),
     "transformer.fc.lokr_w2_a": ("transformer", "fc", "lokr_w2_a"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", SPELLINGS)

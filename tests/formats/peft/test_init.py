@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "regex": ("mlp", {"target_modules": r"layers\.[02]|.*fc"}),
     "rslora": ("mlp", {"target_modules": "all-linear", "use_rslora": True, "r": 3}),
     "patterns": ("mlp", {"target_modules": "all-linear", **PATTERNS}),
-    "rslora with patterns": (
-        "mlp",
-        {"target_modules": "all-linear", "use_rslora": True, **PATTERNS},
-    ),
+    "rslora with patterns": ("mlp",
+     {"target_modules": "all-linear", "use_rslora": True, **PATTERNS}),
     "exclude": ("mlp", {"target_modules": "all-linear", "exclude_modules": ["layers.1"]}),
     "exclude by regex": ("mlp", {"target_modules": ["fc"], "exclude_modules": r"block\..*"}),
     "ranks": ("mlp", {"target_modules": "all-linear", **RANKS, "lora_alpha": 7}),
@@ -47,18 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias all with modules_to_save": ("mlp", {"bias": "all", "modules_to_save": ["classifier"]}),
     "bert": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bert all-linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    "bias all with a nested module": (
-        "bert",
-        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]},
-    ),
+    "bias all with a nested module": ("bert",
+     {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_rslora": True}),
     "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]}),
-    "llama by layers_pattern": (
-        "llama",
-        {"target_modules": ["k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
-    ),
-}
+    "llama by layers_pattern": ("llama",
+     {"target_modules": ["k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}),
+}  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TENSORS = "adapter_model.safetensors"
 
@@ -256,21 +249,9 @@ def test_a_saved_fan_in_fan_out_is_not_believed(lab: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", TENSORS])
-def test_a_damaged_file_loads_or_raises_the_typed_error(lab: Any, name: str) -> None:
+def test_a_damaged_file_loads_or_raises_the_typed_error(lab: Any, name: str, refusals: Any) -> None:
     directory = lab.write(target_modules=["fc"], modules_to_save=["classifier"])
-    sound = (directory / name).read_bytes()
-    generator = random.Random(0)
-    refused: list[str] = []
-    for _ in range(400):
-        damaged = bytearray(sound)
-        for _ in range(generator.choice((1, 1, 2, 8))):
-            damaged[generator.randrange(min(len(damaged), 900))] = generator.randrange(256)
-        end = len(damaged) if generator.random() < 0.8 else generator.randrange(len(damaged))
-        (directory / name).write_bytes(damaged[:end])
-        try:
-            load_adapter(directory)
-        except AdapterError as error:
-            refused.append(str(error))
+    refused = refusals(directory / name, lambda _: load_adapter(directory), 400, within=900)
     assert len(refused) > 200
     assert all(str(directory) in message for message in refused)
 

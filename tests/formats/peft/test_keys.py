@@ -58,46 +58,31 @@ def test_the_bias_of_an_adapted_layer_may_be_named_either_way() -> None:
         ((*PAIR, "embed.weight"), {}, r"no known use: .*embed\.weight"),
         ((*PAIR, "fc.base_layer.bias"), {}, r"no known use: .*fc\.base_layer\.bias"),
         ((*PAIR, "norm.bias"), {}, r"no known use: .*norm\.bias"),
-        (
-            (*PAIR, "norm.base_layer.bias"),
-            {"bias": "all"},
-            r"no known use: .*norm\.base_layer\.bias",
-        ),
+        ((*PAIR, "norm.base_layer.bias"), {"bias": "all"},
+         r"no known use: .*norm\.base_layer\.bias"),
         ((*PAIR, "norm.weight"), {"bias": "all"}, r"no known use: .*norm\.weight"),
         ((*PAIR, "fc.lora_B.bias"), {"bias": "all"}, r"no known use: .*fc\.lora_B\.bias"),
         ((*PAIR, "x.original_module.bias"), {"bias": "lora_only"}, "x.original_module"),
         ((*PAIR, "norm.bias"), {"bias": "lora_only"}, r"no known use: .*norm\.bias"),
-        (
-            (*PAIR, "fc.bias", "fc.base_layer.bias"),
-            {"bias": "all"},
-            r"no known use: .*fc\.base_layer\.bias",
-        ),
+        ((*PAIR, "fc.bias", "fc.base_layer.bias"), {"bias": "all"},
+         r"no known use: .*fc\.base_layer\.bias"),
         ((), {}, "nothing is adapted"),
         (("fc.bias",), {"bias": "all"}, "nothing is adapted"),
         (PAIR, {"modules_to_save": ("head",)}, "modules_to_save names 'head'"),
-        (
-            (*PAIR, "fc.weight"),
-            {"modules_to_save": ("fc",)},
-            "both adapted and stored whole, by modules_to_save or as tokens: fc",
-        ),
+        ((*PAIR, "fc.weight"), {"modules_to_save": ("fc",)},
+         "both adapted and stored whole, by modules_to_save or as tokens: fc"),
         ((*PAIR, "fc.lora_magnitude_vector"), {}, r"no known use: .*fc\.lora_magnitude_vector"),
         ((*PAIR, "fc.lora_E"), {}, r"no known use: .*fc\.lora_E"),
         ((*PAIR, f"e.{ROWS}"), {}, r"no known use: .*e\.token_adapter"),
         (PAIR, {"type": "LOHA"}, r"2 tensors .* one of \.hada_w1_a, .* under LOHA"),
         (("!base_model.vera_A", *PAIR), {}, r"no known use: base_model\.vera_A"),
-        (
-            (*PAIR, f"fc.{ROWS}"),
-            {"trainable_token_indices": (1,)},
-            "stored whole, by .* tokens: fc",
-        ),
-        (
-            (*PAIR, "e.token_adapter.base_layer.weight"),
-            {"trainable_token_indices": (1,)},
-            "no known use: .*base_layer",
-        ),
+        ((*PAIR, f"fc.{ROWS}"), {"trainable_token_indices": (1,)},
+         "stored whole, by .* tokens: fc"),
+        ((*PAIR, "e.token_adapter.base_layer.weight"), {"trainable_token_indices": (1,)},
+         "no known use: .*base_layer"),
         ((*PAIR, "head.weight"), {"ensure_weight_tying": True}, r"no known use: .*head\.weight"),
     ],
-)
+)  # fmt: skip
 def test_a_key_without_a_use_is_refused_by_name(
     names: tuple[str, ...], fields: dict[str, Any], message: str
 ) -> None:

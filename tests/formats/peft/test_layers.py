@@ -119,53 +119,29 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of adalora": ("linear adalora pruned", PRUNED, r"wide: lora_A \(2, 3\) .* of rank 1"),
     "a size of ia3": ("linear ia3", {"wide.ia3_l": (2, 2)}, r"ia3_l is \(2, 2\)"),
     "the side of ia3": ("linear ia3", {"feedforward_modules": []}, r"narrow: ia3_l is \(1, 5\)"),
-    "the side of a convolution": (
-        "conv2d ia3",
-        {"feedforward_modules": None},
-        r"feedforward_modules is missing, and ia3_l \(1, 6, 1, 1\)",
-    ),
-    "a pattern of ia3": (
-        "linear ia3",
-        {"feedforward_modules": "(.*)**X"},
-        r"feedforward_modules: .* is not a regex",
-    ),
-    "projections beside a seed": (
-        "linear vera",
-        {"save_projection": False},
-        r"holds \['vera_A', 'vera_B'\], but save_projection is False",
-    ),
+    "the side of a convolution": ("conv2d ia3", {"feedforward_modules": None},
+     r"feedforward_modules is missing, and ia3_l \(1, 6, 1, 1\)"),
+    "a pattern of ia3": ("linear ia3", {"feedforward_modules": "(.*)**X"},
+     r"feedforward_modules: .* is not a regex"),
+    "projections beside a seed": ("linear vera", {"save_projection": False},
+     r"holds \['vera_A', 'vera_B'\], but save_projection is False"),
     "no projections": ("linear vera seed", {"save_projection": True}, "holds no projection"),
-    "experts": (
-        "experts one",
-        {"narrow.lora_A.weight": (8, 4)},
-        r"narrow: lora_A and lora_B .* rank 2",
-    ),
+    "experts": ("experts one", {"narrow.lora_A.weight": (8, 4)},
+     r"narrow: lora_A and lora_B .* rank 2"),
     "blocks of oft": ("linear oft", {"wide.oft_R.weight": (3, 1)}, r"wide: "),
     "an old oft": ("linear oft", {"peft_version": "0.17.0"}, r"before 0\.18"),
     "magnitudes": ("linear lora", {"use_dora": True}, r"wide: has .*use_dora True"),
-    "a size of a magnitude": (
-        "conv2d dora",
-        {"wide.lora_magnitude_vector": (6,)},
-        r"wide: lora_magnitude_vector \(6,\), expected \(1, 6, 1, 1\)",
-    ),
-    "tokens": (
-        BESIDE,
-        {"trainable_token_indices": {"wide": [9]}},
-        "wide: 1 indices, .* and 2 rows",
-    ),
-    "a name of tokens": (
-        BESIDE,
-        {"trainable_token_indices": {"other": [9, 2]}},
-        r"trainable_token_indices names other, not wide",
-    ),
-    "a misspelt pattern": (
-        "linear loha",
-        {"rank_pattern": {"misspelt": 3}},
-        r"rank_pattern has keys that match no adapted module: misspelt",
-    ),
+    "a size of a magnitude": ("conv2d dora", {"wide.lora_magnitude_vector": (6,)},
+     r"wide: lora_magnitude_vector \(6,\), expected \(1, 6, 1, 1\)"),
+    "tokens": (BESIDE, {"trainable_token_indices": {"wide": [9]}},
+     "wide: 1 indices, .* and 2 rows"),
+    "a name of tokens": (BESIDE, {"trainable_token_indices": {"other": [9, 2]}},
+     r"trainable_token_indices names other, not wide"),
+    "a misspelt pattern": ("linear loha", {"rank_pattern": {"misspelt": 3}},
+     r"rank_pattern has keys that match no adapted module: misspelt"),
     "a feature": ("linear adalora", {"use_qalora": True}, "use_qalora is True, a feature"),
     "an unknown field": ("linear lokr", {"unheard_of": 1}, "unheard_of is 1, an unknown"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -23,14 +23,11 @@ LAYERS: dict[str, tuple[Shapes, dict[str, Any], tuple[int, ...]]] = {
     "table beside biases": (TABLE, {"lora_bias": True}, (5, 11)),
     "dora of a table": (TABLE | {"lora_magnitude_vector": (5,)}, {"use_dora": True}, (5, 11)),
     "convolution": (CONV, {}, (6, 4, 3, 1)),
-    "dora of a convolution": (
-        CONV | {"lora_magnitude_vector": (1, 6, 1, 1)},
-        {"use_dora": True},
-        (6, 4, 3, 1),
-    ),
+    "dora of a convolution": (CONV | {"lora_magnitude_vector": (1, 6, 1, 1)}, {"use_dora": True},
+     (6, 4, 3, 1)),
     "grouped": (CONV | {"lora_B.weight": (6, 1, 1, 1)}, {}, (6, 4, 3, 1)),
     "one axis": ({"lora_A.weight": (2, 4, 3), "lora_B.weight": (6, 2, 1)}, {}, (6, 4, 3)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAYERS)
