@@ -13,6 +13,7 @@ import lora_fx
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats import load_adapter
+from lora_fx.formats.peft.experts import read_experts
 from lora_fx.formats.peft.wrappers import Home, WrappedTarget, homes_of, places_of
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import save_peft_case
@@ -82,14 +83,12 @@ def test_a_parameter_that_the_base_lacks_is_none_of_the_module() -> None:
     assert places("m", base=model(), targets=("up", "fc.up"))["m"].parameter is None
 
 
-@pytest.mark.parametrize("name", ["experts one"])
-def test_a_graph_tells_the_orientation_by_its_shapes(name: str, tmp_path: Path) -> None:
-    case = save_peft_case(name, tmp_path / "a")
+def test_a_graph_tells_the_orientation_by_its_shapes(tmp_path: Path) -> None:
+    case = save_peft_case("experts one", tmp_path / "a")
     gm = lora_fx.trace(case.base, (case.x,))
     by_graph, by_model = (load_adapter(case.directory, base=b) for b in (gm, case.base))
     for path, update in by_model.updates.items():
-        pairs = zip(update.tensors(), by_graph.updates[path].tensors(), strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
+        assert all(map(torch.equal, update.tensors(), by_graph.updates[path].tensors()))
 
 
 def update(**settings: Any) -> Update:
@@ -115,3 +114,30 @@ def test_parameters_keep_their_order_when_one_is_gone() -> None:
 def test_a_parameter_called_weight_is_kept_at_its_module() -> None:
     homes = homes_of({"fc": update(parameter="weight", depth=0)})
     assert homes["fc"] == Home("fc", "fc.weight", "fc.weight")
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eio->beo", x, self.kernel)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"lora_A": (8, 3), "lora_B": (3, 8)},
+         r"3 by 3, and a graph does not say .* the model itself"),
+        ({"lora_A": (8, 3)}, r"^has \['lora_A\.weight'\], expected"),
+    ],
+)  # fmt: skip
+def test_experts_that_nothing_tells_are_refused(
+    leaves: dict[str, tuple[int, ...]], message: str
+) -> None:
+    gm = torch.fx.symbolic_trace(nn.Sequential(Square()))
+    place = WrappedTarget("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
+    tensors = {f"{leaf}.weight": torch.ones(shape) for leaf, shape in leaves.items()}
+    with pytest.raises(AdapterError, match=message):
+        read_experts(place, tensors, 2, 1.5, False, layers_of(gm))
