@@ -50,14 +50,6 @@ def test_the_layers_of_a_problem_are_named_together() -> None:
         check_held(adapter, "the format", [], not_lora)
 
 
-def test_replaced_parameters_and_nothing_at_all_are_refused() -> None:
-    adapter = Adapter("a", {"fc": PROBLEMS["LoRA"][0]})
-    with pytest.raises(AdapterError, match=r"cannot hold replaced parameters: head\.weight; write"):
-        check_held(adapter, "the format", ["head.weight"], not_lora)
-    with pytest.raises(AdapterError, match="the adapter a has no update to write"):
-        check_held(Adapter("a", {}), "the format", [], not_lora)
-
-
 PLAIN, ONES = Update(DOWN, UP, 1.5), torch.ones(5)
 UNET, VAE = {"component": "unet"}, {"component": "vae"}
 INFINITE = replace(PLAIN, scale=float("inf"))
@@ -102,7 +94,7 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
     ("loralib", {}, {"x": kernel(2, row=torch.ones(4))},
      "cannot hold .* which scale inputs or outputs: x"),
     ("loralib", {}, {"x": OFT}, "kind 'oft', which are no product of two factors: x"),
-    ("peft", {}, {}, "the adapter a has no update"),
+    ("peft", {}, {}, "the adapter a has no update to write"),
     ("peft", {}, {"fc": DAMAGED}, r"fc\.lora_A\.weight' holds NaN"),
     ("peft", {}, {"fc": INFINITE}, "scales that are no finite number: fc"),
 ]  # fmt: skip
@@ -125,7 +117,13 @@ COUNT = torch.ones(1, dtype=torch.int64)
     [
         ("kohya", "unet.fc", "unet.norm.weight", UP, r"replaced parameters: unet\.norm\.weight"),
         ("diffusers", "unet.fc", "unet.norm.weight", ONES, r"parameters: unet\.norm\.weight"),
-        ("loralib", "fc", "head.weight", UP, r"cannot hold replaced parameters: head\.weight"),
+        (
+            "loralib",
+            "fc",
+            "head.weight",
+            UP,
+            r"cannot hold replaced parameters: head\.weight; write",
+        ),
         ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
         ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module: fc"),
         ("peft", "b.fc", "b.scale", ONES, r"and replace a module: b\.fc beside the replaced b"),

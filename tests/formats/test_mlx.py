@@ -100,38 +100,3 @@ def test_what_was_read_is_written_as_another_format(net: Net, tmp_path: Path) ->
     with pytest.raises(AdapterError, match="mlx is read and not written; choose one of onnx"):
         lora_fx.save_adapter(adapter, tmp_path / "b", format="mlx")
     assert not (tmp_path / "b").exists()
-
-
-A, B = factors("fc", 3, 5).values()
-DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
-    "a type": ({}, {"fine_tune_type": "dpo"}, "fine_tune_type is 'dpo', expected lora, dora or"),
-    "no parameters": ({}, {"lora_parameters": None}, "lora_parameters is None, expected an obj"),
-    "no scale": ({}, {"lora_parameters": {"rank": 2}}, "scale is None, expected a finite number"),
-    "no rank": ({}, {"lora_parameters": {"scale": 2}}, "rank is None"),
-    "an old scale": ({}, {"lora_parameters": {"rank": 2, "alpha": 16, "scale": 10}},
-     "alpha is 16, by which the first versions .* remove alpha"),
-    "another rank": ({}, {"lora_parameters": {"rank": 3, "scale": 2}}, r"expected \(in, 3\)"),
-    "a key": ({"fc.lora_c": A.clone()}, {}, r"no known use: fc\.lora_c; expected <module>\.lora_a"),
-    "half": ({"head.lora_a": A.clone()}, {}, r"half of a pair.*head\.lora_a"),
-    "a magnitude alone": ({"head.m": torch.ones(5)}, {"fine_tune_type": "dora"},
-     r"half of a pair.*head\.m"),
-    "experts": ({"moe.lora_a": torch.ones(2, 2, 3), "moe.lora_b": torch.ones(2, 5, 2)}, {},
-     r"moe: .*expected matrices"),
-    "a magnitude too many": ({"fc.m": torch.ones(5)}, {}, r"fc: .* \.m is there"),
-    "a magnitude too few": ({}, {"fine_tune_type": "dora"}, r"fc: .* \.m is missing"),
-    "a magnitude of tokens": (
-        {"emb.lora_a": torch.ones(11, 2), "emb.lora_b": torch.ones(2, 3),
-         "emb.m": torch.ones(11), "fc.m": torch.ones(5)},
-        {"fine_tune_type": "dora"},
-        r"emb: .emb.m. is \(11,\), .* one a token",
-    ),
-    "kernels": ({"c.weight": torch.ones(2, 3, 3)}, {"fine_tune_type": "full"}, "c.weight: of more"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_what_is_no_adapter_of_mlx_is_refused(case: str, net: Net, tmp_path: Path) -> None:
-    more, fields, message = DAMAGED[case]
-    path = written(tmp_path / "a", {"fc.lora_a": A, "fc.lora_b": B, **more}, **fields)
-    with pytest.raises(AdapterError, match=message):
-        lora_fx.load_adapter(path, base=net)

@@ -22,6 +22,7 @@ Row = tuple[Stored, Any, dict[str, Any], str]
 BASE = nn.ModuleDict(
     {
         "fc": nn.Linear(3, 5), "norm": nn.LayerNorm(5), "turned": nn.ConvTranspose2d(3, 5, 1),
+        "emb": nn.Embedding(11, 3), "head": nn.Linear(5, 7),
         "conv": nn.Conv2d(6, 4, 3), "less": nn.Conv2d(5, 4, 3), "tall": nn.Conv2d(6, 4, (3, 1)),
         "line": nn.Conv1d(6, 4, 3),
     }
@@ -177,23 +178,55 @@ PEFT_FILE: list[Row] = [
         }.items()
     ],
 ]  # fmt: skip
+FC_MLX, DORA = {"fc.lora_a": (3, 2), "fc.lora_b": (2, 5)}, {"fine_tune_type": "dora"}
+TABLE: Stored = {"emb.lora_a": (11, 2), "emb.lora_b": (2, 3), "emb.m": (11,)}
+MLX_FIELDS = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}
+MLX: list[Row] = [
+    (FC_MLX, {"fine_tune_type": "dpo"}, {}, "fine_tune_type is 'dpo', expected lora, dora or"),
+    *[
+        (FC_MLX, {"lora_parameters": parameters}, {}, message)
+        for parameters, message in (
+            (None, "lora_parameters is None, expected an obj"),
+            ({"rank": 2}, "scale is None, expected a finite number"),
+            ({"scale": 2}, "rank is None"),
+            ({"rank": 2, "alpha": 16, "scale": 10},
+             "alpha is 16, by which the first versions .* remove alpha"),
+            ({"rank": 3, "scale": 2}, r"expected \(in, 3\)"),
+        )
+    ],
+    (FC_MLX | {"fc.lora_c": (3, 2)}, {}, {},
+     r"no known use: fc\.lora_c; expected <module>\.lora_a"),
+    (FC_MLX | {"head.lora_a": (3, 2)}, {}, {}, r"half of a pair.*head\.lora_a"),
+    (FC_MLX | {"head.m": (5,)}, DORA, {}, r"half of a pair.*head\.m"),
+    (FC_MLX | {"moe.lora_a": (2, 2, 3), "moe.lora_b": (2, 5, 2)}, {}, {},
+     r"moe: .*expected matrices"),
+    (FC_MLX | {"fc.m": (5,)}, {}, {}, r"fc: .* \.m is there"),
+    (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
+    (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: .emb.m. is \(11,\), .* one a token"),
+    ({"c.weight": (2, 3, 3)}, {"fine_tune_type": "full"}, {}, "c.weight: of more"),
+]  # fmt: skip
 # Of each format the rows, and a sound file: its metadata, and the hints that it is read by.
 FORMATS: dict[str, tuple[list[Row], Stored, Any, dict[str, Any]]] = {
     "kohya": (KOHYA, LORA, None, {"base": BASE}),
     "loralib": (LORALIB, FC, None, {"base": BASE, "alpha": 3}),
     "diffusers": (DIFFUSERS, UNET, CONFIG, {}),
     "peft_file": (PEFT_FILE, PEFT, None, {"alpha": 3}),
+    "mlx": (MLX, FC_MLX, {}, {"base": BASE}),
 }
 
 
-def written(path: Path, stored: Stored, metadata: Any) -> Path:
+def written(path: Path, form: str, stored: Stored, metadata: Any) -> Path:
     """A file; fields alone are PEFT's, under the key that both PEFT and diffusers have them by."""
     tensors = {k: torch.ones(t) if isinstance(t, tuple) else t for k, t in stored.items()}
+    if form == "mlx":  # a config beside the file
+        (path / "adapter_config.json").write_text(json.dumps(MLX_FIELDS | metadata))
+        save_file(tensors, path / "adapters.safetensors", {"format": "mlx"})
+        return path
     if metadata is not None:
         whole = metadata if metadata.keys() & {METADATA, ALPHAS} else {METADATA: metadata}
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in whole.items()}
-    save_file(tensors, path, metadata)
-    return path
+    save_file(tensors, path / "a.safetensors", metadata)
+    return path / "a.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -203,13 +236,13 @@ def written(path: Path, stored: Stored, metadata: Any) -> Path:
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, form: str, row: Row) -> None:
     stored, metadata, hints, message = row
-    hints = {"base": BASE, **hints} if form in ("kohya", "loralib") else hints
+    hints = {"base": BASE, **hints} if "base" in FORMATS[form][-1] else hints
     with pytest.raises(AdapterError, match=message):
-        load_adapter(written(tmp_path / "a.safetensors", stored, metadata), **hints)
+        load_adapter(written(tmp_path, form, stored, metadata), **hints)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_pair_that_the_rows_change_is_read(tmp_path: Path, form: str) -> None:
     _, stored, metadata, hints = FORMATS[form]
-    adapter = load_adapter(written(tmp_path / "a.safetensors", stored, metadata), **hints)
+    adapter = load_adapter(written(tmp_path, form, stored, metadata), **hints)
     assert [path.removeprefix("unet.") for path in adapter.updates] == ["fc"]

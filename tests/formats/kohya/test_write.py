@@ -15,7 +15,7 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.kohya.write import as_tensor, module_of, problem_with
 from lora_fx.kinds import KINDS
-from lora_fx.testing import relative, same_adapter
+from lora_fx.testing import relative
 
 MAKE = torch.Generator().manual_seed(0)
 
@@ -60,19 +60,6 @@ def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
     # PEFT aligns the last axes of the two factors of a Conv1d, LyCORIS the first
     line = problem_with(lokr(1.0, second=(5, 2, 3)))
     assert line == "updates of kind 'lokr', which are no product of two factors"
-
-
-def test_a_convolution_goes_through_every_format(tmp_path: Path) -> None:
-    base = nn.ModuleDict({"unet": nn.ModuleDict({"conv": nn.Conv2d(3, 6, 4)})})
-    first = Adapter("a", {"unet.conv": Update(random(2, 3, 4, 4), random(6, 2), 1.5)})
-    save_adapter(first, tmp_path / "1.safetensors", format="kohya")
-    adapter = load_adapter(tmp_path / "1.safetensors", base=base)
-    same_adapter(adapter, first)
-    for number, form in enumerate(("diffusers", "loralib", "peft_file", "kohya"), 2):
-        file = tmp_path / f"{number}.safetensors"
-        save_adapter(adapter, file, format=form)
-        adapter = load_adapter(file, base=base)
-        same_adapter(adapter, first)
 
 
 def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) -> None:
