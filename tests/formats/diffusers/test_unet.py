@@ -72,7 +72,10 @@ def run(model: nn.Module) -> torch.Tensor:
 
 LORA: dict[str, dict[str, Any]] = {
     "plain": {},
-    "patterns": {"rank_pattern": {"to_k": 3, "conv1": 1}, "alpha_pattern": {"proj_in": 7}},
+    "patterns": {
+        "rank_pattern": {"to_k": 3, "conv1": 1, "^conv_in": 1},
+        "alpha_pattern": {"proj_in": 7, r"to_out\.0": 5},
+    },
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "dora and rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"to_k": 3}},
