@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_fx.errors import AdapterError
 from lora_fx.testing import PEFT_CASES, Lab, SavedCase, save_peft_case
 
 SAVED: dict[str, SavedCase] = {}
@@ -15,6 +19,29 @@ SAVED: dict[str, SavedCase] = {}
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
+
+
+@pytest.fixture
+def refusals() -> Callable[..., list[str]]:
+    """Damages a file many times over, and gives what is said by those that refuse it."""
+
+    def said(
+        file: Path, load: Callable[[random.Random], Any], times: int, within: int
+    ) -> list[str]:
+        sound, source, refused = file.read_bytes(), random.Random(0), list[str]()
+        for _ in range(times):
+            damaged = bytearray(sound)
+            for _ in range(source.choice((1, 1, 2, 8))):
+                damaged[source.randrange(min(len(damaged), within))] = source.randrange(256)
+            end = len(damaged) if source.random() < 0.8 else source.randrange(len(damaged))
+            file.write_bytes(damaged[:end])
+            try:
+                load(source)
+            except AdapterError as error:
+                refused.append(str(error))
+        return refused
+
+    return said
 
 
 @pytest.fixture(params=PEFT_CASES)

@@ -15,6 +15,7 @@ from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
 from lora_fx.formats import save_adapter
 from lora_fx.formats.dialects import check_held, not_lora
+from lora_fx.testing import update_of
 
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
 PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
@@ -24,23 +25,15 @@ PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
     "rank 0": (Update(DOWN[:0], UP[:, :0], 1.5), "updates of rank 0"),
     "infinite": (Update(DOWN, UP, float("inf")), "scales that are no finite number"),
     "bias": (Update(DOWN, UP, 1.5, bias=torch.ones(5)), "biases of up-projections (lora_bias)"),
-    "row": (
-        Update(DOWN, UP, 1.5, "vera", row=torch.ones(5)),
-        "updates of kind 'vera', which scale inputs or outputs",
-    ),
-    "col": (
-        Update(DOWN, UP, 1.5, col=torch.ones(3)),
-        "updates of kind 'lora', which scale inputs or outputs",
-    ),
-    "scaling": (
-        Scaling(row=torch.ones(5)),
-        "updates of kind 'ia3', which are no product of two factors",
-    ),
-    "function": (
-        WeightUpdate("oft", added(UP), (5, 2)),
-        "updates of kind 'oft', which are no product of two factors",
-    ),
-}
+    "row": (Update(DOWN, UP, 1.5, "vera", row=torch.ones(5)),
+     "updates of kind 'vera', which scale inputs or outputs"),
+    "col": (Update(DOWN, UP, 1.5, col=torch.ones(3)),
+     "updates of kind 'lora', which scale inputs or outputs"),
+    "scaling": (Scaling(row=torch.ones(5)),
+     "updates of kind 'ia3', which are no product of two factors"),
+    "function": (WeightUpdate("oft", added(UP), (5, 2)),
+     "updates of kind 'oft', which are no product of two factors"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
@@ -57,18 +50,11 @@ def test_the_layers_of_a_problem_are_named_together() -> None:
         check_held(adapter, "the format", [], not_lora)
 
 
-def test_replaced_parameters_and_nothing_at_all_are_refused() -> None:
-    adapter = Adapter("a", {"fc": PROBLEMS["LoRA"][0]})
-    with pytest.raises(AdapterError, match=r"cannot hold replaced parameters: head\.weight; write"):
-        check_held(adapter, "the format", ["head.weight"], not_lora)
-    with pytest.raises(AdapterError, match="the adapter a has no update to write"):
-        check_held(Adapter("a", {}), "the format", [], not_lora)
-
-
 PLAIN, ONES = Update(DOWN, UP, 1.5), torch.ones(5)
 UNET, VAE = {"component": "unet"}, {"component": "vae"}
 INFINITE = replace(PLAIN, scale=float("inf"))
 OFT = WeightUpdate("oft", added(UP), (5, 2))
+LOKR = update_of("lokr", (6, 4))  # in files of LyCORIS it has no scale
 DAMAGED = Update(torch.full((2, 3), torch.nan), UP, 1.0)
 
 
@@ -78,6 +64,7 @@ def kernel(rank: int, *sizes: int, **fields: Any) -> Update:
 
 Updates = dict[str, AnyUpdate]
 REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
+    ("kohya", {}, {}, "the adapter a has no update to write"),
     ("kohya", {}, {"proj": PLAIN}, "proj begins with no part .* pass component="),
     ("kohya", VAE, {"proj": PLAIN}, "component is 'vae'"),
     ("kohya", {}, {"unet": PLAIN}, "unet begins with no part"),
@@ -85,9 +72,14 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
      r"a\.b_c and a_b\.c would both be called lora_unet_a_b_c"),
     ("kohya", UNET, {"fc": replace(PLAIN, scale=0.0)}, "a scale of 0, which it reads as 1: fc"),
     ("kohya", UNET, {"fc": INFINITE}, "cannot hold scales that are no finite number: fc"),
+    *[
+        ("kohya", hints, {path: LOKR}, "cannot hold a scale of 0.5 of kind 'lokr'")
+        for hints, path in ((UNET, "fc"), ({}, "unet.fc"))
+    ],
     ("kohya", {}, {"unet.fc": replace(PLAIN, bias=ONES)},
      r"cannot hold biases of up-projections \(lora_bias\): unet\.fc"),
     ("diffusers", {}, {"fc": PLAIN}, "fc begins with no component's name"),
+    ("diffusers", {}, {"unet.x": OFT}, "cannot hold updates of kind 'oft', .*: unet.x"),
     ("diffusers", VAE, {"fc": PLAIN}, "component is 'vae'"),
     ("diffusers", UNET, {"fc": PLAIN, "up": replace(PLAIN, magnitude=ONES)},
      "cannot hold DoRA beside plain LoRA in one model, unet"),
@@ -103,7 +95,7 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
     ("loralib", {}, {"x": kernel(2, row=torch.ones(4))},
      "cannot hold .* which scale inputs or outputs: x"),
     ("loralib", {}, {"x": OFT}, "kind 'oft', which are no product of two factors: x"),
-    ("peft", {}, {}, "the adapter a has no update"),
+    ("peft", {}, {}, "the adapter a has no update to write"),
     ("peft", {}, {"fc": DAMAGED}, r"fc\.lora_A\.weight' holds NaN"),
     ("peft", {}, {"fc": INFINITE}, "scales that are no finite number: fc"),
 ]  # fmt: skip
@@ -126,7 +118,13 @@ COUNT = torch.ones(1, dtype=torch.int64)
     [
         ("kohya", "unet.fc", "unet.norm.weight", UP, r"replaced parameters: unet\.norm\.weight"),
         ("diffusers", "unet.fc", "unet.norm.weight", ONES, r"parameters: unet\.norm\.weight"),
-        ("loralib", "fc", "head.weight", UP, r"cannot hold replaced parameters: head\.weight"),
+        (
+            "loralib",
+            "fc",
+            "head.weight",
+            UP,
+            r"cannot hold replaced parameters: head\.weight; write",
+        ),
         ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
         ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module: fc"),
         ("peft", "b.fc", "b.scale", ONES, r"and replace a module: b\.fc beside the replaced b"),

@@ -21,11 +21,8 @@ def test_the_longest_end_of_a_path_wins() -> None:
     values = {"fc": 1, "block.fc": 2, "a.block.fc": 3}
     found = [value_for(values, path) for path in ("fc", "x.fc", "x.block.fc", "a.block.fc")]
     assert found == [1, 1, 2, 3]
-
-
-@pytest.mark.parametrize("path", ["xfc", "fc.x", "FC", ""])
-def test_an_end_begins_after_a_dot(path: str) -> None:
-    assert value_for({"fc": 1}, path) is None
+    for path in ("xfc", "fc.x", "FC", ""):  # an end begins after a dot
+        assert value_for({"fc": 1}, path) is None
 
 
 def test_a_name_that_ends_no_path_is_refused() -> None:
@@ -35,15 +32,21 @@ def test_a_name_that_ends_no_path_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"init_lora_weights": "pissa"}, {"rank_pattern": {"misspelt": 3}}], ids=str
+    ("field", "value", "message"),
+    [
+        ("init_lora_weights", "pissa", "is 'pissa'"),
+        ("rank_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+        ("alpha_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+    ],
 )
 def test_a_doubt_is_refused_or_warned_of_at_the_line_that_loads(
-    lab: Any, field: dict[str, Any]
+    lab: Any, field: str, value: Any, message: str
 ) -> None:
     directory = lab.write()
-    lab.edit_config(directory, **field)
-    with pytest.raises(AdapterError, match=r"adapter_config\.json: .* pass strict=False"):
+    lab.edit_config(directory, **{field: value})
+    message = rf"adapter_config\.json: {field} {message}"
+    with pytest.raises(AdapterError, match=f"{message}.* pass strict=False"):
         load_adapter(directory)
-    with pytest.warns(AdapterWarning, match=r"adapter_config\.json: ") as warned:
+    with pytest.warns(AdapterWarning, match=message) as warned:
         load_adapter(directory, strict=False)
     assert [warning.filename for warning in warned] == [__file__]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -81,10 +80,3 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.onnx_adapter").write_bytes(content)
     with pytest.raises(AdapterError, match=r"a\.onnx_adapter: damaged"):
         load_adapter(tmp_path / "a.onnx_adapter")
-
-
-def test_hints_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"\0\0\0\0TORT")
-    hints: dict[str, Any] = {"alpha": 3}
-    with pytest.raises(AdapterError, match="unknown hint 'alpha'; format onnx_adapter takes none"):
-        load_adapter(tmp_path / "a", **hints)

@@ -166,18 +166,12 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "another rank": ({}, {"r": 3}, r"expected \(3, in\)"),
     "another type": ({}, {"peft_type": "LOHA", "lora_alpha": None, "alpha": 3}, "LOHA"),
     "a key": ({"fc.lora_c.weight": torch.ones(2)}, {}, r"no known use: fc\.lora_c"),
-    "a layer": (
-        {k.replace("q_proj", "w9"): v.clone() for k, v in PAIR.items()},
-        {},
-        r"no layer of the base is called layers\.0\.self_attn\.w9",
-    ),
-    "a magnitude alone": (
-        {"layers.1.attn.q_proj.magnitude": torch.ones(16)},
-        {},
-        r"half of a pair.*layers\.1\.attn\.q_proj\.magnitude",
-    ),
+    "a layer": ({k.replace("q_proj", "w9"): v.clone() for k, v in PAIR.items()}, {},
+     r"no layer of the base is called layers\.0\.self_attn\.w9"),
+    "a magnitude alone": ({"layers.1.attn.q_proj.magnitude": torch.ones(16)}, {},
+     r"half of a pair.*layers\.1\.attn\.q_proj\.magnitude"),
     "a magnitude": ({"layers.0.attn.q_proj.magnitude": torch.ones(3)}, {}, r"magnitude' is \(3,\)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DAMAGED)

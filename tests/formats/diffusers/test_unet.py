@@ -17,13 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.adapters.adapter import Adapter, WeightUpdate
-from lora_fx.adapters.other_updates import added
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.diffusers import WEIGHTS
 from lora_fx.formats.peft import METADATA
-from lora_fx.testing import config_in, relative, same_tensors
+from lora_fx.testing import config_in, relative, same_adapter, same_tensors
 
 diffusers = pytest.importorskip("diffusers")
 # PEFT 0.21 takes the bias of an up-projection for a piece of a matrix that was not gathered.
@@ -44,17 +43,11 @@ def made() -> Any:
     """Linear layers, convolutions of 3 x 3 and of points, with weights that depend on nothing."""
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 12),
-        layers_per_block=1,
-        cross_attention_dim=10,
-        norm_num_groups=4,
-        attention_head_dim=4,
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 12),
+        layers_per_block=1, cross_attention_dim=10, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    )  # fmt: skip
     return model.eval()
 
 
@@ -79,7 +72,10 @@ def run(model: nn.Module) -> torch.Tensor:
 
 LORA: dict[str, dict[str, Any]] = {
     "plain": {},
-    "patterns": {"rank_pattern": {"to_k": 3, "conv1": 1}, "alpha_pattern": {"proj_in": 7}},
+    "patterns": {
+        "rank_pattern": {"to_k": 3, "conv1": 1, "^conv_in": 1},
+        "alpha_pattern": {"proj_in": 7, r"to_out\.0": 5},
+    },
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "dora and rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"to_k": 3}},
@@ -166,6 +162,8 @@ def test_a_file_of_a_pipeline(saved: Saved) -> None:
     assert relative(run(traced()), expected) > 1e-2
     whole = load_adapter(saved.file.parent)
     assert {f"unet.{path}" for path in saved.adapter.updates} == set(whole.updates)
+    assert saved.adapter.expects is not None
+    assert all(map(saved.adapter.expects.matches, saved.adapter.updates))
 
 
 def test_weights_are_those_that_diffusers_merges(saved: Saved) -> None:
@@ -199,6 +197,13 @@ def test_what_is_written_is_the_same_to_the_bit_and_to_diffusers(
     same_tensors(load_file(other), load_file(saved.file))
     again = load_adapter(other, component="unet")
     assert str(again) == str(Adapter("b", saved.adapter.updates))
+    if saved.case in LORA:
+        kind = "dora" if "dora" in saved.case else "rslora" if saved.case == "rslora" else "lora"
+        assert {update.kind for update in saved.adapter.updates.values()} == {kind}
+        fields = config_in(other)
+        said = fields["unet.use_rslora"], fields["unet.use_dora"]
+        assert said == ("rslora" in saved.case, "dora" in saved.case)
+        assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 3)
     expected = run(saved.model)
     assert relative(run(loaded(other, prefix="unet")), expected) <= 1e-6
     assert relative(run(BASE), expected) > 1e-2
@@ -236,9 +241,9 @@ def test_a_text_encoder_beside_the_model(tmp_path: Path) -> None:
             parameter.data.normal_()
     diffusers.StableDiffusionPipeline.save_lora_weights(
         str(tmp_path),
-        unet_lora_layers=get_peft_model_state_dict(trained("plain")),
+        unet_lora_layers=get_peft_model_state_dict(trained("patterns")),
         text_encoder_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(text)),
-        unet_lora_adapter_metadata=config_of("plain").to_dict(),
+        unet_lora_adapter_metadata=config_of("patterns").to_dict(),
         text_encoder_lora_adapter_metadata=config.to_dict(),
     )
     assert any("lora_linear_layer" in key for key in load_file(tmp_path / WEIGHTS))
@@ -250,6 +255,12 @@ def test_a_text_encoder_beside_the_model(tmp_path: Path) -> None:
         assert relative(found, expected) <= 1e-6
         assert relative(base, expected) > 1e-2
     assert len(adapter.updates) == 2
+    for number, hints in enumerate(({}, {"component": "text_encoder"}, {"component": "unet"})):
+        first = load_adapter(tmp_path, name="a", **hints)
+        save_adapter(first, tmp_path / f"{number}.safetensors", format="diffusers", **hints)
+        again = load_adapter(tmp_path / f"{number}.safetensors", name="a", **hints)
+        same_adapter(again, first)
+        assert str(again) == str(first)
 
 
 def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None:
@@ -257,31 +268,16 @@ def test_lokr_of_a_config_and_lokr_without_are_not_mixed(tmp_path: Path) -> None
     save_file(load_file(file), tmp_path / "b.safetensors")
     with_config, without = (load_adapter(f) for f in (file, tmp_path / "b.safetensors"))
     others = {path.replace("unet.", "transformer."): u for path, u in without.updates.items()}
-    mixed = Adapter("a", {**with_config.updates, **others})
-    with pytest.raises(
-        AdapterError, match=r"a config of all components or of none, .* transformer"
+    mixed, halves = (
+        Adapter("a", {**with_config.updates, **more})
+        for more in (others, {"unet.x": next(iter(without.updates.values()))})
+    )
+    for adapter, message in (
+        (mixed, "a config of all components or of none, .* transformer"),
+        (halves, "cannot hold LoKr beside others in one model, unet"),
     ):
-        save_adapter(mixed, tmp_path / "c.safetensors", format="diffusers")
-    halves = {**with_config.updates, "unet.x": next(iter(without.updates.values()))}
-    with pytest.raises(AdapterError, match="cannot hold LoKr beside others in one model, unet"):
-        save_adapter(Adapter("a", halves), tmp_path / "c.safetensors", format="diffusers")
-    turned = WeightUpdate("oft", added(torch.ones(2)), (2, 2))
-    other = Adapter("a", {"unet.x": turned})
-    with pytest.raises(AdapterError, match=r"cannot hold updates of kind 'oft', .*: unet.x"):
-        save_adapter(other, tmp_path / "c.safetensors", format="diffusers")
-
-
-@pytest.mark.parametrize("case", LORA)
-def test_the_kind_is_what_the_config_says(tmp_path: Path, case: str) -> None:
-    file = written(tmp_path / "a", trained(case), case)
-    kind = "dora" if "dora" in case else "rslora" if case == "rslora" else "lora"
-    adapter = load_adapter(file)
-    assert {update.kind for update in adapter.updates.values()} == {kind}
-    save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers")
-    fields = config_in(tmp_path / "b.safetensors")
-    said = fields["unet.use_rslora"], fields["unet.use_dora"]
-    assert said == ("rslora" in case, "dora" in case)
-    assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 3)
+        with pytest.raises(AdapterError, match=message):
+            save_adapter(adapter, tmp_path / "c.safetensors", format="diffusers")
 
 
 def test_a_grouped_convolution_has_a_grouped_up(tmp_path: Path) -> None:

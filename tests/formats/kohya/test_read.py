@@ -96,15 +96,13 @@ def test_a_norm_has_updates_of_its_parameters() -> None:
     [
         ({"weight": torch.ones(5)}, "expected weight, and on_input of one number"),
         ({"weight": torch.ones(5), "on_input": torch.ones(2)}, "on_input of one number"),
-        (
-            {"weight": torch.ones(4), "on_input": torch.ones(())},
-            r"weight is \(4,\), expected \(3,\)",
-        ),
+        ({"weight": torch.ones(4), "on_input": torch.ones(())},
+         r"weight is \(4,\), expected \(3,\)"),
         ({"diff": torch.ones(5, 4)}, r"diff is \(5, 4\), the layer is \(5, 3\)"),
         ({"oft_blocks": torch.ones(2, 2, 2)}, r"the layer is \(5, 3\)"),
         ({"b_norm": torch.ones(5)}, "^.'b_norm'. do not fit x, a Linear"),
     ],
-)
+)  # fmt: skip
 def test_tensors_that_are_not_of_the_layer_are_refused(
     tensors: dict[str, torch.Tensor], message: str
 ) -> None:

@@ -20,8 +20,6 @@ from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import NEUTRAL, dump, is_required, parse
 from lora_fx.formats.peft.types import TYPES
 
-# PEFT advises against seeds.
-pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B")
 # The fields without which a config of a type is refused.
 NEEDED: dict[str, dict[str, Any]] = {
     "LORA": {"lora_alpha": 3},
@@ -184,11 +182,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("LORA", {"alpha_pattern": {"(" * 257: 3}}, "alpha_pattern: .* is not a regex"),
     ("LORA", {"target_modules": "(.*)**X"}, r"target_modules: '\(\.\*\)\*\*X' is not a regex"),
     ("LORA", {"target_modules": 3}, "target_modules is 3"),
-    (
-        "LORA",
-        {"target_modules": [], "exclude_modules": "(.*)**X"},
-        "exclude_modules: .* is not a regex",
-    ),
+    ("LORA", {"target_modules": [], "exclude_modules": "(.*)**X"},
+     "exclude_modules: .* is not a regex"),
     ("LORA", {"target_modules": [], "layers_to_transform": ["1"]}, "layers_to_transform is"),
     ("LORA", {"target_modules": "f", "layers_to_transform": [1]}, ".* need target_modules to be a"),
     ("LORA", {"target_modules": [], "layers_pattern": "x"}, "layers_pattern is given without"),
@@ -207,7 +202,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("IA3", {"bias": "all"}, "bias is 'all', an unknown field"),
     ("OFT", {"oft_block_size": ...}, r"oft_block_size is missing.*before 0\.14"),
     *[(n, {"bias": "x_only"}, "bias is 'x_only', expected 'none' or ") for n in ("LORA", "VERA")],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), BAD)

@@ -22,31 +22,33 @@ def sort(*names: str, type: str = "LORA", **fields: Any) -> ClassifiedTensors:
     return sort_peft({key.lstrip("!"): value for key, value in tensors.items()}, config)
 
 
-def test_every_kind_of_key_finds_its_use() -> None:
-    keys = sort(
-        *PAIR,
-        "fc.lora_B.bias",
-        "fc.base_layer.bias",
-        "norm.bias",
-        "head.dense.weight",
-        "head.dense.bias",
-        "head.original_module.dense.bias",
-        lora_bias=True,
-        bias="all",
-        modules_to_save=("head",),
-    )
-    assert set(keys.layers["fc"]) == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
-    assert set(keys.replacements) == {
-        "fc.bias",
-        "norm.bias",
-        "head.dense.weight",
-        "head.dense.bias",
+HEAD = ("head.dense.weight", "head.dense.bias")
+BELOW = "e.token_adapter.base_layer.weight"
+TIED = ("embed.weight", "head.weight")
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "replaced"),
+    [
+        ((*PAIR, "fc.base_layer.bias", "norm.bias", *HEAD, "head.original_module.dense.bias"),
+         {"bias": "all", "modules_to_save": ("head",)}, {"fc.bias", "norm.bias", *HEAD}),
+        # the bias of an adapted layer may be named either way
+        ((*PAIR, "fc.base_layer.bias"), {"bias": "lora_only"}, {"fc.bias"}),
+        ((*PAIR, "fc.bias"), {"bias": "lora_only"}, {"fc.bias"}),
+        # what lies below tokens, and the tied copy of a saved module
+        ((*PAIR, f"e.{ROWS}", BELOW), {"trainable_token_indices": {"e": (1, 2)}}, {"e.weight"}),
+        ((*PAIR, *TIED), {"modules_to_save": ("embed",), "ensure_weight_tying": True}, {*TIED}),
+    ],
+)  # fmt: skip
+def test_every_kind_of_key_finds_its_use(
+    names: tuple[str, ...], fields: dict[str, Any], replaced: set[str]
+) -> None:
+    keys = sort(*names, "fc.lora_B.bias", lora_bias=True, **fields)
+    assert {path: set(leaves) for path, leaves in keys.layers.items()} == {
+        "fc": {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
     }
-
-
-def test_the_bias_of_an_adapted_layer_may_be_named_either_way() -> None:
-    for name in ("fc.base_layer.bias", "fc.bias"):
-        assert set(sort(*PAIR, name, bias="lora_only").replacements) == {"fc.bias"}
+    assert set(keys.tokens) == set(fields.get("trainable_token_indices", ()))
+    assert set(keys.replacements) == replaced
 
 
 @pytest.mark.parametrize(
@@ -58,46 +60,33 @@ def test_the_bias_of_an_adapted_layer_may_be_named_either_way() -> None:
         ((*PAIR, "embed.weight"), {}, r"no known use: .*embed\.weight"),
         ((*PAIR, "fc.base_layer.bias"), {}, r"no known use: .*fc\.base_layer\.bias"),
         ((*PAIR, "norm.bias"), {}, r"no known use: .*norm\.bias"),
-        (
-            (*PAIR, "norm.base_layer.bias"),
-            {"bias": "all"},
-            r"no known use: .*norm\.base_layer\.bias",
-        ),
+        ((*PAIR, "norm.base_layer.bias"), {"bias": "all"},
+         r"no known use: .*norm\.base_layer\.bias"),
         ((*PAIR, "norm.weight"), {"bias": "all"}, r"no known use: .*norm\.weight"),
         ((*PAIR, "fc.lora_B.bias"), {"bias": "all"}, r"no known use: .*fc\.lora_B\.bias"),
         ((*PAIR, "x.original_module.bias"), {"bias": "lora_only"}, "x.original_module"),
         ((*PAIR, "norm.bias"), {"bias": "lora_only"}, r"no known use: .*norm\.bias"),
-        (
-            (*PAIR, "fc.bias", "fc.base_layer.bias"),
-            {"bias": "all"},
-            r"no known use: .*fc\.base_layer\.bias",
-        ),
+        ((*PAIR, "fc.bias", "fc.base_layer.bias"), {"bias": "all"},
+         r"no known use: .*fc\.base_layer\.bias"),
+        ((*PAIR, *[f"x{i}.weight" for i in range(12)]), {}, r"12 tensors .*, and 2 more"),
         ((), {}, "nothing is adapted"),
         (("fc.bias",), {"bias": "all"}, "nothing is adapted"),
         (PAIR, {"modules_to_save": ("head",)}, "modules_to_save names 'head'"),
-        (
-            (*PAIR, "fc.weight"),
-            {"modules_to_save": ("fc",)},
-            "both adapted and stored whole, by modules_to_save or as tokens: fc",
-        ),
+        ((*PAIR, "fc.weight"), {"modules_to_save": ("fc",)},
+         "both adapted and stored whole, by modules_to_save or as tokens: fc"),
         ((*PAIR, "fc.lora_magnitude_vector"), {}, r"no known use: .*fc\.lora_magnitude_vector"),
         ((*PAIR, "fc.lora_E"), {}, r"no known use: .*fc\.lora_E"),
         ((*PAIR, f"e.{ROWS}"), {}, r"no known use: .*e\.token_adapter"),
         (PAIR, {"type": "LOHA"}, r"2 tensors .* one of \.hada_w1_a, .* under LOHA"),
         (("!base_model.vera_A", *PAIR), {}, r"no known use: base_model\.vera_A"),
-        (
-            (*PAIR, f"fc.{ROWS}"),
-            {"trainable_token_indices": (1,)},
-            "stored whole, by .* tokens: fc",
-        ),
-        (
-            (*PAIR, "e.token_adapter.base_layer.weight"),
-            {"trainable_token_indices": (1,)},
-            "no known use: .*base_layer",
-        ),
+        ((*PAIR, f"fc.{ROWS}"), {"trainable_token_indices": (1,)},
+         "stored whole, by .* tokens: fc"),
+        ((*PAIR, "e.token_adapter.base_layer.weight"), {"trainable_token_indices": (1,)},
+         "no known use: .*base_layer"),
         ((*PAIR, "head.weight"), {"ensure_weight_tying": True}, r"no known use: .*head\.weight"),
+        ((*PAIR, *TIED), {"modules_to_save": ("embed",)}, r"no known use: .*head\.weight"),
     ],
-)
+)  # fmt: skip
 def test_a_key_without_a_use_is_refused_by_name(
     names: tuple[str, ...], fields: dict[str, Any], message: str
 ) -> None:
@@ -105,35 +94,11 @@ def test_a_key_without_a_use_is_refused_by_name(
         sort(*names, **fields)
 
 
-def test_many_keys_without_a_use_are_shortened() -> None:
-    with pytest.raises(AdapterError, match=r"12 tensors .*, and 2 more"):
-        sort(*PAIR, *[f"x{i}.weight" for i in range(12)])
-
-
 def test_a_head_that_peft_lists_for_the_task_may_be_missing() -> None:
     names = (*PAIR, "classifier.weight")
     sort(*names, modules_to_save=("classifier", "score"), task_type="SEQ_CLS")
     with pytest.raises(AdapterError, match="'score'"):
         sort(*names, modules_to_save=("classifier", "score"))
-
-
-def test_tokens_and_what_lies_below_them_find_their_use() -> None:
-    keys = sort(
-        f"e.{ROWS}",
-        "e.token_adapter.base_layer.weight",
-        *PAIR,
-        trainable_token_indices={"e": (1, 2)},
-    )
-    assert (set(keys.tokens), set(keys.layers)) == ({"e"}, {"fc"})
-    assert set(keys.replacements) == {"e.weight"}
-
-
-def test_the_tied_copy_of_a_saved_module_is_one_too() -> None:
-    names = (*PAIR, "embed.weight", "head.weight")
-    keys = sort(*names, modules_to_save=("embed",), ensure_weight_tying=True)
-    assert set(keys.replacements) == {"embed.weight", "head.weight"}
-    with pytest.raises(AdapterError, match=r"no known use: .*head\.weight"):
-        sort(*names, modules_to_save=("embed",))
 
 
 def test_what_all_layers_share_is_told_by_its_whole_key() -> None:

@@ -83,20 +83,12 @@ def sizes(layer: Any) -> tuple[int, ...]:
 
 REFUSED: dict[str, tuple[nn.Module, Leaves]] = {
     "two larger factors": (nn.Linear(8, 12), {"lokr_w1": (6, 4), "lokr_w2": (2, 2)}),
-    "a rank that is not low": (
-        nn.Linear(8, 12),
-        {"lokr_w1": (2, 2), "lokr_w2_a": (6, 5), "lokr_w2_b": (5, 4)},
-    ),
-    "two ranks": (
-        nn.Linear(20, 16),
-        {**BOTH, "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)},
-    ),
-    "one axis of a kernel": (
-        nn.Conv1d(8, 12, 3),
-        {"lokr_w1": (2, 2), "lokr_w2": (6, 4, 3)},
-    ),
+    "a rank that is not low": (nn.Linear(8, 12),
+     {"lokr_w1": (2, 2), "lokr_w2_a": (6, 5), "lokr_w2_b": (5, 4)}),
+    "two ranks": (nn.Linear(20, 16), {**BOTH, "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)}),
+    "one axis of a kernel": (nn.Conv1d(8, 12, 3), {"lokr_w1": (2, 2), "lokr_w2": (6, 4, 3)}),
     "a magnitude": (nn.Linear(8, 12), {**FULL, "dora_scale": (12, 1)}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -75,8 +75,6 @@ def output(adapter: lora_fx.Adapter) -> torch.Tensor:
     return found
 
 
-# PEFT takes the one-dimensional lora_B.bias for a damaged matrix.
-@pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape")
 @pytest.mark.parametrize("name", ["default", "french"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_whole_state_dict_is_the_adapter_in_it(kind: str, name: str, tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import config_in, save_peft_case
 
-# PEFT advises against seeds.
-pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
-
 
 @pytest.mark.parametrize("targets", [["0", "1"], ["0"], ["2"]])
 @pytest.mark.parametrize("seed", [0, 7])

@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats import load_adapter
-from lora_fx.formats.peft.wrappers import Home, WrappedTarget, homes_of, places_of
+from lora_fx.formats.peft.wrappers import Home, WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import save_peft_case
 
-# PEFT advises against seeds.
-pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A and vera_B")
 EXPERTS = ("m.experts", "m.experts.base_layer")
 
 
@@ -85,35 +82,12 @@ def test_a_parameter_that_the_base_lacks_is_none_of_the_module() -> None:
     assert places("m", base=model(), targets=("up", "fc.up"))["m"].parameter is None
 
 
-@pytest.mark.parametrize("name", ["experts one", "experts lora", "experts transposed"])
-def test_experts_need_the_base(name: str, tmp_path: Path) -> None:
-    case = save_peft_case(name, tmp_path / "a")
-    with pytest.raises(AdapterError, match=r"pass base=, the model"):
-        load_adapter(case.directory)
-
-
-@pytest.mark.parametrize("name", ["experts one"])
-def test_a_graph_tells_the_orientation_by_its_shapes(name: str, tmp_path: Path) -> None:
-    case = save_peft_case(name, tmp_path / "a")
+def test_a_graph_tells_the_orientation_by_its_shapes(tmp_path: Path) -> None:
+    case = save_peft_case("experts one", tmp_path / "a")
     gm = lora_fx.trace(case.base, (case.x,))
     by_graph, by_model = (load_adapter(case.directory, base=b) for b in (gm, case.base))
     for path, update in by_model.updates.items():
-        pairs = zip(update.tensors(), by_graph.updates[path].tensors(), strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
-
-
-def test_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
-    case = save_peft_case("experts one", tmp_path / "a")
-    file = case.directory / "adapter_model.safetensors"
-    save_file({k: v[:, :-1].clone() for k, v in load_file(file).items()}, file)
-    with pytest.raises(AdapterError, match=r"narrow: lora_A and lora_B are .* expected .* rank 2"):
-        load_adapter(case.directory, base=case.base)
-
-
-def test_seeds_need_the_base(tmp_path: Path) -> None:
-    case = save_peft_case("linear vera seed", tmp_path / "a")
-    with pytest.raises(AdapterError, match=r"drawn from a seed.*pass base=.*narrow"):
-        load_adapter(case.directory)
+        assert all(map(torch.equal, update.tensors(), by_graph.updates[path].tensors()))
 
 
 def update(**settings: Any) -> Update:
@@ -139,3 +113,30 @@ def test_parameters_keep_their_order_when_one_is_gone() -> None:
 def test_a_parameter_called_weight_is_kept_at_its_module() -> None:
     homes = homes_of({"fc": update(parameter="weight", depth=0)})
     assert homes["fc"] == Home("fc", "fc.weight", "fc.weight")
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eio->beo", x, self.kernel)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"lora_A": (8, 3), "lora_B": (3, 8)},
+         r"3 by 3, and a graph does not say .* the model itself"),
+        ({"lora_A": (8, 3)}, r"^has \['lora_A\.weight'\], expected"),
+    ],
+)  # fmt: skip
+def test_experts_that_nothing_tells_are_refused(
+    leaves: dict[str, tuple[int, ...]], message: str
+) -> None:
+    gm = torch.fx.symbolic_trace(nn.Sequential(Square()))
+    place = WrappedTarget("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
+    tensors = {f"{leaf}.weight": torch.ones(shape) for leaf, shape in leaves.items()}
+    with pytest.raises(AdapterError, match=message):
+        read_experts(place, tensors, 2, 1.5, False, layers_of(gm))
