@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from lora_fx.export.onnx_model.tensors import array_to_torch, to_numpy
 from lora_fx.layers.axes import names_of
 
-_PIECE = 1 << 20  # bytes in float32 that are made at a time: what larger ones leave is not reused
+_PIECE = 1 << 19  # bytes in float32 that are made at a time: what larger ones leave is not reused
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,8 @@ class MergedTensor(ir.LazyTensor):
 
     def tofile(self, file: Any) -> None:
         """Writes W', one piece after the other: the next is made beside the writing."""
-        pieces = self.pieces()
-        with ThreadPoolExecutor(1) as beside:
-            made = beside.submit(next, pieces, None)
-            while (piece := made.result()) is not None:
-                made = beside.submit(next, pieces, None)
-                file.write(to_numpy(piece).data)
+        for piece in self.pieces():
+            file.write(to_numpy(piece).data)
 
     def _whole(self) -> ir.TensorProtocol:
         return TorchTensor(torch.cat(list(self.pieces())), name=self.name)
