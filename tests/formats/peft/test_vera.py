@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats.dialects import with_settings
 from lora_fx.formats.peft.vera import VeraConfig
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of
@@ -49,6 +50,18 @@ def test_a_seed_is_not_written_when_the_widest_layer_is_gone(tmp_path: Path) -> 
         assert all(map(torch.equal, found.tensors(), wanted.tensors()))
         layer = case.load(tmp_path / name).get_submodule("base_model.model.wide")
         assert torch.allclose(layer.get_delta_weight("default"), found.delta(), atol=1e-6)
+
+
+def test_one_layer_whose_projections_were_stored_has_all_of_them_stored(tmp_path: Path) -> None:
+    case = save_peft_case("linear vera seed", tmp_path / "by_peft")
+    adapter = load_adapter(case.directory, base=case.base)
+    one = with_settings(adapter.updates["wide"], save_projection=True)
+    mixed = replace(adapter, updates={**adapter.updates, "wide": one})
+    save_adapter(mixed, tmp_path / "mixed")
+    assert config_in(tmp_path / "mixed")["save_projection"] is True
+    found = load_adapter(tmp_path / "mixed", base=case.base).updates
+    for path, update in adapter.updates.items():
+        assert all(map(torch.equal, found[path].tensors(), update.tensors()))
 
 
 def test_projections_of_two_files_become_lora(tmp_path: Path) -> None:
