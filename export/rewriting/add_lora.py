@@ -175,10 +175,10 @@ def _refuse_fused(chosen: Paths, names: Mapping[str, str]) -> None:
     ]
     if found:
         raise ExportError(
-            f"{shorten(found)}: a batch-norm was fused into it when the file was made, and what an "
-            "adapter adds would miss that: export the model so that it stays, which torch.onnx "
-            "does where it is told not to optimise, and TorchScript's exporter not to fold "
-            "constants; or name it in names= to take the weight as it is"
+            f"{shorten(found)}: not the module's own weight: by its name a batch-norm was fused "
+            "into it, and what an adapter adds would miss that: export the model so that it stays, "
+            "which torch.onnx does where it is told not to optimise, and TorchScript's exporter "
+            "not to fold constants; or name it in names= to take the weight as it is"
         )
 
 

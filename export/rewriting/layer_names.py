@@ -22,9 +22,8 @@ _WEIGHT = re.compile(
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
 _NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
-# What exporters and onnxruntime call a weight that a batch-norm, or a factor, was multiplied into;
-# a linear layer's has no name in TorchScript's files because it was transposed.
-_FUSED = re.compile(r"onnx::Conv_\d+|(ConvBn|ConvMul|MatMulBn)Fusion_\w+.*")
+# What onnxruntime calls a weight that a batch-norm, or a factor, was multiplied into.
+_FUSED = re.compile(r"(ConvBn|ConvMul|MatMulBn)Fusion_\w+.*")
 _RULES = "pkg.onnxscript.rewriter.rule_name"
 Paths = dict[str, list[FileLayer]]
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -83,9 +82,9 @@ def path_of(
         known: the layers that have a path already.
         parents: how paths begin where the scopes of nodes begin otherwise.
     """
-    by_weight = None if is_tied else _WEIGHT.fullmatch(str(layer.weight.name))
-    if by_weight is not None and "::" not in by_weight["path"]:
-        return by_weight["path"]
+    by_weight = None if is_tied else _parameter_path(str(layer.weight.name))
+    if by_weight is not None:
+        return by_weight
     by_node = _NODE.fullmatch(str(layer.node.name))
     scope = by_node["path"].replace("/", ".") if by_node else None
     path = _by_scope(layer.node) or (scope and _moved(scope, parents))
@@ -96,9 +95,20 @@ def path_of(
 
 
 def is_fused(layer: FileLayer) -> bool:
-    """Whether the file says that a weight is another one than the module has."""
-    rules = layer.node.metadata_props.get(_RULES, "")
-    return "FuseBatchNorm" in rules or _FUSED.fullmatch(str(layer.weight.name)) is not None
+    """Whether a weight is another one than the module has, as far as the file tells.
+
+    Exporters name a matrix anew that they transpose; a convolution's is stored as the module has
+    it, so where that bears no parameter's name it was computed.
+    """
+    rules, name = layer.node.metadata_props.get(_RULES, ""), str(layer.weight.name)
+    is_computed = layer.kind.startswith("conv") and not _parameter_path(name)
+    return "FuseBatchNorm" in rules or is_computed or _FUSED.fullmatch(name) is not None
+
+
+def _parameter_path(name: str) -> str | None:
+    """The path of the module whose weight bears a name, if that is one of a parameter."""
+    found = _WEIGHT.fullmatch(name)
+    return found["path"] if found and "::" not in found["path"] else None
 
 
 def _parents_of_scopes(graph: ir.Graph | ir.Function | None) -> dict[str, str]:
