@@ -37,7 +37,10 @@ OPTIONS = {
     r"vectors=True": "--vectors",
 }
 # What no command has.
-PYTHON = (r"strict=False", r"check=False", r"frontend=['\"]\w+['\"]", rf"inputs={_END}")
+PYTHON = (
+    *(r"strict=False", r"check=False", r"frontend=['\"]\w+['\"]", rf"inputs={_END}"),
+    r"fold the first, then inject the second",
+)
 _STARTS, _ENDS = ("; ", ". ", ", or ", "\n", " ("), ("; ", ". ", "\n")
 
 

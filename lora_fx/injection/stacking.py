@@ -42,7 +42,7 @@ def check_layer(site: Site, update: AnyUpdate, name: str) -> None:
         beside = shorten([branch.name for branch in branches])
         raise AdapterError(
             f"{site.path}: adapter {name} acts on the weight, and {beside} stands beside it, out "
-            f"of its reach: {_FOLD}, which acts on both then; or inject {name} before {beside}"
+            f"of its reach; give {name} before {beside}; or {_FOLD}, which acts on both then"
         )
     check_stacks(site.path, adapters_of(site.operand), update, name)
 

@@ -116,6 +116,9 @@ CASES = {
     'diffusers or PEFT; pass format="diffusers" for the one': (
         "inspect", "diffusers or PEFT; pass --format diffusers for the one",
     ),
+    "out of its reach; give b before a; or fold the first, then inject the second, which acts": (
+        "export", "out of its reach; give b before a",
+    ),
     "--alpha x: expected a number": ("inspect", "--alpha x: expected a number"),
 }  # fmt: skip
 

@@ -287,7 +287,9 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "scaling of outputs": (
         lambda: difference(OUT, IN), lambda: Scaling(row=torch.rand(OUT)), "first changed that; f",
     ),
-    "acting on a branch": (lora, turned, "a stands beside it, out of its reach: fold the first"),
+    "acting on a branch": (
+        lora, turned, "stands beside it, out of its reach; give b before a; or fold",
+    ),
 }  # fmt: skip
 
 
