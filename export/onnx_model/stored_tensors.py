@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import onnx_ir as ir
 import torch
 
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.onnx_model.tensors import to_torch
 
 
@@ -38,7 +38,7 @@ def tensors_in(path: Path) -> Stored:
     proto = load_proto(path)
     check_external_data(proto, path)
     check_digests(proto, path)
-    graph = ir.load(path).graph
+    graph = parsed_file(path).graph
     held = {str(name): value.const_value for name, value in graph.initializers.items()}
     tensors = {name: partial(to_torch, value) for name, value in held.items() if value is not None}
     return Stored(tensors, Counter(node.op_type for node in graph))

@@ -16,6 +16,7 @@ from torch import fx
 
 from lora_fx.errors import VerificationError
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
@@ -31,13 +32,13 @@ Array = np.ndarray[Any, Any]
 
 def packed_in(path: Path) -> dict[str, FileLayer]:
     """The layers of a file whose weights are in a few bits, by what those were called before."""
-    return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(ir.load(path))}
+    return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(parsed_file(path))}
 
 
 @contextmanager
 def of_whole_x(path: Path) -> Iterator[Path]:
     """A file in which nothing rounds x: itself, or a copy that is held to more than it can hold."""
-    model = ir.load(path)
+    model = parsed_file(path)
     nodes = [node for node in model.graph if LEVEL in node.attributes]
     if not nodes:
         yield path
@@ -86,7 +87,7 @@ def with_numbers(
 
 def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
-    model = ir.load(source)
+    model = parsed_file(source)
     for layer in list(layers_in(model)):
         found = packed.get(str(layer.weight.name))
         if found is not None:

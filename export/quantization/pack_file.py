@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import onnx_ir as ir
-
 from lora_fx.export.onnx_model.changed_file import tensor_digests
 from lora_fx.export.onnx_model.model_file import load_proto, write_model
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.quantization.choose_layers import choose_layers
 from lora_fx.export.quantization.quantise import quantise
 from lora_fx.export.quantization.schemes import Scheme
@@ -44,7 +43,7 @@ def pack_file(
         ExportError: a layer is not there, or none can be quantised.
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
-    model = ir.load(source)
+    model = parsed_file(source)
     errors, left = quantise(model, scheme, choose_layers(model, layers, keep))
     known = tensor_digests(load_proto(source), source)
     write_model(model, draft, external_data_above=above, known=known)

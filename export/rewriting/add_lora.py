@@ -18,6 +18,7 @@ from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
@@ -92,9 +93,10 @@ def add_lora(
     if check:
         with clock.stage("check"):
             check_digests(proto, path)
-    with clock.stage("slots"), within(path):
-        model = ir.load(path)
-        manifest, opened, notes = _open(model, slots, names or {}, adapters == "required")
+    with clock.stage("slots"):
+        model = parsed_file(path)
+        with within(path):
+            manifest, opened, notes = _open(model, slots, names or {}, adapters == "required")
     with staged(out, force=force) as draft:
         with clock.stage("write"):
             known = tensor_digests(proto, path)
@@ -205,7 +207,7 @@ def _evidence(
         file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
         export_adapter(Adapter("probe", updates), draft, file, check=False)
         stored = read_stored(file)
-        model = ir.load(base.path)
+        model = parsed_file(base.path)
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
         bare = Run(draft, None, manifest)

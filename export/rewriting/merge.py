@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter
@@ -17,6 +16,7 @@ from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, write_ort_adapter
@@ -92,7 +92,7 @@ def merge_onnx(
             if manifest.required:  # the graph has no value for what the adapter leaves alone
                 values = every_value(manifest, path, values)
         with clock.stage("merge"):
-            model, beside = merged_model(lambda: ir.load(path), manifest, values)
+            model, beside = merged_model(lambda: parsed_file(path), manifest, values)
         if beside and not allow_unmerged:
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
         bare, active = Run(path, None, manifest), Run(path, file, manifest)

@@ -13,6 +13,7 @@ import torch
 from lora_fx.errors import AdapterError
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.onnx_model.tensors import digest_of, to_torch
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.layer_names import path_of
@@ -32,7 +33,7 @@ class BaseWeights:
     @cached_property
     def _model(self) -> ir.Model:
         check_external_data(load_proto(self._path), self._path)
-        return ir.load(self._path)
+        return parsed_file(self._path)
 
     @property
     def _values(self) -> Mapping[str, ir.Value]:

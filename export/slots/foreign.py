@@ -12,6 +12,7 @@ from onnx import ModelProto
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, ExportError
+from lora_fx.export.onnx_model.parsed import parsed
 from lora_fx.export.slots.manifest import DTYPES, Manifest
 from lora_fx.export.slots.slot import Input, Slot
 
@@ -104,7 +105,7 @@ def foreign_manifest(model: ModelProto, strict: bool = False) -> Manifest | None
     }
     if not named:
         return None
-    inputs = {str(value.name): value for value in ir.from_proto(model).graph.inputs}
+    inputs = {str(value.name): value for value in parsed(model).graph.inputs}
     pairs: dict[str, dict[str, ir.Value]] = {}
     for name, match in named.items():
         pairs.setdefault(match["path"], {})[_PARTS[match["side"]]] = inputs[name]

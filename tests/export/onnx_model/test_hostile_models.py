@@ -13,12 +13,21 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import nn
 
-from lora_fx.errors import ExportError
-from lora_fx.export import Session, to_onnx
+from lora_fx.errors import ExportError, says_what_to_do
+from lora_fx.export import (
+    Session,
+    add_lora,
+    export_adapter,
+    merge_onnx,
+    quantize_onnx,
+    to_onnx,
+)
 from lora_fx.export.onnx_model.digests import KEY as DIGESTS
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.onnx_model.tensor_protos import byte_size, check_model, every_tensor
 from lora_fx.frontend.trace import trace
+from lora_fx.report import diff
+from lora_fx.testing import make_adapter
 
 Change = Callable[[ModelProto], object]
 
@@ -222,3 +231,32 @@ def test_every_type_that_onnx_has_is_let_through() -> None:
     model.graph.initializer.add(name="none", dims=[0], data_type=1)
     assert len(list(every_tensor(model))) == len(TensorProto.DataType.items()) + 1
     check_model(model)
+
+
+ADAPTER = make_adapter({"0": (6, 4)})
+# What reads a file, whether with slots, and how.
+READERS: dict[str, tuple[bool, Callable[[Path, Path], object]]] = {
+    "a session": (True, lambda model, out: Session(model)),
+    "an adapter's file": (True, lambda model, out: export_adapter(ADAPTER, model, out)),
+    "a merge": (True, lambda model, out: merge_onnx(model, ADAPTER, out)),
+    "slots": (False, lambda model, out: add_lora(model, out)),
+    "few bits": (False, lambda model, out: quantize_onnx(model, out)),
+    "a difference": (False, lambda model, out: diff(model, model)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_graph_that_says_one_value_twice_is_refused(reader: str, tmp_path: Path) -> None:
+    """Without what we note in a file, which would tell; slots are found by their names then."""
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    has_slots, read = READERS[reader]
+    gm = trace(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)).eval(), (torch.randn(2, 4),))
+    to_onnx(gm, path, adapters="input" if has_slots else "constant", verify=False)
+    file = onnx.load(path)
+    del file.metadata_props[:]
+    file.graph.node.append(file.graph.node[-1])
+    path.write_bytes(file.SerializeToString())
+    with pytest.raises(ExportError, match=r"model\.onnx: .*redeclared") as refused:
+        read(path, out)
+    assert says_what_to_do(str(refused.value))
+    assert not out.exists()

@@ -1,0 +1,47 @@
+"""A model as onnx_ir has it, or what is wrong with its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from lora_fx.errors import ExportError, advised, within
+
+_AGAIN = "give the file as it was exported, or export it again"
+
+
+@advised(_AGAIN)
+def parsed_file(path: Path) -> ir.Model:
+    """Reads a file; its external data is read when it is asked for.
+
+    Raises:
+        ExportError: its graph contradicts itself.
+    """
+    with within(path), _contradictions_told():
+        return ir.load(path)
+
+
+@advised(_AGAIN)
+def parsed(model: onnx.ModelProto) -> ir.Model:
+    """The same of a model that was read.
+
+    Raises:
+        ExportError: its graph contradicts itself.
+    """
+    with _contradictions_told():
+        return ir.from_proto(model)
+
+
+@contextmanager
+def _contradictions_told() -> Iterator[None]:
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"not a valid ONNX graph: {cause}") from error
