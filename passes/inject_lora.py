@@ -25,7 +25,7 @@ from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import col_of, input_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_anew
-from lora_fx.injection.stacking import check_stacks
+from lora_fx.injection.stacking import FOLD_FIRST, check_stacks
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.base_layers import layers_in
@@ -229,7 +229,7 @@ def _leave(editor: Editor, calls: Sequence[Site], residual: nn.Parameter) -> Non
     if others:
         raise AdapterError(
             f"{calls[0].path}: the factors start out of the weight, and {shorten(others)} has made "
-            "that anew; fold the first, then inject the second"
+            f"that anew; {FOLD_FIRST}"
         )
     for reader, source in dict.fromkeys(read for call in calls for read in call.reads):
         node = editor.constant(str(calls[0].weight.target), residual, before=reader)

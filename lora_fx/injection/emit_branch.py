@@ -18,6 +18,7 @@ from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.invocation_mask import Masks
 from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
+from lora_fx.injection.stacking import FOLD_FIRST
 from lora_fx.layers.layer_bias import bias_of
 from lora_fx.layers.parametrized_weights import adapters_of
 from lora_fx.layers.sites import Site
@@ -126,7 +127,7 @@ def _scale_input(editor: Editor, site: Site, col: fx.Node) -> None:
     if gained or col_of(site) is not None or adapters_of(site.operand):
         raise AdapterError(
             f"{site.path}: a second adapter scales what the layer reads or gives, which has no "
-            "sum with the first; fold the first, then inject the second"
+            f"sum with the first; {FOLD_FIRST}"
         )
     x = site.input
     scaled = scaled_input(_Writer(editor, site, site.node), site, x, col)
@@ -140,5 +141,5 @@ def _refuse_scaled(site: Site, mine: dict[str, fx.Node]) -> None:
     if ("col" not in mine and col_of(site) is not None) or adapters_of(site.operand):
         raise AdapterError(
             f"{site.path}: a second adapter scales what the layer gives, and the first changed "
-            "that; fold the first, then inject the second"
+            f"that; {FOLD_FIRST}"
         )

@@ -15,7 +15,7 @@ from lora_fx.layers.parametrized_weights import adapters_of, made_anew, makers, 
 from lora_fx.layers.sites import Site
 
 Read = tuple[fx.Node, fx.Node]
-_FOLD = "fold the first, then inject the second"
+FOLD_FIRST = "fold the first, then inject the second"
 
 
 def adapters_at(site: Site) -> list[str]:
@@ -36,13 +36,13 @@ def check_layer(site: Site, update: AnyUpdate, name: str) -> None:
     if scaled:
         raise AdapterError(
             f"{site.path}: adapter {name} makes its weight anew, and {scaled[0]} scales what the "
-            f"layer reads or gives; {_FOLD}"
+            f"layer reads or gives; {FOLD_FIRST}"
         )
     if branches and update.stacks in ("on any", "inputs first"):
         beside = shorten([branch.name for branch in branches])
         raise AdapterError(
             f"{site.path}: adapter {name} acts on the weight, and {beside} stands beside it, out "
-            f"of its reach; give {name} before {beside}; or {_FOLD}, which acts on both then"
+            f"of its reach; give {name} before {beside}; or {FOLD_FIRST}, which acts on both then"
         )
     check_stacks(site.path, adapters_of(site.operand), update, name)
 
@@ -63,7 +63,7 @@ def check_stacks(path: str, others: Sequence[str], update: AnyUpdate, name: str)
             "what the first made; merge them with PEFT (merge_and_unload), and trace that model"
         )
     if not update.is_added:
-        raise AdapterError(f"{start}, which its difference from W depends on; {_FOLD}")
+        raise AdapterError(f"{start}, which its difference from W depends on; {FOLD_FIRST}")
 
 
 def placed(
@@ -103,5 +103,5 @@ def _stacks(gm: fx.GraphModule, path: str, adapter: str, bare: bool) -> str:
                 return record.adapter.updates[given].stacks
     raise AdapterError(
         f"{path}: whether {adapter} rotates what the layer reads is not known in a graph that was "
-        f"saved, and the order depends on it; {_FOLD}, or inject both where it was traced"
+        f"saved, and the order depends on it; {FOLD_FIRST}, or inject both where it was traced"
     )
