@@ -33,6 +33,8 @@ from lora_fx.export.quantization.pack_file import outputs_off, pack_file, plain_
 from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
+from lora_fx.export.spelling.attention import OPSET
+from lora_fx.export.spelling.shared_cache import share_caches
 from lora_fx.export.spelling.spell import spell
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
@@ -60,6 +62,7 @@ def to_onnx(
     opset: int | None = None,
     quantize: BitsOrFloat | None = None,
     portable: bool = False,
+    shared_cache: bool = False,
     external_data_above: int = INLINE_LIMIT,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -101,6 +104,11 @@ def to_onnx(
             what a base was loaded in: a bitsandbytes base stays one, unless it is ``"float"``.
         portable: leave the operators as torch.onnx gives them. By default what onnxruntime runs
             slowly is said otherwise; the report says what, and how often.
+        shared_cache: of a decoder with a cache: let it be written in place, where a runtime gives a
+            buffer with room for more as ``past_key_values`` and takes the same as ``present``, as
+            onnxruntime-genai and `Session.generate` do: nothing is copied at a token. Behind a
+            cache the file takes one row, or one new token of each; what a query of padding gives,
+            which nobody reads, is another number than eager's.
         external_data_above: bytes of weights from which they go to ``<path>.data``.
         force: replace files that exist.
         progress: told the name of each stage as it starts.
@@ -113,7 +121,8 @@ def to_onnx(
 
     Raises:
         ExportError: no example inputs, an operator without ONNX form, an opset that cannot be
-            written, a model whose next call gives something else, or the output exists.
+            written, a model whose next call gives something else, a cache that cannot be shared,
+            or the output exists.
         AdapterError: a branch of the graph holds NaN or infinity, or its products overflow.
         VerificationError: the file and eager disagree, or a control agreed.
     """
@@ -126,6 +135,11 @@ def to_onnx(
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input" or "required"')
     check_opset(opset)
+    if shared_cache and (portable or (opset or OPSET) < OPSET):
+        raise ExportError(
+            f"shared_cache: it needs attention as one operator, of opset {OPSET}: leave portable "
+            "and opset out, or shared_cache"
+        )
     scheme = scheme_wanted(quantize, task_of(gm))
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
@@ -140,7 +154,9 @@ def to_onnx(
     with clock.stage("convert"):
         trial, model = _translated(trial, plan, inputs, opset)
     with clock.stage("optimise"):
-        spellings = _finish(model, plan, trial, opset=opset, portable=portable)
+        spellings = _finish(
+            model, plan, trial, opset=opset, portable=portable, shared_cache=shared_cache
+        )
         model.metadata_props.update(task_of(gm))
     evidence, quantised = Verification.left_out(), None
     with staged(target, force=force) as draft:
@@ -195,7 +211,8 @@ def _verified(
 ) -> tuple[Verification, dict[str, float]]:
     """A file of few bits against eager with its numbers, and how far it is off plain weights."""
     evidence = plan.verify_numbers(draft, trial)
-    manifest, first = manifest_in(load_proto(draft), draft), trial.cases[0]
+    proto = load_proto(draft)
+    manifest, first = manifest_in(proto, draft), trial.taken_by(proto).cases[0]
     found, wanted = (Run(file, None, manifest) for file in (draft, plain))
     return evidence, outputs_off(found, wanted, {first.label: trial.feeds(first)})
 
@@ -236,12 +253,14 @@ def _finish(
     *,
     opset: int | None,
     portable: bool,
+    shared_cache: bool,
 ) -> dict[str, int]:
     plan.open(model)
     clean(model)
     rename_axes(model, trial.leaves)
     spellings = {} if portable else spell(model, opset)
     rename(model, trial.leaves, trial.outputs)
+    spellings |= share_caches(model) if shared_cache else {}
     name_nodes(model)
     tensors_of_constants(model)
     anonymise(model)

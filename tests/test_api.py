@@ -85,8 +85,8 @@ testing
 text(gm)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
-    portable=False, external_data_above=128000000, force=False, progress=None, report=None,
-    measure=False)
+    portable=False, shared_cache=False, external_data_above=128000000, force=False, progress=None,
+    report=None, measure=False)
 trace(model, args=(), kwargs=None, *, dynamic_shapes=None, frontend='auto', check=True)
 unfold(gm)
 """,
@@ -124,8 +124,8 @@ quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0
 slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,
-    portable=False, external_data_above=128000000, force=False, progress=None, report=None,
-    measure=False)
+    portable=False, shared_cache=False, external_data_above=128000000, force=False, progress=None,
+    report=None, measure=False)
 verify_onnx(gm, path, *, adapters=(), progress=None)
 """,
     "lora_fx.report": """

@@ -40,6 +40,7 @@ def clean(model: ir.Model) -> None:
 
 def anonymise(model: ir.Model) -> None:
     """Drops what tells of the machine: stack traces, absolute paths, the tracer's own notes."""
+    own = {key: note for key, note in model.metadata_props.items() if key.startswith("lora_fx.")}
     common.ClearMetadataAndDocStringPass()(model)
     values = [value for node in model.graph.all_nodes() for value in node.outputs]
     values += [*model.graph.inputs, *model.graph.initializers.values()]
@@ -47,6 +48,7 @@ def anonymise(model: ir.Model) -> None:
     for thing in things:
         thing.metadata_props.clear()
         thing.doc_string = None
+    model.metadata_props.update(own)
 
 
 class StoreTransposed(ir.passes.InPlacePass):

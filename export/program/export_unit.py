@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import fx
 
@@ -21,8 +22,9 @@ from lora_fx.export.program.io_signature import (
     output_names,
 )
 from lora_fx.export.program.lazy_weights import StandIn, with_stand_ins
-from lora_fx.export.program.shape_variants import Case, allowed_by, cases
+from lora_fx.export.program.shape_variants import Case, allowed_by, cases, resized
 from lora_fx.export.program.without_retracing import program_of
+from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import to_array
 from lora_fx.frontend.torch_export import export_program, outputs_of
 from lora_fx.graph.lazy_compile import compiled_when_read
@@ -35,6 +37,7 @@ class ExportUnit:
     Attributes:
         program: what is translated to ONNX.
         leaves: the tensor inputs, in order.
+        example: what it was traced with.
         cases: inputs of several shapes, the traced one first.
         outputs: names of the graph outputs.
         notes: outputs that could not have the name that the model gives them.
@@ -44,6 +47,7 @@ class ExportUnit:
 
     program: torch.export.ExportedProgram
     leaves: Sequence[TensorInput]
+    example: Case
     cases: Sequence[Case]
     outputs: list[str]
     notes: list[str]
@@ -59,6 +63,14 @@ class ExportUnit:
         """The inputs of a case by name."""
         named = zip(self.inputs, case.tensors(), strict=True)
         return {name: to_array(name, value) for name, value in named}
+
+    def taken_by(self, model: onnx.ModelProto) -> ExportUnit:
+        """The same on what a file takes: where it writes into its cache, one row, or one token."""
+        wanted = [{axis: 1} for axis in axes_in_place(model)]
+        if not wanted:
+            return self
+        every = [resized(self.program, self.leaves, c, each) for c in self.cases for each in wanted]
+        return replace(self, cases=[*{case.label: case for case in every}.values()])
 
 
 @compiled_when_read()
@@ -94,4 +106,4 @@ def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) ->
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
     tried = cases(program, leaves, allowed_by(gm))
-    return ExportUnit(program, leaves, tried, outputs, notes, stand_ins, inputs.generates)
+    return ExportUnit(program, leaves, tried[0], tried, outputs, notes, stand_ins, inputs.generates)

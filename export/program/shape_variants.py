@@ -74,9 +74,7 @@ def cases(
     groups = _groups(leaves, names, traced)
 
     def of(sizes: Mapping[str, int]) -> Case:
-        by_name = {names[symbol]: size for symbol, size in sizes.items()}
-        whole = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
-        return _case(program, leaves, whole, names)
+        return _case(program, leaves, sizes, names)
 
     found: list[Case] = []
     for change in (_same, _larger, _smaller):
@@ -89,6 +87,25 @@ def cases(
         if case.label not in {known.label for known in found}:
             found.append(case)
     return found
+
+
+def resized(
+    program: torch.export.ExportedProgram,
+    leaves: Sequence[TensorInput],
+    case: Case,
+    wanted: Mapping[str, int],
+) -> Case:
+    """A case, with dimensions of these names in other sizes.
+
+    Args:
+        program: what torch.export made.
+        leaves: its inputs.
+        case: of the program.
+        wanted: name of a dimension -> its size.
+    """
+    names = dimension_names(leaves)
+    sizes = {s: wanted.get(names[s], size) for s, size in _sizes(leaves, case).items()}
+    return _case(program, leaves, sizes, names)
 
 
 def _sized(
@@ -143,10 +160,14 @@ def _smaller(size: int, place: int) -> int:
 def _traced(leaves: Sequence[TensorInput], program: torch.export.ExportedProgram) -> dict[str, int]:
     """Symbol -> the size it was traced with."""
     args, kwargs = program.example_inputs or ((), {})
-    tensors = Case("", tuple(args), dict(kwargs)).tensors()
+    return _sizes(leaves, Case("", tuple(args), dict(kwargs)))
+
+
+def _sizes(leaves: Sequence[TensorInput], case: Case) -> dict[str, int]:
+    """Symbol -> its size."""
     return {
         str(size): tensor.shape[axis]
-        for leaf, tensor in zip(leaves, tensors, strict=True)
+        for leaf, tensor in zip(leaves, case.tensors(), strict=True)
         for axis, size in enumerate(leaf.sizes)
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
     }
@@ -184,16 +205,18 @@ def _case(
     sizes: Mapping[str, int],
     names: Mapping[str, str],
 ) -> Case:
+    by_name = {names[symbol]: size for symbol, size in sizes.items()}
+    sizes = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
     args, kwargs = program.example_inputs or ((), {})
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     rest = iter(leaves)
-    resized = [
+    changed = [
         _resize(value, next(rest), sizes) if isinstance(value, torch.Tensor) else value
         for value in flat
     ]
     labels = {names[symbol]: size for symbol, size in sizes.items()}
     label = ", ".join(f"{name}={size}" for name, size in labels.items())
-    new_args, new_kwargs = pytree.tree_unflatten(resized, spec)
+    new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
     return Case(label or "as traced", new_args, new_kwargs)
 
 

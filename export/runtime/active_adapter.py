@@ -40,7 +40,12 @@ class ActiveAdapter:
 
 
 def activated(
-    session: Any, model: Path, manifest: Manifest | None, adapter: Path | None
+    session: Any,
+    model: Path,
+    manifest: Manifest | None,
+    adapter: Path | None,
+    *,
+    bound: bool = False,
 ) -> ActiveAdapter:
     """Makes an adapter active, or none.
 
@@ -52,13 +57,15 @@ def activated(
         model: its file.
         manifest: its slots.
         adapter: a file that was checked; None: the base.
+        bound: it runs with memory that is bound, where onnxruntime (1.32) overlooks the adapters
+            of a run's options: values are fed.
 
     Raises:
         AdapterError: the file cannot be read.
     """
     inputs = {value.name for value in session.get_inputs()}
     is_fed = manifest is not None and not inputs.isdisjoint(manifest.names)
-    if adapter is not None and not is_fed and is_ort_adapter(adapter):
+    if adapter is not None and not (is_fed or bound) and is_ort_adapter(adapter):
         return ActiveAdapter({}, _mapped(adapter))
     stored = None if adapter is None else read_stored(adapter)
     values = {} if stored is None else values_of(stored)

@@ -97,13 +97,19 @@ def generated(
     return np.stack(found, axis=1)
 
 
-def empty_cache(session: Any, batch: int) -> dict[str, Any]:
-    """The other inputs of a first step: a cache of no positions, and a mark of positions."""
+def empty_cache(session: Any, batch: int, room: int = 0) -> dict[str, Any]:
+    """The other inputs of a first step: a cache of no positions, and a mark of positions.
+
+    Args:
+        session: of the model.
+        batch: rows of the prompt.
+        room: for so many positions, of a cache that is written in place.
+    """
     start: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith(PAST):
             _, heads, _, size = value.shape
-            empty = np.zeros((batch, heads, 0, size), dtype=_DTYPES[value.type])
+            empty = np.zeros((batch, heads, room, size), dtype=_DTYPES[value.type])
             start[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)
         elif value.name == POSITIONS:
             start[POSITIONS] = None
@@ -118,12 +124,7 @@ def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Values) -> Values:
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(value)
-            if isinstance(value, np.ndarray)
-            else value
-            for name, value in feeds.items()
-        }
+        values = {name: ort_value(value) for name, value in feeds.items()}
         try:
             outputs = session.run_with_ort_values(names, values | active.feeds, active.options)
         except ERRORS as error:
@@ -132,3 +133,9 @@ def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]
         return found | {LOGITS: found[LOGITS].numpy()}
 
     return run
+
+
+def ort_value(value: Any) -> Any:
+    """An array as onnxruntime takes it, or what is that already."""
+    is_array = isinstance(value, np.ndarray)
+    return ort.OrtValue.ortvalue_from_numpy(value) if is_array else value

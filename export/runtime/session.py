@@ -23,6 +23,7 @@ from lora_fx.export.runtime.generation import (
     prompt,
     steps,
 )
+from lora_fx.export.runtime.in_place import run_in_place, writes_in_place
 from lora_fx.export.runtime.ort import call, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
@@ -63,6 +64,7 @@ class Session:
         check_external_data(proto, self._path)
         if check:
             check_digests(proto, self._path)
+        self._in_place = writes_in_place(proto)
         del proto
         self._session = open_session(self._path, threads=threads, providers=providers)
         self._adapters: dict[Path | None, tuple[Stamp | None, ActiveAdapter]] = {}
@@ -136,7 +138,8 @@ class Session:
     ) -> np.ndarray[Any, Any]:
         """Generates text with a decoder that was exported with its cache.
 
-        The cache stays in onnxruntime's memory from one token to the next.
+        The cache stays in onnxruntime's memory from one token to the next, in one buffer for all
+        tokens where the file was exported with ``shared_cache=True``.
 
         Args:
             input_ids: the prompt, (batch, sequence), padded on the left.
@@ -164,8 +167,9 @@ class Session:
         ids, mask = prompt(input_ids, attention_mask)
         ends = Ends.of(self._path, eos_token_id, pad_token_id)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
-        start = empty_cache(self._session, len(ids))
-        run = bound_run(self._session, self._active(adapter))
+        room = ids.shape[1] + max_new_tokens if self._in_place else 0
+        start = empty_cache(self._session, len(ids), room)
+        run = (run_in_place if self._in_place else bound_run)(self._session, self._active(adapter))
         every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
         return np.concatenate([ids, every], axis=1)
 
@@ -194,9 +198,13 @@ class Session:
         if known is None or known[0] != stamp:
             if path is not None and self._manifest is not None:
                 check_adapter_file(path, self._manifest, self._path)
-            known = stamp, activated(self._session, self._path, self._manifest, path)
+            known = stamp, self._activated(path)
             self._adapters[key] = known
         return known[1]
+
+    def _activated(self, path: Path | None) -> ActiveAdapter:
+        model = self._session, self._path, self._manifest
+        return activated(*model, path, bound=self._in_place)
 
     def _stamped(self, adapter: str | Path) -> tuple[Path, Stamp]:
         """The path of an adapter file, and what tells its content from a later one's."""

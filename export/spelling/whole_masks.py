@@ -44,26 +44,44 @@ def _axes(places: ir.Value | None, sizes: tuple[int | str, ...], rank: int) -> l
     if joined.attributes["axis"].as_int() not in (-1, rank):
         return None
     found = [
-        _counting(part, size, rank + 1) for part, size in zip(joined.inputs, sizes, strict=True)
+        counting(part, size, rank + 1) for part, size in zip(joined.inputs, sizes, strict=True)
     ]
     axes = [axis for axis in found if axis is not None]
     return axes if len(axes) == len(sizes) else None
 
 
-def _counting(value: ir.Value | None, size: int | str, rank: int) -> int | None:
-    """The axis of a value along which it counts from 0 to a size; it is the same along others."""
+def counting(
+    value: ir.Value | None, size: int | str, rank: int, start: int | str = 0
+) -> int | None:
+    """The axis of a value along which it counts, from a start on; it is the same along others.
+
+    Args:
+        value: of so many axes.
+        size: how many numbers it counts.
+        rank: how many axes it has.
+        start: the first of them: a number, or the size of an axis.
+    """
     node = producer(value, ("Range", "Unsqueeze", "Expand", "Add"))
     if node is None:
         return None
     first, *others = node.inputs
     if node.op_type == "Range":
-        is_whole = shape_of(value) == (size,) and number(first) == 0 and number(others[1]) == 1
-        return 0 if is_whole and rank == 1 else None
+        counts = shape_of(value) == (size,) and _is(first, start) and number(others[1]) == 1
+        return 0 if counts and rank == 1 else None
     if node.op_type == "Unsqueeze":
         added = {int(axis) % rank for axis in sizes_in(others[0]) or ()}
-        axis = _counting(first, size, rank - len(added))
+        axis = counting(first, size, rank - len(added), start)
         kept = [place for place in range(rank) if place not in added]
         return None if axis is None or not added else kept[axis]
     if node.op_type == "Expand":  # to no more axes, since it counts along one of as many before
-        return _counting(first, size, rank)
-    return _counting(first, size, rank) if number(others[0]) == 0 else None
+        return counting(first, size, rank, start)
+    (other,) = others
+    moved = [(first, other), (other, first)]
+    found = [counting(one, size, rank, start) for one, by in moved if number(by) == 0]
+    found += [counting(one, size, rank) for one, by in moved if _is(by, start)]
+    return next((axis for axis in found if axis is not None), None)
+
+
+def _is(value: ir.Value | None, wanted: int | str) -> bool:
+    """Whether a value is one number, or the size of an axis by its name."""
+    return number(value) == wanted or sizes_in(value) == (wanted,)

@@ -11,6 +11,7 @@ import onnx
 
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import activated
+from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import call, open_session, to_array
 from lora_fx.export.verification.file_run import Feeds, Run
 
@@ -45,7 +46,7 @@ def feeds_for(
     limits = dict(_table_sizes(model))
     found: dict[str, Feeds] = {}
     problem: ExportError | None = None
-    for sizes in _sizes(inputs):
+    for sizes in _sizes(inputs, axes_in_place(model)):
         feeds = {value.name: _values(value, sizes, limits) for value in inputs}
         label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
         try:
@@ -63,12 +64,21 @@ def feeds_for(
     return found
 
 
-def _sizes(inputs: Sequence[Any]) -> Iterator[dict[str, int]]:
-    """Sizes of the dimensions that may change, all different, then all the same."""
+def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Sizes of the dimensions that may change, all different, then all the same.
+
+    Args:
+        inputs: of the model.
+        apart: dimensions of which one has to be 1.
+    """
     names = [s for v in inputs for s in v.shape if isinstance(s, str)]
     parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
     for start in (2, 3):
-        yield _summed(names, {part: start + 2 * place for place, part in enumerate(parts)})
+        sizes = {part: start + 2 * place for place, part in enumerate(parts)}
+        for one in apart:
+            yield _summed(names, sizes | {one: 1})
+        if not apart:
+            yield _summed(names, sizes)
     for size in (1, 4, 16, 32, 64):
         yield _summed(names, dict.fromkeys(parts, size))
 

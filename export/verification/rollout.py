@@ -14,8 +14,16 @@ from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Reference
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
-from lora_fx.export.runtime.generation import IDS, LOGITS, PAST, Array, Values, steps
-from lora_fx.export.runtime.ort import call
+from lora_fx.export.runtime.generation import (
+    IDS,
+    LOGITS,
+    PAST,
+    Array,
+    Values,
+    bound_run,
+    steps,
+)
+from lora_fx.export.runtime.in_place import run_in_place
 from lora_fx.export.verification.eager import EAGER_ERRORS, run_eager
 from lora_fx.numerics import TOLERANCE, compare
 
@@ -23,7 +31,13 @@ TOKENS = 32
 
 
 def rollout(
-    subject: Reference, session: Any, active: ActiveAdapter, trial: ExportUnit, dtype: torch.dtype
+    subject: Reference,
+    session: Any,
+    active: ActiveAdapter,
+    trial: ExportUnit,
+    dtype: torch.dtype,
+    *,
+    in_place: bool,
 ) -> Check:
     """Holds the greedy tokens of a file against those of eager, from an empty cache on.
 
@@ -38,15 +52,19 @@ def rollout(
         active: the adapter to run with.
         trial: its inputs by name.
         dtype: the model's precision.
+        in_place: the file writes into the cache: it gets one with room for all, which holds what is
+            no number.
     """
-    given = trial.feeds(trial.cases[0])
+    given = trial.feeds(trial.example)
     ids = given[IDS]
     mask = np.ones_like(ids)
     mask[1:, : ids.shape[1] // 4] = 0
     start = {n: v[:, :, :0] if n.startswith(PAST) else v for n, v in given.items()}
-    file, eager = _file(session, active), _eager(subject, trial)
+    room = ids.shape[1] + TOKENS if in_place else 0
+    file = (run_in_place if in_place else bound_run)(session, active)
+    eager = _eager(subject, trial)
     try:
-        found = _greedy(file, ids, mask, start, TOKENS)
+        found = _greedy(file, ids, mask, _with_room(start, room), TOKENS)
         wanted = _chosen(eager, found[0], ids, mask, start)
     except (ExportError, *EAGER_ERRORS):
         wanted = None
@@ -55,8 +73,16 @@ def rollout(
         if check.ok:
             return check
     wanted = _greedy(eager, ids, mask, start, TOKENS)
-    found = _greedy(file, ids, mask, start, wanted[0].shape[1])
+    found = _greedy(file, ids, mask, _with_room(start, room), wanted[0].shape[1])
     return _check(subject.what, found, wanted, dtype)
+
+
+def _with_room(start: Values, room: int) -> Values:
+    """The inputs of a first step, with a cache that has room for so many positions."""
+    return {
+        n: np.full((*v.shape[:2], room, *v.shape[3:]), np.nan, v.dtype) if n.startswith(PAST) else v
+        for n, v in start.items()
+    }
 
 
 def _chosen(
@@ -122,12 +148,8 @@ def _is_tie(chosen: Array, expected: Array, dtype: torch.dtype) -> bool:
     return bool((gap <= TOLERANCE[dtype] * np.abs(expected).max(-1)).all())
 
 
-def _file(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]:
-    return lambda feeds: call(session, {**feeds, **active.feeds}, active.options)
-
-
 def _eager(subject: Reference, trial: ExportUnit) -> Callable[[Values], Values]:
-    first = trial.cases[0]
+    first = trial.example
     _, spec = pytree.tree_flatten((first.args, first.kwargs))
 
     def run(feeds: Values) -> Values:

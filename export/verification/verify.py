@@ -18,6 +18,7 @@ from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Reference, Verification
 from lora_fx.export.runtime.active_adapter import ActiveAdapter, activated
+from lora_fx.export.runtime.in_place import writes_in_place
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.verification.eager import EAGER_ERRORS, Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
@@ -43,6 +44,9 @@ def verify_file(
     Returns:
         All rows, right or wrong.
     """
+    proto = load_proto(path)
+    trial, in_place = trial.taken_by(proto), writes_in_place(proto)
+    del proto
     evidence = Verification(notes=[note for subject in subjects for note in subject.notes])
     expected = [_expected(s, trial.cases, trial.outputs, evidence) for s in subjects]
     for subject, wanted in zip(subjects, expected, strict=True):
@@ -59,7 +63,7 @@ def verify_file(
     for optimise in (False, True):
         session = open_session(path, threads=1, optimise=optimise, frugal=True)
         for subject, wanted in zip(subjects, expected, strict=True):
-            active = _activated(session, path, subject, trial)
+            active = _activated(session, path, subject, trial, bound=in_place)
             for case in (case for case in trial.cases if case.label in wanted):
                 found = _run(session, active, trial, case)
                 row = _Row(subject, case, optimise)
@@ -70,7 +74,8 @@ def verify_file(
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
             if trial.generates and subject.generates and optimise:
                 dtype = _precision(subject.graph)
-                evidence.checks.append(rollout(subject, session, active, trial, dtype))
+                check = rollout(subject, session, active, trial, dtype, in_place=in_place)
+                evidence.checks.append(check)
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
@@ -171,11 +176,13 @@ def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
     return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
 
 
-def _activated(session: Any, path: Path, subject: Reference, trial: ExportUnit) -> ActiveAdapter:
+def _activated(
+    session: Any, path: Path, subject: Reference, trial: ExportUnit, *, bound: bool
+) -> ActiveAdapter:
     """The adapter of a subject; a file that takes more than its model does requires its slots."""
     is_fed = len(session.get_inputs()) > len(trial.inputs)
     manifest = manifest_in(load_proto(path), path) if is_fed else None
-    return activated(session, path, manifest, subject.adapter)
+    return activated(session, path, manifest, subject.adapter, bound=bound)
 
 
 def _run(session: Any, active: ActiveAdapter, trial: ExportUnit, case: Case) -> list[Any]:

@@ -62,6 +62,7 @@ def export_model(
     measure: bool = False,
     output_names: Sequence[str] = (),
     portable: bool = False,
+    shared_cache: bool = False,
 ) -> Report:
     """Exports a model with its adapters into a directory: all of it, or nothing.
 
@@ -91,6 +92,7 @@ def export_model(
         measure: measure what adapters do to each layer, for the page of the report.
         output_names: what the file calls its outputs, as `outputs_named` takes them.
         portable: leave the operators as torch.onnx gives them, as `to_onnx` does.
+        shared_cache: let a decoder's cache be written in place, as `to_onnx` does.
 
     Raises:
         LoraFxError: names what cannot be read, exported or written, or merged.
@@ -117,7 +119,7 @@ def export_model(
     graphs = [trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)
     options: dict[str, Any] = {"opset": opset, "quantize": stored, "measure": measure}
-    options |= {"portable": portable}
+    options |= {"portable": portable, "shared_cache": shared_cache}
     options |= {"output_names": outputs} if outputs else {}
     works = [
         part_work(part, gm, share, mode, slots, vectors, options)
@@ -134,7 +136,7 @@ def export_model(
         report = reports[0] if len(reports) == 1 else Parts(tuple(reports))
         report.save_json(draft / REPORT)
         if source.write_beside is not None:
-            source.write_beside(draft)
+            source.write_beside(draft, **({"shared_cache": True} if shared_cache else {}))
     return report
 
 

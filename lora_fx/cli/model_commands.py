@@ -61,6 +61,9 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="Leave the operators as torch.onnx gives them.")
     ] = False,
+    shared_cache: Annotated[
+        bool, typer.Option("--shared-cache", help="A decoder's cache can be written in place.")
+    ] = False,
     measure: Measure = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -80,7 +83,7 @@ def export(
         report = export_model(
             spec, adapter or [], cast(choices.Mode, mode), out, force, progress, given, vectors,
             allow_unmerged, task, last_logits, opset, slots or (), name or (), dtype, dry_run, bits,
-            measure, output_name or (), portable,
+            measure, output_name or (), portable, shared_cache,
         )  # fmt: skip
     show(as_json, report.to_dict(), str(report))
 

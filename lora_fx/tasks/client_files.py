@@ -29,7 +29,9 @@ def companions(directory: Path) -> list[Path]:
     return [path.relative_to(directory) for path in (*own, *_modules(directory))]
 
 
-def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
+def write_companions(
+    source: Path, out: Path, model: Any, call: Call, *, shared_cache: bool = False
+) -> None:
     """Copies what a directory holds beside its weights, and adds what clients of decoders need.
 
     The config is copied as it is where it names the class that was exported, and its tokens, and
@@ -41,6 +43,7 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
         out: where the model's file goes.
         model: as it was loaded.
         call: of it.
+        shared_cache: whether its file lets a cache be written in place.
     """
     for path in companions(source):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,8 @@ def write_companions(source: Path, out: Path, model: Any, call: Call) -> None:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     if call.generates:
-        (out / GENAI).write_text(json.dumps(genai_config(model.config, call), indent=2) + "\n")
+        genai = genai_config(model.config, call, shared_cache=shared_cache)
+        (out / GENAI).write_text(json.dumps(genai, indent=2) + "\n")
 
 
 def written_beside(source: Path, call: Call) -> list[str]:
@@ -60,7 +64,7 @@ def written_beside(source: Path, call: Call) -> list[str]:
     return list(dict.fromkeys([*names, *([GENAI] if call.generates else [])]))
 
 
-def genai_config(config: Any, call: Call) -> dict[str, Any]:
+def genai_config(config: Any, call: Call, *, shared_cache: bool) -> dict[str, Any]:
     """What onnxruntime-genai reads of a decoder.
 
     Source: onnxruntime-genai's ``docs`` and ``src/config.cpp`` of 0.13; type ``"decoder"`` is its
@@ -100,7 +104,11 @@ def genai_config(config: Any, call: Call) -> dict[str, Any]:
                 },
             },
         },
-        "search": {"max_length": longest, "do_sample": False, "past_present_share_buffer": False},
+        "search": {
+            "max_length": longest,
+            "do_sample": False,
+            "past_present_share_buffer": shared_cache,
+        },
     }
 
 

@@ -39,7 +39,8 @@ class ModelSource:
         file: the name of the file that it is exported to.
         more: what else is exported of the same model, a file each.
         beside: the names of what clients need beside the file.
-        write_beside: writes these into a directory.
+        write_beside: writes these into a directory; told ``shared_cache=True``, of a decoder whose
+            cache can be written in place.
         component: of a diffusers directory, which of a pipeline's models this is.
         base: what an adapter's names are of, where it is more than this model.
         chosen: the component that alone is exported of a pipeline.
@@ -56,7 +57,7 @@ class ModelSource:
     file: str = MODEL
     more: tuple[ModelSource, ...] = ()
     beside: Sequence[str] = ()
-    write_beside: Callable[[Path], None] | None = None
+    write_beside: Callable[..., None] | None = None
     component: str = ""
     base: nn.Module | None = None
     chosen: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def adapted(model: Any, path: Path, task: str, **given: Any) -> Any:
     return tuned.eval()
 
 
-def export(base: Path, adapters: list[Path], mode: str, out: Path) -> Path:
-    report = export_model(str(base), adapters, mode, out, False, lambda _: None)
+def export(base: Path, adapters: list[Path], mode: str, out: Path, **options: Any) -> Path:
+    report = export_model(str(base), adapters, mode, out, False, lambda _: None, **options)
     assert report.verified
     return out
 
@@ -70,12 +71,19 @@ def generated(model: Any) -> list[list[int]]:
     return found
 
 
-def test_optimum_generates_with_the_cache(decoder: Any, client: Any) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["copied", "shared"])
+def test_optimum_and_genai_generate_with_the_cache(
+    shared: bool, decoder: Any, client: Any, tmp_path: Path
+) -> None:
     home, tokens = decoder
-    merged = export(home / "base", [home / "french"], "merged", home / "merged")
+    adapters = [home / "french", home / "legal"]
+    given: dict[str, Any] = {"shared_cache": shared}
+    merged = export(home / "base", adapters[:1], "merged", tmp_path / "merged", **given)
     assert client("causal_lm", merged, IDS, MASK, 24) == tokens["french"]
-    swappable = export(home / "base", [home / "french", home / "legal"], "swappable", home / "swap")
+    swappable = export(home / "base", adapters, "swappable", tmp_path / "swap", **given)
     assert client("causal_lm", swappable, IDS, MASK, 24) == tokens[None]
+    config = json.loads((swappable / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is shared
     found = client("genai", swappable, IDS[0], 32, ["french", "legal"])
     for adapter, sequence in zip((None, "french", "legal"), found, strict=True):
         ends = [place for place, token in enumerate(tokens[adapter][0]) if token == 2]

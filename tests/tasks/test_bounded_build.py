@@ -58,10 +58,10 @@ def test_sizes_that_a_config_claims(
     directory: Path, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     path = claimed(directory, tmp_path / "model", **fields)
-    before = time.perf_counter()
+    before = time.process_time()  # and not what other processes take
     with pytest.raises(LoraFxError, match=message):
         load_directory(path, AdapterTask())
-    assert time.perf_counter() - before < 2
+    assert time.process_time() - before < 2
 
 
 def test_what_it_holds_is_loaded(directory: Path, tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ from lora_fx import (
 )
 from lora_fx.cli.commands import export_model, verify_model
 from lora_fx.cli.model_source import find_model
+from lora_fx.export import merge_onnx, quantize_onnx
+from lora_fx.export.runtime.in_place import OPERATOR, writes_in_place
 from lora_fx.export.spelling.attention import FuseAttention
+from lora_fx.testing import make_adapter
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -122,13 +125,18 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
     assert len({tuple(tokens.flatten().tolist()) for tokens in wanted.values()}) == 3
     gm = find_model(str(tmp_path / "base")).traced()
     both = inject(gm, owner.adapters)
-    report, session = owner.export("swappable.onnx", both, adapters="input")
+    shared = name not in CAPPED
+    report, session = owner.export("swappable.onnx", both, adapters="input", shared_cache=shared)
     assert (report.task, report.verified) == ("text-generation-with-past", True)
     rows = [row for row in report.checks if row.output == "tokens"]
     assert {(row.what, row.shape) for row in rows} >= {
         ("base", "32 tokens"),
         ("french", "32 tokens"),
     }
+    layers = sum(f"past_key_values.{n}.key" in session.inputs for n in range(3))
+    assert layers > 0
+    called = {node.op_type for node in onnx.load(tmp_path / "swappable.onnx").graph.node}
+    assert (OPERATOR in called, "Attention" in called) == (shared, False)
     for adapter, tokens in wanted.items():
         file = None if adapter is None else tmp_path / f"{adapter}.onnx_adapter"
         for own in owner.adapters:
@@ -141,8 +149,6 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
     merged = fold(inject(gm, owner.adapters[0]))
     report, session = owner.export("merged.onnx", merged)
     assert report.verified
-    layers = sum(f"past_key_values.{n}.key" in session.inputs for n in range(3))
-    assert layers > 0
     assert report.spellings.get(FuseAttention.what, 0) == (0 if name in CAPPED else layers)
     called = {node.op_type for node in onnx.load(tmp_path / "merged.onnx").graph.node}
     assert "GatherND" not in called  # its mask is read whole
@@ -229,6 +235,47 @@ def test_a_file_is_verified_for_the_task_that_it_notes(llama: Path, directory: s
     other = "text-generation" if directory != "plain" else "text-generation-with-past"
     with pytest.raises(ExportError, match=r"has inputs .*; the model it is held against has"):
         verify_model(file, spec, [], lambda _: None, task=other)
+
+
+def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_path: Path) -> None:
+    spec, file = str(llama / "base"), tmp_path / "out" / "model.onnx"
+    export_model(
+        spec, [], "swappable", file.parent, False, lambda _: None, slots=["all-linear"],
+        shared_cache=True,
+    )  # fmt: skip
+    genai = json.loads((file.parent / "genai_config.json").read_text())
+    assert genai["search"]["past_present_share_buffer"] is True
+    assert verify_model(file, spec, [], lambda _: None).verified
+    shapes = {
+        slot: tuple(find_model(spec).model.get_submodule(slot).weight.shape)  # type: ignore[union-attr]
+        for slot in Session(file).slots
+    }
+    adapter = make_adapter(shapes, scale=0.5)
+    assert merge_onnx(file, adapter, tmp_path / "merged.onnx").verified
+    assert quantize_onnx(file, tmp_path / "packed.onnx").verified
+    active = export_adapter(adapter, file, tmp_path / "a.onnx_adapter").path
+    given: Any = {"attention_mask": MASK, "eos_token_id": []}
+    wanted = Session(file).generate(IDS, 16, adapter=active, **given)
+    assert not np.array_equal(wanted, Session(file).generate(IDS, 16, **given))
+    merged = Session(tmp_path / "merged.onnx")
+    assert np.array_equal(wanted, merged.generate(IDS, 16, **given))
+    for name in ("merged.onnx", "packed.onnx"):
+        assert writes_in_place(onnx.load(tmp_path / name))
+    positions = (MASK.cumsum(1) - 1).clamp(min=0)
+    past = {n: np.zeros((2, 2, 3, 8), np.float32) for n in merged.inputs if n.startswith("past")}
+    feed = {"input_ids": IDS[:, 3:], "attention_mask": MASK, "position_ids": positions[:, 3:]}
+    with pytest.raises(ExportError, match="batch_size must be 1 when sequence_length > 1"):
+        merged.run(feed | past)
+
+
+@pytest.mark.parametrize("options", [{"portable": True}, {"opset": 20}])
+def test_a_cache_in_place_needs_attention_as_one_operator(
+    llama: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    gm = find_model(str(llama / "base")).traced()
+    with pytest.raises(ExportError, match=r"shared_cache: .*opset 23"):
+        to_onnx(gm, tmp_path / "m.onnx", shared_cache=True, **options)
+    assert not [*tmp_path.iterdir()]
 
 
 class Streamer:

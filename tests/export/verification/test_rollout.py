@@ -53,12 +53,13 @@ def checked(file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
         calls.append(feeds)
         return eager(feeds)
 
-    monkeypatch.setattr(rollout, "_file", lambda session, active: file)
+    monkeypatch.setattr(rollout, "bound_run", lambda session, active: file)
     monkeypatch.setattr(rollout, "_eager", lambda subject, trial: counted)
     feeds = {"input_ids": IDS, "past_key_values.0": np.zeros((2, 1, 4))}
-    trial: Any = type("Trial", (), {"cases": [None], "feeds": lambda self, case: feeds})()
+    trial: Any = type("Trial", (), {"example": None, "feeds": lambda self, case: feeds})()
     subject: Any = Reference("base", None, None)  # type: ignore[arg-type]
-    return rollout.rollout(subject, None, None, trial, torch.float32), len(calls)
+    given = subject, None, None, trial, torch.float32
+    return rollout.rollout(*given, in_place=False), len(calls)
 
 
 def test_one_run_says_what_32_would() -> None:
