@@ -144,4 +144,4 @@ def _reason(end: fx.Node, analysis: Analysis, blocked: dict[fx.Node, str]) -> st
     value = analysis.values.get(end)
     if isinstance(value, Opaque):
         return f"{end.name}: {value.reason}"
-    return "its layer and its adapter are no function of one input, or of constants alone"
+    return "its layer and its adapter are no function of one input"

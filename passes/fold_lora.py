@@ -24,6 +24,7 @@ from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.known_inputs import hidden_inputs
 from lora_fx.injection.match_branch import branches
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, batches_of, product_of
@@ -53,17 +54,18 @@ class FoldLora(Pass):
     @torch.no_grad()
     def rewrite(self, editor: Editor) -> None:
         """Replaces each maximal region, last first."""
-        analysis = analyse(editor.gm)
-        regions = _without_lone_factors(editor, maximal_regions(analysis, self.chains))
-        packs = packs_of(editor, analysis, regions)
-        for region in regions:
-            if region.blocked:
-                editor.record("skip", module_path(region.layer), region.blocked)
-            else:
-                _fold(editor, analysis, region, packs.get(region.layer))
-        for pack in dict.fromkeys(packs.values()):
-            for call in pack.rest():
-                _follow(editor, pack, call)
+        with hidden_inputs(editor):
+            analysis = analyse(editor.gm)
+            regions = _without_lone_factors(editor, maximal_regions(analysis, self.chains))
+            packs = packs_of(editor, analysis, regions)
+            for region in regions:
+                if region.blocked:
+                    editor.record("skip", module_path(region.layer), region.blocked)
+                else:
+                    _fold(editor, analysis, region, packs.get(region.layer))
+            for pack in dict.fromkeys(packs.values()):
+                for call in pack.rest():
+                    _follow(editor, pack, call)
         editor.sweep()
         made = made_anew(editor.gm.graph)
         inner = {each.source for each in made}

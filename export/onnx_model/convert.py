@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError, advised
+from lora_fx.export.onnx_model.known_values import without_known_calls
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.lean_tracing import lean_tracing
@@ -69,6 +70,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             if has_masks(program):
                 program = program.run_decompositions({})  # writes become values
                 without_masks(program)
+            without_known_calls(program)
             with without_idle_work():
                 onnx_program = torch.onnx.export(
                     program, dynamo=True, optimize=False, verbose=False, opset_version=opset

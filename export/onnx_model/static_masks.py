@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export import graph_signature as signature
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lora_fx.export.onnx_model.known_values import KnownValues
 from lora_fx.export.program.decompose import splice
-from lora_fx.graph.ops import aten, call_argument, mutates
+from lora_fx.graph.ops import aten, call_argument
 from lora_fx.graph.sizes import same_sizes
 
 Tensor = torch.Tensor
@@ -40,7 +40,7 @@ def without_masks(program: torch.export.ExportedProgram) -> None:
     and ``index(y, [None, mask])`` -> ``index_select(y, 1, places)``. An index that the inputs have
     a say in stays as it is.
     """
-    state = _State(program)
+    state = KnownValues(program)
     for node in list(program.graph.nodes):
         if node.target in _PUTS | _READS and _is_masked(node):
             given = call_argument(node, 1, "indices")
@@ -120,7 +120,7 @@ def _places(into: Tensor, indices: Sequence[Tensor | None]) -> _Places | None:
     return _Places(tuple(axes), sizes, tuple(flat.shape), flat.reshape(-1))
 
 
-def _rewrite(state: _State, node: fx.Node, places: _Places) -> None:
+def _rewrite(state: KnownValues, node: fx.Node, places: _Places) -> None:
     def read(x: Tensor, flat: Tensor) -> Tensor:
         picked = places.gathered(x).index_select(places.at, flat)
         found: Tensor = aten.unflatten.int(picked, places.at, places.shape)
@@ -143,44 +143,3 @@ def _rewrite(state: _State, node: fx.Node, places: _Places) -> None:
     parts = make_fx(function)(*(n.meta["val"] for n in inputs))
     parts.graph.eliminate_dead_code()
     splice(node, parts.graph, inputs)
-
-
-class _State:
-    """What a program holds that no call changes, and what is computed from it."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self._program = program
-        held = {**program.state_dict, **program.constants}
-        specs = program.graph_signature.input_specs
-        targets = {spec.arg.name: spec.target for spec in specs if spec.target is not None}
-        self._held = {name: held[t] for name, t in targets.items() if t in held}
-
-    def value(self, node: fx.Node) -> Tensor | None:
-        """A constant, or None for what a call, or a weight, has a say in."""
-        if node.op == "placeholder":
-            held = self._held.get(node.name)
-            is_known = isinstance(held, Tensor) and not isinstance(held, torch.nn.Parameter)
-            return held if is_known else None
-        is_call = isinstance(node.target, torch._ops.OpOverload) and not mutates(node)
-        if not is_call or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
-            return None
-        values = {n: self.value(n) for n in node.all_input_nodes}
-        if any(value is None for value in values.values()):
-            return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        found = node.target(*args, **kwargs)  # type: ignore[operator]
-        return found if isinstance(found, Tensor) else None
-
-    def constant(self, value: Tensor) -> fx.Node:
-        """A new input that a program holds the value of."""
-        program = self._program
-        first = next(iter(program.graph.nodes))
-        with program.graph.inserting_before(first):
-            node: fx.Node = program.graph.placeholder(f"places_{len(self._held)}")
-        mode = first.meta["val"].fake_mode
-        node.meta["val"] = mode.from_tensor(value)
-        argument = signature.TensorArgument(node.name)
-        spec = signature.InputSpec(signature.InputKind.CONSTANT_TENSOR, argument, node.name)
-        program.graph_signature.input_specs.insert(0, spec)
-        program.constants[node.name] = self._held[node.name] = value
-        return node

@@ -13,7 +13,7 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import holder_path
+from lora_fx.graph.ops import holder_path, module_path
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import parameter_names
@@ -164,13 +164,29 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
     example = example_of(gm)
     traced = example.model if example is not None else None
     model = "graph" if traced is None else type(traced.modules[""]).__name__
-    told = _reached(gm, unknown) or cause(unknown, paths, model)
+    called = {module_path(node) for node in gm.graph.nodes}
+    idle = [
+        path
+        for path in unknown
+        if traced is not None
+        and path in traced.modules
+        and not any(f"{each}.".startswith(f"{path}.") for each in called)
+    ]
+    others = [path for path in unknown if path not in idle]
+    told = _reached(gm, unknown) or _uncalled(idle) + cause(others, paths, model)
     return (
         f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
         f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
         f"{shorten(paths) or 'none'}.{told} Pass strict=False to leave "
         "them out"
     )
+
+
+def _uncalled(idle: list[str]) -> str:
+    """What to say of modules that the model has, and that no call of the graph is made by."""
+    if not idle:
+        return ""
+    return f" The model has {shorten(idle)}, but calls nothing of it here: it changes nothing."
 
 
 def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:

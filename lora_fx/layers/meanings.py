@@ -33,12 +33,14 @@ class Meaning:
             its rows begin before the end. None where all of it is meant.
         expert: which of many.
         halves_swapped: whether the second half of the name's rows stands first in the layer.
+        least: how many parts of the name's end another has to share to mean the same.
     """
 
     layers: tuple[str, ...]
     before_end: int | None = None
     expert: int | None = None
     halves_swapped: bool = False
+    least: int = 1
 
     @property
     def is_whole(self) -> bool:

@@ -105,7 +105,8 @@ class Names:
             before, end = parts[:start], parts[start:]
             paths = self.ends.get(words_of(end), ())
             every = [candidate_of(before, end, path, "." in name) for path in paths]
-            found = [c for c in every if keeps_numbers(c)]
+            whole = [c for c in every if c.common >= self.meanings[c.path].least]
+            found = [c for c in whole if keeps_numbers(c)]
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:
                 dotted = [c for c in fitting if c.path.split(".")[-c.common :] == end]

@@ -88,6 +88,32 @@ def test_a_model_without_its_head_is_named_by_its_class() -> None:
         lora_fx.inject(gm, adapter_for("layers.0.self_attn.q_proj", "lm_head"))
 
 
+class Idle(torch.nn.Module):
+    """A layer that its model does not call, as contact_head of ESM, and a holder of called ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        self.head = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.block(x)
+        return y
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_a_layer_that_is_not_called_is_told_from_one_of_another_model(frontend: str) -> None:
+    gm = lora_fx.trace(Idle().eval(), (torch.randn(3, 8),), frontend=frontend)
+    idle = "The model has head, but calls nothing of it here: it changes nothing. Pass strict=False"
+    with pytest.raises(AdapterError, match=idle):
+        lora_fx.inject(gm, adapter_for("block.0", "head"))
+    with pytest.raises(AdapterError, match=r"has head, but .* nothing that is called score: "):
+        lora_fx.inject(gm, adapter_for("block.0", "head", "score"))
+    with pytest.raises(AdapterError, match="1 targets match nothing") as failed:
+        lora_fx.inject(gm, adapter_for("block"))
+    assert "calls nothing of it" not in str(failed.value)
+
+
 def test_a_model_of_fewer_layers_is_named_by_its_last() -> None:
     gm = lora_fx.trace(small("LlamaForCausalLM"), (), {"input_ids": torch.tensor([[1, 2, 3]])})
     paths = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]

@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
+    MiniMaxH3Transformer3DModel,
+    MochiTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -33,6 +40,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
 from lora_fx.formats.trainers import names_of
 from lora_fx.layers.base_layers import layers_of
@@ -447,20 +455,107 @@ def sd3() -> nn.Module:
     )  # fmt: skip
 
 
-BFL = r"((double|single)_blocks\.(?!.*processor)|img_in|txt_in|\w+_in\.|final_layer|\w+_modul)"
+def hunyuan() -> nn.Module:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, patch_size=1, patch_size_t=1,
+        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+
+
+def lumina() -> nn.Module:
+    return Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2,
+        cap_feat_dim=8, axes_dim_rope=(4, 2, 2), axes_lens=(32, 32, 32),
+    )  # fmt: skip
+
+
+def aura() -> nn.Module:
+    return AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=2,
+        num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=10, caption_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+
+
+def cosmos() -> nn.Module:
+    return CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        mlp_ratio=2, text_embed_dim=10, adaln_lora_dim=6, max_size=(4, 8, 8),
+    )  # fmt: skip
+
+
+def mochi() -> nn.Module:
+    return MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=48, pooled_projection_dim=6,
+        in_channels=4, text_embed_dim=10, time_embed_dim=4,
+    )  # fmt: skip
+
+
+def krea() -> nn.Module:
+    return Krea2Transformer2DModel(
+        in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=6, text_hidden_dim=12,
+        num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
+        text_intermediate_size=20, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+class Sparse(dict[str, torch.Tensor]):
+    """A checkpoint that lacks what no adapter changes; converters ask for all of it."""
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        return super().pop(key, default)
+
+
+LAST = r"final_layer\.(linear|adaLN)"
+BFL = rf"((double|single)_blocks\.(?!.*processor)|img_in|txt_in|\w+_in\.|{LAST}|\w+_modul)"
 CHECKPOINTS = {
     "sd3": (
-        sd3, r"(joint_blocks|[xty]_embedder|final_layer)",
+        sd3, r"(joint_blocks|[xty]_embedder|final_layer\.(linear|ada))",
         single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     ),
     "flux2": (flux2, BFL, single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers),
     "wan": (
-        wan, r"(blocks|time_(emb|proj)|text_emb|img_emb|head)",
+        wan, r"(blocks(?!.*(_proj|_[xy])$)|time_(emb|proj)|text_emb|img_emb|head)",
         single_file_utils.convert_wan_transformer_to_diffusers,
     ),
     "z-image": (
-        z_image, r"(layers|\w+_refiner|x_emb|final_layer)",
+        z_image, r"((layers|\w+_refiner)(?!.*attention\.o$)|x_emb|final_layer)",
         single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    ),
+    # Packed layers are cut at the real sizes there: those lines are of models above too.
+    "hunyuan": (
+        hunyuan,
+        r"(double_blocks\.\d+\.\w+(mod\.linear|mlp\.fc)|single_blocks.*mod.*linear|txt_in\.|img_in\.proj|"
+        r"(time|guidance)_in\.mlp|vector_in|final_layer\.(linear|ada))",
+        single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
+    ),
+    "lumina": (
+        lumina, rf"(?!.*qkv)(layers|\w+_refiner|cap_embedder|t_embedder|{LAST})",
+        single_file_utils.convert_lumina2_to_diffusers,
+    ),
+    "aura": (
+        aura, r"(double_layers|single_layers|init_x|cond_seq|t_embedder\.mlp|modF|final_linear)",
+        single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers,
+    ),
+    "cosmos": (
+        cosmos,
+        r"(blocks\.\d+\.(adaln|(self|cross)_attn\.\w+_proj|mlp\.layer)|final_layer\.(linear|adaln)|"
+        r"t_embedder\.1|x_embedder\.proj\.1)",
+        single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers,
+    ),
+    "mochi": (
+        mochi,
+        r"(blocks\.\d+\.(mod_|mlp_|attn\.\w+_[xy])|x_embedder\.proj$|t5_y|t_embedder\.mlp|"
+        r"final_layer\.(linear|mod$))",
+        single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers,
+    ),
+    "krea": (
+        krea, r"(blocks\.|txtfusion|first|last|tmlp|tproj|txtmlp)",
+        single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
     ),
 }  # fmt: skip
 
@@ -482,14 +577,14 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
     for theirs, meaning in known.items():
         out, into, *kernel = (n or 0 for n in meaning.shape(base))
         down, up = pair((out, into, *kernel))
-        delta = torch.einsum("ri...,or->oi...", down, up.flatten(1))
+        delta = torch.einsum("ri...,or->oi...", down, up.flatten(1)).contiguous()
         checkpoint |= {f"{theirs}.weight": delta, f"{theirs}.bias": delta.flatten(1)[:, 0].clone()}
         own = {"lora_A.weight": down, "lora_B.weight": up} if kind == "lora" else {"diff": delta}
         own |= {"diff_b": checkpoint[f"{theirs}.bias"]} if kind == "diff" else {}
         tensors |= {f"diffusion_model.{theirs}.{leaf}": value for leaf, value in own.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors", base=model)
-    converted = convert(dict(checkpoint))
+    converted = {k: value for k, value in convert(Sparse(checkpoint)).items() if value is not None}
     assert len(adapter.updates) > 15
     for path, update in adapter.updates.items():
         own_weight: Any = model.get_submodule(path).weight.detach()
@@ -499,6 +594,38 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
             assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
     weights = {f"{path}.weight" for path in adapter.updates}
     assert {key for key in converted if key.endswith(".weight")} == weights
+
+
+def h3() -> nn.Module:
+    return MiniMaxH3Transformer3DModel(
+        in_channels=4, audio_in_channels=4, num_layers=2, num_refiner_layers=1, hidden_size=16,
+        num_attention_heads=2, attention_head_dim=8, text_dim=10, ffn_dim=24, freq_dim=6,
+        time_embed_hidden_dim=16, time_embed_dim=12, rope_freq_dim=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("spell", [dotted, kohya])
+@pytest.mark.parametrize(
+    ("make", "theirs", "path"),
+    [
+        # diffusers has the halves of it in the other order, Stability's MLP of that name has none
+        (h3, "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
+        # in no first block of the main stack either
+        (h3, "token_refiner.blocks.0.mlp.fc2", "token_refiner.refiner_blocks.0.ff.net.2"),
+    ],
+)
+def test_the_end_of_another_model_s_name_means_nothing(
+    tmp_path: Path, make: Callable[[], nn.Module], theirs: str, path: str,
+    spell: Callable[[str], str],
+) -> None:  # fmt: skip
+    model = make()
+    down, up = pair(size(model, path))
+    tensors = dict(
+        zip((f"{spell(theirs)}.{e}" for e in LORA), (down, up, torch.tensor(3.0)), strict=True)
+    )
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="1 names mean no layer of the base"):
+        load_adapter(tmp_path / "a.safetensors", base=model)
 
 
 @pytest.mark.parametrize("convert", ["kohya", "ComfyUI"])

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace
+from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
+from lora_fx.explanation import unmerged
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
 from lora_fx.passes import FoldLora
-from lora_fx.testing import check_pass, make_adapter, zoo
+from lora_fx.testing import Computes, check_pass, make_adapter, zoo
 
 SHAPES = {"wide": (5, 3), "again": (5, 5), "narrow": (7, 5)}
 
@@ -38,6 +39,55 @@ def test_several_adapters_fold_into_one_layer(ragged: Any, x: Any) -> None:
     one = inject(base, other)(x)
     seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=one)
     assert seen.after == text(base)
+
+
+class Known(nn.Module):
+    """Layers of what no input has a say in: places, a table of them, queries that are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.norm = nn.Embedding(9, 3), nn.LayerNorm(3)
+        self.first, self.second, self.q = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(3, 5)
+        self.fc = nn.Linear(3, 5)
+        self.queries = nn.Parameter(torch.randn(1, 4, 3))
+        self.register_buffer("ids", torch.arange(9)[None])
+        self.register_buffer("table", torch.randn(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = torch.sigmoid(self.second(torch.relu(self.first(self.table))))
+        query = self.norm(self.queries)
+        return self.fc(x + self.places(self.ids[:, :4]) + bias + query) * self.q(query)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize(
+    "path", ["places", "first", "second", "q", "fc", "first second", "places first second q fc"]
+)
+def test_a_layer_of_what_is_known_before_is_folded_like_others(path: str, frontend: str) -> None:
+    torch.manual_seed(3)
+    model, x = Known().eval(), torch.randn(2, 4, 3)
+    base = trace(model, (x,), frontend=frontend)
+    layers = {site.path: site.shape for site in sites(base) if site.path in path.split()}
+    injected = inject(base, make_adapter(layers))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=model(x))
+    assert seen.after == text(base)
+    assert unmerged(seen.gm) == {}
+    assert text(unfold(seen.gm)) == text(injected)
+    again = check_pass(FoldLora(), seen.gm, x)
+    assert again.result.edits == ()
+
+
+def test_what_cannot_be_folded_of_what_is_known_stays_as_it_was() -> None:
+    torch.manual_seed(3)
+    table = nn.Parameter(torch.randn(1, 4, 6))
+    model = Computes(
+        lambda own, x: x + own.conv(own.table), conv=nn.Conv1d(4, 6, 1, groups=2), table=table
+    ).eval()
+    x = torch.randn(2, 6, 6)
+    injected = inject(trace(model, (x,)), make_adapter({"conv": (6, 4, 1)}))
+    seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=model(x))
+    assert seen.after == text(injected)
+    assert list(unmerged(seen.gm)) == ["conv"]
 
 
 class Affine(nn.Module):
