@@ -43,14 +43,15 @@ def with_magnitude(update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> An
     if len(tensors) > 1:
         raise AdapterError(f"{sorted(tensors)} beside kind {update.kind!r}, expected one")
     leaf, tensor = next(iter(tensors.items()))
-    return update.with_magnitude(_vector(leaf, tensor, update.shape[0]))
+    return update.with_magnitude(vector(leaf, tensor, update.shape[0]))
 
 
-def _vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+def vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+    """A magnitude as (out,); refuses what is not one number an output."""
     found = tuple(tensor.shape)
-    if leaf == "dora_scale" and (tensor.ndim < 2 or found[0] != tensor.numel()):
+    if leaf.endswith("dora_scale") and (tensor.ndim < 2 or found[0] != tensor.numel()):
         raise AdapterError(
-            f"dora_scale is {found}, expected (out, 1, ...): one number an input "
+            f"{leaf} is {found}, expected (out, 1, ...): one number an input "
             "(wd_on_out=False) is no factor of the outputs and is not supported; train with "
             "wd_on_out=True, or merge it where it was made"
         )

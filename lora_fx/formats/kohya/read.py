@@ -16,17 +16,8 @@ from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant, normed, reshaped, scaled, transposed
-from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import (
-    ALPHA,
-    Layers,
-    Roles,
-    check_no_half,
-    factors_of,
-    scalar_of,
-    sort_keys,
-    tensors_of,
-)
+from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.dialects import ALPHA, Layers, Roles, scalar_of, sort_keys, tensors_of
 from lora_fx.formats.diffusers.keys import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
@@ -34,9 +25,9 @@ from lora_fx.formats.kohya.names import (
     DORA,
     DOTTED,
     DOWN_KEY,
+    FORM,
     MID,
     ROLES,
-    UP_BIAS,
     UP_KEY,
     algorithm_of,
     by_algorithm,
@@ -47,7 +38,7 @@ from lora_fx.formats.kohya.names import (
 )
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora
+from lora_fx.kinds import KINDS, dora, lora
 from lora_fx.layers.axes import shape_of
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
@@ -87,9 +78,17 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
     tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
     with within(path):
         layers = _sorted(tensors, hints.component)
-        check_no_half(roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA})
+        _check_no_half(layers)
         asked = {name: size_of(roles) for name, roles in layers.items()}
         return Adapter(name, placed(layers, find(asked, base), base), moved={})
+
+
+def _check_no_half(layers: Layers) -> None:
+    """Refuses what stands beside factors without any, before its layer is looked for."""
+    halves = [roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA}]
+    if halves:
+        keys = [key for roles in halves for key, _ in roles.values()]
+        raise AdapterError(f"half of a pair, down and up are missing beside {shorten(keys)}")
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
@@ -181,25 +180,17 @@ def _scale(algorithm: str, roles: Roles) -> float:
 
 
 def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
-    """LoRA, LoCon's Tucker form of it, and DoRA over either.
-
-    The Tucker form has a core (r, r, *kernel) between a down- and an up-projection of single
-    points. Joined with the core, down is (r, in, *kernel): the same product, exactly.
-    """
-    tensors, pair = tensors_of(roles), {ROLES.get(leaf, leaf): roles[leaf] for leaf in roles}
-    check_no_half([pair])
-    down, up = factors_of(pair)
-    scale, stored = _scale("lora", roles), None
-    if MID in tensors:
-        down = _with_core(down, tensors[MID])
-        stored = SourceRecord(tensors, {"scale": scale})
+    """LoRA, LoCon's Tucker form of it, and DoRA over either; an alpha of 0 is none."""
+    pair = {ROLES[leaf]: found for leaf, found in roles.items() if leaf in ROLES}
+    update = lora.read(pair, FORM, alpha=scalar_of(roles) or None)
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
-    if (len(up), math.prod(down.shape[1:])) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
-        found = len(up), *down.shape[1:]
+    out, *inner = update.shape
+    if (out, math.prod(inner)) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
+        found = update.shape
         raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
-    kind, bias = "dora" if DORA in tensors else "lora", tensors.get(UP_BIAS)
-    update = Update(down, up, scale, kind, bias, stored=stored)
-    return dora.with_magnitude(update, {k: t for k, t in tensors.items() if k == DORA})
+    if MID not in roles:
+        return update
+    return replace(update, stored=SourceRecord(tensors_of(roles), {"scale": update.scale}))
 
 
 def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
@@ -212,23 +203,11 @@ def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: La
     return dora.with_magnitude(whole, {DORA: tensors[DORA]})
 
 
-def _with_core(down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
-    """(r, in, *kernel) in float32 or wider, of (r, in, 1, ...) and (r, r, *kernel)."""
-    points, rank = all(size == 1 for size in down.shape[2:]), len(down)
-    if core.ndim < 3 or core.ndim != down.ndim or not points or core.shape[:2] != (rank, rank):
-        raise AdapterError(
-            f"{MID} is {tuple(core.shape)} beside {DOWN_KEY} {tuple(down.shape)}, "
-            "expected (r, r, *kernel) beside (r, in, 1, ...)"
-        )
-    wide = torch.promote_types(down.dtype, torch.float32)
-    return torch.einsum("rq...,qi->ri...", core.to(wide), down.to(wide).flatten(1))
-
-
 def size_of(roles: Roles) -> Size:
     """(out, in, *kernel) of the layer that tensors are of, as far as they tell it alone."""
     if "diff" in roles:
         return tuple(roles["diff"][1].shape)
-    if not ROLES.keys() <= roles.keys():
+    if not {DOWN_KEY, UP_KEY} <= roles.keys():
         return ()
     down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
     return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
