@@ -1,4 +1,4 @@
-"""DoRA: a magnitude beside an update of whatever kind."""
+"""DoRA: a magnitude beside an update of whatever kind, of the outputs or of the inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.adapters.other_updates import WeightUpdate, evaluated
+from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.algebra.matrix_expr import Matrix, constant, normed, reshaped, transposed
 from lora_fx.errors import AdapterError
 
 LEAVES = frozenset({"lora_magnitude_vector", "dora_scale"})
@@ -58,3 +61,42 @@ def vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
     if max(found, default=0) != tensor.numel() or (out is not None and tensor.numel() != out):
         raise AdapterError(f"{leaf} is {found}, expected ({out or 'out'},)")
     return tensor.reshape(-1)
+
+
+def is_of_inputs(scale: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a ``dora_scale`` is (1, in, 1, ...) of a layer, and no (out, 1, ...)."""
+    out, into, *kernel = shape
+    return len(scale) != out and tuple(scale.shape) == (1, into, *[1] * len(kernel))
+
+
+def over_inputs(
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> WeightUpdate:
+    """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
+
+    Source: ``weight_decompose`` of LyCORIS 4.1.3 with ``wd_on_out=False``; its older files are
+    like this.
+
+    Args:
+        update: without a magnitude: W' is what it makes of W.
+        tensors: all of the layer's, ``dora_scale`` among them.
+        shape: (out, in, *kernel) of the layer.
+
+    Raises:
+        AdapterError: the kind has no magnitude.
+    """
+    if update.rank is None and not update.makes_anew:
+        raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
+    scale: object = update.stored_settings.get("scale", 1.0)
+    if isinstance(update, Update):
+        scale, update = update.scale, evaluated(update, shape, None)
+    inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))
+
+    def outer(weight: Matrix) -> Matrix:
+        columns = transposed(inner(weight))
+        by_input = normed(magnitude, reshaped(columns, magnitude.shape[0]))
+        return transposed(reshaped(by_input, columns.shape[0]))
+
+    kind = "dora" if update.kind == "lora" else update.kind
+    stored = SourceRecord(tensors, {"scale": scale, "writer": "lycoris"})
+    return WeightUpdate(kind, outer, shape, stored)

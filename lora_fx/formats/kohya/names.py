@@ -11,7 +11,7 @@ from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import ALPHA, Dialect
 from lora_fx.formats.trainers import names_of
-from lora_fx.kinds import KINDS, lora
+from lora_fx.kinds import KINDS, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 from lora_fx.layers.resolve import Names, Size
@@ -31,7 +31,7 @@ ALGORITHMS: Mapping[str, frozenset[str]] = {
     "lokr": KINDS["lokr"].leaves,
     "full": _DIFFERENCES,
     "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
-    "ia3": frozenset({"weight", "on_input"}),
+    "ia3": ia3.LYCORIS,
     "norm": frozenset({"w_norm", "b_norm"}),
 }
 # The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
