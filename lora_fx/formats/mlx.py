@@ -58,7 +58,7 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
 
 def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
     """The update of a layer, of an embedding where the base says so."""
-    is_table = layer is not None and layer.is_matrix and layer.type.reads_ids
+    is_table = layer is not None and layer.is_table
     if is_table and MAGNITUDE in roles:
         key, magnitude = roles[MAGNITUDE]
         raise AdapterError(

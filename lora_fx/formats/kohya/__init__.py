@@ -16,7 +16,7 @@ from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import ALPHA, Layers, Roles, scalar_of, sort_keys, tensors_of
 from lora_fx.formats.diffusers.keys import speaks_diffusers
 from lora_fx.formats.hints import Hints
@@ -77,17 +77,11 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
     tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
     with within(path):
         layers = _sorted(tensors, hints.component)
-        _check_no_half(layers)
+        for roles in layers.values():
+            if roles.keys() <= {ALPHA, DORA}:  # said before its layer is looked for
+                lora.check_pair(roles)
         asked = {name: size_of(roles) for name, roles in layers.items()}
         return Adapter(name, placed(layers, find(asked, base), base), moved={})
-
-
-def _check_no_half(layers: Layers) -> None:
-    """Refuses what stands beside factors without any, before its layer is looked for."""
-    halves = [roles for roles in layers.values() if roles.keys() <= {ALPHA, DORA}]
-    if halves:
-        keys = [key for roles in halves for key, _ in roles.values()]
-        raise AdapterError(f"half of a pair, down and up are missing beside {shorten(keys)}")
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:

@@ -53,7 +53,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
         alphas = _alphas(texts, hints, file.layers)
         hints = replace(hints, enable_lora=_fused(texts, hints, file.layers))
         layers = {m: _layer(m, file.weights.get(m), base.get(m)) for m in file.layers}
-        tables = {module for module, own in base.items() if own.is_matrix and own.type.reads_ids}
+        tables = {module for module, own in base.items() if own.is_table}
         updates = {
             module: update_of(module, pair, layers[module], alphas[module], hints, module in tables)
             for module, pair in file.layers.items()
