@@ -105,12 +105,10 @@ def read(
     return with_settings(update, use_rslora=True) if use_rslora and kind != plain else update
 
 
-def _factors(
-    roles: Roles, form: Form, rank: tuple[int, str] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(r, in, *kernel) and (out, r), of tensors that fit together and are of the rank."""
-    (key, down), (up_key, up) = roles[DOWN], roles[UP]
-    kernel = down.ndim - 2 if len(form.down) > 2 else 0
+def _axes(roles: Roles, form: Form) -> dict[str, tuple[str, ...]]:
+    """The axes of each tensor by role: as the form says, and as its neighbours ask for."""
+    down, up = roles[DOWN][1], roles[UP][1]
+    kernel = _kernel(down, form)
     axes = {DOWN: form.down, UP: form.up, BIAS: ("out",)}
     if kernel > 0:
         is_flat = up.ndim == 2 and not form.is_exact
@@ -119,8 +117,21 @@ def _factors(
     if MID in roles:
         axes[DOWN] = ("r", "in", *["1"] * (roles[MID][1].ndim - 2))
         axes[MID] = ("r", "r", "k", "*kernel")
+    return axes
+
+
+def _kernel(down: torch.Tensor, form: Form) -> int:
+    """How many axes of a kernel a down-projection has."""
+    return down.ndim - 2 if len(form.down) > 2 else 0
+
+
+def _factors(
+    roles: Roles, form: Form, rank: tuple[int, str] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(r, in, *kernel) and (out, r), of tensors that fit together and are of the rank."""
+    (key, down), (up_key, up), axes = roles[DOWN], roles[UP], _axes(roles, form)
     measure({key: down}, {key: axes[DOWN]})
-    if form.is_exact and kernel > MAX_KERNEL:
+    if form.is_exact and _kernel(down, form) > MAX_KERNEL:
         raise AdapterError(f"{key} is {tuple(down.shape)}, of a kernel of more than {MAX_KERNEL}")
     if rank is not None:
         check_rank(key, down, rank, form.down.index("r"))
