@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ NO_WEIGHT = (
 # if all that it does is to add; whatever weight there is; likewise, but before its like, since it
 # acts on what the layer reads; or never anything but the base's own.
 Stacks = Literal["if added", "on any", "inputs first", "never"]
+U = TypeVar("U", bound="AnyUpdate")
 Shape = tuple[int | None, ...]
 Bias = Callable[[], torch.Tensor | None]
 
@@ -355,6 +356,12 @@ class Update(AnyUpdate):
     def is_finite(self) -> bool:
         """Whether the scale and every value are finite numbers."""
         return math.isfinite(self.scale) and super().is_finite()
+
+
+def with_settings(update: U, **settings: object) -> U:
+    """The update, its source record saying more."""
+    stored = SourceRecord(update.stored_tensors, {**update.stored_settings, **settings})
+    return replace(update, stored=stored)
 
 
 def activated(update: Update, tokens: Sequence[int]) -> Update:

@@ -23,7 +23,7 @@ from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, s
 from lora_fx.formats import diffusers, mlx, peft, torchtune
 from lora_fx.formats.diffusers.write import contents as diffusers_contents
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya.read import is_kohya, read_kohya
+from lora_fx.formats.kohya import is_kohya, read_kohya
 from lora_fx.formats.kohya.write import contents as kohya_contents
 from lora_fx.formats.loralib import DIALECT, read_loralib
 from lora_fx.formats.loralib.layers import PICKLES

@@ -10,17 +10,21 @@ import torch
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.scaling import checked_rank, is_number
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import DOWN, MAGNITUDE, UP, Dialect, check_pairs, lora_of, sort_keys
+from lora_fx.formats.dialects import Dialect, Roles, check_adapted, sort_keys
 from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
+from lora_fx.kinds import lora
+from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.layer import Layer
 
 CONFIG, WEIGHTS, PARAMETERS = "adapter_config.json", "adapters.safetensors", "lora_parameters"
 DIALECT = Dialect(
     {".lora_a": DOWN, ".lora_b": UP, ".m": MAGNITUDE},
     "<module>.lora_a, .lora_b, and under dora .m",
 )
+_FORM = lora.Form(down=("in", "r"), up=("r", "out"))
 
 
 def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
@@ -41,16 +45,28 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
         if kind == "full":
             return Adapter(name, {}, _whole(tensors))
         layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
-        check_pairs(layers)
+        check_adapted(layers)
         updates: dict[str, AnyUpdate] = {}
         for module, roles in layers.items():
             with within(module):
                 if (MAGNITUDE in roles) != (kind == "dora"):
                     found = "there" if MAGNITUDE in roles else "missing"
                     raise AdapterError(f"fine_tune_type is {kind}, and .m is {found}")
-                layer = base.get(module)
-                updates[module] = lora_of(roles, rank, scale, PARAMETERS, layer, turned=True)
+                updates[module] = _update(roles, rank, scale, base.get(module))
     return Adapter(name, updates)
+
+
+def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
+    """The update of a layer, of an embedding where the base says so."""
+    is_table = layer is not None and layer.is_table
+    if is_table and MAGNITUDE in roles:
+        key, magnitude = roles[MAGNITUDE]
+        raise AdapterError(
+            f"{key} is {tuple(magnitude.shape)}, one number a token of an embedding, which is not "
+            "supported: fuse it where it was made"
+        )
+    said = rank, PARAMETERS
+    return lora.read(roles, _FORM, scale=scale, rank=said, is_table=is_table)
 
 
 def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:

@@ -10,11 +10,13 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import DOWN, MAGNITUDE, UP, Dialect, check_pairs, lora_of, sort_keys
+from lora_fx.formats.dialects import Dialect, check_adapted, sort_keys
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import CONFIG, read_config, weights_in
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.io.state_dict import read_file
+from lora_fx.kinds import lora
+from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 
 DIALECT = Dialect(
@@ -24,6 +26,7 @@ DIALECT = Dialect(
     },
     "<module>.lora_a.weight, .lora_b.weight and .magnitude",
 )  # fmt: skip
+_FORM = lora.Form(down=("r", "in"))
 # What transformers calls the modules of torchtune's decoder.
 _NAMES = {
     "attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj",
@@ -61,12 +64,12 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
                 "model that it is for"
             )
         layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
-        check_pairs(layers)
+        check_adapted(layers)
         updates: dict[str, AnyUpdate] = {}
         for own, roles in layers.items():
             with within(own):
                 rank, scale = config.rank_and_scale(own)
-                update = lora_of(roles, rank, scale, CONFIG, None)
+                update = lora.read(roles, _FORM, scale=scale, rank=(rank, CONFIG))
                 module = _module(own, base)
                 updates[module] = update if module == own else _turned(update, module, base)
     return Adapter(name, updates)

@@ -1,4 +1,4 @@
-"""DoRA: a magnitude beside an update of whatever kind."""
+"""DoRA: a magnitude beside an update of whatever kind, of the outputs or of the inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.adapters.other_updates import WeightUpdate, evaluated
+from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.algebra.matrix_expr import Matrix, constant, normed, reshaped, transposed
 from lora_fx.errors import AdapterError
 
 LEAVES = frozenset({"lora_magnitude_vector", "dora_scale"})
@@ -43,17 +46,57 @@ def with_magnitude(update: AnyUpdate, tensors: Mapping[str, torch.Tensor]) -> An
     if len(tensors) > 1:
         raise AdapterError(f"{sorted(tensors)} beside kind {update.kind!r}, expected one")
     leaf, tensor = next(iter(tensors.items()))
-    return update.with_magnitude(_vector(leaf, tensor, update.shape[0]))
+    return update.with_magnitude(vector(leaf, tensor, update.shape[0]))
 
 
-def _vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+def vector(leaf: str, tensor: torch.Tensor, out: int | None) -> torch.Tensor:
+    """A magnitude as (out,); refuses what is not one number an output."""
     found = tuple(tensor.shape)
-    if leaf == "dora_scale" and (tensor.ndim < 2 or found[0] != tensor.numel()):
+    if leaf.endswith("dora_scale") and (tensor.ndim < 2 or found[0] != tensor.numel()):
         raise AdapterError(
-            f"dora_scale is {found}, expected (out, 1, ...): one number an input "
+            f"{leaf} is {found}, expected (out, 1, ...): one number an input "
             "(wd_on_out=False) is no factor of the outputs and is not supported; train with "
             "wd_on_out=True, or merge it where it was made"
         )
     if max(found, default=0) != tensor.numel() or (out is not None and tensor.numel() != out):
         raise AdapterError(f"{leaf} is {found}, expected ({out or 'out'},)")
     return tensor.reshape(-1)
+
+
+def is_of_inputs(scale: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a ``dora_scale`` is (1, in, 1, ...) of a layer, and no (out, 1, ...)."""
+    out, into, *kernel = shape
+    return len(scale) != out and tuple(scale.shape) == (1, into, *[1] * len(kernel))
+
+
+def over_inputs(
+    update: AnyUpdate, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> WeightUpdate:
+    """``W'' = W' diag(magnitude / norm(W'))``, the norm of each input over all else.
+
+    Source: ``weight_decompose`` of LyCORIS 4.1.3 with ``wd_on_out=False``; its older files are
+    like this.
+
+    Args:
+        update: without a magnitude: W' is what it makes of W.
+        tensors: all of the layer's, ``dora_scale`` among them.
+        shape: (out, in, *kernel) of the layer.
+
+    Raises:
+        AdapterError: the kind has no magnitude.
+    """
+    if update.rank is None and not update.makes_anew:
+        raise AdapterError(f"dora_scale stands beside kind {update.kind!r}")
+    scale: object = update.stored_settings.get("scale", 1.0)
+    if isinstance(update, Update):
+        scale, update = update.scale, evaluated(update, shape, None)
+    inner, magnitude = update.of, constant(tensors["dora_scale"].reshape(-1, 1))
+
+    def outer(weight: Matrix) -> Matrix:
+        columns = transposed(inner(weight))
+        by_input = normed(magnitude, reshaped(columns, magnitude.shape[0]))
+        return transposed(reshaped(by_input, columns.shape[0]))
+
+    kind = "dora" if update.kind == "lora" else update.kind
+    stored = SourceRecord(tensors, {"scale": scale, "writer": "lycoris"})
+    return WeightUpdate(kind, outer, shape, stored)

@@ -55,6 +55,17 @@ def _one(leaf: str, tensor: torch.Tensor, axes: tuple[str, ...], sizes: dict[str
     sizes.update(together)
 
 
+def check_rank(leaf: str, tensor: torch.Tensor, rank: tuple[int, str], axis: int = 0) -> None:
+    """Refuses a tensor that is not of a rank, which a config says, and where.
+
+    Raises:
+        AdapterError: it is of another rank along the axis.
+    """
+    if tensor.shape[axis : axis + 1] != (rank[0],):
+        found = tuple(tensor.shape)
+        raise AdapterError(f"{leaf} {found} should be of rank {rank[0]} by {rank[1]}")
+
+
 def number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """A setting that is a finite number.
 

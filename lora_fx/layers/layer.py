@@ -60,6 +60,11 @@ class Layer:
         return self.is_matrix and self.type.kernel > 0
 
     @property
+    def is_table(self) -> bool:
+        """Whether it looks up rows: an embedding."""
+        return self.is_matrix and self.type.reads_ids
+
+    @property
     def transposed(self) -> bool:
         """Whether W is stored as (in, out), or (in, out / groups, *kernel)."""
         return self.is_matrix and self.type.transposed

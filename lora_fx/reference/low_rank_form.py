@@ -160,6 +160,6 @@ def _as_it_is(given: AnyUpdate | None, fit: Update, layer: Layer | None) -> Made
 
 
 def _stored(update: AnyUpdate | None, layer: Layer | None) -> SourceRecord | None:
-    if layer is not None and layer.is_matrix and layer.type.reads_ids:
+    if layer is not None and layer.is_table:
         return EMBEDDING
     return None if update is None else kept(update.stored)

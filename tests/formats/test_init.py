@@ -71,12 +71,12 @@ def test_products_that_overflow_are_refused_where_they_are_made(tmp_path: Path, 
         read(3.4e38)
 
 
-# What stands after the file where the ranks of a pair differ: its layer, or the names of both.
+# What stands after the file where the ranks of a pair differ: its layer, and the tensor.
 LAYERS = {
-    "peft_file": "fc: lora_A",
+    "peft_file": "fc: lora_B.weight",
     "loralib": "fc: lora_A",
-    "kohya": "lora_te_fc: 'lora_te_fc.lora_down.weight'",
-    "diffusers": "'unet.fc.lora_A.weight'",
+    "kohya": "lora_te_fc: lora_te_fc.lora_up.weight",
+    "diffusers": "fc: unet.fc.lora_B.weight",
 }
 
 

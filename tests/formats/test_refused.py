@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ KOHYA: list[Row] = [
     ({**LORA, f"{START}.hada_w1_a": UP}, None, {},
      "'hada_w1_a', 'lora_down.weight', 'lora_up.weight'. are of no single algorithm"),
     ({**LORA, f"{START}.lora_mid.weight": (2, 2)}, None, {},
-     r"lora_mid.weight is \(2, 2\) beside lora_down.weight \(2, 3\), expected \(r, r, "),
+     r"lora_mid.weight is \(2, 2\), expected \(r, r, k, \*kernel\)"),
     ({**LORA, f"{START}.dora_scale": (1, 4)}, None, {},
      r"dora_scale is \(1, 4\), expected \(out, 1, ...\)"),
     ({f"{START}.w_norm": (5,)}, None, {}, "lora_unet_fc: .'w_norm'. do not fit fc, a Linear"),
@@ -111,7 +112,7 @@ LORALIB: list[Row] = [
     (FC | {"head.weight": (5,)}, None, ALONE, r"no known use: head\.weight; .*the whole model"),
     (FC | {"fc.lora_alpha": (1,)}, None, ALONE, r"no known use: fc\.lora_alpha"),
     (FC | WEIGHT | {"fc.lora_alpha": (1,)}, None, ALONE, r"no known use: fc\.lora_alpha"),
-    (FC | {"up.lora_A": DOWN}, None, ALONE, r"half of a pair.*: up\.lora_A"),
+    (FC | {"up.lora_A": DOWN}, None, ALONE, r"half of a pair.*up\.lora_A"),
     (FC | WEIGHT | pair("up"), None, ALONE, r"1 tensors have names of no known use: fc\.weight"),
 ]  # fmt: skip
 UNET, CONFIG = peft("unet.fc"), {"unet.r": 2, "unet.lora_alpha": 3}
@@ -125,7 +126,7 @@ DIFFUSERS: list[Row] = [
     (UNET | ALPHA, CONFIG, {}, r"\.alpha for fc, and a config in"),
     (UNET, {"transformer.r": 2}, {}, "has no field of unet"),
     (UNET, {"unet.r": 2}, {}, "of unet: lora_alpha is missing"),
-    (UNET, {**CONFIG, "unet.r": 4}, {}, f"fc: rank 2, {METADATA} says 4"),
+    (UNET, {**CONFIG, "unet.r": 4}, {}, rf"fc: .*lora_A.weight \(2, .\) .* rank 4 by {METADATA}"),
     (UNET, {**CONFIG, "unet.use_dora": True}, {}, "use_dora is True in .* lacks"),
     (UNET, {**CONFIG, "unet.peft_type": "LOHA"}, {}, "peft_type is 'LOHA'"),
     (TWICE | MAGNITUDE, None, {}, "fc has a magnitude, up has none"),
@@ -163,7 +164,7 @@ PEFT_FILE: list[Row] = [
     (PEFT, None, {"alpha": "3"}, "alpha is '3', expected a finite number"),
     (PEFT, None, {"alpha": {"fc": 3}}, "alpha is .*, expected a finite number"),
     (PEFT, None, {"alpha": 3, "r": 0}, "r is 0, expected a positive integer"),
-    (PEFT, None, {"alpha": 3, "r": 4}, r"fc: lora_A \(2, .\) .* of rank 4"),
+    (PEFT, None, {"alpha": 3, "r": 4}, r"fc: lora_A.weight \(2, .\) .* of rank 4"),
     (PEFT | {f"{HEAD}.bias": (2,), f"{HEAD}.weight": (2, 5)}, None, {"alpha": 3},
      r"2 tensors .* no known use: .*classifier\.bias"),
     *[
@@ -191,20 +192,42 @@ MLX: list[Row] = [
             ({"scale": 2}, "rank is None"),
             ({"rank": 2, "alpha": 16, "scale": 10},
              "alpha is 16, by which the first versions .* remove alpha"),
-            ({"rank": 3, "scale": 2}, r"expected \(in, 3\)"),
+            ({"rank": 3, "scale": 2}, r"fc\.lora_a \(3, 2\) .* rank 3 by lora_parameters"),
         )
     ],
     (FC_MLX | {"fc.lora_c": (3, 2)}, {}, {},
      r"no known use: fc\.lora_c; expected <module>\.lora_a"),
     (FC_MLX | {"head.lora_a": (3, 2)}, {}, {}, r"half of a pair.*head\.lora_a"),
-    (FC_MLX | {"head.m": (5,)}, DORA, {}, r"half of a pair.*head\.m"),
+    (FC_MLX | {"fc.m": (5,), "head.m": (5,)}, DORA, {}, r"half of a pair.*head\.m"),
     (FC_MLX | {"moe.lora_a": (2, 2, 3), "moe.lora_b": (2, 5, 2)}, {}, {},
-     r"moe: .*expected matrices"),
+     r"moe: moe.lora_a is \(2, 2, 3\), expected \(in, r\)"),
     (FC_MLX | {"fc.m": (5,)}, {}, {}, r"fc: .* \.m is there"),
     (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
-    (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: .emb.m. is \(11,\), .* one a token"),
+    (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: emb.m is \(11,\), one number a token"),
     ({"c.weight": (2, 3, 3)}, {"fine_tune_type": "full"}, {}, "c.weight: of more"),
 ]  # fmt: skip
+FC_TUNE = {"fc.lora_a.weight": DOWN, "fc.lora_b.weight": UP}
+TUNE_FIELDS = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "target_modules": ["fc"]}
+HEADED = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(3, 5)})})
+HEADED.config = SimpleNamespace(model_type="other", num_attention_heads=4)  # type: ignore[assignment]
+TORCHTUNE: list[Row] = [
+    (FC_TUNE, {}, {"base": None}, "pass base=, the model that it is for"),
+    (FC_TUNE, {"lora_alpha": None}, {}, "lora_alpha"),
+    (FC_TUNE, {"r": 3}, {}, r"fc\.lora_a\.weight \(2, 3\) should be of rank 3 by adapter_config"),
+    (FC_TUNE, {"peft_type": "LOHA", "lora_alpha": None, "alpha": 3}, {}, "is LOHA, not LORA"),
+    (FC_TUNE | {"fc.lora_c.weight": (2,)}, {}, {}, r"no known use: fc\.lora_c"),
+    (FC_TUNE | {"head.magnitude": (7,)}, {}, {}, r"half of a pair.*head\.magnitude"),
+    (FC_TUNE | {"fc.magnitude": (3,)}, {}, {}, r"fc\.magnitude is \(3,\), expected \(5,\)"),
+    ({key.replace("fc", "attn.w9"): shape for key, shape in FC_TUNE.items()}, {}, {},
+     r"no layer of the base is called self_attn\.w9"),
+    ({key.replace("fc", "attn.q_proj"): shape for key, shape in FC_TUNE.items()}, {},
+     {"base": HEADED}, "the base is a 'other' of 4 heads: which rows"),
+]  # fmt: skip
+# Of formats with a config beside the file, what both are called, and sound fields.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlx": ("adapters.safetensors", MLX_FIELDS),
+    "torchtune": ("adapter_model.safetensors", TUNE_FIELDS),
+}
 # Of each format the rows, and a sound file: its metadata, and the hints that it is read by.
 FORMATS: dict[str, tuple[list[Row], Stored, Any, dict[str, Any]]] = {
     "kohya": (KOHYA, LORA, None, {"base": BASE}),
@@ -212,15 +235,17 @@ FORMATS: dict[str, tuple[list[Row], Stored, Any, dict[str, Any]]] = {
     "diffusers": (DIFFUSERS, UNET, CONFIG, {}),
     "peft_file": (PEFT_FILE, PEFT, None, {"alpha": 3}),
     "mlx": (MLX, FC_MLX, {}, {"base": BASE}),
+    "torchtune": (TORCHTUNE, FC_TUNE, {}, {"base": BASE}),
 }
 
 
 def written(path: Path, form: str, stored: Stored, metadata: Any) -> Path:
     """A file; fields alone are PEFT's, under the key that both PEFT and diffusers have them by."""
     tensors = {k: torch.ones(t) if isinstance(t, tuple) else t for k, t in stored.items()}
-    if form == "mlx":  # a config beside the file
-        (path / "adapter_config.json").write_text(json.dumps(MLX_FIELDS | metadata))
-        save_file(tensors, path / "adapters.safetensors", {"format": "mlx"})
+    if form in CONFIGS:
+        name, fields = CONFIGS[form]
+        (path / "adapter_config.json").write_text(json.dumps(fields | metadata))
+        save_file(tensors, path / name)
         return path
     if metadata is not None:
         whole = metadata if metadata.keys() & {METADATA, ALPHAS} else {METADATA: metadata}

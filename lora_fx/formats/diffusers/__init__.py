@@ -8,20 +8,8 @@ from pathlib import Path
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import (
-    ALPHA,
-    BIAS,
-    MAGNITUDE,
-    Layers,
-    Roles,
-    check_pairs,
-    factors_of,
-    scalar_of,
-    tensors_of,
-    with_kind,
-)
+from lora_fx.formats.dialects import ALPHA, Layers, Roles, check_adapted, scalar_of, tensors_of
 from lora_fx.formats.diffusers.keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA, fields_in
@@ -31,11 +19,12 @@ from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora
+from lora_fx.kinds import KINDS, lora
 
 Fields = Mapping[str, object]
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
 WEIGHTS = "pytorch_lora_weights.safetensors"
+_FORM = lora.Form(is_exact=False, is_grouped=True)
 
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
@@ -104,7 +93,7 @@ def updates_of(
             assert config is None or isinstance(config, LokrConfig)
             return _lokr_updates(layers, config), rule
         assert config is None or isinstance(config, LoraConfig)
-        check_pairs(layers)
+        check_adapted(layers)
         return _lora_updates(layers, config), rule
 
 
@@ -129,8 +118,8 @@ def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpd
     if with_alpha and (without or config is not None):
         other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
         raise AdapterError(f".alpha for {shorten(with_alpha)}, and {other}; which holds?")
-    is_dora = _same_for_all(layers, MAGNITUDE, "a magnitude")
-    _same_for_all(layers, BIAS, "a bias of its up-projection")
+    is_dora = _same_for_all(layers, lora.MAGNITUDE, "a magnitude")
+    _same_for_all(layers, lora.BIAS, "a bias of its up-projection")
     if config is not None and config.use_dora != is_dora:
         found = "has" if is_dora else "lacks"
         raise AdapterError(
@@ -168,18 +157,9 @@ def _same_for_all(layers: Layers, role: str, what: str) -> bool:
 
 
 def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
-    down, up = factors_of(roles, grouped=True)
-    rank, scale = len(down), 1.0
-    if config is None:
-        alpha = scalar_of(roles)
-        scale = 1.0 if alpha is None else alpha / rank
-    else:
-        expected, scale = config.rank_and_scale(path)
-        if rank != expected:
-            raise AdapterError(f"{path}: rank {rank}, {METADATA} says {expected}")
-    tensors = tensors_of(roles)
-    own = {"lora_magnitude_vector": tensors[MAGNITUDE]} if MAGNITUDE in tensors else {}
     with within(path):
-        update = dora.with_magnitude(Update(down, up, scale, bias=tensors.get(BIAS)), own)
-        assert isinstance(update, Update)
-        return with_kind(update, config is not None and config.use_rslora)
+        if config is None:
+            return lora.read(roles, _FORM, alpha=scalar_of(roles))
+        rank, scale = config.rank_and_scale(path)
+        said, use_rslora = (rank, METADATA), config.use_rslora
+        return lora.read(roles, _FORM, scale=scale, rank=said, use_rslora=use_rslora)

@@ -7,18 +7,10 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from lora_fx.formats.dialects import (
-    ALPHA,
-    BIAS,
-    DOWN,
-    MAGNITUDE,
-    UP,
-    Dialect,
-    Layers,
-    Tensors,
-    sort_keys,
-)
+from lora_fx.formats.dialects import ALPHA, Dialect, Layers, Tensors, sort_keys
+from lora_fx.formats.peft.lora import LEAVES
 from lora_fx.kinds import lokr
+from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 
 COMPONENTS = (
     "unet",
@@ -34,12 +26,7 @@ COMPONENTS = (
 LOKR = lokr.MARKS
 _PREFIX = rf"({'|'.join(COMPONENTS)})\."
 # Names that PEFT alone would give a layer too.
-_OF_PEFT = {
-    ".lora_A.weight": DOWN,
-    ".lora_B.weight": UP,
-    ".lora_B.bias": BIAS,
-    ".lora_magnitude_vector": MAGNITUDE,
-}
+_OF_PEFT = {f".{leaf}": role for role, leaf in LEAVES.items()}
 ENDINGS = {
     **_OF_PEFT,
     ".lora.down.weight": DOWN,

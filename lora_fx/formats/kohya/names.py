@@ -9,25 +9,29 @@ import torch
 
 from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import ALPHA, DOWN, UP, Dialect
+from lora_fx.formats.dialects import ALPHA, Dialect
 from lora_fx.formats.trainers import names_of
-from lora_fx.kinds import KINDS
+from lora_fx.kinds import KINDS, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 from lora_fx.layers.resolve import Names, Size
 
 DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
 UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
-ROLES = {DOWN_KEY: DOWN, UP_KEY: UP}
+ROLES = {
+    DOWN_KEY: lora.DOWN, UP_KEY: lora.UP, MID: lora.MID, UP_BIAS: lora.BIAS, DORA: lora.MAGNITUDE,
+}  # fmt: skip
+_FACTORS = (DOWN_KEY, UP_KEY)
+FORM = lora.Form(is_exact=False, is_column=True)
 _DIFFERENCES = frozenset({"diff", "diff_b"})
 # What LyCORIS' algorithms write, by `lora_fx.kinds` where it is no name of its own.
 ALGORITHMS: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({DOWN_KEY, UP_KEY, UP_BIAS, MID, DORA, ALPHA}),
+    "lora": frozenset({*ROLES, ALPHA}),
     "loha": KINDS["loha"].leaves,
     "lokr": KINDS["lokr"].leaves,
     "full": _DIFFERENCES,
     "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
-    "ia3": frozenset({"weight", "on_input"}),
+    "ia3": ia3.LYCORIS,
     "norm": frozenset({"w_norm", "b_norm"}),
 }
 # The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
@@ -67,8 +71,8 @@ _DOTTED = {
 _ENDINGS = {f".{leaf}": leaf for leaf in sorted(frozenset().union(*ALGORITHMS.values()))}
 DIALECT = Dialect(
     _ENDINGS,
-    f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{', .'.join(ROLES)}, .alpha, or "
-    "what LyCORIS writes",
+    f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
+    ".alpha, or what LyCORIS writes",
     prefix=r"(?=lora_|lycoris_)",  # a name keeps it
     is_flat=True,
     foreign=FOREIGN,
@@ -76,7 +80,7 @@ DIALECT = Dialect(
 # The same with a path's dots, where the factors have other trainers' names too.
 DOTTED = Dialect(
     {end: leaf for end, leaf in _ENDINGS.items() if leaf not in ALGORITHMS["ia3"]}
-    | {end: role for pair in _OTHERS for end, role in zip(pair.split(), ROLES, strict=True)}
+    | {end: leaf for pair in _OTHERS for end, leaf in zip(pair.split(), _FACTORS, strict=True)}
     | {".lora_B.bias": UP_BIAS},
     DIALECT.expected,
     silent="default",

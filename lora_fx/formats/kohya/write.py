@@ -13,17 +13,10 @@ from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.dialects import ALPHA, check_held, not_lora, up_beside
+from lora_fx.formats.dialects import ALPHA, check_held, not_lora
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya.names import (
-    DORA,
-    DOWN_KEY,
-    UP_KEY,
-    algorithm_of,
-    name_of,
-    rank_of_algorithm,
-)
-from lora_fx.layers.axes import convert
+from lora_fx.formats.kohya.names import FORM, ROLES, algorithm_of, name_of, rank_of_algorithm
+from lora_fx.kinds import lora
 
 Tensors = dict[str, torch.Tensor]
 
@@ -77,9 +70,8 @@ def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
         rank = rank_of_algorithm(algorithm, stored.tensors)
         return dict(stored.tensors) | _alpha(stored.tensors, _scale(update), rank)
     assert isinstance(update, Update)
-    leaves = {DOWN_KEY: update.down, UP_KEY: up_beside(update.down, update.up)}
-    if update.magnitude is not None:
-        leaves[DORA] = convert(update.magnitude, "n", "n 1*", update.down.ndim - 1)
+    roles = lora.stored(update, FORM)
+    leaves = {leaf: roles[role] for leaf, role in ROLES.items() if role in roles}
     return leaves | _alpha({}, update.scale, update.rank)
 
 

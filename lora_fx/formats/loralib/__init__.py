@@ -14,11 +14,12 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_alpha
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import DOWN, UP, Dialect, Layers, Tensors, check_pairs, sort_keys
+from lora_fx.formats.dialects import Dialect, Layers, Tensors, check_adapted, sort_keys
 from lora_fx.formats.hints import Hints, check_all_used, doubt, value_for
 from lora_fx.formats.loralib.layers import ALPHAS, FUSED, update_of
 from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.io.strict_json import parse_object
+from lora_fx.kinds.lora import DOWN, UP
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 
@@ -52,7 +53,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
         alphas = _alphas(texts, hints, file.layers)
         hints = replace(hints, enable_lora=_fused(texts, hints, file.layers))
         layers = {m: _layer(m, file.weights.get(m), base.get(m)) for m in file.layers}
-        tables = {module for module, own in base.items() if own.is_matrix and own.type.reads_ids}
+        tables = {module for module, own in base.items() if own.is_table}
         updates = {
             module: update_of(module, pair, layers[module], alphas[module], hints, module in tables)
             for module, pair in file.layers.items()
@@ -145,7 +146,7 @@ def sort_loralib(tensors: Tensors, base: BaseLayers) -> LoralibFile:
 
 def _claim(file: LoralibFile, base: BaseLayers, others: Tensors, layers: Layers) -> list[str]:
     """Files weights and replaced tensors; what is left has no use."""
-    check_pairs(layers)
+    check_adapted(layers)
     named = {_outer(key, layers): tensor for key, tensor in others.items()}
     file.weights = {m: named[m + WEIGHT] for m in layers if m + WEIGHT in named}
     is_whole = file.weights.keys() == layers.keys()

@@ -12,11 +12,13 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
 from lora_fx.adapters.scaling import alpha_for, checked_rank
-from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
+from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import Roles, check_held, matrices_of, not_lora
+from lora_fx.formats.dialects import Roles, check_held, not_lora
 from lora_fx.formats.hints import Hints, value_for
+from lora_fx.kinds import lora
+from lora_fx.kinds.validation import measure
 
 Shape = tuple[int, ...]
 Groups = tuple[bool, ...]  # of a MergedLinear, a matrix of several outputs: which are adapted
@@ -44,7 +46,9 @@ def update_of(
         hints: ``r`` and ``enable_lora`` are heeded.
         is_table: whether it is known to be an embedding, which other formats name otherwise.
     """
-    down, up = matrices_of(roles)
+    lora.check_pair(roles)
+    (first, down), (second, up) = roles[lora.DOWN], roles[lora.UP]
+    measure(dict(roles.values()), {first: ("r * adapted", "in"), second: ("out", "r")})
     kernel = () if layer is None else layer[2:]
     size = kernel[0] if kernel else 1
     rank, rest = divmod(up.shape[1], size)
@@ -61,8 +65,7 @@ def update_of(
             return _conv(down, up, layer, settings)
         groups = groups_of(path, down, up, hints, None if layer is None else layer[0])
     if groups is None:
-        table = EMBEDDING if is_table else None
-        return Update(down, up, alpha / rank, stored=table)
+        return lora.read(roles, lora.Form(), alpha=alpha, is_table=is_table)
     stored = SourceRecord({"lora_A": down, "lora_B": up}, settings | {"enable_lora": list(groups)})
     return Update(down, block_diagonal(up, groups), alpha / rank, "fused", stored=stored)
 

@@ -17,12 +17,13 @@ from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints, doubt
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.keys import PREFIX, as_saved, dialect_of, is_own_key, saved_in, sort_peft
-from lora_fx.formats.peft.lora import MAGNITUDE, UP_BIAS, LoraConfig
+from lora_fx.formats.peft.lora import LEAVES, LoraConfig
 from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
 from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
 from lora_fx.io.strict_json import parse_object, read_object
+from lora_fx.kinds import lora
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.resolve import Names
 
@@ -179,6 +180,6 @@ def _from_hints(
         use_rslora=hints.use_rslora,
         rank_pattern={f"^{re.escape(p)}": r for p, r in several.items()},
         modules_to_save=tuple(path.removeprefix(PREFIX) for path in modules),
-        lora_bias=any(key.endswith(f".{UP_BIAS}") for key in tensors),
-        use_dora=any(key.endswith(f".{MAGNITUDE}") for key in tensors),
+        lora_bias=any(key.endswith(f".{LEAVES[lora.BIAS]}") for key in tensors),
+        use_dora=any(key.endswith(f".{LEAVES[lora.MAGNITUDE]}") for key in tensors),
     )

@@ -19,6 +19,7 @@ from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft.fields import Fields, alphas, checked, names, ranks, tokens
 from lora_fx.formats.peft.wrappers import homes_of
 from lora_fx.kinds import KINDS
+from lora_fx.kinds.validation import check_rank
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
@@ -153,11 +154,8 @@ class PeftConfig:
     def _read_one(self, path: str, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
         rank, shape = self.rank_of(path), base.shape_of(path)
         for leaf in self.ranked:
-            if leaf in tensors and tensors[leaf].shape[:1] != (rank,):
-                raise AdapterError(
-                    f"{leaf} {tuple(tensors[leaf].shape)} should be of rank {rank} by "
-                    f"{self.rank_field} or rank_pattern"
-                )
+            if leaf in tensors:
+                check_rank(leaf, tensors[leaf], (rank, f"{self.rank_field} or rank_pattern"))
         settings = self.settings(path, tensors) | ({"shape": shape} if shape else {})
         return KINDS[self.kinds[0]].read(tensors, settings)
 

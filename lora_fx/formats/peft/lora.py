@@ -12,19 +12,26 @@ import torch
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter, name_of
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.adapters.source_record import EMBEDDING, SourceRecord, is_embedding
+from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import UP_AXES, magnitude_axes, magnitude_beside, up_beside, with_kind
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
 from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts
-from lora_fx.layers.axes import shape_of, sizes_of
+from lora_fx.kinds import lora
 from lora_fx.layers.base_layers import BaseLayers
 
-UP_BIAS, MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
-TABLE_DOWN, TABLE_UP = "lora_embedding_A", "lora_embedding_B"
+# The leaves by role, of a layer and of a table, and the axes that each has.
+LEAVES = {
+    lora.DOWN: DOWN, lora.UP: UP, lora.BIAS: "lora_B.bias",
+    lora.MAGNITUDE: "lora_magnitude_vector",
+}  # fmt: skip
+TABLE_LEAVES = {
+    lora.DOWN: "lora_embedding_A", lora.UP: "lora_embedding_B",
+    lora.MAGNITUDE: LEAVES[lora.MAGNITUDE],
+}  # fmt: skip
+_FORM, _TABLE_FORM = lora.Form(is_grouped=True), lora.Form(down=("r", "in"))
 # Initial values that leave the base alone, and those that subtract something from its weights.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -63,8 +70,8 @@ class LoraConfig(Patterned):
 
     peft_type = "LORA"
     kinds = ("lora", "rslora", "dora", "alora")
-    leaves = (DOWN, UP, UP_BIAS, TABLE_DOWN, TABLE_UP, MAGNITUDE)
-    ranked = (DOWN, TABLE_DOWN)
+    leaves = tuple(dict.fromkeys((*LEAVES.values(), *TABLE_LEAVES.values())))
+    ranked = (LEAVES[lora.DOWN], TABLE_LEAVES[lora.DOWN])
     alpha_field = "lora_alpha"
     only_bias = "lora_only"
     neutral = NEUTRAL
@@ -82,8 +89,9 @@ class LoraConfig(Patterned):
     @property
     def endings(self) -> tuple[str, ...]:
         """Biases and magnitudes only where the config has them."""
-        off = {UP_BIAS: not self.lora_bias, MAGNITUDE: not self.use_dora}
-        return tuple(leaf for leaf in self.leaves if not off.get(leaf))
+        off = {lora.BIAS: not self.lora_bias, lora.MAGNITUDE: not self.use_dora}
+        left_out = {LEAVES[role] for role, is_off in off.items() if is_off}
+        return tuple(leaf for leaf in self.leaves if leaf not in left_out)
 
     def check(self, fields: Mapping[str, object], origin: str, strict: bool) -> None:
         """Refuses, or with ``strict=False`` warns of, an initialisation that changed the base."""
@@ -192,67 +200,35 @@ def _rank_and_scale(update: AnyUpdate) -> tuple[int, float]:
 
 
 def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
-    """Reads the update of one layer: shapes and rank must agree with each other and the config.
+    """Reads the update of one layer: its tensors must be those that the config says.
 
-    ``lora_A`` is (r, in) or (r, in, *kernel), ``lora_B`` (out, r) or (out, r / groups, 1, ...); of
-    a table (num, dim) ``lora_embedding_A`` is (r, num) and ``lora_embedding_B`` (dim, r), which are
-    already down and up of a layer from num to dim. ``lora_magnitude_vector`` is (out,), or
-    (1, out, 1, ...) of a convolution.
+    Of a table (num, dim) the factors are (r, num) and (dim, r), which are already down and up of a
+    layer from num to dim.
     """
-    is_table = TABLE_DOWN in tensors or TABLE_UP in tensors
-    first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
-    _check_leaves(tensors, (first, second), config, is_table)
-    down, up = tensors[first], tensors[second]
-    rank, scale = config.rank_and_scale(path)
-    shapes = f"{first.partition('.')[0]} {tuple(down.shape)} and {tuple(up.shape)}"
-    kernel = down.ndim - 2
-    fits = kernel in ((0,) if is_table else (0, 1, 2, 3)) and up.ndim == down.ndim
-    if not fits or sizes_of(UP_AXES, up.shape) is None:
+    is_table = any(TABLE_LEAVES[role] in tensors for role in (lora.DOWN, lora.UP))
+    leaves = TABLE_LEAVES if is_table else LEAVES
+    wanted = {role: leaf for role, leaf in leaves.items() if leaf in config.endings}
+    factors = {wanted[lora.DOWN], wanted[lora.UP]}
+    if ({*wanted.values()} ^ tensors.keys()) - factors:
         raise AdapterError(
-            f"{shapes} are no pair: expected (r, in) and (out, r), or of a "
-            "convolution (r, in, *kernel) and (out, r, 1, ...)"
-        )
-    ranks = up.shape[1] if kernel == 0 else rank - rank % max(up.shape[1], 1)
-    if down.shape[0] != rank or ranks != rank:
-        raise AdapterError(
-            f"{shapes} should be of rank {rank} by r or rank_pattern: (r, in) and (out, r)"
-        )
-    bias, magnitude = (
-        _vector(tensors, leaf, axes, up.shape[0], kernel)
-        for leaf, axes in ((UP_BIAS, "n"), (MAGNITUDE, magnitude_axes(kernel)))
-    )
-    tokens = config.alora_invocation_tokens or ()
-    if tokens and (is_table or kernel or magnitude is not None):
-        raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
-    update = Update(down, up.flatten(1), scale, "lora", bias, magnitude, invocation=tokens)
-    update = replace(update, stored=EMBEDDING) if is_table else update
-    return with_kind(update, config.use_rslora)
-
-
-def _check_leaves(
-    tensors: Tensors, pair: tuple[str, str], config: LoraConfig, is_table: bool
-) -> None:
-    missing = [leaf for leaf in pair if leaf not in tensors]
-    if missing:
-        raise AdapterError(f"half of a pair, {missing[0]} is missing beside {sorted(tensors)}")
-    wanted = {*pair, *([MAGNITUDE] if config.use_dora else [])}
-    wanted |= {UP_BIAS} if config.lora_bias and not is_table else set()
-    odd = sorted(wanted ^ tensors.keys())
-    if odd:
-        raise AdapterError(
-            f"has {sorted(tensors)}, expected {sorted(wanted)}: lora_bias is "
+            f"has {sorted(tensors)}, expected {sorted(wanted.values())}: lora_bias is "
             f"{config.lora_bias} and use_dora {config.use_dora}"
         )
-
-
-def _vector(tensors: Tensors, leaf: str, axes: str, out: int, kernel: int) -> torch.Tensor | None:
-    """A tensor with a number for each output, as (out,); None where there is none."""
-    vector, expected = tensors.get(leaf), shape_of(axes, {"n": out}, (1,) * kernel)
-    if vector is None:
-        return None
-    if tuple(vector.shape) != expected:
-        raise AdapterError(f"{leaf} {tuple(vector.shape)}, expected {expected} as lora_B has it")
-    return vector.flatten()
+    roles = {role: (leaf, tensors[leaf]) for role, leaf in wanted.items() if leaf in tensors}
+    rank, scale = config.rank_and_scale(path)
+    update = lora.read(
+        roles,
+        _TABLE_FORM if is_table else _FORM,
+        scale=scale,
+        rank=(rank, "r or rank_pattern"),
+        is_table=is_table,
+        use_rslora=config.use_rslora,
+        invocation=config.alora_invocation_tokens or (),
+    )
+    is_linear = not is_table and update.down.ndim == 2
+    if update.invocation and not (is_linear and update.magnitude is None):
+        raise AdapterError("aLoRA acts on linear layers, without DoRA; leave this one out")
+    return update
 
 
 def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
@@ -261,12 +237,7 @@ def lora_tensors(update: Update, has_bias: bool) -> dict[str, torch.Tensor]:
     A layer that has no bias gets zeros where any layer of the adapter has one (``has_bias``).
     """
     update = for_parameter(update)
-    is_table = is_embedding(update.stored)
-    first, second = (TABLE_DOWN, TABLE_UP) if is_table else (DOWN, UP)
-    tensors = {first: update.down, second: up_beside(update.down, update.up)}
-    if has_bias:
-        zero = update.up.new_zeros(update.up.shape[0])
-        tensors[UP_BIAS] = zero if update.bias is None else update.bias
-    if update.magnitude is not None:
-        tensors[MAGNITUDE] = magnitude_beside(update.down, update.magnitude)
-    return tensors
+    if has_bias and update.bias is None:
+        update = replace(update, bias=update.up.new_zeros(update.up.shape[0]))
+    leaves = TABLE_LEAVES if is_embedding(update.stored) else LEAVES
+    return {leaves[role]: tensor for role, tensor in lora.stored(update, _FORM).items()}

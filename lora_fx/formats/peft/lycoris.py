@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
-from lora_fx.formats.dialects import with_settings
+from lora_fx.adapters.updates import with_settings
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors
 from lora_fx.formats.peft.fields import Fields, checked, words
 

@@ -11,8 +11,8 @@ import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import checked_rank
+from lora_fx.adapters.updates import with_settings
 from lora_fx.errors import AdapterError
-from lora_fx.formats.dialects import with_settings
 from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import checked, words
 from lora_fx.layers.base_layers import BaseLayers

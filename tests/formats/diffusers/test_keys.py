@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_fx.formats.dialects import ALPHA, BIAS, DOWN, MAGNITUDE, UP
+from lora_fx.formats.dialects import ALPHA
 from lora_fx.formats.diffusers.keys import sort_by_component, speaks_diffusers
+from lora_fx.kinds.lora import BIAS, DOWN, MAGNITUDE, UP
 
 SPELLINGS = {
     "unet.b.0.attn1.to_q.lora_A.weight": ("unet", "b.0.attn1.to_q", DOWN),

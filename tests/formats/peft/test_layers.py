@@ -132,7 +132,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an old oft": ("linear oft", {"peft_version": "0.17.0"}, r"before 0\.18"),
     "magnitudes": ("linear lora", {"use_dora": True}, r"wide: has .*use_dora True"),
     "a size of a magnitude": ("conv2d dora", {"wide.lora_magnitude_vector": (6,)},
-     r"wide: lora_magnitude_vector \(6,\), expected \(1, 6, 1, 1\)"),
+     r"wide: lora_magnitude_vector is \(6,\), expected \(1, 6, 1, 1\)"),
     "tokens": (BESIDE, {"trainable_token_indices": {"wide": [9]}},
      "wide: 1 indices, .* and 2 rows"),
     "a name of tokens": (BESIDE, {"trainable_token_indices": {"other": [9, 2]}},

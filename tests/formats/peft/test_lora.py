@@ -26,12 +26,12 @@ def test_a_table_beside_biases_has_none() -> None:
     ("shapes", "message"),
     [
         (PAIR | TABLE, "has .*, expected"),
-        ({"lora_embedding_A": (2, 11)}, "half of a pair, lora_embedding_B is missing"),
-        (CONV | {"lora_B.weight": (6, 2)}, "are no pair"),
-        (CONV | {"lora_B.weight": (6, 2, 3, 1)}, "are no pair"),
-        (CONV | {"lora_B.weight": (6, 3, 1, 1)}, "should be of rank 2"),
+        ({"lora_embedding_A": (2, 11)}, "half of a pair, up is missing"),
+        (CONV | {"lora_B.weight": (6, 2)}, r"lora_B.weight is \(6, 2\), exp"),
+        (CONV | {"lora_B.weight": (6, 2, 3, 1)}, r"is \(6, 2, 3, 1\), expected"),
+        (CONV | {"lora_B.weight": (6, 3, 1, 1)}, "r = 2: the ranks differ"),
         (TABLE | {"lora_embedding_A": (3, 11)}, r"lora_embedding_A \(3, 11\) .* rank 2"),
-        ({"lora_embedding_A": (2, 11, 1), "lora_embedding_B": (5, 2, 1)}, "are no pair"),
+        ({"lora_embedding_A": (2, 11, 1), "lora_embedding_B": (5, 2, 1)}, r"expected \(r, in\)"),
     ],
 )
 def test_shapes_that_are_of_no_layer_are_refused(shapes: Shapes, message: str) -> None:

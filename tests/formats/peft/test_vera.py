@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.adapters.updates import with_settings
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.dialects import with_settings
 from lora_fx.formats.peft.vera import VeraConfig
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fx.adapters.adapter import Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats.kohya.read import updates_of
+from lora_fx.formats.kohya import updates_of
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative
 
