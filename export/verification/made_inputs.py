@@ -73,8 +73,8 @@ def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, in
     """
     names = [s for v in inputs for s in v.shape if isinstance(s, str)]
     parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
-    for start in (2, 3):
-        sizes = {part: start + 2 * place for place, part in enumerate(parts)}
+    for start in (2, 1):  # and few: of a large model a token more is a second more
+        sizes = {part: start + place for place, part in enumerate(parts)}
         for one in apart:
             yield _summed(names, sizes | {one: 1})
         if not apart:
