@@ -127,6 +127,9 @@ def test_a_cache_with_room_is_written_in_place() -> None:
     share_caches(shared)
     assert writes_in_place(ir.to_proto(shared))
     assert not writes_in_place(ir.to_proto(model()))
+    read_besides = ir.to_proto(shared)
+    read_besides.graph.node.add(op_type="Neg", input=["past_key_values.0.key"], output=["other"])
+    assert not writes_in_place(read_besides)
     opened = session(shared)
     binding, buffers = opened.io_binding(), {}
     for name, value in given.items():
