@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import ExportError
 from lora_fx.export.runtime.in_place import AXES, OPERATOR
 from lora_fx.export.spelling.causal import hides_what_follows
 from lora_fx.export.spelling.heads import HEADS_FIRST, before_heads, joined_heads
@@ -49,8 +49,9 @@ def share_caches(model: ir.Model) -> dict[str, int]:
     others = [given for given in graph.inputs if given not in pasts]
     reasons = [*dict.fromkeys(_reasons(cached, others))]
     if reasons:
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
         raise ExportError(
-            f"shared_cache: {shorten(reasons, 3)}. Leave it out, and a cache is copied at each step"
+            f"shared_cache: {reasons[0]}{more}. Leave it out, and a cache is copied at each step"
         )
     axes = _Axes.of(cached[0])
     for past in pasts:

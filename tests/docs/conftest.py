@@ -41,7 +41,7 @@ def _model() -> Any:
     from lora_fx.testing import tiny
 
     torch.manual_seed(0)
-    return tiny("LlamaForCausalLM", use_cache=True)
+    return tiny("LlamaForCausalLM", use_cache=True, head_dim=8)
 
 
 def _llama(world: World) -> None:
