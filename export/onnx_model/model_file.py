@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +15,7 @@ from google.protobuf.message import DecodeError
 from lora_fx.errors import ExportError, LoraFxError, advised, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
-from lora_fx.export.onnx_model.tensor_protos import check_model
+from lora_fx.export.onnx_model.tensor_protos import check_model, every_node
 from lora_fx.export.onnx_model.wire import check_outline
 from lora_fx.export.slots.foreign import foreign_manifest
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
@@ -23,6 +25,9 @@ from lora_fx.io.plain_file import check_plain
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
+_MICROSOFT = "com.microsoft"
+# From which opset on onnx has what onnxruntime's fusions write in ONNX's domain in any.
+_SINCE = {"LayerNormalization": 17, "SimplifiedLayerNormalization": math.inf}
 _MAX_MODEL = (1 << 31) - 1  # protobuf's own limit
 
 
@@ -58,10 +63,28 @@ def write_model(
         for value, tensor in weights.items():
             value.const_value = tensor
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        _check_valid(model, path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         said = " ".join(str(error).split())
         raise ExportError(f"{path.name}: the result is not valid ONNX: {said:.300}") from error
+
+
+def _check_valid(model: ir.Model, path: Path) -> None:
+    """Asks onnx of a file, with onnxruntime's own operators in a domain of theirs."""
+    opset = model.opset_imports.get("", 0)
+    if not any(opset < _SINCE.get(node.op_type, 0) for node in model.graph.all_nodes()):
+        onnx.checker.check_model(str(path), full_check=True)
+        return
+    proto = onnx.load(str(path), load_external_data=False)
+    for node in every_node(proto):
+        if not node.domain and opset < _SINCE.get(node.op_type, 0):
+            node.domain = _MICROSOFT
+    if all(entry.domain != _MICROSOFT for entry in proto.opset_import):
+        proto.opset_import.add(domain=_MICROSOFT, version=1)
+    # Beside the file: what holds its weights is there.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix) as apart:
+        onnx.save(proto, apart.name)
+        onnx.checker.check_model(apart.name, full_check=True)
 
 
 def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
-from onnx import ModelProto, TensorProto, external_data_helper, helper
+from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helper
 
 from lora_fx.errors import ExportError
 
@@ -28,6 +28,11 @@ _OLDEST_IR = 3  # before it a model said nothing of its operator sets
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
     """All tensors of a model: of graphs and branches, attributes, functions, sparse ones."""
     return (message for message, _ in _messages(model) if isinstance(message, TensorProto))
+
+
+def every_node(model: ModelProto) -> Iterator[NodeProto]:
+    """All nodes of a model: of graphs, branches and functions."""
+    return (message for message, _ in _messages(model) if isinstance(message, NodeProto))
 
 
 def _messages(model: ModelProto) -> Iterator[tuple[Message, Sequence[Any]]]:

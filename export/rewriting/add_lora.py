@@ -22,9 +22,10 @@ from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
-from lora_fx.export.rewriting.file_layers import layers_in
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
+from lora_fx.export.rewriting.missed_calls import missed_calls
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
@@ -131,6 +132,7 @@ def _open(
     layers, nameless = named_layers(every, names)
     chosen = _chosen(layers, nameless, slots)
     _refuse_fused(chosen, names)
+    _refuse_missed(every, chosen, names)
     for value in [v for v in model.graph.inputs if v.is_initializer()]:
         model.graph.inputs.remove(value)  # a constant, where nobody overrides it
     found = []
@@ -181,6 +183,18 @@ def _refuse_fused(chosen: Paths, names: Mapping[str, str]) -> None:
             "into it, and what an adapter adds would miss that: export the model so that it stays, "
             "which torch.onnx does where it is told not to optimise, and TorchScript's exporter "
             "not to fold constants; or name it in names= to take the weight as it is"
+        )
+
+
+def _refuse_missed(every: Sequence[FileLayer], chosen: Paths, names: Mapping[str, str]) -> None:
+    """An adapter of a layer is one of all its calls."""
+    given = set(names.values())
+    asked = {path: calls for path, calls in chosen.items() if path not in given}
+    if found := [f"{path} (by {node})" for path, node in missed_calls(every, asked).items()]:
+        raise ExportError(
+            f"{shorten(found)}: called once more where no slot can stand: what an adapter adds "
+            "would miss that: export the model without fusing or nesting that call, choose other "
+            "layers in slots=, or name it in names= to open the other calls alone"
         )
 
 

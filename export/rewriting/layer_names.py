@@ -74,7 +74,8 @@ def path_of(
 ) -> str | None:
     """By the weight, if it bears the name of a parameter and is no table too; else by the node.
 
-    A second call of a layer is a node of the first one's name and a number.
+    A second call of a layer is a node of the first one's name and a number, with its weight or,
+    where a tool made one for each call, an equal one.
 
     Args:
         layer: a call of it.
@@ -89,9 +90,18 @@ def path_of(
     scope = by_node["path"].replace("/", ".") if by_node else None
     path = _by_scope(layer.node) or (scope and _moved(scope, parents))
     first = re.sub(r"_\d+$", "", path or "")
-    if any(call.weight is layer.weight for call in known.get(first, ())):
+    if any(is_same(call.weight, layer.weight) for call in known.get(first, ())):
         return first
     return path or _by_bias(layer.node)
+
+
+def is_same(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two weights are one, or equal bit for bit."""
+    held = one.const_value, other.const_value
+    if one is other or held[0] is None or held[1] is None:
+        return one is other
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and held[0].tobytes() == held[1].tobytes()
 
 
 def is_fused(layer: FileLayer) -> bool:
@@ -167,8 +177,9 @@ def _by_bias(node: ir.Node) -> str | None:
 
 
 def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
-    weights = list(dict.fromkeys(str(call.weight.name) for call in calls))
-    if len(weights) > 1 or len({(call.kind, call.shape) for call in calls}) > 1:
+    is_one = all(is_same(call.weight, calls[0].weight) for call in calls)
+    if not is_one or len({(call.kind, call.shape) for call in calls}) > 1:
+        weights = list(dict.fromkeys(str(call.weight.name) for call in calls))
         nodes = [str(call.node.name) for call in calls]
         raise ExportError(
             f"{path}: two layers of one name: nodes {shorten(nodes)}, weights {shorten(weights)}; "

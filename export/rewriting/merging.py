@@ -9,6 +9,7 @@ import torch
 from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 
+from lora_fx.export.onnx_model.identities import DropIdentities
 from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor, Part
 from lora_fx.export.rewriting.neutral import ONE, ZERO, Join, Neutral, read_neutral, take_out
 from lora_fx.export.rewriting.slot_change import acts, axes_of, changes_of, shift_of
@@ -182,7 +183,7 @@ class _Merging:
                 self._model.graph.inputs.remove(self._inputs[name])
         self._model.metadata_props.pop(KEY, None)
         ir.passes.Sequential(
-            common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.OutputFixPass()
+            DropIdentities(), common.RemoveUnusedNodesPass(), common.OutputFixPass()
         )(self._model)
 
 

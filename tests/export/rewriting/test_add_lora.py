@@ -420,3 +420,121 @@ def test_peft_s_own_directory_fits(tmp_path: Path) -> None:
     assert stored["fc.lora_A"].shape == (3, 0)
     assert np.array_equal(stored["fc.weight"], numpy_helper.to_array(
         next(t for t in onnx.load(base).graph.initializer if t.name == "fc.weight")))  # fmt: skip
+
+
+def calls_elsewhere(how: str, weight: np.ndarray[Any, Any], path: Path) -> Path:
+    """A layer called once as a product, and once more in another way; the sum of both."""
+    h = onnx.helper
+    held, functions = [numpy_helper.from_array(weight, "fc.weight")], []
+    own = h.make_node("MatMul", ["x", "fc.weight"], ["one"])
+    other = h.make_node("MatMul", ["x", "fc.weight"], ["two"])
+    total = h.make_node("Add", ["one", "two"], ["y"])
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 5)))
+    if how == "in a branch":
+        then = h.make_graph([other], "then", [], [h.make_tensor_value_info("two", 1, None)])
+        held.append(numpy_helper.from_array(np.array(True), "is_so"))
+        middle = [h.make_node("If", ["is_so"], ["two"], then_branch=then, else_branch=then)]
+    elif how == "in a function":
+        body = h.make_node("MatMul", ["a", "w"], ["b"])
+        functions = [h.make_function("f", "Fc", ["a", "w"], ["b"], [body], own_opsets())]
+        middle = [h.make_node("Fc", ["x", "fc.weight"], ["two"], domain="f")]
+    elif how == "fused":
+        other.op_type, other.domain = "FusedMatMul", "com.microsoft"
+        middle = [other]
+    else:  # as attention is fused: [q | k | v]
+        packed = np.concatenate([weight + 1, weight], axis=1)
+        held.append(numpy_helper.from_array(packed, "packed"))
+        held.append(numpy_helper.from_array(np.array([5, 5]), "sizes"))
+        product = h.make_node("FusedMatMul", ["x", "packed"], ["both"], domain="com.microsoft")
+        parts = h.make_node("Split", ["both", "sizes"], ["zero", "two"], axis=1)
+        middle = [product, parts]
+    graph = h.make_graph([own, *middle, total], "g", [x], [y], held)
+    kept = {"opset_imports": own_opsets(), "ir_version": 10, "functions": functions}
+    onnx.save(h.make_model(graph, **kept), str(path))
+    return path
+
+
+def own_opsets() -> list[onnx.OperatorSetIdProto]:
+    pairs = ("", 20), ("com.microsoft", 1), ("f", 1)
+    return [onnx.helper.make_opsetid(domain, version) for domain, version in pairs]
+
+
+@pytest.mark.parametrize("how", ["in a branch", "in a function", "fused", "packed with others"])
+def test_a_layer_that_is_called_where_no_slot_stands_is_refused(how: str, tmp_path: Path) -> None:
+    """Taken as it is, an adapter acts on half of the calls."""
+    weight, x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32), ROWS[0]
+    base = calls_elsewhere(how, weight, tmp_path / "base.onnx")
+    with pytest.raises(ExportError, match=r"fc \(by .*\): called once more where no slot can"):
+        add_lora(base, tmp_path / "slots.onnx")
+    assert not (tmp_path / "slots.onnx").exists()
+    adapter = make_adapter({"fc": (5, 3)}, scale=0.3)
+    _, half = with_adapter(base, adapter, x, tmp_path, names={"fc.weight": "fc"})
+    update: Any = adapter.updates["fc"]
+    own = torch.from_numpy(weight)
+    assert compare(half, x @ own + x @ (own + update.delta().T)).ok
+    assert not compare(half, 2 * x @ (own + update.delta().T)).ok
+
+
+class Simplified(nn.Module):
+    """A norm by its root mean square, written out."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(5), Simplified(5)])
+def test_a_norm_that_onnxruntime_fused_in_the_domain_of_onnx(
+    norm: nn.Module, tmp_path: Path
+) -> None:
+    """onnx knows no LayerNormalization before opset 17, and the simplified one never."""
+    torch.manual_seed(0)
+    model, kept = nn.Sequential(nn.Linear(3, 5), norm, nn.Linear(5, 7)).eval(), tmp_path / "kept"
+    adapter = make_adapter({"0": (5, 3), "2": (7, 5)}, scale=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (ROWS,), str(kept), dynamo=False, opset_version=13,
+            input_names=["x"], output_names=["y"],
+        )  # fmt: skip
+    base, options = tmp_path / "base.onnx", ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(base)
+    ort.InferenceSession(str(kept), options)
+    fused = [n for n in onnx.load(base).graph.node if n.op_type.endswith("LayerNormalization")]
+    assert [n.domain for n in fused] == [""]
+    with pytest.raises(onnx.checker.ValidationError, match="No Op registered"):
+        onnx.checker.check_model(str(base))
+    nodes = [n for n in onnx.load(base).graph.node if n.op_type in ("MatMul", "Gemm")]
+    names = dict(zip([n.input[1] for n in nodes], adapter.updates, strict=True))
+    alone, adapted = with_adapter(base, adapter, ROWS, tmp_path, external_data_above=0, names=names)
+    wanted_alone, wanted = eager(model, adapter, ROWS)
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    assert compare(adapted, wanted_alone).relative > 1e-2
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_a_second_call_with_an_equal_weight_takes_the_same_adapter(tmp_path: Path) -> None:
+    """A weight that a tool stored once for each of its readers."""
+    torch.manual_seed(0)
+    model = Ragged()
+    base = exported(model, ROWS, tmp_path / "base.onnx")
+    file = onnx.load(base)
+    first, second = (n for n in file.graph.node if n.name.startswith("/again"))
+    tensor = next(t for t in file.graph.initializer if t.name == first.input[1])
+    file.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensor), "copy"))
+    second.input[1] = "copy"
+    onnx.save(file, base)
+    adapter = make_adapter({"again": (5, 5)}, scale=0.3)
+    alone, adapted = with_adapter(base, adapter, ROWS, tmp_path)
+    merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    wanted_alone, wanted = eager(model.eval(), adapter, ROWS)
+    assert Session(tmp_path / "slots.onnx").slots == ["wide", "again", "narrow"]
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": ROWS})["y"], wanted).ok
+    assert compare(adapted, wanted_alone).relative > 1e-2

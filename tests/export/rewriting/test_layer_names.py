@@ -57,3 +57,20 @@ def test_a_scope_becomes_the_path_that_parameters_beside_it_have(name: str) -> N
     found, nameless = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
     assert set(found) == wanted
     assert not nameless
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_second_call_may_have_an_equal_weight_of_its_own(is_equal: bool) -> None:
+    """As tools leave a shared weight that they rewrite once for each reader."""
+    x = value = ir.val("x", ir.DataType.FLOAT, (2, 4))
+    made, initializers = [], []
+    for place, scope in enumerate(("fc", "fc_1")):
+        numbers = np.full((4, 4), 1 if is_equal else 1 + place, np.float32)
+        own = ir.val(f"onnx::MatMul_{place}", const_value=ir.tensor(numbers))
+        initializers.append(own)
+        made.append(ir.node("MatMul", [value, own], name=f"/{scope}/MatMul"))
+        value = made[-1].outputs[0]
+    graph = ir.Graph([x], [value], nodes=made, initializers=initializers, opset_imports={"": 20})
+    found, _ = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
+    calls = {path: len(layers) for path, layers in found.items()}
+    assert calls == ({"fc": 2} if is_equal else {"fc": 1, "fc_1": 1})

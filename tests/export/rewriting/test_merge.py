@@ -18,14 +18,14 @@ from torch import nn
 
 from lora_fx import Adapter, inject, trace
 from lora_fx.errors import AdapterError, ExportError, VerificationError
-from lora_fx.export import Session, export_adapter, merge_onnx, to_onnx
+from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, to_onnx
 from lora_fx.export.onnx_model.digests import KEY, metadata
 from lora_fx.export.rewriting import merge
 from lora_fx.export.slots.choose import chosen_slots
 from lora_fx.export.slots.probe import probe
 from lora_fx.formats import save_adapter
 from lora_fx.numerics import compare
-from lora_fx.testing import Attention, Experts, Ragged, Shared, Tied
+from lora_fx.testing import Attention, Experts, Ragged, Shared, Tied, make_adapter
 
 
 def louder(adapter: Adapter) -> Adapter:
@@ -279,3 +279,34 @@ def test_groups_that_are_not_mixed_are_merged(grouped: Any, tmp_path: Path) -> N
     found = Session(tmp_path / "m.onnx").run({"input": x})["output"]
     assert compare(found, inject(gm, adapter)(x).detach()).ok
     assert compare(found, gm(x).detach()).relative > 1e-2
+
+
+def test_a_branch_that_hands_on_what_a_layer_gives(tmp_path: Path) -> None:
+    """``If(c): Identity(y)`` keeps its output, which is named in the branch alone."""
+    h, weight = onnx.helper, np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    branches = {
+        f"{name}_branch": h.make_graph(
+            [h.make_node(kind, ["y"], [name])], name, [], [h.make_tensor_value_info(name, 1, None)]
+        )
+        for name, kind in (("then", "Identity"), ("else", "Neg"))
+    }
+    nodes = [
+        h.make_node("MatMul", ["x", "fc.weight"], ["y"]),
+        h.make_node("If", ["is_so"], ["z"], **branches),
+    ]
+    x, z = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("z", 5)))
+    is_so = h.make_tensor_value_info("is_so", onnx.TensorProto.BOOL, [])
+    held = [numpy_helper.from_array(weight, "fc.weight")]
+    graph = h.make_graph(nodes, "g", [x, is_so], [z], held)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "base.onnx"))
+    adapter = make_adapter({"fc": (5, 3)}, scale=0.3)
+    add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx")
+    merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "m.onnx")
+    update: Any = adapter.updates["fc"]
+    own, rows = torch.from_numpy(weight), ROWS[0]
+    wanted = rows @ (own + update.delta().T)
+    for is_first, sign in ((True, 1), (False, -1)):
+        found = Session(tmp_path / "m.onnx").run({"x": rows, "is_so": np.array(is_first)})["z"]
+        assert compare(found, sign * wanted).ok
+        assert compare(found, sign * rows @ own).relative > 1e-2
