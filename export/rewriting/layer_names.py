@@ -90,9 +90,15 @@ def path_of(
     scope = by_node["path"].replace("/", ".") if by_node else None
     path = _by_scope(layer.node) or (scope and _moved(scope, parents))
     first = re.sub(r"_\d+$", "", path or "")
-    if any(is_same(call.weight, layer.weight) for call in known.get(first, ())):
+    if any(_may_be_one(call, layer) for call in known.get(first, ())):
         return first
     return path or _by_bias(layer.node)
+
+
+def _may_be_one(one: FileLayer, other: FileLayer) -> bool:
+    """Whether two calls may be of one layer: of a weight of which a few bits are left, by shape."""
+    is_told = one.quantised == other.quantised
+    return is_same(one.weight, other.weight) if is_told else one.shape == other.shape
 
 
 def is_same(one: ir.Value, other: ir.Value) -> bool:

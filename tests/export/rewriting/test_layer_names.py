@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from lora_fx.errors import ExportError
 from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.layer_names import named_layers
 
@@ -74,3 +75,27 @@ def test_a_second_call_may_have_an_equal_weight_of_its_own(is_equal: bool) -> No
     found, _ = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
     calls = {path: len(layers) for path, layers in found.items()}
     assert calls == ({"fc": 2} if is_equal else {"fc": 1, "fc_1": 1})
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_second_call_of_what_a_tool_packed_once_is_not_taken_for_another_layer(size: int) -> None:
+    """Its weight cannot be told from that of a few bits, but for its shape."""
+    x = ir.val("x", ir.DataType.FLOAT, (2, 32))
+    plain = ir.val("w", const_value=ir.tensor(np.ones((32, size), np.float32)))
+    packed = ir.val("w_Q4", const_value=ir.tensor(np.zeros((32, 1, 16), np.uint8)))
+    scales = ir.val("w_s", const_value=ir.tensor(np.ones(32, np.float32)))
+    first = ir.node(
+        "MatMulNBits", [x, packed, scales], {"K": 32, "N": 32, "bits": 4, "block_size": 32},
+        name="/fc/MatMul_Q4", domain="com.microsoft",
+    )  # fmt: skip
+    second = ir.node("MatMul", [first.outputs[0], plain], name="/fc_1/MatMul")
+    made, held = [first, second], [packed, scales, plain]
+    opsets = {"": 20, "com.microsoft": 1}
+    graph = ir.Graph([x], second.outputs, nodes=made, initializers=held, opset_imports=opsets)
+    every = list(layers_in(ir.Model(graph, ir_version=10)))
+    assert [layer.quantised for layer in every] == [True, False]
+    if size == 32:
+        with pytest.raises(ExportError, match=r"fc: two layers of one name.*names="):
+            named_layers(every, {})
+    else:
+        assert [*named_layers(every, {})[0]] == ["fc", "fc_1"]
