@@ -104,10 +104,18 @@ def empty_cache(session: Any, batch: int, room: int = 0) -> dict[str, Any]:
         session: of the model.
         batch: rows of the prompt.
         room: for so many positions, of a cache that is written in place.
+
+    Raises:
+        ExportError: the file does not say how many heads its cache has, or how large they are.
     """
     start: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith(PAST):
+            if len(value.shape) != 4 or not all(isinstance(n, int) for n in value.shape[1::2]):
+                raise ExportError(
+                    f"{value.name} is {value.shape}: expected (batch, heads, past, size), heads "
+                    "and size as numbers; a file of another exporter's runs in its own client"
+                )
             _, heads, _, size = value.shape
             empty = np.zeros((batch, heads, room, size), dtype=_DTYPES[value.type])
             start[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)

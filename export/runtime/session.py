@@ -23,7 +23,7 @@ from lora_fx.export.runtime.generation import (
     prompt,
     steps,
 )
-from lora_fx.export.runtime.in_place import run_in_place, writes_in_place
+from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_in_place
 from lora_fx.export.runtime.ort import call, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
@@ -65,6 +65,7 @@ class Session:
         if check:
             check_digests(proto, self._path)
         self._in_place = writes_in_place(proto)
+        self._counts_mask = self._in_place and not axes_in_place(proto)
         del proto
         self._session = open_session(self._path, threads=threads, providers=providers)
         self._adapters: dict[Path | None, tuple[Stamp | None, ActiveAdapter]] = {}
@@ -165,6 +166,11 @@ class Session:
         """
         self._check_decoder()
         ids, mask = prompt(input_ids, attention_mask)
+        if self._counts_mask and not mask.all():
+            raise ExportError(
+                f"{self._path}: of another exporter's, it reads how much came before off the mask, "
+                "so padding on the left is none to it: give each prompt alone"
+            )
         ends = Ends.of(self._path, eos_token_id, pad_token_id)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
         room = ids.shape[1] + max_new_tokens if self._in_place else 0

@@ -32,7 +32,7 @@ from lora_fx import (
 from lora_fx.cli.commands import export_model, verify_model
 from lora_fx.cli.model_source import find_model
 from lora_fx.export import merge_onnx, quantize_onnx
-from lora_fx.export.runtime.in_place import OPERATOR, writes_in_place
+from lora_fx.export.runtime.in_place import AXES, OPERATOR, writes_in_place
 from lora_fx.export.spelling.attention import FuseAttention
 from lora_fx.testing import make_adapter
 
@@ -261,6 +261,19 @@ def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_pa
     assert np.array_equal(wanted, merged.generate(IDS, 16, **given))
     for name in ("merged.onnx", "packed.onnx"):
         assert writes_in_place(onnx.load(tmp_path / name))
+    of_others = onnx.load(tmp_path / "merged.onnx")
+    kept = [each for each in of_others.metadata_props if each.key != AXES]
+    del of_others.metadata_props[:]
+    of_others.metadata_props.extend(kept)
+    onnx.save(of_others, tmp_path / "theirs.onnx")
+    theirs = Session(tmp_path / "theirs.onnx", check=False)
+    assert theirs.generate(IDS[1:], 2, eos_token_id=[]).shape == (1, 14)
+    with pytest.raises(ExportError, match="give each prompt alone"):
+        theirs.generate(IDS, 2, **given)
+    of_others.graph.input[-1].type.tensor_type.shape.dim[3].dim_param = "size"
+    onnx.save(of_others, tmp_path / "theirs.onnx")
+    with pytest.raises(ExportError, match=r"heads and size as numbers"):
+        Session(tmp_path / "theirs.onnx", check=False).generate(IDS[1:], 2)
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
     past = {n: np.zeros((2, 2, 3, 8), np.float32) for n in merged.inputs if n.startswith("past")}
     feed = {"input_ids": IDS[:, 3:], "attention_mask": MASK, "position_ids": positions[:, 3:]}
