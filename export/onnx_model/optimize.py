@@ -9,6 +9,7 @@ import torch
 from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 
+from lora_fx.export.onnx_model.identities import DropIdentities
 from lora_fx.export.onnx_model.tied import MultiplyTied
 
 
@@ -28,7 +29,7 @@ def clean(model: ir.Model) -> None:
         FoldConstants(weights),
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
-        common.IdentityEliminationPass(),
+        DropIdentities(),
         common.RemoveUnusedNodesPass(),
         common.OutputFixPass(),
         common.RemoveUnusedOpsetsPass(),

@@ -103,6 +103,28 @@ def test_a_second_run_changes_nothing(module: nn.Module) -> None:
     assert not any(step(model).modified for step in steps)
 
 
+class HandsOn(nn.Module):
+    """One branch gives what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = (lambda y: y.clone()), (lambda y: y * 2.0)
+        return torch.tanh(torch.cond(x.sum() > 0, *branches, (self.fc(x),)))  # type: ignore[no-any-return]
+
+
+def test_a_branch_may_hand_on_what_it_was_given(tmp_path: Path) -> None:
+    module, x = HandsOn().eval(), torch.ones(2, 4)
+    lora_fx.to_onnx(trace(module, (x,)), tmp_path / "m.onnx")
+    session = lora_fx.Session(tmp_path / "m.onnx", threads=1)
+    for given in (x, -x):
+        found = torch.from_numpy(session.run({"x": given})[session.outputs[0]])
+        assert relative(found, module(given)) < 1e-6
+        assert relative(found, torch.tanh(module.fc(given) * (2 if given is x else 1))) > 0.1
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_without_a_bias_has_none_in_onnx(
