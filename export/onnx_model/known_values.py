@@ -23,9 +23,12 @@ def without_known_calls(program: torch.export.ExportedProgram) -> None:
     Before -> after: ``erfinv(sub(2 * 0.95, 1))`` -> ``1.163``. Where an input or a weight has a say
     it stays, and is refused by whoever translates it.
     """
+    lacking = [node for node in program.graph.nodes if node.target in _LACKING]
+    if not lacking:
+        return
     state = KnownValues(program)
-    for node in list(program.graph.nodes):
-        value = state.value(node) if node.target in _LACKING else None
+    for node in lacking:
+        value = state.value(node)
         if value is not None:
             node.replace_all_uses_with(state.constant(value))
             program.graph.erase_node(node)

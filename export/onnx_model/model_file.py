@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from lora_fx.errors import ExportError, LoraFxError, advised, within
 from lora_fx.export.onnx_model.digested_writes import Watched
 from lora_fx.export.onnx_model.digests import seal
-from lora_fx.export.onnx_model.tensor_protos import check_model, every_node
+from lora_fx.export.onnx_model.tensor_protos import MICROSOFT, check_model, every_node
 from lora_fx.export.onnx_model.wire import check_outline
 from lora_fx.export.slots.foreign import foreign_manifest
 from lora_fx.export.slots.manifest import Manifest, check_slots, read_manifest
@@ -25,7 +25,6 @@ from lora_fx.io.plain_file import check_plain
 INLINE_LIMIT = 128_000_000  # a protobuf is held whole in memory, several times, to be written
 _ALIGNMENT = 4096  # a memory page: onnxruntime maps weights that start on one
 _INLINE = 256  # bytes of a tensor that stays in the model file though others lie beside it
-_MICROSOFT = "com.microsoft"
 # From which opset on onnx has what onnxruntime's fusions write in ONNX's domain in any.
 _SINCE = {"LayerNormalization": 17, "SimplifiedLayerNormalization": math.inf}
 _MAX_MODEL = (1 << 31) - 1  # protobuf's own limit
@@ -78,9 +77,9 @@ def _check_valid(model: ir.Model, path: Path) -> None:
     proto = onnx.load(str(path), load_external_data=False)
     for node in every_node(proto):
         if not node.domain and opset < _SINCE.get(node.op_type, 0):
-            node.domain = _MICROSOFT
-    if all(entry.domain != _MICROSOFT for entry in proto.opset_import):
-        proto.opset_import.add(domain=_MICROSOFT, version=1)
+            node.domain = MICROSOFT
+    if all(entry.domain != MICROSOFT for entry in proto.opset_import):
+        proto.opset_import.add(domain=MICROSOFT, version=1)
     # Beside the file: what holds its weights is there.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix) as apart:
         onnx.save(proto, apart.name)

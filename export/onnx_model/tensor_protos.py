@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helpe
 
 from lora_fx.errors import ExportError
 
+MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 _TYPES = {number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
 _BITS = {
     bits: {getattr(TensorProto, name) for name in names if hasattr(TensorProto, name)}

@@ -11,11 +11,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, VerificationError, shorten
+from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.onnx_model.tensors import array_to_torch, digest_of
 from lora_fx.export.quantization.choose_layers import Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
-from lora_fx.export.rewriting.file_layers import MICROSOFT, FileLayer
+from lora_fx.export.rewriting.file_layers import FileLayer
 from lora_fx.export.rewriting.insert_slots import read_instead
 from lora_fx.export.slots.manifest import KEY, read_manifest
 from lora_fx.export.slots.slot import AnySlot

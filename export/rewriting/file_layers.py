@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.rewriting.weight_reads import source_of
 
-MICROSOFT = "com.microsoft"
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",

@@ -33,7 +33,7 @@ def writes_in_place(model: onnx.ModelProto) -> bool:
 def axes_in_place(model: onnx.ModelProto) -> list[str]:
     """The axes of the batch and of what is new: behind a cache in place one of them is 1.
 
-    None for a file that does not say so.
+    Empty for a file that does not say so.
     """
     noted = metadata(model).get(AXES)
     return [] if noted is None else noted.split(", ")

@@ -10,13 +10,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.runtime.in_place import AXES, OPERATOR
 from lora_fx.export.spelling.causal import hides_what_follows
 from lora_fx.export.spelling.heads import HEADS_FIRST, before_heads, joined_heads
 from lora_fx.export.spelling.rewrite import producer, put, take_over
 from lora_fx.export.spelling.sizes import Sizes, shape_of
 
-DOMAIN = "com.microsoft"
 _WHAT = f"caches that can be written in place, {OPERATOR} of onnxruntime"
 _MULTIPLE = 8  # of this is the size of the heads that the operator takes
 
@@ -69,7 +69,7 @@ def share_caches(model: ir.Model) -> dict[str, int]:
     graph.insert_before(cached[0], [length, total, one, last, rows, lasts])
     for node in cached:
         _say(node, lasts.outputs[0], total.outputs[0])
-    model.opset_imports[DOMAIN] = 1
+    model.opset_imports[MICROSOFT] = 1
     common.RemoveUnusedNodesPass()(model)
     model.metadata_props[AXES] = f"{axes.batch}, {axes.new}"
     return {_WHAT: len(cached)}
@@ -173,7 +173,7 @@ def _say(node: ir.Node, lasts: ir.Value, total: ir.Value) -> None:
     given = [*rows, key, value, lasts, total, None, None, None, mask]
     counts = {"num_heads": heads, "kv_num_heads": int(_sizes(key)[1])}
     attributes: dict[str, int | float] = counts | {"scale": own["scale"].as_float()}
-    nodes.append(ir.node(OPERATOR, given, attributes, domain=DOMAIN, num_outputs=3))
+    nodes.append(ir.node(OPERATOR, given, attributes, domain=MICROSOFT, num_outputs=3))
     for old, present in zip(node.outputs[1:], nodes[-1].outputs[1:], strict=True):
         take_over(old, present)
     if last is None:
