@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,8 @@ def prepared_by(path: Path, config: Any) -> Prepared:
     mapping = transformers.TOKENIZER_MAPPING
     known = mapping[type(config)] if not names and type(config) in mapping else ()
     for kind in known if isinstance(known, tuple) else (known,):
-        names += getattr(kind, "model_input_names", [])
+        with suppress(ImportError):  # what stands for a tokenizer of a package that is not there
+            names += getattr(kind, "model_input_names", [])
     return Prepared([name for name in names if isinstance(name, str)], prepared)
 
 

@@ -31,12 +31,14 @@ class Facts:
         config: its config, whose parts are configs too: of the text, the image, the decoder.
         main: the name of its first input.
         prepared: what the directory says of its preparation of images and sound.
+        samples: of sound that its convolutions make one frame of; 1 where there are none.
         source: of random numbers.
     """
 
     config: Any
     main: str
     prepared: Mapping[str, Any]
+    samples: int = 1
     source: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def find(self, *names: str) -> Any:
@@ -62,7 +64,8 @@ def example_inputs(
     Raises:
         LoraFxError: an input that the model needs cannot be made; names it.
     """
-    facts = Facts(model.config, model.main_input_name, prepared or {})
+    strides = [m.stride[0] for m in model.modules() if isinstance(m, torch.nn.Conv1d)]
+    facts = Facts(model.config, model.main_input_name, prepared or {}, math.prod(strides))
     parameters = inspect.signature(model.forward).parameters
     kind = model.config.model_type
     if facts.main not in parameters:
@@ -227,14 +230,13 @@ def _size(given: Any) -> tuple[int, int] | None:
 
 
 def _waves(facts: Facts, made: dict[str, Made]) -> Made | None:
-    """Samples as a microphone gives them, or frames of a spectrum if there are no strides."""
-    strides, bins = facts.find("conv_stride"), facts.find("num_mel_bins")
-    if isinstance(strides, list | tuple):
-        wave = torch.randn(_BATCH, math.prod(strides) * _FRAMES, generator=facts.source)
-        return wave, {0: "batch", 1: "samples"}
-    most = facts.find("max_length")
+    """Samples as a microphone gives them, or frames of a spectrum if it says how many."""
+    bins, most = facts.find("num_mel_bins"), facts.find("max_length")
     if isinstance(bins, int) and isinstance(most, int):
         return torch.randn(_BATCH, most, bins, generator=facts.source), {0: "batch"}
+    if facts.samples > 1:
+        wave = torch.randn(_BATCH, facts.samples * _FRAMES, generator=facts.source)
+        return wave, {0: "batch", 1: "samples"}
     return None
 
 

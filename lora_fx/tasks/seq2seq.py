@@ -36,13 +36,14 @@ def in_three(model: Any, prepared: Prepared) -> tuple[Call, ...]:
         raise _refusal(model, "it has no encoder and decoder of its own")
     mask = given.get("attention_mask")
     encoder = called_by(model, _encoder(list(given)))
-    hidden = _run(model, encoder, given)["last_hidden_state"]
+    states = _run(model, model.get_encoder(), given)
+    hidden, kind = states.last_hidden_state, type(states)
     lengths = {0: "batch_size", 1: "encoder_sequence_length"}
     shapes: dict[str, Any] = {_IDS: {0: "batch_size", 1: "decoder_sequence_length"}}
     shapes |= {_HIDDEN: lengths if 1 in axes[model.main_input_name] else {0: "batch_size"}}
     own = {} if mask is None else {_MASK: mask}
     shapes |= {_MASK: lengths} if own else {}
-    first = called_by(model, _step(model, with_past=False))
+    first = called_by(model, _step(model, kind, with_past=False))
     feeds = own | {_IDS: ids[:, :3], _HIDDEN: hidden}
     found = _run(model, first, feeds)
     count = (len(found) - 1) // len(_PARTS)
@@ -56,7 +57,7 @@ def in_three(model: Any, prepared: Prepared) -> tuple[Call, ...]:
         Call(encoder, given, encoded, file="encoder_model.onnx"),
         Call(first, feeds, {n: shapes[n] for n in feeds}, file="decoder_model.onnx"),
         Call(
-            called_by(model, _step(model, with_past=True)),
+            called_by(model, _step(model, kind, with_past=True)),
             rest,
             {n: shapes[n] for n in own} | {_IDS: shapes[_IDS], "past_key_values": layers},
             named_cache(count, _PARTS),
@@ -76,9 +77,9 @@ def _encoder(names: Sequence[str]) -> Callable[..., Any]:
     return taking(forward, names)
 
 
-def _step(model: Any, with_past: bool) -> Callable[..., Any]:
+def _step(model: Any, states: Callable[..., Any], with_past: bool) -> Callable[..., Any]:
+    """One call of the decoder, behind what its encoder gives: states of a class of its own."""
     from transformers import DynamicCache, EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
 
     own: Any = type(model)
     cached = cache_name(model)
@@ -93,7 +94,7 @@ def _step(model: Any, with_past: bool) -> Callable[..., Any]:
         ]  # fmt: skip
         more = {} if mask is None else {"attention_mask": mask}
         found = own.forward(
-            self, decoder_input_ids=ids, encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            self, decoder_input_ids=ids, encoder_outputs=states(last_hidden_state=hidden),
             use_cache=True, **more, **{cached: EncoderDecoderCache(*caches)},
         )  # fmt: skip
         cache = getattr(found, cached)
@@ -126,14 +127,17 @@ def _step(model: Any, with_past: bool) -> Callable[..., Any]:
     return later if with_past else first
 
 
-def _run(model: Any, call: nn.Module, given: Any) -> dict[str, torch.Tensor]:
+def _run(model: Any, call: nn.Module, given: Any) -> Any:
     try:
         with torch.no_grad():
-            found: dict[str, torch.Tensor] = call(**given)
+            found = call(**given)
     except Exception as error:  # the model's own code meets a cache that it may not know
         raise _refusal(model, f"its forward fails on it ({error})") from error
     return found
 
 
 def _refusal(model: Any, why: str) -> LoraFxError:
-    return refusal(model, why, "text2text-generation")
+    is_speech = model.main_input_name != _IDS
+    return refusal(
+        model, why, "automatic-speech-recognition" if is_speech else "text2text-generation"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tasks.adapter_task import AdapterTask
@@ -174,6 +175,23 @@ def test_what_prepares_inputs_is_refused_by_name(name: str, content: str, model:
     text(name, content)(model)
     with pytest.raises(LoraFxError, match=f"{name}: cannot be read"):
         prepared_by(model, loaded.model.config)
+
+
+class Absent(type):
+    """What transformers has in the place of a class whose package is not there."""
+
+    def __getattribute__(cls, name: str) -> object:
+        raise ImportError(f"{name} needs another package")
+
+
+def test_a_tokenizer_of_a_package_that_is_not_there_says_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.PLBartConfig()
+    kinds = (Absent("Tokenizer", (), {}), transformers.BertTokenizer)
+    monkeypatch.setattr(transformers, "TOKENIZER_MAPPING", {type(config): kinds})
+    found = prepared_by(model, config).names
+    assert found == transformers.BertTokenizer.model_input_names
 
 
 def test_shards_are_loaded_also_through_links_of_a_cache(model: Path) -> None:

@@ -91,6 +91,18 @@ FED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         SMALL | {"num_mel_bins": 16, "max_length": 32, "patch_size": 8},
         {SOUND: (2, 32, 16)},
     ),
+    "MoonshineModel": (
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "encoder_num_hidden_layers": 1,
+            "decoder_num_hidden_layers": 1,
+            "encoder_num_attention_heads": 2,
+            "vocab_size": 60,
+            "decoder_num_attention_heads": 2,
+        },
+        {SOUND: (2, 48 * 64 * 3 * 2), ANSWER: (2, 8)},  # the strides are the model's own
+    ),
     "Speech2TextModel": (
         PAIR | {"input_feat_per_channel": 8, "conv_channels": 8},
         {SPECTRUM: (2, 48, 8), ANSWER: (2, 8)},

@@ -16,6 +16,8 @@ from torch import nn
 from lora_fx import AdapterError, Session, load_adapter, save_adapter
 from lora_fx.cli.commands import export_model, verify_model
 from lora_fx.cli.parts import Parts
+from lora_fx.tasks.calls import Prepared
+from lora_fx.tasks.seq2seq import in_three
 
 SIZES: dict[str, dict[str, Any]] = {
     "T5ForConditionalGeneration": {
@@ -34,13 +36,24 @@ LAYERS = {
     "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "vocab_size": 97,
 }  # fmt: skip
+OWN_STATES: dict[str, dict[str, Any]] = {
+    "MoonshineForConditionalGeneration": {
+        "hidden_size": 32, "intermediate_size": 48, "encoder_num_hidden_layers": 1,
+        "decoder_num_hidden_layers": 1, "encoder_num_attention_heads": 4, "vocab_size": 97,
+        "decoder_num_attention_heads": 4,
+    },
+    "NllbMoeForConditionalGeneration": LAYERS | {
+        "max_position_embeddings": 64, "num_experts": 4, "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+    },
+}  # fmt: skip
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 TOKENS = 16
 
 
 def made(name: str) -> Any:
     kind: Any = getattr(transformers, name)
-    own = SIZES[name] if name.startswith("T5") else LAYERS | SIZES[name]
+    own = OWN_STATES.get(name) or (LAYERS if name[:2] != "T5" else {}) | SIZES[name]
     torch.manual_seed(0)
     model = kind(kind.config_class(**own)).eval()
     for parameter in model.parameters():
@@ -124,6 +137,24 @@ def test_three_files_generate_what_the_model_does(name: str, tmp_path: Path) -> 
     if "Whisper" in name:
         last = out / f"{FILES[-1]}.onnx"
         assert verify_model(last, spec, adapters, lambda _: None).verified
+
+
+@pytest.mark.parametrize("name", OWN_STATES)
+def test_states_are_of_the_class_that_the_decoder_knows(name: str) -> None:
+    model = made(name)
+    encoder, first, later = in_three(model, Prepared())
+    with torch.no_grad():
+        given = dict(encoder.kwargs)
+        ids = first.kwargs["input_ids"]
+        wanted = model(**given, decoder_input_ids=ids).logits
+        found = first.model(**first.kwargs)["logits"]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(found, model(**given, decoder_input_ids=ids + 1).logits)
+        more = torch.cat([ids, later.kwargs["input_ids"]], 1)
+        wanted = model(**given, decoder_input_ids=more).logits[:, ids.shape[1] :]
+        torch.testing.assert_close(
+            later.model(**later.kwargs)["logits"], wanted, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_what_no_part_has_a_place_for_is_refused(tmp_path: Path) -> None:
