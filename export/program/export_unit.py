@@ -22,7 +22,7 @@ from lora_fx.export.program.io_signature import (
     output_names,
 )
 from lora_fx.export.program.lazy_weights import StandIn, with_stand_ins
-from lora_fx.export.program.shape_variants import Case, allowed_by, cases, resized
+from lora_fx.export.program.shape_variants import Case, allowed_by, beyond, cases, resized
 from lora_fx.export.program.without_retracing import program_of
 from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import to_array
@@ -39,6 +39,7 @@ class ExportUnit:
         leaves: the tensor inputs, in order.
         example: what it was traced with.
         cases: inputs of several shapes, the traced one first.
+        beyond: others, for which it was not traced, as `shape_variants.beyond` gives them.
         outputs: names of the graph outputs.
         notes: outputs that could not have the name that the model gives them.
         stand_ins: for weights that are computed when the file is written.
@@ -49,6 +50,7 @@ class ExportUnit:
     leaves: Sequence[TensorInput]
     example: Case
     cases: Sequence[Case]
+    beyond: Sequence[Sequence[Case]]
     outputs: list[str]
     notes: list[str]
     stand_ins: list[StandIn]
@@ -70,7 +72,7 @@ class ExportUnit:
         if not wanted:
             return self
         every = [resized(self.program, self.leaves, c, each) for c in self.cases for each in wanted]
-        return replace(self, cases=[*{case.label: case for case in every}.values()])
+        return replace(self, cases=[*{case.label: case for case in every}.values()], beyond=[])
 
 
 @compiled_when_read()
@@ -106,4 +108,7 @@ def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) ->
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
     tried = cases(program, leaves, allowed_by(gm))
-    return ExportUnit(program, leaves, tried[0], tried, outputs, notes, stand_ins, inputs.generates)
+    others = beyond(program, leaves, allowed_by(gm))
+    return ExportUnit(
+        program, leaves, tried[0], tried, others, outputs, notes, stand_ins, inputs.generates
+    )

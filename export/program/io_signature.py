@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
@@ -27,11 +28,13 @@ class TensorInput:
         name: the model's own argument name; parts of a nested argument are joined by ``_``.
         axes: axis -> the name that the user gave this dimension, or None if it has none.
         sizes: the traced sizes; a dynamic one is an expression of symbols.
+        meant: axis -> its least and its largest size, where the user gave limits.
     """
 
     name: str
     axes: dict[int, str | None]
     sizes: tuple[Any, ...]
+    meant: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def input_leaves(
@@ -54,7 +57,11 @@ def input_leaves(
             continue
         keys = _argument(path, arguments)
         sizes = tuple(holders[str(user)].meta["val"].shape)
-        leaves.append(TensorInput("_".join(map(str, keys)), _axes(shapes, keys, sizes), sizes))
+        dims = _dims(shapes, keys)
+        open_axes = [a for a, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+        axes = {axis: _label(dims.get(axis)) for axis in open_axes}
+        meant = {axis: limits for axis in open_axes if (limits := _limits(dims.get(axis)))}
+        leaves.append(TensorInput("_".join(map(str, keys)), axes, sizes, meant))
         given.append(value)
     _refuse_two_sizes(leaves, given)
     return leaves
@@ -108,15 +115,14 @@ def _argument(path: Any, arguments: list[inspect.Parameter]) -> list[Any]:
     raise ExportError(f"{first + 1} positional example inputs, the model takes {len(arguments)}")
 
 
-def _axes(shapes: Any, keys: list[Any], sizes: tuple[Any, ...]) -> dict[int, str | None]:
+def _dims(shapes: Any, keys: list[Any]) -> dict[int, Any]:
+    """What the user said of the axes of one input."""
     spec = shapes
     for key in keys:
         if spec is None:
             break
         spec = spec.get(key) if isinstance(spec, dict) else spec[key]
-    items = spec.items() if isinstance(spec, dict) else enumerate(spec or ())
-    labels = {axis: _label(dim) for axis, dim in items}
-    return {a: labels.get(a) for a, s in enumerate(sizes) if isinstance(s, torch.SymInt)}
+    return dict(spec.items() if isinstance(spec, dict) else enumerate(spec or ()))
 
 
 def _label(dim: Any) -> str | None:
@@ -124,6 +130,14 @@ def _label(dim: Any) -> str | None:
         return dim
     name = getattr(dim, "__name__", None)  # a Dim has one; Dim.AUTO and Dim.DYNAMIC do not
     return name if isinstance(name, str) and name.isidentifier() else None
+
+
+def _limits(dim: Any) -> tuple[Any, Any] | None:
+    """The sizes that a Dim of torch.export says it has, the least and the largest."""
+    least, most = getattr(dim, "min", None), getattr(dim, "max", None)
+    return (
+        None if least is None and most is None else (least or 0, math.inf if most is None else most)
+    )
 
 
 def key_of(part: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from lora_fx.export.program.io_signature import TensorInput, dimension_names
 from lora_fx.graph.ops import GUARDS
 
 _STEPS = (1, 2, 4, 8, 16, 32, 64)  # networks that halve an image take multiples of these
+_MOST = 8  # times as large as it was traced is a dimension at most: more takes memory and time
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,56 @@ def cases(
         if case.label not in {known.label for known in found}:
             found.append(case)
     return found
+
+
+def beyond(
+    program: torch.export.ExportedProgram,
+    leaves: Sequence[TensorInput],
+    allowed: Callable[[Case], bool],
+) -> list[list[Case]]:
+    """Inputs of sizes that the user left free, and that the graph was not traced for.
+
+    Python code of a model may ask for a size. A graph goes the way that its model took at the
+    traced sizes; which others go it too, guards say, but for one place of a dimension: torch.export
+    takes that as any other size, and notes no guard.
+
+    Returns:
+        Smaller sizes: all dimensions at once, and behind that each alone, for a model that cannot
+        be called with the first. Then larger ones, each of its own.
+    """
+    traced, names = _traced(leaves, program), dimension_names(leaves)
+
+    def of(sizes: Mapping[str, int]) -> Case:
+        return _case(program, leaves, {**traced, **sizes}, names)
+
+    smaller: list[dict[str, int]] = []
+    larger: list[dict[str, int]] = []
+    for members in _groups(leaves, names, traced):
+        size, (low, high) = traced[members[0]], _limits(program, members)
+        least, most = _meant(leaves, members)
+        if max(1, least) < low:
+            smaller.append(dict.fromkeys(members, low - 1))
+        for other in (size + 1, high + 1):
+            sizes = dict.fromkeys(members, other)
+            if other <= min(most, _MOST * size) and (other > high or not allowed(of(sizes))):
+                larger.append(sizes)
+                break
+    together = {name: size for sizes in smaller for name, size in sizes.items()}
+    small = [together, *(smaller if len(smaller) > 1 else [])] if smaller else []
+    return [[of(sizes) for sizes in each] for each in (small, *([one] for one in larger)) if each]
+
+
+def _meant(leaves: Sequence[TensorInput], members: Sequence[str]) -> tuple[Any, Any]:
+    """The sizes that the user said a group has."""
+    given = [
+        limits
+        for leaf in leaves
+        for axis, limits in leaf.meant.items()
+        if str(leaf.sizes[axis]) in members
+    ]
+    return max((low for low, _ in given), default=0), min(
+        (high for _, high in given), default=math.inf
+    )
 
 
 def resized(

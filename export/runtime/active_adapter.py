@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.export.runtime.ort import reason, to_ort_value
+from lora_fx.export.runtime.ort import FATAL, reason, to_ort_value
 from lora_fx.export.slots.check_adapter import DAMAGE, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
@@ -37,6 +37,12 @@ class ActiveAdapter:
         if loaded is not None:
             self.options = ort.RunOptions()
             self.options.add_active_adapter(loaded)
+
+    def silenced(self) -> ActiveAdapter:
+        """The same, for runs that may fail: onnxruntime writes nothing of it to the console."""
+        self.options = self.options or ort.RunOptions()
+        self.options.log_severity_level = FATAL
+        return self
 
 
 def activated(

@@ -29,6 +29,7 @@ ERRORS = (
     state.EPFail,
 )
 _ERRORS_ONLY = 3
+FATAL = 4  # of what onnxruntime writes to the console, as the above
 PACKED = ("MatMulNBits", "MatMulBnb4")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import AdapterWarning, VerificationError, shorten
+from lora_fx.errors import AdapterWarning, ExportError, VerificationError, shorten
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
@@ -76,6 +77,11 @@ def verify_file(
                 dtype = _precision(subject.graph)
                 check = rollout(subject, session, active, trial, dtype, in_place=in_place)
                 evidence.checks.append(check)
+        modules = [s for s in subjects if isinstance(s.eager, WeightForm) and not s.once]
+        if optimise and modules and all(row.ok for row in evidence.checks):
+            active = _activated(session, path, modules[0], trial, bound=in_place)
+            run = partial(_run, session, active.silenced(), trial)
+            _hold_beyond(modules[0], run, trial, evidence)
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
@@ -101,6 +107,54 @@ def _expected(
     if len(outputs) == 1:
         evidence.notes.append(f"{subject.what}: checked at the traced shape only")
     return outputs
+
+
+def _hold_beyond(
+    subject: Reference,
+    run: Callable[[Case], list[Any]],
+    trial: ExportUnit,
+    evidence: Verification,
+) -> None:
+    """Holds a file to its model at sizes that it was not traced for: right, or not taken.
+
+    Raises:
+        VerificationError: the file takes them, and gives something else.
+    """
+    for together, *alone in trial.beyond:
+        found = {together.label: _is_held(together, subject, run, trial, evidence)}
+        if alone and not found[together.label]:
+            found = {each.label: _is_held(each, subject, run, trial, evidence) for each in alone}
+        refused = [label for label, is_held in found.items() if is_held is False]
+        evidence.notes += [f"{where}: the file refuses it, the model takes it" for where in refused]
+
+
+def _is_held(
+    case: Case,
+    subject: Reference,
+    run: Callable[[Case], list[Any]],
+    trial: ExportUnit,
+    evidence: Verification,
+) -> bool | None:
+    """Whether the file gives what the model gives, or refuses; None if the model itself fails."""
+    try:
+        wanted = run_eager(subject.eager, case)
+    except EAGER_ERRORS:
+        return None
+    try:
+        found = run(case)
+    except ExportError:
+        return False
+    rows = _Row(subject, case, optimise=True).compare(trial.outputs, found, wanted)
+    evidence.checks += rows
+    if not all(row.ok for row in rows):
+        table = "\n".join(str(row) for row in rows if not row.ok)
+        raise VerificationError(
+            f"{subject.what}: it takes another way at {case.label} than at {trial.example.label}, "
+            f"for which it was traced, and the file would be wrong there without a word:\n{table}\n"
+            "Say the condition on the size with tensors (torch.where), trace with the sizes that "
+            "are used, or say which are meant in dynamic_shapes, by torch.export.Dim and its limits"
+        )
+    return True
 
 
 def _check_count(subject: Reference, found: Tensors, wanted: Sequence[str]) -> None:

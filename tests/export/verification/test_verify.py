@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.errors import VerificationError
@@ -106,6 +108,84 @@ def test_a_shape_that_eager_cannot_run_is_noted(tmp_path: Path) -> None:
 def test_one_shape_alone_is_noted(tmp_path: Path) -> None:
     report = to_onnx(traced(Sized(), torch.randn(4, 7, 3)), tmp_path / "model.onnx")
     assert report.notes == ["model: checked at the traced shape only"]
+
+
+class Asking(nn.Module):
+    """A layer behind which Python code asks for a size."""
+
+    def __init__(self, way: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc, self.way = nn.Linear(3, 8), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.way(self.fc(x))
+
+
+def padded(y: torch.Tensor) -> torch.Tensor:
+    more = -y.shape[1] % 4
+    y = F.pad(y, (0, 0, 0, more)) if more else y
+    return y.view(y.shape[0], -1, 4, 8)
+
+
+Dim = torch.export.Dim
+# What is asked, the first size at which the model takes another way, and sizes where it does not.
+ASKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, dict[int, Any]]] = {
+    "one": (
+        lambda y: 2 * y if y.shape[0] == 1 else y,
+        "batch=1, length=1",
+        {0: Dim("batch", min=2)},
+    ),
+    "long": (lambda y: 2 * y if y.shape[1] > 16 else y, "length=16", {1: Dim("length", min=17)}),
+    "short": (lambda y: 2 * y if y.shape[1] < 40 else y, "length=40", {1: Dim("length", max=39)}),
+    "even": (lambda y: y if y.shape[1] % 2 else 2 * y, "length=33", {}),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_file_that_is_wrong_at_sizes_that_are_free_is_not_written(
+    asked: str, tmp_path: Path
+) -> None:
+    way, where, meant = ASKED[asked]
+    free: dict[int, Any] = {0: "batch", 1: "length"}
+    if asked == "even":  # at one place it is wrong as well
+        free = {0: Dim("batch", min=2), 1: Dim.DYNAMIC(min=2)}
+        where = "x_dim_1=33"
+    gm = traced(Asking(way), torch.randn(2, 32, 3), dynamic_shapes={"x": free})
+    with pytest.raises(VerificationError, match=rf"another way at .*{where} than at .*=2, .*=32,"):
+        to_onnx(gm, tmp_path / "model.onnx")
+    assert not [*tmp_path.iterdir()]
+    if meant:
+        gm = traced(Asking(way), torch.randn(2, 32, 3), dynamic_shapes={"x": free | meant})
+        assert to_onnx(gm, tmp_path / "model.onnx").verified
+
+
+def test_sizes_that_a_file_refuses_are_noted_and_others_are_checked(tmp_path: Path) -> None:
+    free = {"x": {0: "batch", 1: "length"}}
+    report = to_onnx(
+        traced(Asking(padded), torch.randn(2, 32, 3), dynamic_shapes=free), tmp_path / "a.onnx"
+    )
+    assert "batch=1, length=32" in {row.shape for row in report.checks}
+    assert report.notes == [
+        f"{where}: the file refuses it, the model takes it"
+        for where in ("batch=2, length=1", "batch=2, length=33")
+    ]
+    report = to_onnx(
+        traced(Sized(), torch.randn(2, 32, 3), dynamic_shapes=free), tmp_path / "b.onnx"
+    )
+    assert report.notes == []
+    assert "batch=1, length=1" in {row.shape for row in report.checks}
+
+
+def test_sizes_at_which_a_model_fails_are_tried_one_by_one(tmp_path: Path) -> None:
+    def way(y: torch.Tensor) -> torch.Tensor:
+        if y.shape[1] < 2:
+            raise ValueError("too short")
+        return 2 * y if y.shape[0] == 1 else y
+
+    free = {"x": {0: "batch", 1: "length"}}
+    gm = traced(Asking(way), torch.randn(2, 32, 3), dynamic_shapes=free)
+    with pytest.raises(VerificationError, match="another way at batch=1, length=32 than"):
+        to_onnx(gm, tmp_path / "model.onnx")
 
 
 def test_values_that_are_no_numbers_are_noted(tmp_path: Path) -> None:
