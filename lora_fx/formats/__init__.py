@@ -29,7 +29,7 @@ from lora_fx.formats.loralib import DIALECT, read_loralib
 from lora_fx.formats.loralib.layers import PICKLES
 from lora_fx.formats.loralib.layers import contents as loralib_contents
 from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
-from lora_fx.formats.peft.keys import PREFIX
+from lora_fx.formats.peft.keys import is_named
 from lora_fx.formats.trainers import names_of
 from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
@@ -61,9 +61,9 @@ class Format:
     write_hints: tuple[str, ...] = ()
 
 
-def _names(*, start: tuple[str, ...] = (), end: tuple[str, ...] = ()) -> Tell:
-    """Whether the name of a tensor begins or ends with one of these."""
-    return lambda path, names: any(name.startswith(start) or name.endswith(end) for name in names)
+def _names(end: Collection[str]) -> Tell:
+    """Whether the name of a tensor ends with one of these."""
+    return lambda path, names: any(name.endswith(tuple(end)) for name in names)
 
 
 def _as_file(contents: Contents, pickles: tuple[str, ...] = ()) -> Write:
@@ -87,18 +87,19 @@ FORMATS: dict[str, Format] = {
         diffusers.read_diffusers, _as_file(diffusers_contents), diffusers.is_diffusers,
         ("allow_pickle", *_PART), _PART,
     ),
-    "mlx": Format(mlx.read_mlx, is_it=_names(end=tuple(mlx.DIALECT.endings))),
-    "torchtune": Format(torchtune.read_torchtune, is_it=_names(end=(".lora_a.weight",))),
+    "mlx": Format(mlx.read_mlx, is_it=_names(mlx.DIALECT.endings)),
+    "torchtune": Format(torchtune.read_torchtune, is_it=_names([".lora_a.weight"])),
     "peft": Format(peft.read_peft, peft.write_peft),
     "peft_file": Format(
-        peft.read_peft_file, _as_file(peft.file_contents), _names(start=(PREFIX,)),
+        peft.read_peft_file, _as_file(peft.file_contents),
+        lambda path, names: any(map(is_named, names)),
         (*_SCALE, "use_rslora"),
     ),
     "kohya": Format(
         read_kohya, _as_file(kohya_contents), is_kohya, ("allow_pickle", *_PART), _PART,
     ),
     "loralib": Format(
-        read_loralib, _as_file(loralib_contents, PICKLES), _names(end=tuple(DIALECT.endings)),
+        read_loralib, _as_file(loralib_contents, PICKLES), _names(DIALECT.endings),
         (*_SCALE, "enable_lora"),
     ),
 }  # fmt: skip
@@ -249,7 +250,7 @@ def _detect(source: Path, allow_pickle: bool) -> str:
 
 def _of_directory(path: Path) -> str:
     """What a directory is of, by its files; PEFT's reader says what is missing in another."""
-    if (path / diffusers.WEIGHTS).exists() and not (path / peft.CONFIG).exists():
+    if diffusers.weights_in(path) is not None and not (path / peft.CONFIG).exists():
         return "diffusers"
     if (path / mlx.WEIGHTS).is_file():
         return "mlx"

@@ -19,6 +19,8 @@ _INNER = {
         "_checkpoint_wrapped_module"
     ),
 }
+# What torch calls a wrapped module in a state dict's keys, and nobody one of their own.
+PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _COMPILED = "_compiled_call_impl"  # what nn.Module.compile sets, in place
 _CHANGED = {"_modules", "forward", _COMPILED}

@@ -173,7 +173,7 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
         and not any(f"{each}.".startswith(f"{path}.") for each in called)
     ]
     others = [path for path in unknown if path not in idle]
-    told = _reached(gm, unknown) or _uncalled(idle) + cause(others, paths, model)
+    told = _reached(gm, unknown) or _uncalled(gm, idle) + cause(others, paths, model)
     return (
         f"adapter {name}: {len(unknown)} targets match nothing in the graph: "
         f"{shorten(unknown)}. The graph's layers (calls on a stored weight): "
@@ -182,8 +182,16 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
     )
 
 
-def _uncalled(idle: list[str]) -> str:
+def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:
     """What to say of modules that the model has, and that no call of the graph is made by."""
+    starts = tuple(f"{path}." for path in idle)
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+    read = [name for name in names if name.startswith(starts)] if starts else []
+    if read:
+        return (
+            f" {shorten(read)} is read by calls of other modules, which compute with it before "
+            "anything is multiplied: adapt the parameter by its name (PEFT's target_parameters)."
+        )
     if not idle:
         return ""
     return f" The model has {shorten(idle)}, but calls nothing of it here: it changes nothing."

@@ -11,18 +11,20 @@ from safetensors import SafetensorError, safe_open
 from lora_fx.errors import AdapterError, within
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.strict_json import parse_object
-from lora_fx.io.tensor_checks import check_gathered, check_tensors, may_be_integer
+from lora_fx.io.tensor_checks import check_gathered, check_tensors, may_be_integer, widened
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME = 512
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads every tensor of an adapter's safetensors file, memory-mapped, in its own dtype.
+
+    Floats of one byte are widened to float16, and so are not mapped.
 
     Raises:
         AdapterError: names the file, the tensor and what is wrong with it.
@@ -33,6 +35,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from error
+    tensors = widened(tensors)
     with within(path):
         check_tensors(tensors)
     return tensors

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors.torch import save
@@ -18,7 +19,7 @@ from lora_fx.io.atomic import publish
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
 from lora_fx.io.strict_json import read_json
-from lora_fx.io.tensor_checks import check_gathered, check_tensors
+from lora_fx.io.tensor_checks import check_gathered, check_tensors, widened
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -173,14 +174,33 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: not a file of plain tensors, expected what torch.save writes of a state "
             f"dict: {_first_line(error)}; save it again, as safetensors"
         ) from error
-    if not isinstance(content, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
-    ):
-        raise AdapterError(f"{path}: holds no state dict, expected names to tensors")
     with within(path):
-        _check_shared(content, path.stat().st_size)
-        check_tensors(content)
-    return dict(content)
+        tensors = widened(_state_dict(content))
+        _check_shared(tensors, path.stat().st_size)
+        check_tensors(tensors)
+    return tensors
+
+
+def _state_dict(content: object) -> dict[str, torch.Tensor]:
+    """The names and tensors of what was saved, or those of its one entry that is of such.
+
+    A trainer's checkpoint has its state dict beside counters and an optimizer's state.
+    """
+    if _is_state_dict(content):
+        return dict(content)
+    entries = content if isinstance(content, dict) else {}
+    found = {str(key): entry for key, entry in entries.items() if _is_state_dict(entry) and entry}
+    if len(found) == 1:
+        [entry] = found.values()
+        return dict(entry)
+    told = f": it has {shorten([*found])}, save the one that is meant by itself" if found else ""
+    raise AdapterError(f"holds no state dict, expected names to tensors{told}")
+
+
+def _is_state_dict(content: object) -> TypeGuard[dict[str, torch.Tensor]]:
+    return isinstance(content, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    )
 
 
 def _check_shared(tensors: Mapping[str, torch.Tensor], stored: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from lora_fx.errors import AdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of one byte, which nothing here computes with: float16 has every value that they have.
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 LISTED = ".lora_invocation"
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -33,6 +35,11 @@ def may_be_integer(name: str, count: int) -> bool:
     is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
     is_listed = name.endswith(LISTED)
     return is_number or is_listed or "_indices" in name or "_s_size" in name
+
+
+def widened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of a byte a number as float16, with the same values."""
+    return {n: t.to(torch.float16) if t.dtype in NARROW else t for n, t in tensors.items()}
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lora_fx.graph.wrappers import PARTS
+
 Words = tuple[str, ...]
 # How far a name is moved: the whole of one path is the end of the other; words are added, left out
 # or in another order; or others.
 WRAPPED, MOVED, RENAMED = 0, 1, 2
 # Parts of a path that wrappers add around any module, and that say nothing of where it is.
-_SILENT = {
-    *("module", "_orig_mod", "default", "processor"),
-    *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-}
+_SILENT = {"module", "default", "processor", *PARTS}
 
 
 class Candidate(NamedTuple):

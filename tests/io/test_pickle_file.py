@@ -21,6 +21,15 @@ def test_a_state_dict_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_the_one_state_dict_of_a_checkpoint_is_read(tmp_path: Path) -> None:
+    own, step = {"a": torch.randn(5, 3)}, {"step": 3, "lr": 0.1}
+    torch.save({"state_dict": own, "epoch": 2, "optimizer": step}, tmp_path / "a.ckpt")
+    assert torch.equal(read_pickle(tmp_path / "a.ckpt")["a"], own["a"])
+    torch.save({"model": own, "ema": own}, tmp_path / "a.ckpt")
+    with pytest.raises(AdapterError, match=r"no state dict.*has model, ema, save the one"):
+        read_pickle(tmp_path / "a.ckpt")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("exploded",)

@@ -48,6 +48,16 @@ def test_tensors_are_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> Non
         assert torch.equal(found[name], tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_of_a_byte_are_widened_with_every_value(tmp_path: Path, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = every[torch.isfinite(every.float())]
+    save_file({"x": finite}, tmp_path / "a.safetensors")
+    found = read_tensors(tmp_path / "a.safetensors")["x"]
+    assert found.dtype == torch.float16
+    assert torch.equal(found.float(), finite.float())
+
+
 def test_tensors_are_memory_mapped(tmp_path: Path) -> None:
     file = tmp_path / "big.safetensors"
     save_file({"a": torch.zeros(1 << 20)}, file)
@@ -129,7 +139,7 @@ BAD_HEADERS: dict[str, tuple[object, bytes, str]] = {
     "18 metadata list": ({"__metadata__": [], **entry()}, b"\0" * 12, r"__metadata__ is \[\]"),
     "20 integer": (entry(dtype="I32"), b"\0" * 12, "'a': dtype 'I32', expected one of F64, F32"),
     "20 bool": (entry(dtype="BOOL", shape=[12]), b"\0" * 12, "'a': dtype 'BOOL'"),
-    "20 fp8": (entry(dtype="F8_E4M3", shape=[12]), b"\0" * 12, "'a': dtype 'F8_E4M3'"),
+    "20 fp8": (entry(dtype="F8_E8M0", shape=[12]), b"\0" * 12, "'a': dtype 'F8_E8M0'"),
     "entry without offsets": ({"a": {"dtype": "F32", "shape": [3]}}, b"\0" * 12, "'a': found"),
     "entry with more": (entry(extra=1), b"\0" * 12, "'a': found"),
     "one offset": (entry(data_offsets=[0]), b"\0" * 12, r"'a': data_offsets \[0\]"),

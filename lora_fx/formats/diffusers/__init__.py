@@ -1,4 +1,4 @@
-"""diffusers' ``pytorch_lora_weights.safetensors``: the adapters of a pipeline's models."""
+"""diffusers' ``pytorch_lora_weights``: the adapters of a pipeline's models, or of one model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.dialects import ALPHA, Layers, Roles, check_adapted, scalar_of, tensors_of
-from lora_fx.formats.diffusers.keys import ENDINGS, LOKR, sort_by_component, speaks_diffusers
+from lora_fx.formats.diffusers.keys import (
+    ENDINGS,
+    LOKR,
+    has_no_component,
+    sort_by_component,
+    speaks_diffusers,
+)
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA, fields_in
 from lora_fx.formats.peft.config import PeftConfig
@@ -23,14 +29,14 @@ from lora_fx.kinds import KINDS, lora
 
 Fields = Mapping[str, object]
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
-WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 _FORM = lora.Form(is_exact=False, is_grouped=True)
 
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
     """Whether a file is diffusers' by name, keys or metadata."""
     is_lora = any(n.endswith(tuple(ENDINGS)) and not n.startswith(PREFIX) for n in names)
-    if is_lora and (path.name == WEIGHTS or is_bare(fields_in(path))):
+    if is_lora and (path.name in (WEIGHTS, PICKLE) or is_bare(fields_in(path))):
         return True
     speaks = speaks_diffusers(names)
     if speaks is None and fields_in(path) is None:
@@ -43,6 +49,12 @@ def is_diffusers(path: Path, names: Collection[str]) -> bool:
     return speaks is not False
 
 
+def weights_in(directory: Path) -> Path | None:
+    """The file of a directory that holds diffusers' adapters; None where there is none."""
+    files = (directory / name for name in (WEIGHTS, PICKLE))
+    return next((file for file in files if file.exists()), None)
+
+
 def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads a file of diffusers': every key is used, or refused by name.
 
@@ -50,12 +62,12 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     file's metadata, or from ``.alpha`` tensors over the rank; without either a scale is 1.
     ``component`` reads one model's part and leaves the others out; without, paths keep the
     component's name at the front, as in the pipeline. A file that one model wrote by itself
-    (``save_lora_adapter``) has no components.
+    (``save_lora_adapter``, or ``save_attn_procs`` of old) has no components.
     """
-    file = path / WEIGHTS if path.is_dir() else path
+    file = weights_in(path) or path
     fields = fields_in(file)
-    bare = is_bare(fields)
     tensors = read_file(file, hints.allow_pickle)
+    bare = is_bare(fields) or (fields is None and has_no_component(tensors))
     with within(file):
         components = sort_by_component(tensors, bare)
         if hints.component is not None and not bare:

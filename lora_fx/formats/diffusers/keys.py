@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -77,12 +77,19 @@ TEXT = _dialect(_PREFIX, q="q_proj", k="k_proj", v="v_proj", out="out_proj")
 BARE = _dialect("", q="to_q", k="to_k", v="to_v", out="to_out.0")
 
 
+def has_no_component(names: Iterable[str]) -> bool:
+    """Whether the keys are the paths of one model: none begins with a component's name."""
+    return not any(re.match(_PREFIX, name) for name in names)
+
+
 def speaks_diffusers(names: Collection[str]) -> bool | None:
     """Whether tensors are named as diffusers alone names them; None where PEFT's dumps may be.
 
     A file of ``transformer.<path>.lora_A.weight`` and nothing else may be either's, with another
     scale each: a language model's transformer is called that too.
     """
+    if has_no_component(names) and any(name.endswith(tuple(BARE.older)) for name in names):
+        return True  # of a model's attention processors, saved by itself
     split = {name: MODEL.split(name) for name in names}
     named = [name for name, found in split.items() if found is not None and found[1] != ALPHA]
     if not named:

@@ -16,7 +16,15 @@ from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints, doubt
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import PREFIX, as_saved, dialect_of, is_own_key, saved_in, sort_peft
+from lora_fx.formats.peft.keys import (
+    PREFIX,
+    as_saved,
+    dialect_of,
+    is_own_key,
+    saved_in,
+    sort_peft,
+    unwrapped,
+)
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
 from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
@@ -41,7 +49,7 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
     """
     config = read_config(_existing(directory, CONFIG), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
-    tensors = read_file(weights, hints.allow_pickle)
+    tensors = unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
     return assemble(name, weights, tensors, config, directory / CONFIG, hints)
 
 
@@ -98,7 +106,11 @@ def assemble(
 def _existing(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.is_file():
-        raise AdapterError(f"{path}: no such file; a PEFT adapter is a directory that holds it")
+        below = sorted(other.parent.name for other in directory.glob(f"*/{CONFIG}"))
+        told = f", as these in it do: {shorten(below)}; give one of them" if below else ""
+        raise AdapterError(
+            f"{path}: no such file; a PEFT adapter is a directory that holds it{told}"
+        )
     return path
 
 
@@ -118,7 +130,7 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     ``adapter_config.json`` beside it; else it is made of the hints ``alpha``, ``use_rslora``
     and ``r``.
     """
-    tensors: Mapping[str, torch.Tensor] = read_file(path, hints.allow_pickle)
+    tensors = unwrapped(read_file(path, hints.allow_pickle), layers_of(hints.base))
     config, origin = _stored_config(path, hints)
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:

@@ -11,6 +11,7 @@ import torch
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys, tensors_of
 from lora_fx.formats.peft.config import PeftConfig
+from lora_fx.graph.wrappers import PARTS
 from lora_fx.layers.base_layers import BaseLayers
 
 PREFIX = "base_model.model."
@@ -205,6 +206,44 @@ def sort_peft(
             f"both adapted and stored whole, by modules_to_save or as tokens: {shorten(clash)}"
         )
     return keys
+
+
+def unwrapped(tensors: Mapping[str, torch.Tensor], base: BaseLayers) -> Mapping[str, torch.Tensor]:
+    """The tensors by keys that begin as PEFT's own, whatever held the model that PEFT wrapped.
+
+    ``module.base_model.model.fc`` of a parallel run and ``_orig_mod.base_model.model.fc`` of a
+    compiled model are ``base_model.model.fc``; a module that holds the model as its ``net`` is
+    left out too, unless the base is that module. Names that are the model's own, all of them, are
+    what other programs write beside a config of PEFT's.
+    """
+    start = "" if any(map(is_named, tensors)) else PREFIX
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = _unwrapped(start + key, base)
+        if plain in result:
+            raise AdapterError(f"two tensors are {plain}, beside each other's wrappers: remove one")
+        result[plain] = tensor
+    return result
+
+
+def is_named(key: str) -> bool:
+    """Whether a key is spelled as PEFT does, whatever stands in front of that."""
+    return f".{PREFIX}" in f".{key}"
+
+
+def _unwrapped(key: str, base: BaseLayers) -> str:
+    parts = ".".join(part for part in key.split(".") if part not in PARTS)
+    before, found, path = parts.partition(PREFIX)
+    if not found:
+        return key
+    start = before.removeprefix("module.")
+    return f"{PREFIX}{start}{path}" if _has(base, start + path) else PREFIX + path
+
+
+def _has(base: BaseLayers, key: str) -> bool:
+    """Whether a key is of a layer of the base."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]) in base.layers for end in range(1, len(parts)))
 
 
 def as_saved(

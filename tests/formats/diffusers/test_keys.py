@@ -42,7 +42,7 @@ def test_a_key_has_one_component_path_and_role(key: str) -> None:
     assert sort_by_component({key: tensor}) == {component: {path: {role: (key, tensor)}}}
 
 
-@pytest.mark.parametrize("key", [key for key in SPELLINGS if "processor" not in key])
+@pytest.mark.parametrize("key", SPELLINGS)
 def test_a_file_of_one_model_has_no_component(key: str) -> None:
     component, path, role = SPELLINGS[key]
     if component != "text_encoder" and not component.startswith("text"):
@@ -68,6 +68,7 @@ SPEECH: dict[str, tuple[list[str], bool | None]] = {
     "a UNet beside": ([f"transformer.h.0.{A}", f"unet.fc.{A}"], True),
     "PEFT": ([f"base_model.model.transformer.h.0.{A}"], False),
     "no component": ([f"blocks.0.to_q.{A}"], False),
+    "processors of one model": (["b.0.attn1.processor.to_q_lora.down.weight"], True),
     "loralib": (["unet.fc.lora_A", "unet.fc.lora_B"], False),
     "no adapter": (["transformer.h.0.fc.weight"], False),
 }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.keys import as_saved
+from lora_fx.formats.peft.keys import as_saved, unwrapped
+from lora_fx.layers.base_layers import layers_of
 from lora_fx.numerics import compare
 
 
@@ -196,3 +197,62 @@ def test_embeddings_of_a_grown_vocabulary_are_the_adapter_s(
 
     with pytest.raises(AdapterError, match=r"44.*40.*vocabulary.*resize_token_embeddings\(44\)"):
         lora_fx.inject(low, lora_fx.load_adapter(tmp_path, base=before))
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "in parallel": lambda key: f"module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "sharded": lambda key: f"_fsdp_wrapped_module.{key}".replace(
+        ".fc.", "._checkpoint_wrapped_module.fc."
+    ),
+    "in a trainer's module": lambda key: f"net.{key}",
+    "by names of the model": lambda key: key.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("names", WRAPPED)
+def test_what_held_the_model_is_no_part_of_a_name(names: str, tmp_path: Path) -> None:
+    net, gm = base()
+    tuned = trained(peft.LoraConfig(**LORA, modules_to_save=["head"]), net)
+    tuned.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({WRAPPED[names](key): t for key, t in load_file(file).items()}, file)
+    for known in (None, net):
+        adapter = lora_fx.load_adapter(tmp_path, base=known)
+        assert set(adapter.updates) == {"fc"}
+        assert set(adapter.replacements) == {"head.weight", "head.bias"}
+    assert compare(output(adapter), tuned(IDS).detach()).ok
+    assert not compare(gm(IDS), tuned(IDS).detach()).ok  # the control
+
+
+def test_a_module_that_the_base_is_stays_in_the_names(tmp_path: Path) -> None:
+    """Two encoders, one of them wrapped: its own path tells which."""
+    torch.manual_seed(0)
+    both = nn.ModuleDict({"left": Net(), "right": Net()})
+    tuned = trained(peft.LoraConfig(**LORA), both["right"])
+    lora = {k: v for k, v in held(tuned).items() if "lora_" in k}
+    save_file({f"right.{key}": tensor for key, tensor in lora.items()}, tmp_path / "a.safetensors")
+    adapter = lora_fx.load_adapter(tmp_path / "a.safetensors", base=both, alpha=3)
+    assert set(adapter.updates) == {"right.fc"}
+
+
+def test_two_names_of_one_tensor_are_refused() -> None:
+    tensors = {f"{start}base_model.model.fc.w": torch.ones(1) for start in ("", "module.")}
+    with pytest.raises(AdapterError, match=r"two tensors are base_model\.model\.fc\.w"):
+        unwrapped(tensors, layers_of(None))
+
+
+def test_a_trainer_s_checkpoint_has_one_state_dict(tmp_path: Path) -> None:
+    net, path = base()[0], tmp_path / "last.ckpt"
+    tuned = trained(peft.LoraConfig(**LORA), net)
+    state = {f"model.{key}": tensor for key, tensor in held(tuned).items()}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": [{"state": {}}]}, path)
+    adapter = lora_fx.load_adapter(path, base=net, alpha=3, allow_pickle=True)
+    assert compare(output(adapter), tuned(IDS).detach()).ok
+
+
+def test_adapters_below_a_directory_are_named(tmp_path: Path) -> None:
+    tuned = trained(peft.LoraConfig(**LORA), base()[0], "french")
+    tuned.save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match="as these in it do: french; give one of them"):
+        lora_fx.load_adapter(tmp_path)
