@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable
 from types import FrameType
 
+import torch
 from torch import nn
 
 from lora_fx.errors import TraceError, shorten
@@ -60,7 +61,29 @@ def _known(model: nn.Module, reason: str) -> str | None:
             f"gather the parameters: {shorten(empty, 3)} is empty, which is what DeepSpeed ZeRO-3 "
             "and FSDP leave of what is spread over processes"
         )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return (
+            "take off the hooks of accelerate, which fetch weights at each call: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return "make or load the model outside of torch.inference_mode(), and put in these weights"
     return None
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Refuses a model of TorchScript, or one that holds such a module: its code is not Python.
+
+    Raises:
+        TraceError: names the modules.
+    """
+    scripted = [p for p, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        where = "the model" if "" in scripted else shorten(scripted)
+        raise TraceError(
+            f"{where} is of TorchScript (torch.jit), which no tracer follows: trace the "
+            "torch.nn.Module that it was made from"
+        )
 
 
 def refuse_inputs(names: Iterable[object]) -> None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.choices import Frontend, check_choice
 from lora_fx.errors import TraceError
 from lora_fx.frontend.check_trace import CallError, call_once, check_faithful
-from lora_fx.frontend.diagnostics import refuse_attributes, refuse_inputs
+from lora_fx.frontend.diagnostics import refuse_attributes, refuse_inputs, refuse_scripted
 from lora_fx.frontend.isolated_run import preserved, random_kept
 from lora_fx.frontend.leaked_fakes import clear_caches
 from lora_fx.frontend.lent_parameters import note_holders
@@ -78,8 +78,8 @@ def trace(
         raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, check)
-    if isinstance(model, nn.Module):
-        model = bare(model)
+    model = bare(model)
+    refuse_scripted(model)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None

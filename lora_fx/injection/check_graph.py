@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
@@ -184,16 +185,13 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
 
 def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:
     """What to say of modules that the model has, and that no call of the graph is made by."""
-    starts = tuple(f"{path}." for path in idle)
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
-    read = [name for name in names if name.startswith(starts)] if starts else []
-    if read:
-        return (
-            f" {shorten(read)} is read by calls of other modules, which compute with it before "
-            "anything is multiplied: adapt the parameter by its name (PEFT's target_parameters)."
-        )
     if not idle:
         return ""
+    if read := _fetched(gm, idle):
+        return (
+            f" {shorten([*read])} is read by calls of other modules, which compute with it before "
+            "anything is multiplied: adapt the parameter by its name (PEFT's target_parameters)."
+        )
     return f" The model has {shorten(idle)}, but calls nothing of it here: it changes nothing."
 
 
@@ -202,6 +200,13 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
     inside = [path for path in unknown if is_inside(gm, f"{path}.")]
     if inside:
         return f" {shorten(inside)} {CLOSED}."
+    held = [name for name, node in _fetched(gm, unknown).items() if any(map(_is_block, node.users))]
+    if held:
+        return (
+            f" {shorten(held)} is read in a block of its own, as autocast and torch.cond make "
+            "them, where nothing can be adapted: trace the model without it, in the dtype that it "
+            "computes in."
+        )
     calling = {holder_path(node) for node in gm.graph.nodes if node.target in OPERATORS}
     computed = [path for path in unknown if path and path in calling]
     if not computed:
@@ -212,3 +217,15 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
         "the model is traced, or adapt the parameter that it is computed from, by its name "
         "(PEFT's target_parameters)."
     )
+
+
+def _fetched(gm: fx.GraphModule, paths: Sequence[str]) -> dict[str, fx.Node]:
+    """The tensors of modules that a graph reads, by name."""
+    starts = tuple(f"{path}." for path in paths)
+    nodes = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
+    return {name: node for name, node in nodes.items() if name.startswith(starts)}
+
+
+def _is_block(node: fx.Node) -> bool:
+    """Whether a node calls a graph of its own."""
+    return isinstance(node.target, HigherOrderOperator)

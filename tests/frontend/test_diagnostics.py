@@ -141,3 +141,27 @@ def test_parameters_that_are_spread_over_processes_are_named() -> None:
     model[0].weight.data = torch.empty(0)
     with pytest.raises(TraceError, match=r"Try: gather the parameters: 0\.weight is empty.*ZeRO-3"):
         lora_fx.trace(model, (torch.ones(2, 3),))
+
+
+def test_weights_that_hooks_fetch_are_named() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(nn.Sequential(nn.Linear(3, 5)), execution_device="cpu")
+    with pytest.raises(TraceError, match=r"hooks of accelerate.*remove_hook_from_module"):
+        lora_fx.trace(model, (torch.randn(2, 3),))
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    lora_fx.trace(model, (torch.randn(2, 3),))
+
+
+def test_weights_of_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(3, 5))
+    with pytest.raises(TraceError, match=r"outside of torch\.inference_mode"):
+        lora_fx.trace(model, (torch.randn(2, 3),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_module_of_torchscript_is_named() -> None:
+    scripted = torch.jit.trace(nn.Linear(3, 5), torch.randn(2, 3))
+    for model, name in ((scripted, "the model"), (nn.Sequential(nn.ReLU(), scripted), "1")):
+        with pytest.raises(TraceError, match=f"^{name} is of TorchScript"):
+            lora_fx.trace(model, (torch.randn(2, 3),))

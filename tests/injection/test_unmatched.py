@@ -114,6 +114,33 @@ def test_a_layer_that_is_not_called_is_told_from_one_of_another_model(frontend: 
     assert "calls nothing of it" not in str(failed.value)
 
 
+class Elsewhere(torch.nn.Module):
+    """A weight that is normalised before its root multiplies with it, and a block of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.fc = torch.nn.Linear(8, 5, bias=False), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.fc(x)
+        weight = torch.nn.functional.normalize(self.head.weight)
+        return torch.nn.functional.linear(y.float(), weight)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("head", r"head\.weight is read by calls of other modules, .*target_parameters"),
+        ("fc", r"fc\.weight, fc\.bias is read in a block of its own, as autocast .*dtype"),
+    ],
+)
+def test_a_weight_that_is_read_elsewhere_is_not_called_idle(path: str, reason: str) -> None:
+    gm = lora_fx.trace(Elsewhere().eval(), (torch.randn(3, 8),))
+    with pytest.raises(AdapterError, match=reason):
+        lora_fx.inject(gm, adapter_for(path))
+
+
 def test_a_model_of_fewer_layers_is_named_by_its_last() -> None:
     gm = lora_fx.trace(small("LlamaForCausalLM"), (), {"input_ids": torch.tensor([[1, 2, 3]])})
     paths = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]

@@ -47,6 +47,7 @@ FOREIGN = {
 }
 _OTHERS = (
     ".lora_A.weight .lora_B.weight",
+    ".lora_A.default.weight .lora_B.default.weight",
     ".lora.down.weight .lora.up.weight",
     ".down.weight .up.weight",
 )
@@ -83,7 +84,6 @@ DOTTED = Dialect(
     | {end: leaf for pair in _OTHERS for end, leaf in zip(pair.split(), _FACTORS, strict=True)}
     | {".lora_B.bias": UP_BIAS},
     DIALECT.expected,
-    silent="default",
     foreign=FOREIGN,
 )
 

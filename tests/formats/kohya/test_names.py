@@ -185,3 +185,11 @@ def test_the_rank_is_what_alpha_is_divided_by(
 ) -> None:
     tensors = {leaf: torch.ones(shape) for leaf, shape in shapes.items()}
     assert rank_of_algorithm(algorithm, tensors) == rank
+
+
+def test_a_module_that_is_called_like_an_adapter_is_a_part_of_its_path(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"default": nn.ModuleDict({"fc": nn.Linear(3, 5)}), "fc": nn.Linear(3, 5)})
+    start = "diffusion_model.default.fc.lora"
+    tensors = {f"{start}_A.weight": torch.randn(2, 3), f"{start}_B.weight": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(load_adapter(tmp_path / "a.safetensors", base=net).updates) == {"default.fc"}
