@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapters.parameter_updates import name_of
 from lora_fx.adapters.safe_regex import SlowRegexError
 from lora_fx.adapters.settle import settled
 from lora_fx.adapters.target_rule import TargetRule
@@ -148,7 +149,8 @@ def _stored_at(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
     """A parameter that no layer alone reads: one that holds experts, or is computed with."""
     is_known = update.makes_anew or isinstance(update, Update)
-    names = [path, f"{path}.weight"][: 2 if update.makes_anew else 1] if is_known else []
+    is_of_module = update.makes_anew or name_of(update) == "weight"
+    names = [path, f"{path}.weight"][: 2 if is_of_module else 1] if is_known else []
     return next(([name] for name in names if layers.unevaluated(name) is not None), [])
 
 

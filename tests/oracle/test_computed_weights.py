@@ -57,9 +57,9 @@ def model_of(name: str) -> nn.Module:
     return Computes(lambda m, x: torch.tanh(m.layer(x)), layer=inner).eval().requires_grad_(False)
 
 
-def tuned(model: nn.Module, path: Path) -> nn.Module:
+def tuned(model: nn.Module, path: Path, target: str = "layer.w") -> nn.Module:
     """PEFT's own, of a saved adapter."""
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["layer.w"])
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=[target])
     owner = peft.get_peft_model(copy.deepcopy(model), config).eval()
     for name, parameter in owner.named_parameters():
         if "lora_" in name:
@@ -81,6 +81,20 @@ def test_it_is_the_parameter_that_is_changed(name: str, frontend: str, tmp_path:
         assert relative(graph(OTHER), wanted) <= 1e-5
     assert relative(gm(OTHER), wanted) > 1e-2
     assert unmerged(folded) == {}
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_called_weight_is_no_layer_s_then(tmp_path: Path) -> None:
+    """A head that normalises its weight, which is what a layer's own is called."""
+    torch.manual_seed(0)
+    head = Computes(lambda m, x: F.linear(x, F.normalize(m.weight)), {"weight": (5, 6)})
+    model = Computes(lambda m, x: torch.tanh(m.head(x)), head=head).eval().requires_grad_(False)
+    wanted = tuned(model, tmp_path / "french", "head.weight")(X)
+    gm = trace(model, (X,))
+    injected = inject(gm, load_adapter(tmp_path / "french", base=model))
+    assert relative(injected(X), wanted) <= 1e-5
+    assert relative(fold(injected)(X), wanted) <= 1e-5
+    assert relative(gm(X), wanted) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["gain", "cat"])
