@@ -26,6 +26,7 @@ from lora_fx.formats.peft.keys import (
     unwrapped,
 )
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
+from lora_fx.formats.peft.older import fields_of_today, tensors_of_today
 from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
@@ -47,10 +48,16 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
 
     The base tells what some files leave open: shapes of convolutions, order of parameters, heads.
     """
-    config = read_config(_existing(directory, CONFIG), hints.strict)
+    origin = _existing(directory, CONFIG)
+    fields = read_object(origin)
+    with within(origin):
+        today = fields_of_today(fields)
+    config = parse_any(today, str(origin), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
     tensors = unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
-    return assemble(name, weights, tensors, config, directory / CONFIG, hints)
+    with within(weights):
+        tensors = tensors_of_today(fields, tensors)
+    return assemble(name, weights, tensors, config, origin, hints)
 
 
 def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:

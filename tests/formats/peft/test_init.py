@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import loralib as lora
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import config_in, relative, same_adapter, same_bits, same_tensors
@@ -276,3 +278,63 @@ def test_an_adapter_in_shards_is_the_same(name: str, lab: Any) -> None:
         assert found.updates.keys() == expected.updates.keys()
         pairs = [(found.updates[p].delta(), expected.updates[p].delta()) for p in expected.updates]
         assert all(torch.equal(one, two) for one, two in pairs)
+
+
+GROUPS = [True, False, True]
+
+
+def old_directory(path: Path, layer: lora.MergedLinear, **fields: Any) -> Path:
+    """What PEFT 0.2 wrote of a fused layer: loralib's tensors, the second as a convolution's."""
+    path.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["qkv"]}
+    config |= {"bias": "none", "enable_lora": GROUPS, "merge_weights": True, **fields}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    start = "base_model.model.qkv"
+    pair = {
+        f"{start}.lora_A.weight": layer.lora_A,
+        f"{start}.lora_B.weight": layer.lora_B[..., None],
+    }
+    save_file(
+        {k: v.detach().contiguous() for k, v in pair.items()}, path / "adapter_model.safetensors"
+    )
+    return path
+
+
+def test_an_adapter_of_fused_outputs_from_before_0_3_is_read_as_one_of_today(
+    tmp_path: Path,
+) -> None:
+    """``enable_lora``, which PEFT set by itself where one module was targeted."""
+    torch.manual_seed(0)
+    layer = lora.MergedLinear(5, 9, r=2, lora_alpha=3, enable_lora=GROUPS, merge_weights=False)
+    nn.init.normal_(layer.lora_B)
+    base, x = nn.Linear(5, 9), torch.randn(4, 7, 5)
+    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    adapter = load_adapter(old_directory(tmp_path / "a", layer))
+    update = adapter.updates["qkv"]
+    assert isinstance(update, Update)
+    assert relative(x @ update.weight(base.weight).T + base.bias, layer(x)) <= 1e-6
+    assert relative(base(x), layer(x)) > 1e-2
+    save_adapter(adapter, tmp_path / "b")  # which PEFT of today loads
+    assert config_in(tmp_path / "b").get("enable_lora") is None
+    assert same_adapter(load_adapter(tmp_path / "b", name=adapter.name), adapter) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"enable_lora": [1, 0]},
+            r"adapter_config\.json: enable_lora is \[1, 0\], expected a list",
+        ),
+        (
+            {"enable_lora": [True] * 3},
+            r"lora_B\.weight is \(8, 2, 1\), expected \(rows of 3 outputs",
+        ),
+    ],
+)
+def test_a_config_that_fuses_otherwise_is_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    layer = lora.MergedLinear(5, 12, r=2, enable_lora=GROUPS)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(old_directory(tmp_path / "a", layer, **fields))
