@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+_INNER = ".base_layer"  # what PEFT calls the layer that it wraps
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -17,8 +18,22 @@ def cause(unknown: Sequence[str], paths: Sequence[str], model: str) -> str:
         paths: of the graph's layers.
         model: what was traced, by the name of its class.
     """
+    wrapped = _wrapped(unknown, paths)
+    if wrapped:
+        return f" {wrapped}"
     told = [_deeper(unknown, paths), _apart(unknown, paths), _lacking(unknown, paths, model)]
     return "".join(f" {text}" for text in told if text)
+
+
+def _wrapped(unknown: Sequence[str], paths: Sequence[str]) -> str | None:
+    """A model that PEFT has wrapped before it was traced: each layer lies in one of PEFT's."""
+    inner = [path.removesuffix(_INNER) for path in paths if path.endswith(_INNER)]
+    if not any(end in unknown for path in inner for end in _ends(path)):
+        return None
+    return (
+        f"PEFT has wrapped {inner[0]} already, whose own layer is {inner[0]}{_INNER}: trace the "
+        "model as it was before (PeftModel.unload()), or export the graph without injecting."
+    )
 
 
 def _deeper(unknown: Sequence[str], paths: Sequence[str]) -> str | None:

@@ -12,12 +12,14 @@ from lora_fx.errors import AdapterError, LoraFxError
 # where a filesystem keeps zeros as holes.
 _SMALL = 64 << 20
 _LEAST_STORED = 8
+# What git-lfs leaves in a clone where it was not asked for the file itself, in less than so much.
+_POINTER, _POINTER_SIZE = b"version https://git-lfs.", 1024
 
 
 def check_plain(
     path: Path, error: type[LoraFxError] = AdapterError, most: int | None = None
 ) -> int:
-    """Refuses what cannot be read in bounded time and memory; reads nothing.
+    """Refuses what cannot be read in bounded time and memory, and pointers to what can.
 
     Every reader asks here first: a FIFO never ends, a device may not either, and holes make a file
     of a few bytes larger than any memory.
@@ -49,6 +51,11 @@ def check_plain(
                 f"{path}: {status.st_size} bytes, of which nearly all are holes, expected stored "
                 "ones: it was not written to the end; download or copy it again"
             )
+        if status.st_size < _POINTER_SIZE and _start(path, len(_POINTER)) == _POINTER:
+            raise error(
+                f"{path}: a git-lfs pointer, which stands for the file: download that, with "
+                "git lfs pull or from where the repository is"
+            )
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
     except ValueError as problem:  # a NUL in the name
@@ -63,16 +70,20 @@ def read_plain(path: Path, most: int, error: type[LoraFxError] = AdapterError) -
         LoraFxError: of the type ``error``: it is no plain file, is larger, or cannot be read.
     """
     check_plain(path, error, most)
-    # Without waiting: what was a plain file a moment ago may be a FIFO now.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            data = file.read(most + 1)
+        data = _start(path, most + 1)
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
     if len(data) > most:
         raise error(f"{path}: grew while it was read, expected at most {most} bytes")
     return data
+
+
+def _start(path: Path, size: int) -> bytes:
+    """The first bytes of a plain file, without waiting: it may have become a FIFO by now."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        return file.read(size)
 
 
 def _kind(mode: int) -> str:

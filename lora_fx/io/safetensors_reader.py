@@ -94,7 +94,10 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, object], int]:
     if len(prefix) < 8:
         raise AdapterError(f"{size} bytes, expected a safetensors file of at least 8")
     if length > MAX_HEADER:
-        raise AdapterError(f"header of {length} bytes, expected at most {MAX_HEADER}")
+        raise AdapterError(
+            f"header of {length} bytes, expected at most {MAX_HEADER}: a file that begins with "
+            f"{prefix!r} is of another kind than safetensors"
+        )
     if length > size - 8:
         raise AdapterError(f"header of {length} bytes, but only {size - 8} follow")
     count = data.count(b'"data_offsets"')

@@ -32,6 +32,11 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "a head": (["lm_head"], HEADLESS, "A LlamaModel computes nothing that is called lm_head: "),
     "a head that is stored whole": (["score.weight"], HEADLESS, "nothing that is called score: "),
+    "a model that PEFT wrapped": (
+        ["fc"], ["base_model.model.fc.base_layer", "base_model.model.fc.lora_A.default"],
+        "PEFT has wrapped base_model.model.fc already, whose own layer is "
+        "base_model.model.fc.base_layer: trace the model as it was before",
+    ),
     "another architecture": (
         ["h.0.attn.c_attn", "h.0.mlp.c_fc"], LLAMA, "nothing that is called c_attn or c_fc: ",
     ),

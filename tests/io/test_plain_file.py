@@ -141,3 +141,11 @@ def test_links_to_plain_files_and_stored_zeros_are_read(tmp_path: Path) -> None:
     assert check_plain(tmp_path / "link") == (tmp_path / "stored").stat().st_size
     found = read_file(tmp_path / "link", allow_pickle=False)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "plain"])
+def test_a_pointer_of_git_lfs_is_named(reader: str, tmp_path: Path) -> None:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(LoraFxError, match=r"a: a git-lfs pointer, .* git lfs pull"):
+        READERS[reader](tmp_path / "a")
