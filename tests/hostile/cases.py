@@ -78,8 +78,8 @@ def safetensors() -> Iterator[Case]:
     yield case(19, "infinite", with_tensors(B=torch.full((5, 2), -float("inf"))), f"{B}' holds NaN")
     yield case(20, "integers", with_tensors(A=torch.ones(2, 3).int()), f"{A}': dtype 'I32'")
     yield case(20, "flags", with_tensors(A=torch.ones(2, 3).bool()), f"{A}': dtype 'BOOL'")
-    eight = torch.ones(2, 3).to(torch.float8_e4m3fn)
-    yield case(20, "eight bits", with_tensors(A=eight), f"{A}': dtype 'F8_E4M3'")
+    eight = torch.ones(2, 3).to(torch.float8_e8m0fnu)
+    yield case(20, "eight bits", with_tensors(A=eight), f"{A}': dtype 'F8_E8M0'")
     many = {f"{n}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in range(100_001)}
     yield case(21, "100,001 tensors", header(many, 4), "100001 tensors, expected at most 100000")
 
