@@ -183,3 +183,15 @@ def test_a_scale_is_not_guessed(tmp_path: Path) -> None:
         [update] = load_adapter(file, **hints).updates.values()
         assert isinstance(update, Update)
         assert update.scale == scale, name
+
+
+@pytest.mark.parametrize("spelled", ["peft", "processor"])
+def test_what_one_model_saved_of_old_is_found_in_its_directory(
+    spelled: str, tmp_path: Path
+) -> None:
+    """``save_attn_procs`` before there was metadata: paths of the model alone, and a pickle."""
+    state = pairs("unet")
+    bare = {SPELLINGS[spelled](key).removeprefix("unet."): value for key, value in state.items()}
+    torch.save(bare, tmp_path / "pytorch_lora_weights.bin")
+    adapter = load_adapter(tmp_path, base=seeded(), allow_pickle=True)
+    fits(adapter, seeded(), X, loaded_by_diffusers("unet", state, None))
