@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.export.program.io_signature import TensorInput, dimension_names
+from lora_fx.export.program.io_signature import SYMBOL, TensorInput, dimension_names
 from lora_fx.graph.ops import GUARDS
 
 _STEPS = (1, 2, 4, 8, 16, 32, 64)  # networks that halve an image take multiples of these
+_NONE: Mapping[str, int] = MappingProxyType({})
 _MOST = 8  # times as large as it was traced is a dimension at most: more takes memory and time
 
 
@@ -104,7 +106,8 @@ def beyond(
 
     Returns:
         Smaller sizes: all dimensions at once, and behind that each alone, for a model that cannot
-        be called with the first. Then larger ones, each of its own.
+        be called with the first. Then larger ones, and one of two dimensions that the user names
+        apart and a guard wants equal, each of its own.
     """
     traced, names = _traced(leaves, program), dimension_names(leaves)
 
@@ -125,7 +128,21 @@ def beyond(
                 break
     together = {name: size for sizes in smaller for name, size in sizes.items()}
     small = [together, *(smaller if len(smaller) > 1 else [])] if smaller else []
-    return [[of(sizes) for sizes in each] for each in (small, *([one] for one in larger)) if each]
+    alone = [of(sizes) for sizes in larger]
+    for label, symbol in _labels(leaves).items():
+        if label != names[symbol]:
+            alone.append(_case(program, leaves, traced, names, {label: traced[symbol] + 1}))
+    return ([[of(sizes) for sizes in small]] if small else []) + [[case] for case in alone]
+
+
+def _labels(leaves: Sequence[TensorInput]) -> dict[str, str]:
+    """What the user calls dimensions -> its symbol, which several may share."""
+    return {
+        label: str(leaf.sizes[axis])
+        for leaf in leaves
+        for axis, label in leaf.axes.items()
+        if label is not None and SYMBOL.fullmatch(str(leaf.sizes[axis]))
+    }
 
 
 def _meant(leaves: Sequence[TensorInput], members: Sequence[str]) -> tuple[Any, Any]:
@@ -256,27 +273,31 @@ def _case(
     leaves: Sequence[TensorInput],
     sizes: Mapping[str, int],
     names: Mapping[str, str],
+    apart: Mapping[str, int] = _NONE,
 ) -> Case:
+    """Inputs of these sizes, some dimensions of one of their own: what the user calls them."""
     by_name = {names[symbol]: size for symbol, size in sizes.items()}
     sizes = {symbol: _sum(names[symbol], by_name) for symbol in sizes}
     args, kwargs = program.example_inputs or ((), {})
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     rest = iter(leaves)
     changed = [
-        _resize(value, next(rest), sizes) if isinstance(value, torch.Tensor) else value
+        _resize(value, next(rest), sizes, apart) if isinstance(value, torch.Tensor) else value
         for value in flat
     ]
-    labels = {names[symbol]: size for symbol, size in sizes.items()}
+    labels = {names[symbol]: size for symbol, size in sizes.items()} | dict(apart)
     label = ", ".join(f"{name}={size}" for name, size in labels.items())
     new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
     return Case(label or "as traced", new_args, new_kwargs)
 
 
-def _resize(tensor: torch.Tensor, leaf: TensorInput, sizes: Mapping[str, int]) -> torch.Tensor:
+def _resize(
+    tensor: torch.Tensor, leaf: TensorInput, sizes: Mapping[str, int], apart: Mapping[str, int]
+) -> torch.Tensor:
     for axis, size in enumerate(leaf.sizes):
         if isinstance(size, torch.SymInt):
             expression = size.node.expr
             known = {symbol: sizes[str(symbol)] for symbol in expression.free_symbols}
-            wanted = int(expression.subs(known))
+            wanted = apart.get(leaf.axes[axis] or "", int(expression.subs(known)))
             tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
     return tensor

@@ -143,10 +143,14 @@ class _Places:
         return {slot.path: slot for slot in found}
 
     def check_replaced(self, base: Holds) -> None:
-        """What has no slot may be the base's own: PEFT stores an adapted table's weight too."""
-        replaced = self.binding.adapter.replacements
+        """What has no slot may be the base's own, or change nothing.
+
+        PEFT stores an adapted table's weight too, and what it adapts of layers that are not called.
+        """
+        replaced, updates = self.binding.adapter.replacements, self.binding.adapter.updates
+        idle = [n for n in self.binding.refused if n in updates and not updates[n].has_effect()]
         open_ = [
-            *self.binding.refused,
+            *(n for n in self.binding.refused if n not in idle or not self.binding.updates),
             *(n for n in self.binding.replaced if n not in self.tensors),
         ]
         if left := [n for n in open_ if n not in replaced or not base.holds(n, replaced[n])]:

@@ -94,8 +94,8 @@ def normalise(graph: fx.Graph) -> None:
 
     Layer functions become their aten operators, torch.export's notes on dtypes go (its guards,
     which refuse other inputs than the graph is good for, stay), writes into new memory become
-    values, pieces that nobody reads go, casts that do nothing are read by the module that made them
-    alone, and every tensor is fetched right where it is first read.
+    values, calls and pieces that nobody reads go, casts that do nothing are read by the module that
+    made them alone, and every tensor is fetched right where it is first read.
     """
     for node in list(graph.nodes):
         if node.op == "call_method" and node.target in _METHODS:
@@ -106,14 +106,21 @@ def normalise(graph: fx.Graph) -> None:
             _to_aten(node)
     functionalise(graph)
     for node in reversed(graph.nodes):
-        if node.target is operator.getitem and not node.users:
-            graph.erase_node(node)  # a piece that nobody reads would keep what it is cut of
+        if not node.users and _is_pure(node):
+            graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is aten.to.dtype and _is_idle(node):
             _give_back(node)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         _fetch_late(node, order)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a call does nothing but give its result, and draws no random numbers."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
 
 
 def _as_function(node: fx.Node) -> fx.Node:

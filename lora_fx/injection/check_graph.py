@@ -26,6 +26,7 @@ from lora_fx.layers.sites import CLOSED, Site, is_inside
 from lora_fx.layers.weight_readers import check_one_way, check_reached
 
 Groups = Mapping[str, Sequence[Site]]
+_NOTHING = "the update is zero, and the model calls nothing of the layer"
 
 
 def check_binding(
@@ -41,7 +42,7 @@ def check_binding(
         strict: refuse what is left over, too.
 
     Returns:
-        What does not match, by path, with the reason: empty if ``strict``.
+        What does not match, by path, with the reason: if ``strict``, what changes nothing alone.
 
     Raises:
         AdapterError: the name is taken, a layer cannot be adapted, another adapter replaces the
@@ -54,8 +55,12 @@ def check_binding(
         is_dense = isinstance(binding.updates[path], WeightUpdate)
         _check_adaptable(gm, adapter.name, path, groups, one_way=not is_dense)
     _check_replaced(gm, adapter.name, binding.replaced)
-    if binding.refused and strict:
-        raise AdapterError(_unmatched(gm, adapter.name, list(binding.refused), list(groups)))
+    idle = _idle(gm, binding.refused)
+    updates = {path: adapter.updates[path] for path in idle if path in adapter.updates}
+    nothing = {path: _NOTHING for path, update in updates.items() if not update.has_effect()}
+    left = [path for path in binding.refused if path not in nothing]
+    if left and strict:
+        raise AdapterError(_unmatched(gm, adapter.name, left, list(groups)))
     present = {*binding.updates, *(name.removesuffix(".weight") for name in binding.replaced)}
     missing = [path for path in targeted(adapter.expects, layers) if path not in present]
     if missing and strict:
@@ -65,7 +70,7 @@ def check_binding(
             "the base has them"
         )
     absent = dict.fromkeys(missing, "targeted by the config, absent from the file")
-    return dict(binding.refused) | absent
+    return dict(binding.refused) | nothing | absent
 
 
 def fresh_targets(
@@ -165,14 +170,7 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
     example = example_of(gm)
     traced = example.model if example is not None else None
     model = "graph" if traced is None else type(traced.modules[""]).__name__
-    called = {module_path(node) for node in gm.graph.nodes}
-    idle = [
-        path
-        for path in unknown
-        if traced is not None
-        and path in traced.modules
-        and not any(f"{each}.".startswith(f"{path}.") for each in called)
-    ]
+    idle = _idle(gm, unknown)
     others = [path for path in unknown if path not in idle]
     told = _reached(gm, unknown) or _uncalled(gm, idle) + cause(others, paths, model)
     return (
@@ -181,6 +179,20 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
         f"{shorten(paths) or 'none'}.{told} Pass strict=False to leave "
         "them out"
     )
+
+
+def _idle(gm: fx.GraphModule, unknown: Iterable[str]) -> list[str]:
+    """The modules that a model has, and of which it calls nothing that changes an output."""
+    example = example_of(gm)
+    traced = example.model if example is not None else None
+    called = {f"{module_path(node)}." for node in gm.graph.nodes}
+    return [
+        path
+        for path in unknown
+        if traced is not None
+        and path in traced.modules
+        and not any(each.startswith(f"{path}.") for each in called)
+    ]
 
 
 def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:

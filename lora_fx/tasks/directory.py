@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +200,7 @@ def refuse_lacking(lacks: Collection[str], replaced: Collection[str]) -> None:
 def prepared_by(path: Path, config: Any) -> Prepared:
     """What a directory's tokenizer gives a model, and how its images or sounds are prepared.
 
-    Without a word of the directory's own, the tokenizer is the one that transformers has for it.
+    Without a word of the directory's own, both are those that transformers has for the model.
     """
     import transformers
 
@@ -209,12 +209,22 @@ def prepared_by(path: Path, config: Any) -> Prepared:
     for said in (fields_of(path / "tokenizer_config.json"), prepared):
         found = said.get("model_input_names")
         names += found if isinstance(found, list) else []
-    mapping = transformers.TOKENIZER_MAPPING
-    known = mapping[type(config)] if not names and type(config) in mapping else ()
-    for kind in known if isinstance(known, tuple) else (known,):
-        with suppress(ImportError):  # what stands for a tokenizer of a package that is not there
-            names += getattr(kind, "model_input_names", [])
+    if not names:
+        for tokenizer in _known(transformers.TOKENIZER_MAPPING, config):
+            with suppress(ImportError):  # it stands for a class of a package that is not there
+                names += getattr(tokenizer, "model_input_names", [])
+    if not prepared:
+        for processor in _known(transformers.IMAGE_PROCESSOR_MAPPING, config):
+            with suppress(ImportError):
+                prepared |= {n: getattr(processor, n, None) for n in ("size", "crop_size")}
     return Prepared([name for name in names if isinstance(name, str)], prepared)
+
+
+def _known(mapping: Any, config: Any) -> list[Any]:
+    """The classes that transformers has for a config, in what it calls a mapping."""
+    found = mapping.get(type(config), ())
+    kinds = found.values() if isinstance(found, Mapping) else found
+    return list(kinds) if isinstance(kinds, Iterable) else [kinds]
 
 
 def fields_of(file: Path) -> dict[str, Any]:

@@ -90,3 +90,30 @@ def test_tensors_are_fetched_where_they_are_read_and_notes_are_gone() -> None:
         if node.op == "get_attr":
             first = min(place[user] for user in node.users)
             assert all(n.op == "get_attr" for n in nodes[place[node] : first])
+
+
+class Unread(nn.Module):
+    """Calls whose results nobody reads: of a layer, of numbers that are drawn, of a write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.pool = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        torch.tanh(self.pool(y).chunk(3, -1)[1])
+        torch.rand(2)
+        self.count.add_(1)
+        return y + torch.rand(3)
+
+
+def test_what_nobody_reads_goes_unless_it_draws_or_writes() -> None:
+    gm = trace(Unread().eval(), (FLAT,), check=False)
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+    assert names.count("aten.linear.default") == 1
+    assert names.count("aten.rand.default") == 2
+    assert any("add" in name for name in names)
+    assert not any("tanh" in name or "chunk" in name for name in names)
+    gm(FLAT)
+    assert gm.get_buffer("count") == 1

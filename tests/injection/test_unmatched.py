@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import lora_fx
 from lora_fx.errors import AdapterError
 from lora_fx.injection.unmatched import cause
+from lora_fx.testing import relative
 
 LLAMA = [
     f"model.layers.{n}.{name}" for n in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")
@@ -117,6 +120,41 @@ def test_a_layer_that_is_not_called_is_told_from_one_of_another_model(frontend: 
     with pytest.raises(AdapterError, match="1 targets match nothing") as failed:
         lora_fx.inject(gm, adapter_for("block"))
     assert "calls nothing of it" not in str(failed.value)
+
+
+class Unread(Idle):
+    """A layer whose result nobody reads, as BERT's pooler beside its other heads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.block(x)
+        torch.tanh(self.head(y))
+        return y
+
+
+@pytest.mark.parametrize("kind", [Idle, Unread])
+def test_what_an_idle_layer_never_learned_is_left_out(kind: type[Idle], tmp_path: Path) -> None:
+    model, x = kind().eval(), torch.randn(3, 8)
+    gm = lora_fx.trace(model, (x,))
+    adapter = adapter_for("block.0", "head")
+    with pytest.raises(AdapterError, match="has head, but calls nothing of it here"):
+        lora_fx.inject(gm, adapter)
+    head = dataclasses.replace(adapter.updates["head"], up=torch.zeros(8, 2))
+    adapter = dataclasses.replace(adapter, updates=adapter.updates | {"head": head})
+    result = lora_fx.passes.InjectLora(adapter)(gm)
+    skipped = [(e.path, e.text) for e in result.edits if e.action == "skip"]
+    assert skipped == [("head", "the update is zero, and the model calls nothing of the layer")]
+    tuned = result.graph_module
+    assert relative(tuned(x), model(x)) > 0.1
+    file = tmp_path / "model.onnx"
+    report = lora_fx.to_onnx(tuned, file, adapters="input")
+    assert (report.verified, report.slots) == (True, ["block.0"])
+    lora_fx.export_adapter(adapter, file, tmp_path / "a.onnx_adapter")
+    found = lora_fx.Session(file).run({"x": x}, adapter=tmp_path / "a.onnx_adapter")
+    assert relative(torch.from_numpy(found["output"]), tuned(x)) < 1e-5
+    nothing = dataclasses.replace(adapter, updates={"head": head})
+    with pytest.raises(AdapterError, match="no slot at head"):
+        lora_fx.export_adapter(nothing, file, tmp_path / "b.onnx_adapter")
+    assert lora_fx.to_onnx(lora_fx.fold(tuned), tmp_path / "merged.onnx").verified
 
 
 class Elsewhere(torch.nn.Module):

@@ -189,9 +189,19 @@ def test_a_tokenizer_of_a_package_that_is_not_there_says_nothing(
 ) -> None:
     config = transformers.PLBartConfig()
     kinds = (Absent("Tokenizer", (), {}), transformers.BertTokenizer)
-    monkeypatch.setattr(transformers, "TOKENIZER_MAPPING", {type(config): kinds})
+    monkeypatch.setattr("transformers.TOKENIZER_MAPPING", {type(config): kinds})
     found = prepared_by(model, config).names
     assert found == transformers.BertTokenizer.model_input_names
+
+
+def test_images_are_of_the_size_that_transformers_has_where_a_directory_is_silent(
+    model: Path,
+) -> None:
+    found = prepared_by(model, transformers.SegformerConfig())
+    assert found.processor["size"] == {"height": 512, "width": 512}
+    text("preprocessor_config.json", '{"size": {"height": 64, "width": 32}}')(model)
+    found = prepared_by(model, transformers.SegformerConfig())
+    assert found.processor["size"] == {"height": 64, "width": 32}
 
 
 def test_shards_are_loaded_also_through_links_of_a_cache(model: Path) -> None:

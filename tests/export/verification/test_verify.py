@@ -159,6 +159,27 @@ def test_a_file_that_is_wrong_at_sizes_that_are_free_is_not_written(
         assert to_onnx(gm, tmp_path / "model.onnx").verified
 
 
+class Pair(nn.Module):
+    def __init__(self, is_asked: bool) -> None:
+        super().__init__()
+        self.fc, self.is_asked = nn.Linear(3, 8), is_asked
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        same = x.shape[0] == y.shape[0] and self.is_asked
+        return self.fc(x).sum(0) + self.fc(y).sum(0) * (2 if same else 1)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_dimensions_that_are_named_apart_are_tried_apart(is_asked: bool, tmp_path: Path) -> None:
+    given = torch.randn(4, 3), torch.randn(4, 3)
+    gm = traced(Pair(is_asked), *given, dynamic_shapes={"x": {0: "a"}, "y": {0: "b"}})
+    if is_asked:
+        with pytest.raises(VerificationError, match="another way at a=4, b=5 than at a=4,"):
+            to_onnx(gm, tmp_path / "model.onnx")
+    else:
+        assert to_onnx(gm, tmp_path / "model.onnx").verified
+
+
 def test_sizes_that_a_file_refuses_are_noted_and_others_are_checked(tmp_path: Path) -> None:
     free = {"x": {0: "batch", 1: "length"}}
     report = to_onnx(
