@@ -20,8 +20,9 @@ _WEIGHT = re.compile(
     r"([._](Q\d+\w*|Bnb4|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
-_NODE = re.compile(r"/?(?P<path>.+)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
+_NODE = re.compile(r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
+_LEAF = re.compile(r"torch\.nn\.modules\.(linear|sparse|conv)\.\w+")  # reads its own weight alone
 # What onnxruntime calls a weight that a batch-norm, or a factor, was multiplied into.
 _FUSED = re.compile(r"(ConvBn|ConvMul|MatMulBn)Fusion_\w+.*")
 _RULES = "pkg.onnxscript.rewriter.rule_name"
@@ -45,12 +46,12 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
     parents = _parents_of_scopes(every[0].node.graph) if every else {}
-    tables = {layer.weight for layer in every if layer.kind == "embedding"}
+    shared = _shared(every)
     for layer in every:
         mine = [str(layer.node.name), str(layer.weight.name)]
         given = next((name for name in mine if name in names), None)
         used.add(given)
-        is_tied = layer.kind == "linear" and layer.weight in tables
+        is_tied = layer.kind in shared.get(layer.weight, ())
         path = names[given] if given is not None else path_of(layer, is_tied, found, parents)
         if path is None:
             nameless.append(mine[1])
@@ -72,27 +73,46 @@ def path_of(
     known: Mapping[str, Sequence[FileLayer]] = _NONE,
     parents: Mapping[str, str] = _NONE,
 ) -> str | None:
-    """By the weight, if it bears the name of a parameter and is no table too; else by the node.
+    """By the module that torch.onnx notes; else by the weight, then by the node.
 
-    A second call of a layer is a node of the first one's name and a number, with its weight or,
+    A weight tells if it bears the name of a parameter, and is no other module's too. A second call of a layer is a node of the first one's name and a number, with its weight or,
     where a tool made one for each call, an equal one.
 
     Args:
         layer: a call of it.
-        is_tied: whether its weight is a table too.
+        is_tied: whether its weight may bear another module's name.
         known: the layers that have a path already.
         parents: how paths begin where the scopes of nodes begin otherwise.
     """
+    if noted := _by_note(layer.node):
+        return noted
     by_weight = None if is_tied else _parameter_path(str(layer.weight.name))
     if by_weight is not None:
         return by_weight
-    by_node = _NODE.fullmatch(str(layer.node.name))
-    scope = by_node["path"].replace("/", ".") if by_node else None
+    scope = _scope(layer.node)
     path = _by_scope(layer.node) or (scope and _moved(scope, parents))
     first = re.sub(r"_\d+$", "", path or "")
     if any(_may_be_one(call, layer) for call in known.get(first, ())):
         return first
     return path or _by_bias(layer.node)
+
+
+def _shared(layers: Iterable[FileLayer]) -> dict[ir.Value, set[str]]:
+    """Weights that bear one module's name and are another's too, and the kinds of its calls.
+
+    A table that a linear layer reads, and what calls of more than one module read.
+    """
+    kinds: dict[ir.Value, set[str]] = {}
+    scopes: dict[ir.Value, set[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.weight, set()).add(layer.kind)
+        if (scope := _scope(layer.node)) is not None:
+            scopes.setdefault(layer.weight, set()).add(scope)
+    found = {w: {"linear"} for w, of in kinds.items() if "embedding" in of}
+    for weight, of in scopes.items():
+        if len({scope for scope in of if re.sub(r"_\d+$", "", scope) not in of - {scope}}) > 1:
+            found[weight] = kinds[weight]
+    return found
 
 
 def _may_be_one(one: FileLayer, other: FileLayer) -> bool:
@@ -162,16 +182,39 @@ def _moved(path: str, parents: Mapping[str, str]) -> str:
     return parents[old] + path.removeprefix(old) if old else path
 
 
+def _scope(node: ir.Node) -> str | None:
+    """The path of the module that calls a node, as its name has it; None if it has none."""
+    by_node = _NODE.fullmatch(str(node.name))
+    return by_node["path"].replace("/", ".") if by_node else None
+
+
+def _by_note(node: ir.Node) -> str | None:
+    """The module that torch.onnx notes, if it is of a kind that reads its own weight alone.
+
+    A weight that is tied bears the name of either module.
+    """
+    path, kind = _noted(node)
+    return path if _LEAF.fullmatch(kind) else None
+
+
 def _by_scope(node: ir.Node) -> str | None:
     """The module that torch.onnx notes, if it reads its own weight there."""
-    try:
-        scopes = literal_eval(node.metadata_props.get(f"{_NOTES}.name_scopes", "[]"))
-    except (ValueError, SyntaxError):
-        return None
-    path = scopes[-2] if isinstance(scopes, list) and len(scopes) > 1 else ""
-    own = f"%p_{str(path).replace('.', '_')}_weight"
+    path = _noted(node)[0]
+    own = f"%p_{path.replace('.', '_')}_weight"
     reads = re.findall(r"%\w+", node.metadata_props.get(f"{_NOTES}.fx_node", ""))
-    return str(path) if path and own in reads else None
+    return path if own in reads else None
+
+
+def _noted(node: ir.Node) -> tuple[str, str]:
+    """The path and the class of the module that calls a node, as torch.onnx notes them."""
+    found = []
+    for what in ("name_scopes", "class_hierarchy"):
+        try:
+            noted = literal_eval(node.metadata_props.get(f"{_NOTES}.{what}", "[]"))
+        except (ValueError, SyntaxError):
+            noted = []
+        found.append(str(noted[-2]) if isinstance(noted, list) and len(noted) > 1 else "")
+    return found[0], found[1]
 
 
 def _by_bias(node: ir.Node) -> str | None:

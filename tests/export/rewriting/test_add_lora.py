@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -285,6 +286,38 @@ def test_a_table_that_is_the_head_has_a_slot_for_each(tmp_path: Path) -> None:
         wanted = model.table(x) @ (model.table.weight + update.delta()).T
     assert compare(adapted, wanted).ok
     assert compare(alone, wanted).relative > 1e-2
+
+
+class SharedWeights(nn.Module):
+    """Two layers of one weight, and a table that is the head: four modules, two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.one, self.other = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.head.weight, self.other.weight = self.table.weight, self.one.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.other(torch.tanh(self.one(self.table(ids)))))
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_modules_of_one_weight_have_a_slot_each(dynamo: bool, tmp_path: Path) -> None:
+    """The weight bears the name of one of them, and an adapter of that is none of the other's."""
+    torch.manual_seed(0)
+    model, ids = SharedWeights(), torch.randint(0, 7, (4,))
+    base = exported(model, ids, tmp_path / "base.onnx", dynamo)
+    shapes = {"table": (5, 7), "head": (7, 5), "one": (5, 5), "other": (5, 5)}
+    assert set(add_lora(base, tmp_path / "slots.onnx", slots=["*"]).slots) == set(shapes)
+    for path, shape in shapes.items():
+        adapter, file = make_adapter({path: shape}, rank=3, scale=0.3), tmp_path / f"{path}.lora"
+        export_adapter(adapter, tmp_path / "slots.onnx", file)
+        adapted = Session(tmp_path / "slots.onnx").run({"x": ids}, file)["y"]
+        together, apart = copy.deepcopy(model), copy.deepcopy(model)
+        for layer in (apart.head, apart.other):
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+        assert compare(adapted, eager(apart, adapter, ids)[1]).ok
+        assert not compare(adapted, eager(together, adapter, ids)[1]).ok
 
 
 @pytest.fixture(scope="module")
