@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, advised, within
 
@@ -18,11 +19,17 @@ _AGAIN = "give the file as it was exported, or export it again"
 def parsed_file(path: Path) -> ir.Model:
     """Reads a file; its external data is read when it is asked for.
 
+    Nodes stand behind what they read, and weights are initializers: some tools leave neither so,
+    which onnxruntime takes.
+
     Raises:
         ExportError: its graph contradicts itself.
     """
     with within(path), _contradictions_told():
-        return ir.load(path)
+        model = ir.load(path)
+        model.graph.sort()
+        common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        return model
 
 
 @advised(_AGAIN)
@@ -40,7 +47,7 @@ def parsed(model: onnx.ModelProto) -> ir.Model:
 def _contradictions_told() -> Iterator[None]:
     try:
         yield
-    except ir.serde.SerdeError as error:
+    except (ir.serde.SerdeError, ValueError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -76,14 +76,15 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
 
 
 def _before(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that gives a layer its weight."""
+    """The DequantizeLinear that gives a layer its weight; what is computed may come of one too."""
     for value in node.inputs[:2]:
         found = None if value is None else value.producer()
         if found is not None and found.op_type == "Transpose" and found.inputs[0] is not None:
             found = found.inputs[0].producer()
         if found is not None and found.op_type == "DequantizeLinear":
             whole = found.inputs[0]
-            return found if whole is not None and whole.is_initializer() else None
+            if whole is not None and whole.is_initializer():
+                return found
     return None
 
 

@@ -75,8 +75,9 @@ def path_of(
 ) -> str | None:
     """By the module that torch.onnx notes; else by the weight, then by the node.
 
-    A weight tells if it bears the name of a parameter, and is no other module's too. A second call of a layer is a node of the first one's name and a number, with its weight or,
-    where a tool made one for each call, an equal one.
+    A weight tells if it bears the name of a parameter, and is no other module's too. A second call
+    of a layer is a node of the first one's name and a number, with its weight or, where a tool made
+    one for each call, an equal one.
 
     Args:
         layer: a call of it.

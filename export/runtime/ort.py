@@ -44,7 +44,7 @@ def open_session(
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     optimise: bool = True,
-    frugal: bool = False,
+    to_check: bool = False,
 ) -> Any:
     """Opens a model.
 
@@ -53,9 +53,11 @@ def open_session(
         threads: threads for one operator; onnxruntime's choice by default.
         providers: onnxruntime execution providers; the CPU by default.
         optimise: rewrite the graph for speed.
-        frugal: hold no copy of a weight in the layout that its kernels like best, and no memory
+        to_check: hold no copy of a weight in the layout that its kernels like best, and no memory
             between runs: weights in a file beside the model are read where they lie. Those of a
             few bits are laid out all the same: without that, other kernels would run than a user's.
+            What a file quantises stays as its graph says: products of 8 bits, which other operators
+            around them make or unmake, would differ by their rounding alone.
 
     Raises:
         ExportError: onnxruntime refuses the file, or has no kernel for it.
@@ -64,9 +66,10 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY  # each overridable initializer is worth a warning
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
-    if frugal:
+    if to_check:
         kept = "0" if _is_packed(path) else "1"
         options.add_session_config_entry("session.disable_prepacking", kept)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL

@@ -35,7 +35,7 @@ class Run:
     def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
         """What it gives: label -> output name -> array; a label has the same inputs each time."""
         if any((optimise, label) not in self.known for label in feeds):
-            session = open_session(self.path, threads=1, optimise=optimise, frugal=True)
+            session = open_session(self.path, threads=1, optimise=optimise, to_check=True)
             active = activated(session, self.path, self.manifest, self.adapter)
             for label, each in feeds.items():
                 given = each | active.feeds

@@ -36,7 +36,7 @@ def feeds_for(
     Raises:
         ExportError: what was given does not run, or nothing that was tried.
     """
-    session = open_session(run.path, threads=1, frugal=True)
+    session = open_session(run.path, threads=1, to_check=True)
     slots = activated(session, run.path, run.manifest, None).feeds
     inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:

@@ -62,7 +62,7 @@ def verify_file(
     ]
     at_first: list[Any] = []  # in the end, of the last subject, optimised
     for optimise in (False, True):
-        session = open_session(path, threads=1, optimise=optimise, frugal=True)
+        session = open_session(path, threads=1, optimise=optimise, to_check=True)
         for subject, wanted in zip(subjects, expected, strict=True):
             active = _activated(session, path, subject, trial, bound=in_place)
             for case in (case for case in trial.cases if case.label in wanted):
