@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.quantization.heads import BRANCH, heads_in
-from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
 from lora_fx.export.rewriting.layer_names import path_of
 
 _DTYPES = ("float32", "float16")
@@ -86,6 +86,8 @@ def _why_not(calls: Sequence[FileLayer]) -> str:
         return "quantised already"
     if first.dtype not in _DTYPES:
         return f"{first.dtype}"
+    if DTYPES.get(first.weight.dtype) != first.dtype:  # type: ignore[arg-type]
+        return f"stored as {first.weight.dtype}, and read as {first.dtype}"
     if others or len({call.turned for call in calls}) > 1 or first.weight.is_graph_output():
         return f"its weight is read by {', '.join(sorted(others)) or 'others'} too"
     if any(call.node.attributes.get_float("beta", 1.0) != 1.0 for call in calls):

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
+from lora_fx.export.onnx_model.tensors import to_torch
 from lora_fx.export.rewriting.dequantize import dequantise
-from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
 from lora_fx.export.rewriting.merged_tensor import MergedTensor
 from lora_fx.export.rewriting.slot_change import changes_of
 from lora_fx.export.rewriting.weight_reads import Read, read_another, source_of
@@ -38,13 +40,21 @@ def put_in_weights(
         assert changes is not None
         for number in opened[slot.path]:
             layer = every[number]
-            tensor, name = layer.weight.const_value, f"{slot.path}_{number}_changed"
-            assert tensor is not None
-            made = MergedTensor(tensor, _axes(layer), changes, name)
+            name = f"{slot.path}_{number}_changed"
+            made = MergedTensor(_as_read(layer), _axes(layer), changes, name)
             value = ir.Value(name=name, const_value=made, shape=made.shape)
             value.type = ir.TensorType(made.dtype)
             model.graph.register_initializer(value)
             read_another(Read(layer.node, _place(layer), layer.weight, None), value)
+
+
+def _as_read(layer: FileLayer) -> ir.TensorProtocol:
+    """A weight in the type that its layer computes with, whatever the file stores it in."""
+    stored = layer.weight.const_value
+    assert stored is not None
+    dtype: torch.dtype = getattr(torch, layer.dtype)
+    own = DTYPES.get(stored.dtype)
+    return stored if own == layer.dtype else TorchTensor(to_torch(stored).to(dtype))
 
 
 def _axes(layer: FileLayer) -> tuple[str, ...]:

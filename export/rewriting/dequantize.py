@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.weight_reads import handed_on
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
@@ -78,9 +79,7 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
 def _before(node: ir.Node) -> ir.Node | None:
     """The DequantizeLinear that gives a layer its weight; what is computed may come of one too."""
     for value in node.inputs[:2]:
-        found = None if value is None else value.producer()
-        if found is not None and found.op_type == "Transpose" and found.inputs[0] is not None:
-            found = found.inputs[0].producer()
+        found = None if value is None else handed_on(value)[0].producer()
         if found is not None and found.op_type == "DequantizeLinear":
             whole = found.inputs[0]
             if whole is not None and whole.is_initializer():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
-from lora_fx.export.rewriting.weight_reads import source_of
+from lora_fx.export.rewriting.weight_reads import handed_on, looks_up_rows, source_of, type_of
 
-_DTYPES = {
+DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
@@ -61,12 +61,14 @@ def _matrix(node: ir.Node) -> FileLayer | None:
     found = _stored(node, 1)
     if found is None or x_is_constant or (is_gemm and not plain):
         return None
-    weight, scale, turned, sizes = found
+    weight, quantised, turned, sizes = found
     if len(sizes) != 2:
         return None
     turned ^= not (is_gemm and bool(node.attributes.get_int("transB", 0)))
     into, out = sizes if turned else sizes[::-1]
-    return _layer(node, weight, scale, "linear", (out, into), turned=turned)
+    return _layer(
+        node, weight, node.inputs[1], "linear", (out, into), turned=turned, quantised=quantised
+    )
 
 
 def _bits(node: ir.Node) -> FileLayer | None:
@@ -74,26 +76,29 @@ def _bits(node: ir.Node) -> FileLayer | None:
     if weight is None or scale is None or not weight.is_initializer():
         return None
     shape = node.attributes.get_int("N"), node.attributes.get_int("K")
-    return _layer(node, weight, scale, "linear", (shape[0] or 0, shape[1] or 0))
+    return _layer(node, weight, scale, "linear", (shape[0] or 0, shape[1] or 0), quantised=True)
 
 
 def _convolution(node: ir.Node) -> FileLayer | None:
     found, groups = _stored(node, 1), node.attributes.get_int("group", 1) or 1
     if found is None or found[2] or not 3 <= len(found[3]) <= 5:
         return None
-    weight, scale, _, (out, into, *kernel) = found
-    shape = out, into * groups, *kernel
-    return _layer(node, weight, scale, f"conv{len(kernel)}d", shape, groups)
+    weight, quantised, _, (out, into, *kernel) = found
+    shape, kind = (out, into * groups, *kernel), f"conv{len(kernel)}d"
+    return _layer(node, weight, node.inputs[1], kind, shape, groups, quantised=quantised)
 
 
 def _table(node: ir.Node) -> FileLayer | None:
     found, ids = _stored(node, 0), node.inputs[1]
-    is_rows = not node.attributes.get_int("axis", 0) and ids is not None
-    if found is None or not is_rows or ids is None or ids.is_initializer() or len(found[3]) != 2:
+    if found is None or ids is None or ids.is_initializer() or len(found[3]) != 2:
         return None
-    weight, scale, turned, sizes = found
+    if not looks_up_rows(node):
+        return None
+    weight, quantised, turned, sizes = found
     rows, width = sizes[::-1] if turned else sizes
-    return _layer(node, weight, scale, "embedding", (width, rows), turned=turned)
+    return _layer(
+        node, weight, node.inputs[0], "embedding", (width, rows), turned=turned, quantised=quantised
+    )
 
 
 _FINDERS: dict[tuple[str, str], Callable[[ir.Node], FileLayer | None]] = {
@@ -106,45 +111,36 @@ _FINDERS: dict[tuple[str, str], Callable[[ir.Node], FileLayer | None]] = {
 }
 
 
-def _stored(
-    node: ir.Node, place: int
-) -> tuple[ir.Value, ir.Value | None, bool, tuple[int, ...]] | None:
-    """A weight, the scale that it is dequantised by, if it is turned round, and its own shape."""
+def _stored(node: ir.Node, place: int) -> tuple[ir.Value, bool, bool, tuple[int, ...]] | None:
+    """A weight, whether it is dequantised, and whether it is turned round, and its own shape."""
     value = node.inputs[place] if len(node.inputs) > place else None
     if value is None:
         return None
-    scale, outer = None, False
-    source, turned, in_parts = source_of(value)
-    if source is None and (quantised := _dequantised(value)) is not None:
-        outer, (inner, scale) = quantised[0], quantised[1:]
-        source, turned, in_parts = source_of(inner)
-    if source is None or in_parts or source.shape is None or not source.shape.is_static():
+    source, turned, in_parts = handed_on(value)
+    before = source.producer()
+    quantised = before is not None and before.op_type == "DequantizeLinear"
+    if before is not None and quantised and before.inputs[0] is not None:
+        source, turned_before, in_parts_before = handed_on(before.inputs[0])
+        turned, in_parts = turned ^ turned_before, in_parts or in_parts_before
+    if not source.is_initializer() or in_parts:
         return None
-    return source, scale, turned ^ outer, tuple(source.shape.numpy())
-
-
-def _dequantised(value: ir.Value) -> tuple[bool, ir.Value, ir.Value] | None:
-    """What a value dequantises, and by which scale; whether it is turned round afterwards."""
-    node, turned = value.producer(), False
-    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-        node, turned = node.inputs[0].producer(), True
-    if node is None or node.op_type != "DequantizeLinear":
+    if source.shape is None or not source.shape.is_static():
         return None
-    whole, scale = node.inputs[0], node.inputs[1]
-    return None if whole is None or scale is None else (turned, whole, scale)
+    return source, quantised, turned, tuple(source.shape.numpy())
 
 
 def _layer(
     node: ir.Node,
     weight: ir.Value,
-    scale: ir.Value | None,
+    number: ir.Value | None,
     kind: str,
     shape: tuple[int, ...],
     groups: int = 1,
     turned: bool = False,
+    quantised: bool = False,
 ) -> FileLayer | None:
-    number = scale if scale is not None else weight
-    dtype = _DTYPES.get(number.dtype) if number.dtype is not None else None
+    read = None if number is None else type_of(number)
+    dtype = DTYPES.get(read) if read is not None else None
     if dtype is None or any(size < 1 for size in shape):
         return None
-    return FileLayer(node, weight, kind, shape, dtype, groups, turned, scale is not None)
+    return FileLayer(node, weight, kind, shape, dtype, groups, turned, quantised)

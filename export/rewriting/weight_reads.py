@@ -77,15 +77,34 @@ def source_of(value: ir.Value) -> tuple[ir.Value | None, bool, bool]:
 
     None if the value is something else.
     """
+    source, turned, in_parts = handed_on(value)
+    return (source, turned, in_parts) if source.is_initializer() else (None, False, False)
+
+
+def handed_on(value: ir.Value) -> tuple[ir.Value, bool, bool]:
+    """What a value is in the end, whether it is turned round on the way, and whether a part."""
     turned = in_parts = False
-    while not value.is_initializer():
-        node = value.producer()
-        if node is None or node.op_type not in _HANDS_ON or node.inputs[0] is None:
-            return None, False, False
+    while (node := value.producer()) is not None and node.op_type in _HANDS_ON:
+        if node.inputs[0] is None:
+            break
         turned ^= node.op_type == "Transpose"
         in_parts |= node.op_type in ("Split", "Slice")
         value = node.inputs[0]
     return value, turned, in_parts
+
+
+def type_of(value: ir.Value) -> ir.DataType | None:
+    """The type of what hands a weight on, or makes numbers of whole ones."""
+    while (node := value.producer()) is not None and node.inputs[0] is not None:
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
+        value = node.inputs[1] if node.op_type == "DequantizeLinear" else node.inputs[0]
+    return value.dtype
+
+
+def looks_up_rows(gather: ir.Node) -> bool:
+    """Whether a lookup in a matrix gives rows of it."""
+    return gather.attributes.get_int("axis", 0) in (0, -2)
 
 
 def read_another(read: Read, weight: ir.Value) -> None:
@@ -146,6 +165,6 @@ def _axes(node: ir.Node, place: int) -> str | None:
         return "in out" if place == 1 else "out in"
     if node.op_type == "Gemm" and place == 1 and node.attributes.get_float("alpha", 1.0) == 1.0:
         return "out in" if node.attributes.get_int("transB", 0) else "in out"
-    if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
+    if node.op_type == "Gather" and looks_up_rows(node):
         return "in out"
     return {"Conv": "out in *k", "ConvTranspose": "in out *k"}.get(node.op_type)

@@ -245,6 +245,16 @@ READERS: dict[str, tuple[bool, Callable[[Path, Path], object]]] = {
 }
 
 
+def test_a_graph_that_goes_in_a_circle_is_refused(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_graph(
+        "g (float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}>"
+        "{ a = Add(x, y)  y = MatMul(a, w) }"
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="not a valid ONNX graph: Graph contains a cycle"):
+        add_lora(tmp_path / "model.onnx", tmp_path / "out.onnx")
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_graph_that_says_one_value_twice_is_refused(reader: str, tmp_path: Path) -> None:
     """Without what we note in a file, which would tell; slots are found by their names then."""

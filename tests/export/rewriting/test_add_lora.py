@@ -274,6 +274,23 @@ def test_names_are_given_where_a_file_has_none(tmp_path: Path) -> None:
         add_lora(out, tmp_path / "again.onnx")
 
 
+def test_a_table_whose_rows_are_counted_from_behind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(7, 5)), torch.randint(0, 7, (2, 3))
+    file = onnx.load(exported(model, ids, tmp_path / "base.onnx"))
+    (gather,) = file.graph.node
+    del gather.attribute[:]
+    gather.attribute.append(onnx.helper.make_attribute("axis", -2))
+    onnx.save(file, tmp_path / "base.onnx")
+    adapter = make_adapter({"0": (5, 7)}, scale=0.3)
+    alone, adapted = with_adapter(tmp_path / "base.onnx", adapter, ids, tmp_path, slots=["0"])
+    merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    wanted = eager(model, adapter, ids)[1]
+    assert compare(adapted, wanted).ok
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": ids})["y"], wanted).ok
+    assert compare(alone, wanted).relative > 1e-2
+
+
 def test_a_table_that_is_the_head_has_a_slot_for_each(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Tied(), torch.randint(0, 6, (2, 3))
@@ -524,6 +541,48 @@ def test_a_layer_that_is_called_where_no_slot_stands_is_refused(how: str, tmp_pa
     own = torch.from_numpy(weight)
     assert compare(half, x @ own + x @ (own + update.delta().T)).ok
     assert not compare(half, 2 * x @ (own + update.delta().T)).ok
+
+
+def as_constants(file: onnx.ModelProto) -> None:
+    """Weights as nodes, behind what reads them."""
+    file.graph.node.extend(
+        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in file.graph.initializer
+    )
+    del file.graph.initializer[:]
+
+
+def halved(file: onnx.ModelProto) -> None:
+    """Weights in float16, behind a Cast that stands in the end."""
+    for tensor in file.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        file.graph.node.append(
+            onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=1)
+        )
+        tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}.half"))
+
+
+@pytest.mark.parametrize("change", [as_constants, halved])
+def test_a_file_that_a_tool_left_out_of_order(
+    change: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)), torch.randn(4, 12)
+    model.half().float()
+    file = onnx.load(exported(model, x, tmp_path / "base.onnx"))
+    change(file)
+    onnx.save(file, tmp_path / "base.onnx")
+    with pytest.raises(onnx.checker.ValidationError, match="topologically sorted"):
+        onnx.checker.check_model(str(tmp_path / "base.onnx"))
+    adapter = make_adapter({"0": (30, 12), "2": (5, 30)}, scale=0.3)
+    alone, adapted = with_adapter(tmp_path / "base.onnx", adapter, x, tmp_path)
+    merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    wanted_alone, wanted = eager(model, adapter, x)
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    dtype = torch.float16 if change is halved else torch.float32
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": x})["y"], wanted, dtype).ok
+    assert compare(adapted, wanted_alone).relative > 1e-2
 
 
 class Simplified(nn.Module):
