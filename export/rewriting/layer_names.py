@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.rewriting.file_layers import FileLayer
+from lora_fx.export.rewriting.weight_reads import source_of
 
 # ``fc.weight``, genai's ``fc.MatMul.weight``, and what quantisers put behind them.
 _WEIGHT = re.compile(
@@ -23,6 +24,15 @@ _WEIGHT = re.compile(
 _NODE = re.compile(r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
 _NOTES = "pkg.torch.onnx"
 _LEAF = re.compile(r"torch\.nn\.modules\.(linear|sparse|conv)\.\w+")  # reads its own weight alone
+# Where an operator takes what it adds; onnxruntime's own are fused with the Add of a layer.
+_BIASES = {
+    "Add": (0, 1),
+    "BiasGelu": (1,),
+    "FastGelu": (1,),
+    "SkipLayerNormalization": (4,),
+    "SkipSimplifiedLayerNormalization": (3,),
+}
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "MatMulNBits", "MatMulBnb4"}
 # What onnxruntime calls a weight that a batch-norm, or a factor, was multiplied into.
 _FUSED = re.compile(r"(ConvBn|ConvMul|MatMulBn)Fusion_\w+.*")
 _RULES = "pkg.onnxscript.rewriter.rule_name"
@@ -219,11 +229,31 @@ def _noted(node: ir.Node) -> tuple[str, str]:
 
 
 def _by_bias(node: ir.Node) -> str | None:
-    """The layer whose bias is added next."""
-    added = [v for user, _ in node.outputs[0].uses() if user.op_type == "Add" for v in user.inputs]
-    names = [str(v.name) for v in added if v is not None and v.is_initializer()]
-    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
-    return paths[0] if paths else None
+    """The layer whose bias is added next, if it is added to the products with one weight alone."""
+    weight = source_of(node.inputs[1])[0] if node.inputs[1] is not None else None
+    for user, _ in node.outputs[0].uses():
+        for bias in _added_by(user):
+            readers = [reader for reader, _ in bias.uses()]
+            others = [w for reader in readers for w in _multiplied_before(reader) or [None]]
+            if weight and all(other is not None and is_same(weight, other) for other in others):
+                return str(bias.name).removesuffix(".bias")
+    return None
+
+
+def _added_by(node: ir.Node) -> list[ir.Value]:
+    """The stored biases that a node adds."""
+    places = _BIASES.get(node.op_type, ())
+    inputs = [value for place, value in enumerate(node.inputs) if place in places]
+    held = [value for value in inputs if value is not None and value.is_initializer()]
+    return [value for value in held if str(value.name).endswith(".bias")]
+
+
+def _multiplied_before(node: ir.Node) -> list[ir.Value]:
+    """The weights whose products a node reads."""
+    made = [value.producer() for value in node.inputs if value is not None]
+    factors = [p.inputs[1] for p in made if p is not None and p.op_type in _PRODUCTS]
+    sources = [source_of(value)[0] for value in factors if value is not None]
+    return [source for source in sources if source is not None]
 
 
 def _check_one(path: str, calls: Sequence[FileLayer]) -> None:

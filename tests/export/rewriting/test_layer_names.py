@@ -99,3 +99,35 @@ def test_a_second_call_of_what_a_tool_packed_once_is_not_taken_for_another_layer
             named_layers(every, {})
     else:
         assert [*named_layers(every, {})[0]] == ["fc", "fc_1"]
+
+
+# What adds the bias of the first of two products, what it reads -> the layers' paths.
+READERS = {
+    "a sum": ([("Add", "y0 fc.bias")], {"fc"}),
+    "fused with a function": ([("FastGelu", "y0 fc.bias")], {"fc"}),
+    "fused with a norm": ([("SkipLayerNormalization", "y0 x gain fc.bias fc.bias")], {"fc"}),
+    "the norm's own": ([("SkipLayerNormalization", "y0 x gain norm.bias")], set()),
+    "of one of two products": ([("SkipLayerNormalization", "y0 y1 gain gain fc.bias")], set()),
+    "zeros that two layers share": ([("Add", "y0 fc.bias"), ("Add", "y1 fc.bias")], set()),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_bias_tells_whose_product_it_is_added_to(name: str) -> None:
+    readers, wanted = READERS[name]
+    held = {
+        n: ir.val(n, const_value=ir.tensor(np.ones(4, np.float32)))
+        for n in ("gain", "fc.bias", "norm.bias")
+    }
+    weights = [
+        ir.val(f"w{n}", const_value=ir.tensor(np.full((4, 4), n, np.float32))) for n in (1, 2)
+    ]
+    x = ir.val("x", ir.DataType.FLOAT, (2, 4))
+    products = [ir.node("MatMul", [x, weight]) for weight in weights]
+    known = {"x": x, "y0": products[0].outputs[0], "y1": products[1].outputs[0], **held}
+    made = [ir.node(kind, [known[n] for n in reads.split()]) for kind, reads in readers]
+    graph = ir.Graph(
+        [x], [node.outputs[0] for node in made], nodes=[*products, *made],
+        initializers=[*held.values(), *weights], opset_imports={"": 20},
+    )  # fmt: skip
+    assert set(named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})[0]) == wanted
