@@ -101,12 +101,14 @@ def _save(model: ir.Model, path: Path, external: str | None, known: Mapping[str,
 
 
 def _say_once(graph: onnx.GraphProto) -> None:
-    """Leaves types and shapes of weights to the weights.
+    """Leaves types and shapes of weights and constants to these.
 
     Tools that put another tensor in the place of one, as onnxruntime 1.31 transposes what it
     quantises, leave what was said of it elsewhere as it was, and then trip over it.
+    onnxruntime-genai's builder says of a constant of one number that it has no axis.
     """
-    weights = {tensor.name for tensor in graph.initializer}
+    constants = [node.output[0] for node in graph.node if node.op_type == "Constant"]
+    weights = {*constants, *(tensor.name for tensor in graph.initializer)}
     others = [info for info in graph.value_info if info.name not in weights]
     del graph.value_info[:]
     graph.value_info.extend(others)

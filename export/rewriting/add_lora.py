@@ -19,6 +19,7 @@ from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
+from lora_fx.export.quantization.numbers import of_whole_x
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
@@ -105,9 +106,9 @@ def add_lora(
         evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
-                base = Run(path)
-                feeds = feeds_for(base, proto, inputs)
-                evidence = _evidence(draft, base, manifest, opened, feeds)
+                feeds = feeds_for(Run(path), proto, inputs)
+                with of_whole_x(path) as exact, of_whole_x(draft) as made:
+                    evidence = _evidence(made, Run(exact), manifest, opened, feeds)
                 evidence.judge(str(out))
         files = file_sizes(draft.parent)
     return ExportReport.of(

@@ -12,6 +12,7 @@ from lora_fx.export.rewriting.weight_reads import readers
 
 _LOOKS_UP = {"EmbedLayerNormalization", "Gather", "GatherBlockQuantized"}
 _OF_SHAPE = {"Shape", "Size"}
+_HANDS_ON = {"DequantizeLinear", "Reshape"}  # where numbers are what they were, in other places
 
 
 def missed_calls(layers: Sequence[FileLayer], chosen: Paths) -> dict[str, str]:
@@ -40,7 +41,7 @@ def missed_calls(layers: Sequence[FileLayer], chosen: Paths) -> dict[str, str]:
 
 def _read_by(weight: ir.Value) -> Iterator[ir.Node]:
     for node, place in readers(weight):
-        if node.op_type == "DequantizeLinear" and place == 0:
+        if node.op_type in _HANDS_ON and place == 0:
             yield from _read_by(node.outputs[0])
         elif node.op_type not in _OF_SHAPE:
             yield node

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx import ModelProto
@@ -21,6 +23,7 @@ from lora_fx.export.slots.slot import Input, Slot
 _NAME = re.compile(
     r"(?P<path>.+?)[./]lora_(?P<side>[AB])(\.(?!MatMul|Gemm|weight)\w+)?(\.(MatMul|Gemm))?(\.weight)?"
 )
+_ATTENTION, _BUILDER = re.compile(r"\bself_attn\b"), "onnxruntime-genai"
 _PARTS = {"A": "down", "B": "up"}
 _PASSED = {"Cast", "Dropout", "Identity"}
 
@@ -141,10 +144,24 @@ def fitted_names(adapter: Adapter, manifest: Manifest) -> Adapter:
     return replace(adapter, updates=updates)
 
 
+def as_builder_calls(adapter: Adapter, manifest: Manifest, model: Path) -> Adapter:
+    """An adapter for a file of onnxruntime-genai's builder, where ``self_attn`` is ``attn``.
+
+    Slots that were put in later bear the names that its weights have.
+    """
+    paths = [slot.path for slot in manifest.slots]
+    updates = {_ATTENTION.sub("attn", path): update for path, update in adapter.updates.items()}
+    is_other = updates.keys() != adapter.updates.keys() and len(updates) == len(adapter.updates)
+    if not is_other or any(map(_ATTENTION.search, paths)) or not any("attn" in p for p in paths):
+        return adapter
+    producer = onnx.load(str(model), load_external_data=False).producer_name
+    return replace(adapter, updates=updates) if producer == _BUILDER else adapter
+
+
 def _plain(path: str) -> str:
     """A module path without what exporters change in it."""
     bare = re.sub(r"^(base_model\.|model\.)+", "", path.replace("/", "."))
-    return re.sub(r"\bself_attn\b", "attn", bare)
+    return _ATTENTION.sub("attn", bare)
 
 
 def _slot(path: str, parts: Mapping[str, ir.Value]) -> ForeignSlot:

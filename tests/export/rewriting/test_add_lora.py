@@ -415,6 +415,48 @@ def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
     assert compare(adapted, wanted_alone).relative > 0.2
 
 
+def as_by_the_builder(file: onnx.ModelProto) -> None:
+    """As onnxruntime-genai writes files, with a table that is looked up in what a head reads."""
+    h = onnx.helper
+    file.producer_name = "onnxruntime-genai"
+    (weight,) = (t.name for t in file.graph.initializer if t.dims[0] == 17 and len(t.dims) == 3)
+    one = numpy_helper.from_array(np.array([-1]), "value")
+    file.graph.node.extend([
+        h.make_node("Constant", [], ["one"], value=one),
+        h.make_node("Reshape", [weight, "one"], ["flat"]),
+        h.make_node("Gather", ["flat", "one"], ["row"]),
+    ])  # fmt: skip
+    file.graph.value_info.append(h.make_tensor_value_info("one", onnx.TensorProto.INT64, []))
+
+
+def test_a_file_of_onnxruntime_genai_s_builder(
+    unquantised: tuple[Any, torch.Tensor, Path], tmp_path: Path
+) -> None:
+    """x is rounded to 8 bits in its products; its attention is what PEFT calls ``self_attn``."""
+    model, x, plain = unquantised
+    base = quantised(plain, tmp_path / "base.onnx", bits=8, accuracy_level=4)
+    file = onnx.load(base)
+    as_by_the_builder(file)
+    onnx.save(file, base)
+    weights = [node.input[1] for node in file.graph.node if node.op_type == "MatMulNBits"]
+    names = {weights[0]: "layers.0.attn.q_proj", weights[1]: "layers.0.attn.o_proj"}
+    adapter = make_adapter({"0": (48, 32), "2": (17, 48)}, scale=0.3)
+    called = Adapter("a", {
+        "layers.0.self_attn.q_proj": adapter.updates["0"],
+        "layers.0.self_attn.o_proj": adapter.updates["2"],
+    })  # fmt: skip
+    alone, adapted = with_adapter(base, called, x, tmp_path, names=names)
+    wanted_alone, wanted = eager(copy.deepcopy(model), adapter, x)
+    assert compare(alone, wanted_alone).relative < 0.02
+    assert compare(adapted, wanted).relative < 0.02
+    assert compare(adapted, wanted_alone).relative > 0.2
+    file.producer_name = "another"
+    onnx.save(file, base)
+    add_lora(base, tmp_path / "slots.onnx", names=names, verify=False, force=True)
+    with pytest.raises(AdapterError, match=r"no slot at layers\.0\.self_attn"):
+        export_adapter(called, tmp_path / "slots.onnx", tmp_path / "b.onnx_adapter")
+
+
 def unoptimised(path: Path, adapter: Path | None, x: torch.Tensor) -> Any:
     return Run(path, adapter).outputs({"": {"x": x.numpy()}}, optimise=False)[""]["y"]
 
