@@ -416,16 +416,10 @@ def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
 
 
 def as_by_the_builder(file: onnx.ModelProto) -> None:
-    """As onnxruntime-genai writes files, with a table that is looked up in what a head reads."""
-    h = onnx.helper
+    """As onnxruntime-genai writes files: a constant of one number is said to have no axis."""
+    h, one = onnx.helper, numpy_helper.from_array(np.array([1]), "value")
     file.producer_name = "onnxruntime-genai"
-    (weight,) = (t.name for t in file.graph.initializer if t.dims[0] == 17 and len(t.dims) == 3)
-    one = numpy_helper.from_array(np.array([-1]), "value")
-    file.graph.node.extend([
-        h.make_node("Constant", [], ["one"], value=one),
-        h.make_node("Reshape", [weight, "one"], ["flat"]),
-        h.make_node("Gather", ["flat", "one"], ["row"]),
-    ])  # fmt: skip
+    file.graph.node.append(h.make_node("Constant", [], ["one"], value=one))
     file.graph.value_info.append(h.make_tensor_value_info("one", onnx.TensorProto.INT64, []))
 
 
@@ -562,6 +556,26 @@ def calls_elsewhere(how: str, weight: np.ndarray[Any, Any], path: Path) -> Path:
     kept = {"opset_imports": own_opsets(), "ir_version": 10, "functions": functions}
     onnx.save(h.make_model(graph, **kept), str(path))
     return path
+
+
+def test_a_lookup_in_the_numbers_of_a_layer_is_another_layer_in_whatever_axes(
+    tmp_path: Path,
+) -> None:
+    """A head in few bits is looked up as (rows, blocks * bytes), and multiplied with in blocks."""
+    weight, h = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32), onnx.helper
+    held = {"fc.weight": weight, "sizes": np.array([-1]), "ids": np.array([2])}
+    nodes = [
+        h.make_node("MatMul", ["x", "fc.weight"], ["one"]),
+        h.make_node("Reshape", ["fc.weight", "sizes"], ["flat"]),
+        h.make_node("Gather", ["flat", "ids"], ["two"]),
+        h.make_node("Add", ["one", "two"], ["y"]),
+    ]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 5)))
+    stored = [numpy_helper.from_array(value, name) for name, value in held.items()]
+    graph = h.make_graph(nodes, "g", [x], [y], stored)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "base.onnx"))
+    assert add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx").slots == ["fc"]
 
 
 def own_opsets() -> list[onnx.OperatorSetIdProto]:
