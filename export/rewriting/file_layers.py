@@ -52,6 +52,12 @@ def layers_in(model: ir.Model) -> Iterator[FileLayer]:
             yield found
 
 
+def stored_types(model: ir.Model) -> set[str]:
+    """The types of numbers that a file stores, which all that it computes is rounded by."""
+    held = {value.dtype for value in model.graph.initializers.values()}
+    return {name for dtype, name in DTYPES.items() if dtype in held}
+
+
 def _matrix(node: ir.Node) -> FileLayer | None:
     x_is_constant = node.inputs[0] is not None and source_of(node.inputs[0])[0] is not None
     is_gemm = node.op_type == "Gemm"

@@ -10,7 +10,6 @@ from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 
 from lora_fx.export.onnx_model.identities import DropIdentities
-from lora_fx.export.rewriting.file_layers import DTYPES
 from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor, Part
 from lora_fx.export.rewriting.neutral import ONE, ZERO, Join, Neutral, read_neutral, take_out
 from lora_fx.export.rewriting.slot_change import acts, axes_of, changes_of, shift_of
@@ -42,12 +41,6 @@ def merged_model(
         if not more:
             return model, beside
         beside |= more
-
-
-def merged_types(model: ir.Model) -> set[str]:
-    """The types that weights with an adapter in them are rounded to."""
-    held = [value.const_value for value in model.graph.initializers.values()]
-    return {DTYPES[tensor.dtype] for tensor in held if isinstance(tensor, MergedTensor)}
 
 
 class _Merging:

@@ -120,13 +120,15 @@ def _handed_on(value: ir.Value, read: Read, weight: ir.Value) -> ir.Value:
     node = value.producer()
     assert node is not None
     assert node.inputs[0] is not None
-    inputs = [_handed_on(node.inputs[0], read, weight), *node.inputs[1:]]
+    source = _handed_on(node.inputs[0], read, weight)
+    inputs = [source, *node.inputs[1:]]
     copy = ir.Node(
         node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs)
     )
     node.graph.insert_before(node, copy)  # type: ignore[union-attr]
     made = copy.outputs[list(node.outputs).index(value)]
-    made.type, made.shape = value.type, value.shape
+    made.type = value.type if node.op_type == "Cast" else source.type
+    made.shape = value.shape
     return made
 
 

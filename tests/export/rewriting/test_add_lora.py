@@ -609,13 +609,16 @@ def as_constants(file: onnx.ModelProto) -> None:
 
 
 def halved(file: onnx.ModelProto) -> None:
-    """Weights in float16, behind a Cast that stands in the end."""
+    """Weights in float16, behind a Transpose of them and a Cast that stand in the end."""
+    h = onnx.helper
     for tensor in file.graph.initializer:
-        half = numpy_helper.to_array(tensor).astype(np.float16)
-        file.graph.node.append(
-            onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=1)
-        )
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}.half"))
+        half = numpy_helper.to_array(tensor).astype(np.float16).T
+        name, turned = f"{tensor.name}.half", f"{tensor.name}.turned"
+        cast = h.make_node("Cast", [turned], [tensor.name], to=1)
+        file.graph.node.extend([h.make_node("Transpose", [name], [turned]), cast])
+        told = h.make_tensor_value_info(turned, onnx.TensorProto.FLOAT16, half.T.shape)
+        file.graph.value_info.append(told)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(half), name))
 
 
 @pytest.mark.parametrize("change", [as_constants, halved])
