@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.rewriting.file_layers import FileLayer
-from lora_fx.export.rewriting.weight_reads import source_of
+from lora_fx.export.rewriting.weight_reads import handed_on
 
 # ``fc.weight``, genai's ``fc.MatMul.weight``, and what quantisers put behind them.
 _WEIGHT = re.compile(
@@ -230,12 +230,13 @@ def _noted(node: ir.Node) -> tuple[str, str]:
 
 def _by_bias(node: ir.Node) -> str | None:
     """The layer whose bias is added next, if it is added to the products with one weight alone."""
-    weight = source_of(node.inputs[1])[0] if node.inputs[1] is not None else None
+    if node.inputs[1] is None:
+        return None
+    own = _whole(node.inputs[1])
     for user, _ in node.outputs[0].uses():
         for bias in _added_by(user):
-            readers = [reader for reader, _ in bias.uses()]
-            others = [w for reader in readers for w in _multiplied_before(reader) or [None]]
-            if weight and all(other is not None and is_same(weight, other) for other in others):
+            weights = [_multiplied_before(reader) for reader, _ in bias.uses()]
+            if all(found and all(is_same(own, weight) for weight in found) for found in weights):
                 return str(bias.name).removesuffix(".bias")
     return None
 
@@ -252,8 +253,16 @@ def _multiplied_before(node: ir.Node) -> list[ir.Value]:
     """The weights whose products a node reads."""
     made = [value.producer() for value in node.inputs if value is not None]
     factors = [p.inputs[1] for p in made if p is not None and p.op_type in _PRODUCTS]
-    sources = [source_of(value)[0] for value in factors if value is not None]
-    return [source for source in sources if source is not None]
+    return [_whole(value) for value in factors if value is not None]
+
+
+def _whole(weight: ir.Value) -> ir.Value:
+    """What a weight is made of, whole numbers if it is dequantised."""
+    source = handed_on(weight)[0]
+    node = source.producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return source
+    return _whole(node.inputs[0])
 
 
 def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
