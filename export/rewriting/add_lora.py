@@ -23,7 +23,7 @@ from lora_fx.export.quantization.numbers import of_whole_x
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
-from lora_fx.export.rewriting.file_layers import FileLayer, layers_in, stored_types
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in, types_of_numbers
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
 from lora_fx.export.rewriting.missed_calls import missed_calls
@@ -222,7 +222,7 @@ def _evidence(
         export_adapter(Adapter("probe", updates), draft, file, check=False)
         stored = read_stored(file)
         model = parsed_file(base.path)
-        dtype = coarsest([*stored_types(model), *(slot.dtype for slot in manifest.slots)])
+        dtype = coarsest([*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)])
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
         bare = Run(draft, None, manifest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
+from lora_fx.export.rewriting.merged_tensor import MergedTensor
 from lora_fx.export.rewriting.weight_reads import handed_on, looks_up_rows, source_of, type_of
 
 DTYPES = {
@@ -52,10 +53,19 @@ def layers_in(model: ir.Model) -> Iterator[FileLayer]:
             yield found
 
 
-def stored_types(model: ir.Model) -> set[str]:
-    """The types of numbers that a file stores, which all that it computes is rounded by."""
-    held = {value.dtype for value in model.graph.initializers.values()}
-    return {name for dtype, name in DTYPES.items() if dtype in held}
+def types_of_numbers(model: ir.Model) -> set[str]:
+    """The types that what a file computes is rounded by.
+
+    Those that its weights are read in, and that a weight is stored in which was made anew.
+    """
+    weights = model.graph.initializers.values()
+    found = {value.dtype for value in weights if isinstance(value.const_value, MergedTensor)}
+    for value in weights:
+        found |= {
+            ir.DataType(node.attributes["to"].as_int()) if node.op_type == "Cast" else value.dtype
+            for node, _ in value.uses()
+        }
+    return {name for dtype, name in DTYPES.items() if dtype in found}
 
 
 def _matrix(node: ir.Node) -> FileLayer | None:

@@ -18,7 +18,7 @@ from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
-from lora_fx.export.rewriting.file_layers import stored_types
+from lora_fx.export.rewriting.file_layers import types_of_numbers
 from lora_fx.export.rewriting.merging import merged_model
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, write_ort_adapter
 from lora_fx.export.slots.check_adapter import (
@@ -108,7 +108,7 @@ def merge_onnx(
             if runs is not None:
                 with clock.stage("verify"):
                     dtype = coarsest(
-                        [*stored_types(model), *(slot.dtype for slot in manifest.slots)]
+                        [*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)]
                     )
                     pair = Pair("merged", Run(draft), active)
                     evidence = held_against([pair], {NO_ADAPTER: bare}, runs.result(), dtype)
