@@ -95,11 +95,12 @@ def handed_on(value: ir.Value) -> tuple[ir.Value, bool, bool]:
 
 def type_of(value: ir.Value) -> ir.DataType | None:
     """The type of what hands a weight on, or makes numbers of whole ones."""
-    while (node := value.producer()) is not None and node.inputs[0] is not None:
-        if node.op_type == "Cast":
-            return ir.DataType(node.attributes["to"].as_int())
-        value = node.inputs[1] if node.op_type == "DequantizeLinear" else node.inputs[0]
-    return value.dtype
+    node = value.producer()
+    if node is not None and node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    is_scaled = node is not None and node.op_type == "DequantizeLinear"
+    before = None if node is None else node.inputs[1 if is_scaled else 0]
+    return value.dtype if before is None else type_of(before)
 
 
 def looks_up_rows(gather: ir.Node) -> bool:
