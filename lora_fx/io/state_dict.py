@@ -175,8 +175,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"dict: {_first_line(error)}; save it again, as safetensors"
         ) from error
     with within(path):
-        tensors = widened(_state_dict(content))
+        tensors = _state_dict(content)
         _check_shared(tensors, path.stat().st_size)
+        tensors = widened(tensors)
         check_tensors(tensors)
     return tensors
 

@@ -88,7 +88,11 @@ CASES = {
     "huge overlap": saved(lambda: {"a": torch.ones(200_000).as_strided((99_999, 99_999), (1, 1))}),
     "many views": saved(lambda: dict.fromkeys(map(str, range(500)), torch.ones(9)) | views(1000)),
     "a few whole views": saved(lambda: views(40)),
-    "a tree": saved(lambda: {"model": {"a": torch.ones(2)}}),
+    "huge overlap of bytes": saved(
+        lambda: {"a": torch.ones(9_999).to(torch.float8_e5m2).as_strided((99_999, 99_999), (0, 0))}
+    ),
+    "two models": saved(lambda: dict.fromkeys(("model", "ema"), {"a": torch.ones(2)})),
+    "a tree": saved(lambda: {"model": {"encoder": {"a": torch.ones(2)}}}),
     "a network": saved(lambda: torch.nn.Linear(2, 3)),
 }
 
