@@ -26,6 +26,7 @@ LEAVES = frozenset({"lora_A", "lora_B"})
 # Keys of the safetensors metadata, ours: loralib keeps both in the model's constructor.
 ALPHAS, FUSED = "lora_alpha", "enable_lora"
 PICKLES = (".pt", ".pth", ".bin")
+_OUTPUTS = 64  # of one fused layer; attention has three
 
 
 def update_of(
@@ -201,6 +202,8 @@ def checked_groups(value: object) -> Groups:
     is_list = isinstance(value, Sequence) and all(type(item) is bool for item in value)
     if not isinstance(value, Sequence) or not is_list or not any(value):
         raise AdapterError(f"enable_lora is {value!r:.80}, expected a list of bools, one True")
+    if len(value) > _OUTPUTS:  # each has its rows in memory, adapted or not
+        raise AdapterError(f"enable_lora is of {len(value)} outputs, expected at most {_OUTPUTS}")
     return tuple(value)
 
 

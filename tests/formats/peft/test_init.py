@@ -327,6 +327,10 @@ def test_an_adapter_of_fused_outputs_from_before_0_3_is_read_as_one_of_today(
             r"adapter_config\.json: enable_lora is \[1, 0\], expected a list",
         ),
         (
+            {"enable_lora": [True] + [False] * 99_999},
+            r"enable_lora is of 100000 outputs, expected at most 64",
+        ),
+        (
             {"enable_lora": [True] * 3},
             r"lora_B\.weight is \(8, 2, 1\), expected \(rows of 3 outputs",
         ),
