@@ -91,7 +91,7 @@ CASES = {
     "huge overlap of bytes": saved(
         lambda: {"a": torch.ones(9_999).to(torch.float8_e5m2).as_strided((99_999, 99_999), (0, 0))}
     ),
-    "two models": saved(lambda: dict.fromkeys(("model", "ema"), {"a": torch.ones(2)})),
+    "two models": saved(lambda: {key: {"a": torch.ones(2)} for key in ("model", "ema")}),
     "a tree": saved(lambda: {"model": {"encoder": {"a": torch.ones(2)}}}),
     "a network": saved(lambda: torch.nn.Linear(2, 3)),
 }
