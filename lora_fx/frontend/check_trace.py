@@ -14,6 +14,7 @@ from lora_fx.errors import TraceError, shorten
 from lora_fx.frontend.first_difference import first_that_differs, first_that_draws
 from lora_fx.frontend.isolated_run import as_in_eager, own_inputs, preserved, random_kept, seed
 from lora_fx.frontend.leaked_fakes import has_fakes
+from lora_fx.frontend.one_row import with_one_row
 from lora_fx.frontend.torch_export import distinct
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
@@ -74,9 +75,35 @@ def check_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> str 
             _refuse(_Seen(model, gm, inputs, dirty), said, used, changed)
         if used:
             return _Seen(model, gm, inputs, dirty).drawing(used)
+        if not changed:
+            _check_one_row(model, gm, inputs, dirty)
     if again is None:
         return None
     return f"{again}: a call changes {shorten(changed)}, and the next call gives another output"
+
+
+def _check_one_row(
+    model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dirty: list[torch.Tensor]
+) -> None:
+    """Refuses a model that takes another way for one row than for several."""
+    inputs = with_one_row(gm, inputs)
+    if inputs is None:
+        return
+    seen = _Seen(model, gm, inputs, dirty)
+    try:
+        said = difference(seen.call(gm), seen.call(model))
+    except TraceError:  # one of them takes no one row
+        return
+    if said is None or seen.is_rounding():
+        return
+    place = first_that_differs(model, gm, seen.call)
+    raise TraceError(
+        f"{type(model).__name__}: its graph is not the model where the batch is of one row, first "
+        f"at {place}: {said}\nPython code of the model asks for this size, and a graph has the "
+        "way of several rows. Say the condition with tensors (torch.where), or say that there are "
+        'more: dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}.\n'
+        "To trace it all the same: check=False."
+    )
 
 
 def call_once(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> None:

@@ -55,8 +55,8 @@ def trace(
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
 
-        check: run model and graph on the example inputs and compare, bit for bit. Without
-            example inputs nothing can be compared.
+        check: run model and graph on the example inputs, and with one row where the batch is
+            free, and compare, bit for bit. Without example inputs nothing can be compared.
 
     Returns:
         A GraphModule called as the model is called, bit-equal to it, sharing its tensors. Its

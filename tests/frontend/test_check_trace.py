@@ -257,3 +257,36 @@ def test_nothing_is_compared_without_values_or_inputs() -> None:
     trace(model_of(compute))
     with torch.device("meta"):
         trace(model_of(lambda m, x: m.fc(x)), (torch.randn(4, 3),))
+
+
+ROWS: dict[str, Forward] = {
+    "asked": either(lambda m, x: x.shape[0] == 1),
+    "asked behind a layer": either(lambda m, x: m.fc(x).shape[0] > 1),
+}
+FREE = ({0: "batch"},)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_branch_on_one_row_is_refused(case: str) -> None:
+    model, x = model_of(ROWS[case]), torch.randn(4, 3)
+    with pytest.raises(TraceError, match=r"(?s)the batch is of one row, first at 1: .* min=2"):
+        trace(model, (x,), dynamic_shapes=FREE)
+    others: list[Any] = [None, ({0: torch.export.Dim("batch", min=2)},)]
+    graphs = [trace(model, (x,), dynamic_shapes=shapes) for shapes in others]
+    graphs.append(trace(model, (x,), dynamic_shapes=FREE, check=False))
+    for gm in graphs:
+        assert torch.equal(gm(x), model(x))
+    assert not torch.equal(graphs[-1](x[:1]), model(x[:1]))
+
+
+def test_what_one_row_gives_or_refuses_alike_is_traced() -> None:
+    def few(m: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 1:
+            raise ZeroDivisionError("one row")
+        result: torch.Tensor = m.fc(x)
+        return result
+
+    x = torch.randn(4, 3)
+    for compute in (few, lambda m, x: m.fc(x) - m.fc(x).mean(0)):
+        model = model_of(compute)
+        assert torch.equal(trace(model, (x,), dynamic_shapes=FREE)(x), model(x))

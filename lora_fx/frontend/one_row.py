@@ -1,0 +1,48 @@
+"""The example inputs with one row, which torch.export takes for several without a guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.graph.example import example_of
+
+
+def with_one_row(gm: fx.GraphModule, inputs: Any) -> Any | None:
+    """Inputs of which the first free batch has one row, wherever that size is asked for.
+
+    Args:
+        gm: a graph.
+        inputs: args and kwargs that it was traced with.
+
+    Returns:
+        Such inputs; None where no batch is free, or its least size is given as more.
+    """
+    example = example_of(gm)
+    dims = pytree.tree_leaves(None if example is None else example.dynamic_shapes)
+    if any((getattr(dim, "min", None) or 0) > 1 for dim in dims):
+        return None
+    flat, spec = pytree.tree_flatten(inputs)
+    shapes = [_sizes(node) for node in gm.graph.find_nodes(op="placeholder")]
+    batch = next((sizes[0] for sizes in shapes if sizes and not sizes[0].isdecimal()), None)
+    if batch is None or len(shapes) != len(flat):
+        return None
+    rows = [_cut(value, sizes, batch) for value, sizes in zip(flat, shapes, strict=True)]
+    return pytree.tree_unflatten(rows, spec)
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """The sizes of an input, free ones as symbols."""
+    value = node.meta.get("val")
+    return list(map(str, value.shape)) if isinstance(value, torch.Tensor) else []
+
+
+def _cut(value: Any, sizes: list[str], batch: str) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    for axis, size in enumerate(sizes):
+        value = value.narrow(axis, 0, 1) if size == batch else value
+    return value.clone()
