@@ -100,8 +100,8 @@ def _check_one_row(
     raise TraceError(
         f"{type(model).__name__}: its graph is not the model where the batch is of one row, first "
         f"at {place}: {said}\nPython code of the model asks for this size, and a graph has the "
-        "way of several rows. Say the condition with tensors (torch.where), or say that there are "
-        'more: dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}.\n'
+        "way of several rows. Say the condition with tensors (torch.where), or say in "
+        "dynamic_shapes that there are more, by torch.export.Dim and its least size.\n"
         "To trace it all the same: check=False."
     )
 

@@ -64,7 +64,7 @@ def _known(model: nn.Module, reason: str) -> str | None:
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return (
             "take off the hooks of accelerate, which fetch weights at each call: "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            "accelerate.hooks.remove_hook_from_submodules(model)"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         return "make or load the model outside of torch.inference_mode(), and put in these weights"

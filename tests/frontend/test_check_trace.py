@@ -269,7 +269,9 @@ FREE = ({0: "batch"},)
 @pytest.mark.parametrize("case", ROWS)
 def test_a_branch_on_one_row_is_refused(case: str) -> None:
     model, x = model_of(ROWS[case]), torch.randn(4, 3)
-    with pytest.raises(TraceError, match=r"(?s)the batch is of one row, first at 1: .* min=2"):
+    with pytest.raises(
+        TraceError, match=r"(?s)the batch is of one row, first at 1: .* torch.export.Dim"
+    ):
         trace(model, (x,), dynamic_shapes=FREE)
     others: list[Any] = [None, ({0: torch.export.Dim("batch", min=2)},)]
     graphs = [trace(model, (x,), dynamic_shapes=shapes) for shapes in others]

@@ -146,9 +146,9 @@ def test_parameters_that_are_spread_over_processes_are_named() -> None:
 def test_weights_that_hooks_fetch_are_named() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(nn.Sequential(nn.Linear(3, 5)), execution_device="cpu")
-    with pytest.raises(TraceError, match=r"hooks of accelerate.*remove_hook_from_module"):
+    with pytest.raises(TraceError, match=r"hooks of accelerate.*remove_hook_from_submodules"):
         lora_fx.trace(model, (torch.randn(2, 3),))
-    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    accelerate.hooks.remove_hook_from_submodules(model)
     lora_fx.trace(model, (torch.randn(2, 3),))
 
 

@@ -15,6 +15,7 @@ from lora_fx.graph.wrappers import PARTS
 from lora_fx.layers.base_layers import BaseLayers
 
 PREFIX = "base_model.model."
+_SHARED = "base_model."  # and no module behind it: what all layers share
 BASE_BIAS = ".base_layer.bias"
 # PEFT stores an adapted head whole, beside its adapter, in case the vocabulary was resized.
 BASE_WEIGHT = ".base_layer.weight"
@@ -216,7 +217,7 @@ def unwrapped(tensors: Mapping[str, torch.Tensor], base: BaseLayers) -> Mapping[
     left out too, unless the base is that module. Names that are the model's own, all of them, are
     what other programs write beside a config of PEFT's.
     """
-    start = "" if any(map(is_named, tensors)) else PREFIX
+    start = "" if any(is_named(key) or key.startswith(_SHARED) for key in tensors) else PREFIX
     result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         plain = _unwrapped(start + key, base)
