@@ -215,6 +215,24 @@ def test_sizes_at_which_a_model_fails_are_tried_one_by_one(tmp_path: Path) -> No
         to_onnx(gm, tmp_path / "model.onnx")
 
 
+def spread(y: torch.Tensor) -> torch.Tensor:
+    return (y - y.mean(1, keepdim=True)).square().sum(1) / (y.shape[1] - 1)
+
+
+@pytest.mark.parametrize("way", [spread, lambda y: torch.chunk(y, 2, 1)])
+def test_one_place_may_give_no_number_but_not_fewer_tensors(
+    way: Callable[[torch.Tensor], Any], tmp_path: Path
+) -> None:
+    free = {"x": {0: Dim("batch", min=2), 1: "length"}}
+    gm = traced(Asking(way), torch.randn(2, 32, 3), dynamic_shapes=free)
+    if way is spread:
+        report = to_onnx(gm, tmp_path / "model.onnx")
+        assert "batch=2, length=1" not in {row.shape for row in report.checks}
+    else:
+        with pytest.raises(VerificationError, match=r"length=1 .*\n.*1 tensors, the file 2"):
+            to_onnx(gm, tmp_path / "model.onnx")
+
+
 def test_values_that_are_no_numbers_are_noted(tmp_path: Path) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
