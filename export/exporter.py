@@ -34,6 +34,7 @@ from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
 from lora_fx.export.spelling.attention import OPSET
+from lora_fx.export.spelling.nan_guards import guard_empty_rows
 from lora_fx.export.spelling.shared_cache import share_caches
 from lora_fx.export.spelling.spell import spell
 from lora_fx.export.verification.file_run import Run
@@ -259,6 +260,7 @@ def _finish(
     clean(model)
     rename_axes(model, trial.leaves)
     spellings = {} if portable else spell(model, opset)
+    guard_empty_rows(model)
     rename(model, trial.leaves, trial.outputs)
     spellings |= share_caches(model) if shared_cache else {}
     name_nodes(model)

@@ -60,6 +60,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         ExportError: an operator has no translation, or none in this opset.
     """
     # The exporter takes 30 MB and a second to load, which nobody pays who exports nothing.
+    from lora_fx.export.onnx_model.eager_numbers import mark_masked, translations
     from lora_fx.export.onnx_model.idle_work import without_idle_work
 
     check_opset(opset)
@@ -73,12 +74,18 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             without_known_calls(program)
             with without_idle_work():
                 onnx_program = torch.onnx.export(
-                    program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+                    program,
+                    dynamo=True,
+                    optimize=False,
+                    verbose=False,
+                    opset_version=opset,
+                    custom_translation_table=translations(),
                 )
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"the graph has no ONNX form: {_told(_cause(error))}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]
     if opset is not None and written != opset:
         raise ExportError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
+from lora_fx.export.onnx_model.eager_numbers import MASKED
 from lora_fx.export.spelling.bounds import bounds_of, dtype_of
 from lora_fx.export.spelling.rewrite import Spelling, number, producer
 
@@ -39,12 +41,38 @@ class DropNanGuards(Spelling):
         return True
 
 
+def guard_empty_rows(model: ir.Model) -> None:
+    """Lets marked attention give 0 where its mask hides every key, as eager does, and no NaN.
+
+    Before -> after: ``MatMul(Softmax(q @ k + mask), v)`` -> ``MatMul(Where(IsNaN(p), 0, p), v)`` of
+    ``p = Softmax(q @ k + mask)``, as torch.onnx itself says it of masks of booleans. A row that no
+    mask can hide whole stays, and so does the one operator, which gives 0 there by itself.
+    """
+    for last in list(model.graph):
+        if last.op_type == "MatMul" and MASKED in last.metadata_props:
+            softmax, dtype = producer(last.inputs[0], "Softmax"), dtype_of(last.outputs[0])
+            if softmax is not None and dtype and not _has_numbers(softmax.inputs[0], dtype):
+                _guard(last, softmax, dtype)
+
+
 def _guarded(node: ir.Node) -> ir.Node | None:
     """The softmax that a node guards."""
     if producer(node.outputs[0], "Where") is None or number(node.inputs[1]) != 0:
         return None
     test, softmax = producer(node.inputs[0], "IsNaN"), producer(node.inputs[2], "Softmax")
     return softmax if test is not None and test.inputs[0] is node.inputs[2] else None
+
+
+def _guard(last: ir.Node, softmax: ir.Node, dtype: ir.DataType) -> None:
+    weights = softmax.outputs[0]
+    zero = ir.node("Constant", [], {"value": ir.tensor(np.zeros((), dtype.numpy()), dtype)})
+    test = ir.node("IsNaN", [weights])
+    safe = ir.node("Where", [test.outputs[0], zero.outputs[0], weights])
+    for node in (zero, test, safe):
+        node.metadata_props.update(softmax.metadata_props)
+    assert isinstance(last.graph, ir.Graph)
+    last.graph.insert_before(last, [zero, test, safe])
+    last.replace_input_with(0, safe.outputs[0])
 
 
 def _has_numbers(value: ir.Value | None, dtype: ir.DataType | None) -> bool:

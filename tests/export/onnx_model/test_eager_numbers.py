@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.export import Session, to_onnx
+from lora_fx.frontend.trace import trace
+from lora_fx.testing import relative
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.logsigmoid(self.fc(x))
+
+
+def off(path: Path, model: nn.Module, **inputs: torch.Tensor) -> float:
+    """How far a file is from its model, which has numbers there."""
+    with torch.no_grad():
+        expected = model(**inputs)
+    assert expected.isfinite().all()
+    (found,) = Session(path).run(inputs).values()
+    return relative(torch.as_tensor(found), expected)
+
+
+def test_gates_that_are_all_but_closed_keep_their_logarithm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Gate().eval(), torch.randn(4, 3)
+    to_onnx(trace(model, (x,)), tmp_path / "model.onnx")
+    assert off(tmp_path / "model.onnx", model, x=40 * x) < 1e-5
+    assert off(tmp_path / "model.onnx", model, x=-40 * x) < 1e-5
+
+
+class Masked(nn.Module):
+    def __init__(self, hidden: float) -> None:
+        super().__init__()
+        self.fc, self.hidden = nn.Linear(3, 8), hidden
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> Any:
+        q = self.fc(x).view(2, 4, 2, 4).transpose(1, 2)
+        mask = torch.where(seen[:, None], 0.0, self.hidden).expand(2, 1, 4, 4)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_row_that_a_mask_of_numbers_hides_whole_is_none_of_nan(
+    portable: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = Masked(-torch.inf).eval(), torch.randn(2, 4, 3)
+    seen = torch.ones(2, 4, 4, dtype=torch.bool)
+    to_onnx(trace(model, (x, seen)), tmp_path / "model.onnx", portable=portable)
+    seen = seen.tril()
+    seen[0, :, 0] = False  # nothing is left of the first row
+    assert off(tmp_path / "model.onnx", model, x=x, seen=seen) < 1e-5
+
+
+@pytest.mark.parametrize("opset", [None, 18])
+def test_no_guard_stays_where_no_row_can_be_empty(opset: int | None, tmp_path: Path) -> None:
+    least = torch.finfo(torch.float32).min
+    model, x = Masked(least).eval(), torch.randn(2, 4, 3)
+    seen = torch.ones(2, 4, 4, dtype=torch.bool)
+    to_onnx(trace(model, (x, seen)), tmp_path / "model.onnx", opset=opset)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert ("Attention" in kinds) == (opset is None)
+    assert "IsNaN" not in kinds
