@@ -72,6 +72,7 @@ def verify_file(
                 evidence.checks += rows
                 at_first = found if case is first else at_first
                 if not all(row.ok for row in rows) and not evidence.suspects:
+                    evidence.suspects += _other_types(trial.outputs, found, wanted[case.label])
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
             if trial.generates and subject.generates and optimise:
                 dtype = _precision(subject.graph)
@@ -243,6 +244,23 @@ def _suspect(
         evidence.suspects += suspects(subject.eager, case, found, expected, at_case)
 
 
+def _other_types(
+    names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+) -> Iterator[str]:
+    """What a row of numbers does not show."""
+    for name, actual, wanted in zip(names, found, expected, strict=True):
+        if not _same_type(actual, wanted):
+            kind = str(wanted.dtype).removeprefix("torch.")
+            yield (
+                f"output {name!r} is {actual.dtype}, eager's is {kind}. If both are one model, a cast "
+                f"was lost by torch.onnx: compute it in {actual.dtype} there, and cast it to {kind}"
+            )
+
+
+def _same_type(actual: np.ndarray[Any, Any], wanted: torch.Tensor) -> bool:
+    return str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
+
+
 def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
     pairs = zip(found, expected, strict=True)
     return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
@@ -279,9 +297,8 @@ class _Row:
     ) -> Iterator[Check]:
         for name, actual, wanted in zip(names, found, expected, strict=True):
             result = compare(actual, wanted, _allowance(wanted, self._dtype))
-            same_type = str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
             numbers = (result.max_abs, result.relative, result.tolerance)
-            yield Check(*self._head, name, *numbers, result.ok and same_type)
+            yield Check(*self._head, name, *numbers, result.ok and _same_type(actual, wanted))
 
 
 def _precision(gm: fx.GraphModule) -> torch.dtype:

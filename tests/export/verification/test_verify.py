@@ -248,6 +248,19 @@ def test_values_that_are_no_numbers_are_noted(tmp_path: Path) -> None:
     assert report.verified
 
 
+@pytest.mark.parametrize("is_cast", [True, False])
+def test_an_output_of_another_type_is_named_as_one(is_cast: bool, tmp_path: Path) -> None:
+    def way(y: torch.Tensor) -> torch.Tensor:
+        return y.float().sum(1).half() if is_cast else y.sum(1)
+
+    gm = traced(Asking(way).half(), torch.randn(2, 4, 3).half())
+    if is_cast:
+        assert to_onnx(gm, tmp_path / "model.onnx").verified
+    else:
+        with pytest.raises(VerificationError, match="'output' is float32, eager's is float16"):
+            to_onnx(gm, tmp_path / "model.onnx")
+
+
 def test_an_output_without_any_number_proves_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5))
     with torch.no_grad():
