@@ -252,8 +252,9 @@ def _other_types(
         if not _same_type(actual, wanted):
             kind = str(wanted.dtype).removeprefix("torch.")
             yield (
-                f"output {name!r} is {actual.dtype}, eager's is {kind}. If both are one model, a cast "
-                f"was lost by torch.onnx: compute it in {actual.dtype} there, and cast it to {kind}"
+                f"output {name!r} is {actual.dtype}, eager's is {kind}. If both are one model, a "
+                f"cast was lost by torch.onnx: compute it in {actual.dtype} there, and cast it to "
+                f"{kind}"
             )
 
 
