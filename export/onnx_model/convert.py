@@ -85,7 +85,8 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             raise ExportError(f"the graph has no ONNX form: {_told(_cause(error))}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
-    mark_masked(onnx_program.model, onnx_program.exported_program)
+    if onnx_program.exported_program is not None:
+        mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]
     if opset is not None and written != opset:
         raise ExportError(

@@ -86,10 +86,10 @@ def _check_one_row(
     model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dirty: list[torch.Tensor]
 ) -> None:
     """Refuses a model that takes another way for one row than for several."""
-    inputs = with_one_row(gm, inputs)
-    if inputs is None:
+    one = with_one_row(gm, inputs)
+    if one is None:
         return
-    seen = _Seen(model, gm, inputs, dirty)
+    seen = _Seen(model, gm, one, dirty)
     try:
         said = difference(seen.call(gm), seen.call(model))
     except TraceError:  # one of them takes no one row
