@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,23 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
 
-from lora_fx.errors import AdapterWarning, ExportError, VerificationError, shorten
+from lora_fx.errors import AdapterWarning, VerificationError, shorten
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.export.report import Check, Reference, Verification
+from lora_fx.export.report import Reference, Verification
 from lora_fx.export.runtime.active_adapter import ActiveAdapter, activated
 from lora_fx.export.runtime.in_place import writes_in_place
 from lora_fx.export.runtime.ort import call, open_session
 from lora_fx.export.verification.eager import EAGER_ERRORS, Tensors, run_eager
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, NO_ADAPTERS
+from lora_fx.export.verification.other_sizes import hold_beyond
 from lora_fx.export.verification.rollout import rollout
+from lora_fx.export.verification.rows import Row, allowance, precision, same_type
 from lora_fx.export.verification.suspects import suspects
-from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.numerics import TOLERANCE, compare
+from lora_fx.numerics import compare
 from lora_fx.reference.reference_run import WeightForm
 
 
@@ -67,7 +66,7 @@ def verify_file(
             active = _activated(session, path, subject, trial, bound=in_place)
             for case in (case for case in trial.cases if case.label in wanted):
                 found = _run(session, active, trial, case)
-                row = _Row(subject, case, optimise)
+                row = Row(subject, case, optimise)
                 rows = row.compare(trial.outputs, found, wanted[case.label])
                 evidence.checks += rows
                 at_first = found if case is first else at_first
@@ -75,18 +74,18 @@ def verify_file(
                     evidence.suspects += _other_types(trial.outputs, found, wanted[case.label])
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
             if trial.generates and subject.generates and optimise:
-                dtype = _precision(subject.graph)
+                dtype = precision(subject.graph)
                 check = rollout(subject, session, active, trial, dtype, in_place=in_place)
                 evidence.checks.append(check)
         modules = [s for s in subjects if isinstance(s.eager, WeightForm) and not s.once]
         if optimise and modules and all(row.ok for row in evidence.checks):
             active = _activated(session, path, modules[0], trial, bound=in_place)
             run = partial(_run, session, active.silenced(), trial)
-            _hold_beyond(modules[0], run, trial, evidence)
+            hold_beyond(modules[0], run, trial, evidence)
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
-        rows = _Row(other, first, optimise=True).compare(trial.outputs, at_first, wrong)
+        rows = Row(other, first, optimise=True).compare(trial.outputs, at_first, wrong)
         evidence.controls += [replace(row, ok=not row.ok) for row in rows]
     return evidence
 
@@ -108,72 +107,6 @@ def _expected(
     if len(outputs) == 1:
         evidence.notes.append(f"{subject.what}: checked at the traced shape only")
     return outputs
-
-
-def _hold_beyond(
-    subject: Reference,
-    run: Callable[[Case], list[Any]],
-    trial: ExportUnit,
-    evidence: Verification,
-) -> None:
-    """Holds a file to its model at sizes that it was not traced for: right, or not taken.
-
-    Raises:
-        VerificationError: the file takes them, and gives something else.
-    """
-    for together, *alone in trial.beyond:
-        found = {together.label: _is_held(together, subject, run, trial, evidence)}
-        if alone and not found[together.label]:
-            found = {each.label: _is_held(each, subject, run, trial, evidence) for each in alone}
-        refused = [label for label, is_held in found.items() if is_held is False]
-        evidence.notes += [f"{where}: the file refuses it, the model takes it" for where in refused]
-
-
-def _is_held(
-    case: Case,
-    subject: Reference,
-    run: Callable[[Case], list[Any]],
-    trial: ExportUnit,
-    evidence: Verification,
-) -> bool | None:
-    """Whether the file gives what the model gives, or refuses; None if the model itself fails."""
-    try:
-        wanted = run_eager(subject.eager, case)
-    except Exception:  # the model's own code may raise anything where a size is none of its
-        return None
-    try:
-        found = run(case)
-    except ExportError:
-        return False
-    if len(found) == len(wanted):
-        rows = _Row(subject, case, optimise=True).compare(*_told(trial.outputs, found, wanted))
-        evidence.checks += rows
-        wrong = [str(row) for row in rows if not row.ok]
-    else:
-        wrong = [f"FAIL the model returns {len(wanted)} tensors, the file {len(found)}"]
-    if wrong:
-        table = "\n".join(wrong)
-        raise VerificationError(
-            f"{subject.what}: it takes another way at {case.label} than at {trial.example.label}, "
-            f"for which it was traced, and the file would be wrong there without a word:\n{table}\n"
-            "Say the condition on the size with tensors (torch.where), trace with the sizes that "
-            "are used, or say which are meant in dynamic_shapes, by torch.export.Dim and its limits"
-        )
-    return True
-
-
-def _told(
-    names: Sequence[str], found: list[Any], wanted: Tensors
-) -> tuple[list[str], list[Any], Tensors]:
-    """The outputs with a number on either side: the deviation of one thing has none on both."""
-    outputs = zip(names, found, wanted, strict=True)
-    told = [each for each in outputs if any(_has_numbers(value) for value in each[1:])]
-    return [n for n, _, _ in told], [a for _, a, _ in told], [e for _, _, e in told]
-
-
-def _has_numbers(value: Any) -> bool:
-    values = torch.as_tensor(value)
-    return not values.numel() or bool(values.isfinite().any())
 
 
 def _check_count(subject: Reference, found: Tensors, wanted: Sequence[str]) -> None:
@@ -213,7 +146,7 @@ def _choose(
     for control in candidates:
         found = known.get(id(control.eager)) or run_eager(control.eager, case)
         base = found if control.what.startswith(NO_ADAPTER) else base
-        if _differ(found, expected, _precision(control.graph)):
+        if _differ(found, expected, precision(control.graph)):
             return (control, found), base
         if control.what == NO_ADAPTERS:
             message = "the adapters change no output: is that what was meant?"
@@ -249,7 +182,7 @@ def _other_types(
 ) -> Iterator[str]:
     """What a row of numbers does not show."""
     for name, actual, wanted in zip(names, found, expected, strict=True):
-        if not _same_type(actual, wanted):
+        if not same_type(actual, wanted):
             kind = str(wanted.dtype).removeprefix("torch.")
             yield (
                 f"output {name!r} is {actual.dtype}, eager's is {kind}. If both are one model, a "
@@ -258,13 +191,9 @@ def _other_types(
             )
 
 
-def _same_type(actual: np.ndarray[Any, Any], wanted: torch.Tensor) -> bool:
-    return str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
-
-
 def _differ(found: Tensors, expected: Tensors, dtype: torch.dtype) -> bool:
     pairs = zip(found, expected, strict=True)
-    return any(not compare(a, e, _allowance(e, dtype)).ok for a, e in pairs)
+    return any(not compare(a, e, allowance(e, dtype)).ok for a, e in pairs)
 
 
 def _activated(
@@ -279,44 +208,3 @@ def _activated(
 def _run(session: Any, active: ActiveAdapter, trial: ExportUnit, case: Case) -> list[Any]:
     outputs = call(session, trial.feeds(case) | active.feeds, active.options)
     return [outputs[name] for name in trial.outputs]
-
-
-class _Row:
-    """The part of a row that all outputs of one run share."""
-
-    def __init__(self, subject: Reference, case: Case, optimise: bool) -> None:
-        self._head = (subject.what, case.label, "all" if optimise else "off")
-        self._dtype = _precision(subject.graph)
-
-    def compare(
-        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
-    ) -> list[Check]:
-        return list(self._checks(names, found, expected))
-
-    def _checks(
-        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
-    ) -> Iterator[Check]:
-        for name, actual, wanted in zip(names, found, expected, strict=True):
-            result = compare(actual, wanted, _allowance(wanted, self._dtype))
-            numbers = (result.max_abs, result.relative, result.tolerance)
-            yield Check(*self._head, name, *numbers, result.ok and _same_type(actual, wanted))
-
-
-def _precision(gm: fx.GraphModule) -> torch.dtype:
-    """The coarsest type that the graph's weights have: what its outputs can be held to."""
-    found = {dtype for dtype in _dtypes(gm) if dtype in TOLERANCE}
-    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
-
-
-def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
-    for target in targets(gm.graph):
-        value = get_unevaluated(gm, target)
-        if isinstance(value, nn.Module):
-            yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
-        elif isinstance(value, torch.Tensor | LazyTensor):
-            yield value.dtype
-
-
-def _allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """Numbers are held to the model's precision; integers and booleans must be equal."""
-    return dtype if wanted.is_floating_point() else None

@@ -1,0 +1,64 @@
+"""Rows of a verification: what a file gave beside what it had to give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lora_fx.export.program.shape_variants import Case
+from lora_fx.export.report import Check, Reference
+from lora_fx.export.verification.eager import Tensors
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.numerics import TOLERANCE, compare
+
+
+class Row:
+    """The part of a row that all outputs of one run share."""
+
+    def __init__(self, subject: Reference, case: Case, optimise: bool) -> None:
+        self._head = (subject.what, case.label, "all" if optimise else "off")
+        self._dtype = precision(subject.graph)
+
+    def compare(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> list[Check]:
+        """A row for each output."""
+        return list(self._checks(names, found, expected))
+
+    def _checks(
+        self, names: Sequence[str], found: Sequence[np.ndarray[Any, Any]], expected: Tensors
+    ) -> Iterator[Check]:
+        for name, actual, wanted in zip(names, found, expected, strict=True):
+            result = compare(actual, wanted, allowance(wanted, self._dtype))
+            numbers = (result.max_abs, result.relative, result.tolerance)
+            yield Check(*self._head, name, *numbers, result.ok and same_type(actual, wanted))
+
+
+def precision(gm: fx.GraphModule) -> torch.dtype:
+    """The coarsest type that the graph's weights have: what its outputs can be held to."""
+    found = {dtype for dtype in _dtypes(gm) if dtype in TOLERANCE}
+    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
+    for target in targets(gm.graph):
+        value = get_unevaluated(gm, target)
+        if isinstance(value, nn.Module):
+            yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
+        elif isinstance(value, torch.Tensor | LazyTensor):
+            yield value.dtype
+
+
+def allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Numbers are held to the model's precision; integers and booleans must be equal."""
+    return dtype if wanted.is_floating_point() else None
+
+
+def same_type(actual: np.ndarray[Any, Any], wanted: torch.Tensor) -> bool:
+    """Whether two outputs are of one type."""
+    return str(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
