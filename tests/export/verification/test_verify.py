@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,18 +220,29 @@ def spread(y: torch.Tensor) -> torch.Tensor:
     return (y - y.mean(1, keepdim=True)).square().sum(1) / (y.shape[1] - 1)
 
 
-@pytest.mark.parametrize("way", [spread, lambda y: torch.chunk(y, 2, 1)])
-def test_one_place_may_give_no_number_but_not_fewer_tensors(
-    way: Callable[[torch.Tensor], Any], tmp_path: Path
-) -> None:
+def at_one_place(way: Callable[[torch.Tensor], Any], path: Path) -> tuple[set[str], str]:
+    """The shapes that were checked, and what is said of the file: its notes, or why it is none."""
     free = {"x": {0: Dim("batch", min=2), 1: "length"}}
     gm = traced(Asking(way), torch.randn(2, 32, 3), dynamic_shapes=free)
-    if way is spread:
-        report = to_onnx(gm, tmp_path / "model.onnx")
-        assert "batch=2, length=1" not in {row.shape for row in report.checks}
-    else:
-        with pytest.raises(VerificationError, match=r"length=1 .*\n.*1 tensors, the file 2"):
-            to_onnx(gm, tmp_path / "model.onnx")
+    try:
+        report = to_onnx(gm, path)
+    except VerificationError as error:
+        return set(), str(error)
+    return {row.shape for row in report.checks}, "\n".join(report.notes)
+
+
+def test_one_place_may_give_no_number(tmp_path: Path) -> None:
+    shapes, said = at_one_place(spread, tmp_path / "model.onnx")
+    assert len(shapes) == 3
+    assert "batch=2, length=1" not in shapes
+    assert said == ""
+
+
+def test_one_place_may_not_give_another_number_of_tensors(tmp_path: Path) -> None:
+    """onnxruntime 1.31 refuses what 1.32 gives two tensors for."""
+    said = at_one_place(lambda y: torch.chunk(y, 2, 1), tmp_path / "model.onnx")[1]
+    told = r"length=1 .*\n.*1 tensors, the file 2|length=1: the file refuses it"
+    assert re.search(told, said)
 
 
 def test_values_that_are_no_numbers_are_noted(tmp_path: Path) -> None:
