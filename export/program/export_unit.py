@@ -107,8 +107,8 @@ def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) ->
     outputs = free_names(wanted, taken=[leaf.name for leaf in leaves])
     changed = [(old, new) for old, new in zip(wanted, outputs, strict=True) if old != new]
     notes = [f"output {old!r} is called {new!r}: the name was taken" for old, new in changed]
-    tried = cases(program, leaves, allowed_by(gm))
-    others = beyond(program, leaves, allowed_by(gm))
+    allowed = allowed_by(gm)
+    tried, others = cases(program, leaves, allowed), beyond(program, leaves, allowed)
     return ExportUnit(
         program, leaves, tried[0], tried, others, outputs, notes, stand_ins, inputs.generates
     )

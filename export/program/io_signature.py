@@ -135,9 +135,9 @@ def _label(dim: Any) -> str | None:
 def _limits(dim: Any) -> tuple[Any, Any] | None:
     """The sizes that a Dim of torch.export says it has, the least and the largest."""
     least, most = getattr(dim, "min", None), getattr(dim, "max", None)
-    return (
-        None if least is None and most is None else (least or 0, math.inf if most is None else most)
-    )
+    if least is None and most is None:
+        return None
+    return least or 0, math.inf if most is None else most
 
 
 def key_of(part: Any) -> Any:

@@ -153,9 +153,8 @@ def _meant(leaves: Sequence[TensorInput], members: Sequence[str]) -> tuple[Any, 
         for axis, limits in leaf.meant.items()
         if str(leaf.sizes[axis]) in members
     ]
-    return max((low for low, _ in given), default=0), min(
-        (high for _, high in given), default=math.inf
-    )
+    lows, highs = zip((0, math.inf), *given, strict=True)
+    return max(lows), min(highs)
 
 
 def resized(

@@ -106,9 +106,11 @@ def add_lora(
         evidence = Verification.left_out()
         if verify:
             with clock.stage("verify"):
-                feeds = feeds_for(Run(path), proto, inputs)
+                base = Run(path)
+                feeds = feeds_for(base, proto, inputs)
                 with of_whole_x(path) as exact, of_whole_x(draft) as made:
-                    evidence = _evidence(made, Run(exact), manifest, opened, feeds)
+                    base = base if exact == path else Run(exact)
+                    evidence = _evidence(made, base, manifest, opened, feeds)
                 evidence.judge(str(out))
         files = file_sizes(draft.parent)
     return ExportReport.of(
