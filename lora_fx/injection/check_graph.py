@@ -185,14 +185,11 @@ def _idle(gm: fx.GraphModule, unknown: Iterable[str]) -> list[str]:
     """The modules that a model has, and of which it calls nothing that changes an output."""
     example = example_of(gm)
     traced = example.model if example is not None else None
+    known = [path for path in unknown if traced is not None and path in traced.modules]
+    if not known:  # as with almost every adapter
+        return []
     called = {f"{module_path(node)}." for node in gm.graph.nodes}
-    return [
-        path
-        for path in unknown
-        if traced is not None
-        and path in traced.modules
-        and not any(each.startswith(f"{path}.") for each in called)
-    ]
+    return [path for path in known if not any(each.startswith(f"{path}.") for each in called)]
 
 
 def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:
