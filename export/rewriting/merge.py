@@ -34,6 +34,7 @@ from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.graph.one_thread import one_thread
 from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -86,7 +87,7 @@ def merge_onnx(
     check_external_data(proto, path)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as aside:
         checked = aside.submit(check_digests, proto, path) if check else None
-        with clock.stage("adapter"):
+        with clock.stage("adapter"), one_thread():  # the check has the other core
             file, stored = _taken(adapter, path, manifest, Path(directory))
             del adapter  # its values are all that is needed
             values = values_of(stored)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
+from lora_fx.graph.one_thread import one_thread
 
 CORES = 2
 Item = TypeVar("Item")
@@ -22,14 +21,3 @@ def side_by_side(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Ma
     """
     with one_thread(), ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(work, items))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps torch to one thread in the body."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

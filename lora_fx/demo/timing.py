@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lora_fx.demo.encoder import Batch
 from lora_fx.demo.forms import Form
-from lora_fx.demo.parallel import one_thread
+from lora_fx.graph.one_thread import one_thread
 
 ROUNDS = 7
 
