@@ -18,8 +18,9 @@ class FuseAttention(Spelling):
     """Says products, mask and softmax as Attention, and what takes heads apart with them.
 
     Before -> after: ``MatMul(Softmax(Add(Mul(MatMul(q, Transpose(k)), scale), mask)), v)`` ->
-    ``Attention(q, k, v, mask)``. The mask is added as it is, so it means what it meant. A softmax
-    with a guard behind it stays apart.
+    ``Attention(q, k, v, mask)``. The mask is added as it is, so it means what it meant. What caps
+    the scores before it, ``cap * tanh(scores / cap)``, is an attribute. A softmax with a guard
+    behind it stays apart.
     """
 
     since = OPSET
@@ -31,6 +32,8 @@ class FuseAttention(Spelling):
         if found is None:
             return False
         attributes: dict[str, float | int] = {"scale": found.scale}
+        if found.cap:
+            attributes["softcap"] = found.cap
         k, v = _shared(_unturned(node, found.k), found.v)
         caches = _cached(k, v) if _only_way(k, node) and _only_way(v, node) else ()
         new_k, new_v = (cache.inputs[1] for cache in caches) if caches else (k, v)
@@ -53,13 +56,14 @@ class FuseAttention(Spelling):
 
 
 class _Parts(NamedTuple):
-    """Queries, keys with their last axes exchanged, values, the mask, and the scale."""
+    """Queries, keys with their last axes exchanged, values, the mask, the scale, and the cap."""
 
     q: ir.Value
     k: ir.Value
     v: ir.Value
     mask: ir.Value | None
     scale: float
+    cap: float
 
 
 def _attention(node: ir.Node) -> _Parts | None:
@@ -76,14 +80,14 @@ def _attention(node: ir.Node) -> _Parts | None:
         scores, mask = add.inputs
         if _product(scores)[0] is None:
             scores, mask = mask, scores
-    product, scale = _product(scores)
+    product, scale, cap = _product(scores)
     if product is None:
         return None
     (q, by_q), (k, by_k) = (_scaled(value) for value in product.inputs)
     v = node.inputs[1]
     if q is None or k is None or v is None:
         return None
-    parts = _Parts(q, k, v, mask, scale * by_q * by_k)
+    parts = _Parts(q, k, v, mask, scale * by_q * by_k, cap)
     return parts if _fits(parts) else None
 
 
@@ -93,10 +97,18 @@ def _read_elsewhere(node: ir.Node) -> bool:
     return len(result.uses()) != 1 or result.is_graph_output()
 
 
-def _product(value: ir.Value | None) -> tuple[ir.Node | None, float]:
-    """The product of queries and keys, and what it is multiplied by."""
+def _product(value: ir.Value | None) -> tuple[ir.Node | None, float, float]:
+    """The product of queries and keys, what it is multiplied by, and what caps it: 0 if nothing.
+
+    ``cap * tanh(scale / cap * product)``, as Gemma 2 has it.
+    """
     inner, scale = _scaled(value)
-    return producer(inner, "MatMul"), scale
+    tanh = producer(inner, "Tanh")
+    if tanh is None:
+        return producer(inner, "MatMul"), scale, 0.0
+    inner, by = _scaled(tanh.inputs[0])
+    inner, more = _scaled(inner)
+    return producer(inner, "MatMul"), scale * by * more, abs(scale)
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -114,7 +126,9 @@ def _fits(parts: _Parts) -> bool:
     if parts.q.dtype is not ir.DataType.FLOAT or q is None or k is None or v is None:
         return False
     are_four = len(q) == len(k) == len(v) == 4
-    if not are_four or q[:2] != k[:2] or k[:2] != v[:2] or k[3] != v[2] or q[3] != k[2]:
+    if not are_four or q[0] != k[0] or k[:2] != v[:2] or k[3] != v[2] or q[3] != k[2]:
+        return False
+    if k[1] not in (q[1], 1):  # one head of keys is every query's
         return False
     mask = shape_of(parts.mask) if parts.mask is not None else (1, 1, q[2], k[3])
     if mask is None or len(mask) != 4 or mask[2:] != (q[2], k[3]):

@@ -7,14 +7,15 @@ import onnx_ir as ir
 from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, with_axes
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
-_MOVES = ("Slice", "Expand", "Transpose", "And")
+_MOVES = ("Slice", "Expand", "Transpose", "And", "Cast")
 
 
 class DropIdleCalls(Spelling):
     """Leaves out what gives its input, as a mask is full of.
 
-    Before -> after: ``Expand(x, sizes of x)``, ``x[0:]``, ``And(x, True)`` -> ``x``, and
-    ``Unsqueeze(Unsqueeze(x))`` -> ``Unsqueeze(x)``. A decoder pays for each of them at each token.
+    Before -> after: ``Expand(x, sizes of x)``, ``x[0:]``, ``And(x, True)``, ``Cast(x)`` to its own
+    type -> ``x``, and ``Unsqueeze(Unsqueeze(x))`` -> ``Unsqueeze(x)``. A decoder pays for each of
+    them at each token.
     """
 
     what = "calls that change nothing left out"
@@ -42,6 +43,11 @@ def _same(node: ir.Node) -> ir.Value | None:
     if node.op_type == "Transpose":
         order = node.attributes["perm"].as_ints()
         return x if order == tuple(range(len(order))) else None
+    if node.op_type == "Cast":
+        source = producer(x, "Softmax")  # of what it gives torch.onnx notes no type
+        typed = x if source is None else source.inputs[0]
+        is_same = typed is not None and typed.dtype == node.attributes["to"].as_int()
+        return x if is_same else None
     if shape is None:
         return None
     if node.op_type == "And":

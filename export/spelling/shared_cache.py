@@ -172,7 +172,8 @@ def _say(node: ir.Node, lasts: ir.Value, total: ir.Value) -> None:
     rows = [part if are_rows else _side_by_side(part, nodes) for part in parts]
     given = [*rows, key, value, lasts, total, None, None, None, mask]
     counts = {"num_heads": heads, "kv_num_heads": int(_sizes(key)[1])}
-    attributes: dict[str, int | float] = counts | {"scale": own["scale"].as_float()}
+    numbers = {name: own[name].as_float() for name in ("scale", "softcap") if name in own}
+    attributes: dict[str, int | float] = counts | numbers
     nodes.append(ir.node(OPERATOR, given, attributes, domain=MICROSOFT, num_outputs=3))
     for old, present in zip(node.outputs[1:], nodes[-1].outputs[1:], strict=True):
         take_over(old, present)

@@ -40,6 +40,7 @@ SHAPES = """
      float[b, n, 3, 4] v4, float[b, 3, n, 4] vh, float[b, 3, n, 4] yh, float[b, n, 3, 4] yt>
 """
 WHOLE = ["y = Attention(q, k, v, m)"]
+CAP = "qd = Div(qk, d)\n qt = Tanh(qd)\n qc = Mul(qt, {cap})\n z ="
 
 
 def graph(*changes: tuple[str, str]) -> str:
@@ -60,6 +61,9 @@ def graph(*changes: tuple[str, str]) -> str:
         (("qs = Mul(qh, c)", "qs = Identity(qh)"), ("(qs, kt)", "(qh, kt)")),
         (("Add(qk, m)", "Add(qd, m)"), ("z =", "qd = Div(qk, d)\n z =")),
         (("(qs, kt)", "(qs, ks)"), ("qk =", "ks = Mul(kt, c)\n qk =")),
+        (("Add(qk, m)", "Add(qc, m)"), ("z =", CAP.format(cap="d"))),
+        (("Add(qk, m)", "Add(m, qc)"), ("z =", CAP.format(cap="c"))),
+        (("Add(qk, m)", "Add(qt, m)"), ("z =", CAP.format(cap="c"))),
     ],
 )
 def test_attention_becomes_one_operator(changes: Any, spelled: Callable[..., Any]) -> None:
@@ -83,6 +87,23 @@ def test_axes_are_told_apart_where_their_sizes_are_equal(
 @pytest.mark.parametrize("sizes", ["1, 1, n, n", "1, 3, n, n", "b, 3, n, n"])
 def test_a_mask_of_some_rows_and_heads(sizes: str, spelled: Callable[..., Any]) -> None:
     text = graph(("float[b, 1, n, n] m", f"float[{sizes}] m"))
+    found = spelled(FuseAttention, text, b=2, n=5)
+    assert found.text == WHOLE
+    assert found.off < 1e-6
+
+
+def test_one_head_of_keys_is_every_query_s(spelled: Callable[..., Any]) -> None:
+    """As in Falcon, where a product stretches it over those of the queries."""
+    one = [(f"float[b, n, 12] {name}", f"float[b, n, 4] {name}") for name in ("k", "v")]
+    one += [
+        (f"{name}4 = Reshape({name}, apart)", f"{name}4 = Reshape({name}, one)") for name in "kv"
+    ]
+    one += [(f"float[b, n, 3, 4] {name}4", f"float[b, n, 1, 4] {name}4") for name in "kv"]
+    one += [
+        ("float[b, 3, 4, n] kt", "float[b, 1, 4, n] kt"),
+        ("float[b, 3, n, 4] vh", "float[b, 1, n, 4] vh"),
+    ]
+    text = graph(*one, ("int64[3] joined", "int64[4] one = {0, -1, 1, 4}, int64[3] joined"))
     found = spelled(FuseAttention, text, b=2, n=5)
     assert found.text == WHOLE
     assert found.off < 1e-6
@@ -113,6 +134,7 @@ def test_heads_that_are_not_joined_again_stay_apart(spelled: Callable[..., Any])
         (("Softmax <axis = -1>", "Softmax <axis = 2>"),),
         (("(p, vh)", "(pp, vh)"), ("yh =", "pp = Abs(p)\n yh =")),
         (("z = Add(qk, m)", "z = Sub(qk, m)"),),
+        (("z = Add(qk, m)", "w = Add(qk, m)\n z = Tanh(w)"),),
         (("float[b, 1, n, n] m", "float[b, 1, 1, n] m"),),
         (("float[b, n, 12] y)", "float[b, n, 12] y, float[b, 3, n, n] p)"),),
     ],

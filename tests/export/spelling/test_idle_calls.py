@@ -33,6 +33,7 @@ def graph(calls: str, types: str, result: str) -> str:
         ("h = Transpose <perm = [0, 1, 2]> (x)  y = Neg(h)", f"{WHOLE} h", WHOLE),
         ("h = And(m, yes)  y = Not(h)", f"{TRUE} h", TRUE),
         ("h = And(yes, m)  y = Not(h)", f"{TRUE} h", TRUE),
+        ("h = Cast <to = 1> (x)  y = Neg(h)", f"{WHOLE} h", WHOLE),
     ],
 )
 def test_what_changes_nothing_goes(
@@ -55,6 +56,8 @@ def test_what_changes_nothing_goes(
         ("k = Tile(m, both)  h = And(k, yes)  y = Not(h)", f"{TRUE} h2", "bool[none, more]"),
         ("h = Or(m, yes)  y = Not(h)", f"{TRUE} h", TRUE),
         ("y = Expand(x, sizes)", f"{WHOLE} h", WHOLE),
+        ("h = Cast <to = 1> (m)  y = Neg(h)", "float[b, n] h", "float[b, n]"),
+        ("h = Cast <to = 11> (x)  y = Neg(h)", "double[b, n, 5] h", "double[b, n, 5]"),
     ],
 )
 def test_what_may_change_something_stays(
