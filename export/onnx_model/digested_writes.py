@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lora_fx.export.onnx_model.digests import short, start
 
-_LARGE = 1 << 16  # bytes that are worth a thread
+_LARGE = 1 << 20  # bytes that are worth a thread: the digest is taken beside the writing
 
 
 class Watched(ir.LazyTensor):
@@ -26,34 +26,27 @@ class Watched(ir.LazyTensor):
         self.digest = ""
 
     def tofile(self, file: BinaryIO) -> None:
-        """Writes the bytes, and keeps their digest, which is taken beside the writing."""
+        """Writes the bytes, and keeps their digest."""
         digest = start(int(self.dtype), self.shape.numpy())
-        with ThreadPoolExecutor(1) as beside:
-            followed = _Followed(file, digest, beside)
-            super().tofile(followed)
-            followed.wait()
+        super().tofile(_Both(file, digest))
         self.digest = short(digest)
 
 
-class _Followed:
-    """A file that a digest follows, one piece behind: no piece may change once it is written."""
+class _Both:
+    """A file that a digest follows."""
 
-    def __init__(self, file: BinaryIO, digest: Any, beside: ThreadPoolExecutor) -> None:
-        self._file, self._digest, self._beside = file, digest, beside
-        self._last: Future[None] | None = None
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file = file
+        self._digest = digest
 
     def write(self, data: Any) -> int:
         content: Any = np.frombuffer(data, np.uint8)  # flat, which ctypes' arrays are not
-        self.wait()
         if content.nbytes < _LARGE:
             self._digest.update(content)
-        else:
-            self._last = self._beside.submit(self._digest.update, content)
-        self._file.write(content)
+            self._file.write(content)
+            return len(content)
+        with ThreadPoolExecutor(1) as beside:
+            digested = beside.submit(self._digest.update, content)
+            self._file.write(content)
+            digested.result()
         return len(content)
-
-    def wait(self) -> None:
-        """Until all that was written is in the digest."""
-        if self._last is not None:
-            self._last.result()
-            self._last = None

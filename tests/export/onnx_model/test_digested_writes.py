@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +14,21 @@ from onnx_ir.tensor_adapters import TorchTensor
 from lora_fx.export.onnx_model.digested_writes import Watched
 
 
+class Reused(TorchTensor):
+    """A tensor whose memory goes to the next, as that of a lazy one does."""
+
+    def tobytes(self) -> bytes:
+        return torch.ones(self.raw.shape).numpy().tobytes()
+
+    def tofile(self, file: Any) -> None:
+        super().tofile(file)
+        self.raw.zero_()
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
+        Reused(torch.ones(3000, 2000)),
         TorchTensor(torch.randn(5, 3)),
         TorchTensor(torch.randn(600, 500)),  # digested beside the writing
         TorchTensor(torch.randn(7, 3).bfloat16()),
