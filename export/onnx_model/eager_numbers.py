@@ -10,19 +10,26 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from lora_fx.export.spelling.rewrite import producer
 from lora_fx.graph.ops import aten, call_argument
 
+WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> what to write instead of torch.onnx's own translation."""
     from onnxscript import opset18 as op  # loaded where a model is exported
-    from onnxscript.function_libs.torch_lib.ops import nn
+    from onnxscript.function_libs.torch_lib.ops import core, nn
 
     def log_sigmoid(x: Any) -> Any:
         """The sigmoid itself is off at -16, and 0 in onnxruntime below -18 or so."""
         return op.Neg(op.Softplus(op.Neg(x)))
+
+    def log(x: Any) -> Any:
+        """The same where a model spells it; half precision rounds such a sigmoid in eager too."""
+        gate = producer(x, "Sigmoid") if x.dtype in WIDE else None
+        return core.aten_log(x) if gate is None else log_sigmoid(gate.inputs[0])
 
     def attention(
         query: Any,
@@ -44,6 +51,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return {
         aten.log_sigmoid.default: log_sigmoid,
+        aten.log.default: log,
         aten.scaled_dot_product_attention.default: attention,
     }
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.export.onnx_model.eager_numbers import MASKED
+from lora_fx.export.onnx_model.eager_numbers import MASKED, WIDE
 from lora_fx.export.spelling.bounds import bounds_of, dtype_of
 from lora_fx.export.spelling.rewrite import producer, put
-
-# In half precision the least number and a small one have no sum: a row may be empty after all.
-_WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def guard_empty_rows(model: ir.Model) -> None:
@@ -40,7 +37,8 @@ def _guard(last: ir.Node, weights: ir.Value, dtype: ir.DataType) -> None:
 
 def _has_numbers(value: ir.Value | None, dtype: ir.DataType | None) -> bool:
     """Whether no sum can hold -inf, unless products overflow."""
-    if dtype is None or dtype not in _WIDE:
+    # In half precision the least number and a small one have no sum: a row may be empty after all.
+    if dtype not in WIDE:
         return False
     added = [part for part in _summands(value) if producer(part, "MatMul") is None]
     return sum(min(0.0, bounds_of(part).low) for part in added) >= float(dtype.min)
