@@ -128,7 +128,7 @@ class ExportReport:
         task: what the model was exported for, as `lora_fx.tasks` has it.
         dtype: what the model was cast to, if it was.
         quantised: which weights are stored in a few bits, if any, and what that costs.
-        spellings: what is said in operators that run faster, or had to stay -> how often.
+        spellings: what is said in operators that run faster -> how often.
         layers: under ``measure=True``, what adapters do to each layer, and how well it is held.
         pictures: likewise, the graph around one layer of each kind.
         left: likewise, layers that are not merged -> why.

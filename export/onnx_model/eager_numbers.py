@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,32 +10,61 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from lora_fx.export.spelling.rewrite import producer
 from lora_fx.graph.ops import aten, call_argument
 
+WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> what to write instead of torch.onnx's own translation."""
     from onnxscript import opset18 as op  # loaded where a model is exported
+    from onnxscript.function_libs.torch_lib.ops import core, nn
 
     def log_sigmoid(x: Any) -> Any:
         """The sigmoid itself is off at -16, and 0 in onnxruntime below -18 or so."""
         return op.Neg(op.Softplus(op.Neg(x)))
 
-    return {aten.log_sigmoid.default: log_sigmoid}
+    def log(x: Any) -> Any:
+        """The same where a model spells it; half precision rounds such a sigmoid in eager too."""
+        gate = producer(x, "Sigmoid") if x.dtype in WIDE else None
+        return core.aten_log(x) if gate is None else log_sigmoid(gate.inputs[0])
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """What booleans hide is -inf: of a row that is the least number whole, there is a mean."""
+        if attn_mask is not None and attn_mask.dtype is ir.DataType.BOOL:
+            seen, hidden = (ir.tensor(n, dtype=query.dtype) for n in (0.0, -math.inf))
+            attn_mask = op.Where(attn_mask, op.Constant(value=seen), op.Constant(value=hidden))
+        return nn.aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+
+    return {
+        aten.log_sigmoid.default: log_sigmoid,
+        aten.log.default: log,
+        aten.scaled_dot_product_attention.default: attention,
+    }
 
 
 def mark_masked(model: ir.Model, program: torch.export.ExportedProgram) -> None:
-    """Notes which products are the last of an attention with a mask of numbers."""
+    """Notes which products are the last of an attention with a mask."""
     masked = {node.name for node in program.graph.nodes if _has_mask(node)}
     for node in model.graph:
         if node.op_type == "MatMul" and node.outputs[0].name in masked:
-            node.metadata_props[MASKED] = "numbers"
+            node.metadata_props[MASKED] = "a tensor"
 
 
 def _has_mask(node: fx.Node) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    mask = call_argument(node, 3, "attn_mask")
-    return isinstance(mask, fx.Node) and mask.meta["val"].dtype is not torch.bool
+    return isinstance(call_argument(node, 3, "attn_mask"), fx.Node)

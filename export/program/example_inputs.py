@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.errors import ExportError
+from lora_fx.frontend.root_call import shapes_by_argument
 from lora_fx.graph.example import example_of
 
 
@@ -47,17 +48,27 @@ def example_inputs(
         ExportError: neither is there.
     """
     example = example_of(gm)
-    if dynamic_shapes is None and example is not None:
-        dynamic_shapes = example.dynamic_shapes
     if input_names is None and example is not None:
         input_names = example.input_names
+    names = input_names, output_names
     if args or kwargs:
         given = tuple(args or ()), dict(kwargs or {})
-        return Inputs(*given, dynamic_shapes, input_names, output_names)
+        return Inputs(*given, _shapes(gm, *given, dynamic_shapes), *names)
     if example is None or not (example.args or example.kwargs):
         raise ExportError(
             "no example inputs: the graph was traced without any; pass args=(x,) or kwargs={...} "
             'and, for sizes that may change, dynamic_shapes={"x": {0: "batch"}}'
         )
-    names = input_names, output_names
-    return Inputs(example.args, example.kwargs, dynamic_shapes, *names, example.generates)
+    given = example.args, dict(example.kwargs)
+    return Inputs(*given, _shapes(gm, *given, dynamic_shapes), *names, example.generates)
+
+
+def _shapes(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Any:
+    """Those that were given, as the model that was traced has them, or else the graph's."""
+    example = example_of(gm)
+    if dynamic_shapes is None:
+        return example.dynamic_shapes if example is not None else None
+    model = example.model.modules[""] if example is not None and example.model is not None else gm
+    return shapes_by_argument(model, args, kwargs, dynamic_shapes)

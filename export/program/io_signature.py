@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.frontend.root_call import named_arguments, shapes_by_argument
 
 SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
@@ -47,15 +47,16 @@ def input_leaves(
     """
     args, kwargs = program.example_inputs or ((), {})
     flat, _ = pytree.tree_flatten_with_path((args, kwargs))
-    arguments = list(inspect.signature(gm.forward).parameters.values())
-    shapes = _by_name(dynamic_shapes, arguments, kwargs)
+    arguments = [parameter.name for parameter in named_arguments(gm, args, kwargs)]
+    shapes = shapes_by_argument(gm, args, kwargs, dynamic_shapes)
     holders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     leaves: list[TensorInput] = []
     given: list[torch.Tensor] = []
     for (path, value), user in zip(flat, program.graph_signature.user_inputs, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
-        keys = _argument(path, arguments)
+        first, *within = [key_of(part) for part in path[1:]]
+        keys = [first if path[0].idx == 1 else arguments[first], *within]
         sizes = tuple(holders[str(user)].meta["val"].shape)
         dims = _dims(shapes, keys)
         open_axes = [a for a, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
@@ -93,26 +94,6 @@ def dimension_names(leaves: Sequence[TensorInput]) -> dict[str, str]:
             if SYMBOL.fullmatch(str(size)):
                 names.setdefault(str(size), f"{leaf.name}_dim_{axis}")
     return names
-
-
-def _by_name(shapes: Any, arguments: list[inspect.Parameter], kwargs: Any) -> dict[Any, Any]:
-    if isinstance(shapes, tuple | list):
-        given = [p.name for p in arguments if p.name not in kwargs][: len(shapes)]
-        return dict(zip([*given, *kwargs], shapes, strict=False))
-    return dict(shapes or {})
-
-
-def _argument(path: Any, arguments: list[inspect.Parameter]) -> list[Any]:
-    """(0, i, …) or (1, name, …) of (args, kwargs) as (argument name, …)."""
-    first, *rest = [key_of(part) for part in path[1:]]
-    if path[0].idx == 1:
-        return [first, *rest]
-    for place, parameter in enumerate(arguments):
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            return [parameter.name, first - place, *rest]
-        if place == first:
-            return [parameter.name, *rest]
-    raise ExportError(f"{first + 1} positional example inputs, the model takes {len(arguments)}")
 
 
 def _dims(shapes: Any, keys: list[Any]) -> dict[int, Any]:

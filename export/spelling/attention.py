@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
+from lora_fx.export.spelling.bounds import bounds_of
 from lora_fx.export.spelling.heads import before_heads, joined_heads
 from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, take_over
 from lora_fx.export.spelling.shared_heads import before_sharing
 from lora_fx.export.spelling.sizes import shape_of
 
 OPSET = 23  # the first that has the operator
+_LEAST = float(ir.DataType.FLOAT.min)
+# Brings the least number to the next one, and no other further than its own rounding.
+_A_BIT_LESS = np.nextafter(np.float32(1), np.float32(0))
 
 
 class FuseAttention(Spelling):
     """Says products, mask and softmax as Attention, and what takes heads apart with them.
 
     Before -> after: ``MatMul(Softmax(Add(Mul(MatMul(q, Transpose(k)), scale), mask)), v)`` ->
-    ``Attention(q, k, v, mask)``. The mask is added as it is, so it means what it meant. What caps
-    the scores before it, ``cap * tanh(scores / cap)``, is an attribute. A softmax with a guard
-    behind it stays apart.
+    ``Attention(q, k, v, mask)``. What caps the scores before the mask is added, ``cap *
+    tanh(scores / cap)``, is an attribute. A softmax with a guard behind it stays apart. A row of
+    the least number is a mean of all values, as any equal numbers are; onnxruntime's operator takes
+    it for one of -inf, and gives 0, so a mask that may hold the least number is multiplied by a bit
+    less than one.
     """
 
     since = OPSET
     what = f"attention by one operator, Attention of opset {OPSET}"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks: dict[ir.Value, ir.Value] = {}
 
     def respell(self, node: ir.Node) -> bool:
         """Of the last product."""
@@ -47,12 +58,31 @@ class FuseAttention(Spelling):
         else:
             last = node
         past = [cache.inputs[0] for cache in caches]
-        given += [found.mask, *past] if found.mask is not None or past else []
+        mask = self._without_least(found.mask, node)
+        given += [mask, *past] if mask is not None or past else []
         new = ir.node("Attention", given, attributes, num_outputs=1 + len(past))
         put(last, [new], new.outputs[0])
         for cache, present in zip(caches, new.outputs[1:], strict=True):
             take_over(cache.outputs[0], present)
         return True
+
+    def _without_least(self, mask: ir.Value | None, node: ir.Node) -> ir.Value | None:
+        """A mask that holds the least number nowhere, made once for all that read it."""
+        if mask is None or not _may_be_least(mask):
+            return mask
+        if mask not in self._masks:
+            factor = ir.node("Constant", [], {"value": ir.tensor(np.array(_A_BIT_LESS))})
+            new = ir.node("Mul", [mask, factor.outputs[0]])
+            raised = new.outputs[0]
+            raised.type, raised.shape, raised.name = mask.type, mask.shape, f"{mask.name}_raised"
+            before, graph = mask.producer(), node.graph
+            assert isinstance(graph, ir.Graph)
+            if before is None:
+                graph.insert_before(graph[0], [factor, new])
+            else:
+                graph.insert_after(before, [factor, new])
+            self._masks[mask] = raised
+        return self._masks[mask]
 
 
 class _Parts(NamedTuple):
@@ -64,6 +94,14 @@ class _Parts(NamedTuple):
     mask: ir.Value | None
     scale: float
     cap: float
+
+
+def _may_be_least(mask: ir.Value | None) -> bool:
+    """Whether a place of a mask can hold the least number; -inf is none."""
+    chosen = producer(mask, "Where")
+    if chosen is not None:
+        return any(_may_be_least(value) for value in chosen.inputs[1:])
+    return number(mask) != -np.inf and bounds_of(mask).low <= _LEAST
 
 
 def _attention(node: ir.Node) -> _Parts | None:

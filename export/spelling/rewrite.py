@@ -14,17 +14,14 @@ class Spelling(ir.passes.InPlacePass):
     Attributes:
         since: the opset that it needs.
         what: of the report: what was chosen, and how often.
-        kept: likewise: what had to stay, and why.
         count: how often it was chosen.
-        left: how often it had to stay.
     """
 
     since = 1
     what = ""
-    kept = ""
 
     def __init__(self) -> None:
-        self.count = self.left = 0
+        self.count = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the model."""

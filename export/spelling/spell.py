@@ -7,7 +7,6 @@ from onnx_ir.passes import common
 
 from lora_fx.export.spelling.attention import OPSET, FuseAttention
 from lora_fx.export.spelling.idle_calls import DropIdleCalls
-from lora_fx.export.spelling.nan_guards import DropNanGuards
 from lora_fx.export.spelling.rewrite import Spelling
 from lora_fx.export.spelling.rms_norm import FuseRmsNorm
 from lora_fx.export.spelling.rotary import FuseRotary
@@ -18,7 +17,6 @@ from lora_fx.export.spelling.whole_masks import ReadWholeMasks
 _SPELLINGS: tuple[type[Spelling], ...] = (
     DropIdleCalls,
     ReadWholeMasks,
-    DropNanGuards,
     TransposeOnce,
     FuseRotary,
     FuseAttention,
@@ -38,7 +36,7 @@ def spell(model: ir.Model, opset: int | None) -> dict[str, int]:
         opset: that it has to stay with; by default a newer one may be chosen.
 
     Returns:
-        What was chosen, or had to stay -> how often.
+        What was chosen -> how often.
     """
     newest = opset or OPSET
     passes = [spelling() for spelling in _SPELLINGS if spelling.since <= newest]
@@ -47,5 +45,4 @@ def spell(model: ir.Model, opset: int | None) -> dict[str, int]:
         common.RemoveUnusedNodesPass()(model)
     versions = model.opset_imports
     versions[""] = max(versions[""], *(each.since for each in passes if each.count), 0)
-    chosen = {each.what: each.count for each in passes if each.count}
-    return chosen | {each.kept: each.left for each in passes if each.left}
+    return {each.what: each.count for each in passes if each.count}

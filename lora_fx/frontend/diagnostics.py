@@ -55,6 +55,12 @@ def _known(model: nn.Module, reason: str) -> str | None:
             "wrap the model in a module that takes and returns tensors, or tuples, lists and "
             f"dictionaries of them, and no {foreign['name']}"
         )
+    if "data-dependent" in reason:
+        return (
+            "let no `if` hang on what a tensor holds: a graph has one way, so take it before the "
+            "model is traced. transformers' rope_type 'dynamic' is 'default' in its config for "
+            "sequences up to max_position_embeddings"
+        )
     empty = [name for name, p in model.named_parameters() if not p.numel()]
     if empty:
         return (

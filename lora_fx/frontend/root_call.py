@@ -1,14 +1,17 @@
-"""Hooks and a patched forward of the root module, made part of what is traced."""
+"""Hooks, a patched forward and starred arguments of the root module, as tracers can read them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+from lora_fx.errors import TraceError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _KINDS = inspect.Parameter
@@ -21,31 +24,116 @@ def is_hooked(model: nn.Module) -> bool:
     return bool(own or everywhere) or "forward" in model.__dict__
 
 
-def as_called(model: nn.Module, named: Collection[str]) -> nn.Module:
+def as_called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
     """The model itself, or a stand-in for symbolic tracing, which reads ``forward`` of the class.
 
-    The stand-in holds the same dictionaries of modules and tensors; its forward, of the same
-    signature, is a call of the model with hooks and all.
+    The stand-in holds the same dictionaries of modules and tensors; its forward is a call of the
+    model with hooks and all, with a name for each argument that is given.
 
     Args:
         model: what is called.
-        named: the arguments that it is given by name, as hooks see them.
+        args: that it is given by position.
+        kwargs: by name, as hooks see them.
     """
-    if not is_hooked(model):
+    parameters = named_arguments(model, args, kwargs)
+    if not is_hooked(model) and parameters == _declared_by(model):
         return model
-    own = type(model)
-    stand_in: nn.Module = object.__new__(
-        type(own.__name__, (own,), {"forward": _forward(model, named)})
-    )
+    own, call = type(model), partial(nn.Module._call_impl, model)
+    forward = _forward(call, parameters, kwargs, ["self"])
+    stand_in: nn.Module = object.__new__(type(own.__name__, (own,), {"forward": forward}))
     stand_in.__dict__ = {name: v for name, v in model.__dict__.items() if name != "forward"}
     return stand_in
 
 
-def _forward(model: nn.Module, named: Collection[str]) -> Callable[..., Any]:
+def with_named_arguments(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """The model itself, or a stand-in for torch.export that has a name for each argument.
+
+    torch.export takes no shapes of what ``**kwargs`` takes, and cannot say its guards on them.
+    """
+    parameters = named_arguments(model, args, kwargs)
+    if parameters == _declared_by(model):
+        return model
+    stand_in: nn.Module = object.__new__(type(model))
+    call = model.__dict__.get("forward") or MethodType(type(model).forward, stand_in)
+    stand_in.__dict__ = {**model.__dict__, "forward": _forward(call, parameters, kwargs)}
+    return stand_in
+
+
+def named_arguments(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[inspect.Parameter]:
+    """The parameters of a model, and a name for each argument that ``*args`` and ``**kwargs`` take.
+
+    ``forward(x, *rest, **more)``, of two and ``mask=`` -> ``x, rest_0, mask``.
+    """
+    parameters, given = _declared_by(model), _given_to(model, args, kwargs)
+    if not any(_star(parameter) and given.get(parameter.name) for parameter in parameters):
+        return parameters
+    named: list[inspect.Parameter] = []
+    for parameter in parameters:
+        held = given.get(parameter.name, ())
+        if parameter.kind is _KINDS.VAR_POSITIONAL:
+            names = [f"{parameter.name}_{place}" for place in range(len(held))]
+            named += [_KINDS(name, _KINDS.POSITIONAL_ONLY) for name in names]
+        elif parameter.kind is _KINDS.VAR_KEYWORD:
+            named += [_KINDS(name, _KINDS.KEYWORD_ONLY) for name in held]
+        elif parameter.name in given:  # as all are in front of what *args takes
+            named.append(parameter.replace(default=parameter.empty))
+        else:
+            named.append(parameter)
+    return sorted(named, key=lambda parameter: parameter.default is not parameter.empty)
+
+
+def shapes_by_argument(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any
+) -> Any:
+    """Shapes under the names of arguments; of ``*args`` and ``**kwargs`` they may come as one."""
+    given = _given_to(model, args, kwargs)
+    if isinstance(shapes, tuple | list):
+        spread = shapes_by_argument(model, args, kwargs, given)
+        heads = next((each for each in (given, spread) if len(each) == len(shapes)), ())
+        shapes = dict(zip(heads, shapes, strict=True)) if heads else shapes
+    if not isinstance(shapes, dict):
+        return shapes
+    kinds = {parameter.name: parameter.kind for parameter in _declared_by(model)}
+    found: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        kind = kinds.get(name)
+        if kind is _KINDS.VAR_POSITIONAL:
+            found |= {f"{name}_{place}": each for place, each in enumerate(shape)}
+        elif kind is _KINDS.VAR_KEYWORD:
+            found |= shape
+        else:
+            found[name] = shape
+    return found
+
+
+def _declared_by(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _given_to(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call gives to each parameter that it gives anything to."""
+    try:
+        return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TraceError(
+            f"{type(model).__name__} does not take these inputs: {error}. Give those that its "
+            "forward declares"
+        ) from error
+
+
+def _forward(
+    call: Callable[..., Any],
+    parameters: Sequence[inspect.Parameter],
+    named: Collection[str],
+    declared: Sequence[str] = (),
+) -> Callable[..., Any]:
     """A function that a tracer can read the arguments of: it looks at the code, not further."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
     space = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
-    declared, given = ["self"], []
+    declared, given = [*declared], []
     for index, parameter in enumerate(parameters):
         before = parameters[index - 1].kind if index else None
         starred = any(p.kind is _KINDS.VAR_POSITIONAL for p in parameters[:index])
@@ -55,7 +143,7 @@ def _forward(model: nn.Module, named: Collection[str]) -> Callable[..., Any]:
         by_name = any(p.name in named for p in parameters[: index + 1])
         given.append(_given(parameter, by_name))
     source = f"def forward({', '.join(declared)}): return call({', '.join(given)})"
-    space["call"] = partial(nn.Module._call_impl, model)
+    space["call"] = call
     exec(source, space)  # names and defaults of the user's own signature, nothing else
     forward: Callable[..., Any] = space["forward"]
     return forward

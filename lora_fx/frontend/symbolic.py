@@ -63,8 +63,8 @@ def symbolic_graph(
     Raises:
         TraceError: the model's control flow depends on data, or it is not traceable otherwise.
     """
-    fixed = _fixed(model, args, kwargs)
-    root = as_called(model, kwargs)
+    root = as_called(model, args, kwargs)
+    fixed = _fixed(root, args, kwargs)
     try:
         with untouched(model), untouched(root), _no_autocast():
             graph = LayerTracer().trace(root, concrete_args=fixed)

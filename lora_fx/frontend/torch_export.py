@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from lora_fx.errors import TraceError
 from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.frontend.open_blocks import open_blocks
+from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
 from lora_fx.graph.graph_module import copy_graph, without_guards
 from lora_fx.graph.lean_tracing import lean_tracing
 from lora_fx.graph.module_copy import split_shared_modules
@@ -32,10 +32,12 @@ def export_program(
     if not args and not kwargs:
         raise TraceError("torch.export needs example inputs: pass args or kwargs")
     refuse_inputs(kwargs)
-    shapes = pytree.tree_map(_dim, dynamic_shapes, is_leaf=lambda leaf: leaf is None)
+    named = shapes_by_argument(model, args, kwargs, dynamic_shapes)
+    shapes = pytree.tree_map(_dim, named, is_leaf=lambda leaf: leaf is None)
     root = (
         without_guards(model) if isinstance(model, fx.GraphModule) else split_shared_modules(model)
     )
+    root = with_named_arguments(root, args, kwargs)
     args, kwargs = distinct((args, dict(kwargs)))
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
@@ -74,24 +76,6 @@ def outputs_of(program: torch.export.ExportedProgram) -> Any:
     returned = [spec.arg for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
     flat = [getattr(arg, "value", held.get(arg.name)) for arg in returned]
     return pytree.tree_unflatten(flat, program.call_spec.out_spec)
-
-
-def shapes_by_argument(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
-) -> Any:
-    """Shapes that are given for ``*args`` as one, spread: the traced graph names each argument."""
-    if not isinstance(shapes, dict):
-        return shapes
-    spread: dict[str, Any] = {}
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL and name in shapes:
-            spread |= {f"{name}_{i}": shape for i, shape in enumerate(shapes[name])}
-        elif parameter.kind is parameter.VAR_KEYWORD and name in shapes:
-            spread |= shapes[name]
-        elif name in shapes:
-            spread[name] = shapes[name]
-    return spread
 
 
 def dynamic_axes(node: fx.Node) -> dict[int, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +19,9 @@ from lora_fx.frontend.isolated_run import preserved, random_kept
 from lora_fx.frontend.leaked_fakes import clear_caches
 from lora_fx.frontend.lent_parameters import note_holders
 from lora_fx.frontend.normalize import normalise
-from lora_fx.frontend.root_call import is_hooked
+from lora_fx.frontend.root_call import is_hooked, shapes_by_argument
 from lora_fx.frontend.symbolic import symbolic_graph
-from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of, shapes_by_argument
+from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of
 from lora_fx.graph.example import Example, example_of, remember_example
 from lora_fx.graph.graph_module import build_graph_module, copy_graph, targets
 from lora_fx.graph.module_copy import split_shared_modules, untouched
@@ -50,7 +49,8 @@ def trace(
         kwargs: example inputs by name.
         dynamic_shapes: as torch.export takes it; an axis may also be given a name
             (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred; axes of
-            one name are of one size.
+            one name are of one size. What ``*args`` and ``**kwargs`` take may be given as one
+            (``{"rest": (..., ...)}``) or by argument (``{"rest_0": ..., "rest_1": ...}``).
         frontend: ``"symbolic"`` (torch.fx, shapes stay general),
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.
@@ -83,7 +83,8 @@ def trace(
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None
-    example = Example(args, kwargs, dynamic_shapes, *names, model_then)
+    shapes = shapes_by_argument(model, args, kwargs, dynamic_shapes)
+    example = Example(args, kwargs, shapes, *names, model_then)
     if frontend == "auto":
         frontend = "export" if args or kwargs else "symbolic"
     once = partial(_once, model, example, frontend, check and bool(args or kwargs))
@@ -120,8 +121,6 @@ def _traced(model: nn.Module, example: Example, frontend: str) -> fx.GraphModule
     args, kwargs, dynamic_shapes = example.args, example.kwargs, example.dynamic_shapes
     if frontend == "export":
         program = export_program(model, args, kwargs, dynamic_shapes)
-        flat = shapes_by_argument(model, args, kwargs, dynamic_shapes)
-        example = replace(example, dynamic_shapes=flat)
         return _finish(*graph_of(program), example, model.training)
     if isinstance(model, fx.GraphModule) and _opened(model) and not is_hooked(model):
         return _finish(model, copy_graph(model.graph), example, model.training)

@@ -174,6 +174,28 @@ def _module_class(node: fx.Node) -> str:
     return type(module.get_submodule(str(node.target))).__name__
 
 
+_SIZES = {"size", "sym_size", "dim", "numel", "stride"}
+_FACTS = {"shape", "ndim", "dtype", "device", "layout"}
+
+
+def asks_sizes(node: fx.Node) -> bool:
+    """Whether a call asks for no number of what it reads."""
+    name = op_name(node)
+    return name in _SIZES or (name == "getattr" and node.args[1] in _FACTS)
+
+
+def reached(graph: fx.Graph) -> list[fx.Node]:
+    """What the numbers of an output hang on, or those of what is written to, in order."""
+    pending = [node for node in graph.nodes if node.op == "output" or written_arguments(node)]
+    found = set(pending)
+    while pending:
+        node = pending.pop()
+        fresh = set() if asks_sizes(node) else set(node.all_input_nodes) - found
+        found |= fresh
+        pending += fresh
+    return sorted(found)
+
+
 def needed(node: fx.Node, known: Set[fx.Node] = frozenset()) -> list[fx.Node]:
     """What a node is computed from, but for what is known, and itself, in the order of the graph.
 

@@ -14,7 +14,7 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import holder_path, module_path
+from lora_fx.graph.ops import holder_path, module_path, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import parameter_names
@@ -188,7 +188,7 @@ def _idle(gm: fx.GraphModule, unknown: Iterable[str]) -> list[str]:
     known = [path for path in unknown if traced is not None and path in traced.modules]
     if not known:  # as with almost every adapter
         return []
-    called = {f"{module_path(node)}." for node in gm.graph.nodes}
+    called = {f"{module_path(node)}." for node in reached(gm.graph)}
     return [path for path in known if not any(each.startswith(f"{path}.") for each in called)]
 
 
@@ -216,7 +216,7 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
             "them, where nothing can be adapted: trace the model without it, in the dtype that it "
             "computes in."
         )
-    calling = {holder_path(node) for node in gm.graph.nodes if node.target in OPERATORS}
+    calling = {holder_path(node) for node in reached(gm.graph) if node.target in OPERATORS}
     computed = [path for path in unknown if path and path in calling]
     if not computed:
         return ""
@@ -231,7 +231,7 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
 def _fetched(gm: fx.GraphModule, paths: Sequence[str]) -> dict[str, fx.Node]:
     """The tensors of modules that a graph reads, by name."""
     starts = tuple(f"{path}." for path in paths)
-    nodes = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
+    nodes = {str(node.target): node for node in reached(gm.graph) if node.op == "get_attr"}
     return {name: node for name, node in nodes.items() if name.startswith(starts)}
 
 

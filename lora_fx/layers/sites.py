@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.graph.ops import call_argument, holder_path
+from lora_fx.graph.ops import call_argument, holder_path, reached
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
 from lora_fx.layers.matrix_products import (
@@ -110,10 +110,10 @@ class Site(Layer):
 
 
 def sites(gm: fx.GraphModule) -> list[Site]:
-    """The layers of a graph, in order, by the paths that `paths_of` gives them."""
+    """The layers of a graph that an output hangs on, in order, by the paths of `paths_of`."""
     bases = recorded(gm.graph)
     made = makers(bases)
-    own = (node for node in gm.graph.nodes if node not in made)
+    own = (node for node in reached(gm.graph) if node not in made)
     found = [site for node in own if (site := _site(gm, node, bases))]
     paths = paths_of((site.path, str(site.weight.target)) for site in found)
     return [replace(site, path=paths[site.path, str(site.weight.target)]) for site in found]

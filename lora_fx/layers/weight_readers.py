@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from lora_fx.errors import AdapterError
-from lora_fx.graph.ops import module_path, op_name
+from lora_fx.graph.ops import asks_sizes, module_path, op_name
 from lora_fx.layers.parametrized_weights import makers, recorded
 from lora_fx.layers.sites import Site
-
-_SIZES = {"size", "sym_size", "getattr", "dim", "numel", "stride"}  # they ask for no numbers of it
 
 
 def is_one_way(calls: Sequence[Site]) -> bool:
@@ -66,4 +64,4 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
 
 
 def _counts(user: fx.Node) -> bool:
-    return op_name(user) not in _SIZES and (bool(user.users) or user.op == "output")
+    return not asks_sizes(user) and (bool(user.users) or user.op == "output")

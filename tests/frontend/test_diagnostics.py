@@ -165,3 +165,16 @@ def test_a_module_of_torchscript_is_named() -> None:
     for model, name in ((scripted, "the model"), (nn.Sequential(nn.ReLU(), scripted), "1")):
         with pytest.raises(TraceError, match=f"^{name} is of TorchScript"):
             lora_fx.trace(model, (torch.randn(2, 3),))
+
+
+class Hangs(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.max() > 2 else x
+
+
+def test_a_choice_by_what_a_tensor_holds_is_named() -> None:
+    said = (
+        r"test_diagnostics\.py:\d+: return x \+ 1 if(.|\n)*Try: let no `if` hang on what a tensor"
+    )
+    with pytest.raises(TraceError, match=said):
+        lora_fx.trace(Hangs(), (torch.randn(3, 2),))

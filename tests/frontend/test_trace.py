@@ -216,17 +216,6 @@ def test_one_tensor_given_twice_is_two_inputs() -> None:
     assert torch.equal(trace(Apart(), (x, x))(x, y), x - 2 * y)
 
 
-def test_arguments_that_are_gathered_keep_their_axes() -> None:
-    class Gathers(nn.Module):
-        def forward(self, *xs: torch.Tensor) -> torch.Tensor:
-            return xs[0] + 2 * xs[1]
-
-    x, y = torch.randn(4, 3), torch.randn(4, 3)
-    gm = trace(Gathers(), (x, y), dynamic_shapes={"xs": ({0: "batch"}, {0: "batch"})})
-    assert torch.equal(gm(x[:3], y[:3]), x[:3] + 2 * y[:3])
-    assert example_of(gm).dynamic_shapes == {"xs_0": {0: "batch"}, "xs_1": {0: "batch"}}
-
-
 class Guarded(nn.Module):
     """What it computes hangs on a size and on a flag."""
 

@@ -131,10 +131,32 @@ class Unread(Idle):
         return y
 
 
-@pytest.mark.parametrize("kind", [Idle, Unread])
-def test_what_an_idle_layer_never_learned_is_left_out(kind: type[Idle], tmp_path: Path) -> None:
+class First(Idle):
+    """Such a layer in front: torch.export notes its guards as calls of what comes first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.head(x)
+        return super().forward(x)
+
+
+class Sized(Idle):
+    """A layer of whose result the sizes are read alone, and random numbers that nobody reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(x)
+        torch.dropout(y, 0.5, self.training)
+        return super().forward(x).reshape(y.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frontend"),
+    [(Idle, "export"), (Unread, "export"), (First, "export"), (Sized, "symbolic")],
+)
+def test_what_an_idle_layer_never_learned_is_left_out(
+    kind: type[Idle], frontend: Any, tmp_path: Path
+) -> None:
     model, x = kind().eval(), torch.randn(3, 8)
-    gm = lora_fx.trace(model, (x,))
+    gm = lora_fx.trace(model, (x,), frontend=frontend)
     adapter = adapter_for("block.0", "head")
     with pytest.raises(AdapterError, match="has head, but calls nothing of it here"):
         lora_fx.inject(gm, adapter)

@@ -24,6 +24,18 @@ def test_inputs_are_those_given_or_remembered() -> None:
     assert given.dynamic_shapes == {"input": None}
 
 
+class Several(nn.Module):
+    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+        return torch.cat(xs)
+
+
+@pytest.mark.parametrize("shapes", [({0: "a"}, {0: "b"}), {"xs": ({0: "a"}, {0: "b"})}])
+def test_shapes_are_given_as_the_traced_model_takes_them(shapes: object) -> None:
+    gm = traced(Several(), X, X + 1)
+    found = example_inputs(gm, None, None, shapes)
+    assert found.dynamic_shapes == {"xs_0": {0: "a"}, "xs_1": {0: "b"}}
+
+
 def test_without_any_it_is_said_what_to_pass() -> None:
     gm = trace(nn.Linear(3, 5), frontend="symbolic")
     with pytest.raises(ExportError, match=r"pass args=\(x,\) or .* dynamic_shapes="):

@@ -22,7 +22,6 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
 
 class Spelled(NamedTuple):
     count: int
-    left: int
     text: list[str]
     off: float
 
@@ -69,6 +68,6 @@ def spelled() -> Callable[..., Spelled]:
         common.RemoveUnusedNodesPass()(model)
         after = run(model, sizes)
         off = relative(after, before)
-        return Spelled(done.count, done.left, shown(model), off)
+        return Spelled(done.count, shown(model), off)
 
     return spell

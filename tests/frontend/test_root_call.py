@@ -1,0 +1,71 @@
+"""Arguments that ``*args`` and ``**kwargs`` take have a name each, and shapes of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.errors import TraceError
+from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import example_of
+from lora_fx.testing import relative
+
+OPEN = {0: "batch"}
+
+
+class Starred(nn.Module):
+    """Goes through whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(3, 5), nn.Dropout(0.5)
+
+    def forward(
+        self, x: torch.Tensor, *rest: torch.Tensor, scale: float = 1.0, **more: torch.Tensor
+    ) -> torch.Tensor:
+        y = self.fc(x)
+        for place, each in enumerate((*rest, *more.values())):
+            y = y + each / (place + 1)
+        return self.drop(y * scale)
+
+
+def call(rows: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    x, *others = (torch.randn(rows, size, generator=draw) for size in (3, 5, 5, 5))
+    return (x, *others[:2]), {"bias": others[2]}
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        (OPEN, (OPEN, OPEN), {"bias": OPEN}),
+        (OPEN, OPEN, OPEN, OPEN),
+        {"x": OPEN, "rest": (OPEN, OPEN), "more": {"bias": OPEN}},
+        {"x": OPEN, "rest_0": OPEN, "rest_1": OPEN, "bias": OPEN},
+    ],
+)
+def test_each_starred_argument_is_an_input(frontend: Any, shapes: Any) -> None:
+    torch.manual_seed(0)
+    model, (args, kwargs) = Starred().eval(), call(4)
+    gm = trace(model, args, kwargs, dynamic_shapes=shapes, frontend=frontend)
+    names = dict.fromkeys(("x", "rest_0", "rest_1", "bias"), OPEN)
+    example = example_of(gm)
+    assert example is not None
+    assert example.dynamic_shapes == names
+    args, kwargs = call(7)
+    assert torch.equal(gm(*args, **kwargs), model(*args, **kwargs))
+    assert relative(gm(*args, **kwargs), model(*args)) > 1e-2
+    gm.train()
+    gm.eval()
+    assert torch.equal(gm(*args, **kwargs), model(*args, **kwargs))
+    again = trace(gm, args, kwargs, dynamic_shapes=names)
+    assert torch.equal(again(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_what_a_model_does_not_take_is_refused_by_name() -> None:
+    with pytest.raises(TraceError, match="Linear does not take these inputs: too many positional"):
+        trace(nn.Linear(3, 5), (torch.randn(2, 3), torch.randn(2, 3)))
