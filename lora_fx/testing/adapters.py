@@ -53,14 +53,14 @@ def fits(adapter: Adapter, base: nn.Module, x: torch.Tensor, expected: torch.Ten
 
     Args:
         adapter: for the base.
-        base: the model.
+        base: the model, or its graph.
         x: its only input.
         expected: what the owner of the adapter computes.
 
     Raises:
         AssertionError: one of these does not hold.
     """
-    gm = trace(base.eval(), (x,))
+    gm = base if isinstance(base, fx.GraphModule) else trace(base.eval(), (x,))
     updates: Any = adapter.updates
     louder = {path: replace(u, scale=1.1 * u.scale) for path, u in updates.items()}
     off = Adapter(adapter.name, louder, adapter.replacements)

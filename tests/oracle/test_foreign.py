@@ -359,4 +359,5 @@ def test_a_wrapped_model_folds_to_the_model(name: str, kind: str, more: str) -> 
         wanted = model(**others)
         assert relative(folded(**others), wanted) <= 1e-5
         assert relative(case.model(**others), wanted) >= 1e-2
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -184,7 +184,8 @@ def test_inject_and_fold_equal_peft(model: str, option: str, tmp_path: Path) -> 
         assert relative(folded(**case.others), wanted) <= 1e-5
         assert relative(of_base(model), wanted) > 1e-2
     assert text(unfold(folded)) == text(injected)
-    assert all(torch.equal(case.model.state_dict()[k], v) for k, v in before.items())
+    after = case.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -195,7 +196,7 @@ def test_half_precision_folds_within_the_table(
     case, _ = traced(model)
     saved_by_peft(case, "plain", tmp_path / "french")
     half = copy.deepcopy(case.model).to(dtype)
-    gm = lora_fx.trace(half, (), case.inputs, dynamic_shapes=case.dynamic)
+    gm = lora_fx.trace(half, (), case.others)  # a sixth of the time that free axes take
     injected = inject(gm, load_adapter(tmp_path / "french"))
     folded = fold(injected)
     assert {site.dtype for site in sites(folded)} == {dtype}

@@ -112,6 +112,7 @@ def test_a_class_that_generates_is_for_every_task_of_generation(tmp_path: Path) 
         load_directory(tmp_path / "vit", AdapterTask("TOKEN_CLS"))
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")
 def test_a_classifier_on_a_language_model_is_what_peft_computes(tmp_path: Path) -> None:
     """The head is the adapter's own; without it, or with the head of another task, refused."""

@@ -27,9 +27,9 @@ from lora_fx import (
     inject,
     load_adapter,
     to_onnx,
-    trace,
 )
 from lora_fx.cli.commands import export_model, verify_model
+from lora_fx.cli.loaded import load
 from lora_fx.cli.model_source import find_model
 from lora_fx.export import merge_onnx, quantize_onnx
 from lora_fx.export.runtime.in_place import AXES, OPERATOR, writes_in_place
@@ -157,7 +157,7 @@ def test_tokens_are_those_of_peft_merged_and_swapped(name: str, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with its export, alone and with the logits of the last position."""
     home = tmp_path_factory.mktemp("llama")
     decoder("LlamaForCausalLM", num_hidden_layers=2).save_pretrained(home / "base")
@@ -245,10 +245,8 @@ def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_pa
     genai = json.loads((file.parent / "genai_config.json").read_text())
     assert genai["search"]["past_present_share_buffer"] is True
     assert verify_model(file, spec, [], lambda _: None).verified
-    shapes = {
-        slot: tuple(find_model(spec).model.get_submodule(slot).weight.shape)  # type: ignore[union-attr]
-        for slot in Session(file).slots
-    }
+    model: Any = load(spec, [], None)[0].model
+    shapes = {slot: tuple(model.get_submodule(slot).weight.shape) for slot in Session(file).slots}
     adapter = make_adapter(shapes, scale=0.5)
     assert merge_onnx(file, adapter, tmp_path / "merged.onnx").verified
     assert quantize_onnx(file, tmp_path / "packed.onnx").verified
@@ -284,7 +282,7 @@ def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_pa
 def test_a_cache_in_place_needs_attention_as_one_operator(
     llama: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    gm = find_model(str(llama / "base")).traced()
+    gm = load(str(llama / "base"), [], None)[0].traced()
     with pytest.raises(ExportError, match=r"shared_cache: .*opset 23"):
         to_onnx(gm, tmp_path / "m.onnx", shared_cache=True, **options)
     assert not [*tmp_path.iterdir()]
@@ -373,8 +371,6 @@ def test_a_task_may_be_named_and_an_unknown_one_is_refused(llama: Path, task: st
 
 
 def test_module_paths_stay_those_of_the_model(llama: Path) -> None:
-    source = find_model(str(llama / "base"))
-    assert isinstance(source.model, nn.Module)
-    gm = trace(source.model, (), source.kwargs, dynamic_shapes=source.dynamic_shapes)
+    gm = load(str(llama / "base"), [], None)[0].traced()
     targets = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     assert "model.layers.0.self_attn.q_proj.weight" in targets

@@ -34,7 +34,7 @@ def export(spec: Path, adapters: list[Path], out: Path, mode: str = "merged", **
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline and two adapters of diffusers', one of the UNet alone."""
     home = tmp_path_factory.mktemp("pipeline")
     tiny_pipeline(home / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,15 @@ def inputs_of(model: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.fixture(scope="module")
+def home(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("in_three")
+
+
+@functools.cache
 def owner(name: str, home: Path) -> tuple[Any, list[list[int]], list[list[int]]]:
     """PEFT's model, saved beside its base, and the tokens of base and adapter."""
-    base = made(name)
+    base, home = made(name), home / name
     base.save_pretrained(home / "base")
     targets = ["q", "v", "wo"] if name.startswith("T5") else ["q_proj", "v_proj", "fc2"]
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
@@ -116,11 +123,11 @@ def from_files(directory: Path, model: Any, adapter: str | None = None) -> list[
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_three_files_generate_what_the_model_does(name: str, tmp_path: Path) -> None:
-    tuned, plain, wanted = owner(name, tmp_path)
+def test_three_files_generate_what_the_model_does(name: str, home: Path, tmp_path: Path) -> None:
+    tuned, plain, wanted = owner(name, home)
     model = tuned.base_model.model
     assert plain != wanted
-    spec, adapters = str(tmp_path / "base"), [tmp_path / "french"]
+    spec, adapters = str(home / name / "base"), [home / name / "french"]
     mode, out = "swappable" if name.startswith("T5") else "merged", tmp_path / "out"
     report = export_model(spec, adapters, mode, out, False, lambda _: None)
     assert isinstance(report, Parts)
@@ -157,14 +164,15 @@ def test_states_are_of_the_class_that_the_decoder_knows(name: str) -> None:
         )
 
 
-def test_what_no_part_has_a_place_for_is_refused(tmp_path: Path) -> None:
-    owner("BartForConditionalGeneration", tmp_path)
-    adapter = load_adapter(tmp_path / "french")
+def test_what_no_part_has_a_place_for_is_refused(home: Path, tmp_path: Path) -> None:
+    name = "BartForConditionalGeneration"
+    owner(name, home)
+    adapter = load_adapter(home / name / "french")
     path = next(iter(adapter.updates))
     updates = dict(adapter.updates) | {"model.decoder.layers.9.fc2": adapter.updates[path]}
     save_adapter(type(adapter)("odd", updates), tmp_path / "odd")
     less = {k: u for k, u in adapter.updates.items() if k != path}
-    given: Any = (str(tmp_path / "base"),)
+    given: Any = (str(home / name / "base"),)
     with pytest.raises(
         AdapterError, match=r"odd: model\.decoder\.layers\.9\.fc2 match nothing in any of"
     ):

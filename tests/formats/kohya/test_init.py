@@ -8,6 +8,7 @@ first size of down, and an alpha that is missing or 0 is the rank.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
@@ -71,6 +72,12 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
 
 
+@functools.cache
+def graph_of(make: Callable[[], nn.Module]) -> fx.GraphModule:
+    """The graph of such a model: only read."""
+    return lora_fx.trace(seeded(make), (X,))
+
+
 def layers(model: nn.Module, parts: dict[str, str]) -> dict[str, nn.Linear]:
     """kohya's name of each linear layer."""
     return {
@@ -118,8 +125,8 @@ def test_outputs_are_those_of_the_rule(tmp_path: Path, name: str, alpha: float |
     assert set(adapter.updates) == {
         f"{holder}.{path}".strip(".") for holder in parts for path in own
     }
-    fits(adapter, base, X, with_kohya(base, parts, state))
-    by_graph = load_adapter(tmp_path / "a.safetensors", base=lora_fx.trace(base, (X,)))
+    fits(adapter, graph_of(make), X, with_kohya(base, parts, state))
+    by_graph = load_adapter(tmp_path / "a.safetensors", base=graph_of(make))
     same_adapter(by_graph, adapter)
 
 
