@@ -126,8 +126,8 @@ COUNT = torch.ones(1, dtype=torch.int64)
             r"cannot hold replaced parameters: head\.weight; write",
         ),
         ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
-        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module: fc"),
-        ("peft", "b.fc", "b.scale", ONES, r"and replace a module: b\.fc beside the replaced b"),
+        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module, here fc: fc"),
+        ("peft", "b.fc", "b.scale", ONES, r"and replace a module, here b: b\.fc"),
         ("peft", "fc", "bn.count", COUNT, r"bn\.count' has dtype torch\.int64"),
     ],
 )

@@ -17,7 +17,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import check_held, not_lora
-from lora_fx.formats.diffusers.keys import COMPONENTS, LOKR
+from lora_fx.formats.diffusers import COMPONENTS, LOKR
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA
 from lora_fx.formats.peft.config import PeftConfig

@@ -18,7 +18,7 @@ from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import ALPHA, Layers, Roles, scalar_of, sort_keys, tensors_of
-from lora_fx.formats.diffusers.keys import speaks_diffusers
+from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
     DIALECT,

@@ -61,8 +61,8 @@ HOLDERS = {
 # LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
 LYCORIS = "lycoris"
 PREFIXES = {part: f"lora_{part}_" for part in HOLDERS} | {LYCORIS: "lycoris_"}
-# What others begin paths of a part with, whose dots they keep.
-_DOTTED = {
+# Beginnings of names, those of others that keep the dots of a path too -> the part.
+_STARTS = {start: part for part, start in PREFIXES.items()} | {
     "diffusion_model.": "unet",
     "model.diffusion_model.": "unet",
     "text_encoders.clip_l.": "te1",
@@ -90,8 +90,7 @@ DOTTED = Dialect(
 
 def part_of(name: str) -> str | None:
     """The part of a pipeline that a layer's name begins with, or ``"lycoris"``."""
-    flat = next((part for part, start in PREFIXES.items() if name.startswith(start)), None)
-    return flat or next((part for start, part in _DOTTED.items() if name.startswith(start)), None)
+    return next((part for start, part in _STARTS.items() if name.startswith(start)), None)
 
 
 def check_part(part: object) -> None:

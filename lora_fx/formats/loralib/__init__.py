@@ -167,7 +167,7 @@ def _outer(key: str, layers: Mapping[str, object]) -> str:
 def _same(base: BaseLayers, key: str, tensor: torch.Tensor) -> bool:
     """Whether the base has this tensor, as far as the file's dtype tells."""
     own = base.parameter(key)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.to(tensor), tensor)
+    return own is not None and torch.equal(own.to(tensor), tensor)
 
 
 def check_base(

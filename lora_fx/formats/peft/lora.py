@@ -111,18 +111,15 @@ class LoraConfig(Patterned):
     def _at(self, place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
         if place.parameter is None:
             return read_lora(place.asked, tensors, self)
+        if self.alora_invocation_tokens:
+            raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
         rank, scale = self.rank_and_scale(place.asked)
         down = tensors.get(DOWN)
         is_stack = down is not None and down.shape[:1] != (rank,)
         if is_stack if place.shape is None else len(place.shape) == 3:
-            if self.alora_invocation_tokens:
-                raise AdapterError("aLoRA of experts, which PEFT does not run; leave it out")
             return read_experts(place, tensors, rank, scale, self.use_rslora, base)
         update = read_lora(place.asked, tensors, self)
-        if update.invocation:
-            raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
-        settings = {"parameter": place.parameter, "depth": place.depth}
-        return replace(update, stored=SourceRecord({}, settings))
+        return replace(update, stored=SourceRecord({}, place.settings))
 
     @classmethod
     def holds(cls, update: AnyUpdate) -> bool:

@@ -38,6 +38,11 @@ class WrappedTarget:
     depth: int = 0
     shape: tuple[int, ...] | None = None
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What an update of a parameter keeps of its place."""
+        return {"parameter": self.parameter, "depth": self.depth}
+
 
 @dataclass(frozen=True)
 class Home:
@@ -169,27 +174,16 @@ def read_experts(
     down = tensors[DOWN].to(wide).reshape(count, rank, into)
     up = tensors[UP].to(wide).reshape(out, rank, count).permute(2, 0, 1) * scale
     left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
-    settings = {
-        "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
-        "use_rslora": use_rslora, TURNED_EXPERTS: transposed,
-    }  # fmt: skip
-    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, settings)
+    own = {"r": rank, "scale": scale, "use_rslora": use_rslora, TURNED_EXPERTS: transposed}
+    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, place.settings | own)
     return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)
 
 
 def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
-    assert base.base is not None
-    try:
-        module = base.base.get_submodule(place.module)
-    except AttributeError:
-        module = base.base
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    if not base.is_graph:
-        return False
+    if base.is_turned(place.module) or not base.is_graph:
+        return base.is_turned(place.module)
     _, rows, columns = place.shape
     if rows == columns:
         raise AdapterError(
