@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_fx.adapters.scaling import is_number
 from lora_fx.errors import AdapterError
 from lora_fx.formats.loralib.layers import block_diagonal, checked_groups
 
 _FUSED, _UP = "enable_lora", ".lora_B.weight"
 # Of these, when a trainer merged says nothing about the result.
 _FIELDS = {_FUSED, "merge_weights"}
-_NUMBERS = ("r", "lora_alpha")
 
 
 def fields_of_today(fields: Mapping[str, object]) -> Mapping[str, object]:
@@ -22,11 +22,8 @@ def fields_of_today(fields: Mapping[str, object]) -> Mapping[str, object]:
     """
     known = {name: value for name, value in fields.items() if name not in _FIELDS}
     count = sum(checked_groups(fields[_FUSED])) if fields.get(_FUSED) else 1
-    for name in _NUMBERS:
-        value = known.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            known[name] = value * count
-    return known
+    numbers = {name: known.get(name) for name in ("r", "lora_alpha")}
+    return known | {name: n * count for name, n in numbers.items() if is_number(n)}
 
 
 def tensors_of_today(

@@ -28,12 +28,10 @@ class WrappedTarget:
         parameter: the name of the parameter, under ``target_parameters``.
         depth: how many wrappers of the same module are around this one.
         shape: of the parameter, as the base stores it; None where nobody gave the base.
-        module: the module that is wrapped.
     """
 
     path: str
     asked: str
-    module: str
     parameter: str | None = None
     depth: int = 0
     shape: tuple[int, ...] | None = None
@@ -90,11 +88,7 @@ def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Wrappe
         raise AdapterError(
             f"{nested[-1]}: an adapter nested in another, which target_parameters does not name"
         )
-    return (
-        WrappedTarget(f"{owner}.{inner}", owner, module)
-        if found
-        else WrappedTarget(module, module, module)
-    )
+    return WrappedTarget(f"{owner}.{inner}" if found else module, owner)
 
 
 def _in_parameters(
@@ -105,7 +99,7 @@ def _in_parameters(
     for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
         key = f"{module}.{name}"
         target = module if name == "weight" else key
-        places[path] = WrappedTarget(target, key, module, name, depth, shapes.get(name))
+        places[path] = WrappedTarget(target, key, name, depth, shapes.get(name))
     return places
 
 
@@ -182,8 +176,9 @@ def read_experts(
 def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
-    if base.is_turned(place.module) or not base.is_graph:
-        return base.is_turned(place.module)
+    module = place.asked.rpartition(".")[0]
+    if base.is_turned(module) or not base.is_graph:
+        return base.is_turned(module)
     _, rows, columns = place.shape
     if rows == columns:
         raise AdapterError(

@@ -124,18 +124,26 @@ def _check_expressible(chosen: PeftLayout) -> None:
         "PEFT cannot replace a parameter of the model itself, only of a module in it": [
             name for name in adapter.replacements if "." not in name
         ],
-        **chosen.type.problems(chosen.layers),
         f"PEFT cannot both adapt and replace a module, here {shorten(saved)}": [
             path for path in adapter.updates if saved_module(path, saved)
         ],
     }
+    _refuse(problems)
+
+
+def _refuse(problems: Mapping[str, list[str]]) -> None:
     for problem, paths in problems.items():
         if paths:
             raise AdapterError(f"{problem}: {shorten(paths)}")
 
 
 def config_of(chosen: PeftLayout) -> PeftConfig:
-    """The config of which PEFT makes the same ranks, scales and targets."""
+    """The config of which PEFT makes the same ranks, scales and targets.
+
+    Raises:
+        AdapterError: PEFT would not load it, or no one config says it of all layers.
+    """
+    _refuse(chosen.type.problems(chosen.layers))
     fields = chosen.type.described(chosen.layers)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {
