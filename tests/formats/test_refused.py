@@ -205,6 +205,7 @@ MLX: list[Row] = [
     (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
     (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: emb.m is \(11,\), one number a token"),
     ({"c.weight": (2, 3, 3)}, {"fine_tune_type": "full"}, {}, "c.weight: of more"),
+    ({}, {}, {}, "no pair of down and up in it, so nothing is adapted"),
 ]  # fmt: skip
 FC_TUNE = {"fc.lora_a.weight": DOWN, "fc.lora_b.weight": UP}
 TUNE_FIELDS = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "target_modules": ["fc"]}

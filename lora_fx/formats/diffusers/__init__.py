@@ -16,7 +16,6 @@ from lora_fx.formats.dialects import (
     ALPHA,
     Dialect,
     Layers,
-    Roles,
     Tensors,
     check_adapted,
     scalar_of,
@@ -31,8 +30,7 @@ from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, lora
-from lora_fx.kinds.lokr import MARKS as LOKR
+from lora_fx.kinds import KINDS, lokr, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 
 Fields = Mapping[str, object]
@@ -50,6 +48,7 @@ COMPONENTS = (
     "text_conditioner",
     "connectors",
 )
+LOKR = lokr.MARKS
 _PREFIX = rf"({'|'.join(COMPONENTS)})\."
 # Names that PEFT alone would give a layer too.
 _OF_PEFT = {f".{leaf}": role for role, leaf in LEAVES.items()}
@@ -167,13 +166,13 @@ def updates_of(
     file: Path, layers: Layers, fields: Fields | None, component: str, strict: bool
 ) -> Part:
     """The updates of one component, and which layers its config says it adapts."""
-    lokr = [path for path, roles in layers.items() if roles.keys() & LOKR]
-    if lokr and len(lokr) < len(layers):
-        raise AdapterError(f"{file}: {lokr[0]} is LoKr, other layers of {component} are LoRA")
-    config = _config_of(file, fields, component, LokrConfig if lokr else LoraConfig, strict)
+    own = [path for path, roles in layers.items() if roles.keys() & LOKR]
+    if own and len(own) < len(layers):
+        raise AdapterError(f"{file}: {own[0]} is LoKr, other layers of {component} are LoRA")
+    config = _config_of(file, fields, component, LokrConfig if own else LoraConfig, strict)
     rule = None if config is None else config.rule
     with within(file):
-        if lokr:
+        if own:
             assert config is None or isinstance(config, LokrConfig)
             return _lokr_updates(layers, config), rule
         assert config is None or isinstance(config, LoraConfig)
@@ -214,7 +213,16 @@ def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpd
         raise AdapterError(
             f"use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
         )
-    return {path: _update(path, roles, config) for path, roles in layers.items()}
+    updates: dict[str, AnyUpdate] = {}
+    for path, roles in layers.items():
+        with within(path):
+            if config is None:
+                updates[path] = lora.read(roles, _FORM, alpha=scalar_of(roles))
+                continue
+            rank, scale = config.rank_and_scale(path)
+            said, root = (rank, METADATA), config.use_rslora
+            updates[path] = lora.read(roles, _FORM, scale=scale, rank=said, use_rslora=root)
+    return updates
 
 
 def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpdate]:
@@ -234,15 +242,6 @@ def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpd
                 settings = config.settings(path, tensors)
             updates[path] = KINDS["lokr"].read(tensors, settings)
     return updates
-
-
-def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
-    with within(path):
-        if config is None:
-            return lora.read(roles, _FORM, alpha=scalar_of(roles))
-        rank, scale = config.rank_and_scale(path)
-        said, use_rslora = (rank, METADATA), config.use_rslora
-        return lora.read(roles, _FORM, scale=scale, rank=said, use_rslora=use_rslora)
 
 
 def has_no_component(names: Iterable[str]) -> bool:

@@ -143,11 +143,10 @@ def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
     if diff is None and isinstance(update, Update) and update.scale != 0:
         wide = torch.promote_types(update.up.dtype, torch.float32)
         return {"": replace(update, bias=None if bias is None else bias.to(wide) / update.scale)}
-    delta = diff
 
     def function(weight: Matrix) -> Matrix:
         whole = update.of(weight)
-        return whole if delta is None else Sum(whole, constant(delta, weight.shape))
+        return whole if diff is None else Sum(whole, constant(diff, weight.shape))
 
     shape = update.shape if diff is None else tuple(diff.shape)
     return {"": WeightUpdate("full", function, shape, bias=bias)}
@@ -156,17 +155,14 @@ def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     if algorithm == "lora":
         return _lora(roles, layer)
+    tensors, alpha = tensors_of(roles), scalar_of(roles)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        settings["scale"] = _scale(algorithm, roles)
+        rank = rank_of_algorithm(algorithm, tensors)
+        settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     if algorithm == "oft":
-        settings["constraint"] = scalar_of(roles) or 0.0
-    return KINDS[algorithm].read(tensors_of(roles), settings)
-
-
-def _scale(algorithm: str, roles: Roles) -> float:
-    rank = rank_of_algorithm(algorithm, tensors_of(roles))
-    return 1.0 if rank is None else (scalar_of(roles) or rank) / rank
+        settings["constraint"] = alpha or 0.0
+    return KINDS[algorithm].read(tensors, settings)
 
 
 def _lora(roles: Roles, layer: Layer) -> AnyUpdate:

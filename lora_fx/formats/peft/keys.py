@@ -234,14 +234,9 @@ def _unwrapped(key: str, base: BaseLayers) -> str:
     before, found, path = parts.partition(PREFIX)
     if not found:
         return key
-    start = before.removeprefix("module.")
-    return f"{PREFIX}{start}{path}" if _has(base, start + path) else PREFIX + path
-
-
-def _has(base: BaseLayers, key: str) -> bool:
-    """Whether a key is of a layer of the base."""
-    parts = key.split(".")
-    return any(".".join(parts[:end]) in base.layers for end in range(1, len(parts)))
+    whole = before.removeprefix("module.") + path
+    is_of_base = any(whole[: dot.start()] in base.layers for dot in re.finditer(r"\.", whole))
+    return PREFIX + (whole if is_of_base else path)
 
 
 def as_saved(tensors: Tensors, is_known: Callable[[str], bool]) -> Tensors:

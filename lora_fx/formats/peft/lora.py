@@ -170,7 +170,10 @@ class LoraConfig(Patterned):
         use_rslora = all(map(_is_rslora, layers.values()))
         numbers = {}
         for path, update in layers.items():
-            rank, scale = _rank_and_scale(update)
+            if isinstance(update, Update):
+                rank, scale = update.rank, update.scale
+            else:
+                rank, scale = (update.stored_settings[name] for name in ("r", "scale"))
             numbers[path] = rank, alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
         return numbers
 
@@ -187,13 +190,6 @@ class LoraConfig(Patterned):
 def _is_rslora(update: AnyUpdate) -> bool:
     """Whether the scale of an update is alpha / sqrt(r)."""
     return update.kind == "rslora" or bool(update.stored_settings.get("use_rslora"))
-
-
-def _rank_and_scale(update: AnyUpdate) -> tuple[int, float]:
-    if isinstance(update, Update):
-        return update.rank, update.scale
-    settings = update.stored_settings
-    return int(settings["r"]), float(settings["scale"])
 
 
 def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:
