@@ -34,7 +34,6 @@ class Dialect:
         prefix: regex of what stands before a path.
         older: end of a key -> what of it is the path's, by today's name, and the role.
         silent: a part of a path that says nothing.
-        is_flat: a path has no dots.
         foreign: regex of a key -> the feature that it is of, known and not supported.
     """
 
@@ -43,7 +42,6 @@ class Dialect:
     prefix: str = ""
     older: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     silent: str = ""
-    is_flat: bool = False
     foreign: Mapping[str, str] = field(default_factory=dict)
 
     def split(self, key: str) -> tuple[str, str] | None:
@@ -55,7 +53,7 @@ class Dialect:
         if self.silent:
             rest = f".{rest}".replace(f".{self.silent}.", ".")[1:]
         dots = [at for at, letter in enumerate(rest) if letter == "." and at]
-        for dot in dots[:1] if self.is_flat else dots:
+        for dot in dots:
             path, ending = rest[:dot], rest[dot:]
             tail, role = self.older.get(ending, ("", self.endings.get(ending)))
             if role is not None:

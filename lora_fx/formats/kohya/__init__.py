@@ -23,7 +23,6 @@ from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
     DIALECT,
     DORA,
-    DOTTED,
     DOWN_KEY,
     FORM,
     MID,
@@ -32,6 +31,7 @@ from lora_fx.formats.kohya.names import (
     algorithm_of,
     by_algorithm,
     check_part,
+    claim,
     find,
     part_of,
     rank_of_algorithm,
@@ -49,7 +49,7 @@ from lora_fx.layers.resolve import Size
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
 # Ends of keys that tell such a file, whatever its paths begin with.
-_MARKS = tuple(end for end in DOTTED.endings if end not in (".alpha", ".diff_b"))
+_MARKS = tuple(end for end in DIALECT.endings if end not in (".alpha", ".diff_b"))
 
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:
@@ -89,9 +89,7 @@ def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layer
     if component is not None:
         check_part(component)
         tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    flat = {key: t for key, t in tensors.items() if DIALECT.split(key) or "." not in key}
-    layers = sort_keys(flat, DIALECT)
-    layers |= sort_keys({k: t for k, t in tensors.items() if k not in flat}, DOTTED)
+    layers = sort_keys(tensors, DIALECT, claim)
     if not layers:
         raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers
