@@ -50,7 +50,10 @@ TWO = nn.ModuleDict(
 KOHYA: list[Row] = [
     (LORA, None, {"base": None}, "names lose the dots of a path; pass base="),
     (LORA, None, {"component": "te"}, "nothing is adapted"),
-    (LORA, None, {"component": "vae"}, "component is 'vae', expected one of unet"),
+    *[
+        (LORA, None, {"component": part}, f"component is {part!r}, expected one of unet, te, te1, ")
+        for part in ("vae", "lora_unet", "", 3)
+    ],
     (kohya("lora_unet_a_b_c"), None, {"base": TWO}, r"lora_unet_a_b_c \(a\.b_c or a_b\.c\)"),
     *[
         ({**LORA, f"{START}.{leaf}": (5,)}, None, {}, f"'{START}.{leaf}' is {feature}")

@@ -8,6 +8,7 @@ first size of down, and an alpha that is missing or 0 is the rank.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,23 +30,15 @@ X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
 
 
-class Block(nn.Module):
+def block(into: int = 3, out: int = 4) -> nn.Module:
     """Names with underscores of their own, a numbered layer, a layer that is not adapted."""
-
-    def __init__(self, into: int = 3, out: int = 4) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(into, 5)
-        self.attn1 = nn.ModuleDict(
-            {"to_q": nn.Linear(5, 7, bias=False), "to_out": nn.ModuleList([nn.Linear(7, 6)])}
+    attention = OrderedDict(to_q=nn.Linear(5, 7, bias=False), to_out=nn.Sequential(nn.Linear(7, 6)))
+    return nn.Sequential(
+        OrderedDict(
+            proj_in=nn.Linear(into, 5), first=nn.Tanh(), attn1=nn.Sequential(attention),
+            norm=nn.LayerNorm(6), proj_out=nn.Linear(6, out),
         )
-        self.norm = nn.LayerNorm(6)
-        self.proj_out = nn.Linear(6, out)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.attn1["to_q"](torch.tanh(self.proj_in(x))))
-        x = self.norm(self.get_submodule("attn1.to_out.0")(x))
-        result: torch.Tensor = self.proj_out(x)
-        return result
+    )  # fmt: skip
 
 
 class Pipeline(nn.Module):
@@ -53,8 +46,8 @@ class Pipeline(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = Block(3, 3), Block(3, 3)
-        self.unet = Block()
+        self.text_encoder, self.text_encoder_2 = block(3, 3), block(3, 3)
+        self.unet = block()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.unet(self.text_encoder(x) + self.text_encoder_2(x))
@@ -64,7 +57,7 @@ class Pipeline(nn.Module):
 PARTS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "unet": "lora_unet"}
 # Models, and how the names of each of their parts begin.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    **{part: (Block, {"": f"lora_{part}"}) for part in ("unet", "te", "te1", "te2", "te3")},
+    **{part: (block, {"": f"lora_{part}"}) for part in ("unet", "te", "te1", "te2", "te3")},
     "pipeline": (Pipeline, PARTS),
 }
 
