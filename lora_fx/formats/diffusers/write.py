@@ -85,16 +85,13 @@ def _part(
     if lokr and (len(lokr) < len(part) or len(said) > 1):
         raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
     made: type[PeftConfig] = LokrConfig if lokr else LoraConfig
-    # A product of two factors is LoRA of a module here, whatever it came from.
-    own = (
-        part
-        if lokr
-        else {
-            module: as_lora(update if name_of(update) is None else replace(update, stored=None))
-            for module, update in part.items()
-            if isinstance(update, Update)
+    own = part
+    if not lokr:  # a product of two factors is LoRA of a module here, whatever it came from
+        products = {m: u for m, u in part.items() if isinstance(u, Update)}
+        modules = {
+            m: u if name_of(u) is None else replace(u, stored=None) for m, u in products.items()
         }
-    )
+        own = {module: as_lora(update) for module, update in modules.items()}
     if said == {False}:
         return made.tensors_of(own), None
     with within(name):

@@ -24,7 +24,7 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.kohya.write import as_tensor, module_of, problem_with
 from lora_fx.kinds import KINDS
-from lora_fx.testing import fits, relative, same_adapter, same_tensors
+from lora_fx.testing import fits, means, same_adapter, same_tensors
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
@@ -213,8 +213,7 @@ def test_what_peft_wrote_lycoris_reads(tmp_path: Path) -> None:
     )
     base = nn.ModuleDict({"fc": nn.Linear(6, 10)})
     found = load_adapter(tmp_path / "a.safetensors", base=base).updates["fc"]
-    assert relative(found.weight(weight), update.weight(weight)) <= 1e-6
-    assert relative(weight, update.weight(weight)) > 1e-2
+    means(found, weight, update.weight(weight))
 
 
 def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
