@@ -33,7 +33,7 @@ def kernel(rank: int, *sizes: int, **fields: Any) -> Update:
 Updates = dict[str, AnyUpdate]
 REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
     ("kohya", {}, {}, "the adapter a has no update to write"),
-    ("kohya", {}, {"proj": PLAIN}, "proj begins with no part .* pass component="),
+    ("kohya", {}, {"a.proj": PLAIN}, "a.proj begins with no part .* pass component="),
     ("kohya", VAE, {"proj": PLAIN}, "component is 'vae'"),
     ("kohya", {}, {"unet": PLAIN}, "unet begins with no part"),
     ("kohya", UNET, {"a.b_c": PLAIN, "a_b.c": PLAIN},
