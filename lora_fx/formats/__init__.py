@@ -28,9 +28,9 @@ from lora_fx.formats.kohya.write import contents as kohya_contents
 from lora_fx.formats.loralib import DIALECT, read_loralib
 from lora_fx.formats.loralib.layers import PICKLES
 from lora_fx.formats.loralib.layers import contents as loralib_contents
-from lora_fx.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from lora_fx.formats.peft.keys import is_named
 from lora_fx.formats.trainers import names_of
+from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
 from lora_fx.layers.base_layers import layers_of
@@ -77,11 +77,35 @@ def _as_file(contents: Contents, pickles: tuple[str, ...] = ()) -> Write:
     return write
 
 
+def _is_onnx_adapter(path: Path, names: Collection[str] = ()) -> bool:
+    """Whether a file says that it is of an exported model, onnxruntime's own kind or another."""
+    return is_ort_adapter(path) or is_slot_tensors(path)
+
+
+def _read_onnx_adapter(path: Path, name: str, hints: Hints) -> Adapter:
+    """Reads what `lora_fx.export_adapter` wrote; each scale is in its B, so it reads as 1."""
+    from lora_fx.export.slots.adapter_file import read_adapter_file
+
+    return read_adapter_file(path, name)
+
+
+def _write_onnx_adapter(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
+    """Writes an adapter for one swappable model, as `lora_fx.export_adapter` does."""
+    if hints.model is None:
+        raise AdapterError(
+            f"{path}: an .onnx_adapter is made for one model; pass model=, the .onnx file that was "
+            'exported with adapters="input"'
+        )
+    from lora_fx.export import export_adapter
+
+    export_adapter(adapter, hints.model, path, format="onnx_adapter", force=force)
+
+
 _SCALE, _PART = ("allow_pickle", "alpha", "r"), ("component",)
 _AGAIN = "save the adapter again where it was made, or use the base that it was trained on"
 FORMATS: dict[str, Format] = {
     "onnx_adapter": Format(
-        read_onnx_adapter, write_onnx_adapter, is_onnx_adapter, (), ("model",)
+        _read_onnx_adapter, _write_onnx_adapter, _is_onnx_adapter, (), ("model",)
     ),
     "diffusers": Format(
         diffusers.read_diffusers, _as_file(diffusers_contents), diffusers.is_diffusers,
@@ -213,6 +237,8 @@ def save_adapter(
         raise AdapterError(
             f"{path}: format {format} is read and not written; choose one of {written}"
         )
+    if not adapter.updates:
+        raise AdapterError(f"{path}: the adapter {adapter.name} has no update to write: train one")
     with memory_told(path, AdapterError), advised("write another format"):
         chosen.write(adapter, Path(path), Hints(**hints), force)
 
@@ -237,7 +263,7 @@ def _detect(source: Path, allow_pickle: bool) -> str:
     """The format of an existing file or directory: the first that knows it."""
     if source.is_dir():
         return _of_directory(source)
-    names = () if is_onnx_adapter(source) else names_in(source, allow_pickle)
+    names = () if _is_onnx_adapter(source) else names_in(source, allow_pickle)
     found = next((form for form, entry in FORMATS.items() if entry.is_it(source, names)), None)
     if found is None:
         supported = ", ".join(FORMATS)

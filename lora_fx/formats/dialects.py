@@ -32,9 +32,8 @@ class Dialect:
         endings: end of a key -> role of the tensor.
         expected: what the message about a key of no known use ends with.
         prefix: regex of what stands before a path.
-        older: end of a key -> what of it is the path's, by today's name, and today's ending.
+        older: end of a key -> what of it is the path's, by today's name, and the role.
         silent: a part of a path that says nothing.
-        is_flat: a path has no dots.
         foreign: regex of a key -> the feature that it is of, known and not supported.
     """
 
@@ -43,7 +42,6 @@ class Dialect:
     prefix: str = ""
     older: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     silent: str = ""
-    is_flat: bool = False
     foreign: Mapping[str, str] = field(default_factory=dict)
 
     def split(self, key: str) -> tuple[str, str] | None:
@@ -55,11 +53,11 @@ class Dialect:
         if self.silent:
             rest = f".{rest}".replace(f".{self.silent}.", ".")[1:]
         dots = [at for at, letter in enumerate(rest) if letter == "." and at]
-        for dot in dots[:1] if self.is_flat else dots:
+        for dot in dots:
             path, ending = rest[:dot], rest[dot:]
-            tail, ending = self.older.get(ending, ("", ending))
-            if ending in self.endings:
-                return path + tail, self.endings[ending]
+            tail, role = self.older.get(ending, ("", self.endings.get(ending)))
+            if role is not None:
+                return path + tail, role
         return None
 
     def feature(self, key: str) -> str | None:
@@ -130,8 +128,6 @@ def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Pr
     ``replaced`` are parameters that the format has no place for; ``problem`` says in words what
     it cannot hold of an update.
     """
-    if not adapter.updates:
-        raise AdapterError(f"the adapter {adapter.name} has no update to write")
     problems: dict[str, list[str]] = defaultdict(list)
     for module, update in adapter.updates.items():
         found = problem(update)

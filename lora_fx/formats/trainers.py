@@ -11,10 +11,157 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from lora_fx.formats.trainer_names import TABLE
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 
+# Theirs = ours, or a name that is both; | before another name of either; under a common beginning,
+# if indented. # is a number, @ any path, [one other] each of its words, all of a row's in step.
+# What has + has the rows of all, one below the other. After ~ the halves are swapped, where there
+# are two: diffusers has scale and shift of a last norm in the other order. After ~~ they are
+# swapped whatever the layer reads: it is a gated one.
+# Sources: flux and flux2 of Black Forest Labs, x-flux of XLabs, sgm and sd3 of Stability, Wan2.1,
+# Z-Image, HunyuanVideo, Lumina2, LTX, Chroma, AuraFlow, Cosmos (Anima), Mochi, Krea2, Ideogram4.
+TABLE = """
+double_blocks.# = transformer_blocks.#
+  img_attn.qkv | processor.qkv_lora1 = attn.to_q + attn.to_k + attn.to_v
+  txt_attn.qkv | processor.qkv_lora2 = attn.add_q_proj + attn.add_k_proj + attn.add_v_proj
+  img_attn.proj | processor.proj_lora1 = attn.to_out.0
+  txt_attn.proj | processor.proj_lora2 = attn.to_add_out
+  img_attn.norm.[query_norm key_norm] = attn.[norm_q norm_k]
+  txt_attn.norm.[query_norm key_norm] = attn.[norm_added_q norm_added_k]
+  [img txt]_mlp.0 = [ff ff_context].net.0.proj | [ff ff_context].linear_in
+  [img txt]_mlp.2 = [ff ff_context].net.2 | [ff ff_context].linear_out
+  [img txt]_mlp.fc1 = [ff ff_context].net.0.proj
+  [img txt]_mlp.fc2 = [ff ff_context].net.2
+  [img txt]_mod.lin | [img txt]_mod.linear = [norm1 norm1_context].linear
+single_blocks.# = single_transformer_blocks.#
+  linear1 = attn.to_q + attn.to_k + attn.to_v + proj_mlp | attn.to_qkv_mlp_proj
+  linear2 = proj_out | attn.to_out
+  processor.qkv_lora = attn.to_q + attn.to_k + attn.to_v
+  processor.proj_lora = proj_out
+  norm.[query_norm key_norm] = attn.[norm_q norm_k]
+  modulation.lin | modulation.linear = norm.linear
+double_stream_modulation_[img txt].lin = double_stream_modulation_[img txt].linear
+single_stream_modulation.lin = single_stream_modulation.linear
+[img txt]_in = [x context]_embedder
+time_in.[in out]_layer = @.timestep_embedder.linear_[1 2]
+t_embedder.mlp.[0 2] = @.timestep_embedder.linear_[1 2]
+guidance_in.[in out]_layer = @.guidance_embedder.linear_[1 2]
+vector_in.[in out]_layer | y_embedder.mlp.[0 2] = @.text_embedder.linear_[1 2]
+final_layer.linear = proj_out | all_final_layer.2-1.linear
+final_layer.adaLN_modulation.1 = ~norm_out.linear | all_final_layer.2-1.adaLN_modulation.1
+joint_blocks.# = transformer_blocks.#
+  x_block.[attn attn2].qkv = [attn attn2].to_q + [attn attn2].to_k + [attn attn2].to_v
+  x_block.[attn attn2].proj = [attn attn2].to_out.0
+  context_block.attn.qkv = attn.add_q_proj + attn.add_k_proj + attn.add_v_proj
+  context_block.attn.proj = attn.to_add_out
+  [x context]_block.mlp.fc1 = [ff ff_context].net.0.proj
+  [x context]_block.mlp.fc2 = [ff ff_context].net.2
+  x_block.adaLN_modulation.1 = norm1.linear
+  context_block.adaLN_modulation.1 = ~norm1_context.linear
+x_embedder.proj = pos_embed.proj
+blocks.#.[self cross]_attn = blocks.#.[attn1 attn2]
+  [q k v o] = [to_q to_k to_v to_out.0]
+  norm_[q k]
+blocks.#.cross_attn = blocks.#.attn2
+  [k v]_img = add_[k v]_proj
+  norm_k_img = norm_added_k
+blocks.#.norm3 = blocks.#.norm2
+blocks.#.ffn.[0 2] = blocks.#.ffn.net.[0.proj 2]
+time_embedding.[0 2] = condition_embedder.time_embedder.linear_[1 2]
+time_projection.1 = condition_embedder.time_proj
+text_embedding.[0 2] = condition_embedder.text_embedder.linear_[1 2]
+img_emb.proj.[0 1 3 4] = condition_embedder.image_embedder.[norm1 ff.net.0.proj ff.net.2 norm2]
+head.head = proj_out
+@.attention.qkv = @.attention.to_q + @.attention.to_k + @.attention.to_v
+@.attention.out | @.attention.o = @.attention.to_out.0
+@.attention.[q k]_norm = @.attention.norm_[q k]
+x_embedder = all_x_embedder.2-1
+txt_in.individual_token_refiner.blocks.# = context_embedder.token_refiner.refiner_blocks.#
+  self_attn_qkv = attn.to_q + attn.to_k + attn.to_v
+  self_attn_proj = attn.to_out.0
+  mlp.[fc1 fc2] = ff.net.[0.proj 2]
+  adaLN_modulation.1 = norm_out.linear
+txt_in = context_embedder
+  input_embedder = proj_in
+  t_embedder.mlp.[0 2] = time_text_embed.timestep_embedder.linear_[1 2]
+  c_embedder.linear_[1 2] = time_text_embed.text_embedder.linear_[1 2]
+img_in.proj = x_embedder.proj
+time_in.mlp.[0 2] = time_text_embed.timestep_embedder.linear_[1 2]
+guidance_in.mlp.[0 2] = time_text_embed.guidance_embedder.linear_[1 2]
+vector_in.[in out]_layer = time_text_embed.text_embedder.linear_[1 2]
+[layers noise_refiner context_refiner].#
+  attention.qkv = attn.to_q + attn.to_k + attn.to_v
+  attention.out = attn.to_out.0
+  attention.[q k]_norm = attn.norm_[q k]
+  feed_forward.w[1 2 3] = feed_forward.linear_[1 2 3]
+[layers noise_refiner].#.adaLN_modulation.1 = [layers noise_refiner].#.norm1.linear
+cap_embedder.1 = time_caption_embed.caption_embedder.1
+final_layer.[linear adaLN_modulation.1] = norm_out.[linear_2 linear_1]
+patchify_proj = proj_in
+adaln_single.linear = time_embed.linear
+audio_patchify_proj = audio_proj_in
+audio_adaln_single.linear = audio_time_embed.linear
+av_ca_[video audio]_scale_shift_adaln_single.linear = av_cross_attn_[video audio]_scale_shift.linear
+av_ca_[a2v v2a]_gate_adaln_single.linear = av_cross_attn_[video_a2v audio_v2a]_gate.linear
+distilled_guidance_layer.layers.#
+  [in out]_layer = linear_[1 2]
+double_layers.# = joint_transformer_blocks.#
+  attn.w2[q k v o] = attn.[to_q to_k to_v to_out.0]
+  attn.w1[q k v o] = attn.[add_q_proj add_k_proj add_v_proj to_add_out]
+  mlpX.c_[fc1 fc2 proj] = ff.[linear_1 linear_2 out_projection]
+  mlpC.c_[fc1 fc2 proj] = ff_context.[linear_1 linear_2 out_projection]
+  [modX modC].1 = [norm1 norm1_context].linear
+single_layers.# = single_transformer_blocks.#
+  attn.w1[q k v o] = attn.[to_q to_k to_v to_out.0]
+  mlp.c_[fc1 fc2 proj] = ff.[linear_1 linear_2 out_projection]
+  modCX.1 = norm1.linear
+init_x_linear = pos_embed.proj
+cond_seq_linear = context_embedder
+t_embedder.mlp.[0 2] = time_step_proj.linear_[1 2]
+modF.1 = ~norm_out.linear
+final_linear = proj_out
+blocks.# = transformer_blocks.#
+  adaln_modulation_self_attn.[1 2] = norm1.linear_[1 2]
+  adaln_modulation_cross_attn.[1 2] = norm2.linear_[1 2]
+  adaln_modulation_mlp.[1 2] = norm3.linear_[1 2]
+  self_attn.[q_proj k_proj v_proj output_proj] = attn1.[to_q to_k to_v to_out.0]
+  cross_attn.[q_proj k_proj v_proj output_proj] = attn2.[to_q to_k to_v to_out.0]
+  self_attn.[q k]_norm = attn1.norm_[q k]
+  cross_attn.[q k]_norm = attn2.norm_[q k]
+  mlp.[layer1 layer2] = ff.net.[0.proj 2]
+final_layer.adaln_modulation.[1 2] = norm_out.linear_[1 2]
+t_embedder.1.linear_[1 2] = time_embed.t_embedder.linear_[1 2]
+x_embedder.proj.1 = patch_embed.proj
+blocks.# = transformer_blocks.#
+  mod_x = norm1.linear
+  mod_y = norm1_context.linear | norm1_context.linear_1
+  attn.qkv_x = attn1.to_q + attn1.to_k + attn1.to_v
+  attn.qkv_y = attn1.add_q_proj + attn1.add_k_proj + attn1.add_v_proj
+  attn.proj_[x y] = attn1.[to_out.0 to_add_out]
+  mlp_[x y].w1 = ~~[ff ff_context].net.0.proj
+  mlp_[x y].w2 = [ff ff_context].net.2
+x_embedder.proj = patch_embed.proj
+t5_y_embedder.to_[kv q out] = time_embed.pooler.to_[kv q out]
+t5_yproj = time_embed.caption_proj
+final_layer.mod = ~norm_out.linear
+blocks.# = transformer_blocks.#
+  attn.[wq wk wv wo gate] = attn.[to_q to_k to_v to_out.0 to_gate]
+  mlp.[gate up down] = ff.[gate up down]
+txtfusion.[layerwise refiner]_blocks.# = text_fusion.[layerwise refiner]_blocks.#
+  attn.[wq wk wv wo gate] = attn.[to_q to_k to_v to_out.0 to_gate]
+  mlp.[gate up down] = ff.[gate up down]
+txtfusion.projector = text_fusion.projector
+first = img_in
+last.linear = final_layer.linear
+tmlp.[0 2] = time_embed.linear_[1 2]
+tproj.1 = time_mod_proj
+txtmlp.[1 3] = txt_in.linear_[1 2]
+time_embed.[0 2] = time_embedding.linear_[1 2]
+label_emb.0.[0 2] = add_embedding.linear_[1 2]
+input_blocks.0.0 = conv_in
+out.[0 2] = conv_[norm_out out]
+"""
 # Of the UNet that Stability's sgm has: diffusers' names of a resnet's layers.
 _RESNET = {
     "norm1": "in_layers.0",
@@ -26,7 +173,7 @@ _RESNET = {
 }
 _BLOCK = re.compile(r"(.*?)(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)$")
 _FIRST = "down", "0", "resnets"
-Line = tuple[str, list[str]]
+_WORDS = re.compile(r"\[([^]]+)\]")
 
 
 def names_of(base: BaseLayers) -> dict[str, Meaning]:
@@ -38,21 +185,24 @@ def names_of(base: BaseLayers) -> dict[str, Meaning]:
     return found
 
 
-def _lines() -> Iterator[Line]:
+def _lines() -> Iterator[tuple[str, list[str]]]:
     """Each line with its beginning: theirs, and ours, whose rows follow each other."""
-    rows = TABLE.strip().splitlines()
-    left = right = ""
-    for row, following in zip(rows, [*rows[1:], ""], strict=True):
-        theirs, ours = row.strip().split(" = ")
-        if not row.startswith(" "):
-            left = right = ""
-        if following.startswith(" ") and not row.startswith(" "):
-            left, right = f"{theirs}.", f"{ours}."
-            continue
-        for name, alternative in product(theirs.split(" | "), ours.split(" | ")):
-            several = alternative.lstrip("~").split(" + ")
-            mark = "~" * alternative.count("~")
-            yield left + name, [mark + right + path for path in several]
+    for block in re.split(r"\n(?! )", TABLE.strip()):
+        head, *rows = block.splitlines()
+        starts = [(f"{one}.", f"{other}.") for one, other in _in_step(head)] if rows else [("", "")]
+        for (left, right), row in product(starts, rows or [head]):
+            for theirs, ours in _in_step(row.strip()):
+                for name, alternative in product(theirs.split(" | "), ours.split(" | ")):
+                    mark, several = "~" * alternative.count("~"), alternative.lstrip("~")
+                    yield left + name, [mark + right + path for path in several.split(" + ")]
+
+
+def _in_step(row: str) -> Iterator[tuple[str, str]]:
+    """Theirs and ours of a row, once for each of the words in its brackets."""
+    lists = [words.split() for words in _WORDS.findall(row)] or [[""]]
+    for words in zip(*lists, strict=True):
+        theirs, _, ours = _WORDS.sub("{}", row).format(*words).partition(" = ")
+        yield theirs, ours or theirs
 
 
 def _of_line(theirs: str, several: list[str], base: BaseLayers) -> Iterator[tuple[str, Meaning]]:

@@ -14,46 +14,14 @@ from lora_fx.adapters.other_updates import added
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
 from lora_fx.formats import save_adapter
-from lora_fx.formats.dialects import check_held, not_lora
 from lora_fx.testing import update_of
 
 DOWN, UP = torch.ones(2, 3), torch.ones(5, 2)
-PROBLEMS: dict[str, tuple[AnyUpdate, str | None]] = {
-    "LoRA": (Update(DOWN, UP, 1.5), None),
-    "LoHa": (Update(DOWN, UP, 1.5, "loha"), None),
-    "DoRA": (Update(DOWN, UP, 1.5, magnitude=torch.ones(5)), None),
-    "rank 0": (Update(DOWN[:0], UP[:, :0], 1.5), "updates of rank 0"),
-    "infinite": (Update(DOWN, UP, float("inf")), "scales that are no finite number"),
-    "bias": (Update(DOWN, UP, 1.5, bias=torch.ones(5)), "biases of up-projections (lora_bias)"),
-    "row": (Update(DOWN, UP, 1.5, "vera", row=torch.ones(5)),
-     "updates of kind 'vera', which scale inputs or outputs"),
-    "col": (Update(DOWN, UP, 1.5, col=torch.ones(3)),
-     "updates of kind 'lora', which scale inputs or outputs"),
-    "scaling": (Scaling(row=torch.ones(5)),
-     "updates of kind 'ia3', which are no product of two factors"),
-    "function": (WeightUpdate("oft", added(UP), (5, 2)),
-     "updates of kind 'oft', which are no product of two factors"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PROBLEMS)
-def test_what_is_no_lora_is_told(case: str) -> None:
-    update, problem = PROBLEMS[case]
-    assert not_lora(update) == problem
-
-
-def test_the_layers_of_a_problem_are_named_together() -> None:
-    good, bad = PROBLEMS["LoRA"][0], PROBLEMS["rank 0"][0]
-    check_held(Adapter("a", {"fc": good}), "the format", [], not_lora)
-    adapter = Adapter("a", {"fc": good, "up": bad, "out": bad})
-    with pytest.raises(AdapterError, match="the format cannot hold updates of rank 0: up, out; "):
-        check_held(adapter, "the format", [], not_lora)
-
-
 PLAIN, ONES = Update(DOWN, UP, 1.5), torch.ones(5)
 UNET, VAE = {"component": "unet"}, {"component": "vae"}
 INFINITE = replace(PLAIN, scale=float("inf"))
 OFT = WeightUpdate("oft", added(UP), (5, 2))
+EMPTY = Update(DOWN[:0], UP[:, :0], 1.5)
 LOKR = update_of("lokr", (6, 4))  # in files of LyCORIS it has no scale
 DAMAGED = Update(torch.full((2, 3), torch.nan), UP, 1.0)
 
@@ -65,7 +33,7 @@ def kernel(rank: int, *sizes: int, **fields: Any) -> Update:
 Updates = dict[str, AnyUpdate]
 REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
     ("kohya", {}, {}, "the adapter a has no update to write"),
-    ("kohya", {}, {"proj": PLAIN}, "proj begins with no part .* pass component="),
+    ("kohya", {}, {"a.proj": PLAIN}, "a.proj begins with no part .* pass component="),
     ("kohya", VAE, {"proj": PLAIN}, "component is 'vae'"),
     ("kohya", {}, {"unet": PLAIN}, "unet begins with no part"),
     ("kohya", UNET, {"a.b_c": PLAIN, "a_b.c": PLAIN},
@@ -76,15 +44,19 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
         ("kohya", hints, {path: LOKR}, "cannot hold a scale of 0.5 of kind 'lokr'")
         for hints, path in ((UNET, "fc"), ({}, "unet.fc"))
     ],
+    ("kohya", UNET, {"fc": PLAIN, "up": EMPTY, "out": EMPTY},
+     "kohya's format cannot hold updates of rank 0: up, out; write a PEFT directory"),
+    ("kohya", UNET, {"fc": replace(PLAIN, col=torch.ones(3))}, "scale inputs or outputs: fc"),
+    ("kohya", UNET, {"fc": Scaling(row=ONES)}, "kind 'ia3', which are no product of two factors"),
     ("kohya", {}, {"unet.fc": replace(PLAIN, bias=ONES)},
      r"cannot hold biases of up-projections \(lora_bias\): unet\.fc"),
     ("diffusers", {}, {"fc": PLAIN}, "fc begins with no component's name"),
     ("diffusers", {}, {"unet.x": OFT}, "cannot hold updates of kind 'oft', .*: unet.x"),
     ("diffusers", VAE, {"fc": PLAIN}, "component is 'vae'"),
     ("diffusers", UNET, {"fc": PLAIN, "up": replace(PLAIN, magnitude=ONES)},
-     "cannot hold DoRA beside plain LoRA in one model, unet"),
+     "unet: PEFT's use_dora is for all layers, but these have no magnitude: fc"),
     ("diffusers", UNET, {"fc": replace(PLAIN, magnitude=ONES, bias=ONES)},
-     "cannot hold DoRA beside biases of up-projections"),
+     "unet: PEFT has no lora_bias beside DoRA: fc"),
     ("diffusers", UNET, {"fc": replace(PLAIN, row=ONES)},
      "cannot hold updates of kind 'lora', which scale inputs or outputs: fc"),
     ("diffusers", UNET, {"fc": replace(PLAIN, stored=EMBEDDING)},
@@ -126,8 +98,8 @@ COUNT = torch.ones(1, dtype=torch.int64)
             r"cannot hold replaced parameters: head\.weight; write",
         ),
         ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
-        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module: fc"),
-        ("peft", "b.fc", "b.scale", ONES, r"and replace a module: b\.fc beside the replaced b"),
+        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module, here fc: fc"),
+        ("peft", "b.fc", "b.scale", ONES, r"and replace a module, here b: b\.fc"),
         ("peft", "fc", "bn.count", COUNT, r"bn\.count' has dtype torch\.int64"),
     ],
 )

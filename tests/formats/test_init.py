@@ -14,9 +14,9 @@ from onnxruntime import AdapterFormat, OrtValue
 from safetensors.torch import save_file
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import FORMATS, load_adapter, save_adapter
-from lora_fx.formats.hints import Hints
+from lora_fx.formats.hints import Hints, check_all_used, value_for
 
 
 def test_a_directory_is_detected(lab: Any) -> None:
@@ -33,6 +33,7 @@ def test_another_format_is_refused_with_those_supported(lab: Any) -> None:
         save_adapter(load_adapter(directory), lab.root / "out", format="nonsense")
 
 
+FC = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
 NAMES = {
     "peft_file": ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"),
     "loralib": ("fc.lora_A", "fc.lora_B"),
@@ -48,11 +49,10 @@ def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
     save_file({down: torch.randn(2, 3), up: torch.randn(5, 2)}, file)
     tellers = [form for form, entry in FORMATS.items() if entry.is_it(file, (down, up))]
     assert tellers == [format]
-    base = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
     hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
-    found = load_adapter(file, base=base, **hints).updates
+    found = load_adapter(file, base=FC, **hints).updates
     assert list(found) == ["fc"]  # the base has no part that is called as the file says
-    assert load_adapter(file, base=base, format=format, **hints).updates.keys() == found.keys()
+    assert load_adapter(file, base=FC, format=format, **hints).updates.keys() == found.keys()
 
 
 @pytest.mark.parametrize("large", ["a", "b"])
@@ -82,11 +82,11 @@ LAYERS = {
 
 @pytest.mark.parametrize("format", NAMES)
 def test_file_and_layer_stand_before_what_is_wrong_each_once(tmp_path: Path, format: str) -> None:
-    file, base = tmp_path / "a.safetensors", torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
+    file = tmp_path / "a.safetensors"
     save_file(dict(zip(NAMES[format], (torch.ones(2, 3), torch.ones(5, 7)), strict=True)), file)
     hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
     with pytest.raises(AdapterError) as caught:
-        load_adapter(file, base=base, format=format, **hints)
+        load_adapter(file, base=FC, format=format, **hints)
     assert str(caught.value).startswith(f"{file}: {LAYERS[format]} ")
     assert str(caught.value).count(str(file)) == 1
 
@@ -205,10 +205,10 @@ def test_an_adapter_may_replace_the_file_it_is_mapped_from(lab: Any) -> None:
 def test_a_damaged_file_loads_or_raises_the_typed_error(
     tmp_path: Path, format: str, refusals: Any
 ) -> None:
-    file, base = damageable(tmp_path, format), torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 5)})
+    file = damageable(tmp_path, format)
 
     def load(source: random.Random) -> Adapter:
-        return load_adapter(file, base=base, format=source.choice(["auto", format]))
+        return load_adapter(file, base=FC, format=source.choice(["auto", format]))
 
     refused = refusals(file, load, 150, within=400)
     assert len(refused) > 20
@@ -229,3 +229,44 @@ def damageable(tmp_path: Path, format: str) -> Path:
     hints: dict[str, Any] = {"component": "te"} if format == "kohya" else {}
     save_adapter(adapter, file, format=format, **hints)
     return file
+
+
+def test_the_defaults_are_the_careful_ones() -> None:
+    assert Hints() == Hints(strict=True, allow_pickle=False)
+    others = {k: v for k, v in vars(Hints()).items() if k not in ("strict", "allow_pickle")}
+    assert not any(others.values()), "no hint says anything until it is given"
+
+
+def test_the_longest_end_of_a_path_wins() -> None:
+    values = {"fc": 1, "block.fc": 2, "a.block.fc": 3}
+    found = [value_for(values, path) for path in ("fc", "x.fc", "x.block.fc", "a.block.fc")]
+    assert found == [1, 1, 2, 3]
+    for path in ("xfc", "fc.x", "FC", ""):  # an end begins after a dot
+        assert value_for({"fc": 1}, path) is None
+
+
+def test_a_name_that_ends_no_path_is_refused() -> None:
+    check_all_used("alpha", {"fc": 1, "b.fc": 2}, ["a.b.fc"])
+    with pytest.raises(AdapterError, match=r"alpha names what is no layer of the file: cf, a$"):
+        check_all_used("alpha", {"fc": 1, "cf": 2, "a": 3}, ["a.b.fc"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("init_lora_weights", "pissa", "is 'pissa'"),
+        ("rank_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+        ("alpha_pattern", {"misspelt": 3}, "has keys .* misspelt"),
+    ],
+)
+def test_a_doubt_is_refused_or_warned_of_at_the_line_that_loads(
+    lab: Any, field: str, value: Any, message: str
+) -> None:
+    directory = lab.write()
+    lab.edit_config(directory, **{field: value})
+    message = rf"adapter_config\.json: {field} {message}"
+    with pytest.raises(AdapterError, match=f"{message}.* pass strict=False"):
+        load_adapter(directory)
+    with pytest.warns(AdapterWarning, match=message) as warned:
+        load_adapter(directory, strict=False)
+    assert [warning.filename for warning in warned] == [__file__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,11 @@ FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.fc, self.head = nn.Embedding(11, 3), nn.Linear(3, 5), nn.Linear(5, 7)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.fc(self.emb(ids)))
-
-
 @pytest.fixture(scope="module")
-def net() -> Net:
+def net() -> Any:
     torch.manual_seed(0)
-    return Net().eval()
+    layers = OrderedDict(emb=nn.Embedding(11, 3), fc=nn.Linear(3, 5), head=nn.Linear(5, 7))
+    return nn.Sequential(layers).eval()
 
 
 def factors(path: str, into: int, out: int) -> dict[str, torch.Tensor]:
@@ -51,13 +44,13 @@ def written(path: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path
     return path
 
 
-def output(net: Net, adapter: lora_fx.Adapter) -> torch.Tensor:
+def output(net: Any, adapter: lora_fx.Adapter) -> torch.Tensor:
     found: torch.Tensor = lora_fx.inject(lora_fx.trace(net, (IDS,)), adapter)(IDS)
     return found
 
 
 def test_factors_stand_the_other_way_round_and_the_scale_is_stored(
-    net: Net, tmp_path: Path
+    net: Any, tmp_path: Path
 ) -> None:
     tensors = {**factors("fc", 3, 5), **factors("emb", 11, 3)}
     path = written(tmp_path / "a", tensors)
@@ -72,7 +65,7 @@ def test_factors_stand_the_other_way_round_and_the_scale_is_stored(
     assert not compare(output(net, lora_fx.load_adapter(wrong, base=net)), want).ok
 
 
-def test_dora_norms_each_output(net: Net, tmp_path: Path) -> None:
+def test_dora_norms_each_output(net: Any, tmp_path: Path) -> None:
     m = torch.linspace(0.5, 2, 5)
     tensors = {**factors("fc", 3, 5), "fc.m": m}
     path = written(tmp_path / "a", tensors, fine_tune_type="dora")
@@ -84,14 +77,14 @@ def test_dora_norms_each_output(net: Net, tmp_path: Path) -> None:
     assert compare(output(net, adapter), want).ok
 
 
-def test_a_full_fine_tune_is_whole_weights(net: Net, tmp_path: Path) -> None:
+def test_a_full_fine_tune_is_whole_weights(net: Any, tmp_path: Path) -> None:
     weight = torch.ones(7, 5)
     path = written(tmp_path / "a", {"head.weight": weight}, fine_tune_type="full")
     want = F.linear(net.fc(net.emb(IDS)), weight, net.head.bias).detach()
     assert compare(output(net, lora_fx.load_adapter(path)), want).ok
 
 
-def test_what_was_read_is_written_as_another_format(net: Net, tmp_path: Path) -> None:
+def test_what_was_read_is_written_as_another_format(net: Any, tmp_path: Path) -> None:
     path = written(tmp_path / "a", {**factors("fc", 3, 5), **factors("emb", 11, 3)})
     adapter = lora_fx.load_adapter(path, base=net)
     lora_fx.save_adapter(adapter, tmp_path / "peft")

@@ -50,7 +50,10 @@ TWO = nn.ModuleDict(
 KOHYA: list[Row] = [
     (LORA, None, {"base": None}, "names lose the dots of a path; pass base="),
     (LORA, None, {"component": "te"}, "nothing is adapted"),
-    (LORA, None, {"component": "vae"}, "component is 'vae', expected one of unet"),
+    *[
+        (LORA, None, {"component": part}, f"component is {part!r}, expected one of unet, te, te1, ")
+        for part in ("vae", "lora_unet", "", 3)
+    ],
     (kohya("lora_unet_a_b_c"), None, {"base": TWO}, r"lora_unet_a_b_c \(a\.b_c or a_b\.c\)"),
     *[
         ({**LORA, f"{START}.{leaf}": (5,)}, None, {}, f"'{START}.{leaf}' is {feature}")
@@ -205,6 +208,7 @@ MLX: list[Row] = [
     (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
     (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: emb.m is \(11,\), one number a token"),
     ({"c.weight": (2, 3, 3)}, {"fine_tune_type": "full"}, {}, "c.weight: of more"),
+    ({}, {}, {}, "no pair of down and up in it, so nothing is adapted"),
 ]  # fmt: skip
 FC_TUNE = {"fc.lora_a.weight": DOWN, "fc.lora_b.weight": UP}
 TUNE_FIELDS = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "target_modules": ["fc"]}

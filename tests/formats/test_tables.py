@@ -18,7 +18,7 @@ import lora_fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, LoraFxError
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.testing import Between, LayerShape, relative, same_tensors, update_of
+from lora_fx.testing import Between, LayerShape, means, same_tensors, update_of
 from lora_fx.testing.updates import UPDATES
 
 Tensors = dict[str, torch.Tensor]
@@ -150,8 +150,7 @@ def test_what_is_written_means_the_same(case: Case, tmp_path: Path) -> None:
     if shape.groups > 1:  # a weight of one group is no weight of such an update
         assert all(map(torch.equal, found.tensors(), wanted.tensors()))
         return
-    assert relative(found.weight(weight), wanted.weight(weight)) <= 1e-6
-    assert relative(weight, wanted.weight(weight)) > 1e-2
+    means(found, weight, wanted.weight(weight))
 
 
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +128,13 @@ def test_the_last_epoch_of_a_directory_is_read(tmp_path: Path) -> None:
 
 
 def test_a_model_of_torchtunes_own_names_has_its_own_rows(tmp_path: Path) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = nn.Linear(3, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q_proj(x)
-
-    net, x = nn.ModuleDict({"attn": Attention()}).eval(), torch.randn(4, 3)
-    root = nn.Sequential(nn.Identity(), net["attn"])
-    pair = {
-        "1.q_proj.lora_a.weight": torch.randn(2, 3),
-        "1.q_proj.lora_b.weight": torch.randn(8, 2),
-    }
+    layer, x = nn.Sequential(OrderedDict(q_proj=nn.Linear(3, 8))), torch.randn(4, 3)
+    root = nn.Sequential(nn.Identity(), layer).eval()
+    down, up = torch.randn(2, 3), torch.randn(8, 2)
+    pair = {"1.q_proj.lora_a.weight": down, "1.q_proj.lora_b.weight": up}
     path = written(tmp_path / "a", pair, "adapter_model.safetensors")
     adapter = lora_fx.load_adapter(path, base=root)
-    up, down = pair["1.q_proj.lora_b.weight"], pair["1.q_proj.lora_a.weight"]
-    want = (net["attn"](x) + 3 * x @ down.T @ up.T).detach()
+    want = (layer(x) + 3 * x @ down.T @ up.T).detach()
     assert compare(lora_fx.inject(lora_fx.trace(root, (x,)), adapter)(x), want).ok
 
 

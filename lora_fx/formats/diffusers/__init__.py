@@ -2,35 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+
+import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import ALPHA, Layers, Roles, check_adapted, scalar_of, tensors_of
-from lora_fx.formats.diffusers.keys import (
-    ENDINGS,
-    LOKR,
-    has_no_component,
-    sort_by_component,
-    speaks_diffusers,
+from lora_fx.formats.dialects import (
+    ALPHA,
+    Dialect,
+    Layers,
+    Tensors,
+    check_adapted,
+    scalar_of,
+    sort_keys,
+    tensors_of,
 )
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA, fields_in
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import parse
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.formats.peft.lora import LoraConfig
+from lora_fx.formats.peft.lora import LEAVES, LoraConfig
 from lora_fx.formats.peft.lycoris import LokrConfig
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, lora
+from lora_fx.kinds import KINDS, lokr, lora
+from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 
 Fields = Mapping[str, object]
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 _FORM = lora.Form(is_exact=False, is_grouped=True)
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "transformer_ref",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "text_conditioner",
+    "connectors",
+)
+LOKR = lokr.MARKS
+_PREFIX = rf"({'|'.join(COMPONENTS)})\."
+# Names that PEFT alone would give a layer too.
+_OF_PEFT = {f".{leaf}": role for role, leaf in LEAVES.items()}
+ENDINGS = {
+    **_OF_PEFT,
+    ".lora.down.weight": DOWN,
+    ".lora.up.weight": UP,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_linear_layer.up.weight": UP,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".alpha": ALPHA,
+    **{f".{leaf}": leaf for leaf in sorted(LOKR)},
+}
+# The parts of a path that only diffusers has.
+_OWN_PARTS = re.compile(
+    r"^(unet|transformer_2|transformer_ref|text_conditioner|connectors)\."
+    r"|\.(single_)?transformer_blocks\.|\.(add_|to_)(q|k|v|out|qkv)(_proj)?\."
+    r"|^text_encoder(_[23])?\."
+)
+
+
+def _dialect(prefix: str, **names: str) -> Dialect:
+    """The spelling of one model, with what its attention calls the projections.
+
+    The oldest spelling names these as if every model's were called alike.
+    """
+    older = {
+        f".to_{old}_lora.{role}.weight": (f".{new}", role)
+        for old, new in names.items()
+        for role in (DOWN, UP)
+    }
+    # Beside it, a magnitude is of what diffusers makes of it too.
+    magnitudes = {
+        f".to_{old}.lora_magnitude_vector": (f".{new}", MAGNITUDE) for old, new in names.items()
+    }
+    return Dialect(
+        ENDINGS,
+        f"one of {', '.join(COMPONENTS)}, a path, and an ending such as .lora_A.weight, "
+        ".lora.down.weight or .alpha",
+        prefix=prefix,
+        older=older | magnitudes,
+        silent="processor",
+        foreign={
+            r"\.dora_scale[^.]*$": "kohya's DoRA",
+            r"\.hada_[^.]*$": "LoHa",
+            r"\.diff[^.]*$": "a full difference (LyCORIS)",
+        },
+    )
+
+
+MODEL = _dialect(_PREFIX, q="to_q", k="to_k", v="to_v", out="to_out.0")
+TEXT = _dialect(_PREFIX, q="q_proj", k="k_proj", v="v_proj", out="out_proj")
+BARE = _dialect("", q="to_q", k="to_k", v="to_v", out="to_out.0")
 
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
@@ -95,13 +166,13 @@ def updates_of(
     file: Path, layers: Layers, fields: Fields | None, component: str, strict: bool
 ) -> Part:
     """The updates of one component, and which layers its config says it adapts."""
-    lokr = [path for path, roles in layers.items() if roles.keys() & LOKR]
-    if lokr and len(lokr) < len(layers):
-        raise AdapterError(f"{file}: {lokr[0]} is LoKr, other layers of {component} are LoRA")
-    config = _config_of(file, fields, component, LokrConfig if lokr else LoraConfig, strict)
+    own = [path for path, roles in layers.items() if roles.keys() & LOKR]
+    if own and len(own) < len(layers):
+        raise AdapterError(f"{file}: {own[0]} is LoKr, other layers of {component} are LoRA")
+    config = _config_of(file, fields, component, LokrConfig if own else LoraConfig, strict)
     rule = None if config is None else config.rule
     with within(file):
-        if lokr:
+        if own:
             assert config is None or isinstance(config, LokrConfig)
             return _lokr_updates(layers, config), rule
         assert config is None or isinstance(config, LoraConfig)
@@ -130,14 +201,28 @@ def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpd
     if with_alpha and (without or config is not None):
         other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
         raise AdapterError(f".alpha for {shorten(with_alpha)}, and {other}; which holds?")
-    is_dora = _same_for_all(layers, lora.MAGNITUDE, "a magnitude")
-    _same_for_all(layers, lora.BIAS, "a bias of its up-projection")
+    is_dora = any(MAGNITUDE in roles for roles in layers.values())
+    # PEFT's one config has these for all or none.
+    optional = {MAGNITUDE: "a magnitude", lora.BIAS: "a bias of its up-projection"}
+    for role, what in optional.items():
+        lacking = [path for path, roles in layers.items() if role not in roles]
+        if having := [path for path in layers if lacking and path not in lacking]:
+            raise AdapterError(f"{shorten(having)} has {what}, {shorten(lacking)} has none")
     if config is not None and config.use_dora != is_dora:
         found = "has" if is_dora else "lacks"
         raise AdapterError(
             f"use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
         )
-    return {path: _update(path, roles, config) for path, roles in layers.items()}
+    updates: dict[str, AnyUpdate] = {}
+    for path, roles in layers.items():
+        with within(path):
+            if config is None:
+                updates[path] = lora.read(roles, _FORM, alpha=scalar_of(roles))
+                continue
+            rank, scale = config.rank_and_scale(path)
+            said, root = (rank, METADATA), config.use_rslora
+            updates[path] = lora.read(roles, _FORM, scale=scale, rank=said, use_rslora=root)
+    return updates
 
 
 def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpdate]:
@@ -159,19 +244,40 @@ def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpd
     return updates
 
 
-def _same_for_all(layers: Layers, role: str, what: str) -> bool:
-    """Whether all layers have a tensor of a role, as PEFT's one config has it for all or none."""
-    having = [path for path, roles in layers.items() if role in roles]
-    lacking = [path for path, roles in layers.items() if role not in roles]
-    if having and lacking:
-        raise AdapterError(f"{shorten(having)} has {what}, {shorten(lacking)} has none")
-    return bool(having)
+def has_no_component(names: Iterable[str]) -> bool:
+    """Whether the keys are the paths of one model: none begins with a component's name."""
+    return not any(re.match(_PREFIX, name) for name in names)
 
 
-def _update(path: str, roles: Roles, config: LoraConfig | None) -> AnyUpdate:
-    with within(path):
-        if config is None:
-            return lora.read(roles, _FORM, alpha=scalar_of(roles))
-        rank, scale = config.rank_and_scale(path)
-        said, use_rslora = (rank, METADATA), config.use_rslora
-        return lora.read(roles, _FORM, scale=scale, rank=said, use_rslora=use_rslora)
+def speaks_diffusers(names: Collection[str]) -> bool | None:
+    """Whether tensors are named as diffusers alone names them; None where PEFT's dumps may be.
+
+    A file of ``transformer.<path>.lora_A.weight`` and nothing else may be either's, with another
+    scale each: a language model's transformer is called that too.
+    """
+    if has_no_component(names) and any(name.endswith(tuple(BARE.older)) for name in names):
+        return True  # of a model's attention processors, saved by itself
+    split = {name: MODEL.split(name) for name in names}
+    named = [name for name, found in split.items() if found is not None and found[1] != ALPHA]
+    if not named:
+        return False
+    is_own = any(not n.endswith(tuple(_OF_PEFT)) or _OWN_PARTS.search(n) for n in named)
+    return True if is_own or any(name.endswith(".alpha") for name in names) else None
+
+
+def sort_by_component(tensors: Tensors, bare: bool = False) -> dict[str, Layers]:
+    """Sorts every tensor of a file by component, layer and role.
+
+    Args:
+        tensors: by key.
+        bare: the keys begin with no component's name; they are all of the component ``""``.
+    """
+    if bare:
+        return {"": sort_keys(tensors, BARE)} if tensors else {}
+    components: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        components.setdefault(key.partition(".")[0], {})[key] = tensor
+    return {
+        component: sort_keys(own, TEXT if component.startswith("text_encoder") else MODEL)
+        for component, own in components.items()
+    }

@@ -15,9 +15,9 @@ from lora_fx.adapters.parameter_updates import name_of
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError, shorten
+from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.dialects import check_held, not_lora
-from lora_fx.formats.diffusers.keys import COMPONENTS, LOKR
+from lora_fx.formats.diffusers import COMPONENTS, LOKR
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA
 from lora_fx.formats.peft.config import PeftConfig
@@ -81,34 +81,22 @@ def _part(
 ) -> tuple[ByLayer, Fields | None]:
     """The tensors of one component as PEFT has them, and the fields of its config."""
     lokr = [module for module, update in part.items() if _is_lokr(update)]
-    if not lokr:
-        return _lora(name, {m: u for m, u in part.items() if isinstance(u, Update)}, rule)
     said = {FACTOR in part[module].stored_settings for module in lokr}
-    if len(lokr) < len(part) or len(said) > 1:
+    if lokr and (len(lokr) < len(part) or len(said) > 1):
         raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
-    fields = None if said == {False} else _fields(LokrConfig, part, rule)
-    return LokrConfig.tensors_of(part), fields
-
-
-def _lora(
-    name: str, part: Mapping[str, Update], rule: TargetRule | None
-) -> tuple[ByLayer, Fields | None]:
-    is_biased = any(update.bias is not None for update in part.values())
-    is_dora = [update.magnitude is not None for update in part.values()]
-    if any(is_dora) and (is_biased or not all(is_dora)):
-        mixed = "biases of up-projections (lora_bias)" if is_biased else "plain LoRA"
-        raise AdapterError(f"{FORM} cannot hold DoRA beside {mixed} in one model, {name}")
-    # A product of two factors is LoRA of a module here, whatever it came from.
-    modules = {m: u if name_of(u) is None else replace(u, stored=None) for m, u in part.items()}
-    plain = {module: as_lora(update) for module, update in modules.items()}
-    return LoraConfig.tensors_of(plain), _fields(LoraConfig, plain, rule)
-
-
-def _fields(
-    made: type[PeftConfig], part: Mapping[str, AnyUpdate], rule: TargetRule | None
-) -> Fields:
-    adapter = Adapter("part", part, expects=rule)
-    return dump(config_of(PeftLayout(made, part, adapter, {}, [])))
+    made: type[PeftConfig] = LokrConfig if lokr else LoraConfig
+    own = part
+    if not lokr:  # a product of two factors is LoRA of a module here, whatever it came from
+        products = {m: u for m, u in part.items() if isinstance(u, Update)}
+        modules = {
+            m: u if name_of(u) is None else replace(u, stored=None) for m, u in products.items()
+        }
+        own = {module: as_lora(update) for module, update in modules.items()}
+    if said == {False}:
+        return made.tensors_of(own), None
+    with within(name):
+        config = config_of(PeftLayout(made, own, Adapter("part", own, expects=rule), {}, []))
+    return made.tensors_of(own), dump(config)
 
 
 def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:

@@ -18,12 +18,11 @@ from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.dialects import ALPHA, Layers, Roles, scalar_of, sort_keys, tensors_of
-from lora_fx.formats.diffusers.keys import speaks_diffusers
+from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.kohya.names import (
     DIALECT,
     DORA,
-    DOTTED,
     DOWN_KEY,
     FORM,
     MID,
@@ -32,6 +31,7 @@ from lora_fx.formats.kohya.names import (
     algorithm_of,
     by_algorithm,
     check_part,
+    claim,
     find,
     part_of,
     rank_of_algorithm,
@@ -49,7 +49,7 @@ from lora_fx.layers.resolve import Size
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
 # Ends of keys that tell such a file, whatever its paths begin with.
-_MARKS = tuple(end for end in DOTTED.endings if end not in (".alpha", ".diff_b"))
+_MARKS = tuple(end for end in DIALECT.endings if end not in (".alpha", ".diff_b"))
 
 
 def is_kohya(path: Path, names: Collection[str]) -> bool:
@@ -89,9 +89,7 @@ def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layer
     if component is not None:
         check_part(component)
         tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    flat = {key: t for key, t in tensors.items() if DIALECT.split(key) or "." not in key}
-    layers = sort_keys(flat, DIALECT)
-    layers |= sort_keys({k: t for k, t in tensors.items() if k not in flat}, DOTTED)
+    layers = sort_keys(tensors, DIALECT, claim)
     if not layers:
         raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers
@@ -143,11 +141,10 @@ def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
     if diff is None and isinstance(update, Update) and update.scale != 0:
         wide = torch.promote_types(update.up.dtype, torch.float32)
         return {"": replace(update, bias=None if bias is None else bias.to(wide) / update.scale)}
-    delta = diff
 
     def function(weight: Matrix) -> Matrix:
         whole = update.of(weight)
-        return whole if delta is None else Sum(whole, constant(delta, weight.shape))
+        return whole if diff is None else Sum(whole, constant(diff, weight.shape))
 
     shape = update.shape if diff is None else tuple(diff.shape)
     return {"": WeightUpdate("full", function, shape, bias=bias)}
@@ -156,17 +153,14 @@ def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     if algorithm == "lora":
         return _lora(roles, layer)
+    tensors, alpha = tensors_of(roles), scalar_of(roles)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        settings["scale"] = _scale(algorithm, roles)
+        rank = rank_of_algorithm(algorithm, tensors)
+        settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     if algorithm == "oft":
-        settings["constraint"] = scalar_of(roles) or 0.0
-    return KINDS[algorithm].read(tensors_of(roles), settings)
-
-
-def _scale(algorithm: str, roles: Roles) -> float:
-    rank = rank_of_algorithm(algorithm, tensors_of(roles))
-    return 1.0 if rank is None else (scalar_of(roles) or rank) / rank
+        settings["constraint"] = alpha or 0.0
+    return KINDS[algorithm].read(tensors, settings)
 
 
 def _lora(roles: Roles, layer: Layer) -> AnyUpdate:

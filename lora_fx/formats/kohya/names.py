@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import ALPHA, Dialect
+from lora_fx.formats.dialects import ALPHA, Dialect, Layers, Tensors, add
 from lora_fx.formats.trainers import names_of
 from lora_fx.kinds import KINDS, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers
@@ -61,37 +61,42 @@ HOLDERS = {
 # LyCORIS writes kohya's names for a pipeline, and this prefix for any other model.
 LYCORIS = "lycoris"
 PREFIXES = {part: f"lora_{part}_" for part in HOLDERS} | {LYCORIS: "lycoris_"}
-# What others begin paths of a part with, whose dots they keep.
-_DOTTED = {
+# Beginnings of names, those of others that keep the dots of a path too -> the part.
+_STARTS = {start: part for part, start in PREFIXES.items()} | {
     "diffusion_model.": "unet",
     "model.diffusion_model.": "unet",
     "text_encoders.clip_l.": "te1",
     "text_encoders.clip_g.": "te2",
     "text_encoders.t5xxl.": "te3",
 }
-_ENDINGS = {f".{leaf}": leaf for leaf in sorted(frozenset().union(*ALGORITHMS.values()))}
+# Names with dots or without; the factors have other trainers' names too.
 DIALECT = Dialect(
-    _ENDINGS,
+    {
+        **{f".{leaf}": leaf for name in ALGORITHMS if name != "ia3" for leaf in ALGORITHMS[name]},
+        **{end: leaf for pair in _OTHERS for end, leaf in zip(pair.split(), _FACTORS, strict=True)},
+        ".lora_B.bias": UP_BIAS,
+    },
     f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
     ".alpha, or what LyCORIS writes",
-    prefix=r"(?=lora_|lycoris_)",  # a name keeps it
-    is_flat=True,
     foreign=FOREIGN,
 )
-# The same with a path's dots, where the factors have other trainers' names too.
-DOTTED = Dialect(
-    {end: leaf for end, leaf in _ENDINGS.items() if leaf not in ALGORITHMS["ia3"]}
-    | {end: leaf for pair in _OTHERS for end, leaf in zip(pair.split(), _FACTORS, strict=True)}
-    | {".lora_B.bias": UP_BIAS},
-    DIALECT.expected,
-    foreign=FOREIGN,
-)
+
+
+def claim(rest: Tensors, layers: Layers) -> list[str]:
+    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
+    left = []
+    for key, tensor in rest.items():
+        name, _, leaf = key.partition(".")
+        if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
+            add(layers, name, leaf, key, tensor)
+        else:
+            left.append(key)
+    return left
 
 
 def part_of(name: str) -> str | None:
     """The part of a pipeline that a layer's name begins with, or ``"lycoris"``."""
-    flat = next((part for part, start in PREFIXES.items() if name.startswith(start)), None)
-    return flat or next((part for start, part in _DOTTED.items() if name.startswith(start)), None)
+    return next((part for start, part in _STARTS.items() if name.startswith(start)), None)
 
 
 def check_part(part: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     computes the same, with zeros where nothing is adapted; their scale is still alpha over the
     rank of one output.
 
-    A whole ``state_dict()`` is read too, see `sort_loralib`.
+    A whole ``state_dict()`` is read too, see `LoralibFile`.
 
     ``alpha`` is needed, but for a file that was written here; ``r`` is checked; ``enable_lora``
     says what is fused; the base says which layers can be, and is needed for convolutions, whose
@@ -121,40 +120,45 @@ def _alphas(texts: Mapping[str, str], hints: Hints, paths: Collection[str]) -> d
 class LoralibFile:
     """The tensors of a file by use.
 
+    loralib freezes the weights that it adapts, so those of a whole state dict are the base's (in
+    evaluation mode with the update merged into them) and tell shapes alone. Its other tensors may
+    have been trained: they replace the base's, but where the base is given and has the same.
+
     Attributes:
+        base: what is known of the model.
         layers: path of an adapted layer -> its pair.
         weights: path of an adapted layer -> its weight, of a whole state dict.
         replacements: parameter path -> tensor that takes its place.
     """
 
+    base: BaseLayers
     layers: Layers = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     replacements: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def claim(self, others: Tensors, layers: Layers) -> list[str]:
+        """Files weights and replaced tensors; what is left has no use."""
+        check_adapted(layers)
+        named = {_outer(key, layers): tensor for key, tensor in others.items()}
+        self.weights = {m: named[m + WEIGHT] for m in layers if m + WEIGHT in named}
+        is_whole = self.weights.keys() == layers.keys()
+        rest = {k: t for k, t in named.items() if k.removesuffix(WEIGHT) not in self.weights}
+        self.replacements = {k: t for k, t in rest.items() if not (is_whole and self._has(k, t))}
+        known = (BIAS, "") if is_whole else (BIAS,)
+        unused = [k for k in rest if "lora_" in k.rpartition(".")[2] or not k.endswith(known)]
+        return unused + ([] if is_whole else [module + WEIGHT for module in self.weights])
+
+    def _has(self, key: str, tensor: torch.Tensor) -> bool:
+        """Whether the base has this tensor, as far as the file's dtype tells."""
+        own = self.base.parameter(key)
+        return own is not None and torch.equal(own.to(tensor), tensor)
+
 
 def sort_loralib(tensors: Tensors, base: BaseLayers) -> LoralibFile:
-    """Sorts every tensor of a file to its use.
-
-    loralib freezes the weights that it adapts, so those of a whole state dict are the base's (in
-    evaluation mode with the update merged into them) and tell shapes alone. Its other tensors may
-    have been trained: they replace the base's, but where the base is given and has the same.
-    """
-    file = LoralibFile()
-    file.layers = sort_keys(tensors, DIALECT, partial(_claim, file, base))
+    """Sorts every tensor of a file to its use."""
+    file = LoralibFile(base)
+    file.layers = sort_keys(tensors, DIALECT, file.claim)
     return file
-
-
-def _claim(file: LoralibFile, base: BaseLayers, others: Tensors, layers: Layers) -> list[str]:
-    """Files weights and replaced tensors; what is left has no use."""
-    check_adapted(layers)
-    named = {_outer(key, layers): tensor for key, tensor in others.items()}
-    file.weights = {m: named[m + WEIGHT] for m in layers if m + WEIGHT in named}
-    is_whole = file.weights.keys() == layers.keys()
-    rest = {key: t for key, t in named.items() if key.removesuffix(WEIGHT) not in file.weights}
-    file.replacements = {k: t for k, t in rest.items() if not (is_whole and _same(base, k, t))}
-    known = (BIAS, "") if is_whole else (BIAS,)
-    unused = [key for key in rest if "lora_" in key.rpartition(".")[2] or not key.endswith(known)]
-    return unused + ([] if is_whole else [module + WEIGHT for module in file.weights])
 
 
 def _outer(key: str, layers: Mapping[str, object]) -> str:
@@ -162,12 +166,6 @@ def _outer(key: str, layers: Mapping[str, object]) -> str:
     owner, _, leaf = key.rpartition(".")
     module = owner.removesuffix(INNER)
     return f"{module}.{leaf}" if owner != module and module in layers else key
-
-
-def _same(base: BaseLayers, key: str, tensor: torch.Tensor) -> bool:
-    """Whether the base has this tensor, as far as the file's dtype tells."""
-    own = base.parameter(key)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.to(tensor), tensor)
 
 
 def check_base(

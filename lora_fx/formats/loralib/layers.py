@@ -104,9 +104,8 @@ def _conv(
 def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:
     """The u of ``kron(u, I)``, if this is such a matrix: what one point says of all of them."""
     parts = up.reshape(len(up) // size, size, -1, size)
-    found = parts[:, 0, :, 0]
-    whole = torch.kron(found.contiguous(), torch.eye(size, dtype=up.dtype, device=up.device))
-    return found.contiguous() if torch.equal(whole, up) else None
+    found = parts[:, 0, :, 0].contiguous()
+    return found if torch.equal(as_points(found, size), up) else None
 
 
 def as_points(up: torch.Tensor, size: int) -> torch.Tensor:

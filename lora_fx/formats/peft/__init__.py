@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.scaling import checked_alpha, checked_rank
+from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints, doubt
+from lora_fx.formats.loralib.layers import block_diagonal, checked_groups
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.keys import (
     PREFIX,
@@ -26,7 +27,6 @@ from lora_fx.formats.peft.keys import (
     unwrapped,
 )
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
-from lora_fx.formats.peft.older import fields_of_today, tensors_of_today
 from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
@@ -41,6 +41,10 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 # Where diffusers keeps a LoraConfig in a safetensors file; PEFT itself reads no metadata.
 METADATA = "lora_adapter_metadata"
+# What PEFT before 0.3 wrote: loralib's outputs that are adapted apart, in one up-projection.
+_FUSED, _UP = "enable_lora", ".lora_B.weight"
+# Of these, when a trainer merged says nothing about the result.
+_FIELDS = {_FUSED, "merge_weights"}
 
 
 def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
@@ -51,13 +55,48 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
     origin = _existing(directory, CONFIG)
     fields = read_object(origin)
     with within(origin):
-        today = fields_of_today(fields)
+        today = _fields_of_today(fields)
     config = parse_any(today, str(origin), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
     tensors = unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
     with within(weights):
-        tensors = tensors_of_today(fields, tensors)
+        tensors = _tensors_of_today(fields, tensors)
     return assemble(name, weights, tensors, config, origin, hints)
+
+
+def _fields_of_today(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields of a config: of what ``enable_lora`` adapts, all ranks are of one pair.
+
+    The scale, alpha / r, stays as it is.
+    """
+    known = {name: value for name, value in fields.items() if name not in _FIELDS}
+    count = sum(checked_groups(fields[_FUSED])) if fields.get(_FUSED) else 1
+    numbers = {name: known.get(name) for name in ("r", "lora_alpha")}
+    return known | {name: n * count for name, n in numbers.items() if is_number(n)}
+
+
+def _tensors_of_today(
+    fields: Mapping[str, object], tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The tensors: outputs that are adapted each by ranks of its own get one up-projection.
+
+    ``lora_B`` (rows * adapted, r, 1) becomes (out, r * adapted), with a block for each output.
+    Source: ``MergedLinear`` of PEFT 0.2.0, which loralib has too.
+    """
+    if not fields.get(_FUSED):
+        return tensors
+    groups = checked_groups(fields[_FUSED])
+    result = dict(tensors)
+    for key, up in tensors.items():
+        if not key.endswith(_UP):
+            continue
+        if up.ndim != 3 or up.shape[2] != 1 or len(up) % sum(groups):
+            raise AdapterError(
+                f"{key} is {tuple(up.shape)}, expected (rows of {sum(groups)} outputs, r, 1): "
+                f"{_FUSED} is {list(groups)}"
+            )
+        result[key] = block_diagonal(up.squeeze(2), groups)
+    return result
 
 
 def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +21,12 @@ BASE_BIAS = ".base_layer.bias"
 BASE_WEIGHT = ".base_layer.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 TOKEN_BASE = ".token_adapter.base_layer."
-# Under bias='all' PEFT also stores copies of a saved module's biases under these, without a use.
-COPIES = ("original_module", "modules_to_save")
-# In the state dict of a model that PEFT wrapped.
+# What a saved module has in the state dict of a model that PEFT wrapped, and its biases, without a
+# use, in a file under bias='all'.
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 _ROWS = ".trainable_tokens_original"
-_PARAMETERS = ("weight", "bias")
+# A key of a state dict: what stands before the adapter's name, the name, and a leaf behind it.
+_NAMED = re.compile(r"(.+)\.(?!(?:weight|bias)(?:\.|\Z))([^.]+)(\.weight|\.bias|)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ClassifiedTensors:
     """
 
     config: PeftConfig
-    base: BaseLayers = field(default_factory=lambda: BaseLayers({}))
+    base: BaseLayers
     layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class ClassifiedTensors:
     def _is_copy_of_shared(self, path: str, tensor: torch.Tensor) -> bool:
         """Whether it repeats what all layers share, as each has it in a state dict."""
         shared = self.shared.get(path.rpartition(".")[2])
-        return shared is not None and shared.shape == tensor.shape and torch.equal(shared, tensor)
+        return shared is not None and torch.equal(shared, tensor)
 
     def _is_rows(self, path: str, tensor: torch.Tensor) -> bool:
         """Files trained rows, beside the adapter's layers."""
@@ -119,7 +119,7 @@ class ClassifiedTensors:
         own = self.base.parameter(name)
         if own is None:
             return False
-        if own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
+        if torch.equal(own, tensor.to(own.dtype)):
             return True
         for known in self.base.names_of(name):
             other = self.replacements.setdefault(known, tensor)
@@ -135,7 +135,7 @@ class ClassifiedTensors:
         if not self.config.ensure_weight_tying or not path.endswith(".weight"):
             return False
         is_copy = any(
-            value.shape == tensor.shape and torch.equal(value, tensor)
+            torch.equal(value, tensor)
             for name, value in self.replacements.items()
             if saved_module(name.rpartition(".")[0], self.config.modules_to_save)
         )
@@ -144,10 +144,9 @@ class ClassifiedTensors:
         return is_copy
 
     def _is_copy(self, path: str) -> bool:
-        parts = path.split(".")
-        at = next((index for index, part in enumerate(parts) if part in COPIES), 0)
-        is_saved = saved_module(".".join(parts[:at]), self.config.modules_to_save) is not None
-        return at > 0 and is_saved and path.endswith(".bias")
+        module = path.partition(_ORIGINAL)[0].partition(_COPY)[0]
+        is_saved = saved_module(module, self.config.modules_to_save) is not None
+        return module != path and is_saved and path.endswith(".bias")
 
     def _is_replacement(self, path: str) -> bool:
         module, _, leaf = path.rpartition(".")
@@ -191,11 +190,9 @@ def dialect_of(config: PeftConfig) -> Dialect:
     )
 
 
-def sort_peft(
-    tensors: Mapping[str, torch.Tensor], config: PeftConfig, base: BaseLayers | None = None
-) -> ClassifiedTensors:
+def sort_peft(tensors: Tensors, config: PeftConfig, base: BaseLayers) -> ClassifiedTensors:
     """Sorts every tensor of a file to its use."""
-    keys = ClassifiedTensors(config) if base is None else ClassifiedTensors(config, base)
+    keys = ClassifiedTensors(config, base)
     sort_keys(tensors, dialect_of(config), keys.claim)
     if not keys.layers and not keys.tokens:
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")
@@ -209,7 +206,7 @@ def sort_peft(
     return keys
 
 
-def unwrapped(tensors: Mapping[str, torch.Tensor], base: BaseLayers) -> Mapping[str, torch.Tensor]:
+def unwrapped(tensors: Tensors, base: BaseLayers) -> Tensors:
     """The tensors by keys that begin as PEFT's own, whatever held the model that PEFT wrapped.
 
     ``module.base_model.model.fc`` of a parallel run and ``_orig_mod.base_model.model.fc`` of a
@@ -237,19 +234,12 @@ def _unwrapped(key: str, base: BaseLayers) -> str:
     before, found, path = parts.partition(PREFIX)
     if not found:
         return key
-    start = before.removeprefix("module.")
-    return f"{PREFIX}{start}{path}" if _has(base, start + path) else PREFIX + path
+    whole = before.removeprefix("module.") + path
+    is_of_base = any(whole[: dot.start()] in base.layers for dot in re.finditer(r"\.", whole))
+    return PREFIX + (whole if is_of_base else path)
 
 
-def _has(base: BaseLayers, key: str) -> bool:
-    """Whether a key is of a layer of the base."""
-    parts = key.split(".")
-    return any(".".join(parts[:end]) in base.layers for end in range(1, len(parts)))
-
-
-def as_saved(
-    tensors: Mapping[str, torch.Tensor], is_known: Callable[[str], bool]
-) -> Mapping[str, torch.Tensor]:
+def as_saved(tensors: Tensors, is_known: Callable[[str], bool]) -> Tensors:
     """The tensors by the keys that PEFT saves them under; a file of PEFT's is left as it is.
 
     The state dict of a wrapped model has the adapter's name in its keys, and tensors of the base
@@ -283,18 +273,13 @@ def saved_in(keys: Iterable[str]) -> set[str]:
 
 
 def _shortened(key: str, is_known: Callable[[str], bool]) -> tuple[str, str] | None:
-    """The adapter's name in a key, and the key without it; None of what is none of its own."""
-    for name, plain in _without_one(key.split(".")):
-        if name not in _PARAMETERS and is_known(plain):
-            return name, plain
-    return None
+    """The adapter's name in a key, and the key without it; None of what is none of its own.
 
-
-def _without_one(parts: list[str]) -> Iterator[tuple[str, str]]:
-    """What may be a name, and the rest; a vector of its own module loses its weight in files."""
-    *rest, last = parts
-    yield last, ".".join(rest)
-    if rest and last in _PARAMETERS:
-        *start, name = rest
-        yield name, ".".join([*start, last])
-        yield name, ".".join(start)
+    A vector of a module of its own loses its ``weight`` in files.
+    """
+    found = _NAMED.fullmatch(key)
+    if found is None:
+        return None
+    path, name, leaf = found.groups()
+    plain = next(filter(is_known, (path + leaf, path)), None)
+    return None if plain is None else (name, plain)

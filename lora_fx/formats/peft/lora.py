@@ -111,18 +111,15 @@ class LoraConfig(Patterned):
     def _at(self, place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
         if place.parameter is None:
             return read_lora(place.asked, tensors, self)
+        if self.alora_invocation_tokens:
+            raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
         rank, scale = self.rank_and_scale(place.asked)
         down = tensors.get(DOWN)
         is_stack = down is not None and down.shape[:1] != (rank,)
         if is_stack if place.shape is None else len(place.shape) == 3:
-            if self.alora_invocation_tokens:
-                raise AdapterError("aLoRA of experts, which PEFT does not run; leave it out")
             return read_experts(place, tensors, rank, scale, self.use_rslora, base)
         update = read_lora(place.asked, tensors, self)
-        if update.invocation:
-            raise AdapterError("aLoRA of a parameter, which PEFT does not run; leave it out")
-        settings = {"parameter": place.parameter, "depth": place.depth}
-        return replace(update, stored=SourceRecord({}, settings))
+        return replace(update, stored=SourceRecord({}, place.settings))
 
     @classmethod
     def holds(cls, update: AnyUpdate) -> bool:
@@ -173,7 +170,10 @@ class LoraConfig(Patterned):
         use_rslora = all(map(_is_rslora, layers.values()))
         numbers = {}
         for path, update in layers.items():
-            rank, scale = _rank_and_scale(update)
+            if isinstance(update, Update):
+                rank, scale = update.rank, update.scale
+            else:
+                rank, scale = (update.stored_settings[name] for name in ("r", "scale"))
             numbers[path] = rank, alpha_for(scale, math.sqrt(rank) if use_rslora else rank)
         return numbers
 
@@ -190,13 +190,6 @@ class LoraConfig(Patterned):
 def _is_rslora(update: AnyUpdate) -> bool:
     """Whether the scale of an update is alpha / sqrt(r)."""
     return update.kind == "rslora" or bool(update.stored_settings.get("use_rslora"))
-
-
-def _rank_and_scale(update: AnyUpdate) -> tuple[int, float]:
-    if isinstance(update, Update):
-        return update.rank, update.scale
-    settings = update.stored_settings
-    return int(settings["r"]), float(settings["scale"])
 
 
 def read_lora(path: str, tensors: Tensors, config: LoraConfig) -> Update:

@@ -116,11 +116,7 @@ def _shared_by(layers: Mapping[str, AnyUpdate]) -> Tensors | None:
     They are cut to the widest of these layers, as PEFT wants them, should a wider one be gone.
     """
     first, *others = (update.stored_tensors for update in layers.values())
-    if not all(_same(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
+    if not all(torch.equal(own[leaf], first[leaf]) for own in others for leaf in _SHARED):
         return None
     out, into = (max(update.shape[axis] or 0 for update in layers.values()) for axis in (0, 1))
     return {"vera_A": first["vera_A"][:, :into], "vera_B": first["vera_B"][:out]}
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))

@@ -28,15 +28,18 @@ class WrappedTarget:
         parameter: the name of the parameter, under ``target_parameters``.
         depth: how many wrappers of the same module are around this one.
         shape: of the parameter, as the base stores it; None where nobody gave the base.
-        module: the module that is wrapped.
     """
 
     path: str
     asked: str
-    module: str
     parameter: str | None = None
     depth: int = 0
     shape: tuple[int, ...] | None = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What an update of a parameter keeps of its place."""
+        return {"parameter": self.parameter, "depth": self.depth}
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,7 @@ def _in_module(module: str, nested: list[str], modules: Iterable[str]) -> Wrappe
         raise AdapterError(
             f"{nested[-1]}: an adapter nested in another, which target_parameters does not name"
         )
-    return (
-        WrappedTarget(f"{owner}.{inner}", owner, module)
-        if found
-        else WrappedTarget(module, module, module)
-    )
+    return WrappedTarget(f"{owner}.{inner}" if found else module, owner)
 
 
 def _in_parameters(
@@ -100,7 +99,7 @@ def _in_parameters(
     for depth, (path, name) in enumerate(zip(nested, reversed(names), strict=True)):
         key = f"{module}.{name}"
         target = module if name == "weight" else key
-        places[path] = WrappedTarget(target, key, module, name, depth, shapes.get(name))
+        places[path] = WrappedTarget(target, key, name, depth, shapes.get(name))
     return places
 
 
@@ -169,27 +168,17 @@ def read_experts(
     down = tensors[DOWN].to(wide).reshape(count, rank, into)
     up = tensors[UP].to(wide).reshape(out, rank, count).permute(2, 0, 1) * scale
     left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
-    settings = {
-        "parameter": place.parameter, "depth": place.depth, "r": rank, "scale": scale,
-        "use_rslora": use_rslora, TURNED_EXPERTS: transposed,
-    }  # fmt: skip
-    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, settings)
+    own = {"r": rank, "scale": scale, "use_rslora": use_rslora, TURNED_EXPERTS: transposed}
+    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, place.settings | own)
     return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)
 
 
 def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
-    assert base.base is not None
-    try:
-        module = base.base.get_submodule(place.module)
-    except AttributeError:
-        module = base.base
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    if not base.is_graph:
-        return False
+    module = place.asked.rpartition(".")[0]
+    if base.is_turned(module) or not base.is_graph:
+        return base.is_turned(module)
     _, rows, columns = place.shape
     if rows == columns:
         raise AdapterError(

@@ -63,8 +63,6 @@ def choose(adapter: Adapter) -> PeftLayout:
     Where no type holds all of them, but all are plain products of two factors, they are written
     as LoRA of the rank that the products have.
     """
-    if not adapter.updates:
-        raise AdapterError(f"the adapter {adapter.name} has no update to write")
     tokens = {path: update for path, update in adapter.updates.items() if update.kind == "tokens"}
     # Those that are tied to another's PEFT ties itself.
     explicit = {p: u for p, u in tokens.items() if "tied" not in u.stored_settings}
@@ -116,8 +114,6 @@ def _check_expressible(chosen: PeftLayout) -> None:
     """Refuses what PEFT would not load, or not as it is meant."""
     adapter, saved = chosen.adapter, chosen.saved
     low, wrappers = low_rank(chosen.layers), {"base_layer", "token_adapter"}
-    rootless = [name for name in adapter.replacements if "." not in name]
-    clash = [path for path in adapter.updates if saved_module(path, saved)]
     problems = {
         "scales that are no finite number": [
             path for path, update in low.items() if not math.isfinite(update.scale)
@@ -125,21 +121,29 @@ def _check_expressible(chosen: PeftLayout) -> None:
         "PEFT keeps these names for itself": [
             path for path in adapter.updates if wrappers & set(path.split("."))
         ],
-        "PEFT cannot replace a parameter of the model itself, only of a module in it": rootless,
-        **chosen.type.problems(chosen.layers),
+        "PEFT cannot replace a parameter of the model itself, only of a module in it": [
+            name for name in adapter.replacements if "." not in name
+        ],
+        f"PEFT cannot both adapt and replace a module, here {shorten(saved)}": [
+            path for path in adapter.updates if saved_module(path, saved)
+        ],
     }
+    _refuse(problems)
+
+
+def _refuse(problems: Mapping[str, list[str]]) -> None:
     for problem, paths in problems.items():
         if paths:
             raise AdapterError(f"{problem}: {shorten(paths)}")
-    if clash:
-        raise AdapterError(
-            f"PEFT cannot both adapt and replace a module: {shorten(clash)} "
-            f"beside the replaced {shorten(saved)}"
-        )
 
 
 def config_of(chosen: PeftLayout) -> PeftConfig:
-    """The config of which PEFT makes the same ranks, scales and targets."""
+    """The config of which PEFT makes the same ranks, scales and targets.
+
+    Raises:
+        AdapterError: PEFT would not load it, or no one config says it of all layers.
+    """
+    _refuse(chosen.type.problems(chosen.layers))
     fields = chosen.type.described(chosen.layers)
     fields |= _targets(chosen) | {"bias": _bias(chosen), "modules_to_save": tuple(chosen.saved)}
     fields["trainable_token_indices"] = {

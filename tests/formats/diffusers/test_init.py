@@ -7,6 +7,7 @@ alphas (``get_peft_kwargs``: without alphas each alpha is its rank), and lets PE
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,38 +30,19 @@ X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
 
 
-class Attention(nn.Module):
-    """Layers named as diffusers' attention names them, each of another size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(3, 5, bias=False)
-        self.to_k = nn.Linear(5, 7)
-        self.to_out = nn.ModuleList([nn.Linear(7, 6), nn.Dropout(0.0)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.to_k(torch.tanh(self.to_q(x))))
-        result: torch.Tensor = self.to_out[0](x)
-        return result
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"attn1": Attention()})])
-        self.proj_out = nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.proj_out(torch.tanh(self.get_submodule("blocks.0.attn1")(x)))
-        return result
-
-
 LAYERS = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.attn1.to_out.0", "proj_out"]
 
 
-def seeded() -> Model:
+def seeded() -> nn.Module:
+    """Layers named as diffusers' attention names them, each of another size."""
     torch.manual_seed(0)
-    return Model().eval()
+    attention = OrderedDict(
+        to_q=nn.Linear(3, 5, bias=False), first=nn.Tanh(), to_k=nn.Linear(5, 7), second=nn.Tanh(),
+        to_out=nn.Sequential(nn.Linear(7, 6), nn.Dropout(0.0)),
+    )  # fmt: skip
+    block = nn.Sequential(OrderedDict(attn1=nn.Sequential(attention)))
+    parts = OrderedDict(blocks=nn.Sequential(block), last=nn.Tanh(), proj_out=nn.Linear(6, 4))
+    return nn.Sequential(parts).eval()
 
 
 def pairs(component: str, seed: int = 0, ranks: tuple[int, ...] = (2, 2, 3, 1)) -> Tensors:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fx.formats.dialects import ALPHA
-from lora_fx.formats.diffusers.keys import sort_by_component, speaks_diffusers
+from lora_fx.formats.diffusers import sort_by_component, speaks_diffusers
 from lora_fx.kinds.lora import BIAS, DOWN, MAGNITUDE, UP
 
 SPELLINGS = {

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +23,23 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.testing import fits, same_adapter, same_tensors
+from lora_fx.formats.kohya.write import as_tensor, module_of, problem_with
+from lora_fx.kinds import KINDS
+from lora_fx.testing import fits, means, same_adapter, same_tensors
 
 X = torch.linspace(-1, 1, 84).reshape(4, 7, 3)
 Tensors = dict[str, torch.Tensor]
 
 
-class Block(nn.Module):
+def block(into: int = 3, out: int = 4) -> nn.Module:
     """Names with underscores of their own, a numbered layer, a layer that is not adapted."""
-
-    def __init__(self, into: int = 3, out: int = 4) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(into, 5)
-        self.attn1 = nn.ModuleDict(
-            {"to_q": nn.Linear(5, 7, bias=False), "to_out": nn.ModuleList([nn.Linear(7, 6)])}
+    attention = OrderedDict(to_q=nn.Linear(5, 7, bias=False), to_out=nn.Sequential(nn.Linear(7, 6)))
+    return nn.Sequential(
+        OrderedDict(
+            proj_in=nn.Linear(into, 5), first=nn.Tanh(), attn1=nn.Sequential(attention),
+            norm=nn.LayerNorm(6), proj_out=nn.Linear(6, out),
         )
-        self.norm = nn.LayerNorm(6)
-        self.proj_out = nn.Linear(6, out)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.attn1["to_q"](torch.tanh(self.proj_in(x))))
-        x = self.norm(self.get_submodule("attn1.to_out.0")(x))
-        result: torch.Tensor = self.proj_out(x)
-        return result
+    )  # fmt: skip
 
 
 class Pipeline(nn.Module):
@@ -51,8 +47,8 @@ class Pipeline(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = Block(3, 3), Block(3, 3)
-        self.unet = Block()
+        self.text_encoder, self.text_encoder_2 = block(3, 3), block(3, 3)
+        self.unet = block()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.unet(self.text_encoder(x) + self.text_encoder_2(x))
@@ -62,7 +58,7 @@ class Pipeline(nn.Module):
 PARTS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "unet": "lora_unet"}
 # Models, and how the names of each of their parts begin.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    **{part: (Block, {"": f"lora_{part}"}) for part in ("unet", "te", "te1", "te2", "te3")},
+    **{part: (block, {"": f"lora_{part}"}) for part in ("unet", "te", "te1", "te2", "te3")},
     "pipeline": (Pipeline, PARTS),
 }
 
@@ -177,12 +173,81 @@ def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:
     assert {"lora_te1_fc.alpha", "lora_te2_fc.alpha"} <= load_file(file).keys()
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-def test_an_alpha_may_be_a_whole_number(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "alpha"), [("a.safetensors", 1), ("a.pt", [1])])
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path, name: str, alpha: Any) -> None:
     """sd-scripts' own default alpha is the integer 1, which it saves as one."""
     pair = {"lora_unet_fc.lora_down.weight": torch.ones(2, 3)}
-    pair |= {"lora_unet_fc.lora_up.weight": torch.ones(5, 2), "lora_unet_fc.alpha": torch.tensor(1)}
+    pair |= {
+        "lora_unet_fc.lora_up.weight": torch.ones(5, 2),
+        "lora_unet_fc.alpha": torch.tensor(alpha),
+    }
     (torch.save if name == "a.pt" else save_file)(pair, tmp_path / name)
     base = nn.ModuleDict({"fc": nn.Linear(3, 5)})
     adapter = load_adapter(tmp_path / name, base=base, allow_pickle=True)
     assert adapter.updates["fc"].scale == 0.5
+
+
+MAKE = torch.Generator().manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=MAKE)
+
+
+def test_a_norm_is_called_as_its_module() -> None:
+    update = Update(random(2, 3), random(5, 2), 1.0)
+    assert module_of("a.norm.weight", replace(update, kind="norm")) == "a.norm"
+    assert module_of("a.norm", update) == "a.norm"
+
+
+@pytest.mark.parametrize("value", [3.0, 0.1, 16 / 3**0.5])
+def test_an_alpha_is_exact(value: float) -> None:
+    assert as_tensor(value).item() == value
+
+
+def lokr(scale: float, second: tuple[int, ...] = (5, 2)) -> Any:
+    tensors = {"lokr_w1": random(2, 3), "lokr_w2": random(*second)}
+    return KINDS["lokr"].read(tensors, {"scale": scale, "writer": "peft"})
+
+
+def test_what_peft_wrote_lycoris_reads(tmp_path: Path) -> None:
+    update, weight = lokr(1.0), random(10, 6)
+    save_adapter(
+        Adapter("a", {"fc": update}),
+        tmp_path / "a.safetensors",
+        format="kohya",
+        component="lycoris",
+    )
+    base = nn.ModuleDict({"fc": nn.Linear(6, 10)})
+    found = load_adapter(tmp_path / "a.safetensors", base=base).updates["fc"]
+    means(found, weight, update.weight(weight))
+
+
+def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
+    assert problem_with(lokr(1.0)) is None
+    assert problem_with(lokr(1.5)) == "a scale of 1.5 of kind 'lokr'"
+    factors = {"lokr_w1": random(2, 3), "lokr_w2_a": random(5, 1), "lokr_w2_b": random(1, 2)}
+    low = {scale: KINDS["lokr"].read(factors, {"scale": scale}) for scale in (0.0, 1.5)}
+    assert problem_with(low[0.0]) == "a scale of 0, which it reads as 1"
+    assert problem_with(low[1.5]) is None
+    # PEFT aligns the last axes of the two factors of a Conv1d, LyCORIS the first
+    line = problem_with(lokr(1.0, second=(5, 2, 3)))
+    assert line == "updates of kind 'lokr', which are no product of two factors"
+
+
+def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) -> None:
+    shapes = {"lora_down.weight": (2, 3, 1, 1), "lora_mid.weight": (2, 2, 4, 4)}
+    shapes |= {"lora_up.weight": (6, 2, 1, 1), "alpha": ()}
+    state = {f"lycoris_conv.{leaf}": random(*shape).abs() for leaf, shape in shapes.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    base = nn.ModuleDict({"conv": nn.Conv2d(3, 6, 4)})
+    adapter = load_adapter(tmp_path / "a.safetensors", base=base)
+    save_adapter(adapter, tmp_path / "b.safetensors", format="kohya", component="lycoris")
+    found = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    save_adapter(adapter, tmp_path / "c.safetensors", format="diffusers", component="unet")
+    again = load_adapter(tmp_path / "c.safetensors", component="unet").updates["conv"]
+    update = adapter.updates["conv"]
+    assert isinstance(again, Update)
+    assert isinstance(update, Update)
+    assert torch.equal(again.down, update.down)

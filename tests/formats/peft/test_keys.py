@@ -10,6 +10,7 @@ import torch
 from lora_fx.errors import AdapterError
 from lora_fx.formats.peft.keys import PREFIX, ClassifiedTensors, saved_module, sort_peft
 from lora_fx.formats.peft.types import TYPES
+from lora_fx.layers.base_layers import BaseLayers
 
 PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -19,7 +20,8 @@ def sort(*names: str, type: str = "LORA", **fields: Any) -> ClassifiedTensors:
     alpha: Any = {"LORA": {"lora_alpha": 3}, "LOHA": {"alpha": 3}}.get(type, {})
     config = TYPES[type](r=2, **alpha, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}
-    return sort_peft({key.lstrip("!"): value for key, value in tensors.items()}, config)
+    own = {key.lstrip("!"): value for key, value in tensors.items()}
+    return sort_peft(own, config, BaseLayers({}))
 
 
 HEAD = ("head.dense.weight", "head.dense.bias")

@@ -17,7 +17,8 @@ import lora_fx
 from lora_fx import AdapterError
 from lora_fx.adapters.updates import Update
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.testing import PEFT_CASES, relative, same_tensors, save_peft_case
+from lora_fx.formats.peft.lora import LoraConfig, lora_tensors, read_lora
+from lora_fx.testing import PEFT_CASES, means, relative, same_tensors, save_peft_case
 
 TENSORS = "adapter_model.safetensors"
 
@@ -48,9 +49,7 @@ def test_every_weight_is_the_one_that_peft_merges(peft_case: Any) -> None:
     for path, update in adapter.updates.items():
         if merged is None or path == "mha.out_proj":
             continue  # no weight is it; PEFT merges the latter twice
-        weight, wanted = weight_at(peft_case.base, path), weight_at(merged, path)
-        assert relative(update.weight(weight), wanted) <= 1e-6, path
-        assert relative(weight, wanted) > 1e-2, path
+        means(update, weight_at(peft_case.base, path), weight_at(merged, path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -199,3 +198,34 @@ def test_peft_adds_the_update_of_an_output_projection_twice(name: str, tmp_path:
         doubled = lora_fx.inject(gm, replace(adapter, updates=twice))(case.x)
         assert relative(doubled, wanted) <= 1e-6
         assert relative(lora_fx.inject(gm, adapter)(case.x), wanted) > 1e-2
+
+
+Shapes = dict[str, tuple[int, ...]]
+PAIR: Shapes = {"lora_A.weight": (2, 3), "lora_B.weight": (5, 2)}
+TABLE: Shapes = {"lora_embedding_A": (2, 11), "lora_embedding_B": (5, 2)}
+CONV: Shapes = {"lora_A.weight": (2, 4, 3, 1), "lora_B.weight": (6, 2, 1, 1)}
+
+
+def test_a_table_beside_biases_has_none() -> None:
+    tensors = {leaf: torch.randn(size) for leaf, size in TABLE.items()}
+    update = read_lora("fc", tensors, LoraConfig(r=2, lora_alpha=3, lora_bias=True))
+    assert (update.shape, update.scale, update.bias) == ((5, 11), 1.5, None)
+    same_tensors(lora_tensors(update, False), tensors)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (PAIR | TABLE, "has .*, expected"),
+        ({"lora_embedding_A": (2, 11)}, "half of a pair, up is missing"),
+        (CONV | {"lora_B.weight": (6, 2)}, r"lora_B.weight is \(6, 2\), exp"),
+        (CONV | {"lora_B.weight": (6, 2, 3, 1)}, r"is \(6, 2, 3, 1\), expected"),
+        (CONV | {"lora_B.weight": (6, 3, 1, 1)}, "r = 2: the ranks differ"),
+        (TABLE | {"lora_embedding_A": (3, 11)}, r"lora_embedding_A \(3, 11\) .* rank 2"),
+        ({"lora_embedding_A": (2, 11, 1), "lora_embedding_B": (5, 2, 1)}, r"expected \(r, in\)"),
+    ],
+)
+def test_shapes_that_are_of_no_layer_are_refused(shapes: Shapes, message: str) -> None:
+    tensors = {leaf: torch.ones(size) for leaf, size in shapes.items()}
+    with pytest.raises(AdapterError, match=message):
+        read_lora("fc", tensors, LoraConfig(r=2, lora_alpha=3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,9 @@ from lora_fx.layers.base_layers import layers_of
 from lora_fx.numerics import compare
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.fc, self.norm = nn.Embedding(11, 3), nn.Linear(3, 5), nn.LayerNorm(5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.fc(self.emb(ids))))
+def small_net() -> nn.Module:
+    layers = OrderedDict(emb=nn.Embedding(11, 3), fc=nn.Linear(3, 5), norm=nn.LayerNorm(5))
+    return nn.Sequential(OrderedDict(**layers, head=nn.Linear(5, 2))).eval()
 
 
 IDS = torch.tensor([[1, 4, 7, 10], [0, 2, 9, 3]])
@@ -67,7 +63,7 @@ def held(tuned: nn.Module) -> dict[str, torch.Tensor]:
 def base() -> tuple[nn.Module, fx.GraphModule]:
     """A net and its graph: only read."""
     torch.manual_seed(0)
-    net = Net().eval()
+    net = small_net()
     return net, lora_fx.trace(net, (IDS,))
 
 
@@ -228,7 +224,7 @@ def test_what_held_the_model_is_no_part_of_a_name(names: str, tmp_path: Path) ->
 def test_a_module_that_the_base_is_stays_in_the_names(tmp_path: Path) -> None:
     """Two encoders, one of them wrapped: its own path tells which."""
     torch.manual_seed(0)
-    both = nn.ModuleDict({"left": Net(), "right": Net()})
+    both = nn.ModuleDict({"left": small_net(), "right": small_net()})
     tuned = trained(peft.LoraConfig(**LORA), both["right"])
     lora = {k: v for k, v in held(tuned).items() if "lora_" in k}
     save_file({f"right.{key}": tensor for key, tensor in lora.items()}, tmp_path / "a.safetensors")

@@ -39,7 +39,7 @@ def model() -> nn.Module:
 
 
 def test_a_module_is_its_own_place() -> None:
-    assert places("a.fc") == {"a.fc": WrappedTarget("a.fc", "a.fc", "a.fc")}
+    assert places("a.fc") == {"a.fc": WrappedTarget("a.fc", "a.fc")}
 
 
 def test_the_output_projection_has_the_rank_of_its_attention() -> None:
@@ -136,7 +136,7 @@ def test_experts_that_nothing_tells_are_refused(
     leaves: dict[str, tuple[int, ...]], message: str
 ) -> None:
     gm = torch.fx.symbolic_trace(nn.Sequential(Square()))
-    place = WrappedTarget("0.kernel", "0.kernel", "0", "kernel", shape=(4, 3, 3))
+    place = WrappedTarget("0.kernel", "0.kernel", "kernel", shape=(4, 3, 3))
     tensors = {f"{leaf}.weight": torch.ones(shape) for leaf, shape in leaves.items()}
     with pytest.raises(AdapterError, match=message):
         read_experts(place, tensors, 2, 1.5, False, layers_of(gm))
