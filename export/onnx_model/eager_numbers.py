@@ -43,8 +43,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         """What booleans hide is -inf: of a row that is the least number whole, there is a mean."""
         if attn_mask is not None and attn_mask.dtype is ir.DataType.BOOL:
-            seen, hidden = (ir.tensor(n, dtype=query.dtype) for n in (0.0, -math.inf))
-            attn_mask = op.Where(attn_mask, op.Constant(value=seen), op.Constant(value=hidden))
+            numbers: list[Any] = [ir.tensor(n, dtype=query.dtype) for n in (0.0, -math.inf)]
+            parts: list[Any] = [op.Constant(value=number) for number in numbers]
+            attn_mask = op.Where(attn_mask, *parts)
         return nn.aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )

@@ -55,8 +55,8 @@ def input_leaves(
     for (path, value), user in zip(flat, program.graph_signature.user_inputs, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
-        first, *within = [key_of(part) for part in path[1:]]
-        keys = [first if path[0].idx == 1 else arguments[first], *within]
+        by_name, first, *within = [key_of(part) for part in path]
+        keys = [first if by_name else arguments[first], *within]
         sizes = tuple(holders[str(user)].meta["val"].shape)
         dims = _dims(shapes, keys)
         open_axes = [a for a, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
