@@ -57,7 +57,7 @@ def test_what_changes_nothing_goes(
         ("h = Or(m, yes)  y = Not(h)", f"{TRUE} h", TRUE),
         ("y = Expand(x, sizes)", f"{WHOLE} h", WHOLE),
         ("h = Cast <to = 1> (m)  y = Neg(h)", "float[b, n] h", "float[b, n]"),
-        ("h = Cast <to = 11> (x)  y = Neg(h)", "double[b, n, 5] h", "double[b, n, 5]"),
+        ("h = Cast <to = 11> (x)  y = Neg(h)", f"{WHOLE} unnoted", "double[b, n, 5]"),
     ],
 )
 def test_what_may_change_something_stays(
@@ -66,6 +66,15 @@ def test_what_may_change_something_stays(
     found = spelled(DropIdleCalls, graph(calls, types, result), b=2, n=3)
     assert found.count == 0
     assert found.off == 0
+
+
+def test_a_softmax_is_of_the_type_of_what_it_reads(spelled: Callable[..., Any]) -> None:
+    calls = "p = Softmax(x)  h = Cast <to = {to}> (p)  y = Neg(h)"
+    same = spelled(DropIdleCalls, graph(calls.format(to=1), f"{WHOLE} h", WHOLE), b=2, n=3)
+    assert (same.count, same.off) == (1, 0)
+    double = "double[b, n, 5]"
+    other = spelled(DropIdleCalls, graph(calls.format(to=11), f"{double} h", double), b=2, n=3)
+    assert (other.count, other.off) == (0, 0)
 
 
 @pytest.mark.parametrize(
