@@ -165,3 +165,11 @@ def test_a_module_of_torchscript_is_named() -> None:
     for model, name in ((scripted, "the model"), (nn.Sequential(nn.ReLU(), scripted), "1")):
         with pytest.raises(TraceError, match=f"^{name} is of TorchScript"):
             lora_fx.trace(model, (torch.randn(2, 3),))
+
+
+def test_a_lazy_module_that_was_never_called_is_named() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(2)), torch.randn(4, 3)
+    with pytest.raises(TraceError, match=r"^1\.weight, 1\.bias: of a lazy module.*call the model"):
+        lora_fx.trace(model, (x,))
+    model(x)
+    lora_fx.trace(model, (x,))
