@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lora_fx.export.spelling.attention import OPSET
 from lora_fx.export.spelling.nan_guards import guard_empty_rows
 from lora_fx.export.spelling.shared_cache import share_caches
 from lora_fx.export.spelling.spell import spell
+from lora_fx.export.verification.eager import told_of_eager
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
@@ -147,7 +149,8 @@ def to_onnx(
     page = None if report is None else page_beside(report, target, force=force)
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
-    with clock.stage("trace"):
+    told = partial(told_of_eager, gm, inputs.args, inputs.kwargs)
+    with told(), clock.stage("trace"):
         plan = _planned(gm, adapters, slots, vectors, apart=scheme is not None)
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
@@ -160,7 +163,7 @@ def to_onnx(
         )
         model.metadata_props.update(task_of(gm))
     evidence, quantised = Verification.left_out(), None
-    with staged(target, force=force) as draft:
+    with told(), staged(target, force=force) as draft:
         with plain_place(draft, scheme) as plain:
             with clock.stage("write"):
                 write_model(model, plain, external_data_above=external_data_above)
