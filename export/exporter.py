@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import fx
 
 from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
@@ -42,6 +42,8 @@ from lora_fx.export.verification.eager import told_of_eager
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
@@ -147,6 +149,7 @@ def to_onnx(
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     page = None if report is None else page_beside(report, target, force=force)
+    _refuse_meta(gm)
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
     told = partial(told_of_eager, gm, inputs.args, inputs.kwargs)
@@ -202,6 +205,17 @@ def to_onnx(
         if page is not None:
             write_page(done, page, force=force)
     return done
+
+
+def _refuse_meta(gm: fx.GraphModule) -> None:
+    """Refuses tensors that have no values: a model may be traced on the meta device."""
+    held = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
+    empty = [name for name, value in held.items() if getattr(value, "is_meta", False)]
+    if empty:
+        raise ExportError(
+            f"{shorten(empty)}: on the meta device, so without values: load the weights into the "
+            "model before it is traced"
+        )
 
 
 def _moves(gm: fx.GraphModule) -> list[str]:

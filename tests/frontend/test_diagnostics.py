@@ -10,6 +10,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.errors import TraceError
 from lora_fx.frontend.diagnostics import explain_failure
+from lora_fx.testing import Computes
 
 
 class Inner(nn.Module):
@@ -173,3 +174,9 @@ def test_a_lazy_module_that_was_never_called_is_named() -> None:
         lora_fx.trace(model, (x,))
     model(x)
     lora_fx.trace(model, (x,))
+
+
+def test_a_sparse_input_is_traced() -> None:
+    x = torch.randn(4, 3).relu().to_sparse()
+    model = Computes(lambda m, x: m.fc(x.to_dense()), fc=nn.Linear(3, 5))
+    assert torch.equal(lora_fx.trace(model, (x,))(x), model(x))
