@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from torch import fx
 
 from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.onnx_model.convert import check_opset, convert
@@ -37,9 +38,12 @@ from lora_fx.export.spelling.attention import OPSET
 from lora_fx.export.spelling.nan_guards import guard_empty_rows
 from lora_fx.export.spelling.shared_cache import share_caches
 from lora_fx.export.spelling.spell import spell
+from lora_fx.export.verification.eager import told_of_eager
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
+from lora_fx.graph.graph_module import targets
+from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.injection.finite_values import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
@@ -145,9 +149,11 @@ def to_onnx(
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)
     page = None if report is None else page_beside(report, target, force=force)
+    _refuse_meta(gm)
     check_branches(gm)
     inputs = example_inputs(gm, args, kwargs, dynamic_shapes, input_names, output_names)
-    with clock.stage("trace"):
+    told = partial(told_of_eager, gm, inputs.args, inputs.kwargs)
+    with told(), clock.stage("trace"):
         plan = _planned(gm, adapters, slots, vectors, apart=scheme is not None)
         refuse_unsteady(plan.traced)
         inputs = planted(inputs, gm, [*invocations_in(gm), *invocations_in(plan.traced)])
@@ -160,7 +166,7 @@ def to_onnx(
         )
         model.metadata_props.update(task_of(gm))
     evidence, quantised = Verification.left_out(), None
-    with staged(target, force=force) as draft:
+    with told(), staged(target, force=force) as draft:
         with plain_place(draft, scheme) as plain:
             with clock.stage("write"):
                 write_model(model, plain, external_data_above=external_data_above)
@@ -199,6 +205,17 @@ def to_onnx(
         if page is not None:
             write_page(done, page, force=force)
     return done
+
+
+def _refuse_meta(gm: fx.GraphModule) -> None:
+    """Refuses tensors that have no values: a model may be traced on the meta device."""
+    held = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
+    empty = [name for name, value in held.items() if getattr(value, "is_meta", False)]
+    if empty:
+        raise ExportError(
+            f"{shorten(empty)}: on the meta device, so without values: load the weights into the "
+            "model before it is traced"
+        )
 
 
 def _moves(gm: fx.GraphModule) -> list[str]:

@@ -125,7 +125,10 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
         raise ExportError(f"input {name!r} is bfloat16, which numpy lacks: give float32 or float16")
     is_tensor = isinstance(value, torch.Tensor)
-    array = value.detach().cpu().numpy() if is_tensor else np.asarray(value)
+    try:
+        array = value.detach().cpu().numpy() if is_tensor else np.asarray(value)
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, nested, on meta
+        raise ExportError(f"input {name!r} is no plain tensor: {error}") from error
     if array.dtype.kind == "c":
         raise ExportError(
             f"input {name!r} is {array.dtype}, and onnxruntime takes no complex numbers: give its "

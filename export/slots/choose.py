@@ -23,7 +23,7 @@ from lora_fx.export.slots.slot import (
     TensorSlot,
 )
 from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, given_as
-from lora_fx.graph.example import aliases_of, example_of
+from lora_fx.graph.example import example_of, first_names
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.bind import bind
 from lora_fx.injection.injected_adapters import injected
@@ -111,7 +111,7 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
         )
     if vectors is None:
         vectors = VECTORS in forms.values()
-    layers = [_slot(groups[path][0], vectors) for path in _once(gm, beside)]
+    layers = [_slot(groups[path][0], vectors) for path in first_names(gm, beside)]
     whole = [_tensor_slot(gm, name, groups) for name in _whole(gm, forms, groups)]
     aside = (WEIGHT, INVOCATION)
     experts = [p for p, form in forms.items() if form not in aside and p not in groups]
@@ -195,20 +195,12 @@ def _whole(gm: fx.GraphModule, forms: Mapping[str, SlotForm], groups: Groups) ->
     """The parameters that are slots themselves: of a layer its weight, and its bias if any."""
     asked = [path for path, form in forms.items() if form == WEIGHT]
     names = [path for path in asked if path not in groups]
-    for path in _once(gm, [path for path in asked if path in groups]):
+    for path in first_names(gm, [path for path in asked if path in groups]):
         weight = weight_name(groups[path][0])
         bias = f"{weight.removesuffix('weight')}bias"
         is_told = weight.endswith("weight") and _is_parameter(gm, bias)
         names += [weight, bias] if is_told else [weight]
     return list(dict.fromkeys(names))
-
-
-def _once(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
-    """One path for each layer: of a module that has several names, the first in the model."""
-    others = aliases_of(gm)
-    order = {path: place for place, path in enumerate(others)}
-    named = ({path, *others.get(path, ())} & {*paths} for path in paths)
-    return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))
 
 
 def _linear(groups: Groups) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
@@ -57,6 +60,29 @@ def run_eager(gm: fx.GraphModule | WeightForm, case: Case) -> Tensors:
     """The tensors that a model returns, in order."""
     outputs = pytree.tree_leaves(call_eager(gm, case))
     return [value for value in outputs if isinstance(value, torch.Tensor)]
+
+
+@contextmanager
+def told_of_eager(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
+    """Says of an export that failed that eager fails too, if it does.
+
+    Raises:
+        ExportError: the graph itself does not run on these inputs.
+    """
+    try:
+        yield
+    except LoraFxError as error:
+        try:
+            call_eager(evaluating(gm), Case("example", args, dict(kwargs)))
+        except EAGER_ERRORS as problem:
+            reason = str(problem).strip().partition("\n")[0]
+            raise ExportError(
+                f"the graph does not run on its example inputs: {reason}: give args= as it takes "
+                "them now, where it was converted since it was traced (.half(), .double())"
+            ) from error
+        raise
 
 
 def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import fx
+
 from lora_fx.export.program.shape_variants import Case
-from lora_fx.export.verification.eager import Tensors, run_eager
+from lora_fx.export.verification.eager import Tensors, evaluating, run_eager
 from lora_fx.numerics import compare
 from lora_fx.reference.reference_run import WeightForm
 
@@ -15,12 +17,18 @@ _NEARER = 0.9
 
 
 def suspects(
-    form: WeightForm, case: Case, found: Sequence[Any], expected: Tensors, base: Tensors | None
+    form: WeightForm,
+    graph: fx.GraphModule,
+    case: Case,
+    found: Sequence[Any],
+    expected: Tensors,
+    base: Tensors | None,
 ) -> Iterator[str]:
     """Names what the file would agree without, or at least come nearer.
 
     Args:
         form: what it was held against.
+        graph: what it was made of.
         case: the inputs.
         found: what the file gave.
         expected: what the model gave.
@@ -40,7 +48,13 @@ def suspects(
             return
         if distance < nearest:
             nearest, where = distance, path
-    if where:
+    if _distance(found, run_eager(evaluating(graph), case))[1]:
+        yield (
+            "the file agrees with the graph, and that no more with its module: where tensors were "
+            "changed since it was folded (a step of an optimiser, load_state_dict), fold again; a "
+            "graph that was changed on purpose is a model of its own: trace it"
+        )
+    elif where:
         numbers = f"{nearest:.1e} instead of {start:.1e}"
         yield f"the file is nearest without the update of {where}: {numbers}"
 

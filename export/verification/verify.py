@@ -174,7 +174,7 @@ def _suspect(
 ) -> None:
     if isinstance(subject.eager, WeightForm) and subject.coverage is not None:
         at_case = base if case.label == evidence.checks[0].shape else None
-        evidence.suspects += suspects(subject.eager, case, found, expected, at_case)
+        evidence.suspects += suspects(subject.eager, subject.graph, case, found, expected, at_case)
 
 
 def _other_types(

@@ -113,13 +113,14 @@ def call_once(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> None:
 
 
 def _run(called: nn.Module, model: nn.Module, what: str, inputs: Inputs) -> Any:
-    """What a call returns, and what it makes of its inputs."""
+    """What a call returns, and what it makes of its inputs: their tensors, not what holds them."""
     args, kwargs = own_inputs(inputs)
+    given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # a model may add to a dictionary
     try:
         returned = called(*args, **kwargs)
         if has_fakes(returned):
             raise TypeError("its own code keeps a tensor of the trace, which has no values")
-        return {"output": returned, "inputs": (args, kwargs)}
+        return {"output": returned, "inputs": given}
     except Exception as error:  # the model's own code runs in here and may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise CallError(

@@ -7,10 +7,12 @@ import linecache
 import re
 import traceback
 from collections.abc import Iterable
+from itertools import chain
 from types import FrameType
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_fx.errors import TraceError, shorten
 
@@ -89,6 +91,21 @@ def refuse_scripted(model: nn.Module) -> None:
         raise TraceError(
             f"{where} is of TorchScript (torch.jit), which no tracer follows: trace the "
             "torch.nn.Module that it was made from"
+        )
+
+
+def refuse_uninitialised(model: nn.Module) -> None:
+    """Refuses a model whose lazy modules have not been called: their weights have no shape yet.
+
+    Raises:
+        TraceError: names the weights.
+    """
+    held = chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, tensor in held if is_lazy(tensor)]
+    if empty:
+        raise TraceError(
+            f"{shorten(empty)}: of a lazy module that was never called, so without a shape: call "
+            "the model once before it is traced"
         )
 
 

@@ -96,10 +96,12 @@ def distinct(inputs: Any) -> Any:
     seen: set[int] = set()
 
     def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
-            seen.add(id(leaf))
-            return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
-        return leaf.clone()
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+            return leaf
+        if id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf.contiguous()
 
     return pytree.tree_map(copied, inputs)
 

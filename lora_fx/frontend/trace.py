@@ -14,7 +14,12 @@ from torch.utils import _pytree as pytree
 from lora_fx.choices import Frontend, check_choice
 from lora_fx.errors import TraceError
 from lora_fx.frontend.check_trace import CallError, call_once, check_faithful
-from lora_fx.frontend.diagnostics import refuse_attributes, refuse_inputs, refuse_scripted
+from lora_fx.frontend.diagnostics import (
+    refuse_attributes,
+    refuse_inputs,
+    refuse_scripted,
+    refuse_uninitialised,
+)
 from lora_fx.frontend.isolated_run import preserved, random_kept
 from lora_fx.frontend.leaked_fakes import clear_caches
 from lora_fx.frontend.lent_parameters import note_holders
@@ -80,6 +85,7 @@ def trace(
         return _from_program(model, check)
     model = bare(model)
     refuse_scripted(model)
+    refuse_uninitialised(model)
     kwargs = _in_signature_order(model, dict(kwargs or {}))
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None

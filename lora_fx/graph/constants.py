@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.lazy_tensor import TensorSnapshot, get_unevaluated
-from lora_fx.graph.ops import function_name, mutates, op_name
+from lora_fx.graph.ops import function_name, is_nested, mutates, op_name
 
 _RANDOM = {
     *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),
@@ -142,6 +142,8 @@ class Constants:
 
     def _computable(self, node: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or mutates(node) or _is_random(node):
+            return False
+        if is_nested(node):
             return False
         if not node.all_input_nodes:
             return node.op == "call_function" and function_name(node.target) in _FACTORIES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,14 @@ def aliases_of(gm: fx.GraphModule) -> Mapping[str, tuple[str, ...]]:
     """Path of a module that has several names -> its other names."""
     example = example_of(gm)
     return example.aliases if example else {}
+
+
+def first_names(gm: fx.GraphModule, paths: Sequence[str]) -> list[str]:
+    """One path for each layer: of a module that has several names, the first in the model."""
+    others = aliases_of(gm)
+    order = {path: place for place, path in enumerate(others)}
+    named = ({path, *others.get(path, ())} & {*paths} for path in paths)
+    return list(dict.fromkeys(min(names, key=lambda n: order.get(n, 0)) for names in named))
 
 
 def task_of(gm: fx.GraphModule) -> Mapping[str, str]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.errors import TraceError
+from lora_fx.graph.ops import GUARDS
+
 _recompile = fx.GraphModule.recompile
 
 
@@ -58,7 +61,17 @@ def compiled_when_read() -> Iterator[None]:
 
 
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """Compiles first: torch takes what is there before it compiles."""
+    """Compiles first: torch takes what is there before it compiles.
+
+    Raises:
+        TraceError: the graph has guards of torch.export's, which are code of no module.
+    """
+    if GUARDS in gm._modules:
+        raise TraceError(
+            "a graph of torch.export checks its inputs by code that cannot be pickled: save the "
+            "model and the adapter (lora_fx.save_adapter), and trace again; or trace with "
+            "frontend='symbolic'"
+        )
     _recompile(gm)
     rebuild, given = fx.GraphModule.__reduce__(gm)
     return _rebuilt, (_own_class(gm), rebuild, given)

@@ -113,6 +113,11 @@ def _draws(own: str) -> bool:
     return any(torch.Tag.nondeterministic_seeded in each for each in tags)
 
 
+def is_nested(node: fx.Node) -> bool:
+    """Whether a call is of a transform of torch.func: its value means nothing outside of that."""
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+
+
 def in_place(node: fx.Node) -> bool:
     """Whether a function is told to write into what it reads: ``F.relu(x, inplace=True)``."""
     place = inplace_place(node.target) if node.op == "call_function" else None

@@ -12,6 +12,7 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.adapters.parameter_updates import of_parameter
 from lora_fx.adapters.updates import activated
 from lora_fx.errors import AdapterError, shorten
+from lora_fx.graph.example import first_names
 from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.injection.invocation_mask import tokens_of
@@ -23,7 +24,8 @@ from lora_fx.layers.sites import Site, sites
 def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     """Reads an injected adapter back, with the values it has now.
 
-    What DoRA or (IA)3 became beside its layer is read as the rows and columns that it scales.
+    What DoRA or (IA)3 became beside its layer is read as the rows and columns that it scales. A
+    module that has several names is one layer, by the first of them.
 
     Args:
         gm: a graph with branches, such as one that was trained after `inject`.
@@ -46,6 +48,8 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
             "name; keep the Adapter that was injected"
         )
     mine = [(site, branch) for site, branch in found if branch.name == chosen]
+    paths = first_names(gm, [site.path for site, _ in mine])
+    mine = [(site, branch) for site, branch in mine if site.path in paths]
     updates = {site.path: update_from(gm, site, branch) for site, branch in mine}
     return Adapter(chosen, updates | _of_parameters(mine, updates))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, memory_told, shorten
 from lora_fx.io.draft import NEW, hidden_directory, put_in, sweep
-from lora_fx.io.output_place import check_places, keeping_nothing, refuse_links
+from lora_fx.io.output_place import check_places, keeping_nothing, refuse_special
 
 # What a forced write of an adapter may delete; anything else in its directory is somebody's work.
 REPLACEABLE = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
@@ -136,7 +136,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     found = [path for path in places if os.path.lexists(path)]
     if found and not force:
         raise ExportError(f"{found[0]}: exists: pass force=True to replace it")
-    refuse_links(found, ExportError)
+    refuse_special(found, ExportError)
 
 
 def data_path(target: Path) -> Path:
@@ -163,11 +163,11 @@ def refuse_files(out: Path, names: Sequence[str], force: bool) -> None:
     """
     places = [out / name for name in names]
     check_places(places, ExportError)
-    refuse_links([out], ExportError)
+    refuse_special([out], ExportError)
     if os.path.lexists(out) and not out.is_dir():
         raise ExportError(f"{out}: is a file: give a directory")
     found = [path for path in places if os.path.lexists(path)]
     if found and not force:
         held = shorten([path.name for path in found])
         raise ExportError(f"{out}: holds {held} already: pass --force to replace it")
-    refuse_links(found, ExportError)
+    refuse_special(found, ExportError)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError
+from lora_fx.io.plain_file import kind_of
 
 _SOURCES: ContextVar[tuple[Path, ...]] = ContextVar("_SOURCES", default=())
 
@@ -73,18 +74,23 @@ def check_places(places: list[Path], error: type[LoraFxError]) -> None:
                 raise error(f"{place}: {relation}, which is left as it is: write to another place")
 
 
-def refuse_links(places: list[Path], error: type[LoraFxError]) -> None:
-    """Refuses outputs that are links: what they lead to is somebody else's.
+def refuse_special(places: list[Path], error: type[LoraFxError]) -> None:
+    """Refuses outputs that are links, devices, FIFOs or sockets: what they stand for is not ours.
 
     Raises:
         LoraFxError: of the type ``error``.
     """
     for place in places:
         if place.is_symlink():
-            raise error(
-                f"{place}: is a link to {os.readlink(place)}, so it is no plain file or directory "
-                "and not replaced: remove it, or give the path of a file itself"
-            )
+            what = f"a link to {os.readlink(place)}"
+        elif place.is_file() or place.is_dir() or not place.exists():
+            continue
+        else:
+            what = kind_of(place.stat().st_mode)
+        raise error(
+            f"{place}: is {what}, so it is no plain file or directory and not replaced: remove it, "
+            "or give the path of a file itself"
+        )
 
 
 def _files_of(source: Path) -> Iterator[Path]:

@@ -41,8 +41,8 @@ def check_plain(
             raise error(f"{path}: cannot be read: Is a directory, expected a file")
         if not stat.S_ISREG(status.st_mode):
             raise error(
-                f"{path}: cannot be read: {_kind(status.st_mode)}, expected a plain file: copy its "
-                "content to one"
+                f"{path}: cannot be read: {kind_of(status.st_mode)}, expected a plain file: copy "
+                "its content to one"
             )
         if most is not None and status.st_size > most:
             raise error(f"{path}: {status.st_size} bytes, expected at most {most}")
@@ -86,7 +86,8 @@ def _start(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """What a file is that is no plain one."""
     kinds = {
         "a FIFO": stat.S_ISFIFO,
         "a device": stat.S_ISCHR,

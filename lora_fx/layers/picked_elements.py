@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.graph.ops import mutates
+from lora_fx.graph.ops import is_nested, mutates
 
 _STEPS = 64  # nodes that an operand may be made of: what is more is no way to take a weight apart
 _INDICES = 2**16  # entries of a tensor that picks
@@ -177,10 +177,10 @@ def _run(expression: Expression, base: torch.Tensor) -> Any:
 
 
 def _is_unsteady(node: fx.Node) -> bool:
-    """Whether a call writes, or may give something else the next time."""
+    """Whether a call writes, or may give something else the next time or elsewhere."""
     if isinstance(node.target, torch._ops.OpOverload):
         return _is_unsteady_operator(node.target)
-    return mutates(node) or not node.all_input_nodes
+    return mutates(node) or is_nested(node) or not node.all_input_nodes
 
 
 @functools.cache

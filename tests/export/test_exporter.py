@@ -242,6 +242,19 @@ def test_bfloat16_is_an_error_that_says_what_to_do(adapters: str, tmp_path: Path
     assert to_onnx(gm, tmp_path / "model.onnx", adapters=adapters, verify=False).notes
 
 
+def test_a_graph_that_was_converted_since_needs_inputs_of_its_own(tmp_path: Path) -> None:
+    gm = traced(nn.Sequential(nn.Linear(3, 5)), torch.randn(4, 7, 3)).double()
+    with pytest.raises(ExportError, match=r"^the graph does not run on .*: give args= as"):
+        to_onnx(gm, tmp_path / "model.onnx")
+    assert to_onnx(gm, tmp_path / "model.onnx", args=(torch.randn(4, 7, 3).double(),)).verified
+
+
+def test_weights_without_values_are_named(tmp_path: Path) -> None:
+    gm = traced(nn.Sequential(nn.Linear(3, 5, device="meta")), torch.randn(4, 7, 3, device="meta"))
+    with pytest.raises(ExportError, match=r"^0\.weight, 0\.bias: on the meta device"):
+        to_onnx(gm, tmp_path / "model.onnx")
+
+
 def test_a_graph_in_training_mode_is_exported_in_eval_mode(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5)).train()
     for frontend in ("symbolic", "export"):

@@ -292,3 +292,16 @@ def test_what_one_row_gives_or_refuses_alike_is_traced() -> None:
     for compute in (few, lambda m, x: m.fc(x) - m.fc(x).mean(0)):
         model = model_of(compute)
         assert torch.equal(trace(model, (x,), dynamic_shapes=FREE)(x), model(x))
+
+
+def test_a_dictionary_that_the_model_adds_to_is_no_difference() -> None:
+    """As sentence-transformers' modules do; a tensor of the caller's that changes is one."""
+
+    def adding(m: Any, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features.update(y=m.fc(features.pop("x")))
+        return features
+
+    model, given = Computes(adding, fc=nn.Linear(3, 5)), {"x": torch.randn(4, 3)}
+    gm = trace(model, (given,))
+    assert [*given] == ["x"]
+    assert torch.equal(gm({**given})["y"], model({**given})["y"])

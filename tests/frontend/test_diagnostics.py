@@ -10,6 +10,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.errors import TraceError
 from lora_fx.frontend.diagnostics import explain_failure
+from lora_fx.testing import Computes
 
 
 class Inner(nn.Module):
@@ -178,3 +179,17 @@ def test_a_choice_by_what_a_tensor_holds_is_named() -> None:
     )
     with pytest.raises(TraceError, match=said):
         lora_fx.trace(Hangs(), (torch.randn(3, 2),))
+
+
+def test_a_lazy_module_that_was_never_called_is_named() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(2)), torch.randn(4, 3)
+    with pytest.raises(TraceError, match=r"^1\.weight, 1\.bias: of a lazy module.*call the model"):
+        lora_fx.trace(model, (x,))
+    model(x)
+    lora_fx.trace(model, (x,))
+
+
+def test_a_sparse_input_is_traced() -> None:
+    x = torch.randn(4, 3).relu().to_sparse()
+    model = Computes(lambda m, x: m.fc(x.to_dense()), fc=nn.Linear(3, 5))
+    assert torch.equal(lora_fx.trace(model, (x,))(x), model(x))

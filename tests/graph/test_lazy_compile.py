@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx import trace
+from lora_fx.errors import TraceError
 from lora_fx.graph import lazy_compile
 from lora_fx.graph.graph_module import build_graph_module, copy_graph
 from lora_fx.graph.lazy_compile import compiled_when_read
@@ -54,6 +55,11 @@ def test_specs_are_there_before_the_first_call(ragged: nn.Module, x: torch.Tenso
 def test_pickle_holds_the_code(x: torch.Tensor) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
     assert torch.equal(pickle.loads(pickle.dumps(assembled(model)))(x), model(x))
+
+
+def test_guards_are_not_pickled_and_say_so(ragged: nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(TraceError, match=r"cannot be pickled: save the model and the adapter"):
+        pickle.dumps(assembled(ragged, x))
 
 
 def test_what_others_do_with_a_graph(ragged: nn.Module, x: torch.Tensor) -> None:

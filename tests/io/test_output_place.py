@@ -143,6 +143,17 @@ def test_a_link_to_elsewhere_is_not_written_through(tmp_path: Path) -> None:
     assert everything(tmp_path / "theirs") == {"model": "old"}
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_is_no_plain_file_is_not_replaced(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    """A FIFO stands for a device, such as the null device, which root may replace."""
+    os.mkfifo(tmp_path / "model")
+    with pytest.raises(LoraFxError, match=r"model: is (a FIFO, so it is )?no plain"):
+        write(tmp_path / "model")
+    assert (tmp_path / "model").is_fifo()
+
+
 def test_a_way_up_and_down_again_is_followed(tmp_path: Path) -> None:
     write_files(tmp_path / "not" / ".." / "out" / "model")
     assert everything(tmp_path) == {"out/model": "new"}

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import fx, nn
 
+import lora_fx
+from lora_fx.graph.constants import Constants
 from lora_fx.layers.picked_elements import Grid, calls_of, expression_of, grid_of
+from lora_fx.layers.sites import sites
 from lora_fx.testing import Computes
 
 
@@ -109,3 +112,17 @@ def test_layers_of_one_kind_are_looked_at_once() -> None:
     for _ in range(3):
         assert grid(lambda w: w[2:5]) is not None
     assert grid_of.cache_info().misses == 1
+
+
+def test_what_torch_func_maps_over_means_nothing_outside() -> None:
+    """One of several weights is a value of its transform alone; the layer behind is as ever."""
+    model = Computes(
+        lambda m, x: m.head(torch.vmap(lambda w: x @ w.t())(m.w)),
+        {"w": (4, 5, 3)},
+        head=nn.Linear(5, 2),
+    )
+    gm = lora_fx.trace(model, (torch.randn(7, 3),))
+    assert [site.path for site in sites(gm)] == ["head"]
+    constants = Constants(gm)
+    admitted = {n.name: constants.admit(n) for n in gm.graph.nodes if n.op != "placeholder"}
+    assert (admitted["w"], admitted["_add_batch_dim"]) == (True, False)

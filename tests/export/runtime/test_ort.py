@@ -39,6 +39,12 @@ def test_complex_numbers_are_refused_by_name(value: Any) -> None:
         to_array("x", value)
 
 
+@pytest.mark.parametrize("value", [torch.ones(2).to_sparse(), torch.ones(2, device="meta")])
+def test_what_holds_no_plain_numbers_is_refused_by_name(value: torch.Tensor) -> None:
+    with pytest.raises(ExportError, match=r"input 'x' is no plain tensor: "):
+        to_array("x", value)
+
+
 def test_a_model_of_complex_numbers_is_not_written(tmp_path: Any) -> None:
     model = Computes(lambda m, x: m.layer(x.real), layer=nn.Linear(3, 5)).eval()
     gm = trace(model, (torch.randn(2, 3, dtype=torch.complex64),))

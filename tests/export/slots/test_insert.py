@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx import LoraConfig, adapter_from, inject
 from lora_fx.adapters.adapter import Adapter, Scaling
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
@@ -216,3 +217,17 @@ def test_a_module_of_two_names_has_one_slot(
     changed.one.weight.add_(adapter.updates["one"].delta())
     assert compare(adapted, changed(x)).ok
     assert compare(base, changed(x)).relative > 1e-2
+
+
+def test_a_fresh_adapter_of_a_module_of_two_names_fits_its_slot(tmp_path: Path) -> None:
+    model, x = Renamed(nn.Linear(3, 3)).eval(), torch.randn(2, 4, 3)
+    tuned = inject(trace(model, (x,)), LoraConfig(r=2, name="a"))
+    for parameter in tuned.parameters():
+        parameter.data.add_(0.1)
+    to_onnx(tuned, tmp_path / "m.onnx", adapters="input")
+    adapter = adapter_from(tuned)
+    assert [*adapter.updates] == ["one", "end"]
+    export_adapter(adapter, tmp_path / "m.onnx", tmp_path / "a")
+    (adapted,) = Session(tmp_path / "m.onnx").run({"x": x}, adapter=tmp_path / "a").values()
+    assert compare(adapted, tuned(x)).ok
+    assert compare(adapted, model(x)).relative > 1e-2

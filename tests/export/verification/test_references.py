@@ -99,6 +99,13 @@ def test_both_branches_lost_are_the_base(gm: fx.GraphModule, tmp_path: Path) -> 
         to_onnx(lost, tmp_path / "model.onnx")
 
 
+def test_a_weight_that_was_changed_after_the_fold_is_told(tmp_path: Path) -> None:
+    merged = fold(inject(trace(Net().eval(), (X,)), ADAPTER))
+    merged.load_state_dict({name: 2 * value for name, value in merged.state_dict().items()})
+    with pytest.raises(VerificationError, match=r"agrees with the graph.*load_state_dict\), fold"):
+        to_onnx(merged, tmp_path / "model.onnx")
+
+
 def test_a_file_that_lacks_a_part_is_refused_and_the_right_one_accepted(
     gm: fx.GraphModule, files: dict[str, Any], tmp_path: Path
 ) -> None:
