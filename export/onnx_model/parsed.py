@@ -36,6 +36,8 @@ def parsed_file(path: Path) -> ir.Model:
                     model.graph.inputs.remove(value)
             model.ir_version = _ASIDE
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        if any(value.shape is None for value in model.graph.outputs):  # which onnx refuses
+            common.ShapeInferencePass()(model)
         return model
 
 

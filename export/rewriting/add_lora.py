@@ -154,6 +154,8 @@ def _open(
 
 
 def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) -> Paths:
+    if not slots:
+        raise ExportError(f"slots: names no layer; there are {shorten(list(layers)) or 'none'}")
     linear = [path for path, calls in layers.items() if calls[0].kind == "linear"]
     found: dict[str, None] = {}
     unknown = []

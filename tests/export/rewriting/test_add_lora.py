@@ -745,6 +745,10 @@ def of_the_third_version(file: onnx.ModelProto) -> None:
         file.graph.input.append(info)
 
 
+def of_no_shape(file: onnx.ModelProto) -> None:
+    file.graph.output[0].type.tensor_type.ClearField("shape")
+
+
 def turned_by_nothing(file: onnx.ModelProto) -> None:
     turn = onnx.helper.make_node("Transpose", ["head.weight"], ["w"], perm=[0, 1])
     file.graph.node[2].input[1] = "w"
@@ -765,7 +769,13 @@ def dequantised(file: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [called_as_what_is_put_in, of_the_third_version, turned_by_nothing, dequantised],
+    [
+        called_as_what_is_put_in,
+        of_the_third_version,
+        of_no_shape,
+        turned_by_nothing,
+        dequantised,
+    ],
 )
 def test_a_file_that_names_and_stores_otherwise(
     change: Callable[[onnx.ModelProto], None], tmp_path: Path
@@ -799,3 +809,17 @@ def test_one_weight_read_both_ways_is_two_layers(tmp_path: Path) -> None:
         add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx")
     report = add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", names={"back": "back"})
     assert report.slots == ["fc", "back"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"inputs": {"z": ROWS}}, "missing inputs: x; unknown inputs: z; the model takes x"),
+        ({"slots": []}, "slots: names no layer; there are fc, head"),
+    ],
+)
+def test_what_a_file_has_not_is_said(options: Any, said: str, tmp_path: Path) -> None:
+    onnx.save(in_order(), tmp_path / "base.onnx")
+    with pytest.raises(ExportError, match=said):
+        add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", **options)
+    assert not (tmp_path / "slots.onnx").exists()
