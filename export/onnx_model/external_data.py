@@ -16,7 +16,6 @@ from lora_fx.io.plain_file import check_plain
 
 _KEYS = {"location", "offset", "length", "checksum"}
 _PLACE = re.compile("[0-9]{1,18}")  # ASCII, and no more than a file can have
-_REQUIRED = {"location", "offset", "length"}
 
 
 @dataclass(frozen=True, order=True)
@@ -70,7 +69,10 @@ def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def range_of(tensor: TensorProto, path: Path) -> Range:
-    """Where the bytes of a tensor lie.
+    """Where the bytes of a tensor lie: from the first byte of the file on, and as many as it takes.
+
+    TorchScript's exporter writes a file for each tensor of a large model, and says no more of it
+    than its name.
 
     Raises:
         ExportError: it does not say so plainly.
@@ -78,11 +80,12 @@ def range_of(tensor: TensorProto, path: Path) -> Range:
     where = f"{path}: {tensor.name}"
     keys = [entry.key for entry in tensor.external_data]
     odd = [key for key in keys if key not in _KEYS or keys.count(key) > 1]
-    lacking = sorted(_REQUIRED.difference(keys))
-    if odd or lacking:
+    if odd or "location" not in keys:
         found = f"unknown or repeated: {shorten(odd) or 'none'}"
-        raise ExportError(f"{where}: external data keys: {found}; missing: {shorten(lacking)}")
-    values = {entry.key: entry.value for entry in tensor.external_data}
+        lacking = "none" if "location" in keys else "location"
+        raise ExportError(f"{where}: external data keys: {found}; missing: {lacking}")
+    values = {"offset": "0", "length": str(byte_size(tensor))}
+    values |= {entry.key: entry.value for entry in tensor.external_data}
     if not all(_PLACE.fullmatch(values[key]) for key in ("offset", "length")):
         raise ExportError(
             f"{where}: offset {values['offset']!r:.80}, length {values['length']!r:.80}, expected "

@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, advised, within
 
+_ASIDE = 4  # version of the format from which on an initializer need not be an input
 _AGAIN = "give the file as it was exported, or export it again"
 
 
@@ -20,7 +21,8 @@ def parsed_file(path: Path) -> ir.Model:
     """Reads a file; its external data is read when it is asked for.
 
     Nodes stand behind what they read, and weights are initializers: some tools leave neither so,
-    which onnxruntime takes.
+    which onnxruntime takes. Weights are inputs where a file says so, and not because its version of
+    the format has no others.
 
     Raises:
         ExportError: its graph contradicts itself.
@@ -28,7 +30,14 @@ def parsed_file(path: Path) -> ir.Model:
     with within(path), _contradictions_told():
         model = ir.load(path)
         model.graph.sort()
+        if model.ir_version < _ASIDE:
+            for value in model.graph.initializers.values():
+                if value.is_graph_input():
+                    model.graph.inputs.remove(value)
+            model.ir_version = _ASIDE
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        if any(value.shape is None for value in model.graph.outputs):  # which onnx refuses
+            common.ShapeInferencePass()(model)
         return model
 
 

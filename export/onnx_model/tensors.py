@@ -16,7 +16,8 @@ def digest_of(weight: torch.Tensor | LazyTensor) -> str:
     """A digest of a tensor: dtype, shape and bytes."""
     value = evaluate(weight)
     digest = hashlib.blake2b(f"{value.dtype}:{tuple(value.shape)}:".encode(), digest_size=16)
-    values: Any = value.cpu().contiguous().view(torch.uint8).numpy()
+    # The last axis of a turned row, (n, 1), has a stride that no other dtype can be seen through.
+    values: Any = value.cpu().contiguous().unsqueeze(-1).view(torch.uint8).numpy()
     digest.update(values)
     return digest.hexdigest()
 

@@ -44,8 +44,7 @@ def choose_layers(
     """
     weights: dict[ir.Value, list[FileLayer]] = {}
     for layer in layers_in(model):
-        is_own = BRANCH not in str(layer.weight.name) and not layer.weight.is_graph_input()
-        if layer.kind == "linear" and is_own:
+        if layer.kind == "linear" and BRANCH not in str(layer.weight.name):
             weights.setdefault(layer.weight, []).append(layer)
     named = _named(weights)
     _refuse_unknown([*(wanted or ()), *keep], named)
@@ -82,6 +81,8 @@ def _why_not(calls: Sequence[FileLayer]) -> str:
     nodes = {call.node for call in calls}
     others = {user.op_type for user in _readers(first.weight) if user not in nodes}
     shape = first.node.inputs[0].shape if first.node.inputs[0] is not None else None
+    if first.weight.is_graph_input():
+        return "its weight is an input, which may be given in place of what is stored"
     if any(call.quantised for call in calls):
         return "quantised already"
     if first.dtype not in _DTYPES:
@@ -101,8 +102,8 @@ def _readers(weight: ir.Value) -> list[ir.Node]:
     """Who reads a weight in the end, turned round or not."""
     found = []
     for use in weight.uses():
-        is_turn = use.node.op_type == "Transpose"
-        found += _readers(use.node.outputs[0]) if is_turn else [use.node]
+        hands_on = use.node.op_type in ("Identity", "Transpose")
+        found += _readers(use.node.outputs[0]) if hands_on else [use.node]
     return found
 
 

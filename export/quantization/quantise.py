@@ -68,7 +68,7 @@ def quantise(
         model.metadata_props[KEY] = replace(manifest, slots=slots).to_json()
     if errors:
         model.opset_imports[MICROSOFT] = 1
-    common.RemoveUnusedNodesPass()(model)
+    ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.NameFixPass())(model)
     return errors, left
 
 

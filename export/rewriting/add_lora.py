@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.choices import SlotMode, check_choice
@@ -43,7 +44,6 @@ from lora_fx.io.output_place import keeping
 
 _RANKS = (1, 4, 2, 7)
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
-_OLDEST_IR = 4  # before it every initializer is an input
 
 
 def add_lora(
@@ -146,7 +146,7 @@ def _open(
     manifest = Manifest(tuple(found), required)
     set_defaults(model, manifest.slots, required)
     model.metadata_props[KEY] = manifest.to_json()
-    model.ir_version = max(model.ir_version, _OLDEST_IR)
+    common.NameFixPass()(model)  # the file may have values that are called as what was put in
     said = f"no slot for what has no name: {shorten(nameless)}: names= gives one"
     place = {layer.node: number for number, layer in enumerate(every)}
     opened = {path: {place[c.node]: c for c in calls} for path, calls in chosen.items()}
@@ -154,6 +154,8 @@ def _open(
 
 
 def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) -> Paths:
+    if not slots:
+        raise ExportError(f"slots: names no layer; there are {shorten(list(layers)) or 'none'}")
     linear = [path for path, calls in layers.items() if calls[0].kind == "linear"]
     found: dict[str, None] = {}
     unknown = []

@@ -66,14 +66,15 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """
     for node in nodes:
         if node.op_type in _OF_NODE:
-            weight = _constant(model, f"{node.name}_float", weight_and_step(node)[0])
+            weight = _constant(model, f"{node.outputs[0].name}_float", weight_and_step(node)[0])
             node.replace_input_with(1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
             node.domain, node.op_type = "", "MatMul"
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
-            result.replace_all_uses_with(_constant(model, f"{node.name}_float", _of_linear(before)))
+            plain = _constant(model, f"{result.name}_float", _of_linear(before))
+            result.replace_all_uses_with(plain)
 
 
 def _before(node: ir.Node) -> ir.Node | None:

@@ -29,6 +29,7 @@ _BIASES = {
     "Add": (0, 1),
     "BiasGelu": (1,),
     "FastGelu": (1,),
+    "Gemm": (2,),
     "SkipLayerNormalization": (4,),
     "SkipSimplifiedLayerNormalization": (3,),
 }
@@ -229,12 +230,12 @@ def _noted(node: ir.Node) -> tuple[str, str]:
 
 
 def _by_bias(node: ir.Node) -> str | None:
-    """The layer whose bias is added next, if it is added to the products with one weight alone."""
+    """The layer whose bias it adds, or is added next, if that is to one weight's products alone."""
     if node.inputs[1] is None:
         return None
     own = _whole(node.inputs[1])
-    for user, _ in node.outputs[0].uses():
-        for bias in _added_by(user):
+    for adder in (node, *(user for user, _ in node.outputs[0].uses())):
+        for bias in _added_by(adder):
             weights = [_multiplied_before(reader) for reader, _ in bias.uses()]
             if all(found and all(is_same(own, weight) for weight in found) for found in weights):
                 return str(bias.name).removesuffix(".bias")
@@ -250,8 +251,9 @@ def _added_by(node: ir.Node) -> list[ir.Value]:
 
 
 def _multiplied_before(node: ir.Node) -> list[ir.Value]:
-    """The weights whose products a node reads."""
-    made = [value.producer() for value in node.inputs if value is not None]
+    """The weights whose products a node adds to: its own, or those that it reads."""
+    read = [value.producer() for value in node.inputs if value is not None]
+    made = [node] if node.op_type in _PRODUCTS else read
     factors = [p.inputs[1] for p in made if p is not None and p.op_type in _PRODUCTS]
     return [_whole(value) for value in factors if value is not None]
 
@@ -267,7 +269,7 @@ def _whole(weight: ir.Value) -> ir.Value:
 
 def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
     is_one = all(is_same(call.weight, calls[0].weight) for call in calls)
-    if not is_one or len({(call.kind, call.shape) for call in calls}) > 1:
+    if not is_one or len({(call.kind, call.shape, call.turned) for call in calls}) > 1:
         weights = list(dict.fromkeys(str(call.weight.name) for call in calls))
         nodes = [str(call.node.name) for call in calls]
         raise ExportError(

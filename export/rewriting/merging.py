@@ -10,6 +10,7 @@ from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 
 from lora_fx.export.onnx_model.identities import DropIdentities
+from lora_fx.export.rewriting.file_layers import DTYPES
 from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor, Part
 from lora_fx.export.rewriting.neutral import ONE, ZERO, Join, Neutral, read_neutral, take_out
 from lora_fx.export.rewriting.slot_change import acts, axes_of, changes_of, shift_of
@@ -105,6 +106,8 @@ class _Merging:
             return "it mixes the groups of a convolution, whose weight has no place for that"
         if shift is not None and any(read.in_parts for read in reads):
             return "it adds a bias to a weight that is read in parts"
+        if whole := next((r.weight for r in reads if r.weight.dtype not in DTYPES), None):
+            return f"its weight {whole.name} is stored as {whole.dtype}, which rounds what is added"
         axes = {read.weight: axes_of(slot, read) for read in reads}
         if unfit := next((w for w, found in axes.items() if found is None), None):
             return f"its weight {unfit.name} is stored in a way that is not told"

@@ -87,10 +87,16 @@ def handed_on(value: ir.Value) -> tuple[ir.Value, bool, bool]:
     while (node := value.producer()) is not None and node.op_type in _HANDS_ON:
         if node.inputs[0] is None:
             break
-        turned ^= node.op_type == "Transpose"
+        turned ^= turns(node)
         in_parts |= node.op_type in ("Split", "Slice")
         value = node.inputs[0]
     return value, turned, in_parts
+
+
+def turns(node: ir.Node) -> bool:
+    """Whether a node turns a weight round: a Transpose may leave its axes where they are."""
+    order = node.attributes.get_ints("perm", None)
+    return node.op_type == "Transpose" and (order is None or list(order) != sorted(order))
 
 
 def type_of(value: ir.Value) -> ir.DataType | None:

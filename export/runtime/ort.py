@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,22 @@ def call(
     except ERRORS as error:
         raise ExportError(f"onnxruntime: {reason(error)}") from error
     return dict(zip(names, values, strict=True))
+
+
+def check_names(path: Path, given: Iterable[str], wanted: Sequence[str]) -> None:
+    """Wants each input of a model once, by its name, and no others.
+
+    Raises:
+        ExportError: names what is missing, what is unknown, and what the model takes.
+    """
+    names = list(given)
+    missing = [name for name in wanted if name not in names]
+    unknown = [name for name in names if name not in wanted]
+    if missing or unknown:
+        raise ExportError(
+            f"{path}: missing inputs: {shorten(missing) or 'none'}; unknown inputs: "
+            f"{shorten(unknown) or 'none'}; the model takes {shorten(list(wanted))}"
+        )
 
 
 def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:

@@ -24,7 +24,7 @@ from lora_fx.export.runtime.generation import (
     steps,
 )
 from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_in_place
-from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
 from lora_fx.io.output_place import check_path
@@ -117,7 +117,7 @@ class Session:
             ExportError: an input is missing, unknown, or of the wrong type or shape.
             AdapterError: the adapter is missing, damaged, or made for another model.
         """
-        self._check_names(inputs)
+        check_names(self._path, inputs, self.inputs)
         feeds = {name: to_array(name, value) for name, value in inputs.items()}
         active = self._active(adapter)
         return call(self._session, feeds | active.feeds, active.options)
@@ -185,16 +185,6 @@ class Session:
             raise ExportError(
                 f"{self._path}: no decoder with a cache: it takes {shorten(self.inputs)}; export "
                 "it for the task text-generation-with-past"
-            )
-
-    def _check_names(self, inputs: Mapping[str, Any]) -> None:
-        wanted = self.inputs
-        missing = [name for name in wanted if name not in inputs]
-        unknown = [name for name in inputs if name not in wanted]
-        if missing or unknown:
-            raise ExportError(
-                f"{self._path}: missing inputs: {shorten(missing) or 'none'}; unknown inputs: "
-                f"{shorten(unknown) or 'none'}; the model takes {shorten(wanted)}"
             )
 
     def _active(self, adapter: str | Path | None) -> ActiveAdapter:

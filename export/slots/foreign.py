@@ -15,6 +15,7 @@ from onnx import ModelProto
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export.onnx_model.parsed import parsed
+from lora_fx.export.rewriting.weight_reads import turns
 from lora_fx.export.slots.manifest import DTYPES, Manifest
 from lora_fx.export.slots.slot import Input, Slot
 
@@ -211,7 +212,7 @@ def _product(path: str, value: ir.Value) -> tuple[ir.Node, bool]:
             return node, turned ^ bool(node.attributes.get_int("transB", 0))
         if node.op_type in ("MatMul", "Gemm"):
             raise ExportError(f"{path}: input {value.name} is multiplied from the left")
-        turned ^= node.op_type == "Transpose"
+        turned ^= turns(node)
         value = node.outputs[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass
+from math import prod
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import torch
@@ -132,7 +133,9 @@ class Slot(AnySlot):
             (role, stored.leaf(role)): stored.shape(role, sizes, self.kernel)
             for role in ("down", "up")
         }
-        along = {"gain": "out", "bias": "out"} | ({} if stored.reads_ids else {"col": "in"})
+        along = {"gain": "out", "bias": "out"}
+        if not stored.reads_ids and prod((self.in_features, *self.kernel)) > 1:
+            along["col"] = "in"  # the factor of the only number that it reads is one of its rows
         for name, axis in along.items() if self.vectors else ():
             shape = stored.shape("vector", {"n": sizes[axis]}, self.kernel)
             found[name, name] = shape

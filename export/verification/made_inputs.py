@@ -12,7 +12,7 @@ import onnx
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.in_place import axes_in_place
-from lora_fx.export.runtime.ort import call, open_session, to_array
+from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
 from lora_fx.export.verification.file_run import Feeds, Run
 
 _HANDS_ON = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
@@ -40,6 +40,7 @@ def feeds_for(
     slots = activated(session, run.path, run.manifest, None).feeds
     inputs = [value for value in session.get_inputs() if value.name not in slots]
     if given is not None:
+        check_names(run.path, given, [value.name for value in inputs])
         feeds = {name: to_array(name, value) for name, value in given.items()}
         run.known[True, "as given"] = call(session, feeds | slots)
         return {"as given": feeds}

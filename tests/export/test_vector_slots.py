@@ -144,3 +144,20 @@ def test_vectors_need_the_right_export(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match='needs adapters="input"'):
         lora_fx.to_onnx(gm, tmp_path / "m.onnx", vectors=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(1, 3), nn.Conv1d(1, 3, 1), nn.Conv1d(1, 3, 2)])
+def test_the_factor_of_a_layer_s_only_input_is_one_of_its_rows(
+    layer: nn.Module, tmp_path: Path
+) -> None:
+    x = torch.randn(4, 1, 5) if isinstance(layer, nn.Conv1d) else torch.randn(4, 1)
+    gm, path = trace(nn.Sequential(layer).eval(), (x,)), tmp_path / "model.onnx"
+    lora_fx.to_onnx(gm, path, adapters="input", slots=["0"], vectors=True)
+    updates: dict[str, AnyUpdate] = {"0": Scaling(col=torch.tensor([1.5]))}
+    lora_fx.export_adapter(Adapter("ia3", updates), path, tmp_path / "a.onnx_adapter")
+    session = lora_fx.Session(path)
+    found = session.run({session.inputs[0]: x}, tmp_path / "a.onnx_adapter").values()
+    (adapted,) = map(torch.from_numpy, found)
+    with torch.no_grad():
+        assert relative(adapted, layer(1.5 * x)) < 1e-5
+        assert relative(adapted, layer(x)) > 1e-2

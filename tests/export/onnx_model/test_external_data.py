@@ -42,6 +42,25 @@ def test_a_model_with_its_own_data_runs(model: Path) -> None:
     assert found["output"].shape == (4, 7, 65)
 
 
+def test_a_file_for_each_tensor_begins_with_it(model: Path) -> None:
+    """TorchScript's exporter says of it no more than its name."""
+    x = {"input": torch.randn(4, 7, 64)}
+    wanted = Session(model).run(x)["output"]
+    proto = onnx.load(model)
+    for number, tensor in enumerate(proto.graph.initializer):
+        if tensor.HasField("raw_data") and len(tensor.raw_data) > 1024:
+            model.with_name(f"part {number}").write_bytes(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=f"part {number}")
+    model.write_bytes(proto.SerializeToString())
+    assert model.with_name("part 0").exists()
+    assert (Session(model).run(x)["output"] == wanted).all()
+    model.with_name("part 0").write_bytes(b"less")
+    with pytest.raises(ExportError, match="the data file is truncated"):
+        Session(model)
+
+
 @pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/passwd", "a\\b", "c:d", "", ".."])
 def test_data_lies_beside_the_model(model: Path, location: str) -> None:
     rewrite(model, "location", location)

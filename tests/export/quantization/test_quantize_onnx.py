@@ -297,3 +297,46 @@ def test_a_directory_means_its_only_file(files: Files, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "model.onnx").write_bytes((files.root / "merged.onnx").read_bytes())
     assert quantize_onnx(tmp_path / "one", tmp_path / "a.onnx").verified
+
+
+def of_two(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """Two square layers."""
+    h, source = onnx.helper, np.random.default_rng(0)
+    held = [
+        numpy_helper.from_array(source.standard_normal((16, 16)).astype(np.float32), name)
+        for name in ("one.weight", "two.weight")
+    ]
+    x, y = (h.make_tensor_value_info(name, 1, ["n", 16]) for name in "xy")
+    graph = h.make_graph(nodes, "g", [x], [y], held)
+    return h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_nodes_have_names_of_their_own(named: bool, tmp_path: Path) -> None:
+    """Those of a file have none, or differ by the operator that both give up."""
+    h, base, out = onnx.helper, tmp_path / "base.onnx", tmp_path / "q.onnx"
+    nodes = [
+        h.make_node("Identity", ["one.weight"], ["w"]),
+        h.make_node("MatMul", ["x", "w"], ["h"], name="/fc/MatMul" if named else ""),
+        h.make_node("Gemm", ["h", "two.weight"], ["y"], name="/fc/Gemm" if named else ""),
+    ]
+    onnx.save(of_two(*nodes), str(base))
+    report = quantize_onnx(base, out, layers=["*"])
+    assert report.quantised is not None
+    assert sorted(report.quantised.weights) == ["one", "two"]
+    assert add_lora(out, tmp_path / "slots.onnx").verified
+
+
+def test_a_weight_that_may_be_given_stays(tmp_path: Path) -> None:
+    h, base = onnx.helper, tmp_path / "base.onnx"
+    nodes = [
+        h.make_node("MatMul", ["x", "one.weight"], ["h"]),
+        h.make_node("MatMul", ["h", "two.weight"], ["y"]),
+    ]
+    model = of_two(*nodes)
+    model.graph.input.append(h.make_tensor_value_info("one.weight", 1, [16, 16]))
+    onnx.save(model, str(base))
+    report = quantize_onnx(base, tmp_path / "q.onnx", layers=["*"])
+    assert report.quantised is not None
+    assert list(report.quantised.weights) == ["two"]
+    assert "may be given in place" in report.quantised.left["one"]

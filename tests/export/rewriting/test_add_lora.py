@@ -707,3 +707,119 @@ def test_a_second_call_with_an_equal_weight_takes_the_same_adapter(tmp_path: Pat
     assert compare(adapted, wanted).ok
     assert compare(Session(tmp_path / "merged.onnx").run({"x": ROWS})["y"], wanted).ok
     assert compare(adapted, wanted_alone).relative > 1e-2
+
+
+def halves() -> dict[str, np.ndarray[Any, Any]]:
+    """Weights (in, out) of a layer with one input and of a square one, in whole halves."""
+    source = np.random.default_rng(0)
+    shapes = {"fc.weight": (1, 7), "head.weight": (7, 7)}
+    return {n: source.integers(-3, 4, s).astype(np.float32) / 2 for n, s in shapes.items()}
+
+
+def in_order(second: onnx.NodeProto | None = None, **held: Any) -> onnx.ModelProto:
+    """Two products without names and a function between them."""
+    h, tensors = onnx.helper, halves() | held
+    nodes = [
+        h.make_node("MatMul", ["x", "fc.weight"], ["h"]),
+        h.make_node("Tanh", ["h"], ["t"]),
+        second or h.make_node("MatMul", ["t", "head.weight"], ["y"]),
+    ]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 1), ("y", 7)))
+    stored = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    graph = h.make_graph(nodes, "g", [x], [y], stored)
+    return h.make_model(graph, opset_imports=[h.make_opsetid("", 21)], ir_version=10)
+
+
+def called_as_what_is_put_in(file: onnx.ModelProto) -> None:
+    for node in file.graph.node:
+        for names in (node.input, node.output):
+            new = {"h": "y_base", "t": "fc/lora/Add_output"}
+            names[:] = [new.get(name, name) for name in names]
+
+
+def of_the_third_version(file: onnx.ModelProto) -> None:
+    """Before the fourth, all initializers are inputs."""
+    file.ir_version, file.opset_import[0].version = 3, 8
+    for tensor in file.graph.initializer:
+        info = onnx.helper.make_tensor_value_info(tensor.name, 1, tensor.dims)
+        file.graph.input.append(info)
+
+
+def of_no_shape(file: onnx.ModelProto) -> None:
+    file.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def turned_by_nothing(file: onnx.ModelProto) -> None:
+    turn = onnx.helper.make_node("Transpose", ["head.weight"], ["w"], perm=[0, 1])
+    file.graph.node[2].input[1] = "w"
+    file.graph.node.insert(0, turn)
+
+
+def dequantised(file: onnx.ModelProto) -> None:
+    for tensor in list(file.graph.initializer):
+        name, array = tensor.name, numpy_helper.to_array(tensor)
+        given = [f"{name}_quantized", f"{name}.scale"]
+        steps = np.full(len(array), 0.5, np.float32)
+        file.graph.initializer.append(numpy_helper.from_array(steps, given[1]))
+        whole = numpy_helper.from_array((array * 2).astype(np.int8), given[0])
+        tensor.CopyFrom(whole)
+        node = onnx.helper.make_node("DequantizeLinear", given, [name], axis=0)
+        file.graph.node.insert(0, node)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        called_as_what_is_put_in,
+        of_the_third_version,
+        of_no_shape,
+        turned_by_nothing,
+        dequantised,
+    ],
+)
+def test_a_file_that_names_and_stores_otherwise(
+    change: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    file, x = in_order(), torch.randn(4, 1)
+    change(file)
+    onnx.save(file, tmp_path / "base.onnx")
+    adapter = make_adapter({"fc": (7, 1), "head": (7, 7)}, scale=0.3)
+    alone, adapted = with_adapter(tmp_path / "base.onnx", adapter, x, tmp_path)
+    updates: Any = adapter.updates
+    base = wanted = x
+    for name, path in (("fc.weight", "fc"), ("head.weight", "head")):
+        own = torch.from_numpy(halves()[name])
+        base, wanted = base @ own, wanted @ (own + updates[path].delta().T)
+        if path == "fc":
+            base, wanted = torch.tanh(base), torch.tanh(wanted)
+    assert compare(alone, base).ok
+    assert compare(adapted, wanted).ok
+    assert compare(adapted, base).relative > 1e-2
+
+
+def test_one_weight_read_both_ways_is_two_layers(tmp_path: Path) -> None:
+    """A square one has one shape for both, and an adapter of one is none of the other."""
+    square = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
+    node = onnx.helper.make_node("Gemm", ["t", "fc.weight"], ["y"], name="back", transB=1)
+    file = in_order(node, **{"fc.weight": square})
+    file.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 7
+    onnx.save(file, tmp_path / "base.onnx")
+    with pytest.raises(ExportError, match=r"fc: two layers of one name.*names="):
+        add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx")
+    report = add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", names={"back": "back"})
+    assert report.slots == ["fc", "back"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"inputs": {"z": ROWS}}, "missing inputs: x; unknown inputs: z; the model takes x"),
+        ({"slots": []}, "slots: names no layer; there are fc, head"),
+    ],
+)
+def test_what_a_file_has_not_is_said(options: Any, said: str, tmp_path: Path) -> None:
+    onnx.save(in_order(), tmp_path / "base.onnx")
+    with pytest.raises(ExportError, match=said):
+        add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", **options)
+    assert not (tmp_path / "slots.onnx").exists()

@@ -104,6 +104,8 @@ def test_a_second_call_of_what_a_tool_packed_once_is_not_taken_for_another_layer
 # What adds the bias of the first of two products, what it reads -> the layers' paths.
 READERS = {
     "a sum": ([("Add", "y0 fc.bias")], {"fc"}),
+    "of the product itself": ([("Gemm", "x w2 fc.bias")], {"fc"}),
+    "of two products": ([("Gemm", "x w2 fc.bias"), ("Add", "y0 fc.bias")], set()),
     "fused with a function": ([("FastGelu", "y0 fc.bias")], {"fc"}),
     "fused with a norm": ([("SkipLayerNormalization", "y0 x gain fc.bias fc.bias")], {"fc"}),
     "the norm's own": ([("SkipLayerNormalization", "y0 x gain norm.bias")], set()),
@@ -125,6 +127,7 @@ def test_a_bias_tells_whose_product_it_is_added_to(name: str) -> None:
     x = ir.val("x", ir.DataType.FLOAT, (2, 4))
     products = [ir.node("MatMul", [x, weight]) for weight in weights]
     known = {"x": x, "y0": products[0].outputs[0], "y1": products[1].outputs[0], **held}
+    known["w2"] = weights[1]
     made = [ir.node(kind, [known[n] for n in reads.split()]) for kind, reads in readers]
     graph = ir.Graph(
         [x], [node.outputs[0] for node in made], nodes=[*products, *made],

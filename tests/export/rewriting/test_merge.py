@@ -310,3 +310,19 @@ def test_a_branch_that_hands_on_what_a_layer_gives(tmp_path: Path) -> None:
         found = Session(tmp_path / "m.onnx").run({"x": rows, "is_so": np.array(is_first)})["z"]
         assert compare(found, sign * wanted).ok
         assert compare(found, sign * rows @ own).relative > 1e-2
+
+
+def test_a_weight_of_whole_numbers_takes_no_update(tmp_path: Path) -> None:
+    """It is cast where it is read, and would round what is added."""
+    h, weight = onnx.helper, np.random.default_rng(0).integers(-50, 50, (3, 5)).astype(np.int8)
+    cast = h.make_node("Cast", ["fc.weight"], ["w"], to=1)
+    nodes = [cast, h.make_node("MatMul", ["x", "w"], ["y"])]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 5)))
+    graph = h.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(weight, "fc.weight")])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "base.onnx"))
+    adapter, slots = make_adapter({"fc": (5, 3)}, scale=8.0), tmp_path / "slots.onnx"
+    add_lora(tmp_path / "base.onnx", slots)
+    with pytest.raises(ExportError, match=r"fc: its weight fc\.weight is stored as INT8"):
+        merge_onnx(slots, adapter, tmp_path / "m.onnx", verify=False)
+    assert merge_onnx(slots, adapter, tmp_path / "m.onnx", allow_unmerged=True).verified
