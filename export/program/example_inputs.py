@@ -10,7 +10,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError
 from lora_fx.frontend.root_call import shapes_by_argument
-from lora_fx.graph.example import example_of
+from lora_fx.graph.example import checked_call, example_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Inputs:
 
 def example_inputs(
     gm: fx.GraphModule,
-    args: tuple[Any, ...] | None,
+    args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
     input_names: Sequence[str] | Mapping[str, str] | None = None,
@@ -45,14 +45,14 @@ def example_inputs(
     """The inputs that were given, or else those that the graph was traced with.
 
     Raises:
-        ExportError: neither is there.
+        ExportError: neither is there, or what was given is no tuple and no dictionary.
     """
     example = example_of(gm)
     if input_names is None and example is not None:
         input_names = example.input_names
     names = input_names, output_names
-    if args or kwargs:
-        given = tuple(args or ()), dict(kwargs or {})
+    given = checked_call(tuple(args) if isinstance(args, list) else args, kwargs, ExportError)
+    if any(given):
         return Inputs(*given, _shapes(gm, *given, dynamic_shapes), *names)
     if example is None or not (example.args or example.kwargs):
         raise ExportError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -154,12 +154,15 @@ def _open(
 
 
 def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) -> Paths:
-    if not slots:
+    given = [slots] if isinstance(slots, str) else slots
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise ExportError(f"slots: {slots!r:.80} is no name or list of names of layers")
+    if not given:
         raise ExportError(f"slots: names no layer; there are {shorten(list(layers)) or 'none'}")
     linear = [path for path, calls in layers.items() if calls[0].kind == "linear"]
     found: dict[str, None] = {}
     unknown = []
-    for name in [slots] if isinstance(slots, str) else slots:
+    for name in given:
         paths = linear if name == ALL_LINEAR else [p for p in layers if fnmatchcase(p, name)]
         found |= dict.fromkeys([name] if name in layers else paths)
         unknown += [] if paths or name in layers else [name]

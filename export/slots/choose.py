@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import get_args
@@ -126,9 +126,11 @@ def _forms(gm: fx.GraphModule, groups: Groups, wanted: Wanted) -> dict[str, Slot
         head = example.output_embedding if example else None
         linear = [path for path in _linear(groups) if path != head]
         return _in_graph(gm) or dict.fromkeys(linear, FACTORS)
-    if isinstance(wanted, str) and wanted != ALL_LINEAR:
-        raise ExportError(f'slots={wanted!r}: give "{ALL_LINEAR}" or a list of module paths')
-    return _asked_for(gm, groups, [wanted] if isinstance(wanted, str) else wanted)
+    names = [wanted] if wanted == ALL_LINEAR else wanted
+    is_list = isinstance(names, Collection) and not isinstance(names, str)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise ExportError(f'slots={wanted!r:.80}: give "{ALL_LINEAR}" or a list of module paths')
+    return _asked_for(gm, groups, names)
 
 
 def _in_graph(gm: fx.GraphModule) -> dict[str, SlotForm]:

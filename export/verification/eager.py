@@ -73,14 +73,15 @@ def told_of_eager(
     """
     try:
         yield
-    except LoraFxError as error:
+    except (LoraFxError, *EAGER_ERRORS) as error:
         try:
             call_eager(evaluating(gm), Case("example", args, dict(kwargs)))
         except EAGER_ERRORS as problem:
             reason = str(problem).strip().partition("\n")[0]
             raise ExportError(
-                f"the graph does not run on its example inputs: {reason}: give args= as it takes "
-                "them now, where it was converted since it was traced (.half(), .double())"
+                f"the graph does not run on its example inputs: {reason}: give args= of sizes that "
+                "it was traced for (dynamic_shapes= of trace leaves them open), and as it takes "
+                "them now, where it was converted since (.half(), .double())"
             ) from error
         raise
 

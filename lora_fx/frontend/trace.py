@@ -27,7 +27,7 @@ from lora_fx.frontend.normalize import normalise
 from lora_fx.frontend.root_call import is_hooked, shapes_by_argument
 from lora_fx.frontend.symbolic import symbolic_graph
 from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of
-from lora_fx.graph.example import Example, example_of, remember_example
+from lora_fx.graph.example import Example, checked_call, example_of, remember_example
 from lora_fx.graph.graph_module import build_graph_module, copy_graph, targets
 from lora_fx.graph.module_copy import split_shared_modules, untouched
 from lora_fx.graph.ops import GUARDS
@@ -79,14 +79,13 @@ def trace(
             "slots by lora_fx.export.add_lora"
         )
     check_choice("frontend ", frontend, Frontend, TraceError)
-    if not isinstance(args, tuple):
-        raise TraceError(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
+    args, kwargs = checked_call(args, kwargs, TraceError)
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, check)
     model = bare(model)
     refuse_scripted(model)
     refuse_uninitialised(model)
-    kwargs = _in_signature_order(model, dict(kwargs or {}))
+    kwargs = _in_signature_order(model, kwargs)
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None
     shapes = shapes_by_argument(model, args, kwargs, dynamic_shapes)

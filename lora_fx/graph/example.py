@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.errors import LoraFxError
 from lora_fx.graph.traced_module import TracedModule
 
 _META = "lora_fx.example"
@@ -42,6 +43,22 @@ class Example:
     input_names: Mapping[str, str] | None = None
     task: Mapping[str, str] = field(default_factory=dict)
     generates: bool = False
+
+
+def checked_call(
+    args: object, kwargs: object, error: type[LoraFxError]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs that were given, by position and by name; None: none.
+
+    Raises:
+        LoraFxError: of the type ``error``: they are no tuple, or no dictionary.
+    """
+    by_position, by_name = () if args is None else args, {} if kwargs is None else kwargs
+    if not isinstance(by_position, tuple):
+        raise error(f"args is a {type(args).__name__}: give a tuple, such as (x,)")
+    if not isinstance(by_name, Mapping):
+        raise error(f'kwargs is a {type(kwargs).__name__}: give a dictionary, such as {{"x": x}}')
+    return by_position, dict(by_name)
 
 
 def remember_example(gm: fx.GraphModule, example: Example) -> None:

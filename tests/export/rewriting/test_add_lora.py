@@ -816,6 +816,8 @@ def test_one_weight_read_both_ways_is_two_layers(tmp_path: Path) -> None:
     [
         ({"inputs": {"z": ROWS}}, "missing inputs: x; unknown inputs: z; the model takes x"),
         ({"slots": []}, "slots: names no layer; there are fc, head"),
+        ({"slots": 3}, "slots: 3 is no name or list of names of layers"),
+        ({"slots": [3]}, r"slots: \[3\] is no name or list of names of layers"),
     ],
 )
 def test_what_a_file_has_not_is_said(options: Any, said: str, tmp_path: Path) -> None:

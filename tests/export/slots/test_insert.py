@@ -121,8 +121,10 @@ def test_slots_are_those_with_a_branch_or_as_asked_for(mlp: Any) -> None:
     assert [slot.path for slot in chosen_slots(gm, "all-linear")] == ["fc", "head"]
     with pytest.raises(ExportError, match="no layer at tail, nowhere; there are fc, head"):
         chosen_slots(gm, ["fc", "tail", "nowhere"])
-    with pytest.raises(ExportError, match='give "all-linear" or a list'):
-        chosen_slots(gm, "fc")
+    wrong: list[Any] = ["fc", 3, [3]]
+    for slots in wrong:
+        with pytest.raises(ExportError, match='give "all-linear" or a list'):
+            chosen_slots(gm, slots)
     with pytest.raises(ExportError, match="no linear layer to adapt"):
         chosen_slots(trace(nn.ReLU(), (torch.randn(4, 7),)), None)
 
