@@ -176,9 +176,9 @@ def read_experts(
 def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
     """Whether each expert is (in, out): what the module says, else what the shapes do."""
     assert place.shape is not None
-    module = place.asked.rpartition(".")[0]
-    if base.is_turned(module) or not base.is_graph:
-        return base.is_turned(module)
+    says_so = base.is_turned(place.asked.rpartition(".")[0])
+    if says_so or not base.is_graph:
+        return says_so
     _, rows, columns = place.shape
     if rows == columns:
         raise AdapterError(
