@@ -244,7 +244,8 @@ def test_bfloat16_is_an_error_that_says_what_to_do(adapters: str, tmp_path: Path
 
 def test_a_graph_that_was_converted_since_needs_inputs_of_its_own(tmp_path: Path) -> None:
     gm = traced(nn.Sequential(nn.Linear(3, 5)), torch.randn(4, 7, 3)).double()
-    with pytest.raises(ExportError, match=r"^the graph does not run on .*: give args= of sizes.*, and as"):
+    advice = r"^the graph does not run on .*: give args= of sizes.*, and as"
+    with pytest.raises(ExportError, match=advice):
         to_onnx(gm, tmp_path / "model.onnx")
     assert to_onnx(gm, tmp_path / "model.onnx", args=(torch.randn(4, 7, 3).double(),)).verified
 
