@@ -20,6 +20,7 @@ from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.file_layers import types_of_numbers
 from lora_fx.export.rewriting.merging import merged_model
+from lora_fx.export.runtime.ort import open_session
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, write_ort_adapter
 from lora_fx.export.slots.check_adapter import (
     Stored,
@@ -30,7 +31,7 @@ from lora_fx.export.slots.check_adapter import (
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot_values import values_of_adapter
-from lora_fx.export.verification.file_run import Feeds, Run
+from lora_fx.export.verification.file_run import Feeds, Run, first_of
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
@@ -147,9 +148,13 @@ def _taken(
 def _runs(
     bare: Run, active: Run, model: onnx.ModelProto, inputs: Mapping[str, Any] | None
 ) -> dict[str, Feeds]:
-    """What the swappable file gives, which both runs remember, and the inputs that it was given."""
-    feeds = feeds_for(bare, model, inputs)
-    active.outputs(feeds)
+    """The inputs that the swappable file is run on, which both runs remember the outputs of.
+
+    The one without an adapter is a control, for which the first are enough as a rule.
+    """
+    session = open_session(active.path, threads=1, to_check=True)
+    feeds = feeds_for(active, model, inputs, session)
+    bare.outputs(first_of(feeds), session=session)
     return feeds
 
 

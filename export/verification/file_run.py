@@ -32,12 +32,26 @@ class Run:
     manifest: Manifest | None = None
     known: dict[tuple[bool, str], Feeds] = field(default_factory=dict, compare=False)
 
-    def outputs(self, feeds: Mapping[str, Feeds], *, optimise: bool = True) -> dict[str, Feeds]:
-        """What it gives: label -> output name -> array; a label has the same inputs each time."""
+    def outputs(
+        self, feeds: Mapping[str, Feeds], *, optimise: bool = True, session: Any = None
+    ) -> dict[str, Feeds]:
+        """What it gives: label -> output name -> array; a label has the same inputs each time.
+
+        Args:
+            feeds: the inputs, by label.
+            optimise: whether onnxruntime changes the graph before it runs it.
+            session: one of the file, opened so; None: one of its own, if it has to run.
+        """
         if any((optimise, label) not in self.known for label in feeds):
-            session = open_session(self.path, threads=1, optimise=optimise, to_check=True)
+            if session is None:
+                session = open_session(self.path, threads=1, optimise=optimise, to_check=True)
             active = activated(session, self.path, self.manifest, self.adapter)
             for label, each in feeds.items():
                 given = each | active.feeds
                 self.known[optimise, label] = call(session, given, active.options)
         return {label: self.known[optimise, label] for label in feeds}
+
+
+def first_of(feeds: Mapping[str, Feeds]) -> dict[str, Feeds]:
+    """The inputs of one run."""
+    return dict(list(feeds.items())[:1])

@@ -21,7 +21,10 @@ _SUM = re.compile(r"\s*\+\s*")
 
 
 def feeds_for(
-    run: Run, model: onnx.ModelProto, given: Mapping[str, Any] | None = None
+    run: Run,
+    model: onnx.ModelProto,
+    given: Mapping[str, Any] | None = None,
+    session: Any = None,
 ) -> dict[str, Feeds]:
     """Inputs of one or two shapes that a file runs on: label -> name -> array.
 
@@ -29,20 +32,21 @@ def feeds_for(
     one.
 
     Args:
-        run: the file, without an adapter; it knows what these gave afterwards.
+        run: the file; it knows what these gave afterwards.
         model: the same, loaded without its external data.
         given: inputs to use and no others.
+        session: one of the file, opened to check it; None: one of its own.
 
     Raises:
         ExportError: what was given does not run, or nothing that was tried.
     """
-    session = open_session(run.path, threads=1, to_check=True)
-    slots = activated(session, run.path, run.manifest, None).feeds
-    inputs = [value for value in session.get_inputs() if value.name not in slots]
+    session = session or open_session(run.path, threads=1, to_check=True)
+    active = activated(session, run.path, run.manifest, run.adapter)
+    inputs = [value for value in session.get_inputs() if value.name not in active.feeds]
     if given is not None:
         check_names(run.path, given, [value.name for value in inputs])
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        run.known[True, "as given"] = call(session, feeds | slots)
+        run.known[True, "as given"] = call(session, feeds | active.feeds, active.options)
         return {"as given": feeds}
     limits = dict(_table_sizes(model))
     found: dict[str, Feeds] = {}
@@ -51,7 +55,7 @@ def feeds_for(
         feeds = {value.name: _values(value, sizes, limits) for value in inputs}
         label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
         try:
-            given_back = call(session, feeds | slots)
+            given_back = call(session, feeds | active.feeds, active.options)
             run.known.setdefault((True, label), given_back)
             found.setdefault(label, feeds)
         except ExportError as error:
@@ -66,7 +70,7 @@ def feeds_for(
 
 
 def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Sizes of the dimensions that may change: all different, one of each, or others of one size.
+    """Sizes of the dimensions that may change: one of each, all different, or others of one size.
 
     Few, since products with one row are three times as fast in a large model.
 
@@ -77,11 +81,11 @@ def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, in
     names = [s for v in inputs for s in v.shape if isinstance(s, str)]
     parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
     sizes = {part: 2 + place for place, part in enumerate(parts)}
+    yield _summed(names, dict.fromkeys(parts, 1))
     for one in apart:
         yield _summed(names, sizes | {one: 1})
     if not apart:
         yield _summed(names, sizes)
-    yield _summed(names, dict.fromkeys(parts, 1))
     yield _summed(names, {part: 3 + 2 * place for place, part in enumerate(parts)})
     for size in (4, 16, 32, 64):
         yield _summed(names, dict.fromkeys(parts, size))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_fx.export.report import Check, Verification
-from lora_fx.export.verification.file_run import Feeds, Run
+from lora_fx.export.verification.file_run import Feeds, Run, first_of
 from lora_fx.numerics import TOLERANCE, compare
 
 
@@ -39,7 +39,8 @@ def held_against(
 
     Args:
         pairs: that must agree; the last is what the controls are held against.
-        controls: what must not agree with it, by what they are in the report.
+        controls: what must not agree with it, by what they are in the report; each is run until
+            one of the inputs tells it apart.
         feeds: the inputs of each run, by a label.
         dtype: the coarsest of the weights, which says what can be asked for.
     """
@@ -52,8 +53,12 @@ def held_against(
             found = pair.found.outputs(feeds, optimise=optimise)
             evidence.checks += _rows(pair.what, found, expected, optimise, dtype)
     for what, control in controls.items():
-        rows = _rows(what, control.outputs(feeds), expected, True, dtype)
-        evidence.controls += [replace(row, ok=not row.ok) for row in rows]
+        for label in feeds:
+            found, wanted = control.outputs({label: feeds[label]}), {label: expected[label]}
+            rows = list(_rows(what, found, wanted, True, dtype))
+            evidence.controls += [replace(row, ok=not row.ok) for row in rows]
+            if not all(row.ok for row in rows):
+                break
     return evidence
 
 
@@ -62,11 +67,15 @@ def _run_all(
 ) -> None:
     """Runs each file once, some beside others: each has one thread, and remembers what it gave."""
     optimised = [pair.found for pair in pairs] + [pair.expected for pair in pairs]
-    optimised += controls.values()
     each = {(id(run), True): run for run in optimised}
     each |= {(id(pair.found), False): pair.found for pair in pairs}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         done = [pool.submit(run.outputs, feeds, optimise=key[1]) for key, run in each.items()]
+        done += [
+            pool.submit(control.outputs, first_of(feeds))
+            for control in controls.values()
+            if (id(control), True) not in each
+        ]
         for outputs in done:
             outputs.result()
 
