@@ -72,6 +72,20 @@ def test_a_control_is_right_where_it_differs(tmp_path: Path) -> None:
     }
 
 
+def test_a_control_runs_on_the_next_inputs_until_it_differs(tmp_path: Path) -> None:
+    same, other = file(tmp_path / "same.onnx"), file(tmp_path / "other.onnx", 2.2)
+    zeros, ones = ({"x": np.full((4, 3), number, np.float32)} for number in (0, 1))
+    for feeds, runs in (
+        ({"zeros": zeros, "ones": ones, "more": ones}, ["zeros", "ones"]),
+        ({"ones": ones, "zeros": zeros}, ["ones"]),
+        ({"zeros": zeros}, ["zeros"]),
+    ):
+        control = Run(other.path)
+        found = held_against([Pair("a", same, same)], {"other": control}, feeds)
+        assert [label for _, label in control.known] == runs
+        assert any(row.ok for row in found.controls) == ("ones" in feeds)
+
+
 def test_what_can_be_asked_for_is_the_coarsest_of_the_types() -> None:
     assert coarsest(["float32", "int64"]) is torch.float32
     assert coarsest(["float32", "bfloat16", "float16"]) is torch.bfloat16
