@@ -100,7 +100,8 @@ def _scheme(layer: FileLayer) -> str:
     block = given["block_size"].as_int()
     if layer.node.op_type == "MatMulBnb4":
         return str(Table(KINDS[given["quant_type"].as_int()], block))
-    return str(Blocks(given.get_int("bits", 4) or 4, block, given.get_int(LEVEL, 0) or 0))
+    bits, level = given.get_int("bits", 4) or 4, given.get_int(LEVEL, 0) or 0
+    return str(Blocks(bits, block, level, symmetric=len(layer.node.inputs) < 4))
 
 
 def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:

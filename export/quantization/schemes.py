@@ -54,22 +54,25 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole numbers with a scale and a zero point for each block of inputs: MatMulNBits.
+    """Whole numbers with a scale, and a zero point, for each block of inputs: MatMulNBits.
 
     Attributes:
         bits: of a number, 4 or 8.
         block: inputs that share a scale.
         level: what onnxruntime may round x to as well: 4, to 8 bits; 0, to nothing.
+        symmetric: whether zero is the middle of the numbers everywhere, and no block has its own.
     """
 
     bits: int = 4
     block: int = 32
     level: int = 0
+    symmetric: bool = False
     is_exact: bool = field(default=False, init=False)
 
     def __str__(self) -> str:
         """In words."""
-        more = ", x in 8 bits" if self.level else ""
+        more = ", symmetric" if self.symmetric else ""
+        more += ", x in 8 bits" if self.level else ""
         return f"{self.bits} bits in blocks of {self.block}{more}"
 
     def pack(self, weight: Array) -> Packed:
@@ -84,9 +87,9 @@ class Blocks:
         quantise = (
             kernels.quantize_matmul_4bits if self.bits == 4 else kernels.quantize_matmul_8bits
         )
-        quantise(numbers, padded, scales, zeros, self.block, out, into, False)
-        names = (f"_Q{self.bits}", "_scales", "_zero_points")
-        tensors = dict(zip(names, (numbers, scales, zeros), strict=True))
+        quantise(numbers, padded, scales, zeros, self.block, out, into, self.symmetric)
+        tensors = {f"_Q{self.bits}": numbers, "_scales": scales}
+        tensors |= {} if self.symmetric else {"_zero_points": zeros}
         sizes = {"bits": self.bits, **_sizes(weight, self.block)}
         sizes |= {LEVEL: self.level} if self.level else {}
         return Packed("MatMulNBits", sizes, tensors)
@@ -121,13 +124,16 @@ class Table:
         return Packed("MatMulBnb4", sizes, {"_Bnb4": packed, "_absmax": largest})
 
 
-def scheme_of(quantize: int | str, block: int | None = None, level: int = 0) -> Scheme:
+def scheme_of(
+    quantize: int | str, block: int | None = None, level: int = 0, symmetric: bool = False
+) -> Scheme:
     """The scheme that a word or a number of bits means.
 
     Args:
         quantize: 4 or 8 bits, or ``"nf4"`` or ``"fp4"``.
         block: weights that share a scale; the scheme's own by default.
         level: as `Blocks` has it.
+        symmetric: as `Blocks` has it.
 
     Raises:
         ExportError: it is none of these, or no size of a block that it takes.
@@ -137,8 +143,12 @@ def scheme_of(quantize: int | str, block: int | None = None, level: int = 0) -> 
         raise ExportError(f"blocks of {block!r}: expected one of {known}")
     if level not in _LEVELS or (level and isinstance(quantize, str)):
         raise ExportError(f"accuracy level {level!r}: expected 0, or 4 with 4 or 8 bits")
+    if symmetric and isinstance(quantize, str):
+        raise ExportError(
+            f"symmetric {quantize}: expected 4 or 8 bits; a table's numbers are its own"
+        )
     if type(quantize) is int and quantize in _BITS:
-        return Blocks(quantize, block or Blocks.block, level)
+        return Blocks(quantize, block or Blocks.block, level, symmetric)
     if isinstance(quantize, str) and quantize in KINDS:
         return Table(quantize, block or Table.block)
     raise ExportError(f"quantize to {quantize!r:.80}: expected 4 or 8 bits, 'nf4' or 'fp4'")

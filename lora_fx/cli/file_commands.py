@@ -70,6 +70,9 @@ def quantize(
     accuracy_level: Annotated[
         int, typer.Option(help="4 rounds what layers read to 8 bits too, which is faster.")
     ] = 0,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="No zero points: faster, and further off.")
+    ] = False,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="A linear layer, * for any part; all but heads by default."),
@@ -89,6 +92,15 @@ def quantize(
 
     with stages() as progress:
         report = quantize_file(
-            model, out, bits, block_size, accuracy_level, layer, keep or (), force, progress
+            model,
+            out,
+            bits,
+            block_size,
+            accuracy_level,
+            symmetric,
+            layer,
+            keep or (),
+            force,
+            progress,
         )
     show(as_json, report.to_dict(), str(report))

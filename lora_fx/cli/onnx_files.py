@@ -112,6 +112,7 @@ def quantize_file(
     bits: str | None,
     block_size: int | None,
     accuracy_level: int,
+    symmetric: bool,
     layers: Sequence[str] | None,
     keep: Sequence[str],
     force: bool,
@@ -125,6 +126,7 @@ def quantize_file(
         bits: ``"4"``, ``"8"``, ``"nf4"`` or ``"fp4"``.
         block_size: weights that share a scale.
         accuracy_level: what onnxruntime may round inputs of layers to.
+        symmetric: no zero points of blocks.
         layers: linear layers; all but heads by default.
         keep: those that stay as they are.
         force: replace what exists.
@@ -142,6 +144,7 @@ def quantize_file(
         bits=cast(Bits, bits_named(bits) or 4),  # "float" it refuses
         block_size=block_size,
         accuracy_level=accuracy_level,
+        symmetric=symmetric,
         layers=layers or None,
         keep=keep,
         force=force,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -233,7 +233,14 @@ def test_layers_may_be_chosen_and_kept(files: Files, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 5}, {"bits": "int4"}, {"block_size": 48}, {"accuracy_level": 2}]
+    "options",
+    [
+        {"bits": 5},
+        {"bits": "int4"},
+        {"block_size": 48},
+        {"accuracy_level": 2},
+        {"bits": "nf4", "symmetric": True},
+    ],
 )
 def test_what_is_no_scheme_is_refused(options: Any, files: Files, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="expected"):
@@ -253,6 +260,26 @@ def test_inputs_in_eight_bits_are_faster_and_said(files: Files, tmp_path: Path) 
     nodes = [n for n in onnx.load(tmp_path / "a.onnx").graph.node if n.op_type == "MatMulNBits"]
     assert all(4 in [a.i for a in n.attribute if a.name == "accuracy_level"] for n in nodes)
     assert lora_fx.export.verify_onnx(files.gm, tmp_path / "a.onnx").verified
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_zero_points_blocks_are_rounded_around_zero(
+    bits: Literal[4, 8], files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.onnx"
+    report = quantize_onnx(files.root / "swappable.onnx", out, bits=bits, symmetric=True)
+    other, found = files.reports["swappable", bits].quantised, report.quantised
+    assert other is not None
+    assert found is not None
+    assert report.verified
+    assert f"{bits} bits in blocks of 32, symmetric" in str(report)
+    nodes = [node for node in onnx.load(out).graph.node if node.op_type == "MatMulNBits"]
+    assert {len(node.input) for node in nodes} == {3}
+    assert found.weights.keys() == other.weights.keys()
+    assert all(
+        other.weights[path] < off < 1.5 * other.weights[path] for path, off in found.weights.items()
+    )
+    assert lora_fx.export.verify_onnx(files.gm, out).verified
 
 
 def test_verify_onnx_holds_a_file_to_its_numbers_and_those_to_the_model(files: Files) -> None:
