@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
+from torch.export import exported_program
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.fx.passes import type_promotion
@@ -23,6 +24,7 @@ def without_idle_work() -> Iterator[None]:
         (_registration.ONNXRegistry, "from_torchlib", staticmethod(_registry)),
         (_fx_passes, "insert_type_promotion_nodes", _insert_type_promotion),
         (_decomp, "create_onnx_friendly_decomposition_table", _decompositions),
+        (exported_program, "_collect_all_valid_cia_ops", _composite_operators),
         (ir.schemas.OpSignature, "from_op_schema", staticmethod(_signature)),
     ]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
@@ -36,6 +38,7 @@ def without_idle_work() -> Iterator[None]:
 
 
 _TABLE_OF = _decomp.create_onnx_friendly_decomposition_table
+_COMPOSITE_OPERATORS = exported_program._collect_all_valid_cia_ops
 _FROM_TORCHLIB = _registration.ONNXRegistry.from_torchlib
 _FROM_OP_SCHEMA = ir.schemas.OpSignature.from_op_schema
 
@@ -56,8 +59,7 @@ def _known_translations(opset_version: int) -> _registration.ONNXRegistry:
 
 def _decompositions(translated: set[Any]) -> dict[Any, Any]:
     """How what has no translation is taken apart; operators may be registered at any time."""
-    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-    known = frozenset(translated), tuple(composite), len(torch._decomp.decomposition_table)
+    known = frozenset(translated), _registered(), len(torch._decomp.decomposition_table)
     if known not in _TABLES:
         _TABLES.clear()
         _TABLES[known] = _TABLE_OF(translated)
@@ -65,6 +67,21 @@ def _decompositions(translated: set[Any]) -> dict[Any, Any]:
 
 
 _TABLES: dict[Any, dict[Any, Any]] = {}
+
+
+def _composite_operators() -> set[Any]:
+    """The operators that stay whole unless a table takes them apart."""
+    return _operators_among(_registered())
+
+
+@lru_cache(maxsize=1)
+def _operators_among(registered: tuple[str, ...]) -> set[Any]:
+    return _COMPOSITE_OPERATORS()
+
+
+def _registered() -> tuple[str, ...]:
+    """The names of all composite operators: there are more once a program registers its own."""
+    return tuple(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
 
 
 def _signature(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from torch.export import exported_program
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 
 from lora_fx.errors import ExportError
@@ -67,6 +68,7 @@ def test_torch_onnx_is_left_as_it_was() -> None:
         (_registration.ONNXRegistry, "from_torchlib"),
         (_fx_passes, "insert_type_promotion_nodes"),
         (_decomp, "create_onnx_friendly_decomposition_table"),
+        (exported_program, "_collect_all_valid_cia_ops"),
         (ir.schemas.OpSignature, "from_op_schema"),
     ]
     before = [vars(owner)[name] for owner, name in replaced]
@@ -92,12 +94,15 @@ def test_a_translation_that_is_added_is_not_kept() -> None:
 def test_an_operator_that_is_registered_later_is_decomposed() -> None:
     with idle_work.without_idle_work():
         _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
+        known = exported_program._collect_all_valid_cia_ops()
         with torch.library._scoped_library("lora_fx_idle_work", "FRAGMENT") as library:
             library.define("twice(Tensor x) -> Tensor")
             library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
             found = _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
             twice = torch.ops.lora_fx_idle_work.twice.default
+            assert exported_program._collect_all_valid_cia_ops() == known | {twice}
     assert twice in found
     own = _decomp.create_onnx_friendly_decomposition_table({torch.ops.aten.relu.default})
     assert found.keys() - own.keys() <= {twice}
     assert own.keys() <= found.keys()
+    assert exported_program._collect_all_valid_cia_ops() == known

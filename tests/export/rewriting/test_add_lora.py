@@ -25,6 +25,7 @@ from lora_fx import Adapter, AdapterError, Update, save_adapter
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import ExportError, VerificationError
 from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
+from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.rewriting import add_lora as room
 from lora_fx.export.verification.file_run import Run
 from lora_fx.numerics import compare
@@ -35,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def exported(model: nn.Module, x: torch.Tensor, path: Path, dynamo: bool = False) -> Path:
     """A file as torch.onnx writes it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_idle_work():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model.eval(), (x,), str(path), dynamo=dynamo, verbose=False, external_data=False,
@@ -49,7 +50,7 @@ def by_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as torch.onnx writes it where nothing is asked for."""
     base = tmp_path_factory.mktemp("theirs") / "base.onnx"
     model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).eval()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_idle_work():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model, (torch.randn(4, 12),), str(base), dynamo=True, verbose=False,
