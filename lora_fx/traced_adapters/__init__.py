@@ -19,6 +19,7 @@ from lora_fx.traced_adapters import skeleton
 from lora_fx.traced_adapters.base_modules import adapted
 from lora_fx.traced_adapters.config import named
 from lora_fx.traced_adapters.layer import update_of
+from lora_fx.traced_adapters.traces import Traces
 
 __all__ = ["read_traced"]
 
@@ -83,13 +84,14 @@ def _read(
     for path in layers:
         own[path] |= skeleton.replace(model, path, keys.replacements)
     updates: dict[str, AnyUpdate] = {}
+    traces = Traces()
     for path in layers:
         layer = skeleton.layer_at(model, path)
         with within(path):
             trained = skeleton.trained_whole(layer)
             keys.replacements.update({f"{path}.{leaf}": value for leaf, value in trained.items()})
             if not trained:
-                updates[path] = update_of(layer, base[path], own[path], config.name.lower())
+                updates[path] = update_of(layer, base[path], own[path], config.name.lower(), traces)
     return Adapter(name, updates, keys.replacements, expects=config.rule)
 
 

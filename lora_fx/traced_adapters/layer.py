@@ -21,12 +21,10 @@ from lora_fx.algebra.evaluate import dense
 from lora_fx.algebra.low_rank import NotLowRankError, factors_beside
 from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, exchanged, leaves, transposed
 from lora_fx.errors import AdapterError
-from lora_fx.frontend.trace import trace
 from lora_fx.graph.graph_module import attribute
 from lora_fx.layers.layer import Layer
 from lora_fx.numerics import compare
-from lora_fx.traced_adapters.dense_sparse import sparse_said_densely
-from lora_fx.traced_adapters.value_branches import branches_taken
+from lora_fx.traced_adapters.traces import Traces
 
 Own = Mapping[str, torch.Tensor]
 
@@ -42,14 +40,15 @@ _ROWS = (3, 5)  # of the example: nobody's number of features
 
 
 @torch.no_grad()
-def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
-    """Traces a layer of PEFT's, and reads the weight and the bias that it applies.
+def update_of(layer: nn.Module, base: Layer, own: Own, kind: str, traces: Traces) -> AnyUpdate:
+    """Reads the weight and the bias that a layer of PEFT's applies, off its graph.
 
     Args:
         layer: of PEFT, around the base's own, the adapter's values in it.
         base: what the base's layer is.
         own: its weight and bias as they are without PEFT.
         kind: of the update.
+        traces: of the adapter's layers.
 
     Returns:
         A product of two factors where the layer's own factors show one; else W' as an expression
@@ -58,11 +57,9 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str) -> AnyUpdate:
     Raises:
         AdapterError: what it computes is no affine function of its input.
     """
-    x = example(base, layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises those who train
-        with branches_taken(layer, x), sparse_said_densely():
-            gm = trace(layer, (x,))
+        gm = traces.of(layer, example(base, layer))
         read = _Reading(analyse(gm), base, own)
         update = read.update(_value(read.analysis, gm), kind)
         _check(layer, base, own, update)

@@ -15,6 +15,7 @@ from lora_fx.errors import AdapterError, TraceError
 from lora_fx.layers.layer import layer_of
 from lora_fx.testing import relative
 from lora_fx.traced_adapters.layer import update_of
+from lora_fx.traced_adapters.traces import Traces
 
 
 class Wraps(nn.Module):
@@ -35,7 +36,7 @@ def read(layer: Wraps) -> Any:
     base = layer_of(layer.base_layer)
     assert base is not None
     own = {name: p.detach() for name, p in layer.base_layer.named_parameters()}
-    return update_of(layer.eval(), base, own, "mine")
+    return update_of(layer.eval(), base, own, "mine", Traces())
 
 
 def test_a_product_is_an_update_of_its_rank() -> None:
@@ -76,7 +77,7 @@ def test_what_was_written_into_its_copy_of_w_is_a_part_of_the_update() -> None:
     own = {name: p.detach().clone() for name, p in layer.base_layer.named_parameters()}
     layer.base_layer.weight = nn.Parameter(own["weight"] * 0.5)
     base: Any = layer_of(layer.base_layer)
-    found = update_of(layer.eval(), base, own, "mine").weight(own["weight"])
+    found = update_of(layer.eval(), base, own, "mine", Traces()).weight(own["weight"])
     assert relative(found, own["weight"] * 0.5 + layer.up @ layer.down) <= 1e-6
 
 
