@@ -16,9 +16,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate, set_lazy
-from lora_fx.graph.mutation import written
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.injected_adapters import Injected, held_by, injected
 from lora_fx.reference.activated import Activated, ids_of

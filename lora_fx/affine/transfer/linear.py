@@ -12,8 +12,7 @@ from lora_fx.affine.affine_map import AffineMap, Link, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Matrix, transposed
-from lora_fx.graph.ops import call_argument, op_name
-from lora_fx.graph.sizes import sizes_of
+from lora_fx.graph.ops import call_argument, op_name, sizes_of
 from lora_fx.layers.matrix_products import has_factors, product_of
 from lora_fx.layers.transposes import turns
 
