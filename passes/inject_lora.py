@@ -23,15 +23,15 @@ from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, put
 from lora_fx.injection.injected_adapters import Held
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.match_branch import col_of, input_of, parameter_names
+from lora_fx.injection.match_branch import col_of, input_of
 from lora_fx.injection.parametrize import base_weight, make_anew
 from lora_fx.injection.stacking import FOLD_FIRST, check_stacks
 from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
 from lora_fx.injection.whole_tensors import exchange
+from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
 from lora_fx.layers.base_layers import layers_in
-from lora_fx.layers.parametrized_weights import adapters_of, behind, value_names
-from lora_fx.layers.sites import CLOSED, Site, by_path, readers, tensor_of
-from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.layers.parameter_readers import CLOSED, readers, tensor_of
+from lora_fx.layers.sites import Site, by_path, is_one_way
 
 Injectable = Adapter | LoraConfig
 

@@ -31,8 +31,8 @@ from lora_fx.injection.invocation_mask import IDS
 from lora_fx.injection.match_branch import branches
 from lora_fx.injection.usage_check import weight_name
 from lora_fx.layers.base_layers import BaseLayers, layers_in
-from lora_fx.layers.sites import Site, by_path, is_inside, readers
-from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.layers.parameter_readers import is_inside, readers
+from lora_fx.layers.sites import Site, by_path, is_one_way
 from lora_fx.passes import StripLora
 
 Groups = Mapping[str, Sequence[Site]]

@@ -14,16 +14,16 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import holder_path, module_path, reached
+from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import parameter_names
 from lora_fx.injection.stacking import adapters_at
 from lora_fx.injection.unmatched import cause
+from lora_fx.layers.adapter_tensors import makers, parameter_names, recorded
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer_types import OPERATORS
-from lora_fx.layers.sites import CLOSED, Site, is_inside
-from lora_fx.layers.weight_readers import check_one_way, check_reached
+from lora_fx.layers.parameter_readers import CLOSED, is_inside
+from lora_fx.layers.sites import Site, is_one_way
 
 Groups = Mapping[str, Sequence[Site]]
 _NOTHING = "the update is zero, and the model calls nothing of the layer"
@@ -143,6 +143,56 @@ def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:
             f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
             "has taken; load this one with another name="
         )
+
+
+def check_one_way(calls: Sequence[Site]) -> None:
+    """Refuses factors beside a weight whose inputs are the outputs of another call.
+
+    Raises:
+        AdapterError: one call multiplies with the weight, another with its transpose.
+    """
+    if not is_one_way(calls):
+        raise AdapterError(
+            f"one call multiplies with its weight {calls[0].weight.target}, another "
+            "with the transpose, and factors stand beside one side alone. Leave the layer out, or "
+            "give each call a weight of its own"
+        )
+
+
+def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
+    """Refuses a layer of whose weight an adapter would reach some parts alone.
+
+    Args:
+        gm: the graph.
+        path: of the layer.
+        groups: all layers of the graph.
+
+    Raises:
+        AdapterError: something that is no layer reads a part of the weight.
+    """
+    calls = groups[path]
+    if all(site.is_whole for site in calls):
+        return
+    layers = {site.node for group in groups.values() for site in group}
+    picks = {call for group in groups.values() for site in group for call in site.part.calls}
+    made = makers(recorded(gm.graph))
+    weight = calls[0].weight.target
+    pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
+    for node in pending:
+        for user in node.users:
+            if user in picks:
+                pending.append(user)
+            elif user not in layers and user not in made and _counts(user):
+                at = module_path(user) or "the model itself"
+                raise AdapterError(
+                    f"parts of its weight {weight} are read by layers, and one by "
+                    f"{op_name(user)} of {at}, which is none: the adapter would be missing there. "
+                    "Leave the layer out, or apply the parts as linear layers"
+                )
+
+
+def _counts(user: fx.Node) -> bool:
+    return not asks_sizes(user) and (bool(user.users) or user.op == "output")
 
 
 def _check_adaptable(

@@ -16,12 +16,11 @@ from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
 from lora_fx.injection.branch_tensors import branch_tensors
 from lora_fx.injection.finite_values import check_finite
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
+from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of
 from lora_fx.injection.parametrize import base_weight, make_layer_anew
 from lora_fx.injection.stacking import FOLD_FIRST
-from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.parametrized_weights import adapters_of
-from lora_fx.layers.sites import Site
+from lora_fx.layers.adapter_tensors import adapters_of, parameter_names
+from lora_fx.layers.sites import Site, bias_of
 
 
 def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,18 +13,8 @@ from torch import fx
 from lora_fx.graph.ops import aten, op_name
 from lora_fx.injection.branch_layout import branch_sum, held, scaled_input
 from lora_fx.injection.invocation_mask import tokens_of
-from lora_fx.layers.parameter_names import name_in, part_of
+from lora_fx.layers.adapter_tensors import Names, name_in, parameter_names
 from lora_fx.layers.sites import Site, sites
-
-
-class Names(NamedTuple):
-    """What a branch calls its tensors."""
-
-    down: str
-    up: str
-    bias: str
-    gain: str
-    col: str
 
 
 @dataclass(frozen=True)
@@ -64,15 +54,6 @@ class Branch:
         """Whether it adds a product of two factors, and at most a bias, at every token."""
         apart = self.gain, self.col, self.mask
         return self.down is not None and all(node is None for node in apart)
-
-
-def parameter_names(path: str, name: str, bare: bool = False) -> Names:
-    """What the branch of adapter ``name`` at ``path`` calls its tensors.
-
-    Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
-    """
-    at, own = f"{path}_adapted" if bare else path, part_of(name)
-    return Names(*[f"{at}.lora_{kind}.{own}" for kind in ("A", "B", "bias", "gain", "col")])
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:

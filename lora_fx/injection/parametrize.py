@@ -16,7 +16,7 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import aten
 from lora_fx.injection.stacking import check_layer, placed
-from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.adapter_tensors import value_names
 from lora_fx.layers.sites import Site
 
 

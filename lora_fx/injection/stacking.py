@@ -10,8 +10,7 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.match_branch import branches_of, col_of
-from lora_fx.layers.parameter_names import name_in
-from lora_fx.layers.parametrized_weights import adapters_of, made_anew, makers, value_names
+from lora_fx.layers.adapter_tensors import adapters_of, made_anew, makers, name_in, value_names
 from lora_fx.layers.sites import Site
 
 Read = tuple[fx.Node, fx.Node]

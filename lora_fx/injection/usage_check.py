@@ -11,9 +11,8 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.injection.bind import Binding
 from lora_fx.injection.injected_adapters import Bound, Held, Injected, add, value_part
-from lora_fx.injection.match_branch import parameter_names
 from lora_fx.injection.stacking import adapters_at
-from lora_fx.layers.parametrized_weights import value_names
+from lora_fx.layers.adapter_tensors import parameter_names, value_names
 from lora_fx.layers.sites import Site
 
 Groups = Mapping[str, Sequence[Site]]
