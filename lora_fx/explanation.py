@@ -14,7 +14,7 @@ from lora_fx.affine.transfer import analyse
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.layers.adapter_tensors import is_factor, made_anew
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.tables import table

@@ -24,8 +24,8 @@ from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.branches import branches
 from lora_fx.injection.known_inputs import hidden_inputs
-from lora_fx.injection.match_branch import branches
 from lora_fx.layers.adapter_tensors import Made, made_anew
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, product_of

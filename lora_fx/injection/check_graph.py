@@ -16,8 +16,8 @@ from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
 from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
+from lora_fx.injection.branches import Beside, adapters_beside
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.stacking import adapters_at
 from lora_fx.injection.unmatched import cause
 from lora_fx.layers.adapter_tensors import makers, parameter_names, recorded
 from lora_fx.layers.base_layers import BaseLayers
@@ -30,7 +30,12 @@ _NOTHING = "the update is zero, and the model calls nothing of the layer"
 
 
 def check_binding(
-    gm: fx.GraphModule, binding: Binding, layers: BaseLayers, groups: Groups, strict: bool
+    gm: fx.GraphModule,
+    binding: Binding,
+    layers: BaseLayers,
+    groups: Groups,
+    beside: Beside,
+    strict: bool,
 ) -> dict[str, str]:
     """Refuses what a graph has no place for.
 
@@ -39,6 +44,7 @@ def check_binding(
         binding: of an adapter to its layers.
         layers: of the graph.
         groups: their calls.
+        beside: the adapters at each layer that is updated.
         strict: refuse what is left over, too.
 
     Returns:
@@ -49,9 +55,8 @@ def check_binding(
             same tensor, or, if ``strict``, anything is left over.
     """
     adapter = binding.adapter
-    paths = [path for path in binding.updates if path in groups]
-    check_name(gm, adapter.name, [groups[path][0] for path in paths])
-    for path in paths:
+    check_name(gm, adapter.name, groups, beside)
+    for path in beside:
         is_dense = isinstance(binding.updates[path], WeightUpdate)
         _check_adaptable(gm, adapter.name, path, groups, one_way=not is_dense)
     _check_replaced(gm, adapter.name, binding.replaced)
@@ -75,8 +80,8 @@ def check_binding(
 
 def fresh_targets(
     gm: fx.GraphModule, config: LoraConfig, layers: BaseLayers, groups: Groups
-) -> list[str]:
-    """The paths of the layers that a config targets.
+) -> Beside:
+    """The layers that a config targets, by path, and the adapters at each.
 
     Raises:
         AdapterError: the config matches no layer, or the name is taken.
@@ -89,12 +94,13 @@ def fresh_targets(
             f"{len(layers)} layers: {shorten(list(layers)) or 'none'}"
             f"{_as_a_name(config.target_modules, layers)}{told and f'.{told}'}"
         )
-    check_name(gm, config.name, [groups[path][0] for path in paths])
+    beside = adapters_beside(groups, paths)
+    check_name(gm, config.name, groups, beside)
     for path in paths:
         _check_adaptable(gm, config.name, path, groups, one_way=True)
     if config.rule.is_all_linear:
         _tell_left_out(paths, layers)
-    return paths
+    return beside
 
 
 def _named(gm: fx.GraphModule, config: LoraConfig) -> list[str]:
@@ -123,20 +129,19 @@ def _as_a_name(wanted: object, layers: BaseLayers) -> str:
     return f". A string is a regex of whole paths: give a list of names, [{wanted!r}]"
 
 
-def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:
+def check_name(gm: fx.GraphModule, name: str, groups: Groups, beside: Beside) -> None:
     """Refuses a name that an adapter at the layers has, or that gives names which are taken.
 
     Raises:
         AdapterError: names the layers, or the tensors.
     """
-    layers = list(layers)
-    taken = [site.path for site in layers if name in adapters_at(site)]
+    taken = [path for path, names in beside.items() if name in names]
     if taken:
         raise AdapterError(
             f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
             "load this one with another name="
         )
-    wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
+    wanted = [n for path in beside for n in parameter_names(path, name, groups[path][0].bare)]
     used = [n for n in wanted if not is_free(gm, n)]
     if used:
         raise AdapterError(

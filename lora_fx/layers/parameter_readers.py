@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, find_tensor, get_unevaluated
 from lora_fx.graph.ops import holder_path
 from lora_fx.layers.sites import Site, sites
 from lora_fx.layers.weight_parts import Read, part_of
@@ -59,13 +59,7 @@ def tensor_of(gm: fx.GraphModule, parameter: str) -> torch.Tensor | LazyTensor |
     read = next(readers(gm, parameter), None)
     if read is not None:
         return cast(torch.Tensor, get_unevaluated(gm, str(read[1].target)))
-    if not is_inside(gm, parameter):
-        return None
-    try:
-        found = get_unevaluated(gm, parameter)
-    except AttributeError:
-        return None
-    return found if isinstance(found, torch.Tensor) else None
+    return find_tensor(gm, parameter) if is_inside(gm, parameter) else None
 
 
 def is_inside(gm: fx.GraphModule, parameter: str) -> bool:

@@ -169,6 +169,12 @@ def is_bare(path: str, weight: str) -> bool:
     return path == weight or (leaf == weight.rpartition(".")[2] and leaf != "weight")
 
 
+def weight_name(site: Site) -> str:
+    """What the weight of a layer is called by the layer's own path."""
+    leaf = str(site.weight.target).rpartition(".")[2]
+    return site.path if site.bare else f"{site.path}.{leaf}"
+
+
 def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:
     """The sites of a graph, grouped by path: more than one where a layer is called again."""
     groups: dict[str, list[Site]] = defaultdict(list)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx import Adapter, Update, fold, inject, trace
 from lora_fx.graph.aliasing import Memory, written
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.testing import relative
 
 

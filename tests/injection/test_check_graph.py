@@ -10,6 +10,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
+from lora_fx.injection.branches import adapters_beside
 from lora_fx.injection.check_graph import check_binding, check_reached, fresh_targets
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
@@ -19,12 +20,14 @@ from lora_fx.testing import Computes, make_adapter
 def checked(gm: Any, adapter: Adapter, strict: bool) -> dict[str, str]:
     groups = by_path(gm)
     layers = layers_in(gm, groups)
-    return check_binding(gm, bind(layers, adapter), layers, groups, strict)
+    binding = bind(layers, adapter)
+    beside = adapters_beside(groups, binding.updates)
+    return check_binding(gm, binding, layers, groups, beside, strict)
 
 
 def targets(gm: Any, config: LoraConfig) -> list[str]:
     groups = by_path(gm)
-    return fresh_targets(gm, config, layers_in(gm, groups), groups)
+    return list(fresh_targets(gm, config, layers_in(gm, groups), groups))
 
 
 def test_what_does_not_match_is_returned_with_its_reason(ragged: Any) -> None:
