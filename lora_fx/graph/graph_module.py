@@ -116,9 +116,10 @@ def build_graph_module(
     with compiled_when_read():
         gm = TracedGraph({}, fx.Graph())
     gm.training = training
-    for target, op in targets(graph).items():
-        value: Any = more[target] if more and target in more else get_unevaluated(root, target)
-        assign(gm, target, shallow_clone(value) if op == "call_module" else value)
+    read, given = targets(graph), more or {}
+    held = {t: given[t] if t in given else get_unevaluated(root, t) for t in read}
+    for target, op in read.items():
+        assign(gm, target, shallow_clone(held[target]) if op == "call_module" else held[target])
     compile_when_read(gm, graph)
     return gm
 

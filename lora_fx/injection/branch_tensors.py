@@ -61,7 +61,8 @@ def branch_tensors(
         weight: gives that of the layer, as it stores it; asked for DoRA's norm alone.
         bias: gives (out,) of the layer, or None; asked for where it is scaled.
     """
-    store, added = partial(site.type.store, "vector"), update.shift(bias)
+    kind, added = site.type, update.shift(bias)
+    store = partial(kind.store, "vector")
     shift = None if added is None else store(added.to(site.dtype))
     if update.makes_anew:
         return BranchTensors(bias=shift)
@@ -77,7 +78,7 @@ def branch_tensors(
     if not isinstance(update, Update) or not update.rank:
         return terms
     down, up, _ = update.factors(site.dtype, row)
-    down, up = site.type.store("down", down), site.type.store("up", up)
+    down, up = kind.store("down", down), kind.store("up", up)
     return replace(terms, down=down.contiguous(), up=up.contiguous())
 
 

@@ -60,10 +60,11 @@ def branch_sum(
 
     terms: list[fx.Node] = []
     if "down" in tensors:
-        narrow = builder.call(*site.type.shrink(site, x, part("down")), axis="r")
+        kind = site.type
+        narrow = builder.call(*kind.shrink(site, x, part("down")), axis="r")
         is_grouped = site.groups > 1
         groups = rank_of(site, "down", tensors) // rank_of(site, "up", tensors) if is_grouped else 1
-        low = builder.call(*site.type.expand(site, narrow, part("up"), groups))
+        low = builder.call(*kind.expand(site, narrow, part("up"), groups))
         terms.append(low if scale is None else builder.call(aten.mul.Tensor, (low, scale)))
     if "gain" in tensors:
         layer = _without_bias(builder, site)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
 from lora_fx.adapters.adapter import WeightUpdate
@@ -222,9 +222,8 @@ def _check_replaced(gm: fx.GraphModule, name: str, replaced: Mapping[str, torch.
 
 
 def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[str]) -> str:
-    example = example_of(gm)
-    traced = example.model if example is not None else None
-    model = "graph" if traced is None else type(traced.modules[""]).__name__
+    modules = _modules(gm)
+    model = type(modules[""]).__name__ if modules else "graph"
     idle = _idle(gm, unknown)
     others = [path for path in unknown if path not in idle]
     told = _reached(gm, unknown) or _uncalled(gm, idle) + cause(others, paths, model)
@@ -238,13 +237,17 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
 
 def _idle(gm: fx.GraphModule, unknown: Iterable[str]) -> list[str]:
     """The modules that a model has, and of which it calls nothing that changes an output."""
-    example = example_of(gm)
-    traced = example.model if example is not None else None
-    known = [path for path in unknown if traced is not None and path in traced.modules]
+    known = [path for path in unknown if path in _modules(gm)]
     if not known:  # as with almost every adapter
         return []
     called = {f"{module_path(node)}." for node in reached(gm.graph)}
     return [path for path in known if not any(each.startswith(f"{path}.") for each in called)]
+
+
+def _modules(gm: fx.GraphModule) -> Mapping[str, nn.Module]:
+    """The modules of the model that was traced, by path; none if the graph is another's."""
+    example = example_of(gm)
+    return {} if example is None or example.model is None else example.model.modules
 
 
 def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:

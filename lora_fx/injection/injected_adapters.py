@@ -61,13 +61,12 @@ class Bound:
         # A dense update of a grouped convolution is one value, however many it was given as.
         count = len(update.values) or 1
         site = groups[path][0] if path in groups else None
-        bare = site is None or site.bare
+        layer, bare = (None, True) if site is None else (site.layer, site.bare)
         names = parameter_names(path, adapter, bare)._asdict()
         values = value_names(path, adapter, count, bare)
         names |= {value_part(place): name for place, name in enumerate(values)}
         held = _held(gm, names)
         prints = {part: _print(value) for part, value in held.items()}
-        layer = None if site is None else site.layer
         kept = {part: names[part] for part in held}
         return cls(layer, kept, prints, scale, beside.get(path, frozenset()))
 

@@ -216,6 +216,8 @@ def _batches(x: fx.Node, operand: fx.Node) -> tuple[fx.Node, ...]:
             return ()
         calls.insert(0, node)
         node = node.args[0]
+    if not calls:  # as of almost every product
+        return ()
     users = {op_name(user) for user in operand.users}
     has_batch = users <= {"bmm", "baddbmm"} or (rank_of(x) or 0) >= 3
     return tuple(calls) if has_batch else ()
