@@ -117,7 +117,7 @@ def build_graph_module(
         gm = TracedGraph({}, fx.Graph())
     gm.training = training
     read, given = targets(graph), more or {}
-    held = {t: given[t] if t in given else get_unevaluated(root, t) for t in read}
+    held: dict[str, Any] = {t: given[t] if t in given else get_unevaluated(root, t) for t in read}
     for target, op in read.items():
         assign(gm, target, shallow_clone(held[target]) if op == "call_module" else held[target])
     compile_when_read(gm, graph)

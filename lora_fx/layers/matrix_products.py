@@ -195,7 +195,8 @@ def _made(
     bias: Any = None,
     labels: Labels | None = None,
 ) -> Product | None:
-    x, operand = (reduce(getitem, place, node.args) for place in at)
+    arguments: Any = node.args
+    x, operand = (reduce(getitem, place, arguments) for place in at)
     if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
         return None
     batches = _batches(x, operand)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -61,12 +61,12 @@ class Site(Layer):
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        return cast(fx.Node, reduce(getitem, self.at[0], self.node.args))
+        return self._argument(self.at[0])
 
     @property
     def operand(self) -> fx.Node:
         """What the call reads for its weight, W, rows of it, or what an adapter made of it."""
-        return cast(fx.Node, reduce(getitem, self.at[1], self.node.args))
+        return self._argument(self.at[1])
 
     @property
     def outputs(self) -> Places | None:
@@ -110,6 +110,10 @@ class Site(Layer):
     def packed(self) -> bool:
         """Whether it is the projection of an attention module that packs three in one."""
         return is_packed(str(self.weight.target))
+
+    def _argument(self, place: Place) -> fx.Node:
+        arguments: Any = self.node.args
+        return cast(fx.Node, reduce(getitem, place, arguments))
 
 
 def sites(gm: fx.GraphModule) -> list[Site]:
