@@ -44,7 +44,7 @@ from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.injection.finite_values import check_branches
+from lora_fx.injection.branch_tensors import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged

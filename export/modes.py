@@ -32,7 +32,7 @@ from lora_fx.export.verification.negative_controls import (
 from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.injection.bind import bind
-from lora_fx.injection.match_branch import free_name
+from lora_fx.injection.branches import free_name
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora

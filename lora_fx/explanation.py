@@ -14,10 +14,9 @@ from lora_fx.affine.transfer import analyse
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.errors import shorten
 from lora_fx.graph.ops import module_path, op_name
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
+from lora_fx.layers.adapter_tensors import is_factor, made_anew
 from lora_fx.layers.layer_types import OPERATORS
-from lora_fx.layers.parametrized_weights import made_anew
-from lora_fx.layers.sites import is_factor
 from lora_fx.tables import table
 
 _FREE = "the graph was not folded, which would merge it"

@@ -24,11 +24,11 @@ from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.branches import branches
 from lora_fx.injection.known_inputs import hidden_inputs
-from lora_fx.injection.match_branch import branches
+from lora_fx.layers.adapter_tensors import Made, made_anew
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
-from lora_fx.layers.matrix_products import Product, batches_of, product_of
-from lora_fx.layers.parametrized_weights import Made, made_anew
+from lora_fx.layers.matrix_products import Product, product_of
 from lora_fx.layers.weight_parts import Part, part_of
 
 
@@ -170,7 +170,7 @@ class _Maker:
     ) -> fx.Node:
         """The same call of x and a new matrix, which is stored, turned and repeated as the old."""
         layer, place = self.region.layer, self.region.place
-        part = self._whole(product.matrix).behind(product.matrix, batches_of(product))
+        part = self._whole(product.matrix).behind(product.matrix, product.batches)
         names = _names(module_path(layer), self.pack.weight if self.pack else part.source)
         if self.pack is None and self._is_own(names[0]):  # nobody else reads the new one
             at = self._constant(names[0], weight, weight.shape)

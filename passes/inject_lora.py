@@ -19,19 +19,17 @@ from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.branch_tensors import canonical
+from lora_fx.injection.branches import adapters_beside, col_of, input_of
 from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, put
-from lora_fx.injection.injected_adapters import Held
+from lora_fx.injection.injected_adapters import Held, note_binding, note_fresh
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.match_branch import col_of, input_of, parameter_names
-from lora_fx.injection.parametrize import base_weight, make_anew
-from lora_fx.injection.stacking import FOLD_FIRST, check_stacks
-from lora_fx.injection.usage_check import note_binding, note_fresh, standing, weight_name
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, make_anew
 from lora_fx.injection.whole_tensors import exchange
+from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
 from lora_fx.layers.base_layers import layers_in
-from lora_fx.layers.parametrized_weights import adapters_of, behind, value_names
-from lora_fx.layers.sites import CLOSED, Site, by_path, readers, tensor_of
-from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.layers.parameter_readers import CLOSED, readers, tensor_of
+from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
 
 Injectable = Adapter | LoraConfig
 
@@ -83,13 +81,13 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     groups = by_path(editor.gm)
     layers = layers_in(editor.gm, groups)
     binding = _beside(bind(layers, adapter), groups)
-    skipped = check_binding(editor.gm, binding, layers, groups, strict)
+    beside = adapters_beside(groups, binding.updates)
+    skipped = check_binding(editor.gm, binding, layers, groups, beside, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
     before = _replace(editor, binding.replaced, adapter.name)
     if before:
         groups = by_path(editor.gm)
-    beside = {path: standing(groups[path]) for path in binding.updates if path in groups}
     masks = Masks(editor, adapter.name)
     for path, update in binding.updates.items():
         if path in groups:
@@ -165,10 +163,9 @@ def _inject_config(editor: Editor, config: LoraConfig) -> None:
     updates: dict[str, Update] = {}
     left: dict[str, torch.Tensor] = {}
     made: dict[str, _Fresh] = {}
-    beside = {}
-    for path in fresh_targets(editor.gm, config, layers, groups):
+    beside = fresh_targets(editor.gm, config, layers, groups)
+    for path in beside:
         first = groups[path][0]
-        beside[path] = standing(groups[path])
         # A module of two names has one update, as it has one weight.
         twin = next((made[name] for name in layers.aliases.get(path, ()) if name in made), None)
         fresh = made[path] = twin or _fresh(editor, config, groups[path], generator)

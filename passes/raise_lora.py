@@ -20,8 +20,8 @@ from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_bes
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import module_path
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.branches import last_of
 from lora_fx.injection.injected_adapters import injected, remember
-from lora_fx.injection.match_branch import last_of
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.sites import Site, by_path, sites
 from lora_fx.passes.inject_lora import InjectLora

@@ -10,11 +10,12 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import forget_model
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.pass_base import Pass
+from lora_fx.injection.branches import Branch, branches_of
 from lora_fx.injection.injected_adapters import Held, stripped, unreplaced
-from lora_fx.injection.match_branch import Branch, branches_of
 from lora_fx.injection.whole_tensors import exchange
-from lora_fx.layers.parametrized_weights import made_anew
-from lora_fx.layers.sites import Site, sites, tensor_of
+from lora_fx.layers.adapter_tensors import made_anew
+from lora_fx.layers.parameter_readers import tensor_of
+from lora_fx.layers.sites import Site, sites
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.errors import PassError
-from lora_fx.graph.editor import Editor
+from lora_fx.graph.editor import FOLDED, Editor, Origin, origins
 from lora_fx.graph.ops import module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.graph.provenance import FOLDED, Origin, origins
 
 
 @dataclass(frozen=True)

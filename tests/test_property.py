@@ -21,7 +21,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Adapter, Update, compare, passes
 from lora_fx.affine.region_boundary import is_layer
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 
 GRAPHS = int(os.environ.get("LORA_FX_GRAPHS", "100"))
 FIRST = int(os.environ.get("LORA_FX_FROM", "0"))

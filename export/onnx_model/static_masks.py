@@ -19,8 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.export.onnx_model.known_values import KnownValues
 from lora_fx.export.program.decompose import splice
-from lora_fx.graph.ops import aten, call_argument
-from lora_fx.graph.sizes import same_sizes
+from lora_fx.graph.ops import aten, call_argument, same_sizes
 
 Tensor = torch.Tensor
 _PUTS = {aten.index_put.default, aten._unsafe_index_put.default}

@@ -27,7 +27,7 @@ from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_
 from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.tables import table
 
 Stamp = tuple[int, int, int]

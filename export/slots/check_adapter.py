@@ -16,11 +16,10 @@ from lora_fx.export.runtime.ort import ERRORS
 from lora_fx.export.slots.manifest import UNKNOWN, Manifest
 from lora_fx.export.slots.slot import AnySlot, Slot
 from lora_fx.export.slots.slot_tensors import read_slot_tensors
-from lora_fx.injection.branch_tensors import BranchTensors
-from lora_fx.injection.finite_values import overflow
+from lora_fx.injection.branch_tensors import BranchTensors, overflow
 from lora_fx.io.adapter_files import IDENTIFIER, is_slot_tensors
 from lora_fx.io.plain_file import check_plain
-from lora_fx.io.tensor_checks import check_tensors
+from lora_fx.io.safetensors_file import check_tensors
 
 FORMAT_VERSION = 1
 _MAX_FILE = (1 << 31) - 1  # flatbuffers' own limit

@@ -26,13 +26,12 @@ from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, 
 from lora_fx.graph.example import example_of, first_names
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.bind import bind
+from lora_fx.injection.branches import branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import IDS
-from lora_fx.injection.match_branch import branches
-from lora_fx.injection.usage_check import weight_name
 from lora_fx.layers.base_layers import BaseLayers, layers_in
-from lora_fx.layers.sites import Site, by_path, is_inside, readers
-from lora_fx.layers.weight_readers import is_one_way
+from lora_fx.layers.parameter_readers import is_inside, readers
+from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
 from lora_fx.passes import StripLora
 
 Groups = Mapping[str, Sequence[Site]]

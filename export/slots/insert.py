@@ -17,9 +17,8 @@ from lora_fx.graph.example import aliases_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.invocation_mask import HOLDER
-from lora_fx.injection.match_branch import parameter_names
-from lora_fx.layers.parametrized_weights import value_names
-from lora_fx.layers.sites import readers
+from lora_fx.layers.adapter_tensors import parameter_names, value_names
+from lora_fx.layers.parameter_readers import readers
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.tensors import digest_of
 from lora_fx.export.slots.slot import AnySlot, InvocationSlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.sites import Site, by_path, readers
+from lora_fx.layers.parameter_readers import readers
+from lora_fx.layers.sites import Site, bias_of, by_path
 
 KEY = "lora_fx.slots"
 VERSION = 2

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.io.adapter_files import KEY
-from lora_fx.io.safetensors_reader import read_metadata, read_tensors
+from lora_fx.io.safetensors_file import read_metadata, read_tensors
 from lora_fx.io.strict_json import parse_object
 
 Values = Mapping[str, torch.Tensor]

@@ -28,8 +28,7 @@ from lora_fx.export.slots.foreign import as_builder_calls, fitted_names
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import INVOCATION, ExpertSlot, InvocationSlot, Slot, TensorSlot
 from lora_fx.injection.bind import Binding, bind
-from lora_fx.injection.branch_tensors import branch_tensors, canonical
-from lora_fx.injection.finite_values import check_finite, check_product
+from lora_fx.injection.branch_tensors import branch_tensors, canonical, check_finite, check_product
 from lora_fx.injection.invocation_mask import IDS
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export.program.shape_variants import Case
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
-from lora_fx.graph.mutation import written
 from lora_fx.graph.retracing import source_of
-from lora_fx.graph.training_flags import EVAL_FLAGS, flags
+from lora_fx.graph.train_eval import EVAL_FLAGS, flags
 from lora_fx.reference.reference_run import WeightForm
 
 Tensors = list[torch.Tensor]

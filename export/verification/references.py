@@ -10,11 +10,10 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.export.report import Coverage, Reference
 from lora_fx.export.verification.eager import evaluating
-from lora_fx.injection.injected_adapters import Injected, injected
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
+from lora_fx.injection.injected_adapters import Injected, injected, tensors_of
 from lora_fx.injection.read_adapter import adapter_from
-from lora_fx.injection.usage_check import tensors_of
-from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.adapter_tensors import made_anew
 from lora_fx.passes import StripLora
 from lora_fx.reference.reference_run import WeightForm, weight_form
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.graph.mutation import written
 from lora_fx.graph.ops import call_argument, draws, module_path, op_name, written_arguments
 from lora_fx.graph.retracing import source_of
-from lora_fx.graph.training_flags import EVAL_FLAGS, flags
+from lora_fx.graph.train_eval import EVAL_FLAGS, flags
 
 # What a table with max_norm writes is the same again when it is written again.
 _SAME_AGAIN = {"embedding", "embedding_bag", "embedding_renorm_"}

@@ -25,11 +25,9 @@ def name_of(update: AnyUpdate) -> str | None:
     return update.stored_settings.get(_NAME)
 
 
-def for_layer(update: Update, transposed: bool) -> Update:
-    """An update in the shape of a layer, (out, in), that stores its weight transposed or not."""
-    if not transposed or name_of(update) is None or _is_turned(update):
-        return update
-    return _swapped(update)
+def for_transposed(update: Update) -> Update:
+    """An update in the shape (out, in) of a layer that stores its weight as (in, out)."""
+    return update if name_of(update) is None or _is_turned(update) else _swapped(update)
 
 
 def for_parameter(update: Update) -> Update:

@@ -13,10 +13,9 @@ from lora_fx.affine.affine_map import AffineMap, OneHot, Patches, Reading
 from lora_fx.affine.constant_expr import factored
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix
+from lora_fx.graph.aliasing import Written
 from lora_fx.graph.constants import Constants
-from lora_fx.graph.mutation import Written
-from lora_fx.graph.ops import op_name
-from lora_fx.graph.sizes import Sizes, sizes_of
+from lora_fx.graph.ops import Sizes, op_name, sizes_of
 from lora_fx.layers.matrix_products import Product, product_of
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from lora_fx.graph.sizes import Sizes, same_sizes
+from lora_fx.graph.ops import Sizes, same_sizes
 
 Order = tuple[int, ...]
 

@@ -20,9 +20,8 @@ from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot
 from lora_fx.layers.layer_types import OPERATORS, operands_of
-from lora_fx.layers.sites import Site, by_path
+from lora_fx.layers.sites import Site, by_path, is_one_way
 from lora_fx.layers.weight_parts import Places
-from lora_fx.layers.weight_readers import is_one_way
 
 _AGREES = 1e-6  # of the largest weight: what rounding does to parts that were composed apart
 Round = Callable[[torch.Tensor, str], torch.Tensor]

@@ -19,7 +19,6 @@ from lora_fx.affine.region_boundary import (
 from lora_fx.algebra.matrix_expr import BlockDiag
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.layers.layer_types import OPERATORS
-from lora_fx.layers.matrix_products import batches_of
 from lora_fx.layers.weight_parts import picked_from
 
 _LIKE = {"view_as", "reshape_as", "type_as", "to"}  # read another tensor for its shape or dtype
@@ -102,7 +101,7 @@ def _place(
         return end
     needed = {n for move in (*before.moves, *behind.moves) for n in move.all_input_nodes[1:]}
     product = analysis.product(behind.start)
-    for call in batches_of(product) if product else ():
+    for call in product.batches if product else ():
         needed |= set(call.all_input_nodes) - analysis.constants.nodes
     return first if all(n < first for n in needed) else None
 

@@ -17,9 +17,8 @@ from lora_fx.branch_lowering.selection import TOKENS, tokens_of
 from lora_fx.graph.constants import called
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.graph.ops import needed
-from lora_fx.graph.sizes import sizes_of
-from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of
+from lora_fx.graph.ops import needed, sizes_of
+from lora_fx.injection.branches import branches_of, col_of, input_of, last_of
 from lora_fx.layers.sites import Site
 
 

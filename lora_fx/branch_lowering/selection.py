@@ -13,7 +13,8 @@ from lora_fx.branch_lowering import forms
 from lora_fx.branch_lowering.cost import Cost, LayerShape, cost_of, cost_of_shrink
 from lora_fx.choices import Target
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.injection.match_branch import Branch, branches_of, parameter_names
+from lora_fx.injection.branches import Branch, branches_of
+from lora_fx.layers.adapter_tensors import parameter_names
 from lora_fx.layers.sites import Site, sites
 
 TOKENS = 256  # what the rows of an activation are taken to be where they are not known

@@ -28,7 +28,7 @@ from lora_fx.cli.parts import (
 from lora_fx.errors import ExportError
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.report.layer_facts import layer_facts
 from lora_fx.report.look import Look
 from lora_fx.report.stages import Stages

@@ -13,8 +13,7 @@ from lora_fx.adapters.describe import describe_update
 from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.errors import LoraFxError, within
 from lora_fx.io.adapter_files import is_slot_tensors
-from lora_fx.io.output_place import check_path
-from lora_fx.io.plain_file import check_plain
+from lora_fx.io.plain_file import check_path, check_plain
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20

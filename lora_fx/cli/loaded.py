@@ -12,7 +12,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.cli.adapter_options import AdapterOptions, base_of, named
 from lora_fx.cli.model_source import dtype_named, find_model
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.cli.user_code import load_module, users_code
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.example import DTYPE
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.model_source import ModelSource, from_directory
 from lora_fx.tasks.pipeline import is_pipeline

@@ -10,7 +10,7 @@ from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.commands import REPORT
 from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError, LoraFxError, within
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.io.strict_json import read_json
 from lora_fx.report.diff import Differences, diff, is_model
 from lora_fx.report.page import write_page

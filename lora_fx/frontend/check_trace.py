@@ -16,9 +16,9 @@ from lora_fx.frontend.isolated_run import as_in_eager, own_inputs, preserved, ra
 from lora_fx.frontend.leaked_fakes import has_fakes
 from lora_fx.frontend.one_row import with_one_row
 from lora_fx.frontend.torch_export import distinct
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.graph.mutation import written
 from lora_fx.numerics import compare, difference
 
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.graph.memory_views import Call, assigned, viewed
-from lora_fx.graph.ops import aten, draws, function_name, in_place, inplace_place
-from lora_fx.graph.sizes import same_sizes
+from lora_fx.graph.ops import aten, draws, function_name, in_place, inplace_place, same_sizes
 
 Overload = torch._ops.OpOverload
 _BY_OPERATOR = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.graph.module_copy import shallow_clone
+from lora_fx.graph.graph_module import shallow_clone
 from lora_fx.graph.ops import aten
 
 

@@ -21,7 +21,7 @@ from lora_fx.frontend.recorded_writes import (
 )
 from lora_fx.frontend.root_call import as_called
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.module_copy import untouched
+from lora_fx.graph.module_state import untouched
 from lora_fx.layers.layer_types import TYPES
 
 # Layers whose tensors an adapter may update or replace; everything else of torch.nn stays one

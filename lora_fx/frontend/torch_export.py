@@ -16,9 +16,8 @@ from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
-from lora_fx.graph.graph_module import copy_graph, without_guards
+from lora_fx.graph.graph_module import copy_graph, split_shared_modules, without_guards
 from lora_fx.graph.lean_tracing import lean_tracing
-from lora_fx.graph.module_copy import split_shared_modules
 
 
 def export_program(

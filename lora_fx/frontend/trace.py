@@ -28,8 +28,8 @@ from lora_fx.frontend.root_call import is_hooked, shapes_by_argument
 from lora_fx.frontend.symbolic import symbolic_graph
 from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of
 from lora_fx.graph.example import Example, checked_call, example_of, remember_example
-from lora_fx.graph.graph_module import build_graph_module, copy_graph, targets
-from lora_fx.graph.module_copy import split_shared_modules, untouched
+from lora_fx.graph.graph_module import build_graph_module, copy_graph, split_shared_modules, targets
+from lora_fx.graph.module_state import untouched
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
 from lora_fx.graph.traced_module import TracedModule

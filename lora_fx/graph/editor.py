@@ -1,28 +1,29 @@
-"""The editor: every change of a graph goes through it, and is recorded."""
+"""The editor: every change of a graph goes through it, and what was there before is recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.graph.graph_module import (
+    Store,
     assign,
     attribute,
     build_graph_module,
     copy_graph,
+    frozen,
     remove,
     targets,
 )
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.graph.module_copy import frozen
-from lora_fx.graph.namespace import Store
 from lora_fx.graph.ops import HOLDER
-from lora_fx.graph.provenance import FOLDED, Origin, follow
+
+FOLDED = "lora_fx.folded"  # in the meta of a node: the graph before it was folded
 
 
 @dataclass(frozen=True)
@@ -273,3 +274,49 @@ class Editor:
 
 def _exchanged(old: Any, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
     return lambda node: new if node is old else node
+
+
+@dataclass(eq=False)
+class Origin:
+    """The graph before one fold.
+
+    Attributes:
+        gm: a private copy of it, tensors shared.
+        generation: how many folds came before it.
+        swept: names of the nodes that the fold removed.
+    """
+
+    gm: fx.GraphModule
+    generation: int
+    swept: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Origin:
+        """The origin of a fold of ``gm``."""
+        earlier = [origin.generation for origin in origins(gm)]
+        return cls(gm, max(earlier, default=0) + 1)
+
+
+def origins(gm: fx.GraphModule) -> list[Origin]:
+    """The origins of all folded nodes of a graph."""
+    return [node.meta[FOLDED][0] for node in gm.graph.nodes if FOLDED in node.meta]
+
+
+@runtime_checkable
+class Note(Protocol):
+    """What rides along in ``gm.meta`` and speaks of the graph's tensors."""
+
+    def after(self, before: fx.GraphModule, now: fx.GraphModule) -> Note:
+        """The same of a graph that a pass has edited.
+
+        Args:
+            before: the graph that the note was of.
+            now: the graph that it is to be of, which may lack some of its tensors.
+        """
+
+
+def follow(before: fx.GraphModule, now: fx.GraphModule) -> None:
+    """Brings the notes of a graph to what an edit has made of it."""
+    for key, note in list(now.meta.items()):
+        if isinstance(note, Note):
+            now.meta[key] = note.after(before, now)

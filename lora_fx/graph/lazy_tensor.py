@@ -179,6 +179,15 @@ def get_unevaluated(root: nn.Module, target: str) -> Any:
     return getattr(holder, name)
 
 
+def find_tensor(root: nn.Module, target: str) -> torch.Tensor | None:
+    """A tensor by its dotted name; None if there is none, or a lazy one."""
+    try:
+        value = get_unevaluated(root, target)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def set_lazy(holder: nn.Module, name: str, value: LazyTensor) -> None:
     """Gives a module a parameter that is computed when read."""
     if not isinstance(holder._parameters, Parameters):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -90,6 +91,16 @@ def snapshot(model: nn.Module) -> Snapshot:
             found.containers.append((name, held, held.copy()))
         pending += [(_join(name, k), v) for k, v in _items(held) if _is_holder(v)]
     return found
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back every attribute that the model's own code sets, in objects that it holds too."""
+    before = snapshot(model)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def _items(held: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Operators of nodes, by one name for every spelling: aten, torch, Tensor methods, Python."""
+"""Nodes: their operators, by one name for every spelling, whose module they are, their sizes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+
+Sizes = tuple[Any, ...]  # of ints, and of SymInts where an axis is dynamic
 
 # The module by which torch.export refuses inputs that its graph is not good for.
 GUARDS = "_guards_fn"
@@ -212,3 +214,22 @@ def needed(node: fx.Node, known: Set[fx.Node] = frozenset()) -> list[fx.Node]:
         found |= fresh
         pending += fresh
     return sorted(found)
+
+
+def same_sizes(one: Sizes | None, other: Sizes | None) -> bool:
+    """Whether sizes are equal whatever the inputs are; unknown ones are those of one source."""
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    return type(one) is type(other) and bool(one == other)
+
+
+def sizes_of(node: Any) -> Sizes | None:
+    """The sizes that a node was traced with, or None."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None

@@ -124,10 +124,13 @@ def meant_by(rule: TargetRule, layers: BaseLayers) -> list[str]:
 
 def _targets(rule: TargetRule, path: str, layers: BaseLayers) -> bool:
     """Whether a rule means a layer; "all-linear" leaves out heads and what is no linear module."""
-    is_module = layers[path].is_linear and not layers.is_bare(path) and not layers.is_packed(path)
-    if rule.is_all_linear and (not is_module or path == layers.head):
+    if rule.is_all_linear and (path == layers.head or not _is_linear_module(layers, path)):
         return False
     return rule.matches(path)
+
+
+def _is_linear_module(layers: BaseLayers, path: str) -> bool:
+    return layers[path].is_linear and not layers.is_bare(path) and not layers.is_packed(path)
 
 
 def _meant(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
@@ -162,18 +165,20 @@ def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
 
 def _is_shared(path: str, adapter: Adapter, layers: BaseLayers) -> bool:
     """Whether rows are of a table that is never called itself: those who share it have them."""
-    sharing = (u for p, u in adapter.updates.items() if p in layers and u.kind == "tokens")
-    tables = {u.stored.settings.get("tied") for u in sharing if u.stored}
-    return adapter.updates[path].kind == "tokens" and path in tables
+    tokens = {p: u for p, u in adapter.updates.items() if u.kind == "tokens"}
+    tables = {u.stored.settings.get("tied") for p, u in tokens.items() if p in layers and u.stored}
+    return path in tokens and path in tables
 
 
 def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:
     """Whether two updates, of two names of one module, hold the same numbers."""
+    if one is other:
+        return True
     pairs = zip(one.tensors(), other.tensors(), strict=False)
     scales = (getattr(one, "scale", None), getattr(other, "scale", None))
     counts = len(list(one.tensors())), len(list(other.tensors()))
     same = one.kind == other.kind and counts[0] == counts[1] and scales[0] == scales[1]
-    return one is other or (same and all(_are_equal(a, b) for a, b in pairs))
+    return same and all(_are_equal(a, b) for a, b in pairs)
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

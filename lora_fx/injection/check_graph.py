@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
 from lora_fx.adapters.adapter import WeightUpdate
@@ -14,23 +14,28 @@ from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import holder_path, module_path, reached
+from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
+from lora_fx.injection.branches import Beside, adapters_beside
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import parameter_names
-from lora_fx.injection.stacking import adapters_at
 from lora_fx.injection.unmatched import cause
+from lora_fx.layers.adapter_tensors import makers, parameter_names, recorded
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer_types import OPERATORS
-from lora_fx.layers.sites import CLOSED, Site, is_inside
-from lora_fx.layers.weight_readers import check_one_way, check_reached
+from lora_fx.layers.parameter_readers import CLOSED, is_inside
+from lora_fx.layers.sites import Site, is_one_way
 
 Groups = Mapping[str, Sequence[Site]]
 _NOTHING = "the update is zero, and the model calls nothing of the layer"
 
 
 def check_binding(
-    gm: fx.GraphModule, binding: Binding, layers: BaseLayers, groups: Groups, strict: bool
+    gm: fx.GraphModule,
+    binding: Binding,
+    layers: BaseLayers,
+    groups: Groups,
+    beside: Beside,
+    strict: bool,
 ) -> dict[str, str]:
     """Refuses what a graph has no place for.
 
@@ -39,6 +44,7 @@ def check_binding(
         binding: of an adapter to its layers.
         layers: of the graph.
         groups: their calls.
+        beside: the adapters at each layer that is updated.
         strict: refuse what is left over, too.
 
     Returns:
@@ -49,9 +55,8 @@ def check_binding(
             same tensor, or, if ``strict``, anything is left over.
     """
     adapter = binding.adapter
-    paths = [path for path in binding.updates if path in groups]
-    check_name(gm, adapter.name, [groups[path][0] for path in paths])
-    for path in paths:
+    check_name(gm, adapter.name, groups, beside)
+    for path in beside:
         is_dense = isinstance(binding.updates[path], WeightUpdate)
         _check_adaptable(gm, adapter.name, path, groups, one_way=not is_dense)
     _check_replaced(gm, adapter.name, binding.replaced)
@@ -75,8 +80,8 @@ def check_binding(
 
 def fresh_targets(
     gm: fx.GraphModule, config: LoraConfig, layers: BaseLayers, groups: Groups
-) -> list[str]:
-    """The paths of the layers that a config targets.
+) -> Beside:
+    """The layers that a config targets, by path, and the adapters at each.
 
     Raises:
         AdapterError: the config matches no layer, or the name is taken.
@@ -89,12 +94,13 @@ def fresh_targets(
             f"{len(layers)} layers: {shorten(list(layers)) or 'none'}"
             f"{_as_a_name(config.target_modules, layers)}{told and f'.{told}'}"
         )
-    check_name(gm, config.name, [groups[path][0] for path in paths])
+    beside = adapters_beside(groups, paths)
+    check_name(gm, config.name, groups, beside)
     for path in paths:
         _check_adaptable(gm, config.name, path, groups, one_way=True)
     if config.rule.is_all_linear:
         _tell_left_out(paths, layers)
-    return paths
+    return beside
 
 
 def _named(gm: fx.GraphModule, config: LoraConfig) -> list[str]:
@@ -123,26 +129,75 @@ def _as_a_name(wanted: object, layers: BaseLayers) -> str:
     return f". A string is a regex of whole paths: give a list of names, [{wanted!r}]"
 
 
-def check_name(gm: fx.GraphModule, name: str, layers: Iterable[Site]) -> None:
+def check_name(gm: fx.GraphModule, name: str, groups: Groups, beside: Beside) -> None:
     """Refuses a name that an adapter at the layers has, or that gives names which are taken.
 
     Raises:
         AdapterError: names the layers, or the tensors.
     """
-    layers = list(layers)
-    taken = [site.path for site in layers if name in adapters_at(site)]
+    taken = [path for path, names in beside.items() if name in names]
     if taken:
         raise AdapterError(
             f"adapter {name}: the graph already has an adapter of that name at {shorten(taken)}; "
             "load this one with another name="
         )
-    wanted = [n for site in layers for n in parameter_names(site.path, name, site.bare)]
+    wanted = [n for path in beside for n in parameter_names(path, name, groups[path][0].bare)]
     used = [n for n in wanted if not is_free(gm, n)]
     if used:
         raise AdapterError(
             f"adapter {name}: its tensors would be called {shorten(used)}, names that the model "
             "has taken; load this one with another name="
         )
+
+
+def check_one_way(calls: Sequence[Site]) -> None:
+    """Refuses factors beside a weight whose inputs are the outputs of another call.
+
+    Raises:
+        AdapterError: one call multiplies with the weight, another with its transpose.
+    """
+    if not is_one_way(calls):
+        raise AdapterError(
+            f"one call multiplies with its weight {calls[0].weight.target}, another "
+            "with the transpose, and factors stand beside one side alone. Leave the layer out, or "
+            "give each call a weight of its own"
+        )
+
+
+def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
+    """Refuses a layer of whose weight an adapter would reach some parts alone.
+
+    Args:
+        gm: the graph.
+        path: of the layer.
+        groups: all layers of the graph.
+
+    Raises:
+        AdapterError: something that is no layer reads a part of the weight.
+    """
+    calls = groups[path]
+    if all(site.is_whole for site in calls):
+        return
+    layers = {site.node for group in groups.values() for site in group}
+    picks = {call for group in groups.values() for site in group for call in site.part.calls}
+    made = makers(recorded(gm.graph))
+    weight = calls[0].weight.target
+    pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
+    for node in pending:
+        for user in node.users:
+            if user in picks:
+                pending.append(user)
+            elif user not in layers and user not in made and _counts(user):
+                at = module_path(user) or "the model itself"
+                raise AdapterError(
+                    f"parts of its weight {weight} are read by layers, and one by "
+                    f"{op_name(user)} of {at}, which is none: the adapter would be missing there. "
+                    "Leave the layer out, or apply the parts as linear layers"
+                )
+
+
+def _counts(user: fx.Node) -> bool:
+    return not asks_sizes(user) and (bool(user.users) or user.op == "output")
 
 
 def _check_adaptable(
@@ -167,9 +222,8 @@ def _check_replaced(gm: fx.GraphModule, name: str, replaced: Mapping[str, torch.
 
 
 def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[str]) -> str:
-    example = example_of(gm)
-    traced = example.model if example is not None else None
-    model = "graph" if traced is None else type(traced.modules[""]).__name__
+    modules = _modules(gm)
+    model = type(modules[""]).__name__ if modules else "graph"
     idle = _idle(gm, unknown)
     others = [path for path in unknown if path not in idle]
     told = _reached(gm, unknown) or _uncalled(gm, idle) + cause(others, paths, model)
@@ -183,13 +237,17 @@ def _unmatched(gm: fx.GraphModule, name: str, unknown: list[str], paths: list[st
 
 def _idle(gm: fx.GraphModule, unknown: Iterable[str]) -> list[str]:
     """The modules that a model has, and of which it calls nothing that changes an output."""
-    example = example_of(gm)
-    traced = example.model if example is not None else None
-    known = [path for path in unknown if traced is not None and path in traced.modules]
+    known = [path for path in unknown if path in _modules(gm)]
     if not known:  # as with almost every adapter
         return []
     called = {f"{module_path(node)}." for node in reached(gm.graph)}
     return [path for path in known if not any(each.startswith(f"{path}.") for each in called)]
+
+
+def _modules(gm: fx.GraphModule) -> Mapping[str, nn.Module]:
+    """The modules of the model that was traced, by path; none if the graph is another's."""
+    example = example_of(gm)
+    return {} if example is None or example.model is None else example.model.modules
 
 
 def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:

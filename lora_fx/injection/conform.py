@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from lora_fx.adapters.other_updates import anew, evaluated
-from lora_fx.adapters.parameter_updates import for_layer, for_parameter, turned_round
+from lora_fx.adapters.parameter_updates import for_parameter, for_transposed, turned_round
 from lora_fx.adapters.updates import NO_WEIGHT, AnyUpdate, Shape, Update
 from lora_fx.errors import AdapterError, advised
 from lora_fx.layers.layer import Layer
@@ -34,7 +34,9 @@ def conform(update: AnyUpdate, site: Layer) -> AnyUpdate:
         return update
     if not isinstance(update, Update):
         return _scaling(update, site)
-    update = _in_shape(for_layer(update, site.transposed and not site.is_conv), site.shape, stored)
+    if site.transposed and not site.is_conv:
+        update = for_transposed(update)
+    update = _in_shape(update, site.shape, stored)
     if update.col is not None and site.type.reads_ids:
         raise AdapterError("a col scales what a layer reads, and an embedding reads ids")
     if update.shape == site.shape:

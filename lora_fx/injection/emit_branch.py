@@ -12,16 +12,20 @@ from torch import fx, nn
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
 from lora_fx.graph.editor import Editor
-from lora_fx.injection.branch_layout import branch_sum, rank_of, scaled_input
-from lora_fx.injection.branch_tensors import branch_tensors
-from lora_fx.injection.finite_values import check_finite
+from lora_fx.injection.branch_tensors import branch_tensors, check_finite
+from lora_fx.injection.branches import (
+    branch_sum,
+    branches_of,
+    col_of,
+    input_of,
+    last_of,
+    rank_of,
+    scaled_input,
+)
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.match_branch import branches_of, col_of, input_of, last_of, parameter_names
-from lora_fx.injection.parametrize import base_weight, make_layer_anew
-from lora_fx.injection.stacking import FOLD_FIRST
-from lora_fx.layers.layer_bias import bias_of
-from lora_fx.layers.parametrized_weights import adapters_of
-from lora_fx.layers.sites import Site
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, make_layer_anew
+from lora_fx.layers.adapter_tensors import adapters_of, parameter_names
+from lora_fx.layers.sites import Site, bias_of
 
 
 def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:
@@ -95,16 +99,16 @@ class _Writer:
     def __init__(self, editor: Editor, site: Site, before: fx.Node, rank: int = 0) -> None:
         self.made: list[fx.Node] = []
         self._editor, self._site, self._before, self._rank = editor, site, before, rank
+        self._traced = site.node.meta.get("val") if site.is_conv else None
 
     def call(self, target: Any, arguments: tuple[Any, ...], axis: str | None = "out") -> fx.Node:
         node = self._editor.call(target, arguments, before=self._before, like=self._site.node)
         self.made.append(node)
-        value = self._site.node.meta.get("val")
-        if axis and self._site.is_conv and value is not None:
+        if axis and self._traced is not None:
             # What torch.export notes of a convolution's results: how many places there are.
-            sizes, at = list(value.shape), 1 - len(self._site.shape)
+            sizes, at = list(self._traced.shape), 1 - len(self._site.shape)
             sizes[at] = sizes[at] if axis == "out" else self._rank
-            node.meta["val"] = value.new_empty(sizes)
+            node.meta["val"] = self._traced.new_empty(sizes)
         return node
 
     def index(self, tensor: fx.Node, places: tuple[int, ...]) -> fx.Node:

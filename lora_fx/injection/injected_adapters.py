@@ -7,7 +7,7 @@ on the way is missed. It rides along in ``gm.meta``; a pickle drops it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,16 +17,21 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import anew, evaluated
 from lora_fx.adapters.updates import activated
-from lora_fx.errors import VerificationError, shorten
+from lora_fx.errors import AdapterError, VerificationError, shorten
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, find_tensor
+from lora_fx.injection.bind import Binding
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
+from lora_fx.injection.branches import Beside
 from lora_fx.injection.invocation_mask import HOLDER
+from lora_fx.layers.adapter_tensors import parameter_names, value_names
 from lora_fx.layers.layer import Layer
+from lora_fx.layers.sites import Site
 
 _META = "lora_fx.injected"
 _VALUE = "value"
 Held = torch.Tensor | LazyTensor
+Groups = Mapping[str, Sequence[Site]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +54,26 @@ class Bound:
 
     @classmethod
     def of(
-        cls, gm: fx.GraphModule, layer: Layer | None, names: Mapping[str, str], scale: float,
-        beside: Iterable[str],
+        cls, gm: fx.GraphModule, adapter: str, path: str, update: AnyUpdate, groups: Groups,
+        beside: Beside, scale: float = 1.0,
     ) -> Bound:  # fmt: skip
-        """What has just been put into a graph, under those of the names that are there."""
-        held = {
-            part: value for part, name in names.items() if (value := held_by(gm, name)) is not None
-        }
+        """What has just been put into a graph, under those of its names that are there."""
+        # A dense update of a grouped convolution is one value, however many it was given as.
+        count = len(update.values) or 1
+        site = groups[path][0] if path in groups else None
+        layer, bare = (None, True) if site is None else (site.layer, site.bare)
+        names = parameter_names(path, adapter, bare)._asdict()
+        values = value_names(path, adapter, count, bare)
+        names |= {value_part(place): name for place, name in enumerate(values)}
+        held = _held(gm, names)
         prints = {part: _print(value) for part, value in held.items()}
-        return cls(layer, {p: names[p] for p in held}, prints, scale, frozenset(beside))
+        kept = {part: names[part] for part in held}
+        return cls(layer, kept, prints, scale, beside.get(path, frozenset()))
 
     def now(self, gm: fx.GraphModule, update: AnyUpdate) -> AnyUpdate | None:
         """The update with the values that the graph has now; None if it has them no more."""
-        found = {part: held_by(gm, name) for part, name in self.names.items()}
-        held = {part: value for part, value in found.items() if value is not None}
-        if len(held) < len(found):
+        held = _held(gm, self.names)
+        if len(held) < len(self.names):
             return None
         if all(_print(value) == self.prints[part] for part, value in held.items()):
             return update
@@ -163,6 +173,68 @@ def remember(gm: fx.GraphModule, records: Sequence[Injected]) -> None:
     gm.meta[_META] = Records(records)
 
 
+def note_binding(
+    gm: fx.GraphModule,
+    binding: Binding,
+    groups: Groups,
+    beside: Beside,
+    skipped: Collection[str],
+    before: Mapping[str, Held],
+) -> None:
+    """Makes a graph remember an adapter that has just been put into it.
+
+    Args:
+        gm: the graph.
+        binding: of the adapter to the graph's layers.
+        groups: the calls of the layers.
+        beside: which adapters stood at each layer already.
+        skipped: replaced tensors that were left out.
+        before: what stood in the place of those that were replaced, by name.
+
+    Raises:
+        AdapterError: an update has not come into the graph.
+    """
+    given = binding.adapter
+    bound = {
+        path: tuple(
+            Bound.of(gm, given.name, name, binding.updates[name], groups, beside) for name in names
+        )
+        for path, names in binding.meant.items()
+    }
+    unnamed = [path for path, several in bound.items() if not all(b.names for b in several)]
+    lost = [path for path in unnamed if any(True for _ in given.updates[path].tensors())]
+    if lost:
+        raise AdapterError(
+            f"adapter {given.name}: the updates of {shorten(lost)} have not come into the graph; "
+            "please report the model"
+        )
+    kept = {path: given.updates[path] for path in bound}
+    replaced = {n: t for n, t in given.replacements.items() if n not in skipped}
+    known = replace(given, updates=kept, replacements=replaced)
+    add(gm, Injected(known, tensors_of(given), False, bound, before=before))
+
+
+def note_fresh(gm: fx.GraphModule, adapter: Adapter, groups: Groups, beside: Beside) -> None:
+    """Makes a graph remember an adapter that trains, whose values are the graph's alone."""
+    bound = {
+        path: (Bound.of(gm, adapter.name, path, update, groups, beside, update.scale),)  # type: ignore[attr-defined]
+        for path, update in adapter.updates.items()
+    }
+    add(gm, Injected(adapter, tensors_of(adapter), True, bound))
+
+
+def tensors_of(adapter: Adapter) -> int:
+    """How many tensors an adapter holds, one that several updates share once."""
+    held = (t for update in adapter.updates.values() for t in held_by(update))
+    return len({id(tensor) for tensor in (*held, *adapter.replacements.values())})
+
+
+def held_by(update: AnyUpdate) -> list[object]:
+    """The tensors of an update as its file has them."""
+    stored = list(update.stored.tensors.values()) if update.stored else []
+    return [*stored] or [*update.tensors()]
+
+
 def value_part(place: int) -> str:
     """What the n-th value of a weight that is made anew is called among the parts."""
     return f"{_VALUE} {place}"
@@ -223,13 +295,10 @@ def _names(record: Injected) -> set[str]:
     return {name for several in record.bound.values() for b in several for name in b.names.values()}
 
 
-def held_by(gm: fx.GraphModule, name: str) -> torch.Tensor | None:
-    """A tensor of a graph by its dotted name; None if it has none, or a lazy one."""
-    try:
-        value = get_unevaluated(gm, name)
-    except AttributeError:
-        return None
-    return value if isinstance(value, torch.Tensor) else None
+def _held(gm: fx.GraphModule, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Part -> tensor, of those constants that a graph has."""
+    found = {part: find_tensor(gm, name) for part, name in names.items()}
+    return {part: value for part, value in found.items() if value is not None}
 
 
 def _print(value: torch.Tensor) -> int:

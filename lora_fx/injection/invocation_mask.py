@@ -15,7 +15,7 @@ from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.ops import aten, module_path
-from lora_fx.layers.parameter_names import part_of
+from lora_fx.layers.adapter_tensors import part_of
 from lora_fx.layers.sites import Site
 
 IDS = "input_ids"

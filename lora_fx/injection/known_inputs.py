@@ -14,7 +14,7 @@ from torch import fx
 
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.injection.match_branch import Branch, branches
+from lora_fx.injection.branches import Branch, branches
 from lora_fx.layers.layer_types import OPERATORS, operands_of
 
 

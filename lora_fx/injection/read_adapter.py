@@ -15,9 +15,9 @@ from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.example import first_names
 from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
+from lora_fx.injection.branches import Branch, branches_of
 from lora_fx.injection.invocation_mask import tokens_of
-from lora_fx.injection.match_branch import Branch, branches_of
-from lora_fx.layers.parametrized_weights import made_anew
+from lora_fx.layers.adapter_tensors import made_anew
 from lora_fx.layers.sites import Site, sites
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.lazy_tensor import LazyTensor
-from lora_fx.layers.sites import readers
+from lora_fx.layers.parameter_readers import readers
 
 
 def exchange(editor: Editor, name: str, value: torch.Tensor | LazyTensor) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_fx.errors import AdapterError
-from lora_fx.io.safetensors_reader import MAX_HEADER
+from lora_fx.io.safetensors_file import MAX_HEADER
 
 IDENTIFIER = b"TORT"  # of onnxruntime's own kind, behind four bytes
 KEY = "lora_fx.adapter"  # of the metadata of ours, in safetensors

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError
-from lora_fx.io.plain_file import kind_of
+from lora_fx.io.plain_file import check_path, kind_of
 
 _SOURCES: ContextVar[tuple[Path, ...]] = ContextVar("_SOURCES", default=())
 
@@ -38,24 +38,6 @@ def keeping_nothing() -> Iterator[None]:
         yield
     finally:
         _SOURCES.reset(token)
-
-
-def check_path(path: Path, error: type[LoraFxError]) -> Path:
-    """Refuses a path that no file can have: with a NUL in it, a part that is too long, a loop.
-
-    Raises:
-        LoraFxError: of the type ``error``; a file that is merely not there is not refused.
-    """
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise error(
-            f"{str(path)!r:.120}: cannot be the path of a file: {reason}: give another"
-        ) from problem
-    return path
 
 
 def check_places(places: list[Path], error: type[LoraFxError]) -> None:

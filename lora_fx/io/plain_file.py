@@ -1,4 +1,4 @@
-"""Files before they are read: of a plain kind, of a bounded size, and not made of holes."""
+"""Files before they are read: at a path that can be, plain, of a bounded size, without holes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ _SMALL = 64 << 20
 _LEAST_STORED = 8
 # What git-lfs leaves in a clone where it was not asked for the file itself, in less than so much.
 _POINTER, _POINTER_SIZE = b"version https://git-lfs.", 1024
+
+
+def check_path(path: Path, error: type[LoraFxError]) -> Path:
+    """Refuses a path that no file can have: with a NUL in it, a part that is too long, a loop.
+
+    Raises:
+        LoraFxError: of the type ``error``; a file that is merely not there is not refused.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(
+            f"{str(path)!r:.120}: cannot be the path of a file: {reason}: give another"
+        ) from problem
+    return path
 
 
 def check_plain(

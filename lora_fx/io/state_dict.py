@@ -17,9 +17,15 @@ from safetensors.torch import save
 from lora_fx.errors import AdapterError, LoraFxError, shorten, within
 from lora_fx.io.atomic import publish
 from lora_fx.io.plain_file import check_plain
-from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
+from lora_fx.io.safetensors_file import (
+    check_gathered,
+    check_tensors,
+    read_metadata,
+    read_names,
+    read_tensors,
+    widened,
+)
 from lora_fx.io.strict_json import read_json
-from lora_fx.io.tensor_checks import check_gathered, check_tensors, widened
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -16,8 +16,8 @@ from lora_fx.graph.ops import module_path, op_name
 from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
-from lora_fx.layers.site_names import is_packed
-from lora_fx.layers.sites import Site, by_path, is_bare, readers, tensor_of
+from lora_fx.layers.parameter_readers import readers, tensor_of
+from lora_fx.layers.sites import Site, by_path, is_bare, is_packed
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,7 +159,7 @@ class LayerType:
                     f"{axes!r} in any order"
                 )
 
-    @property
+    @cached_property
     def transposed(self) -> bool:
         """Whether the weight is stored with its inputs first."""
         return self.weight.startswith("in")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
 from lora_fx.graph.ops import aten, call_argument, op_name
-from lora_fx.layers.picked_elements import calls_of
+from lora_fx.layers.weight_parts import calls_of
 
 _UNBIASED = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 _STEPS = 200  # nodes that a matrix may be made of, an adapter's function of a weight included
@@ -72,6 +74,7 @@ class Product:
         bias: what is added, or None.
         labels: where features are; None for the last axis of x and of the result.
         at: where the call has x, and where the operand.
+        batches: the calls that give the matrix its batch, in order.
     """
 
     x: fx.Node
@@ -81,6 +84,7 @@ class Product:
     at: tuple[Place, Place]
     bias: fx.Node | None = None
     labels: Labels | None = None
+    batches: tuple[fx.Node, ...] = ()
 
     def again(
         self, call: fx.Node, x: fx.Node, operand: fx.Node, bias: fx.Node | None
@@ -97,14 +101,6 @@ class Product:
         return call.target, arguments
 
 
-def argument_at(node: fx.Node, place: Place) -> Any:
-    """What a call has at a place of its arguments."""
-    found: Any = node.args
-    for index in place:
-        found = found[index]
-    return found
-
-
 def product_of(node: fx.Node) -> Product | None:
     """Reads a call in normal form, or None if it is no product with one constant matrix."""
     read = _READERS.get(node.target)
@@ -115,16 +111,6 @@ def has_factors(node: fx.Node) -> bool:
     """Whether a call is ``beta b + alpha x @ w``: no layer, for an adapter knows no such factor."""
     is_sum = op_name(node) in ("addmm", "baddbmm")
     return is_sum and (len(node.args) != 3 or bool(node.kwargs))
-
-
-def batches_of(product: Product) -> list[fx.Node]:
-    """The calls that give a product's matrix a batch, in order."""
-    calls: list[fx.Node] = []
-    node = product.operand
-    while node is not product.matrix:
-        calls.insert(0, node)
-        node = node.all_input_nodes[0]
-    return calls
 
 
 def is_fixed(value: Any) -> bool:
@@ -209,27 +195,33 @@ def _made(
     bias: Any = None,
     labels: Labels | None = None,
 ) -> Product | None:
-    x, operand = (argument_at(node, place) for place in at)
+    arguments: Any = node.args
+    x, operand = (reduce(getitem, place, arguments) for place in at)
     if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
         return None
-    matrix = _without_batch(x, operand)
+    batches = _batches(x, operand)
+    matrix = batches[0].all_input_nodes[0] if batches else operand
     if not is_fixed(matrix) or is_fixed(x):
         return None
     if bias is not None and not isinstance(bias, fx.Node):
         return None
-    return Product(x, operand, matrix, turned, at, bias, labels)
+    return Product(x, operand, matrix, turned, at, bias, labels, batches)
 
 
-def _without_batch(x: fx.Node, operand: fx.Node) -> fx.Node:
-    """The matrix that an operand repeats for each of a batch that x has too."""
+def _batches(x: fx.Node, operand: fx.Node) -> tuple[fx.Node, ...]:
+    """The calls that repeat a matrix for each of a batch that x has too, in order."""
+    calls: list[fx.Node] = []
     node = operand
     while op_name(node) in _BATCHES and isinstance(node.args[0], fx.Node):
         if op_name(node) == "unsqueeze" and call_argument(node, 1, "dim") != 0:
-            return operand
+            return ()
+        calls.insert(0, node)
         node = node.args[0]
+    if not calls:  # as of almost every product
+        return ()
     users = {op_name(user) for user in operand.users}
     has_batch = users <= {"bmm", "baddbmm"} or (rank_of(x) or 0) >= 3
-    return node if has_batch else operand
+    return tuple(calls) if has_batch else ()
 
 
 def _spelled(equation: str) -> str:

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import reduce
+from operator import getitem
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.graph.ops import call_argument, holder_path, reached
+from lora_fx.graph.constants import Constants
+from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
+from lora_fx.graph.ops import call_argument, holder_path, needed, reached
+from lora_fx.layers.adapter_tensors import is_factor, makers, recorded
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
 from lora_fx.layers.matrix_products import (
     Labels,
     Place,
-    argument_at,
-    batches_of,
     has_factors,
     product_of,
 )
-from lora_fx.layers.parametrized_weights import makers, recorded
-from lora_fx.layers.site_names import is_packed, paths_of
 from lora_fx.layers.weight_parts import Part, Places, Read, part_of
 
-_CALLS = ("call_function", "call_method")
-CLOSED = (
-    "lies in a module that symbolic tracing keeps whole, where nothing can be adapted: trace the "
-    "model with example inputs, which opens it"
-)
+# Of nn.MultiheadAttention, which calls a layer of its own on each of them.
+PACKED = "in_proj_weight"  # query, key and value in one
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_INNER = ".out_proj"
+# With the number that a new weight has while the old one is read elsewhere.
+_PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
+_NUMBERED = re.compile(r"weight_\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,12 @@ class Site(Layer):
     @property
     def input(self) -> fx.Node:
         """The node of x, (..., in), as the graph has it now."""
-        return cast(fx.Node, argument_at(self.node, self.at[0]))
+        return self._argument(self.at[0])
 
     @property
     def operand(self) -> fx.Node:
         """What the call reads for its weight, W, rows of it, or what an adapter made of it."""
-        return cast(fx.Node, argument_at(self.node, self.at[1]))
+        return self._argument(self.at[1])
 
     @property
     def outputs(self) -> Places | None:
@@ -108,12 +111,16 @@ class Site(Layer):
         """Whether it is the projection of an attention module that packs three in one."""
         return is_packed(str(self.weight.target))
 
+    def _argument(self, place: Place) -> fx.Node:
+        arguments: Any = self.node.args
+        return cast(fx.Node, reduce(getitem, place, arguments))
+
 
 def sites(gm: fx.GraphModule) -> list[Site]:
     """The layers of a graph that an output hangs on, in order, by the paths of `paths_of`."""
     bases = recorded(gm.graph)
     made = makers(bases)
-    own = (node for node in reached(gm.graph) if node not in made)
+    own = [n for n in reached(gm.graph) if n.op == "call_function" and n not in made]
     found = [site for node in own if (site := _site(gm, node, bases))]
     paths = paths_of((site.path, str(site.weight.target)) for site in found)
     return [replace(site, path=paths[site.path, str(site.weight.target)]) for site in found]
@@ -137,7 +144,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     tensor = get_unevaluated(gm, str(part.source.target))
     if product is not None:
         layer = TYPES["linear" if product.turned != part.turned else "linear_transposed"]
-        part = part.behind(product.matrix, batches_of(product))
+        part = part.behind(product.matrix, product.batches)
     elif part.turned or (groups > 1 and part.calls):
         return None
     else:
@@ -160,16 +167,16 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
     )
 
 
-def is_factor(target: str) -> bool:
-    """Whether a tensor is one that an injected adapter brought: `branches.parameter_names`."""
-    *_, holder, name = ("", *target.split("."))
-    return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
-
-
 def is_bare(path: str, weight: str) -> bool:
     """Whether a layer is called as its weight is, which no module of its own holds."""
     leaf = path.rpartition(".")[2]
     return path == weight or (leaf == weight.rpartition(".")[2] and leaf != "weight")
+
+
+def weight_name(site: Site) -> str:
+    """What the weight of a layer is called by the layer's own path."""
+    leaf = str(site.weight.target).rpartition(".")[2]
+    return site.path if site.bare else f"{site.path}.{leaf}"
 
 
 def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:
@@ -180,68 +187,98 @@ def by_path(gm: fx.GraphModule) -> dict[str, list[Site]]:
     return dict(groups)
 
 
-def readers(gm: fx.GraphModule, parameter: str) -> Iterator[Read]:
-    """Who reads ``<module path>.<name>``: pairs of a call and the ``get_attr`` node it reads.
+def is_one_way(calls: Sequence[Site]) -> bool:
+    """Whether all calls of a layer read its weight on the same side."""
+    return len({site.transposed for site in calls}) == 1
 
-    Told by the module that made the call, since a tied parameter bears another module's name;
-    where none of its calls does, by the layer that the graph has at that path, or the table of
-    that name, else by the name: a module that is not called lends its weight.
+
+def is_packed(name: str) -> bool:
+    """Whether a weight is the projection of an attention module that packs three in one."""
+    return bool(_PACKED.search(name))
+
+
+def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Names layers by the calls of a graph.
+
+    A module that owns several weights (an attention module) has a layer for each, told apart by
+    the weight's own name; the packed projection is called as the module is, and what belongs to a
+    module further down is called as that is, whoever calls it.
+
+    Args:
+        calls: the path of the module that calls, and the name of the weight, each.
+
+    Returns:
+        Each of these -> the path of the layer.
     """
-    path, _, name = parameter.rpartition(".")
-    own = [n for n in gm.graph.nodes if n.op in _CALLS and holder_path(n) == path]
-    found = _reads(own, name) or _reads(_calls_of_layers(gm, parameter), name)
-    if found:
-        return iter(found)
-    lent = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == parameter]
-    return ((user, node) for node in lent for user in node.users if user.op in _CALLS)
+    weights: dict[str, set[str]] = defaultdict(set)
+    for path, name in calls:
+        weights[path].add(name)
+    alone = {path for path, names in weights.items() if path and len(names) == 1}
+    return {
+        (path, name): _path(path, name, names, alone)
+        for path, names in weights.items()
+        for name in names
+    }
 
 
-def _calls_of_layers(gm: fx.GraphModule, parameter: str) -> list[fx.Node]:
-    """The calls of the layers at the path of a parameter, or of those that look it up."""
-    layers, path = sites(gm), parameter.rpartition(".")[0]
-    of_name = [s for s in layers if s.path == path]
-    found = of_name or [s for s in layers if _is_table(s, parameter)]
-    return list(dict.fromkeys(call for site in found for call in _calls(gm, site)))
+def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
+    holder, _, leaf = name.rpartition(".")
+    if path and not name.startswith(f"{path}."):  # a tied weight bears another module's name
+        attends = any(other.rpartition(".")[2] in (PACKED, *_APART) for other in names)
+        if attends and holder.endswith(_INNER):
+            return path + _INNER
+        is_own = path in alone and leaf.startswith("weight")
+        return path if is_own or leaf == PACKED else f"{path}.{leaf}"
+    if is_packed(name):
+        return holder
+    is_inner = leaf == "weight" or _NUMBERED.match(leaf)
+    if path in alone and leaf.startswith("weight") and (holder == path or not is_inner):
+        return path
+    siblings = [other for other in names if other.rpartition(".")[0] == holder]
+    if _NUMBERED.match(leaf) and holder != path and len(siblings) == 1:
+        return holder
+    owner = name.removesuffix(".weight")
+    return name if owner in alone else owner
 
 
-def _reads(calls: Sequence[fx.Node], name: str) -> list[Read]:
-    """Which of the calls read a tensor whose own name is this."""
-    return [
-        (node, source)
-        for node in calls
-        for source in node.all_input_nodes
-        if source.op == "get_attr" and str(source.target).rpartition(".")[2] == name
-    ]
+def bias_of(gm: fx.GraphModule, calls: Sequence[Site]) -> torch.Tensor | None:
+    """The bias of all outputs, (out,), from the calls of a layer: a part of one may be each call's.
 
-
-def tensor_of(gm: fx.GraphModule, parameter: str) -> torch.Tensor | LazyTensor | None:
-    """The tensor that a graph has for ``<module path>.<name>``; None if nothing reads one."""
-    read = next(readers(gm, parameter), None)
-    if read is not None:
-        return cast(torch.Tensor, get_unevaluated(gm, str(read[1].target)))
-    if not is_inside(gm, parameter):
-        return None
-    try:
-        found = get_unevaluated(gm, parameter)
-    except AttributeError:
-        return None
-    return found if isinstance(found, torch.Tensor) else None
-
-
-def is_inside(gm: fx.GraphModule, parameter: str) -> bool:
-    """Whether a tensor would be of a module that is called whole, as symbolic traces keep norms.
-
-    No node fetches such a tensor: the module in the graph holds it.
+    Returns:
+        None if no call has a bias that is known before the graph runs.
     """
-    called = (str(node.target) for node in gm.graph.nodes if node.op == "call_module")
-    return any(parameter.startswith(f"{path}.") for path in called)
+    known = {site.node: value for site in calls if (value := _value(gm, site.bias)) is not None}
+    if not known:
+        return None
+    first = next(iter(known.values()))
+    if len(first) == calls[0].out_features and all(site.is_whole for site in calls):
+        return first
+    total = first.new_zeros(calls[0].out_features)
+    added = set()
+    # Calls that sum up parts of the inputs: the one with the first input comes before the others.
+    for site in sorted(calls, key=lambda site: not _has_first(site)):
+        if site.node not in known or site.part[1:3] in added:
+            continue
+        places = slice(None) if site.outputs is None else list(site.outputs)
+        if _has_first(site):
+            total[places] = known[site.node]
+        else:
+            added.add(site.part[1:3])
+            total[places] += known[site.node]
+    return total
 
 
-def _calls(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, ...]:
-    """A layer's call, and what picks its weight and bias."""
-    bias = part_of(gm, site.bias)
-    return *site.part.calls, *(bias.calls if bias else ()), site.node
+def _has_first(site: Site) -> bool:
+    return site.inputs is None or 0 in site.inputs
 
 
-def _is_table(site: Site, parameter: str) -> bool:
-    return site.type.reads_ids and site.is_whole and site.weight.target == parameter
+def _value(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
+    if node is None:
+        return None
+    if node.op == "get_attr":
+        return evaluate(get_unevaluated(gm, str(node.target)))
+    constants = Constants(gm)
+    if not all(constants.admit(step) for step in needed(node)):
+        return None
+    value = constants.value(node).to(constants.dtype(node))
+    return value if isinstance(value, torch.Tensor) and value.ndim == 1 else None

@@ -16,11 +16,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.example import example_of
-from lora_fx.graph.lazy_tensor import evaluate, set_lazy
-from lora_fx.graph.mutation import written
+from lora_fx.graph.lazy_tensor import evaluate, find_tensor, set_lazy
 from lora_fx.graph.traced_module import TracedModule
-from lora_fx.injection.injected_adapters import Injected, held_by, injected
+from lora_fx.injection.injected_adapters import Injected, injected
 from lora_fx.reference.activated import Activated, ids_of
 from lora_fx.reference.merged_parameters import Step, Weight, shifted
 from lora_fx.reference.module_layers import NoWeightFormError, Place, place_of, replaced
@@ -197,7 +197,7 @@ def _statistics(gm: fx.GraphModule, traced: TracedModule) -> dict[Slot, torch.Te
     found: dict[Slot, torch.Tensor] = {}
     for path, module in traced.modules.items():
         for leaf, value in traced.buffers(module).items():
-            held = held_by(gm, f"{path}.{leaf}".removeprefix("."))
+            held = find_tensor(gm, f"{path}.{leaf}".removeprefix("."))
             if value is None or held is None or held is value or held.shape != value.shape:
                 continue
             found[module, leaf] = held

@@ -12,11 +12,11 @@ from lora_fx.branch_lowering.cost import Cost
 from lora_fx.branch_lowering.cost_beside import cost_beside, cost_of_slot
 from lora_fx.branch_lowering.selection import choices
 from lora_fx.choices import Target
+from lora_fx.graph.editor import FOLDED
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
-from lora_fx.graph.provenance import FOLDED
-from lora_fx.injection.match_branch import branches_of
+from lora_fx.injection.branches import branches_of
 from lora_fx.injection.read_adapter import update_from
-from lora_fx.layers.parametrized_weights import recorded
+from lora_fx.layers.adapter_tensors import recorded
 from lora_fx.layers.sites import Site, by_path
 from lora_fx.reference.weight_change import Place, fitted
 

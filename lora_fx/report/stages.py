@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from lora_fx.errors import PassError
-from lora_fx.graph.provenance import origins
+from lora_fx.graph.editor import origins
 from lora_fx.injection.bind import Binding, bind
+from lora_fx.injection.branches import branches, free_name
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.match_branch import branches, free_name
 from lora_fx.injection.read_adapter import adapter_from
 from lora_fx.layers.base_layers import BaseLayers
 

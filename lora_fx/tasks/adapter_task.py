@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft import weights_in
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
 

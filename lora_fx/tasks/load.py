@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.choices import TaskName
 from lora_fx.errors import LoraFxError
-from lora_fx.io.output_place import check_path
+from lora_fx.io.plain_file import check_path
 from lora_fx.tasks.adapter_task import trained_for
 from lora_fx.tasks.directory import refuse_lacking
 from lora_fx.tasks.model_source import ModelSource, from_directory

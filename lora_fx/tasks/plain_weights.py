@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_fx.errors import LoraFxError, within
-from lora_fx.io.safetensors_writer import Made, write_tensors
+from lora_fx.io.safetensors_file import Made, write_tensors
 from lora_fx.io.state_dict import INDEX, shards_of
 from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.bitsandbytes import PARTS, SCALES, STATE, Table, of_rows

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fx.affine.feature_layout import Layout, Turn
-from lora_fx.graph.sizes import same_sizes
+from lora_fx.graph.ops import same_sizes
 
 SIZES = st.lists(st.integers(1, 4), max_size=2).map(tuple)
 SOME = st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple)

@@ -15,7 +15,7 @@ from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.graph.printer import text
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.passes import InjectLora
 from lora_fx.testing import Notebook, make_adapter, traced
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
-from lora_fx import text, trace
-from lora_fx.graph.editor import Edit, Editor
+from lora_fx import fold, inject, text, trace, unfold
+from lora_fx.graph.editor import FOLDED, Edit, Editor, origins
 from lora_fx.graph.ops import aten
 from lora_fx.layers.sites import sites
+from lora_fx.testing import make_adapter
 
 
 def test_an_edit_reads_as_a_line() -> None:
@@ -74,3 +75,30 @@ def test_freezing_leaves_the_models_own_flags(ragged: Any, x: Any) -> None:
     assert not any(p.requires_grad for p in after.parameters())
     assert all(p.requires_grad for p in gm.parameters())
     assert after.get_parameter("wide.weight").data_ptr() == ragged.wide.weight.data_ptr()
+
+
+SHAPES = {"wide": (5, 3), "again": (5, 5)}
+
+
+def test_a_folded_node_knows_the_graph_before(ragged: Any, x: Any) -> None:
+    injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
+    folded = fold(injected)
+    first, *others = origins(folded)
+    assert all(origin is first for origin in others)
+    assert str(first.gm.graph) == str(injected.graph)
+    assert first.generation == 1
+    assert "add_tensor" in first.swept
+    assert [n.meta[FOLDED][1] for n in folded.graph.nodes if FOLDED in n.meta] == [
+        "add_tensor",
+        "add_tensor_1",
+        "add_tensor_2",
+    ]
+
+
+def test_the_memory_is_private(ragged: Any, x: Any) -> None:
+    injected = inject(trace(ragged, (x,)), make_adapter(SHAPES))
+    before, folded = text(injected), fold(injected)
+    out = next(n for n in injected.graph.nodes if n.op == "output")
+    out.args = (next(iter(injected.graph.nodes)),)
+    injected.graph.eliminate_dead_code()
+    assert text(unfold(folded)) == before

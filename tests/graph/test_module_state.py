@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.frontend.isolated_run import own_inputs, preserved, random_kept, seed
-from lora_fx.graph.module_state import refill, snapshot
+from lora_fx.graph.module_state import refill, snapshot, untouched
 from lora_fx.graph.traced_module import TracedModule
 
 
@@ -106,3 +107,13 @@ def test_a_frozen_container_that_is_as_it_was_is_left_alone() -> None:
     assert model.config == {"a": 1}
     with pytest.raises(TypeError, match="frozen"):
         refill(model.config, {"a": 2})
+
+
+def test_untouched_puts_attributes_and_containers_back(ragged: Any) -> None:
+    ragged.log = [1]
+    with untouched(ragged):
+        ragged.wide.note, ragged.drop.p = "x", 0.1
+        ragged.log.append(2)
+    assert ragged.log == [1]
+    assert ragged.drop.p == 0.5
+    assert not hasattr(ragged.wide, "note")

@@ -4,26 +4,30 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
-from lora_fx.injection.check_graph import check_binding, fresh_targets
+from lora_fx.injection.branches import adapters_beside
+from lora_fx.injection.check_graph import check_binding, check_reached, fresh_targets
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
-from lora_fx.testing import make_adapter
+from lora_fx.testing import Computes, make_adapter
 
 
 def checked(gm: Any, adapter: Adapter, strict: bool) -> dict[str, str]:
     groups = by_path(gm)
     layers = layers_in(gm, groups)
-    return check_binding(gm, bind(layers, adapter), layers, groups, strict)
+    binding = bind(layers, adapter)
+    beside = adapters_beside(groups, binding.updates)
+    return check_binding(gm, binding, layers, groups, beside, strict)
 
 
 def targets(gm: Any, config: LoraConfig) -> list[str]:
     groups = by_path(gm)
-    return fresh_targets(gm, config, layers_in(gm, groups), groups)
+    return list(fresh_targets(gm, config, layers_in(gm, groups), groups))
 
 
 def test_what_does_not_match_is_returned_with_its_reason(ragged: Any) -> None:
@@ -99,3 +103,30 @@ def test_a_weight_that_is_computed_at_each_call_is_named(make: Any, frontend: An
     with pytest.raises(AdapterError) as error:
         targets(gm, LoraConfig(r=2, target_modules=["1"]))
     assert "computed" not in str(error.value)
+
+
+FINE: dict[str, Any] = {
+    "all parts": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:]),
+    "a part that nobody reads": lambda x, w: F.linear(x, w[:3]),
+    "its sizes": lambda x, w: F.linear(x, w[: w.shape[0] // 2]),
+    "the whole, read elsewhere": lambda x, w: F.linear(x, w) + w.sum(),
+}
+MISSED: dict[str, Any] = {
+    "scaled": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:] * 2),
+    "summed": lambda x, w: F.linear(x, w[:3]) + w.sum(),
+    "of a chunk": lambda x, w: F.linear(x, w.chunk(2)[0]) + F.linear(x, w.chunk(2)[1].tanh()),
+}
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("name", [*FINE, *MISSED])
+def test_a_part_that_is_read_by_no_layer_is_told(name: str, frontend: str) -> None:
+    run = (FINE | MISSED)[name]
+    fc = nn.Linear(5, 6, bias=False)
+    model = Computes(lambda m, x: run(x, m.fc.weight), fc=fc).eval()
+    gm = trace(model, (torch.randn(3, 5),), frontend=frontend)
+    if name in FINE:
+        check_reached(gm, "fc", by_path(gm))
+        return
+    with pytest.raises(AdapterError, match=r"^parts of its weight fc\.weight"):
+        check_reached(gm, "fc", by_path(gm))

@@ -16,7 +16,7 @@ from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, t
 from lora_fx.adapters.adapter import AnyUpdate, Scaling, WeightUpdate
 from lora_fx.adapters.other_updates import added
 from lora_fx.algebra.matrix_expr import Kron, Sum, constant
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.layers.sites import sites
 from lora_fx.passes import StripLora
 from lora_fx.testing import Attention, Between, folds_to, operators, relative

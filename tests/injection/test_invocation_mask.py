@@ -14,8 +14,8 @@ from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update, adapter_from, fold, inject, text, trace
 from lora_fx.adapters.updates import activated
+from lora_fx.injection.branches import branches
 from lora_fx.injection.invocation_mask import active, invocations_in
-from lora_fx.injection.match_branch import branches
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import make_adapter, relative, same_adapter
 

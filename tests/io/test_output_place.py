@@ -11,7 +11,7 @@ import pytest
 
 from lora_fx.errors import AdapterError, ExportError, LoraFxError
 from lora_fx.io.atomic import publish, staged, staged_files
-from lora_fx.io.output_place import check_path, keeping
+from lora_fx.io.output_place import keeping
 
 
 def write_directory(place: Path) -> None:
@@ -157,8 +157,3 @@ def test_what_is_no_plain_file_is_not_replaced(
 def test_a_way_up_and_down_again_is_followed(tmp_path: Path) -> None:
     write_files(tmp_path / "not" / ".." / "out" / "model")
     assert everything(tmp_path) == {"out/model": "new"}
-
-
-def test_what_is_not_there_can_be(tmp_path: Path) -> None:
-    assert check_path(tmp_path / "no" / "file", AdapterError) == tmp_path / "no" / "file"
-    assert check_path(tmp_path, AdapterError) == tmp_path

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import AdapterError, LoraFxError
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.runtime.sampling import Ends
 from lora_fx.export.slots.check_adapter import read_adapter
-from lora_fx.io.plain_file import check_plain, read_plain
-from lora_fx.io.safetensors_reader import read_metadata, read_names, read_tensors
+from lora_fx.io.plain_file import check_path, check_plain, read_plain
+from lora_fx.io.safetensors_file import read_metadata, read_names, read_tensors
 from lora_fx.io.state_dict import read_file, read_pickle
 from lora_fx.io.strict_json import read_json, read_object
 
@@ -149,3 +149,8 @@ def test_a_pointer_of_git_lfs_is_named(reader: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_text(text)
     with pytest.raises(LoraFxError, match=r"a: a git-lfs pointer, .* git lfs pull"):
         READERS[reader](tmp_path / "a")
+
+
+def test_what_is_not_there_can_be(tmp_path: Path) -> None:
+    assert check_path(tmp_path / "no" / "file", AdapterError) == tmp_path / "no" / "file"
+    assert check_path(tmp_path, AdapterError) == tmp_path

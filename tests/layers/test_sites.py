@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,8 +10,8 @@ from torch import nn
 from lora_fx import Adapter, inject, trace
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.algebra.matrix_expr import Sum, constant, product
-from lora_fx.layers.sites import by_path, readers, sites
-from lora_fx.testing import Attention, zoo
+from lora_fx.layers.sites import bias_of, by_path, is_packed, paths_of, sites
+from lora_fx.testing import Attention, Computes
 
 
 def test_a_site_is_read_into_a_record(ragged: Any) -> None:
@@ -54,17 +55,6 @@ def test_calls_of_an_adapter_that_makes_a_weight_anew_are_no_sites(ragged: Any, 
     assert [site.layer for site in sites(injected)] == [site.layer for site in sites(base)]
 
 
-def test_readers_are_told_by_module_and_not_by_name() -> None:
-    _, gm = zoo("qwen2")
-    (call, source), *others = readers(gm, "lm_head.weight")
-    assert not others
-    assert call.target is torch.ops.aten.linear.default
-    (table, same), *_ = readers(gm, "model.embed_tokens.weight")
-    assert table.target is torch.ops.aten.embedding.default
-    assert same.target == source.target
-    assert list(readers(gm, "model.embed_tokens.bias")) == []
-
-
 def test_a_vector_is_no_site() -> None:
     class Dots(nn.Module):
         def __init__(self) -> None:
@@ -75,3 +65,104 @@ def test_a_vector_is_no_site() -> None:
             return F.linear(x, self.v)
 
     assert sites(trace(Dots())) == []
+
+
+PATHS: list[tuple[list[tuple[str, str, str]], str]] = [
+    ([("fc", "fc.weight", "fc")], "a layer"),
+    ([("head", "embed.weight", "head"), ("embed", "embed.weight", "embed")], "tied"),
+    ([("", "fc.weight", "fc"), ("", "w", "w")], "called by the root"),
+    ([("", "fc.weight", "fc.weight"), ("fc", "fc.weight", "fc")], "called by both"),
+    ([("m", "m.w", "m.w")], "a bare weight alone"),
+    ([("m", "m.v", "m.v"), ("m", "m.w", "m.w")], "two bare weights"),
+    ([("m", "m.fc.weight", "m.fc")], "a layer that its owner calls"),
+    (
+        [("a", "a.in_proj_weight", "a"), ("a", "a.out_proj.weight", "a.out_proj")],
+        "attention",
+    ),
+    ([("a", "a.out_proj.weight", "a.out_proj")], "attention whose projection is missed"),
+    (
+        [("a", "a.in_proj_weight_1", "a"), ("a", "a.out_proj.weight_2", "a.out_proj")],
+        "attention, folded while others read the old weights",
+    ),
+    (
+        [("b", "a.in_proj_weight", "b"), ("b", "a.out_proj.weight", "b.out_proj")],
+        "attention under another name",
+    ),
+    ([("m", "m.a.in_proj_weight", "m.a")], "attention that its owner calls"),
+    (
+        [
+            ("a", "a.q_proj_weight", "a.q_proj_weight"),
+            ("a", "a.k_proj_weight", "a.k_proj_weight"),
+            ("a", "a.v_proj_weight", "a.v_proj_weight"),
+            ("a", "a.out_proj.weight", "a.out_proj"),
+        ],
+        "attention of several widths",
+    ),
+    (
+        [("b", "a.q_proj_weight", "b.q_proj_weight"), ("b", "a.out_proj.weight", "b.out_proj")],
+        "the same under another name",
+    ),
+    ([("m", "m.e.weight_1", "m.e.weight_1"), ("m", "m.e.weight_2", "m.e.weight_2")], "numbered"),
+]
+
+
+@pytest.mark.parametrize(("layers", "what"), PATHS, ids=[what for _, what in PATHS])
+def test_layers_are_called_by_who_holds_their_weight(
+    layers: list[tuple[str, str, str]], what: str
+) -> None:
+    wanted = {(path, name): called for path, name, called in layers}
+    assert paths_of(wanted) == wanted
+
+
+def test_the_packed_projection_is_told_by_its_name() -> None:
+    assert is_packed("attn.in_proj_weight")
+    assert is_packed("attn.in_proj_weight_1")
+    assert not is_packed("in_proj_weight")  # of the root: nothing else it could be called
+    assert not is_packed("attn.in_proj_bias")
+
+
+def layer(run: Any) -> nn.Module:
+    function = lambda m, x: run(m, x, m.fc.weight, m.fc.bias)  # noqa: E731
+    return Computes(function, {"b": (2,)}, fc=nn.Linear(5, 6))
+
+
+def parts(m: Any, x: Any, w: Any, b: Any) -> Any:
+    return F.linear(x, w[:2], b[:2]) + F.linear(x, w[2:4]) + F.linear(x, w[4:], m.b)
+
+
+def inputs(m: Any, x: Any, w: Any, b: Any) -> Any:
+    return F.linear(x[..., 2:], w[:, 2:], b) + F.linear(x[..., :2], w[:, :2], 2 * b)
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "whole": (lambda m, x, w, b: F.linear(x, w, b), lambda m: m.fc.bias),
+    "none": (lambda m, x, w, b: F.linear(x, w), None),
+    "computed": (
+        lambda m, x, w, b: F.linear(x, w, torch.cat([b[:4], m.b])),
+        lambda m: torch.cat([m.fc.bias[:4], m.b]),
+    ),
+    "parts": (parts, lambda m: torch.cat([m.fc.bias[:2], torch.zeros(2), m.b])),
+    "summed": (inputs, lambda m: 3 * m.fc.bias),
+    "twice": (
+        lambda m, x, w, b: F.linear(F.linear(x, w, b)[..., :5], w, b).sum() + parts(m, x, w, b),
+        None,
+    ),
+    "of an activation": (lambda m, x, w, b: F.linear(x, w, b * x.sum()), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bias_is_put_together_of_what_the_calls_have(name: str) -> None:
+    run, wanted = CASES[name]
+    torch.manual_seed(0)
+    model = layer(run).eval().requires_grad_(False)
+    gm = trace(model, (torch.randn(3, 5),))
+    found = bias_of(gm, by_path(gm)["fc"])
+    if name == "twice":  # the whole call's and the parts' agree where both have one
+        assert found is not None
+        assert torch.equal(found[:2], model.fc.bias[:2])
+    elif wanted is None:
+        assert found is None
+    else:
+        assert found is not None
+        torch.testing.assert_close(found, wanted(model))

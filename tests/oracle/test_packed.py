@@ -30,7 +30,7 @@ from lora_fx import (
     unfold,
 )
 from lora_fx.adapters.other_updates import Scaling
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import FoldLora, StripLora
 from lora_fx.testing import relative

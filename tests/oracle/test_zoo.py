@@ -20,7 +20,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Adapter, Update, compare
 from lora_fx.explanation import unmerged
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.layers.sites import sites
 
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

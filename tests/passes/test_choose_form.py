@@ -12,7 +12,7 @@ from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, 
 from lora_fx.branch_lowering.selection import FACTORED, Form
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.testing import check_pass, folds_to, make_adapter, relative, tiny
 

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftConfig
 from torch import nn
 
 from lora_fx import Adapter, adapter_from, fold, inject, text, trace
-from lora_fx.injection.match_branch import branches
+from lora_fx.injection.branches import branches
 from lora_fx.passes import RaiseLora
 from lora_fx.testing import Notebook, check_pass
 

@@ -19,8 +19,7 @@ from lora_fx.affine.transfer.overwrites import uniform_at
 from lora_fx.affine.transfer.views import movable
 from lora_fx.algebra.index_expr import along, slice_of
 from lora_fx.algebra.matrix_expr import Identity, Matrix, placed, repeated, total
-from lora_fx.graph.ops import call_argument, op_name
-from lora_fx.graph.sizes import sizes_of
+from lora_fx.graph.ops import call_argument, op_name, sizes_of
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Value:

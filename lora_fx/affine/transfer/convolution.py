@@ -15,8 +15,7 @@ from lora_fx.affine.constant_expr import leaf
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
 from lora_fx.algebra.matrix_expr import BlockDiag, Leaf, Matrix, columns_scaled
-from lora_fx.graph.ops import call_argument, is_around, op_name
-from lora_fx.graph.sizes import sizes_of
+from lora_fx.graph.ops import call_argument, is_around, op_name, sizes_of
 from lora_fx.layers.layer_types import OPERATORS
 
 

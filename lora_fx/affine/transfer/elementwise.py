@@ -10,8 +10,7 @@ from torch import fx
 from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
 from lora_fx.affine.analysis import Analysis, Opaque, Splat, Value, dtype_of, result_dtype
 from lora_fx.algebra.matrix_expr import Matrix, Quotient, Sum, number, repeated, signed, total
-from lora_fx.graph.ops import call_argument
-from lora_fx.graph.sizes import same_sizes, sizes_of
+from lora_fx.graph.ops import call_argument, same_sizes, sizes_of
 
 
 def add(analysis: Analysis, node: fx.Node) -> Value:

@@ -31,8 +31,7 @@ from lora_fx.algebra.matrix_expr import (
     signed,
     total,
 )
-from lora_fx.graph.ops import call_argument, op_name
-from lora_fx.graph.sizes import same_sizes, sizes_of
+from lora_fx.graph.ops import call_argument, op_name, same_sizes, sizes_of
 
 _FILLED = {"zeros", "ones", "full"}
 Places = Callable[[int], Index | None]  # what an index picks of an axis of some size

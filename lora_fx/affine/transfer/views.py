@@ -19,8 +19,7 @@ from lora_fx.affine.analysis import (
 )
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.algebra.index_expr import reordered
-from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name
-from lora_fx.graph.sizes import sizes_of
+from lora_fx.graph.ops import NAMED_CASTS, call_argument, op_name, sizes_of
 
 
 def identity(analysis: Analysis, node: fx.Node) -> Value:

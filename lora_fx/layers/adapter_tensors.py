@@ -1,17 +1,77 @@
-"""Parametrized weights: ``W' = f(W, values)`` where an adapter put it into a graph."""
+"""What adapters bring into a graph: tensors, told by name, and weights ``W' = f(W, values)``."""
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.graph.ops import aten, needed
-from lora_fx.layers.parameter_names import name_in, part_of
 
 _MARK = ".lora_weight_"
 _STEPS = 200  # nodes that an operand may be made of: what is more is no adapter's function
+_OWN = frozenset(vars(nn.Module()))  # what only an instance has: training, _parameters, ...
+
+
+class Names(NamedTuple):
+    """What a branch calls its tensors."""
+
+    down: str
+    up: str
+    bias: str
+    gain: str
+    col: str
+
+
+def parameter_names(path: str, name: str, bare: bool = False) -> Names:
+    """What the branch of adapter ``name`` at ``path`` calls its tensors."""
+    at, own = _place(path, name, bare)
+    return Names(*[f"{at}.lora_{kind}.{own}" for kind in ("A", "B", "bias", "gain", "col")])
+
+
+def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
+    """What adapter ``name`` calls the values from which it makes the weight of a layer anew."""
+    at, own = _place(path, name, bare)
+    return [f"{at}{_MARK}{place}.{own}" for place in range(count)]
+
+
+def _place(path: str, name: str, bare: bool) -> tuple[str, str]:
+    """Where the tensors of adapter ``name`` at ``path`` are, and how the name of each ends.
+
+    Where the path is that of a ``bare`` weight, they live beside it: nothing fits below a tensor.
+    """
+    return f"{path}_adapted" if bare else path, part_of(name)
+
+
+def is_factor(target: str) -> bool:
+    """Whether a tensor is one that an injected adapter brought: `parameter_names`."""
+    *_, holder, name = ("", *target.split("."))
+    return holder in ("lora_A", "lora_B") or name.startswith(("lora_shrink", "lora_expand"))
+
+
+def part_of(name: str) -> str:
+    """What tensors are called by: ``is`` becomes ``is_``, because Python cannot say ``x.is``.
+
+    So do names that every module has already (``train``, ``half``), and what would be read back
+    as one of these (``is_`` becomes ``is__``).
+    """
+    return f"{name}_" if _is_taken(name) else name
+
+
+def name_in(target: str) -> str:
+    """The adapter's name out of the name of one of its tensors: what `part_of` made of it."""
+    part = target.rpartition(".")[2]
+    return part[:-1] if part.endswith("_") and _is_taken(part[:-1]) else part
+
+
+@lru_cache(maxsize=1024)
+def _is_taken(name: str) -> bool:
+    """Whether a name is taken, or is a taken one with underscores behind it."""
+    shorter = [name[:end] for end in range(len(name.rstrip("_")), len(name) + 1)]
+    return any(keyword.iskeyword(w) or hasattr(nn.Module, w) or w in _OWN for w in shorter)
 
 
 class Made(NamedTuple):
@@ -29,12 +89,6 @@ class Made(NamedTuple):
     adapter: str
     source: fx.Node
     stored: fx.Node
-
-
-def value_names(path: str, name: str, count: int, bare: bool = False) -> list[str]:
-    """What adapter ``name`` calls the values from which it makes the weight of a layer anew."""
-    at, own = f"{path}_adapted" if bare else path, part_of(name)
-    return [f"{at}{_MARK}{place}.{own}" for place in range(count)]
 
 
 def made_anew(graph: fx.Graph) -> list[Made]:

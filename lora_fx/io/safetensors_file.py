@@ -1,9 +1,16 @@
-"""Safetensors files, memory-mapped, after a header check stricter than the library's."""
+"""Safetensors files, and what every tensor of an adapter must be, whatever file it comes from.
+
+They are read memory-mapped, after a header check stricter than the library's, and written one
+tensor after the other, none of which is kept.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from lora_fx.errors import AdapterError, within
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.strict_json import parse_object
-from lora_fx.io.tensor_checks import check_gathered, check_tensors, may_be_integer, widened
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
@@ -19,6 +25,24 @@ MAX_DIMS = 8
 MAX_NAME = 512
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of one byte, which nothing here computes with: float16 has every value that they have.
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
+LISTED = ".lora_invocation"
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -151,3 +175,108 @@ def _check_layout(ranges: list[tuple[int, int, str]], data_size: int) -> None:
 def _is_counts(value: object) -> bool:
     """Whether a value is a list of plain integers, none negative."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def check_gathered(name: str, shape: Sequence[int]) -> None:
+    """Refuses a tensor of a file that has no values.
+
+    Raises:
+        AdapterError: names it, and what leaves such tensors.
+    """
+    if 0 in shape and not name.endswith(LISTED):  # no tokens: everywhere
+        raise AdapterError(
+            f"tensor {name!r:.80}: shape {list(shape)!r:.80}: it is empty, which is what DeepSpeed "
+            "ZeRO-3 and FSDP leave of a model that is saved while its tensors are spread over "
+            "processes: save it with stage3_gather_16bit_weights_on_model_save, or take the "
+            "adapter out of the checkpoint, as zero_to_fp32.py does"
+        )
+
+
+def may_be_integer(name: str, count: int) -> bool:
+    """Whether a tensor is one number (alpha, a flag, a count of batches), or places or tokens."""
+    is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
+    is_listed = name.endswith(LISTED)
+    return is_number or is_listed or "_indices" in name or "_s_size" in name
+
+
+def widened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of a byte a number as float16, with the same values."""
+    return {n: t.to(torch.float16) if t.dtype in NARROW else t for n, t in tensors.items()}
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a tensor that is not dense, of a floating dtype, and finite.
+
+    Raises:
+        AdapterError: names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        what = f"tensor {name!r}"
+        is_dense = tensor.layout == torch.strided and not tensor.is_nested  # which has no shape
+        if not is_dense or tensor.is_meta:
+            raise AdapterError(f"{what} is sparse, nested or without data, expected dense")
+        if _overlaps(tensor):
+            raise AdapterError(
+                f"{what} is expanded: fewer values are stored than its shape "
+                f"{tuple(tensor.shape)} shows, expected one for each; save a contiguous copy"
+            )
+        is_integer = tensor.dtype in INTEGERS and may_be_integer(name, tensor.numel())
+        if tensor.dtype not in DTYPES and not is_integer:
+            raise AdapterError(
+                f"{what} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{what} holds NaN or infinity; the adapter is damaged")
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory: a step shorter than what it skips."""
+    if not tensor.numel():  # strides mean nothing: some readers give zeros
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+class Made(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        shape: of it.
+        dtype: of it.
+        make: gives it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Made]) -> None:
+    """Writes tensors in their order.
+
+    Raises:
+        ValueError: one is not what was said of it.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, made in tensors.items():
+        start, end = end, end + math.prod(made.shape) * made.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[made.dtype],
+            "shape": list(made.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, made in tensors.items():
+            found = made.make()
+            if (tuple(found.shape), found.dtype) != (made.shape, made.dtype):
+                raise ValueError(f"{name}: shape {tuple(found.shape)}, expected {made.shape}")
+            values: Any = found.contiguous().flatten().view(torch.uint8).numpy()
+            file.write(values.data)

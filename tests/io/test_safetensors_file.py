@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_fx.errors import AdapterError
-from lora_fx.io.safetensors_reader import (
+from lora_fx.io.safetensors_file import (
+    DTYPES,
     MAX_HEADER,
     MAX_TENSORS,
+    Made,
     check_header,
+    check_tensors,
     read_metadata,
     read_names,
     read_tensors,
+    write_tensors,
 )
 
 A = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
@@ -209,3 +214,60 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"gone\.safetensors: cannot be read: No such file"):
         read_tensors(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_finite_floats_pass(dtype: torch.dtype) -> None:
+    check_tensors({"a": torch.ones(3, 2, dtype=dtype), "b": torch.ones((), dtype=dtype)})
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (4, 0, 3, 3)])
+def test_the_strides_of_what_is_empty_mean_nothing(shape: tuple[int, ...]) -> None:
+    check_tensors({"a": torch.empty(shape).as_strided(shape, [0] * len(shape))})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(3, dtype=torch.int64), r"dtype torch\.int64"),
+        (torch.ones(3, dtype=torch.bool), r"dtype torch\.bool"),
+        (torch.ones(3).to(torch.float8_e4m3fn), r"dtype torch\.float8_e4m3fn"),
+        (torch.ones(3, dtype=torch.complex64), r"dtype torch\.complex64"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.empty(3, device="meta"), "without data"),
+        (torch.ones(1).expand(3), "expanded"),
+        (torch.tensor([1.0, torch.nan]), "holds NaN or infinity"),
+        (torch.tensor([1.0, -torch.inf], dtype=torch.bfloat16), "holds NaN or infinity"),
+    ],
+)
+def test_others_are_refused_by_name(tensor: torch.Tensor, message: str) -> None:
+    with pytest.raises(AdapterError, match=rf"^tensor 'bad' .*{message}"):
+        check_tensors({"good": torch.ones(2), "bad": tensor})
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_torch_itself_quantised_is_refused() -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+    with pytest.raises(AdapterError, match=r"^tensor 'bad' has dtype torch\.quint8"):
+        check_tensors({"bad": quantised})
+
+
+WRITTEN = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+
+
+def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    made = {str(d): (torch.randn(3, 5) * 4).to(d).T for d in WRITTEN} | {"one": torch.tensor(2.0)}
+    made["none"] = torch.zeros(0, 4)
+    entries = {n: Made(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in made.items()}  # type: ignore[misc]
+    write_tensors(tmp_path / "a.safetensors", entries)
+    found = load_file(tmp_path / "a.safetensors")
+    assert list(found) == sorted(made) or found.keys() == made.keys()
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in made.items())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_what_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
+    entry = {"a": Made((2,), torch.float32, lambda: torch.zeros(3))}
+    with pytest.raises(ValueError, match="shape"):
+        write_tensors(tmp_path / "a.safetensors", entry)

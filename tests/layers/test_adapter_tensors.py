@@ -16,8 +16,8 @@ import lora_fx
 from lora_fx import Adapter, LoraConfig
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.other_updates import added
-from lora_fx.injection.match_branch import branches
-from lora_fx.layers.parameter_names import name_in, part_of
+from lora_fx.injection.branches import branches
+from lora_fx.layers.adapter_tensors import name_in, part_of
 from lora_fx.testing import make_adapter, relative
 
 ODD = ["is", "None", "match", "_", "train", "forward", "training", "__class__", "self", "a" * 300]

@@ -12,8 +12,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, adapter_from, fold, inject, trace
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.graph.example import example_of
-from lora_fx.injection.injected_adapters import injected
-from lora_fx.injection.usage_check import tensors_of
+from lora_fx.injection.injected_adapters import injected, tensors_of
 from lora_fx.testing import Attention, relative
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
