@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
+from torch._export import utils as export_utils
 from torch.export import exported_program
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
@@ -38,7 +39,7 @@ def without_idle_work() -> Iterator[None]:
 
 
 _TABLE_OF = _decomp.create_onnx_friendly_decomposition_table
-_COMPOSITE_OPERATORS = exported_program._collect_all_valid_cia_ops
+_COMPOSITE_OPERATORS = export_utils._collect_all_valid_cia_ops
 _FROM_TORCHLIB = _registration.ONNXRegistry.from_torchlib
 _FROM_OP_SCHEMA = ir.schemas.OpSignature.from_op_schema
 
