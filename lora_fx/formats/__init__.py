@@ -29,11 +29,11 @@ from lora_fx.formats.loralib import DIALECT, read_loralib
 from lora_fx.formats.loralib.layers import PICKLES
 from lora_fx.formats.loralib.layers import contents as loralib_contents
 from lora_fx.formats.peft.keys import is_named
-from lora_fx.formats.trainers import names_of
 from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 from lora_fx.io.output_place import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
 from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.trainer_names import names_of
 
 Tell = Callable[[Path, Collection[str]], bool]
 Write = Callable[[Adapter, Path, Hints, bool], None]

@@ -10,11 +10,11 @@ import torch
 from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import ALPHA, Dialect, Layers, Tensors, add
-from lora_fx.formats.trainers import names_of
 from lora_fx.kinds import KINDS, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 from lora_fx.layers.resolve import Names, Size
+from lora_fx.layers.trainer_names import names_of
 
 DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
 UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
