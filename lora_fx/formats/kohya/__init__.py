@@ -1,4 +1,4 @@
-"""kohya's files and LyCORIS' as updates: which they are, whose layers, and what a layer's hold."""
+"""kohya's files and LyCORIS': which they are, the updates that they hold, and the way back."""
 
 from __future__ import annotations
 
@@ -10,35 +10,21 @@ from pathlib import Path
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.other_updates import WeightUpdate, added, evaluated
 from lora_fx.adapters.row_blocks import swapped
+from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
-from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError, within
-from lora_fx.formats.dialects import ALPHA, Layers, Roles, scalar_of, sort_keys, tensors_of
+from lora_fx.formats import dialects
+from lora_fx.formats.dialects import ALPHA, Contents, Layers, Roles, scalar_of, tensors_of
 from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya.names import (
-    DIALECT,
-    DORA,
-    DOWN_KEY,
-    FORM,
-    MID,
-    ROLES,
-    UP_KEY,
-    algorithm_of,
-    by_algorithm,
-    check_part,
-    claim,
-    find,
-    part_of,
-    rank_of_algorithm,
-)
+from lora_fx.formats.kohya import names
+from lora_fx.formats.kohya.names import DIALECT, DORA, FORM, MID, ROLES
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora, lora
+from lora_fx.kinds import KINDS, dora, full, lora
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
@@ -52,13 +38,13 @@ _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
 _MARKS = tuple(end for end in DIALECT.endings if end not in (".alpha", ".diff_b"))
 
 
-def is_kohya(path: Path, names: Collection[str]) -> bool:
+def is_kohya(path: Path, keys: Collection[str]) -> bool:
     """Whether a file's tensors are named as kohya's, or as LyCORIS', or others' of that kind."""
-    if any(part_of(name) for name in names):
+    if any(names.part_of(key) for key in keys):
         return True
-    is_peft = any(name.startswith(PREFIX) for name in names)
-    is_other = is_peft or speaks_diffusers(names) is not False
-    return not is_other and any(name.endswith(_MARKS) for name in names)
+    is_peft = any(key.startswith(PREFIX) for key in keys)
+    is_other = is_peft or speaks_diffusers(keys) is not False
+    return not is_other and any(key.endswith(_MARKS) for key in keys)
 
 
 def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
@@ -81,15 +67,15 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             if roles.keys() <= {ALPHA, DORA}:  # said before its layer is looked for
                 lora.check_pair(roles)
         asked = {name: size_of(roles) for name, roles in layers.items()}
-        return Adapter(name, placed(layers, find(asked, base), base), moved={})
+        return Adapter(name, placed(layers, names.find(asked, base), base), moved={})
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
     """The tensors by layer and leaf."""
     if component is not None:
-        check_part(component)
-        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    layers = sort_keys(tensors, DIALECT, claim)
+        names.check_part(component)
+        tensors = {k: t for k, t in tensors.items() if names.part_of(k) in (None, component)}
+    layers = dialects.sort_keys(tensors, DIALECT, names.claim)
     if not layers:
         raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers
@@ -110,44 +96,34 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
         )
     if layer.kind == NORM:
         roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
-    first, *rest = ({k: roles[k] for k in roles if k in leaves} for leaves in by_algorithm(roles))
+    apart = names.by_algorithm(roles)
+    first, *rest = ({k: roles[k] for k in roles if k in leaves} for leaves in apart)
     found = _of_one(first, layer)
-    return _with_difference(found[""], rest[0]) if rest else found
+    if not rest:
+        return found
+    beside = tensors_of(rest[0])
+    return {"": full.beside(found[""], beside.get("diff"), beside.get("diff_b"))}
 
 
 def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     tensors = tensors_of(roles)
-    algorithm = algorithm_of(tensors)
+    algorithm = names.algorithm_of(tensors)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
         raise AdapterError(f"{sorted(tensors)} do not fit {layer.path}, a {layer.name}")
     if algorithm == "norm":
-        return {_OF_NORM[leaf]: _added(leaf, t) for leaf, t in tensors.items() if leaf != ALPHA}
+        own = {leaf: tensor for leaf, tensor in tensors.items() if leaf != ALPHA}
+        return {_OF_NORM[leaf]: full.of_vector(leaf, tensor) for leaf, tensor in own.items()}
     if algorithm == "full" and "diff" not in tensors:
-        return {"bias": _added("b_norm", tensors["diff_b"])}
-    if DORA not in tensors or not dora.is_of_inputs(tensors[DORA], layer.own_shape):
-        update = _update(roles, algorithm, layer)
-        return {"": _on_groups(update, tensors, layer)}
-    plain = _update({k: found for k, found in roles.items() if k != DORA}, algorithm, layer)
-    return {"": dora.over_inputs(plain, tensors, layer.own_shape)}
-
-
-def _with_difference(update: AnyUpdate, roles: Roles) -> dict[str, AnyUpdate]:
-    """An update, and ``diff`` added to its weight, ``diff_b`` to its bias."""
-    diff, shift = (roles[leaf][1] if leaf in roles else None for leaf in ("diff", "diff_b"))
-    own = update.shift(lambda: None)
-    bias = own if shift is None else shift if own is None else own + shift
-    if diff is None and isinstance(update, Update) and update.scale != 0:
-        wide = torch.promote_types(update.up.dtype, torch.float32)
-        return {"": replace(update, bias=None if bias is None else bias.to(wide) / update.scale)}
-
-    def function(weight: Matrix) -> Matrix:
-        whole = update.of(weight)
-        return whole if diff is None else Sum(whole, constant(diff, weight.shape))
-
-    shape = update.shape if diff is None else tuple(diff.shape)
-    return {"": WeightUpdate("full", function, shape, bias=bias)}
+        return {"bias": full.of_vector("b_norm", tensors["diff_b"])}
+    if DORA in tensors and dora.is_of_inputs(tensors[DORA], layer.own_shape):
+        plain = _update({k: found for k, found in roles.items() if k != DORA}, algorithm, layer)
+        return {"": dora.over_inputs(plain, tensors, layer.own_shape)}
+    update = _update(roles, algorithm, layer)
+    if layer.groups > 1 and isinstance(update, Update) and update.magnitude is not None:
+        update = dora.evaluated_first(update, tensors, layer.own_shape)
+    return {"": update}
 
 
 def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
@@ -156,7 +132,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     tensors, alpha = tensors_of(roles), scalar_of(roles)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        rank = rank_of_algorithm(algorithm, tensors)
+        rank = names.rank_of_algorithm(algorithm, tensors)
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     if algorithm == "oft":
         settings["constraint"] = alpha or 0.0
@@ -177,23 +153,13 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     return replace(update, stored=SourceRecord(tensors_of(roles), {"scale": update.scale}))
 
 
-def _on_groups(update: AnyUpdate, tensors: Mapping[str, torch.Tensor], layer: Layer) -> AnyUpdate:
-    """DoRA on a grouped convolution as a function of the weight, the one form that it has."""
-    if not isinstance(update, Update) or update.magnitude is None or layer.groups == 1:
-        return update
-    stored = update.stored or SourceRecord(tensors, {"scale": update.scale})
-    plain = replace(update, magnitude=None)
-    whole = evaluated(plain, layer.own_shape, stored)
-    return dora.with_magnitude(whole, {DORA: tensors[DORA]})
-
-
 def size_of(roles: Roles) -> Size:
     """(out, in, *kernel) of the layer that tensors are of, as far as they tell it alone."""
     if "diff" in roles:
         return tuple(roles["diff"][1].shape)
-    if not {DOWN_KEY, UP_KEY} <= roles.keys():
+    if not {names.DOWN_KEY, names.UP_KEY} <= roles.keys():
         return ()
-    down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
+    down, up = roles[names.DOWN_KEY][1], roles[names.UP_KEY][1]
     return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
 
 
@@ -224,7 +190,88 @@ def _of_vectors(
     return {f"{path}.{key}": part for path, part in parts.items()}
 
 
-def _added(leaf: str, change: torch.Tensor) -> AnyUpdate:
-    """What is added to a norm's weight or bias: ``lycoris/modules/norms.py`` of 4.1.3."""
-    stored = SourceRecord({leaf: change})
-    return WeightUpdate("norm", added(change), tuple(change.shape), stored)
+def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
+    """A file that kohya's scripts or LyCORIS, and what reads theirs, load.
+
+    What was read from such a file is written as it was. Another product of two factors is LoRA,
+    with a magnitude DoRA; rsLoRA becomes the alpha that gives its scale over the rank. An alpha
+    that float32 cannot hold is written as float64. ``component`` says what the paths are of
+    (``"lycoris"``: of a model that is no part of a pipeline); without, each begins with a part's
+    name in a pipeline, such as ``unet.``.
+    """
+    dialects.check_held(adapter, "kohya's format", adapter.replacements, problem_with)
+    owners: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for key, update in adapter.updates.items():
+        module = module_of(key, update)
+        name = names.name_of(module, adapter.updates, hints.component)
+        if owners.setdefault(name, module) != module:
+            raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
+        tensors |= {f"{name}.{leaf}": t for leaf, t in leaves_for(update).items()}
+    return tensors, {}
+
+
+def module_of(key: str, update: AnyUpdate) -> str:
+    """The path of the module that an update is of: a norm's is of one of its parameters."""
+    return key.rpartition(".")[0] if update.kind == "norm" else key
+
+
+def problem_with(update: AnyUpdate) -> str | None:
+    """What kohya's format cannot hold of an update, in words, or None."""
+    own, scale = _own(update), _scale(update)
+    if own is not None:
+        is_scaled = names.rank_of_algorithm(own[0], own[1].tensors) is None and scale != 1
+        found = f"a scale of {scale:g} of kind {own[0]!r}" if is_scaled else None
+    else:
+        found = dialects.not_lora(update, {dialects.DORA})
+    return "a scale of 0, which it reads as 1" if found is None and scale == 0 else found
+
+
+def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
+    """The tensors of an update that the format can hold, by leaf."""
+    own = _own(update)
+    if own is not None:
+        algorithm, stored = own
+        rank = names.rank_of_algorithm(algorithm, stored.tensors)
+        return dict(stored.tensors) | _alpha(stored.tensors, _scale(update), rank)
+    assert isinstance(update, Update)
+    roles = lora.stored(update, FORM)
+    leaves = {leaf: roles[role] for leaf, role in ROLES.items() if role in roles}
+    return leaves | _alpha({}, update.scale, update.rank)
+
+
+def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
+    """The algorithm and the tensors of an update that LyCORIS wrote, or could have written."""
+    stored = update.stored
+    algorithm = None if stored is None else names.algorithm_of(stored.tensors)
+    if stored is None or algorithm is None:
+        return None
+    # PEFT multiplies the full factors of a one-dimensional convolution in another order.
+    is_foreign = algorithm == "lokr" and stored.settings.get("writer") != "lycoris"
+    second = stored.tensors.get("lokr_w2")
+    if is_foreign and second is not None and second.ndim == 3:
+        return None
+    return algorithm, stored
+
+
+def _scale(update: AnyUpdate) -> float:
+    own = update.scale if isinstance(update, Update) else update.stored_settings.get("scale", 1.0)
+    return float(own)
+
+
+def _alpha(
+    stored: Mapping[str, torch.Tensor], scale: float, rank: int | None
+) -> dict[str, torch.Tensor]:
+    """The alpha that gives a scale: the stored one, if it does, or none if there is no rank."""
+    if rank is None:
+        return {}
+    given = stored.get(ALPHA)
+    if ((given.item() if given is not None else 0) or rank) / rank == scale and stored:
+        return {}
+    return {ALPHA: as_tensor(alpha_for(scale, rank))}
+
+
+def as_tensor(value: float) -> torch.Tensor:
+    """One number as kohya stores it, in float32, or wider if that would change it."""
+    narrow = torch.tensor(value, dtype=torch.float32)
+    return narrow if narrow.item() == value else torch.tensor(value, dtype=torch.float64)

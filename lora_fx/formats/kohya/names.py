@@ -105,19 +105,15 @@ def check_part(part: object) -> None:
         raise AdapterError(f"component is {part!r:.80}, expected one of {', '.join(PREFIXES)}")
 
 
-def flat(path: str) -> str:
-    """A path as kohya writes it: lossy, since a name may have underscores of its own."""
-    return path.replace(".", "_")
-
-
 def name_of(path: str, paths: Collection[str], component: str | None) -> str:
     """What kohya calls the layer at a path, which is of a component or begins with a part's name.
 
-    All paths of the adapter tell one text encoder from the first of several.
+    That is lossy, since a path may have underscores of its own. All paths of the adapter tell one
+    text encoder from the first of several.
     """
     if component is not None:
         check_part(component)
-        return PREFIXES[component] + flat(path)
+        return PREFIXES[component] + path.replace(".", "_")
     holder, _, rest = path.partition(".")
     part = next((part for part, holders in HOLDERS.items() if holder in holders), None)
     if part is None or not rest:
@@ -126,7 +122,7 @@ def name_of(path: str, paths: Collection[str], component: str | None) -> str:
             f"{', '.join(PREFIXES)}, to say what the paths are of"
         )
     is_double = part == "te" and any(other.startswith("text_encoder_") for other in paths)
-    return PREFIXES["te1" if is_double else part] + flat(rest)
+    return PREFIXES["te1" if is_double else part] + rest.replace(".", "_")
 
 
 def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:

@@ -41,7 +41,8 @@ class PeftConfig:
 
     Attributes:
         peft_type: the name of the type.
-        kinds: of its updates; the first is the key of ``KINDS`` that reads them.
+        kinds: of its updates; the first is the key of ``KINDS`` that reads them. None of a type
+            that PEFT itself reads.
         leaves: ends of the keys below a layer's path.
         ranked: the leaves whose first axis is the rank.
         rank_field: the name of the field of the rank.
@@ -58,7 +59,7 @@ class PeftConfig:
     """
 
     peft_type: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[str, ...]] = ()
     leaves: ClassVar[tuple[str, ...]]
     ranked: ClassVar[tuple[str, ...]] = ()
     rank_field: ClassVar[str] = "r"
@@ -132,7 +133,7 @@ class PeftConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of a layer; 0 where the type has none."""
-        return 0
+        return int(getattr(self, self.rank_field, 0))
 
     def settings(self, path: str, tensors: Tensors) -> Fields:
         """What the kind wants to know of a layer."""

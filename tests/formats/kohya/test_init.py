@@ -23,7 +23,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.kohya.write import as_tensor, module_of, problem_with
+from lora_fx.formats.kohya import as_tensor, module_of, problem_with
 from lora_fx.kinds import KINDS
 from lora_fx.testing import fits, means, same_adapter, same_tensors
 

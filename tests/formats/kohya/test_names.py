@@ -16,7 +16,6 @@ from lora_fx.formats.kohya.names import (
     ALGORITHMS,
     algorithm_of,
     find,
-    flat,
     name_of,
     part_of,
     rank_of_algorithm,
@@ -38,6 +37,7 @@ KINDS = {
     "d": layer("Embedding", "embedding", (5, 11)),
 }
 BLOCKS = ["down_blocks.0.attn1.to_out.0", "down_blocks.0.attn1.to_q", "mid_block.proj_in"]
+FLAT = [f"lora_unet_{path}".replace(".", "_") for path in BLOCKS]
 PIPELINE = ["unet.proj", "text_encoder.proj", "text_encoder_2.proj", "text_encoder_3.proj"]
 
 
@@ -57,7 +57,11 @@ def test_the_part_is_the_beginning_of_a_name() -> None:
 @pytest.mark.parametrize(
     ("names", "meant", "others"),
     [
-        ([f"lora_unet_{flat(path)}" for path in BLOCKS], BLOCKS, ["down_blocks.0.attn1.to"]),
+        (
+            [f"lora_unet_{path}".replace(".", "_") for path in BLOCKS],
+            BLOCKS,
+            ["down_blocks.0.attn1.to"],
+        ),
         ([f"lora_{part}_proj" for part in ("unet", "te1", "te2", "te3")], PIPELINE, []),
         (["lora_unet_proj"], ["transformer.proj"], []),
         (["lora_te3_proj"], ["text_encoder_2.proj"], []),

@@ -21,7 +21,8 @@ import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.loralib import ALPHAS, sort_loralib
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.loralib import ALPHAS, groups_of, sort_loralib
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative, same_adapter, same_tensors
 
@@ -321,3 +322,56 @@ def test_an_adapter_is_told_from_a_whole_model(
     assert list(found.layers) == ["fc"]
     assert list(found.weights) == weights
     assert list(found.replacements) == replaced
+
+
+def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
+    down, up = torch.ones(2 * sum(enabled), 3), torch.ones(5 * sum(enabled), 2)
+    return groups_of("a.qkv", down, up, Hints(enable_lora=hint), base)
+
+
+@pytest.mark.parametrize("enabled", [[T, T], [T, F, T], [T, T, T], [F, T, F, T, T]], ids=str)
+def test_a_list_is_of_every_fused_layer(enabled: list[bool]) -> None:
+    assert groups(enabled, enabled) == tuple(enabled)
+    assert groups(enabled, {"qkv": enabled}) == tuple(enabled)
+    assert groups(enabled, enabled, base=5 * len(enabled)) == tuple(enabled)
+
+
+def test_a_layer_of_one_output_is_not_fused() -> None:
+    assert groups([T], None) is None
+    assert groups([T], [T, F, T]) is None
+    assert groups([T], {"other": [T, F]}) is None
+    assert groups([T], [T, F], base=5) is None
+
+
+def test_one_adapted_output_is_told_by_the_base_or_by_name() -> None:
+    assert groups([F, T], [F, T], base=10) == (F, T)
+    assert groups([F, T], {"qkv": [F, T]}) == (F, T)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "hint", "base", "message"),
+    [
+        ([F, T], [F, T], None, r"a\.qkv may be fused or not; pass base="),
+        ([T, F, T], None, None, "fused layer .* with 2 adapted outputs; pass"),
+        ([T, T], [T, T, T], None, "2 outputs are adapted, .* says 3"),
+        ([T, T, T], {"qkv": [T, F, T]}, None, "3 outputs .* says 2"),
+        ([T, T], [T, T], 15, "an output of 10, the base's is of 15"),
+        ([F, T], None, 10, "no enable_lora of an output of 5, the base's is of 10"),
+        ([T, T], [F, F], None, "expected a list of bools, one T"),
+        ([T, T], [1, 1], None, "expected a list of bools"),
+        ([T, T], {"qkv": "TT"}, None, "expected a list of bools"),
+        ([T, T], T, None, "expected a list of bools"),
+    ],
+)
+def test_a_hint_that_does_not_fit_is_refused(
+    enabled: list[bool], hint: Any, base: int | None, message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        groups(enabled, hint, base)
+
+
+@pytest.mark.parametrize(("down", "up"), [((3, 4), (5, 2)), ((1, 4), (5, 2)), ((4, 3), (5, 2))])
+def test_ranks_that_differ_are_refused(down: Any, up: Any) -> None:
+    hints = Hints(enable_lora=[T, T])
+    with pytest.raises(AdapterError, match="the ranks differ"):
+        groups_of("fc", torch.ones(down), torch.ones(up), hints, None)
