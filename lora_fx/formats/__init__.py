@@ -30,7 +30,6 @@ from lora_fx.layers.trainer_names import names_of
 
 Tell = Callable[[Path, Collection[str]], bool]
 Write = Callable[[Adapter, Path, Hints, bool], None]
-MakeContents = Callable[[Adapter, Path, Hints], Contents]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ def _names(end: Collection[str]) -> Tell:
     return lambda path, names: any(name.endswith(tuple(end)) for name in names)
 
 
-def _as_file(make: MakeContents, pickles: tuple[str, ...] = ()) -> Write:
+def _as_file(
+    make: Callable[[Adapter, Path, Hints], Contents], pickles: tuple[str, ...] = ()
+) -> Write:
     """Writes one file of tensors, ``.safetensors`` or with one of these endings."""
 
     def write(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:

@@ -57,9 +57,8 @@ class Dialect:
         rest = key[start.end() :]
         if self.silent:
             rest = f".{rest}".replace(f".{self.silent}.", ".")[1:]
-        dots = [at for at, letter in enumerate(rest) if letter == "." and at]
-        for dot in dots:
-            path, ending = rest[:dot], rest[dot:]
+        for dot in re.finditer(r"(?<!^)\.", rest):
+            path, ending = rest[: dot.start()], rest[dot.start() :]
             tail, role = self.older.get(ending, ("", self.endings.get(ending)))
             if role is not None:
                 return path + tail, role

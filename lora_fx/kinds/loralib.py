@@ -43,7 +43,9 @@ def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:
     """
     blocks = up.chunk(sum(groups))
     left, none = iter(blocks), up.new_zeros(len(blocks[0]), 0)
-    return torch.block_diag(*(next(left) if adapted else none for adapted in groups))
+    each = (next(left) if adapted else none for adapted in groups)
+    whole: torch.Tensor = torch.block_diag(*each)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def fused(

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.dialects import Contents, Tensors
 from lora_fx.formats.hints import Hints, doubt
 from lora_fx.formats.peft import keys
 from lora_fx.formats.peft.config import PeftConfig
@@ -68,9 +67,7 @@ def _fields_of_today(fields: Mapping[str, object]) -> Mapping[str, object]:
     return known | {name: n * count for name, n in numbers.items() if is_number(n)}
 
 
-def _tensors_of_today(
-    fields: Mapping[str, object], tensors: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
+def _tensors_of_today(fields: Mapping[str, object], tensors: Tensors) -> Tensors:
     """The tensors: outputs that are adapted each by ranks of its own get one up-projection.
 
     ``lora_B`` (rows * adapted, r, 1) becomes (out, r * adapted), with a block for each output.
@@ -120,7 +117,7 @@ def read_config(path: Path, strict: bool) -> PeftConfig:
 def assemble(
     name: str,
     weights: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     config: PeftConfig,
     origin: Path,
     hints: Hints,
@@ -184,9 +181,7 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     return assemble(name, path, tensors, config, origin, hints)
 
 
-def file_contents(
-    adapter: Adapter, path: Path, hints: Hints
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def file_contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
     """PEFT's tensors, and the config in the metadata."""
     config, tensors = contents(adapter)
     return tensors, {METADATA: json.dumps(config, sort_keys=True)}
@@ -211,9 +206,7 @@ def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     return None, path
 
 
-def _from_hints(
-    tensors: Mapping[str, torch.Tensor], hints: Hints, modules: Sequence[str]
-) -> PeftConfig:
+def _from_hints(tensors: Tensors, hints: Hints, modules: Sequence[str]) -> PeftConfig:
     """A config of the hints; the ranks are those of the tensors, the modules are held whole."""
     if hints.alpha is None:
         raise AdapterError(

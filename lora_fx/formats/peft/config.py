@@ -25,11 +25,10 @@ from lora_fx.layers.base_layers import BaseLayers
 Tensors = Mapping[str, torch.Tensor]
 Numbers = Mapping[str, tuple[int, float]]  # path of a layer -> its rank and its alpha
 # PEFT lists these heads for every model of the task, whatever its own head is called.
+_HEADS = frozenset({"classifier", "score"})
 _TASK_HEADS = {
-    "SEQ_CLS": frozenset({"classifier", "score"}),
-    "TOKEN_CLS": frozenset({"classifier", "score"}),
-    "QUESTION_ANS": frozenset({"qa_outputs"}),
-}
+    "SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": frozenset({"qa_outputs"}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ def is_traced(fields: Mapping[str, object]) -> bool:
 
 
 def parse_any(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
-    """Checks the fields of a config of any type, as `config.parse` does."""
+    """Checks the fields of a config of any type, as `fields.parse` does."""
     if not is_traced(fields):
         return parse(fields, origin, strict, TYPES)
     from lora_fx.traced_adapters.config import parse as parse_traced

@@ -22,8 +22,16 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.kohya import as_tensor, module_of, problem_with
+from lora_fx.formats.kohya import (
+    ALGORITHMS,
+    algorithm_of,
+    as_tensor,
+    module_of,
+    problem_with,
+    rank_of_algorithm,
+)
 from lora_fx.kinds import KINDS
 from lora_fx.testing import fits, means, same_adapter, same_tensors
 
@@ -251,3 +259,83 @@ def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) ->
     assert isinstance(again, Update)
     assert isinstance(update, Update)
     assert torch.equal(again.down, update.down)
+
+
+@pytest.mark.parametrize(
+    ("start", "down", "up"),
+    [
+        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+        ("model.diffusion_model.", "lora_down.weight", "lora_up.weight"),
+        ("lora_prior_unet_", "lora_down.weight", "lora_up.weight"),
+        ("lora_unet_", "lora_A.weight", "lora_B.weight"),
+        ("anything.", "lora_down.weight", "lora_up.weight"),
+        ("", "down.weight", "up.weight"),
+        ("diffusion_model.", "lora_A.default.weight", "lora_B.default.weight"),
+    ],
+)
+def test_any_trainer_s_spelling_is_told_and_read(
+    tmp_path: Path, start: str, down: str, up: str
+) -> None:
+    net = nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(3, 5)})})
+    path = "block_fc" if start.endswith("_") else "block.fc"
+    pair = {down: torch.randn(2, 3), up: torch.ones(5, 2), "alpha": torch.tensor(1.0)}
+    tensors = {f"{start}{path}.{end}": tensor for end, tensor in pair.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    [(found, update)] = load_adapter(tmp_path / "a.safetensors", base=net).updates.items()
+    assert found == "block.fc"
+    assert isinstance(update, Update)
+    assert (update.shape, update.scale) == ((5, 3), 0.5)
+    with pytest.raises(AdapterError, match="pass base="):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "algorithm"),
+    [
+        ("lora_down.weight lora_up.weight", "lora"),
+        ("lora_down.weight lora_up.weight lora_mid.weight alpha dora_scale", "lora"),
+        ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b alpha", "loha"),
+        ("lokr_w1 lokr_w2 dora_scale", "lokr"),
+        ("diff diff_b", "full"),
+        ("diff_b", "full"),
+        ("oft_blocks alpha", "oft"),
+        ("oft_blocks rescale", "oft"),
+        ("weight on_input", "ia3"),
+        ("w_norm b_norm", "norm"),
+        ("alpha", None),
+        ("alpha dora_scale", None),
+        ("hada_w1_a lora_up.weight", None),
+        ("w_norm diff", None),
+        ("lora_A", None),
+    ],
+)
+def test_leaves_are_of_one_algorithm_or_none(leaves: str, algorithm: str | None) -> None:
+    assert algorithm_of(leaves.split()) == algorithm
+    assert algorithm is None or algorithm in ALGORITHMS
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "shapes", "rank"),
+    [
+        ("lora", {"lora_down.weight": (2, 3)}, 2),
+        ("loha", {"hada_w1_a": (5, 2), "hada_w1_b": (2, 3)}, 2),
+        ("lokr", {"lokr_w1": (5, 3), "lokr_w2_b": (2, 3)}, 2),
+        ("lokr", {"lokr_w1_b": (2, 3), "lokr_w2": (4, 3)}, 2),
+        ("lokr", {"lokr_w1": (5, 3), "lokr_w2": (4, 3)}, None),
+        ("full", {"diff": (5, 3)}, None),
+        ("oft", {"oft_blocks": (5, 3, 3)}, None),
+    ],
+)
+def test_the_rank_is_what_alpha_is_divided_by(
+    algorithm: str, shapes: dict[str, tuple[int, ...]], rank: int | None
+) -> None:
+    tensors = {leaf: torch.ones(shape) for leaf, shape in shapes.items()}
+    assert rank_of_algorithm(algorithm, tensors) == rank
+
+
+def test_a_module_that_is_called_like_an_adapter_is_a_part_of_its_path(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"default": nn.ModuleDict({"fc": nn.Linear(3, 5)}), "fc": nn.Linear(3, 5)})
+    start = "diffusion_model.default.fc.lora"
+    tensors = {f"{start}_A.weight": torch.randn(2, 3), f"{start}_B.weight": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(load_adapter(tmp_path / "a.safetensors", base=net).updates) == {"default.fc"}

@@ -20,17 +20,58 @@ from lora_fx.formats import dialects
 from lora_fx.formats.dialects import ALPHA, Contents, Layers, Roles, scalar_of, tensors_of
 from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya import names
-from lora_fx.formats.kohya.names import DIALECT, DORA, FORM, MID, ROLES
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora, full, lora
+from lora_fx.kinds import KINDS, dora, full, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.pipeline_names import PREFIXES, check_part, find, name_of, part_of
 from lora_fx.layers.resolve import Size
 
+DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
+UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
+ROLES = {
+    DOWN_KEY: lora.DOWN, UP_KEY: lora.UP, MID: lora.MID, UP_BIAS: lora.BIAS, DORA: lora.MAGNITUDE,
+}  # fmt: skip
+_FORM = lora.Form(is_exact=False, is_column=True)
+_DIFFERENCES = frozenset({"diff", "diff_b"})
+# What LyCORIS' algorithms write, by `lora_fx.kinds` where it is no name of its own.
+ALGORITHMS: Mapping[str, frozenset[str]] = {
+    "lora": frozenset({*ROLES, ALPHA}),
+    "loha": KINDS["loha"].leaves,
+    "lokr": KINDS["lokr"].leaves,
+    "full": _DIFFERENCES,
+    "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
+    "ia3": ia3.LYCORIS,
+    "norm": frozenset({"w_norm", "b_norm"}),
+}
+# The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
+_RANKED = {"lora": (DOWN_KEY,), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}
+# Other trainers' names of the factors.
+_OTHERS = {
+    ".lora_A.weight": DOWN_KEY, ".lora_B.weight": UP_KEY, ".lora_B.bias": UP_BIAS,
+    ".lora_A.default.weight": DOWN_KEY, ".lora_B.default.weight": UP_KEY,
+    ".lora.down.weight": DOWN_KEY, ".lora.up.weight": UP_KEY,
+    ".down.weight": DOWN_KEY, ".up.weight": UP_KEY,
+}  # fmt: skip
+DIALECT = dialects.Dialect(
+    {
+        **{f".{leaf}": leaf for name in ALGORITHMS if name != "ia3" for leaf in ALGORITHMS[name]},
+        **_OTHERS,
+    },
+    f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
+    ".alpha, or what LyCORIS writes",
+    foreign={
+        r"\.(a1|a2|b1|b2|bm)\.": "GLoRA",
+        r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
+        r"\.scalar": "a scaled update (LyCORIS)",
+        r"\.boft_": "BOFT",
+        r"\.vera_": "VeRA",
+        r"\.lora_magnitude_vector": "PEFT's DoRA",
+    },
+)
 # What others call LyCORIS' differences of a norm's vectors.
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
@@ -40,7 +81,7 @@ _MARKS = tuple(end for end in DIALECT.endings if end not in (".alpha", ".diff_b"
 
 def is_kohya(path: Path, keys: Collection[str]) -> bool:
     """Whether a file's tensors are named as kohya's, or as LyCORIS', or others' of that kind."""
-    if any(names.part_of(key) for key in keys):
+    if any(part_of(key) for key in keys):
         return True
     is_peft = any(key.startswith(PREFIX) for key in keys)
     is_other = is_peft or speaks_diffusers(keys) is not False
@@ -67,18 +108,30 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             if roles.keys() <= {ALPHA, DORA}:  # said before its layer is looked for
                 lora.check_pair(roles)
         asked = {name: size_of(roles) for name, roles in layers.items()}
-        return Adapter(name, placed(layers, names.find(asked, base), base), moved={})
+        return Adapter(name, placed(layers, find(asked, base), base), moved={})
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
     """The tensors by layer and leaf."""
     if component is not None:
-        names.check_part(component)
-        tensors = {k: t for k, t in tensors.items() if names.part_of(k) in (None, component)}
-    layers = dialects.sort_keys(tensors, DIALECT, names.claim)
+        check_part(component)
+        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
+    layers = dialects.sort_keys(tensors, DIALECT, claim)
     if not layers:
         raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
     return layers
+
+
+def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:
+    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
+    left = []
+    for key, tensor in rest.items():
+        name, _, leaf = key.partition(".")
+        if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
+            dialects.add(layers, name, leaf, key, tensor)
+        else:
+            left.append(key)
+    return left
 
 
 def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
@@ -96,7 +149,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
         )
     if layer.kind == NORM:
         roles = {_OF_NORMS.get(leaf, leaf): found for leaf, found in roles.items()}
-    apart = names.by_algorithm(roles)
+    apart = by_algorithm(roles)
     first, *rest = ({k: roles[k] for k in roles if k in leaves} for leaves in apart)
     found = _of_one(first, layer)
     if not rest:
@@ -107,7 +160,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
 
 def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     tensors = tensors_of(roles)
-    algorithm = names.algorithm_of(tensors)
+    algorithm = algorithm_of(tensors)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
@@ -132,7 +185,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     tensors, alpha = tensors_of(roles), scalar_of(roles)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
     if algorithm in ("loha", "lokr"):
-        rank = names.rank_of_algorithm(algorithm, tensors)
+        rank = rank_of_algorithm(algorithm, tensors)
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     if algorithm == "oft":
         settings["constraint"] = alpha or 0.0
@@ -142,7 +195,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
 def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     """LoRA, LoCon's Tucker form of it, and DoRA over either; an alpha of 0 is none."""
     pair = {ROLES[leaf]: found for leaf, found in roles.items() if leaf in ROLES}
-    update = lora.read(pair, FORM, alpha=scalar_of(roles) or None)
+    update = lora.read(pair, _FORM, alpha=scalar_of(roles) or None)
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
     out, *inner = update.shape
     if (out, math.prod(inner)) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
@@ -157,9 +210,9 @@ def size_of(roles: Roles) -> Size:
     """(out, in, *kernel) of the layer that tensors are of, as far as they tell it alone."""
     if "diff" in roles:
         return tuple(roles["diff"][1].shape)
-    if not {names.DOWN_KEY, names.UP_KEY} <= roles.keys():
+    if not {DOWN_KEY, UP_KEY} <= roles.keys():
         return ()
-    down, up = roles[names.DOWN_KEY][1], roles[names.UP_KEY][1]
+    down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
     return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
 
 
@@ -190,6 +243,29 @@ def _of_vectors(
     return {f"{path}.{key}": part for path, part in parts.items()}
 
 
+def algorithm_of(leaves: Collection[str]) -> str | None:
+    """Which algorithm wrote these leaves; None if no single one writes them all."""
+    names = frozenset(leaves)
+    found = (name for name, own in ALGORITHMS.items() if names <= own and names - {ALPHA, DORA})
+    return next(found, None)
+
+
+def by_algorithm(leaves: Collection[str]) -> list[frozenset[str]]:
+    """The leaves of one layer, apart where a full difference stands beside another algorithm."""
+    names = frozenset(leaves)
+    beside = names & _DIFFERENCES
+    if not beside or algorithm_of(names) is not None:
+        return [names]
+    rest = names - beside
+    return [rest, beside] if rest - {ALPHA} else [beside]
+
+
+def rank_of_algorithm(algorithm: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """What LyCORIS divides alpha by, or None where it has no scale, as LoKr of full factors."""
+    found = (tensors[leaf] for leaf in _RANKED.get(algorithm, ()) if leaf in tensors)
+    return next((len(tensor) for tensor in found if tensor.ndim > 0), None)
+
+
 def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
     """A file that kohya's scripts or LyCORIS, and what reads theirs, load.
 
@@ -204,7 +280,7 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
     tensors: dict[str, torch.Tensor] = {}
     for key, update in adapter.updates.items():
         module = module_of(key, update)
-        name = names.name_of(module, adapter.updates, hints.component)
+        name = name_of(module, adapter.updates, hints.component)
         if owners.setdefault(name, module) != module:
             raise AdapterError(f"{owners[name]} and {module} would both be called {name}")
         tensors |= {f"{name}.{leaf}": t for leaf, t in leaves_for(update).items()}
@@ -220,7 +296,7 @@ def problem_with(update: AnyUpdate) -> str | None:
     """What kohya's format cannot hold of an update, in words, or None."""
     own, scale = _own(update), _scale(update)
     if own is not None:
-        is_scaled = names.rank_of_algorithm(own[0], own[1].tensors) is None and scale != 1
+        is_scaled = rank_of_algorithm(own[0], own[1].tensors) is None and scale != 1
         found = f"a scale of {scale:g} of kind {own[0]!r}" if is_scaled else None
     else:
         found = dialects.not_lora(update, {dialects.DORA})
@@ -232,10 +308,10 @@ def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
     own = _own(update)
     if own is not None:
         algorithm, stored = own
-        rank = names.rank_of_algorithm(algorithm, stored.tensors)
+        rank = rank_of_algorithm(algorithm, stored.tensors)
         return dict(stored.tensors) | _alpha(stored.tensors, _scale(update), rank)
     assert isinstance(update, Update)
-    roles = lora.stored(update, FORM)
+    roles = lora.stored(update, _FORM)
     leaves = {leaf: roles[role] for leaf, role in ROLES.items() if role in roles}
     return leaves | _alpha({}, update.scale, update.rank)
 
@@ -243,7 +319,7 @@ def leaves_for(update: AnyUpdate) -> dict[str, torch.Tensor]:
 def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
     """The algorithm and the tensors of an update that LyCORIS wrote, or could have written."""
     stored = update.stored
-    algorithm = None if stored is None else names.algorithm_of(stored.tensors)
+    algorithm = None if stored is None else algorithm_of(stored.tensors)
     if stored is None or algorithm is None:
         return None
     # PEFT multiplies the full factors of a one-dimensional convolution in another order.
@@ -259,9 +335,7 @@ def _scale(update: AnyUpdate) -> float:
     return float(own)
 
 
-def _alpha(
-    stored: Mapping[str, torch.Tensor], scale: float, rank: int | None
-) -> dict[str, torch.Tensor]:
+def _alpha(stored: dialects.Tensors, scale: float, rank: int | None) -> dict[str, torch.Tensor]:
     """The alpha that gives a scale: the stored one, if it does, or none if there is no rank."""
     if rank is None:
         return {}
