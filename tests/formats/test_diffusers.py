@@ -116,24 +116,23 @@ def write(path: Path, state: Tensors, fields: dict[str, Any] | None = None) -> P
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("component", ["unet", "transformer"])
 def test_outputs_are_those_of_diffusers(
-    tmp_path: Path, component: str, spelling: str, alphas: str
+    reads: Any, component: str, spelling: str, alphas: str
 ) -> None:
     state, values = pairs(component), ALPHAS[alphas]
     file = {SPELLINGS[spelling](key): value for key, value in state.items()}
     for path, alpha in zip(LAYERS, values or [], strict=values is not None):
         file[f"{component}.{path}.alpha"] = torch.tensor(alpha)
-    adapter = load_adapter(write(tmp_path / "a.safetensors", file), component=component)
+    adapter = reads(file, component=component)
     assert set(adapter.updates) == set(LAYERS)
     fits(adapter, seeded(), X, loaded_by_diffusers(component, state, values))
 
 
-def test_without_a_component_paths_are_those_of_the_pipeline(tmp_path: Path) -> None:
+def test_without_a_component_paths_are_those_of_the_pipeline(reads: Any) -> None:
     state = pairs("unet") | pairs("text_encoder", seed=1)
-    file = write(tmp_path / "a.safetensors", state)
-    whole = load_adapter(file)
+    whole = reads(state)
     assert set(whole.updates) == {f"{c}.{p}" for c in ("unet", "text_encoder") for p in LAYERS}
     for component in ("unet", "text_encoder"):
-        part = load_adapter(file, component=component)
+        part = reads(state, component=component)
         own = {p: whole.updates[f"{component}.{p}"] for p in LAYERS}
         same_adapter(part, Adapter("a", own))
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
-from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats import save_adapter
 from lora_fx.formats.kohya import (
     ALGORITHMS,
     algorithm_of,
@@ -119,79 +119,68 @@ def with_kohya(model: nn.Module, parts: dict[str, str], state: Tensors) -> torch
 
 @pytest.mark.parametrize("alpha", [3.0, 0.5, -2.0, 0.0, None], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_those_of_the_rule(tmp_path: Path, name: str, alpha: float | None) -> None:
+def test_outputs_are_those_of_the_rule(reads: Any, name: str, alpha: float | None) -> None:
     make, parts = MODELS[name]
     base = seeded(make)
     state = trained(base, parts, alpha)
-    save_file(state, tmp_path / "a.safetensors")
-    adapter = load_adapter(tmp_path / "a.safetensors", base=base)
+    adapter = reads(state, base=base)
     own = {"proj_in", "attn1.to_q", "attn1.to_out.0", "proj_out"}
     assert set(adapter.updates) == {
         f"{holder}.{path}".strip(".") for holder in parts for path in own
     }
     fits(adapter, graph_of(make), X, with_kohya(base, parts, state))
-    by_graph = load_adapter(tmp_path / "a.safetensors", base=graph_of(make))
-    same_adapter(by_graph, adapter)
+    same_adapter(reads(state, base=graph_of(make)), adapter)
 
 
 @pytest.mark.parametrize("holder", PARTS)
-def test_one_part_of_a_pipeline(tmp_path: Path, holder: str) -> None:
+def test_one_part_of_a_pipeline(reads: Any, holder: str) -> None:
     base = seeded(Pipeline)
-    save_file(trained(base, PARTS), tmp_path / "a.safetensors")
-    whole = load_adapter(tmp_path / "a.safetensors", base=base)
-    part = load_adapter(
-        tmp_path / "a.safetensors",
-        base=base.get_submodule(holder),
-        component=PARTS[holder].removeprefix("lora_"),
-    )
+    state, component = trained(base, PARTS), PARTS[holder].removeprefix("lora_")
+    whole = reads(state, base=base)
+    part = reads(state, base=base.get_submodule(holder), component=component)
     assert len(part.updates) == 4
     same_adapter(part, Adapter("a", {p: whole.updates[f"{holder}.{p}"] for p in part.updates}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_load_save_load_keeps_every_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_load_save_load_keeps_every_bit(
+    reads: Any, rewritten: Any, name: str, dtype: torch.dtype
+) -> None:
     make, parts = MODELS[name]
     base = seeded(make)
     state = {key: value.to(dtype) for key, value in trained(base, parts).items()}
-    save_file(state, tmp_path / "a.safetensors")
-    first = load_adapter(tmp_path / "a.safetensors", base=base)
+    first = reads(state, base=base)
     hints: dict[str, Any] = {} if name == "pipeline" else {"component": name}
-    save_adapter(first, tmp_path / "b.safetensors", format="kohya", **hints)
-    same_adapter(load_adapter(tmp_path / "b.safetensors", base=base), first)
-    written = load_file(tmp_path / "b.safetensors")
+    written, again = rewritten(first, "kohya", base, **hints)
+    same_adapter(again, first)
     same_tensors({key: value.to(dtype) for key, value in written.items()}, state)
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.5, torch.float32), (16 / 3**0.5, torch.float64)])
-def test_rslora_and_odd_scales_survive(tmp_path: Path, scale: float, dtype: torch.dtype) -> None:
+def test_rslora_and_odd_scales_survive(rewritten: Any, scale: float, dtype: torch.dtype) -> None:
     adapter = Adapter("a", {"fc": Update(torch.ones(3, 2), torch.ones(5, 3), scale, "rslora")})
-    file = tmp_path / "a.safetensors"
-    save_adapter(adapter, file, format="kohya", component="unet")
-    assert load_file(file)["lora_unet_fc.alpha"].dtype == dtype
-    same_adapter(load_adapter(file, base=nn.ModuleDict({"fc": nn.Linear(2, 5)})), adapter)
+    base = nn.ModuleDict({"fc": nn.Linear(2, 5)})
+    written, again = rewritten(adapter, "kohya", base, component="unet")
+    assert written["lora_unet_fc.alpha"].dtype == dtype
+    same_adapter(again, adapter)
 
 
 def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:
-    pair = Update(torch.ones(3, 2), torch.ones(5, 3), 1.5)
-    for number, extra in enumerate(({}, {"text_encoder_2.fc": pair})):
-        file = tmp_path / f"{number}.safetensors"
-        save_adapter(Adapter("a", {"text_encoder.fc": pair, **extra}), file, format="kohya")
-    assert "lora_te_fc.alpha" in load_file(tmp_path / "0.safetensors")
-    assert {"lora_te1_fc.alpha", "lora_te2_fc.alpha"} <= load_file(file).keys()
+    pair, file = Update(torch.ones(3, 2), torch.ones(5, 3), 1.5), tmp_path / "a.safetensors"
+    for others, names in (([], ["te"]), (["text_encoder_2.fc"], ["te1", "te2"])):
+        adapter = Adapter("a", dict.fromkeys(["text_encoder.fc", *others], pair))
+        save_adapter(adapter, file, format="kohya", force=True)
+        assert {f"lora_{name}_fc.alpha" for name in names} <= load_file(file).keys()
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("a.safetensors", 1), ("a.pt", [1])])
-def test_an_alpha_may_be_a_whole_number(tmp_path: Path, name: str, alpha: Any) -> None:
+def test_an_alpha_may_be_a_whole_number(reads: Any, name: str, alpha: Any) -> None:
     """sd-scripts' own default alpha is the integer 1, which it saves as one."""
-    pair = {"lora_unet_fc.lora_down.weight": torch.ones(2, 3)}
-    pair |= {
-        "lora_unet_fc.lora_up.weight": torch.ones(5, 2),
-        "lora_unet_fc.alpha": torch.tensor(alpha),
-    }
-    (torch.save if name == "a.pt" else save_file)(pair, tmp_path / name)
-    base = nn.ModuleDict({"fc": nn.Linear(3, 5)})
-    adapter = load_adapter(tmp_path / name, base=base, allow_pickle=True)
+    pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(5, 2)}
+    pair["alpha"] = torch.tensor(alpha)
+    file = {f"lora_unet_fc.{leaf}": tensor for leaf, tensor in pair.items()}
+    adapter = reads(file, name, base=nn.ModuleDict({"fc": nn.Linear(3, 5)}), allow_pickle=True)
     assert adapter.updates["fc"].scale == 0.5
 
 
@@ -218,17 +207,10 @@ def lokr(scale: float, second: tuple[int, ...] = (5, 2)) -> Any:
     return KINDS["lokr"].read(tensors, {"scale": scale, "writer": "peft"})
 
 
-def test_what_peft_wrote_lycoris_reads(tmp_path: Path) -> None:
-    update, weight = lokr(1.0), random(10, 6)
-    save_adapter(
-        Adapter("a", {"fc": update}),
-        tmp_path / "a.safetensors",
-        format="kohya",
-        component="lycoris",
-    )
-    base = nn.ModuleDict({"fc": nn.Linear(6, 10)})
-    found = load_adapter(tmp_path / "a.safetensors", base=base).updates["fc"]
-    means(found, weight, update.weight(weight))
+def test_what_peft_wrote_lycoris_reads(rewritten: Any) -> None:
+    update, weight, base = lokr(1.0), random(10, 6), nn.ModuleDict({"fc": nn.Linear(6, 10)})
+    _, found = rewritten(Adapter("a", {"fc": update}), "kohya", base, component="lycoris")
+    means(found.updates["fc"], weight, update.weight(weight))
 
 
 def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
@@ -243,18 +225,15 @@ def test_what_lycoris_would_read_otherwise_is_a_problem() -> None:
     assert line == "updates of kind 'lokr', which are no product of two factors"
 
 
-def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) -> None:
+def test_an_update_that_was_made_of_more_is_written_as_it_was(reads: Any, rewritten: Any) -> None:
     shapes = {"lora_down.weight": (2, 3, 1, 1), "lora_mid.weight": (2, 2, 4, 4)}
     shapes |= {"lora_up.weight": (6, 2, 1, 1), "alpha": ()}
     state = {f"lycoris_conv.{leaf}": random(*shape).abs() for leaf, shape in shapes.items()}
-    save_file(state, tmp_path / "a.safetensors")
     base = nn.ModuleDict({"conv": nn.Conv2d(3, 6, 4)})
-    adapter = load_adapter(tmp_path / "a.safetensors", base=base)
-    save_adapter(adapter, tmp_path / "b.safetensors", format="kohya", component="lycoris")
-    found = load_file(tmp_path / "b.safetensors")
+    adapter = reads(state, base=base)
+    found, _ = rewritten(adapter, "kohya", base, component="lycoris")
     assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
-    save_adapter(adapter, tmp_path / "c.safetensors", format="diffusers", component="unet")
-    again = load_adapter(tmp_path / "c.safetensors", component="unet").updates["conv"]
+    again = rewritten(adapter, "diffusers", component="unet")[1].updates["conv"]
     update = adapter.updates["conv"]
     assert isinstance(again, Update)
     assert isinstance(update, Update)
@@ -274,19 +253,18 @@ def test_an_update_that_was_made_of_more_is_written_as_it_was(tmp_path: Path) ->
     ],
 )
 def test_any_trainer_s_spelling_is_told_and_read(
-    tmp_path: Path, start: str, down: str, up: str
+    reads: Any, start: str, down: str, up: str
 ) -> None:
     net = nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(3, 5)})})
     path = "block_fc" if start.endswith("_") else "block.fc"
     pair = {down: torch.randn(2, 3), up: torch.ones(5, 2), "alpha": torch.tensor(1.0)}
     tensors = {f"{start}{path}.{end}": tensor for end, tensor in pair.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
-    [(found, update)] = load_adapter(tmp_path / "a.safetensors", base=net).updates.items()
+    [(found, update)] = reads(tensors, base=net).updates.items()
     assert found == "block.fc"
     assert isinstance(update, Update)
     assert (update.shape, update.scale) == ((5, 3), 0.5)
     with pytest.raises(AdapterError, match="pass base="):
-        load_adapter(tmp_path / "a.safetensors")
+        reads(tensors)
 
 
 @pytest.mark.parametrize(
@@ -333,9 +311,8 @@ def test_the_rank_is_what_alpha_is_divided_by(
     assert rank_of_algorithm(algorithm, tensors) == rank
 
 
-def test_a_module_that_is_called_like_an_adapter_is_a_part_of_its_path(tmp_path: Path) -> None:
+def test_a_module_that_is_called_like_an_adapter_is_a_part_of_its_path(reads: Any) -> None:
     net = nn.ModuleDict({"default": nn.ModuleDict({"fc": nn.Linear(3, 5)}), "fc": nn.Linear(3, 5)})
     start = "diffusion_model.default.fc.lora"
     tensors = {f"{start}_A.weight": torch.randn(2, 3), f"{start}_B.weight": torch.ones(5, 2)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    assert set(load_adapter(tmp_path / "a.safetensors", base=net).updates) == {"default.fc"}
+    assert set(reads(tensors, base=net).updates) == {"default.fc"}

@@ -219,10 +219,9 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str, dtype: torch.
         load_adapter(tmp_path / "b.pt", allow_pickle=True)
 
 
-def test_a_fused_layer_keeps_the_scale_of_one_output(tmp_path: Path) -> None:
-    case = "fused [True, False, True]"
-    file = write(tmp_path / "a.safetensors", loralib.lora_state_dict(owner(case)))
-    update = load_adapter(file, alpha=5, enable_lora=[T, F, T]).updates["body.0"]
+def test_a_fused_layer_keeps_the_scale_of_one_output(reads: Any) -> None:
+    state = loralib.lora_state_dict(owner("fused [True, False, True]"))
+    update = reads(state, alpha=5, enable_lora=[T, F, T]).updates["body.0"]
     assert isinstance(update, Update)
     assert (update.rank, update.scale, update.shape) == (6, 5 / 3, (15, 7))
     assert not update.up[5:10].any()
@@ -230,18 +229,18 @@ def test_a_fused_layer_keeps_the_scale_of_one_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (1,)])
 def test_any_square_convolution_of_two_factors_can_be_written(
-    tmp_path: Path, kernel: tuple[int, ...]
+    rewritten: Any, kernel: tuple[int, ...]
 ) -> None:
     make = torch.Generator().manual_seed(0)
     shape = (2, 6, *kernel)
     update = Update(torch.randn(shape, generator=make), torch.randn(4, 2, generator=make), 1.5)
     adapter = Adapter("a", {"body.0": update})
-    save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
     size = len(kernel)
     base = nn.ModuleDict({"body": nn.ModuleList([(nn.Conv1d, nn.Conv2d)[size - 1](6, 4, kernel)])})
-    same_adapter(load_adapter(tmp_path / "a.safetensors", base=base), adapter)
+    written, again = rewritten(adapter, "loralib", base)
+    same_adapter(again, adapter)
     layer = (loralib.Conv1d, loralib.Conv2d)[size - 1](6, 4, kernel[0], r=2, lora_alpha=3)
-    state = {k.removeprefix("body.0."): v for k, v in load_file(tmp_path / "a.safetensors").items()}
+    state = {key.removeprefix("body.0."): tensor for key, tensor in written.items()}
     assert not layer.load_state_dict(state, strict=False).unexpected_keys
     x = torch.randn(4, 6, *[5] * size, generator=make)
     expected = copy.deepcopy(layer.conv)
@@ -251,16 +250,15 @@ def test_any_square_convolution_of_two_factors_can_be_written(
         assert relative(layer.conv(x), expected(x)) > 1e-2
 
 
-def test_a_base_that_is_another_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", owner("conv2d").state_dict())
-    base = base_of("conv2d")
+def test_a_base_that_is_another_is_refused(reads: Any) -> None:
+    state, base = owner("conv2d").state_dict(), base_of("conv2d")
     with torch.no_grad():
         base.get_parameter("body.0.weight").mul_(1.1)
     message = r"body\.0\.weight is neither the base's nor that with this update merged into it"
     with pytest.raises(AdapterError, match=message):
-        load_adapter(file, alpha=3, base=base)
+        reads(state, alpha=3, base=base)
     with pytest.warns(AdapterWarning, match=message):
-        load_adapter(file, alpha=3, base=base, strict=False)
+        reads(state, alpha=3, base=base, strict=False)
 
 
 A, B = torch.ones(2, 3), torch.ones(5, 2)
@@ -276,11 +274,10 @@ def test_alphas_are_of_all_layers_or_of_each(tmp_path: Path) -> None:
     assert load_adapter(file).updates["fc"].scale == 1.5
 
 
-def test_rslora_is_written_as_the_alpha_of_its_scale(tmp_path: Path) -> None:
+def test_rslora_is_written_as_the_alpha_of_its_scale(rewritten: Any) -> None:
     pair = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(-1, 1, 15).reshape(5, 3)
     adapter = Adapter("a", {"fc": Update(*pair, 16 / 3**0.5, "rslora")})
-    save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
-    same_adapter(load_adapter(tmp_path / "a.safetensors"), adapter)
+    same_adapter(rewritten(adapter, "loralib")[1], adapter)
 
 
 def test_a_pickle_holds_one_alpha(tmp_path: Path) -> None:
