@@ -33,7 +33,7 @@ from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 
 Said = Mapping[str, object] | None  # the fields of the metadata
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
-FORM = "diffusers' format"
+NAME = "diffusers' format"
 FACTOR = "decompose_factor"  # of a LoKr config: PEFT cannot do without
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 _FORM = lora.Form(is_exact=False, is_grouped=True)
@@ -271,7 +271,7 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
     pipeline looks for ``pytorch_lora_weights.safetensors``.
     """
     component = hints.component
-    dialects.check_held(adapter, FORM, adapter.replacements, _problem)
+    dialects.check_held(adapter, NAME, adapter.replacements, _problem)
     tensors: dict[str, torch.Tensor] = {}
     fields: dict[str, object] = {}
     without = []
@@ -284,7 +284,7 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
         without += [name] if config is None else []
     if without and fields:
         raise AdapterError(
-            f"{FORM} holds a config of all components or of none, and the LoKr of "
+            f"{NAME} holds a config of all components or of none, and the LoKr of "
             f"{shorten(without)} has none; write the components to files of their own"
         )
     return tensors, {METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
@@ -314,7 +314,7 @@ def _part(
     lokr = [module for module, update in part.items() if _is_lokr(update)]
     said = {FACTOR in part[module].stored_settings for module in lokr}
     if lokr and (len(lokr) < len(part) or len(said) > 1):
-        raise AdapterError(f"{FORM} cannot hold LoKr beside others in one model, {name}")
+        raise AdapterError(f"{NAME} cannot hold LoKr beside others in one model, {name}")
     made: type[PeftConfig] = LokrConfig if lokr else LoraConfig
     own = part if lokr else {module: _of_module(update) for module, update in part.items()}
     if said == {False}:
