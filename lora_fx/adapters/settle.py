@@ -13,7 +13,7 @@ from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning, Meanings
 from lora_fx.layers.moves import RENAMED
-from lora_fx.layers.resolve import Names
+from lora_fx.layers.resolve import Names, check_one
 
 
 def settled(
@@ -176,18 +176,3 @@ def _check_apart(
     if both:
         names = [name for name, path in meant.items() if path in both]
         raise AdapterError(f"{shorten(both)} and {shorten(names)} are the same layers")
-
-
-def check_one(several: Mapping[str, list[str]]) -> None:
-    """Refuses names that mean several layers.
-
-    Raises:
-        AdapterError: lists the layers of each.
-    """
-    if several:
-        told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
-        raise AdapterError(
-            f"names that mean several layers of the base: {shorten(told)}; pass prefix= to "
-            "load_adapter, the path of the module that the file is of, or rename one of the "
-            "layers, or convert the file where it was made"
-        )

@@ -113,6 +113,16 @@ class TargetRule:
         return first is not None and isinstance(indices, tuple) and int(first["index"]) in indices
 
 
+def saved_module(path: str, modules: Sequence[str]) -> str | None:
+    """The first module on the way to a path that ``modules_to_save`` means, as PEFT matches it.
+
+    PEFT compares ends without asking for a dot: ``head`` means ``lm_head`` too.
+    """
+    parts = path.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((p for p in prefixes if p.endswith(tuple(modules))), None)
+
+
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     """Looks a path up in PEFT's ``rank_pattern`` or ``alpha_pattern``: the first key that matches.
 

@@ -8,37 +8,28 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.adapters.settle import inside, settled
 from lora_fx.choices import FormatOrAuto, SavedFormat
 from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
-from lora_fx.formats import diffusers, mlx, peft, torchtune
-from lora_fx.formats.diffusers.write import contents as diffusers_contents
+from lora_fx.formats import diffusers, kohya, loralib, mlx, peft, torchtune
+from lora_fx.formats.dialects import Contents
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.kohya import is_kohya, read_kohya
-from lora_fx.formats.kohya.write import contents as kohya_contents
-from lora_fx.formats.loralib import DIALECT, read_loralib
-from lora_fx.formats.loralib.layers import PICKLES
-from lora_fx.formats.loralib.layers import contents as loralib_contents
 from lora_fx.formats.peft.keys import is_named
-from lora_fx.formats.trainers import names_of
 from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 from lora_fx.io.plain_file import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
 from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.trainer_names import names_of
 
 Tell = Callable[[Path, Collection[str]], bool]
 Write = Callable[[Adapter, Path, Hints, bool], None]
-# An adapter, the file that it goes to and what the caller knows -> its tensors, and texts beside.
-Contents = Callable[[Adapter, Path, Hints], tuple[Mapping[str, torch.Tensor], Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -66,12 +57,14 @@ def _names(end: Collection[str]) -> Tell:
     return lambda path, names: any(name.endswith(tuple(end)) for name in names)
 
 
-def _as_file(contents: Contents, pickles: tuple[str, ...] = ()) -> Write:
+def _as_file(
+    make: Callable[[Adapter, Path, Hints], Contents], pickles: tuple[str, ...] = ()
+) -> Write:
     """Writes one file of tensors, ``.safetensors`` or with one of these endings."""
 
     def write(adapter: Adapter, path: Path, hints: Hints, force: bool) -> None:
         with within(path):
-            tensors, texts = contents(adapter, path, hints)
+            tensors, texts = make(adapter, path, hints)
         write_file(path, tensors, texts, force, pickles)
 
     return write
@@ -108,7 +101,7 @@ FORMATS: dict[str, Format] = {
         _read_onnx_adapter, _write_onnx_adapter, _is_onnx_adapter, (), ("model",)
     ),
     "diffusers": Format(
-        diffusers.read_diffusers, _as_file(diffusers_contents), diffusers.is_diffusers,
+        diffusers.read_diffusers, _as_file(diffusers.contents), diffusers.is_diffusers,
         ("allow_pickle", *_PART), _PART,
     ),
     "mlx": Format(mlx.read_mlx, is_it=_names(mlx.DIALECT.endings)),
@@ -120,11 +113,11 @@ FORMATS: dict[str, Format] = {
         (*_SCALE, "use_rslora"),
     ),
     "kohya": Format(
-        read_kohya, _as_file(kohya_contents), is_kohya, ("allow_pickle", *_PART), _PART,
+        kohya.read_kohya, _as_file(kohya.contents), kohya.is_kohya, ("allow_pickle", *_PART), _PART,
     ),
     "loralib": Format(
-        read_loralib, _as_file(loralib_contents, PICKLES), _names(DIALECT.endings),
-        (*_SCALE, "enable_lora"),
+        loralib.read_loralib, _as_file(loralib.contents, loralib.PICKLES),
+        _names(loralib.DIALECT.endings), (*_SCALE, "enable_lora"),
     ),
 }  # fmt: skip
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten
 
@@ -18,10 +19,14 @@ ALPHA = "alpha"  # a role beside those of `lora_fx.kinds.lora`
 Tensors = Mapping[str, torch.Tensor]
 Roles = dict[str, tuple[str, torch.Tensor]]  # role -> key and tensor
 Layers = dict[str, Roles]
+Contents = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors, and texts beside
 # From the tensors that the table gives no use, and the layers, to the keys that have none at all.
 Claim = Callable[[Tensors, Layers], list[str]]
 # What a format cannot hold of an update, in words.
 Problem = Callable[[AnyUpdate], str | None]
+# What some formats have a place for, beside two factors and a scale.
+EMBEDDINGS, BIASES = "updates of embeddings", "biases of up-projections (lora_bias)"
+DORA, GROUPS = "DoRA", "grouped up-projections"
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,8 @@ class Dialect:
         rest = key[start.end() :]
         if self.silent:
             rest = f".{rest}".replace(f".{self.silent}.", ".")[1:]
-        dots = [at for at, letter in enumerate(rest) if letter == "." and at]
-        for dot in dots:
-            path, ending = rest[:dot], rest[dot:]
+        for dot in re.finditer(r"(?<!^)\.", rest):
+            path, ending = rest[: dot.start()], rest[dot.start() :]
             tail, role = self.older.get(ending, ("", self.endings.get(ending)))
             if role is not None:
                 return path + tail, role
@@ -142,21 +146,24 @@ def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Pr
             )
 
 
-def not_lora(update: AnyUpdate) -> str | None:
-    """Why an update is no LoRA or DoRA of a format without more, or None.
+def not_lora(update: AnyUpdate, holds: Collection[str] = ()) -> str | None:
+    """Why an update is no LoRA of a format, in words, or None.
 
-    A product of two factors is one, whatever kind of adapter it came from.
+    A product of two factors is LoRA, whatever kind of adapter it came from; ``holds`` are the words
+    of what else the format has a place for.
     """
+    if is_embedding(update.stored) and EMBEDDINGS not in holds:
+        return EMBEDDINGS
     if not isinstance(update, Update):
         return f"updates of kind {update.kind!r}, which are no product of two factors"
-    if not math.isfinite(update.scale):
-        return "scales that are no finite number"
-    if update.invocation:
-        return "invocation tokens (aLoRA)"
-    if update.rank == 0:
-        return "updates of rank 0"
-    if update.bias is not None:
-        return "biases of up-projections (lora_bias)"
-    if update.row is not None or update.col is not None:
-        return f"updates of kind {update.kind!r}, which scale inputs or outputs"
-    return None
+    scales = update.row is not None or update.col is not None
+    found = {
+        "scales that are no finite number": not math.isfinite(update.scale),
+        "invocation tokens (aLoRA)": bool(update.invocation),
+        "updates of rank 0": update.rank == 0,
+        BIASES: update.bias is not None,
+        f"updates of kind {update.kind!r}, which scale inputs or outputs": scales,
+        DORA: update.magnitude is not None,
+        GROUPS: update.groups > 1,
+    }
+    return next((words for words, there in found.items() if there and words not in holds), None)

@@ -60,11 +60,14 @@ def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]
         raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")
 
 
-def doubt(message: str, otherwise: str, strict: bool) -> None:
-    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads."""
+def doubt(where: object, message: str, otherwise: str, strict: bool) -> None:
+    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads.
+
+    Whoever calls it is within ``where``, which no warning is.
+    """
     if strict:
         raise AdapterError(message + otherwise)
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("lora_fx."):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, AdapterWarning, stacklevel=level)
+    warnings.warn(f"{where}: {message}", AdapterWarning, stacklevel=level)

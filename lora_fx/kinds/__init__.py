@@ -3,6 +3,7 @@
 To support another kind, add one file with its leaves and its reader, and one line to ``KINDS``.
 A reader says what is wrong with the tensors; who calls it says where, by `lora_fx.errors.within`.
 LoRA has no line there: formats do not agree on its leaves, so `lora_fx.kinds.lora` reads by role.
+What is of one format, loralib's layers, or of a parameter, experts, is called by its own name.
 """
 
 from __future__ import annotations

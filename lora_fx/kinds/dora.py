@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -100,3 +101,18 @@ def over_inputs(
     kind = "dora" if update.kind == "lora" else update.kind
     stored = SourceRecord(tensors, {"scale": scale, "writer": "lycoris"})
     return WeightUpdate(kind, outer, shape, stored)
+
+
+def evaluated_first(
+    update: Update, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> AnyUpdate:
+    """An update with a magnitude as a function of the weight: the one form beside groups.
+
+    Args:
+        update: of a grouped convolution.
+        tensors: all of the layer's, ``dora_scale`` among them.
+        shape: (out, in / groups, *kernel) of the layer.
+    """
+    stored = update.stored or SourceRecord(tensors, {"scale": update.scale})
+    whole = evaluated(replace(update, magnitude=None), shape, stored)
+    return with_magnitude(whole, {"dora_scale": tensors["dora_scale"]})

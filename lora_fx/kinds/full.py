@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added
 from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import layer_shape, measure, number, wide
 
@@ -42,3 +45,24 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
     stored = SourceRecord(tensors, settings)
     shift = None if bias is None else wide(bias) * scale
     return WeightUpdate("full", added(delta), tuple(diff.shape), stored, shift)
+
+
+def of_vector(leaf: str, change: torch.Tensor) -> WeightUpdate:
+    """Reads ``v + change``, of a norm's weight or of a bias: ``norms.py`` of LyCORIS 4.1.3."""
+    return WeightUpdate("norm", added(change), tuple(change.shape), SourceRecord({leaf: change}))
+
+
+def beside(update: AnyUpdate, diff: torch.Tensor | None, shift: torch.Tensor | None) -> AnyUpdate:
+    """An update of another kind, and ``diff`` added to its weight, ``shift`` to its bias."""
+    own = update.shift(lambda: None)
+    bias = own if shift is None else shift if own is None else own + shift
+    if diff is None and isinstance(update, Update) and update.scale != 0:
+        dtype = torch.promote_types(update.up.dtype, torch.float32)
+        return replace(update, bias=None if bias is None else bias.to(dtype) / update.scale)
+
+    def function(weight: Matrix) -> Matrix:
+        whole = update.of(weight)
+        return whole if diff is None else Sum(whole, constant(diff, weight.shape))
+
+    shape = update.shape if diff is None else tuple(diff.shape)
+    return WeightUpdate("full", function, shape, bias=bias)

@@ -115,3 +115,45 @@ def _writer(settings: Mapping[str, Any]) -> str:
             "means different things to 'peft' and to 'lycoris', expected one of them"
         )
     return str(writer)
+
+
+def shapes(
+    layer: tuple[int, ...],
+    r: int,
+    decompose_both: bool,
+    decompose_factor: int,
+    use_effective_conv2d: bool,
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that PEFT makes for a layer: ``LoKrLayer.update_layer`` of PEFT 0.21.
+
+    Args:
+        layer: (out, in, *kernel).
+        r: the rank.
+        decompose_both: whether the first factor may be of low rank too.
+        decompose_factor: how sizes are split.
+        use_effective_conv2d: whether a kernel is in a core between the factors of the second.
+    """
+    (a, c), (b, d) = (split(size, decompose_factor) for size in layer[:2])
+    kernel, points = layer[2:], math.prod(layer[2:])
+    is_low = decompose_both and r < max(a, b) / 2
+    first = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, b)} if is_low else {"lokr_w1": (a, b)}
+    if r >= max(c, d) / 2:
+        return {**first, "lokr_w2": (c, d, *kernel)}
+    if use_effective_conv2d and points > 1:
+        return {**first, "lokr_t2": (r, r, *kernel), "lokr_w2_a": (r, c), "lokr_w2_b": (r, d)}
+    return {**first, "lokr_w2_a": (c, r), "lokr_w2_b": (r, d * points)}
+
+
+def split(size: int, factor: int) -> tuple[int, int]:
+    """The two factors of a size: ``factorization`` of PEFT 0.21.
+
+    Args:
+        size: of a side of a layer.
+        factor: the first of the two if it divides the size (LyCORIS puts the smaller first even
+            then), else a bound of the first, which is the smaller; -1 is none.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    bound = min(math.isqrt(size), factor if factor > 0 else size)
+    smaller = max(n for n in range(1, bound + 1) if size % n == 0)
+    return smaller, size // smaller

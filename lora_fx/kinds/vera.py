@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,3 +55,14 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     down = wide(tensors["vera_lambda_d"])[:, None] * wide(tensors["vera_A"][:, :columns])
     up = wide(tensors["vera_lambda_b"])[:, None] * wide(tensors["vera_B"][:out])
     return Update(down, up, 1.0, kind="vera", stored=SourceRecord(tensors, settings))
+
+
+def drawn(rank: int, into: int, out: int, seed: int) -> dict[str, torch.Tensor]:
+    """Both projections as PEFT draws them: Kaiming-uniform, by its own order of rounding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(rows: int, columns: int) -> torch.Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    return {"vera_A": values(rank, into), "vera_B": values(out, rank)}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from lora_fx.errors import AdapterError, shorten
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning, Meanings, conventional
 from lora_fx.layers.moves import (
@@ -163,3 +164,18 @@ def _choose(usable: Mapping[str, list[Candidate]], result: Resolved) -> set[tupl
             if "." in name:
                 result.moved[".".join(old)] = ".".join(found[0].new)
     return moves
+
+
+def check_one(several: Mapping[str, list[str]]) -> None:
+    """Refuses names that mean several layers.
+
+    Raises:
+        AdapterError: lists the layers of each.
+    """
+    if several:
+        told = [f"{name} ({' or '.join(paths)})" for name, paths in several.items()]
+        raise AdapterError(
+            f"names that mean several layers of the base: {shorten(told)}; pass prefix= to "
+            "load_adapter, the path of the module that the file is of, or rename one of the "
+            "layers, or convert the file where it was made"
+        )

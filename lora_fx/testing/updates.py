@@ -13,9 +13,9 @@ from torch import nn
 
 from lora_fx.adapters.adapter import AnyUpdate, Update
 from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
-from lora_fx.formats.loralib.layers import block_diagonal
-from lora_fx.formats.peft.lycoris import split
 from lora_fx.kinds import KINDS
+from lora_fx.kinds.lokr import split
+from lora_fx.kinds.loralib import block_diagonal
 
 RANK, ALPHA = 2, 3.0
 

@@ -13,15 +13,14 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import ClassifiedTensors, as_saved
-from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.traced_adapters import skeleton
 from lora_fx.traced_adapters.base_modules import adapted
-from lora_fx.traced_adapters.config import named
+from lora_fx.traced_adapters.config import TracedConfig, named
 from lora_fx.traced_adapters.layer import update_of
 from lora_fx.traced_adapters.traces import Traces
 
-__all__ = ["read_traced"]
+__all__ = ["TracedConfig", "read_traced"]
 
 
 def read_traced(

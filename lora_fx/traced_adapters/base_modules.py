@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.bind import targeted
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
+from lora_fx.traced_adapters.config import TracedConfig
 
 _HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks"))
 

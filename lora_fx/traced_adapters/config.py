@@ -13,7 +13,6 @@ from lora_fx.errors import AdapterError, within
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.fields import NEUTRAL, refused_in, values_of
 from lora_fx.formats.peft.lora import LoraConfig, check_init
-from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.traced_adapters.reasons import refuse_what_is_not_affine
 
 INSTALL = "install it (pip install peft)"
@@ -41,6 +40,24 @@ _OURS: dict[str, Any] = {
     "lora_ga_config": None,
 }
 _UNREAD = ("target_parameters", "trainable_token_indices", "token_indices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedConfig(PeftConfig):
+    """A config whose type, or an option of LoRA's, has no kind of ours.
+
+    Attributes:
+        name: of the type.
+        given: all of its fields.
+    """
+
+    name: str
+    given: Mapping[str, object]
+
+    @property
+    def only_bias(self) -> str:  # type: ignore[override]  # known with the name
+        """What ``bias`` is called where biases of adapted layers alone are stored."""
+        return f"{self.name.lower()}_only"
 
 
 def parse(fields: Mapping[str, object], origin: str, strict: bool) -> TracedConfig:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.traced_adapters.bounded import Bounded
-from lora_fx.traced_adapters.config import by_peft
+from lora_fx.traced_adapters.config import TracedConfig, by_peft
 
 ADAPTER = "default"
 

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lora_fx.adapters.target_rule import TargetRule, pattern_matches, pattern_value
+from lora_fx.adapters.target_rule import (
+    TargetRule,
+    pattern_matches,
+    pattern_value,
+    saved_module,
+)
 from lora_fx.errors import AdapterError
 
 PATHS = [
@@ -143,3 +148,20 @@ def test_a_pattern_key_is_a_regex_in_its_frame_too() -> None:
     assert pattern_value({"(.*)*X": 3}, "fc", 2) == 2
     with pytest.raises(AdapterError, match=r"as PEFT builds it: .* is not a regex"):
         pattern_value({"(?i)fc": 3}, "fc", 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "modules", "expected"),
+    [
+        ("head", ["head"], "head"),
+        ("model.head.dense", ["head"], "model.head"),
+        ("lm_head", ["head"], "lm_head"),
+        ("headless", ["head"], None),
+        ("a.b.c", ["a.b", "c"], "a.b"),
+        ("fc", [], None),
+    ],
+)
+def test_saved_modules_are_matched_as_peft_does(
+    path: str, modules: list[str], expected: str | None
+) -> None:
+    assert saved_module(path, modules) == expected

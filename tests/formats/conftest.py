@@ -9,16 +9,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError
+from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.testing import PEFT_CASES, Lab, SavedCase, save_peft_case
 
+Tensors = dict[str, torch.Tensor]
 SAVED: dict[str, SavedCase] = {}
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
+
+
+@pytest.fixture
+def reads(tmp_path: Path) -> Callable[..., Adapter]:
+    """Writes tensors to a file, and reads that as an adapter."""
+
+    def read(tensors: Tensors, name: str = "a.safetensors", **hints: Any) -> Adapter:
+        save = save_file if name.endswith(".safetensors") else torch.save
+        save({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name)
+        return load_adapter(tmp_path / name, **hints)
+
+    return read
+
+
+@pytest.fixture
+def rewritten(tmp_path: Path) -> Callable[..., tuple[Tensors, Adapter]]:
+    """Writes an adapter to a file: its tensors, and what is read of it with the same hints."""
+
+    def again(
+        adapter: Adapter, format: str, base: object = None, **hints: Any
+    ) -> tuple[Tensors, Adapter]:
+        file = tmp_path / f"{adapter.name}_again.safetensors"
+        save_adapter(adapter, file, format=format, force=True, **hints)
+        read = hints if format == "diffusers" else {}
+        return load_file(file), load_adapter(file, name=adapter.name, base=base, **read)
+
+    return again
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ LOKR: Stored = {"unet.fc.lokr_w1": (2, 2)}
 DIFFUSERS: list[Row] = [
     (UNET | peft("text_encoder.fc"), None, {"component": "vae"},
      "component is 'vae', the file has text_encoder, unet"),
-    (TWICE | ALPHA, None, {}, r"\.alpha for fc, and none for up"),
+    (TWICE | ALPHA, None, {}, r"fc has \.alpha, up has none"),
     (UNET | ALPHA, CONFIG, {}, r"\.alpha for fc, and a config in"),
     (UNET, {"transformer.r": 2}, {}, "has no field of unet"),
     (UNET, {"unet.r": 2}, {}, "of unet: lora_alpha is missing"),

@@ -1,6 +1,7 @@
 import peft
 import pytest
 import torch
+from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from lora_fx import AdapterError
@@ -110,3 +111,10 @@ def test_refuses(shapes, settings, message, noise):
     tensors = {leaf: noise(*shape) for leaf, shape in shapes.items()}
     with pytest.raises(AdapterError, match=message):
         lokr.read(tensors, {"scale": 1.0, **settings})
+
+
+@pytest.mark.parametrize("factor", [-1, *range(1, 17)])
+def test_sizes_are_split_as_peft_splits_them(factor):
+    assert [lokr.split(n, factor) for n in range(1, 130)] == [
+        factorization(n, factor) for n in range(1, 130)
+    ]

@@ -42,9 +42,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
-from lora_fx.formats.trainers import names_of
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.trainer_names import names_of
 from lora_fx.testing import relative
 
 Tensors = dict[str, torch.Tensor]

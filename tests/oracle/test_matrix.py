@@ -29,7 +29,7 @@ from lora_fx import (
 )
 from lora_fx.adapters.adapter import AnyUpdate, Scaling
 from lora_fx.explanation import explain
-from lora_fx.formats.loralib.layers import block_diagonal
+from lora_fx.kinds.loralib import block_diagonal
 from lora_fx.testing import Attention, Between, Experts, LayerShape, relative, update_of
 from lora_fx.testing.updates import ALPHA, RANK
 

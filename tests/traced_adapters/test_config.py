@@ -12,9 +12,8 @@ import torch
 
 from lora_fx import AdapterError, load_adapter
 from lora_fx.formats.peft import CONFIG, read_config
-from lora_fx.formats.peft.types import TracedConfig
 from lora_fx.testing import SavedCase
-from lora_fx.traced_adapters.config import by_peft, parse
+from lora_fx.traced_adapters.config import TracedConfig, by_peft, parse
 
 Changed = Callable[..., Path]
 MINIMAL = {"peft_type": "BOFT", "target_modules": ["wide"]}

@@ -8,31 +8,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.adapters.target_rule import pattern_matches
 from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.formats.dialects import Contents, Tensors
 from lora_fx.formats.hints import Hints, doubt
-from lora_fx.formats.loralib.layers import block_diagonal, checked_groups
+from lora_fx.formats.peft import keys
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.keys import (
-    PREFIX,
-    as_saved,
-    dialect_of,
-    is_own_key,
-    saved_in,
-    sort_peft,
-    unwrapped,
-)
+from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
-from lora_fx.formats.peft.types import TracedConfig, parse_any, read_tokens
+from lora_fx.formats.peft.types import parse_any, read_tokens
 from lora_fx.formats.peft.write import contents
 from lora_fx.io.atomic import publish
 from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
 from lora_fx.io.strict_json import parse_object, read_object
 from lora_fx.kinds import lora
+from lora_fx.kinds.loralib import block_diagonal, checked_groups
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.resolve import Names
 
@@ -58,7 +50,7 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
         today = _fields_of_today(fields)
     config = parse_any(today, str(origin), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
-    tensors = unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
+    tensors = keys.unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
     with within(weights):
         tensors = _tensors_of_today(fields, tensors)
     return assemble(name, weights, tensors, config, origin, hints)
@@ -75,9 +67,7 @@ def _fields_of_today(fields: Mapping[str, object]) -> Mapping[str, object]:
     return known | {name: n * count for name, n in numbers.items() if is_number(n)}
 
 
-def _tensors_of_today(
-    fields: Mapping[str, object], tensors: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
+def _tensors_of_today(fields: Mapping[str, object], tensors: Tensors) -> Tensors:
     """The tensors: outputs that are adapted each by ranks of its own get one up-projection.
 
     ``lora_B`` (rows * adapted, r, 1) becomes (out, r * adapted), with a block for each output.
@@ -127,26 +117,28 @@ def read_config(path: Path, strict: bool) -> PeftConfig:
 def assemble(
     name: str,
     weights: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     config: PeftConfig,
     origin: Path,
     hints: Hints,
 ) -> Adapter:
     """Makes an adapter of PEFT's tensors and the config that says what they mean."""
-    if isinstance(config, TracedConfig):  # PEFT itself is asked, in a room of its own
-        from lora_fx.traced_adapters import read_traced
+    if not config.kinds:  # PEFT itself is asked, in a room of its own
+        from lora_fx.traced_adapters import TracedConfig, read_traced
 
+        assert isinstance(config, TracedConfig)
         return read_traced(name, weights, tensors, config, origin, hints)
     base = layers_of(hints.base)
     with within(weights):
-        own = as_saved(tensors, lambda key: is_own_key(key, config))
-        keys = sort_peft(own, config, base)
-        if base.base is not None and not keys.layers.keys() <= base.layers.keys():
-            base = Names.of(base).called(keys.layers)
-        updates, asked = config.read(keys.layers, keys.shared, base)
-        updates |= read_tokens(keys.tokens, config, base)
-    _check_patterns(origin, config, asked, hints.strict)
-    return Adapter(name, updates, keys.replacements, expects=config.rule)
+        own = keys.as_saved(tensors, lambda key: keys.is_own_key(key, config))
+        found = keys.sort_peft(own, config, base)
+        if base.base is not None and not found.layers.keys() <= base.layers.keys():
+            base = Names.of(base).called(found.layers)
+        updates, asked = config.read(found.layers, found.shared, base)
+        updates |= read_tokens(found.tokens, config, base)
+    with within(origin):
+        _check_patterns(origin, config, asked, hints.strict)
+    return Adapter(name, updates, found.replacements, expects=config.rule)
 
 
 def _existing(directory: Path, name: str) -> Path:
@@ -165,8 +157,8 @@ def _check_patterns(origin: Path, config: PeftConfig, paths: list[str], strict: 
     for field, pattern in config.patterns().items():
         unused = [key for key in pattern if not any(pattern_matches(key, path) for path in paths)]
         if unused:
-            said = f"{origin}: {field} has keys that match no adapted module: {shorten(unused)}"
-            doubt(said, "; correct them, or pass strict=False", strict)
+            said = f"{field} has keys that match no adapted module: {shorten(unused)}"
+            doubt(origin, said, "; correct them, or pass strict=False", strict)
 
 
 def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
@@ -176,22 +168,20 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     ``adapter_config.json`` beside it; else it is made of the hints ``alpha``, ``use_rslora``
     and ``r``.
     """
-    tensors = unwrapped(read_file(path, hints.allow_pickle), layers_of(hints.base))
+    tensors = keys.unwrapped(read_file(path, hints.allow_pickle), layers_of(hints.base))
     config, origin = _stored_config(path, hints)
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:
         raise AdapterError(f"{origin}: says what alpha, r and use_rslora are; give no such hint")
     if config is None:
         with within(path):
-            modules = sorted(saved_in(tensors))
-            tensors = as_saved(tensors, lambda key: is_own_key(key, LoraConfig))
+            modules = sorted(keys.saved_in(tensors))
+            tensors = keys.as_saved(tensors, lambda key: keys.is_own_key(key, LoraConfig))
             config = _from_hints(tensors, hints, modules)
     return assemble(name, path, tensors, config, origin, hints)
 
 
-def file_contents(
-    adapter: Adapter, path: Path, hints: Hints
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def file_contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
     """PEFT's tensors, and the config in the metadata."""
     config, tensors = contents(adapter)
     return tensors, {METADATA: json.dumps(config, sort_keys=True)}
@@ -216,9 +206,7 @@ def _stored_config(path: Path, hints: Hints) -> tuple[PeftConfig | None, Path]:
     return None, path
 
 
-def _from_hints(
-    tensors: Mapping[str, torch.Tensor], hints: Hints, modules: Sequence[str]
-) -> PeftConfig:
+def _from_hints(tensors: Tensors, hints: Hints, modules: Sequence[str]) -> PeftConfig:
     """A config of the hints; the ranks are those of the tensors, the modules are held whole."""
     if hints.alpha is None:
         raise AdapterError(
@@ -226,7 +214,7 @@ def _from_hints(
             "trained with, and use_rslora=True if it was"
         )
     alpha = checked_alpha("alpha", hints.alpha)
-    dialect = dialect_of(LoraConfig(lora_alpha=alpha))
+    dialect = keys.dialect_of(LoraConfig(lora_alpha=alpha))
     split = ((dialect.split(key), tensor) for key, tensor in tensors.items() if tensor.ndim)
     ranks = {found[0]: len(t) for found, t in split if found and found[1] in LoraConfig.ranked}
     common = Counter(ranks.values()).most_common(1)

@@ -25,11 +25,10 @@ from lora_fx.layers.base_layers import BaseLayers
 Tensors = Mapping[str, torch.Tensor]
 Numbers = Mapping[str, tuple[int, float]]  # path of a layer -> its rank and its alpha
 # PEFT lists these heads for every model of the task, whatever its own head is called.
+_HEADS = frozenset({"classifier", "score"})
 _TASK_HEADS = {
-    "SEQ_CLS": frozenset({"classifier", "score"}),
-    "TOKEN_CLS": frozenset({"classifier", "score"}),
-    "QUESTION_ANS": frozenset({"qa_outputs"}),
-}
+    "SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": frozenset({"qa_outputs"}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,8 @@ class PeftConfig:
 
     Attributes:
         peft_type: the name of the type.
-        kinds: of its updates; the first is the key of ``KINDS`` that reads them.
+        kinds: of its updates; the first is the key of ``KINDS`` that reads them. None of a type
+            that PEFT itself reads.
         leaves: ends of the keys below a layer's path.
         ranked: the leaves whose first axis is the rank.
         rank_field: the name of the field of the rank.
@@ -58,7 +58,7 @@ class PeftConfig:
     """
 
     peft_type: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[str, ...]] = ()
     leaves: ClassVar[tuple[str, ...]]
     ranked: ClassVar[tuple[str, ...]] = ()
     rank_field: ClassVar[str] = "r"
@@ -132,7 +132,7 @@ class PeftConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of a layer; 0 where the type has none."""
-        return 0
+        return int(getattr(self, self.rank_field, 0))
 
     def settings(self, path: str, tensors: Tensors) -> Fields:
         """What the kind wants to know of a layer."""

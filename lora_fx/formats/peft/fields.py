@@ -135,22 +135,16 @@ def parse(
         types: those that the caller knows how to read.
     """
     with within(origin):
-        made = _type_of(fields, types)
+        supported, name = ", ".join(types), fields.get("peft_type")
+        if "peft_type" not in fields:
+            raise AdapterError(f"peft_type is missing, expected {supported}")
+        if not isinstance(name, str) or name not in types:
+            raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
+        made = types[name]
         _check_features(fields, made)
         config = made(**values_of(fields, made))
         config.check(fields, origin, strict)
         return config
-
-
-def _type_of(
-    fields: Mapping[str, object], types: Mapping[str, type[PeftConfig]]
-) -> type[PeftConfig]:
-    supported, name = ", ".join(types), fields.get("peft_type")
-    if "peft_type" not in fields:
-        raise AdapterError(f"peft_type is missing, expected {supported}")
-    if not isinstance(name, str) or name not in types:
-        raise AdapterError(f"peft_type is {name!r:.80}, supported: {supported}")
-    return types[name]
 
 
 def _check_features(fields: Mapping[str, object], made: type[PeftConfig]) -> None:

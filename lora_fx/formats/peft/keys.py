@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from lora_fx.adapters.target_rule import saved_module
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys, tensors_of
 from lora_fx.formats.peft.config import PeftConfig
@@ -159,16 +160,6 @@ class ClassifiedTensors:
             return False
         owner = path.removesuffix(BASE_BIAS) if path.endswith(BASE_BIAS) else module
         return owner in self.layers or (bias == "all" and owner == module)
-
-
-def saved_module(path: str, modules: Sequence[str]) -> str | None:
-    """The first module on the way to a path that ``modules_to_save`` means, as PEFT matches it.
-
-    PEFT compares ends without asking for a dot: ``head`` means ``lm_head`` too.
-    """
-    parts = path.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return next((p for p in prefixes if p.endswith(tuple(modules))), None)
 
 
 def is_own_key(key: str, config: PeftConfig | type[PeftConfig]) -> bool:

@@ -60,8 +60,7 @@ def check_init(init: object, origin: str, strict: bool) -> None:
         f"init_lora_weights is {init!r}: training changed the base weights too, so the adapter "
         "fits that base alone; save it with PEFT's path_initial_model_for_weight_conversion"
     )
-    said = message if strict else f"{origin}: {message}"
-    doubt(said, ", or pass strict=False to use it as it is", strict)
+    doubt(origin, message, ", or pass strict=False to use it as it is", strict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,8 @@ class LoraConfig(Patterned):
         down = tensors.get(DOWN)
         is_stack = down is not None and down.shape[:1] != (rank,)
         if is_stack if place.shape is None else len(place.shape) == 3:
-            return read_experts(place, tensors, rank, scale, self.use_rslora, base)
+            own = {"r": rank, "scale": scale, "use_rslora": self.use_rslora}
+            return read_experts(place, tensors, own, base)
         update = read_lora(place.asked, tensors, self)
         return replace(update, stored=SourceRecord({}, place.settings))
 

@@ -5,81 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
-from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import doubt
-from lora_fx.formats.peft import lora
 from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import (
     Fields,
     checked,
     indices,
-    masks,
     names_or_regex,
     parse,
     refused_in,
     words,
 )
 from lora_fx.formats.peft.lora import LoraConfig
-from lora_fx.formats.peft.lycoris import LohaConfig, LokrConfig
-from lora_fx.formats.peft.vera import VeraConfig
+from lora_fx.formats.peft.products import AdaloraConfig, LohaConfig, LokrConfig, VeraConfig
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import BaseLayers
 
 LEAF = "trainable_tokens_delta"
 _NO_TOKENS = words("trainable_token_indices ensure_weight_tying")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaloraConfig(PeftConfig):
-    """AdaLoRA, whose layers never look at LoRA's fields, whatever the config says of them."""
-
-    peft_type = "ADALORA"
-    kinds = ("adalora",)
-    leaves = ("lora_A", "lora_B", "lora_E")
-    ranked = ("lora_A",)
-    rank_field = "init_r"
-    only_bias = "lora_only"
-    neutral = lora.NEUTRAL | words(
-        """r use_rslora alpha_pattern lora_bias init_lora_weights target_r tinit tfinal deltaT beta1
-        beta2 orth_reg_weight total_step"""
-    )
-    refused = lora.REFUSED | words("alora_invocation_tokens use_dora target_parameters")
-    # PEFT refuses a config without steps to train; these are never taken.
-    written: ClassVar[Fields] = {"total_step": 1, "tinit": 0, "tfinal": 0}
-
-    init_r: int = checked(checked_rank, 12, needed=True)
-    lora_alpha: float = checked(checked_alpha, needed=True)
-    rank_pattern: Mapping[str, list[bool]] | None = checked(masks, None)
-
-    def rank_of(self, path: str) -> int:
-        """What is left of the rank of a layer."""
-        mask = self._mask(path)
-        return self.init_r if mask is None else sum(mask)
-
-    def _mask(self, path: str) -> list[bool] | None:
-        return (self.rank_pattern or {}).get(f"{path}.lora_E")
-
-    def settings(self, path: str, tensors: Tensors) -> Fields:
-        """Alpha is the scale, divided by the rank before the pruning."""
-        scale = self.lora_alpha if self.lora_alpha > 0 else self.rank_of(path)
-        known = {"ranknum": self.init_r, "alpha": self.lora_alpha, "mask": self._mask(path)}
-        return {"scale": scale, **known}
-
-    @classmethod
-    def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
-        """Rank and alpha, and what was left of each layer that was pruned."""
-        kept = {f"{p}.lora_E": update.stored_settings.get("mask") for p, update in layers.items()}
-        return {
-            "init_r": int(agreed(layers, "ranknum")),
-            "lora_alpha": agreed(layers, "alpha"),
-            "rank_pattern": {key: mask for key, mask in kept.items() if mask is not None} or None,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +119,7 @@ class OftConfig(PeftConfig):
             f"peft_version is {version!r}, and PEFT before 0.18 had another series for "
             "use_cayley_neumann; train it again with a newer PEFT"
         )
-        said = message if strict else f"{origin}: {message}"
-        doubt(said, ", or pass strict=False to use today's", strict)
+        doubt(origin, message, ", or pass strict=False to use today's", strict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +179,10 @@ def read_rows(
 ) -> AnyUpdate:
     """Reads the trained rows of one table, or of a head."""
     shape = base.shape_of(path)
-    own = {"indices": list(indices), "head": _is_head(path, base)}
-    return KINDS["tokens"].read(tensors, own | settings | ({"shape": shape} if shape else {}))
-
-
-def _is_head(path: str, base: BaseLayers) -> bool:
-    """Whether a layer with a row for each token is linear; without a base its name tells."""
-    if base.shape_of(path):
-        return base[path].is_linear
-    return "head" in path.rpartition(".")[2]
+    # A head has a row for each token too, but is linear; without a base its name tells.
+    is_head = base[path].is_linear if shape else "head" in path.rpartition(".")[2]
+    own = {"indices": list(indices), "head": is_head, **settings}
+    return KINDS["tokens"].read(tensors, own | ({"shape": shape} if shape else {}))
 
 
 def _indices(path: str, config: PeftConfig) -> Sequence[int]:
@@ -256,24 +198,6 @@ def _indices(path: str, config: PeftConfig) -> Sequence[int]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TracedConfig(PeftConfig):
-    """A config whose type, or an option of LoRA's, has no kind of ours.
-
-    Attributes:
-        name: of the type.
-        given: all of its fields.
-    """
-
-    name: str
-    given: Mapping[str, object]
-
-    @property
-    def only_bias(self) -> str:  # type: ignore[override]  # known with the name
-        """What ``bias`` is called where biases of adapted layers alone are stored."""
-        return f"{self.name.lower()}_only"
-
-
 def is_traced(fields: Mapping[str, object]) -> bool:
     """Whether a config is of a type, or of LoRA with an option, that no kind of ours computes."""
     name = fields.get("peft_type")
@@ -285,7 +209,7 @@ def is_traced(fields: Mapping[str, object]) -> bool:
 
 
 def parse_any(fields: Mapping[str, object], origin: str, strict: bool) -> PeftConfig:
-    """Checks the fields of a config of any type, as `config.parse` does."""
+    """Checks the fields of a config of any type, as `fields.parse` does."""
     if not is_traced(fields):
         return parse(fields, origin, strict, TYPES)
     from lora_fx.traced_adapters.config import parse as parse_traced

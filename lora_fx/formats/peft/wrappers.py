@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added_to_each
 from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP, name_of
-from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
+from lora_fx.kinds import experts
 from lora_fx.layers.base_layers import BaseLayers
 
 Tensors = Mapping[str, torch.Tensor]
@@ -132,60 +133,27 @@ def _parameters(
 
 
 def read_experts(
-    place: WrappedTarget,
-    tensors: Tensors,
-    rank: int,
-    scale: float,
-    use_rslora: bool,
-    base: BaseLayers,
-) -> WeightUpdate:
-    """Reads ``W[e] + scale * up[e] @ down[e]`` for every expert e, W as the layer stores it.
-
-    ``lora_A`` (r * experts, in) has the experts one after the other, ``lora_B``
-    (out, r * experts) their columns of one rank next to each other: ``ParamWrapper`` of PEFT 0.21.
-
-    The parameter is (experts, out, in), or (experts, in, out); the base tells which.
-    """
+    place: WrappedTarget, tensors: Tensors, settings: Mapping[str, Any], base: BaseLayers
+) -> AnyUpdate:
+    """Reads the update of every expert of a parameter; the base tells how they are stored."""
     if sorted(tensors) != [DOWN, UP]:
         raise AdapterError(f"has {sorted(tensors)}, expected {DOWN} and {UP} of experts")
-    shape = place.shape
-    if shape is None:
+    if place.shape is None:
         raise AdapterError(
-            f"{DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {rank}, "
+            f"{DOWN} {tuple(tensors[DOWN].shape)} is of several experts at rank {settings['r']}, "
             "whose orientation the file does not say; pass base=, the model"
         )
-    count, rows, columns = shape
-    transposed = _is_transposed(place, tensors, base)
-    out, into = (columns, rows) if transposed else (rows, columns)
-    expected = (rank * count, into), (out, rank * count)
-    found = tuple(tensors[DOWN].shape), tuple(tensors[UP].shape)
-    if found != expected:
-        raise AdapterError(
-            f"lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
-            f"{place.parameter} {shape}"
-        )
-    wide = torch.promote_types(tensors[DOWN].dtype, torch.float32)
-    down = tensors[DOWN].to(wide).reshape(count, rank, into)
-    up = tensors[UP].to(wide).reshape(out, rank, count).permute(2, 0, 1) * scale
-    left, right = (down.transpose(1, 2), up.transpose(1, 2)) if transposed else (up, down)
-    own = {"r": rank, "scale": scale, "use_rslora": use_rslora, TURNED_EXPERTS: transposed}
-    kind, stored = "rslora" if use_rslora else "lora", SourceRecord(tensors, place.settings | own)
-    return WeightUpdate(kind, added_to_each(left.contiguous(), right.contiguous()), shape, stored)
-
-
-def _is_transposed(place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> bool:
-    """Whether each expert is (in, out): what the module says, else what the shapes do."""
-    assert place.shape is not None
-    says_so = base.is_turned(place.asked.rpartition(".")[0])
-    if says_so or not base.is_graph:
-        return says_so
     _, rows, columns = place.shape
-    if rows == columns:
-        raise AdapterError(
-            f"each of the experts is {rows} by {columns}, and a graph does not say which "
-            "of the two is the input; pass base=, the model itself"
-        )
-    return tuple(tensors[DOWN].shape[1:]) == (rows,)
+    transposed = base.is_turned(place.asked.rpartition(".")[0])
+    if not transposed and base.is_graph:  # no module says it, but its shapes do
+        if rows == columns:
+            raise AdapterError(
+                f"each of the experts is {rows} by {columns}, and a graph does not say which "
+                "of the two is the input; pass base=, the model itself"
+            )
+        transposed = tuple(tensors[DOWN].shape[1:]) == (rows,)
+    own = {**place.settings, **settings, TURNED_EXPERTS: transposed}
+    return experts.read(tensors, place.shape, own)
 
 
 def homes_of(layers: Mapping[str, AnyUpdate]) -> dict[str, Home]:

@@ -13,11 +13,12 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH
+from lora_fx.adapters.target_rule import saved_module
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.peft.config import PeftConfig, low_rank
 from lora_fx.formats.peft.fields import Fields, dump
-from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS, saved_module
+from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.types import LEAF, TYPES, TokensConfig
 from lora_fx.formats.peft.wrappers import WRAPPED, Home, homes_of

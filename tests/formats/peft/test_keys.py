@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_fx.errors import AdapterError
-from lora_fx.formats.peft.keys import PREFIX, ClassifiedTensors, saved_module, sort_peft
+from lora_fx.formats.peft.keys import PREFIX, ClassifiedTensors, sort_peft
 from lora_fx.formats.peft.types import TYPES
 from lora_fx.layers.base_layers import BaseLayers
 
@@ -108,20 +108,3 @@ def test_what_all_layers_share_is_told_by_its_whole_key() -> None:
     keys = sort(*names, type="VERA")
     assert set(keys.shared) == {"vera_A", "vera_B"}
     assert set(keys.layers["fc"]) == {"vera_lambda_b", "vera_lambda_d"}
-
-
-@pytest.mark.parametrize(
-    ("path", "modules", "expected"),
-    [
-        ("head", ["head"], "head"),
-        ("model.head.dense", ["head"], "model.head"),
-        ("lm_head", ["head"], "lm_head"),
-        ("headless", ["head"], None),
-        ("a.b.c", ["a.b", "c"], "a.b"),
-        ("fc", [], None),
-    ],
-)
-def test_saved_modules_are_matched_as_peft_does(
-    path: str, modules: list[str], expected: str | None
-) -> None:
-    assert saved_module(path, modules) == expected

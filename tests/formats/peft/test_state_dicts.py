@@ -94,25 +94,23 @@ def test_a_whole_state_dict_is_the_adapter_in_it(kind: str, name: str, tmp_path:
     assert found.replacements.keys() <= {*expected.replacements, "emb.weight"}
 
 
-def test_a_state_dict_alone_needs_but_alpha_and_the_base(tmp_path: Path) -> None:
-    net, path = base()[0], tmp_path / "all.safetensors"
+def test_a_state_dict_alone_needs_but_alpha_and_the_base(reads: Any) -> None:
+    net = base()[0]
     tuned = trained(peft.LoraConfig(**LORA, use_dora=True, modules_to_save=["head"]), net)
-    save_file(held(tuned), path)
-    adapter = lora_fx.load_adapter(path, base=net, alpha=3)
+    adapter = reads(held(tuned), base=net, alpha=3)
     assert set(adapter.replacements) == {"head.weight", "head.bias"}
     assert compare(output(adapter), tuned(IDS).detach()).ok
     with pytest.raises(AdapterError, match=r"no known use: .*emb\.weight.*with base= given"):
-        lora_fx.load_adapter(path, alpha=3)
+        reads(held(tuned), alpha=3)
 
 
-def test_weights_that_training_changed_are_the_adapter_s_too(tmp_path: Path) -> None:
+def test_weights_that_training_changed_are_the_adapter_s_too(reads: Any) -> None:
     """PEFT loads whatever the base has a place for; here a norm that somebody thawed."""
-    net, path = base()[0], tmp_path / "all.safetensors"
+    net = base()[0]
     tuned = trained(peft.LoraConfig(**LORA), net)
     with torch.no_grad():
         tuned.base_model.model.norm.weight += 1
-    save_file(held(tuned), path)
-    adapter = lora_fx.load_adapter(path, base=net, alpha=3)
+    adapter = reads(held(tuned), base=net, alpha=3)
     assert set(adapter.replacements) == {"norm.weight"}
     assert compare(output(adapter), tuned(IDS).detach()).ok
 
@@ -221,15 +219,13 @@ def test_what_held_the_model_is_no_part_of_a_name(names: str, tmp_path: Path) ->
     assert not compare(gm(IDS), tuned(IDS).detach()).ok  # the control
 
 
-def test_a_module_that_the_base_is_stays_in_the_names(tmp_path: Path) -> None:
+def test_a_module_that_the_base_is_stays_in_the_names(reads: Any) -> None:
     """Two encoders, one of them wrapped: its own path tells which."""
     torch.manual_seed(0)
     both = nn.ModuleDict({"left": small_net(), "right": small_net()})
     tuned = trained(peft.LoraConfig(**LORA), both["right"])
-    lora = {k: v for k, v in held(tuned).items() if "lora_" in k}
-    save_file({f"right.{key}": tensor for key, tensor in lora.items()}, tmp_path / "a.safetensors")
-    adapter = lora_fx.load_adapter(tmp_path / "a.safetensors", base=both, alpha=3)
-    assert set(adapter.updates) == {"right.fc"}
+    lora = {f"right.{key}": tensor for key, tensor in held(tuned).items() if "lora_" in key}
+    assert set(reads(lora, base=both, alpha=3).updates) == {"right.fc"}
 
 
 def test_two_names_of_one_tensor_are_refused() -> None:

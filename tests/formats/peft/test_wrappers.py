@@ -139,4 +139,4 @@ def test_experts_that_nothing_tells_are_refused(
     place = WrappedTarget("0.kernel", "0.kernel", "kernel", shape=(4, 3, 3))
     tensors = {f"{leaf}.weight": torch.ones(shape) for leaf, shape in leaves.items()}
     with pytest.raises(AdapterError, match=message):
-        read_experts(place, tensors, 2, 1.5, False, layers_of(gm))
+        read_experts(place, tensors, {"r": 2, "scale": 1.5, "use_rslora": False}, layers_of(gm))

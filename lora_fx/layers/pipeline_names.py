@@ -1,56 +1,16 @@
-"""kohya's names: of the tensors that each algorithm writes, and of layers, whose dots are lost."""
+"""What kohya calls the layers of a pipeline's models: a part of it, and a path without its dots."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-import torch
-
-from lora_fx.adapters.settle import check_one
 from lora_fx.errors import AdapterError, shorten
-from lora_fx.formats.dialects import ALPHA, Dialect, Layers, Tensors, add
-from lora_fx.formats.trainers import names_of
-from lora_fx.kinds import KINDS, ia3, lora
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
-from lora_fx.layers.resolve import Names, Size
+from lora_fx.layers.resolve import Names, Size, check_one
+from lora_fx.layers.trainer_names import names_of
 
-DOWN_KEY, UP_KEY, MID, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"
-UP_BIAS = "lora_up.bias"  # which Black Forest Labs have, and kohya has not
-ROLES = {
-    DOWN_KEY: lora.DOWN, UP_KEY: lora.UP, MID: lora.MID, UP_BIAS: lora.BIAS, DORA: lora.MAGNITUDE,
-}  # fmt: skip
-_FACTORS = (DOWN_KEY, UP_KEY)
-FORM = lora.Form(is_exact=False, is_column=True)
-_DIFFERENCES = frozenset({"diff", "diff_b"})
-# What LyCORIS' algorithms write, by `lora_fx.kinds` where it is no name of its own.
-ALGORITHMS: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({*ROLES, ALPHA}),
-    "loha": KINDS["loha"].leaves,
-    "lokr": KINDS["lokr"].leaves,
-    "full": _DIFFERENCES,
-    "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
-    "ia3": ia3.LYCORIS,
-    "norm": frozenset({"w_norm", "b_norm"}),
-}
-# The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
-_RANKED = {"lora": (DOWN_KEY,), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}
-# Ends of keys that are known and not supported.
-FOREIGN = {
-    r"\.(a1|a2|b1|b2|bm)\.": "GLoRA",
-    r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
-    r"\.scalar": "a scaled update (LyCORIS)",
-    r"\.boft_": "BOFT",
-    r"\.vera_": "VeRA",
-    r"\.lora_magnitude_vector": "PEFT's DoRA",
-}
-_OTHERS = (
-    ".lora_A.weight .lora_B.weight",
-    ".lora_A.default.weight .lora_B.default.weight",
-    ".lora.down.weight .lora.up.weight",
-    ".down.weight .up.weight",
-)
 # kohya's parts of a pipeline, and what a pipeline calls the models: te3 is a T5, in some the third
 # text encoder, in others the second.
 HOLDERS = {
@@ -69,29 +29,6 @@ _STARTS = {start: part for part, start in PREFIXES.items()} | {
     "text_encoders.clip_g.": "te2",
     "text_encoders.t5xxl.": "te3",
 }
-# Names with dots or without; the factors have other trainers' names too.
-DIALECT = Dialect(
-    {
-        **{f".{leaf}": leaf for name in ALGORITHMS if name != "ia3" for leaf in ALGORITHMS[name]},
-        **{end: leaf for pair in _OTHERS for end, leaf in zip(pair.split(), _FACTORS, strict=True)},
-        ".lora_B.bias": UP_BIAS,
-    },
-    f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
-    ".alpha, or what LyCORIS writes",
-    foreign=FOREIGN,
-)
-
-
-def claim(rest: Tensors, layers: Layers) -> list[str]:
-    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
-    left = []
-    for key, tensor in rest.items():
-        name, _, leaf = key.partition(".")
-        if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
-            add(layers, name, leaf, key, tensor)
-        else:
-            left.append(key)
-    return left
 
 
 def part_of(name: str) -> str | None:
@@ -105,19 +42,15 @@ def check_part(part: object) -> None:
         raise AdapterError(f"component is {part!r:.80}, expected one of {', '.join(PREFIXES)}")
 
 
-def flat(path: str) -> str:
-    """A path as kohya writes it: lossy, since a name may have underscores of its own."""
-    return path.replace(".", "_")
-
-
 def name_of(path: str, paths: Collection[str], component: str | None) -> str:
     """What kohya calls the layer at a path, which is of a component or begins with a part's name.
 
-    All paths of the adapter tell one text encoder from the first of several.
+    That is lossy, since a path may have underscores of its own. All paths of the adapter tell one
+    text encoder from the first of several.
     """
     if component is not None:
         check_part(component)
-        return PREFIXES[component] + flat(path)
+        return PREFIXES[component] + path.replace(".", "_")
     holder, _, rest = path.partition(".")
     part = next((part for part, holders in HOLDERS.items() if holder in holders), None)
     if part is None or not rest:
@@ -126,7 +59,7 @@ def name_of(path: str, paths: Collection[str], component: str | None) -> str:
             f"{', '.join(PREFIXES)}, to say what the paths are of"
         )
     is_double = part == "te" and any(other.startswith("text_encoder_") for other in paths)
-    return PREFIXES["te1" if is_double else part] + flat(rest)
+    return PREFIXES["te1" if is_double else part] + rest.replace(".", "_")
 
 
 def find(asked: Mapping[str, Size], base: BaseLayers) -> dict[str, Meaning]:
@@ -180,26 +113,3 @@ def _check_found(missing: list[str], asked: Iterable[str], base: BaseLayers) -> 
         f"{len(missing)} names mean no layer of the base: {shorten(missing)}; its layers: "
         f"{shorten(list(base)) or 'none'}{advice}"
     )
-
-
-def algorithm_of(leaves: Collection[str]) -> str | None:
-    """Which algorithm wrote these leaves; None if no single one writes them all."""
-    names = frozenset(leaves)
-    found = (name for name, own in ALGORITHMS.items() if names <= own and names - {ALPHA, DORA})
-    return next(found, None)
-
-
-def by_algorithm(leaves: Collection[str]) -> list[frozenset[str]]:
-    """The leaves of one layer, apart where a full difference stands beside another algorithm."""
-    names = frozenset(leaves)
-    beside = names & _DIFFERENCES
-    if not beside or algorithm_of(names) is not None:
-        return [names]
-    rest = names - beside
-    return [rest, beside] if rest - {ALPHA} else [beside]
-
-
-def rank_of_algorithm(algorithm: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
-    """What LyCORIS divides alpha by, or None where it has no scale, as LoKr of full factors."""
-    found = (tensors[leaf] for leaf in _RANKED.get(algorithm, ()) if leaf in tensors)
-    return next((len(tensor) for tensor in found if tensor.ndim > 0), None)

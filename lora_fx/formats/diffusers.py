@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
+from lora_fx.adapters.parameter_updates import name_of
 from lora_fx.adapters.target_rule import TargetRule
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import (
-    ALPHA,
-    Dialect,
-    Layers,
-    Tensors,
-    check_adapted,
-    scalar_of,
-    sort_keys,
-    tensors_of,
-)
+from lora_fx.formats import dialects
+from lora_fx.formats.dialects import ALPHA, Contents, Dialect, Layers, Tensors, tensors_of
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import METADATA, fields_in
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.formats.peft.fields import parse
+from lora_fx.formats.peft.fields import Fields, dump, parse
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.formats.peft.lora import LEAVES, LoraConfig
-from lora_fx.formats.peft.lycoris import LokrConfig
+from lora_fx.formats.peft.products import LokrConfig
+from lora_fx.formats.peft.write import PeftLayout, as_lora, config_of
 from lora_fx.io.state_dict import read_file
 from lora_fx.kinds import KINDS, lokr, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 
-Fields = Mapping[str, object]
+Said = Mapping[str, object] | None  # the fields of the metadata
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
+NAME = "diffusers' format"
+FACTOR = "decompose_factor"  # of a LoKr config: PEFT cannot do without
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 _FORM = lora.Form(is_exact=False, is_grouped=True)
 COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "transformer_ref",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "text_conditioner",
-    "connectors",
-)
+    "unet", "transformer", "transformer_2", "transformer_ref", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "text_conditioner", "connectors",
+)  # fmt: skip
 LOKR = lokr.MARKS
 _PREFIX = rf"({'|'.join(COMPONENTS)})\."
 # Names that PEFT alone would give a layer too.
@@ -75,21 +68,19 @@ def _dialect(prefix: str, **names: str) -> Dialect:
 
     The oldest spelling names these as if every model's were called alike.
     """
+    # Beside the factors, a magnitude is of what diffusers makes of their names too.
+    ends = {"_lora.down.weight": DOWN, "_lora.up.weight": UP, ".lora_magnitude_vector": MAGNITUDE}
     older = {
-        f".to_{old}_lora.{role}.weight": (f".{new}", role)
+        f".to_{old}{end}": (f".{new}", role)
+        for end, role in ends.items()
         for old, new in names.items()
-        for role in (DOWN, UP)
-    }
-    # Beside it, a magnitude is of what diffusers makes of it too.
-    magnitudes = {
-        f".to_{old}.lora_magnitude_vector": (f".{new}", MAGNITUDE) for old, new in names.items()
     }
     return Dialect(
         ENDINGS,
         f"one of {', '.join(COMPONENTS)}, a path, and an ending such as .lora_A.weight, "
         ".lora.down.weight or .alpha",
         prefix=prefix,
-        older=older | magnitudes,
+        older=older,
         silent="processor",
         foreign={
             r"\.dora_scale[^.]*$": "kohya's DoRA",
@@ -157,59 +148,51 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     return Adapter(name, updates, expects=rule)
 
 
-def is_bare(fields: Fields | None) -> bool:
+def is_bare(fields: Said) -> bool:
     """Whether one model wrote the file by itself: its fields begin with no component's name."""
     return fields is not None and "peft_type" in fields
 
 
-def updates_of(
-    file: Path, layers: Layers, fields: Fields | None, component: str, strict: bool
-) -> Part:
+def updates_of(file: Path, layers: Layers, fields: Said, component: str, strict: bool) -> Part:
     """The updates of one component, and which layers its config says it adapts."""
     own = [path for path, roles in layers.items() if roles.keys() & LOKR]
     if own and len(own) < len(layers):
         raise AdapterError(f"{file}: {own[0]} is LoKr, other layers of {component} are LoRA")
-    config = _config_of(file, fields, component, LokrConfig if own else LoraConfig, strict)
-    rule = None if config is None else config.rule
+    config: Any = None
+    if fields is not None:
+        made: type[PeftConfig] = LokrConfig if own else LoraConfig
+        start, kind = f"{component}." if component else "", made.peft_type
+        said = {key.removeprefix(start): v for key, v in fields.items() if key.startswith(start)}
+        if not said:
+            raise AdapterError(
+                f"{file}: {METADATA} has no field of {component}, whose tensors it has"
+            )
+        origin = f"{file}: {METADATA} of {component or 'the model'}"
+        config = parse({"peft_type": kind, **said}, origin, strict, {kind: made})
     with within(file):
-        if own:
-            assert config is None or isinstance(config, LokrConfig)
-            return _lokr_updates(layers, config), rule
-        assert config is None or isinstance(config, LoraConfig)
-        check_adapted(layers)
-        return _lora_updates(layers, config), rule
-
-
-def _config_of(
-    file: Path, fields: Fields | None, component: str, made: type[PeftConfig], strict: bool
-) -> PeftConfig | None:
-    """The config of one component, of the type that its tensors are of; None without metadata."""
-    if fields is None:
-        return None
-    start = f"{component}." if component else ""
-    own = {key.removeprefix(start): v for key, v in fields.items() if key.startswith(start)}
-    if not own:
-        raise AdapterError(f"{file}: {METADATA} has no field of {component}, whose tensors it has")
-    origin = f"{file}: {METADATA} of {component or 'the model'}"
-    return parse({"peft_type": made.peft_type, **own}, origin, strict, {made.peft_type: made})
+        dialects.check_adapted(layers)
+        updates = (_lokr_updates if own else _lora_updates)(layers, config)
+    return updates, None if config is None else config.rule
 
 
 def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpdate]:
-    """LoRA or DoRA of every layer of a component."""
-    with_alpha = [path for path, roles in layers.items() if ALPHA in roles]
-    without = [path for path, roles in layers.items() if ALPHA not in roles]
-    if with_alpha and (without or config is not None):
-        other = f"none for {shorten(without)}" if without else f"a config in {METADATA}"
-        raise AdapterError(f".alpha for {shorten(with_alpha)}, and {other}; which holds?")
-    is_dora = any(MAGNITUDE in roles for roles in layers.values())
-    # PEFT's one config has these for all or none.
-    optional = {MAGNITUDE: "a magnitude", lora.BIAS: "a bias of its up-projection"}
+    """LoRA or DoRA of every layer of a component; PEFT's one config is of all of them."""
+    optional = {ALPHA: ".alpha", MAGNITUDE: "a magnitude", lora.BIAS: "a bias of its up-projection"}
     for role, what in optional.items():
+        having = [path for path, roles in layers.items() if role in roles]
         lacking = [path for path, roles in layers.items() if role not in roles]
-        if having := [path for path in layers if lacking and path not in lacking]:
-            raise AdapterError(f"{shorten(having)} has {what}, {shorten(lacking)} has none")
-    if config is not None and config.use_dora != is_dora:
-        found = "has" if is_dora else "lacks"
+        if having and lacking:
+            raise AdapterError(
+                f"{shorten(having)} has {what}, {shorten(lacking)} has none; a file has it for all "
+                "layers or for none"
+            )
+    there = next(iter(layers.values()))
+    if config is not None and ALPHA in there:
+        raise AdapterError(
+            f".alpha for {shorten([*layers])}, and a config in {METADATA}; which holds?"
+        )
+    if config is not None and config.use_dora != (MAGNITUDE in there):
+        found = "lacks" if config.use_dora else "has"
         raise AdapterError(
             f"use_dora is {config.use_dora} in {METADATA}, the file {found} magnitudes"
         )
@@ -217,7 +200,7 @@ def _lora_updates(layers: Layers, config: LoraConfig | None) -> dict[str, AnyUpd
     for path, roles in layers.items():
         with within(path):
             if config is None:
-                updates[path] = lora.read(roles, _FORM, alpha=scalar_of(roles))
+                updates[path] = lora.read(roles, _FORM, alpha=dialects.scalar_of(roles))
                 continue
             rank, scale = config.rank_and_scale(path)
             said, root = (rank, METADATA), config.use_rslora
@@ -232,14 +215,12 @@ def _lokr_updates(layers: Layers, config: LokrConfig | None) -> dict[str, AnyUpd
     """
     updates = {}
     for path, roles in layers.items():
-        extra = sorted(roles.keys() - LOKR)
-        if extra:
-            raise AdapterError(f"{path}: {roles[extra[0]][0]!r} stands beside LoKr's tensors")
-        tensors = tensors_of(roles)
-        settings: dict[str, object] = {"scale": 1.0, "writer": "peft"}
         with within(path):
-            if config is not None:
-                settings = config.settings(path, tensors)
+            extra = sorted(roles.keys() - LOKR)
+            if extra:
+                raise AdapterError(f"{roles[extra[0]][0]!r} stands beside LoKr's tensors")
+            tensors, plain = tensors_of(roles), {"scale": 1.0, "writer": "peft"}
+            settings = plain if config is None else config.settings(path, tensors)
             updates[path] = KINDS["lokr"].read(tensors, settings)
     return updates
 
@@ -273,11 +254,97 @@ def sort_by_component(tensors: Tensors, bare: bool = False) -> dict[str, Layers]
         bare: the keys begin with no component's name; they are all of the component ``""``.
     """
     if bare:
-        return {"": sort_keys(tensors, BARE)} if tensors else {}
+        return {"": dialects.sort_keys(tensors, BARE)} if tensors else {}
     components: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         components.setdefault(key.partition(".")[0], {})[key] = tensor
     return {
-        component: sort_keys(own, TEXT if component.startswith("text_encoder") else MODEL)
+        component: dialects.sort_keys(own, TEXT if component.startswith("text_encoder") else MODEL)
         for component, own in components.items()
     }
+
+
+def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
+    """A file that diffusers' pipelines load, with its ``LoraConfig`` in the metadata.
+
+    ``component`` says what the paths are of; without, each begins with a component's name. A
+    pipeline looks for ``pytorch_lora_weights.safetensors``.
+    """
+    component = hints.component
+    dialects.check_held(adapter, NAME, adapter.replacements, _problem)
+    tensors: dict[str, torch.Tensor] = {}
+    fields: dict[str, object] = {}
+    without = []
+    rule = adapter.expects if component is not None else None
+    for name, part in _parts(adapter, component).items():
+        own, config = _part(name, part, rule)
+        for module, leaves in own.items():
+            tensors |= {f"{name}.{module}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        fields |= {f"{name}.{key}": value for key, value in (config or {}).items()}
+        without += [name] if config is None else []
+    if without and fields:
+        raise AdapterError(
+            f"{NAME} holds a config of all components or of none, and the LoKr of "
+            f"{shorten(without)} has none; write the components to files of their own"
+        )
+    return tensors, {METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
+
+
+def _problem(update: AnyUpdate) -> str | None:
+    return (
+        None
+        if _is_lokr(update)
+        else dialects.not_lora(update, {dialects.BIASES, dialects.DORA, dialects.GROUPS})
+    )
+
+
+def _is_lokr(update: AnyUpdate) -> bool:
+    """Whether PEFT would load it as LoKr: with a config's settings, or with a scale of 1."""
+    tensors, settings = update.stored_tensors, update.stored_settings
+    if not update.makes_anew or not tensors:
+        return False
+    is_own = tensors.keys() <= LOKR and settings.get("writer") == "peft"
+    return is_own and (FACTOR in settings or settings.get("scale") == 1)
+
+
+def _part(
+    name: str, part: Mapping[str, AnyUpdate], rule: TargetRule | None
+) -> tuple[Mapping[str, Tensors], Fields | None]:
+    """The tensors of one component as PEFT has them, and the fields of its config."""
+    lokr = [module for module, update in part.items() if _is_lokr(update)]
+    said = {FACTOR in part[module].stored_settings for module in lokr}
+    if lokr and (len(lokr) < len(part) or len(said) > 1):
+        raise AdapterError(f"{NAME} cannot hold LoKr beside others in one model, {name}")
+    made: type[PeftConfig] = LokrConfig if lokr else LoraConfig
+    own = part if lokr else {module: _of_module(update) for module, update in part.items()}
+    if said == {False}:
+        return made.tensors_of(own), None
+    with within(name):
+        config = config_of(PeftLayout(made, own, Adapter("part", own, expects=rule), {}, []))
+    return made.tensors_of(own), dump(config)
+
+
+def _of_module(update: AnyUpdate) -> AnyUpdate:
+    """A product of two factors as LoRA of a module, whatever it came from."""
+    if isinstance(update, Update) and name_of(update) is not None:
+        update = replace(update, stored=None)
+    return as_lora(update)
+
+
+def _parts(adapter: Adapter, component: str | None) -> dict[str, dict[str, AnyUpdate]]:
+    """The updates of each component, their paths being those in the component's model."""
+    expected = ", ".join(COMPONENTS)
+    if component is not None:
+        if component not in COMPONENTS:
+            raise AdapterError(f"component is {component!r:.80}, expected one of {expected}")
+        return {component: dict(adapter.updates)}
+    groups: dict[str, dict[str, AnyUpdate]] = {}
+    for module, update in adapter.updates.items():
+        start, _, rest = module.partition(".")
+        if start not in COMPONENTS or not rest:
+            raise AdapterError(
+                f"{module} begins with no component's name; pass component=, one of "
+                f"{expected}, to say what the paths are of"
+            )
+        groups.setdefault(start, {})[rest] = update
+    return groups

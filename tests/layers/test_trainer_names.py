@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from lora_fx.formats.trainers import _lines, names_of
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.meanings import Meaning
+from lora_fx.layers.trainer_names import _lines, names_of
 
 
 def base(*paths: str, shape: tuple[int, ...] = (5, 3)) -> BaseLayers:

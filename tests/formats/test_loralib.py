@@ -21,7 +21,8 @@ import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.loralib import ALPHAS, sort_loralib
+from lora_fx.formats.hints import Hints
+from lora_fx.formats.loralib import ALPHAS, groups_of, sort_loralib
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative, same_adapter, same_tensors
 
@@ -218,10 +219,9 @@ def test_load_save_load_keeps_every_bit(tmp_path: Path, case: str, dtype: torch.
         load_adapter(tmp_path / "b.pt", allow_pickle=True)
 
 
-def test_a_fused_layer_keeps_the_scale_of_one_output(tmp_path: Path) -> None:
-    case = "fused [True, False, True]"
-    file = write(tmp_path / "a.safetensors", loralib.lora_state_dict(owner(case)))
-    update = load_adapter(file, alpha=5, enable_lora=[T, F, T]).updates["body.0"]
+def test_a_fused_layer_keeps_the_scale_of_one_output(reads: Any) -> None:
+    state = loralib.lora_state_dict(owner("fused [True, False, True]"))
+    update = reads(state, alpha=5, enable_lora=[T, F, T]).updates["body.0"]
     assert isinstance(update, Update)
     assert (update.rank, update.scale, update.shape) == (6, 5 / 3, (15, 7))
     assert not update.up[5:10].any()
@@ -229,18 +229,18 @@ def test_a_fused_layer_keeps_the_scale_of_one_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (1,)])
 def test_any_square_convolution_of_two_factors_can_be_written(
-    tmp_path: Path, kernel: tuple[int, ...]
+    rewritten: Any, kernel: tuple[int, ...]
 ) -> None:
     make = torch.Generator().manual_seed(0)
     shape = (2, 6, *kernel)
     update = Update(torch.randn(shape, generator=make), torch.randn(4, 2, generator=make), 1.5)
     adapter = Adapter("a", {"body.0": update})
-    save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
     size = len(kernel)
     base = nn.ModuleDict({"body": nn.ModuleList([(nn.Conv1d, nn.Conv2d)[size - 1](6, 4, kernel)])})
-    same_adapter(load_adapter(tmp_path / "a.safetensors", base=base), adapter)
+    written, again = rewritten(adapter, "loralib", base)
+    same_adapter(again, adapter)
     layer = (loralib.Conv1d, loralib.Conv2d)[size - 1](6, 4, kernel[0], r=2, lora_alpha=3)
-    state = {k.removeprefix("body.0."): v for k, v in load_file(tmp_path / "a.safetensors").items()}
+    state = {key.removeprefix("body.0."): tensor for key, tensor in written.items()}
     assert not layer.load_state_dict(state, strict=False).unexpected_keys
     x = torch.randn(4, 6, *[5] * size, generator=make)
     expected = copy.deepcopy(layer.conv)
@@ -250,16 +250,15 @@ def test_any_square_convolution_of_two_factors_can_be_written(
         assert relative(layer.conv(x), expected(x)) > 1e-2
 
 
-def test_a_base_that_is_another_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", owner("conv2d").state_dict())
-    base = base_of("conv2d")
+def test_a_base_that_is_another_is_refused(reads: Any) -> None:
+    state, base = owner("conv2d").state_dict(), base_of("conv2d")
     with torch.no_grad():
         base.get_parameter("body.0.weight").mul_(1.1)
     message = r"body\.0\.weight is neither the base's nor that with this update merged into it"
     with pytest.raises(AdapterError, match=message):
-        load_adapter(file, alpha=3, base=base)
+        reads(state, alpha=3, base=base)
     with pytest.warns(AdapterWarning, match=message):
-        load_adapter(file, alpha=3, base=base, strict=False)
+        reads(state, alpha=3, base=base, strict=False)
 
 
 A, B = torch.ones(2, 3), torch.ones(5, 2)
@@ -275,11 +274,10 @@ def test_alphas_are_of_all_layers_or_of_each(tmp_path: Path) -> None:
     assert load_adapter(file).updates["fc"].scale == 1.5
 
 
-def test_rslora_is_written_as_the_alpha_of_its_scale(tmp_path: Path) -> None:
+def test_rslora_is_written_as_the_alpha_of_its_scale(rewritten: Any) -> None:
     pair = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(-1, 1, 15).reshape(5, 3)
     adapter = Adapter("a", {"fc": Update(*pair, 16 / 3**0.5, "rslora")})
-    save_adapter(adapter, tmp_path / "a.safetensors", format="loralib")
-    same_adapter(load_adapter(tmp_path / "a.safetensors"), adapter)
+    same_adapter(rewritten(adapter, "loralib")[1], adapter)
 
 
 def test_a_pickle_holds_one_alpha(tmp_path: Path) -> None:
@@ -321,3 +319,56 @@ def test_an_adapter_is_told_from_a_whole_model(
     assert list(found.layers) == ["fc"]
     assert list(found.weights) == weights
     assert list(found.replacements) == replaced
+
+
+def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
+    down, up = torch.ones(2 * sum(enabled), 3), torch.ones(5 * sum(enabled), 2)
+    return groups_of("a.qkv", down, up, Hints(enable_lora=hint), base)
+
+
+@pytest.mark.parametrize("enabled", [[T, T], [T, F, T], [T, T, T], [F, T, F, T, T]], ids=str)
+def test_a_list_is_of_every_fused_layer(enabled: list[bool]) -> None:
+    assert groups(enabled, enabled) == tuple(enabled)
+    assert groups(enabled, {"qkv": enabled}) == tuple(enabled)
+    assert groups(enabled, enabled, base=5 * len(enabled)) == tuple(enabled)
+
+
+def test_a_layer_of_one_output_is_not_fused() -> None:
+    assert groups([T], None) is None
+    assert groups([T], [T, F, T]) is None
+    assert groups([T], {"other": [T, F]}) is None
+    assert groups([T], [T, F], base=5) is None
+
+
+def test_one_adapted_output_is_told_by_the_base_or_by_name() -> None:
+    assert groups([F, T], [F, T], base=10) == (F, T)
+    assert groups([F, T], {"qkv": [F, T]}) == (F, T)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "hint", "base", "message"),
+    [
+        ([F, T], [F, T], None, r"a\.qkv may be fused or not; pass base="),
+        ([T, F, T], None, None, "fused layer .* with 2 adapted outputs; pass"),
+        ([T, T], [T, T, T], None, "2 outputs are adapted, .* says 3"),
+        ([T, T, T], {"qkv": [T, F, T]}, None, "3 outputs .* says 2"),
+        ([T, T], [T, T], 15, "an output of 10, the base's is of 15"),
+        ([F, T], None, 10, "no enable_lora of an output of 5, the base's is of 10"),
+        ([T, T], [F, F], None, "expected a list of bools, one T"),
+        ([T, T], [1, 1], None, "expected a list of bools"),
+        ([T, T], {"qkv": "TT"}, None, "expected a list of bools"),
+        ([T, T], T, None, "expected a list of bools"),
+    ],
+)
+def test_a_hint_that_does_not_fit_is_refused(
+    enabled: list[bool], hint: Any, base: int | None, message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        groups(enabled, hint, base)
+
+
+@pytest.mark.parametrize(("down", "up"), [((3, 4), (5, 2)), ((1, 4), (5, 2)), ((4, 3), (5, 2))])
+def test_ranks_that_differ_are_refused(down: Any, up: Any) -> None:
+    hints = Hints(enable_lora=[T, T])
+    with pytest.raises(AdapterError, match="the ranks differ"):
+        groups_of("fc", torch.ones(down), torch.ones(up), hints, None)

@@ -1,0 +1,112 @@
+"""loralib's own layers: several outputs adapted each apart, and convolutions stored as a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lora_fx.adapters.other_updates import AnyUpdate, WeightUpdate, added
+from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.updates import Update
+from lora_fx.errors import AdapterError
+
+Groups = tuple[bool, ...]  # of a MergedLinear, a matrix of several outputs: which are adapted
+LEAVES = frozenset({"lora_A", "lora_B"})
+_OUTPUTS = 64  # of one fused layer; attention has three
+
+
+def checked_groups(value: object) -> Groups:
+    """Returns an ``enable_lora``, or refuses what is not a list of bools, one of them True."""
+    is_list = isinstance(value, Sequence) and all(type(item) is bool for item in value)
+    if not isinstance(value, Sequence) or not is_list or not any(value):
+        raise AdapterError(f"enable_lora is {value!r:.80}, expected a list of bools, one True")
+    if len(value) > _OUTPUTS:  # each has its rows in memory, adapted or not
+        raise AdapterError(f"enable_lora is of {len(value)} outputs, expected at most {_OUTPUTS}")
+    return tuple(value)
+
+
+def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The up-projection of all outputs at once, for a down-projection that stacks their ranks.
+
+    Output g is ``up[g] @ down[g]``, so each block meets its own ranks alone, and an output that is
+    not adapted is zero. Source: ``MergedLinear.merge_AB`` of loralib 0.1.2.
+
+    Args:
+        up: (size * adapted, r).
+        groups: which outputs are adapted.
+
+    Returns:
+        (size * outputs, r * adapted): the same values, and zeros.
+    """
+    blocks = up.chunk(sum(groups))
+    left, none = iter(blocks), up.new_zeros(len(blocks[0]), 0)
+    each = (next(left) if adapted else none for adapted in groups)
+    whole: torch.Tensor = torch.block_diag(*each)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def fused(
+    down: torch.Tensor, up: torch.Tensor, groups: Groups, settings: Mapping[str, Any]
+) -> Update:
+    """Reads ``MergedLinear``'s pair as one product, with zeros where nothing is adapted."""
+    stored = SourceRecord(pair(down, up), {**settings, "enable_lora": list(groups)})
+    return Update(down, block_diagonal(up, groups), settings["scale"], "fused", stored=stored)
+
+
+def pair(down: torch.Tensor, up: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by their leaves."""
+    return {"lora_A": down, "lora_B": up}
+
+
+def convolution(
+    down: torch.Tensor, up: torch.Tensor, layer: tuple[int, ...], settings: Mapping[str, Any]
+) -> AnyUpdate:
+    """Reads a convolution's pair, whose product loralib reads as a matrix of (out * k, in * k).
+
+    Source: ``ConvLoRA`` of loralib 0.1.2. Its product is viewed as the weight, so k numbers of an
+    output stand below each other, and the rank of the weight is up to r k². Without groups it is
+    a product of two factors still, which pays where that is less than half of the inputs.
+
+    Args:
+        down: (r * k, in * k).
+        up: (out / groups * k, r * k).
+        layer: (out, in / groups, *kernel).
+        settings: ``scale``, and what is kept beside it.
+
+    Raises:
+        AdapterError: the product is not viewed as this weight.
+    """
+    out, into, *kernel = layer
+    size, cells, rank = kernel[0], math.prod(kernel), len(down)
+    if len(set(kernel)) > 1 or rank != up.shape[1] or len(up) * down.shape[1] != math.prod(layer):
+        raise AdapterError(
+            f"no pair of a convolution {layer}: expected (r * k, in * k) and "
+            "(out / groups * k, r * k), whose product has as many numbers as the weight"
+        )
+    scale, stored = settings["scale"], SourceRecord(pair(down, up), settings)
+    is_one_group = len(up) == out * size
+    simple = _of_points(up, size) if is_one_group else None
+    if simple is not None:
+        return Update(down.reshape(-1, into, *kernel), simple, scale, stored=stored)
+    if is_one_group and 2 * rank * size < into * cells:
+        eye = torch.eye(size, dtype=down.dtype, device=down.device)
+        whole = torch.kron(eye, down).reshape(-1, into, *kernel)
+        return Update(whole, up.reshape(out, -1), scale, stored=stored)
+    dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
+    delta = scale * (up.to(dtype) @ down.to(dtype)).reshape(layer)
+    return WeightUpdate("dense", added(delta), layer, stored)
+
+
+def _of_points(up: torch.Tensor, size: int) -> torch.Tensor | None:
+    """The u of ``kron(u, I)``, if this is such a matrix: what one point says of all of them."""
+    parts = up.reshape(len(up) // size, size, -1, size)
+    found = parts[:, 0, :, 0].contiguous()
+    return found if torch.equal(as_points(found, size), up) else None
+
+
+def as_points(up: torch.Tensor, size: int) -> torch.Tensor:
+    """An up-projection (out, r) as loralib stores a convolution's: (out * k, r * k)."""
+    return torch.kron(up.contiguous(), torch.eye(size, dtype=up.dtype, device=up.device))
