@@ -38,7 +38,7 @@ class Commands(Group):
         empty = next((i for i, text in enumerate(args) if _NOTHING.fullmatch(text)), None)
         if empty is not None and not ctx.resilient_parsing:
             told = args[empty] or [ctx.info_name, *args][empty]  # an option, or what is before it
-            raise typer.BadParameter(f"nothing is given at {told}: is a variable not set?")
+            raise typer.BadParameter(f"nothing is given at {told}: give a value, or leave it out")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

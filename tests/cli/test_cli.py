@@ -575,7 +575,7 @@ def test_an_empty_text_is_no_path(given: list[str], capfd: pytest.CaptureFixture
     """A shell gives one for a variable that is not set, and "" is the directory where it stands."""
     assert call("export", "model.py:f", *given) == 2
     found = [text for text in given if text][-1]
-    assert f"nothing is given at {found}: is a variable not set?" in capfd.readouterr().err
+    assert f"nothing is given at {found}: give a value, or leave it out" in capfd.readouterr().err
 
 
 def test_usage_stays_typers(capfd: pytest.CaptureFixture[str]) -> None:
