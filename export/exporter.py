@@ -15,7 +15,7 @@ from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice
 from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
-from lora_fx.export.onnx_model.convert import check_opset, convert
+from lora_fx.export.onnx_model.convert import convert
 from lora_fx.export.onnx_model.model_file import (
     INLINE_LIMIT,
     load_proto,
@@ -34,10 +34,9 @@ from lora_fx.export.quantization.pack_file import outputs_off, pack_file, plain_
 from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.choose import Wanted
-from lora_fx.export.spelling.attention import OPSET
 from lora_fx.export.spelling.nan_guards import guard_empty_rows
 from lora_fx.export.spelling.shared_cache import share_caches
-from lora_fx.export.spelling.spell import spell
+from lora_fx.export.spelling.spell import check_operators, spell
 from lora_fx.export.verification.eager import told_of_eager
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
@@ -139,12 +138,7 @@ def to_onnx(
     check_choice("adapters=", adapters, AdapterMode, ExportError)
     if adapters == "constant" and (slots is not None or vectors):
         raise ExportError('slots or vectors is given: that needs adapters="input" or "required"')
-    check_opset(opset)
-    if shared_cache and (portable or (opset or OPSET) < OPSET):
-        raise ExportError(
-            f"shared_cache: it needs attention as one operator, of opset {OPSET}: leave portable "
-            "and opset out, or shared_cache"
-        )
+    check_operators(opset, portable, shared_cache)
     scheme = scheme_wanted(quantize, task_of(gm))
     target, clock = Path(path), Clock(progress)
     refuse_existing(target, force=force)

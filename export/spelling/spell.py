@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.convert import check_opset
 from lora_fx.export.spelling.attention import OPSET, FuseAttention
 from lora_fx.export.spelling.idle_calls import DropIdleCalls
 from lora_fx.export.spelling.rewrite import Spelling
@@ -23,6 +25,20 @@ _SPELLINGS: tuple[type[Spelling], ...] = (
     FuseRmsNorm,
     SumResiduals,
 )
+
+
+def check_operators(opset: int | None, portable: bool, shared_cache: bool) -> None:
+    """Refuses operators that cannot be written together, before anything is done for them.
+
+    Raises:
+        ExportError: names what can.
+    """
+    check_opset(opset)
+    if shared_cache and (portable or (opset or OPSET) < OPSET):
+        raise ExportError(
+            f"shared_cache: it needs attention as one operator, of opset {OPSET}: leave portable "
+            "and opset out, or shared_cache"
+        )
 
 
 def spell(model: ir.Model, opset: int | None) -> dict[str, int]:

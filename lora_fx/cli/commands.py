@@ -115,6 +115,9 @@ def export_model(
     files += [adapter_file(one, part, mode) for part in parts for one in beside(mode, loaded)]
     places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
     refuse_files(out, places, force)
+    from lora_fx.export.spelling.spell import check_operators
+
+    check_operators(opset, portable, shared_cache)
     by_component = [of_components(adapter, source) for adapter in loaded]
     graphs = [trace(part, progress) for part in parts]
     shares = shared_out(by_component, parts, graphs)

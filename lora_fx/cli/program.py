@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ _USAGE: type[Exception] = next(
     for kind in typer.BadParameter.__mro__
     if kind.__name__ == "ClickException" and issubclass(kind, Exception)
 )
+# An argument of no characters, or an option's value that is none.
+_NOTHING = re.compile(r"(--[\w-]+=)?")
 
 
 class Commands(Group):
@@ -29,6 +32,14 @@ class Commands(Group):
 
     It stands inside typer, which ends with 1 where a pipe was closed or an input had ended.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Refuses an empty text, which as a path would be the directory where the shell stands."""
+        empty = next((i for i, text in enumerate(args) if _NOTHING.fullmatch(text)), None)
+        if empty is not None and not ctx.resilient_parsing:
+            told = args[empty] or [ctx.info_name, *args][empty]  # an option, or what is before it
+            raise typer.BadParameter(f"nothing is given at {told}: give a value, or leave it out")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was named."""

@@ -570,6 +570,14 @@ def test_a_reader_that_leaves_is_told_once(home: Path) -> None:
     assert shown == "error: the reader of the output closed it before everything was written\n"
 
 
+@pytest.mark.parametrize("given", [["-o", ""], ["--out="], ["-o", "x", "--adapter", ""]])
+def test_an_empty_text_is_no_path(given: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """A shell gives one for a variable that is not set, and "" is the directory where it stands."""
+    assert call("export", "model.py:f", *given) == 2
+    found = [text for text in given if text][-1]
+    assert f"nothing is given at {found}: give a value, or leave it out" in capfd.readouterr().err
+
+
 def test_usage_stays_typers(capfd: pytest.CaptureFixture[str]) -> None:
     assert call("export", "--no-such-option") == 2
     assert call("no-such-command") == 2

@@ -343,6 +343,8 @@ def test_a_dry_run_is_refused_as_the_export_would_be(
         (tmp_path / "anew", "swappable", {}),
         (french, "swappable", {"slots": ["nowhere"]}),
         (french, "merged", {"slots": ["one"]}),
+        (french, "merged", {"opset": 17}),
+        (french, "merged", {"opset": 22, "shared_cache": True}),
     ]
     for adapter, mode, more in cases:
         told = []

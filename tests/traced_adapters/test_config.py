@@ -47,7 +47,6 @@ def test_without_peft_the_refusal_says_what_to_do(boft: SavedCase, monkeypatch: 
         ({"target_modules": ...}, "target_modules is missing"),
         ({"target_modules": "(.*)**X"}, "target_modules: .* is not a regex"),
         ({"target_modules": ["nowhere"]}, "means no layer of the base"),
-        ({"modules_to_save": ["head"]}, "modules_to_save names 'head', but no tensor"),
         ({"boft_block_size": 5}, "PEFT cannot build BOFT here"),
         ({"boft_block_size": 4, "boft_block_num": 2}, "PEFT refuses this config: .*boft_block"),
         ({"boft_block_size": "4"}, "PEFT cannot build BOFT here"),
@@ -58,6 +57,15 @@ def test_a_bad_field_is_refused_by_name(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         load_adapter(changed(boft, **fields), base=boft.base)
+
+
+def test_a_module_of_the_base_that_was_to_be_saved_has_tensors(
+    boft: SavedCase, changed: Changed
+) -> None:
+    fields = {"target_modules": ["narrow"], "modules_to_save": ["wide"]}
+    directory = changed(boft, lambda own: {k: own[k] for k in own if "narrow" in k}, **fields)
+    with pytest.raises(AdapterError, match="modules_to_save names 'wide', but no tensor"):
+        load_adapter(directory, base=boft.base)
 
 
 def test_what_is_no_regex_is_refused(hira: SavedCase, changed: Changed) -> None:

@@ -145,9 +145,12 @@ def _existing(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.is_file():
         below = sorted(other.parent.name for other in directory.glob(f"*/{CONFIG}"))
-        told = f", as these in it do: {shorten(below)}; give one of them" if below else ""
+        told = f"as these in it do: {shorten(below)}; give one of them"
+        if not below:  # a model's, an export's
+            held = sorted(other.name for other in directory.glob("*"))
+            told = f"and this one has {shorten(held, 3) or 'nothing'}"
         raise AdapterError(
-            f"{path}: no such file; a PEFT adapter is a directory that holds it{told}"
+            f"{path}: no such file; a PEFT adapter is a directory that holds it, {told}"
         )
     return path
 

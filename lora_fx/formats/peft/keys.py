@@ -65,11 +65,16 @@ class ClassifiedTensors:
         return self._left(rest, self._is_of_base, self._is_of_model)
 
     def check_saved(self) -> None:
-        """Refuses a config that names modules to be stored whole of which there is nothing."""
+        """Refuses a config that names modules to be stored whole of which there is nothing.
+
+        PEFT passes over a name that no module of the model has: lists are written for many models.
+        """
         modules = [name.rpartition(".")[0] for name in self.replacements]
+        of_base = [name.rpartition(".")[0] for name in self.base.all_parameters()]
         for name in self.config.modules_to_save:
             is_there = any(saved_module(module, [name]) for module in modules)
-            if not is_there and name not in self.config.optional_heads:
+            is_asked = not of_base or any(saved_module(module, [name]) for module in of_base)
+            if is_asked and not is_there and name not in self.config.optional_heads:
                 raise AdapterError(f"modules_to_save names {name!r}, but no tensor is of it")
 
     @staticmethod

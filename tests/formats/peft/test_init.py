@@ -175,7 +175,11 @@ def test_without_target_modules_there_is_no_rule(lab: Any) -> None:
 def test_a_missing_file_is_named(lab: Any, name: str) -> None:
     directory = lab.write()
     (directory / name).unlink()
-    with pytest.raises(AdapterError, match=rf"{name}: no such file"):
+    (left,) = (file.name for file in directory.iterdir())
+    with pytest.raises(AdapterError, match=rf"{name}: no such file; .*and this one has {left}"):
+        load_adapter(directory)
+    (directory / left).unlink()
+    with pytest.raises(AdapterError, match="and this one has nothing"):
         load_adapter(directory)
 
 

@@ -16,12 +16,14 @@ PAIR = ("fc.lora_A.weight", "fc.lora_B.weight")
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
-def sort(*names: str, type: str = "LORA", **fields: Any) -> ClassifiedTensors:
+def sort(
+    *names: str, type: str = "LORA", base: BaseLayers | None = None, **fields: Any
+) -> ClassifiedTensors:
     alpha: Any = {"LORA": {"lora_alpha": 3}, "LOHA": {"alpha": 3}}.get(type, {})
     config = TYPES[type](r=2, **alpha, **fields)
     tensors = {name if name.startswith("!") else PREFIX + name: torch.ones(1) for name in names}
     own = {key.lstrip("!"): value for key, value in tensors.items()}
-    return sort_peft(own, config, BaseLayers({}))
+    return sort_peft(own, config, BaseLayers({}) if base is None else base)
 
 
 HEAD = ("head.dense.weight", "head.dense.bias")
@@ -101,6 +103,13 @@ def test_a_head_that_peft_lists_for_the_task_may_be_missing() -> None:
     sort(*names, modules_to_save=("classifier", "score"), task_type="SEQ_CLS")
     with pytest.raises(AdapterError, match="'score'"):
         sort(*names, modules_to_save=("classifier", "score"))
+
+
+def test_a_module_that_the_base_has_not_may_be_named_as_stored_whole() -> None:
+    fields: dict[str, Any] = {"base": BaseLayers({}, held={"lm_head.weight": torch.ones(1)})}
+    sort(*PAIR, modules_to_save=("embed_out", "score"), **fields)
+    with pytest.raises(AdapterError, match="modules_to_save names 'head'"):
+        sort(*PAIR, modules_to_save=("score", "head"), **fields)
 
 
 def test_what_all_layers_share_is_told_by_its_whole_key() -> None:
