@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 
 from lora_fx.adapters.other_updates import AnyUpdate
-from lora_fx.adapters.scaling import checked_rank, scale_of
+from lora_fx.adapters.scaling import checked_alphas, checked_rank, checked_ranks, scale_of
 from lora_fx.adapters.target_rule import TargetRule, pattern_value
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.peft.fields import Fields, alphas, checked, names, ranks, tokens
+from lora_fx.formats.peft.fields import Fields, checked, names, pattern, tokens
 from lora_fx.formats.peft.wrappers import homes_of
 from lora_fx.kinds import KINDS
 from lora_fx.kinds.validation import check_rank
@@ -226,8 +226,8 @@ class Patterned(PeftConfig):
 
     alpha_field = "alpha"
     r: int = checked(checked_rank, 8, needed=True)
-    rank_pattern: Mapping[str, int] = checked(ranks, dict)
-    alpha_pattern: Mapping[str, float] = checked(alphas, dict)
+    rank_pattern: Mapping[str, int] = checked(pattern(checked_ranks), dict)
+    alpha_pattern: Mapping[str, float] = checked(pattern(checked_alphas), dict)
 
     def patterns(self) -> dict[str, Mapping[str, object]]:
         """Both patterns."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapters.safe_regex import compile_bounded
-from lora_fx.adapters.scaling import checked_alphas, checked_ranks
 from lora_fx.errors import AdapterError, within
 
 if TYPE_CHECKING:
@@ -57,11 +56,6 @@ def _like(name: str, value: object, default: object) -> object:
     return value
 
 
-def anything(name: str, value: object) -> object:
-    """What the record checks itself."""
-    return value
-
-
 def names(name: str, value: object) -> tuple[str, ...]:
     """A list of names."""
     if not isinstance(value, list) or not all(isinstance(n, str) and n for n in value):
@@ -108,14 +102,9 @@ def _object(name: str, value: object) -> dict[str, Any]:
     return found
 
 
-def ranks(name: str, value: object) -> dict[str, int]:
-    """A rank_pattern."""
-    return checked_ranks(_object(name, value))
-
-
-def alphas(name: str, value: object) -> dict[str, float]:
-    """An alpha_pattern."""
-    return checked_alphas(_object(name, value))
+def pattern(check: Callable[[dict[str, Any]], Any]) -> Check:
+    """What checks an object of one value for each module, by a function of the object."""
+    return lambda name, value: check(_object(name, value))
 
 
 def parse(

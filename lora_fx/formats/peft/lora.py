@@ -17,7 +17,7 @@ from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats.hints import doubt
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
-from lora_fx.formats.peft.fields import Fields, anything, checked, indices, names, words
+from lora_fx.formats.peft.fields import Fields, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.kinds import lora
 from lora_fx.layers.base_layers import BaseLayers
@@ -82,7 +82,7 @@ class LoraConfig(Patterned):
     use_dora: bool = False
     lora_bias: bool = False
     target_parameters: tuple[str, ...] = checked(names, ())
-    init_lora_weights: bool | str = checked(anything, True)
+    init_lora_weights: bool | str = checked(lambda name, value: value, True)  # of two types
     alora_invocation_tokens: tuple[int, ...] | None = checked(indices, None)
 
     @property
