@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate, Scaling, Update, WeightUpdate
+from lora_fx.adapters.adapter import Adapter, Scaling, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.errors import AdapterError
@@ -30,8 +30,9 @@ def kernel(rank: int, *sizes: int, **fields: Any) -> Update:
     return Update(torch.ones(rank, 6, *sizes), torch.ones(4, 2), 1.0, **fields)
 
 
-Updates = dict[str, AnyUpdate]
-REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
+FC, COUNT = {"fc": PLAIN}, torch.ones(1, dtype=torch.int64)
+# A format, its hints, updates, what is said; and parameters that the adapter replaces besides.
+REFUSED: list[tuple[Any, ...]] = [
     ("kohya", {}, {}, "the adapter a has no update to write"),
     ("kohya", {}, {"a.proj": PLAIN}, "a.proj begins with no part .* pass component="),
     ("kohya", VAE, {"proj": PLAIN}, "component is 'vae'"),
@@ -70,43 +71,23 @@ REFUSED: list[tuple[str, dict[str, str], Updates, str]] = [
     ("peft", {}, {}, "the adapter a has no update to write"),
     ("peft", {}, {"fc": DAMAGED}, r"fc\.lora_A\.weight' holds NaN"),
     ("peft", {}, {"fc": INFINITE}, "scales that are no finite number: fc"),
+    ("kohya", {}, {"unet.fc": PLAIN}, r"replaced parameters: unet\.norm\.weight",
+     {"unet.norm.weight": UP}),
+    ("diffusers", {}, {"unet.fc": PLAIN}, r"parameters: unet\.norm\.weight",
+     {"unet.norm.weight": ONES}),
+    ("loralib", {}, FC, r"cannot hold replaced parameters: head\.weight; write",
+     {"head.weight": UP}),
+    ("peft", {}, FC, "parameter of the model itself.*: scale", {"scale": ONES}),
+    ("peft", {}, FC, "both adapt and replace a module, here fc: fc", {"fc.gain": ONES}),
+    ("peft", {}, {"b.fc": PLAIN}, r"and replace a module, here b: b\.fc", {"b.scale": ONES}),
+    ("peft", {}, FC, r"bn\.count' has dtype torch\.int64", {"bn.count": COUNT}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("form", "hints", "updates", "message"), REFUSED)
-def test_what_a_format_cannot_hold_is_refused(
-    tmp_path: Path, form: str, hints: dict[str, str], updates: Updates, message: str
-) -> None:
+@pytest.mark.parametrize("row", REFUSED)
+def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, row: tuple[Any, ...]) -> None:
+    form, hints, updates, message, *replaced = row
+    adapter, file = Adapter("a", updates, *replaced), tmp_path / "a.safetensors"
     with pytest.raises(AdapterError, match=message):
-        save_adapter(Adapter("a", updates), tmp_path / "a.safetensors", format=form, **hints)
-    assert list(tmp_path.iterdir()) == []
-
-
-COUNT = torch.ones(1, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("form", "path", "name", "tensor", "message"),
-    [
-        ("kohya", "unet.fc", "unet.norm.weight", UP, r"replaced parameters: unet\.norm\.weight"),
-        ("diffusers", "unet.fc", "unet.norm.weight", ONES, r"parameters: unet\.norm\.weight"),
-        (
-            "loralib",
-            "fc",
-            "head.weight",
-            UP,
-            r"cannot hold replaced parameters: head\.weight; write",
-        ),
-        ("peft", "fc", "scale", ONES, "parameter of the model itself.*: scale"),
-        ("peft", "fc", "fc.gain", ONES, "both adapt and replace a module, here fc: fc"),
-        ("peft", "b.fc", "b.scale", ONES, r"and replace a module, here b: b\.fc"),
-        ("peft", "fc", "bn.count", COUNT, r"bn\.count' has dtype torch\.int64"),
-    ],
-)
-def test_what_a_format_cannot_replace_is_refused(
-    tmp_path: Path, form: str, path: str, name: str, tensor: torch.Tensor, message: str
-) -> None:
-    adapter = Adapter("a", {path: PLAIN}, {name: tensor})
-    with pytest.raises(AdapterError, match=message):
-        save_adapter(adapter, tmp_path / "a.safetensors", format=form)
+        save_adapter(adapter, file, format=form, **hints)
     assert list(tmp_path.iterdir()) == []

@@ -328,21 +328,14 @@ def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
 
 @pytest.mark.parametrize("enabled", [[T, T], [T, F, T], [T, T, T], [F, T, F, T, T]], ids=str)
 def test_a_list_is_of_every_fused_layer(enabled: list[bool]) -> None:
-    assert groups(enabled, enabled) == tuple(enabled)
-    assert groups(enabled, {"qkv": enabled}) == tuple(enabled)
-    assert groups(enabled, enabled, base=5 * len(enabled)) == tuple(enabled)
-
-
-def test_a_layer_of_one_output_is_not_fused() -> None:
-    assert groups([T], None) is None
-    assert groups([T], [T, F, T]) is None
-    assert groups([T], {"other": [T, F]}) is None
-    assert groups([T], [T, F], base=5) is None
+    for hint, base in ((enabled, None), ({"qkv": enabled}, None), (enabled, 5 * len(enabled))):
+        assert groups(enabled, hint, base) == tuple(enabled)
 
 
 def test_one_adapted_output_is_told_by_the_base_or_by_name() -> None:
-    assert groups([F, T], [F, T], base=10) == (F, T)
-    assert groups([F, T], {"qkv": [F, T]}) == (F, T)
+    for hint, base in ((None, None), ([T, F, T], None), ({"other": [T, F]}, None), ([T, F], 5)):
+        assert groups([T], hint, base) is None  # a layer of one output is not fused
+    assert groups([F, T], [F, T], base=10) == groups([F, T], {"qkv": [F, T]}) == (F, T)
 
 
 @pytest.mark.parametrize(

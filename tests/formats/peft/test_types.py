@@ -20,6 +20,7 @@ from lora_fx.formats.peft.types import is_traced
 from lora_fx.testing import relative, tiny
 
 IDS = torch.tensor([[1, 5, 7, 2, 9], [5, 6, 1, 4, 3]])
+TIED = {"ensure_weight_tying": True}
 BOTH = {"embed_tokens": [1, 5], "lm_head": [1, 6]}
 
 
@@ -29,16 +30,12 @@ def lora(*targets: str, **options: Any) -> peft.LoraConfig:
 
 CASES: dict[str, Callable[[], Any]] = {
     "tokens": lambda: lora("q_proj", trainable_token_indices=[1, 5]),
-    "tokens that are tied on demand": lambda: lora(
-        "q_proj", trainable_token_indices=[1, 5], ensure_weight_tying=True
-    ),
+    "tokens tied on demand": lambda: lora("q_proj", trainable_token_indices=[1, 5], **TIED),
     "tokens of both": lambda: lora("q_proj", trainable_token_indices=BOTH),
     "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[1, 5]),
-    "an adapted table": lambda: lora("q_proj", "embed_tokens", ensure_weight_tying=True),
-    "a saved table": lambda: lora(
-        "q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True
-    ),
-    "a saved head": lambda: lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True),
+    "an adapted table": lambda: lora("q_proj", "embed_tokens", **TIED),
+    "a saved table": lambda: lora("q_proj", modules_to_save=["embed_tokens"], **TIED),
+    "a saved head": lambda: lora("q_proj", modules_to_save=["lm_head"], **TIED),
 }
 
 
