@@ -45,7 +45,7 @@ def _in_float32(subject: Reference, case: Case) -> Sequence[torch.Tensor]:
     """What a model gives without the rounding of half precision; nothing if its code has none."""
     wide = replace(case, args=_wide(case.args), kwargs=_wide(dict(case.kwargs)))
     try:
-        with _Operators(), _Functions():
+        with _Operators(), _Functions():  # type: ignore[no-untyped-call]
             return run_eager(subject.eager, wide)
     except Exception:  # code that wants the type that it was written for may raise anything
         return []
@@ -66,7 +66,7 @@ class _Functions(TorchFunctionMode):
         return func(*_wide(args), **_wide(dict(kwargs or {})))
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs each operator in float32 that would run in half precision."""
 
     def __torch_dispatch__(
