@@ -34,12 +34,13 @@ def tolerances(
     if len(exact) != len(expected):
         return allowed
     pairs = zip(expected, exact, allowed, strict=True)
-    return [_widened(compare(number, one).relative, least) for number, one, least in pairs]
+    return [widened(compare(number, one).relative, least) for number, one, least in pairs]
 
 
-def _widened(rounding: float, allowed: float) -> float:
+def widened(rounding: float, allowed: float) -> float:
+    """Whole numbers, which are allowed nothing, are not rounded."""
     wider = _TWO * rounding
-    return wider if allowed < wider < _MOST else allowed
+    return wider if 0 < allowed < wider < _MOST else allowed
 
 
 def _in_float32(subject: Reference, case: Case) -> Sequence[torch.Tensor]:
