@@ -149,6 +149,11 @@ def output_names(outputs: Any) -> list[str]:
         if not isinstance(value, torch.Tensor):
             found = type(value).__name__
             raise ExportError(f"output {name!r} is a {found}: ONNX returns tensors; leave it out")
+        if value.is_complex():
+            raise ExportError(
+                f"output {name!r} is {value.dtype}, and onnxruntime gives no complex numbers: "
+                "return its parts, torch.view_as_real(...)"
+            )
         names.append(f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name)
     if not names:
         raise ExportError("the model returns no tensor: ONNX needs an output: return one")

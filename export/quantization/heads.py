@@ -56,6 +56,7 @@ def _is_branch(value: ir.Value) -> bool:
     node = value.producer()
     given = () if node is None else node.inputs
     return any(
-        v is not None and v.is_initializer() and (v.is_graph_input() or BRANCH in str(v.name))
+        BRANCH in str(v.name) or (v.is_initializer() and v.is_graph_input())
         for v in given
+        if v is not None
     )

@@ -106,9 +106,16 @@ def call(
     """Runs a session on arrays or values of its own, and gives its outputs by name.
 
     Raises:
-        ExportError: onnxruntime refused an input or failed in the middle.
+        ExportError: onnxruntime refused an input or failed in the middle, or an output has no
+            numpy form.
     """
     names = [output.name for output in session.get_outputs()]
+    unread = [o.name for o in session.get_outputs() if o.type == "tensor(bfloat16)"]
+    if unread:
+        raise ExportError(
+            f"outputs {shorten(unread)} are bfloat16, which numpy lacks: let the model return "
+            "float32 or float16"
+        )
     try:
         values = session.run(names, dict(feeds), options)
     except ERRORS as error:

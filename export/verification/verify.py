@@ -60,6 +60,7 @@ def verify_file(
         if subject.coverage is not None
     ]
     at_first: list[Any] = []  # in the end, of the last subject, optimised
+    allowed: list[float] = []  # there
     for optimise in (False, True):
         session = open_session(path, threads=1, optimise=optimise, to_check=True)
         for subject, wanted in zip(subjects, expected, strict=True):
@@ -69,7 +70,8 @@ def verify_file(
                 row = Row(subject, case, optimise)
                 rows = row.compare(trial.outputs, found, wanted[case.label])
                 evidence.checks += rows
-                at_first = found if case is first else at_first
+                if case is first:
+                    at_first, allowed = found, [row.tolerance for row in rows]
                 if not all(row.ok for row in rows) and not evidence.suspects:
                     evidence.suspects += _other_types(trial.outputs, found, wanted[case.label])
                     _suspect(subject, case, found, wanted[case.label], base, evidence)
@@ -85,7 +87,8 @@ def verify_file(
         del session  # one thread pool at a time
     if control is not None:
         other, wrong = control
-        rows = Row(other, first, optimise=True).compare(trial.outputs, at_first, wrong)
+        row = Row(other, first, optimise=True)
+        rows = row.compare(trial.outputs, at_first, wrong, allowed)
         evidence.controls += [replace(row, ok=not row.ok) for row in rows]
     return evidence
 

@@ -39,7 +39,7 @@ def explain_failure(model: nn.Module, frontend: str, error: Exception) -> str:
     shown = "\n  ".join(line for line in reason[:6] if line.strip())
     return (
         f"{type(model).__name__} cannot be traced ({frontend}){_place(model, error)}:\n"
-        f"  {type(error).__name__}: {shown}\nTry: {_known(model, reason[0]) or _TRY[frontend]}."
+        f"  {type(error).__name__}: {shown}\nTry: {_known(model, str(error)) or _TRY[frontend]}."
     )
 
 
@@ -56,6 +56,11 @@ def _known(model: nn.Module, reason: str) -> str | None:
         return (
             "wrap the model in a module that takes and returns tensors, or tuples, lists and "
             f"dictionaries of them, and no {foreign['name']}"
+        )
+    if "0/1 specialized" in reason:
+        return (
+            "give an example of size 2 or more along these axes, which dynamic_shapes leaves free: "
+            "torch.export takes sizes 0 and 1 for constants; what is made of others runs with 1 too"
         )
     if "data-dependent" in reason:
         return (

@@ -193,3 +193,8 @@ def test_a_sparse_input_is_traced() -> None:
     x = torch.randn(4, 3).relu().to_sparse()
     model = Computes(lambda m, x: m.fc(x.to_dense()), fc=nn.Linear(3, 5))
     assert torch.equal(lora_fx.trace(model, (x,))(x), model(x))
+
+
+def test_a_free_axis_of_size_one_is_told_as_what_it_is() -> None:
+    with pytest.raises(TraceError, match=r"Try: give an example of size 2 or more"):
+        lora_fx.trace(nn.Linear(3, 5), (torch.randn(1, 3),), dynamic_shapes=({0: "batch"},))

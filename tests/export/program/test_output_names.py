@@ -72,6 +72,11 @@ def test_an_output_that_is_no_tensor_is_named() -> None:
         output_names({"a": T, "b": [1.0]})
 
 
+def test_an_output_of_complex_numbers_is_named() -> None:
+    with pytest.raises(ExportError, match=r"'b' is torch\.complex64, .*torch\.view_as_real"):
+        output_names({"a": T, "b": T.to(torch.complex64)})
+
+
 def test_an_output_cannot_have_the_name_of_an_input_or_of_another() -> None:
     assert free_names(["y", "z"], taken=["x"]) == ["y", "z"]
     assert free_names(["x", "y"], taken=["x"]) == ["x_out", "y"]

@@ -139,6 +139,14 @@ def test_the_swappable_file_is_quantised_likewise(what: str, tmp_path: Path) -> 
     assert {"base, dequantised", "adapted, dequantised"} <= {row.what for row in report.checks}
 
 
+@pytest.mark.parametrize("adapters", ["input", "required"])
+def test_a_head_stays_beside_its_own_slot(adapters: str, tmp_path: Path) -> None:
+    options = {"adapters": adapters, "slots": ["inner", "head"], "quantize": 8, "verify": False}
+    _, report = exported(Twice, X, tmp_path / "a.onnx", **options)
+    assert list(report.quantised.weights) == ["inner"]
+    assert report.quantised.left == {"head": "a head"}
+
+
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
 def test_an_adapter_in_the_file_is_in_the_bits_or_in_float(mode: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -51,3 +51,10 @@ def test_a_model_of_complex_numbers_is_not_written(tmp_path: Any) -> None:
     with pytest.raises(ExportError, match="takes no complex numbers"):
         to_onnx(gm, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_numpy_lacks_is_refused_by_name(tmp_path: Any) -> None:
+    model = Computes(lambda m, x: m.layer(x).bfloat16(), layer=nn.Linear(3, 5)).eval()
+    with pytest.raises(ExportError, match="outputs output are bfloat16, which numpy lacks"):
+        to_onnx(trace(model, (torch.randn(2, 3),)), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

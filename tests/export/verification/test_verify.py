@@ -18,9 +18,11 @@ from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.report import Reference
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import controls
+from lora_fx.export.verification.rounding import widened
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.passes import InjectLora
 from lora_fx.testing import traced
+from lora_fx.testing.models import Computes
 
 
 def trial(gm: fx.GraphModule) -> ExportUnit:
@@ -271,6 +273,34 @@ def test_an_output_of_another_type_is_named_as_one(is_cast: bool, tmp_path: Path
     else:
         with pytest.raises(VerificationError, match="'output' is float32, eager's is float16"):
             to_onnx(gm, tmp_path / "model.onnx")
+
+
+def test_half_precision_is_allowed_what_eager_itself_rounds(tmp_path: Path) -> None:
+    model = Computes(lambda self, x: (self.layer(x) + 16) - 16, layer=nn.Linear(6, 5)).half()
+    gm = traced(model, torch.randn(7, 6).half())
+    report = to_onnx(gm, tmp_path / "model.onnx")
+    assert all(2e-3 < row.relative < row.tolerance < 2e-2 for row in report.checks)
+    with torch.no_grad():
+        model.layer.weight *= 1.1
+    larger = [Reference("larger", evaluating(gm))]
+    evidence = verify_file(tmp_path / "model.onnx", trial(gm), larger, [])
+    assert not any(row.ok for row in evidence.checks)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "allowed", "found"),
+    [
+        (4e-3, 2e-3, 8e-3),
+        (5e-4, 2e-3, 2e-3),
+        (1.1e-2, 1e-2, 1e-2),  # as much as a wrong scale makes
+        (4e-3, 0.0, 0.0),  # a whole number
+        (float("nan"), 2e-3, 2e-3),
+    ],
+)
+def test_what_half_precision_is_allowed_is_less_than_a_wrong_scale_makes(
+    rounding: float, allowed: float, found: float
+) -> None:
+    assert widened(rounding, allowed) == found
 
 
 def test_an_output_without_any_number_proves_nothing(tmp_path: Path) -> None:
