@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import fold, inject, load_adapter, trace
+from lora_fx import fold, inject, load_adapter, save_adapter, trace
 from lora_fx.adapters.adapter import Update
-from lora_fx.testing import Attention, Between, operators, relative
+from lora_fx.testing import Attention, Between, operators, relative, save_peft_case
 
 pytestmark = [
     # PEFT says that it cannot merge into a grouped convolution.
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
+    # PEFT says that it leaves the bias of an attention module out, and takes one for a matrix.
+    pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
 ]
 
 
@@ -95,24 +99,67 @@ def test_what_a_grouped_convolution_gets_stays_beside_it(tmp_path: Path) -> None
     assert operators(folded) == operators(injected)
 
 
-def test_the_output_projection_of_attention_is_adapted_once(tmp_path: Path) -> None:
-    """PEFT adds the delta of ``out_proj`` twice, in forward and in merge (peft#3774)."""
+def test_the_output_projection_of_attention_is_adapted_as_peft_trained_it(tmp_path: Path) -> None:
+    """PEFT adds the delta of ``out_proj`` twice, in forward and in merge (peft#3774): so do we.
+
+    Alone of these cases its two forms agree, and what was trained by one is meant by both.
+    """
     torch.manual_seed(0)
     base, x = Attention(12).eval(), torch.randn(3, 5, 12)
     owner = saved(base, tmp_path / "a")
     adapter = load_adapter(tmp_path / "a")
-    assert set(adapter.updates) == {"layer", "layer.out_proj"}
-    once, twice = copy.deepcopy(base), copy.deepcopy(base)
-    for tuned, times in ((once, 1), (twice, 2)):
-        inner, outer = adapter.updates["layer"], adapter.updates["layer.out_proj"]
-        assert isinstance(inner, Update)
-        assert isinstance(outer, Update)
-        with torch.no_grad():
-            tuned.layer.in_proj_weight += inner.delta()  # type: ignore[operator, union-attr]
-            tuned.layer.out_proj.weight += times * outer.delta()  # type: ignore[operator, union-attr]
-    injected = inject(trace(base, (x,)), adapter)
+    outer = adapter.updates["layer.out_proj"]
+    assert isinstance(outer, Update)
+    once = replace(adapter, updates=adapter.updates | {"layer.out_proj": replace(outer, scale=1.5)})
+    gm = trace(base, (x,))
     with torch.no_grad():
-        assert relative(injected(x), once(x)) <= 1e-6
-        assert relative(fold(injected)(x), once(x)) <= 1e-5
-        assert relative(owner(x), twice(x)) <= 1e-6
-        assert relative(owner(x), once(x)) > 1e-2
+        wanted = owner(x)
+        assert relative(inject(gm, adapter)(x), wanted) <= 1e-6
+        assert relative(fold(inject(gm, adapter))(x), wanted) <= 1e-5
+        assert relative(inject(gm, once)(x), wanted) > 1e-2
+        assert relative(owner.merge_and_unload()(x), wanted) <= 1e-6
+
+
+ATTENTION = ["attention lora", "attention rslora", "attention lora_bias"]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_update_of_an_output_projection_is_what_peft_runs(name: str, tmp_path: Path) -> None:
+    """Twice what its factors say; the bias of the packed projection PEFT leaves out (peft#3774)."""
+    case = save_peft_case(name, tmp_path / "a")
+    adapter = load_adapter(case.directory, base=case.base)
+    outer, inner = adapter.updates["mha"], adapter.updates["mha.out_proj"]
+    assert isinstance(inner, Update)
+    assert isinstance(outer, Update)
+    layer = case.load(case.directory).get_submodule("base_model.model.mha.base_layer.out_proj")
+    assert relative(inner.delta(), 2 * layer.get_delta_weight("default").detach()) <= 1e-6
+    run = adapter.updates | {"mha": replace(outer, bias=None)}
+    once = run | {"mha.out_proj": replace(inner, scale=inner.scale / 2)}
+    gm = trace(case.base, (case.x,))
+    wanted = case.run(case.directory)
+    with torch.no_grad():
+        found, other = (inject(gm, replace(adapter, updates=u))(case.x) for u in (run, once))
+        assert relative(found, wanted) <= 1e-6
+        assert relative(other, wanted) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["attention lora", "attention lora_bias"])
+def test_an_attention_of_one_scale_is_written_so_that_peft_runs_it(
+    name: str, tmp_path: Path
+) -> None:
+    case = save_peft_case(name, tmp_path / "a")
+    adapter = load_adapter(case.directory, base=case.base, name="a")
+    outer, inner = adapter.updates["mha"], adapter.updates["mha.out_proj"]
+    assert isinstance(inner, Update)
+    assert isinstance(outer, Update)
+    here = {"mha": replace(outer, bias=None), "mha.out_proj": replace(inner, scale=outer.scale)}
+    adapter = replace(adapter, updates=here, expects=None)
+    save_adapter(adapter, tmp_path / "b")
+    gm = trace(case.base, (case.x,))
+    with torch.no_grad():
+        found = inject(gm, adapter)(case.x)
+        assert relative(case.run(tmp_path / "b"), found) <= 1e-6
+        assert relative(case.run(case.directory), found) > 1e-2
+    again = load_adapter(tmp_path / "b", base=case.base).updates["mha.out_proj"]
+    assert isinstance(again, Update)
+    assert relative(again.delta(), inner.delta() / 2) <= 1e-6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,36 +167,6 @@ def test_hints_take_the_place_of_a_config(name: str, tmp_path: Path) -> None:
     copy = load_adapter(alone, alpha=3, name="a")
     alone.rename(case.directory / TENSORS)
     assert str(copy) == str(load_adapter(case.directory, name="a"))
-
-
-ATTENTION = ["attention lora", "attention rslora", "attention lora_bias"]
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_peft_adds_the_update_of_an_output_projection_twice(name: str, tmp_path: Path) -> None:
-    """The updates are what PEFT says they are, but its forward is not made of them (peft#3774).
-
-    It has the weight of the output projection twice, and the bias of the packed one not at all.
-    """
-    case = save_peft_case(name, tmp_path / "a")
-    adapter = load_adapter(case.directory, base=case.base)
-    outer, inner = adapter.updates["mha"], adapter.updates["mha.out_proj"]
-    assert isinstance(inner, Update)
-    assert isinstance(outer, Update)
-    layer = case.load(case.directory).get_submodule("base_model.model.mha.base_layer.out_proj")
-    assert relative(inner.delta(), layer.get_delta_weight("default").detach()) <= 1e-6
-    half = None if inner.bias is None else inner.bias / 2
-    twice = {
-        **adapter.updates,
-        "mha": replace(outer, bias=None),
-        "mha.out_proj": replace(inner, scale=2 * inner.scale, bias=half),
-    }
-    gm = lora_fx.trace(case.base, (case.x,))
-    wanted = case.run(case.directory)
-    with torch.no_grad():
-        doubled = lora_fx.inject(gm, replace(adapter, updates=twice))(case.x)
-        assert relative(doubled, wanted) <= 1e-6
-        assert relative(lora_fx.inject(gm, adapter)(case.x), wanted) > 1e-2
 
 
 Shapes = dict[str, tuple[int, ...]]
