@@ -45,12 +45,10 @@ class Traces:
                 return made
         with branches_taken(layer, x), sparse_said_densely():
             gm = trace(layer, (x,))
-        self.known[make] = (
-            gm,
-            [
-                name
-                for name in targets(gm.graph)
-                if name in held and attribute(gm, name).data_ptr() == held[name].data_ptr()
-            ],
-        )
+        own = [
+            name
+            for name in targets(gm.graph)
+            if name in held and attribute(gm, name).data_ptr() == held[name].data_ptr()
+        ]
+        self.known[make] = gm, own
         return gm
