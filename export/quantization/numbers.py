@@ -22,6 +22,7 @@ from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.graph.example import forget_model
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
@@ -101,7 +102,7 @@ def _scheme(layer: FileLayer) -> str:
     if layer.node.op_type == "MatMulBnb4":
         return str(Table(KINDS[given["quant_type"].as_int()], block))
     bits, level = given.get_int("bits", 4) or 4, given.get_int(LEVEL, 0) or 0
-    return str(Blocks(bits, block, level, symmetric=len(layer.node.inputs) < 4))
+    return str(Blocks(bits, block, level, symmetric=input_at(layer.node, 3) is None))
 
 
 def _tensor(value: ir.Value, packed: FileLayer, turned: bool, factor: float) -> ir.LazyTensor:

@@ -18,6 +18,7 @@ from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer
 from lora_fx.export.rewriting.insert_slots import read_instead
+from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.slots.manifest import KEY, read_manifest
 from lora_fx.export.slots.slot import AnySlot
 
@@ -118,7 +119,7 @@ def _read(packed: Packed, inputs: Sequence[ir.Value]) -> tuple[Array, Array]:
 
 def _store(node: ir.Node, packed: Packed, inputs: Sequence[ir.Value]) -> None:
     """Makes a node multiply with a weight in a few bits; a bias is added behind."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_at(node, 2)
     node.name = f"{str(node.name).removesuffix(node.op_type)}{packed.operator}"
     node.domain, node.op_type = MICROSOFT, packed.operator
     node.attributes.clear()

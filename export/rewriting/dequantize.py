@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
-from lora_fx.export.rewriting.weight_reads import handed_on
+from lora_fx.export.rewriting.weight_reads import handed_on, input_at
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
@@ -105,7 +105,7 @@ def _of_bits(node: ir.Node) -> tuple[Array, Array]:
     values = _unpacked(_array(node, 1).reshape(out, count, -1), bits)[..., :block]
     scale = _array(node, 2).reshape(out, count, 1)
     zero: Array | int = 1 << bits - 1
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
+    if input_at(node, 3) is not None:
         zero = _array(node, 3)
         if zero.dtype == np.uint8:
             zero = _unpacked(zero.reshape(out, -1), bits)[:, :count]
@@ -145,7 +145,7 @@ def _unpacked(values: Array, bits: int) -> Array:
 def _of_linear(node: ir.Node) -> Array:
     """What a DequantizeLinear gives: by one scale, one along an axis, or one for each block."""
     values, scale = _array(node, 0).astype(np.float32), _array(node, 1)
-    zero = _array(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    zero = None if input_at(node, 2) is None else _array(node, 2)
     axis = node.attributes.get_int("axis", 1) or 0
     block = node.attributes.get_int("block_size", 0) or 0
 

@@ -9,7 +9,13 @@ import onnx_ir as ir
 
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.rewriting.merged_tensor import MergedTensor
-from lora_fx.export.rewriting.weight_reads import handed_on, looks_up_rows, source_of, type_of
+from lora_fx.export.rewriting.weight_reads import (
+    handed_on,
+    input_at,
+    looks_up_rows,
+    source_of,
+    type_of,
+)
 
 DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -129,7 +135,7 @@ _FINDERS: dict[tuple[str, str], Callable[[ir.Node], FileLayer | None]] = {
 
 def _stored(node: ir.Node, place: int) -> tuple[ir.Value, bool, bool, tuple[int, ...]] | None:
     """A weight, whether it is dequantised, and whether it is turned round, and its own shape."""
-    value = node.inputs[place] if len(node.inputs) > place else None
+    value = input_at(node, place)
     if value is None:
         return None
     source, turned, in_parts = handed_on(value)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from lora_fx.export.rewriting.weight_reads import input_at
+
 ZERO, ONE = "zero", "one"
 _SUMS = {"Add", "Sum", "Sub"}
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
@@ -101,7 +103,7 @@ def _gives(node: ir.Node, found: Mapping[ir.Value, Neutral], others: list[ir.Val
     """What all that a node gives is, zero or one, if it is."""
     kind, zeros = node.op_type, [v for v, neutral in found.items() if neutral.what == ZERO]
     if kind in _PRODUCTS and zeros:
-        bias = node.inputs[2] if kind in _BIASED and len(node.inputs) > 2 else None
+        bias = input_at(node, 2) if kind in _BIASED else None
         return ZERO if bias is None or bias in zeros else None
     if kind in (*_SUMS, "Concat") and not others and len(zeros) == len(found):
         return ZERO
@@ -115,7 +117,7 @@ def _kept(
     """Which of its inputs a node gives, if it gives one as it is."""
     if node.op_type != "Gemm":
         return others[0] if len(others) == 1 and _passes(node, found) else None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_at(node, 2)
     if bias is None or bias in found or node.attributes.get_float("beta", 1.0) != 1.0:
         return None
     is_zero = any(neutral.what == ZERO for neutral in found.values())

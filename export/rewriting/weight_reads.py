@@ -37,6 +37,11 @@ class Read:
     in_parts: bool = False
 
 
+def input_at(node: ir.Node, place: int) -> ir.Value | None:
+    """An input that a node may go without, at the end or in between."""
+    return node.inputs[place] if len(node.inputs) > place else None
+
+
 def reads_behind(value: ir.Value, total: ir.Value) -> list[Read]:
     """The layer that a branch was beside, as the readings of its weight; empty if it is not told.
 
@@ -150,7 +155,7 @@ def _layer(node: ir.Node, bias: tuple[ir.Value, ir.Node, int] | None) -> list[Re
     source = None if value is None else source_of(value)[0]
     if source is None:
         return []
-    third = node.inputs[2] if len(node.inputs) > 2 and node.op_type != "Gather" else None
+    third = input_at(node, 2) if node.op_type != "Gather" else None
     if third is not None and bias is None and third.is_initializer():
         bias = third, node, 2
     return [_read(node, place, source, bias)]

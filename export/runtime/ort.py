@@ -109,8 +109,9 @@ def call(
         ExportError: onnxruntime refused an input or failed in the middle, or an output has no
             numpy form.
     """
-    names = [output.name for output in session.get_outputs()]
-    unread = [o.name for o in session.get_outputs() if o.type == "tensor(bfloat16)"]
+    outputs = session.get_outputs()
+    names = [output.name for output in outputs]
+    unread = [output.name for output in outputs if output.type == "tensor(bfloat16)"]
     if unread:
         raise ExportError(
             f"outputs {shorten(unread)} are bfloat16, which numpy lacks: let the model return "

@@ -63,9 +63,8 @@ class _Functions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func.__name__.endswith("_"):  # writes, or reads an attribute
-            return func(*args, **(kwargs or {}))
-        return func(*_wide(args), **_wide(dict(kwargs or {})))
+        # One of such a name writes, or reads an attribute.
+        return _called(func, args, kwargs, as_it_is=func.__name__.endswith("_"))
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,9 +77,16 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func._schema.is_mutable:  # what is written to stays the tensor that it is
-            return func(*args, **(kwargs or {}))
-        return func(*_wide(args), **_wide(dict(kwargs or {})))
+        # What is written to stays the tensor that it is.
+        return _called(func, args, kwargs, as_it_is=func._schema.is_mutable)
+
+
+def _called(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, as_it_is: bool
+) -> Any:
+    given = args, dict(kwargs or {})
+    args, named = given if as_it_is else _wide(given)
+    return func(*args, **named)
 
 
 def _wide(tree: Any) -> Any:
