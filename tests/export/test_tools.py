@@ -131,9 +131,12 @@ TOOLS: dict[str, tuple[Tool, float]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("tools")
+    return exported(tmp_path_factory.mktemp("tools"), nn.Tanh())
+
+
+def exported(directory: Path, between: nn.Module) -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 17, bias=False)).eval()
+    model = nn.Sequential(nn.Linear(32, 48), between, nn.Linear(48, 17, bias=False)).eval()
     gm = trace(model, (X,), dynamic_shapes=({0: "batch"},))
     adapter = make_adapter({"0": (48, 32), "2": (17, 48)}, rank=4, scale=0.3)
     injected = inject(gm, adapter)
@@ -181,16 +184,18 @@ def test_a_swappable_file_survives_and_takes_the_adapter(
     assert off(found, base) > 0.3
 
 
-def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(
-    files: Any, tmp_path: Path
-) -> None:
-    """Why `CalibrationReader` feeds them: the control of the line above."""
-    directory, adapter, _, adapted = files
-    path, out = directory / "swappable.onnx", tmp_path / "out.onnx"
-    inputs = [{"input": part} for part in X.split(16)]
-    reader = CalibrationReader(path, inputs, [directory / "a.onnx_adapter"])
-    reader._slots = [reader._none]
-    calibrated(path, out, reader)
-    export_adapter(adapter, out, tmp_path / "a.onnx_adapter", check=False)
-    found = Session(out, check=False).run({"input": X}, tmp_path / "a.onnx_adapter")["output"]
-    assert off(found, adapted) > 0.05
+def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(tmp_path: Path) -> None:
+    """Why `CalibrationReader` feeds them: a control of the line above that nothing saturates."""
+    directory, adapter, _, adapted = exported(tmp_path, nn.ReLU())
+    path, file = directory / "swappable.onnx", directory / "a.onnx_adapter"
+    found = {}
+    for fed in (True, False):
+        reader = CalibrationReader(path, [{"input": part} for part in X.split(16)], [file])
+        reader._slots = reader._slots if fed else [reader._none]
+        calibrated(path, tmp_path / "out.onnx", reader)
+        own = tmp_path / f"{fed}.onnx_adapter"
+        export_adapter(adapter, tmp_path / "out.onnx", own, check=False)
+        session = Session(tmp_path / "out.onnx", check=False)
+        found[fed] = off(session.run({"input": X}, own)["output"], adapted)
+    assert found[True] <= 0.05
+    assert found[False] > 0.3
