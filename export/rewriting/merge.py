@@ -94,7 +94,7 @@ def merge_onnx(
             values = values_of(stored)
             if manifest.required:  # the graph has no value for what the adapter leaves alone
                 values = every_value(manifest, path, values)
-        with clock.stage("merge"):
+        with clock.stage("merge"), one_thread():
             model, beside = merged_model(lambda: parsed_file(path), manifest, values)
         if beside and not allow_unmerged:
             raise ExportError(f"{path}: {_said(beside)}; allow_unmerged=True keeps it beside")
