@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -100,9 +100,8 @@ class Quantisation:
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A line for each layer, and for each output."""
-        rows = [f"weight {path:<40} off by {off:.2g}" for path, off in self.weights.items()]
-        rows += [f"output {name:<40} off by {off:.2g}" for name, off in self.outputs.items()]
+        """A line for each of the weights and outputs that are farthest off, and what is left."""
+        rows = [*_off("weight", self.weights), *_off("output", self.outputs)]
         rows += [f"as it is: {path}: {why}" for path, why in self.left.items()]
         return "\n".join([f"{len(self.weights)} weights in {self.scheme}", *rows])
 
@@ -214,7 +213,7 @@ class ExportReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """A short table: files, the worst check of each kind, controls, notes."""
+        """A short table: files, of checks and controls the row of each that is farthest, notes."""
         sizes = ", ".join(f"{name} {size(count)}" for name, count in self.files.items())
         lines = [f"{self.path}  {self.mode}  opset {self.opset}  {sizes}", self._verdict()]
         if self.task:
@@ -229,8 +228,9 @@ class ExportReport:
         if self.quantised is not None:
             lines += [f"quantised {row}" for row in str(self.quantised).split("\n")]
         lines += [f"spelling {count} x {what}" for what, count in self.spellings.items()]
-        lines += [f"check    {row}" for row in _worst(self.checks)]
-        lines += [f"control  {str(row).replace('FAIL', 'same', 1)}" for row in self.controls]
+        lines += [f"check    {row}" for row in _farthest(self.checks, False)]
+        controls = _farthest(self.controls, True)
+        lines += [f"control  {row.replace('FAIL', 'same', 1)}" for row in controls]
         lines += [f"note     {note}" for note in self.notes]
         times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, times])
@@ -273,11 +273,22 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _worst(rows: list[Check]) -> list[Check]:
-    worst: dict[tuple[str, str], Check] = {}
-    for row in sorted(rows, key=lambda row: (row.ok, -row.relative)):
-        worst.setdefault((row.what, row.output), row)
-    return list(worst.values())
+def _off(what: str, distances: Mapping[str, float]) -> Iterator[str]:
+    """The farthest by name, and how far the others are at most."""
+    ordered = sorted(distances.items(), key=lambda one: -one[1])
+    for name, off in ordered[:_SHOWN_OFF]:
+        yield f"{what} {name:<40} off by {off:.2g}"
+    if rest := ordered[_SHOWN_OFF:]:
+        yield f"{what} {f'and {len(rest)} more':<40} off by {rest[0][1]:.2g} at most"
+
+
+def _farthest(rows: list[Check], ok: bool) -> list[str]:
+    """A line for each model that was compared: of its rows that are ``ok`` or not, if any is."""
+    by_model: dict[str, list[Check]] = {}
+    for row in sorted(rows, key=lambda row: (row.ok is not ok, -row.relative)):
+        by_model.setdefault(row.what, []).append(row)
+    said = ("", "  the farthest of {}")
+    return [f"{each[0]}{said[len(each) > 1].format(len(each))}" for each in by_model.values()]
 
 
 def _plain(value: Any) -> Any:
@@ -288,7 +299,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_SHOWN = 10
+_SHOWN, _SHOWN_OFF = 10, 5
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,28 @@ def test_json_holds_everything_and_stays_json(tmp_path: Path) -> None:
     assert values["files"] == {"model.onnx": 1200}
 
 
-def test_table_shows_the_worst_row_of_each_output() -> None:
-    worse = replace(GOOD, shape="batch=5", relative=9e-7)
+def test_table_shows_the_farthest_row_of_each_model() -> None:
+    worse = replace(GOOD, output="score", shape="batch=5", relative=9e-7)
+    other = replace(GOOD, what="adapted")
+    same = replace(CONTROL, ok=False, relative=3e-7)
+    rows = replace(REPORT, checks=[GOOD, worse, other], controls=[same, CONTROL], notes=["why"])
+    checks = [line for line in str(rows).split("\n") if line.startswith("check ")]
+    assert [line.split()[2] for line in checks] == ["model", "adapted"]
+    assert "score" in checks[0]
+    assert checks[0].endswith("the farthest of 2")
+    assert "farthest" not in checks[1]
+    [control] = [line for line in str(rows).split("\n") if line.startswith("control ")]
+    assert control.startswith("control  ok")
+    assert "note     why" in str(rows)
+
+
+def test_what_failed_is_shown_before_what_is_farther_off_and_allowed() -> None:
     wrong = replace(GOOD, output="score", ok=False)
-    table = str(replace(REPORT, checks=[GOOD, worse, wrong], controls=[CONTROL], notes=["why"]))
-    assert "9.0e-07" in table
-    assert "2.0e-07" in table.split("score")[1]
-    assert table.count("check ") == 2
-    assert "FAIL model" in table
-    assert "note     why" in table
+    far = replace(GOOD, relative=9e-7)
+    same = replace(CONTROL, ok=False)
+    table = str(replace(REPORT, checks=[far, wrong], controls=[same]))
+    assert "check    FAIL model" in table
+    assert "control  same" in table
 
 
 def test_clock_adds_up_and_tells_who_watches() -> None:

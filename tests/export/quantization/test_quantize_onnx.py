@@ -182,7 +182,8 @@ def test_the_report_says_what_is_off_and_by_how_much(mode: str, bits: Any, files
     assert 1e-4 < said.outputs["logits"] < 0.5
     text = str(report)
     assert f"{LAYERS} weights in" in text
-    assert all(path in text for path in said.weights)
+    assert max(said.weights, key=said.weights.__getitem__) in text
+    assert f"weight and {LAYERS - 5} more " in text
     assert report.to_dict()["quantised"]["outputs"] == said.outputs
 
 
