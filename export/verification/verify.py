@@ -26,6 +26,7 @@ from lora_fx.export.verification.other_sizes import hold_beyond
 from lora_fx.export.verification.rollout import rollout
 from lora_fx.export.verification.rows import Row, allowance, precision, same_type
 from lora_fx.export.verification.suspects import suspects
+from lora_fx.io.atomic import data_path
 from lora_fx.numerics import compare
 from lora_fx.reference.reference_run import WeightForm
 
@@ -59,10 +60,11 @@ def verify_file(
         for subject, wanted in zip(subjects, expected, strict=True)
         if subject.coverage is not None
     ]
+    threads = torch.get_num_threads() if data_path(path).exists() else 1  # worth it if large
     at_first: list[Any] = []  # in the end, of the last subject, optimised
     allowed: list[float] = []  # there
     for optimise in (False, True):
-        session = open_session(path, threads=1, optimise=optimise, to_check=True)
+        session = open_session(path, threads=threads, optimise=optimise, to_check=True)
         for subject, wanted in zip(subjects, expected, strict=True):
             active = _activated(session, path, subject, trial, bound=in_place)
             for case in (case for case in trial.cases if case.label in wanted):
