@@ -12,7 +12,7 @@ from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added_to_each
 from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks, Update
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.low_rank import NotLowRankError, beside
-from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, rows
+from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, leaves, rows
 from lora_fx.errors import AdapterError
 
 
@@ -54,10 +54,10 @@ def _by_row(update: AnyUpdate) -> bool:
     size = tuple(n or 0 for n in update.shape)
     leaf = constant(torch.empty(size, device="meta"))
     try:
-        beside(leaf, update.of(leaf))
+        col = beside(leaf, update.of(leaf)).col
     except NotLowRankError:
         return False
-    return True
+    return col is None or not set(leaves(leaf)) <= set(leaves(col))  # DoRA over the inputs
 
 
 def joined(blocks: Sequence[Block], shape: tuple[int, ...]) -> AnyUpdate:
