@@ -16,7 +16,7 @@ from lora_fx.testing.updates import update_of
 KINDS = ["lora", "rslora", "lora_bias", "dora", "loha", "lokr", "full", "ia3_in"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ia3_in"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_gives_the_rows_that_the_whole_gives(kind: str) -> None:
     update, weight = update_of(kind, (6, 4)), torch.randn(6, 4)
     want = update.weight(weight)
@@ -42,12 +42,12 @@ def test_joined_updates_give_each_its_rows(first: str, second: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "ia3_in"])
 def test_halves_are_swapped(kind: str) -> None:
     update, weight = update_of(kind, (6, 4)), torch.randn(6, 4)
     want = update.weight(weight.roll(3, 0)).roll(3, 0)
     assert relative(swapped(update).weight(weight), want) < 1e-6
-    assert relative(update.weight(weight), want) > 1e-3
+    assert relative(weight if kind == "ia3_in" else update.weight(weight), want) > 1e-3
 
 
 def test_experts_of_different_ranks_are_one_update() -> None:
