@@ -12,7 +12,7 @@ from lora_fx.adapters.other_updates import Scaling, WeightUpdate, added_to_each
 from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks, Update
 from lora_fx.algebra.index_expr import slice_of
 from lora_fx.algebra.low_rank import NotLowRankError, beside
-from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, rows
+from lora_fx.algebra.matrix_expr import Matrix, Replaced, ScatterRows, constant, leaves, rows
 from lora_fx.errors import AdapterError
 
 
@@ -34,6 +34,8 @@ def cut(update: AnyUpdate, at: range) -> AnyUpdate:
         kept = {name: getattr(update, name) for name in ("up", "bias", "magnitude", "row")}
         part = {name: t[at.start : at.stop] for name, t in kept.items() if t is not None}
         return replace(update, **part, stored=None)
+    if isinstance(update, Scaling) and update.row is None:  # of what every row reads
+        return replace(update, stored=None)
     size, index = update.shape[0], slice_of(at.stop, slice(at.start, at.stop))
     if size is None or not update.makes_anew or not _by_row(update):
         raise AdapterError(
@@ -54,10 +56,10 @@ def _by_row(update: AnyUpdate) -> bool:
     size = tuple(n or 0 for n in update.shape)
     leaf = constant(torch.empty(size, device="meta"))
     try:
-        beside(leaf, update.of(leaf))
+        col = beside(leaf, update.of(leaf)).col
     except NotLowRankError:
         return False
-    return True
+    return col is None or not set(leaves(leaf)) <= set(leaves(col))  # DoRA over the inputs
 
 
 def joined(blocks: Sequence[Block], shape: tuple[int, ...]) -> AnyUpdate:
@@ -78,8 +80,9 @@ def joined(blocks: Sequence[Block], shape: tuple[int, ...]) -> AnyUpdate:
 
 def swapped(update: AnyUpdate) -> AnyUpdate:
     """The update of a weight whose second half of rows stands first."""
-    size = update.shape[0]
-    half = (size or 0) // 2
+    if update.shape[0] is None:  # it is the same for every row
+        return update
+    half = update.shape[0] // 2
     first, second = cut(update, range(half)), cut(update, range(half, 2 * half))
     whole = joined(
         [Block(second, range(half)), Block(first, range(half, 2 * half))], _known(update.shape)

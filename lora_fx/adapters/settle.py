@@ -120,7 +120,12 @@ def place(
         path = meaning.layers[0]
         with within(name):
             if not meaning.is_all:
-                size = update.shape[0] or 0
+                size = update.shape[0]
+                if size is None:
+                    raise AdapterError(
+                        f"an update of kind {update.kind!r} is of a part of {path} and does not "
+                        "tell how many rows it has: merge it where it was made"
+                    )
                 at = meaning.rows(base, size)
                 parts[path].append((name, Block(update, at, meaning.expert)))
                 continue
@@ -143,7 +148,7 @@ def divided(update: AnyUpdate, layers: tuple[str, ...], base: BaseLayers) -> dic
     if len(layers) == 1:
         return {layers[0]: update}
     sizes = [base[path].own_shape[0] for path in layers]
-    if sum(sizes) != update.shape[0]:
+    if update.shape[0] not in (None, sum(sizes)):
         raise AdapterError(
             f"made for {update.shape[0]} rows, {', '.join(layers)} have {sum(sizes)} together"
         )

@@ -58,7 +58,7 @@ ENDINGS = {
 # The parts of a path that only diffusers has.
 _OWN_PARTS = re.compile(
     r"^(unet|transformer_2|transformer_ref|text_conditioner|connectors)\."
-    r"|\.(single_)?transformer_blocks\.|\.(add_|to_)(q|k|v|out|qkv)(_proj)?\."
+    r"|\.(\w+_)?transformer_blocks\.|\.(add_|to_)(q|k|v|out|qkv)(_proj)?\."
     r"|^text_encoder(_[23])?\."
 )
 

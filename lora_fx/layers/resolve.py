@@ -26,6 +26,8 @@ from lora_fx.layers.moves import (
 )
 
 Size = tuple[int | None, ...]
+# The words that kohya's names begin with.
+_PARTS = {"lora", "lycoris", "unet", "transformer", "prior", "te", "te1", "te2", "te3"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class Names:
             before, end = parts[:start], parts[start:]
             paths = self.ends.get(words_of(end), ())
             every = [candidate_of(before, end, path, "." in name) for path in paths]
-            whole = [c for c in every if c.common >= self.meanings[c.path].least]
+            # words tell no parts apart: vace_blocks_0_ffn_0 is not blocks.0.ffn.0
+            cut = "." not in name and not _PARTS.issuperset(before)
+            whole = [c for c in every if self.meanings[c.path].least <= (1 if cut else c.common)]
             found = [c for c in whole if keeps_numbers(c)]
             fitting = [c for c in found if self._fits(c.path, size)]
             if fitting:

@@ -20,7 +20,8 @@ from lora_fx.layers.meanings import Meaning
 # are two: diffusers has scale and shift of a last norm in the other order. After ~~ they are
 # swapped whatever the layer reads: it is a gated one.
 # Sources: flux and flux2 of Black Forest Labs, x-flux of XLabs, sgm and sd3 of Stability, Wan2.1,
-# Z-Image, HunyuanVideo, Lumina2, LTX, Chroma, AuraFlow, Cosmos (Anima), Mochi, Krea2, Ideogram4.
+# Z-Image, HunyuanVideo, Lumina2, LTX, Chroma, AuraFlow, Cosmos (Anima), Mochi, Krea2, Ideogram4,
+# flux3, VACE of Wan, Sana, ACE-Step.
 TABLE = """
 double_blocks.# = transformer_blocks.#
   img_attn.qkv | processor.qkv_lora1 = attn.to_q + attn.to_k + attn.to_v
@@ -68,6 +69,13 @@ blocks.#.cross_attn = blocks.#.attn2
   norm_k_img = norm_added_k
 blocks.#.norm3 = blocks.#.norm2
 blocks.#.ffn.[0 2] = blocks.#.ffn.net.[0.proj 2]
+vace_blocks.#.[self cross]_attn = vace_blocks.#.[attn1 attn2]
+  [q k v o] = [to_q to_k to_v to_out.0]
+  norm_[q k]
+vace_blocks.#
+  norm3 = norm2
+  ffn.[0 2] = ffn.net.[0.proj 2]
+  [before after]_proj = proj_[in out]
 time_embedding.[0 2] = condition_embedder.time_embedder.linear_[1 2]
 time_projection.1 = condition_embedder.time_proj
 text_embedding.[0 2] = condition_embedder.text_embedder.linear_[1 2]
@@ -99,11 +107,20 @@ vector_in.[in out]_layer = time_text_embed.text_embedder.linear_[1 2]
 cap_embedder.1 = time_caption_embed.caption_embedder.1
 final_layer.[linear adaLN_modulation.1] = norm_out.[linear_2 linear_1]
 patchify_proj = proj_in
-adaln_single.linear = time_embed.linear
 audio_patchify_proj = audio_proj_in
-audio_adaln_single.linear = audio_time_embed.linear
-av_ca_[video audio]_scale_shift_adaln_single.linear = av_cross_attn_[video audio]_scale_shift.linear
-av_ca_[a2v v2a]_gate_adaln_single.linear = av_cross_attn_[video_a2v audio_v2a]_gate.linear
+[adaln audio_adaln]_single = [time_embed audio_time_embed]
+  linear
+  emb.timestep_embedder.linear_[1 2]
+[prompt audio_prompt]_adaln_single = [prompt audio_prompt]_adaln
+  linear
+  emb.timestep_embedder.linear_[1 2]
+av_ca_[video audio]_scale_shift_adaln_single = av_cross_attn_[video audio]_scale_shift
+  linear
+  emb.timestep_embedder.linear_[1 2]
+av_ca_[a2v v2a]_gate_adaln_single = av_cross_attn_[video_a2v audio_v2a]_gate
+  linear
+  emb.timestep_embedder.linear_[1 2]
+aggregate_embed = text_proj_in
 distilled_guidance_layer.layers.#
   [in out]_layer = linear_[1 2]
 double_layers.# = joint_transformer_blocks.#
@@ -157,6 +174,29 @@ last.linear = final_layer.linear
 tmlp.[0 2] = time_embed.linear_[1 2]
 tproj.1 = time_mod_proj
 txtmlp.[1 3] = txt_in.linear_[1 2]
+[content_mode_blocks.@ txt_mode_blocks].# = [mode_blocks.@ txt_mode_blocks].#
+  [q_proj k_proj v_proj attn_out] = attn.[to_q to_k to_v to_out.0]
+  norm.[query_norm key_norm] = attn.[norm_q norm_k]
+  [mlp_in mlp_out] = ff.[linear_in linear_out]
+single_blocks.# = single_transformer_blocks.#
+  [q_proj k_proj v_proj attn_out] = attn.[to_q to_k to_v to_out.0]
+  [mlp_in mlp_out] = ff.[linear_in linear_out]
+[early single]_stream_modulations.@.lin = [early single]_stream_modulations.@.linear
+emb_in.@ = x_embedders.@
+[time ref_time]_in.in_layer = [timestep target_timestep]_embedder.linear_1
+[time ref_time]_in.out_layer = [timestep target_timestep]_embedder.linear_2
+final_layer.image.linear = proj_out
+final_layer.image.adaLN_modulation.1 = ~norm_out.linear
+blocks.# = transformer_blocks.#
+  attn.qkv = attn1.to_q + attn1.to_k + attn1.to_v
+  attn.proj = attn1.to_out.0
+  cross_attn.[q_linear proj] = attn2.[to_q to_out.0]
+  cross_attn.kv_linear = attn2.to_k + attn2.to_v
+  mlp.[inverted depth point]_conv.conv = ff.conv_[inverted depth point]
+t_block.1 = time_embed.linear
+y_embedder.y_proj.[fc1 fc2] = caption_projection.linear_[1 2]
+layers.#.[self cross]_attn = layers.#.[self cross]_attn
+  [q_proj k_proj v_proj o_proj] = [to_q to_k to_v to_out.0]
 time_embed.[0 2] = time_embedding.linear_[1 2]
 label_emb.0.[0 2] = add_embedding.linear_[1 2]
 input_blocks.0.0 = conv_in

@@ -9,13 +9,14 @@ from lora_fx.adapters.other_updates import Scaling
 from lora_fx.adapters.row_blocks import Block, cut, joined, swapped
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
+from lora_fx.kinds.dora import over_inputs
 from lora_fx.testing import relative
 from lora_fx.testing.updates import update_of
 
 KINDS = ["lora", "rslora", "lora_bias", "dora", "loha", "lokr", "full", "ia3_in"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ia3_in"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_gives_the_rows_that_the_whole_gives(kind: str) -> None:
     update, weight = update_of(kind, (6, 4)), torch.randn(6, 4)
     want = update.weight(weight)
@@ -41,12 +42,12 @@ def test_joined_updates_give_each_its_rows(first: str, second: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "ia3_in"])
 def test_halves_are_swapped(kind: str) -> None:
     update, weight = update_of(kind, (6, 4)), torch.randn(6, 4)
     want = update.weight(weight.roll(3, 0)).roll(3, 0)
     assert relative(swapped(update).weight(weight), want) < 1e-6
-    assert relative(update.weight(weight), want) > 1e-3
+    assert relative(weight if kind == "ia3_in" else update.weight(weight), want) > 1e-3
 
 
 def test_experts_of_different_ranks_are_one_update() -> None:
@@ -57,6 +58,17 @@ def test_experts_of_different_ranks_are_one_update() -> None:
     for expert, pair in pairs.items():
         want[expert, expert : expert + 2] += pair.delta()
     assert relative(joined(blocks, (3, 5, 4)).weight(weight), want) < 1e-6
+
+
+def test_an_update_that_measures_all_rows_is_not_cut() -> None:
+    whole = over_inputs(update_of("lora", (6, 4)), {"dora_scale": torch.rand(1, 4)}, (6, 4))
+    with pytest.raises(AdapterError, match="'dora' is of several layers"):
+        cut(whole, range(1, 5))
+    weight = torch.randn(8, 4)
+    alone = joined([Block(whole, range(1, 7))], (8, 4)).weight(weight)
+    want = torch.cat([weight[:1], whole.weight(weight[1:7]), weight[7:]])
+    assert relative(alone, want) < 1e-6
+    assert relative(weight, want) > 1e-2
 
 
 def test_what_has_no_form_is_refused() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
+from lora_fx.adapters.other_updates import Scaling
 from lora_fx.adapters.settle import settled
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.matrix_expr import constant, product
@@ -103,6 +104,12 @@ def test_sizes_that_do_not_add_up_are_refused() -> None:
     both = {"qkv_proj": update_of("lora", (14, 3)), "q_proj": update_of("lora", (6, 3))}
     with pytest.raises(AdapterError, match="are the same layers"):
         settled(Adapter("a", both), layers_of(packed), ["qkv_proj"])
+
+
+def test_a_part_that_does_not_tell_its_rows_is_refused() -> None:
+    adapter = Adapter("a", {"q_proj": Scaling(col=torch.rand(3))})
+    with pytest.raises(AdapterError, match="'ia3' is of a part of qkv_proj and does not tell how"):
+        settled(adapter, layers_of(Packed()), ())
 
 
 def test_what_mixes_rows_is_not_cut() -> None:

@@ -229,6 +229,7 @@ SPEECH: dict[str, tuple[list[str], bool | None]] = {
     "a DiT of bare names": ([f"transformer.blocks.0.ffn.{A}"], None),
     "a DiT": ([f"transformer.transformer_blocks.0.ff.net.2.{A}"], True),
     "a DiT of one stream": ([f"transformer.single_transformer_blocks.0.proj_mlp.{A}"], True),
+    "a DiT of two media": ([f"transformer.visual_transformer_blocks.0.ff.in_layer.{A}"], True),
     "attention": ([f"transformer.blocks.0.attn1.to_q.{A}"], True),
     "attention that is added": ([f"transformer.b.0.attn.add_k_proj.{A}"], True),
     "with alpha": ([f"transformer.h.0.{A}", "transformer.h.0.alpha"], True),

@@ -55,6 +55,12 @@ def test_the_part_is_the_beginning_of_a_name() -> None:
         # the part that a name begins with is the longer end
         (["lora_unet_proj"], ["unet.proj"], ["proj"]),
         (["lora_unet_proj"], ["unet.proj"], ["transformer.proj"]),
+        (
+            ["lora_unet_vace_blocks_0_ffn_0"],
+            ["vace_blocks.0.ffn.net.0.proj"],
+            ["blocks.0.ffn.net.0.proj"],
+        ),
+        (["lora_transformer_blocks_0_ffn_0"], ["blocks.0.ffn.net.0.proj"], []),
         # layers of all kinds
         (["lycoris_a_b", "lycoris_a_c", "lycoris_d"], [*KINDS], []),
     ],
@@ -72,6 +78,8 @@ def test_a_name_means_one_layer(names: list[str], meant: list[str], others: list
         (["unet_a", "unet_b"], ["a", "c"], r"1 names mean no layer .*: lora_unet_b; .*: a, c$"),
         (["unet_a", "te_b"], ["a"], r"lora_te_b; .*pass component= .* of te, unet$"),
         (["te1_a", "te2_a"], ["a"], "lora_te1_a and lora_te2_a are both of a; pass comp"),
+        # a trainer's name is one as a whole, and words do not tell where a part of it begins
+        (["unet_vace_blocks_0_ffn_0"], ["blocks.0.ffn.net.0.proj"], "1 names mean no layer"),
     ],
 )  # fmt: skip
 def test_a_name_that_does_not_is_refused(names: list[str], paths: list[str], message: str) -> None:

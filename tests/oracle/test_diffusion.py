@@ -16,19 +16,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AceStepTransformer1DModel,
     AuraFlowTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     Krea2Transformer2DModel,
+    LTX2VideoTransformer3DModel,
     Lumina2Transformer2DModel,
     MiniMaxH3Transformer3DModel,
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.loaders import lora_conversion_utils as conversion
@@ -86,6 +91,14 @@ def z_image() -> nn.Module:
     return ZImageTransformer2DModel(
         in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=10, axes_dims=[2, 2, 4], axes_lens=[8, 8, 8],
+    )  # fmt: skip
+
+
+def ace() -> nn.Module:
+    return AceStepTransformer1DModel(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, in_channels=12, audio_acoustic_hidden_dim=4,
+        encoder_hidden_size=10,
     )  # fmt: skip
 
 
@@ -195,6 +208,11 @@ QWEN = {
     }.items()
     for leaf in leaves.split()
 }
+ACE = {
+    f"{side}_attn.{old}_proj": f"{side}_attn.to_{new}"
+    for side in ("self", "cross")
+    for old, new in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out.0"))
+}
 Z_IMAGE = {f"attention.to_{leaf}" for leaf in ("q", "k", "v", "out.0")} | {
     f"feed_forward.w{number}" for number in (1, 3)
 }
@@ -289,6 +307,10 @@ CASES = {
     "z-image, kohya": Case(
         z_image, same("layers", Z_IMAGE), kohya, LORA,
         conversion._convert_non_diffusers_z_image_lora_to_diffusers,
+    ),
+    "ace-step, its own": Case(
+        ace, blocks("layers", "layers", ACE), str, PEFT,
+        conversion._convert_non_diffusers_ace_step_lora_to_diffusers,
     ),
     "z-image, ai-toolkit": Case(
         z_image, same("layers", Z_IMAGE), dotted, PEFT,
@@ -503,6 +525,39 @@ def krea() -> nn.Module:
     )  # fmt: skip
 
 
+def flux3() -> nn.Module:
+    return Flux3Transformer2DModel(
+        in_channels=4, cond_in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=10, timestep_channels=6,
+        axes_dims_rope=(2, 2, 2, 2),
+    )  # fmt: skip
+
+
+def vace() -> nn.Module:
+    return WanVACETransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, text_dim=10, freq_dim=6, ffn_dim=24, num_layers=2, vace_layers=[0, 1],
+        vace_in_channels=4, rope_max_seq_len=8,
+    )  # fmt: skip
+
+
+def sana() -> nn.Module:
+    return SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=10, sample_size=4,
+    )  # fmt: skip
+
+
+def ltx2() -> nn.Module:
+    return LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
+        audio_num_attention_heads=2, audio_attention_head_dim=6, audio_cross_attention_dim=12,
+        num_layers=2, caption_channels=10,
+    )  # fmt: skip
+
+
 class Sparse(dict[str, torch.Tensor]):
     """A checkpoint that lacks what no adapter changes; converters ask for all of it."""
 
@@ -556,6 +611,26 @@ CHECKPOINTS = {
     "krea": (
         krea, r"(blocks\.|txtfusion|first|last|tmlp|tproj|txtmlp)",
         single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
+    ),
+    "flux3": (
+        flux3,
+        r"(\w+_blocks\..*(_proj|attn_out|mlp_\w+)$|\w+_modulations|(emb|txt|time)_in\.|"
+        r"final_layer\.image)",
+        single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers,
+    ),
+    "vace": (
+        vace, r"((vace_)?blocks\.\d\.((self|cross)_attn\.[qkvo]$|ffn|(before|after)_proj)|head)",
+        single_file_utils.convert_wan_transformer_to_diffusers,
+    ),
+    "sana": (
+        sana,
+        r"(blocks\..*(conv\.conv|attn\.qkv|attn\.proj|_linear)$|x_embedder\.proj$|t_embedder|t_block|"
+        r"y_embedder\.y_proj|final_layer\.linear)",
+        single_file_utils.convert_sana_transformer_to_diffusers,
+    ),
+    "ltx2": (
+        ltx2, r"(\w*patchify_proj|\w*adaln_single(?!_))",
+        single_file_utils.convert_ltx2_transformer_to_diffusers,
     ),
 }  # fmt: skip
 
