@@ -56,7 +56,8 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     """
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
-    parents = _parents_of_scopes(every[0].node.graph) if every else {}
+    graphs = dict.fromkeys(layer.node.graph for layer in every)
+    parents = _parents_of_scopes(node for graph in graphs if graph is not None for node in graph)
     shared = _shared(every)
     for layer in every:
         mine = [str(layer.node.name), str(layer.weight.name)]
@@ -159,13 +160,13 @@ def _parameter_path(name: str) -> str | None:
     return found["path"] if found and "::" not in found["path"] else None
 
 
-def _parents_of_scopes(graph: ir.Graph | ir.Function | None) -> dict[str, str]:
+def _parents_of_scopes(nodes: Iterable[ir.Node]) -> dict[str, str]:
     """How paths begin where scopes begin otherwise: a module that is not called itself has none.
 
     ``self.model.decoder(x)`` makes nodes of ``/decoder/...`` that read ``model.decoder...``.
     """
     found: dict[str, set[str]] = {}
-    for node in graph or ():
+    for node in nodes:
         scope = str(node.name).strip("/").split("/")[:-1]
         old = [part for name in scope for part in name.split(".")]
         for value in node.inputs:
@@ -212,9 +213,9 @@ def _by_note(node: ir.Node) -> str | None:
 def _by_scope(node: ir.Node) -> str | None:
     """The module that torch.onnx notes, if it reads its own weight there."""
     path = _noted(node)[0]
-    own = f"%p_{path.replace('.', '_')}_weight"
+    own = {f"%p_{path.replace('.', '_')}_{name}" for name in ("weight", "in_proj_weight")}
     reads = re.findall(r"%\w+", node.metadata_props.get(f"{_NOTES}.fx_node", ""))
-    return path if own in reads else None
+    return path if own.intersection(reads) else None
 
 
 def _noted(node: ir.Node) -> tuple[str, str]:

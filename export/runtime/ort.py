@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.export.onnx_model.tensor_protos import every_node
 from lora_fx.export.onnx_model.tensors import to_numpy
 
 ERRORS = (
@@ -95,7 +96,7 @@ def _is_packed(path: Path) -> bool:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, DecodeError, ValueError):  # onnxruntime says so better
         return False
-    return any(node.op_type in PACKED for node in model.graph.node)
+    return any(node.op_type in PACKED for node in every_node(model))
 
 
 def call(
