@@ -29,7 +29,7 @@ from lora_fx.export.rewriting.file_layers import FileLayer, layers_in, types_of_
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
 from lora_fx.export.rewriting.missed_calls import missed_calls
-from lora_fx.export.rewriting.unopened import unopened
+from lora_fx.export.rewriting.unopened import clipped, unopened
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
@@ -142,7 +142,7 @@ def _open(
     layers, nameless = named_layers(every, names)
     nodes = {layer.node for layer in every}
     chosen = _chosen(layers, nameless, slots, lambda: unopened(model, nodes))
-    notes = [note for note in (unopened(model, nodes, linear=True),) if note]
+    notes = [note for note in (unopened(model, nodes, linear=True), clipped(chosen)) if note]
     _refuse_fused(chosen, names)
     _refuse_missed(every, chosen, names)
     for value in [v for v in model.graph.inputs if v.is_initializer()]:

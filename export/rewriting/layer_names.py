@@ -22,6 +22,8 @@ _WEIGHT = re.compile(
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
 _NODE = re.compile(r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
+_NUMBERED = re.compile(r"::|^val_\d+$")  # exporters' own names of values, which tools build on
+_BIAS = re.compile(r"(?P<path>.+)\.(in_proj_)?bias")
 _NOTES = "pkg.torch.onnx"
 _LEAF = re.compile(r"torch\.nn\.modules\.(linear|sparse|conv)\.\w+")  # reads its own weight alone
 # Where an operator takes what it adds; onnxruntime's own are fused with the Add of a layer.
@@ -157,7 +159,7 @@ def is_fused(layer: FileLayer) -> bool:
 def _parameter_path(name: str) -> str | None:
     """The path of the module whose weight bears a name, if that is one of a parameter."""
     found = _WEIGHT.fullmatch(name)
-    return found["path"] if found and "::" not in found["path"] else None
+    return found["path"] if found and not _NUMBERED.search(found["path"]) else None
 
 
 def _parents_of_scopes(nodes: Iterable[ir.Node]) -> dict[str, str]:
@@ -239,7 +241,8 @@ def _by_bias(node: ir.Node) -> str | None:
         for bias in _added_by(adder):
             weights = [_multiplied_before(reader) for reader, _ in bias.uses()]
             if all(found and all(is_same(own, weight) for weight in found) for found in weights):
-                return str(bias.name).removesuffix(".bias")
+                found = _BIAS.fullmatch(str(bias.name))
+                return found["path"] if found else None
     return None
 
 
@@ -248,7 +251,7 @@ def _added_by(node: ir.Node) -> list[ir.Value]:
     places = _BIASES.get(node.op_type, ())
     inputs = [value for place, value in enumerate(node.inputs) if place in places]
     held = [value for value in inputs if value is not None and value.is_initializer()]
-    return [value for value in held if str(value.name).endswith(".bias")]
+    return [value for value in held if _BIAS.fullmatch(str(value.name))]
 
 
 def _multiplied_before(node: ir.Node) -> list[ir.Value]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from lora_fx.errors import shorten
+from lora_fx.export.rewriting.file_layers import FileLayer
 
 _LINEAR = {
     "Attention", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "Einsum", "FusedGemm",
@@ -45,6 +46,24 @@ def unopened(model: ir.Model, layers: Collection[ir.Node], linear: bool = False)
         "with one whole weight: give the file as it was before it was quantised or fused, or "
         "export the model itself"
     )
+
+
+def clipped(chosen: Mapping[str, Sequence[FileLayer]]) -> str:
+    """Says which layers give what is stored in a range that knew no adapter; nothing if none."""
+    found = [path for path, calls in chosen.items() if any(_is_clipped(c.node) for c in calls)]
+    if not found:
+        return ""
+    return (
+        f"{shorten(found)}: what they give is stored in a range that was calibrated without an "
+        "adapter, and what one adds beyond that is cut off: put slots in first, and calibrate "
+        "with CalibrationReader"
+    )
+
+
+def _is_clipped(node: ir.Node) -> bool:
+    users = [user for user, _ in node.outputs[0].uses()]
+    added = [user for n in users if n.op_type == "Add" for user, _ in n.outputs[0].uses()]
+    return any(user.op_type == "QuantizeLinear" for user in users + added)
 
 
 def _weights(node: ir.Node) -> Iterator[str]:

@@ -409,6 +409,9 @@ def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
     quantize_static(plain, base, reader, weight_type=QuantType.QInt8, per_channel=True)
     assert {"DequantizeLinear", "QuantizeLinear"} <= {n.op_type for n in onnx.load(base).graph.node}
     adapter = make_adapter({"0": (48, 32)}, scale=0.05)
+    notes = add_lora(base, tmp_path / "noted.onnx").notes
+    assert [note.split(":")[0] for note in notes] == ["0, 2"]
+    assert "cut off" in notes[0]
     alone, adapted = with_adapter(base, adapter, x, tmp_path)
     wanted_alone, wanted = eager(copy.deepcopy(model), adapter, x)
     assert compare(alone, wanted_alone).relative < 0.05

@@ -187,3 +187,12 @@ def test_a_file_that_holds_an_adapter_beside_its_layers_is_refused(tmp_path: Pat
     with pytest.raises(ExportError, match=r"an adapter stands beside its layers already \(0\.lora"):
         add_lora(tmp_path / "unmerged.onnx", tmp_path / "out.onnx")
     assert add_lora(tmp_path / "merged.onnx", tmp_path / "out.onnx").slots == ["0", "2"]
+
+
+@pytest.mark.parametrize("bias", ["fc.bias", "fc.in_proj_bias"])
+def test_a_name_that_onnxslim_made_of_an_exporter_s_number_is_none(
+    bias: str, tmp_path: Path
+) -> None:
+    node = helper.make_node("Gemm", ["x", "val_87_weight", bias], ["y"], name="val_87")
+    held = {"val_87_weight": FIRST, bias: FIRST[0]}
+    assert add_lora(saved(tmp_path / "b.onnx", [node], held), tmp_path / "s.onnx").slots == ["fc"]
