@@ -84,15 +84,20 @@ def advised(advice: str) -> Iterator[None]:
         raise
 
 
-# What torch and onnxruntime raise as they raise anything else.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+# What torch, onnxruntime and a system raise as they raise anything else.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc",
+    "bad allocation",
+)  # fmt: skip
+NO_MEMORY = "there is not enough memory: free some, or take a smaller one"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, whoever raised it, says that there is no memory left."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
+    if isinstance(error, MemoryError) or not isinstance(error, Exception):
+        return isinstance(error, MemoryError)
+    told = not isinstance(error, LoraFxError)
+    return told and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -100,9 +105,7 @@ def memory_told(where: object, kind: type[LoraFxError]) -> Iterator[None]:
     """Makes an error of the type ``kind`` of whatever says inside that memory is short."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise kind(
-            f"{where}: there is not enough memory: free some, or take a smaller one"
-        ) from error
+        raise kind(f"{where}: {NO_MEMORY}") from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -126,7 +127,11 @@ def test_a_tensor_is_named_where_it_is_computed() -> None:
 
 @pytest.mark.parametrize(
     "raised",
-    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
 )
 def test_a_lack_of_memory_is_told_as_what_it_hinders(raised: Exception) -> None:
     with (

@@ -20,15 +20,17 @@ _AGAIN = "give the file as it was exported, or export it again"
 def parsed_file(path: Path) -> ir.Model:
     """Reads a file; its external data is read when it is asked for.
 
-    Nodes stand behind what they read, and weights are initializers: some tools leave neither so,
-    which onnxruntime takes. Weights are inputs where a file says so, and not because its version of
-    the format has no others.
+    Nodes stand behind what they read, weights are initializers, and what functions of the file
+    compute stands where they are called: some tools leave it otherwise, which onnxruntime takes.
+    Weights are inputs where a file says so, and not because its version of the format has no
+    others.
 
     Raises:
         ExportError: its graph contradicts itself.
     """
     with within(path), _contradictions_told():
         model = ir.load(path)
+        common.InlinePass()(model)
         model.graph.sort()
         if model.ir_version < _ASIDE:
             for value in model.graph.initializers.values():
@@ -36,9 +38,21 @@ def parsed_file(path: Path) -> ir.Model:
                     model.graph.inputs.remove(value)
             model.ir_version = _ASIDE
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        _named_once(model)
         if any(value.shape is None for value in model.graph.outputs):  # which onnx refuses
             common.ShapeInferencePass()(model)
         return model
+
+
+def _named_once(model: ir.Model) -> None:
+    """Branches may each have a weight of one name, which a file beside the model cannot tell."""
+    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    for graph in model.graphs():
+        for value in list(graph.initializers.values()):
+            name, number = value.name, 1
+            while value.name in taken:
+                value.name, number = f"{name}_{number}", number + 1
+            taken.add(value.name)
 
 
 @advised(_AGAIN)

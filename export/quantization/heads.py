@@ -36,10 +36,19 @@ def heads_in(model: ir.Model, layers: Collection[ir.Node]) -> set[ir.Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if inner := _given_by(node):
+            waiting += inner
+            continue
         sources = _sources(node)
         if node not in layers and node.op_type not in _NORMS and len(sources) == 1:
             waiting += sources
     return seen & set(layers)
+
+
+def _given_by(node: ir.Node) -> list[ir.Value]:
+    """What the branches or the body of a node give."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return [v for graph in graphs for v in graph.outputs if not str(v.name).startswith(_CACHE)]
 
 
 def _sources(node: ir.Node) -> list[ir.Value]:

@@ -40,7 +40,7 @@ def packed_in(path: Path) -> dict[str, FileLayer]:
 def of_whole_x(path: Path) -> Iterator[Path]:
     """A file in which nothing rounds x: itself, or a copy that is held to more than it can hold."""
     model = parsed_file(path)
-    nodes = [node for node in model.graph if LEVEL in node.attributes]
+    nodes = [node for node in model.graph.all_nodes() if LEVEL in node.attributes]
     if not nodes:
         yield path
         return

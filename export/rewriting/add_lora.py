@@ -20,6 +20,7 @@ from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
+from lora_fx.export.quantization.heads import BRANCH
 from lora_fx.export.quantization.numbers import of_whole_x
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
@@ -28,6 +29,7 @@ from lora_fx.export.rewriting.file_layers import FileLayer, layers_in, types_of_
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
 from lora_fx.export.rewriting.missed_calls import missed_calls
+from lora_fx.export.rewriting.unopened import clipped, unopened
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.choose import ALL_LINEAR
@@ -132,8 +134,15 @@ def _open(
 ) -> tuple[Manifest, Opened, list[str]]:
     """Puts slots into a model, in place; says which layers have no name."""
     every = list(layers_in(model))
+    if held := [n for layer in every if BRANCH in (n := str(layer.weight.name))]:
+        raise ExportError(
+            f"an adapter stands beside its layers already ({shorten(held)}): export the model "
+            "without it, or swappable"
+        )
     layers, nameless = named_layers(every, names)
-    chosen = _chosen(layers, nameless, slots)
+    nodes = {layer.node for layer in every}
+    chosen = _chosen(layers, nameless, slots, lambda: unopened(model, nodes))
+    notes = [note for note in (unopened(model, nodes, linear=True), clipped(chosen)) if note]
     _refuse_fused(chosen, names)
     _refuse_missed(every, chosen, names)
     for value in [v for v in model.graph.inputs if v.is_initializer()]:
@@ -150,10 +159,12 @@ def _open(
     said = f"no slot for what has no name: {shorten(nameless)}: names= gives one"
     place = {layer.node: number for number, layer in enumerate(every)}
     opened = {path: {place[c.node]: c for c in calls} for path, calls in chosen.items()}
-    return manifest, opened, [said] if nameless else []
+    return manifest, opened, [said, *notes] if nameless else notes
 
 
-def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) -> Paths:
+def _chosen(
+    layers: Paths, nameless: Sequence[str], slots: str | Sequence[str], others: Callable[[], str]
+) -> Paths:
     given = [slots] if isinstance(slots, str) else slots
     if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
         raise ExportError(f"slots: {slots!r:.80} is no name or list of names of layers")
@@ -170,6 +181,7 @@ def _chosen(layers: Paths, nameless: Sequence[str], slots: str | Sequence[str]) 
         without = (
             f"; without a name: {shorten(list(nameless))}: names= gives one" if nameless else ""
         )
+        without += f"; {said}" if (said := others()) else ""
         raise ExportError(
             f"slots: no layer at {shorten(unknown)}; there are {shorten(list(layers)) or 'none'}"
             f"{without}"

@@ -13,7 +13,6 @@ from lora_fx.export.rewriting.weight_reads import (
     handed_on,
     input_at,
     looks_up_rows,
-    source_of,
     type_of,
 )
 
@@ -51,8 +50,8 @@ class FileLayer:
 
 
 def layers_in(model: ir.Model) -> Iterator[FileLayer]:
-    """The layers of a file, in the order of its graph."""
-    for node in model.graph:
+    """The layers of a file, in the order of its graph, those in branches and loops too."""
+    for node in model.graph.all_nodes():
         find = _FINDERS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
         found = None if find is None else find(node)
         if found is not None:
@@ -75,13 +74,12 @@ def types_of_numbers(model: ir.Model) -> set[str]:
 
 
 def _matrix(node: ir.Node) -> FileLayer | None:
-    x_is_constant = node.inputs[0] is not None and source_of(node.inputs[0])[0] is not None
     is_gemm = node.op_type == "Gemm"
     plain = node.attributes.get_float("alpha", 1.0) == 1.0 and not node.attributes.get_int(
         "transA", 0
     )
     found = _stored(node, 1)
-    if found is None or x_is_constant or (is_gemm and not plain):
+    if found is None or (is_gemm and not plain):
         return None
     weight, quantised, turned, sizes = found
     if len(sizes) != 2:

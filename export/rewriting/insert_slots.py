@@ -44,17 +44,13 @@ def insert_slot(model: ir.Model, slot: Slot, calls: Sequence[FileLayer]) -> None
         factors[part] = ir.Value(name=given.name, shape=shape, type=kind)
         model.graph.inputs.append(factors[part])
     for place, call in enumerate(calls):
-        _beside(
-            model, call, factors["down"], factors["up"], slot.path, f"_{place}" if place else ""
-        )
+        _beside(call, factors["down"], factors["up"], slot.path, f"_{place}" if place else "")
 
 
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
 
 
-def _beside(
-    model: ir.Model, call: FileLayer, down: ir.Value, up: ir.Value, path: str, behind: str
-) -> None:
+def _beside(call: FileLayer, down: ir.Value, up: ir.Value, path: str, behind: str) -> None:
     node, y = call.node, call.node.outputs[0]
     shrink, expand = _products(call, down, up)
     total = ir.node("Add", [y, expand.outputs[0]])
@@ -62,7 +58,8 @@ def _beside(
         made.name = f"{path}/{name}/{made.op_type}{behind}"
         made.outputs[0].name = f"{made.name}_output"
         made.outputs[0].type = y.type
-    model.graph.insert_after(node, [shrink, expand, total])
+    assert node.graph is not None  # a branch or a loop has one of its own
+    node.graph.insert_after(node, [shrink, expand, total])
     read_instead(y, total)
 
 

@@ -22,6 +22,8 @@ _WEIGHT = re.compile(
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
 _NODE = re.compile(r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
+_NUMBERED = re.compile(r"::|^val_\d+$")  # exporters' own names of values, which tools build on
+_BIAS = re.compile(r"(?P<path>.+)\.(in_proj_)?bias")
 _NOTES = "pkg.torch.onnx"
 _LEAF = re.compile(r"torch\.nn\.modules\.(linear|sparse|conv)\.\w+")  # reads its own weight alone
 # Where an operator takes what it adds; onnxruntime's own are fused with the Add of a layer.
@@ -56,7 +58,8 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     """
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
-    parents = _parents_of_scopes(every[0].node.graph) if every else {}
+    graphs = dict.fromkeys(layer.node.graph for layer in every)
+    parents = _parents_of_scopes(node for graph in graphs if graph is not None for node in graph)
     shared = _shared(every)
     for layer in every:
         mine = [str(layer.node.name), str(layer.weight.name)]
@@ -156,16 +159,16 @@ def is_fused(layer: FileLayer) -> bool:
 def _parameter_path(name: str) -> str | None:
     """The path of the module whose weight bears a name, if that is one of a parameter."""
     found = _WEIGHT.fullmatch(name)
-    return found["path"] if found and "::" not in found["path"] else None
+    return found["path"] if found and not _NUMBERED.search(found["path"]) else None
 
 
-def _parents_of_scopes(graph: ir.Graph | ir.Function | None) -> dict[str, str]:
+def _parents_of_scopes(nodes: Iterable[ir.Node]) -> dict[str, str]:
     """How paths begin where scopes begin otherwise: a module that is not called itself has none.
 
     ``self.model.decoder(x)`` makes nodes of ``/decoder/...`` that read ``model.decoder...``.
     """
     found: dict[str, set[str]] = {}
-    for node in graph or ():
+    for node in nodes:
         scope = str(node.name).strip("/").split("/")[:-1]
         old = [part for name in scope for part in name.split(".")]
         for value in node.inputs:
@@ -212,9 +215,9 @@ def _by_note(node: ir.Node) -> str | None:
 def _by_scope(node: ir.Node) -> str | None:
     """The module that torch.onnx notes, if it reads its own weight there."""
     path = _noted(node)[0]
-    own = f"%p_{path.replace('.', '_')}_weight"
+    own = {f"%p_{path.replace('.', '_')}_{name}" for name in ("weight", "in_proj_weight")}
     reads = re.findall(r"%\w+", node.metadata_props.get(f"{_NOTES}.fx_node", ""))
-    return path if own in reads else None
+    return path if own.intersection(reads) else None
 
 
 def _noted(node: ir.Node) -> tuple[str, str]:
@@ -238,7 +241,8 @@ def _by_bias(node: ir.Node) -> str | None:
         for bias in _added_by(adder):
             weights = [_multiplied_before(reader) for reader, _ in bias.uses()]
             if all(found and all(is_same(own, weight) for weight in found) for found in weights):
-                return str(bias.name).removesuffix(".bias")
+                found = _BIAS.fullmatch(str(bias.name))
+                return found["path"] if found else None
     return None
 
 
@@ -247,7 +251,7 @@ def _added_by(node: ir.Node) -> list[ir.Value]:
     places = _BIASES.get(node.op_type, ())
     inputs = [value for place, value in enumerate(node.inputs) if place in places]
     held = [value for value in inputs if value is not None and value.is_initializer()]
-    return [value for value in held if str(value.name).endswith(".bias")]
+    return [value for value in held if _BIAS.fullmatch(str(value.name))]
 
 
 def _multiplied_before(node: ir.Node) -> list[ir.Value]:

@@ -72,7 +72,7 @@ def read_neutral(model: ir.Model, neutral: Mapping[ir.Value, Neutral]) -> Readin
         found = {v: n for v in node.inputs if v is not None and (n := reading.known.get(v))}
         if found:
             _follow(node, found, reading)
-    for output in model.graph.outputs:
+    for output in (value for graph in model.graphs() for value in graph.outputs):
         if output in reading.known:
             reading.stuck |= dict.fromkeys(reading.known[output].slots, "an output")
     return reading

@@ -149,8 +149,8 @@ def _layer(node: ir.Node, bias: tuple[ir.Value, ir.Node, int] | None) -> list[Re
     place = 0 if node.op_type == "Gather" else 1
     if node.op_type not in ("MatMul", "Gemm", "Gather", "Conv", "ConvTranspose"):
         return []
-    if node.op_type == "MatMul" and node.inputs[0] is not None:
-        place = int(source_of(node.inputs[0])[0] is None)
+    if node.op_type == "MatMul" and node.inputs[1] is not None:
+        place = int(source_of(node.inputs[1])[0] is not None)
     value = node.inputs[place]
     source = None if value is None else source_of(value)[0]
     if source is None:

@@ -13,7 +13,8 @@ import torch
 from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from lora_fx.errors import ExportError, shorten
+from lora_fx.errors import NO_MEMORY, ExportError, is_out_of_memory, shorten
+from lora_fx.export.onnx_model.tensor_protos import every_node
 from lora_fx.export.onnx_model.tensors import to_numpy
 
 ERRORS = (
@@ -86,6 +87,8 @@ def open_session(
             "convert the model to float32 or float16 before tracing, or name other providers"
         ) from error
     except (*ERRORS, ValueError) as error:
+        if is_out_of_memory(error):
+            raise ExportError(f"{path.name}: {NO_MEMORY}") from error
         raise ExportError(f"{path.name}: not loaded by onnxruntime: {reason(error)}") from error
 
 
@@ -95,7 +98,7 @@ def _is_packed(path: Path) -> bool:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, DecodeError, ValueError):  # onnxruntime says so better
         return False
-    return any(node.op_type in PACKED for node in model.graph.node)
+    return any(node.op_type in PACKED for node in every_node(model))
 
 
 def call(
@@ -120,7 +123,8 @@ def call(
     try:
         values = session.run(names, dict(feeds), options)
     except ERRORS as error:
-        raise ExportError(f"onnxruntime: {reason(error)}") from error
+        said = NO_MEMORY if is_out_of_memory(error) else reason(error)
+        raise ExportError(f"onnxruntime: {said}") from error
     return dict(zip(names, values, strict=True))
 
 

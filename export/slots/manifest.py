@@ -11,7 +11,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, get_type_hints
 
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
@@ -29,6 +29,7 @@ _MOST_AXES = 8
 _MOST = (1 << 31) - 1  # of one axis
 _MOST_VALUES = 1 << 48  # of a weight: more than any disk holds
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+_ONNX = dict(zip(DTYPES, ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"), strict=True))
 _SINCE = {"groups": 1}  # fields that older manifests lack; one of this value is not written
 
 
@@ -165,9 +166,28 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
             f"its graph has no input, or none {default} a default, for the slots "
             f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
             "manifest does not list: another tool rewrote the file; use it as it was exported, or "
-            "export it again"
+            'export it with adapters="required", whose inputs no tool takes for constants'
         )
+    _check_types(model, manifest)
     _check_sizes(model, manifest)
+
+
+def _check_types(model: ModelProto, manifest: Manifest) -> None:
+    """Refuses slots that a tool cast, whose adapters would be of another type."""
+    found = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+    wanted = {
+        n: TensorProto.DataType.Value(_ONNX[s.dtype])
+        for s in manifest.slots
+        if isinstance(s, Slot)
+        for n in s.names
+    }
+    if other := [name for name, kind in wanted.items() if found[name] not in (0, kind)]:
+        kind = TensorProto.DataType.Name(found[other[0]]).lower()
+        raise ExportError(
+            f"{KEY}: {shorten(other)}: {kind} in the graph, and not in the manifest: another tool "
+            f"cast the file: without its metadata {KEY} its slots are read from the graph; or "
+            "export the model in that dtype"
+        )
 
 
 def _check_sizes(model: ModelProto, manifest: Manifest) -> None:

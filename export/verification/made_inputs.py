@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.parsed import parsed
+from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
 from lora_fx.export.verification.file_run import Feeds, Run
 
-_HANDS_ON = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-_CASES = 2  # that run are enough
+_HANDS_ON = {
+    "Cast", "DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze",
+}  # fmt: skip
+# Where an operator takes what is stored, and what it reads.
+_READ = {
+    "Conv": (1, 0), "Gather": (0, 1), "GatherBlockQuantized": (0, 1), "GatherElements": (0, 1),
+    "If": (0, 0),
+}  # fmt: skip
+_CASES = 2  # that run are enough, of each way that a flag chooses
+_SIDES = (224, 384, 336, 448, 512, 518)  # that encoders of images have positions for
 _SUM = re.compile(r"\s*\+\s*")
 
 
@@ -28,8 +40,8 @@ def feeds_for(
 ) -> dict[str, Feeds]:
     """Inputs of one or two shapes that a file runs on: label -> name -> array.
 
-    Numbers are random, ids of a table below its size, and masks, flags and other whole numbers
-    one.
+    Numbers are random, ids of a table below its size, and masks and other whole numbers one; so
+    are flags, and zero too where they choose a branch.
 
     Args:
         run: the file; it knows what these gave afterwards.
@@ -41,27 +53,33 @@ def feeds_for(
         ExportError: what was given does not run, or nothing that was tried.
     """
     session = session or open_session(run.path, threads=1, to_check=True)
-    active = activated(session, run.path, run.manifest, run.adapter)
+    active = activated(session, run.path, run.manifest, run.adapter).silenced()
     inputs = [value for value in session.get_inputs() if value.name not in active.feeds]
     if given is not None:
         check_names(run.path, given, [value.name for value in inputs])
         feeds = {name: to_array(name, value) for name, value in given.items()}
         run.known[True, "as given"] = call(session, feeds | active.feeds, active.options)
         return {"as given": feeds}
-    limits = dict(_table_sizes(model))
+    picks = _picks_of(model)
     found: dict[str, Feeds] = {}
     problem: ExportError | None = None
-    for sizes in _sizes(inputs, axes_in_place(model)):
-        feeds = {value.name: _values(value, sizes, limits) for value in inputs}
-        label = ", ".join(f"{n}={s}" for n, s in sizes.items() if "+" not in n) or "as declared"
-        try:
-            given_back = call(session, feeds | active.feeds, active.options)
+    for way in ({}, dict.fromkeys(picks.flags, 1))[: 1 + bool(picks.flags)]:
+        limits, ran = picks.limits | way, 0
+        for sizes in _sizes(inputs, axes_in_place(model), picks.channels):
+            feeds = {value.name: _values(value, sizes, limits) for value in inputs}
+            words = {name: size for name, size in sizes.items() if "+" not in name}
+            words |= dict.fromkeys(way, 0)
+            label = ", ".join(f"{n}={s}" for n, s in words.items()) or "as declared"
+            try:
+                given_back = call(session, feeds | active.feeds, active.options)
+            except ExportError as error:
+                problem = error
+                continue
             run.known.setdefault((True, label), given_back)
+            ran += label not in found
             found.setdefault(label, feeds)
-        except ExportError as error:
-            problem = error
-        if len(found) == _CASES:
-            break
+            if ran == _CASES:
+                break
     if not found:
         raise ExportError(
             f"{run.path}: no inputs that were tried run: {problem}; give some as inputs="
@@ -69,7 +87,9 @@ def feeds_for(
     return found
 
 
-def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, int]]:
+def _sizes(
+    inputs: Sequence[Any], apart: Sequence[str], channels: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
     """Sizes of the dimensions that may change: one of each, all different, or others of one size.
 
     Few, since products with one row are three times as fast in a large model.
@@ -77,7 +97,18 @@ def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, in
     Args:
         inputs: of the model.
         apart: dimensions of which one has to be 1.
+        channels: of inputs that a convolution reads.
     """
+    known = {v.shape[1]: channels[v.name] for v in inputs if v.name in channels}
+    images = [v.shape[2:] for v in inputs if v.name in channels and len(v.shape) == 4]
+    sides = {name for shape in images for name in shape if isinstance(name, str)}
+    for sizes in _any_sizes(inputs, apart, sides):
+        yield sizes | {name: size for name, size in known.items() if isinstance(name, str)}
+
+
+def _any_sizes(
+    inputs: Sequence[Any], apart: Sequence[str], sides: Collection[str]
+) -> Iterator[dict[str, int]]:
     names = [s for v in inputs for s in v.shape if isinstance(s, str)]
     parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
     sizes = {part: 2 + place for place, part in enumerate(parts)}
@@ -89,6 +120,9 @@ def _sizes(inputs: Sequence[Any], apart: Sequence[str]) -> Iterator[dict[str, in
     yield _summed(names, {part: 3 + 2 * place for place, part in enumerate(parts)})
     for size in (4, 16, 32, 64):
         yield _summed(names, dict.fromkeys(parts, size))
+    for side in _SIDES if sides else ():
+        for others in (1, 2):
+            yield _summed(names, dict.fromkeys(parts, others) | dict.fromkeys(sides, side))
 
 
 def _summed(names: list[str], parts: Mapping[str, int]) -> dict[str, int]:
@@ -113,17 +147,47 @@ def _values(
     )
 
 
-def _table_sizes(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    """Inputs whose values pick from a table, and how many it has: of several the fewest."""
-    tables = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    origin = {value.name: value.name for value in model.graph.input}
-    found: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type in _HANDS_ON and node.input[0] in origin:
-            origin[node.output[0]] = origin[node.input[0]]
-        picks = node.op_type in ("Gather", "GatherElements", "GatherBlockQuantized")
-        if picks and node.input[1] in origin and tables.get(node.input[0]):
-            axis = next((a.i for a in node.attribute if a.name in ("axis", "gather_axis")), 0)
-            name, rows = origin[node.input[1]], tables[node.input[0]][axis]
-            found[name] = min(rows, found.get(name, rows))
-    yield from found.items()
+@dataclass(frozen=True)
+class _Picks:
+    """What a graph says of the values and sizes of its inputs.
+
+    Attributes:
+        limits: of those whose values pick from a table: how many it has, of several the fewest.
+        channels: of those that a convolution reads.
+        flags: those that choose a branch.
+    """
+
+    limits: dict[str, int] = field(default_factory=dict)
+    channels: dict[str, int] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+
+def _picks_of(model: onnx.ModelProto) -> _Picks:
+    picks = _Picks()
+    for node in parsed(model).graph.all_nodes():
+        place, read = _READ.get(node.op_type, (0, 0))
+        given, stored = (_origin(input_at(node, at)) for at in (read, place))
+        if node.op_type not in _READ or given is None or not given.is_graph_input():
+            continue
+        name, shape = str(given.name), None if stored is None else stored.shape
+        if node.op_type == "If":
+            picks.flags.append(name)
+        elif shape is None or not shape.is_static() or stored is given:
+            continue
+        elif node.op_type == "Conv":
+            if given.shape is not None and len(given.shape) == len(shape):
+                picks.channels[name] = shape.numpy()[1] * (node.attributes.get_int("group", 1) or 1)
+        else:
+            axis = node.attributes.get_int("gather_axis", node.attributes.get_int("axis", 0))
+            rows = shape.numpy()[axis or 0]
+            picks.limits[name] = min(rows, picks.limits.get(name, rows))
+    return picks
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """The input or the weight that a value is, moved or cast."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in _HANDS_ON:
+            return None
+        value = input_at(node, 0)
+    return value

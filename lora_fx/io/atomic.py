@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -57,8 +59,10 @@ def atomic(
             may_write()
             _put(hidden, draft, into, last, gone)
     except OSError as problem:
+        is_full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
+        there = f", or make room there and in {tempfile.gettempdir()} (TMPDIR)" if is_full else ""
         raise error(
-            f"{target}: cannot be written: {problem.strerror or problem}: give another place"
+            f"{target}: cannot be written: {problem.strerror or problem}: give another place{there}"
         ) from problem
 
 

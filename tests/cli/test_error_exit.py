@@ -28,6 +28,8 @@ CASES: list[tuple[BaseException, int, str]] = [
     (SystemExit(0), 2, "the code called sys.exit(0)"),
     (MemoryError(), 2, "MemoryError"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "not enough memory: free"),
+    (OSError(12, "Cannot allocate memory"), 2, "not enough memory: free"),
+    (ImportError("Exception caught: std::bad_alloc"), 2, "not enough memory: free"),
     (OSError(28, "No space left on device", "x.onnx"), 2, "No space left on device: 'x.onnx'"),
     (ModuleNotFoundError("No module named 'rich'"), 2, "pip install lora-fx"),
     (AssertionError(), 2, "AssertionError: this is a defect of lora-fx; set LORA_FX_TRACEBACK=1"),

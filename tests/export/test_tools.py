@@ -25,6 +25,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from lora_fx import fold, inject, trace
+from lora_fx.errors import ExportError
 from lora_fx.export import CalibrationReader, Session, export_adapter, to_onnx
 from lora_fx.export.slots.manifest import KEY
 from lora_fx.testing import make_adapter
@@ -199,3 +200,10 @@ def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(tmp_p
         found[fed] = off(session.run({"input": X}, own)["output"], adapted)
     assert found[True] <= 0.05
     assert found[False] > 0.3
+
+
+def test_a_file_that_a_tool_cast_says_so_before_it_runs(files: Any, tmp_path: Path) -> None:
+    model = onnx.load(files[0] / "swappable.onnx")
+    onnx.save(convert_float_to_float16(model), str(tmp_path / "out.onnx"))
+    with pytest.raises(ExportError, match=r"0\.lora_A.*float16 in the graph.*cast the file"):
+        Session(tmp_path / "out.onnx", check=False)

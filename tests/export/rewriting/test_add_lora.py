@@ -409,6 +409,9 @@ def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
     quantize_static(plain, base, reader, weight_type=QuantType.QInt8, per_channel=True)
     assert {"DequantizeLinear", "QuantizeLinear"} <= {n.op_type for n in onnx.load(base).graph.node}
     adapter = make_adapter({"0": (48, 32)}, scale=0.05)
+    notes = add_lora(base, tmp_path / "noted.onnx").notes
+    assert [note.split(":")[0] for note in notes] == ["0, 2"]
+    assert "cut off" in notes[0]
     alone, adapted = with_adapter(base, adapter, x, tmp_path)
     wanted_alone, wanted = eager(copy.deepcopy(model), adapter, x)
     assert compare(alone, wanted_alone).relative < 0.05
@@ -584,7 +587,23 @@ def own_opsets() -> list[onnx.OperatorSetIdProto]:
     return [onnx.helper.make_opsetid(domain, version) for domain, version in pairs]
 
 
-@pytest.mark.parametrize("how", ["in a branch", "in a function", "fused", "packed with others"])
+@pytest.mark.parametrize("how", ["in a branch", "in a function"])
+def test_a_layer_in_a_branch_or_a_function_takes_the_adapter_too(how: str, tmp_path: Path) -> None:
+    weight, x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32), ROWS[0]
+    base = calls_elsewhere(how, weight, tmp_path / "base.onnx")
+    adapter = make_adapter({"fc": (5, 3)}, scale=0.3)
+    alone, adapted = with_adapter(base, adapter, x, tmp_path)
+    merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    update: Any = adapter.updates["fc"]
+    own = torch.from_numpy(weight)
+    assert compare(alone, 2 * x @ own).ok
+    wanted = 2 * x @ (own + update.delta().T)
+    for found in (adapted, Session(tmp_path / "merged.onnx").run({"x": x})["y"]):
+        assert compare(found, wanted).ok
+        assert compare(found, wanted - x @ update.delta().T).relative > 1e-2
+
+
+@pytest.mark.parametrize("how", ["fused", "packed with others"])
 def test_a_layer_that_is_called_where_no_slot_stands_is_refused(how: str, tmp_path: Path) -> None:
     """Taken as it is, an adapter acts on half of the calls."""
     weight, x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32), ROWS[0]

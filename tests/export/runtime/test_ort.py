@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import nn
 
 from lora_fx import to_onnx, trace
@@ -58,3 +61,14 @@ def test_an_output_that_numpy_lacks_is_refused_by_name(tmp_path: Any) -> None:
     with pytest.raises(ExportError, match="outputs output are bfloat16, which numpy lacks"):
         to_onnx(trace(model, (torch.randn(2, 3),)), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_memory_is_too_small_for_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise state.RuntimeException("Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr(ort, "InferenceSession", full)
+    with pytest.raises(ExportError, match=r"model\.onnx: there is not enough memory: free some"):
+        open_session(tmp_path / "model.onnx")
