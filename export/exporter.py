@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice
+from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice, takes
 from lora_fx.errors import ExportError, shorten
 from lora_fx.explanation import is_unmerged
 from lora_fx.export.modes import Constant, Swappable
@@ -50,6 +50,7 @@ from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.report.page import page_beside, write_page
 
 
+@takes(ExportError)
 def to_onnx(
     gm: fx.GraphModule,
     path: str | Path,

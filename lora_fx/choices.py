@@ -6,7 +6,26 @@ words, and `check_choice` refuses any other in one way.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import builtins
+from collections import ChainMap, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import formatannotation, signature
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from re import sub
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 Mode = Literal["merged", "unmerged", "swappable", "required"]
 AdapterMode = Literal["constant", "input", "required"]  # `adapters=` of to_onnx
@@ -69,3 +88,67 @@ def check_choice(said: str, value: object, choices: Any, error: type[Exception])
         *most, last = map(repr, known)
         listed = f"{', '.join(most)} or {last}" if most else last
         raise error(f"{said}{value!r:.80}: expected {listed}")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a typed error of what fails in Python's own words because of what it was given.
+
+    Who does not fail is not asked, so that whatever serves is taken. Warnings of what is called
+    so stand one level deeper.
+
+    Args:
+        error: of which type to raise.
+    """
+
+    def told(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as failed:
+                if wrong := _first_odd(function, args, kwargs):
+                    raise error(wrong) from failed
+                raise
+
+        return called
+
+    return told
+
+
+def _first_odd(function: Callable[..., Any], args: Any, kwargs: Any) -> str | None:
+    """The first argument of a call that is none of those that its annotation says."""
+    try:
+        given = signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # too many, or one that there is not: Python says so itself
+        return None
+    # What is imported for type checkers alone is anything here.
+    names = ChainMap(function.__globals__, vars(builtins), defaultdict(lambda: Any))
+    hints = get_type_hints(function, localns=names)
+    for name, value in given.items():
+        if name in hints and not _fits(value, hints[name]):
+            expected = sub(r"\w+\.", "", formatannotation(hints[name]))
+            return f"{name} is {value!r:.80}: expected {expected}"
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind: Any = get_origin(hint) or hint
+    parts = get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(one) and value == one for one in parts)
+    if hint is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return True
+    if kind is bool:
+        return isinstance(value, int) or type(value).__name__.startswith("bool")  # numpy's too
+    kind = {int: Integral, float: Real, Path: PathLike}.get(kind, kind)
+    if not isinstance(value, kind) or (isinstance(value, str | bytes) and kind is Sequence):
+        return False
+    if issubclass(kind, Mapping) and parts:
+        return all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    return kind is not Sequence or all(_fits(one, parts[0]) for one in value)

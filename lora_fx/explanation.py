@@ -12,7 +12,8 @@ from lora_fx.affine.region_boundary import is_layer, stored_in
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branch_lowering.selection import choices
-from lora_fx.errors import shorten
+from lora_fx.choices import takes
+from lora_fx.errors import PassError, shorten
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.injection.branches import branches
 from lora_fx.layers.adapter_tensors import is_factor, made_anew
@@ -38,6 +39,7 @@ class Explanation(tuple[str, ...]):
         return table(["layer", "what fold makes of it"], cells)
 
 
+@takes(PassError)
 def explain(gm: fx.GraphModule) -> Explanation:
     """A line for each layer: what it is a function of, and what `fold` makes of it.
 

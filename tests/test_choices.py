@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 import lora_fx
 from lora_fx import choices
 from lora_fx.adapters.merging import WAYS
-from lora_fx.choices import check_choice, words
+from lora_fx.choices import check_choice, takes, words
 from lora_fx.cli.model_source import DTYPES
 from lora_fx.cli.parts import SWAPPING
-from lora_fx.errors import AdapterError, ExportError
+from lora_fx.errors import AdapterError, ExportError, LoraFxError
 from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.formats import FORMATS
 from lora_fx.tasks import TASKS
+from lora_fx.testing import make_adapter
 
 TABLES = {
     "tasks": (choices.TaskName, TASKS),
@@ -75,3 +80,63 @@ def test_what_is_none_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(AdapterError, match=r"^how=\['cat'\]: expected"):
         check_choice("how=", ["cat"], choices.Combination, AdapterError)
     assert words(choices.Bits) == ("4", "8", "nf4", "fp4")
+
+
+GM = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(3, 5)), (torch.ones(4, 3),))
+FRENCH = make_adapter({"0": (5, 3)})
+# What is called -> its parameters, and what they are not.
+WRONG: list[tuple[Callable[..., Any], dict[str, object]]] = [
+    (lora_fx.explain, {"gm": None}),
+    (lora_fx.text, {"gm": 3}),
+    (lora_fx.adapter_from, {"gm": "x"}),
+    (lora_fx.load_adapter, {"path": None}),
+    (partial(lora_fx.load_adapter, "nowhere"), {"format": []}),
+    (partial(lora_fx.save_adapter, FRENCH), {"path": 3}),
+    (partial(lora_fx.save_adapter, path="nowhere"), {"adapter": "french"}),
+    (lora_fx.LoraConfig, {"rank_pattern": 3, "alpha_pattern": ["x"]}),
+    (partial(lora_fx.Adapter, "french"), {"updates": [3]}),
+    (partial(lora_fx.Update, up=torch.ones(5, 2), scale=1.0), {"down": None}),
+    (partial(lora_fx.combine, [(FRENCH, 1.0)]), {"how": []}),
+    (partial(lora_fx.to_onnx, GM), {"path": None}),
+    (partial(lora_fx.to_onnx, GM, "never.onnx"), {"progress": 3, "report": []}),
+    (partial(lora_fx.to_onnx, GM, "never.onnx"), {"external_data_above": "x"}),
+    (partial(lora_fx.export_adapter, FRENCH, "m.onnx"), {"out_path": None}),
+    (lora_fx.Session, {"path": 3}),
+    (partial(lora_fx.export.slots_for, GM), {"adapters": 3}),
+    (partial(lora_fx.export.add_lora, "m.onnx"), {"out_path": None}),
+    (partial(lora_fx.export.merge_onnx, "m.onnx", FRENCH), {"out_path": {}}),
+    (partial(lora_fx.export.quantize_onnx, "m.onnx"), {"out_path": 3}),
+    (lora_fx.tasks.load, {"directory": None}),
+    (lora_fx.passes.Pipeline, {"passes": 3}),
+    (lora_fx.passes.sites, {"gm": None}),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "value"), [(f, n, v) for f, given in WRONG for n, v in given.items()]
+)
+def test_what_is_of_another_type_is_refused_with_the_type(
+    function: Callable[..., Any], name: str, value: object
+) -> None:
+    with pytest.raises(LoraFxError, match=rf"^{name} .*: expected "):
+        function(**{name: value})
+
+
+def test_who_does_not_fail_is_not_asked_and_who_was_given_what_it_takes_fails_as_it_does() -> None:
+    def divided(
+        sizes: Sequence[int], names: Mapping[str, Path] | None = None, whole: bool = True
+    ) -> list[float]:
+        return [size / len(sizes[0:]) for size in sizes] if whole else [1 / sizes[9]]
+
+    halved: Callable[..., Any] = takes(ExportError)(divided)
+    assert halved((2, np.int64(4)), {"x": Path()}) == [1, 2]
+    assert halved([0.5]) == [0.5]
+    for wrong in ("ab", ["a"], {1: 2}, 3, None):
+        with pytest.raises(ExportError, match=r"^sizes is .*: expected Sequence\[int\]$"):
+            halved(wrong)
+    with pytest.raises(ExportError, match=r"^names is .*: expected Mapping\[str, Path\] \| None$"):
+        halved([1], {"x": 3}, whole=False)
+    with pytest.raises(IndexError):
+        halved([1], {"x": Path()}, whole=np.False_)
+    with pytest.raises(TypeError, match="missing"):
+        halved()

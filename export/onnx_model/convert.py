@@ -20,6 +20,7 @@ from lora_fx.graph.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
     "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
+    "onnx_ir._convenience": ("Attribute type is ambiguous because it is an empty",),
     "torch.onnx._internal.exporter._core": (
         "Output node output has None output",  # left out of the names too
         "Skipping constant argument",  # an argument that is no tensor is no graph input
@@ -29,7 +30,7 @@ _CHATTER: dict[str, tuple[str, ...]] = {
 
 # What is known of operators that ONNX lacks: part of their names -> what to do.
 _HINTS = {
-    "transformers.grouped_mm": "Of a model with experts, that transformers multiplies in groups: "
+    "grouped_mm": "Of a model with experts, that transformers multiplies in groups: "
     'call model.set_experts_implementation("batched_mm") before it is traced',
 }
 

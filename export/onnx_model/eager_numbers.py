@@ -1,8 +1,9 @@
-"""Translations of torch.onnx that lose numbers which eager has, said so that they stay."""
+"""Operators that torch.onnx does not translate, or so that numbers are lost which eager has."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,17 @@ from torch import fx
 from lora_fx.export.spelling.rewrite import producer
 from lora_fx.graph.ops import aten, call_argument
 
+_WHOLE = ir.DataType.INT32
 WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> what to write instead of torch.onnx's own translation."""
-    from onnxscript import opset18 as op  # loaded where a model is exported
+    from onnxscript import opset18  # loaded where a model is exported
     from onnxscript.function_libs.torch_lib.ops import core, nn
+
+    op: Any = opset18
 
     def log_sigmoid(x: Any) -> Any:
         """The sigmoid itself is off at -16, and 0 in onnxruntime below -18 or so."""
@@ -50,11 +54,27 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
 
-    return {
+    def grouped(rows: Any, matrices: Any, ends: Any) -> Any:
+        """Each row times the matrix of its expert, the first to end behind it; or 0."""
+        shapes = (op.Cast(op.Shape(value), to=_WHOLE) for value in (rows, ends))
+        zero, one = (op.Constant(value=ir.tensor(n, dtype=_WHOLE)) for n in (0, 1))
+        count, experts = (op.Gather(shape, zero) for shape in shapes)
+        places = op.Unsqueeze(op.Range(zero, count, one), [1])
+        before = op.LessOrEqual(op.Unsqueeze(op.Cast(ends, to=_WHOLE), [0]), places)
+        expert = op.ReduceSum(op.Cast(before, to=_WHOLE), [1], keepdims=0)
+        has_one = op.Less(expert, experts)
+        matrix = op.Gather(matrices, op.Where(has_one, expert, zero))
+        products = op.Squeeze(op.MatMul(op.Unsqueeze(rows, [1]), matrix), [1])
+        return op.Where(op.Unsqueeze(has_one, [1]), products, op.CastLike(zero, rows))
+
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.log_sigmoid.default: log_sigmoid,
         aten.log.default: log,
         aten.scaled_dot_product_attention.default: attention,
     }
+    if "transformers.integrations.moe" in sys.modules:  # which registers the operator
+        table[torch.ops.transformers.grouped_mm_fallback.default] = grouped
+    return table
 
 
 def mark_masked(model: ir.Model, program: torch.export.ExportedProgram) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_fx.choices import Bits
+from lora_fx.choices import Bits, takes
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -31,6 +31,7 @@ from lora_fx.io.output_place import keeping
 _RANKS = (1, 4, 2, 7)
 
 
+@takes(ExportError)
 def quantize_onnx(
     model_path: str | Path,
     out_path: str | Path,

@@ -14,7 +14,7 @@ import torch
 from onnx_ir.passes import common
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.choices import SlotMode, check_choice
+from lora_fx.choices import SlotMode, check_choice, takes
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -48,6 +48,7 @@ _RANKS = (1, 4, 2, 7)
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
 
 
+@takes(ExportError)
 def add_lora(
     model_path: str | Path,
     out_path: str | Path,

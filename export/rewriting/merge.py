@@ -12,6 +12,7 @@ import onnx
 
 import lora_fx
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.choices import takes
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -41,6 +42,7 @@ from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
 
+@takes(ExportError)
 def merge_onnx(
     model_path: str | Path,
     adapter: Adapter | str | Path,

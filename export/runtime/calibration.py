@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
+from lora_fx.choices import takes
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
@@ -37,6 +38,7 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
         AdapterError: an adapter is damaged or of another file.
     """
 
+    @takes(ExportError)
     def __init__(
         self,
         path: str | Path,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.external_data import check_external_data
@@ -50,6 +51,7 @@ class Session:
         ExportError: the file is missing, damaged, changed, or onnxruntime cannot run it.
     """
 
+    @takes(ExportError)
     def __init__(
         self,
         path: str | Path,
@@ -101,6 +103,7 @@ class Session:
         providers = ", ".join(self._session.get_providers())
         return table(["", "name", "type", "shape"], rows, f"{self._path}: {providers}")
 
+    @takes(ExportError)
     def run(
         self, inputs: Mapping[str, Any], adapter: str | Path | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
@@ -122,6 +125,7 @@ class Session:
         active = self._active(adapter)
         return call(self._session, feeds | active.feeds, active.options)
 
+    @takes(ExportError)
     def generate(
         self,
         input_ids: Any,

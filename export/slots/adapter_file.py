@@ -15,7 +15,7 @@ from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update, WeightUpdate
 from lora_fx.adapters.other_updates import added_to_each
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.adapters.updates import activated
-from lora_fx.choices import SlotFormat, words
+from lora_fx.choices import SlotFormat, takes, words
 from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
@@ -39,6 +39,7 @@ _ADAPTER_VERSION = 1
 _NO_ADAPTER = Adapter("none", {})
 
 
+@takes(ExportError)
 def export_adapter(
     adapter: Adapter | str | Path | None,
     model_path: str | Path,

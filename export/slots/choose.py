@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.choices import SlotForm
+from lora_fx.choices import SlotForm, takes
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import DTYPES
 from lora_fx.export.slots.slot import (
@@ -40,6 +40,7 @@ FORMS = get_args(SlotForm)
 Wanted = str | Sequence[str] | Mapping[str, SlotForm] | None
 
 
+@takes(ExportError)
 def slots_for(gm: fx.GraphModule, adapters: Sequence[Adapter]) -> dict[str, SlotForm]:
     """What an export with ``adapters="input"`` leaves open for adapters, as its ``slots=``.
 

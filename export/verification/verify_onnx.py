@@ -11,6 +11,7 @@ import onnx
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.choices import takes
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.example_inputs import example_inputs
@@ -35,6 +36,7 @@ from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.passes import FoldLora, InjectLora
 
 
+@takes(ExportError)
 def verify_onnx(
     gm: fx.GraphModule,
     path: str | Path,

@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
 from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.tables import table
 
@@ -51,6 +52,7 @@ class Adapter:
         object.__setattr__(self, "updates", MappingProxyType(dict(self.updates)))
         object.__setattr__(self, "replacements", MappingProxyType(dict(self.replacements)))
 
+    @takes(AdapterError)
     def to_rank(self, rank: int) -> Reduced:
         """The nearest adapter whose updates have at most this rank, and how near it is.
 
@@ -192,5 +194,7 @@ def check_name(name: object) -> None:
             "not starting with a digit: it becomes part of parameter names"
         )
 
+
+Adapter.__init__ = takes(AdapterError)(Adapter.__init__)  # type: ignore[method-assign]
 
 __all__ = ["Adapter", "AnyUpdate", "Reduced", "Scaling", "Update", "WeightUpdate", "check_name"]

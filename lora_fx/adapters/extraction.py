@@ -14,6 +14,7 @@ from lora_fx.adapters.model_diff import Pair, matched, shared
 from lora_fx.adapters.scaling import check_cut
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.algebra.truncation import cut, of_tensor, rank_of
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer_types import TYPES
 
@@ -34,6 +35,7 @@ class Extracted(NamedTuple):
     left_out: Mapping[str, str]
 
 
+@takes(AdapterError)
 def extract(
     base: nn.Module,
     tuned: nn.Module,

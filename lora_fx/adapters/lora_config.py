@@ -20,6 +20,7 @@ from lora_fx.adapters.scaling import (
 )
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.adapters.target_rule import TargetRule, pattern_value
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, within
 from lora_fx.layers.layer_types import TYPES
 
@@ -164,6 +165,8 @@ class LoraConfig:
         stored = EMBEDDING if TYPES[layer].reads_ids else None
         return Update(made.down, made.up, scale, kind, stored=stored), made.residual
 
+
+LoraConfig.__init__ = takes(AdapterError)(LoraConfig.__init__)  # type: ignore[method-assign]
 
 __all__ = [
     "LoraConfig",

@@ -16,10 +16,11 @@ from lora_fx.adapters.parameter_updates import for_parameter, name_of
 from lora_fx.adapters.scaling import checked_rank
 from lora_fx.adapters.source_record import EMBEDDING, is_embedding, kept
 from lora_fx.adapters.updates import Update
-from lora_fx.choices import Combination
+from lora_fx.choices import Combination, takes
 from lora_fx.errors import AdapterError, within
 
 
+@takes(AdapterError)
 def combine(
     adapters: Sequence[tuple[Adapter, float]],
     how: Combination = "cat",

@@ -28,6 +28,7 @@ from lora_fx.algebra.matrix_expr import (
     scaled,
 )
 from lora_fx.algebra.truncation import cut, of_product
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError
 
 NO_WEIGHT = (
@@ -356,6 +357,9 @@ class Update(AnyUpdate):
     def is_finite(self) -> bool:
         """Whether the scale and every value are finite numbers."""
         return math.isfinite(self.scale) and super().is_finite()
+
+
+Update.__init__ = takes(AdapterError)(Update.__init__)  # type: ignore[method-assign]
 
 
 def with_settings(update: U, **settings: object) -> U:

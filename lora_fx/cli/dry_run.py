@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -22,6 +22,9 @@ from lora_fx.injection.bind import bind
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 
+if TYPE_CHECKING:
+    from lora_fx.export.program.export_unit import ExportUnit
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -33,6 +36,7 @@ class PlannedFile:
         task: what it would be exported for.
         dtype: what the model was cast to, if it was.
         inputs: their names.
+        outputs: their names.
         adapters: name -> the layers that take it: ``path``, ``kind``, ``rank`` and more.
         adapter_files: what would be written of them beside it.
         slots: module paths that a later adapter could act on.
@@ -44,6 +48,7 @@ class PlannedFile:
     task: str | None
     dtype: str | None
     inputs: Sequence[str]
+    outputs: Sequence[str]
     adapters: dict[str, list[dict[str, Any]]]
     adapter_files: Sequence[str]
     slots: Sequence[str]
@@ -55,6 +60,7 @@ class PlannedFile:
         words += [f"dtype {dtype}" for dtype in (self.dtype,) if dtype]
         yield f"{self.file}  {'  '.join(words)}"
         yield f"  inputs {', '.join(self.inputs)}"
+        yield f"  outputs {', '.join(self.outputs)}"
         for name, layers in self.adapters.items():
             yield f"  adapter {name}: {len(layers)} layers"
             yield from (f"    {layer['path']}  {layer['kind']}" for layer in layers)
@@ -109,8 +115,7 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
         adapter.name: [describe_update(p, u) for p, u in bind(layers, adapter).updates.items()]
         for adapter in adapters
     }
-    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    called = part.input_names or {}
+    unit = _unit(work)
     notes: list[str] = []
     slots: list[str] = []
     if mode in SWAPPING:
@@ -121,9 +126,21 @@ def planned(work: Work, allow_unmerged: bool) -> PlannedFile:
     shown = "unmerged" if notes else mode
     return PlannedFile(
         part.file, shown, part.task.get(TASK), part.task.get(DTYPE),
-        [called.get(name, name) for name in names], taken,
+        unit.inputs, unit.outputs, taken,
         [adapter_file(a, part, mode) for a in beside(mode, adapters)], slots, notes,
     )  # fmt: skip
+
+
+def _unit(work: Work) -> ExportUnit:
+    """What the base is called with and gives, by the names that were asked for."""
+    from lora_fx.export.program.example_inputs import example_inputs
+    from lora_fx.export.program.export_unit import export_unit
+    from lora_fx.export.verification.eager import evaluating
+    from lora_fx.export.verification.stateful_calls import refuse_unsteady
+
+    gm, names = evaluating(work.graph), work.options.get("output_names")
+    refuse_unsteady(gm)
+    return export_unit(gm, example_inputs(gm, None, None, None, output_names=names))
 
 
 def _slots(work: Work) -> list[str]:

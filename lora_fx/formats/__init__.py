@@ -16,7 +16,8 @@ from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.adapters.settle import inside, settled
-from lora_fx.choices import FormatOrAuto, SavedFormat
+from lora_fx.choices import Format as FormatName
+from lora_fx.choices import FormatOrAuto, SavedFormat, check_choice, takes
 from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
 from lora_fx.formats import diffusers, kohya, loralib, mlx, peft, torchtune
 from lora_fx.formats.dialects import Contents
@@ -122,6 +123,7 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
+@takes(AdapterError)
 def load_adapter(
     path: str | PathLike[str],
     *,
@@ -155,13 +157,14 @@ def load_adapter(
     Raises:
         AdapterError: names the file, the tensor or field, what was found and expected.
     """
+    check_choice("format ", format, FormatOrAuto, AdapterError)
     source = check_path(Path(path), AdapterError)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory: give an adapter's")
     told: str = format
     if told == "auto":
         told = _detect(source, bool(hints.get("allow_pickle")))
-    chosen = _format(told)
+    chosen = FORMATS[told]
     _check_hints(source, hints, told, chosen.hints)
     if name is not None:
         check_name(name)
@@ -176,7 +179,7 @@ def load_adapter(
         warnings.warn(
             f"{source}: the adapter has no effect: every update is zero; was it trained?",
             AdapterWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return adapter
 
@@ -202,6 +205,7 @@ def _settled(adapter: Adapter, model: object) -> Adapter:
     return settled(adapter, base, known, names_of)
 
 
+@takes(AdapterError)
 def save_adapter(
     adapter: Adapter,
     path: str | PathLike[str],
@@ -223,7 +227,8 @@ def save_adapter(
     Raises:
         AdapterError: the target exists, or the format cannot express the adapter.
     """
-    chosen = _format(format)
+    check_choice("format ", format, FormatName, AdapterError)
+    chosen = FORMATS[format]
     _check_hints(Path(path), hints, format, chosen.write_hints)
     if chosen.write is None:
         written = ", ".join(name for name, entry in FORMATS.items() if entry.write is not None)
@@ -234,13 +239,6 @@ def save_adapter(
         raise AdapterError(f"{path}: the adapter {adapter.name} has no update to write: train one")
     with memory_told(path, AdapterError), advised("write another format"):
         chosen.write(adapter, Path(path), Hints(**hints), force)
-
-
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        supported = ", ".join(FORMATS)
-        raise AdapterError(f"format {name!r} is not supported; supported: {supported}")
-    return FORMATS[name]
 
 
 def _check_hints(path: Path, given: dict[str, Any], form: str, known: tuple[str, ...]) -> None:

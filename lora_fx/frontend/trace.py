@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.choices import Frontend, check_choice
+from lora_fx.choices import Frontend, check_choice, takes
 from lora_fx.errors import TraceError
 from lora_fx.frontend.check_trace import CallError, call_once, check_faithful
 from lora_fx.frontend.diagnostics import (
@@ -37,6 +37,7 @@ from lora_fx.graph.train_eval import in_mode
 from lora_fx.graph.wrappers import bare, named_modules, unwrapped
 
 
+@takes(TraceError)
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...] = (),
@@ -64,7 +65,9 @@ def trace(
             free, and compare, bit for bit. Without example inputs nothing can be compared.
 
     Returns:
-        A GraphModule called as the model is called, bit-equal to it, sharing its tensors. Its
+        A GraphModule called as the model is called, bit-equal to it, sharing its tensors: torch's
+        ``.half()`` and ``.to(...)`` on it convert the model's parameters too, in place; convert
+        the model before it is traced, or ``copy.deepcopy`` of the graph. Its
         ``.train()`` and ``.eval()`` switch what was recorded of a mode; the first to ask for
         another mode than the model was traced in traces it again.
 

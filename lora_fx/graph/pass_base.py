@@ -8,6 +8,7 @@ from typing import Self, cast
 from torch import fx
 from torch.fx.passes.infra import pass_base as torch_passes
 
+from lora_fx.choices import takes
 from lora_fx.errors import PassError
 from lora_fx.graph.editor import Edit, Editor
 from lora_fx.tables import table
@@ -78,6 +79,7 @@ class Pipeline:
         passes: callables from GraphModule to PassResult.
     """
 
+    @takes(PassError)
     def __init__(self, passes: Iterable[AnyPass]) -> None:
         self.passes = tuple(passes)
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.choices import takes
+from lora_fx.errors import PassError
 from lora_fx.graph.ops import GUARDS, op_name
 
 
+@takes(PassError)
 def text(gm: fx.GraphModule) -> str:
     """Prints one line a call; tensors appear by their name where they are read.
 

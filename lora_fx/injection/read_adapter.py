@@ -11,6 +11,7 @@ from torch import fx
 from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.adapters.parameter_updates import of_parameter
 from lora_fx.adapters.updates import activated
+from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.graph.example import first_names
 from lora_fx.graph.graph_module import attribute
@@ -21,6 +22,7 @@ from lora_fx.layers.adapter_tensors import made_anew
 from lora_fx.layers.sites import Site, sites
 
 
+@takes(AdapterError)
 def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     """Reads an injected adapter back, with the values it has now.
 

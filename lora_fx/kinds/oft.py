@@ -41,7 +41,8 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     Raises:
         AdapterError: a tensor is missing, not used or of another shape; a setting is wrong; or
             the layer is a convolution with a kernel under PEFT, whose own forward is no
-            convolution then: it adds up the patches that overlap.
+            convolution then: it adds up the patches that overlap, taken at stride 1 whatever the
+            stride of the layer is.
     """
     layer, own = layer_shape(settings), dict(tensors)
     own.pop("alpha", None)

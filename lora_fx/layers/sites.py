@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from lora_fx.choices import takes
+from lora_fx.errors import PassError
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import call_argument, holder_path, needed, reached
@@ -116,6 +118,7 @@ class Site(Layer):
         return cast(fx.Node, reduce(getitem, place, arguments))
 
 
+@takes(PassError)
 def sites(gm: fx.GraphModule) -> list[Site]:
     """The layers of a graph that an output hangs on, in order, by the paths of `paths_of`."""
     bases = recorded(gm.graph)

@@ -9,6 +9,7 @@ from torch import fx
 
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
+from lora_fx.choices import takes
 from lora_fx.errors import PassError, shorten
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import GUARDS, module_path, op_name
@@ -142,6 +143,7 @@ class Surroundings:
         return kind, f"{name} ({', '.join(map(str, shape))})"
 
 
+@takes(PassError)
 def draw(gm: fx.GraphModule, path: str) -> Drawing:
     """The graph around a layer: printed as lines, and drawn in a notebook.
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, line_of
-from lora_fx.errors import LoraFxError
+from lora_fx.choices import takes
+from lora_fx.errors import AdapterError, LoraFxError
 from lora_fx.report.distance import UpdateDistance, tensors_apart
 from lora_fx.tables import table
 
@@ -92,6 +93,7 @@ class Differences:
         return table(["layer", self.first, self.second, "relative"], rows, self._head())
 
 
+@takes(AdapterError)
 def diff(
     first: Adapter | str | Path, second: Adapter | str | Path, *, base: nn.Module | None = None
 ) -> Differences:

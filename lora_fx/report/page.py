@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_fx.choices import takes
 from lora_fx.errors import ExportError
 from lora_fx.io.atomic import data_path, refuse_existing, staged
 from lora_fx.report.summary import sections, verdict
@@ -31,6 +32,7 @@ def page(reports: Sequence[ExportReport]) -> str:
     return template.render(title=title, reports=shown, version=version("lora-fx"))
 
 
+@takes(ExportError)
 def write_page(
     report: ExportReport | Sequence[ExportReport], path: str | Path, *, force: bool = False
 ) -> None:

@@ -133,7 +133,7 @@ def _load(
             f"{path}: a {kind.__name__} has no place for {shorten(sorted(told['unexpected_keys']))}"
             ", which are left out",
             AdapterWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")  # the one whose operators ONNX has

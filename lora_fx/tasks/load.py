@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.choices import TaskName
+from lora_fx.choices import TaskName, takes
 from lora_fx.errors import LoraFxError
 from lora_fx.io.plain_file import check_path
 from lora_fx.tasks.adapter_task import trained_for
@@ -17,6 +17,7 @@ from lora_fx.tasks.pipeline import is_pipeline
 from lora_fx.tasks.pipeline_source import from_pipeline
 
 
+@takes(LoraFxError)
 def load(
     directory: str | Path,
     task: TaskName | None = None,

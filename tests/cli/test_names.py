@@ -108,10 +108,12 @@ def test_other_names_are_refused_and_nothing_is_written(
     names: list[str], message: str, home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [word for name in names for word in ("--output-name", name)]
-    assert call("export", f"{home / 'named.py'}:inner", *options, "-o", tmp_path / "out") == 2
-    said = capfd.readouterr().err
-    assert message in said
-    assert "output_names" not in said
+    for dry in ((), ("--dry-run",)):
+        spec = f"{home / 'named.py'}:inner"
+        assert call("export", spec, *options, *dry, "-o", tmp_path / "out") == 2, dry
+        said = capfd.readouterr().err
+        assert message in said
+        assert "output_names" not in said
     assert not (tmp_path / "out").exists()
 
 
@@ -144,12 +146,13 @@ def test_a_dry_run_and_inspect_say_what_the_file_has(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """``input`` is a function of Python too, which graphs call ``input_1``."""
-    spec, out = f"{home / 'named.py'}:plain", tmp_path / "out"
-    assert call("export", spec, "--dry-run", "--json", "-o", out) == 0
+    spec, out = (f"{home / 'named.py'}:plain", "--output-name", "sums"), tmp_path / "out"
+    assert call("export", *spec, "--dry-run", "--json", "-o", out) == 0
     (part,) = json.loads(capfd.readouterr().out)["parts"]
-    assert call("export", spec, "-o", out) == 0
+    assert call("export", *spec, "-o", out) == 0
     file = ort.InferenceSession(str(out / "model.onnx"))
     assert part["inputs"] == [value.name for value in file.get_inputs()] == ["input"]
+    assert part["outputs"] == [value.name for value in file.get_outputs()] == ["sums"]
     assert "verified: " in capfd.readouterr().out
     assert call("inspect", out / "model.onnx", "--json") == 0
     assert json.loads(capfd.readouterr().out)["mode"] == "merged"

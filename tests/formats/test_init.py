@@ -27,9 +27,9 @@ def test_a_directory_is_detected(lab: Any) -> None:
 
 def test_another_format_is_refused_with_those_supported(lab: Any) -> None:
     directory = lab.write()
-    with pytest.raises(AdapterError, match=r"format 'nonsense' is not supported; .*peft, .*kohya"):
+    with pytest.raises(AdapterError, match=r"format 'nonsense': expected .*'peft', .*'kohya'"):
         load_adapter(directory, format="nonsense")
-    with pytest.raises(AdapterError, match=r"format 'nonsense' is not supported; .*peft, .*kohya"):
+    with pytest.raises(AdapterError, match=r"format 'nonsense': expected .*'peft', .*'kohya'"):
         save_adapter(load_adapter(directory), lab.root / "out", format="nonsense")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -277,3 +278,17 @@ def test_attributes_that_forward_sets_are_put_back() -> None:
         model = Remembers()
         trace(model, (torch.randn(4, 3),), frontend=frontend)
         assert (model.calls, model.last, model.log, model.seen) == (0, None, [], {"n": 1})
+
+
+def test_a_copy_of_a_graph_is_converted_without_the_model() -> None:
+    """A graph itself shares the parameters, which torch converts in place."""
+    layer = nn.Linear(3, 5)
+    model = nn.Sequential(layer).eval()
+    x = torch.randn(4, 3)
+    gm, before = trace(model, (x,)), layer.weight.detach().clone()
+    half = copy.deepcopy(gm).half()
+    assert half(x.half()).dtype is torch.float16
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(gm(x), model(x))
+    gm.half()
+    assert layer.weight.dtype is torch.float16  # the control: without the copy
