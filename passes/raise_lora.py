@@ -71,11 +71,10 @@ def _found(
 ) -> dict[str, list[tuple[Region, Update]]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
     found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
-    raised = {last_of(site) for site in layers.values()}
     for region in reversed(maximal_regions(analysis)):
         site = layers.get(region.layer)
         path = site.path if site else module_path(region.layer)
-        if region.value.node in raised:
+        if site is not None and region.value.node is last_of(site):
             continue  # a branch already
         try:
             found[path] += [(region, _update(analysis, region, site))]

@@ -68,6 +68,17 @@ def _known(model: nn.Module, reason: str) -> str | None:
             "model is traced. transformers' rope_type 'dynamic' is 'default' in its config for "
             "sequences up to max_position_embeddings"
         )
+    if "'NoneType' object" in reason:
+        return (
+            "give the inputs that its code has None for, such as attention_mask and "
+            "decoder_attention_mask: some models make them when they run, not while they are traced"
+        )
+    packed = [path for path, module in model.named_modules() if _is_packed(module)]
+    if packed:
+        return (
+            "trace the model as it was before it was quantised, and give to_onnx quantize=: "
+            f"{shorten(packed)} holds its weight packed for torch's own kernels"
+        )
     empty = [name for name, p in model.named_parameters() if not p.numel()]
     if empty:
         return (
@@ -82,6 +93,10 @@ def _known(model: nn.Module, reason: str) -> str | None:
     if any(parameter.is_inference() for parameter in model.parameters()):
         return "make or load the model outside of torch.inference_mode(), and put in these weights"
     return None
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
 
 
 def refuse_scripted(model: nn.Module) -> None:

@@ -181,6 +181,29 @@ def test_a_choice_by_what_a_tensor_holds_is_named() -> None:
         lora_fx.trace(Hangs(), (torch.randn(3, 2),))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_layer_is_named() -> None:
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 5)), {nn.Linear})
+    with pytest.raises(TraceError, match=r"before it was quantised.*quantize=: 0\._packed_params"):
+        lora_fx.trace(model, (torch.randn(2, 3),))
+
+
+class Made(nn.Module):
+    """Makes its mask when it is run, and none while it is traced."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones(2, 3)
+        return x * mask[:, :1]
+
+
+def test_an_input_that_is_made_when_the_model_runs_is_asked_for() -> None:
+    x = torch.randn(2, 3)
+    with pytest.raises(TraceError, match="give the inputs that its code has None for"):
+        lora_fx.trace(Made(), (x,))
+    lora_fx.trace(Made(), (x, torch.ones(2, 3)))
+
+
 def test_a_lazy_module_that_was_never_called_is_named() -> None:
     model, x = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(2)), torch.randn(4, 3)
     with pytest.raises(TraceError, match=r"^1\.weight, 1\.bias: of a lazy module.*call the model"):

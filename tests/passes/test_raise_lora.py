@@ -42,6 +42,25 @@ def test_a_hand_written_delta_becomes_a_branch(frontend: str, x: Any) -> None:
     assert not again.modified
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("spelled", ["addmm", "in place", "einsum"])
+def test_a_delta_added_by_its_last_product_becomes_a_branch(spelled: str, frontend: Any) -> None:
+    class Added(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if spelled == "einsum":
+                return self.fc(x) + 1.5 * torch.einsum("bi,or,ri->bo", x, self.a, self.b)
+            a, b = self.a, self.b
+            if spelled == "addmm":
+                return torch.addmm(self.fc(x), 1.5 * (x @ b.T), a.T)
+            return self.fc(x).addmm_(x @ b.T, a.T, alpha=1.5)
+
+    module, x = Added().eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    gm = trace(module, (x,), frontend=frontend)
+    seen = check_pass(RaiseLora("french"), gm, x, expected=module(x), control=module.fc(x))
+    delta = adapter_from(seen.gm, "french").updates["fc"].delta()
+    torch.testing.assert_close(delta, 1.5 * module.a @ module.b)
+
+
 def test_its_adapter_goes_into_the_base(x: torch.Tensor) -> None:
     module = Notebook().eval()
     adapter = adapter_from(RaiseLora()(trace(module)).graph_module)

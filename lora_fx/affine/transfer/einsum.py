@@ -1,51 +1,114 @@
-"""The transfer function of einsum with one constant."""
+"""The transfer function of einsum with constants."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from lora_fx.affine.affine_map import Link
 from lora_fx.affine.analysis import Analysis, Opaque, Value, result_dtype
-from lora_fx.algebra.matrix_expr import BlockDiag, Matrix, transposed
+from lora_fx.algebra.matrix_expr import BlockDiag, Matrix, product, transposed
 from lora_fx.layers.matrix_products import listed
 
 
+@dataclass(frozen=True)
+class _Constant:
+    """All constants of an einsum as one, without the labels that only they have.
+
+    Attributes:
+        own: its labels.
+        sizes: of all labels of the constants.
+        key: equal for two that are computed alike.
+        fetch: its value.
+    """
+
+    own: str
+    sizes: dict[str, int]
+    key: Hashable
+    fetch: Callable[[], torch.Tensor]
+
+
 def einsum(analysis: Analysis, node: fx.Node) -> Value:
-    """A sum of products with one constant, such as a block diagonal ``...rk,rkc->...rc``."""
+    """``bi,ri,or->bo`` with constants, such as a block diagonal ``...rk,rkc->...rc``."""
     equation, operands = str(node.args[0]).replace(" ", ""), _operands(node)
     inputs, _, output = equation.partition("->")
     labels = inputs.split(",")
-    if len(operands) != 2 or len(labels) != 2 or not output:
-        return Opaque("an einsum of other than two operands")
-    constant = 1 if operands[1] in analysis.constants.nodes else 0
-    own, of_x = labels[constant], labels[1 - constant]
-    plan = _Einsum(own, *listed(operands[1 - constant], own, _short(of_x), _short(output)))
-    known = operands[constant] in analysis.constants.nodes
-    shape = analysis.constants.shape(operands[constant]) if known else None
-    if not plan.is_layer or shape is None:
+    free = [n for n, value in enumerate(operands) if value not in analysis.constants.nodes]
+    if len(free) != 1 or len(operands) != len(labels) or not output:
+        return Opaque("an einsum of several activations, or one that names no output")
+    of_x, x = labels.pop(free[0]), operands.pop(free[0])
+    constant = _joined(analysis, labels, operands, of_x + output)
+    if constant is None:
+        return Opaque("an einsum of constants of unknown sizes, or of sizes that differ")
+    own, sizes = constant.own, constant.sizes
+    plan = _Einsum(own, *listed(x, own, _short(of_x), _short(output)))
+    if not plan.is_layer:
         return Opaque("an einsum that sums over the batch, or has features out of order")
-    sizes = dict(zip(own, shape, strict=True))
     split = tuple(sizes[label] for label in plan.inputs)
-    x = operands[1 - constant]
     is_matrix = len(own) == 2 and not plan.shared
-    source = analysis.source(x, split[0], plan.after) if is_matrix else analysis.whole_map_of(x)
+    is_plain = len(split) == 1 and not plan.shared
+    source = analysis.source(x, split[0], plan.after) if is_plain else analysis.whole_map_of(x)
     seen = None if source is None else source.layout.seen_as(split)
     if source is None or seen is None or seen.after != plan.after:
         return Opaque("an einsum of what is no map with these features")
     split = tuple(sizes[n] for n in plan.outputs)
     layout = replace(seen.turned(plan.order), split=split, after=plan.behind)
-    matrix = analysis.matrix(operands[constant]) if is_matrix else None
-    weight: Matrix = plan.weight(analysis, operands[constant], sizes)
-    if matrix is not None:
-        weight = matrix if own[0] == plan.outputs[0] else transposed(matrix)
+    ends = (plan.outputs[0], plan.inputs[0])
+    matrix = _chain(analysis, labels, operands, ends) if is_matrix else None
     dtype = result_dtype(node, source.dtype)
     if is_matrix:  # as of any other product with it
-        dtype = dtype or analysis.constants.dtype(operands[constant])
-    return source.then(node, weight, None, layout, dtype, Link.PRODUCT)
+        dtype = dtype or analysis.constants.dtype(operands[0])
+    return source.then(node, matrix or plan.weight(constant), None, layout, dtype, Link.PRODUCT)
+
+
+def _joined(
+    analysis: Analysis, labels: list[str], operands: list[fx.Node], others: str
+) -> _Constant | None:
+    constants = analysis.constants
+    sizes: dict[str, int] = {}
+    for own, operand in zip(labels, operands, strict=True):
+        shape = constants.shape(operand)
+        if shape is None or len(shape) != len(own) or "." in own:
+            return None
+        if any(sizes.setdefault(n, size) != size for n, size in zip(own, shape, strict=True)):
+            return None
+    if len(operands) == 1:
+        only = operands[0]
+        return _Constant(labels[0], sizes, constants.key(only), lambda: constants.value(only))
+    own = "".join(n for n in sizes if n in others)
+    equation = f"{','.join(labels)}->{own}"
+    key = (equation, *(constants.key(operand) for operand in operands))
+
+    def fetch() -> torch.Tensor:
+        return torch.einsum(equation, *(constants.value(operand) for operand in operands))
+
+    return _Constant(own, sizes, key, fetch)
+
+
+def _chain(
+    analysis: Analysis, labels: list[str], operands: list[fx.Node], ends: tuple[str, str]
+) -> Matrix | None:
+    """Matrices that follow each other from one label to another, as their product; or None."""
+    here, last = ends
+    rest, found = list(zip(labels, operands, strict=True)), None
+    while rest:
+        ways = [pair for pair in rest if here in pair[0]]
+        if len(ways) != 1 or len(set(ways[0][0])) != 2:
+            return None
+        rest.remove(ways[0])
+        own, operand = ways[0]
+        matrix = analysis.matrix(operand)
+        if matrix is None:
+            return None
+        matrix = matrix if own[0] == here else transposed(matrix)
+        found = matrix if found is None else product(found, matrix)
+        here = own[1] if own[0] == here else own[0]
+    return found if here == last else None
 
 
 class _Einsum:
@@ -75,19 +138,17 @@ class _Einsum:
             and set(own) <= {*self.inputs, *self.outputs}
         )
 
-    def weight(self, analysis: Analysis, node: fx.Node, sizes: dict[str, int]) -> Matrix:
+    def weight(self, constant: _Constant) -> Matrix:
         """The block diagonal: a block for each value of the shared labels."""
-        count = len(self.shared)
+        count, sizes = len(self.shared), constant.sizes
         order = [self.own.index(n) for n in (*self.outputs, *self.inputs[count:])]
         blocks = (
             prod(sizes[n] for n in self.shared),
             prod(sizes[n] for n in self.outputs[count:]),
             prod(sizes[n] for n in self.inputs[count:]),
         )
-        key = ("einsum", analysis.constants.key(node), tuple(order))
-        return BlockDiag(
-            blocks, key, lambda: analysis.constants.value(node).permute(order).reshape(blocks)
-        )
+        key = ("einsum", constant.key, tuple(order))
+        return BlockDiag(blocks, key, lambda: constant.fetch().permute(order).reshape(blocks))
 
 
 def _short(labels: str) -> str:

@@ -10,6 +10,7 @@ from torch import fx
 from lora_fx.affine.affine_map import AffineMap, Link, common_ancestor
 from lora_fx.affine.analysis import Analysis, Opaque, Splat, Value, dtype_of, result_dtype
 from lora_fx.algebra.matrix_expr import Matrix, Quotient, Sum, number, repeated, signed, total
+from lora_fx.errors import shorten
 from lora_fx.graph.ops import call_argument, same_sizes, sizes_of
 
 
@@ -59,7 +60,7 @@ def join(
     """``one + sign * other``, a function of the nearest node that both are functions of."""
     source = common_ancestor(one, other)
     if source is None:
-        return Opaque("a sum of maps of two sources")
+        return Opaque(_two_sources(analysis, one.source.node, other.source.node))
     if not one.layout.same(other.layout):
         return Opaque("a sum that broadcasts, or of tensors laid out differently")
     (weight, bias), (weight_2, bias_2) = one.relative_to(source), other.relative_to(source)
@@ -67,6 +68,18 @@ def join(
     bias = total(bias, bias_2 and signed(bias_2, sign))
     summed = Sum(weight, signed(weight_2, sign))
     return source.then(node, summed, bias, one.layout, dtype, Link.JOIN)
+
+
+def _two_sources(analysis: Analysis, *nodes: fx.Node) -> str:
+    """Why a sum is no map, with the reasons why what it is of is none."""
+    if len(set(nodes)) == 1:
+        return f"a sum of maps that read {nodes[0].name} in two ways"
+    reasons = [
+        f"{node.name}: {value.reason}"
+        for node in nodes
+        if isinstance(value := analysis.values.get(node), Opaque)
+    ]
+    return f"a sum of maps of two sources{f' ({shorten(reasons)})' if reasons else ''}"
 
 
 def _sum(analysis: Analysis, node: fx.Node, left: Any, right: Any, sign: int) -> Value:
@@ -101,9 +114,11 @@ def _scaled(
     analysis: Analysis, node: fx.Node, x: object, factor: object, inverse: bool = False
 ) -> Value:
     value = analysis.map_of(x) or _beside_constant(analysis, x, factor)
+    found = None if value is None else _vector(analysis, factor, value)
+    if found is None and not (_is_constant(analysis, x) or _is_constant(analysis, factor)):
+        return Opaque("a product of two activations")
     if value is None:
         return Opaque("a product of no map")
-    found = _vector(analysis, factor, value)
     if found is None:
         return Opaque("a product with something that is no constant of the features")
     column, dtype = found

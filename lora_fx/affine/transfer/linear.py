@@ -11,7 +11,8 @@ from torch import fx
 from lora_fx.affine.affine_map import AffineMap, Link, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
 from lora_fx.affine.feature_layout import Layout
-from lora_fx.algebra.matrix_expr import Matrix, transposed
+from lora_fx.affine.transfer.elementwise import join
+from lora_fx.algebra.matrix_expr import Matrix, number, transposed
 from lora_fx.graph.ops import call_argument, op_name, sizes_of
 from lora_fx.layers.matrix_products import has_factors, product_of
 
@@ -26,13 +27,27 @@ def linear(analysis: Analysis, node: fx.Node) -> Value:
 
 
 def addmm(analysis: Analysis, node: fx.Node) -> Value:
-    """``addmm(b, x, W)`` with W of (in, out), or ``baddbmm``."""
-    if has_factors(node):
-        return Opaque("addmm with factors")
-    bias, x, weight = node.args
+    """``beta b + alpha x @ W`` with W of (in, out), or ``baddbmm``; b may be a map itself."""
+    bias, x, weight, *factors = node.args
+    names = zip(("beta", "alpha"), factors, strict=False)
+    given: dict[str, Any] = {"beta": 1, "alpha": 1, **dict(names), **node.kwargs}
+    beta, alpha = given["beta"], given["alpha"]
+    if not all(isinstance(factor, int | float) for factor in (beta, alpha)):
+        return Opaque("a sum with a factor that is no number")
     weight = _without_batch(analysis, node, weight, x)
     matrix = analysis.matrix(weight)
-    return dense_layer(analysis, node, x, weight, matrix and transposed(matrix), bias)
+    turned = matrix and transposed(matrix)
+    base = analysis.map_of(bias)
+    if base is None and not has_factors(node):
+        return dense_layer(analysis, node, x, weight, turned, bias)
+    value = dense_layer(analysis, node, x, weight, turned)
+    if base is None or not isinstance(value, AffineMap):
+        return value if base is not None else Opaque("addmm with factors")
+    return join(analysis, node, _times(base, beta), _times(value, alpha))
+
+
+def _times(value: AffineMap, factor: float) -> AffineMap:
+    return value if factor == 1 else value.scaled(value.node, number(factor), value.dtype)
 
 
 def matmul(analysis: Analysis, node: fx.Node) -> Value:

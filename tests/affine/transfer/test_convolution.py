@@ -155,7 +155,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
             image(m, x) + F.conv2d(x, m.kernel, m.b, stride=(2, 1), padding=(1, 1), dilation=(1, 4))
         ),
         "image",
-        "two sources",
+        "in two ways",
     ),
     "a transposed kernel from data": (
         lambda m, x: F.conv_transpose1d(x, m.back_long * x.sum()),
@@ -165,7 +165,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "a convolution and a transposed one": (
         lambda m, x: F.conv1d(x, m.kernel_long, padding=1) + F.conv_transpose1d(x, m.back_long),
         "long",
-        "two sources",
+        "in two ways",
     ),
     "a kernel onto a convolution": (
         lambda m, x: torch.relu(F.conv2d(x, m.kernel)),

@@ -58,12 +58,41 @@ CASES: dict[str, tuple[Any, ...]] = {
         lambda m, x: einsum("bsi,opi->bsop", F.linear(x, m.square, m.b3), m.blocks),
         "batch",
     ),
+    "two matrices": (lambda m, x: einsum("bsi,ri,or->bso", x, m.w, m.v), "batch"),
+    "two matrices, the second one first": (
+        lambda m, x: einsum("or,ir,...i->...o", m.v, m.w.T, x),
+        "batch",
+    ),
+    "two square matrices": (
+        lambda m, x: einsum("bsi,ir,or->bso", x, m.square, m.square.exp()),
+        "batch",
+    ),
+    "a matrix and a gain": (lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.b), "batch"),
+    "a matrix that two gains are in": (
+        lambda m, x: einsum("bsi,i,ri,r,or->bso", x, m.gain3, m.w, m.b, m.v),
+        "batch",
+    ),
+    "a matrix once more": (lambda m, x: einsum("bsi,oi,oi->bso", x, m.w, m.w), "batch"),
+    "an input for each head": (lambda m, x: einsum("bsi,hoi->bsho", x, m.blocks), "batch"),
+    "two matrices for each head": (
+        lambda m, x: einsum("bsi,hri,hro->bsho", x, m.blocks, m.blocks),
+        "batch",
+    ),
 }
 REFUSED = "sums over the batch, or has features out of order"
 OPAQUE: dict[str, tuple[Any, ...]] = {
-    "three operands": (lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.b), "batch", "two operands"),
-    "no arrow": (lambda m, x: einsum("bsi,oi", x, m.w), "batch", "two operands"),
-    "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", REFUSED),
+    "no arrow": (lambda m, x: einsum("bsi,oi", x, m.w), "batch", "no output"),
+    "two activations": (lambda m, x: einsum("bsi,bti->bst", x, x), "batch", "several activations"),
+    "two activations and a constant": (
+        lambda m, x: einsum("bsi,bsi,oi->bso", x, x, m.w),
+        "batch",
+        "several activations",
+    ),
+    "a constant that broadcasts": (
+        lambda m, x: einsum("bsi,oi,o->bso", x, m.w, m.one),
+        "batch",
+        "sizes that differ",
+    ),
     "the batch summed": (lambda m, x: einsum("bsi,oi->so", m.low(x), m.v), "batch", REFUSED),
     "a label of the constant alone": (
         lambda m, x: einsum("bsi,oi->bs", m.low(x), m.v),

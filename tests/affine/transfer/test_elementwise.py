@@ -85,8 +85,19 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 BROADCASTS = "a sum that broadcasts"
 VECTOR = "no constant of the features"
+TWO = "a product of two activations"
 NEITHER = "neither a map of one source nor a constant"
 OPAQUE: dict[str, tuple[Any, ...]] = {
+    "why a source is one": (
+        lambda m, x: m.low(x) + F.relu(m.low(x)),
+        "batch",
+        "relu is not known to be affine",
+    ),
+    "a gate from data in front": (
+        lambda m, x: m.low(x).sigmoid() * m.low(x),
+        "batch",
+        TWO,
+    ),
     "two sources": (lambda m, x: m.low(x) + F.linear(torch.sin(x), m.w), "batch", "two sources"),
     "an activation": (lambda m, x: m.low(x) + torch.sin(x @ m.w.T), "batch", "two sources"),
     "two inputs of no map": (lambda m, x: x + torch.sin(x), "batch", NEITHER),
@@ -123,9 +134,9 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         VECTOR,
     ),
-    "product of activations": (lambda m, x: m.low(x) * x.sum(-1, keepdim=True), "batch", VECTOR),
-    "product of two maps": (lambda m, x: m.low(x) * other(m, x), "batch", VECTOR),
-    "divided by an activation": (lambda m, x: m.low(x) / x[..., :1], "batch", VECTOR),
+    "product of activations": (lambda m, x: m.low(x) * x.sum(-1, keepdim=True), "batch", TWO),
+    "product of two maps": (lambda m, x: m.low(x) * other(m, x), "batch", TWO),
+    "divided by an activation": (lambda m, x: m.low(x) / x[..., :1], "batch", TWO),
     "a constant divided": (lambda m, x: m.gain / m.low(x), "batch", "no map"),
     "rounded": (
         lambda m, x: torch.div(m.low(x), 2, rounding_mode="floor"),

@@ -28,6 +28,19 @@ CASES: dict[str, tuple[Any, ...]] = {
         "flat",
     ),
     "addmm": (lambda m, x: torch.addmm(m.b, x, m.w.T), "flat"),
+    "addmm to a map": (lambda m, x: torch.addmm(m.low(x), x @ m.square, m.w.T), "flat"),
+    "addmm to a map, with factors": (
+        lambda m, x: torch.addmm(m.low(x), x @ m.square, m.w.T, beta=0.5, alpha=2),
+        "flat",
+    ),
+    "addmm to a map in place": (
+        lambda m, x: m.low(x).addmm_(x @ m.square, m.w.T, alpha=1.5),
+        "flat",
+    ),
+    "baddbmm to a map": (
+        lambda m, x: torch.baddbmm(m.low(x), x, m.w.T.expand(4, 3, 5), alpha=0.25),
+        "batch",
+    ),
     "matmul": (lambda m, x: F.linear(x, m.w, m.b) @ m.v.T, "batch"),
     "matmul method": (lambda m, x: F.linear(x, m.w, m.b).matmul(m.v.T), "batch"),
     "matmul by keyword": (lambda m, x: torch.matmul(x, other=m.w.T), "batch"),
@@ -70,6 +83,11 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
     "bias from data": (lambda m, x: F.linear(x, m.w, x.sum((0, 1))[:1] + m.b), "batch", "bias"),
     "bias of two axes": (lambda m, x: torch.addmm(m.b.expand(4, 5), x, m.w.T), "flat", "bias"),
     "addmm with factors": (lambda m, x: torch.addmm(m.b, x, m.w.T, beta=2), "flat", "factors"),
+    "addmm to another source": (
+        lambda m, x: torch.addmm(m.low(torch.sin(x)), x, m.w.T),
+        "flat",
+        "two sources",
+    ),
     "two activations": (lambda m, x: x @ x.transpose(1, 2), "batch", "no constant matrix"),
     "a matrix for each of the batch": (
         lambda m, x: torch.bmm(x, m.square.expand(4, 3, 3) * torch.arange(4).reshape(4, 1, 1)),

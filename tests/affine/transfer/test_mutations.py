@@ -208,6 +208,11 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "linear: bias dropped": (rule(without_bias, "linear"), "linear", "linear"),
     "linear: dtype lost": (rule(narrow, "linear"), "linear", "linear"),
     "addmm: transpose dropped": ((layers, "transposed", straight), "linear", "addmm"),
+    "addmm: factors dropped": (
+        (layers, "_times", lambda value, factor: value),
+        "linear",
+        "addmm to a map, with factors",
+    ),
     "addmm: bias twice": (rule(bias_twice, "addmm"), "linear", "addmm"),
     "matmul: transpose dropped": ((layers, "transposed", straight), "linear", "matmul"),
     "matmul: features elsewhere": (rule(turned, "matmul"), "linear", "matmul from the left"),
@@ -266,6 +271,16 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         (einsums, "BlockDiag", unmerged),
         "einsum",
         "block diagonal",
+    ),
+    "einsum: matrices of a chain in another order": (
+        (einsums, "product", lambda left, right: algebra.product(right, left)),
+        "einsum",
+        "two square matrices",
+    ),
+    "einsum: matrices of a chain not turned": (
+        (einsums, "transposed", lambda matrix: matrix),
+        "einsum",
+        "two square matrices",
     ),
     "einsum: weight doubled": (rule(doubled, "einsum"), "einsum", "dense"),
     "einsum: features elsewhere": (
