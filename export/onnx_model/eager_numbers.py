@@ -14,7 +14,7 @@ from torch import fx
 from lora_fx.export.spelling.rewrite import producer
 from lora_fx.graph.ops import aten, call_argument
 
-_WHOLE = ir.DataType.INT32
+_WHOLE = ir.DataType.INT64
 WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MASKED = "masked by"  # of a node's notes, until a file is written
 
@@ -55,17 +55,20 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
 
     def grouped(rows: Any, matrices: Any, ends: Any) -> Any:
-        """Each row times the matrix of its expert, the first to end behind it; or 0."""
-        shapes = (op.Cast(op.Shape(value), to=_WHOLE) for value in (rows, ends))
-        zero, one = (op.Constant(value=ir.tensor(n, dtype=_WHOLE)) for n in (0, 1))
-        count, experts = (op.Gather(shape, zero) for shape in shapes)
-        places = op.Unsqueeze(op.Range(zero, count, one), [1])
-        before = op.LessOrEqual(op.Unsqueeze(op.Cast(ends, to=_WHOLE), [0]), places)
-        expert = op.ReduceSum(op.Cast(before, to=_WHOLE), [1], keepdims=0)
-        has_one = op.Less(expert, experts)
-        matrix = op.Gather(matrices, op.Where(has_one, expert, zero))
-        products = op.Squeeze(op.MatMul(op.Unsqueeze(rows, [1]), matrix), [1])
-        return op.Where(op.Unsqueeze(has_one, [1]), products, op.CastLike(zero, rows))
+        """The rows of each expert, which follow each other, times its matrix; 0 behind the last."""
+        stops, start = op.Cast(ends, to=_WHOLE), whole([0])
+        products = []
+        for expert in range(matrices.shape[0]):
+            stop = op.Gather(stops, whole([expert]))
+            own = op.Slice(rows, start, stop, whole([0]))
+            products.append(op.MatMul(own, op.Gather(matrices, whole(expert))))
+            start = stop
+        behind = op.Max(op.Sub(op.Shape(rows, start=0, end=1), start), whole([0]))
+        pads = op.Concat(whole([0, 0]), behind, whole([0]), axis=0)
+        return op.Pad(op.Concat(*products, axis=0), pads)
+
+    def whole(value: Any) -> Any:
+        return op.Constant(value=ir.tensor(value, dtype=_WHOLE))
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.log_sigmoid.default: log_sigmoid,
