@@ -104,10 +104,11 @@ def fresh_targets(
 
 
 def _named(gm: fx.GraphModule, config: LoraConfig) -> list[str]:
-    """The modules of a graph that a config means, layers or not."""
-    paths = dict.fromkeys(holder_path(node) for node in gm.graph.nodes)
-    rule = config.rule
-    return [] if rule.is_all_linear else [path for path in paths if path and rule.matches(path)]
+    """The modules of a graph that a config means, layers or not: that call, or are read."""
+    calling = [holder_path(node) for node in gm.graph.nodes]
+    read = [str(n.target).rpartition(".")[0] for n in gm.graph.find_nodes(op="get_attr")]
+    paths, rule = dict.fromkeys(calling + read), config.rule
+    return [path for path in paths if path and (rule.is_all_linear or rule.matches(path))]
 
 
 def _tell_left_out(paths: list[str], layers: BaseLayers) -> None:
@@ -280,9 +281,9 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
         return ""
     return (
         f" What {shorten(computed)} multiplies with is computed at each call, as under "
-        "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations, before "
-        "the model is traced, or adapt the parameter that it is computed from, by its name "
-        "(PEFT's target_parameters)."
+        "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations or, of "
+        "the older hooks, remove_weight_norm, before the model is traced, or adapt the parameter "
+        "that it is computed from, by its name (PEFT's target_parameters)."
     )
 
 

@@ -95,14 +95,30 @@ def test_a_name_that_a_parameter_has_is_refused() -> None:
 def test_a_weight_that_is_computed_at_each_call_is_named(make: Any, frontend: Any) -> None:
     model = nn.Sequential(make(), nn.Tanh()).eval()
     gm = trace(model, (torch.randn(4, 7, 3),), frontend=frontend)
-    reason = r"What 0 multiplies with is computed at each call.*remove_parametrizations"
+    reason = r"What 0 multiplies .* each call.*remove_parametrizations or, .*remove_weight_norm"
     with pytest.raises(AdapterError, match=reason):
         checked(gm, make_adapter({"0": (5, 3)}), strict=True)
-    with pytest.raises(AdapterError, match=reason):
-        targets(gm, LoraConfig(r=2, target_modules=["0"]))
+    for wanted in (["0"], "all-linear"):
+        with pytest.raises(AdapterError, match=reason):
+            targets(gm, LoraConfig(r=2, target_modules=wanted))
     with pytest.raises(AdapterError) as error:
         targets(gm, LoraConfig(r=2, target_modules=["1"]))
     assert "computed" not in str(error.value)
+
+
+@pytest.mark.parametrize("wanted", [["inner"], "all-linear"])
+def test_a_layer_in_a_branch_is_named_by_a_config_too(wanted: Any) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.cond(x.sum() > 0, lambda x: self.inner(x), torch.sin, (x,))
+
+    gm = trace(Branching().eval(), (torch.randn(4, 3),))
+    with pytest.raises(AdapterError, match=r"inner\.weight, .* is read in a block of its own"):
+        targets(gm, LoraConfig(r=2, target_modules=wanted))
 
 
 FINE: dict[str, Any] = {
