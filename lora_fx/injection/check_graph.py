@@ -105,9 +105,10 @@ def fresh_targets(
 
 def _named(gm: fx.GraphModule, config: LoraConfig) -> list[str]:
     """The modules of a graph that a config means, layers or not: that call, or are read."""
-    calling = [holder_path(node) for node in gm.graph.nodes]
+    rule, nodes = config.rule, gm.graph.nodes
+    calling = [holder_path(n) for n in nodes if not rule.is_all_linear or n.target in OPERATORS]
     read = [str(n.target).rpartition(".")[0] for n in gm.graph.find_nodes(op="get_attr")]
-    paths, rule = dict.fromkeys(calling + read), config.rule
+    paths = dict.fromkeys(calling + read)
     return [path for path in paths if path and (rule.is_all_linear or rule.matches(path))]
 
 
@@ -265,9 +266,15 @@ def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:
 
 def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
     """What to say of modules that the model has, and whose weight no layer of a graph stores."""
-    inside = [path for path in unknown if is_inside(gm, f"{path}.")]
-    if inside:
-        return f" {shorten(inside)} {CLOSED}."
+    calling = {holder_path(node) for node in reached(gm.graph) if node.target in OPERATORS}
+    computed = [path for path in unknown if path and path in calling]
+    if computed:
+        return (
+            f" What {shorten(computed)} multiplies with is computed at each call, as under "
+            "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations or, of "
+            "the older hooks, remove_weight_norm, before the model is traced, or adapt the "
+            "parameter that it is computed from, by its name (PEFT's target_parameters)."
+        )
     held = [name for name, node in _fetched(gm, unknown).items() if any(map(_is_block, node.users))]
     if held:
         return (
@@ -275,16 +282,8 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
             "them, where nothing can be adapted: trace the model without it, in the dtype that it "
             "computes in."
         )
-    calling = {holder_path(node) for node in reached(gm.graph) if node.target in OPERATORS}
-    computed = [path for path in unknown if path and path in calling]
-    if not computed:
-        return ""
-    return (
-        f" What {shorten(computed)} multiplies with is computed at each call, as under "
-        "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations or, of "
-        "the older hooks, remove_weight_norm, before the model is traced, or adapt the parameter "
-        "that it is computed from, by its name (PEFT's target_parameters)."
-    )
+    inside = [path for path in unknown if is_inside(gm, f"{path}.")]
+    return f" {shorten(inside)} {CLOSED}." if inside else ""
 
 
 def _fetched(gm: fx.GraphModule, paths: Sequence[str]) -> dict[str, fx.Node]:
