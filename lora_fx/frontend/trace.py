@@ -65,11 +65,11 @@ def trace(
             free, and compare, bit for bit. Without example inputs nothing can be compared.
 
     Returns:
-        A GraphModule called as the model is called, bit-equal to it, sharing its tensors: torch's
-        ``.half()`` and ``.to(...)`` on it convert the model's parameters too, in place; convert
-        the model before it is traced, or ``copy.deepcopy`` of the graph. Its
-        ``.train()`` and ``.eval()`` switch what was recorded of a mode; the first to ask for
-        another mode than the model was traced in traces it again.
+        A GraphModule called as the model is called, bit-equal to it. Its ``.train()`` and
+        ``.eval()`` switch what was recorded of a mode; the first to ask for another mode than the
+        model was traced in traces it again. It shares the model's tensors, so torch's ``.half()``
+        and ``.to(...)`` on it convert the model's parameters too, in place. Convert the model
+        before it is traced, or a ``copy.deepcopy`` of the graph.
 
     Raises:
         TraceError: the model cannot be traced, or its graph computes something else; says where
