@@ -287,8 +287,11 @@ def _farthest(rows: list[Check], ok: bool) -> list[str]:
     by_model: dict[str, list[Check]] = {}
     for row in sorted(rows, key=lambda row: (row.ok is not ok, -row.relative)):
         by_model.setdefault(row.what, []).append(row)
-    said = ("", "  the farthest of {}")
-    return [f"{each[0]}{said[len(each) > 1].format(len(each))}" for each in by_model.values()]
+    lines = []
+    for own in by_model.values():
+        others = f"  the farthest of {len(own)}" if len(own) > 1 else ""
+        lines.append(f"{own[0]}{others}")
+    return lines
 
 
 def _plain(value: Any) -> Any:
