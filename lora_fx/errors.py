@@ -94,10 +94,9 @@ NO_MEMORY = "there is not enough memory: free some, or take a smaller one"
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, whoever raised it, says that there is no memory left."""
-    if isinstance(error, MemoryError) or not isinstance(error, Exception):
-        return isinstance(error, MemoryError)
-    told = not isinstance(error, LoraFxError)
-    return told and any(words in str(error) for words in _OUT_OF_MEMORY)
+    is_foreign = isinstance(error, Exception) and not isinstance(error, LoraFxError)
+    says_so = is_foreign and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or says_so
 
 
 @contextmanager

@@ -15,13 +15,9 @@ from lora_fx.export.rewriting.weight_reads import (
     looks_up_rows,
     type_of,
 )
+from lora_fx.export.slots import manifest
 
-DTYPES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.DOUBLE: "float64",
-}
+DTYPES = {kind: name for name, kind in manifest.DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from lora_fx.export.onnx_model.tensors import digest_of, to_torch
 from lora_fx.export.rewriting.file_layers import FileLayer
+from lora_fx.export.slots.manifest import DTYPES
 from lora_fx.export.slots.slot import Slot
 
 
@@ -40,14 +41,11 @@ def insert_slot(model: ir.Model, slot: Slot, calls: Sequence[FileLayer]) -> None
     factors = {}
     for part, given in slot.inputs.items():
         shape = ir.Shape([rank if size is None else size for size in given.shape])
-        kind = ir.TensorType(ir.DataType[_ONNX[slot.dtype]])
+        kind = ir.TensorType(DTYPES[slot.dtype])
         factors[part] = ir.Value(name=given.name, shape=shape, type=kind)
         model.graph.inputs.append(factors[part])
     for place, call in enumerate(calls):
         _beside(call, factors["down"], factors["up"], slot.path, f"_{place}" if place else "")
-
-
-_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
 
 
 def _beside(call: FileLayer, down: ir.Value, up: ir.Value, path: str, behind: str) -> None:

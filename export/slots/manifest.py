@@ -11,7 +11,8 @@ from functools import cache
 from itertools import chain
 from typing import Any, get_type_hints
 
-from onnx import ModelProto, TensorProto, ValueInfoProto
+import onnx_ir as ir
+from onnx import ModelProto, ValueInfoProto
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
@@ -28,8 +29,12 @@ _MAX_TEXT = 16 << 20
 _MOST_AXES = 8
 _MOST = (1 << 31) - 1  # of one axis
 _MOST_VALUES = 1 << 48  # of a weight: more than any disk holds
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-_ONNX = dict(zip(DTYPES, ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"), strict=True))
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float64": ir.DataType.DOUBLE,
+}
 _SINCE = {"groups": 1}  # fields that older manifests lack; one of this value is not written
 
 
@@ -175,14 +180,9 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
 def _check_types(model: ModelProto, manifest: Manifest) -> None:
     """Refuses slots that a tool cast, whose adapters would be of another type."""
     found = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
-    wanted = {
-        n: TensorProto.DataType.Value(_ONNX[s.dtype])
-        for s in manifest.slots
-        if isinstance(s, Slot)
-        for n in s.names
-    }
+    wanted = {n: DTYPES[s.dtype] for s in manifest.slots if isinstance(s, Slot) for n in s.names}
     if other := [name for name, kind in wanted.items() if found[name] not in (0, kind)]:
-        kind = TensorProto.DataType.Name(found[other[0]]).lower()
+        kind = ir.DataType(found[other[0]]).name.lower()
         raise ExportError(
             f"{KEY}: {shorten(other)}: {kind} in the graph, and not in the manifest: another tool "
             f"cast the file: without its metadata {KEY} its slots are read from the graph; or "

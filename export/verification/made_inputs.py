@@ -63,7 +63,8 @@ def feeds_for(
     picks = _picks_of(model)
     found: dict[str, Feeds] = {}
     problem: ExportError | None = None
-    for way in ({}, dict.fromkeys(picks.flags, 1))[: 1 + bool(picks.flags)]:
+    ones, zeros = dict[str, int](), dict.fromkeys(picks.flags, 1)  # of values below 1
+    for way in (ones, zeros) if picks.flags else (ones,):
         limits, ran = picks.limits | way, 0
         for sizes in _sizes(inputs, axes_in_place(model), picks.channels):
             feeds = {value.name: _values(value, sizes, limits) for value in inputs}
@@ -164,10 +165,9 @@ class _Picks:
 
 def _picks_of(model: onnx.ModelProto) -> _Picks:
     picks = _Picks()
-    for node in parsed(model).graph.all_nodes():
-        place, read = _READ.get(node.op_type, (0, 0))
-        given, stored = (_origin(input_at(node, at)) for at in (read, place))
-        if node.op_type not in _READ or given is None or not given.is_graph_input():
+    for node in (n for n in parsed(model).graph.all_nodes() if n.op_type in _READ):
+        stored, given = (_origin(input_at(node, at)) for at in _READ[node.op_type])
+        if given is None or not given.is_graph_input():
             continue
         name, shape = str(given.name), None if stored is None else stored.shape
         if node.op_type == "If":
