@@ -8,7 +8,7 @@ from lora_fx.adapters.updates import NO_WEIGHT
 from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis, Opaque
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import is_layer, stored_in
+from lora_fx.affine.region_boundary import is_layer, is_stored, stored_in
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.branch_lowering.selection import choices
@@ -54,18 +54,20 @@ def explain(gm: fx.GraphModule) -> Explanation:
     """
     analysis = analyse(gm)
     regions = {node: region for region in maximal_regions(analysis) for node in region.nodes}
-    layers = [node for node in analysis.values if _is_own(node, gm)]
+    layers = [node for node in analysis.values if _is_own(node, analysis)]
     forms = _forms(gm)
     return Explanation(
         _line(node, analysis, regions.get(node)) + forms.get(node, "") for node in layers
     )
 
 
-def _is_own(node: fx.Node, gm: fx.GraphModule) -> bool:
+def _is_own(node: fx.Node, analysis: Analysis) -> bool:
     """Whether a call is a layer, and no factor that an adapter brought."""
-    weight = stored_in(node, gm) if is_layer(node) else None
-    is_named = weight is not None and not is_factor(str(weight.target))
-    return node.target in OPERATORS or is_named
+    if node.target in OPERATORS or not is_layer(node):
+        return node.target in OPERATORS
+    weight = stored_in(node, analysis.gm)
+    is_brought = weight is not None and is_factor(str(weight.target))
+    return is_stored(node, analysis) and not is_brought
 
 
 def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -112,7 +114,7 @@ def _why(user: fx.Node, analysis: Analysis) -> str:
     value = analysis.values.get(user)
     if isinstance(value, Opaque):
         return f"{reader}: {value.reason}"
-    return f"{reader}: a layer of its own" if _is_own(user, analysis.gm) else f"{reader}: affine"
+    return f"{reader}: a layer of its own" if _is_own(user, analysis) else f"{reader}: affine"
 
 
 def is_unmerged(gm: fx.GraphModule) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -13,17 +14,18 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import input_of
+from lora_fx.affine.region_boundary import input_of, stored_term, weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
+from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
-from lora_fx.graph.ops import module_path
+from lora_fx.graph.ops import aten, holder_path, module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.branches import last_of
 from lora_fx.injection.injected_adapters import injected, remember
 from lora_fx.layers.matrix_products import product_of
-from lora_fx.layers.sites import Site, by_path, sites
+from lora_fx.layers.sites import Site, paths_of, sites
 from lora_fx.passes.inject_lora import InjectLora
 
 
@@ -50,13 +52,19 @@ class RaiseLora(Pass):
         """Puts the base layer in place of each region, then the branches beside them."""
         analysis = analyse(editor.gm)
         layers = {site.node: site for site in sites(editor.gm)}
-        found = _found(editor, analysis, layers)
+        regions = [
+            region
+            for region in reversed(maximal_regions(analysis))
+            if (site := layers.get(region.layer)) is None or region.value.node is not last_of(site)
+        ]  # the others are branches already
+        bases = {region.layer: _base_of(analysis, region, layers) for region in regions}
+        paths = _paths(layers, bases)
         updates: dict[str, Update] = {}
-        for path, regions in found.items():
-            if _is_everywhere(editor, path, regions):
-                updates[path] = regions[0][1]
-                for region, _ in regions:
-                    _strip(editor, region, layers[region.layer])
+        for path, found in _found(editor, analysis, regions, bases, paths).items():
+            if _is_everywhere({call for call, its in paths.items() if its == path}, found):
+                updates[path] = found[0].update
+                for raised in found:
+                    _strip(editor, raised.region, raised.base)
             else:
                 editor.record("skip", path, "its calls are updated differently")
         editor.sweep()
@@ -66,51 +74,102 @@ class RaiseLora(Pass):
             remember(editor.gm, known)  # the model holds it already: nothing was put in
 
 
+class _Base(NamedTuple):
+    """The layer that a region is beside.
+
+    Attributes:
+        weight: W, (out, in), as the analysis composes what is added to it.
+        stored: the ``get_attr`` node of W.
+        calls: what makes the layer's operand of it.
+        is_turned: whether the operand is W on its side, with no calls for that.
+    """
+
+    weight: Matrix
+    stored: fx.Node
+    calls: tuple[fx.Node, ...] = ()
+    is_turned: bool = False
+
+
+class _Raised(NamedTuple):
+    """A region as its layer and what it adds to that."""
+
+    region: Region
+    base: _Base
+    update: Update
+
+
+def _base_of(analysis: Analysis, region: Region, layers: Mapping[fx.Node, Site]) -> _Base | None:
+    """What a layer multiplies with: a stored weight, alone or as one of the terms of a sum."""
+    layer = region.layer
+    site, own = layers.get(layer), analysis.values[layer]
+    if region.blocked or not isinstance(own, AffineMap) or product_of(layer) is None:
+        return None
+    if site is not None:
+        return _Base(own.weight, site.weight, site.part.calls) if site.is_whole else None
+    term = stored_term(layer, analysis)
+    return _Base(term.weight, term.stored, is_turned=term.is_turned) if term else None
+
+
+def _paths(
+    layers: Mapping[fx.Node, Site], bases: Mapping[fx.Node, _Base | None]
+) -> dict[fx.Node, str]:
+    """What each call of a layer is called, once nothing is added to its weight."""
+    stored = {node: site.weight for node, site in layers.items()}
+    stored |= {layer: base.stored for layer, base in bases.items() if base}
+    calls = {node: (holder_path(node), str(weight.target)) for node, weight in stored.items()}
+    names = paths_of(calls.values())
+    return {node: names[call] for node, call in calls.items()}
+
+
 def _found(
-    editor: Editor, analysis: Analysis, layers: Mapping[fx.Node, Site]
-) -> dict[str, list[tuple[Region, Update]]]:
+    editor: Editor,
+    analysis: Analysis,
+    regions: Sequence[Region],
+    bases: Mapping[fx.Node, _Base | None],
+    paths: Mapping[fx.Node, str],
+) -> dict[str, list[_Raised]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
-    found: dict[str, list[tuple[Region, Update]]] = defaultdict(list)
-    for region in reversed(maximal_regions(analysis)):
-        site = layers.get(region.layer)
-        path = site.path if site else module_path(region.layer)
-        if site is not None and region.value.node is last_of(site):
-            continue  # a branch already
+    found: dict[str, list[_Raised]] = defaultdict(list)
+    for region in regions:
+        path = paths.get(region.layer, module_path(region.layer))
         try:
-            found[path] += [(region, _update(analysis, region, site))]
+            found[path] += [_raised(analysis, region, bases[region.layer])]
         except NotLowRankError as reason:
             editor.record("skip", path, str(reason))
-    return {path: regions for path, regions in found.items() if regions}
+    return {path: raised for path, raised in found.items() if raised}
 
 
-def _update(analysis: Analysis, region: Region, site: Site | None) -> Update:
-    """What a region adds to its layer."""
-    if site is None or not site.is_whole:
-        raise NotLowRankError("it reads a part of its weight, or none that is stored")
+def _raised(analysis: Analysis, region: Region, base: _Base | None) -> _Raised:
     own = analysis.values[region.layer]
     if region.blocked or product_of(region.layer) is None or not isinstance(own, AffineMap):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
+    if base is None:
+        raise NotLowRankError("it reads a part of its weight, or none that is stored")
     weight, bias = region.value.relative_to(region.source)
-    down, up = factors_beside(own.weight, weight)
-    return Update(down, up, 1.0, bias=column_beside(own.bias, bias))
+    down, up = factors_beside(base.weight, weight)
+    return _Raised(region, base, Update(down, up, 1.0, bias=column_beside(own.bias, bias)))
 
 
-def _is_everywhere(editor: Editor, path: str, found: list[tuple[Region, Update]]) -> bool:
+def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:
     """Whether all calls of a layer get the same update, since they share its weight."""
-    first = found[0][1]
+    first, *others = [raised.update for raised in found]
     same = all(
-        torch.equal(first.down, other.down) and torch.equal(first.up, other.up)
-        for _, other in found[1:]
+        torch.equal(first.down, other.down) and torch.equal(first.up, other.up) for other in others
     )
-    calls = by_path(editor.gm).get(path, [])
-    return same and {site.node for site in calls} <= {region.layer for region, _ in found}
+    return same and calls <= {raised.region.layer for raised in found}
 
 
-def _strip(editor: Editor, region: Region, site: Site) -> None:
+def _strip(editor: Editor, region: Region, base: _Base) -> None:
     """The base layer alone, where the region was."""
     layer, end, place = region.layer, region.value.node, region.place
     x = editor.along(region.before.moves, region.before.start, place)
-    known = editor.again(site.part.calls, {input_of(layer): x}, place)
+    known = {input_of(layer): x}
+    if base.calls:
+        known |= editor.again(base.calls, known, place)
+    else:
+        turn = aten.transpose.int, (base.stored, 0, 1)
+        turned = editor.call(*turn, before=place, like=layer) if base.is_turned else base.stored
+        known[weight_of(layer)] = turned
     rest = fx.node.map_arg(layer.args, lambda node: known.get(node, node))
-    base = editor.call(layer.target, rest, before=place, like=layer)
-    editor.replace(end, editor.along(region.behind.moves, base, place))
+    stripped = editor.call(layer.target, rest, before=place, like=layer)
+    editor.replace(end, editor.along(region.behind.moves, stripped, place))

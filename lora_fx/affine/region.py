@@ -11,6 +11,7 @@ from lora_fx.affine.analysis import Analysis, Opaque, Splat
 from lora_fx.affine.region_boundary import (
     ViewChain,
     input_views,
+    is_stored,
     output_views,
     reads_more,
     stored_in,
@@ -192,7 +193,7 @@ def _is_worth_it(
     values = (analysis.values[n] for n in nodes - {layer})
     lasts = {v.last for v in values if isinstance(v, AffineMap)} - {Link.VIEW}
     if not lasts:  # a product with what is computed is one call already
-        return layer.target in OPERATORS and stored_in(layer, analysis.gm) is None
+        return stored_in(layer, analysis.gm) is None and is_stored(layer, analysis)
     if layer.target not in OPERATORS and _is_bias_alone(nodes - {layer}, layer, analysis):
         return False
     if lasts != {Link.GLUE} or any(map(analysis.reads_constant, nodes - {layer})):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
 from lora_fx.affine.affine_map import AffineMap, Link, Patches
 from lora_fx.affine.analysis import Alias, Analysis, dtype_of
-from lora_fx.algebra.matrix_expr import Identity
-from lora_fx.graph.ops import CASTS, op_name
+from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix, Sum, Transposed, parts
+from lora_fx.graph.ops import CASTS, needed, op_name
 from lora_fx.layers.layer_types import OPERATORS, operands_of
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.weight_parts import part_of
@@ -55,9 +57,42 @@ def stored_in(layer: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
     return part and part.source
 
 
-def is_stored(layer: fx.Node, gm: fx.GraphModule) -> bool:
+class StoredTerm(NamedTuple):
+    """A stored weight in the sum that a layer multiplies with.
+
+    Attributes:
+        weight: (out, in), as the analysis composes what is added to it.
+        stored: its ``get_attr`` node.
+        is_turned: whether the sum holds it on its side.
+    """
+
+    weight: Matrix
+    stored: fx.Node
+    is_turned: bool
+
+
+def stored_term(layer: fx.Node, analysis: Analysis) -> StoredTerm | None:
+    """The one stored weight of ``x @ (W + A @ B)``, or None."""
+    own, operand, constants = analysis.values[layer], weight_of(layer), analysis.constants
+    matrix = analysis.matrix(operand)
+    if matrix is None or not isinstance(own, AffineMap) or operand not in layer.all_input_nodes:
+        return None
+    fetched = [node for node in needed(operand) if node.op == "get_attr"]
+    nodes: dict[Hashable, fx.Node] = {constants.key(node): node for node in fetched}
+    found = []
+    for term, weight in zip(parts(matrix, Sum), parts(own.weight, Sum), strict=True):
+        leaf = term.of if isinstance(term, Transposed) else term
+        stored = nodes.get(leaf.key) if isinstance(leaf, Leaf) else None
+        if stored is not None and constants.dtype(stored) == constants.dtype(operand):
+            found.append(StoredTerm(weight, stored, isinstance(term, Transposed)))
+    return found[0] if len(found) == 1 else None
+
+
+def is_stored(layer: fx.Node, analysis: Analysis) -> bool:
     """Whether a call is a layer of its own: a product with what is computed may be an adapter's."""
-    return layer.target in OPERATORS or stored_in(layer, gm) is not None
+    if layer.target in OPERATORS or stored_in(layer, analysis.gm) is not None:
+        return True
+    return stored_term(layer, analysis) is not None
 
 
 def reads_more(layer: fx.Node, source: AffineMap, analysis: Analysis) -> bool:

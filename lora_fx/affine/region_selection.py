@@ -75,11 +75,11 @@ def _sources(value: AffineMap, analysis: Analysis, chains: bool) -> list[AffineM
     while here.parent is not None:
         own = _layer_of(here, analysis)
         glue += here.glued()
-        if own is not None and is_stored(own, analysis.gm):
+        if own is not None and is_stored(own, analysis):
             if is_found and not chains:
                 break
             is_found = True
-            layer = layer if layer is not None and is_stored(layer, analysis.gm) else own
+            layer = layer if layer is not None and is_stored(layer, analysis) else own
         layer = layer or own
         if layer is not None and not chains and not all(is_around(n, layer) for n in glue):
             break
@@ -94,7 +94,7 @@ def _layer_of(value: AffineMap, analysis: Analysis) -> fx.Node | None:
     if value.link is Link.LAYER:
         return value.start
     if value.link is Link.PRODUCT and value.start is not None and analysis.product(value.start):
-        return value.start if is_stored(value.start, analysis.gm) else None
+        return value.start if is_stored(value.start, analysis) else None
     if value.link is not Link.JOIN or value.parent is None:
         return None
     nodes = calls_between(value.parent, value.node, analysis)

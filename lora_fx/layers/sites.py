@@ -36,6 +36,8 @@ _INNER = ".out_proj"
 # With the number that a new weight has while the old one is read elsewhere.
 _PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
 _NUMBERED = re.compile(r"weight_\d+$")
+# What torch calls a parameter that others are computed from: it is known as what is computed.
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +227,7 @@ def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
+    name = _PARAMETRIZED.sub(r"\1", name)
     holder, _, leaf = name.rpartition(".")
     if path and not name.startswith(f"{path}."):  # a tied weight bears another module's name
         attends = any(other.rpartition(".")[2] in (PACKED, *_APART) for other in names)

@@ -19,7 +19,7 @@ from lora_fx.testing import Computes
 
 def constant(function: Callable[[Any], torch.Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"w": (5, 3), "a": (5, 2), "b": (2, 3), "v": (5,)}
+    sizes = {"w": (5, 3), "a": (5, 2), "b": (2, 3), "v": (5,), "s": (), "one": (1, 1)}
     return Computes(lambda m, x: x * function(m).sum(), sizes)
 
 
@@ -33,6 +33,15 @@ CASES: dict[str, tuple[Callable[[Any], torch.Tensor], type]] = {
     "divided": (lambda m: (m.a @ m.b) / 4, Product),
     "sum": (lambda m: m.w + 2 * m.a @ m.b, Sum),
     "difference": (lambda m: m.w - m.a @ m.b, Sum),
+    "difference with a factor": (lambda m: torch.sub(m.w, m.a @ m.b, alpha=2), Sum),
+    "addmm": (lambda m: torch.addmm(m.w, m.a, m.b), Sum),
+    "addmm with factors": (lambda m: torch.addmm(m.w, m.a, m.b, beta=2, alpha=0.5), Sum),
+    "addmm of a row": (lambda m: torch.addmm(m.b[0], m.a, m.b), Leaf),
+    "scaled by a tensor": (lambda m: m.s * (m.a @ m.b), Product),
+    "scaled by a matrix of one": (lambda m: (m.a @ m.b) * m.one, Product),
+    "divided by a tensor": (lambda m: (m.a @ m.b) / m.s, Leaf),
+    "viewed": (lambda m: (m.a @ m.b).view(m.w.shape), Product),
+    "viewed as another": (lambda m: (m.a @ m.b).view(3, 5).reshape_as(m.w), Leaf),
     "passed on": (lambda m: (m.a @ m.b).contiguous().float(), Product),
     "Hadamard": (lambda m: m.w * (m.a @ m.b), Leaf),
     "broadcast": (lambda m: m.w + m.v[:, None], Leaf),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
-from lora_fx.explanation import unmerged
+from lora_fx.explanation import explain, unmerged
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
@@ -39,6 +39,29 @@ def test_several_adapters_fold_into_one_layer(ragged: Any, x: Any) -> None:
     one = inject(base, other)(x)
     seen = check_pass(FoldLora(), injected, x, expected=injected(x), control=one)
     assert seen.after == text(base)
+
+
+PRODUCTS = {
+    "last": lambda m, x: x @ (m.w + 1.5 * m.a @ m.b),
+    "turned": lambda m, x: x @ (m.w.T + 1.5 * (m.a @ m.b).T).T,
+    "mm": lambda m, x: torch.mm(x, torch.addmm(m.w, m.a, m.b, alpha=1.5)),
+    "linear": lambda m, x: nn.functional.linear(x, (m.w + 1.5 * m.a @ m.b).T),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("spelled", PRODUCTS)
+def test_a_product_with_a_weight_that_is_summed_up_is_one_layer(
+    spelled: str, frontend: Any
+) -> None:
+    """It holds one stored weight, so it is no adapter's factor."""
+    sizes = {"w": (3, 5), "a": (3, 2), "b": (2, 5)}
+    model, x = Computes(PRODUCTS[spelled], sizes), torch.randn(4, 3)
+    gm = trace(model, (x,), frontend=frontend)
+    seen = check_pass(FoldLora(), gm, x, expected=model(x), control=x @ model.w)
+    assert len(text(seen.gm).splitlines()) == 3
+    (line,) = explain(gm)
+    assert "3 -> 5 of x: becomes the layer of" in line
 
 
 class Known(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from peft import LoraConfig as PeftConfig
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from lora_fx import Adapter, adapter_from, fold, inject, text, trace
 from lora_fx.injection.branches import branches
@@ -154,6 +157,92 @@ def test_a_layer_called_twice_gets_one_pair_of_factors(x: Any) -> None:
     seen = check_pass(RaiseLora(), trace(module), x, expected=module(x), control=control)
     assert len(branches(seen.gm)) == 2
     assert len([n for n, _ in seen.gm.named_parameters() if "lora_A" in n]) == 1
+
+
+class Low(nn.Module):
+    """A parametrization: its rank is low."""
+
+    def __init__(self, out: int, into: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, into))
+        self.b = nn.Parameter(torch.randn(out, 2))
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (self.b @ self.a).view(weight.shape) * self.scale
+
+
+SUMS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "linear": lambda m, x: F.linear(x, m.fc.weight + 1.5 * m.a @ m.b, m.fc.bias),
+    "behind": lambda m, x: F.linear(x, 1.5 * m.a @ m.b + m.fc.weight.float(), m.fc.bias),
+    "less": lambda m, x: F.linear(x, m.fc.weight - (-1.5 * m.a) @ m.b, m.fc.bias),
+    "addmm": lambda m, x: F.linear(x, torch.addmm(m.fc.weight, m.a, m.b, alpha=1.5), m.fc.bias),
+    "turned": lambda m, x: x @ (m.fc.weight + 1.5 * m.a @ m.b).T + m.fc.bias,
+    "both turned": lambda m, x: x @ (m.fc.weight.T + 1.5 * (m.b.T @ m.a.T)) + m.fc.bias,
+    "a branch too": lambda m, x: (
+        F.linear(x, m.fc.weight + m.a @ m.b, m.fc.bias) + x @ m.b.T @ m.a.T * 0.5
+    ),
+    "twice": lambda m, x: (
+        F.linear(F.linear(x, m.fc.weight + 1.5 * m.a @ m.b, m.fc.bias)[..., :6],
+                 m.fc.weight + 1.5 * m.a @ m.b, m.fc.bias)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("spelled", SUMS)
+def test_what_is_added_to_a_weight_becomes_a_branch(spelled: str, frontend: Any, x: Any) -> None:
+    class Summed(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return SUMS[spelled](self, x)
+
+    module = Summed().eval()
+    delta = 1.5 * module.a @ module.b
+    control = module.fc(module.fc(x)[..., :6]) if spelled == "twice" else module.fc(x)
+    gm = trace(module, (x,), frontend=frontend)
+    seen = check_pass(RaiseLora("mine"), gm, x, expected=module(x), control=control)
+    (path,) = adapter_from(seen.gm, "mine").updates
+    assert path == "fc"
+    torch.testing.assert_close(adapter_from(seen.gm, "mine").updates["fc"].delta(), delta)
+    assert {branch.path for branch in branches(seen.gm)} == {"fc"}
+    assert not RaiseLora("mine")(seen.gm).modified
+
+
+def test_a_parametrization_becomes_a_branch(x: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 7))
+    before = model(x)
+    for layer in (model[0], model[2]):
+        register_parametrization(layer, "weight", Low(*layer.weight.shape))
+    gm = trace(model.eval(), (x,))
+    seen = check_pass(RaiseLora(), gm, x, expected=model(x), control=before)
+    adapter = adapter_from(seen.gm)
+    assert [*adapter.updates] == ["0", "2"]
+    for path, update in adapter.updates.items():
+        layer = model.get_submodule(path)
+        delta = layer.weight - layer.parametrizations.weight.original
+        torch.testing.assert_close(update.delta(), delta, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("elsewhere", ["plain", "another", "scaled", "full"])
+def test_a_weight_that_more_is_done_with_stays(elsewhere: str, x: Any) -> None:
+    class Summed(Notebook):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight, bias = self.fc.weight, self.fc.bias
+            if elsewhere == "scaled":
+                return F.linear(x, 2 * weight + self.a @ self.b, bias)
+            if elsewhere == "full":
+                return F.linear(x, weight + weight.sin(), bias)
+            first = torch.tanh(F.linear(x, weight + self.a @ self.b, bias))
+            if elsewhere == "plain":
+                return first + torch.sin(F.linear(x, weight, bias))
+            return first + torch.sin(F.linear(x, weight - self.a @ self.b, bias))
+
+    gm = trace(Summed().eval(), (x,))
+    result = RaiseLora()(gm)
+    assert not result.modified
+    (edit,) = result.edits
+    wanted = {"scaled": "stored", "full": "no product"}
+    assert wanted.get(elsewhere, "its calls are updated differently") in edit.text
 
 
 def test_beside_a_part_of_a_weight_nothing_is_raised(x: Any) -> None:
