@@ -64,6 +64,11 @@ def test_a_product_with_a_weight_that_is_summed_up_is_one_layer(
     assert "3 -> 5 of x: becomes the layer of" in line
 
 
+def test_a_product_with_the_sum_of_two_stored_matrices_may_be_an_adapters() -> None:
+    model = Computes(lambda m, x: x @ (m.v + m.w), {"v": (3, 2), "w": (3, 2)})
+    assert not FoldLora()(trace(model, (torch.randn(4, 3),))).edits
+
+
 class Known(nn.Module):
     """Layers of what no input has a say in: places, a table of them, queries that are learned."""
 
