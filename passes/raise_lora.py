@@ -24,7 +24,6 @@ from lora_fx.graph.ops import aten, holder_path, module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.branches import last_of
 from lora_fx.injection.injected_adapters import injected, remember
-from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.sites import Site, paths_of, sites
 from lora_fx.passes.inject_lora import InjectLora
 
@@ -39,7 +38,7 @@ class RaiseLora(Pass):
     rank is the sum of theirs.
 
     Leaves alone, and says why, regions that scale their base (DoRA), add a matrix of no known
-    factors (LoHa, LoKr), or hold an embedding or a convolution.
+    factors (LoHa, LoKr), or hold a convolution in groups.
 
     Attributes:
         name: what the adapter is called from then on.
@@ -80,12 +79,14 @@ class _Base(NamedTuple):
     Attributes:
         weight: W, (out, in), as the analysis composes what is added to it.
         stored: the ``get_attr`` node of W.
+        inputs: the axes of W that are summed over, (in,) or (in, *kernel).
         calls: what makes the layer's operand of it.
         is_turned: whether the operand is W on its side, with no calls for that.
     """
 
     weight: Matrix
     stored: fx.Node
+    inputs: tuple[int, ...]
     calls: tuple[fx.Node, ...] = ()
     is_turned: bool = False
 
@@ -102,12 +103,15 @@ def _base_of(analysis: Analysis, region: Region, layers: Mapping[fx.Node, Site])
     """What a layer multiplies with: a stored weight, alone or as one of the terms of a sum."""
     layer = region.layer
     site, own = layers.get(layer), analysis.values[layer]
-    if region.blocked or not isinstance(own, AffineMap) or product_of(layer) is None:
+    if region.blocked or not isinstance(own, AffineMap):
         return None
     if site is not None:
-        return _Base(own.weight, site.weight, site.part.calls) if site.is_whole else None
+        found = _Base(own.weight, site.weight, site.own_shape[1:], site.part.calls)
+        return found if site.is_whole else None
     term = stored_term(layer, analysis)
-    return _Base(term.weight, term.stored, is_turned=term.is_turned) if term else None
+    if term is None:
+        return None
+    return _Base(term.weight, term.stored, term.weight.shape[1:], is_turned=term.is_turned)
 
 
 def _paths(
@@ -141,13 +145,15 @@ def _found(
 
 def _raised(analysis: Analysis, region: Region, base: _Base | None) -> _Raised:
     own = analysis.values[region.layer]
-    if region.blocked or product_of(region.layer) is None or not isinstance(own, AffineMap):
-        raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")
-    if base is None:
-        raise NotLowRankError("it reads a part of its weight, or none that is stored")
+    if region.blocked or base is None or not isinstance(own, AffineMap):
+        reason = "it reads a part of its weight, or none that is stored"
+        raise NotLowRankError(region.blocked or reason)
+    if own.grouped:
+        raise NotLowRankError("a branch stands beside no convolution in groups")
     weight, bias = region.value.relative_to(region.source)
-    down, up = factors_beside(base.weight, weight)
-    return _Raised(region, base, Update(down, up, 1.0, bias=column_beside(own.bias, bias)))
+    down, up = factors_beside(base.weight, weight, any_rank=True)
+    shift = column_beside(own.bias, bias)
+    return _Raised(region, base, Update(down.reshape(-1, *base.inputs), up, 1.0, bias=shift))
 
 
 def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:

@@ -68,10 +68,13 @@ def is_added(base: Matrix, whole: Matrix) -> bool:
     return found.row is None and found.col is None
 
 
-def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_beside(
+    base: Matrix, whole: Matrix, any_rank: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads ``whole = base + up @ down``.
 
-    Several products are put side by side: their ranks add up.
+    Several products are put side by side: their ranks add up. That is to be less than the sizes
+    of the matrix, unless ``any_rank`` will do: factors are what an adapter has, and may be saved.
 
     Returns:
         down (r, in) and up (out, r), in float32 or wider.
@@ -79,13 +82,15 @@ def factors_beside(base: Matrix, whole: Matrix) -> tuple[torch.Tensor, torch.Ten
     Raises:
         NotLowRankError: the base is scaled, or something else is added than products of low rank.
     """
-    pairs = pairs_beside(base, whole)
+    pairs = pairs_beside(base, whole, any_rank)
     down = torch.cat([dense(right, torch.float32) for _, right in pairs])
     up = torch.cat([dense(left, torch.float32) for left, _ in pairs], dim=1)
     return down, up
 
 
-def pairs_beside(base: Matrix, whole: Matrix) -> list[tuple[Matrix, Matrix]]:
+def pairs_beside(
+    base: Matrix, whole: Matrix, any_rank: bool = False
+) -> list[tuple[Matrix, Matrix]]:
     """The products of `factors_beside` as expressions, which computes nothing.
 
     Raises:
@@ -98,7 +103,7 @@ def pairs_beside(base: Matrix, whole: Matrix) -> list[tuple[Matrix, Matrix]]:
         raise NotLowRankError("nothing is added to the base weight")
     pairs = [split(term) for term in found.added]
     rank = sum(right.shape[0] for _, right in pairs)
-    if rank >= min(whole.shape):
+    if rank >= min(whole.shape) and not any_rank:
         raise NotLowRankError(f"what is added has rank {rank}, no less than the layer")
     return pairs
 

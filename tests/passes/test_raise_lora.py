@@ -223,6 +223,54 @@ def test_a_parametrization_becomes_a_branch(x: Any) -> None:
         torch.testing.assert_close(update.delta(), delta, atol=1e-6, rtol=1e-5)
 
 
+class Kinds(nn.Module):
+    """A layer of each kind that an adapter of two factors may stand beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.wide = nn.Embedding(20, 4), nn.Conv1d(4, 5, 3, padding=1, stride=2)
+        self.point, self.flat = nn.Conv2d(1, 3, (1, 1)), nn.Conv2d(3, 4, (3, 2), padding=(1, 0))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.wide(self.words(ids).transpose(1, 2)))
+        x = torch.relu(self.flat(torch.relu(self.point(x[:, None])))).mean(1)
+        return self.head(x.transpose(1, 2))
+
+
+def test_layers_of_every_kind_that_peft_wrapped_become_branches() -> None:
+    """A rank that is no less than a head's outputs, too: it is the adapter's."""
+    torch.manual_seed(0)
+    base, ids = Kinds().eval(), torch.randint(0, 20, (2, 9))
+    before = base(ids)
+    names = ["words", "wide", "point", "flat", "head"]
+    config = PeftConfig(r=3, lora_alpha=5, target_modules=names, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    gm = trace(model, (ids,))
+    seen = check_pass(RaiseLora(), gm, ids, expected=model(ids), control=before)
+    adapter = adapter_from(seen.gm)
+    assert {path.split(".")[2] for path in adapter.updates} == set(names)
+    assert {update.rank for update in adapter.updates.values()} == {3}
+    for path, update in adapter.updates.items():
+        layer = model.get_submodule(path.removesuffix(".base_layer"))
+        delta = update.delta().T if ".words." in path else update.delta()
+        torch.testing.assert_close(delta, layer.get_delta_weight("default"))
+
+
+def test_beside_a_convolution_in_groups_nothing_is_raised() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 6, 3, groups=2)
+            self.down, self.up = nn.Conv1d(4, 2, 3, groups=2), nn.Conv1d(2, 6, 1, groups=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) + self.up(self.down(x))
+
+    result = RaiseLora()(trace(Grouped().eval(), (torch.randn(2, 4, 9),)))
+    assert not result.modified
+
+
 @pytest.mark.parametrize("elsewhere", ["plain", "another", "scaled", "full"])
 def test_a_weight_that_more_is_done_with_stays(elsewhere: str, x: Any) -> None:
     class Summed(Notebook):
