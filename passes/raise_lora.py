@@ -14,11 +14,10 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.affine.affine_map import AffineMap
 from lora_fx.affine.analysis import Analysis
 from lora_fx.affine.region import Region
-from lora_fx.affine.region_boundary import input_of, stored_term, weight_of
+from lora_fx.affine.region_boundary import BaseWeight, input_of, stored_term, weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_beside
-from lora_fx.algebra.matrix_expr import Matrix
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten, holder_path, module_path
 from lora_fx.graph.pass_base import Pass
@@ -73,49 +72,30 @@ class RaiseLora(Pass):
             remember(editor.gm, known)  # the model holds it already: nothing was put in
 
 
-class _Base(NamedTuple):
-    """The layer that a region is beside.
-
-    Attributes:
-        weight: W, (out, in), as the analysis composes what is added to it.
-        stored: the ``get_attr`` node of W.
-        inputs: the axes of W that are summed over, (in,) or (in, *kernel).
-        calls: what makes the layer's operand of it.
-        is_turned: whether the operand is W on its side, with no calls for that.
-    """
-
-    weight: Matrix
-    stored: fx.Node
-    inputs: tuple[int, ...]
-    calls: tuple[fx.Node, ...] = ()
-    is_turned: bool = False
-
-
 class _Raised(NamedTuple):
     """A region as its layer and what it adds to that."""
 
     region: Region
-    base: _Base
+    base: BaseWeight
     update: Update
 
 
-def _base_of(analysis: Analysis, region: Region, layers: Mapping[fx.Node, Site]) -> _Base | None:
+def _base_of(
+    analysis: Analysis, region: Region, layers: Mapping[fx.Node, Site]
+) -> BaseWeight | None:
     """What a layer multiplies with: a stored weight, alone or as one of the terms of a sum."""
     layer = region.layer
     site, own = layers.get(layer), analysis.values[layer]
     if region.blocked or not isinstance(own, AffineMap):
         return None
     if site is not None:
-        found = _Base(own.weight, site.weight, site.own_shape[1:], site.part.calls)
+        found = BaseWeight(own.weight, site.weight, site.part.calls)
         return found if site.is_whole else None
-    term = stored_term(layer, analysis)
-    if term is None:
-        return None
-    return _Base(term.weight, term.stored, term.weight.shape[1:], is_turned=term.is_turned)
+    return stored_term(layer, analysis)
 
 
 def _paths(
-    layers: Mapping[fx.Node, Site], bases: Mapping[fx.Node, _Base | None]
+    layers: Mapping[fx.Node, Site], bases: Mapping[fx.Node, BaseWeight | None]
 ) -> dict[fx.Node, str]:
     """What each call of a layer is called, once nothing is added to its weight."""
     stored = {node: site.weight for node, site in layers.items()}
@@ -129,7 +109,7 @@ def _found(
     editor: Editor,
     analysis: Analysis,
     regions: Sequence[Region],
-    bases: Mapping[fx.Node, _Base | None],
+    bases: Mapping[fx.Node, BaseWeight | None],
     paths: Mapping[fx.Node, str],
 ) -> dict[str, list[_Raised]]:
     """The regions that can be raised, and what each adds, by the path of their layer."""
@@ -143,17 +123,14 @@ def _found(
     return {path: raised for path, raised in found.items() if raised}
 
 
-def _raised(analysis: Analysis, region: Region, base: _Base | None) -> _Raised:
+def _raised(analysis: Analysis, region: Region, base: BaseWeight | None) -> _Raised:
     own = analysis.values[region.layer]
     if region.blocked or base is None or not isinstance(own, AffineMap):
         reason = "it reads a part of its weight, or none that is stored"
         raise NotLowRankError(region.blocked or reason)
-    if own.grouped:
-        raise NotLowRankError("a branch stands beside no convolution in groups")
     weight, bias = region.value.relative_to(region.source)
     down, up = factors_beside(base.weight, weight, any_rank=True)
-    shift = column_beside(own.bias, bias)
-    return _Raised(region, base, Update(down.reshape(-1, *base.inputs), up, 1.0, bias=shift))
+    return _Raised(region, base, Update(down, up, 1.0, bias=column_beside(own.bias, bias)))
 
 
 def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:
@@ -165,7 +142,7 @@ def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:
     return same and calls <= {raised.region.layer for raised in found}
 
 
-def _strip(editor: Editor, region: Region, base: _Base) -> None:
+def _strip(editor: Editor, region: Region, base: BaseWeight) -> None:
     """The base layer alone, where the region was."""
     layer, end, place = region.layer, region.value.node, region.place
     x = editor.along(region.before.moves, region.before.start, place)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -20,11 +21,21 @@ _VIEWS = {"view", "reshape", "view_as", "reshape_as", "expand", "expand_as"}
 
 def factored(constants: Constants, node: fx.Node) -> Matrix | None:
     """A constant of two axes as an expression, or None if it has not two."""
+    return in_rows(constants, node) if _has_two_axes(constants, node) else None
+
+
+def in_rows(constants: Constants, node: fx.Node) -> Matrix | None:
+    """A constant as an expression of a matrix: its first axis, and all others as the second.
+
+    Returns:
+        None if it has less than two axes.
+    """
     shape = constants.shape(node)
-    if shape is None or len(shape) != 2:
+    if shape is None or len(shape) < 2:
         return None
+    flat = shape[0], prod(shape[1:])
     found = None if constants.is_long(node) else _expression(constants, node)
-    return found or leaf(constants, node, (shape[0], shape[1]))
+    return found if found and found.shape == flat else leaf(constants, node, flat)
 
 
 def leaf(constants: Constants, node: fx.Node, shape: tuple[int, int]) -> Leaf:
@@ -33,50 +44,69 @@ def leaf(constants: Constants, node: fx.Node, shape: tuple[int, int]) -> Leaf:
 
 
 def _expression(constants: Constants, node: fx.Node) -> Matrix | None:
-    first, second = call_argument(node, 0, "input"), call_argument(node, 1, "other")
-    if op_name(node) == "mul" and _is_factor(constants, first):
+    name, first, second = op_name(node), *_operands(node)
+    if name == "mul" and _is_factor(constants, first):
         first, second = second, first
     one = _matrix(constants, first)
     if one is None or node.op == "get_attr":
         return None
-    name = op_name(node)
-    if name in _PASSES or (name in _VIEWS and constants.shape(node) == one.shape):
+    if name in _PASSES | _VIEWS:
         return one if constants.dtype(node).is_floating_point else None
-    if name in _TURNS or (name == "getattr" and second in _TURNS) or _swaps(name, node):
-        return transposed(one)
     if name in ("mul", "div", "truediv") and isinstance(second, int | float) and second != 0:
         return signed(one, float(second) if name == "mul" else 1 / second)
     if name == "mul" and _is_factor(constants, second):
         return scaled(leaf(constants, second, (1, 1)), one)
-    other = _matrix(constants, second)
+    if name in ("add", "sub"):
+        other = _matrix(constants, second)
+        return other and _sum(one, signed(other, 1 if name == "add" else -1), node)
+    return _of_two_axes(constants, node, one) if _has_two_axes(constants, first) else None
+
+
+def _of_two_axes(constants: Constants, node: fx.Node, one: Matrix) -> Matrix | None:
+    """What a call makes of a matrix that no tensor of more axes could stand for."""
+    name, second = op_name(node), _operands(node)[1]
+    if name in _TURNS or (name == "getattr" and second in _TURNS) or _swaps(name, node):
+        return transposed(one)
+    other = _matrix(constants, second) if _has_two_axes(constants, second) else None
     if other is None:
         return None
     if name in ("matmul", "mm"):
         return product(one, other)
     third = _matrix(constants, node.args[2]) if name == "addmm" else None
-    if third is not None:
-        other, name = product(other, third), "add"
+    return third and _sum(one, product(other, third), node)
+
+
+def _sum(one: Matrix, other: Matrix, node: fx.Node) -> Matrix | None:
+    """``beta one + alpha other``, of a call that may have such factors."""
     factors: Any = node.kwargs
     alpha, beta = factors.get("alpha", 1), factors.get("beta", 1)
     are_numbers = isinstance(alpha, int | float) and isinstance(beta, int | float)
-    if name not in ("add", "sub") or one.shape != other.shape or not are_numbers:
-        return None
-    return Sum(signed(one, beta), signed(other, alpha if name == "add" else -alpha))
+    is_whole = are_numbers and one.shape == other.shape
+    return Sum(signed(one, beta), signed(other, alpha)) if is_whole else None
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    return call_argument(node, 0, "input"), call_argument(node, 1, "other")
+
+
+def _is_constant(constants: Constants, value: Any) -> bool:
+    is_known = isinstance(value, fx.Node) and value in constants.nodes
+    return is_known and constants.is_floating(value)
+
+
+def _has_two_axes(constants: Constants, value: Any) -> bool:
+    return _is_constant(constants, value) and len(constants.shape(value) or ()) == 2
 
 
 def _is_factor(constants: Constants, value: Any) -> bool:
     """Whether a value is one number for all: by itself, or as a tensor."""
-    if not isinstance(value, fx.Node) or value not in constants.nodes:
+    if not _is_constant(constants, value):
         return isinstance(value, int | float)
-    shape = constants.shape(value)
-    return shape is not None and set(shape) <= {1} and constants.is_floating(value)
+    return set(constants.shape(value) or ()) <= {1}
 
 
 def _matrix(constants: Constants, value: Any) -> Matrix | None:
-    known = isinstance(value, fx.Node) and value in constants.nodes
-    if not known or not constants.is_floating(value):
-        return None
-    return factored(constants, value)
+    return in_rows(constants, value) if _is_constant(constants, value) else None
 
 
 def _swaps(name: str, node: fx.Node) -> bool:

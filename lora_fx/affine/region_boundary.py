@@ -57,34 +57,40 @@ def stored_in(layer: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
     return part and part.source
 
 
-class StoredTerm(NamedTuple):
-    """A stored weight in the sum that a layer multiplies with.
+class BaseWeight(NamedTuple):
+    """The stored weight that a layer multiplies with, by itself or as a term of a sum.
 
     Attributes:
-        weight: (out, in), as the analysis composes what is added to it.
+        weight: (out, in * kernel), as the analysis composes what is added to it.
         stored: its ``get_attr`` node.
-        is_turned: whether the sum holds it on its side.
+        calls: what makes the layer's operand of it.
+        is_turned: whether the operand, with no calls for that, has it on its side.
     """
 
     weight: Matrix
     stored: fx.Node
-    is_turned: bool
+    calls: tuple[fx.Node, ...] = ()
+    is_turned: bool = False
 
 
-def stored_term(layer: fx.Node, analysis: Analysis) -> StoredTerm | None:
+def stored_term(layer: fx.Node, analysis: Analysis) -> BaseWeight | None:
     """The one stored weight of ``x @ (W + A @ B)``, or None."""
     own, operand, constants = analysis.values[layer], weight_of(layer), analysis.constants
-    matrix = analysis.matrix(operand)
-    if matrix is None or not isinstance(own, AffineMap) or operand not in layer.all_input_nodes:
+    if not isinstance(own, AffineMap) or operand not in layer.all_input_nodes:
         return None
+    shape = constants.shape(operand) or ()
     fetched = [node for node in needed(operand) if node.op == "get_attr"]
     nodes: dict[Hashable, fx.Node] = {constants.key(node): node for node in fetched}
     found = []
+    matrix = analysis.matrix(operand) or own.weight  # a kernel's, if it is not turned
     for term, weight in zip(parts(matrix, Sum), parts(own.weight, Sum), strict=True):
         leaf = term.of if isinstance(term, Transposed) else term
         stored = nodes.get(leaf.key) if isinstance(leaf, Leaf) else None
-        if stored is not None and constants.dtype(stored) == constants.dtype(operand):
-            found.append(StoredTerm(weight, stored, isinstance(term, Transposed)))
+        if stored is None or constants.dtype(stored) != constants.dtype(operand):
+            continue
+        is_turned = leaf is not term
+        if constants.shape(stored) == (shape[::-1] if is_turned else shape):
+            found.append(BaseWeight(weight, stored, is_turned=is_turned))
     return found[0] if len(found) == 1 else None
 
 

@@ -271,6 +271,33 @@ def test_beside_a_convolution_in_groups_nothing_is_raised() -> None:
     assert not result.modified
 
 
+@pytest.mark.parametrize("rows", [6, 18])
+def test_what_is_added_to_a_kernel_becomes_a_branch_if_its_rows_are_few(rows: int) -> None:
+    """loralib's convolution adds a product of (out * kernel, in * kernel), of no less rank."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.up = nn.Parameter(torch.randn(rows, 2))
+            self.down = nn.Parameter(torch.randn(2, 6 * 27 // rows))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            delta = (self.up @ self.down).view(self.conv.weight.shape)
+            return F.conv2d(x, self.conv.weight + 0.1 * delta, self.conv.bias, padding=1)
+
+    model, x = Summed().eval(), torch.randn(2, 3, 5, 5)
+    gm = trace(model, (x,))
+    if rows == 18:
+        (edit,) = RaiseLora()(gm).edits
+        assert str(edit) == "skip conv: what is added is no product of smaller factors"
+        return
+    seen = check_pass(RaiseLora(), gm, x, expected=model(x), control=model.conv(x))
+    (update,) = adapter_from(seen.gm).updates.values()
+    assert update.shape == (6, 3, 3, 3)
+    assert update.rank == 2
+
+
 @pytest.mark.parametrize("elsewhere", ["plain", "another", "scaled", "full"])
 def test_a_weight_that_more_is_done_with_stays(elsewhere: str, x: Any) -> None:
     class Summed(Notebook):

@@ -11,7 +11,7 @@ from torch import fx
 
 from lora_fx.affine.affine_map import Patches
 from lora_fx.affine.analysis import Analysis, Opaque, Rule, Value
-from lora_fx.affine.constant_expr import leaf
+from lora_fx.affine.constant_expr import in_rows, leaf
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.linear import dense_layer
 from lora_fx.algebra.matrix_expr import BlockDiag, Leaf, Matrix, columns_scaled
@@ -59,7 +59,7 @@ def _layer(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], patches: P
         matrix = _channels(analysis, node, shape, groups)
         return dense_layer(analysis, node, x, kernel, matrix, bias, after=dims)
     rows, columns = shape[0], prod(shape[1:])
-    whole: Matrix = _kernel(analysis, node, (rows, columns), groups)
+    whole = _kernel(analysis, node, (rows, columns), groups)
     gain = _gain(analysis, node, shape[1], dims) if groups == 1 else None
     if gain is not None:
         x, whole = gain[0], columns_scaled(whole, gain[1])
@@ -95,15 +95,18 @@ def _gain(
 
 def _channels(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], groups: int) -> Matrix:
     whole = _kernel(analysis, node, (shape[0], shape[1]), groups)
-    if groups == 1:
+    if not isinstance(whole, Leaf) or groups == 1:
         return whole
     blocks = (groups, shape[0] // groups, shape[1])
     return BlockDiag(blocks, ("channels", groups, whole.key), lambda: whole.fetch().reshape(blocks))
 
 
-def _kernel(analysis: Analysis, node: fx.Node, shape: tuple[int, int], groups: int) -> Leaf:
-    """The kernel as a matrix of (out, in / groups * places)."""
+def _kernel(analysis: Analysis, node: fx.Node, shape: tuple[int, int], groups: int) -> Matrix:
+    """The kernel as a matrix of (out, in / groups * places), as it is summed up if in no groups."""
     kernel, layer = call_argument(node, 1, "weight"), OPERATORS[node.target]
+    summed = in_rows(analysis.constants, kernel) if groups == 1 else None
+    if summed is not None and not layer.transposed:
+        return summed
     stored = leaf(analysis.constants, kernel, shape)
     if not layer.transposed:
         return stored

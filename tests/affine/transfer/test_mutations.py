@@ -121,9 +121,10 @@ def unmerged(blocks: tuple[int, int, int], key: Any, fetch: Any) -> BlockDiag:
     return BlockDiag(blocks, key, lambda: fetch().flip(0))
 
 
-def dense_kernel(constants: Any, node: Any, shape: tuple[int, int]) -> Leaf:
+def dense_kernel(constants: Any, node: Any) -> Leaf:
     """A kernel read in the wrong order."""
-    back = (shape[1], shape[0])
+    first, *rest = constants.shape(node)
+    back, shape = (prod(rest), first), (first, prod(rest))
     return Leaf(shape, "turned", lambda: constants.value(node).reshape(back).T.contiguous())
 
 
@@ -219,7 +220,11 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "matmul: bmm's weight doubled": (rule(doubled, "bmm"), "linear", "bmm"),
     "matmul: tensordot's weight doubled": (rule(doubled, "tensordot"), "linear", "tensordot"),
     "embedding: transpose dropped": ((layers, "transposed", straight), "linear", "embedding"),
-    "conv: kernel read in another order": ((convs, "leaf", dense_kernel), "convolution", "conv2d"),
+    "conv: kernel read in another order": (
+        (convs, "in_rows", dense_kernel),
+        "convolution",
+        "conv2d",
+    ),
     "conv: stride for dilation": (
         (convs, "_patches", swapped_geometry(convs._patches)),
         "convolution",
