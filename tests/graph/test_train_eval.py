@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ class KeepsNorm(nn.Module):
         return self
 
 
+def _beside(drop: Callable[..., torch.Tensor]) -> nn.Module:
+    return calls(lambda x, on: drop(x, 0.5, on) + 2 * x)
+
+
 FOLLOW: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)),
     "dropout in place": lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5, inplace=True)),
@@ -54,6 +59,10 @@ FOLLOW: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: calls(
         lambda x, on: F.scaled_dot_product_attention(x, x, x, None, 0.3 if on else 0.0)
     ),
+    **{
+        f"{drop.__name__} beside what it reads": partial(_beside, drop)
+        for drop in (F.dropout, F.alpha_dropout, F.dropout1d, F.feature_alpha_dropout)
+    },
     "a number": lambda: calls(lambda x, on: x * (2.0 if on else 1.0)),
     "always on": lambda: calls(lambda x, on: F.dropout(x, 0.5, True)),
     "always off": lambda: calls(lambda x, on: F.dropout(x, 0.5, False)),
