@@ -122,6 +122,28 @@ def test_a_model_that_takes_another_way_is_refused_by_name(
     assert_same(gm, model, x)
 
 
+def _under_autocast(x: torch.Tensor, on: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ F.dropout(x, 0.5, on).mT
+
+
+def _on_a_condition(x: torch.Tensor, on: bool) -> Any:
+    return torch.cond(x.sum() > 0, lambda t: 3 * F.dropout(t, 0.5, on), torch.sin, (x,))
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("call", [_under_autocast, _on_a_condition])
+def test_a_block_is_compared_and_not_switched(call: Callable[..., Any], start: bool) -> None:
+    x = torch.rand(4, 7, 3)
+    modes = lambda m, x: call(x, m.training), lambda m, x: call(x, False)
+    turns, same = (nn.Sequential(nn.Dropout(0.5), Computes(f)).train(start) for f in modes)
+    refused, follows = trace(turns, (x,)), trace(same, (x,))
+    with pytest.raises(TraceError, match=r"Sequential was traced in .* mode.*: 1 computes"):
+        refused.train(not start)
+    assert refused.training is start
+    assert_same(follows.train(not start), same.train(not start), x)  # control: the block has none
+
+
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_what_passes_make_of_a_graph_follows(frontend: str) -> None:
     model, x = FOLLOW["dropout"]().eval(), torch.randn(4, 7, 3)
@@ -163,7 +185,9 @@ def test_where_the_model_is_not_known_a_recorded_flag_is_refused() -> None:
     x = torch.randn(4, 7, 3)
     program = torch.export.export(FOLLOW["dropout"]().eval(), (x,))
     again = recorded(trace(nn.Sequential(FOLLOW["function"]()).eval()))
-    for gm, path in ((trace(program), r"1 \(dropout\)"), (again, r"\(dropout\)")):
+    block = trace(torch.export.export(calls(_under_autocast).eval(), (x,)))
+    of_root = r"itself \(dropout\)"
+    for gm, path in ((trace(program), r"1 \(dropout\)"), (again, of_root), (block, of_root)):
         assert gm.eval() is gm
         with pytest.raises(TraceError, match=f"{path}.*lora_fx.trace"):
             gm.train()
