@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import TraceError
 from lora_fx.frontend.data_reads import data_detached
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
+from lora_fx.frontend.dropouts_apart import dropouts_apart
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
 from lora_fx.graph.graph_module import copy_graph, split_shared_modules, without_guards
@@ -41,7 +42,13 @@ def export_program(
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
     results_cached = torch._dynamo.config.patch(fake_tensor_cache_enabled=not has_free_axes)
-    with warnings.catch_warnings(), data_detached(), lean_tracing(), results_cached:
+    with (
+        warnings.catch_warnings(),
+        data_detached(),
+        dropouts_apart(),
+        lean_tracing(),
+        results_cached,
+    ):
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:

@@ -152,8 +152,9 @@ def _remember(
 
     mark(gm)
     modes = {path: module.training for path, module in named_modules(model)}
-    source = Source(type(model).__name__, copy_graph(gm.graph), modes, again, unsteady)
-    remember(gm, source)
+    graph = copy_graph(gm.graph)
+    graph.owning_module = gm  # holds the blocks that it runs
+    remember(gm, Source(type(model).__name__, graph, modes, again, unsteady))
 
 
 def _finish(

@@ -10,9 +10,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.graph.ops import GUARDS, aten, module_path
+from lora_fx.graph.ops import GUARDS, aten, blocks_of, module_path
 
-Numbers = dict[str, dict[int | str, Any]]
+Places = dict[int | str, Any]
+Numbers = dict[str, Places]
 
 
 def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
@@ -30,20 +31,8 @@ def differing_numbers(one: fx.Graph, other: fx.Graph, key: str) -> Numbers:
     Raises:
         TraceError: they differ in more than numbers; names the module.
     """
-    counters = list(_counters(one))
-    found: Numbers = {node.meta[key]: {"other": 0} for node in counters}
-    nodes, others = _calls(one, counters), _calls(other, list(_counters(other)))
-    twins: dict[Any, Any] = {}
-    for node, twin in zip(nodes, others, strict=False):
-        twins[node] = twin
-        if node.op != twin.op or node.target != twin.target:
-            raise _differ(node, twin)
-        places = _places(node, twin, twins)
-        if places:
-            found[node.meta[key]] = places
-    if len(nodes) != len(others):
-        longer = max(nodes, others, key=len)
-        raise _differ(longer[min(len(nodes), len(others))], None)
+    found: Numbers = {node.meta[key]: {"other": 0} for node in _counters(one)}
+    found |= {node.meta[key]: places for node, places in _differences(one, other)}
     return found
 
 
@@ -69,14 +58,36 @@ def put_argument(node: fx.Node, place: int | str, value: Any) -> None:
         node.update_kwarg(str(place), value)
 
 
-def _calls(graph: fx.Graph, left_out: list[fx.Node]) -> list[fx.Node]:
+def _differences(one: fx.Graph, other: fx.Graph) -> Iterator[tuple[fx.Node, Places]]:
+    nodes, others = _calls(one), _calls(other)
+    twins: dict[Any, Any] = {}
+    for node, twin in zip(nodes, others, strict=False):
+        twins[node] = twin
+        is_same = node.op == twin.op and (node.target == twin.target or node.op == "placeholder")
+        if not is_same or not _run_the_same(node, twin):
+            raise _differ(node, twin)
+        places = _places(node, twin, twins)
+        if places:
+            yield node, places
+    if len(nodes) != len(others):
+        longer = max(nodes, others, key=len)
+        raise _differ(longer[min(len(nodes), len(others))], None)
+
+
+def _run_the_same(node: fx.Node, twin: fx.Node) -> bool:
+    """Whether the blocks that two calls run are one: what is in them is not switched."""
+    pairs = zip(blocks_of(node), blocks_of(twin), strict=False)
+    return not any(any(_differences(*pair)) for pair in pairs)
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
     """All nodes but those that fetch tensors, which are known by their names, and guards.
 
     A tensor that is contiguous already is its own copy, which a tracer does not write down:
     attention lays out its result otherwise in training.
     """
     copies = graph.find_nodes(op="call_function", target=aten.contiguous.default)
-    skipped = {*left_out, *copies, *graph.find_nodes(op="get_attr")}
+    skipped = {*_counters(graph), *copies, *graph.find_nodes(op="get_attr")}
     return [n for n in graph.nodes if n not in skipped and n.target != GUARDS]
 
 
@@ -89,11 +100,11 @@ def _counters(graph: fx.Graph) -> Iterator[fx.Node]:
                 yield node
 
 
-def _places(node: fx.Node, twin: fx.Node, twins: dict[Any, Any]) -> dict[int | str, Any]:
+def _places(node: fx.Node, twin: fx.Node, twins: dict[Any, Any]) -> Places:
     left, right = arguments(node), arguments(twin)
     if left.keys() != right.keys():
         raise _differ(node, twin)
-    found: dict[int | str, Any] = {}
+    found: Places = {}
     for place, value in left.items():
         if _same(value, right[place], twins):
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Set
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -143,7 +142,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         if node.target is aten.batch_norm.default and node.args[5]:  # the schema keeps it secret
             found += node.args[3:5]
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        found = list(node.args) if _block_writes(node) else []
+        inner = (n for block in blocks_of(node) for n in block.nodes)
+        found = list(node.args) if any(map(written_arguments, inner)) else []
     elif "embedding" in op_name(node) and node.kwargs.get("max_norm") is not None:
         found = [call_argument(node, 1, "weight")]  # renormalised in place
     elif not mutates(node):
@@ -161,13 +161,13 @@ def _written_places(target: torch._ops.OpOverload) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in named if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _block_writes(node: fx.Node) -> bool:
-    """Whether a block, such as what runs under ``torch.no_grad()``, writes into anything."""
-    module = node.graph.owning_module
-    blocks = [n for n in node.all_input_nodes if n.op == "get_attr"] if module is not None else []
-    inner = [attrgetter(str(n.target))(module) for n in blocks]
-    graphs = [block.graph for block in inner if isinstance(block, fx.GraphModule)]
-    return any(written_arguments(n) for graph in graphs for n in graph.nodes)
+def blocks_of(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a call runs, such as what is traced under ``torch.autocast``."""
+    root = node.graph.owning_module
+    if root is None or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    held = (getattr(root, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr")
+    return [block.graph for block in held if isinstance(block, fx.GraphModule)]
 
 
 def _is_in_place_name(name: str) -> bool:

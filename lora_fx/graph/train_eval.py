@@ -21,7 +21,7 @@ from torch import fx, nn
 from lora_fx.errors import TraceError, shorten
 from lora_fx.graph.alignment import arguments, put_argument
 from lora_fx.graph.lazy_compile import compile_when_read
-from lora_fx.graph.ops import aten, call_argument, function_name, module_path
+from lora_fx.graph.ops import aten, blocks_of, call_argument, function_name, module_path
 from lora_fx.graph.retracing import KEY, source_of
 
 # What eval mode would have recorded.
@@ -136,7 +136,7 @@ def refuse_flags(gm: fx.GraphModule, mode: bool) -> None:
     """
     wrong = [
         f"{module_path(node) or 'the model itself'} ({node.name})"
-        for node in gm.graph.nodes
+        for node in _with_blocks(gm.graph)
         for name, at in flags(node).items()
         if _is_wrong(name, call_argument(node, *at), mode)
     ]
@@ -147,6 +147,13 @@ def refuse_flags(gm: fx.GraphModule, mode: bool) -> None:
             f"does in {now} mode. Try: lora_fx.trace(model.{word}(), ...) of the module itself, or "
             'frontend="symbolic"'
         )
+
+
+def _with_blocks(graph: fx.Graph) -> Iterator[fx.Node]:
+    for node in graph.nodes:
+        yield node
+        for block in blocks_of(node):
+            yield from _with_blocks(block)
 
 
 def _is_wrong(name: str, value: Any, mode: bool) -> bool:

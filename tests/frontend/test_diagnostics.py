@@ -160,7 +160,7 @@ def test_weights_of_inference_mode_are_named() -> None:
         lora_fx.trace(model, (torch.randn(2, 3),))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")  # a FutureWarning since torch 2.14
 def test_a_module_of_torchscript_is_named() -> None:
     scripted = torch.jit.trace(nn.Linear(3, 5), torch.randn(2, 3))
     for model, name in ((scripted, "the model"), (nn.Sequential(nn.ReLU(), scripted), "1")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ class KeepsNorm(nn.Module):
         return self
 
 
+def _beside(drop: Callable[..., torch.Tensor]) -> nn.Module:
+    return calls(lambda x, on: drop(x, 0.5, on) + 2 * x)
+
+
 FOLLOW: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)),
     "dropout in place": lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5, inplace=True)),
@@ -54,6 +59,10 @@ FOLLOW: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: calls(
         lambda x, on: F.scaled_dot_product_attention(x, x, x, None, 0.3 if on else 0.0)
     ),
+    **{
+        f"{drop.__name__} beside what it reads": partial(_beside, drop)
+        for drop in (F.dropout, F.alpha_dropout, F.dropout1d, F.feature_alpha_dropout)
+    },
     "a number": lambda: calls(lambda x, on: x * (2.0 if on else 1.0)),
     "always on": lambda: calls(lambda x, on: F.dropout(x, 0.5, True)),
     "always off": lambda: calls(lambda x, on: F.dropout(x, 0.5, False)),
@@ -113,6 +122,28 @@ def test_a_model_that_takes_another_way_is_refused_by_name(
     assert_same(gm, model, x)
 
 
+def _under_autocast(x: torch.Tensor, on: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ F.dropout(x, 0.5, on).mT
+
+
+def _on_a_condition(x: torch.Tensor, on: bool) -> Any:
+    return torch.cond(x.sum() > 0, lambda t: 3 * F.dropout(t, 0.5, on), torch.sin, (x,))
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("call", [_under_autocast, _on_a_condition])
+def test_a_block_is_compared_and_not_switched(call: Callable[..., Any], start: bool) -> None:
+    x = torch.rand(4, 7, 3)
+    modes = lambda m, x: call(x, m.training), lambda m, x: call(x, False)
+    turns, same = (nn.Sequential(nn.Dropout(0.5), Computes(f)).train(start) for f in modes)
+    refused, follows = trace(turns, (x,)), trace(same, (x,))
+    with pytest.raises(TraceError, match=r"Sequential was traced in .* mode.*: 1 computes"):
+        refused.train(not start)
+    assert refused.training is start
+    assert_same(follows.train(not start), same.train(not start), x)  # control: the block has none
+
+
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_what_passes_make_of_a_graph_follows(frontend: str) -> None:
     model, x = FOLLOW["dropout"]().eval(), torch.randn(4, 7, 3)
@@ -154,7 +185,9 @@ def test_where_the_model_is_not_known_a_recorded_flag_is_refused() -> None:
     x = torch.randn(4, 7, 3)
     program = torch.export.export(FOLLOW["dropout"]().eval(), (x,))
     again = recorded(trace(nn.Sequential(FOLLOW["function"]()).eval()))
-    for gm, path in ((trace(program), r"1 \(dropout\)"), (again, r"\(dropout\)")):
+    block = trace(torch.export.export(calls(_under_autocast).eval(), (x,)))
+    of_root = r"itself \(dropout\)"
+    for gm, path in ((trace(program), r"1 \(dropout\)"), (again, of_root), (block, of_root)):
         assert gm.eval() is gm
         with pytest.raises(TraceError, match=f"{path}.*lora_fx.trace"):
             gm.train()
