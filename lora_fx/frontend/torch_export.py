@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import _trace
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.frontend.data_reads import data_detached
+from lora_fx.frontend.data_reads import data_detached, lengths_free
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.frontend.dropouts_apart import dropouts_apart
 from lora_fx.frontend.open_blocks import open_blocks
@@ -46,6 +48,8 @@ def export_program(
         warnings.catch_warnings(),
         data_detached(),
         dropouts_apart(),
+        lengths_free(root),
+        _without_partial_graphs(),
         lean_tracing(),
         results_cached,
     ):
@@ -55,6 +59,16 @@ def export_program(
             return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # the model's own code runs in here and may raise anything
             raise TraceError(explain_failure(root, "export", error)) from error
+
+
+@contextmanager
+def _without_partial_graphs() -> Iterator[None]:
+    """Where torch.export fails, it prints all that it had of the graph, before our message."""
+    vars(_trace)["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(_trace)["print"]
 
 
 def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
