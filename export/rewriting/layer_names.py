@@ -54,7 +54,7 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         The layers, and the names of the weights of those that have no path.
 
     Raises:
-        ExportError: a name of ``names`` is none of the file's, or two layers have one path.
+        ExportError: a name of ``names`` is none of the file's.
     """
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
@@ -76,8 +76,6 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
             f"names: no layer has a weight or a node called {shorten(unknown)}; there are "
             f"{shorten(list(dict.fromkeys(str(layer.weight.name) for layer in every)))}"
         )
-    for path, calls in found.items():
-        _check_one(path, calls)
     return found, list(dict.fromkeys(nameless))
 
 
@@ -271,7 +269,12 @@ def _whole(weight: ir.Value) -> ir.Value:
     return _whole(node.inputs[0])
 
 
-def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
+def check_one(path: str, calls: Sequence[FileLayer]) -> None:
+    """Refuses calls of one path that are of two layers.
+
+    Raises:
+        ExportError: they have two weights, or are of two kinds.
+    """
     is_one = all(is_same(call.weight, calls[0].weight) for call in calls)
     if not is_one or len({(call.kind, call.shape, call.turned) for call in calls}) > 1:
         weights = list(dict.fromkeys(str(call.weight.name) for call in calls))
