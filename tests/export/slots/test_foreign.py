@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lora_fx import Adapter, AdapterError, Update, save_adapter
 from lora_fx.cli.inspect import describe
 from lora_fx.errors import ExportError
-from lora_fx.export import Session, export_adapter, merge_onnx
+from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.numerics import compare
 from lora_fx.testing import make_adapter
@@ -138,6 +138,19 @@ def test_a_file_of_another_exporter_is_merged(name: str, tmp_path: Path) -> None
     graph = onnx.load(tmp_path / "merged.onnx").graph
     assert [n.op_type for n in graph.node] == ["MatMul", "Tanh", "MatMul", "Tanh"]
     assert compare(Session(tmp_path / "merged.onnx").run({"x": X})["y1"], expected(adapter())).ok
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_file_of_another_exporter_is_quantised(name: str, tmp_path: Path) -> None:
+    """Its slots may take one rank alone, or one at a time."""
+    model, small = written(STYLES[name], tmp_path / "model.onnx"), tmp_path / "small.onnx"
+    report = quantize_onnx(model, small, bits=8, block_size=16, layers=["*"])
+    assert report.verified
+    assert "MatMulNBits" in {node.op_type for node in onnx.load(small).graph.node}
+    export_adapter(adapter(), small, tmp_path / "a.onnx_adapter")
+    found = Session(small).run({"x": X}, tmp_path / "a.onnx_adapter")["y1"]
+    assert 1e-5 < compare(found, expected(adapter())).relative < 2e-2
+    assert compare(found, expected(None)).relative > 0.1
 
 
 def test_what_is_known_of_the_base_is_said(tmp_path: Path) -> None:
