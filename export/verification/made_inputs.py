@@ -19,7 +19,7 @@ from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.generation import PAST
 from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
-from lora_fx.export.verification.file_run import Feeds, Run
+from lora_fx.export.verification.file_run import Feeds, Run, as_arrays
 
 _HANDS_ON = {
     "Cast", "DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze",
@@ -61,7 +61,8 @@ def feeds_for(
     if given is not None:
         check_names(run.path, given, [value.name for value in inputs])
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        run.known[True, "as given"] = call(session, feeds | active.feeds, active.options)
+        given_back = call(session, feeds | active.feeds, active.options)
+        run.known[True, "as given"] = as_arrays(given_back)
         return {"as given": feeds}
     picks = _picks_of(model)
     found: dict[str, Feeds] = {}
@@ -79,7 +80,7 @@ def feeds_for(
             except ExportError as error:
                 problem = error
                 continue
-            run.known.setdefault((True, label), given_back)
+            run.known.setdefault((True, label), as_arrays(given_back))
             ran += label not in found
             found.setdefault(label, feeds)
             if ran == _CASES:

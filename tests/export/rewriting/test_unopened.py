@@ -178,6 +178,45 @@ def test_an_image_has_the_channels_of_its_convolution_and_a_side_that_its_positi
     assert {f["image"].shape for f in feeds.values()} == {(1, 3, 224, 224), (2, 3, 224, 224)}
 
 
+def test_a_file_that_gives_sequences_and_words_is_verified(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "fc.weight"], ["h"]),
+        helper.make_node("SequenceConstruct", ["h", "x"], ["y"]),
+        helper.make_node("ArgMax", ["h"], ["best"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["words", "best"], ["word"]),
+    ]
+    words = np.array(["a", "b", "c", "d", "e"], dtype=object)
+    path = saved(tmp_path / "base.onnx", nodes, {"fc.weight": FIRST, "words": words})
+    model = onnx.load(path)
+    sequence = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
+    model.graph.output[0].CopyFrom(sequence)
+    model.graph.output.append(helper.make_tensor_value_info("word", TensorProto.STRING, ["n"]))
+    onnx.save(model, path)
+    report = add_lora(path, tmp_path / "slots.onnx")
+    assert report.slots == ["fc"]
+    assert {check.output for check in report.checks} == {"y[0]", "y[1]", "word"}
+    adapter = make_adapter({"fc": (5, 3)})
+    merged = merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    assert all(control.ok for control in merged.controls if control.output == "y[0]")
+    assert quantize_onnx(path, tmp_path / "small.onnx", bits=8, layers=["*"]).verified
+
+
+def test_a_file_that_gives_maps_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    node = helper.make_node(
+        "ZipMap", ["h"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2, 3, 4]
+    )
+    path = saved(tmp_path / "base.onnx", [first(), node], {"fc.weight": FIRST})
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    row = model.graph.output[0].type
+    row.Clear()
+    row.sequence_type.elem_type.map_type.key_type = TensorProto.INT64
+    row.sequence_type.elem_type.map_type.value_type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"not read: Map types .*ZipMap.* zipmap=False"):
+        add_lora(path, tmp_path / "slots.onnx")
+
+
 @pytest.mark.parametrize("window", [0, 12])
 def test_a_cache_of_a_builder_s_has_heads_of_the_file_s_size(window: int, tmp_path: Path) -> None:
     """onnxruntime-genai's builder says of a head only that it has a size, and of what a sum is."""
