@@ -140,6 +140,26 @@ def test_a_file_of_another_exporter_is_merged(name: str, tmp_path: Path) -> None
     assert compare(Session(tmp_path / "merged.onnx").run({"x": X})["y1"], expected(adapter())).ok
 
 
+@pytest.mark.parametrize("ranks", [(3, 0), (2, 5)])
+@pytest.mark.parametrize("name", [n for n, style in STYLES.items() if isinstance(style.rank, str)])
+def test_ranks_that_a_file_calls_alike_are_made_so(
+    name: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Of an adapter of some layers, or of a rank for each: onnxruntime plans memory for one."""
+    model, file = written(STYLES[name], tmp_path / "model.onnx"), tmp_path / "a.onnx_adapter"
+    every = {path: adapter(rank) for path, rank in zip(PATHS, ranks, strict=True) if rank}
+    given = Adapter("own", {path: one.updates[path] for path, one in every.items()})
+    none: Any = adapter().updates
+    idle = {path: Update(u.down, u.up, 0.0) for path, u in none.items()}
+    whole = Adapter("own", {**idle, **given.updates})
+    export_adapter(given, model, file)
+    found = Session(model).run({"x": X}, file)["y1"]
+    assert compare(found, expected(whole)).ok
+    assert compare(found, expected(None)).relative > 1e-2
+    merge_onnx(model, given, tmp_path / "merged.onnx")
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": X})["y1"], expected(whole)).ok
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_a_file_of_another_exporter_is_quantised(name: str, tmp_path: Path) -> None:
     """Its slots may take one rank alone, or one at a time."""
