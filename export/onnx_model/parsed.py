@@ -74,4 +74,9 @@ def _contradictions_told() -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, NotImplementedError):
+            raise ExportError(
+                f"what it holds is not read: {str(cause).partition('.')[0]}: of ZipMap, which "
+                "skl2onnx puts behind a classifier, its zipmap=False gives a tensor in place"
+            ) from error
         raise ExportError(f"not a valid ONNX graph: {cause}") from error

@@ -18,6 +18,7 @@ from lora_fx.export.quantization.pack_file import NOT_QUANTISED, outputs_off, pa
 from lora_fx.export.quantization.schemes import scheme_of
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.slots.adapter_file import export_adapter
+from lora_fx.export.slots.foreign import ForeignSlot
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.probe import probe
 from lora_fx.export.verification.file_run import Feeds, Run
@@ -150,7 +151,7 @@ def _evidence(
         controls = {NOT_QUANTISED: source}
         if manifest is not None and manifest.slots:
             file = Path(directory) / "probe.onnx_adapter"
-            export_adapter(probe(manifest.slots, _RANKS), draft, file, check=False)
+            export_adapter(probe(manifest.slots, _ranks(manifest)), draft, file, check=False)
             pairs.append(Pair("adapted", *(Run(f, file, manifest) for f in (draft, plain))))
             controls = {NOT_QUANTISED: Run(source.path, file, manifest)}
             controls[NO_ADAPTER] = bare
@@ -161,3 +162,9 @@ def _evidence(
             control = {f"control: weights x {FACTOR}": Run(scaled, None, manifest)}
             evidence.controls += held_against(pairs[:1], control, feeds, dtype).controls
     return evidence
+
+
+def _ranks(manifest: Manifest) -> tuple[int, ...]:
+    """What adapters are tried with: in a file of another exporter's all have to be of one rank."""
+    taken = [slot.rank for slot in manifest.slots if isinstance(slot, ForeignSlot) and slot.rank]
+    return _RANKS if manifest.is_ours else (min(taken, default=_RANKS[1]),)

@@ -27,7 +27,7 @@ from lora_fx.export.rewriting.changed_base import Opened, put_in_weights
 from lora_fx.export.rewriting.dequantize import is_known
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in, types_of_numbers
 from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
-from lora_fx.export.rewriting.layer_names import Paths, is_fused, named_layers
+from lora_fx.export.rewriting.layer_names import Paths, check_one, is_fused, named_layers
 from lora_fx.export.rewriting.missed_calls import missed_calls
 from lora_fx.export.rewriting.unopened import clipped, unopened
 from lora_fx.export.slots.adapter_file import export_adapter
@@ -171,7 +171,7 @@ def _chosen(
         raise ExportError(f"slots: {slots!r:.80} is no name or list of names of layers")
     if not given:
         raise ExportError(f"slots: names no layer; there are {shorten(list(layers)) or 'none'}")
-    linear = [path for path, calls in layers.items() if calls[0].kind == "linear"]
+    linear = [path for path, calls in layers.items() if any(c.kind == "linear" for c in calls)]
     found: dict[str, None] = {}
     unknown = []
     for name in given:
@@ -187,7 +187,10 @@ def _chosen(
             f"slots: no layer at {shorten(unknown)}; there are {shorten(list(layers)) or 'none'}"
             f"{without}"
         )
-    return {path: calls for path, calls in layers.items() if path in found}
+    chosen = {path: calls for path, calls in layers.items() if path in found}
+    for path, calls in chosen.items():
+        check_one(path, calls)
+    return chosen
 
 
 def _refuse_fused(chosen: Paths, names: Mapping[str, str]) -> None:

@@ -54,7 +54,7 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         The layers, and the names of the weights of those that have no path.
 
     Raises:
-        ExportError: a name of ``names`` is none of the file's, or two layers have one path.
+        ExportError: a name of ``names`` is none of the file's.
     """
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
@@ -65,7 +65,7 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         mine = [str(layer.node.name), str(layer.weight.name)]
         given = next((name for name in mine if name in names), None)
         used.add(given)
-        is_tied = layer.kind in shared.get(layer.weight, ())
+        is_tied = layer.kind in shared.get(_holder(layer), ())
         path = names[given] if given is not None else path_of(layer, is_tied, found, parents)
         if path is None:
             nameless.append(mine[1])
@@ -76,8 +76,6 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
             f"names: no layer has a weight or a node called {shorten(unknown)}; there are "
             f"{shorten(list(dict.fromkeys(str(layer.weight.name) for layer in every)))}"
         )
-    for path, calls in found.items():
-        _check_one(path, calls)
     return found, list(dict.fromkeys(nameless))
 
 
@@ -112,22 +110,28 @@ def path_of(
     return path or _by_bias(layer.node)
 
 
-def _shared(layers: Iterable[FileLayer]) -> dict[ir.Value, set[str]]:
+def _shared(layers: Iterable[FileLayer]) -> dict[str, set[str]]:
     """Weights that bear one module's name and are another's too, and the kinds of its calls.
 
     A table that a linear layer reads, and what calls of more than one module read.
     """
-    kinds: dict[ir.Value, set[str]] = {}
-    scopes: dict[ir.Value, set[str]] = {}
+    kinds: dict[str, set[str]] = {}
+    scopes: dict[str, set[str]] = {}
     for layer in layers:
-        kinds.setdefault(layer.weight, set()).add(layer.kind)
+        kinds.setdefault(_holder(layer), set()).add(layer.kind)
         if (scope := _scope(layer.node)) is not None:
-            scopes.setdefault(layer.weight, set()).add(scope)
-    found = {w: {"linear"} for w, of in kinds.items() if "embedding" in of}
-    for weight, of in scopes.items():
+            scopes.setdefault(_holder(layer), set()).add(scope)
+    found = {holder: {"linear"} for holder, of in kinds.items() if "embedding" in of}
+    for holder, of in scopes.items():
         if len({scope for scope in of if re.sub(r"_\d+$", "", scope) not in of - {scope}}) > 1:
-            found[weight] = kinds[weight]
+            found[holder] = kinds[holder]
     return found
+
+
+def _holder(layer: FileLayer) -> str:
+    """Whose weight it is by its name, or that: a tool that turns a tied one makes another of it."""
+    name = str(layer.weight.name)
+    return _parameter_path(name) or name
 
 
 def _may_be_one(one: FileLayer, other: FileLayer) -> bool:
@@ -271,7 +275,12 @@ def _whole(weight: ir.Value) -> ir.Value:
     return _whole(node.inputs[0])
 
 
-def _check_one(path: str, calls: Sequence[FileLayer]) -> None:
+def check_one(path: str, calls: Sequence[FileLayer]) -> None:
+    """Refuses calls of one path that are of two layers.
+
+    Raises:
+        ExportError: they have two weights, or are of two kinds.
+    """
     is_one = all(is_same(call.weight, calls[0].weight) for call in calls)
     if not is_one or len({(call.kind, call.shape, call.turned) for call in calls}) > 1:
         weights = list(dict.fromkeys(str(call.weight.name) for call in calls))

@@ -27,6 +27,7 @@ _NAME = re.compile(
 _ATTENTION, _BUILDER = re.compile(r"\bself_attn\b"), "onnxruntime-genai"
 _PARTS = {"A": "down", "B": "up"}
 _PASSED = {"Cast", "Dropout", "Identity"}
+Values = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ForeignSlot(Slot):
         up_name: of the input that takes B.
         turned: the parts, ``down`` and ``up``, that are stored as PEFT has them, (r, in), (out, r).
         rank: that the graph is made for; 0 for any.
+        rank_name: what an open one is called: slots that call it alike have one rank.
         scale: that the graph multiplies the branch by.
     """
 
@@ -45,6 +47,7 @@ class ForeignSlot(Slot):
     up_name: str = ""
     turned: tuple[str, ...] = ()
     rank: int = 0
+    rank_name: str = ""
     scale: float = 1.0
     is_ours = False
 
@@ -73,16 +76,20 @@ class ForeignSlot(Slot):
         if self.rank and rank > self.rank:
             raise AdapterError(
                 f"{self.path}: rank {rank}, and the file takes {self.rank} and no other: "
-                f"adapter.to_rank({self.rank}), or merge it"
+                f"adapter.to_rank({self.rank}), or merge it into the model itself"
             )
         if part == "up":
             value = (value.to(torch.promote_types(value.dtype, torch.float32)) / self.scale).to(
                 value.dtype
             )
         if self.rank:
-            more = [0, self.rank - rank] if axis else [0, 0, 0, self.rank - rank]
-            value = torch.nn.functional.pad(value, more)
+            value = _padded(value, axis, self.rank)
         return (value.T if part in self.turned else value).contiguous()
+
+    def widened(self, values: Values, rank: int) -> dict[str, torch.Tensor]:
+        """What goes into its inputs, with zeros up to a rank."""
+        axes = {p: (p == "down") ^ (p in self.turned) for p in self.inputs}
+        return {v.name: _padded(values[v.name], axes[p], rank) for p, v in self.inputs.items()}
 
     def from_input(self, part: str, value: torch.Tensor) -> torch.Tensor:
         """A factor as ours are: (in, r) and (r, out), which with its scale is all that is added."""
@@ -92,6 +99,29 @@ class ForeignSlot(Slot):
     def rank_of(self, down: torch.Tensor) -> int:
         """The rank of what goes in, which a file of one rank alone takes with zeros behind it."""
         return self.from_input("down", down).shape[1]
+
+
+def _padded(value: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
+    missing = rank - value.shape[axis]
+    return torch.nn.functional.pad(value, [0, missing] if axis else [0, 0, 0, missing])
+
+
+def of_one_rank(values: Values, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Values for slots whose ranks a file calls alike, which onnxruntime holds it to.
+
+    Args:
+        values: of all slots, by the names of their inputs; a slot that is left alone has no rank.
+        manifest: of the file.
+    """
+    found, alike = dict(values), dict[str, list[ForeignSlot]]()
+    for slot in manifest.slots:
+        if isinstance(slot, ForeignSlot) and slot.rank_name:
+            alike.setdefault(slot.rank_name, []).append(slot)
+    for slots in alike.values():
+        rank = max(slot.rank_of(values[slot.down_name]) for slot in slots)
+        for slot in slots:
+            found |= slot.widened(values, rank)
+    return found
 
 
 def foreign_manifest(model: ModelProto, strict: bool = False) -> Manifest | None:
@@ -185,6 +215,7 @@ def _slot(path: str, parts: Mapping[str, ir.Value]) -> ForeignSlot:
         raise ExportError(f"{path}: inputs of {dtype}, expected one of {', '.join(DTYPES)}")
     return ForeignSlot(
         path, "linear", into, out, known, turned=tuple(turned), rank=low or high or 0,
+        rank_name=_rank_name(parts["up"], "up" in turned),
         scale=_scale(path, parts["down"], parts["up"]),
         down_name=str(parts["down"].name), up_name=str(parts["up"].name),
     )  # fmt: skip
@@ -197,6 +228,12 @@ def _sizes(path: str, value: ir.Value) -> tuple[int, int]:
         raise ExportError(f"{path}: input {value.name} is of shape {shape}, expected two axes")
     one, other = (size if isinstance(size, int) else 0 for size in shape)
     return one, other
+
+
+def _rank_name(up: ir.Value, is_turned: bool) -> str:
+    """What B's rank is called, where it is open; nothing if it is not."""
+    size = up.shape[int(is_turned)] if up.shape is not None else None
+    return str(size.value or "") if isinstance(size, ir.SymbolicDim) else ""
 
 
 def _product(path: str, value: ir.Value) -> tuple[ir.Node, bool]:

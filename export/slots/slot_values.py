@@ -24,7 +24,7 @@ from lora_fx.algebra.matrix_expr import Leaf, constant
 from lora_fx.choices import SlotForm
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.export.slots.base_weights import BaseWeights
-from lora_fx.export.slots.foreign import as_builder_calls, fitted_names
+from lora_fx.export.slots.foreign import as_builder_calls, fitted_names, of_one_rank
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.slots.slot import INVOCATION, ExpertSlot, InvocationSlot, Slot, TensorSlot
 from lora_fx.injection.bind import Binding, bind
@@ -55,7 +55,7 @@ def values_of_adapter(adapter: Adapter, manifest: Manifest, model: Path) -> Valu
     base, adapter = BaseWeights(model), as_builder_calls(adapter, manifest, model)
     binding = check_slots_serve(adapter, manifest, model, base)
     with within(f"adapter {adapter.name!r} for {model}"):
-        return dict(_Filling(binding, manifest, base).values())
+        return of_one_rank(dict(_Filling(binding, manifest, base).values()), manifest)
 
 
 def check_slots_serve(adapter: Adapter, manifest: Manifest, model: Path, base: Holds) -> Binding:

@@ -48,8 +48,24 @@ class Run:
             active = activated(session, self.path, self.manifest, self.adapter)
             for label, each in feeds.items():
                 given = each | active.feeds
-                self.known[optimise, label] = call(session, given, active.options)
+                self.known[optimise, label] = as_arrays(call(session, given, active.options))
         return {label: self.known[optimise, label] for label in feeds}
+
+
+def as_arrays(outputs: Mapping[str, Any]) -> Feeds:
+    """What a file gives as arrays: each of a sequence by its place, and words as codes.
+
+    An output that is optional and left out is none.
+    """
+    found: Feeds = {}
+    for name, value in outputs.items():
+        if isinstance(value, list):
+            found |= as_arrays({f"{name}[{place}]": each for place, each in enumerate(value)})
+        elif value is not None:
+            array = np.asarray(value)
+            is_words = array.dtype.kind in "OU"
+            found[name] = np.vectorize(hash, [np.int64])(array) if is_words else array
+    return found
 
 
 def first_of(feeds: Mapping[str, Feeds]) -> dict[str, Feeds]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ import onnx_ir as ir
 
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.parsed import parsed
+from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.runtime.active_adapter import activated
+from lora_fx.export.runtime.generation import PAST
 from lora_fx.export.runtime.in_place import axes_in_place
 from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
-from lora_fx.export.verification.file_run import Feeds, Run
+from lora_fx.export.verification.file_run import Feeds, Run, as_arrays
 
 _HANDS_ON = {
     "Cast", "DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze",
@@ -30,6 +32,7 @@ _READ = {
 _CASES = 2  # that run are enough, of each way that a flag chooses
 _SIDES = (224, 384, 336, 448, 512, 518)  # that encoders of images have positions for
 _SUM = re.compile(r"\s*\+\s*")
+_PAST, _TOTAL = "past_", "total_"
 
 
 def feeds_for(
@@ -58,7 +61,8 @@ def feeds_for(
     if given is not None:
         check_names(run.path, given, [value.name for value in inputs])
         feeds = {name: to_array(name, value) for name, value in given.items()}
-        run.known[True, "as given"] = call(session, feeds | active.feeds, active.options)
+        given_back = call(session, feeds | active.feeds, active.options)
+        run.known[True, "as given"] = as_arrays(given_back)
         return {"as given": feeds}
     picks = _picks_of(model)
     found: dict[str, Feeds] = {}
@@ -66,7 +70,7 @@ def feeds_for(
     ones, zeros = dict[str, int](), dict.fromkeys(picks.flags, 1)  # of values below 1
     for way in (ones, zeros) if picks.flags else (ones,):
         limits, ran = picks.limits | way, 0
-        for sizes in _sizes(inputs, axes_in_place(model), picks.channels):
+        for sizes in _sizes(inputs, axes_in_place(model), picks):
             feeds = {value.name: _values(value, sizes, limits) for value in inputs}
             words = {name: size for name, size in sizes.items() if "+" not in name}
             words |= dict.fromkeys(way, 0)
@@ -76,7 +80,7 @@ def feeds_for(
             except ExportError as error:
                 problem = error
                 continue
-            run.known.setdefault((True, label), given_back)
+            run.known.setdefault((True, label), as_arrays(given_back))
             ran += label not in found
             found.setdefault(label, feeds)
             if ran == _CASES:
@@ -88,9 +92,7 @@ def feeds_for(
     return found
 
 
-def _sizes(
-    inputs: Sequence[Any], apart: Sequence[str], channels: Mapping[str, int]
-) -> Iterator[dict[str, int]]:
+def _sizes(inputs: Sequence[Any], apart: Sequence[str], picks: _Picks) -> Iterator[dict[str, int]]:
     """Sizes of the dimensions that may change: one of each, all different, or others of one size.
 
     Few, since products with one row are three times as fast in a large model.
@@ -98,10 +100,11 @@ def _sizes(
     Args:
         inputs: of the model.
         apart: dimensions of which one has to be 1.
-        channels: of inputs that a convolution reads.
+        picks: what the graph says of them.
     """
-    known = {v.shape[1]: channels[v.name] for v in inputs if v.name in channels}
-    images = [v.shape[2:] for v in inputs if v.name in channels and len(v.shape) == 4]
+    channels = [v for v in inputs if v.name in picks.channels]
+    known = picks.known | {v.shape[1]: picks.channels[v.name] for v in channels}
+    images = [v.shape[2:] for v in channels if len(v.shape) == 4]
     sides = {name for shape in images for name in shape if isinstance(name, str)}
     for sizes in _any_sizes(inputs, apart, sides):
         yield sizes | {name: size for name, size in known.items() if isinstance(name, str)}
@@ -110,15 +113,18 @@ def _sizes(
 def _any_sizes(
     inputs: Sequence[Any], apart: Sequence[str], sides: Collection[str]
 ) -> Iterator[dict[str, int]]:
-    names = [s for v in inputs for s in v.shape if isinstance(s, str)]
-    parts = dict.fromkeys(p for n in names for p in _SUM.split(n) if not p.isdigit())
+    names = _spelled(s for v in inputs for s in v.shape if isinstance(s, str))
+    parts = dict.fromkeys(p for sum_ in names.values() for p in sum_ if not p.isdigit())
     sizes = {part: 2 + place for place, part in enumerate(parts)}
     yield _summed(names, dict.fromkeys(parts, 1))
     for one in apart:
         yield _summed(names, sizes | {one: 1})
     if not apart:
         yield _summed(names, sizes)
-    yield _summed(names, {part: 3 + 2 * place for place, part in enumerate(parts)})
+    sizes = {part: 3 + 2 * place for place, part in enumerate(parts)}
+    yield _summed(names, sizes)
+    if past := [part for part in parts if part.startswith(_PAST)]:
+        yield _summed(names, sizes | dict.fromkeys(past, 0))
     for size in (4, 16, 32, 64):
         yield _summed(names, dict.fromkeys(parts, size))
     for side in _SIDES if sides else ():
@@ -126,9 +132,22 @@ def _any_sizes(
             yield _summed(names, dict.fromkeys(parts, others) | dict.fromkeys(sides, side))
 
 
-def _summed(names: list[str], parts: Mapping[str, int]) -> dict[str, int]:
-    """With those that are called after a sum, ``"past + new"``."""
-    return {n: sum(int(p) if p.isdigit() else parts[p] for p in _SUM.split(n)) for n in names}
+def _spelled(names: Iterable[str]) -> dict[str, list[str]]:
+    """What each is the sum of: of ``"past + new"``, and ``total_N`` of ``past_N`` and ``N``."""
+    found = {name: _SUM.split(name) for name in names}
+    for name in found:
+        terms = [f"{_PAST}{name.removeprefix(_TOTAL)}", name.removeprefix(_TOTAL)]
+        if name.startswith(_TOTAL) and found.keys() >= set(terms):
+            found[name] = terms
+    return found
+
+
+def _summed(names: Mapping[str, Sequence[str]], parts: Mapping[str, int]) -> dict[str, int]:
+    """The size of each name, by those of what it is the sum of."""
+    return {
+        name: sum(int(p) if p.isdigit() else parts[p] for p in terms)
+        for name, terms in names.items()
+    }
 
 
 def _values(
@@ -156,16 +175,19 @@ class _Picks:
         limits: of those whose values pick from a table: how many it has, of several the fewest.
         channels: of those that a convolution reads.
         flags: those that choose a branch.
+        known: sizes that dimensions of a cache have, by what they are called.
     """
 
     limits: dict[str, int] = field(default_factory=dict)
     channels: dict[str, int] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    known: dict[str, int] = field(default_factory=dict)
 
 
 def _picks_of(model: onnx.ModelProto) -> _Picks:
-    picks = _Picks()
-    for node in (n for n in parsed(model).graph.all_nodes() if n.op_type in _READ):
+    read = parsed(model)
+    picks = _Picks(known=_of_caches(read))
+    for node in (n for n in read.graph.all_nodes() if n.op_type in _READ):
         stored, given = (_origin(input_at(node, at)) for at in _READ[node.op_type])
         if given is None or not given.is_graph_input():
             continue
@@ -182,6 +204,27 @@ def _picks_of(model: onnx.ModelProto) -> _Picks:
             rows = shape.numpy()[axis or 0]
             picks.limits[name] = min(rows, picks.limits.get(name, rows))
     return picks
+
+
+def _of_caches(model: ir.Model) -> dict[str, int]:
+    """A head's size, by the layer that reads all heads of fused attention; and a window's."""
+    found: dict[str, int] = {}
+    heads = [
+        layer.shape[1] // count
+        for layer in layers_in(model)
+        if (x := layer.node.inputs[0]) is not None
+        and (made := x.producer()) is not None
+        and (count := made.attributes.get_int("num_heads", 0))
+    ]
+    for value in model.graph.inputs:
+        if not str(value.name).startswith(PAST) or value.shape is None or len(value.shape) != 4:
+            continue
+        *_, length, width = (str(size) for size in value.shape)
+        found |= dict.fromkeys([width], heads[0]) if heads else {}
+        for node in value.consumers():
+            if node.attributes.get_int("sliding_window_cache", 0):
+                found[length] = node.attributes.get_int("local_window_size", 1) or 1
+    return found
 
 
 def _origin(value: ir.Value | None) -> ir.Value | None:

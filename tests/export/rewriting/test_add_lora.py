@@ -831,6 +831,25 @@ def test_one_weight_read_both_ways_is_two_layers(tmp_path: Path) -> None:
     assert report.slots == ["fc", "back"]
 
 
+def test_tables_of_one_scope_are_in_the_way_of_no_other_layer(tmp_path: Path) -> None:
+    """As TorchScript's exporter calls lookups in parameters that no module holds alone."""
+    h, sides = onnx.helper, ("width", "height")
+    source = np.random.default_rng(0)
+    tables = {f"attn.{n}": source.standard_normal((5, 7)).astype(np.float32) for n in sides}
+    file = in_order(**tables)
+    file.graph.input.append(h.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3]))
+    for place, side in enumerate(sides):
+        node = h.make_node("Gather", [f"attn.{side}", "ids"], [side], name=f"/attn/Gather_{place}")
+        file.graph.node.append(node)
+        file.graph.output.append(h.make_tensor_value_info(side, 1, [3, 7]))
+    onnx.save(file, tmp_path / "base.onnx")
+    names = {"attn.width": "attn", "attn.height": "attn"}
+    report = add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", names=names)
+    assert report.slots == ["fc", "head"]
+    with pytest.raises(ExportError, match=r"attn: two layers of one name.*height.*names="):
+        add_lora(tmp_path / "base.onnx", tmp_path / "other.onnx", slots="*", names=names)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

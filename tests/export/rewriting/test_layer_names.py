@@ -8,7 +8,7 @@ import pytest
 
 from lora_fx.errors import ExportError
 from lora_fx.export.rewriting.file_layers import layers_in
-from lora_fx.export.rewriting.layer_names import named_layers
+from lora_fx.export.rewriting.layer_names import check_one, named_layers
 
 # What nodes and the parameters beside them are called -> the paths of the layers.
 FILES = {
@@ -77,6 +77,32 @@ def test_a_second_call_may_have_an_equal_weight_of_its_own(is_equal: bool) -> No
     assert calls == ({"fc": 2} if is_equal else {"fc": 1, "fc_1": 1})
 
 
+@pytest.mark.parametrize(("turned", "wanted"), [("table", "head"), ("fc", "fc")])
+def test_a_table_that_a_tool_turned_for_a_head_is_the_table_s_by_its_name(
+    turned: str, wanted: str
+) -> None:
+    """As onnxruntime does once for all readers, and calls it after the table."""
+    source = np.random.default_rng(0)
+    table = ir.val(
+        "table.weight", const_value=ir.tensor(source.standard_normal((7, 4)).astype(np.float32))
+    )
+    other = ir.val(
+        f"{turned}.weight_transposed",
+        const_value=ir.tensor(source.standard_normal((4, 7)).astype(np.float32)),
+    )
+    ids = ir.val("ids", ir.DataType.INT64, (2,))
+    rows = ir.node("Gather", [table, ids], name="/table/Gather")
+    product = ir.node("MatMul", [rows.outputs[0], other], name="/head/MatMul")
+    graph = ir.Graph(
+        [ids], product.outputs, nodes=[rows, product], initializers=[table, other],
+        opset_imports={"": 20},
+    )  # fmt: skip
+    found, _ = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
+    assert {path: [c.kind for c in calls] for path, calls in found.items()} == {
+        "table": ["embedding"], wanted: ["linear"],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_second_call_of_what_a_tool_packed_once_is_not_taken_for_another_layer(size: int) -> None:
     """Its weight cannot be told from that of a few bits, but for its shape."""
@@ -96,7 +122,7 @@ def test_a_second_call_of_what_a_tool_packed_once_is_not_taken_for_another_layer
     assert [layer.quantised for layer in every] == [True, False]
     if size == 32:
         with pytest.raises(ExportError, match=r"fc: two layers of one name.*names="):
-            named_layers(every, {})
+            check_one("fc", named_layers(every, {})[0]["fc"])
     else:
         assert [*named_layers(every, {})[0]] == ["fc", "fc_1"]
 

@@ -178,6 +178,94 @@ def test_an_image_has_the_channels_of_its_convolution_and_a_side_that_its_positi
     assert {f["image"].shape for f in feeds.values()} == {(1, 3, 224, 224), (2, 3, 224, 224)}
 
 
+def test_a_file_that_gives_sequences_and_words_is_verified(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "fc.weight"], ["h"]),
+        helper.make_node("SequenceConstruct", ["h", "x"], ["y"]),
+        helper.make_node("ArgMax", ["h"], ["best"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["words", "best"], ["word"]),
+    ]
+    words = np.array(["a", "b", "c", "d", "e"], dtype=object)
+    path = saved(tmp_path / "base.onnx", nodes, {"fc.weight": FIRST, "words": words})
+    model = onnx.load(path)
+    sequence = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
+    model.graph.output[0].CopyFrom(sequence)
+    model.graph.output.append(helper.make_tensor_value_info("word", TensorProto.STRING, ["n"]))
+    onnx.save(model, path)
+    report = add_lora(path, tmp_path / "slots.onnx")
+    assert report.slots == ["fc"]
+    assert {check.output for check in report.checks} == {"y[0]", "y[1]", "word"}
+    adapter = make_adapter({"fc": (5, 3)})
+    merged = merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+    assert all(control.ok for control in merged.controls if control.output == "y[0]")
+    assert quantize_onnx(path, tmp_path / "small.onnx", bits=8, layers=["*"]).verified
+
+
+def test_a_file_that_gives_maps_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    node = helper.make_node(
+        "ZipMap", ["h"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2, 3, 4]
+    )
+    path = saved(tmp_path / "base.onnx", [first(), node], {"fc.weight": FIRST})
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    row = model.graph.output[0].type
+    row.Clear()
+    row.sequence_type.elem_type.map_type.key_type = TensorProto.INT64
+    row.sequence_type.elem_type.map_type.value_type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"not read: Map types .*ZipMap.* zipmap=False"):
+        add_lora(path, tmp_path / "slots.onnx")
+
+
+@pytest.mark.parametrize("window", [0, 12])
+def test_a_cache_of_a_builder_s_has_heads_of_the_file_s_size(window: int, tmp_path: Path) -> None:
+    """onnxruntime-genai's builder says of a head only that it has a size, and of what a sum is."""
+    heads, size = 2, 24
+    slides = {"local_window_size": window, "sliding_window_cache": 1} if window else {}
+    reads = ["qkv", "", "", "past_key_values.0.key", "past_key_values.0.value", "seen", "all"]
+    nodes = [
+        helper.make_node("MatMul", ["x", "qkv.weight"], ["qkv"]),
+        helper.make_node("ReduceSum", ["mask", "last"], ["sums"], keepdims=0),
+        helper.make_node("Sub", ["sums", "last"], ["less"]),
+        helper.make_node("Cast", ["less"], ["seen"], to=TensorProto.INT32),
+        helper.make_node("Shape", ["mask"], ["shape"], start=1, end=2),
+        helper.make_node("Squeeze", ["shape"], ["length"]),
+        helper.make_node("Cast", ["length"], ["all"], to=TensorProto.INT32),
+        helper.make_node(
+            "GroupQueryAttention", reads, ["mixed", "present.0.key", "present.0.value"],
+            domain="com.microsoft", num_heads=heads, kv_num_heads=heads, **slides,
+        ),
+        helper.make_node("MatMul", ["mixed", "out.weight"], ["y"]),
+    ]  # fmt: skip
+    width = heads * size
+    held = {
+        "qkv.weight": SOURCE.standard_normal((8, 3 * width)).astype(np.float32),
+        "out.weight": SOURCE.standard_normal((width, 4)).astype(np.float32),
+        "last": np.array([1]),
+    }
+    path = saved(tmp_path / "base.onnx", nodes, held)
+    model, past = onnx.load(path), "past_sliding_length" if window else "past_length"
+    cache = ["batch", heads, past, "kv_cache_dim"]
+    takes = {
+        "x": (TensorProto.FLOAT, ["batch", "length", 8]),
+        "mask": (TensorProto.INT64, ["batch", "total_length"]),
+        "past_key_values.0.key": (TensorProto.FLOAT, cache),
+        "past_key_values.0.value": (TensorProto.FLOAT, cache),
+    }
+    del model.graph.input[:], model.graph.output[:]
+    model.graph.input.extend(helper.make_tensor_value_info(n, *of) for n, of in takes.items())
+    gives = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "length", 4])
+    model.graph.output.append(gives)
+    onnx.save(model, path)
+    feeds = feeds_for(Run(path), model)
+    shapes = [feeds[n]["past_key_values.0.key"].shape for n in feeds]
+    assert {shape[-1] for shape in shapes} == {size}
+    assert len(shapes) == 2  # a token behind what came before, and a prompt
+    assert {shape[2] for shape in shapes} == ({window} if window else {1, 0})
+    assert max(given["x"].shape[1] for given in feeds.values()) > 1
+    assert add_lora(path, tmp_path / "slots.onnx").slots == ["qkv", "out"]
+
+
 def test_a_file_that_holds_an_adapter_beside_its_layers_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5)), torch.randn(4, 12)

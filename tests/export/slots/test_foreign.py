@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lora_fx import Adapter, AdapterError, Update, save_adapter
 from lora_fx.cli.inspect import describe
 from lora_fx.errors import ExportError
-from lora_fx.export import Session, export_adapter, merge_onnx
+from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.numerics import compare
 from lora_fx.testing import make_adapter
@@ -138,6 +138,39 @@ def test_a_file_of_another_exporter_is_merged(name: str, tmp_path: Path) -> None
     graph = onnx.load(tmp_path / "merged.onnx").graph
     assert [n.op_type for n in graph.node] == ["MatMul", "Tanh", "MatMul", "Tanh"]
     assert compare(Session(tmp_path / "merged.onnx").run({"x": X})["y1"], expected(adapter())).ok
+
+
+@pytest.mark.parametrize("ranks", [(3, 0), (2, 5)])
+@pytest.mark.parametrize("name", [n for n, style in STYLES.items() if isinstance(style.rank, str)])
+def test_ranks_that_a_file_calls_alike_are_made_so(
+    name: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Of an adapter of some layers, or of a rank for each: onnxruntime plans memory for one."""
+    model, file = written(STYLES[name], tmp_path / "model.onnx"), tmp_path / "a.onnx_adapter"
+    every = {path: adapter(rank) for path, rank in zip(PATHS, ranks, strict=True) if rank}
+    given = Adapter("own", {path: one.updates[path] for path, one in every.items()})
+    none: Any = adapter().updates
+    idle = {path: Update(u.down, u.up, 0.0) for path, u in none.items()}
+    whole = Adapter("own", {**idle, **given.updates})
+    export_adapter(given, model, file)
+    found = Session(model).run({"x": X}, file)["y1"]
+    assert compare(found, expected(whole)).ok
+    assert compare(found, expected(None)).relative > 1e-2
+    merge_onnx(model, given, tmp_path / "merged.onnx")
+    assert compare(Session(tmp_path / "merged.onnx").run({"x": X})["y1"], expected(whole)).ok
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_file_of_another_exporter_is_quantised(name: str, tmp_path: Path) -> None:
+    """Its slots may take one rank alone, or one at a time."""
+    model, small = written(STYLES[name], tmp_path / "model.onnx"), tmp_path / "small.onnx"
+    report = quantize_onnx(model, small, bits=8, block_size=16, layers=["*"])
+    assert report.verified
+    assert "MatMulNBits" in {node.op_type for node in onnx.load(small).graph.node}
+    export_adapter(adapter(), small, tmp_path / "a.onnx_adapter")
+    found = Session(small).run({"x": X}, tmp_path / "a.onnx_adapter")["y1"]
+    assert 1e-5 < compare(found, expected(adapter())).relative < 2e-2
+    assert compare(found, expected(None)).relative > 0.1
 
 
 def test_what_is_known_of_the_base_is_said(tmp_path: Path) -> None:
