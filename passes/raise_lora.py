@@ -20,7 +20,7 @@ from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_bes
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.branches import last_of
+from lora_fx.injection.branches import branches_of, col_of
 from lora_fx.injection.injected_adapters import injected, remember
 from lora_fx.layers.matrix_products import product_of
 from lora_fx.layers.sites import Site, by_path, sites
@@ -74,8 +74,8 @@ def _found(
     for region in reversed(maximal_regions(analysis)):
         site = layers.get(region.layer)
         path = site.path if site else module_path(region.layer)
-        if site is not None and region.value.node is last_of(site):
-            continue  # a branch already
+        if site is not None and region.value.node in _branched(site):
+            continue  # a layer alone, or a branch already
         try:
             found[path] += [(region, _update(analysis, region, site))]
         except NotLowRankError as reason:
@@ -83,10 +83,17 @@ def _found(
     return {path: regions for path, regions in found.items() if regions}
 
 
+def _branched(site: Site) -> set[fx.Node]:
+    """The call of a layer, and its sums with branches."""
+    return {site.node, *(branch.out for branch in branches_of(site))}
+
+
 def _update(analysis: Analysis, region: Region, site: Site | None) -> Update:
     """What a region adds to its layer."""
     if site is None or not site.is_whole:
         raise NotLowRankError("it reads a part of its weight, or none that is stored")
+    if col_of(site) is not None:
+        raise NotLowRankError("an adapter scales what it reads, and a branch reads what was before")
     own = analysis.values[region.layer]
     if region.blocked or product_of(region.layer) is None or not isinstance(own, AffineMap):
         raise NotLowRankError(region.blocked or "a branch stands beside a linear layer only")

@@ -10,10 +10,10 @@ from peft import LoHaConfig, get_peft_model
 from peft import LoraConfig as PeftConfig
 from torch import nn
 
-from lora_fx import Adapter, adapter_from, fold, inject, text, trace
+from lora_fx import Adapter, Update, adapter_from, fold, inject, text, trace
 from lora_fx.injection.branches import branches
 from lora_fx.passes import RaiseLora
-from lora_fx.testing import Notebook, check_pass
+from lora_fx.testing import Notebook, check_pass, make_adapter
 
 BRANCH = """\
 x = input()
@@ -171,3 +171,42 @@ def test_beside_a_part_of_a_weight_nothing_is_raised(x: Any) -> None:
     assert [edit.text for edit in result.edits] == [
         "it reads a part of its weight, or none that is stored"
     ]
+
+
+class Shifted(nn.Module):
+    """A layer to whose result something is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.shift = nn.Linear(6, 5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x) + self.shift
+        return y
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_beside_what_scales_an_input_nothing_is_raised(
+    others: int, frontend: Any, x: torch.Tensor
+) -> None:
+    scaled = Update(torch.randn(2, 6), torch.randn(5, 2), 1.0, col=torch.rand(6) + 0.5)
+    plain = [make_adapter({"fc": (5, 6)}, name="german")] * others
+    gm = inject(
+        trace(Shifted().eval(), (x,), frontend=frontend),
+        [Adapter("french", {"fc": scaled}), *plain],
+    )
+    result = RaiseLora()(gm)
+    assert torch.equal(result.graph_module(x), gm(x))
+    assert not result.modified
+    assert all("scales what it reads" in edit.text for edit in result.edits)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_branches_in_a_row_are_branches_already(frontend: Any, x: torch.Tensor) -> None:
+    update = Update(torch.randn(2, 6), torch.randn(5, 2), 1.0, col=torch.rand(6) + 0.5)
+    plain = make_adapter({"0": (5, 6)}, name="german")
+    base = trace(nn.Sequential(nn.Linear(6, 5)).eval(), (x,), frontend=frontend)
+    result = RaiseLora()(inject(base, [Adapter("french", {"0": update}), plain]))
+    assert not result.modified
+    assert not result.edits
