@@ -221,3 +221,10 @@ def test_a_sparse_input_is_traced() -> None:
 def test_a_free_axis_of_size_one_is_told_as_what_it_is() -> None:
     with pytest.raises(TraceError, match=r"Try: give an example of size 2 or more"):
         lora_fx.trace(nn.Linear(3, 5), (torch.randn(1, 3),), dynamic_shapes=({0: "batch"},))
+
+
+def test_a_graph_that_holds_the_sizes_of_its_trace_says_so() -> None:
+    x = torch.randn(4, 3)
+    gm = lora_fx.trace(Computes(lambda self, x: x.reshape(len(x), -1)), (x,))
+    with pytest.raises(TraceError, match=r"give dynamic_shapes to lora_fx\.trace, of the model"):
+        lora_fx.trace(gm, (x,), dynamic_shapes=({0: "batch"},))
