@@ -21,7 +21,7 @@ from lora_fx.algebra.low_rank import NotLowRankError, column_beside, factors_bes
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.ops import aten, holder_path, module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.branches import last_of
+from lora_fx.injection.branches import branches_of, col_of
 from lora_fx.injection.injected_adapters import injected, remember
 from lora_fx.layers.sites import Site, paths_of, sites
 from lora_fx.passes.inject_lora import InjectLora
@@ -50,21 +50,11 @@ class RaiseLora(Pass):
         """Puts the base layer in place of each region, then the branches beside them."""
         analysis = analyse(editor.gm)
         layers = {site.node: site for site in sites(editor.gm)}
-        regions = [
-            region
-            for region in reversed(maximal_regions(analysis))
-            if (site := layers.get(region.layer)) is None or region.value.node is not last_of(site)
-        ]  # the others are branches already
-        bases = {region.layer: _base_of(analysis, region, layers) for region in regions}
-        paths = _paths(layers, bases)
         updates: dict[str, Update] = {}
-        for path, found in _found(editor, analysis, regions, bases, paths).items():
-            if _is_everywhere({call for call, its in paths.items() if its == path}, found):
-                updates[path] = found[0].update
-                for raised in found:
-                    _strip(editor, raised.region, raised.base)
-            else:
-                editor.record("skip", path, "its calls are updated differently")
+        for path, found in _found(editor, analysis, layers).items():
+            updates[path] = found[0].update
+            for raised in found:
+                _strip(editor, raised.region, raised.base)
         editor.sweep()
         if updates:
             known = injected(editor.gm)
@@ -78,6 +68,36 @@ class _Raised(NamedTuple):
     region: Region
     base: BaseWeight
     update: Update
+
+
+def _found(
+    editor: Editor, analysis: Analysis, layers: Mapping[fx.Node, Site]
+) -> dict[str, list[_Raised]]:
+    """The regions that can be raised, and what each adds, by the path of their layer."""
+    regions = [
+        region
+        for region in reversed(maximal_regions(analysis))
+        if region.value.node not in _branched(layers.get(region.layer))
+    ]
+    bases = {region.layer: _base_of(analysis, region, layers) for region in regions}
+    paths = _paths(layers, bases)
+    found: dict[str, list[_Raised]] = defaultdict(list)
+    for region in regions:
+        path = paths.get(region.layer, module_path(region.layer))
+        try:
+            found[path] += [_raised(analysis, region, bases[region.layer], layers)]
+        except NotLowRankError as reason:
+            editor.record("skip", path, str(reason))
+    for path, raised in found.items():
+        if raised and not _is_everywhere({n for n, its in paths.items() if its == path}, raised):
+            editor.record("skip", path, "its calls are updated differently")
+            raised.clear()
+    return {path: raised for path, raised in found.items() if raised}
+
+
+def _branched(site: Site | None) -> set[fx.Node]:
+    """The call of a layer, and its sums with branches."""
+    return {site.node, *(branch.out for branch in branches_of(site))} if site else set()
 
 
 def _base_of(
@@ -105,26 +125,17 @@ def _paths(
     return {node: names[call] for node, call in calls.items()}
 
 
-def _found(
-    editor: Editor,
-    analysis: Analysis,
-    regions: Sequence[Region],
-    bases: Mapping[fx.Node, BaseWeight | None],
-    paths: Mapping[fx.Node, str],
-) -> dict[str, list[_Raised]]:
-    """The regions that can be raised, and what each adds, by the path of their layer."""
-    found: dict[str, list[_Raised]] = defaultdict(list)
-    for region in regions:
-        path = paths.get(region.layer, module_path(region.layer))
-        try:
-            found[path] += [_raised(analysis, region, bases[region.layer])]
-        except NotLowRankError as reason:
-            editor.record("skip", path, str(reason))
-    return {path: raised for path, raised in found.items() if raised}
+def _raised(
+    analysis: Analysis, region: Region, base: BaseWeight | None, layers: Mapping[fx.Node, Site]
+) -> _Raised:
+    """A region, where it is a layer and what is added to it.
 
-
-def _raised(analysis: Analysis, region: Region, base: BaseWeight | None) -> _Raised:
-    own = analysis.values[region.layer]
+    Raises:
+        NotLowRankError: it is not; says why.
+    """
+    own, site = analysis.values[region.layer], layers.get(region.layer)
+    if site is not None and col_of(site) is not None:
+        raise NotLowRankError("an adapter scales what it reads, and a branch reads what was before")
     if region.blocked or base is None or not isinstance(own, AffineMap):
         reason = "it reads a part of its weight, or none that is stored"
         raise NotLowRankError(region.blocked or reason)
@@ -146,10 +157,8 @@ def _strip(editor: Editor, region: Region, base: BaseWeight) -> None:
     """The base layer alone, where the region was."""
     layer, end, place = region.layer, region.value.node, region.place
     x = editor.along(region.before.moves, region.before.start, place)
-    known = {input_of(layer): x}
-    if base.calls:
-        known |= editor.again(base.calls, known, place)
-    else:
+    known = dict(editor.again(base.calls, {input_of(layer): x}, place))
+    if base.in_sum:
         turn = aten.transpose.int, (base.stored, 0, 1)
         turned = editor.call(*turn, before=place, like=layer) if base.is_turned else base.stored
         known[weight_of(layer)] = turned

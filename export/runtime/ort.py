@@ -31,6 +31,10 @@ ERRORS = (
 )
 _ERRORS_ONLY = 3
 FATAL = 4  # of what onnxruntime writes to the console, as the above
+_WHOLE = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+_NUMPY = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
+    f"tensor({name})": name for name in ("float16", "bool", *_WHOLE)
+}
 PACKED = ("MatMulNBits", "MatMulBnb4")
 
 
@@ -144,8 +148,24 @@ def check_names(path: Path, given: Iterable[str], wanted: Sequence[str]) -> None
         )
 
 
+def check_types(path: Path, session: Any, feeds: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Wants numbers of the type that each input has: onnxruntime does not say which input differs.
+
+    Raises:
+        ExportError: names the input, its type and the model's.
+    """
+    types = {value.name: value.type for value in session.get_inputs()}
+    for name, array in feeds.items():
+        wanted = _NUMPY.get(types[name])
+        if wanted not in (None, array.dtype.name):
+            raise ExportError(
+                f"{path}: input {name!r} is {array.dtype.name}, and the model takes {wanted}: "
+                "give it converted"
+            )
+
+
 def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
-    """An input as onnxruntime takes it.
+    """An input as onnxruntime takes it, which reads any bytes in the order of this machine.
 
     Raises:
         ExportError: it is neither a tensor nor an array, or its dtype has no numpy form.
@@ -165,7 +185,7 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     if array.dtype == object:
         found = type(value).__name__
         raise ExportError(f"input {name!r} is a {found}: give a tensor or an array of numbers")
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def to_ort_value(tensor: torch.Tensor) -> ort.OrtValue:

@@ -25,7 +25,7 @@ from lora_fx.export.runtime.generation import (
     steps,
 )
 from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_in_place
-from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
+from lora_fx.export.runtime.ort import call, check_names, check_types, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
 from lora_fx.io.plain_file import check_path
@@ -122,6 +122,7 @@ class Session:
         """
         check_names(self._path, inputs, self.inputs)
         feeds = {name: to_array(name, value) for name, value in inputs.items()}
+        check_types(self._path, self._session, feeds)
         active = self._active(adapter)
         return call(self._session, feeds | active.feeds, active.options)
 

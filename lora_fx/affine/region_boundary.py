@@ -63,13 +63,15 @@ class BaseWeight(NamedTuple):
     Attributes:
         weight: (out, in * kernel), as the analysis composes what is added to it.
         stored: its ``get_attr`` node.
-        calls: what makes the layer's operand of it.
-        is_turned: whether the operand, with no calls for that, has it on its side.
+        calls: what picks the layer's operand of it.
+        in_sum: whether it is a term of the operand, and not all of it.
+        is_turned: whether that has it on its side.
     """
 
     weight: Matrix
     stored: fx.Node
     calls: tuple[fx.Node, ...] = ()
+    in_sum: bool = False
     is_turned: bool = False
 
 
@@ -90,7 +92,7 @@ def stored_term(layer: fx.Node, analysis: Analysis) -> BaseWeight | None:
             continue
         is_turned = leaf is not term
         if constants.shape(stored) == (shape[::-1] if is_turned else shape):
-            found.append(BaseWeight(weight, stored, is_turned=is_turned))
+            found.append(BaseWeight(weight, stored, (), True, is_turned))
     return found[0] if len(found) == 1 else None
 
 

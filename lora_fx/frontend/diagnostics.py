@@ -11,7 +11,7 @@ from itertools import chain
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from lora_fx.errors import TraceError, shorten
@@ -61,6 +61,11 @@ def _known(model: nn.Module, reason: str) -> str | None:
         return (
             "give an example of size 2 or more along these axes, which dynamic_shapes leaves free: "
             "torch.export takes sizes 0 and 1 for constants; what is made of others runs with 1 too"
+        )
+    if isinstance(model, fx.GraphModule) and "specialized it to be a constant" in reason:
+        return (
+            "give dynamic_shapes to lora_fx.trace, of the model: this graph holds the sizes that "
+            "it was traced with"
         )
     if "specialized it to be a constant" in reason:
         return (

@@ -89,24 +89,32 @@ def named_arguments(
 def shapes_by_argument(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any
 ) -> Any:
-    """Shapes under the names of arguments; of ``*args`` and ``**kwargs`` they may come as one."""
+    """Shapes under the names of arguments; of ``*args`` and ``**kwargs`` they may come as one.
+
+    An argument that a dictionary does not name has the sizes of its example.
+    """
     given = _given_to(model, args, kwargs)
+    spread = _spread(model, given)
     if isinstance(shapes, tuple | list):
-        spread = shapes_by_argument(model, args, kwargs, given)
         heads = next((each for each in (given, spread) if len(each) == len(shapes)), ())
         shapes = dict(zip(heads, shapes, strict=True)) if heads else shapes
     if not isinstance(shapes, dict):
         return shapes
+    return dict.fromkeys(spread) | _spread(model, shapes)
+
+
+def _spread(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of each parameter, said of each argument that it takes."""
     kinds = {parameter.name: parameter.kind for parameter in _declared_by(model)}
     found: dict[str, Any] = {}
-    for name, shape in shapes.items():
+    for name, value in named.items():
         kind = kinds.get(name)
         if kind is _KINDS.VAR_POSITIONAL:
-            found |= {f"{name}_{place}": each for place, each in enumerate(shape)}
+            found |= {f"{name}_{place}": each for place, each in enumerate(value)}
         elif kind is _KINDS.VAR_KEYWORD:
-            found |= shape
+            found |= value
         else:
-            found[name] = shape
+            found[name] = value
     return found
 
 

@@ -109,19 +109,19 @@ def dynamic_axes(node: fx.Node) -> dict[int, Any] | None:
 
 
 def distinct(inputs: Any) -> Any:
-    """Copies a tensor that is given twice, or is a view with gaps.
+    """Tensors of their own on the same numbers; copies where one comes twice, or has gaps.
 
-    torch.export would take the one for the other, and refuse inputs without the gaps.
+    torch.export would take the one for the other, and refuse inputs without the gaps. It notes on
+    a tensor which axes were free, and would ask for them again at the next trace.
     """
     seen: set[int] = set()
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
             return leaf
-        if id(leaf) in seen:
-            return leaf.clone()
+        own = leaf.detach().clone() if id(leaf) in seen else leaf.detach().contiguous()
         seen.add(id(leaf))
-        return leaf.contiguous()
+        return own.requires_grad_(leaf.requires_grad)
 
     return pytree.tree_map(copied, inputs)
 

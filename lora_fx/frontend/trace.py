@@ -55,8 +55,9 @@ def trace(
         kwargs: example inputs by name.
         dynamic_shapes: as torch.export takes it; an axis may also be given a name
             (``{"input_ids": {0: "batch", 1: "sequence"}}``), whose range is then inferred; axes of
-            one name are of one size. What ``*args`` and ``**kwargs`` take may be given as one
-            (``{"rest": (..., ...)}``) or by argument (``{"rest_0": ..., "rest_1": ...}``).
+            one name are of one size. What a dictionary leaves out has the sizes of the example.
+            What ``*args`` and ``**kwargs`` take may be given as one (``{"rest": (..., ...)}``) or
+            by argument (``{"rest_0": ..., "rest_1": ...}``).
         frontend: ``"symbolic"`` (torch.fx, shapes stay general),
             ``"export"`` (torch.export, almost any model), or ``"auto"``: ``"export"`` when
             example inputs are given, else ``"symbolic"``.

@@ -249,8 +249,8 @@ def _branch(site: Site, base: fx.Node, out: fx.Node, col: fx.Node | None) -> Bra
     mine = col if col is not None and name_in(str(col.target)) == name else None
     x = input_of(site, None if mine else col)
     dropped = (n for n in found.nodes if x in n.all_input_nodes and op_name(n) == "dropout")
-    factors = (f for n in found.nodes if n.target is aten.mul.Tensor for f in n.args[1:])
-    scale = next((factor for factor in factors if isinstance(factor, float)), None)
+    scaled = (n for n in found.nodes if n.target is aten.mul.Tensor and n not in stops)
+    scale = next((f for n in scaled for f in n.args[1:] if isinstance(f, float)), None)
     with suppress(_AbsentError):
         if branch_sum(found, site, base, tensors, next(dropped, x), scale, mask) is out:
             part = tensors.get

@@ -57,6 +57,11 @@ def update_of(layer: nn.Module, base: Layer, own: Own, kind: str, traces: Traces
     Raises:
         AdapterError: what it computes is no affine function of its input.
     """
+    if not hasattr(layer, "base_layer"):
+        raise AdapterError(
+            f"PEFT wraps no {type(layer).__name__} for {kind}, so this adapter changes nothing "
+            "here: train one on layers of another type, or with another type of adapter"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises those who train
         gm = traces.of(layer, example(base, layer))

@@ -231,3 +231,10 @@ def test_a_free_axis_that_the_code_loops_over_is_told_as_what_it_is() -> None:
         lora_fx.trace(model, (x,), dynamic_shapes={"x": {0: "batch", 1: "sequence"}})
     gm = lora_fx.trace(model, (x,), dynamic_shapes={"x": {0: "batch"}})  # as is advised
     assert torch.equal(gm(x[:1]), model(x[:1]))
+
+
+def test_a_graph_that_holds_the_sizes_of_its_trace_says_so() -> None:
+    x = torch.randn(4, 3)
+    gm = lora_fx.trace(Computes(lambda self, x: x.reshape(len(x), -1)), (x,))
+    with pytest.raises(TraceError, match=r"give dynamic_shapes to lora_fx\.trace, of the model"):
+        lora_fx.trace(gm, (x,), dynamic_shapes=({0: "batch"},))

@@ -217,6 +217,35 @@ def test_one_tensor_given_twice_is_two_inputs() -> None:
     assert torch.equal(trace(Apart(), (x, x))(x, y), x - 2 * y)
 
 
+class ByRow(nn.Module):
+    """Goes through its rows one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, times: float = 1.0) -> torch.Tensor:
+        return torch.stack([self.fc(row) for row in x]) * times + y.sum()
+
+
+def test_a_trace_that_failed_leaves_nothing_on_its_inputs() -> None:
+    model, x, y = ByRow(), torch.randn(4, 3), torch.randn(4)
+    with pytest.raises(TraceError, match="specialized it to be a constant"):
+        trace(model, (x, y), dynamic_shapes=({0: "batch"}, None))
+    assert torch.equal(trace(model, (x, y))(x, y), model(x, y))
+
+
+def test_arguments_without_shapes_have_those_of_the_example() -> None:
+    model, x, y = ByRow(), torch.randn(4, 3), torch.randn(4)
+    gm = trace(model, (x,), {"y": y, "times": 2.0}, dynamic_shapes={"y": {0: "length"}})
+    y = torch.randn(7)
+    assert torch.equal(gm(x, y=y, times=2.0), model(x, y, 2.0))
+    with pytest.raises(AssertionError, match=r"x.size\(\)\[0\] == 4"):
+        gm(torch.randn(5, 3), y=y, times=2.0)
+    with pytest.raises(TraceError, match="arg names"):
+        trace(model, (x, y), dynamic_shapes={"yy": {0: "length"}})
+
+
 class Guarded(nn.Module):
     """What it computes hangs on a size and on a flag."""
 

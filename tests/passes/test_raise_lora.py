@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from lora_fx import Adapter, adapter_from, fold, inject, text, trace
+from lora_fx import Adapter, Update, adapter_from, fold, inject, text, trace
 from lora_fx.injection.branches import branches
 from lora_fx.passes import RaiseLora
-from lora_fx.testing import Notebook, check_pass
+from lora_fx.testing import Notebook, check_pass, make_adapter, update_of
 
 BRANCH = """\
 x = input()
@@ -271,6 +271,16 @@ def test_beside_a_convolution_in_groups_nothing_is_raised() -> None:
     assert not result.modified
 
 
+def test_a_weight_that_an_adapter_makes_anew_stays_below_what_is_raised(x: Any) -> None:
+    module = Notebook().eval()
+    kron = update_of("lokr", (10, 6))
+    base = trace(module, (x,))
+    gm = inject(base, Adapter("german", {"fc": kron}))
+    seen = check_pass(RaiseLora("mine"), gm, x, expected=gm(x), control=base(x))
+    delta = adapter_from(seen.gm, "mine").updates["fc"].delta()
+    torch.testing.assert_close(delta, 1.5 * module.a @ module.b)
+
+
 @pytest.mark.parametrize("rows", [6, 18])
 def test_what_is_added_to_a_kernel_becomes_a_branch_if_its_rows_are_few(rows: int) -> None:
     """loralib's convolution adds a product of (out * kernel, in * kernel), of no less rank."""
@@ -335,3 +345,42 @@ def test_beside_a_part_of_a_weight_nothing_is_raised(x: Any) -> None:
     assert [edit.text for edit in result.edits] == [
         "it reads a part of its weight, or none that is stored"
     ]
+
+
+class Shifted(nn.Module):
+    """A layer to whose result something is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.shift = nn.Linear(6, 5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x) + self.shift
+        return y
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_beside_what_scales_an_input_nothing_is_raised(
+    others: int, frontend: Any, x: torch.Tensor
+) -> None:
+    scaled = Update(torch.randn(2, 6), torch.randn(5, 2), 1.0, col=torch.rand(6) + 0.5)
+    plain = [make_adapter({"fc": (5, 6)}, name="german")] * others
+    gm = inject(
+        trace(Shifted().eval(), (x,), frontend=frontend),
+        [Adapter("french", {"fc": scaled}), *plain],
+    )
+    result = RaiseLora()(gm)
+    assert torch.equal(result.graph_module(x), gm(x))
+    assert not result.modified
+    assert all("scales what it reads" in edit.text for edit in result.edits)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_branches_in_a_row_are_branches_already(frontend: Any, x: torch.Tensor) -> None:
+    update = Update(torch.randn(2, 6), torch.randn(5, 2), 1.0, col=torch.rand(6) + 0.5)
+    plain = make_adapter({"0": (5, 6)}, name="german")
+    base = trace(nn.Sequential(nn.Linear(6, 5)).eval(), (x,), frontend=frontend)
+    result = RaiseLora()(inject(base, [Adapter("french", {"0": update}), plain]))
+    assert not result.modified
+    assert not result.edits

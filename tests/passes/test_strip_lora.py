@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lora_fx import Adapter, Update, inject, text, trace
+from lora_fx import Adapter, Update, adapter_from, inject, text, trace
 from lora_fx.passes import StripLora
 from lora_fx.testing import check_pass, make_adapter
 
@@ -38,4 +39,26 @@ def test_what_scales_inputs_is_taken_away_before_the_layer(
     updates = {"wide": Update(torch.zeros(0, 3), torch.zeros(5, 0), 1.0, col=torch.rand(3) + 0.5)}
     injected = inject(base, Adapter("french", updates))
     seen = check_pass(StripLora(), injected, x, expected=ragged(x), control=injected(x))
+    assert seen.after == text(base)
+
+
+class Scaled(nn.Module):
+    """What a layer reads is multiplied by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.again = nn.Linear(3, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.again(torch.tanh(self.wide(x)) * 2.5) * 0.5
+        return y
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_number_that_the_model_multiplies_with_is_no_scale(frontend: str, x: Any) -> None:
+    model = Scaled().eval()
+    base = trace(model, (x,), frontend=frontend)
+    injected = inject(base, make_adapter(SHAPES))
+    assert adapter_from(injected).updates.keys() == SHAPES.keys()
+    seen = check_pass(StripLora(), injected, x, expected=model(x), control=injected(x))
     assert seen.after == text(base)

@@ -138,3 +138,11 @@ def test_what_is_no_layer_says_why(function: Any, message: str) -> None:
 def test_what_fails_on_any_input_is_said_by_name() -> None:
     with pytest.raises(TraceError, match=r"Wraps cannot be traced \(export\)"):
         read(Wraps(lambda m, x: x @ m.up))
+
+
+def test_a_layer_that_is_not_wrapped_is_refused() -> None:
+    layer = nn.Linear(3, 5)
+    base = layer_of(layer)
+    assert base is not None
+    with pytest.raises(AdapterError, match="PEFT wraps no Linear for mine, so this"):
+        update_of(layer, base, dict(layer.named_parameters()), "mine", Traces())

@@ -36,6 +36,14 @@ def test_inputs_become_arrays() -> None:
         to_array("x", object())
 
 
+def test_numbers_keep_their_value_in_whatever_order_their_bytes_are() -> None:
+    x = np.arange(3.0, dtype=">f4")
+    assert to_array("x", x).dtype == np.dtype("float32")
+    assert np.array_equal(to_array("x", x), x)
+    native = np.arange(3.0)
+    assert to_array("x", native) is native
+
+
 @pytest.mark.parametrize("value", [torch.ones(2, dtype=torch.complex64), np.ones(2) * 1j, 1j])
 def test_complex_numbers_are_refused_by_name(value: Any) -> None:
     with pytest.raises(ExportError, match=r"input 'x' is complex\d+, .*torch\.view_as_real"):
