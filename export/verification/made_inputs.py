@@ -106,30 +106,31 @@ def _sizes(inputs: Sequence[Any], apart: Sequence[str], picks: _Picks) -> Iterat
     known = picks.known | {v.shape[1]: picks.channels[v.name] for v in channels}
     images = [v.shape[2:] for v in channels if len(v.shape) == 4]
     sides = {name for shape in images for name in shape if isinstance(name, str)}
-    for sizes in _any_sizes(inputs, apart, sides):
-        yield sizes | {name: size for name, size in known.items() if isinstance(name, str)}
+    names = _spelled(s for v in inputs for s in v.shape if isinstance(s, str))
+    parts = dict.fromkeys(p for sum_ in names.values() for p in sum_ if not p.isdigit())
+    known = {name: size for name, size in known.items() if isinstance(name, str)}
+    for sizes in _any_sizes(parts, apart, sides):
+        yield _summed(names, sizes | known)
 
 
 def _any_sizes(
-    inputs: Sequence[Any], apart: Sequence[str], sides: Collection[str]
+    parts: Collection[str], apart: Sequence[str], sides: Collection[str]
 ) -> Iterator[dict[str, int]]:
-    names = _spelled(s for v in inputs for s in v.shape if isinstance(s, str))
-    parts = dict.fromkeys(p for sum_ in names.values() for p in sum_ if not p.isdigit())
     sizes = {part: 2 + place for place, part in enumerate(parts)}
-    yield _summed(names, dict.fromkeys(parts, 1))
+    yield dict.fromkeys(parts, 1)
     for one in apart:
-        yield _summed(names, sizes | {one: 1})
+        yield sizes | {one: 1}
     if not apart:
-        yield _summed(names, sizes)
+        yield sizes
     sizes = {part: 3 + 2 * place for place, part in enumerate(parts)}
-    yield _summed(names, sizes)
+    yield sizes
     if past := [part for part in parts if part.startswith(_PAST)]:
-        yield _summed(names, sizes | dict.fromkeys(past, 0))
+        yield sizes | dict.fromkeys(past, 0)
     for size in (4, 16, 32, 64):
-        yield _summed(names, dict.fromkeys(parts, size))
+        yield dict.fromkeys(parts, size)
     for side in _SIDES if sides else ():
         for others in (1, 2):
-            yield _summed(names, dict.fromkeys(parts, others) | dict.fromkeys(sides, side))
+            yield dict.fromkeys(parts, others) | dict.fromkeys(sides, side)
 
 
 def _spelled(names: Iterable[str]) -> dict[str, list[str]]:
@@ -207,8 +208,10 @@ def _picks_of(model: onnx.ModelProto) -> _Picks:
 
 
 def _of_caches(model: ir.Model) -> dict[str, int]:
-    """A head's size, by the layer that reads all heads of fused attention; and a window's."""
-    found: dict[str, int] = {}
+    """A head's size, by the layer that reads all heads of fused attention; and a window's.
+
+    A cache of a window is full where all have its length: the rest of it is whatever was there.
+    """
     heads = [
         layer.shape[1] // count
         for layer in layers_in(model)
@@ -216,15 +219,17 @@ def _of_caches(model: ir.Model) -> dict[str, int]:
         and (made := x.producer()) is not None
         and (count := made.attributes.get_int("num_heads", 0))
     ]
+    found: dict[str, int] = {}
+    windows, lengths = [0], set()
     for value in model.graph.inputs:
         if not str(value.name).startswith(PAST) or value.shape is None or len(value.shape) != 4:
             continue
         *_, length, width = (str(size) for size in value.shape)
+        lengths.add(length)
         found |= dict.fromkeys([width], heads[0]) if heads else {}
-        for node in value.consumers():
-            if node.attributes.get_int("sliding_window_cache", 0):
-                found[length] = node.attributes.get_int("local_window_size", 1) or 1
-    return found
+        slides = [n for n in value.consumers() if n.attributes.get_int("sliding_window_cache", 0)]
+        windows += [node.attributes.get_int("local_window_size", 0) or 0 for node in slides]
+    return found | dict.fromkeys(lengths if any(windows) else (), max(windows))
 
 
 def _origin(value: ir.Value | None) -> ir.Value | None:

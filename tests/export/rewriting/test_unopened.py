@@ -260,9 +260,8 @@ def test_a_cache_of_a_builder_s_has_heads_of_the_file_s_size(window: int, tmp_pa
     feeds = feeds_for(Run(path), model)
     shapes = [feeds[n]["past_key_values.0.key"].shape for n in feeds]
     assert {shape[-1] for shape in shapes} == {size}
-    assert len(shapes) == 2  # a token behind what came before, and a prompt
-    assert {shape[2] for shape in shapes} == ({window} if window else {1, 0})
-    assert max(given["x"].shape[1] for given in feeds.values()) > 1
+    assert {shape[2] for shape in shapes} == ({window} if window else {1, 0})  # a token, a prompt
+    assert window or max(given["x"].shape[1] for given in feeds.values()) > 1
     assert add_lora(path, tmp_path / "slots.onnx").slots == ["qkv", "out"]
 
 
