@@ -38,6 +38,7 @@ _PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
 _NUMBERED = re.compile(r"weight_\d+$")
 # What torch calls a parameter that others are computed from: it is known as what is computed.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
+_PEFT = re.compile(r"^base_model\.model\.(.*?)(\.base_layer)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +220,19 @@ def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     for path, name in calls:
         weights[path].add(name)
     alone = {path for path, names in weights.items() if path and len(names) == 1}
-    return {
+    found = {
         (path, name): _path(path, name, names, alone)
         for path, names in weights.items()
         for name in names
     }
+    inner = {path: _unwrapped(path) for path in found.values()}
+    are_apart = len(set(inner.values())) == len(inner)
+    return {call: inner[path] for call, path in found.items()} if are_apart else found
+
+
+def _unwrapped(path: str) -> str:
+    """What a layer is called that PEFT has wrapped: as its adapters call it."""
+    return _PEFT.sub(r"\1", path)
 
 
 def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:
