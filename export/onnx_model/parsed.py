@@ -76,7 +76,7 @@ def _contradictions_told() -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, NotImplementedError):
             raise ExportError(
-                f"what it holds is not read: {str(cause).partition('.')[0]}: of ZipMap, which "
-                "skl2onnx puts behind a classifier, its zipmap=False gives a tensor in place"
+                f"what it holds is not read: {str(cause).partition('.')[0]}: ZipMap, which "
+                "skl2onnx puts behind a classifier, it leaves out where its option zipmap is off"
             ) from error
         raise ExportError(f"not a valid ONNX graph: {cause}") from error
