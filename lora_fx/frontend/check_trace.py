@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -162,12 +163,21 @@ class _Seen:
         prepared = replace(self, inputs=distinct(self.inputs))
         return difference(prepared.call(self.gm), prepared.call(self.model)) is None
 
+    def agrees_as_exported(self) -> bool:
+        """Whether they agree where the model's code is told that it is exported."""
+        found = self.call(self.gm)
+        try:
+            with _compiling_state_context():
+                return difference(found, self.call(self.model)) is None
+        except CallError:  # what it does then is for tracers alone
+            return False
+
     def is_rounding(self) -> bool:
         """Whether they differ no more than two ways to compute one thing do."""
-        pairs = zip(*(pytree.tree_leaves(self.call(c)) for c in (self.gm, self.model)), strict=True)
-        return all(
-            isinstance(a, torch.Tensor) and a.shape == b.shape and compare(a, b).ok
-            for a, b in pairs
+        ours, own = (pytree.tree_leaves(self.call(called)) for called in (self.gm, self.model))
+        return len(ours) == len(own) and all(
+            all(isinstance(leaf, torch.Tensor) for leaf in (a, b)) and compare(a, b).ok
+            for a, b in zip(ours, own, strict=True)
             if difference(a, b) is not None
         )
 
@@ -176,10 +186,11 @@ def _refuse(seen: _Seen, said: str, used: list[str], changed: list[str]) -> None
     """Names the module, and the cause if it can be told.
 
     A model that takes another way for one tensor given twice, as torch's attention does, is the
-    same function of two.
+    same function of two; and one that has another for exports, as Qwen3-Next does, is the same if
+    its numbers are.
     """
     prepared = not used and seen.agrees_as_prepared()
-    if prepared and seen.is_rounding():
+    if (prepared or (not used and seen.agrees_as_exported())) and seen.is_rounding():
         return
     place = first_that_differs(seen.model, seen.gm, seen.call)
     cause = f"{_CAUSES}. Say it with tensors (torch.where), or fix it before tracing."

@@ -134,4 +134,5 @@ def _paths(node: fx.Node) -> Iterator[str]:
 
 def _digest(tensor: torch.Tensor) -> Any:
     value = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
-    return tensor.dtype, tuple(tensor.shape), hash(bytes(value.reshape(-1).view(torch.uint8)))
+    held = value.reshape(-1).view(torch.uint8).numpy()  # bytes(tensor) asks it for each number
+    return tensor.dtype, tuple(tensor.shape), hash(held.tobytes())

@@ -65,7 +65,8 @@ def trace(
             free, and compare, bit for bit. Without example inputs nothing can be compared.
 
     Returns:
-        A GraphModule called as the model is called, bit-equal to it. Its ``.train()`` and
+        A GraphModule called as the model is called, bit-equal to it, or to what it has for exports
+        (``torch.compiler.is_exporting()``) if both give the same to rounding. Its ``.train()`` and
         ``.eval()`` switch what was recorded of a mode; the first to ask for another mode than the
         model was traced in traces it again. It shares the model's tensors, so torch's ``.half()``
         and ``.to(...)`` on it convert the model's parameters too, in place. Convert the model

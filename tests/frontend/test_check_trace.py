@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx import TraceError, trace
+from lora_fx.numerics import compare
 from lora_fx.testing import Computes
 
 FRONTENDS = ["symbolic", "export"]
@@ -83,6 +84,29 @@ def test_the_cause_is_said_where_it_can_be_told() -> None:
         trace(model_of(WRONG["a global counter"][1]), (x,))
     with pytest.raises(TraceError, match=r"torch\.where"):
         trace(model_of(WRONG["type"][1]), (x,))
+
+
+def in_other_steps(factor: float) -> Forward:
+    """A solver, and what stands for it where the model is exported, times a factor."""
+
+    def compute(m: Any, x: torch.Tensor) -> Any:
+        y = m.fc(x)
+        system = torch.eye(5) + m.fc.weight.tril(-1)
+        if torch.compiler.is_exporting():
+            return y @ torch.linalg.inv(system).mT * factor
+        return torch.linalg.solve_triangular(system.mT, y, upper=True, left=False)
+
+    return compute
+
+
+def test_another_way_that_a_model_has_for_exports_is_taken_if_its_numbers_are_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = model_of(in_other_steps(1.0)), torch.randn(40, 3)
+    found = trace(model, (x,))(x)
+    assert compare(found, model(x)).ok
+    assert not torch.equal(found, model(x)), "else this says nothing"
+    with pytest.raises(TraceError, match="not the model on the example inputs, first at 1: "):
+        trace(model_of(in_other_steps(1.01)), (x,))
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
