@@ -220,5 +220,6 @@ def _unturned(node: ir.Node, k: ir.Value) -> ir.Value:
     node.graph.insert_before(node, new)
     shape = shape_of(k)
     assert shape is not None
-    new.outputs[0].type, new.outputs[0].shape = k.type, ir.Shape([*shape[:2], shape[3], shape[2]])
+    new.outputs[0].type = k.type or ir.TensorType(ir.DataType.FLOAT)  # that of the queries
+    new.outputs[0].shape = ir.Shape([*shape[:2], shape[3], shape[2]])
     return new.outputs[0]

@@ -143,6 +143,19 @@ def test_heads_that_are_not_joined_again_stay_apart(spelled: Callable[..., Any])
     assert found.off < 1e-6
 
 
+def test_keys_that_are_turned_back_have_a_type_where_none_is_noted(
+    spelled: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    apart = (
+        "yt = Transpose <perm = [0, 2, 1, 3]> (yh)",
+        "ya = Relu(yh)\n yt = Transpose <perm = [0, 2, 1, 3]> (ya)",
+    )
+    text = graph(apart).replace("float[b, 3, 4, n] kt,", "")
+    assert spelled(FuseAttention, text, b=2, n=5).count == 1
+    said = capfd.readouterr()
+    assert "not known" not in said.out + said.err  # onnx_ir tells of a shape without a type
+
+
 @pytest.mark.parametrize(
     "changes",
     [
