@@ -62,6 +62,12 @@ def _known(model: nn.Module, reason: str) -> str | None:
             "give an example of size 2 or more along these axes, which dynamic_shapes leaves free: "
             "torch.export takes sizes 0 and 1 for constants; what is made of others runs with 1 too"
         )
+    if "specialized it to be a constant" in reason:
+        return (
+            "leave these axes out of dynamic_shapes, and give an example of the size that is used: "
+            "the model's code takes a step, or a way, for each size (a loop over tokens), "
+            "and a graph has the steps of one. For a directory, module:function says both"
+        )
     if "data-dependent" in reason:
         return (
             "let no `if` hang on what a tensor holds: a graph has one way, so take it before the "

@@ -221,3 +221,12 @@ def test_a_sparse_input_is_traced() -> None:
 def test_a_free_axis_of_size_one_is_told_as_what_it_is() -> None:
     with pytest.raises(TraceError, match=r"Try: give an example of size 2 or more"):
         lora_fx.trace(nn.Linear(3, 5), (torch.randn(1, 3),), dynamic_shapes=({0: "batch"},))
+
+
+def test_a_free_axis_that_the_code_loops_over_is_told_as_what_it_is() -> None:
+    model = Computes(lambda m, x: sum(m.fc(x[:, i]) for i in range(x.shape[1])), fc=nn.Linear(3, 5))
+    x = torch.randn(2, 4, 3)
+    with pytest.raises(TraceError, match=r"Try: leave these axes out of dynamic_shapes.*one\. For"):
+        lora_fx.trace(model, (x,), dynamic_shapes={"x": {0: "batch", 1: "sequence"}})
+    gm = lora_fx.trace(model, (x,), dynamic_shapes={"x": {0: "batch"}})  # as is advised
+    assert torch.equal(gm(x[:1]), model(x[:1]))
