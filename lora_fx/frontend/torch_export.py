@@ -12,7 +12,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.frontend.data_reads import data_detached
+from lora_fx.frontend.data_reads import data_detached, lengths_free
 from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
@@ -41,7 +41,8 @@ def export_program(
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
     results_cached = torch._dynamo.config.patch(fake_tensor_cache_enabled=not has_free_axes)
-    with warnings.catch_warnings(), data_detached(), lean_tracing(), results_cached:
+    said = data_detached(), lengths_free(root)
+    with warnings.catch_warnings(), said[0], said[1], lean_tracing(), results_cached:
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:

@@ -1,13 +1,16 @@
-"""Reads of ``tensor.data`` in a model's own code."""
+"""Reads of ``tensor.data`` and of ``len(tensor)`` in a model's own code."""
 
 from __future__ import annotations
 
+import builtins
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.frontend.data_reads import data_detached
+from lora_fx.frontend.data_reads import data_detached, lengths_free
 
 
 class Reads(nn.Module):
@@ -38,3 +41,31 @@ def test_what_is_set_is_set_and_all_is_as_before() -> None:
     assert tensor.sum() == 0
     assert own.sum() == 3
     assert "data" not in vars(torch.Tensor)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = len(x)
+        assert len([x, x]) == 2
+        return self.fc(x) * torch.arange(rows)[:, None]
+
+
+def test_a_size_that_a_model_asks_len_for_stays_free() -> None:
+    model = Counts().eval()
+    gm = trace(model, (torch.randn(4, 3),), dynamic_shapes=({0: "batch"},))
+    x = torch.randn(7, 3)
+    with torch.no_grad():
+        assert torch.equal(gm(x), model(x))
+
+
+def test_len_is_python_s_own_again() -> None:
+    with lengths_free(Counts()):
+        assert len is not builtins.len
+        with pytest.raises(TypeError, match="0-d tensor"):
+            len(torch.tensor(1))
+    assert len is builtins.len
+    assert "len" not in globals()
