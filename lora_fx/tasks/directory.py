@@ -17,6 +17,7 @@ from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.directory_files import check_alone, check_files, variant_of, without_adapter
+from lora_fx.tasks.example_inputs import with_parts
 from lora_fx.tasks.plain_weights import is_bitsandbytes, plain_weights
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 from lora_fx.tasks.vocabulary import fit_vocabulary
@@ -89,7 +90,7 @@ def _config_and_class(
         raise LoraFxError(f"{path}: transformers cannot read its config.json: {error}") from error
     with within(path), bounded(path):
         kind = _class_of(config, adapters, task, transformers)
-    for part in (config, *_parts(config)):
+    for part in with_parts(config):
         part.use_cache = False
     return config, kind
 
@@ -235,11 +236,6 @@ def fields_of(file: Path) -> dict[str, Any]:
     """
     found = read_json(file) if file.is_file() else {}
     return found if isinstance(found, dict) else {}
-
-
-def _parts(config: Any) -> list[Any]:
-    """The configs inside a config: of the text, the image, the decoder."""
-    return [part for part in vars(config).values() if hasattr(part, "model_type")]
 
 
 def _class_of(config: Any, adapters: AdapterTask, task: Task | None, transformers: Any) -> Any:

@@ -19,6 +19,7 @@ from lora_fx.errors import LoraFxError
 
 _BATCH, _LENGTH, _DECODER_LENGTH, _FRAMES = 2, 16, 8, 48
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token_(id|index)")
+_PROCESSED = "what its processor makes, with a token for each piece of an image or a sound"
 _MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 _TOKEN = re.compile(r"token_(id|ids|index)$")
 
@@ -43,9 +44,17 @@ class Facts:
 
     def find(self, *names: str) -> Any:
         """The value of the first of these fields that the config, or a part of it, has."""
-        parts = [self.config, *(p for p in vars(self.config).values() if hasattr(p, "model_type"))]
-        values = (getattr(part, name, None) for name in names for part in parts)
+        values = (getattr(part, name, None) for name in names for part in with_parts(self.config))
         return next((value for value in values if value is not None), None)
+
+
+def with_parts(config: Any) -> list[Any]:
+    """A config, the configs inside it (of the text, the image, the decoder), and those in these."""
+    found = [config]
+    for one in found:  # it grows
+        parts = [part for part in vars(one).values() if hasattr(part, "model_type")]
+        found += [part for part in parts if not any(part is known for known in found)]
+    return found
 
 
 Made = tuple[torch.Tensor, dict[int, str]]
@@ -71,9 +80,11 @@ def example_inputs(
     if facts.main not in parameters:
         raise _refusal(kind, facts.main)
     wanted = _wanted(model, facts, parameters, names)
-    for name in wanted:
-        if name not in _MAKERS or (name != "input_ids" and _has_placeholder(facts, parameters)):
-            raise _refusal(kind, name)
+    unknown = next((name for name in wanted if name not in _MAKERS), None)
+    if unknown is not None:
+        raise _refusal(kind, unknown)
+    if wanted != ["input_ids"] and _has_placeholder(facts, parameters):
+        raise _refusal(kind, "text", _PROCESSED)
     made: dict[str, Made] = {}
     for name in sorted(wanted, key=list(_MAKERS).index):  # a mask needs to know what it masks
         value = _MAKERS[name](facts, made)
@@ -85,10 +96,12 @@ def example_inputs(
     return values, {n: axes for n, (_, axes) in made.items()}
 
 
-def _refusal(kind: str, name: str) -> LoraFxError:
+def _refusal(
+    kind: str, name: str, why: str = "of no kind that its config gives sizes for"
+) -> LoraFxError:
     return LoraFxError(
-        f"no example inputs can be made for a {kind}: its {name} is of no kind that its "
-        "config gives sizes for; give module:function, which returns the model and its inputs"
+        f"no example inputs can be made for a {kind}: its {name} is {why}; give module:function, "
+        "which returns the model and its inputs"
     )
 
 
@@ -121,7 +134,7 @@ def _wanted(
 
 def _has_placeholder(facts: Facts, parameters: Collection[str]) -> bool:
     """Whether the text holds a token for each piece of an image or a sound."""
-    fields = vars(facts.config).items()
+    fields = [field for part in with_parts(facts.config) for field in vars(part).items()]
     found = any(_PLACEHOLDER.fullmatch(n) and isinstance(value, int) for n, value in fields)
     return found and bool(_MEDIA & set(parameters))
 
@@ -152,16 +165,17 @@ def _words(facts: Facts, length: int) -> torch.Tensor | None:
 
 
 def _specials(facts: Facts) -> list[int]:
-    parts = [facts.config, *(p for p in vars(facts.config).values() if hasattr(p, "model_type"))]
-    values = [v for part in parts for name, v in vars(part).items() if _TOKEN.search(name)]
+    fields = [field for part in with_parts(facts.config) for field in vars(part).items()]
+    values = [value for name, value in fields if _TOKEN.search(name)]
     flat = [token for v in values for token in (v if isinstance(v, list | tuple) else [v])]
     return [token for token in flat if type(token) is int]
 
 
 def _token(facts: Facts, name: str) -> int | None:
-    found = facts.find(name)
+    found, size = facts.find(name), facts.find("vocab_size")
     token = found[0] if isinstance(found, list | tuple) and found else found
-    return token if type(token) is int and 0 <= token < facts.find("vocab_size") else None
+    known = type(token) is int and isinstance(size, int) and 0 <= token < size
+    return token if known else None
 
 
 def _length(facts: Facts, length: int) -> int:

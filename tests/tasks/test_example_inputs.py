@@ -13,7 +13,7 @@ import torch
 import lora_fx
 from lora_fx.cli.model_source import find_model
 from lora_fx.errors import LoraFxError
-from lora_fx.tasks.example_inputs import example_inputs
+from lora_fx.tasks.example_inputs import example_inputs, with_parts
 from lora_fx.testing import relative
 
 SMALL = {
@@ -198,10 +198,27 @@ def test_what_cannot_be_made_is_refused_by_name() -> None:
     series = transformers.TimeSeriesTransformerConfig(prediction_length=4, d_model=8)
     with pytest.raises(LoraFxError, match=r"^no example inputs .* time_series_.*past_values"):
         example_inputs(transformers.TimeSeriesTransformerModel(series))
+    letters = transformers.CanineConfig(**SMALL, num_hash_buckets=8, num_hash_functions=2)
+    with pytest.raises(LoraFxError, match="made for a canine: its input_ids"):  # has no vocabulary
+        example_inputs(transformers.CanineModel(letters))
     parts = {"model_type": "llama", **TEXT}, {"model_type": "clip_vision_model", **IMAGE}
     both = transformers.LlavaConfig(text_config=parts[0], vision_config=parts[1], image_token_id=5)
-    with pytest.raises(LoraFxError, match="made for a llava: its pixel_values"):
+    with pytest.raises(LoraFxError, match="made for a llava: its text is what its processor makes"):
         example_inputs(transformers.LlavaForConditionalGeneration(both))
+
+
+def test_a_config_inside_a_config_inside_a_config_is_read() -> None:
+    import transformers
+
+    text = {"model_type": "gemma", **TEXT, "head_dim": 8, "num_key_value_heads": 2}
+    vision = {"model_type": "siglip_vision_model", **IMAGE}
+    both = {"model_type": "paligemma", "text_config": text, "vision_config": vision}
+    config = transformers.ColPaliConfig(vlm_config=both | {"image_token_id": 5})
+    assert any(part is config.vlm_config.text_config for part in with_parts(config))
+    with pytest.raises(LoraFxError, match="made for a colpali: its text is what its processor"):
+        example_inputs(transformers.ColPaliForRetrieval(config))
+    config.vlm_config.parent = config  # none is read twice
+    assert len(with_parts(config)) == 4
 
 
 @pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "HubertModel"])
