@@ -67,6 +67,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     check_opset(opset)
     if not isinstance(program, LoweredProgram):
         _copy_before_reshape(program)
+    _cast_before_rsub(program)
     with _quiet():
         try:
             if has_masks(program):
@@ -111,6 +112,22 @@ def _copy_before_reshape(program: torch.export.ExportedProgram) -> None:
             copy = program.graph.call_function(aten.clone.default, (source,), layout)
         copy.meta = {**source.meta, "val": source.meta["val"].clone(**layout)}
         node.replace_input_with(source, copy)
+    program.graph_module.recompile()
+
+
+def _cast_before_rsub(program: torch.export.ExportedProgram) -> None:
+    """Casts whole numbers that are taken off a float: ``1.0 - mask`` -> ``1.0 - mask.to(float)``.
+
+    torch.onnx makes a subtraction of it whose first input is a number, which it casts for none.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        source, dtype = node.args[0], node.meta["val"].dtype
+        if source.meta["val"].dtype is dtype:
+            continue
+        with program.graph.inserting_before(node):
+            cast = program.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+        cast.meta = {**node.meta, "val": source.meta["val"].to(dtype)}
+        node.replace_input_with(source, cast)
     program.graph_module.recompile()
 
 

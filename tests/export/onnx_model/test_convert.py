@@ -31,6 +31,26 @@ def test_an_operator_without_onnx_form_is_named() -> None:
         convert(export_program(gm, (x,), {}, None), None)
 
 
+@pytest.mark.parametrize("alpha", [1, 3])
+def test_whole_numbers_are_taken_off_a_float(
+    alpha: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As masks are turned into what is added to scores."""
+
+    class Hides(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x + torch.rsub(mask, 1.5, alpha=alpha) * -1e4
+
+    x, mask = torch.randn(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    gm = trace(Hides(), (x, mask), dynamic_shapes=({0: "batch"}, {0: "batch"}))
+    to_onnx(gm, tmp_path / "m.onnx")
+    assert "nn_module_stack" not in capfd.readouterr().err
+    found = Session(tmp_path / "m.onnx").run({"x": x, "mask": mask})
+    (value,) = found.values()
+    assert compare(value, x + (1.5 - alpha * mask) * -1e4).ok
+    assert not compare(value, x + (1.0 - alpha * mask) * -1e4).ok
+
+
 def test_experts_that_are_multiplied_in_groups(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
