@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import _trace
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -41,14 +43,30 @@ def export_program(
     has_free_axes = any(leaf is not None for leaf in pytree.tree_leaves(shapes))
     # Where shapes have symbols, an entry of this cache costs more than the calls that it saves.
     results_cached = torch._dynamo.config.patch(fake_tensor_cache_enabled=not has_free_axes)
-    said = data_detached(), lengths_free(root)
-    with warnings.catch_warnings(), said[0], said[1], lean_tracing(), results_cached:
+    with (
+        warnings.catch_warnings(),
+        data_detached(),
+        lengths_free(root),
+        _without_partial_graphs(),
+        lean_tracing(),
+        results_cached,
+    ):
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # the model's own code runs in here and may raise anything
             raise TraceError(explain_failure(root, "export", error)) from error
+
+
+@contextmanager
+def _without_partial_graphs() -> Iterator[None]:
+    """Where torch.export fails, it prints all that it had of the graph, before our message."""
+    vars(_trace)["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(_trace)["print"]
 
 
 def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:

@@ -173,12 +173,13 @@ class Hangs(nn.Module):
         return x + 1 if x.max() > 2 else x
 
 
-def test_a_choice_by_what_a_tensor_holds_is_named() -> None:
+def test_a_choice_by_what_a_tensor_holds_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     said = (
         r"test_diagnostics\.py:\d+: return x \+ 1 if(.|\n)*Try: let no `if` hang on what a tensor"
     )
     with pytest.raises(TraceError, match=said):
         lora_fx.trace(Hangs(), (torch.randn(3, 2),))
+    assert "def forward" not in capfd.readouterr().err, "torch.export prints the graph so far"
 
 
 @pytest.mark.filterwarnings("ignore")
