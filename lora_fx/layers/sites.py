@@ -38,7 +38,9 @@ _PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
 _NUMBERED = re.compile(r"weight_\d+$")
 # What torch calls a parameter that others are computed from: it is known as what is computed.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
-_PEFT = re.compile(r"^base_model\.model\.(.*?)(\.base_layer)?$")
+# What PEFT calls the layers of a model that it has wrapped, and a layer that it has.
+_BASE_LAYER = ".base_layer"
+_WRAPPED = re.compile(r"^base_model\.model\.(.*?)(\.base_layer)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +210,8 @@ def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
     A module that owns several weights (an attention module) has a layer for each, told apart by
     the weight's own name; the packed projection is called as the module is, and what belongs to a
-    module further down is called as that is, whoever calls it.
+    module further down is called as that is, whoever calls it. Layers of a model that PEFT has
+    wrapped are called as its adapters call them.
 
     Args:
         calls: the path of the module that calls, and the name of the weight, each.
@@ -225,14 +228,10 @@ def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
         for path, names in weights.items()
         for name in names
     }
-    inner = {path: _unwrapped(path) for path in found.values()}
+    inner = {path: _WRAPPED.sub(r"\1", path) for path in found.values()}
+    is_wrapped = any(path.endswith(_BASE_LAYER) for path in inner)
     are_apart = len(set(inner.values())) == len(inner)
-    return {call: inner[path] for call, path in found.items()} if are_apart else found
-
-
-def _unwrapped(path: str) -> str:
-    """What a layer is called that PEFT has wrapped: as its adapters call it."""
-    return _PEFT.sub(r"\1", path)
+    return {c: inner[path] for c, path in found.items()} if is_wrapped and are_apart else found
 
 
 def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:

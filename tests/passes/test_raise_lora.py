@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoHaConfig, get_peft_model
@@ -13,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
+import lora_fx
 from lora_fx import Adapter, Update, adapter_from, fold, inject, text, trace
 from lora_fx.injection.branches import branches
+from lora_fx.layers.sites import sites
 from lora_fx.passes import RaiseLora
-from lora_fx.testing import Notebook, check_pass, make_adapter, update_of
+from lora_fx.testing import Computes, Notebook, check_pass, make_adapter, update_of
 
 BRANCH = """\
 x = input()
@@ -83,11 +87,36 @@ def test_what_peft_wrapped_becomes_a_branch(bias: bool, x: Any) -> None:
     model = get_peft_model(base, config).eval()
     gm = trace(model, (x,))
     seen = check_pass(RaiseLora(), gm, x, expected=model(x), control=before)
-    assert [branch.path for branch in branches(seen.gm)] == [
-        "base_model.model.0.base_layer",
-        "base_model.model.2.base_layer",
-    ]
+    assert [branch.path for branch in branches(seen.gm)] == ["0", "2"]
     assert text(fold(seen.gm)) == text(fold(gm))
+
+
+def test_an_adapter_of_what_peft_wrapped_goes_where_peft_s_own_goes(tmp_path: Any, x: Any) -> None:
+    """Into the plain base, into a file for PEFT, and into the slots of what was exported."""
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 7)).eval()
+    config = PeftConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model, other = (get_peft_model(copy.deepcopy(base), config).eval() for _ in range(2))
+    raised = RaiseLora("mine")(trace(model, (x,))).graph_module
+    adapter = adapter_from(raised)
+    torch.testing.assert_close(inject(trace(base, (x,)), adapter)(x), model(x))
+    assert not torch.allclose(base(x), model(x), atol=1e-2)
+    lora_fx.save_adapter(adapter, tmp_path / "mine")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "mine"))
+    torch.testing.assert_close(loaded.eval()(x), model(x))
+    file = tmp_path / "model.onnx"
+    lora_fx.to_onnx(raised, file, adapters="input")
+    other.save_pretrained(str(tmp_path / "other"))
+    lora_fx.export_adapter(tmp_path / "other", file, tmp_path / "other.onnx_adapter")
+    session = lora_fx.Session(file)
+    (found,) = session.run({session.inputs[0]: x.numpy()}, tmp_path / "other.onnx_adapter").values()
+    torch.testing.assert_close(torch.from_numpy(found), other(x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(other(x), model(x), atol=1e-2)
+
+
+def test_what_is_called_as_peft_calls_it_and_is_not_wrapped_keeps_its_name(x: Any) -> None:
+    base = nn.ModuleDict({"model": nn.Sequential(nn.Linear(6, 10))})
+    model = Computes(lambda m, x: m.base_model["model"](x), base_model=base)
+    assert [site.path for site in sites(trace(model, (x,)))] == ["base_model.model.0"]
 
 
 def test_two_active_adapters_become_one_of_both_ranks(x: Any) -> None:
@@ -249,11 +278,11 @@ def test_layers_of_every_kind_that_peft_wrapped_become_branches() -> None:
     gm = trace(model, (ids,))
     seen = check_pass(RaiseLora(), gm, ids, expected=model(ids), control=before)
     adapter = adapter_from(seen.gm)
-    assert {path.split(".")[2] for path in adapter.updates} == set(names)
+    assert set(adapter.updates) == set(names)
     assert {update.rank for update in adapter.updates.values()} == {3}
     for path, update in adapter.updates.items():
-        layer = model.get_submodule(path.removesuffix(".base_layer"))
-        delta = update.delta().T if ".words." in path else update.delta()
+        layer = model.get_submodule(f"base_model.model.{path}")
+        delta = update.delta().T if path == "words" else update.delta()
         torch.testing.assert_close(delta, layer.get_delta_weight("default"))
 
 
