@@ -28,7 +28,8 @@ SAME = [
     *("boft, linear blocks", "delora, ragged patterns", "fourierft, ragged", "fourierft, Conv1D"),
     *("frod, ragged", "frod, Conv1D", "gralora, linear", "gralora, Conv1D", "hira, ragged"),
     *("hira, Conv1D", "hira, embedding", "hira, conv1d", "hira, conv2d", "hira, conv3d"),
-    *("hra, ragged", "hra, ragged orthogonal", "hra, linear long", "peanut, ragged"),
+    *("hra, ragged", "hra, ragged orthogonal", "hra, linear long", "hra, conv2d"),
+    "peanut, ragged",
     *("randlora, ragged", "randlora, ragged sparse", "randlora, Conv1D", "shira, ragged"),
     *("supertuning, ragged", "supertuning, ragged lora", "waveft, ragged", "waveft, Conv1D"),
     *("linear lokr", "linear lokr both", "conv1d lokr", "conv2d lokr", "conv2d lokr low"),
@@ -48,7 +49,7 @@ MIXED = [
 ]
 # What PEFT computes of two is no function of what the first made.
 NEVER = [
-    *("boft, conv2d", "deft, ragged", "deft, ragged para", "glora, ragged vectors", "hra, conv2d"),
+    *("boft, conv2d", "deft, ragged", "deft, ragged para", "glora, ragged vectors"),
     *("miss, linear bat", "osf, ragged", "road, linear", "road, linear groups", "lora, kasa"),
 ]
 _HOME = tempfile.TemporaryDirectory()
