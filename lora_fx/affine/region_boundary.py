@@ -1,4 +1,4 @@
-"""The views and casts at the edges of a region, re-applied around the layer that replaces it."""
+"""What a region has of its layer: its input, its stored weight, and views and casts around it."""
 
 from __future__ import annotations
 
