@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
 from lora_fx.adapters.target_rule import TargetRule
@@ -89,13 +90,14 @@ def test_a_name_that_a_parameter_has_is_refused() -> None:
     [
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)),
         lambda: nn.utils.weight_norm(nn.Conv1d(7, 5, 1)),
+        lambda: prune.l1_unstructured(nn.Linear(3, 5), "weight", 0.5),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_weight_that_is_computed_at_each_call_is_named(make: Any, frontend: Any) -> None:
     model = nn.Sequential(make(), nn.Tanh()).eval()
     gm = trace(model, (torch.randn(4, 7, 3),), frontend=frontend)
-    reason = r"What 0 multiplies .* each call.*remove_parametrizations or, .*remove_weight_norm"
+    reason = r"What 0 multiplies .* each call.*remove_parametrizations .*_norm and prune\.remove"
     with pytest.raises(AdapterError, match=reason):
         checked(gm, make_adapter({"0": (5, 3)}), strict=True)
     for wanted in (["0"], "all-linear"):
