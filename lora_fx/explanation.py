@@ -63,11 +63,10 @@ def explain(gm: fx.GraphModule) -> Explanation:
 
 def _is_own(node: fx.Node, analysis: Analysis) -> bool:
     """Whether a call is a layer, and no factor that an adapter brought."""
-    if node.target in OPERATORS or not is_layer(node):
-        return node.target in OPERATORS
+    if not is_layer(node) or not is_stored(node, analysis):
+        return False
     weight = stored_in(node, analysis.gm)
-    is_brought = weight is not None and is_factor(str(weight.target))
-    return is_stored(node, analysis) and not is_brought
+    return node.target in OPERATORS or weight is None or not is_factor(str(weight.target))
 
 
 def _forms(gm: fx.GraphModule) -> dict[fx.Node, str]:

@@ -58,7 +58,8 @@ def _expression(constants: Constants, node: fx.Node) -> Matrix | None:
         return scaled(leaf(constants, second, (1, 1)), one)
     if name in ("add", "sub"):
         other = _matrix(constants, second)
-        return other and _sum(one, signed(other, 1 if name == "add" else -1), node)
+        other = other and signed(other, 1 if name == "add" else -1)
+        return other and _sum(one, other, call_argument(node, 2, "alpha", 1))
     return _of_two_axes(constants, node, one) if _has_two_axes(constants, first) else None
 
 
@@ -73,13 +74,12 @@ def _of_two_axes(constants: Constants, node: fx.Node, one: Matrix) -> Matrix | N
     if name in ("matmul", "mm"):
         return product(one, other)
     third = _matrix(constants, node.args[2]) if name == "addmm" else None
-    return third and _sum(one, product(other, third), node)
+    beta, alpha = call_argument(node, 3, "beta", 1), call_argument(node, 4, "alpha", 1)
+    return third and _sum(one, product(other, third), alpha, beta)
 
 
-def _sum(one: Matrix, other: Matrix, node: fx.Node) -> Matrix | None:
-    """``beta one + alpha other``, of a call that may have such factors."""
-    factors: Any = node.kwargs
-    alpha, beta = factors.get("alpha", 1), factors.get("beta", 1)
+def _sum(one: Matrix, other: Matrix, alpha: Any, beta: Any = 1) -> Matrix | None:
+    """``beta one + alpha other``, if these are numbers and nothing is repeated."""
     are_numbers = isinstance(alpha, int | float) and isinstance(beta, int | float)
     is_whole = are_numbers and one.shape == other.shape
     return Sum(signed(one, beta), signed(other, alpha)) if is_whole else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Set
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -166,7 +167,8 @@ def blocks_of(node: fx.Node) -> list[fx.Graph]:
     root = node.graph.owning_module
     if root is None or not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
-    held = (getattr(root, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr")
+    fetched = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    held = [attrgetter(str(n.target))(root) for n in fetched]
     return [block.graph for block in held if isinstance(block, fx.GraphModule)]
 
 

@@ -104,12 +104,9 @@ def _channels(analysis: Analysis, node: fx.Node, shape: tuple[int, ...], groups:
 def _kernel(analysis: Analysis, node: fx.Node, shape: tuple[int, int], groups: int) -> Matrix:
     """The kernel as a matrix of (out, in / groups * places), as it is summed up if in no groups."""
     kernel, layer = call_argument(node, 1, "weight"), OPERATORS[node.target]
-    summed = in_rows(analysis.constants, kernel) if groups == 1 else None
-    if summed is not None and not layer.transposed:
-        return summed
     stored = leaf(analysis.constants, kernel, shape)
     if not layer.transposed:
-        return stored
+        return (in_rows(analysis.constants, kernel) if groups == 1 else None) or stored
 
     def fetch() -> torch.Tensor:
         return layer.canonical("weight", stored.fetch(), groups).reshape(shape)

@@ -28,10 +28,8 @@ def linear(analysis: Analysis, node: fx.Node) -> Value:
 
 def addmm(analysis: Analysis, node: fx.Node) -> Value:
     """``beta b + alpha x @ W`` with W of (in, out), or ``baddbmm``; b may be a map itself."""
-    bias, x, weight, *factors = node.args
-    names = zip(("beta", "alpha"), factors, strict=False)
-    given: dict[str, Any] = {"beta": 1, "alpha": 1, **dict(names), **node.kwargs}
-    beta, alpha = given["beta"], given["alpha"]
+    bias, x, weight = node.args[:3]
+    beta, alpha = call_argument(node, 3, "beta", 1), call_argument(node, 4, "alpha", 1)
     if not all(isinstance(factor, int | float) for factor in (beta, alpha)):
         return Opaque("a sum with a factor that is no number")
     weight = _without_batch(analysis, node, weight, x)
