@@ -21,6 +21,8 @@ _INNER = {
 }
 # What torch calls a wrapped module in a state dict's keys, and nobody one of their own.
 PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# What PEFT puts before the paths of a model that it wraps, and behind that of a layer.
+PEFT_MODEL, PEFT_LAYER = "base_model.model.", ".base_layer"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _COMPILED = "_compiled_call_impl"  # what nn.Module.compile sets, in place
 _CHANGED = {"_modules", "forward", _COMPILED}

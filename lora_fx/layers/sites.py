@@ -18,6 +18,7 @@ from lora_fx.errors import PassError
 from lora_fx.graph.constants import Constants
 from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import call_argument, holder_path, needed, reached
+from lora_fx.graph.wrappers import PEFT_LAYER, PEFT_MODEL
 from lora_fx.layers.adapter_tensors import is_factor, makers, recorded
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import OPERATORS, TYPES, operands_of
@@ -38,9 +39,6 @@ _PACKED = re.compile(rf"\.{PACKED}(_\d+)?$")
 _NUMBERED = re.compile(r"weight_\d+$")
 # What torch calls a parameter that others are computed from: it is known as what is computed.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
-# What PEFT calls the layers of a model that it has wrapped, and a layer that it has.
-_BASE_LAYER = ".base_layer"
-_WRAPPED = re.compile(r"^base_model\.model\.(.*?)(\.base_layer)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +226,15 @@ def paths_of(calls: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
         for path, names in weights.items()
         for name in names
     }
-    inner = {path: _WRAPPED.sub(r"\1", path) for path in found.values()}
-    is_wrapped = any(path.endswith(_BASE_LAYER) for path in inner)
+    inner = {path: _unwrapped(path) for path in found.values()}
+    is_wrapped = any(path.endswith(PEFT_LAYER) for path in inner)
     are_apart = len(set(inner.values())) == len(inner)
     return {c: inner[path] for c, path in found.items()} if is_wrapped and are_apart else found
+
+
+def _unwrapped(path: str) -> str:
+    inner = path.removeprefix(PEFT_MODEL)
+    return path if inner == path else inner.removesuffix(PEFT_LAYER)
 
 
 def _path(path: str, name: str, names: set[str], alone: set[str]) -> str:

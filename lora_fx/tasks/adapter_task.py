@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.peft import weights_in
 from lora_fx.formats.peft.keys import PREFIX
+from lora_fx.graph.wrappers import PEFT_LAYER
 from lora_fx.io.plain_file import check_path
 from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
 from lora_fx.io.strict_json import parse_object, read_object
@@ -72,4 +73,4 @@ def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
         return {}  # the adapter's reader says so, in its own words
     tensors = read_file(file, allow_pickle)
     named = ((key.removeprefix(PREFIX), tensor) for key, tensor in tensors.items())
-    return {name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in named}
+    return {name.replace(f"{PEFT_LAYER}.", "."): tuple(tensor.shape) for name, tensor in named}

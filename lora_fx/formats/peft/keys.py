@@ -12,14 +12,14 @@ from lora_fx.adapters.target_rule import saved_module
 from lora_fx.errors import AdapterError, shorten
 from lora_fx.formats.dialects import Dialect, Layers, Tensors, sort_keys, tensors_of
 from lora_fx.formats.peft.config import PeftConfig
-from lora_fx.graph.wrappers import PARTS
+from lora_fx.graph.wrappers import PARTS, PEFT_LAYER, PEFT_MODEL
 from lora_fx.layers.base_layers import BaseLayers
 
-PREFIX = "base_model.model."
+PREFIX = PEFT_MODEL
 _SHARED = "base_model."  # and no module behind it: what all layers share
-BASE_BIAS = ".base_layer.bias"
+BASE_BIAS = f"{PEFT_LAYER}.bias"
 # PEFT stores an adapted head whole, beside its adapter, in case the vocabulary was resized.
-BASE_WEIGHT = ".base_layer.weight"
+BASE_WEIGHT = f"{PEFT_LAYER}.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 TOKEN_BASE = ".token_adapter.base_layer."
 # What a saved module has in the state dict of a model that PEFT wrapped, and its biases, without a
