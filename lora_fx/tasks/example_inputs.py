@@ -47,6 +47,11 @@ class Facts:
         values = (getattr(part, name, None) for name in names for part in with_parts(self.config))
         return next((value for value in values if value is not None), None)
 
+    @property
+    def fields(self) -> list[tuple[str, Any]]:
+        """What the config, and each part of it, holds by name."""
+        return [field for part in with_parts(self.config) for field in vars(part).items()]
+
 
 def with_parts(config: Any) -> list[Any]:
     """A config, the configs inside it (of the text, the image, the decoder), and those in these."""
@@ -134,8 +139,7 @@ def _wanted(
 
 def _has_placeholder(facts: Facts, parameters: Collection[str]) -> bool:
     """Whether the text holds a token for each piece of an image or a sound."""
-    fields = [field for part in with_parts(facts.config) for field in vars(part).items()]
-    found = any(_PLACEHOLDER.fullmatch(n) and isinstance(value, int) for n, value in fields)
+    found = any(_PLACEHOLDER.fullmatch(n) and isinstance(value, int) for n, value in facts.fields)
     return found and bool(_MEDIA & set(parameters))
 
 
@@ -165,8 +169,7 @@ def _words(facts: Facts, length: int) -> torch.Tensor | None:
 
 
 def _specials(facts: Facts) -> list[int]:
-    fields = [field for part in with_parts(facts.config) for field in vars(part).items()]
-    values = [value for name, value in fields if _TOKEN.search(name)]
+    values = [value for name, value in facts.fields if _TOKEN.search(name)]
     flat = [token for v in values for token in (v if isinstance(v, list | tuple) else [v])]
     return [token for token in flat if type(token) is int]
 
