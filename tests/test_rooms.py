@@ -247,6 +247,12 @@ def test_loading_the_command_line_loads_nothing_heavy() -> None:
     assert loaded & HEAVY == set()
 
 
+def test_what_merges_and_runs_files_loads_nothing_that_traces() -> None:
+    code = "from lora_fx.export import {}; import sys; print('torch._dynamo' in sys.modules)"
+    assert run_python(code.format("merge_onnx, export_adapter, add_lora, Session")) == "False\n"
+    assert run_python(code.format("to_onnx")) == "True\n", "the control: a tracer is seen"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     tree = tmp_path_factory.mktemp("tree")
