@@ -21,6 +21,7 @@ from torch import nn
 
 import lora_fx
 from benchmarks.files import Active, Arrays, adapter_for, agree, caller, session, write
+from benchmarks.merge import SHAPE
 from benchmarks.models import RANK, encoder
 from benchmarks.timing import Run, Spread, columns, medians, ratios
 from lora_fx.choices import Mode
@@ -34,7 +35,16 @@ Rows = dict[str, dict[str, float]]
 CLIENTS = Path(__file__).parent.parent / ".venv" / "clients"
 SIZES = ((1, 16), (1, 128), (8, 128))
 STEPS = 128  # tokens of a prompt, and tokens decoded behind it
-_LAYERS, _HEADS, _SIZE = 6, 4, 64
+_HEAD_SIZE = 64  # in all decoders here
+_SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4000,
+}
+_SIZES = {"6 layers": _SMALL, "0.5B": {**SHAPE, "num_hidden_layers": 24}}
 
 _OPTIMUM = """
 import sys
@@ -116,7 +126,7 @@ def _save_merged(model: Any, adapter: lora_fx.Adapter, directory: Path) -> None:
 def decoders(directory: Path, rounds: int) -> Rows:
     """A prompt, and tokens decoded behind it, over genai's file with its shared buffer."""
     source = directory / "decoder"
-    _save_decoder(source)
+    _save_decoder(source, _SMALL)
     theirs = Decoder(session(_built(source, directory, "fp32")), shared=True)
     rows = {}
     for shared, how in ((True, "in place"), (False, "copied")):
@@ -139,8 +149,16 @@ def _exported(source: Path, adapters: tuple[Path, ...], out: Path, shared: bool)
 
 def packed_decoders(directory: Path, rounds: int) -> Rows:
     """All in 4 bits, ours swappable, over genai's files: with the adapter of both, and without."""
+    rows = {}
+    for size, shape in _SIZES.items():
+        with tempfile.TemporaryDirectory(dir=directory) as room:
+            rows |= _packed(size, shape, Path(room), rounds)
+    return rows
+
+
+def _packed(size: str, shape: dict[str, Any], directory: Path, rounds: int) -> Rows:
     source = directory / "decoder"
-    model = _save_decoder(source)
+    model = _save_decoder(source, shape)
     make = torch.Generator().manual_seed(0)
     updates = {
         path: lora_fx.Update(
@@ -168,7 +186,7 @@ def packed_decoders(directory: Path, rounds: int) -> Rows:
         "an adapter": _built(source, directory, "int4", tuned, out="tuned"),
     }
     return {
-        f"4 bits, {name}, {STEPS} tokens": _over_genai(
+        f"4 bits, {size}, {name}": _over_genai(
             {"ours": each, "genai": Decoder(session(theirs[name]), shared=True)}, rounds
         )
         for name, each in ours.items()
@@ -223,15 +241,17 @@ class Decoder:
     ) -> None:
         self._session, self._active = opened, active
         self._shared = shared
-        self._names = [f"{n}.{part}" for n in range(_LAYERS) for part in ("key", "value")]
-        self._reads = {value.name for value in opened.get_inputs()}
+        self._reads = {value.name: value.shape for value in opened.get_inputs()}
+        self._past = [name for name in self._reads if name.startswith("past_key_values.")]
         self.seconds: dict[str, float] = {}
 
     def run(self) -> np.ndarray[Any, Any]:
         """The logits of each token."""
         length = 2 * STEPS if self._shared else 0
-        empty = np.zeros((1, _HEADS, length, _SIZE), np.float32)
-        past = {name: ort.OrtValue.ortvalue_from_numpy(empty.copy()) for name in self._names}
+        past = {}
+        for name in self._past:
+            empty = np.zeros((1, self._reads[name][1], length, _HEAD_SIZE), np.float32)
+            past[name] = ort.OrtValue.ortvalue_from_numpy(empty)
         binding = self._session.io_binding()
         for name, value in self._active.feeds.items() if self._active else ():
             binding.bind_ortvalue_input(name, value)
@@ -249,7 +269,7 @@ class Decoder:
             self._session.run_with_iobinding(binding)
             *present, found = binding.get_outputs()
             if not self._shared:
-                self._bind(binding, dict(zip(self._names, present, strict=True)))
+                self._bind(binding, dict(zip(self._past, present, strict=True)))
             logits.append(found.numpy()[0, -1])
             ids = logits[-1].argmax().reshape(1, 1)
             if place == STEPS:
@@ -260,28 +280,21 @@ class Decoder:
     def _bind(self, binding: Any, past: dict[str, Any]) -> None:
         """Gives what came before, and says where what there is afterwards goes."""
         for name, value in past.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_input(name, value)
+            present = name.replace("past_key_values", "present")
             if self._shared:
-                binding.bind_ortvalue_output(f"present.{name}", value)
+                binding.bind_ortvalue_output(present, value)
             else:
-                binding.bind_output(f"present.{name}", "cpu")
+                binding.bind_output(present, "cpu")
 
 
-def _save_decoder(directory: Path) -> nn.Module:
-    """A small decoder of Llama's architecture, and a tokenizer, which the builder wants."""
+def _save_decoder(directory: Path, shape: dict[str, Any]) -> nn.Module:
+    """A decoder of Llama's architecture, and a tokenizer, which the builder wants."""
     import tokenizers
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=_HEADS,
-        vocab_size=4000,
-        max_position_embeddings=1024,
-    )
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=1024)
     model: nn.Module = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(directory)  # type: ignore[operator]
     words = tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")

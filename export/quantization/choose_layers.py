@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -43,16 +43,19 @@ def choose_layers(
         ExportError: a path means no linear layer.
     """
     weights: dict[ir.Value, list[FileLayer]] = {}
+    tables = set()
     for layer in layers_in(model):
         if layer.kind == "linear" and BRANCH not in str(layer.weight.name):
             weights.setdefault(layer.weight, []).append(layer)
+        elif layer.kind == "embedding" and layer.node.inputs[0] is layer.weight:
+            tables.add(layer.node)
     named = _named(weights)
     _refuse_unknown([*(wanted or ()), *keep], named)
     heads = heads_in(model, {call.node for calls in named.values() for call in calls})
     chosen: dict[str, list[FileLayer]] = {}
     left = {}
     for path, calls in named.items():
-        why = _why_not(calls)
+        why = _why_not(calls, tables)
         if wanted is not None and not _means(wanted, path):
             continue
         if _means(keep, path):
@@ -75,11 +78,11 @@ def _named(weights: dict[ir.Value, list[FileLayer]]) -> dict[str, list[FileLayer
     return found
 
 
-def _why_not(calls: Sequence[FileLayer]) -> str:
-    """Why a weight cannot be quantised; nothing if it can."""
+def _why_not(calls: Sequence[FileLayer], tables: Set[ir.Node]) -> str:
+    """Why a weight cannot be quantised; nothing if it can. A table keeps it in float beside."""
     first = calls[0]
-    nodes = {call.node for call in calls}
-    others = {user.op_type for user in _readers(first.weight) if user not in nodes}
+    known = {call.node for call in calls} | tables
+    others = {user.op_type for user in _readers(first.weight) if user not in known}
     shape = first.node.inputs[0].shape if first.node.inputs[0] is not None else None
     if first.weight.is_graph_input():
         return "its weight is an input, which may be given in place of what is stored"

@@ -23,9 +23,10 @@ from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.export.rewriting.weight_reads import input_at
+from lora_fx.graph.editor import Editor
 from lora_fx.graph.example import forget_model
-from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.layers.sites import sites
 
 _END = re.compile(r"_(Q\d+|Bnb4)$")
 Array = np.ndarray[Any, Any]
@@ -70,30 +71,46 @@ def with_numbers(
     Raises:
         VerificationError: a weight is none of the graph's, or not the one that was quantised.
     """
-    copy = build_graph_module(gm, copy_graph(gm.graph), gm.training)
-    copy.meta = dict(gm.meta)
-    forget_model(copy)
-    known, errors = targets(gm.graph), {}
+    editor = Editor(gm)
+    tables = {site.node for site in sites(editor.gm) if site.is_table}
+    errors = {}
     for name, layer in packed.items():
-        if name not in known:
+        fetches = editor.gm.graph.find_nodes(op="get_attr", target=name)
+        if not fetches:
             raise VerificationError(f"{name}: quantised, and no weight of the model's")
         own = get_unevaluated(gm, name)
         turned, off = _compared(name, evaluate(own), layer)
         errors[name.removesuffix(".weight")] = off
-        if off:
-            remove(copy, name)
-            assign(copy, name, _lazily(layer, turned, own))
-    return copy if any(errors.values()) else gm, errors
+        for fetch in fetches if off else ():
+            numbers = editor.constant(name, _lazily(layer, turned, own), before=fetch)
+            editor.replace(fetch, numbers, keep=tables)
+    if not any(errors.values()):
+        return gm, errors
+    found = editor.finish()
+    forget_model(found)
+    return found, errors
 
 
 def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
     model = parsed_file(source)
-    for layer in list(layers_in(model)):
-        found = packed.get(str(layer.weight.name))
-        if found is not None:
+    layers = [layer for layer in layers_in(model) if layer.weight.name in packed]
+    for layer in layers:
+        if layer.kind == "embedding":  # of a weight that it shares with a head, which alone changes
+            layer.node.replace_input_with(0, _own(model, layer.weight))
+    for layer in layers:
+        if layer.kind != "embedding":
+            found = packed[str(layer.weight.name)]
             layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
     return model
+
+
+def _own(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A constant of its own with what another holds."""
+    tensor, name = value.const_value, f"{value.name}_table"
+    copy = ir.Value(name=name, const_value=tensor, shape=value.shape, type=value.type)
+    model.graph.register_initializer(copy)
+    return copy
 
 
 def _scheme(layer: FileLayer) -> str:

@@ -151,4 +151,6 @@ def _digest(array: Array) -> str:
 
 
 def _of_base(slot: AnySlot, digests: Mapping[str, str]) -> AnySlot:
+    if slot.kind == "embedding":  # its table stays as it is, though a head may share it
+        return slot
     return replace(slot, digest=digests.get(slot.digest, slot.digest))

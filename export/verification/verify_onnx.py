@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.choices import takes
-from lora_fx.errors import ExportError, shorten, within
+from lora_fx.errors import ExportError, VerificationError, shorten, within
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
@@ -24,6 +24,7 @@ from lora_fx.export.quantization.numbers import (
     with_numbers,
 )
 from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
+from lora_fx.export.rewriting.file_layers import FileLayer
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.manifest import Manifest
@@ -96,11 +97,24 @@ def _in_numbers(
     packed = packed_in(path)
     if not packed:
         return gm, adapters, None
-    if merged:
-        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
-        gm, adapters = FoldLora()(whole).graph_module, ()
-    numbers, errors = with_numbers(gm, packed)
+    if merged and adapters:
+        whole = InjectLora(list(adapters))(gm).graph_module
+        (numbers, errors), adapters = with_numbers(FoldLora()(whole).graph_module, packed), ()
+    elif merged:
+        numbers, errors = _folded_or_not(gm, packed)
+    else:
+        numbers, errors = with_numbers(gm, packed)
     return numbers, adapters, Quantisation(scheme_in(packed), errors)
+
+
+def _folded_or_not(
+    gm: fx.GraphModule, packed: Mapping[str, FileLayer]
+) -> tuple[fx.GraphModule, dict[str, float]]:
+    """A file may be of a graph that was folded, which takes even ``x + W x`` for one layer."""
+    try:
+        return with_numbers(FoldLora()(gm).graph_module, packed)
+    except VerificationError:
+        return with_numbers(gm, packed)
 
 
 def mode_of(proto: onnx.ModelProto, manifest: Manifest | None) -> str:

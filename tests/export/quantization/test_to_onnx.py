@@ -11,14 +11,17 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from torch import nn
 
 import lora_fx
 from lora_fx.branch_lowering.selection import Form
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, quantize_onnx
+from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.testing import Attention, make_adapter
 from lora_fx.testing.bitsandbytes import TABLES
+from lora_fx.testing.judge import relative
 
 SOURCE = torch.Generator().manual_seed(3)
 X = torch.randn(4, 7, 32, generator=SOURCE)
@@ -127,6 +130,29 @@ def test_layers_of_the_base_are_quantised_and_heads_stay(what: str, tmp_path: Pa
     assert 1e-4 < gap < 0.2
     nodes = [n.op_type for n in onnx.load(tmp_path / "a.onnx").graph.node]
     assert nodes.count("MatMulNBits") == (2 if make in (Twice, Pooled) else 1)
+
+
+@pytest.mark.parametrize("mode", ["constant", "input"])
+def test_a_head_that_shares_a_table_has_bits_of_its_own(mode: str, tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain.onnx", tmp_path / "packed.onnx"
+    slots = {"slots": ["table", "fc", "head"]} if mode == "input" else {}
+    gm, _ = exported(TiedHead, IDS, plain, adapters=mode, **slots)
+    report = quantize_onnx(plain, packed, layers=["*"])
+    assert report.verified
+    assert set(report.quantised.weights) == {"fc", "head"}
+    graph = onnx.load(packed).graph
+    read = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    (table,) = (t for t in graph.initializer if t.name in read and ".lora_" not in t.name)
+    assert np.array_equal(numpy_helper.to_array(table), gm.get_parameter("head.weight").detach())
+    shapes = {"table": (32, 19), "fc": (32, 32), "head": (19, 32)}
+    adapters = [make_adapter(shapes)] if slots else []
+    assert lora_fx.export.verify_onnx(gm, packed, adapters=adapters).verified
+    numbers, errors = with_numbers(gm, packed_in(packed))
+    assert 0.01 < errors["head"] < 0.2
+    found = torch.from_numpy(Session(packed).run({"ids": IDS.numpy()})["output"])
+    with torch.no_grad():
+        assert relative(found, numbers(IDS)) < 1e-5
+        assert relative(found, gm(IDS)) > 1e-2
 
 
 @pytest.mark.parametrize("what", NETS)
