@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
 from lora_fx.export.runtime.ort import ERRORS, reason, to_array
-from lora_fx.export.runtime.sampling import Ends
+from lora_fx.export.runtime.sampling import GENAI, Ends, genai_model
 
 Array = np.ndarray[Any, Any]
 Values = Mapping[str, Any]
@@ -97,11 +98,12 @@ def generated(
     return np.stack(found, axis=1)
 
 
-def empty_cache(session: Any, batch: int, room: int = 0) -> dict[str, Any]:
+def empty_cache(session: Any, model: Path, batch: int, room: int = 0) -> dict[str, Any]:
     """The other inputs of a first step: a cache of no positions, and a mark of positions.
 
     Args:
         session: of the model.
+        model: its file: onnxruntime-genai's builder says the size of a head in a config beside it.
         batch: rows of the prompt.
         room: for so many positions, of a cache that is written in place.
 
@@ -109,14 +111,18 @@ def empty_cache(session: Any, batch: int, room: int = 0) -> dict[str, Any]:
         ExportError: the file does not say how many heads its cache has, or how large they are.
     """
     start: dict[str, Any] = {}
+    decoder = genai_model(model).get("decoder")
+    said = decoder.get("head_size") if isinstance(decoder, dict) else None
     for value in session.get_inputs():
         if value.name.startswith(PAST):
-            if len(value.shape) != 4 or not all(isinstance(n, int) for n in value.shape[1::2]):
+            _, heads, _, size = value.shape if len(value.shape) == 4 else [None] * 4
+            size = said if isinstance(size, str) else size
+            if not isinstance(heads, int) or not isinstance(size, int):
                 raise ExportError(
                     f"{value.name} is {value.shape}: expected (batch, heads, past, size), heads "
-                    "and size as numbers; a file of another exporter's runs in its own client"
+                    f"and size as numbers, or the size as head_size in a {GENAI} beside the file; "
+                    "a file of another exporter's runs in its own client"
                 )
-            _, heads, _, size = value.shape
             empty = np.zeros((batch, heads, room, size), dtype=_DTYPES[value.type])
             start[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)
         elif value.name == POSITIONS:

@@ -12,6 +12,7 @@ import numpy as np
 from lora_fx.errors import ExportError
 from lora_fx.io.strict_json import read_json
 
+GENAI = "genai_config.json"
 Array = np.ndarray[Any, Any]
 
 
@@ -76,13 +77,19 @@ class Ends:
     def of(cls, model: Path, given: int | Sequence[int] | None, pad: int | None) -> Ends:
         """Those that were given, or else those of the ``generation_config.json`` beside a file.
 
+        Where there is none, those of the ``genai_config.json``.
+
         Raises:
             ExportError: that file is damaged.
         """
         beside = model.with_name("generation_config.json")
-        needed = beside.is_file() and (given is None or pad is None)
-        read = read_json(beside, ExportError) if needed else {}
-        said = read if isinstance(read, dict) else {}
+        if given is not None and pad is not None:
+            said = {}
+        elif beside.is_file():
+            said = _object(read_json(beside, ExportError))
+        else:
+            beside = model.with_name(GENAI)
+            said = genai_model(model)
         tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
         padding = said.get("pad_token_id") if pad is None else pad
@@ -94,6 +101,20 @@ class Ends:
                 )
         found = tuple(int(token) for token in several if token is not None)
         return cls(found, int(padding) if padding is not None else (found or (0,))[0])
+
+
+def genai_model(model: Path) -> dict[str, Any]:
+    """What onnxruntime-genai's config beside a file says of its model; empty without one.
+
+    Raises:
+        ExportError: that file is damaged.
+    """
+    beside = model.with_name(GENAI)
+    return _object(_object(read_json(beside, ExportError)).get("model")) if beside.is_file() else {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _is_token(value: object) -> bool:

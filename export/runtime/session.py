@@ -179,7 +179,7 @@ class Session:
         ends = Ends.of(self._path, eos_token_id, pad_token_id)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
         room = ids.shape[1] + max_new_tokens if self._in_place else 0
-        start = empty_cache(self._session, len(ids), room)
+        start = empty_cache(self._session, self._path, len(ids), room)
         run = (run_in_place if self._in_place else bound_run)(self._session, self._active(adapter))
         every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
         return np.concatenate([ids, every], axis=1)

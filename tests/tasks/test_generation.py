@@ -269,8 +269,14 @@ def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_pa
         theirs.generate(IDS, 2, **given)
     of_others.graph.input[-1].type.tensor_type.shape.dim[3].dim_param = "size"
     onnx.save(of_others, tmp_path / "theirs.onnx")
+    nameless = Session(tmp_path / "theirs.onnx", check=False)
     with pytest.raises(ExportError, match=r"heads and size as numbers"):
-        Session(tmp_path / "theirs.onnx", check=False).generate(IDS[1:], 2)
+        nameless.generate(IDS[1:], 2)
+    genai["model"]["eos_token_id"] = int(theirs.generate(IDS[1:], 2, eos_token_id=[])[0, 12])
+    (tmp_path / "genai_config.json").write_text(json.dumps(genai))
+    wanted = theirs.generate(IDS[1:], 8, eos_token_id=[])
+    assert np.array_equal(nameless.generate(IDS[1:], 8, eos_token_id=[]), wanted)
+    assert np.array_equal(nameless.generate(IDS[1:], 8), wanted[:, :13]), "ends as its config says"
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
     past = {n: np.zeros((2, 2, 3, 8), np.float32) for n in merged.inputs if n.startswith("past")}
     feed = {"input_ids": IDS[:, 3:], "attention_mask": MASK, "position_ids": positions[:, 3:]}
