@@ -16,8 +16,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.branch_lowering.selection import Form
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, VerificationError
 from lora_fx.export import Session, export_adapter, quantize_onnx
+from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.testing import Attention, make_adapter
 from lora_fx.testing.bitsandbytes import TABLES
@@ -147,12 +148,31 @@ def test_a_head_that_shares_a_table_has_bits_of_its_own(mode: str, tmp_path: Pat
     shapes = {"table": (32, 19), "fc": (32, 32), "head": (19, 32)}
     adapters = [make_adapter(shapes)] if slots else []
     assert lora_fx.export.verify_onnx(gm, packed, adapters=adapters).verified
+    of_base, of_numbers = (manifest_in(load_proto(path), path) for path in (plain, packed))
+    if of_base is not None and of_numbers is not None:
+        pairs = zip(of_base.slots, of_numbers.slots, strict=True)
+        assert {a.path: a.digest == b.digest for a, b in pairs} == {
+            "table": True, "fc": False, "head": False,
+        }  # fmt: skip
     numbers, errors = with_numbers(gm, packed_in(packed))
     assert 0.01 < errors["head"] < 0.2
     found = torch.from_numpy(Session(packed).run({"ids": IDS.numpy()})["output"])
     with torch.no_grad():
         assert relative(found, numbers(IDS)) < 1e-5
         assert relative(found, gm(IDS)) > 1e-2
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_file_is_held_to_the_graph_that_it_was_made_of_folded_or_not(
+    folded: bool, tmp_path: Path
+) -> None:
+    gm = lora_fx.trace(TiedHead().eval(), (IDS,))  # x + W x, of which fold makes one layer
+    made = lora_fx.fold(gm) if folded else gm
+    lora_fx.to_onnx(made, tmp_path / "a.onnx", quantize=4)
+    assert lora_fx.export.verify_onnx(gm, tmp_path / "a.onnx").verified
+    other = lora_fx.trace(TiedHead().eval(), (IDS,))
+    with pytest.raises(VerificationError, match=r"fc\.weight: .* weights are off"):
+        lora_fx.export.verify_onnx(other, tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize("what", NETS)
