@@ -106,11 +106,13 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
 
 
 def _own(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A constant of its own with what another holds."""
-    tensor, name = value.const_value, f"{value.name}_table"
-    copy = ir.Value(name=name, const_value=tensor, shape=value.shape, type=value.type)
-    model.graph.register_initializer(copy)
-    return copy
+    """A constant with what another holds, one for all tables."""
+    name = f"{value.name}_table"
+    if name not in model.graph.initializers:
+        tensor, shape, kind = value.const_value, value.shape, value.type
+        copy = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
+        model.graph.register_initializer(copy)
+    return model.graph.initializers[name]
 
 
 def _scheme(layer: FileLayer) -> str:

@@ -117,7 +117,7 @@ def empty_cache(session: Any, model: Path, batch: int, room: int = 0) -> dict[st
         if value.name.startswith(PAST):
             _, heads, _, size = value.shape if len(value.shape) == 4 else [None] * 4
             size = said if isinstance(size, str) else size
-            if not isinstance(heads, int) or not isinstance(size, int):
+            if not isinstance(heads, int) or not isinstance(size, int) or size < 1:
                 raise ExportError(
                     f"{value.name} is {value.shape}: expected (batch, heads, past, size), heads "
                     f"and size as numbers, or the size as head_size in a {GENAI} beside the file; "

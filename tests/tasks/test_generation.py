@@ -272,6 +272,9 @@ def test_a_cache_in_place_stays_so_in_files_made_of_the_file(llama: Path, tmp_pa
     nameless = Session(tmp_path / "theirs.onnx", check=False)
     with pytest.raises(ExportError, match=r"heads and size as numbers"):
         nameless.generate(IDS[1:], 2)
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"head_size": -1}}}')
+    with pytest.raises(ExportError, match=r"or the size as head_size in a genai_config.json"):
+        nameless.generate(IDS[1:], 2)
     genai["model"]["eos_token_id"] = int(theirs.generate(IDS[1:], 2, eos_token_id=[])[0, 12])
     (tmp_path / "genai_config.json").write_text(json.dumps(genai))
     wanted = theirs.generate(IDS[1:], 8, eos_token_id=[])

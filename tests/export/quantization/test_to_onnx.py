@@ -41,7 +41,7 @@ class Twice(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """A head whose weight is the table's."""
+    """A head whose weight is the table's, which is read twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TiedHead(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.table(ids)
+        hidden = self.table(ids) + self.table(ids.flip(1))
         y: torch.Tensor = self.head(hidden + self.fc(hidden))
         return y
 
