@@ -16,8 +16,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.branch_lowering.selection import Form
-from lora_fx.errors import ExportError
-from lora_fx.export import Session, export_adapter, quantize_onnx
+from lora_fx.errors import ExportError, VerificationError
+from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx, verify_onnx
 from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.testing import Attention, make_adapter
 from lora_fx.testing.bitsandbytes import TABLES
@@ -77,6 +77,20 @@ class Pooled(nn.Module):
         hidden = x + F.gelu(self.fc(x))
         pooled = torch.tanh(self.dense(hidden[:, 0]))
         return hidden, F.log_softmax(self.out(pooled), -1)
+
+
+class Scaled(nn.Module):
+    """Layers that their own module scales and adds to what they read: folded, these are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.fc(2 * x) * 0.25)
+        y: torch.Tensor = self.head(x + self.out(x))
+        return y
 
 
 class Bare(nn.Module):
@@ -187,6 +201,22 @@ def test_an_adapter_in_the_file_is_in_the_bits_or_in_float(mode: str, tmp_path: 
     factors = [name for name in names if ".lora_" in name]
     assert len(factors) == (0 if mode == "merged" else 2)
     assert all(names[name] == onnx.TensorProto.FLOAT for name in factors)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "lokr"])
+def test_what_was_merged_from_file_to_file_is_verified_in_bits(kind: str, tmp_path: Path) -> None:
+    """merge_onnx knows a layer alone; fold takes a scale and a residual for parts of it."""
+    plain, merged, packed = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c"))
+    shapes = {"fc": (32, 32), "out": (32, 32)}
+    adapter, other = make_adapter(shapes, kind=kind), make_adapter(shapes, rank=3, scale=0.2)
+    form = {"lora": "factors", "lokr": "weight"}.get(kind, "vectors")
+    gm, _ = exported(Scaled, X, plain, adapters="input", slots=dict.fromkeys(shapes, form))
+    merge_onnx(plain, adapter, merged)
+    assert set(quantize_onnx(merged, packed).quantised.weights) == set(shapes)
+    assert verify_onnx(gm, packed, adapters=[adapter]).verified
+    for wrong in ([], [other]):
+        with pytest.raises(VerificationError, match="weights are off by more than"):
+            verify_onnx(gm, packed, adapters=wrong)
 
 
 def test_an_adapter_that_shares_a_weight_with_its_base_is_not_rounded(tmp_path: Path) -> None:
