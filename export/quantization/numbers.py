@@ -95,9 +95,13 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
     model = parsed_file(source)
     layers = [layer for layer in layers_in(model) if layer.weight.name in packed]
+    # Tables of a weight that they share with a head, which alone changes.
+    tables: dict[ir.Value, ir.Value] = {}
     for layer in layers:
-        if layer.kind == "embedding":  # of a weight that it shares with a head, which alone changes
-            layer.node.replace_input_with(0, _own(model, layer.weight))
+        if layer.kind == "embedding":
+            if layer.weight not in tables:
+                tables[layer.weight] = _own(model, layer.weight)
+            layer.node.replace_input_with(0, tables[layer.weight])
     for layer in layers:
         if layer.kind != "embedding":
             found = packed[str(layer.weight.name)]

@@ -49,7 +49,7 @@ class TiedHead(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.table(ids)
+        hidden = self.table(ids) + self.table(ids.flip(1))  # twice, as T5's encoder and decoder do
         y: torch.Tensor = self.head(hidden + self.fc(hidden))
         return y
 
