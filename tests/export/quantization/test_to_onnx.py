@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import lora_fx
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.branch_lowering.selection import Form
 from lora_fx.errors import ExportError, VerificationError
 from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx, verify_onnx
@@ -167,6 +168,35 @@ def test_a_head_that_shares_a_table_has_bits_of_its_own(mode: str, tmp_path: Pat
     with torch.no_grad():
         assert relative(found, numbers(IDS)) < 1e-5
         assert relative(found, gm(IDS)) > 1e-2
+
+
+@pytest.mark.parametrize("on", ["table", "head", "a new head"])
+def test_what_ties_is_merged_with_its_adapter_and_quantised(on: str, tmp_path: Path) -> None:
+    """Head and table part: the names of their weights are a file's own, and not the graph's."""
+    plain, merged, folded = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c"))
+    shape = (32, 19) if on == "table" else (19, 32)
+    adapter, other = (make_adapter({on: shape}, rank) for rank in (2, 3))
+    if on == "a new head":
+        heads = (torch.randn(19, 32, generator=SOURCE) for _ in range(2))
+        adapter, other = (Adapter("new", {}, {"head.weight": head}) for head in heads)
+    slots = ["table", "fc", "head.weight" if on == "a new head" else "head"]
+    gm, _ = exported(TiedHead, IDS, plain, adapters="input", slots=slots)
+    merge_onnx(plain, adapter, merged)
+    whole = lora_fx.fold(lora_fx.inject(gm, adapter))
+    lora_fx.to_onnx(whole, folded)
+    for number, file in enumerate((merged, folded)):
+        packed = tmp_path / f"{number}.onnx"
+        report = quantize_onnx(file, packed, layers=["*"])
+        assert len(report.quantised.weights) == 2
+        assert verify_onnx(gm, packed, adapters=[adapter]).verified
+        for wrong in ([], [other]):
+            with pytest.raises(VerificationError):
+                verify_onnx(gm, packed, adapters=wrong)
+    before = [node.meta.keys() for node in whole.graph.nodes]
+    numbers, _ = with_numbers(whole, packed_in(packed))
+    assert numbers is not whole
+    assert [node.meta.keys() for node in whole.graph.nodes] == before
+    assert lora_fx.unfold(whole).code
 
 
 @pytest.mark.parametrize("what", NETS)
