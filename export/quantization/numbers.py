@@ -22,10 +22,12 @@ from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.layer_names import path_of
 from lora_fx.export.rewriting.weight_reads import input_at
-from lora_fx.graph.editor import Editor
+from lora_fx.graph.editor import FOLDED, Editor
 from lora_fx.graph.example import forget_model
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.injection.injected_adapters import remember
 from lora_fx.layers.sites import sites
 
 _END = re.compile(r"_(Q\d+|Bnb4)$")
@@ -65,22 +67,26 @@ def with_numbers(
 
     Args:
         gm: the graph; it is not changed. One whose weights are these numbers is given back, else a
-            copy that remembers no module.
-        packed: the file's layers, by the names of the graph's weights.
+            copy that remembers no module, and no fold.
+        packed: the file's layers, by the names of the graph's weights. A head that shares the name
+            with a table, or has another in the file, is known by its path.
 
     Raises:
         VerificationError: a weight is none of the graph's, or not the one that was quantised.
     """
     editor = Editor(gm)
-    tables = {site.node for site in sites(editor.gm) if site.is_table}
+    known = sites(editor.gm)
+    tables = {site.node for site in known if site.is_table}
+    paths = {site.path: str(site.weight.target) for site in known if site.is_linear}
     errors = {}
-    for name, layer in packed.items():
+    for called, layer in packed.items():
+        name = paths.get(path_of(layer) or "", called)
         fetches = editor.gm.graph.find_nodes(op="get_attr", target=name)
         if not fetches:
             raise VerificationError(f"{name}: quantised, and no weight of the model's")
         own = get_unevaluated(gm, name)
         turned, off = _compared(name, evaluate(own), layer)
-        errors[name.removesuffix(".weight")] = off
+        errors[called.removesuffix(".weight")] = off
         for fetch in fetches if off else ():
             numbers = editor.constant(name, _lazily(layer, turned, own), before=fetch)
             editor.replace(fetch, numbers, keep=tables)
@@ -88,6 +94,9 @@ def with_numbers(
         return gm, errors
     found = editor.finish()
     forget_model(found)
+    remember(found, ())
+    for node in found.graph.nodes:
+        node.meta.pop(FOLDED, None)  # what was folded had other numbers
     return found, errors
 
 

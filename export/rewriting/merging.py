@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 
 import onnx_ir as ir
 import torch
@@ -166,9 +167,9 @@ class _Merging:
             join.node.replace_input_with(1, constant)
 
     def _free(self, name: str) -> str:
-        while name in self._model.graph.initializers:
-            name = f"{name}_merged"
-        return name
+        """A name as a graph gives it to a weight beside another's, which still tells the layer."""
+        names = chain([name], (f"{name}_{number}" for number in count(1)))
+        return next(name for name in names if name not in self._model.graph.initializers)
 
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(

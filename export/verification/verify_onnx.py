@@ -29,6 +29,7 @@ from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.manifest import Manifest
 from lora_fx.export.verification.eager import evaluating
+from lora_fx.export.verification.layers_apart import layers_apart
 from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
@@ -97,24 +98,25 @@ def _in_numbers(
     packed = packed_in(path)
     if not packed:
         return gm, adapters, None
-    if merged and adapters:
-        whole = InjectLora(list(adapters))(gm).graph_module
-        (numbers, errors), adapters = with_numbers(FoldLora()(whole).graph_module, packed), ()
-    elif merged:
-        numbers, errors = _folded_or_not(gm, packed)
-    else:
+    if not merged:
         numbers, errors = with_numbers(gm, packed)
-    return numbers, adapters, Quantisation(scheme_in(packed), errors)
+        return numbers, adapters, Quantisation(scheme_in(packed), errors)
+    whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+    numbers, errors = _merged_in_numbers(whole, packed)
+    return numbers, (), Quantisation(scheme_in(packed), errors)
 
 
-def _folded_or_not(
+def _merged_in_numbers(
     gm: fx.GraphModule, packed: Mapping[str, FileLayer]
 ) -> tuple[fx.GraphModule, dict[str, float]]:
-    """A file may be of a graph that was folded, which takes even ``x + W x`` for one layer."""
+    """A file may be of a graph that was folded, which takes even ``x + W x`` for one layer.
+
+    One that was merged by no more than files has W' of each layer alone.
+    """
     try:
         return with_numbers(FoldLora()(gm).graph_module, packed)
     except VerificationError:
-        return with_numbers(gm, packed)
+        return with_numbers(FoldLora()(layers_apart(gm)).graph_module, packed)
 
 
 def mode_of(proto: onnx.ModelProto, manifest: Manifest | None) -> str:

@@ -29,6 +29,8 @@ _TRY = {
 
 # torch.export, of a type that it meets among inputs or outputs.
 _FOREIGN = re.compile(r"(?:Found|Unsupported input type) <class '[\w.<>]*?(?P<name>\w+)'>")
+_INNER = torch.ops.export.access_subclass_inner_tensor.default
+_PLAIN = "trace the model as it was before it was quantised, and give to_onnx quantize="
 # What the code of every graph reads: an input of the same name would hide it.
 _OF_FX = frozenset({"torch", "pytree", "fx_pytree"})
 
@@ -87,8 +89,8 @@ def _known(model: nn.Module, reason: str) -> str | None:
     packed = [path for path, module in model.named_modules() if _is_packed(module)]
     if packed:
         return (
-            "trace the model as it was before it was quantised, and give to_onnx quantize=: "
-            f"{shorten(packed)} holds its weight packed for torch's own kernels"
+            f"{_PLAIN}: the weights of {shorten(packed)} are packed for kernels of their own. A "
+            "directory that bitsandbytes quantised is read without it by lora_fx.tasks.load"
         )
     empty = [name for name, p in model.named_parameters() if not p.numel()]
     if empty:
@@ -107,7 +109,27 @@ def _known(model: nn.Module, reason: str) -> str | None:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    return any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+    own = (p for p in module.parameters(recurse=False) if not p.is_floating_point())
+    return any(not p.is_complex() for p in own) or any(
+        isinstance(value, torch.ScriptObject) for value in vars(module).values()
+    )
+
+
+def refuse_wrapped(program: torch.export.ExportedProgram) -> None:
+    """Refuses weights that are no plain tensors, but made of several: torchao's in a few bits.
+
+    Raises:
+        TraceError: names the weights.
+    """
+    nodes = program.graph.find_nodes(op="call_function", target=_INNER)
+    inputs = dict.fromkeys(str(node.args[0]) for node in nodes)
+    names = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
+    if inputs:
+        raise TraceError(
+            f"{shorten([names.get(name, name) for name in inputs])}: made of several tensors, and "
+            f"no matrix that a graph multiplies with. {_PLAIN.capitalize()}, or put in the numbers "
+            "that it stands for: module.weight = torch.nn.Parameter(module.weight.dequantize())"
+        )
 
 
 def refuse_scripted(model: nn.Module) -> None:

@@ -15,7 +15,12 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.frontend.data_reads import data_detached, lengths_free
-from lora_fx.frontend.diagnostics import explain_failure, refuse_attributes, refuse_inputs
+from lora_fx.frontend.diagnostics import (
+    explain_failure,
+    refuse_attributes,
+    refuse_inputs,
+    refuse_wrapped,
+)
 from lora_fx.frontend.dropouts_apart import dropouts_apart
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
@@ -75,8 +80,10 @@ def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph
     """The module of a program and a copy of its graph.
 
     Raises:
-        TraceError: the program's code would not be Python, for the names in it.
+        TraceError: the program's code would not be Python, for the names in it, or a weight is no
+            plain tensor.
     """
+    refuse_wrapped(program)
     refuse_attributes(
         str(spec.target) for spec in program.graph_signature.input_specs if spec.target
     )

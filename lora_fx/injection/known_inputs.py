@@ -31,7 +31,7 @@ def hidden_inputs(editor: Editor) -> Iterator[None]:
         if x not in covers:
             covers[x] = editor.call(_unknown, (), before=min(x.users), like=branch.site)
             covers[x].meta["val"] = _value(editor.gm, x)
-        for call in _between(x, branch.out):
+        for call in readers_between(x, branch.out):
             editor.rebind(call, x, covers[x])
     editor.modified = was_modified
     yield
@@ -68,8 +68,13 @@ def _value(gm: fx.GraphModule, x: fx.Node) -> torch.Tensor | None:
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
-def _between(x: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The readers of a node that another is computed from."""
+def readers_between(x: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The readers of a node that another is computed from.
+
+    Args:
+        x: the node.
+        end: the other.
+    """
     found, pending = {end}, [end]
     while pending:
         fresh = {n for n in pending.pop().all_input_nodes if n > x} - found

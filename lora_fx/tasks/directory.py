@@ -18,7 +18,13 @@ from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.directory_files import check_alone, check_files, variant_of, without_adapter
 from lora_fx.tasks.example_inputs import with_parts
-from lora_fx.tasks.plain_weights import is_bitsandbytes, plain_weights
+from lora_fx.tasks.plain_weights import (
+    OURS,
+    plain_weights,
+    quantised_by,
+    refuse_bytes,
+    told_of,
+)
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
 from lora_fx.tasks.vocabulary import fit_vocabulary
 
@@ -115,10 +121,12 @@ def _load(
     task: Task | None,
     dtype: torch.dtype | None,
 ) -> Loaded:
+    method = quantised_by(place)
     with (
+        told_of(None if method == OURS else method),
         loading(path, "transformers"),
         bounded(path),
-        _readable(place, kind, config) as (place, stored, own),
+        _readable(place, kind, config, method) as (place, stored, own),
     ):
         model, told = kind.from_pretrained(
             place,
@@ -129,6 +137,7 @@ def _load(
             variant=variant_of(place),
             **_HERE,
         )
+    refuse_bytes(path, model, told["unexpected_keys"])
     if told["unexpected_keys"]:
         warnings.warn(
             f"{path}: a {kind.__name__} has no place for {shorten(sorted(told['unexpected_keys']))}"
@@ -147,10 +156,10 @@ def _load(
 
 @contextmanager
 def _readable(
-    place: Path, kind: Any, config: Any
+    place: Path, kind: Any, config: Any, method: str | None
 ) -> Iterator[tuple[Path, str | None, torch.dtype | str]]:
     """A directory that transformers reads, what its weights are numbers of, and their type."""
-    if not is_bitsandbytes(place):
+    if method != OURS:
         yield place, None, "auto"
         return
     from transformers.pytorch_utils import Conv1D

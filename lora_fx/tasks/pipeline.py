@@ -17,6 +17,7 @@ from lora_fx.tasks.adapter_task import AdapterTask
 from lora_fx.tasks.bounded_build import bounded
 from lora_fx.tasks.directory import Loaded, fields_of, load_directory, loading, quiet
 from lora_fx.tasks.directory_files import check_files, variant_of
+from lora_fx.tasks.plain_weights import quantised_by, refuse_bytes, told_of
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _CLASS = "_class_name"
@@ -136,12 +137,13 @@ def _load_own(path: Path, dtype: Any, diffusers: Any) -> Loaded:
     """A model of diffusers' own classes."""
     check_files(path)
     kind = _own_class(path, diffusers)
-    with loading(path, "diffusers"):
+    with told_of(quantised_by(path)), loading(path, "diffusers"):
         _outline(kind, path)
         model, told = kind.from_pretrained(
             path, torch_dtype=dtype, variant=variant_of(path), local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
+    refuse_bytes(path, model, told["unexpected_keys"])
     lacks = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
     return Loaded(model.eval(), tuple(sorted(lacks)))
 

@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from lora_fx.errors import LoraFxError, within
+from lora_fx.errors import LoraFxError, shorten, within
 from lora_fx.io.safetensors_file import Made, write_tensors
 from lora_fx.io.state_dict import INDEX, shards_of
 from lora_fx.io.strict_json import read_json
@@ -24,16 +25,61 @@ from lora_fx.tasks.bitsandbytes import PARTS, SCALES, STATE, Table, of_rows
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _BESIDE = (SCALES, ".weight_format")
+OURS = "bitsandbytes"
+_BYTES = ("I8", "U8", "I32", "F8_")  # what the types of safetensors begin with that pack weights
+_PLAIN = (
+    "load the model with what quantised it, save it in plain numbers (model.dequantize(), then "
+    "save_pretrained), and give that directory: quantize= and --bits store these in few bits"
+)
 
 
-def is_bitsandbytes(directory: Path) -> bool:
-    """Whether a directory's config says that bitsandbytes quantised its weights."""
+def quantised_by(directory: Path) -> str | None:
+    """What quantised a directory's weights, by its config: ``"bitsandbytes"``, or another."""
     said = read_json(directory / _CONFIG)
     given = said.get("quantization_config") if isinstance(said, dict) else None
-    flags = ("load_in_4bit", "load_in_8bit")
-    return isinstance(given, dict) and (
-        given.get("quant_method") == "bitsandbytes" or any(given.get(flag) for flag in flags)
-    )
+    if not isinstance(given, dict):
+        return None
+    flags, method = ("load_in_4bit", "load_in_8bit"), given.get("quant_method")
+    if any(given.get(flag) for flag in flags):
+        return OURS
+    return method[:80] if isinstance(method, str) else "what its config does not name"
+
+
+@contextmanager
+def told_of(method: str | None) -> Iterator[None]:
+    """Says of a directory that cannot be loaded what quantised its weights, if anything did."""
+    try:
+        yield
+    except LoraFxError as error:
+        if method is None:
+            raise
+        raise LoraFxError(f"{error}\nIts weights are quantised by {method}; {_PLAIN}") from error
+
+
+def refuse_bytes(directory: Path, model: nn.Module, left: Iterable[str]) -> None:
+    """Refuses weights that were loaded without what says which numbers their bytes stand for.
+
+    A library that does not know how they were quantised takes the bytes for numbers.
+
+    Args:
+        directory: of safetensors files; of others nothing is known.
+        model: what was made of them.
+        left: names in the files that it has no place for, such as ``fc.weight_scale``.
+
+    Raises:
+        LoraFxError: one of these is of a layer that is stored in bytes.
+    """
+    owners = {name: name.rpartition(".")[0] for name in left}
+    layers = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    asked = {name: owner for name, owner in owners.items() if owner in layers}
+    files = sorted(directory.glob("*.safetensors")) if asked else ()
+    stored = {name.rpartition(".")[0] for file in files for name in _in_bytes(file)}
+    lost = sorted(name for name, owner in asked.items() if _is_of(owner, tuple(stored)))
+    if lost:
+        raise LoraFxError(
+            f"{directory}: its weights are stored in bytes, and {type(model).__name__} has no "
+            f"place for what says which numbers these are: {shorten(lost)}; {_PLAIN}"
+        )
 
 
 @contextmanager
@@ -43,7 +89,7 @@ def plain_weights(directory: Path, turned: Iterable[str]) -> Iterator[tuple[Path
     They are written where the system has its temporary files, one after the other.
 
     Args:
-        directory: whose config `is_bitsandbytes`.
+        directory: `quantised_by` bitsandbytes.
         turned: paths of layers that store their weight as (in, out), transformers' Conv1D:
             bitsandbytes has it as (out, in).
 
@@ -151,6 +197,12 @@ def _names(path: Path) -> list[str]:
             f"{path}: no safetensors file that can be read ({error}): save the quantised model "
             "again, with save_pretrained"
         ) from error
+
+
+def _in_bytes(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        names: list[str] = list(file.keys())
+        return [n for n in names if file.get_slice(n).get_dtype().startswith(_BYTES)]
 
 
 def _is_of(path: str, turned: tuple[str, ...]) -> bool:

@@ -182,11 +182,74 @@ def test_a_choice_by_what_a_tensor_holds_is_named(capfd: pytest.CaptureFixture[s
     assert "def forward" not in capfd.readouterr().err, "torch.export prints the graph so far"
 
 
+class InBytes(nn.Module):
+    """As bitsandbytes keeps a weight: with more to it than a traced tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.tensor([[3, 1, 2]], dtype=torch.uint8)
+        self.weight: Any = nn.Parameter(whole, requires_grad=False)
+        self.weight.state = 0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x @ (self.weight.T * self.weight.state)
+        return y
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_layer_is_named() -> None:
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 5)), {nn.Linear})
-    with pytest.raises(TraceError, match=r"before it was quantised.*quantize=: 0\._packed_params"):
-        lora_fx.trace(model, (torch.randn(2, 3),))
+    for quantised, where in ((model, r"0\._packed_params"), (nn.Sequential(InBytes()), "0")):
+        said = f"before it was quantised.*quantize=: the weights of {where} are packed"
+        with pytest.raises(TraceError, match=said):
+            lora_fx.trace(quantised, (torch.randn(2, 3),))
+
+
+class Scaled(torch.Tensor):
+    """As torchao keeps a weight: whole numbers and a scale for each row."""
+
+    @staticmethod
+    def __new__(cls, whole: torch.Tensor, scale: torch.Tensor) -> Any:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        return make(cls, whole.shape, dtype=scale.dtype)
+
+    def __init__(self, whole: torch.Tensor, scale: torch.Tensor) -> None:
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self) -> Any:
+        return ["whole", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, _: Any, size: Any, stride: Any) -> Any:
+        return cls(inner["whole"], inner["scale"])
+
+    def dequantize(self) -> torch.Tensor:
+        return self.whole * self.scale
+
+    @classmethod
+    def __torch_function__(cls, f: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f is torch.nn.functional.linear:
+            return f(args[0], args[1].dequantize(), *args[2:])
+        return super().__torch_function__(f, _, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, f: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(*(f(inner) for inner in (args[0].whole, args[0].scale)))
+
+
+def test_a_weight_of_several_tensors_is_named() -> None:
+    x, whole = torch.randn(2, 3), torch.tensor([[3, -1, 2], [5, 0, 1]], dtype=torch.int8)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4)).eval()
+    layer: Any = model[0]
+    layer.weight = nn.Parameter(Scaled(whole, torch.tensor([[0.5], [0.25]])), requires_grad=False)
+    expected = model(x)
+    said = r"^0\.weight: made of several tensors.*before it was quantised.*weight\.dequantize"
+    program = torch.export.export(model, (x,))
+    for quantised, given in ((model, (x,)), (program, ())):
+        with pytest.raises(TraceError, match=said):
+            lora_fx.trace(quantised, given)
+    layer.weight = nn.Parameter(layer.weight.dequantize())  # as is advised
+    assert torch.equal(lora_fx.trace(model, (x,))(x), expected)
 
 
 class Made(nn.Module):

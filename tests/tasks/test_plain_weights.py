@@ -14,6 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph.example import STORED
 from lora_fx.tasks import load
 from lora_fx.testing import save_bitsandbytes, tiny
+from lora_fx.testing.pipelines import tiny_unet
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("LlamaForCausalLM", {}),
@@ -105,3 +106,75 @@ def test_a_pickle_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(LoraFxError, match="save the quantised model again"):
         load(directory)
+
+
+def in_bytes(directory: Path, dtype: torch.dtype, scale: str = "weight_scale") -> None:
+    """Stores the linear layers of a directory in bytes, with a scale of each beside."""
+    file, most = directory / next(directory.glob("*.safetensors")).name, {torch.int8: 127}
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        factor = tensors[name].abs().max() / most.get(dtype, 448)
+        tensors[name] = (tensors[name] / factor).to(dtype)
+        if scale:
+            tensors[f"{name.removesuffix('weight')}{scale}"] = factor
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("method", ["modelopt", None])
+def test_bytes_whose_scale_nobody_reads_are_refused(
+    method: str | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """transformers would take the bytes for the numbers, and only warn of what is left over."""
+    model = tiny("LlamaForCausalLM")
+    if method:
+        model.config.quantization_config = {"quant_method": method}
+    model.save_pretrained(tmp_path)
+    in_bytes(tmp_path, dtype)
+    said = r"in bytes, and LlamaForCausalLM has no place .*proj\.weight_scale.*dequantize\(\)"
+    with pytest.raises(LoraFxError, match=said):
+        load(tmp_path)
+
+
+def test_bytes_whose_scale_is_read_are_numbers(tmp_path: Path) -> None:
+    plain, stored = tmp_path / "plain", tmp_path / "stored"
+    model = tiny("LlamaForCausalLM", hidden_size=32).eval()
+    model.save_pretrained(plain)
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model.config.quantization_config = method
+    model.save_pretrained(stored)
+    file = stored / "model.safetensors"
+    in_bytes(stored, torch.float8_e4m3fn, "weight_scale_inv")
+    scales = {n: t.reshape(1, 1) if "scale" in n else t for n, t in load_file(file).items()}
+    save_file(scales, file, {"format": "pt"})
+    in_bytes(plain, torch.float8_e4m3fn, "")  # the control: as a cast, whose numbers they are
+    states = [load(directory)[0].model.state_dict() for directory in (plain, stored)]
+    for name, own in model.state_dict().items():
+        is_cast = name.endswith("proj.weight")
+        off = [float((state[name] - own).norm() / own.norm()) for state in states]
+        assert off[1] < 0.05 < (off[0] if is_cast else 1)
+
+
+def test_a_directory_that_something_else_quantised_says_what_to_do(tmp_path: Path) -> None:
+    model = tiny("LlamaForCausalLM")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LoraFxError, match=r"quantised by gptq; load.*model\.dequantize\(\)"):
+        load(tmp_path)
+
+
+def test_a_model_of_diffusers_in_few_bits_says_what_to_do(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file({**tensors, f"{name}_scale": torch.ones(())}, file, {"format": "pt"})
+    with pytest.raises(LoraFxError, match=rf"in bytes, .* no place .*: {name}_scale; load"):
+        load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoraFxError, match=r"quantised by bitsandbytes; load"):
+        load(tmp_path)

@@ -15,9 +15,10 @@ from onnx import numpy_helper
 from torch import nn
 
 import lora_fx
+from lora_fx.adapters.adapter import Adapter
 from lora_fx.branch_lowering.selection import Form
 from lora_fx.errors import ExportError, VerificationError
-from lora_fx.export import Session, export_adapter, quantize_onnx
+from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx, verify_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.testing import Attention, make_adapter
@@ -41,7 +42,7 @@ class Twice(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """A head whose weight is the table's, which is read twice."""
+    """A head whose weight is the table's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class TiedHead(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.table(ids) + self.table(ids.flip(1))
+        hidden = self.table(ids) + self.table(ids.flip(1))  # twice, as T5's encoder and decoder do
         y: torch.Tensor = self.head(hidden + self.fc(hidden))
         return y
 
@@ -78,6 +79,20 @@ class Pooled(nn.Module):
         hidden = x + F.gelu(self.fc(x))
         pooled = torch.tanh(self.dense(hidden[:, 0]))
         return hidden, F.log_softmax(self.out(pooled), -1)
+
+
+class Scaled(nn.Module):
+    """Layers that their own module scales and adds to what they read: folded, these are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.fc(2 * x) * 0.25)
+        y: torch.Tensor = self.head(x + self.out(x))
+        return y
 
 
 class Bare(nn.Module):
@@ -147,7 +162,7 @@ def test_a_head_that_shares_a_table_has_bits_of_its_own(mode: str, tmp_path: Pat
     assert np.array_equal(numpy_helper.to_array(table), gm.get_parameter("head.weight").detach())
     shapes = {"table": (32, 19), "fc": (32, 32), "head": (19, 32)}
     adapters = [make_adapter(shapes)] if slots else []
-    assert lora_fx.export.verify_onnx(gm, packed, adapters=adapters).verified
+    assert verify_onnx(gm, packed, adapters=adapters).verified
     of_base, of_numbers = (manifest_in(load_proto(path), path) for path in (plain, packed))
     if of_base is not None and of_numbers is not None:
         pairs = zip(of_base.slots, of_numbers.slots, strict=True)
@@ -169,10 +184,39 @@ def test_a_file_is_held_to_the_graph_that_it_was_made_of_folded_or_not(
     gm = lora_fx.trace(TiedHead().eval(), (IDS,))  # x + W x, of which fold makes one layer
     made = lora_fx.fold(gm) if folded else gm
     lora_fx.to_onnx(made, tmp_path / "a.onnx", quantize=4)
-    assert lora_fx.export.verify_onnx(gm, tmp_path / "a.onnx").verified
+    assert verify_onnx(gm, tmp_path / "a.onnx").verified
     other = lora_fx.trace(TiedHead().eval(), (IDS,))
     with pytest.raises(VerificationError, match=r"fc\.weight: .* weights are off"):
-        lora_fx.export.verify_onnx(other, tmp_path / "a.onnx")
+        verify_onnx(other, tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("on", ["table", "head", "a new head"])
+def test_what_ties_is_merged_with_its_adapter_and_quantised(on: str, tmp_path: Path) -> None:
+    """Head and table part: the names of their weights are a file's own, and not the graph's."""
+    plain, merged, folded = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c"))
+    shape = (32, 19) if on == "table" else (19, 32)
+    adapter, other = (make_adapter({on: shape}, rank) for rank in (2, 3))
+    if on == "a new head":
+        heads = (torch.randn(19, 32, generator=SOURCE) for _ in range(2))
+        adapter, other = (Adapter("new", {}, {"head.weight": head}) for head in heads)
+    slots = ["table", "fc", "head.weight" if on == "a new head" else "head"]
+    gm, _ = exported(TiedHead, IDS, plain, adapters="input", slots=slots)
+    merge_onnx(plain, adapter, merged)
+    whole = lora_fx.fold(lora_fx.inject(gm, adapter))
+    lora_fx.to_onnx(whole, folded)
+    for number, file in enumerate((merged, folded)):
+        packed = tmp_path / f"{number}.onnx"
+        report = quantize_onnx(file, packed, layers=["*"])
+        assert len(report.quantised.weights) == 2
+        assert verify_onnx(gm, packed, adapters=[adapter]).verified
+        for wrong in ([], [other]):
+            with pytest.raises(VerificationError):
+                verify_onnx(gm, packed, adapters=wrong)
+    before = [node.meta.keys() for node in whole.graph.nodes]
+    numbers, _ = with_numbers(whole, packed_in(packed))
+    assert numbers is not whole
+    assert [node.meta.keys() for node in whole.graph.nodes] == before
+    assert lora_fx.unfold(whole).code
 
 
 @pytest.mark.parametrize("what", NETS)
@@ -209,6 +253,22 @@ def test_an_adapter_in_the_file_is_in_the_bits_or_in_float(mode: str, tmp_path: 
     assert all(names[name] == onnx.TensorProto.FLOAT for name in factors)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "lokr"])
+def test_what_was_merged_from_file_to_file_is_verified_in_bits(kind: str, tmp_path: Path) -> None:
+    """merge_onnx knows a layer alone; fold takes a scale and a residual for parts of it."""
+    plain, merged, packed = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c"))
+    shapes = {"fc": (32, 32), "out": (32, 32)}
+    adapter, other = make_adapter(shapes, kind=kind), make_adapter(shapes, rank=3, scale=0.2)
+    form = {"lora": "factors", "lokr": "weight"}.get(kind, "vectors")
+    gm, _ = exported(Scaled, X, plain, adapters="input", slots=dict.fromkeys(shapes, form))
+    merge_onnx(plain, adapter, merged)
+    assert set(quantize_onnx(merged, packed).quantised.weights) == set(shapes)
+    assert verify_onnx(gm, packed, adapters=[adapter]).verified
+    for wrong in ([], [other]):
+        with pytest.raises(VerificationError, match="weights are off by more than"):
+            verify_onnx(gm, packed, adapters=wrong)
+
+
 def test_an_adapter_that_shares_a_weight_with_its_base_is_not_rounded(tmp_path: Path) -> None:
     """The cheapest form of a branch puts rows of B under W: that weight stays, and is named."""
     torch.manual_seed(0)
@@ -227,7 +287,7 @@ def test_half_precision(tmp_path: Path) -> None:
     for bits in (4, 8):
         report = lora_fx.to_onnx(gm, tmp_path / f"{bits}.onnx", quantize=bits, adapters="input")
         assert report.verified
-        again = lora_fx.export.verify_onnx(gm, tmp_path / f"{bits}.onnx")
+        again = verify_onnx(gm, tmp_path / f"{bits}.onnx")
         assert again.verified
 
 
