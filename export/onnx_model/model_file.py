@@ -163,6 +163,8 @@ def load_proto(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
     except (DecodeError, ValueError) as error:
         raise ExportError(f"{path}: not an ONNX file: {error}") from error
+    for entry in model.opset_import:
+        entry.domain = "" if entry.domain == "ai.onnx" else entry.domain  # its other name
     if not model.graph.node and not model.graph.output:
         raise ExportError(f"{path}: not an ONNX file: it holds no graph")
     with within(path):

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from lora_fx.errors import ExportError
-from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
+from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, quantize_onnx
 from lora_fx.numerics import compare
 from lora_fx.testing import make_adapter
 
@@ -111,6 +111,15 @@ def test_a_graph_that_onnxruntime_takes_is_taken(change: Any, tmp_path: Path) ->
     ):
         assert all(compare(*pair).ok for pair in zip(found.values(), wanted, strict=True))
         assert not compare(next(iter(found.values())), expected(change, WEIGHT)[0]).ok
+
+
+def test_onnx_s_domain_may_be_spelled_out_where_bits_are_few(tmp_path: Path) -> None:
+    """As everywhere else, and the report says the file's version of it."""
+    model = plain()
+    in_words(model)
+    onnx.save(model, tmp_path / "base.onnx")
+    report = quantize_onnx(tmp_path / "base.onnx", tmp_path / "q.onnx", bits=8, layers=["*"])
+    assert (report.verified, report.opset) == (True, 20)
 
 
 def test_a_weight_that_is_stored_sparse_is_refused_by_name(tmp_path: Path) -> None:
