@@ -9,8 +9,8 @@ class DropIdentities(ir.passes.InPlacePass):
     """Lets the readers of an Identity read what that reads.
 
     Before -> after: ``y = Identity(x); z = Tanh(y)  ->  z = Tanh(x)``. What gives an output of a
-    graph stays where x is an input, a weight, or computed outside of that graph, as a branch may
-    hand on (onnx_ir's own pass leaves such a branch without its output).
+    graph stays where x is another, an input, a weight, or computed outside of that graph, as a
+    branch may hand on (onnx_ir's own pass leaves such a branch without its output).
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -25,6 +25,8 @@ def _drop(node: ir.Node) -> bool:
     is_output, name = y.is_graph_output(), y.name
     producer = None if x is None else x.producer()
     if x is None or graph is None or (is_output and (producer is None or producer.graph != graph)):
+        return False
+    if is_output and x.is_graph_output():  # which has a name already
         return False
     x.shape, x.type = x.shape or y.shape, x.type or y.type
     y.replace_all_uses_with(x, replace_graph_outputs=True)

@@ -71,6 +71,9 @@ def write_model(
 def _check_valid(model: ir.Model, path: Path) -> None:
     """Asks onnx of a file, with onnxruntime's own operators in a domain of theirs."""
     opset = model.opset_imports.get("", 0)
+    given = [*model.graph.inputs, *model.graph.outputs]
+    if any(isinstance(v.type, ir.TensorType) and v.shape is None for v in given):
+        return  # of an unknown number of axes, which onnx takes for an error and runtimes do not
     if not any(opset < _SINCE.get(node.op_type, 0) for node in model.graph.all_nodes()):
         onnx.checker.check_model(str(path), full_check=True)
         return
@@ -160,6 +163,8 @@ def load_proto(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
     except (DecodeError, ValueError) as error:
         raise ExportError(f"{path}: not an ONNX file: {error}") from error
+    for entry in model.opset_import:
+        entry.domain = "" if entry.domain == "ai.onnx" else entry.domain  # its other name
     if not model.graph.node and not model.graph.output:
         raise ExportError(f"{path}: not an ONNX file: it holds no graph")
     with within(path):

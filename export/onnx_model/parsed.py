@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lora_fx.errors import ExportError, advised, within
+from lora_fx.errors import ExportError, advised, shorten, within
 
 _ASIDE = 4  # version of the format from which on an initializer need not be an input
 _AGAIN = "give the file as it was exported, or export it again"
@@ -30,6 +30,9 @@ def parsed_file(path: Path) -> ir.Model:
     """
     with within(path), _contradictions_told():
         model = ir.load(path)
+        if "ai.onnx" in model.opset_imports:  # which is the domain without a name
+            model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+        _check_read(model)
         common.InlinePass()(model)
         model.graph.sort()
         if model.ir_version < _ASIDE:
@@ -42,6 +45,20 @@ def parsed_file(path: Path) -> ir.Model:
         if any(value.shape is None for value in model.graph.outputs):  # which onnx refuses
             common.ShapeInferencePass()(model)
         return model
+
+
+def _check_read(model: ir.Model) -> None:
+    """Refuses what onnx_ir leaves out where it reads a file."""
+    read = {value for node in model.graph.all_nodes() for value in node.inputs if value is not None}
+    if unmade := [
+        str(value.name)
+        for value in read
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer()
+    ]:
+        raise ExportError(
+            f"no node, input or plain tensor gives {shorten(sorted(unmade))}: what is stored "
+            "sparse is not read: store it as a plain initializer"
+        )
 
 
 def _named_once(model: ir.Model) -> None:

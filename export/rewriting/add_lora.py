@@ -224,6 +224,7 @@ def _refuse_missed(every: Sequence[FileLayer], chosen: Paths, names: Mapping[str
 
 def _refuse_taken(model: ir.Model, names: Sequence[str]) -> None:
     taken = {value.name for value in model.graph.initializers.values()}
+    taken |= {value.name for value in model.graph.inputs}
     taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
     if both := [name for name in names if name in taken]:
         raise ExportError(f"it has values called {shorten(both)} already: names= gives other paths")

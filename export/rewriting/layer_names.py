@@ -17,7 +17,7 @@ from lora_fx.export.rewriting.weight_reads import handed_on
 
 # ``fc.weight``, genai's ``fc.MatMul.weight``, and what quantisers put behind them.
 _WEIGHT = re.compile(
-    r"(?P<path>.+?)(\.MatMul|\.Gemm)?[._](weight|qweight|kernel)"
+    r"(?P<path>.+?)(\.MatMul|\.Gemm)?([._]|\.in_proj_)(weight|qweight|kernel)"
     r"([._](Q\d+\w*|Bnb4|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
@@ -65,8 +65,9 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         mine = [str(layer.node.name), str(layer.weight.name)]
         given = next((name for name in mine if name in names), None)
         used.add(given)
-        is_tied = layer.kind in shared.get(_holder(layer), ())
-        path = names[given] if given is not None else path_of(layer, is_tied, found, parents)
+        kinds, rest = shared.get(_holder(layer), ((), ""))
+        behind = rest if layer.kind in kinds else None
+        path = names[given] if given is not None else path_of(layer, behind, found, parents)
         if path is None:
             nameless.append(mine[1])
         else:
@@ -81,50 +82,64 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
 
 def path_of(
     layer: FileLayer,
-    is_tied: bool = False,
+    behind: str | None = None,
     known: Mapping[str, Sequence[FileLayer]] = _NONE,
     parents: Mapping[str, str] = _NONE,
 ) -> str | None:
     """By the module that torch.onnx notes; else by the weight, then by the node.
 
     A weight tells if it bears the name of a parameter, and is no other module's too. A second call
-    of a layer is a node of the first one's name and a number, with its weight or, where a tool made
-    one for each call, an equal one.
+    of a layer is a node, or a weight, of the first one's name and a number, with its weight or,
+    where a tool made one for each call, an equal one.
 
     Args:
         layer: a call of it.
-        is_tied: whether its weight may bear another module's name.
+        behind: where its weight lies below the module that calls it, if that may bear another
+            module's name.
         known: the layers that have a path already.
         parents: how paths begin where the scopes of nodes begin otherwise.
     """
     if noted := _by_note(layer.node):
         return noted
-    by_weight = None if is_tied else _parameter_path(str(layer.weight.name))
+    by_weight = _parameter_path(str(layer.weight.name)) if behind is None else None
     if by_weight is not None:
         return by_weight
-    scope = _scope(layer.node)
-    path = _by_scope(layer.node) or (scope and _moved(scope, parents))
-    first = re.sub(r"_\d+$", "", path or "")
-    if any(_may_be_one(call, layer) for call in known.get(first, ())):
-        return first
+    scope = _scope(layer.node, noted=behind is not None)
+    path = _by_scope(layer.node) or (scope and _moved(scope, parents) + (behind or ""))
+    copied = _parameter_path(_first(str(layer.weight.name))) if behind is None else None
+    for first in (_first(path or ""), copied or ""):
+        calls = known.get(first, ())
+        if any(call.kind == layer.kind and _may_be_one(call, layer) for call in calls):
+            return first
     return path or _by_bias(layer.node)
 
 
-def _shared(layers: Iterable[FileLayer]) -> dict[str, set[str]]:
-    """Weights that bear one module's name and are another's too, and the kinds of its calls.
+def _first(name: str) -> str:
+    """A name without the number that a second one of it gets."""
+    return re.sub(r"_\d+$", "", name)
+
+
+def _shared(layers: Sequence[FileLayer]) -> dict[str, tuple[set[str], str]]:
+    """Weights that bear one module's name and are another's too.
 
     A table that a linear layer reads, and what calls of more than one module read.
+
+    Returns:
+        Name -> the kinds of such calls, and where it lies below the module that calls it.
     """
     kinds: dict[str, set[str]] = {}
     scopes: dict[str, set[str]] = {}
     for layer in layers:
         kinds.setdefault(_holder(layer), set()).add(layer.kind)
-        if (scope := _scope(layer.node)) is not None:
+        if (scope := _scope(layer.node, noted=True)) is not None:
             scopes.setdefault(_holder(layer), set()).add(scope)
-    found = {holder: {"linear"} for holder, of in kinds.items() if "embedding" in of}
+    paths = {_parameter_path(str(layer.weight.name)) for layer in layers}
+    found = {holder: ({"linear"}, "") for holder, of in kinds.items() if "embedding" in of}
     for holder, of in scopes.items():
-        if len({scope for scope in of if re.sub(r"_\d+$", "", scope) not in of - {scope}}) > 1:
-            found[holder] = kinds[holder]
+        if len({scope for scope in of if _first(scope) not in of - {scope}}) > 1:
+            over = [s for s in of if s and holder in paths and f"{holder}.".startswith(f"{s}.")]
+            above = max(over, key=len, default=holder)
+            found[holder] = kinds[holder], holder.removeprefix(above)
     return found
 
 
@@ -201,10 +216,12 @@ def _moved(path: str, parents: Mapping[str, str]) -> str:
     return parents[old] + path.removeprefix(old) if old else path
 
 
-def _scope(node: ir.Node) -> str | None:
-    """The path of the module that calls a node, as its name has it; None if it has none."""
+def _scope(node: ir.Node, noted: bool = False) -> str | None:
+    """The path of the module that calls a node, as its name has it, or a note; None if none has."""
     by_node = _NODE.fullmatch(str(node.name))
-    return by_node["path"].replace("/", ".") if by_node else None
+    if by_node:
+        return by_node["path"].replace("/", ".")
+    return _noted(node)[0] if noted and f"{_NOTES}.name_scopes" in node.metadata_props else None
 
 
 def _by_note(node: ir.Node) -> str | None:

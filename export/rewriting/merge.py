@@ -30,7 +30,7 @@ from lora_fx.export.slots.check_adapter import (
     values_of,
 )
 from lora_fx.export.slots.every_value import every_value
-from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.manifest import NO_SLOTS, Manifest
 from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.export.verification.file_run import Feeds, Run, first_of
 from lora_fx.export.verification.made_inputs import feeds_for
@@ -86,7 +86,7 @@ def merge_onnx(
     proto = load_proto(path)
     manifest = manifest_in(proto, path, strict=True)
     if manifest is None:
-        raise ExportError(f'{path}: takes no adapter: export it with adapters="input"')
+        raise ExportError(f"{path}: {NO_SLOTS}")
     check_external_data(proto, path)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as aside:
         checked = aside.submit(check_digests, proto, path) if check else None

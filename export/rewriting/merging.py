@@ -186,9 +186,7 @@ class _Merging:
             for name in slot.names:
                 self._model.graph.inputs.remove(self._inputs[name])
         self._model.metadata_props.pop(KEY, None)
-        ir.passes.Sequential(
-            DropIdentities(), common.RemoveUnusedNodesPass(), common.OutputFixPass()
-        )(self._model)
+        ir.passes.Sequential(DropIdentities(), common.RemoveUnusedNodesPass())(self._model)
 
 
 def _tensor(values: torch.Tensor, name: str) -> ir.TensorProtocol:

@@ -28,6 +28,7 @@ from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_
 from lora_fx.export.runtime.ort import call, check_names, check_types, open_session, to_array
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
+from lora_fx.export.slots.manifest import NO_SLOTS
 from lora_fx.io.plain_file import check_path
 from lora_fx.tables import table
 
@@ -216,10 +217,7 @@ class Session:
             )
         path = Path(adapter)
         if self._manifest is None:
-            raise AdapterError(
-                f"{path}: {self._path} takes no adapter: its weights are constants; export it "
-                'with adapters="input"'
-            )
+            raise AdapterError(f"{path}: {self._path} {NO_SLOTS}")
         if not check_path(path, AdapterError).is_file():
             found = "is a directory" if path.is_dir() else "no such adapter file"
             raise AdapterError(

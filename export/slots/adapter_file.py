@@ -24,7 +24,7 @@ from lora_fx.export.runtime.ort import ERRORS, to_ort_value
 from lora_fx.export.slots.adapter_report import AdapterReport, report_of
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
-from lora_fx.export.slots.manifest import Manifest
+from lora_fx.export.slots.manifest import NO_SLOTS, Manifest
 from lora_fx.export.slots.slot_tensors import write_slot_tensors
 from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
@@ -96,7 +96,7 @@ def _export(
     proto = load_proto(model_path)
     manifest = manifest_in(proto, model_path, strict=True)
     if manifest is None:
-        raise ExportError(f'{model_path}: takes no adapter: export it with adapters="input"')
+        raise ExportError(f"{model_path}: {NO_SLOTS}")
     if check:
         check_digests(proto, model_path)
     del proto

@@ -23,6 +23,10 @@ from lora_fx.layers.parameter_readers import readers
 from lora_fx.layers.sites import Site, bias_of, by_path
 
 KEY = "lora_fx.slots"
+NO_SLOTS = (
+    "takes no adapter: its weights are constants; give it slots with lora-fx add-lora, or export "
+    'it with adapters="input"'
+)
 VERSION = 2
 UNKNOWN = "unknown"  # the base of a file of another exporter
 _MAX_TEXT = 16 << 20

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch import nn
 
+from lora_fx import Update
 from lora_fx.errors import ExportError
+from lora_fx.export import Session, add_lora, export_adapter
+from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.export.rewriting.layer_names import check_one, named_layers
+from lora_fx.numerics import compare
+from lora_fx.testing import make_adapter
 
 # What nodes and the parameters beside them are called -> the paths of the layers.
 FILES = {
@@ -60,21 +72,40 @@ def test_a_scope_becomes_the_path_that_parameters_beside_it_have(name: str) -> N
     assert not nameless
 
 
+@pytest.mark.parametrize("by", ["node", "weight"])
 @pytest.mark.parametrize("is_equal", [True, False])
-def test_a_second_call_may_have_an_equal_weight_of_its_own(is_equal: bool) -> None:
-    """As tools leave a shared weight that they rewrite once for each reader."""
+def test_a_second_call_may_have_an_equal_weight_of_its_own(is_equal: bool, by: str) -> None:
+    """As tools leave a shared weight that they rewrite once for each reader, or put in twice."""
     x = value = ir.val("x", ir.DataType.FLOAT, (2, 4))
     made, initializers = [], []
     for place, scope in enumerate(("fc", "fc_1")):
         numbers = np.full((4, 4), 1 if is_equal else 1 + place, np.float32)
-        own = ir.val(f"onnx::MatMul_{place}", const_value=ir.tensor(numbers))
+        names = {"node": (f"/{scope}/MatMul", f"onnx::MatMul_{place}")}
+        names["weight"] = "", f"fc.weight_{place}" if place else "fc.weight"
+        own = ir.val(names[by][1], const_value=ir.tensor(numbers))
         initializers.append(own)
-        made.append(ir.node("MatMul", [value, own], name=f"/{scope}/MatMul"))
+        made.append(ir.node("MatMul", [value, own], name=names[by][0]))
         value = made[-1].outputs[0]
     graph = ir.Graph([x], [value], nodes=made, initializers=initializers, opset_imports={"": 20})
-    found, _ = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
+    found, nameless = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
     calls = {path: len(layers) for path, layers in found.items()}
-    assert calls == ({"fc": 2} if is_equal else {"fc": 1, "fc_1": 1})
+    apart = {"fc": 1, "fc_1": 1} if by == "node" else {"fc": 1}
+    assert calls == ({"fc": 2} if is_equal else apart)
+    assert nameless == ([] if is_equal or by == "node" else ["fc.weight_1"])
+
+
+def test_a_name_that_a_tool_gave_is_no_path_below_a_module() -> None:
+    """As optimum names what two branches have in common."""
+    x = value = ir.val("x", ir.DataType.FLOAT, (2, 4))
+    own = ir.val("one.weight_merged", const_value=ir.tensor(np.ones((4, 4), np.float32)))
+    made = []
+    for scope in ("one", "other"):
+        made.append(ir.node("MatMul", [value, own], name=f"/{scope}/MatMul"))
+        value = made[-1].outputs[0]
+    graph = ir.Graph([x], [value], nodes=made, initializers=[own], opset_imports={"": 20})
+    found, nameless = named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})
+    assert list(found) == ["one", "other"]
+    assert not nameless
 
 
 @pytest.mark.parametrize(("turned", "wanted"), [("table", "head"), ("fc", "fc")])
@@ -160,3 +191,86 @@ def test_a_bias_tells_whose_product_it_is_added_to(name: str) -> None:
         initializers=[*held.values(), *weights], opset_imports={"": 20},
     )  # fmt: skip
     assert set(named_layers(list(layers_in(ir.Model(graph, ir_version=10))), {})[0]) == wanted
+
+
+class Scaled(nn.Embedding):
+    """A table of a class of its own, as some models have it."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 2
+
+
+class TwoTables(nn.Module):
+    """Two tables and a head of one weight, which bears the head's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 7, bias=False)
+        self.one, self.other = Scaled(7, 5), Scaled(7, 5)
+        self.one.weight = self.other.weight = self.head.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.head(torch.tanh(self.one(ids)) + self.other(ids.flip(0)))
+        return made
+
+
+class Copies(nn.Module):
+    """Layers that torch copies: before they are trained, exporters store their weights once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0, batch_first=True)
+        self.all = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.all(x)
+        return made
+
+
+OF_COPIES = {
+    f"all.layers.{layer}.{name}": shape
+    for layer in (0, 1)
+    for name, shape in {
+        "self_attn": (24, 8), "self_attn.out_proj": (8, 8), "linear1": (12, 8), "linear2": (8, 12),
+    }.items()
+}  # fmt: skip
+SHARED = {
+    "tables": (
+        TwoTables,
+        torch.tensor([1, 4, 0]),
+        {"head": (7, 5), "one": (5, 7), "other": (5, 7)},
+    ),
+    "copies": (Copies, torch.linspace(-1, 1, 48).reshape(2, 3, 8) ** 3, OF_COPIES),
+}
+
+
+@pytest.mark.parametrize("how", ["torchscript", "dynamo", "as it is"])
+@pytest.mark.parametrize("case", SHARED)
+def test_a_weight_that_is_stored_once_is_of_each_module_that_calls_it(
+    case: str, how: str, tmp_path: Path
+) -> None:
+    """Attention's first matrix is the module's own, whatever an exporter leaves of its name."""
+    make, x, shapes = SHARED[case]
+    torch.manual_seed(0)
+    model = make().eval()
+    base, out = tmp_path / "base.onnx", tmp_path / "slots.onnx"
+    options = {"optimize": how != "as it is"} if how != "torchscript" else {"opset_version": 17}
+    with warnings.catch_warnings(), without_idle_work():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (x,), str(base), dynamo=how != "torchscript", verbose=False, **options
+        )  # type: ignore[arg-type]
+    assert set(add_lora(base, out, slots=["*"]).slots) == set(shapes)
+    session = Session(out)
+    for path, shape in shapes.items():
+        adapter, file = make_adapter({path: shape}, scale=0.3), tmp_path / f"{path}.onnx_adapter"
+        export_adapter(adapter, out, file)
+        (found,) = session.run({session.inputs[0]: x}, file).values()
+        apart, update = copy.deepcopy(model), cast(Update, adapter.updates[path])
+        layer: Any = apart.get_submodule(path)
+        name = "weight" if hasattr(layer, "weight") else "in_proj_weight"
+        delta = update.delta().T if isinstance(layer, nn.Embedding) else update.delta()
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach() + delta))
+        with torch.no_grad():
+            assert compare(found, apart(x)).ok
+            assert not compare(found, model(x)).ok
