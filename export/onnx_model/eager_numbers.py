@@ -50,9 +50,21 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             numbers: list[Any] = [ir.tensor(n, dtype=query.dtype) for n in (0.0, -math.inf)]
             parts: list[Any] = [op.Constant(value=number) for number in numbers]
             attn_mask = op.Where(attn_mask, *parts)
+        if len(query.shape) != 4 and not (dropout_p or enable_gqa):
+            return products(query, key, value, attn_mask, is_causal, scale)
         return nn.aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+
+    def products(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float | None) -> Any:
+        """Attention of any number of axes in front, as of windows; torch.onnx takes two."""
+        axes = len(k.shape)
+        turned = op.Transpose(k, perm=[*range(axes - 2), axes - 1, axes - 2])
+        by = nn._attention_scale(q) if scale is None else scale
+        scores = op.MatMul(op.Mul(q, op.CastLike(by, q)), turned)
+        mask = nn._causal_attention_mask(q, k) if is_causal else mask
+        shown = scores if mask is None else op.Add(scores, op.CastLike(mask, scores))
+        return op.MatMul(op.Softmax(shown, axis=-1), v)
 
     def grouped(rows: Any, matrices: Any, ends: Any) -> Any:
         """The rows of each expert, which follow each other, times its matrix; 0 behind the last."""

@@ -24,6 +24,7 @@ def without_idle_work() -> Iterator[None]:
     changes: list[tuple[Any, str, Any]] = [
         (_registration.ONNXRegistry, "from_torchlib", staticmethod(_registry)),
         (_fx_passes, "insert_type_promotion_nodes", _insert_type_promotion),
+        (_fx_passes, "remove_assertion_nodes", _without_assertions),
         (_decomp, "create_onnx_friendly_decomposition_table", _decompositions),
         (exported_program, "_collect_all_valid_cia_ops", _composite_operators),
         (ir.schemas.OpSignature, "from_op_schema", staticmethod(_signature)),
@@ -39,9 +40,20 @@ def without_idle_work() -> Iterator[None]:
 
 
 _TABLE_OF = _decomp.create_onnx_friendly_decomposition_table
+_WITHOUT_ASSERTIONS = _fx_passes.remove_assertion_nodes
 _COMPOSITE_OPERATORS = export_utils._collect_all_valid_cia_ops
 _FROM_TORCHLIB = _registration.ONNXRegistry.from_torchlib
 _FROM_OP_SCHEMA = ir.schemas.OpSignature.from_op_schema
+
+
+def _without_assertions(gm: fx.GraphModule) -> fx.GraphModule:
+    """Takes out what is asserted of values, and what is computed for that alone.
+
+    torch.onnx leaves the latter, and has no translation of some of it.
+    """
+    gm = _WITHOUT_ASSERTIONS(gm)
+    gm.graph.eliminate_dead_code()
+    return gm
 
 
 def _registry(opset_version: int = TORCHLIB_OPSET) -> _registration.ONNXRegistry:

@@ -69,11 +69,14 @@ def random_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def seed() -> Callable[[], list[str]]:
-    """Sets all global random states; gives what tells which of Python's and numpy's was used."""
+def seed(other: int = 0) -> Callable[[], list[str]]:
+    """Sets all global random states; gives what tells which of Python's and numpy's was used.
+
+    With ``other``, those two are others, and torch's, whose numbers a graph draws, the same.
+    """
     torch.manual_seed(20_260)
-    random.seed(20_261)
-    np.random.seed(20_262)
+    random.seed(20_261 + other)
+    np.random.seed(20_262 + other)
     before = _states()
 
     def drawn() -> list[str]:

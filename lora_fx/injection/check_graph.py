@@ -272,8 +272,10 @@ def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:
         return (
             f" What {shorten(computed)} multiplies with is computed at each call, as under "
             "weight_norm: store it, with torch.nn.utils.parametrize.remove_parametrizations or, of "
-            "the older hooks, remove_weight_norm and prune.remove, before the model is traced, or "
-            "adapt the parameter that it is computed from, by its name (PEFT's target_parameters)."
+            "the older hooks, remove_weight_norm and prune.remove, before the model is traced; "
+            "where the layer's own code computes it, as in a BiT or an NFNet, trace the model that "
+            "PEFT wraps, and fold that; or adapt the parameter that it is computed from, by its "
+            "name (PEFT's target_parameters)."
         )
     held = [name for name, node in _fetched(gm, unknown).items() if any(map(_is_block, node.users))]
     if held:

@@ -173,3 +173,32 @@ def test_a_cell_has_parameters_that_are_read_and_a_kept_module_says_so() -> None
             AdapterError, match=r"symbolic tracing keeps whole.*with example inputs"
         ):
             inject(whole, Adapter("french", {name: mine}))
+
+
+class Standardised(nn.Conv2d):
+    """As in BiT and NFNets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, apart / apart.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_beside_a_kernel_that_its_own_code_computes_what_peft_wraps_is_folded(
+    tmp_path: Path,
+) -> None:
+    """PEFT's branch stands beside the computed kernel, which an update of the stored one is not."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Standardised(3, 5, 2), nn.Tanh()).eval(), torch.randn(4, 3, 6, 7)
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    owner = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    owner.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"own code computes it.*trace the model that PEFT wraps"
+    ):
+        inject(trace(base, (x,)), adapter)
+    folded = fold(trace(owner, (x,)))
+    assert unmerged(folded) == {}
+    with torch.no_grad():
+        assert relative(folded(x), owner(x)) < 1e-5
+        assert relative(base(x), owner(x)) > 1e-2

@@ -138,10 +138,10 @@ def _without_batch(analysis: Analysis, node: fx.Node, operand: Any, other: Any) 
 
 def _is_one_of(analysis: Analysis, operand: fx.Node, axes: Sequence[Any] | None) -> bool:
     """Whether ``C[None]`` meets as many axes: one of a batch, which makes none where x has it."""
-    shape = analysis.constants.shape(operand)
-    if op_name(operand) != "unsqueeze" or shape is None or axes is None:
+    if op_name(operand) != "unsqueeze" or operand not in analysis.constants.nodes:
         return False
-    return 2 < len(shape) <= len(axes)
+    shape = analysis.constants.shape(operand)
+    return shape is not None and axes is not None and 2 < len(shape) <= len(axes)
 
 
 def _repeats(analysis: Analysis, node: fx.Node) -> bool:

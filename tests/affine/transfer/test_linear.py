@@ -59,6 +59,11 @@ CASES: dict[str, tuple[Any, ...]] = {
     "one of a batch": (lambda m, x: x @ m.w.T.unsqueeze(0), "batch", "export"),
     "one of a batch of one": (lambda m, x: x[None] @ m.w.T[None, None], "batch", "export"),
     "one of a batch from the left": (lambda m, x: m.w[None] @ x, "turned", "export"),
+    "queries of the model's own, one set a row": (
+        lambda m, x: m.square.expand(x.shape[0], 3, 3) @ m.w.T,
+        "batch",
+        "symbolic",
+    ),
     "bmm from the left": (lambda m, x: torch.bmm(m.w.expand(4, 5, 3), x), "turned", "export"),
     "baddbmm": (lambda m, x: torch.baddbmm(m.b, x, m.w.T.expand(4, 3, 5)), "batch"),
     "matmul from the left, turned": (lambda m, x: m.w @ x.mT, "batch"),

@@ -51,6 +51,27 @@ def test_whole_numbers_are_taken_off_a_float(
     assert not compare(value, x + (1.0 - alpha * mask) * -1e4).ok
 
 
+def test_what_is_asserted_of_values_is_left_out(tmp_path: Path) -> None:
+    """As transformers asks of the sizes of images; ONNX can assert nothing."""
+
+    class Asserts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+            torch._check_tensor_all((sizes > 0).all())
+            return self.fc(x) * sizes.sum(-1, keepdim=True)
+
+    model, x, sizes = Asserts().eval(), torch.randn(2, 3), torch.tensor([[4, 1], [2, 3]])
+    gm = trace(model, (x, sizes), dynamic_shapes=({0: "batch"}, {0: "batch"}))
+    to_onnx(gm, tmp_path / "m.onnx")
+    (value,) = Session(tmp_path / "m.onnx").run({"x": x, "sizes": sizes + 1}).values()
+    with torch.no_grad():
+        assert compare(value, model(x, sizes + 1)).ok
+        assert not compare(value, model(x, sizes)).ok
+
+
 def test_experts_that_are_multiplied_in_groups(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,3 +92,39 @@ def test_no_guard_stays_where_no_row_can_be_empty(opset: int | None, tmp_path: P
     kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert ("Attention" in kinds) == (opset is None)
     assert "IsNaN" not in kinds
+
+
+class Windows(nn.Module):
+    """Attention within windows, which stand before the heads, or without heads at all."""
+
+    def __init__(self, heads: tuple[int, ...], **options: Any) -> None:
+        super().__init__()
+        self.qkv, self.heads, self.options = nn.Linear(8, 18), heads, options
+
+    def forward(self, x: torch.Tensor) -> Any:
+        parts = self.qkv(x).unflatten(-1, (3, *self.heads, -1)).unbind(x.dim() - 1)
+        q, k, v = (part.transpose(1, -2) if self.heads else part for part in parts)
+        return F.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+HIDDEN = torch.tensor([[True, False, True]]).repeat(3, 1)
+HIDDEN[1] = False
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": HIDDEN}, {"attn_mask": -1.0 * HIDDEN, "scale": 0.3}],
+)
+def test_attention_has_any_number_of_axes(
+    options: dict[str, Any], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Three of them, or five as in Hiera; torch.onnx takes four."""
+    torch.manual_seed(0)
+    model = Windows((2,) if len(shape) > 3 else (), **options).eval()
+    batch = {"x": {0: "batch"}}
+    to_onnx(trace(model, (torch.randn(shape),), dynamic_shapes=batch), tmp_path / "model.onnx")
+    x = torch.randn(3, *shape[1:])
+    assert off(tmp_path / "model.onnx", model, x=x) < 1e-5
+    model.options = {"scale": 0.9}
+    assert off(tmp_path / "model.onnx", model, x=x) > 1e-3
