@@ -15,6 +15,7 @@ from lora_fx.errors import ExportError, advised
 from lora_fx.export.onnx_model.known_values import without_known_calls
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
+from lora_fx.graph.aliasing import written
 from lora_fx.graph.lean_tracing import lean_tracing
 from lora_fx.graph.ops import aten
 
@@ -98,13 +99,16 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
 
 
 def _copy_before_reshape(program: torch.export.ExportedProgram) -> None:
-    """Puts a contiguous copy before each reshape.
+    """Puts a contiguous copy before each reshape, and before each view of what is not written to.
 
     With symbolic sizes torch.onnx decomposes a reshape of a transposed tensor into a view, which
-    then fails. The copy is an Identity in ONNX, and goes away again.
+    then fails, and so does a view behind such a copy, which is laid out otherwise. The copy is an
+    Identity in ONNX, and goes away again.
     """
+    kept = written(program.graph)
     for node in list(program.graph.nodes):
-        source = node.args[0] if node.target is aten.reshape.default else None
+        is_view = node.target is aten.view.default and node not in kept
+        source = node.args[0] if is_view or node.target is aten.reshape.default else None
         if not isinstance(source, fx.Node):
             continue
         with program.graph.inserting_before(node):

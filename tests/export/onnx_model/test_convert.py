@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,31 @@ def test_t5_whose_attention_reshapes_a_transposed_tensor(tmp_path: Path) -> None
     report = to_onnx(trace(model, (), inputs, dynamic_shapes=shapes), tmp_path / "model.onnx")
     assert report.verified
     assert report.outputs == ["logits", "encoder_last_hidden_state"]
+
+
+def test_a_view_of_what_attention_gives(tmp_path: Path) -> None:
+    """It is laid out by position already, so the graph has no copy there: JetMoe's.
+
+    What writes nothing is converted as it was traced; here it is traced again.
+    """
+
+    class Views(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            heads = x.unflatten(-1, (3, 4)).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+            mixed = mixed.reshape(len(x), 3, -1, 4).transpose(1, 2).contiguous()
+            kept = torch.zeros_like(x)
+            kept.view(-1, 12)[0] = 1.0
+            return mixed.view(*x.shape[:2], 2, 6) + kept.view(*x.shape[:2], 2, 6)
+
+    torch.manual_seed(0)
+    model, x, mask = Views(), torch.randn(3, 7, 12), torch.rand(3, 1, 1, 7) > 0.2
+    axes = ({0: "batch", 1: "length"}, {0: "batch", 3: "length"})
+    ir.save(convert(export_program(model, (x, mask), {}, axes), None), tmp_path / "m.onnx")
+    x, mask = x[:2, 1:], mask[:2, ..., 1:]
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x, "mask": mask}).values()
+    assert compare(found, model(x, mask)).ok
+    assert not compare(found, model(x, torch.ones_like(mask))).ok
 
 
 class Attending(nn.Module):
