@@ -133,6 +133,24 @@ def test_a_view_of_what_attention_gives(tmp_path: Path) -> None:
     assert not compare(found, model(x, torch.ones_like(mask))).ok
 
 
+@pytest.mark.parametrize("axis", [-2, 1])
+def test_complex_positions_get_another_axis(axis: int, tmp_path: Path) -> None:
+    """As DeepSeek-V2 and Llama 4 turn their queries."""
+
+    class Turns(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.3])
+            turns = torch.polar(torch.ones_like(angles), angles) * 0.7
+            heads = torch.view_as_complex(x.unflatten(-1, (3, 2, 2)))
+            return torch.view_as_real(heads * turns.unsqueeze(axis))
+
+    x = torch.randn(2, 7, 12)
+    to_onnx(trace(Turns(), (x,), dynamic_shapes=({0: "batch", 1: "length"},)), tmp_path / "m.onnx")
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x[:1, 2:]}).values()
+    assert compare(found, Turns()(x[:1, 2:])).ok
+    assert not compare(found, Turns()(x)[:1, 2:]).ok
+
+
 class Attending(nn.Module):
     """Operators whose form differs from opset to opset."""
 
