@@ -151,6 +151,20 @@ def test_complex_positions_get_another_axis(axis: int, tmp_path: Path) -> None:
     assert not compare(found, Turns()(x)[:1, 2:]).ok
 
 
+def test_whether_all_is_true(tmp_path: Path) -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(torch._is_all_true(x > 0), x, 3 * x)
+
+    x = torch.rand(2, 3) + 1
+    to_onnx(trace(Chooses(), (x,)), tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx")
+    for given, wanted in ((x, x), (x - 5, 3 * (x - 5)), (x - x[0, 0], 3 * (x - x[0, 0]))):
+        (found,) = session.run({"x": given}).values()
+        assert compare(found, wanted).ok
+        assert not compare(found, 2 * given).ok
+
+
 class Attending(nn.Module):
     """Operators whose form differs from opset to opset."""
 
