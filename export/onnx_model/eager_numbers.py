@@ -79,12 +79,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         pads = op.Concat(whole([0, 0]), behind, whole([0]), axis=0)
         return op.Pad(op.Concat(*products, axis=0), pads)
 
+    def all_true(x: Any) -> Any:
+        """What transformers checks of the tokens that stand for images."""
+        return op.Equal(op.ReduceSum(op.Cast(op.Not(x), to=_WHOLE), keepdims=0), whole(0))
+
     def whole(value: Any) -> Any:
         return op.Constant(value=ir.tensor(value, dtype=_WHOLE))
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.log_sigmoid.default: log_sigmoid,
         aten.log.default: log,
+        aten._is_all_true.default: all_true,
         aten.scaled_dot_product_attention.default: attention,
     }
     if "transformers.integrations.moe" in sys.modules:  # which registers the operator

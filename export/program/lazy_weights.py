@@ -16,6 +16,7 @@ from torch import fx, nn
 from lora_fx.errors import ExportError, shorten
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.graph.ops import written_arguments
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class StandIn:
 
 def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
     """A copy that computes nothing: each tensor that is still to be computed has a stand-in."""
-    hollow = build_graph_module(gm, copy_graph(gm.graph), gm.training)
+    graph = copy_graph(gm.graph)
+    for node in reversed(list(graph.nodes)):
+        if _is_idle(node):
+            graph.erase_node(node)
+    hollow = build_graph_module(gm, graph, gm.training)
     hollow.meta = dict(gm.meta)
     known: dict[int, nn.Parameter] = {}
     stand_ins = []
-    for target in targets(gm.graph):
+    for target in targets(hollow.graph):
         weight = get_unevaluated(gm, target)
         if isinstance(weight, LazyTensor):
             if id(weight) not in known:
@@ -49,6 +54,14 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
             assign(hollow, target, known[id(weight)])
             stand_ins.append(StandIn(target, weight, known[id(weight)]))
     return hollow, stand_ins
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a file has nothing of a node: a dropout that nobody reads draws no numbers there."""
+    if node.users or written_arguments(node):
+        return False
+    operator = isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.returns)
+    return operator or node.op == "get_attr"
 
 
 def replace_stand_ins(model: ir.Model, stand_ins: list[StandIn]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_fx.errors import LoraFxError
 from lora_fx.tasks.example_inputs import example_inputs
 
 
@@ -46,6 +47,23 @@ class Call:
     input_names: Mapping[str, str] | None = None
     generates: bool = False
     file: str = "model.onnx"
+
+
+def check_runs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a model that fails on its example inputs, whatever is made of it.
+
+    Raises:
+        LoraFxError: what its code said.
+    """
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # the model's own code, which may raise anything
+        raise LoraFxError(
+            f"{type(model).__name__} does not run on the example inputs: "
+            f"{type(error).__name__}: {error}. Mend its config, or give module:function, which "
+            "returns the model and inputs that it takes"
+        ) from error
 
 
 def as_it_is(model: Any, prepared: Prepared) -> tuple[Call, ...]:

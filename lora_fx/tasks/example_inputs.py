@@ -187,6 +187,7 @@ def _length(facts: Facts, length: int) -> int:
     if not isinstance(limit, int) or limit < 1:
         return length
     begin = (_token(facts, "pad_token_id") or 0) + 1
+    begin = begin if 2 * begin < limit else 0  # no table of positions begins behind half of it
     return max(2, min(length, (limit - begin) // 2))
 
 

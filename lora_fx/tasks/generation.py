@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.tasks.calls import Call, Prepared
+from lora_fx.tasks.calls import Call, Prepared, check_runs
 from lora_fx.tasks.example_inputs import example_inputs
 
 _PAST = 5  # tokens of the example that came before
@@ -134,6 +134,7 @@ def _past_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[tor
         with torch.no_grad():
             found = model(input_ids=ids, attention_mask=mask, **more)
     except Exception as error:  # the model's own code meets a cache that it may not know
+        check_runs(model, (ids,), {"attention_mask": mask, "use_cache": False})
         raise refusal(model, f"its forward takes none of keys and values ({error})") from error
     layers = getattr(getattr(found, cached, None), "layers", [])
     pairs: list[list[Any]] = [

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import LoraFxError, advised, within
+from lora_fx.errors import LoraFxError, TraceError, advised, within
 from lora_fx.frontend.trace import trace
 from lora_fx.graph.example import LAST_LOGITS, STORED, TASK, example_of, remember_example
 from lora_fx.tasks.adapter_task import AdapterTask
-from lora_fx.tasks.calls import Call, as_it_is
+from lora_fx.tasks.calls import Call, as_it_is, check_runs
 from lora_fx.tasks.client_files import write_companions, written_beside
 from lora_fx.tasks.directory import load_directory, prepared_by
 from lora_fx.tasks.table import task_named
@@ -70,7 +70,12 @@ class ModelSource:
 
     def traced(self) -> fx.GraphModule:
         """Its graph, which remembers what its file is for, and what that calls the inputs."""
-        gm = trace(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
+        try:
+            gm = trace(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
+        except TraceError:
+            if isinstance(self.model, nn.Module):
+                check_runs(self.model, self.args, self.kwargs)
+            raise
         example = example_of(gm)
         assert example is not None, "trace remembers what it is given"
         named = replace(example, input_names=self.input_names, task=self.task)

@@ -64,6 +64,12 @@ FED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 60},
         {WORDS: (2, 16), MASK: (2, 16)},
     ),
+    "Glm4Model": (  # whose padding is a word behind all positions, not one that they begin at
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+        | {"num_key_value_heads": 1, "intermediate_size": 24, "vocab_size": 60}
+        | {"max_position_embeddings": 40, "pad_token_id": 50},
+        {WORDS: (2, 16), MASK: (2, 16)},
+    ),
     "FNetModel": (TEXT, {WORDS: (2, 16), TYPES: (2, 16)}),
     "GPT2Model": (
         {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 60, "n_positions": 20} | SPECIAL,

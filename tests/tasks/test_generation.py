@@ -369,6 +369,20 @@ def test_what_keeps_another_cache_is_refused_with_another_task(tmp_path: Path) -
         find_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("task", [None, "text-generation"])
+def test_a_model_that_fails_on_its_inputs_is_refused_so(tmp_path: Path, task: Any) -> None:
+    """A choice of five experts among four: no other task, or axis, would help."""
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=5, vocab_size=50,
+    )  # fmt: skip
+    kind: Any = transformers.MixtralForCausalLM
+    kind(config).save_pretrained(tmp_path)
+    reason = r"MixtralForCausalLM does not run on the example inputs: .*k out.*Mend its config"
+    with pytest.raises(LoraFxError, match=reason):
+        find_model(str(tmp_path), task=task).traced()
+
+
 @pytest.mark.parametrize("task", ["text-generation", "text-generation-with-past"])
 def test_a_task_may_be_named_and_an_unknown_one_is_refused(llama: Path, task: str) -> None:
     source = find_model(str(llama / "base"), task=task)

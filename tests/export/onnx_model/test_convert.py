@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,63 @@ def test_t5_whose_attention_reshapes_a_transposed_tensor(tmp_path: Path) -> None
     report = to_onnx(trace(model, (), inputs, dynamic_shapes=shapes), tmp_path / "model.onnx")
     assert report.verified
     assert report.outputs == ["logits", "encoder_last_hidden_state"]
+
+
+def test_a_view_of_what_attention_gives(tmp_path: Path) -> None:
+    """It is laid out by position already, so the graph has no copy there: JetMoe's.
+
+    What writes nothing is converted as it was traced; here it is traced again.
+    """
+
+    class Views(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            heads = x.unflatten(-1, (3, 4)).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+            mixed = mixed.reshape(len(x), 3, -1, 4).transpose(1, 2).contiguous()
+            kept = torch.zeros_like(x)
+            kept.view(-1, 12)[0] = 1.0
+            return mixed.view(*x.shape[:2], 2, 6) + kept.view(*x.shape[:2], 2, 6)
+
+    torch.manual_seed(0)
+    model, x, mask = Views(), torch.randn(3, 7, 12), torch.rand(3, 1, 1, 7) > 0.2
+    axes = ({0: "batch", 1: "length"}, {0: "batch", 3: "length"})
+    ir.save(convert(export_program(model, (x, mask), {}, axes), None), tmp_path / "m.onnx")
+    x, mask = x[:2, 1:], mask[:2, ..., 1:]
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x, "mask": mask}).values()
+    assert compare(found, model(x, mask)).ok
+    assert not compare(found, model(x, torch.ones_like(mask))).ok
+
+
+@pytest.mark.parametrize("axis", [-2, 1])
+def test_complex_positions_get_another_axis(axis: int, tmp_path: Path) -> None:
+    """As DeepSeek-V2 and Llama 4 turn their queries."""
+
+    class Turns(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.3])
+            turns = torch.polar(torch.ones_like(angles), angles) * 0.7
+            heads = torch.view_as_complex(x.unflatten(-1, (3, 2, 2)))
+            return torch.view_as_real(heads * turns.unsqueeze(axis))
+
+    x = torch.randn(2, 7, 12)
+    to_onnx(trace(Turns(), (x,), dynamic_shapes=({0: "batch", 1: "length"},)), tmp_path / "m.onnx")
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x[:1, 2:]}).values()
+    assert compare(found, Turns()(x[:1, 2:])).ok
+    assert not compare(found, Turns()(x)[:1, 2:]).ok
+
+
+def test_whether_all_is_true(tmp_path: Path) -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(torch._is_all_true(x > 0), x, 3 * x)
+
+    x = torch.rand(2, 3) + 1
+    to_onnx(trace(Chooses(), (x,)), tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx")
+    for given, wanted in ((x, x), (x - 5, 3 * (x - 5)), (x - x[0, 0], 3 * (x - x[0, 0]))):
+        (found,) = session.run({"x": given}).values()
+        assert compare(found, wanted).ok
+        assert not compare(found, 2 * given).ok
 
 
 class Attending(nn.Module):

@@ -13,12 +13,15 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export import to_onnx
+from lora_fx.export import Session, to_onnx
 from lora_fx.export.program.lazy_weights import StandIn, replace_stand_ins, with_stand_ins
 from lora_fx.export.verification.eager import evaluating
+from lora_fx.frontend.trace import trace
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.numerics import compare
 from lora_fx.passes import FoldLora, InjectLora
+from lora_fx.testing.adapters import make_adapter
 
 MODES = ("inline", "beside")
 
@@ -161,3 +164,25 @@ def test_a_weight_that_cannot_be_computed_is_not_written(
     with pytest.raises(ExportError, match=r"^up\.weight: not finite"):
         to_onnx(gm, tmp_path / "model.onnx", verify=False, external_data_above=limit)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_only_a_dropout_reads_needs_no_weight(tmp_path: Path) -> None:
+    """As in the last layer of PEGASUS-X: what it does to global tokens is thrown away."""
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nn.functional.dropout(self.fc(2 * x), 0.1, self.training)
+            result: torch.Tensor = self.fc(x)
+            return result
+
+    torch.manual_seed(0)
+    model, x = Idle().eval(), torch.randn(2, 3)
+    tuned = InjectLora(make_adapter({"fc": (5, 3)}))(trace(model, (x,))).graph_module
+    to_onnx(FoldLora()(tuned).graph_module, tmp_path / "m.onnx")
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x}).values()
+    assert compare(found, tuned(x)).ok
+    assert not compare(found, model(x)).ok
