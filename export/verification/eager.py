@@ -82,8 +82,8 @@ def told_of_eager(
             reason = str(problem).strip().partition("\n")[0]
             raise ExportError(
                 f"the graph does not run on its example inputs: {reason}: give args= of the types "
-                "and sizes that it was traced for (dynamic_shapes= of trace leaves them open), and as "
-                "it takes them now, where it was converted since (.half(), .double())"
+                "and sizes that it was traced for (dynamic_shapes= of trace leaves them open), and "
+                "as it takes them now, where it was converted since (.half(), .double())"
             ) from error
         raise
 
