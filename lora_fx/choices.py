@@ -131,7 +131,9 @@ def _first_odd(function: Callable[..., Any], args: Any, kwargs: Any) -> str | No
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
             expected = sub(r"\w+\.", "", formatannotation(hints[name]))
-            return f"{name} is {value!r:.80}: expected {expected}"
+            step = ": trace the model first, gm = lora_fx.trace(model, args)"
+            advice = step if expected == "GraphModule" else ""
+            return f"{name} is {value!r:.80}: expected {expected}{advice}"
     return None
 
 

@@ -122,6 +122,12 @@ def test_what_is_of_another_type_is_refused_with_the_type(
         function(**{name: value})
 
 
+@pytest.mark.parametrize("function", [lora_fx.text, lora_fx.explain, lora_fx.adapter_from])
+def test_who_gives_a_module_for_a_graph_is_told_to_trace_it(function: Callable[..., Any]) -> None:
+    with pytest.raises(LoraFxError, match=r"expected GraphModule: trace the model first, gm = "):
+        function(torch.nn.Linear(3, 5))
+
+
 def test_who_does_not_fail_is_not_asked_and_who_was_given_what_it_takes_fails_as_it_does() -> None:
     def divided(
         sizes: Sequence[int], names: Mapping[str, Path] | None = None, whole: bool = True

@@ -78,7 +78,8 @@ def open_session(
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    own = [providers] if isinstance(providers, str) else providers
+    chosen = ["CPUExecutionProvider"] if own is None else list(own)
     available = ort.get_available_providers()
     if not set(chosen) <= set(available):
         raise ExportError(f"providers {shorten(chosen)}: this onnxruntime has {shorten(available)}")

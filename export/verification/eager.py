@@ -22,6 +22,8 @@ from lora_fx.reference.reference_run import WeightForm
 Tensors = list[torch.Tensor]
 # What a model's own code raises where a shape is none of its.
 EAGER_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
+# Where inputs were given that nobody has tried: no tensors, or more than are taken.
+_ANY_ERRORS = (*EAGER_ERRORS, TypeError, AttributeError)
 
 
 def evaluating(gm: fx.GraphModule) -> fx.GraphModule:
@@ -73,15 +75,15 @@ def told_of_eager(
     """
     try:
         yield
-    except (LoraFxError, *EAGER_ERRORS) as error:
+    except (LoraFxError, *_ANY_ERRORS) as error:
         try:
             call_eager(evaluating(gm), Case("example", args, dict(kwargs)))
-        except EAGER_ERRORS as problem:
+        except _ANY_ERRORS as problem:
             reason = str(problem).strip().partition("\n")[0]
             raise ExportError(
-                f"the graph does not run on its example inputs: {reason}: give args= of sizes that "
-                "it was traced for (dynamic_shapes= of trace leaves them open), and as it takes "
-                "them now, where it was converted since (.half(), .double())"
+                f"the graph does not run on its example inputs: {reason}: give args= of the types "
+                "and sizes that it was traced for (dynamic_shapes= of trace leaves them open), and "
+                "as it takes them now, where it was converted since (.half(), .double())"
             ) from error
         raise
 

@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.adapters.other_updates import Scaling, WeightUpdate, low_rank
 from lora_fx.adapters.updates import AnyUpdate, Update
+from lora_fx.adapters.value import Value
 from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.tables import table
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(Value):
     """An immutable set of updates, by the path of the module that each acts on.
 
     Attributes:

@@ -20,13 +20,14 @@ from lora_fx.adapters.scaling import (
 )
 from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.adapters.target_rule import TargetRule, pattern_value
+from lora_fx.adapters.value import Value
 from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, within
 from lora_fx.layers.layer_types import TYPES
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Value):
     """The options of a new LoRA adapter, by the names that PEFT gives them.
 
     Attributes:

@@ -114,6 +114,25 @@ class WeightUpdate(AnyUpdate):
     stacks: Stacks = "if added"
     makes_anew = True
 
+    def __copy__(self) -> WeightUpdate:
+        """Itself, which nobody changes."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightUpdate:
+        """Itself, which nobody changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuses to be pickled.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            f"an update of kind {self.kind!r} holds a function, which cannot be pickled: save its "
+            "adapter (lora_fx.save_adapter), and load that where it is needed"
+        )
+
     def of(self, weight: Matrix) -> Matrix:
         """W' of W."""
         return self.function(weight)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.value import Value
+
 
 @dataclass(frozen=True, eq=False)
-class SourceRecord:
+class SourceRecord(Value):
     """The tensors of one layer as their owner spells them, and the settings that they need.
 
     Attributes:

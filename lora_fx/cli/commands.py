@@ -220,7 +220,7 @@ def verify_model(
         LoraFxError: something cannot be read, or an adapter does not fit.
         VerificationError: the file and eager disagree, or the control agreed.
     """
-    if not check_path(path, ExportError).is_file():
+    if not check_path(path, ExportError).exists():
         raise ExportError(f"{path}: no such file: give the .onnx file that was exported")
     from lora_fx.export import verify_onnx
     from lora_fx.export.onnx_model.model_file import load_proto

@@ -98,7 +98,8 @@ def _found(
         return _from_program(path, dtype)
     if ":" in spec:
         return _cast(_from_function(spec), dtype)
-    raise LoraFxError(f"{spec}: no such directory or file; {_FORMS}")
+    found = "is a file of another kind" if path.exists() else "no such directory or file"
+    raise LoraFxError(f"{spec}: {found}; {_FORMS}")
 
 
 def _from_diffusers(
@@ -169,7 +170,7 @@ def _from_function(spec: str) -> ModelSource:
         function = getattr(module, name, None)
     if function is None:
         raise LoraFxError(f"{spec}: {place} has no function {name!r}; {_FORMS}")
-    if not callable(function):
+    if isinstance(function, nn.Module) or not callable(function):
         raise LoraFxError(f"{spec}: found a {type(function).__name__}, expected a function")
     with users_code(spec):
         returned = function()

@@ -8,10 +8,11 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from lora_fx.errors import TraceError
+from lora_fx.errors import TraceError, shorten
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _KINDS = inspect.Parameter
@@ -100,7 +101,28 @@ def shapes_by_argument(
         shapes = dict(zip(heads, shapes, strict=True)) if heads else shapes
     if not isinstance(shapes, dict):
         return shapes
-    return dict.fromkeys(spread) | _spread(model, shapes)
+    every = dict.fromkeys(spread) | _spread(model, shapes)
+    for name, value in spread.items():
+        _refuse_axes(name, value, every[name])
+    return every
+
+
+def _refuse_axes(name: str, value: Any, axes: Any) -> None:
+    """torch.export lets an axis that a tensor has not stand, and leaves none open for it."""
+    if isinstance(value, torch.Tensor) and isinstance(axes, Mapping):
+        unknown = [axis for axis in axes if axis not in range(value.dim())]
+        if unknown:
+            there = ", ".join(map(str, range(value.dim()))) or "none"
+            raise TraceError(
+                f"dynamic_shapes: {name} has no axis {shorten(list(map(repr, unknown)))}: name one "
+                f"of those that there are: {there}"
+            )
+    elif isinstance(value, list | tuple) and isinstance(axes, list | tuple):
+        for place, (each, of_it) in enumerate(zip(value, axes, strict=False)):
+            _refuse_axes(f"{name}[{place}]", each, of_it)
+    elif isinstance(value, Mapping) and isinstance(axes, Mapping):
+        for key in value.keys() & axes.keys():
+            _refuse_axes(f"{name}[{key!r}]", value[key], axes[key])
 
 
 def _spread(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     made = [(each.adapter, str(each.stored.target)) for each in made_anew(gm.graph)]
     names = list(dict.fromkeys([b.name for _, b in found] + [adapter for adapter, _ in made]))
     if not names or (name or names[0]) not in names or (name is None and len(names) > 1):
-        listed = shorten(names) or "none"
-        raise AdapterError(f"adapter {name!r}: the graph holds {listed}; name one of those")
+        if not names:
+            raise AdapterError("the graph holds no adapter: inject one first, or read it unfolded")
+        raise AdapterError(f"name={name!r}: the graph holds {shorten(names)}; name one of those")
     chosen = name or names[0]
     dense = [weight for adapter, weight in made if adapter == chosen]
     if dense:

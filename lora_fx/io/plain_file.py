@@ -56,7 +56,9 @@ def check_plain(
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise error(f"{path}: cannot be read: Is a directory, expected a file")
+            models = ", ".join(sorted(str(file) for file in path.glob("*.onnx")))
+            known = f": give one of its own, {models}" if models else ""
+            raise error(f"{path}: cannot be read: Is a directory, expected a file{known}")
         if not stat.S_ISREG(status.st_mode):
             raise error(
                 f"{path}: cannot be read: {kind_of(status.st_mode)}, expected a plain file: copy "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,6 +15,11 @@ from hypothesis import strategies as st
 
 from lora_fx import AdapterError
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.adapters.other_updates import WeightUpdate
+from lora_fx.algebra.evaluate import dense
+from lora_fx.algebra.matrix_expr import Leaf
+from lora_fx.testing.updates import UPDATES, update_of
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -244,3 +252,34 @@ def test_a_notebook_sees_the_targets_as_a_table() -> None:
     assert cells[:3] == line[1:4]
     assert [f"rank {cells[3]}", f"scale {cells[4]}"] == line[4:]
     assert [cell.text for cell in second] == ["head.weight", "replaced", "(4, 3)", None, None]
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", UPDATES)
+def test_an_adapter_can_be_copied_and_pickled(kind: str, again: Callable[[Any], Any]) -> None:
+    one = Adapter("fr", {"a": update_of(kind, (6, 8))}, {"b": torch.ones(2)}, moved={"x": "y"})
+    if again is pickled and isinstance(one.updates["a"], WeightUpdate):
+        with pytest.raises(AdapterError, match=r"function, which cannot be pickled: save"):
+            again(one)
+        return
+    other = again(one)
+    assert (other.name, dict(other.moved), str(other)) == ("fr", {"x": "y"}, str(one))
+    assert torch.equal(other.replacements["b"], torch.ones(2))
+    values = torch.randn(6, 8)
+    weight = Leaf((6, 8), "w", lambda: values)
+    mine, copied = (dense(each.updates["a"].of(weight), torch.float32) for each in (one, other))
+    assert torch.equal(mine, copied)
+    assert kind == "lora_bias" or not torch.equal(copied, values)
+    with pytest.raises(TypeError):
+        other.updates["b"] = one.updates["a"]
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+def test_a_config_can_be_copied_and_pickled(again: Callable[[Any], Any]) -> None:
+    config = LoraConfig(r=3, lora_alpha=6, rank_pattern={"a": 2}, name="fr")
+    assert again(config) == config
+    assert again(config) != LoraConfig(r=3, lora_alpha=6, name="fr")

@@ -244,10 +244,21 @@ def test_bfloat16_is_an_error_that_says_what_to_do(adapters: str, tmp_path: Path
 
 def test_a_graph_that_was_converted_since_needs_inputs_of_its_own(tmp_path: Path) -> None:
     gm = traced(nn.Sequential(nn.Linear(3, 5)), torch.randn(4, 7, 3)).double()
-    advice = r"^the graph does not run on .*: give args= of sizes.*, and as"
+    advice = r"^the graph does not run on .*: give args= of the types and sizes.*, and as"
     with pytest.raises(ExportError, match=advice):
         to_onnx(gm, tmp_path / "model.onnx")
     assert to_onnx(gm, tmp_path / "model.onnx", args=(torch.randn(4, 7, 3).double(),)).verified
+
+
+X = torch.randn(4, 7, 3)
+
+
+@pytest.mark.parametrize("args", [(X.numpy(),), (X, X), (None,), ("x",), ({"x": X},)])
+def test_inputs_that_the_graph_was_not_traced_for_are_refused(args: Any, tmp_path: Path) -> None:
+    gm = trace(nn.Sequential(nn.Linear(3, 5)), (X,))
+    with pytest.raises(ExportError, match=r"does not run on .*: give args= of the types and sizes"):
+        to_onnx(gm, tmp_path / "model.onnx", args=args)
+    assert to_onnx(gm, tmp_path / "model.onnx", args=(X + 1,)).verified
 
 
 def test_weights_without_values_are_named(tmp_path: Path) -> None:

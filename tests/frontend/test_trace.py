@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -244,6 +245,32 @@ def test_arguments_without_shapes_have_those_of_the_example() -> None:
         gm(torch.randn(5, 3), y=y, times=2.0)
     with pytest.raises(TraceError, match="arg names"):
         trace(model, (x, y), dynamic_shapes={"yy": {0: "length"}})
+
+
+@pytest.mark.parametrize("axis", [-2, 2, 5, "0"])
+def test_an_axis_that_is_not_there_is_refused(axis: object) -> None:
+    """torch.export takes it, and the size stays that of the example."""
+    model, x = nn.Linear(3, 5), torch.randn(4, 3)
+    with pytest.raises(TraceError, match=f"no axis {axis!r}: name one of those .*: 0, 1$"):
+        trace(model, (x,), dynamic_shapes=({axis: "batch"},))
+
+
+class Pairs(nn.Module):
+    def forward(self, pair: list[torch.Tensor], named: dict[str, torch.Tensor]) -> torch.Tensor:
+        return pair[0] + pair[1] * named["by"]
+
+
+def test_an_axis_that_is_not_there_is_refused_inside_an_argument() -> None:
+    x = torch.randn(4, 3)
+    free, wrong = {0: "batch"}, {2: "batch"}
+    call = partial(trace, Pairs(), ([x, x], {"by": x}))
+    gm = call(dynamic_shapes=([free, free], {"by": free}))
+    x = torch.randn(7, 3)
+    assert torch.equal(gm([x, x], {"by": x}), x + x * x)
+    with pytest.raises(TraceError, match=r"pair\[1\] has no axis 2"):
+        call(dynamic_shapes=([free, wrong], {"by": free}))
+    with pytest.raises(TraceError, match=r"named\['by'\] has no axis 2"):
+        call(dynamic_shapes=([free, free], {"by": wrong}))
 
 
 class Guarded(nn.Module):

@@ -26,6 +26,8 @@ def test_outputs_come_by_name_at_every_setting(exported_mlp: Any) -> None:
 def test_unknown_providers_are_named(exported_mlp: Any) -> None:
     with pytest.raises(ExportError, match="providers NowhereProvider: this onnxruntime has"):
         open_session(exported_mlp.path("constant"), providers=["NowhereProvider"])
+    with pytest.raises(ExportError, match="providers NowhereProvider: this onnxruntime has"):
+        open_session(exported_mlp.path("constant"), providers="NowhereProvider")
 
 
 def test_inputs_become_arrays() -> None:
