@@ -36,12 +36,14 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Loads the module of a name when it is first read."""
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # which would find no name wrong
+
+    def __getattr__(name: str) -> Any:
+        """Loads the module of a name when it is first read."""
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

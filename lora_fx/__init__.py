@@ -58,20 +58,22 @@ _PLACES = {name: module for module, names in _DEFINED.items() for name in names}
 _ROOMS = {"export", "passes", "report", "tasks", "testing"}
 
 
-def __getattr__(name: str) -> Any:
-    """Loads a room when it, or one of its names, is first read."""
-    if name in _ROOMS:
-        return import_module(f"lora_fx.{name}")  # which makes it an attribute
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # which would find no name wrong
 
-        value: Any = version("lora-fx")
-    elif name in _PLACES:
-        value = getattr(import_module(_PLACES[name]), name)
-    else:
-        raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        """Loads a room when it, or one of its names, is first read."""
+        if name in _ROOMS:
+            return import_module(f"lora_fx.{name}")  # which makes it an attribute
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: Any = version("lora-fx")
+        elif name in _PLACES:
+            value = getattr(import_module(_PLACES[name]), name)
+        else:
+            raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

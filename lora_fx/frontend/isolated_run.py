@@ -20,6 +20,9 @@ from lora_fx.graph.module_state import Snapshot, snapshot
 # model where weights are buffers.
 _SMALL = 1 << 20
 _COPIED = (torch.Tensor, nn.Parameter, nn.Buffer)
+# The words of a Mersenne Twister's state that it gives as 0, and as 32 ones; half of its words.
+_EXTREMES = {"least": 0, "greatest": 0x12DD9BB3}
+_HALF = 312
 
 
 @contextmanager
@@ -69,14 +72,22 @@ def random_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def seed(other: int = 0) -> Callable[[], list[str]]:
+def seed(draws: int | str = 0) -> Callable[[], list[str]]:
     """Sets all global random states; gives what tells which of Python's and numpy's was used.
 
-    With ``other``, those two are others, and torch's, whose numbers a graph draws, the same.
+    Args:
+        draws: another number gives these two other numbers, and torch, whose numbers a graph
+            draws, the same; ``"least"`` and ``"greatest"`` give them 156 fractions that are all 0,
+            or all just below 1, before they go on at random.
     """
     torch.manual_seed(20_260)
-    random.seed(20_261 + other)
-    np.random.seed(20_262 + other)
+    random.seed(20_261 + (draws if isinstance(draws, int) else 0))
+    np.random.seed(20_262 + (draws if isinstance(draws, int) else 0))
+    if isinstance(draws, str):  # both are Mersenne Twisters, whose state is the words that come
+        rest = [random.getrandbits(32) for _ in range(_HALF)]
+        words = [_EXTREMES[draws]] * _HALF + rest
+        random.setstate((3, (*words, 0), None))
+        np.random.set_state(("MT19937", np.array(words, np.uint32), 0, 0, 0.0))
     before = _states()
 
     def drawn() -> list[str]:
