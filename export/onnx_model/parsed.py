@@ -56,8 +56,8 @@ def _check_read(model: ir.Model) -> None:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer()
     ]:
         raise ExportError(
-            f"no node, input or plain tensor gives {shorten(sorted(unmade))}: what is stored "
-            "sparse is not read: store it as a plain initializer"
+            f"reads {shorten(sorted(unmade))}, which no node, input or initializer gives; one that "
+            "is stored sparse is not read: store it as a plain one"
         )
 
 

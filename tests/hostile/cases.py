@@ -444,6 +444,7 @@ def foreign() -> Iterator[Case]:
         "an axis of -5": axis,
     }
     said = dict.fromkeys(changes, ("o.onnx", "the result is not valid ONNX: ."))
+    said["an input of nobody"] = ("model.onnx", "reads no, which no node, input or initializer")
     said["a circle"] = ("model.onnx", "not a valid ONNX graph: .*cycle")
     for name, change in changes.items():
         yield Case(57, name, "command", of(change), *said[name])

@@ -322,7 +322,7 @@ def test_a_packed_projection_is_one_layer(tmp_path: Path) -> None:
     report = lora_fx.to_onnx(gm, tmp_path / "a.onnx", quantize="fp4")
     assert report.verified
     assert report.quantised is not None
-    assert list(report.quantised.weights) == ["layer.in_proj"]
+    assert list(report.quantised.weights) == ["layer"]
     assert report.quantised.left == {"layer.out_proj": "a head"}
 
 
