@@ -22,7 +22,7 @@ from typing import Any
 
 INTERRUPTED = 130
 _AGAIN = 0.05  # seconds, after which Python is elsewhere
-_LONGEST = 5.0  # seconds that it waits for an import
+_LONGEST = 20.0  # seconds that it waits for an import, which a busy machine may take
 _came: list[float] = []  # when, each time
 
 
