@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from torch import fx
 
 from lora_fx.errors import AdapterError
 from lora_fx.export.program.export_unit import ExportUnit
-from lora_fx.export.quantization.numbers import packed_in, with_numbers
+from lora_fx.export.quantization.numbers import packed_in, weight_of, with_numbers
 from lora_fx.export.quantization.pack_file import NOT_QUANTISED
 from lora_fx.export.report import Reference, Verification
+from lora_fx.export.rewriting.file_layers import FileLayer
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, SAFETENSORS, export_adapter
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
@@ -210,10 +211,11 @@ def _held(what: str, gm: fx.GraphModule) -> Reference:
 
 
 def _plain(
-    gm: fx.GraphModule, numbers: fx.GraphModule, packed: Collection[str]
+    gm: fx.GraphModule, numbers: fx.GraphModule, packed: Mapping[str, FileLayer]
 ) -> Iterator[Reference]:
     """What a file of few bits must not agree with: plain weights, if they are others."""
     if gm is not numbers:
         yield Reference(NOT_QUANTISED, evaluating(gm))
-    for name, changed in with_a_weight_scaled(numbers, packed):
+    weights = list(map(weight_of, packed.values()))
+    for name, changed in with_a_weight_scaled(numbers, weights):
         yield Reference(f"control: {name} x {FACTOR}", changed)

@@ -119,8 +119,8 @@ export_adapter(adapter, model_path, out_path, *, format=None, force=False, check
 merge_onnx(model_path, adapter, out_path, *, inputs=None, allow_unmerged=False, check=True,
     verify=True, external_data_above=128000000, force=False, progress=None)
 quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0, symmetric=False,
-    layers=None, keep=(), inputs=None, check=True, verify=True, external_data_above=128000000,
-    force=False, progress=None)
+    layers=None, keep=(), tables=(), inputs=None, check=True, verify=True,
+    external_data_above=128000000, force=False, progress=None)
 slots_for(gm, adapters)
 to_onnx(gm, path, *, adapters='constant', verify=True, args=None, kwargs=None, dynamic_shapes=None,
     input_names=None, output_names=None, slots=None, vectors=None, opset=None, quantize=None,

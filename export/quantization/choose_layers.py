@@ -1,4 +1,4 @@
-"""Which weights of a file are quantised: those of its linear layers, and what stays and why."""
+"""Which weights of a file are quantised: of linear layers and tables, and what stays and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.quantization.heads import BRANCH, heads_in
 from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
-from lora_fx.export.rewriting.layer_names import path_of
+from lora_fx.export.rewriting.layer_names import paths_in
 
 _DTYPES = ("float32", "float16")
 
@@ -30,33 +30,34 @@ class Chosen:
 
 
 def choose_layers(
-    model: ir.Model, wanted: Sequence[str] | None = None, keep: Sequence[str] = ()
+    model: ir.Model,
+    wanted: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    tables: Sequence[str] = (),
 ) -> Chosen:
-    """Chooses linear layers: of the base alone, what adapters bring is left.
+    """Chooses linear layers and tables: of the base alone, what adapters bring is left.
 
     Args:
         model: the model.
-        wanted: paths, where ``*`` stands for any part; by default all but heads.
+        wanted: paths of linear layers, where ``*`` stands for any part; by default all but heads.
         keep: paths that are left.
+        tables: paths of embeddings, likewise.
 
     Raises:
-        ExportError: a path means no linear layer.
+        ExportError: a path means no layer of its kind.
     """
-    weights: dict[ir.Value, list[FileLayer]] = {}
-    tables = set()
-    for layer in layers_in(model):
-        if layer.kind == "linear" and BRANCH not in str(layer.weight.name):
-            weights.setdefault(layer.weight, []).append(layer)
-        elif layer.kind == "embedding" and layer.node.inputs[0] is layer.weight:
-            tables.add(layer.node)
-    named = _named(weights)
-    _refuse_unknown([*(wanted or ()), *keep], named)
-    heads = heads_in(model, {call.node for calls in named.values() for call in calls})
+    linear, embeddings = _named(list(layers_in(model)))
+    _refuse_unknown("linear layer", wanted or (), linear)
+    _refuse_unknown("embedding", tables, embeddings)
+    _refuse_unknown("layer", keep, linear | embeddings)
+    heads = heads_in(model, {call.node for calls in linear.values() for call in calls})
+    lookups = {call.node for calls in embeddings.values() for call in calls}
+    asked = {path: calls for path, calls in embeddings.items() if _means(tables, path)}
     chosen: dict[str, list[FileLayer]] = {}
     left = {}
-    for path, calls in named.items():
-        why = _why_not(calls, tables)
-        if wanted is not None and not _means(wanted, path):
+    for path, calls in (asked | linear).items():
+        why = _why_not(calls, lookups)
+        if path in linear and wanted is not None and not _means(wanted, path):
             continue
         if _means(keep, path):
             why = "asked for"
@@ -69,19 +70,28 @@ def choose_layers(
     return Chosen(chosen, left)
 
 
-def _named(weights: dict[ir.Value, list[FileLayer]]) -> dict[str, list[FileLayer]]:
-    """By module path, or by the weight's name; of two of one path the second by that too."""
-    found: dict[str, list[FileLayer]] = {}
-    for weight, calls in weights.items():
-        path = path_of(calls[0])
-        found[path if path and path not in found else str(weight.name)] = calls
-    return found
+def _named(
+    layers: Sequence[FileLayer],
+) -> tuple[dict[str, list[FileLayer]], dict[str, list[FileLayer]]]:
+    """Linear layers, and embeddings, by path; of two of one path the second by its weight."""
+    of_weight: dict[tuple[ir.Value, str], list[FileLayer]] = {}
+    for layer in layers:
+        is_table = layer.kind == "embedding" and layer.node.inputs[0] is layer.weight
+        if (layer.kind == "linear" or is_table) and BRANCH not in str(layer.weight.name):
+            of_weight.setdefault((layer.weight, layer.kind), []).append(layer)
+    paths = paths_in(layers)
+    found: dict[str, dict[str, list[FileLayer]]] = {"linear": {}, "embedding": {}}
+    for (weight, kind), calls in of_weight.items():
+        path, taken = paths.get(calls[0].node), found["linear"] | found["embedding"]
+        found[kind][path if path and path not in taken else str(weight.name)] = calls
+    return found["linear"], found["embedding"]
 
 
-def _why_not(calls: Sequence[FileLayer], tables: Set[ir.Node]) -> str:
-    """Why a weight cannot be quantised; nothing if it can. A table keeps it in float beside."""
+def _why_not(calls: Sequence[FileLayer], lookups: Set[ir.Node]) -> str:
+    """Why a weight cannot be quantised; nothing if it can. A table may keep it in float beside."""
     first = calls[0]
-    known = {call.node for call in calls} | tables
+    is_linear = first.kind == "linear"
+    known = {call.node for call in calls} | lookups
     others = {user.op_type for user in _readers(first.weight) if user not in known}
     shape = first.node.inputs[0].shape if first.node.inputs[0] is not None else None
     if first.weight.is_graph_input():
@@ -92,6 +102,8 @@ def _why_not(calls: Sequence[FileLayer], tables: Set[ir.Node]) -> str:
         return f"{first.dtype}"
     if DTYPES.get(first.weight.dtype) != first.dtype:  # type: ignore[arg-type]
         return f"stored as {first.weight.dtype}, and read as {first.dtype}"
+    if not is_linear:
+        return ""
     if others or len({call.turned for call in calls}) > 1 or first.weight.is_graph_output():
         return f"its weight is read by {', '.join(sorted(others)) or 'others'} too"
     if any(call.node.attributes.get_float("beta", 1.0) != 1.0 for call in calls):
@@ -134,9 +146,9 @@ def _means(patterns: Sequence[str], path: str) -> bool:
     return any(name == path or fnmatchcase(path, name) for name in patterns)
 
 
-def _refuse_unknown(patterns: Sequence[str], named: dict[str, list[FileLayer]]) -> None:
+def _refuse_unknown(what: str, patterns: Sequence[str], named: dict[str, list[FileLayer]]) -> None:
     unknown = [name for name in patterns if not any(_means([name], path) for path in named)]
     if unknown:
         raise ExportError(
-            f"no linear layer at {shorten(unknown)}; there are {shorten(list(named)) or 'none'}"
+            f"no {what} at {shorten(unknown)}; there are {shorten(list(named)) or 'none'}"
         )

@@ -22,7 +22,7 @@ from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
-from lora_fx.export.rewriting.layer_names import path_of
+from lora_fx.export.rewriting.layer_names import paths_in
 from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.graph.editor import FOLDED, Editor
 from lora_fx.graph.example import forget_model
@@ -35,8 +35,15 @@ Array = np.ndarray[Any, Any]
 
 
 def packed_in(path: Path) -> dict[str, FileLayer]:
-    """The layers of a file whose weights are in a few bits, by what those were called before."""
-    return {_END.sub("", str(layer.weight.name)): layer for layer in in_few_bits(parsed_file(path))}
+    """The layers of a file whose weights are in a few bits, by path, or by the weight's name."""
+    model = parsed_file(path)
+    paths = paths_in(layers_in(model))
+    return {paths.get(layer.node, weight_of(layer)): layer for layer in in_few_bits(model)}
+
+
+def weight_of(layer: FileLayer) -> str:
+    """What a weight in a few bits was called before."""
+    return _END.sub("", str(layer.weight.name))
 
 
 @contextmanager
@@ -68,8 +75,8 @@ def with_numbers(
     Args:
         gm: the graph; it is not changed. One whose weights are these numbers is given back, else a
             copy that remembers no module, and no fold.
-        packed: the file's layers, by the names of the graph's weights. A head that shares the name
-            with a table, or has another in the file, is known by its path.
+        packed: the file's layers. One whose path the graph does not have is known by the name of
+            its weight; of a head and a table that share one either may be there.
 
     Raises:
         VerificationError: a weight is none of the graph's, or not the one that was quantised.
@@ -77,19 +84,25 @@ def with_numbers(
     editor = Editor(gm)
     known = sites(editor.gm)
     tables = {site.node for site in known if site.is_table}
-    paths = {site.path: str(site.weight.target) for site in known if site.is_linear}
-    errors = {}
-    for called, layer in packed.items():
-        name = paths.get(path_of(layer) or "", called)
+    layers = [site for site in known if site.is_linear or site.is_table]
+    weights = {(site.is_table, site.path): str(site.weight.target) for site in layers}
+    errors: dict[str, float] = {}
+    read = set()
+    for path, layer in packed.items():
+        is_table = layer.kind == "embedding"
+        name = weights.get((is_table, path), weight_of(layer))
+        if (name, is_table) in read:  # by another path
+            continue
+        read.add((name, is_table))
         fetches = editor.gm.graph.find_nodes(op="get_attr", target=name)
         if not fetches:
             raise VerificationError(f"{name}: quantised, and no weight of the model's")
         own = get_unevaluated(gm, name)
-        turned, off = _compared(name, evaluate(own), layer)
-        errors[called.removesuffix(".weight")] = off
-        for fetch in fetches if off else ():
+        turned, errors[path] = _compared(name, evaluate(own), layer)
+        for fetch in fetches if errors[path] else ():
             numbers = editor.constant(name, _lazily(layer, turned, own), before=fetch)
-            editor.replace(fetch, numbers, keep=tables)
+            others = set(fetch.users) - tables if is_table else tables
+            editor.replace(fetch, numbers, keep=others)
     if not any(errors.values()):
         return gm, errors
     found = editor.finish()
@@ -103,25 +116,28 @@ def with_numbers(
 def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float = 1) -> ir.Model:
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
     model = parsed_file(source)
-    layers = [layer for layer in layers_in(model) if layer.weight.name in packed]
-    for layer in layers:
-        if layer.kind == "embedding":  # of a weight that it shares with a head, which alone changes
-            layer.node.replace_input_with(0, _own(model, layer.weight))
-    for layer in layers:
-        if layer.kind != "embedding":
-            found = packed[str(layer.weight.name)]
-            layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
+    found = {(weight_of(layer), layer.kind): layer for layer in packed.values()}
+    names, tables = {name for name, _ in found}, {}
+    for layer in [layer for layer in layers_in(model) if layer.weight.name in names]:
+        weight, numbers = layer.weight, found.get((str(layer.weight.name), layer.kind))
+        if layer.kind == "embedding":  # a head may share its weight, and either changes alone
+            weight = tables.get(weight) or tables.setdefault(weight, _copy(model, weight))
+            layer.node.replace_input_with(0, weight)
+        if numbers is not None:
+            weight.const_value = _tensor(weight, numbers, not layer.turned, factor)
     return model
 
 
-def _own(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A constant with what another holds, one for all tables."""
-    name = f"{value.name}_table"
-    if name not in model.graph.initializers:
-        tensor, shape, kind = value.const_value, value.shape, value.type
-        copy = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
-        model.graph.register_initializer(copy)
-    return model.graph.initializers[name]
+def _copy(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A constant of its own with what another holds."""
+    made = ir.Value(
+        name=f"{value.name}_table",
+        const_value=value.const_value,
+        shape=value.shape,
+        type=value.type,
+    )
+    model.graph.register_initializer(made)
+    return made
 
 
 def _scheme(layer: FileLayer) -> str:

@@ -27,9 +27,10 @@ def pack_file(
     *,
     layers: Sequence[str] | None = None,
     keep: Sequence[str] = (),
+    tables: Sequence[str] = (),
     above: int,
 ) -> Quantisation:
-    """Writes a file with the weights of its linear layers in a few bits.
+    """Writes a file with the weights of some layers in a few bits.
 
     Args:
         source: the file.
@@ -37,6 +38,7 @@ def pack_file(
         scheme: how they are stored.
         layers: which; by default all but heads.
         keep: which not.
+        tables: which embeddings.
         above: bytes of weights from which they go to a file of their own.
 
     Raises:
@@ -44,7 +46,7 @@ def pack_file(
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
     model = parsed_file(source)
-    errors, left = quantise(model, scheme, choose_layers(model, layers, keep))
+    errors, left = quantise(model, scheme, choose_layers(model, layers, keep, tables))
     known = tensor_digests(load_proto(source), source)
     write_model(model, draft, external_data_above=above, known=known)
     return Quantisation(str(scheme), errors, left=left)

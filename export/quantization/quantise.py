@@ -1,9 +1,10 @@
-"""Linear layers of a graph with their weights in a few bits, in place."""
+"""Layers of a graph with their weights in a few bits, in place."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.onnx_model.tensors import array_to_torch, digest_of
 from lora_fx.export.quantization.choose_layers import Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
-from lora_fx.export.rewriting.dequantize import weight_and_step
+from lora_fx.export.rewriting.dequantize import LOOKUP, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer
 from lora_fx.export.rewriting.insert_slots import read_instead
 from lora_fx.export.rewriting.weight_reads import input_at
@@ -26,14 +27,36 @@ Array = np.ndarray[Any, Any]
 _ROUNDING = 1.01  # of a step, which itself is rounded
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A weight in a few bits, which a product and a lookup may share.
+
+    Attributes:
+        packed: how it is stored.
+        inputs: its tensors.
+        turned: whether it was read (in, out).
+        is_same: whether its numbers are what it was.
+        off: how far it is off, relative.
+        digests: of the weight -> of its numbers.
+    """
+
+    packed: Packed
+    inputs: Sequence[ir.Value]
+    turned: bool
+    is_same: bool
+    off: float
+    digests: Mapping[str, str]
+
+
 def quantise(
     model: ir.Model, scheme: Scheme, chosen: Chosen
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Stores the weights of some layers in a few bits; what a manifest says of them stays true.
 
-    Before -> after: ``MatMul(x, W)  ->  MatMulNBits(x, W_Q4, W_scales, W_zero_points)``, and
-    ``Gemm(x, W, b)  ->  Add(MatMulNBits(x, ...), b)``. Weights are read one after the other, and
-    held in their few bits.
+    Before -> after: ``MatMul(x, W)  ->  MatMulNBits(x, W_Q4, W_scales, W_zero_points)``,
+    ``Gemm(x, W, b)  ->  Add(MatMulNBits(x, ...), b)``, and ``Gather(W, ids)  ->
+    GatherBlockQuantized(Reshape(W_Q4), ids, W_scales, W_zero_points)``. Weights are read one after
+    the other, and held in their few bits.
 
     Returns:
         Path -> how far its weight is off, relative; path -> why it stays as it is.
@@ -43,24 +66,25 @@ def quantise(
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
     manifest = read_manifest(model.metadata_props)
-    digests: dict[str, str] = {}
+    stored: dict[ir.Value, _Stored] = {}
+    digests: dict[bool, dict[str, str]] = {True: {}, False: {}}  # by whether it is a table's
     errors, left = {}, dict(chosen.left)
     for path, calls in chosen.layers.items():
-        own = _matrix(calls[0])
-        if wrong := int((~np.isfinite(own)).sum()):
-            raise ExportError(f"{path}: {wrong} of {own.size} weights are NaN or infinite")
-        packed = scheme.pack(own)
-        inputs = _inputs(packed, str(calls[0].weight.name))
-        numbers, step = _read(packed, inputs)
-        if scheme.is_exact and not np.array_equal(numbers, own):
-            left[path] = f"its numbers are not all of {scheme}: merged, trained or cast"
+        first, is_table = calls[0], calls[0].kind == "embedding"
+        if first.weight not in stored:
+            stored[first.weight] = _store(path, first, scheme, digested=manifest is not None)
+        found = stored[first.weight]
+        if why := _why_not(found, first, scheme):
+            left[path] = why
             continue
-        errors[path] = error_of(path, own, numbers, step)
-        digests |= _digests(own, numbers) if manifest is not None else {}
-        for value in inputs:
+        errors[path] = found.off
+        digests[is_table] |= found.digests
+        for value in found.inputs:
             model.graph.register_initializer(value)
-        for call in calls:
-            _store(call.node, packed, inputs)
+        if is_table:
+            _look_up(model, calls, found)
+        for call in () if is_table else calls:
+            _multiply(call.node, found)
     if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
         raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}")
@@ -71,6 +95,30 @@ def quantise(
         model.opset_imports[MICROSOFT] = 1
     ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.NameFixPass())(model)
     return errors, left
+
+
+def _store(path: str, layer: FileLayer, scheme: Scheme, *, digested: bool) -> _Stored:
+    own = _matrix(layer)
+    if wrong := int((~np.isfinite(own)).sum()):
+        raise ExportError(f"{path}: {wrong} of {own.size} weights are NaN or infinite")
+    packed = scheme.pack(own)
+    inputs = _inputs(packed, str(layer.weight.name))
+    numbers, step = _read(packed, inputs)
+    is_same = np.array_equal(numbers, own)
+    off = 0.0 if is_same or scheme.is_exact else error_of(path, own, numbers, step)
+    digests = _digests(own, numbers) if digested else {}
+    return _Stored(packed, inputs, layer.turned, is_same, off, digests)
+
+
+def _why_not(stored: _Stored, layer: FileLayer, scheme: Scheme) -> str:
+    """Why a layer cannot read what is stored; nothing if it can."""
+    if scheme.is_exact and not stored.is_same:
+        return f"its numbers are not all of {scheme}: merged, trained or cast"
+    if layer.turned != stored.turned:
+        return "its weight is read turned round too"
+    if layer.kind == "embedding" and stored.packed.lookup is None:
+        return f"onnxruntime looks up no rows of {layer.shape[0]} in {scheme}"
+    return ""
 
 
 def error_of(path: str, own: Array, numbers: Array, step: Array) -> float:
@@ -117,25 +165,51 @@ def _read(packed: Packed, inputs: Sequence[ir.Value]) -> tuple[Array, Array]:
     return found
 
 
-def _store(node: ir.Node, packed: Packed, inputs: Sequence[ir.Value]) -> None:
+def _look_up(model: ir.Model, calls: Sequence[FileLayer], stored: _Stored) -> None:
+    """Makes nodes look up rows of a weight in a few bits, whose blocks a head may read."""
+    numbers, *rest = stored.inputs
+    assert stored.packed.lookup is not None
+    name = str(calls[0].node.name).removesuffix("Gather")
+    shape = ir.node(
+        "Constant", [], {"value": ir.tensor(np.array([0, -1]), name="rows")}, name=f"{name}Constant"
+    )
+    rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=f"{name}Reshape")
+    model.graph.insert_before(model.graph[0], [shape, rows])  # a call may be in a branch
+    for call in calls:
+        inputs = [rows.outputs[0], call.node.inputs[1], *rest]
+        _call(call.node, LOOKUP, stored.packed.lookup, inputs)
+
+
+def _multiply(node: ir.Node, stored: _Stored) -> None:
     """Makes a node multiply with a weight in a few bits; a bias is added behind."""
-    bias = input_at(node, 2)
-    node.name = f"{str(node.name).removesuffix(node.op_type)}{packed.operator}"
-    node.domain, node.op_type = MICROSOFT, packed.operator
-    node.attributes.clear()
-    for name, size in packed.attributes.items():
-        node.attributes[name] = ir.AttrInt64(name, size)
-    node.resize_inputs(1 + len(inputs))
-    for place, value in enumerate(inputs):
-        node.replace_input_with(1 + place, value)
+    bias, packed = input_at(node, 2), stored.packed
+    _call(node, packed.operator, packed.attributes, [node.inputs[0], *stored.inputs])
     if bias is None:
         return
     y = node.outputs[0]
-    total = ir.node("Add", [y, bias], name=f"{node.name.removesuffix(packed.operator)}Add")
+    total = ir.node("Add", [y, bias], name=_as_called(node, packed.operator, "Add"))
     total.outputs[0].name, total.outputs[0].type = f"{y.name}_biased", y.type
     assert node.graph is not None
     node.graph.insert_after(node, [total])
     read_instead(y, total)
+
+
+def _call(
+    node: ir.Node, kind: str, attributes: Mapping[str, int], inputs: Sequence[ir.Value | None]
+) -> None:
+    node.name = _as_called(node, node.op_type, kind)
+    node.domain, node.op_type = MICROSOFT, kind
+    node.attributes.clear()
+    for name, size in attributes.items():
+        node.attributes[name] = ir.AttrInt64(name, size)
+    node.resize_inputs(len(inputs))
+    for place, value in enumerate(inputs):
+        node.replace_input_with(place, value)
+
+
+def _as_called(node: ir.Node, kind: str, other: str) -> str:
+    """The name of a node of another operator, with its number: ``fc/MatMul_1``."""
+    return re.sub(rf"{kind}(_\d+)?$", rf"{other}\1", str(node.name))
 
 
 def _digests(own: Array, numbers: Array) -> dict[str, str]:
@@ -150,7 +224,7 @@ def _digest(array: Array) -> str:
     )
 
 
-def _of_base(slot: AnySlot, digests: Mapping[str, str]) -> AnySlot:
-    if slot.kind == "embedding":  # its table stays as it is, though a head may share it
-        return slot
-    return replace(slot, digest=digests.get(slot.digest, slot.digest))
+def _of_base(slot: AnySlot, digests: Mapping[bool, Mapping[str, str]]) -> AnySlot:
+    """A slot of the numbers: of the two that share a weight one may stay as it is."""
+    own = digests[slot.kind == "embedding"]
+    return replace(slot, digest=own.get(slot.digest, slot.digest))

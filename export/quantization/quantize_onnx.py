@@ -43,6 +43,7 @@ def quantize_onnx(
     symmetric: bool = False,
     layers: Sequence[str] | None = None,
     keep: Sequence[str] = (),
+    tables: Sequence[str] = (),
     inputs: Mapping[str, Any] | None = None,
     check: bool = True,
     verify: bool = True,
@@ -52,10 +53,10 @@ def quantize_onnx(
 ) -> ExportReport:
     """Writes a file with the weights of its linear layers in a few bits, merged or swappable.
 
-    Adapters, slots, heads, embeddings, norms and biases stay as they are. A swappable file is of
-    another base afterwards: adapters are exported for it anew. The file is held against the same
-    with the numbers that the bits stand for as plain weights, and how far these are off is in the
-    report: of each weight, and of the outputs.
+    Adapters, slots, norms and biases stay as they are, heads and embeddings unless they are named.
+    A swappable file is of another base afterwards: adapters are exported for it anew. The file is
+    held against the same with the numbers that the bits stand for as plain weights, and how far
+    these are off is in the report: of each weight, and of the outputs.
 
     Args:
         model_path: the file, or a directory that holds one.
@@ -69,6 +70,9 @@ def quantize_onnx(
             and a little further off.
         layers: paths of linear layers, where ``*`` stands for any part; by default all but heads.
         keep: paths of those that are left as they are.
+        tables: paths of embeddings to quantise too, in 4 or 8 bits, of rows of whole blocks. What a
+            quantised head shares is stored once. onnxruntime's lookup in bits gives zeros for an id
+            that the table has not, where a plain one is an error.
         inputs: by name, to compare the files on; made by what the file says of them if None.
         check: read all weights of a file of ours once, and refuse one that was changed.
         verify: run the files in onnxruntime, with a random adapter in all slots too.
@@ -93,7 +97,13 @@ def quantize_onnx(
     with staged(out, force=force) as draft:
         with clock.stage("quantise"):
             quantised = pack_file(
-                path, draft, scheme, layers=layers, keep=keep, above=external_data_above
+                path,
+                draft,
+                scheme,
+                layers=layers,
+                keep=keep,
+                tables=tables,
+                above=external_data_above,
             )
         evidence = Verification.left_out()
         if verify:

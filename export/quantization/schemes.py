@@ -30,11 +30,14 @@ class Packed:
         operator: of com.microsoft, that multiplies with it.
         attributes: of its node.
         tensors: what the name of each input ends in -> its values, in the operator's order.
+        lookup: attributes of the GatherBlockQuantized that gives rows of W' (out, in); None if
+            onnxruntime has none for these tensors.
     """
 
     operator: str
     attributes: dict[str, int]
     tensors: dict[str, Array]
+    lookup: dict[str, int] | None = None
 
 
 class Scheme(Protocol):
@@ -92,7 +95,9 @@ class Blocks:
         tensors |= {} if self.symmetric else {"_zero_points": zeros}
         sizes = {"bits": self.bits, **_sizes(weight, self.block)}
         sizes |= {LEVEL: self.level} if self.level else {}
-        return Packed("MatMulNBits", sizes, tensors)
+        whole = into % self.block == 0
+        rows = {"bits": self.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1}
+        return Packed("MatMulNBits", sizes, tensors, rows if whole else None)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
-from lora_fx.export.rewriting.weight_reads import handed_on, input_at
+from lora_fx.export.rewriting.weight_reads import blocks_of, handed_on, input_at
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
+LOOKUP = "GatherBlockQuantized"
 # What four bits stand for, by MatMulBnb4's quant_type: bitsandbytes' fp4 and nf4, the quantiles of
 # a normal distribution. Source: QLoRA (Dettmers et al., 2023), appendix E, and bitsandbytes.
 _FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
@@ -36,7 +37,8 @@ def is_known(layer: FileLayer) -> bool:
     if node.op_type not in _OF_NODE:
         return not layer.quantised or _before(node) is not None
     rest = [value for value in node.inputs[4:] if value is not None]
-    return not rest and node.attributes.get_int("bits", 4) in _BITS
+    is_packed = layer.kind == "linear" or layer.weight.dtype == ir.DataType.UINT8
+    return is_packed and not rest and node.attributes.get_int("bits", 4) in _BITS
 
 
 def in_few_bits(model: ir.Model) -> list[FileLayer]:
@@ -46,7 +48,7 @@ def in_few_bits(model: ir.Model) -> list[FileLayer]:
 
 
 def weight_and_step(node: ir.Node) -> tuple[Array, Array]:
-    """W of a MatMulNBits or MatMulBnb4, (in, out), and how far apart its numbers are at most there.
+    """W (in, out), or of a lookup (width, rows), and how far apart its numbers are at most there.
 
     Args:
         node: of a layer of `in_few_bits`.
@@ -57,7 +59,8 @@ def weight_and_step(node: ir.Node) -> tuple[Array, Array]:
 def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """Gives layers their weights as plain numbers, in place.
 
-    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, MatMulBnb4 likewise, and
+    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, MatMulBnb4 likewise,
+    ``GatherBlockQuantized(q, ids, scale)  ->  Gather(W, ids)``, and
     ``MatMul(x, DequantizeLinear(q, scale))  ->  MatMul(x, W)``.
 
     Args:
@@ -66,11 +69,13 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """
     for node in nodes:
         if node.op_type in _OF_NODE:
-            weight = _constant(model, f"{node.outputs[0].name}_float", weight_and_step(node)[0])
-            node.replace_input_with(1, weight)
+            numbers, name = weight_and_step(node)[0], f"{node.outputs[0].name}_float"
+            looks_up = node.op_type == LOOKUP
+            weight = _constant(model, name, numbers.T.copy() if looks_up else numbers)
+            node.replace_input_with(0 if looks_up else 1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
-            node.domain, node.op_type = "", "MatMul"
+            node.domain, node.op_type = "", "Gather" if looks_up else "MatMul"
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
             plain = _constant(model, f"{result.name}_float", _of_linear(before))
@@ -99,19 +104,34 @@ def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
 
 
 def _of_bits(node: ir.Node) -> tuple[Array, Array]:
-    """Blocks of one row of an output after the other, the low bits first."""
+    """Of a product."""
     into, out, bits, block = (node.attributes[n].as_int() for n in ("K", "N", "bits", "block_size"))
+    zero = None if input_at(node, 3) is None else _array(node, 3)
+    return _in_blocks(_array(node, 1), _array(node, 2), zero, (out, into), bits, block)
+
+
+def _of_rows(node: ir.Node) -> tuple[Array, Array]:
+    """Of a lookup, whose rows may be what a head multiplies with."""
+    given = node.attributes
+    bits, block = given.get_int("bits", 4) or 4, given.get_int("block_size", 128) or 128
+    numbers, scale = _array(node, 0), _array(node, 2)
+    zero = None if input_at(node, 3) is None else _array(node, 3)
+    shape = len(numbers), numbers[0].size * 8 // bits
+    return _in_blocks(numbers, scale, zero, shape, bits, block)
+
+
+def _in_blocks(
+    numbers: Array, scale: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
+) -> tuple[Array, Array]:
+    """Blocks of one row of an output after the other, the low bits first."""
+    out, into = shape
     count = -(-into // block)
-    values = _unpacked(_array(node, 1).reshape(out, count, -1), bits)[..., :block]
-    scale = _array(node, 2).reshape(out, count, 1)
-    zero: Array | int = 1 << bits - 1
-    if input_at(node, 3) is not None:
-        zero = _array(node, 3)
-        if zero.dtype == np.uint8:
-            zero = _unpacked(zero.reshape(out, -1), bits)[:, :count]
-        zero = zero.reshape(out, count, 1).astype(np.float32)
-    wide = scale.astype(np.float32)
-    made = (values.astype(np.float32) - zero) * wide
+    values = _unpacked(numbers.reshape(out, count, -1), bits)[..., :block]
+    if zero is not None and zero.dtype == np.uint8:
+        zero = _unpacked(zero.reshape(out, -1), bits)[:, :count]
+    middle = 1 << bits - 1 if zero is None else zero.reshape(out, count, 1).astype(np.float32)
+    wide = scale.reshape(out, count, 1).astype(np.float32)
+    made = (values.astype(np.float32) - middle) * wide
     every = (made, np.broadcast_to(np.abs(wide), made.shape))
     made, step = (array.reshape(out, -1)[:, :into].T for array in every)
     return np.ascontiguousarray(made.astype(scale.dtype)), step
@@ -133,6 +153,7 @@ def _of_table(node: ir.Node) -> tuple[Array, Array]:
 _OF_NODE: dict[str, Callable[[ir.Node], tuple[Array, Array]]] = {
     "MatMulNBits": _of_bits,
     "MatMulBnb4": _of_table,
+    LOOKUP: _of_rows,
 }
 
 
@@ -163,6 +184,6 @@ def _of_linear(node: ir.Node) -> Array:
 
 def _array(node: ir.Node, place: int) -> Array:
     value = node.inputs[place]
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    tensor = None if value is None else ir.convenience.get_const_tensor(blocks_of(value))
     assert tensor is not None
     return tensor.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.rewriting.merged_tensor import MergedTensor
 from lora_fx.export.rewriting.weight_reads import (
+    blocks_of,
     handed_on,
     input_at,
     looks_up_rows,
@@ -117,11 +119,28 @@ def _table(node: ir.Node) -> FileLayer | None:
     )
 
 
+def _rows_of_bits(node: ir.Node) -> FileLayer | None:
+    """A lookup of rows in whole numbers, which a head may read in blocks."""
+    given, numbers, scale = node.attributes, input_at(node, 0), input_at(node, 2)
+    source = None if numbers is None else blocks_of(numbers)
+    if source is None or not source.is_initializer() or node.inputs[1] is None or scale is None:
+        return None
+    if given.get_int("gather_axis", 0) or given.get_int("quantize_axis", 1) not in (1, -1):
+        return None
+    if source.shape is None or not source.shape.is_static():
+        return None
+    rows, *width = source.shape.numpy()
+    each = 8 // (given.get_int("bits", 4) or 4) if source.dtype == ir.DataType.UINT8 else 1
+    shape = (math.prod(width) * each, rows)
+    return _layer(node, source, scale, "embedding", shape, quantised=True)
+
+
 _FINDERS: dict[tuple[str, str], Callable[[ir.Node], FileLayer | None]] = {
     ("", "MatMul"): _matrix,
     ("", "Gemm"): _matrix,
     (MICROSOFT, "MatMulNBits"): _bits,
     (MICROSOFT, "MatMulBnb4"): _bits,
+    (MICROSOFT, "GatherBlockQuantized"): _rows_of_bits,
     ("", "Conv"): _convolution,
     ("", "Gather"): _table,
 }

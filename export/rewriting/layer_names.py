@@ -21,7 +21,9 @@ _WEIGHT = re.compile(
     r"([._](Q\d+\w*|Bnb4|quantized|quant|transposed|fp16|\d+bits?))*(_G\d+)?"
 )
 # ``/encoder/layer.0/query/MatMul_1``, ``/lm_head/MatMul_Q4``.
-_NODE = re.compile(r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|MatMulNBits|MatMulBnb4)(_\w+)?")
+_NODE = re.compile(
+    r"/?(?P<path>.*)/(MatMul|Gemm|Conv|Gather|GatherBlockQuantized|MatMulNBits|MatMulBnb4)(_\w+)?"
+)
 _NUMBERED = re.compile(r"::|^val_\d+$")  # exporters' own names of values, which tools build on
 _BIAS = re.compile(r"(?P<path>.+)\.(in_proj_)?bias")
 _NOTES = "pkg.torch.onnx"
@@ -80,6 +82,14 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
     return found, list(dict.fromkeys(nameless))
 
 
+def paths_in(layers: Iterable[FileLayer]) -> dict[ir.Node, str]:
+    """What the layers of a file are called, as far as the file tells."""
+    every = list(layers)
+    named = {c.node: path for path, calls in named_layers(every, {})[0].items() for c in calls}
+    told = {layer.node: named.get(layer.node) or path_of(layer) for layer in every}
+    return {node: path for node, path in told.items() if path is not None}
+
+
 def path_of(
     layer: FileLayer,
     behind: str | None = None,
@@ -122,19 +132,27 @@ def _first(name: str) -> str:
 def _shared(layers: Sequence[FileLayer]) -> dict[str, tuple[set[str], str]]:
     """Weights that bear one module's name and are another's too.
 
-    A table that a linear layer reads, and what calls of more than one module read.
+    A table that a linear layer reads, which may bear the name of either, and what calls of more
+    than one module read.
 
     Returns:
         Name -> the kinds of such calls, and where it lies below the module that calls it.
     """
     kinds: dict[str, set[str]] = {}
     scopes: dict[str, set[str]] = {}
+    found: dict[str, tuple[set[str], str]] = {}
     for layer in layers:
         kinds.setdefault(_holder(layer), set()).add(layer.kind)
         if (scope := _scope(layer.node, noted=True)) is not None:
             scopes.setdefault(_holder(layer), set()).add(scope)
+            if layer.kind == "linear" and scope == _holder(layer):
+                found[scope] = {"embedding"}, ""
     paths = {_parameter_path(str(layer.weight.name)) for layer in layers}
-    found = {holder: ({"linear"}, "") for holder, of in kinds.items() if "embedding" in of}
+    found = {
+        holder: found.get(holder, ({"linear"}, ""))
+        for holder, of in kinds.items()
+        if "embedding" in of
+    }
     for holder, of in scopes.items():
         if len({scope for scope in of if _first(scope) not in of - {scope}}) > 1:
             over = [s for s in of if s and holder in paths and f"{holder}.".startswith(f"{s}.")]

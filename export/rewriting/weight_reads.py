@@ -98,6 +98,13 @@ def handed_on(value: ir.Value) -> tuple[ir.Value, bool, bool]:
     return value, turned, in_parts
 
 
+def blocks_of(rows: ir.Value) -> ir.Value:
+    """What a head reads in blocks where a lookup reads whole rows: the same numbers."""
+    node = rows.producer()
+    is_other_shape = node is not None and node.op_type == "Reshape" and node.inputs[0] is not None
+    return node.inputs[0] if is_other_shape else rows  # type: ignore[union-attr, return-value]
+
+
 def turns(node: ir.Node) -> bool:
     """Whether a node turns a weight round: a Transpose may leave its axes where they are."""
     order = node.attributes.get_ints("perm", None)

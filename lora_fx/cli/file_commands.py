@@ -78,12 +78,16 @@ def quantize(
         typer.Option(help="A linear layer, * for any part; all but heads by default."),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="A linear layer that stays as it is, * for any part.")
+        list[str] | None, typer.Option(help="A layer that stays as it is, * for any part.")
+    ] = None,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(help="An embedding that is quantised too, * for any part; none by default."),
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Store the base of an ONNX file in a few bits; adapters, slots and heads stay as they are.
+    """Store the base of an ONNX file in a few bits; adapters, slots, heads and tables stay as they are.
 
     Verified against the file with the numbers of these bits as plain weights; the report says how
     far they are off, of each weight and of the outputs.
@@ -100,6 +104,7 @@ def quantize(
             symmetric,
             layer,
             keep or (),
+            table or (),
             force,
             progress,
         )

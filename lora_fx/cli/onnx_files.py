@@ -115,6 +115,7 @@ def quantize_file(
     symmetric: bool,
     layers: Sequence[str] | None,
     keep: Sequence[str],
+    tables: Sequence[str],
     force: bool,
     progress: Progress,
 ) -> ExportReport:
@@ -129,6 +130,7 @@ def quantize_file(
         symmetric: no zero points of blocks.
         layers: linear layers; all but heads by default.
         keep: those that stay as they are.
+        tables: embeddings; none by default.
         force: replace what exists.
         progress: told the name of each stage.
 
@@ -147,6 +149,7 @@ def quantize_file(
         symmetric=symmetric,
         layers=layers or None,
         keep=keep,
+        tables=tables,
         force=force,
         progress=progress,
     )
