@@ -20,7 +20,7 @@ from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.onnx_model.tensors import to_numpy
 from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
-from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
+from lora_fx.export.rewriting.dequantize import DEFAULT_BLOCK, in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.export.rewriting.layer_names import paths_in
 from lora_fx.export.rewriting.weight_reads import input_at
@@ -64,7 +64,8 @@ def of_whole_x(path: Path) -> Iterator[Path]:
 
 def scheme_in(packed: Mapping[str, FileLayer]) -> str:
     """How the weights of some layers are stored, in words."""
-    return ", ".join(dict.fromkeys(map(_scheme, packed.values())))
+    products = [layer for layer in packed.values() if layer.kind != "embedding"]
+    return ", ".join(dict.fromkeys(map(_scheme, products or packed.values())))
 
 
 def with_numbers(
@@ -117,7 +118,8 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
     model = parsed_file(source)
     found = {(weight_of(layer), layer.kind): layer for layer in packed.values()}
-    names, tables = {name for name, _ in found}, {}
+    names = {name for name, _ in found}
+    tables: dict[ir.Value, ir.Value] = {}
     for layer in [layer for layer in layers_in(model) if layer.weight.name in names]:
         weight, numbers = layer.weight, found.get((str(layer.weight.name), layer.kind))
         if layer.kind == "embedding":  # a head may share its weight, and either changes alone
@@ -130,19 +132,17 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
 
 def _copy(model: ir.Model, value: ir.Value) -> ir.Value:
     """A constant of its own with what another holds."""
-    made = ir.Value(
-        name=f"{value.name}_table",
-        const_value=value.const_value,
-        shape=value.shape,
-        type=value.type,
-    )
+    taken, name = model.graph.initializers, f"{value.name}_table"
+    while name in taken:
+        name += "_"
+    made = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
     model.graph.register_initializer(made)
     return made
 
 
 def _scheme(layer: FileLayer) -> str:
     given = layer.node.attributes
-    block = given["block_size"].as_int()
+    block = given.get_int("block_size", DEFAULT_BLOCK) or DEFAULT_BLOCK
     if layer.node.op_type == "MatMulBnb4":
         return str(Table(KINDS[given["quant_type"].as_int()], block))
     bits, level = given.get_int("bits", 4) or 4, given.get_int(LEVEL, 0) or 0

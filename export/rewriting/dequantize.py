@@ -13,7 +13,7 @@ from lora_fx.export.rewriting.weight_reads import blocks_of, handed_on, input_at
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
-LOOKUP = "GatherBlockQuantized"
+LOOKUP, DEFAULT_BLOCK = "GatherBlockQuantized", 128
 # What four bits stand for, by MatMulBnb4's quant_type: bitsandbytes' fp4 and nf4, the quantiles of
 # a normal distribution. Source: QLoRA (Dettmers et al., 2023), appendix E, and bitsandbytes.
 _FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
@@ -113,7 +113,7 @@ def _of_bits(node: ir.Node) -> tuple[Array, Array]:
 def _of_rows(node: ir.Node) -> tuple[Array, Array]:
     """Of a lookup, whose rows may be what a head multiplies with."""
     given = node.attributes
-    bits, block = given.get_int("bits", 4) or 4, given.get_int("block_size", 128) or 128
+    bits, block = given.get_int("bits", 4), given.get_int("block_size", DEFAULT_BLOCK)
     numbers, scale = _array(node, 0), _array(node, 2)
     zero = None if input_at(node, 3) is None else _array(node, 3)
     shape = len(numbers), numbers[0].size * 8 // bits

@@ -132,27 +132,19 @@ def _first(name: str) -> str:
 def _shared(layers: Sequence[FileLayer]) -> dict[str, tuple[set[str], str]]:
     """Weights that bear one module's name and are another's too.
 
-    A table that a linear layer reads, which may bear the name of either, and what calls of more
-    than one module read.
+    A table that a linear layer reads, and what calls of more than one module read.
 
     Returns:
         Name -> the kinds of such calls, and where it lies below the module that calls it.
     """
     kinds: dict[str, set[str]] = {}
     scopes: dict[str, set[str]] = {}
-    found: dict[str, tuple[set[str], str]] = {}
     for layer in layers:
         kinds.setdefault(_holder(layer), set()).add(layer.kind)
         if (scope := _scope(layer.node, noted=True)) is not None:
             scopes.setdefault(_holder(layer), set()).add(scope)
-            if layer.kind == "linear" and scope == _holder(layer):
-                found[scope] = {"embedding"}, ""
     paths = {_parameter_path(str(layer.weight.name)) for layer in layers}
-    found = {
-        holder: found.get(holder, ({"linear"}, ""))
-        for holder, of in kinds.items()
-        if "embedding" in of
-    }
+    found = {holder: ({"linear"}, "") for holder, of in kinds.items() if "embedding" in of}
     for holder, of in scopes.items():
         if len({scope for scope in of if _first(scope) not in of - {scope}}) > 1:
             over = [s for s in of if s and holder in paths and f"{holder}.".startswith(f"{s}.")]

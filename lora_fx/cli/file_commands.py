@@ -87,7 +87,7 @@ def quantize(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Store the base of an ONNX file in a few bits; adapters, slots, heads and tables stay as they are.
+    """Store the base of an ONNX file in a few bits; adapters, heads and tables stay as they are.
 
     Verified against the file with the numbers of these bits as plain weights; the report says how
     far they are off, of each weight and of the outputs.

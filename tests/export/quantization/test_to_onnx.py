@@ -11,19 +11,20 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import numpy_helper
 from torch import nn
 
 import lora_fx
-from lora_fx.adapters.adapter import Adapter
 from lora_fx.branch_lowering.selection import Form
 from lora_fx.errors import ExportError, VerificationError
-from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx, verify_onnx
-from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
-from lora_fx.export.quantization.numbers import packed_in, with_numbers
+from lora_fx.export import (
+    Session,
+    export_adapter,
+    merge_onnx,
+    quantize_onnx,
+    verify_onnx,
+)
 from lora_fx.testing import Attention, make_adapter
 from lora_fx.testing.bitsandbytes import TABLES
-from lora_fx.testing.judge import relative
 
 SOURCE = torch.Generator().manual_seed(3)
 X = torch.randn(4, 7, 32, generator=SOURCE)
@@ -38,21 +39,6 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.head(x + torch.tanh(self.inner(torch.tanh(self.inner(x)))))
-        return y
-
-
-class TiedHead(nn.Module):
-    """A head whose weight is the table's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.fc = nn.Embedding(19, 32), nn.Linear(32, 32)
-        self.head = nn.Linear(32, 19, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.table(ids) + self.table(ids.flip(1))  # twice, as T5's encoder and decoder do
-        y: torch.Tensor = self.head(hidden + self.fc(hidden))
         return y
 
 
@@ -117,7 +103,6 @@ IDS = torch.tensor([[1, 5, 2], [3, 3, 18]])
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], list[str]]] = {
     "called twice": (Twice, X, ["inner"], ["head"]),
     "a Gemm with a bias": (Twice, X[0], ["inner"], ["head"]),
-    "tied to a table": (TiedHead, IDS, ["fc"], ["head"]),
     "in front of a norm": (Normed, X, ["fc"], []),
     "two outputs": (Pooled, X, ["fc", "dense"], ["out"]),
     "bare parameters": (Bare, X, ["w"], ["head"]),
@@ -146,77 +131,6 @@ def test_layers_of_the_base_are_quantised_and_heads_stay(what: str, tmp_path: Pa
     assert 1e-4 < gap < 0.2
     nodes = [n.op_type for n in onnx.load(tmp_path / "a.onnx").graph.node]
     assert nodes.count("MatMulNBits") == (2 if make in (Twice, Pooled) else 1)
-
-
-@pytest.mark.parametrize("mode", ["constant", "input"])
-def test_a_head_that_shares_a_table_has_bits_of_its_own(mode: str, tmp_path: Path) -> None:
-    plain, packed = tmp_path / "plain.onnx", tmp_path / "packed.onnx"
-    slots = {"slots": ["table", "fc", "head"]} if mode == "input" else {}
-    gm, _ = exported(TiedHead, IDS, plain, adapters=mode, **slots)
-    report = quantize_onnx(plain, packed, layers=["*"])
-    assert report.verified
-    assert set(report.quantised.weights) == {"fc", "head"}
-    graph = onnx.load(packed).graph
-    read = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    (table,) = (t for t in graph.initializer if t.name in read and ".lora_" not in t.name)
-    assert np.array_equal(numpy_helper.to_array(table), gm.get_parameter("head.weight").detach())
-    shapes = {"table": (32, 19), "fc": (32, 32), "head": (19, 32)}
-    adapters = [make_adapter(shapes)] if slots else []
-    assert verify_onnx(gm, packed, adapters=adapters).verified
-    of_base, of_numbers = (manifest_in(load_proto(path), path) for path in (plain, packed))
-    if of_base is not None and of_numbers is not None:
-        pairs = zip(of_base.slots, of_numbers.slots, strict=True)
-        assert {a.path: a.digest == b.digest for a, b in pairs} == {
-            "table": True, "fc": False, "head": False,
-        }  # fmt: skip
-    numbers, errors = with_numbers(gm, packed_in(packed))
-    assert 0.01 < errors["head"] < 0.2
-    found = torch.from_numpy(Session(packed).run({"ids": IDS.numpy()})["output"])
-    with torch.no_grad():
-        assert relative(found, numbers(IDS)) < 1e-5
-        assert relative(found, gm(IDS)) > 1e-2
-
-
-@pytest.mark.parametrize("folded", [True, False])
-def test_a_file_is_held_to_the_graph_that_it_was_made_of_folded_or_not(
-    folded: bool, tmp_path: Path
-) -> None:
-    gm = lora_fx.trace(TiedHead().eval(), (IDS,))  # x + W x, of which fold makes one layer
-    made = lora_fx.fold(gm) if folded else gm
-    lora_fx.to_onnx(made, tmp_path / "a.onnx", quantize=4)
-    assert verify_onnx(gm, tmp_path / "a.onnx").verified
-    other = lora_fx.trace(TiedHead().eval(), (IDS,))
-    with pytest.raises(VerificationError, match=r"fc\.weight: .* weights are off"):
-        verify_onnx(other, tmp_path / "a.onnx")
-
-
-@pytest.mark.parametrize("on", ["table", "head", "a new head"])
-def test_what_ties_is_merged_with_its_adapter_and_quantised(on: str, tmp_path: Path) -> None:
-    """Head and table part: the names of their weights are a file's own, and not the graph's."""
-    plain, merged, folded = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c"))
-    shape = (32, 19) if on == "table" else (19, 32)
-    adapter, other = (make_adapter({on: shape}, rank) for rank in (2, 3))
-    if on == "a new head":
-        heads = (torch.randn(19, 32, generator=SOURCE) for _ in range(2))
-        adapter, other = (Adapter("new", {}, {"head.weight": head}) for head in heads)
-    slots = ["table", "fc", "head.weight" if on == "a new head" else "head"]
-    gm, _ = exported(TiedHead, IDS, plain, adapters="input", slots=slots)
-    merge_onnx(plain, adapter, merged)
-    whole = lora_fx.fold(lora_fx.inject(gm, adapter))
-    lora_fx.to_onnx(whole, folded)
-    for number, file in enumerate((merged, folded)):
-        packed = tmp_path / f"{number}.onnx"
-        report = quantize_onnx(file, packed, layers=["*"])
-        assert len(report.quantised.weights) == 2
-        assert verify_onnx(gm, packed, adapters=[adapter]).verified
-        for wrong in ([], [other]):
-            with pytest.raises(VerificationError):
-                verify_onnx(gm, packed, adapters=wrong)
-    before = [node.meta.keys() for node in whole.graph.nodes]
-    numbers, _ = with_numbers(whole, packed_in(packed))
-    assert numbers is not whole
-    assert [node.meta.keys() for node in whole.graph.nodes] == before
-    assert lora_fx.unfold(whole).code
 
 
 @pytest.mark.parametrize("what", NETS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx import Update
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, add_lora, export_adapter
@@ -210,8 +211,17 @@ class TwoTables(nn.Module):
         self.one.weight = self.other.weight = self.head.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.head(torch.tanh(self.one(ids)) + self.other(ids.flip(0)))
+        made: torch.Tensor = self.head(torch.tanh(self.one(ids)) + self.other(ids.flip(-1)))
         return made
+
+
+class HeadLast(TwoTables):
+    """The weight bears the name of the first that has it, or of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        head = self._modules.pop("head")
+        self.head = head
 
 
 class Copies(nn.Module):
@@ -234,17 +244,15 @@ OF_COPIES = {
         "self_attn": (24, 8), "self_attn.out_proj": (8, 8), "linear1": (12, 8), "linear2": (8, 12),
     }.items()
 }  # fmt: skip
+OF_TABLES = {"head": (7, 5), "one": (5, 7), "other": (5, 7)}
 SHARED = {
-    "tables": (
-        TwoTables,
-        torch.tensor([1, 4, 0]),
-        {"head": (7, 5), "one": (5, 7), "other": (5, 7)},
-    ),
+    "tables": (TwoTables, torch.tensor([1, 4, 0]), OF_TABLES),
+    "tables, and a head behind": (HeadLast, torch.tensor([[1, 4, 0]]), OF_TABLES),
     "copies": (Copies, torch.linspace(-1, 1, 48).reshape(2, 3, 8) ** 3, OF_COPIES),
 }
 
 
-@pytest.mark.parametrize("how", ["torchscript", "dynamo", "as it is"])
+@pytest.mark.parametrize("how", ["torchscript", "dynamo", "as it is", "ours"])
 @pytest.mark.parametrize("case", SHARED)
 def test_a_weight_that_is_stored_once_is_of_each_module_that_calls_it(
     case: str, how: str, tmp_path: Path
@@ -255,11 +263,14 @@ def test_a_weight_that_is_stored_once_is_of_each_module_that_calls_it(
     model = make().eval()
     base, out = tmp_path / "base.onnx", tmp_path / "slots.onnx"
     options = {"optimize": how != "as it is"} if how != "torchscript" else {"opset_version": 17}
-    with warnings.catch_warnings(), without_idle_work():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, (x,), str(base), dynamo=how != "torchscript", verbose=False, **options
-        )  # type: ignore[arg-type]
+    if how == "ours":
+        lora_fx.to_onnx(lora_fx.trace(model, (x,)), base)
+    else:
+        with warnings.catch_warnings(), without_idle_work():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model, (x,), str(base), dynamo=how != "torchscript", verbose=False, **options
+            )  # type: ignore[arg-type]
     assert set(add_lora(base, out, slots=["*"]).slots) == set(shapes)
     session = Session(out)
     for path, shape in shapes.items():
