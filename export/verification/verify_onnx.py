@@ -98,12 +98,12 @@ def _in_numbers(
     packed = packed_in(path)
     if not packed:
         return gm, adapters, None
-    if not merged:
-        numbers, errors = with_numbers(gm, packed)
-        return numbers, adapters, Quantisation(scheme_in(packed), errors)
-    whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
-    numbers, errors = _merged_in_numbers(whole, packed)
-    return numbers, (), Quantisation(scheme_in(packed), errors)
+    if merged:
+        whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
+        (gm, errors), adapters = _merged_in_numbers(whole, packed), ()
+    else:
+        gm, errors = with_numbers(gm, packed)
+    return gm, adapters, Quantisation(scheme_in(packed), errors)
 
 
 def _merged_in_numbers(

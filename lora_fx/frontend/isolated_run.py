@@ -80,12 +80,13 @@ def seed(draws: int | str = 0) -> Callable[[], list[str]]:
             draws, the same; ``"least"`` and ``"greatest"`` give them 156 fractions that are all 0,
             or all just below 1, before they go on at random.
     """
+    other, extreme = (0, _EXTREMES[draws]) if isinstance(draws, str) else (draws, None)
     torch.manual_seed(20_260)
-    random.seed(20_261 + (draws if isinstance(draws, int) else 0))
-    np.random.seed(20_262 + (draws if isinstance(draws, int) else 0))
-    if isinstance(draws, str):  # both are Mersenne Twisters, whose state is the words that come
+    random.seed(20_261 + other)
+    np.random.seed(20_262 + other)
+    if extreme is not None:  # both are Mersenne Twisters, whose state is the words that come
         rest = [random.getrandbits(32) for _ in range(_HALF)]
-        words = [_EXTREMES[draws]] * _HALF + rest
+        words = [extreme] * _HALF + rest
         random.setstate((3, (*words, 0), None))
         np.random.set_state(("MT19937", np.array(words, np.uint32), 0, 0, 0.0))
     before = _states()
