@@ -89,7 +89,7 @@ class _Functions(TorchFunctionMode):
     """Gives the wider type to functions, some of which want all they take to be of one type."""
 
     def __init__(self, wide: _Wide) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._wide = wide
 
     def __torch_function__(
