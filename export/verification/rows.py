@@ -13,7 +13,7 @@ from torch import fx, nn
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Check, Reference
 from lora_fx.export.verification.eager import Tensors
-from lora_fx.export.verification.rounding import HALF, tolerances
+from lora_fx.export.verification.rounding import WIDER, tolerances
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.numerics import TOLERANCE, compare
@@ -36,7 +36,7 @@ class Row:
     ) -> list[Check]:
         """A row for each output, which is allowed what the table says, or what eager rounds."""
         rows = list(self._checks(names, found, expected, allowed))
-        if allowed is not None or self._dtype not in HALF or all(row.ok for row in rows):
+        if allowed is not None or self._dtype not in WIDER or all(row.ok for row in rows):
             return rows
         wider = tolerances(self._subject, self._case, expected, self._dtype)
         return list(self._checks(names, found, expected, wider))

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.row_blocks import Block, cut, joined, swapped
-from lora_fx.adapters.updates import AnyUpdate
+from lora_fx.adapters.source_record import TOLD_BY_BASE, is_embedding
+from lora_fx.adapters.updates import AnyUpdate, with_settings
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning, Meanings
@@ -68,6 +69,17 @@ def settled(
     return replace(
         adapter, updates={**kept, **placed}, replacements=replaced, expects=expects, moved=moved
     )
+
+
+def told_of_tables(adapter: Adapter, base: BaseLayers) -> Adapter:
+    """The adapter, its updates of a base's embeddings known as that: few formats' files tell."""
+    others = {p: u for p, u in adapter.updates.items() if p in base and base[p].is_table}
+    tables = {
+        path: with_settings(update, **TOLD_BY_BASE.settings)
+        for path, update in others.items()
+        if update.kind != "tokens" and not is_embedding(update.stored)
+    }
+    return replace(adapter, updates={**adapter.updates, **tables}) if tables else adapter
 
 
 def inside(adapter: Adapter, prefix: str) -> Adapter:

@@ -32,6 +32,8 @@ class SourceRecord(Value):
 
 # Of an update whose layer is a table of rows: nothing else about it says so.
 EMBEDDING = SourceRecord({}, {"layer": "embedding"})
+# The base says so, of a file whose format has no word for it.
+TOLD_BY_BASE = SourceRecord({}, {**EMBEDDING.settings, "told_by": "base"})
 
 
 def is_embedding(stored: SourceRecord | None) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapters.adapter import Adapter, check_name
-from lora_fx.adapters.settle import inside, settled
+from lora_fx.adapters.settle import inside, settled, told_of_tables
 from lora_fx.choices import Format as FormatName
 from lora_fx.choices import FormatOrAuto, SavedFormat, check_choice, takes
 from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
@@ -200,9 +200,8 @@ def _settled(adapter: Adapter, model: object) -> Adapter:
         return adapter
     base = layers_of(model)
     names = (*adapter.updates, *adapter.replacements)
-    known = [name for name in names if name in base or name in base.aliases]
-    known += [name for name in names if base.unevaluated(name) is not None]
-    return settled(adapter, base, known, names_of)
+    known = [n for n in names if n in base or n in base.aliases or base.unevaluated(n) is not None]
+    return told_of_tables(settled(adapter, base, known, names_of), base)
 
 
 @takes(AdapterError)
@@ -257,10 +256,9 @@ def _detect(source: Path, allow_pickle: bool) -> str:
     names = () if _is_onnx_adapter(source) else names_in(source, allow_pickle)
     found = next((form for form, entry in FORMATS.items() if entry.is_it(source, names)), None)
     if found is None:
-        supported = ", ".join(FORMATS)
         raise AdapterError(
             f"{source}: not told by its tensors' names ({shorten(sorted(names), 3) or 'none'}); "
-            f"pass format=, one of {supported}"
+            f"pass format=, one of {', '.join(FORMATS)}"
         )
     return found
 

@@ -152,7 +152,8 @@ def not_lora(update: AnyUpdate, holds: Collection[str] = ()) -> str | None:
     A product of two factors is LoRA, whatever kind of adapter it came from; ``holds`` are the words
     of what else the format has a place for.
     """
-    if is_embedding(update.stored) and EMBEDDINGS not in holds:
+    is_own = "told_by" in update.stored_settings  # of such a file, which has no word for it
+    if is_embedding(update.stored) and EMBEDDINGS not in holds and not is_own:
         return EMBEDDINGS
     if not isinstance(update, Update):
         return f"updates of kind {update.kind!r}, which are no product of two factors"

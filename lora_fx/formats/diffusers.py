@@ -326,7 +326,8 @@ def _part(
 
 def _of_module(update: AnyUpdate) -> AnyUpdate:
     """A product of two factors as LoRA of a module, whatever it came from."""
-    if isinstance(update, Update) and name_of(update) is not None:
+    is_own = "told_by" in update.stored_settings
+    if isinstance(update, Update) and (is_own or name_of(update) is not None):
         update = replace(update, stored=None)
     return as_lora(update)
 

@@ -57,16 +57,14 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
 
 
 def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
-    """The update of a layer, of an embedding where the base says so."""
-    is_table = layer is not None and layer.is_table
-    if is_table and MAGNITUDE in roles:
+    """The update of a layer."""
+    if layer is not None and layer.is_table and MAGNITUDE in roles:
         key, magnitude = roles[MAGNITUDE]
         raise AdapterError(
             f"{key} is {tuple(magnitude.shape)}, one number a token of an embedding, which is not "
             "supported: fuse it where it was made"
         )
-    said = rank, PARAMETERS
-    return lora.read(roles, _FORM, scale=scale, rank=said, is_table=is_table)
+    return lora.read(roles, _FORM, scale=scale, rank=(rank, PARAMETERS))
 
 
 def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:

@@ -1,14 +1,17 @@
-"""Reads of ``tensor.data`` and of ``len(tensor)``, said so that a tracer sees them."""
+"""Reads of ``tensor.data``, ``len(tensor)`` and counts in buffers, said as a tracer sees them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_fx.graph.graph_module import shallow_clone
 
 _DATA: Any = torch._C.TensorBase.data
 
@@ -50,3 +53,46 @@ def lengths_free(model: nn.Module) -> Iterator[None]:
 
 def _length(value: Any) -> Any:
     return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
+
+
+class KnownCounts:
+    """A shell of a model in which a buffer of one whole number is a number that a tracer knows.
+
+    torch.export knows what a tensor made in the model's code holds, and not what a buffer holds:
+    a size that is computed from one (the paddings of EnCodec and Mimi) would be unknown, too.
+
+    Attributes:
+        model: the shell.
+        names: of the buffers; nothing if there are none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = shallow_clone(model)
+        self.names: list[str] = []
+        self._given: list[tuple[torch.Tensor, int]] = []
+        for path, module in self.model.named_modules():
+            own = {name: b for name, b in module._buffers.items() if b is not None and _counts(b)}
+            if own and not type(module).__module__.startswith("torch."):  # batch-norm counts calls
+                self.names += [f"{path}.{name}".lstrip(".") for name in own]
+                self._make_known(module, own)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model's code has written to one of them: no constant then."""
+        return any(tensor._version != version for tensor, version in self._given)
+
+    def _make_known(self, module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+        for name, buffer in buffers.items():
+            del module._buffers[name]
+            setattr(module.__class__, name, property(partial(self._read, buffer)))
+
+    def _read(self, buffer: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        made = torch.tensor(buffer.item(), dtype=buffer.dtype)
+        self._given.append((made, made._version))
+        return made
+
+
+def _counts(buffer: torch.Tensor) -> bool:
+    return buffer.ndim == 0 and buffer.dtype in (torch.int32, torch.int64)

@@ -97,7 +97,9 @@ def shapes_by_argument(
     given = _given_to(model, args, kwargs)
     spread = _spread(model, given)
     if isinstance(shapes, tuple | list):
-        heads = next((each for each in (given, spread) if len(each) == len(shapes)), ())
+        starred = {parameter.name for parameter in _declared_by(model) if _star(parameter)}
+        fitting = (each for each in (given, spread) if len(each) == len(shapes))
+        heads = next((h for h in fitting if not _are_of_one(h, shapes, starred)), ())
         shapes = dict(zip(heads, shapes, strict=True)) if heads else shapes
     if not isinstance(shapes, dict):
         return shapes
@@ -105,6 +107,13 @@ def shapes_by_argument(
     for name, value in spread.items():
         _refuse_axes(name, value, every[name])
     return every
+
+
+def _are_of_one(names: Collection[str], shapes: Sequence[Any], starred: Collection[str]) -> bool:
+    """Whether ``*args`` or ``**kwargs`` would get the axes of one tensor, which it takes alone."""
+    pairs = zip(names, shapes, strict=True)
+    own = (shape for name, shape in pairs if name in starred and isinstance(shape, Mapping))
+    return any(isinstance(axis, int) for shape in own for axis in shape)
 
 
 def _refuse_axes(name: str, value: Any, axes: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.frontend.data_reads import data_detached, lengths_free
+from lora_fx.frontend.data_reads import KnownCounts, data_detached, lengths_free
 from lora_fx.frontend.diagnostics import (
     explain_failure,
     refuse_attributes,
@@ -60,9 +61,17 @@ def export_program(
     ):
         # torch.export warns about its own internals (deprecated pytree classes, logging).
         warnings.simplefilter("ignore")
+        export = partial(
+            torch.export.export, args=args, kwargs=kwargs, dynamic_shapes=shapes, strict=False
+        )
         try:
-            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return export(root)
         except Exception as error:  # the model's own code runs in here and may raise anything
+            with suppress(Exception):  # which is told of the model as it is
+                known = KnownCounts(root)
+                program = export(known.model) if known.names else None
+                if program is not None and not known.is_written:
+                    return program
             raise TraceError(explain_failure(root, "export", error)) from error
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import trace
+from lora_fx import TraceError, trace
 from lora_fx.frontend.data_reads import data_detached, lengths_free
 
 
@@ -69,3 +69,38 @@ def test_len_is_python_s_own_again() -> None:
             len(torch.tensor(1))
     assert len is builtins.len
     assert "len" not in globals()
+
+
+class Padded(nn.Module):
+    """As EnCodec: paddings are computed from a size and from numbers in buffers."""
+
+    def __init__(self, counts_calls: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.stride = nn.Buffer(torch.tensor(4))
+        self.counts_calls = counts_calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        short = torch.ceil(x.shape[1] / self.stride).to(torch.int64) * self.stride - x.shape[1]
+        if self.counts_calls:
+            self.stride.add_(1)
+        return F.pad(self.fc(x), (0, 0, 0, short)) if short > 0 else self.fc(x)
+
+
+def test_a_size_that_is_computed_from_numbers_in_buffers_is_known() -> None:
+    model, x = Padded(counts_calls=False).eval(), torch.randn(6, 7, 3)
+    gm = trace(model, (torch.randn(4, 7, 3),), dynamic_shapes=({0: "batch"},))
+    assert gm(x).shape == (6, 8, 5)
+    assert torch.equal(gm(x), model(x))
+    assert type(model) is Padded
+    assert "stride" in model._buffers
+    one = x[:, :1]
+    with pytest.raises((RuntimeError, AssertionError)):
+        gm(one)
+
+
+def test_a_number_that_a_call_changes_is_no_constant() -> None:
+    model = Padded(counts_calls=True).eval()
+    with pytest.raises(TraceError, match="data-dependent"):
+        trace(model, (torch.randn(4, 7, 3),), check=False)
+    assert model.stride == 4

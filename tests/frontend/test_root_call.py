@@ -66,6 +66,17 @@ def test_each_starred_argument_is_an_input(frontend: Any, shapes: Any) -> None:
     assert torch.equal(again(*args, **kwargs), model(*args, **kwargs))
 
 
+@pytest.mark.parametrize("shapes", [(OPEN, OPEN, OPEN), (OPEN, (OPEN,), {"bias": OPEN})])
+def test_a_star_that_takes_one_argument_has_its_axes(shapes: Any) -> None:
+    """As the forward of PeftModel takes all that it is given."""
+    model, (args, kwargs) = Starred().eval(), call(4)
+    gm = trace(model, args[:2], kwargs, dynamic_shapes=shapes)
+    args, kwargs = call(7)
+    assert torch.equal(gm(*args[:2], **kwargs), model(*args[:2], **kwargs))
+    with pytest.raises(TraceError, match="rest_0 has no axis 2"):
+        trace(model, args[:2], kwargs, dynamic_shapes=(OPEN, {2: "batch"}, OPEN))
+
+
 def test_what_a_model_does_not_take_is_refused_by_name() -> None:
     with pytest.raises(TraceError, match="Linear does not take these inputs: too many positional"):
         trace(nn.Linear(3, 5), (torch.randn(2, 3), torch.randn(2, 3)))

@@ -13,6 +13,7 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH
+from lora_fx.adapters.source_record import kept
 from lora_fx.adapters.target_rule import saved_module
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten
@@ -90,7 +91,8 @@ def as_lora(update: AnyUpdate) -> AnyUpdate:
     """As LoRA: what the file of another kind held no longer matters."""
     if not isinstance(update, Update) or update.kind in LoraConfig.kinds:
         return update
-    return replace(update, kind="lora" if update.magnitude is None else "dora", stored=None)
+    kind = "lora" if update.magnitude is None else "dora"
+    return replace(update, kind=kind, stored=kept(update.stored))
 
 
 def _kinds(layers: Mapping[str, AnyUpdate]) -> str:

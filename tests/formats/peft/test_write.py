@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_fx import Adapter, AdapterError, Update
@@ -19,7 +21,7 @@ from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.write import choose, contents
 from lora_fx.kinds import KINDS
-from lora_fx.testing import config_in, means, relative, save_peft_case, update_of
+from lora_fx.testing import Two, config_in, means, relative, save_peft_case, update_of
 
 
 def low(out: int = 5, into: int = 3, rank: int = 2, scale: float = 1.5, **fields: Any) -> Update:
@@ -138,6 +140,35 @@ def test_a_table_and_a_convolution_that_were_made_here_load_into_peft(tmp_path: 
     after = {"0": merged[0].weight.detach().T, "1": merged[1].weight.detach()}
     for path, update in updates.items():
         means(update, before[path], after[path])
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "qalora"])
+def test_a_table_is_written_as_one_wherever_it_was_read(name: str, tmp_path: Path) -> None:
+    """PEFT passes over a table's ``lora_A.weight``."""
+    model = Two(nn.Embedding(11, 6), nn.Linear(6, 7))
+    if name == "qalora":
+        made = {"use_qalora": True, "qalora_group_size": 2, "target_modules": ["wide", "narrow"]}
+        config = peft.LoraConfig(r=2, init_lora_weights=False, **made)
+        peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "file")
+    else:
+        ends = TABLES_OF_LYCORIS[name]
+        tensors = {f"lycoris_{end}": torch.randn(size) for end, size in ends.items()}
+        save_file(tensors, tmp_path / "file")
+    adapter = load_adapter(tmp_path / "file", base=model)
+    save_adapter(adapter, tmp_path / "again")
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "again"))
+    after = merged.merge_and_unload().wide.weight.detach().T
+    means(adapter.updates["wide"], model.wide.weight.detach().T, after)
+
+
+TABLES_OF_LYCORIS = {
+    "lora": {"wide.lora_down.weight": (2, 11), "wide.lora_up.weight": (6, 2)},
+    "loha": {  # beside another kind, so that both are LoRA of their ranks
+        **{f"wide.hada_w{factor}_a": (6, 2) for factor in (1, 2)},
+        **{f"wide.hada_w{factor}_b": (2, 11) for factor in (1, 2)},
+        "narrow.lora_down.weight": (2, 6), "narrow.lora_up.weight": (7, 2),
+    },
+}  # fmt: skip
 
 
 def test_what_peft_ties_itself_is_not_written() -> None:
