@@ -23,7 +23,7 @@ _HALF = (torch.float32, 2.0, 2e-2)
 WIDER = {
     torch.float16: _HALF,
     torch.bfloat16: _HALF,
-    torch.float32: (torch.float64, 10.0, 1e-3),
+    torch.float32: (torch.float64, 10.0, 2e-4),
 }
 
 
