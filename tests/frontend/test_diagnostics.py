@@ -249,6 +249,8 @@ def test_a_weight_of_several_tensors_is_named() -> None:
     for quantised, given in ((model, (x,)), (program, ())):
         with pytest.raises(TraceError, match=said):
             lora_fx.trace(quantised, given)
+    with pytest.raises(TraceError, match=said):
+        lora_fx.trace(model, frontend="symbolic")
     layer.weight = nn.Parameter(layer.weight.dequantize())  # as is advised
     assert torch.equal(lora_fx.trace(model, (x,))(x), expected)
 
