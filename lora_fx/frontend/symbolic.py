@@ -45,7 +45,7 @@ class LayerTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, opened)
 
     def create_arg(self, a: Any) -> Any:
-        """Makes an OrderedDict one again, as torch.fx does a named tuple: it takes it for a dict."""
+        """Keeps an OrderedDict one, as torch.fx does a named tuple: it takes it for a dict."""
         if type(a) is not OrderedDict:
             return super().create_arg(a)
         return self.create_node("call_function", OrderedDict, (super().create_arg(dict(a)),), {})
