@@ -71,8 +71,8 @@ def refuse_packed(model: nn.Module, plain: nn.Module) -> None:
     packed = [name for name, shape in wanted.items() if numbers.get(name) != shape]
     if packed:
         raise LoraFxError(
-            f"{shorten(packed, 3)}: packed for kernels of their own, and no matrices that an "
-            "adapter could change"
+            f"{shorten(packed, 3)}: packed for kernels of their own, expected matrices of "
+            "numbers, which an adapter could change"
         )
 
 
