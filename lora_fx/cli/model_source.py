@@ -96,7 +96,7 @@ def _found(
         )
     if path.suffix == ".pt2":
         return _from_program(path, dtype)
-    if ":" in spec:
+    if spec.rpartition(":")[0]:
         return _cast(_from_function(spec), dtype)
     found = "is a file of another kind" if path.exists() else "no such directory or file"
     raise LoraFxError(f"{spec}: {found}; {_FORMS}")

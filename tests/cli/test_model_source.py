@@ -107,6 +107,8 @@ def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
 def test_other_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="nowhere: no such directory or file; expected a Hugging"):
         find_model(str(tmp_path / "nowhere"))
+    with pytest.raises(LoraFxError, match=r"^:make: no such directory or file; expected a Hugging"):
+        find_model(":make")
     (tmp_path / "mine.py").write_text("")
     with pytest.raises(LoraFxError, match=r"mine\.py: is a file of another kind; expected a Hugg"):
         find_model(str(tmp_path / "mine.py"))
