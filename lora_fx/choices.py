@@ -123,8 +123,10 @@ def _first_odd(function: Callable[..., Any], args: Any, kwargs: Any) -> str | No
     """The first argument of a call that is none of those that its annotation says."""
     try:
         given = signature(function).bind(*args, **kwargs).arguments
-    except TypeError:  # too many, or one that there is not: Python says so itself
-        return None
+    except TypeError as unbound:  # too many, too few, or one that there is not
+        known = ", ".join(name for name in signature(function).parameters if name != "self")
+        called = function.__qualname__.removesuffix(".__init__")
+        return f"{called}: {unbound}: give what it takes: {known}"
     # What is imported for type checkers alone is anything here.
     names = ChainMap(function.__globals__, vars(builtins), defaultdict(lambda: Any))
     hints = get_type_hints(function, localns=names)

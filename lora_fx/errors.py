@@ -62,7 +62,10 @@ _VERBS = (
     "fuse|give|inspect|install|keep|leave|let|load|make|merge|name|pass|put|read|remove|rename|"
     "report|return|save|say|set|strip|take|trace|train|try|use|wrap|write"
 )
-_STEP = re.compile(rf"(?:^|[;:,.!?(] ?|\b(?:or|and|please) |\n)(?:{_VERBS})\b", re.IGNORECASE)
+# A space before and behind: ``module:make`` and ``report.json`` are no steps, nor is ``a/name``.
+_STEP = re.compile(
+    rf"(?:^|[;:,.!?] |\(|\b(?:or|and|please) |\n)(?:{_VERBS})(?=[ :\n])", re.IGNORECASE
+)
 
 
 def says_what_to_do(text: str) -> bool:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lora_fx.choices import takes
+from lora_fx.errors import LoraFxError
+
 # Largest relative error, ||actual - expected|| / ||expected||, that counts as agreement. Honest
 # rounding is 10 to 30 times below each entry, and a scale off by 10 % at least 10 times above.
 TOLERANCE = {
@@ -47,6 +50,7 @@ class Comparison:
         )
 
 
+@takes(LoraFxError)
 def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Comparison:
     """Compares two tensors or arrays of one shape.
 
@@ -59,8 +63,13 @@ def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Com
     Returns:
         The distance and the tolerance. A wrong shape or a NaN on one side is infinitely far, and
         so is what holds no finite number at all: that says nothing.
+
+    Raises:
+        LoraFxError: one of them is no tensor, no array and no number.
     """
-    left, right = torch.as_tensor(actual).detach().cpu(), torch.as_tensor(expected).detach().cpu()
+    if not isinstance(dtype, torch.dtype | None):
+        raise LoraFxError(f"dtype is {dtype!r:.80}: give one of torch's, such as torch.float16")
+    left, right = _numbers("actual", actual), _numbers("expected", expected)
     tolerance = TOLERANCE.get(dtype or right.dtype, 0.0)
     if left.shape != right.shape:
         return Comparison(float("inf"), float("inf"), tolerance)
@@ -75,6 +84,20 @@ def compare(actual: Any, expected: Any, dtype: torch.dtype | None = None) -> Com
     if max_abs == 0.0:
         return Comparison(0.0, 0.0, tolerance)
     return Comparison(max_abs, gap / size if size > 0 else float("inf"), tolerance)
+
+
+def _numbers(name: str, value: Any) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(value).detach().cpu()
+        found = found.dequantize() if found.is_quantized else found.to_dense()
+        if found.is_nested:
+            raise TypeError("no one shape")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoraFxError(
+            f"{name} is a {type(value).__name__}: compare takes two plain tensors or arrays of "
+            "numbers: give one output after the other"
+        ) from error
+    return torch.view_as_real(found) if found.is_complex() else found
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -144,5 +144,18 @@ def test_who_does_not_fail_is_not_asked_and_who_was_given_what_it_takes_fails_as
         halved([1], {"x": 3}, whole=False)
     with pytest.raises(IndexError):
         halved([1], {"x": Path()}, whole=np.False_)
-    with pytest.raises(TypeError, match="missing"):
-        halved()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: lora_fx.LoraConfig(rank=4), r"^LoraConfig: got an .* 'rank': give .*: r, alpha, "),
+        (lambda: lora_fx.compare(torch.ones(2)), r"^compare: missing .* 'expected': give what it "),
+        (lambda: lora_fx.trace(GM, (), {}, None), r"^trace: too many positional arguments: give "),
+    ],
+)
+def test_what_nothing_takes_is_told_with_what_it_takes(
+    call: Callable[[], object], says: str
+) -> None:
+    with pytest.raises(LoraFxError, match=says):
+        call()

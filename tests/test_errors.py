@@ -158,6 +158,8 @@ def test_another_error_stays_what_it_is() -> None:
         ("the file does not say how to use it", False),  # in the middle of a clause
         ("not a safetensors file: header of 9 bytes", False),
         ("reporting is off; savings are lost", False),
+        ("no_such:make: cannot be imported", False),
+        ("it has french.onnx_adapter, model.onnx, report.json", False),
     ],
 )
 def test_a_step_begins_a_clause(text: str, says: bool) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_fx import numerics
+from lora_fx.errors import LoraFxError
 from lora_fx.numerics import TOLERANCE, compare
 
 MAKE = torch.Generator().manual_seed(0)
@@ -29,6 +30,28 @@ def test_honest_rounding_passes_and_a_tenth_off_fails(dtype: torch.dtype) -> Non
 )
 def test_another_shape_nan_and_infinity_never_agree(actual: torch.Tensor) -> None:
     assert not compare(actual, VALUES).ok
+
+
+def test_numbers_are_compared_however_they_are_held() -> None:
+    turned = torch.complex(VALUES, VALUES)
+    assert compare(turned, turned).ok
+    assert not compare(torch.complex(VALUES, 1.1 * VALUES), turned).ok
+    assert compare(VALUES.to_sparse(), VALUES.numpy()).ok
+    assert not compare(1.1 * VALUES.to_sparse(), VALUES.numpy()).ok
+
+
+@pytest.mark.parametrize("wrong", [None, "x", {}, [VALUES, VALUES[:1]], torch.nn.Linear(3, 5)])
+def test_what_holds_no_numbers_is_refused_by_its_type(wrong: object) -> None:
+    kind = type(wrong).__name__
+    with pytest.raises(LoraFxError, match=rf"^actual is a {kind}: compare takes .*: give one"):
+        compare(wrong, VALUES)
+    with pytest.raises(LoraFxError, match=rf"^expected is a {kind}: compare takes"):
+        compare(VALUES, wrong)
+
+
+def test_a_precision_is_one_of_torchs() -> None:
+    with pytest.raises(LoraFxError, match=r"^dtype is 'float16': give one of torch's"):
+        compare(VALUES, VALUES, "float16")  # type: ignore[arg-type]
 
 
 def test_equal_infinities_carry_no_information() -> None:

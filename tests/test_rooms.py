@@ -136,7 +136,7 @@ def test_a_room_imports_those_that_the_table_says(room: str) -> None:
 
 
 def test_what_any_room_may_import_imports_no_room() -> None:
-    assert [arrow for name in BASIC for arrow in arrows(name)] == []
+    assert [arrow for name in BASIC for arrow in arrows(name) if arrow[1] not in BASIC] == []
     assert set(dict(arrows("kinds")).values()) >= {"adapters"}, "the control: arrows are seen"
 
 

@@ -14,6 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
 from lora_fx.errors import ExportError, shorten
+from lora_fx.graph.aliasing import needed
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import written_arguments
@@ -27,11 +28,13 @@ class StandIn:
         name: in the graph.
         weight: computes it.
         tensor: of its shape; what it holds means nothing.
+        is_read: whether an output depends on it; if a buffer alone does, a file has nothing of it.
     """
 
     name: str
     weight: LazyTensor
     tensor: nn.Parameter
+    is_read: bool = True
 
 
 def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
@@ -42,6 +45,7 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
             graph.erase_node(node)
     hollow = build_graph_module(gm, graph, gm.training)
     hollow.meta = dict(gm.meta)
+    read = {str(node.target) for node in needed(hollow.graph) if node.op == "get_attr"}
     known: dict[int, nn.Parameter] = {}
     stand_ins = []
     for target in targets(hollow.graph):
@@ -52,7 +56,7 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
                 known[id(weight)] = nn.Parameter(memory, requires_grad=False)
             remove(hollow, target)  # assigning alone would compute it: torch looks whether it is
             assign(hollow, target, known[id(weight)])
-            stand_ins.append(StandIn(target, weight, known[id(weight)]))
+            stand_ins.append(StandIn(target, weight, known[id(weight)], target in read))
     return hollow, stand_ins
 
 
@@ -79,7 +83,7 @@ def replace_stand_ins(model: ir.Model, stand_ins: list[StandIn]) -> None:
         if found is not None and value.shape == found.weight.shape:
             value.const_value = _lazy(found.weight, value)
             kept.add(found.name)
-    lost = [stand_in.name for stand_in in waiting.values() if stand_in.name not in kept]
+    lost = [s.name for s in waiting.values() if s.is_read and s.name not in kept]
     lost += [str(value.name) for value in values if _address(value.const_value) in waiting]
     if lost:
         raise ExportError(f"lost in translation: {shorten(lost)}; please report the model")

@@ -28,6 +28,7 @@ from lora_fx.export.verification.side_by_side import Pair, coarsest, held_agains
 from lora_fx.export.verification.verify_onnx import mode_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
+from lora_fx.io.plain_file import models_in
 
 _RANKS = (1, 4, 2, 7)
 
@@ -140,7 +141,7 @@ def model_in(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = sorted(path.rglob("*.onnx"))
+    found = models_in(path)
     if len(found) != 1:
         names = [str(file.relative_to(path)) for file in found]
         raise ExportError(f"{path}: holds {shorten(names) or 'no .onnx file'}: name one file")

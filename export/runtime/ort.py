@@ -30,6 +30,7 @@ ERRORS = (
     state.EPFail,
 )
 _ERRORS_ONLY = 3
+_MOST_THREADS = 1024
 FATAL = 4  # of what onnxruntime writes to the console, as the above
 _WHOLE = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 _NUMPY = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
@@ -69,6 +70,11 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY  # each overridable initializer is worth a warning
+    if threads is not None and not 0 <= threads <= _MOST_THREADS:
+        raise ExportError(
+            f"threads is {threads}: give a number from 1 to {_MOST_THREADS}, or 0 or None for "
+            "onnxruntime's choice"
+        )
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     if to_check:

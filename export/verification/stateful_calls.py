@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graph.aliasing import written
+from lora_fx.graph.aliasing import needed, writes, written
 from lora_fx.graph.lazy_tensor import get_unevaluated
-from lora_fx.graph.ops import call_argument, draws, module_path, op_name, written_arguments
+from lora_fx.graph.ops import call_argument, draws, module_path, op_name
 from lora_fx.graph.retracing import source_of
 from lora_fx.graph.train_eval import EVAL_FLAGS, flags
 
@@ -31,9 +31,9 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
     """
     source = source_of(gm)
     reasons = [source.unsteady_in(False)] if source is not None else []
-    needed = _needed(gm.graph)
-    reasons += [f"{place} draws random numbers in eval mode" for place in _random(needed)]
-    remembered = sorted(_remembered(gm, needed))
+    read = needed(gm.graph)
+    reasons += [f"{place} draws random numbers in eval mode" for place in _random(read)]
+    remembered = sorted(_remembered(gm, read))
     if remembered:
         reasons.append(
             f"a call changes {shorten(remembered)}, and the next call reads what it left there"
@@ -46,52 +46,21 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
         )
 
 
-def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the calls that write to its memory."""
-    writes: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for target in written_arguments(node):
-            for root in _memory(target):
-                writes.setdefault(root, []).append(node)
-    return writes
-
-
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that an output depends on, by what they return or by what they write."""
-    writes = _writes(graph)
-    needed: set[fx.Node] = set()
-    pending = [graph.output_node()]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [*node.all_input_nodes, *writes.get(node, [])]
-    return needed
-
-
-def _memory(node: fx.Node) -> list[fx.Node]:
-    """A node and what it may be a view of."""
-    chain = [node]
-    while chain[-1].op != "get_attr" and chain[-1].all_input_nodes:
-        chain.append(chain[-1].all_input_nodes[0])
-    return chain
-
-
-def _remembered(gm: fx.GraphModule, needed: set[fx.Node]) -> Iterator[str]:
+def _remembered(gm: fx.GraphModule, read: set[fx.Node]) -> Iterator[str]:
     """Stored tensors that are written to, and read before anything overwrites them whole."""
     fetched = gm.graph.find_nodes(op="get_attr")
     values = {node: get_unevaluated(gm, str(node.target)) for node in fetched}
     dirty = {id(values[node]) for node in written(gm.graph) if node.op == "get_attr"}
-    writes = _writes(gm.graph)
+    calls = writes(gm.graph)
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     for tensor in dirty:
         names = [node for node in fetched if id(values[node]) == tensor]
         users = {user for node in names for user in node.users if not _takes_shape(user, node)}
         first = min(users, key=order.__getitem__)
         overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
-        writers = {op_name(write) for node in names for write in writes.get(node, [])}
+        writers = {op_name(write) for node in names for write in calls.get(node, [])}
         steady = overwritten or (bool(writers) and writers <= _SAME_AGAIN)
-        if not steady and any(node in needed for node in names):
+        if not steady and any(node in read for node in names):
             yield str(names[0].target)
 
 
@@ -99,8 +68,8 @@ def _takes_shape(user: fx.Node, node: fx.Node) -> bool:
     return op_name(user) in _SHAPED_LIKE and user.args[0] is node and node not in user.args[1:]
 
 
-def _random(needed: set[fx.Node]) -> Iterator[str]:
-    for node in needed:
+def _random(read: set[fx.Node]) -> Iterator[str]:
+    for node in read:
         if node.op in ("call_function", "call_method") and _draws(node):
             yield f"{module_path(node) or 'the model itself'} ({op_name(node)})"
 

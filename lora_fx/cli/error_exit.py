@@ -42,7 +42,7 @@ def report(error: BaseException, options: Collection[str] = (), every: Collectio
         _give_up_stdout()
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    told = f"error: {in_options(_message(error), options, every)}"
+    told = f"error: {_message(error, options, every)}"
     print(fitted(told, sys.stderr), file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -61,17 +61,17 @@ _STEPS: dict[type[LoraFxError], str] = {
 }
 
 
-def _told(error: LoraFxError) -> str:
-    text = str(error)
+def _told(error: LoraFxError, options: Collection[str], every: Collection[str]) -> str:
+    text = in_options(str(error), options, every)  # a step that is none here is no step
     if says_what_to_do(text) or _RIGHT.search(text):
         return text
     step = next(step for kind, step in _STEPS.items() if isinstance(error, kind))
     return f"{text}; {step}"
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, options: Collection[str], every: Collection[str]) -> str:
     if isinstance(error, LoraFxError):
-        return _told(error)
+        return _told(error, options, every)
     if is_out_of_memory(error):
         return "MemoryError: there is not enough memory: free some, or take a smaller model"
     if isinstance(error, KeyboardInterrupt):

@@ -11,16 +11,18 @@ from typing import Any
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.describe import describe_update
 from lora_fx.cli.adapter_options import AdapterOptions
+from lora_fx.cli.commands import REPORT
 from lora_fx.errors import LoraFxError, within
+from lora_fx.formats.peft import CONFIG
 from lora_fx.io.adapter_files import is_slot_tensors
-from lora_fx.io.plain_file import check_path, check_plain
+from lora_fx.io.plain_file import check_path, check_plain, models_in
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
 _CHUNK = 1 << 20
 
 
 def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
-    """Describes an adapter, a ``.onnx`` file or a ``.onnx_adapter`` file.
+    """Describes an adapter, a ``.onnx`` file, that of an export, or a ``.onnx_adapter`` file.
 
     Args:
         path: of an adapter's directory, or of a file.
@@ -34,6 +36,7 @@ def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
     """
     if not check_path(path, LoraFxError).exists():
         raise LoraFxError(f"{path}: no such file or directory: give an adapter or an .onnx")
+    path = exported(path)
     if path.suffix == ".onnx":
         return _model(path)
     if path.suffix == ".onnx_adapter" or is_slot_tensors(path):
@@ -44,6 +47,20 @@ def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
         f"{path}: expected an adapter (a directory, a {SAFETENSORS} file or a pickle), a .onnx or "
         "a .onnx_adapter file"
     )
+
+
+def exported(path: Path) -> Path:
+    """The only model file of a directory that export wrote; any other path as it is.
+
+    Raises:
+        LoraFxError: there are several; names them.
+    """
+    if (path / CONFIG).is_file() or not ((path / REPORT).is_file() or any(path.glob("*.onnx"))):
+        return path
+    found = models_in(path)
+    if len(found) != 1:
+        check_plain(path, LoraFxError)
+    return found[0]
 
 
 def _adapter(path: Path, adapter: Adapter) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _found(
         )
     if path.suffix == ".pt2":
         return _from_program(path, dtype)
-    if ":" in spec:
+    if spec.rpartition(":")[0]:
         return _cast(_from_function(spec), dtype)
     found = "is a file of another kind" if path.exists() else "no such directory or file"
     raise LoraFxError(f"{spec}: {found}; {_FORMS}")
@@ -164,8 +164,19 @@ def _from_function(spec: str) -> ModelSource:
     place, _, name = spec.rpartition(":")
     if place.endswith(".py") and not Path(place).is_file():
         raise LoraFxError(f"{place}: no such file; {_FORMS}")
-    with users_code(f"{spec}: {place} cannot be imported"):
-        module = load_module(place)
+    try:
+        with users_code(f"{spec}: {place} cannot be imported"):
+            module = load_module(place)
+    except LoraFxError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ModuleNotFoundError):
+            raise
+        if cause.name != place.partition(".")[0]:
+            raise LoraFxError(f"{error}: install {cause.name} for this Python") from cause
+        raise LoraFxError(
+            f"{error}: give the path of its file, {place}.py:{name}, start where that is, or "
+            "install it"
+        ) from cause
     with users_code(spec):
         function = getattr(module, name, None)
     if function is None:

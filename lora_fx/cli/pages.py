@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.commands import REPORT
+from lora_fx.cli.inspect import exported
 from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError, LoraFxError, within
 from lora_fx.io.plain_file import check_path
@@ -79,6 +80,7 @@ def compared(first: Path, second: Path, given: AdapterOptions) -> Differences:
     for path in (first, second):
         if not check_path(path, LoraFxError).exists():
             raise LoraFxError(f"{path}: no such file or directory: give an adapter or an .onnx")
+    first, second = exported(first), exported(second)
     if is_model(first) or is_model(second):
         return diff(first, second)
     base = given.model()

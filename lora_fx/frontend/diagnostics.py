@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.errors import TraceError, shorten
 
@@ -115,18 +116,23 @@ def _is_packed(module: nn.Module) -> bool:
     )
 
 
-def refuse_wrapped(program: torch.export.ExportedProgram) -> None:
+def refuse_wrapped(model: nn.Module | torch.export.ExportedProgram) -> None:
     """Refuses weights that are no plain tensors, but made of several: torchao's in a few bits.
 
     Raises:
         TraceError: names the weights.
     """
-    nodes = program.graph.find_nodes(op="call_function", target=_INNER)
-    inputs = dict.fromkeys(str(node.args[0]) for node in nodes)
-    names = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
-    if inputs:
+    if isinstance(model, nn.Module):
+        held = chain(model.named_parameters(), model.named_buffers())
+        found = [name for name, tensor in held if is_traceable_wrapper_subclass(tensor)]
+    else:
+        nodes = model.graph.find_nodes(op="call_function", target=_INNER)
+        inputs = dict.fromkeys(str(node.args[0]) for node in nodes)
+        names = model.graph_signature.inputs_to_parameters | model.graph_signature.inputs_to_buffers
+        found = [names.get(name, name) for name in inputs]
+    if found:
         raise TraceError(
-            f"{shorten([names.get(name, name) for name in inputs])}: made of several tensors, and "
+            f"{shorten(found)}: made of several tensors, and "
             f"no matrix that a graph multiplies with. {_PLAIN.capitalize()}, or put in the numbers "
             "that it stands for: module.weight = torch.nn.Parameter(module.weight.dequantize())"
         )

@@ -94,15 +94,30 @@ def shapes_by_argument(
 
     An argument that a dictionary does not name has the sizes of its example.
     """
+    if shapes is None or callable(getattr(shapes, "dynamic_shapes", None)):  # torch.export's own
+        return shapes
     given = _given_to(model, args, kwargs)
     spread = _spread(model, given)
     if isinstance(shapes, tuple | list):
         starred = {parameter.name for parameter in _declared_by(model) if _star(parameter)}
         fitting = (each for each in (given, spread) if len(each) == len(shapes))
-        heads = next((h for h in fitting if not _are_of_one(h, shapes, starred)), ())
+        heads = next((h for h in fitting if not _are_of_one(h, shapes, starred)), None)
+        if heads is None and given:
+            raise TraceError(
+                f"dynamic_shapes says the axes of {len(shapes)} inputs, and the example gives "
+                f"{len(given)}, {shorten(list(given))}: give as many, or a dictionary by name"
+            )
         shapes = dict(zip(heads, shapes, strict=True)) if heads else shapes
-    if not isinstance(shapes, dict):
+    if not isinstance(shapes, Mapping):
+        if given or not isinstance(shapes, tuple | list):
+            raise _no_axes("dynamic_shapes is", shapes, next(iter(given), "x"))
         return shapes
+    unknown = [name for name in shapes if name not in {*given, *spread}]
+    if given and unknown:
+        raise TraceError(
+            f"dynamic_shapes: the example has no input {shorten([*map(repr, unknown)])}: name one "
+            f"of those that there are: {shorten(list(given))}"
+        )
     every = dict.fromkeys(spread) | _spread(model, shapes)
     for name, value in spread.items():
         _refuse_axes(name, value, every[name])
@@ -116,9 +131,25 @@ def _are_of_one(names: Collection[str], shapes: Sequence[Any], starred: Collecti
     return any(isinstance(axis, int) for shape in own for axis in shape)
 
 
+def _no_axes(said: str, found: object, name: str) -> TraceError:
+    return TraceError(
+        f"{said} {found!r:.80}: give the axes that may change by their place in each input, each "
+        f'with a name: dynamic_shapes={{"{name}": {{0: "batch"}}}}'
+    )
+
+
 def _refuse_axes(name: str, value: Any, axes: Any) -> None:
     """torch.export lets an axis that a tensor has not stand, and leaves none open for it."""
-    if isinstance(value, torch.Tensor) and isinstance(axes, Mapping):
+    if isinstance(value, torch.Tensor) and axes is not None:
+        if not isinstance(axes, Mapping | list | tuple):
+            raise _no_axes(f"dynamic_shapes: {name} is said to be", axes, name)
+        if not isinstance(axes, Mapping):
+            if len(axes) != value.dim():
+                raise TraceError(
+                    f"dynamic_shapes: {name} has {value.dim()} axes, and {len(axes)} are said: "
+                    'give each, None where it is fixed, or those that are free, {0: "batch"}'
+                )
+            axes = dict(enumerate(axes))
         unknown = [axis for axis in axes if axis not in range(value.dim())]
         if unknown:
             there = ", ".join(map(str, range(value.dim()))) or "none"
@@ -126,6 +157,13 @@ def _refuse_axes(name: str, value: Any, axes: Any) -> None:
                 f"dynamic_shapes: {name} has no axis {shorten(list(map(repr, unknown)))}: name one "
                 f"of those that there are: {there}"
             )
+        for axis, free in axes.items():
+            is_other = type(free) is int and free != value.shape[axis]
+            if isinstance(free, bool | float) or free == "" or is_other:
+                raise TraceError(
+                    f"dynamic_shapes: axis {axis} of {name} is said to be {free!r}, and it is of "
+                    f"size {value.shape[axis]}: give a name, such as 'batch', or leave it out"
+                )
     elif isinstance(value, list | tuple) and isinstance(axes, list | tuple):
         for place, (each, of_it) in enumerate(zip(value, axes, strict=False)):
             _refuse_axes(f"{name}[{place}]", each, of_it)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,12 @@ class LayerTracer(fx.Tracer):
         """Keeps torch.nn's modules whole, except those with a layer's weights."""
         opened = (*_NORMS, *(cls for layer in TYPES.values() for cls in layer.classes))
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, opened)
+
+    def create_arg(self, a: Any) -> Any:
+        """Keeps an OrderedDict one, as torch.fx does a named tuple: it takes it for a dict."""
+        if type(a) is not OrderedDict:
+            return super().create_arg(a)
+        return self.create_node("call_function", OrderedDict, (super().create_arg(dict(a)),), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Gives values that record what is written into them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -77,12 +78,25 @@ def export_program(
 
 @contextmanager
 def _without_partial_graphs() -> Iterator[None]:
-    """Where torch.export fails, it prints all that it had of the graph, before our message."""
+    """Where torch.export fails, it prints all that it had of the graph, before our message.
+
+    And it logs warnings and the traceback; what TORCH_LOGS asks for is below these.
+    """
+    every = [*logging.root.manager.loggerDict.values()]
+    own = [o for o in every if isinstance(o, logging.Logger) and o.name.startswith("torch.")]
+
+    def asked_for(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
     vars(_trace)["print"] = lambda *_, **__: None
+    for logger in own:
+        logger.addFilter(asked_for)
     try:
         yield
     finally:
         del vars(_trace)["print"]
+        for logger in own:
+            logger.removeFilter(asked_for)
 
 
 def graph_of(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:

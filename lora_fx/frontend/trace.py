@@ -19,6 +19,7 @@ from lora_fx.frontend.diagnostics import (
     refuse_inputs,
     refuse_scripted,
     refuse_uninitialised,
+    refuse_wrapped,
 )
 from lora_fx.frontend.isolated_run import preserved, random_kept
 from lora_fx.frontend.leaked_fakes import clear_caches
@@ -90,6 +91,7 @@ def trace(
     model = bare(model)
     refuse_scripted(model)
     refuse_uninitialised(model)
+    refuse_wrapped(model)
     kwargs = _in_signature_order(model, kwargs)
     names = _output_embedding(model), _aliases(model)
     model_then = TracedModule(model) if isinstance(model, nn.Module) else None

@@ -164,3 +164,34 @@ class Written:
 def written(graph: fx.Graph) -> set[fx.Node]:
     """Every node whose memory, or memory it may share, is written to by a call of the graph."""
     return Written(graph).nodes
+
+
+def writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the calls that write to its memory."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in written_arguments(node):
+            for root in _memory(target):
+                found.setdefault(root, []).append(node)
+    return found
+
+
+def needed(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes that an output depends on, by what they return or by what they write."""
+    calls = writes(graph)
+    found: set[fx.Node] = set()
+    pending = [graph.output_node()]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [*node.all_input_nodes, *calls.get(node, [])]
+    return found
+
+
+def _memory(node: fx.Node) -> list[fx.Node]:
+    """A node and what it may be a view of."""
+    chain = [node]
+    while chain[-1].op != "get_attr" and chain[-1].all_input_nodes:
+        chain.append(chain[-1].all_input_nodes[0])
+    return chain

@@ -72,6 +72,9 @@ class Pass:
 AnyPass = Callable[[fx.GraphModule], PassResult]
 
 
+_GIVE = "give passes, such as lora_fx.passes.FoldLora()"
+
+
 class Pipeline:
     """Runs passes in order; it is a pass itself.
 
@@ -82,16 +85,25 @@ class Pipeline:
     @takes(PassError)
     def __init__(self, passes: Iterable[AnyPass]) -> None:
         self.passes = tuple(passes)
+        for step in self.passes:
+            if not callable(step):
+                raise PassError(f"Pipeline: {step!r:.80} is no pass: {_GIVE}")
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Applies every pass to the result of the one before.
 
         Returns:
             The last graph, whether any pass modified it, and all edits in order.
+
+        Raises:
+            PassError: one of them gives no PassResult, or what it refuses itself.
         """
         result = PassResult(gm, False)
         for step in self.passes:
             after = step(result.graph_module)
+            if not isinstance(after, PassResult):
+                found = type(after).__name__
+                raise PassError(f"Pipeline: {step!r:.80} gave a {found}, no PassResult: {_GIVE}")
             edits = (*result.edits, *after.edits)
             result = PassResult(after.graph_module, result.modified or after.modified, edits)
         return result

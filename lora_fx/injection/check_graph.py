@@ -261,7 +261,10 @@ def _uncalled(gm: fx.GraphModule, idle: list[str]) -> str:
             f" {shorten([*read])} is read by calls of other modules, which compute with it before "
             "anything is multiplied: adapt the parameter by its name (PEFT's target_parameters)."
         )
-    return f" The model has {shorten(idle)}, but calls nothing of it here: it changes nothing."
+    return (
+        f" The model has {shorten(idle)}, but calls nothing of it here: it changes nothing. Trace "
+        "the model with the inputs, or for the task, that it is used for."
+    )
 
 
 def _reached(gm: fx.GraphModule, unknown: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.errors import AdapterError, LoraFxError, shorten
 
 # Below, holes cost nothing to read. Above, weights are stored to an eighth at the very least, also
 # where a filesystem keeps zeros as holes.
@@ -56,7 +56,7 @@ def check_plain(
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            models = ", ".join(sorted(str(file) for file in path.glob("*.onnx")))
+            models = shorten([str(file) for file in models_in(path)])
             known = f": give one of its own, {models}" if models else ""
             raise error(f"{path}: cannot be read: Is a directory, expected a file{known}")
         if not stat.S_ISREG(status.st_mode):
@@ -81,6 +81,11 @@ def check_plain(
     except ValueError as problem:  # a NUL in the name
         raise error(f"{str(path)!r}: cannot be read: {problem}") from problem
     return status.st_size
+
+
+def models_in(directory: Path) -> list[Path]:
+    """The ONNX files of a directory: its own, or those one level below, as of a pipeline."""
+    return sorted([*directory.glob("*.onnx")] or directory.glob("*/*.onnx"))
 
 
 def read_plain(path: Path, most: int, error: type[LoraFxError] = AdapterError) -> bytes:

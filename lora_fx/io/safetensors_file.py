@@ -92,7 +92,26 @@ def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     """The entries of the tensors and the metadata of a header that was found good."""
     size = check_plain(path)
     with within(path):
+        if path.suffix != ".safetensors" and not starts_as_one(path):
+            raise AdapterError(
+                f"{size} bytes that hold no tensors, so it is no adapter: give the directory that "
+                "PEFT saved, or a .safetensors, .bin, .pt, .pth, .ckpt or .onnx_adapter file"
+            )
         return _parsed(*_read_header(path, size))
+
+
+def starts_as_one(path: Path) -> bool:
+    """Whether a file begins as one of safetensors, whatever it is called."""
+    start = _start(path, 9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
+
+
+def _start(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise AdapterError(f"cannot be read: {error.strerror}") from error
 
 
 def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object], dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_fx.choices import takes
 from lora_fx.errors import ExportError
 from lora_fx.io.atomic import data_path, refuse_existing, staged
+from lora_fx.io.plain_file import check_path
 from lora_fx.report.summary import sections, verdict
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def page_beside(path: str | Path, model: Path, *, force: bool) -> Path:
     Raises:
         ExportError: it would take the place of the model, or cannot be written there.
     """
-    place = Path(path)
+    place = check_path(Path(path), ExportError)
     if os.path.realpath(place) in map(os.path.realpath, (model, data_path(model))):
         raise ExportError(f"{place}: is the model's file: give the report another, such as .html")
     refuse_existing(place, force=force)

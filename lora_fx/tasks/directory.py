@@ -23,6 +23,7 @@ from lora_fx.tasks.plain_weights import (
     plain_weights,
     quantised_by,
     refuse_bytes,
+    refuse_packed,
     told_of,
 )
 from lora_fx.tasks.table import Task, task_of, task_of_adapters
@@ -137,6 +138,9 @@ def _load(
             variant=variant_of(place),
             **_HERE,
         )
+        if method not in (None, OURS):
+            with within(path), torch.device("meta"):
+                refuse_packed(model, kind(config))
     refuse_bytes(path, model, told["unexpected_keys"])
     if told["unexpected_keys"]:
         warnings.warn(

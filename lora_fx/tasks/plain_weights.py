@@ -56,6 +56,26 @@ def told_of(method: str | None) -> Iterator[None]:
         raise LoraFxError(f"{error}\nIts weights are quantised by {method}; {_PLAIN}") from error
 
 
+def refuse_packed(model: nn.Module, plain: nn.Module) -> None:
+    """Refuses a model whose weights are still as they were quantised.
+
+    Args:
+        model: that was loaded.
+        plain: one of its class and config, on the meta device.
+
+    Raises:
+        LoraFxError: names the weights.
+    """
+    wanted = {name: tensor.shape for name, tensor in plain.named_parameters()}
+    numbers = {name: t.shape for name, t in model.state_dict().items() if t.is_floating_point()}
+    packed = [name for name, shape in wanted.items() if numbers.get(name) != shape]
+    if packed:
+        raise LoraFxError(
+            f"{shorten(packed, 3)}: packed for kernels of their own, expected matrices of "
+            "numbers, which an adapter could change"
+        )
+
+
 def refuse_bytes(directory: Path, model: nn.Module, left: Iterable[str]) -> None:
     """Refuses weights that were loaded without what says which numbers their bytes stand for.
 

@@ -60,6 +60,13 @@ def test_a_message_without_a_step_gets_one(
         assert capsys.readouterr().err == f"error: {text}\n"
 
 
+def test_a_step_that_a_command_has_not_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    report(AdapterError("a matches nothing. Pass strict=False to leave it out"))
+    shown = capsys.readouterr().err
+    assert "strict" not in shown
+    assert shown.startswith("error: a matches nothing; use the adapter as it was saved")
+
+
 def raised(room: str) -> Iterator[tuple[str, str]]:
     """Each message that a room raises itself, names in capitals as the texts that they hold."""
     for file in sorted((Path(lora_fx.__file__).parent / room).rglob("*.py")):

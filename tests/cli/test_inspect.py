@@ -15,7 +15,9 @@ from torch import nn
 import lora_fx
 from lora_fx import Adapter
 from lora_fx.cli.adapter_options import AdapterOptions
+from lora_fx.cli.commands import REPORT
 from lora_fx.cli.inspect import as_text, describe
+from lora_fx.cli.pages import compared
 from lora_fx.errors import LoraFxError
 from lora_fx.testing import make_adapter
 
@@ -112,11 +114,11 @@ def test_hints_that_are_missing_are_asked_for(tmp_path: Path, french: Adapter) -
 
 
 def test_a_swappable_model_and_its_adapter_share_a_version(tmp_path: Path, french: Adapter) -> None:
-    from lora_fx.export import export_adapter, to_onnx
+    from lora_fx.export import export_adapter
 
     model, file = tmp_path / "model.onnx", tmp_path / "french.onnx_adapter"
     gm = lora_fx.trace(nn.Sequential(nn.Linear(3, 5)).eval(), (torch.randn(4, 7, 3),))
-    to_onnx(gm, model, adapters="input", slots=["0"])
+    lora_fx.to_onnx(gm, model, adapters="input", slots=["0"])
     export_adapter(french, model, file)
     report = describe(model)
     assert report["kind"] == "model"
@@ -138,6 +140,27 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(LoraFxError, match=r"notes\.txt: expected an adapter \(a directory, a"):
         describe(tmp_path / "notes.txt")
+
+
+def test_the_directory_of_an_export_is_its_model(tmp_path: Path) -> None:
+    gm = lora_fx.trace(nn.Sequential(nn.Linear(3, 5)).eval(), (torch.randn(2, 3),))
+    out = tmp_path / "out"
+    out.mkdir()
+    lora_fx.to_onnx(gm, out / "model.onnx")
+    assert describe(out) == describe(out / "model.onnx")
+    assert str(compared(out, out, AdapterOptions())).count("model.onnx")
+    with pytest.raises(
+        LoraFxError, match=r"adapter_config\.json: no such file.*: give an adapter's"
+    ):
+        describe(tmp_path)
+    (tmp_path / REPORT).write_text("{}")  # a pipeline's models are one level below
+    assert describe(tmp_path) == describe(out / "model.onnx")
+    lora_fx.to_onnx(gm, out / "other.onnx")
+    for place in (out, tmp_path):
+        with pytest.raises(
+            LoraFxError, match=r"expected a file: give one of its own, .*model\.onnx, "
+        ):
+            describe(place)
 
 
 def test_text_has_one_line_a_value() -> None:

@@ -107,6 +107,8 @@ def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
 def test_other_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="nowhere: no such directory or file; expected a Hugging"):
         find_model(str(tmp_path / "nowhere"))
+    with pytest.raises(LoraFxError, match=r"^:make: no such directory or file; expected a Hugging"):
+        find_model(":make")
     (tmp_path / "mine.py").write_text("")
     with pytest.raises(LoraFxError, match=r"mine\.py: is a file of another kind; expected a Hugg"):
         find_model(str(tmp_path / "mine.py"))
@@ -115,6 +117,16 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(LoraFxError, match="this is an adapter"):
         find_model(str(tmp_path))
+
+
+def test_a_module_that_is_not_found_is_told_with_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(
+        LoraFxError, match=r"cannot be imported: .*: give .* no_such\.py:make, start"
+    ):
+        find_model("no_such:make")
+    (tmp_path / "wanting.py").write_text("import no_such_package")
+    with pytest.raises(LoraFxError, match=r": install no_such_package for this Python$"):
+        find_model(f"{tmp_path / 'wanting.py'}:make")
 
 
 def test_a_directory_gives_the_architecture_that_it_names(tmp_path: Path) -> None:

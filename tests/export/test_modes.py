@@ -9,7 +9,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from lora_fx import Adapter, Update, compare
+from lora_fx import Adapter, Update, compare, fold, inject, trace
+from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.export.modes import Constant, Swappable
 from lora_fx.export.program.example_inputs import example_inputs
@@ -99,3 +100,32 @@ def test_slots_of_many_rows_make_their_weight_and_take_any_rank(tmp_path: Path) 
     expected = InjectLora(adapter)(gm).graph_module(x)
     assert compare(torch.from_numpy(found), expected).relative <= 1e-5
     assert compare(torch.from_numpy(found), gm(x)).relative > 1e-2
+
+
+class Recording(nn.Module):
+    """Keeps in a buffer what one of its layers gives, which no output reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.seen = nn.Linear(6, 5), nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.copy_(self.seen(x).detach().mean(0))
+        return self.fc(x)
+
+
+def test_a_layer_that_a_buffer_alone_reads_is_none_of_a_file(tmp_path: Path) -> None:
+    gm = trace(Recording().eval(), (torch.randn(3, 6),), dynamic_shapes=({0: "batch"},))
+    both = inject(gm, make_adapter({"fc": (5, 6), "seen": (3, 6)}))
+    place = tmp_path / "model.onnx"
+    for graph in (both, fold(both)):
+        report = to_onnx(graph, place, force=True)
+        assert report.verified
+        x = torch.randn(4, 6)
+        [found] = Session(place).run({"x": x}).values()
+        assert compare(found, both(x)).ok
+        assert not compare(found, gm(x)).ok, "the control"
+    assert to_onnx(gm, place, adapters="input", slots="all-linear", force=True).slots == ["fc"]
+    with pytest.raises(ExportError, match=r"no output .* depends on seen, .*: leave it out"):
+        to_onnx(both, place, adapters="input", force=True)

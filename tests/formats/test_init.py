@@ -122,10 +122,18 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
         load_adapter(tmp_path / "gone")
 
 
+def test_a_file_of_text_is_said_to_be_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# French\nAn adapter.")
+    with pytest.raises(
+        AdapterError, match=r"README\.md: .* no adapter: give the directory that PEFT"
+    ):
+        load_adapter(tmp_path / "README.md")
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.txt", "french"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(AdapterError, match=f"{name}: 0 bytes, expected a safetensors file"):
+    with pytest.raises(AdapterError, match=f"{name}: 0 bytes(, expected| that hold no)"):
         load_adapter(tmp_path / name)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -248,6 +249,8 @@ def test_a_weight_of_several_tensors_is_named() -> None:
     for quantised, given in ((model, (x,)), (program, ())):
         with pytest.raises(TraceError, match=said):
             lora_fx.trace(quantised, given)
+    with pytest.raises(TraceError, match=said):
+        lora_fx.trace(model, frontend="symbolic")
     layer.weight = nn.Parameter(layer.weight.dequantize())  # as is advised
     assert torch.equal(lora_fx.trace(model, (x,))(x), expected)
 
@@ -301,3 +304,19 @@ def test_a_graph_that_holds_the_sizes_of_its_trace_says_so() -> None:
     gm = lora_fx.trace(Computes(lambda self, x: x.reshape(len(x), -1)), (x,))
     with pytest.raises(TraceError, match=r"give dynamic_shapes to lora_fx\.trace, of the model"):
         lora_fx.trace(gm, (x,), dynamic_shapes=({0: "batch"},))
+
+
+def test_torch_logs_nothing_beside_the_refusal() -> None:
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(listener)
+    try:
+        with pytest.raises(TraceError, match="must have same reduction dim"):
+            lora_fx.trace(nn.Sequential(nn.Linear(6, 5)), (torch.randn(3, 7),))
+        assert heard == []
+        logger.error("afterwards")
+    finally:
+        logger.removeHandler(listener)
+    assert heard == ["afterwards"]

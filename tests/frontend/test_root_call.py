@@ -80,3 +80,38 @@ def test_a_star_that_takes_one_argument_has_its_axes(shapes: Any) -> None:
 def test_what_a_model_does_not_take_is_refused_by_name() -> None:
     with pytest.raises(TraceError, match="Linear does not take these inputs: too many positional"):
         trace(nn.Linear(3, 5), (torch.randn(2, 3), torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        (
+            "batch",
+            r"^dynamic_shapes is 'batch': give .* dynamic_shapes=\{\"x\": \{0: \"batch\"\}\}",
+        ),
+        (("batch", None), r"^dynamic_shapes: x is said to be 'batch': give the axes"),
+        ({"x": "batch"}, r"^dynamic_shapes: x is said to be 'batch': give the axes"),
+        ({0: "batch"}, r"^dynamic_shapes: the example has no input 0: name one .*: x, y$"),
+        (({0: "batch"},), r"^dynamic_shapes says the axes of 1 inputs, .* gives 2, x, y: give as"),
+        ((("batch",), None), r"^dynamic_shapes: x has 2 axes, and 1 are said: give each"),
+        (
+            ({0: 5}, None),
+            r"^dynamic_shapes: axis 0 of x is said to be 5, and .* size 4: give a name",
+        ),
+        (({0: True}, None), r"^dynamic_shapes: axis 0 of x is said to be True"),
+        (({0: ""}, None), r"^dynamic_shapes: axis 0 of x is said to be ''"),
+    ],
+)
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_shapes_that_say_no_axes_are_refused_in_words(
+    shapes: object, says: str, frontend: Any
+) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    args = torch.randn(4, 3), torch.randn(3)
+    with pytest.raises(TraceError, match=says):
+        trace(Sum(), args, dynamic_shapes=shapes, frontend=frontend)
+    for taken in ({"x": {0: "batch"}}, (("batch", None), None), ({0: "batch", 1: 3}, None)):
+        trace(Sum(), args, dynamic_shapes=taken, frontend=frontend)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lora_fx import TraceError, trace
+from lora_fx import TraceError, fold, inject, trace
+from lora_fx.testing import make_adapter
 
 
 class Flags(nn.Module):
@@ -55,3 +58,23 @@ def test_a_failure_names_the_module(x: Any) -> None:
 
     with pytest.raises(TraceError, match="for row in x"):
         trace(nn.Sequential(Loops()))
+
+
+class Ordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: Any) -> Any:
+        y = self.fc(x)
+        return OrderedDict(y=y, more=[OrderedDict(twice=2 * y), {"x": x}])
+
+
+def test_an_ordered_dictionary_stays_one() -> None:
+    module, x = Ordered().eval(), torch.randn(4, 3)
+    gm = trace(module, (x,), frontend="symbolic")
+    folded = fold(inject(gm, make_adapter({"fc": (5, 3)})))
+    for graph, is_same in ((gm, True), (copy.deepcopy(gm), True), (folded, False)):
+        found = graph(x)
+        assert [type(one) for one in (found, *found["more"])] == [OrderedDict, OrderedDict, dict]
+        assert torch.equal(found["more"][0]["twice"], 2 * module(x)["y"]) is is_same

@@ -9,7 +9,7 @@ import torch
 from torch.fx.passes.infra.pass_base import PassResult as TorchResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from lora_fx import PassError, text, trace
+from lora_fx import PassError, fold, text, trace
 from lora_fx.graph.editor import Edit, Editor
 from lora_fx.graph.ops import aten
 from lora_fx.graph.pass_base import Pass, PassResult
@@ -111,3 +111,9 @@ def test_a_pipeline_nests_and_shows_its_passes(ragged: Any, x: Any) -> None:
     outer = Pipeline([InjectLora(make_adapter(SHAPES)), inner])
     assert repr(inner) == "Pipeline([FoldLora(chains=False), UnfoldLora()])"
     assert [edit.action for edit in outer(trace(ragged)).edits] == ["inject", "fold", "unfold"]
+
+
+@pytest.mark.parametrize("step", [FoldLora, fold, None, "fold"])
+def test_what_is_no_pass_is_refused_with_one(ragged: Any, step: Any) -> None:
+    with pytest.raises(PassError, match=r"^Pipeline: .*: give passes, such as lora_fx\.passes\."):
+        Pipeline([step, FoldLora()])(trace(ragged))

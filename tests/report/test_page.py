@@ -170,6 +170,12 @@ def test_a_page_cannot_take_the_place_of_the_model(name: str, tmp_path: Path) ->
         small(tmp_path, report=tmp_path / "x" / ".." / name)
 
 
+def test_a_page_needs_a_path_that_a_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="cannot be the path of a file"):
+        small(tmp_path, report=tmp_path / "a\0b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_page_where_none_can_be_leaves_no_model(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="directory does not exist"):
         small(tmp_path, report=tmp_path / "nowhere" / "page.html")

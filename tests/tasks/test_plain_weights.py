@@ -163,6 +163,25 @@ def test_a_directory_that_something_else_quantised_says_what_to_do(tmp_path: Pat
         load(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of transformers' own code
+def test_a_model_that_stays_packed_is_refused_by_what_quantised_it(tmp_path: Path) -> None:
+    """BitNet's four numbers a byte are read by transformers itself, into layers of its own."""
+    model, file = tiny("LlamaForCausalLM", hidden_size=32), tmp_path / "model.safetensors"
+    model.config.quantization_config = {
+        "quant_method": "bitnet", "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    model.save_pretrained(tmp_path)
+    tensors = load_file(file)
+    layers = [name for name in tensors if name.endswith("_proj.weight")]
+    for name in layers:
+        tensors[name] = torch.zeros(len(tensors[name]) // 4, tensors[name].shape[1]).byte()
+        tensors[f"{name}_scale"] = torch.ones(1)
+    save_file(tensors, file, {"format": "pt"})
+    said = r"_proj\.weight, .* packed for kernels .*\nIts weights are quantised by bitnet; load"
+    with pytest.raises(LoraFxError, match=said):
+        load(tmp_path)
+
+
 def test_a_model_of_diffusers_in_few_bits_says_what_to_do(tmp_path: Path) -> None:
     unet = tiny_unet()
     unet.save_pretrained(tmp_path)

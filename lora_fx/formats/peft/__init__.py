@@ -148,7 +148,7 @@ def _existing(directory: Path, name: str) -> Path:
         told = f"as these in it do: {shorten(below)}; give one of them"
         if not below:  # a model's, an export's
             held = sorted(other.name for other in directory.glob("*"))
-            told = f"and this one has {shorten(held, 3) or 'nothing'}"
+            told = f"and this one has {shorten(held, 3) or 'nothing'}: give an adapter's"
         raise AdapterError(
             f"{path}: no such file; a PEFT adapter is a directory that holds it, {told}"
         )

@@ -37,6 +37,15 @@ def test_base_and_adapters_take_turns(exported: Any, tmp_path: Path) -> None:
         assert [f for f, values in expected.items() if agrees(found, values)] == [file]
 
 
+@pytest.mark.parametrize("threads", [-1, 10**9, 10**12])
+def test_a_number_of_threads_that_no_machine_has_is_refused(
+    exported_mlp: Any, threads: int
+) -> None:
+    with pytest.raises(ExportError, match=rf"^threads is {threads}: give a number from 1 to "):
+        Session(exported_mlp.path("input"), threads=threads)
+    assert Session(exported_mlp.path("input"), threads=0).slots, "the control: onnxruntime's own"
+
+
 def test_garbage_collection_does_not_drop_the_adapter(
     session: Session, exported_mlp: Any, tmp_path: Path
 ) -> None:
