@@ -17,7 +17,7 @@ from torch import fx
 from lora_fx.errors import VerificationError
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
-from lora_fx.export.onnx_model.tensors import to_numpy
+from lora_fx.export.onnx_model.tensors import add_constant, to_numpy
 from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import in_few_bits, weight_and_step
@@ -104,24 +104,19 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
     """The file that was quantised, with the numbers in place of its weights, times a factor."""
     model = parsed_file(source)
     layers = [layer for layer in layers_in(model) if layer.weight.name in packed]
+    tables: dict[ir.Value, ir.Value] = {}  # of weights shared with a head, which alone changes
     for layer in layers:
-        if layer.kind == "embedding":  # of a weight that it shares with a head, which alone changes
-            layer.node.replace_input_with(0, _own(model, layer.weight))
+        if layer.kind == "embedding":
+            own = layer.weight
+            if own not in tables:
+                assert own.const_value is not None
+                tables[own] = add_constant(model, f"{own.name}_table", own.const_value)
+            layer.node.replace_input_with(0, tables[own])
     for layer in layers:
         if layer.kind != "embedding":
             found = packed[str(layer.weight.name)]
             layer.weight.const_value = _tensor(layer.weight, found, not layer.turned, factor)
     return model
-
-
-def _own(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A constant with what another holds, one for all tables."""
-    name = f"{value.name}_table"
-    if name not in model.graph.initializers:
-        tensor, shape, kind = value.const_value, value.shape, value.type
-        copy = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
-        model.graph.register_initializer(copy)
-    return model.graph.initializers[name]
 
 
 def _scheme(layer: FileLayer) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.export.onnx_model.tensors import add_constant
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
 from lora_fx.export.rewriting.weight_reads import handed_on, input_at
 
@@ -66,14 +67,16 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """
     for node in nodes:
         if node.op_type in _OF_NODE:
-            weight = _constant(model, f"{node.outputs[0].name}_float", weight_and_step(node)[0])
+            name, values = f"{node.outputs[0].name}_float", weight_and_step(node)[0]
+            weight = add_constant(model, name, ir.tensor(values))
             node.replace_input_with(1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
             node.domain, node.op_type = "", "MatMul"
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
-            plain = _constant(model, f"{result.name}_float", _of_linear(before))
+            name, values = f"{result.name}_float", _of_linear(before)
+            plain = add_constant(model, name, ir.tensor(values))
             result.replace_all_uses_with(plain)
 
 
@@ -86,16 +89,6 @@ def _before(node: ir.Node) -> ir.Node | None:
             if whole is not None and whole.is_initializer():
                 return found
     return None
-
-
-def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(values, name=name))
-    value.shape, value.type = (
-        ir.Shape(values.shape),
-        ir.TensorType(ir.DataType.from_numpy(values.dtype)),
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def _of_bits(node: ir.Node) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError, Update, save_adapter
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import ExportError, VerificationError
-from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
+from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, quantize_onnx
 from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.rewriting import add_lora as room
 from lora_fx.export.verification.file_run import Run
@@ -601,6 +601,36 @@ def test_a_layer_in_a_branch_or_a_function_takes_the_adapter_too(how: str, tmp_p
     for found in (adapted, Session(tmp_path / "merged.onnx").run({"x": x})["y"]):
         assert compare(found, wanted).ok
         assert compare(found, wanted - x @ update.delta().T).relative > 1e-2
+
+
+def test_a_layer_in_few_bits_in_two_branches_takes_the_adapter_in_both(tmp_path: Path) -> None:
+    """As optimum merges a decoder with its first step: values of the branches bear one name."""
+    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32) / 4
+    h, adapter = onnx.helper, make_adapter({"fc": (16, 32)}, scale=0.3)
+    branches = {}
+    for branch, after in (("then_branch", "Tanh"), ("else_branch", "Sin")):
+        product = h.make_node("MatMul", ["x", "fc.weight"], ["h"], name="/fc/MatMul")
+        given = h.make_tensor_value_info("out", 1, None)
+        nodes = [product, h.make_node(after, ["h"], ["out"])]
+        branches[branch] = h.make_graph(nodes, branch, [], [given])
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 32), ("y", 16)))
+    which = h.make_tensor_value_info("which", onnx.TensorProto.BOOL, [])
+    choice = h.make_node("If", ["which"], ["y"], **branches)
+    held = [numpy_helper.from_array(weight, "fc.weight")]
+    graph = h.make_graph([choice], "g", [x, which], [y], held)
+    model = h.make_model(graph, opset_imports=own_opsets(), ir_version=10)
+    onnx.save(model, str(tmp_path / "plain.onnx"))
+    quantize_onnx(tmp_path / "plain.onnx", tmp_path / "base.onnx", layers=["fc"])
+    assert add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx").verified
+    export_adapter(adapter, tmp_path / "slots.onnx", tmp_path / "a.onnx_adapter")
+    slots, base = Session(tmp_path / "slots.onnx"), Session(tmp_path / "base.onnx")
+    fed = [{"x": torch.eye(32), "which": np.array(is_first)} for is_first in (True, False)]
+    numbers = torch.atanh(torch.from_numpy(base.run(fed[0])["y"]))  # that the bits stand for
+    update: Any = adapter.updates["fc"]
+    for given, after in zip(fed, (torch.tanh, torch.sin), strict=True):
+        found = slots.run(given, tmp_path / "a.onnx_adapter")["y"]
+        assert compare(found, after(numbers + update.delta().T)).ok
+        assert not compare(found, after(numbers + 0.9 * update.delta().T)).ok
 
 
 @pytest.mark.parametrize("how", ["fused", "packed with others"])
