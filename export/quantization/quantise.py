@@ -17,7 +17,7 @@ from lora_fx.export.quantization.choose_layers import Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer
-from lora_fx.export.rewriting.insert_slots import read_instead
+from lora_fx.export.rewriting.insert_slots import add_behind
 from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.slots.manifest import KEY, read_manifest
 from lora_fx.export.slots.slot import AnySlot
@@ -128,14 +128,8 @@ def _store(node: ir.Node, packed: Packed, inputs: Sequence[ir.Value]) -> None:
     node.resize_inputs(1 + len(inputs))
     for place, value in enumerate(inputs):
         node.replace_input_with(1 + place, value)
-    if bias is None:
-        return
-    y = node.outputs[0]
-    total = ir.node("Add", [y, bias], name=f"{node.name.removesuffix(packed.operator)}Add")
-    total.outputs[0].name, total.outputs[0].type = f"{y.name}_biased", y.type
-    assert node.graph is not None
-    node.graph.insert_after(node, [total])
-    read_instead(y, total)
+    if bias is not None:
+        add_behind(node, bias)
 
 
 def _digests(own: Array, numbers: Array) -> dict[str, str]:

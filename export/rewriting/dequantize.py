@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from lora_fx.export.onnx_model.tensors import add_constant
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.insert_slots import add_behind
 from lora_fx.export.rewriting.weight_reads import handed_on, input_at
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
+_ORDER, _BIAS = 4, 5  # inputs of MatMulNBits; with the first one, zero points are read or not
 # What four bits stand for, by MatMulBnb4's quant_type: bitsandbytes' fp4 and nf4, the quantiles of
 # a normal distribution. Source: QLoRA (Dettmers et al., 2023), appendix E, and bitsandbytes.
 _FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
@@ -36,8 +38,7 @@ def is_known(layer: FileLayer) -> bool:
     node = layer.node
     if node.op_type not in _OF_NODE:
         return not layer.quantised or _before(node) is not None
-    rest = [value for value in node.inputs[4:] if value is not None]
-    return not rest and node.attributes.get_int("bits", 4) in _BITS
+    return input_at(node, _ORDER) is None and node.attributes.get_int("bits", 4) in _BITS
 
 
 def in_few_bits(model: ir.Model) -> list[FileLayer]:
@@ -58,8 +59,8 @@ def weight_and_step(node: ir.Node) -> tuple[Array, Array]:
 def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """Gives layers their weights as plain numbers, in place.
 
-    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, MatMulBnb4 likewise, and
-    ``MatMul(x, DequantizeLinear(q, scale))  ->  MatMul(x, W)``.
+    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, behind which a bias is added,
+    MatMulBnb4 likewise, and ``MatMul(x, DequantizeLinear(q, scale))  ->  MatMul(x, W)``.
 
     Args:
         model: the model.
@@ -69,10 +70,13 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         if node.op_type in _OF_NODE:
             name, values = f"{node.outputs[0].name}_float", weight_and_step(node)[0]
             weight = add_constant(model, name, ir.tensor(values))
+            bias = input_at(node, _BIAS)
             node.replace_input_with(1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
             node.domain, node.op_type = "", "MatMul"
+            if bias is not None:
+                add_behind(node, bias)
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
             name, values = f"{result.name}_float", _of_linear(before)

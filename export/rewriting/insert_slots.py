@@ -77,6 +77,16 @@ def _products(call: FileLayer, down: ir.Value, up: ir.Value) -> tuple[ir.Node, i
     return shrink, ir.node("MatMul" if is_matrix else "Conv", [shrink.outputs[0], up])
 
 
+def add_behind(node: ir.Node, bias: ir.Value) -> None:
+    """Adds a bias to what a node gives, for all who read that."""
+    y = node.outputs[0]
+    total = ir.node("Add", [y, bias], name=f"{str(node.name).removesuffix(node.op_type)}Add")
+    total.outputs[0].name, total.outputs[0].type = f"{y.name}_biased", y.type
+    assert node.graph is not None
+    node.graph.insert_after(node, [total])
+    read_instead(y, total)
+
+
 def read_instead(y: ir.Value, total: ir.Node) -> None:
     """Lets the readers of a layer read the sum; an output of the graph keeps its name."""
     made, is_output, name = total.outputs[0], y.is_graph_output(), y.name

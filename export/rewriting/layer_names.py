@@ -32,6 +32,7 @@ _BIASES = {
     "BiasGelu": (1,),
     "FastGelu": (1,),
     "Gemm": (2,),
+    "MatMulNBits": (5,),
     "SkipLayerNormalization": (4,),
     "SkipSimplifiedLayerNormalization": (3,),
 }

@@ -399,6 +399,33 @@ def test_a_quantised_base_takes_adapters_in_float(
         export_adapter(Adapter("dora", {"0": dora}), tmp_path / "slots.onnx", tmp_path / "d")
 
 
+@pytest.mark.parametrize("beside", ["fc.bias", "fc.weight_g_idx"])
+def test_a_layer_in_few_bits_with_a_bias_or_an_order_of_its_own_takes_slots(
+    beside: str, tmp_path: Path
+) -> None:
+    """As onnxruntime's optimiser fuses it; as GPTQ orders rows, which is not told as numbers."""
+    numbers, h = np.random.default_rng(0), onnx.helper
+    held = {
+        "fc.weight_Q4": numbers.integers(0, 256, (16, 4, 8), np.uint8),
+        "fc.weight_scales": numbers.random((16, 4), np.float32) / 8,
+    }
+    has_bias = beside == "fc.bias"
+    held[beside] = numbers.random(16, np.float32) if has_bias else np.arange(64, dtype=np.int32) % 4
+    given = ["x", *list(held)[:2], "", *([""] if has_bias else []), beside]
+    sizes = {"K": 64, "N": 16, "bits": 4, "block_size": 16}
+    node = h.make_node("MatMulNBits", given, ["y"], "node", domain="com.microsoft", **sizes)
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 64), ("y", 16)))
+    stored = [numpy_helper.from_array(value, name) for name, value in held.items()]
+    graph = h.make_graph([node], "g", [x], [y], stored)
+    model = h.make_model(graph, opset_imports=own_opsets(), ir_version=10)
+    onnx.save(model, str(tmp_path / "base.onnx"))
+    adapter, rows = make_adapter({"fc": (16, 64)}, scale=0.2), torch.eye(64)
+    alone, adapted = with_adapter(tmp_path / "base.onnx", adapter, rows, tmp_path)
+    update: Any = adapter.updates["fc"]
+    assert compare(adapted, torch.from_numpy(alone) + update.delta().T).ok
+    assert not compare(adapted, torch.from_numpy(alone) + 0.9 * update.delta().T).ok
+
+
 def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
     unquantised: tuple[Any, torch.Tensor, Path], tmp_path: Path
 ) -> None:
