@@ -145,9 +145,9 @@ def _shared(layers: Sequence[FileLayer]) -> dict[str, tuple[set[str], str]]:
 
 
 def _holder(layer: FileLayer) -> str:
-    """Whose weight it is by its name, or else by torch.onnx's note, which turns a tied one."""
+    """Whose weight it is by its name, or else by who calls it: exporters turn a tied one."""
     name = str(layer.weight.name)
-    return _parameter_path(name) or _by_note(layer.node) or name
+    return _parameter_path(name) or _by_note(layer.node) or _scope(layer.node) or name
 
 
 def _may_be_one(one: FileLayer, other: FileLayer) -> bool:
