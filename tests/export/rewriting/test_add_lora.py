@@ -275,6 +275,23 @@ def test_names_are_given_where_a_file_has_none(tmp_path: Path) -> None:
         add_lora(out, tmp_path / "again.onnx")
 
 
+def test_a_weight_of_a_few_numbers_in_a_node_is_one(tmp_path: Path) -> None:
+    h, weight = onnx.helper, np.arange(6, dtype=np.float32).reshape(3, 2)
+    held = numpy_helper.from_array(weight, "fc.weight")
+    nodes = [
+        h.make_node("Constant", [], ["fc.weight"], value=held),
+        h.make_node("MatMul", ["x", "fc.weight"], ["y"]),
+    ]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 2)))
+    graph = h.make_graph(nodes, "g", [x], [y])
+    onnx.save(h.make_model(graph, opset_imports=own_opsets(), ir_version=10), tmp_path / "b.onnx")
+    adapter, rows = make_adapter({"fc": (2, 3)}, scale=0.3), torch.eye(3)
+    _, adapted = with_adapter(tmp_path / "b.onnx", adapter, rows, tmp_path)
+    update: Any = adapter.updates["fc"]
+    assert compare(adapted, torch.from_numpy(weight) + update.delta().T).ok
+    assert not compare(adapted, torch.from_numpy(weight) + 0.9 * update.delta().T).ok
+
+
 def test_a_table_whose_rows_are_counted_from_behind(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(7, 5)), torch.randint(0, 7, (2, 3))
