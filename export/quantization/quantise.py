@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from lora_fx.errors import ExportError, VerificationError, shorten
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.onnx_model.tensors import array_to_torch, digest_of
-from lora_fx.export.quantization.choose_layers import Chosen
+from lora_fx.export.quantization.choose_layers import A_HEAD, Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer
@@ -63,7 +63,8 @@ def quantise(
             _store(call.node, packed, inputs)
     if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
-        raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}")
+        asks = "; layers= asks for heads too" if A_HEAD in left.values() else ""
+        raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}{asks}")
     if manifest is not None:
         slots = tuple(_of_base(slot, digests) for slot in manifest.slots)
         model.metadata_props[KEY] = replace(manifest, slots=slots).to_json()

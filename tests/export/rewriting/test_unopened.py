@@ -92,6 +92,22 @@ def test_a_plain_file_has_nothing_to_name(tmp_path: Path) -> None:
     assert not add_lora(base, tmp_path / "slots.onnx").notes
 
 
+def test_a_file_without_layers_says_what_it_computes_with(tmp_path: Path) -> None:
+    """As skl2onnx and xgboost write what they trained: weights are attributes of its nodes."""
+    nodes = [helper.make_node("Tanh", ["x"], ["h"]), helper.make_node("Abs", ["h"], ["y"])]
+    base = saved(tmp_path / "base.onnx", nodes, {})
+    with pytest.raises(ExportError, match=r"there are none; it computes with Tanh, Abs: a layer"):
+        add_lora(base, tmp_path / "slots.onnx")
+
+
+def test_a_file_of_a_head_alone_is_told_how_that_is_quantised(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["x", "fc.weight"], ["y"])
+    base = saved(tmp_path / "base.onnx", [node], {"fc.weight": FIRST})
+    with pytest.raises(ExportError, match=r"quantised: fc: a head; layers= asks for heads too"):
+        quantize_onnx(base, tmp_path / "small.onnx")
+    assert quantize_onnx(base, tmp_path / "small.onnx", bits=8, layers=["fc"]).verified
+
+
 def test_a_layer_of_what_is_stored_takes_the_adapter_too(tmp_path: Path) -> None:
     """As a decoder projects its table of positions; folding left the product where it was."""
     table = SOURCE.standard_normal((6, 3)).astype(np.float32)
