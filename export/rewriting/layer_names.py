@@ -305,5 +305,5 @@ def check_one(path: str, calls: Sequence[FileLayer]) -> None:
         nodes = [str(call.node.name) for call in calls]
         raise ExportError(
             f"{path}: two layers of one name: nodes {shorten(nodes)}, weights {shorten(weights)}; "
-            "give a name to each: names={node: path}"
+            "give a name to each: names={node: path}; or choose others in slots="
         )
