@@ -30,7 +30,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.injection.injected_adapters import remember
 from lora_fx.layers.sites import sites
 
-_END = re.compile(r"_(Q\d+|Bnb4)$")
+_END = re.compile(r"_(Q\d+|Bnb4)(_\d+)?$")  # a number, where the file has another of the name
 Array = np.ndarray[Any, Any]
 
 

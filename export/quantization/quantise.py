@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, VerificationError, shorten
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
-from lora_fx.export.onnx_model.tensors import array_to_torch, digest_of
+from lora_fx.export.onnx_model.tensors import add_constant, array_to_torch, digest_of
 from lora_fx.export.quantization.choose_layers import A_HEAD, Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import weight_and_step
@@ -57,10 +57,13 @@ def quantise(
             continue
         errors[path] = error_of(path, own, numbers, step)
         digests |= _digests(own, numbers) if manifest is not None else {}
-        for value in inputs:
-            model.graph.register_initializer(value)
+        held = [
+            add_constant(model, str(value.name), value.const_value)
+            for value in inputs
+            if value.const_value is not None
+        ]
         for call in calls:
-            _store(call.node, packed, inputs)
+            _store(call.node, packed, held)
     if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
         asks = "; layers= asks for heads too" if A_HEAD in left.values() else ""

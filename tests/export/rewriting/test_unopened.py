@@ -108,6 +108,17 @@ def test_a_file_of_a_head_alone_is_told_how_that_is_quantised(tmp_path: Path) ->
     assert quantize_onnx(base, tmp_path / "small.onnx", bits=8, layers=["fc"]).verified
 
 
+@pytest.mark.parametrize("taken", ["fc.weight_scales", "fc.weight_Q8"])
+def test_a_file_may_have_a_name_that_a_weight_in_few_bits_would_get(
+    taken: str, tmp_path: Path
+) -> None:
+    nodes = [first(), helper.make_node("Mul", ["h", taken], ["y"])]
+    held = {"fc.weight": FIRST, taken: np.full(5, 2, np.float32)}
+    base = saved(tmp_path / "base.onnx", nodes, held)
+    assert quantize_onnx(base, tmp_path / "small.onnx", bits=8, layers=["fc"]).verified
+    assert add_lora(tmp_path / "small.onnx", tmp_path / "slots.onnx").slots == ["fc"]
+
+
 def test_a_layer_of_what_is_stored_takes_the_adapter_too(tmp_path: Path) -> None:
     """As a decoder projects its table of positions; folding left the product where it was."""
     table = SOURCE.standard_normal((6, 3)).astype(np.float32)
