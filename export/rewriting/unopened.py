@@ -43,8 +43,8 @@ def unopened(model: ir.Model, layers: Collection[ir.Node], linear: bool = False)
         if node.op_type in kinds and node not in layers and (weights := list(_weights(node)))
     ]
     if not found:
-        kinds = list(dict.fromkeys(node.op_type for node in model.graph.all_nodes()))
-        return "" if layers else f"it computes with {shorten(kinds) or 'nothing'}: {_A_LAYER}"
+        used = list(dict.fromkeys(node.op_type for node in model.graph.all_nodes()))
+        return "" if layers else f"it computes with {shorten(used) or 'nothing'}: {_A_LAYER}"
     return (
         f"no slot can stand beside {shorten(found)}: {_A_LAYER}: give the file as it was "
         "before it was quantised or fused, or export the model itself"
