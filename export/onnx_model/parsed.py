@@ -41,6 +41,7 @@ def parsed_file(path: Path) -> ir.Model:
                     model.graph.inputs.remove(value)
             model.ir_version = _ASIDE
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        _lift_small_weights(model)
         _named_once(model)
         if any(value.shape is None for value in model.graph.outputs):  # which onnx refuses
             common.ShapeInferencePass()(model)
@@ -59,6 +60,21 @@ def _check_read(model: ir.Model) -> None:
             f"reads {shorten(sorted(unmade))}, which no node, input or initializer gives; one that "
             "is stored sparse is not read: store it as a plain one"
         )
+
+
+def _lift_small_weights(model: ir.Model) -> None:
+    """Matrices of fewer numbers than the pass lifts, which leaves shapes where they are."""
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Constant"]:
+        held = node.outputs[0]
+        tensor = ir.convenience.get_const_tensor(held)
+        if tensor is None or len(tensor.shape) < 2 or held.is_graph_output() or node.graph is None:
+            continue
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=held.name, const_value=tensor, shape=shape, type=kind)
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.register_initializer(value)
+        held.replace_all_uses_with(value)
+        node.graph.remove(node, safe=True)
 
 
 def _named_once(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,22 @@ def digest_of(weight: torch.Tensor | LazyTensor) -> str:
     values: Any = value.cpu().contiguous().unsqueeze(-1).view(torch.uint8).numpy()
     digest.update(values)
     return digest.hexdigest()
+
+
+def add_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Puts a tensor into a model.
+
+    Args:
+        model: the model.
+        name: of the constant; where it is taken, with a number behind, which still tells the layer.
+        tensor: its values.
+    """
+    names = chain([name], (f"{name}_{number}" for number in count(1)))
+    free = next(name for name in names if name not in model.graph.initializers)
+    shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=free, const_value=tensor, shape=shape, type=kind)
+    model.graph.register_initializer(value)
+    return value
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _multiply(model: ir.Model, product: ir.Node, weight: ir.Value) -> None:
         result = call("Reshape", call("Gemm", rows, weight, transB=1), wanted)
     result.type, result.shape = y.type, y.shape
     for node in nodes:
-        node.metadata_props.update(product.metadata_props)  # whose module it is
+        node.metadata_props.update(product.metadata_props)  # whose module names them
     model.graph.insert_before(product, nodes)
     y.replace_all_uses_with(result, replace_graph_outputs=True)
     result.name = y.name

@@ -13,6 +13,7 @@ from lora_fx.export.quantization.heads import BRANCH, heads_in
 from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
 from lora_fx.export.rewriting.layer_names import paths_in
 
+A_HEAD = "a head"
 _DTYPES = ("float32", "float16")
 
 
@@ -62,7 +63,7 @@ def choose_layers(
         if _means(keep, path):
             why = "asked for"
         elif wanted is None and any(call.node in heads for call in calls):
-            why = why or "a head"
+            why = why or A_HEAD
         if why:
             left[path] = why
         else:

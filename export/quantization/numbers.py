@@ -17,7 +17,7 @@ from torch import fx
 from lora_fx.errors import VerificationError
 from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
-from lora_fx.export.onnx_model.tensors import to_numpy
+from lora_fx.export.onnx_model.tensors import add_constant, to_numpy
 from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import DEFAULT_BLOCK, in_few_bits, weight_and_step
@@ -30,7 +30,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.injection.injected_adapters import remember
 from lora_fx.layers.sites import sites
 
-_END = re.compile(r"_(Q\d+|Bnb4)$")
+_END = re.compile(r"_(Q\d+|Bnb4)(_\d+)?$")  # a number, where the file has another of the name
 Array = np.ndarray[Any, Any]
 
 
@@ -119,25 +119,17 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
     model = parsed_file(source)
     found = {(weight_of(layer), layer.kind): layer for layer in packed.values()}
     names = {name for name, _ in found}
-    tables: dict[ir.Value, ir.Value] = {}
+    tables: dict[ir.Value, ir.Value] = {}  # a head may share a weight, and either changes alone
     for layer in [layer for layer in layers_in(model) if layer.weight.name in names]:
         weight, numbers = layer.weight, found.get((str(layer.weight.name), layer.kind))
-        if layer.kind == "embedding":  # a head may share its weight, and either changes alone
-            weight = tables.get(weight) or tables.setdefault(weight, _copy(model, weight))
-            layer.node.replace_input_with(0, weight)
+        if layer.kind == "embedding":
+            if weight not in tables:
+                assert weight.const_value is not None
+                tables[weight] = add_constant(model, f"{weight.name}_table", weight.const_value)
+            layer.node.replace_input_with(0, weight := tables[weight])
         if numbers is not None:
             weight.const_value = _tensor(weight, numbers, not layer.turned, factor)
     return model
-
-
-def _copy(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A constant of its own with what another holds."""
-    taken, name = model.graph.initializers, f"{value.name}_table"
-    while name in taken:
-        name += "_"
-    made = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
-    model.graph.register_initializer(made)
-    return made
 
 
 def _scheme(layer: FileLayer) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +12,12 @@ from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, VerificationError, shorten
 from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
-from lora_fx.export.onnx_model.tensors import array_to_torch, digest_of
-from lora_fx.export.quantization.choose_layers import Chosen
+from lora_fx.export.onnx_model.tensors import add_constant, array_to_torch, digest_of
+from lora_fx.export.quantization.choose_layers import A_HEAD, Chosen
 from lora_fx.export.quantization.schemes import Packed, Scheme
 from lora_fx.export.rewriting.dequantize import LOOKUP, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer
-from lora_fx.export.rewriting.insert_slots import read_instead
+from lora_fx.export.rewriting.insert_slots import add_behind, as_called
 from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.slots.manifest import KEY, read_manifest
 from lora_fx.export.slots.slot import AnySlot
@@ -33,7 +32,6 @@ class _Stored:
 
     Attributes:
         packed: how it is stored.
-        inputs: its tensors.
         turned: whether it was read (in, out).
         is_same: whether its numbers are what it was.
         off: how far it is off, relative.
@@ -41,7 +39,6 @@ class _Stored:
     """
 
     packed: Packed
-    inputs: Sequence[ir.Value]
     turned: bool
     is_same: bool
     off: float
@@ -67,6 +64,7 @@ def quantise(
     """
     manifest = read_manifest(model.metadata_props)
     stored: dict[ir.Value, _Stored] = {}
+    held: dict[ir.Value, list[ir.Value]] = {}  # of what is stored
     digests: dict[bool, dict[str, str]] = {True: {}, False: {}}  # by whether it is a table's
     errors, left = {}, dict(chosen.left)
     for path, calls in chosen.layers.items():
@@ -79,15 +77,19 @@ def quantise(
             continue
         errors[path] = found.off
         digests[is_table] |= found.digests
-        for value in found.inputs:
-            model.graph.register_initializer(value)
+        if first.weight not in held:
+            held[first.weight] = [
+                add_constant(model, f"{first.weight.name}{end}", ir.tensor(array))
+                for end, array in found.packed.tensors.items()
+            ]
         if is_table:
-            _look_up(model, calls, found)
+            _look_up(model, calls, found.packed, held[first.weight])
         for call in () if is_table else calls:
-            _multiply(call.node, found)
+            _multiply(call.node, found.packed, held[first.weight])
     if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
-        raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}")
+        asks = "; layers= asks for heads too" if A_HEAD in left.values() else ""
+        raise ExportError(f"no layer is quantised: {shorten(reasons) or 'none is linear'}{asks}")
     if manifest is not None:
         slots = tuple(_of_base(slot, digests) for slot in manifest.slots)
         model.metadata_props[KEY] = replace(manifest, slots=slots).to_json()
@@ -102,12 +104,11 @@ def _store(path: str, layer: FileLayer, scheme: Scheme, *, digested: bool) -> _S
     if wrong := int((~np.isfinite(own)).sum()):
         raise ExportError(f"{path}: {wrong} of {own.size} weights are NaN or infinite")
     packed = scheme.pack(own)
-    inputs = _inputs(packed, str(layer.weight.name))
-    numbers, step = _read(packed, inputs)
+    numbers, step = _read(packed)
     is_same = np.array_equal(numbers, own)
     off = 0.0 if is_same or scheme.is_exact else error_of(path, own, numbers, step)
     digests = _digests(own, numbers) if digested else {}
-    return _Stored(packed, inputs, layer.turned, is_same, off, digests)
+    return _Stored(packed, layer.turned, is_same, off, digests)
 
 
 def _why_not(stored: _Stored, layer: FileLayer, scheme: Scheme) -> str:
@@ -147,28 +148,19 @@ def _matrix(layer: FileLayer) -> Array:
     return np.ascontiguousarray(stored if layer.turned else stored.T)
 
 
-def _inputs(packed: Packed, name: str) -> list[ir.Value]:
-    """The constants of a node, called after the weight as onnxruntime calls them."""
-    made = []
-    for end, array in packed.tensors.items():
-        tensor = ir.tensor(array, name=f"{name}{end}")
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        made.append(ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind))
-    return made
-
-
-def _read(packed: Packed, inputs: Sequence[ir.Value]) -> tuple[Array, Array]:
+def _read(packed: Packed) -> tuple[Array, Array]:
     """What a node multiplies with, read as any file's is."""
+    inputs = [ir.val(end, const_value=ir.tensor(array)) for end, array in packed.tensors.items()]
     node = ir.node(packed.operator, [None, *inputs], packed.attributes, domain=MICROSOFT)
-    found = weight_and_step(node)
-    node.resize_inputs(0)
-    return found
+    return weight_and_step(node)
 
 
-def _look_up(model: ir.Model, calls: Sequence[FileLayer], stored: _Stored) -> None:
+def _look_up(
+    model: ir.Model, calls: Sequence[FileLayer], packed: Packed, inputs: Sequence[ir.Value]
+) -> None:
     """Makes nodes look up rows of a weight in a few bits, whose blocks a head may read."""
-    numbers, *rest = stored.inputs
-    assert stored.packed.lookup is not None
+    numbers, *rest = inputs
+    assert packed.lookup is not None
     name = str(calls[0].node.name).removesuffix("Gather")
     shape = ir.node(
         "Constant", [], {"value": ir.tensor(np.array([0, -1]), name="rows")}, name=f"{name}Constant"
@@ -176,28 +168,21 @@ def _look_up(model: ir.Model, calls: Sequence[FileLayer], stored: _Stored) -> No
     rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=f"{name}Reshape")
     model.graph.insert_before(model.graph[0], [shape, rows])  # a call may be in a branch
     for call in calls:
-        inputs = [rows.outputs[0], call.node.inputs[1], *rest]
-        _call(call.node, LOOKUP, stored.packed.lookup, inputs)
+        _call(call.node, LOOKUP, packed.lookup, [rows.outputs[0], call.node.inputs[1], *rest])
 
 
-def _multiply(node: ir.Node, stored: _Stored) -> None:
+def _multiply(node: ir.Node, packed: Packed, inputs: Sequence[ir.Value]) -> None:
     """Makes a node multiply with a weight in a few bits; a bias is added behind."""
-    bias, packed = input_at(node, 2), stored.packed
-    _call(node, packed.operator, packed.attributes, [node.inputs[0], *stored.inputs])
-    if bias is None:
-        return
-    y = node.outputs[0]
-    total = ir.node("Add", [y, bias], name=_as_called(node, packed.operator, "Add"))
-    total.outputs[0].name, total.outputs[0].type = f"{y.name}_biased", y.type
-    assert node.graph is not None
-    node.graph.insert_after(node, [total])
-    read_instead(y, total)
+    bias = input_at(node, 2)
+    _call(node, packed.operator, packed.attributes, [node.inputs[0], *inputs])
+    if bias is not None:
+        add_behind(node, bias)
 
 
 def _call(
     node: ir.Node, kind: str, attributes: Mapping[str, int], inputs: Sequence[ir.Value | None]
 ) -> None:
-    node.name = _as_called(node, node.op_type, kind)
+    node.name = as_called(node, kind)
     node.domain, node.op_type = MICROSOFT, kind
     node.attributes.clear()
     for name, size in attributes.items():
@@ -205,11 +190,6 @@ def _call(
     node.resize_inputs(len(inputs))
     for place, value in enumerate(inputs):
         node.replace_input_with(place, value)
-
-
-def _as_called(node: ir.Node, kind: str, other: str) -> str:
-    """The name of a node of another operator, with its number: ``fc/MatMul_1``."""
-    return re.sub(rf"{kind}(_\d+)?$", rf"{other}\1", str(node.name))
 
 
 def _digests(own: Array, numbers: Array) -> dict[str, str]:

@@ -237,8 +237,9 @@ def _evidence(
     known = _told(manifest, opened)
     tried = [slot for slot in manifest.slots if known[slot.path]]
     left = [slot.path for slot in manifest.slots if not known[slot.path]]
-    updates: Any = dict(probe(tried, _RANKS).updates)
-    for slot in tried:
+    probed = tried or manifest.slots
+    updates: Any = dict(probe(probed, _RANKS).updates)
+    for slot in probed:
         if isinstance(slot, Slot) and slot.groups > 1:
             updates[slot.path] = _apart(updates[slot.path], slot)
     with tempfile.TemporaryDirectory() as directory:
@@ -249,10 +250,12 @@ def _evidence(
         dtype = coarsest([*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)])
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
-        bare = Run(draft, None, manifest)
-        adapted = Pair("adapted", Run(draft, file, manifest), Run(changed))
-        pairs = [Pair("base", bare, base), adapted]
-        evidence = held_against(pairs, {NO_ADAPTER: bare}, feeds, dtype)
+        bare, adapted = Run(draft, None, manifest), Run(draft, file, manifest)
+        pairs, control = [Pair("base", bare, base)], {"control: an adapter": adapted}
+        if tried:
+            pairs.append(Pair("adapted", adapted, Run(changed)))
+            control = {NO_ADAPTER: bare}
+        evidence = held_against(pairs, control, feeds, dtype)
     if left:
         evidence.notes.append(f"tried without an adapter alone: {shorten(left)}")
     return evidence

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from lora_fx.export.onnx_model.tensors import to_torch
+from lora_fx.export.onnx_model.tensors import add_constant, to_torch
 from lora_fx.export.rewriting.dequantize import dequantise
 from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
 from lora_fx.export.rewriting.merged_tensor import MergedTensor
@@ -42,9 +42,7 @@ def put_in_weights(
             layer = every[number]
             name = f"{slot.path}_{number}_changed"
             made = MergedTensor(_as_read(layer), _axes(layer), changes, name)
-            value = ir.Value(name=name, const_value=made, shape=made.shape)
-            value.type = ir.TensorType(made.dtype)
-            model.graph.register_initializer(value)
+            value = add_constant(model, name, made)
             read_another(Read(layer.node, _place(layer), layer.weight, None), value)
 
 

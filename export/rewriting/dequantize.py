@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.export.onnx_model.tensors import add_constant
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.insert_slots import add_behind
 from lora_fx.export.rewriting.weight_reads import blocks_of, handed_on, input_at
 
 Array = np.ndarray[Any, Any]
 _BITS = (2, 4, 8)
+_ORDER, _BIAS = 4, 5  # inputs of MatMulNBits; with the first one, zero points are read or not
 LOOKUP, DEFAULT_BLOCK = "GatherBlockQuantized", 128
 # What four bits stand for, by MatMulBnb4's quant_type: bitsandbytes' fp4 and nf4, the quantiles of
 # a normal distribution. Source: QLoRA (Dettmers et al., 2023), appendix E, and bitsandbytes.
@@ -36,9 +39,9 @@ def is_known(layer: FileLayer) -> bool:
     node = layer.node
     if node.op_type not in _OF_NODE:
         return not layer.quantised or _before(node) is not None
-    rest = [value for value in node.inputs[4:] if value is not None]
     is_packed = layer.kind == "linear" or layer.weight.dtype == ir.DataType.UINT8
-    return is_packed and not rest and node.attributes.get_int("bits", 4) in _BITS
+    is_ordered = input_at(node, _ORDER) is not None
+    return is_packed and not is_ordered and node.attributes.get_int("bits", 4) in _BITS
 
 
 def in_few_bits(model: ir.Model) -> list[FileLayer]:
@@ -59,8 +62,8 @@ def weight_and_step(node: ir.Node) -> tuple[Array, Array]:
 def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """Gives layers their weights as plain numbers, in place.
 
-    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, MatMulBnb4 likewise,
-    ``GatherBlockQuantized(q, ids, scale)  ->  Gather(W, ids)``, and
+    Before -> after: ``MatMulNBits(x, q, scale)  ->  MatMul(x, W)``, behind which a bias is added,
+    MatMulBnb4 likewise, ``GatherBlockQuantized(q, ids, scale)  ->  Gather(W, ids)``, and
     ``MatMul(x, DequantizeLinear(q, scale))  ->  MatMul(x, W)``.
 
     Args:
@@ -69,16 +72,19 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     """
     for node in nodes:
         if node.op_type in _OF_NODE:
-            numbers, name = weight_and_step(node)[0], f"{node.outputs[0].name}_float"
-            looks_up = node.op_type == LOOKUP
-            weight = _constant(model, name, numbers.T.copy() if looks_up else numbers)
+            name, values = f"{node.outputs[0].name}_float", weight_and_step(node)[0]
+            looks_up, bias = node.op_type == LOOKUP, input_at(node, _BIAS)
+            weight = add_constant(model, name, ir.tensor(values.T.copy() if looks_up else values))
             node.replace_input_with(0 if looks_up else 1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
             node.domain, node.op_type = "", "Gather" if looks_up else "MatMul"
+            if bias is not None:
+                add_behind(node, bias)
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
-            plain = _constant(model, f"{result.name}_float", _of_linear(before))
+            name, values = f"{result.name}_float", _of_linear(before)
+            plain = add_constant(model, name, ir.tensor(values))
             result.replace_all_uses_with(plain)
 
 
@@ -91,16 +97,6 @@ def _before(node: ir.Node) -> ir.Node | None:
             if whole is not None and whole.is_initializer():
                 return found
     return None
-
-
-def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(values, name=name))
-    value.shape, value.type = (
-        ir.Shape(values.shape),
-        ir.TensorType(ir.DataType.from_numpy(values.dtype)),
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def _of_bits(node: ir.Node) -> tuple[Array, Array]:

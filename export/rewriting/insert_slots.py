@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -75,6 +76,21 @@ def _products(call: FileLayer, down: ir.Value, up: ir.Value) -> tuple[ir.Node, i
                 shrink.attributes[name] = value
     is_matrix = call.kind in ("linear", "embedding")
     return shrink, ir.node("MatMul" if is_matrix else "Conv", [shrink.outputs[0], up])
+
+
+def add_behind(node: ir.Node, bias: ir.Value) -> None:
+    """Adds a bias to what a node gives, for all who read that."""
+    y = node.outputs[0]
+    total = ir.node("Add", [y, bias], name=as_called(node, "Add"))
+    total.outputs[0].name, total.outputs[0].type = f"{y.name}_biased", y.type
+    assert node.graph is not None
+    node.graph.insert_after(node, [total])
+    read_instead(y, total)
+
+
+def as_called(node: ir.Node, kind: str) -> str:
+    """The name of a node as one of another operator has it, with its number: ``fc/Add_1``."""
+    return re.sub(rf"{node.op_type}(_\d+)?$", rf"{kind}\1", str(node.name))
 
 
 def read_instead(y: ir.Value, total: ir.Node) -> None:

@@ -34,6 +34,7 @@ _BIASES = {
     "BiasGelu": (1,),
     "FastGelu": (1,),
     "Gemm": (2,),
+    "MatMulNBits": (5,),
     "SkipLayerNormalization": (4,),
     "SkipSimplifiedLayerNormalization": (3,),
 }
@@ -154,9 +155,9 @@ def _shared(layers: Sequence[FileLayer]) -> dict[str, tuple[set[str], str]]:
 
 
 def _holder(layer: FileLayer) -> str:
-    """Whose weight it is by its name, or that: a tool that turns a tied one makes another of it."""
+    """Whose weight it is by its name, or else by who calls it: exporters turn a tied one."""
     name = str(layer.weight.name)
-    return _parameter_path(name) or name
+    return _parameter_path(name) or _by_note(layer.node) or _scope(layer.node) or name
 
 
 def _may_be_one(one: FileLayer, other: FileLayer) -> bool:
@@ -314,5 +315,5 @@ def check_one(path: str, calls: Sequence[FileLayer]) -> None:
         nodes = [str(call.node.name) for call in calls]
         raise ExportError(
             f"{path}: two layers of one name: nodes {shorten(nodes)}, weights {shorten(weights)}; "
-            "give a name to each: names={node: path}"
+            "give a name to each: names={node: path}; or choose others in slots="
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, count
 
 import onnx_ir as ir
 import torch
@@ -11,6 +10,7 @@ from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 
 from lora_fx.export.onnx_model.identities import DropIdentities
+from lora_fx.export.onnx_model.tensors import add_constant
 from lora_fx.export.rewriting.file_layers import DTYPES
 from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor, Part
 from lora_fx.export.rewriting.neutral import ONE, ZERO, Join, Neutral, read_neutral, take_out
@@ -131,12 +131,12 @@ class _Merging:
         assert weight.const_value is not None
         mine = {(read.node, read.place) for read in reads}
         is_own = mine >= set(readers(weight)) and not weight.is_graph_output()
-        name = str(weight.name) if is_own else self._free(f"{slot.path}.weight")
+        name = str(weight.name) if is_own else f"{slot.path}.weight"
         made = MergedTensor(weight.const_value, axes, changes, name)
         if is_own:
             weight.const_value = made
             return
-        other = self._constant(name, made)
+        other = add_constant(self._model, name, made)
         for read in reads:
             read_another(read, other)
 
@@ -159,27 +159,12 @@ class _Merging:
             if bias.const_value.size == shift.numel():
                 bias.const_value = MergedTensor(bias.const_value, ("out",), [change], bias.name)
                 return
-        name = self._free(f"{slot.path}.bias")
-        constant = self._constant(name, _tensor(shift, name))
+        name = f"{slot.path}.bias"
+        constant = add_constant(self._model, name, _tensor(shift, name))
         for join in joins:
             join.node.op_type = "Add"
             join.node.resize_inputs(2)
             join.node.replace_input_with(1, constant)
-
-    def _free(self, name: str) -> str:
-        """A name as a graph gives it to a weight beside another's, which still tells the layer."""
-        names = chain([name], (f"{name}_{number}" for number in count(1)))
-        return next(name for name in names if name not in self._model.graph.initializers)
-
-    def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self._model.graph.register_initializer(value)
-        return value
 
     def _finish(self) -> None:
         for slot in self._go:

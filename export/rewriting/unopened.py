@@ -18,6 +18,7 @@ _LINEAR = {
 _CONVOLUTIONS = {
     "Conv", "ConvInteger", "ConvTranspose", "FusedConv", "QLinearConv",
 }  # fmt: skip
+_A_LAYER = "a layer is a plain product or convolution with one whole weight"
 # What a weight may be computed by, of stored values alone.
 _COMPUTED_BY = {
     "Cast", "Concat", "DequantizeLinear", "Div", "Einsum", "Expand", "Identity", "Mul", "Reshape",
@@ -27,6 +28,8 @@ _COMPUTED_BY = {
 
 def unopened(model: ir.Model, layers: Collection[ir.Node], linear: bool = False) -> str:
     """Says which nodes multiply with a stored weight beside the layers of a file; nothing if none.
+
+    Of a file without layers, what it computes with instead.
 
     Args:
         model: the file.
@@ -40,11 +43,11 @@ def unopened(model: ir.Model, layers: Collection[ir.Node], linear: bool = False)
         if node.op_type in kinds and node not in layers and (weights := list(_weights(node)))
     ]
     if not found:
-        return ""
+        used = list(dict.fromkeys(node.op_type for node in model.graph.all_nodes()))
+        return "" if layers else f"it computes with {shorten(used) or 'nothing'}: {_A_LAYER}"
     return (
-        f"no slot can stand beside {shorten(found)}: a layer is a plain product or convolution "
-        "with one whole weight: give the file as it was before it was quantised or fused, or "
-        "export the model itself"
+        f"no slot can stand beside {shorten(found)}: {_A_LAYER}: give the file as it was "
+        "before it was quantised or fused, or export the model itself"
     )
 
 

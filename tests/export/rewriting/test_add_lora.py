@@ -24,7 +24,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError, Update, save_adapter
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.errors import ExportError, VerificationError
-from lora_fx.export import Session, add_lora, export_adapter, merge_onnx
+from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, quantize_onnx
 from lora_fx.export.onnx_model.idle_work import without_idle_work
 from lora_fx.export.rewriting import add_lora as room
 from lora_fx.export.verification.file_run import Run
@@ -275,6 +275,23 @@ def test_names_are_given_where_a_file_has_none(tmp_path: Path) -> None:
         add_lora(out, tmp_path / "again.onnx")
 
 
+def test_a_weight_of_a_few_numbers_in_a_node_is_one(tmp_path: Path) -> None:
+    h, weight = onnx.helper, np.arange(6, dtype=np.float32).reshape(3, 2)
+    held = numpy_helper.from_array(weight, "fc.weight")
+    nodes = [
+        h.make_node("Constant", [], ["fc.weight"], value=held),
+        h.make_node("MatMul", ["x", "fc.weight"], ["y"]),
+    ]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 2)))
+    graph = h.make_graph(nodes, "g", [x], [y])
+    onnx.save(h.make_model(graph, opset_imports=own_opsets(), ir_version=10), tmp_path / "b.onnx")
+    adapter, rows = make_adapter({"fc": (2, 3)}, scale=0.3), torch.eye(3)
+    _, adapted = with_adapter(tmp_path / "b.onnx", adapter, rows, tmp_path)
+    update: Any = adapter.updates["fc"]
+    assert compare(adapted, torch.from_numpy(weight) + update.delta().T).ok
+    assert not compare(adapted, torch.from_numpy(weight) + 0.9 * update.delta().T).ok
+
+
 def test_a_table_whose_rows_are_counted_from_behind(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(7, 5)), torch.randint(0, 7, (2, 3))
@@ -397,6 +414,33 @@ def test_a_quantised_base_takes_adapters_in_float(
     dora = Update(torch.randn(2, 32), torch.randn(48, 2), 1.0, magnitude=torch.rand(48) + 1)
     with pytest.raises(AdapterError, match="the slot takes none"):
         export_adapter(Adapter("dora", {"0": dora}), tmp_path / "slots.onnx", tmp_path / "d")
+
+
+@pytest.mark.parametrize("beside", ["fc.bias", "fc.weight_g_idx"])
+def test_a_layer_in_few_bits_with_a_bias_or_an_order_of_its_own_takes_slots(
+    beside: str, tmp_path: Path
+) -> None:
+    """As onnxruntime's optimiser fuses it; as GPTQ orders rows, which is not told as numbers."""
+    numbers, h = np.random.default_rng(0), onnx.helper
+    held = {
+        "fc.weight_Q4": numbers.integers(0, 256, (16, 4, 8), np.uint8),
+        "fc.weight_scales": numbers.random((16, 4), np.float32) / 8,
+    }
+    has_bias = beside == "fc.bias"
+    held[beside] = numbers.random(16, np.float32) if has_bias else np.arange(64, dtype=np.int32) % 4
+    given = ["x", *list(held)[:2], "", *([""] if has_bias else []), beside]
+    sizes = {"K": 64, "N": 16, "bits": 4, "block_size": 16}
+    node = h.make_node("MatMulNBits", given, ["y"], "node", domain="com.microsoft", **sizes)
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 64), ("y", 16)))
+    stored = [numpy_helper.from_array(value, name) for name, value in held.items()]
+    graph = h.make_graph([node], "g", [x], [y], stored)
+    model = h.make_model(graph, opset_imports=own_opsets(), ir_version=10)
+    onnx.save(model, str(tmp_path / "base.onnx"))
+    adapter, rows = make_adapter({"fc": (16, 64)}, scale=0.2), torch.eye(64)
+    alone, adapted = with_adapter(tmp_path / "base.onnx", adapter, rows, tmp_path)
+    update: Any = adapter.updates["fc"]
+    assert compare(adapted, torch.from_numpy(alone) + update.delta().T).ok
+    assert not compare(adapted, torch.from_numpy(alone) + 0.9 * update.delta().T).ok
 
 
 def test_a_base_with_activations_in_8_bits_is_held_to_what_its_graph_says(
@@ -601,6 +645,36 @@ def test_a_layer_in_a_branch_or_a_function_takes_the_adapter_too(how: str, tmp_p
     for found in (adapted, Session(tmp_path / "merged.onnx").run({"x": x})["y"]):
         assert compare(found, wanted).ok
         assert compare(found, wanted - x @ update.delta().T).relative > 1e-2
+
+
+def test_a_layer_in_few_bits_in_two_branches_takes_the_adapter_in_both(tmp_path: Path) -> None:
+    """As optimum merges a decoder with its first step: values of the branches bear one name."""
+    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32) / 4
+    h, adapter = onnx.helper, make_adapter({"fc": (16, 32)}, scale=0.3)
+    branches = {}
+    for branch, after in (("then_branch", "Tanh"), ("else_branch", "Sin")):
+        product = h.make_node("MatMul", ["x", "fc.weight"], ["h"], name="/fc/MatMul")
+        given = h.make_tensor_value_info("out", 1, None)
+        nodes = [product, h.make_node(after, ["h"], ["out"])]
+        branches[branch] = h.make_graph(nodes, branch, [], [given])
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 32), ("y", 16)))
+    which = h.make_tensor_value_info("which", onnx.TensorProto.BOOL, [])
+    choice = h.make_node("If", ["which"], ["y"], **branches)
+    held = [numpy_helper.from_array(weight, "fc.weight")]
+    graph = h.make_graph([choice], "g", [x, which], [y], held)
+    model = h.make_model(graph, opset_imports=own_opsets(), ir_version=10)
+    onnx.save(model, str(tmp_path / "plain.onnx"))
+    quantize_onnx(tmp_path / "plain.onnx", tmp_path / "base.onnx", layers=["fc"])
+    assert add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx").verified
+    export_adapter(adapter, tmp_path / "slots.onnx", tmp_path / "a.onnx_adapter")
+    slots, base = Session(tmp_path / "slots.onnx"), Session(tmp_path / "base.onnx")
+    fed = [{"x": torch.eye(32), "which": np.array(is_first)} for is_first in (True, False)]
+    numbers = torch.atanh(torch.from_numpy(base.run(fed[0])["y"]))  # that the bits stand for
+    update: Any = adapter.updates["fc"]
+    for given, after in zip(fed, (torch.tanh, torch.sin), strict=True):
+        found = slots.run(given, tmp_path / "a.onnx_adapter")["y"]
+        assert compare(found, after(numbers + update.delta().T)).ok
+        assert not compare(found, after(numbers + 0.9 * update.delta().T)).ok
 
 
 @pytest.mark.parametrize("how", ["fused", "packed with others"])

@@ -224,6 +224,14 @@ class HeadLast(TwoTables):
         self.head = head
 
 
+class OneTable(TwoTables):
+    """One of them, and the head, of which the exporter makes a constant of its own."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.head(torch.tanh(self.one(ids)))
+        return made
+
+
 class Copies(nn.Module):
     """Layers that torch copies: before they are trained, exporters store their weights once."""
 
@@ -248,6 +256,7 @@ OF_TABLES = {"head": (7, 5), "one": (5, 7), "other": (5, 7)}
 SHARED = {
     "tables": (TwoTables, torch.tensor([1, 4, 0]), OF_TABLES),
     "tables, and a head behind": (HeadLast, torch.tensor([[1, 4, 0]]), OF_TABLES),
+    "a table": (OneTable, torch.tensor([1, 4, 0]), {"head": (7, 5), "one": (5, 7)}),
     "copies": (Copies, torch.linspace(-1, 1, 48).reshape(2, 3, 8) ** 3, OF_COPIES),
 }
 

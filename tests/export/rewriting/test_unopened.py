@@ -92,6 +92,33 @@ def test_a_plain_file_has_nothing_to_name(tmp_path: Path) -> None:
     assert not add_lora(base, tmp_path / "slots.onnx").notes
 
 
+def test_a_file_without_layers_says_what_it_computes_with(tmp_path: Path) -> None:
+    """As skl2onnx and xgboost write what they trained: weights are attributes of its nodes."""
+    nodes = [helper.make_node("Tanh", ["x"], ["h"]), helper.make_node("Abs", ["h"], ["y"])]
+    base = saved(tmp_path / "base.onnx", nodes, {})
+    with pytest.raises(ExportError, match=r"there are none; it computes with Tanh, Abs: a layer"):
+        add_lora(base, tmp_path / "slots.onnx")
+
+
+def test_a_file_of_a_head_alone_is_told_how_that_is_quantised(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["x", "fc.weight"], ["y"])
+    base = saved(tmp_path / "base.onnx", [node], {"fc.weight": FIRST})
+    with pytest.raises(ExportError, match=r"quantised: fc: a head; layers= asks for heads too"):
+        quantize_onnx(base, tmp_path / "small.onnx")
+    assert quantize_onnx(base, tmp_path / "small.onnx", bits=8, layers=["fc"]).verified
+
+
+@pytest.mark.parametrize("taken", ["fc.weight_scales", "fc.weight_Q8"])
+def test_a_file_may_have_a_name_that_a_weight_in_few_bits_would_get(
+    taken: str, tmp_path: Path
+) -> None:
+    nodes = [first(), helper.make_node("Mul", ["h", taken], ["y"])]
+    held = {"fc.weight": FIRST, taken: np.full(5, 2, np.float32)}
+    base = saved(tmp_path / "base.onnx", nodes, held)
+    assert quantize_onnx(base, tmp_path / "small.onnx", bits=8, layers=["fc"]).verified
+    assert add_lora(tmp_path / "small.onnx", tmp_path / "slots.onnx").slots == ["fc"]
+
+
 def test_a_layer_of_what_is_stored_takes_the_adapter_too(tmp_path: Path) -> None:
     """As a decoder projects its table of positions; folding left the product where it was."""
     table = SOURCE.standard_normal((6, 3)).astype(np.float32)
