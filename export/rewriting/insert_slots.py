@@ -90,7 +90,7 @@ def add_behind(node: ir.Node, bias: ir.Value) -> None:
 
 def as_called(node: ir.Node, kind: str) -> str:
     """The name of a node as one of another operator has it, with its number: ``fc/Add_1``."""
-    return re.sub(rf"{node.op_type}(_\d+)?$", rf"{kind}\1", str(node.name))
+    return re.sub(rf"({node.op_type})?(_\d+)?$", rf"{kind}\2", str(node.name), count=1)
 
 
 def read_instead(y: ir.Value, total: ir.Node) -> None:

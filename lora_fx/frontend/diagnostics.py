@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable
 from itertools import chain
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -123,7 +124,7 @@ def refuse_wrapped(model: nn.Module | torch.export.ExportedProgram) -> None:
         TraceError: names the weights.
     """
     if isinstance(model, nn.Module):
-        held = chain(model.named_parameters(), model.named_buffers())
+        held: Iterable[tuple[str, Any]] = chain(model.named_parameters(), model.named_buffers())
         found = [name for name, tensor in held if is_traceable_wrapper_subclass(tensor)]
     else:
         nodes = model.graph.find_nodes(op="call_function", target=_INNER)

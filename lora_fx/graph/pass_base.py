@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from torch import fx
 from torch.fx.passes.infra import pass_base as torch_passes
@@ -100,7 +100,7 @@ class Pipeline:
         """
         result = PassResult(gm, False)
         for step in self.passes:
-            after = step(result.graph_module)
+            after: Any = step(result.graph_module)
             if not isinstance(after, PassResult):
                 found = type(after).__name__
                 raise PassError(f"Pipeline: {step!r:.80} gave a {found}, no PassResult: {_GIVE}")
