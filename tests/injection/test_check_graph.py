@@ -127,11 +127,14 @@ FINE: dict[str, Any] = {
     "all parts": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:]),
     "a part that nobody reads": lambda x, w: F.linear(x, w[:3]),
     "its sizes": lambda x, w: F.linear(x, w[: w.shape[0] // 2]),
+    "its sizes beside": lambda x, w: F.linear(x, w[:3]) * w.size(0),
+    "drawn from for nobody": lambda x, w: (F.dropout(w), F.linear(x, w[:3]))[1],
     "the whole, read elsewhere": lambda x, w: F.linear(x, w) + w.sum(),
 }
 MISSED: dict[str, Any] = {
     "scaled": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:] * 2),
     "summed": lambda x, w: F.linear(x, w[:3]) + w.sum(),
+    "given out": lambda x, w: (F.linear(x, w[:3]), w),
     "of a chunk": lambda x, w: F.linear(x, w.chunk(2)[0]) + F.linear(x, w.chunk(2)[1].tanh()),
 }
 

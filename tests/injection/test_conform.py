@@ -98,6 +98,11 @@ REFUSED: list[tuple[Any, Layer, str]] = [
         r"4 -> 6, kernel \(2, 3\), the model's is 4 -> 6, kernel \(3, 2\)",
     ),
     (
+        Update(torch.ones(2, 4, 1, 3), torch.ones(6, 2), 1.0),
+        layer("conv2d", 6, 4, 3, 1),
+        r"kernel \(1, 3\), the model's is 4 -> 6, kernel \(3, 1\)",
+    ),
+    (
         Update(torch.ones(2, 4, 3, 2), torch.ones(6, 1), 1.0, magnitude=torch.ones(6)),
         GROUPED,
         "no weight to norm",
