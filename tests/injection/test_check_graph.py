@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
+from lora_fx import Adapter, AdapterError, LoraConfig, Update, inject, trace
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branches import adapters_beside
@@ -151,3 +151,16 @@ def test_a_part_that_is_read_by_no_layer_is_told(name: str, frontend: str) -> No
         return
     with pytest.raises(AdapterError, match=r"^parts of its weight fc\.weight"):
         check_reached(gm, "fc", by_path(gm))
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_factors_beside_a_weight_that_is_read_both_ways_are_refused(frontend: str) -> None:
+    config = LoraConfig(r=2, target_modules=["w"])
+
+    def graph(run: Any) -> Any:
+        model = Computes(lambda m, x: run(x, m.w), {"w": (5, 3)}).eval()
+        return trace(model, (torch.randn(4, 3),), frontend=frontend)
+
+    inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ torch.ones(5, 3)), config)
+    with pytest.raises(AdapterError, match="one call multiplies .* another with the transpose"):
+        inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ w), config)
