@@ -162,5 +162,5 @@ def test_factors_beside_a_weight_that_is_read_both_ways_are_refused(frontend: st
         return trace(model, (torch.randn(4, 3),), frontend=frontend)
 
     inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ torch.ones(5, 3)), config)
-    with pytest.raises(AdapterError, match="one call multiplies .* another with the transpose"):
+    with pytest.raises(AdapterError, match=r"one call multiplies .* another with the transpose"):
         inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ w), config)
