@@ -157,7 +157,7 @@ def _plain(token: re.Match[str]) -> str:
     if text.startswith("(?#"):
         return ""
     if text.startswith("["):
-        return "[" + re.sub(r"(\\.)|\[", lambda m: m[1] or r"\[", text[1:], flags=re.DOTALL)
+        return "[" + re.sub(r"(\\.)|\[", lambda m: m[1] or r"\[", text[1:])
     return text
 
 

@@ -239,7 +239,7 @@ def _labels(own: str, of_x: str, output: str) -> Labels | None:
     if any(len(set(labels)) < len(labels) for labels in (own, of_x, output)) or len(own) != 2:
         return None
     summed = [n for n in own if n in of_x and n not in output]
-    new = [n for n in own if n in output and n not in of_x]
+    new = [n for n in own if n in output]
     if len(summed) != 1 or len(new) != 1 or set(of_x) - {*summed} != set(output) - {*new}:
         return None
     found = Labels(of_x, output, summed[0], new[0])

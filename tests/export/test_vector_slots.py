@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -125,6 +127,23 @@ def test_dora_is_relative_to_the_base_that_the_file_holds(
         lora_fx.export_adapter(Adapter("a", updates), path, file, force=True)
         names[scale] = load_adapter(file).updates["fc"].row  # type: ignore[union-attr]
     assert not torch.allclose(names[0.7], names[0.0], atol=1e-2)
+
+
+def test_a_file_whose_weight_was_changed_since_is_refused(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model = onnx.load(exported[1])
+    path, file = tmp_path / "model.onnx", tmp_path / "a.onnx_adapter"
+    for held in model.graph.initializer:
+        if held.dims == [8, 6] or held.dims == [6, 8]:
+            array = numpy_helper.to_array(held)
+            held.CopyFrom(numpy_helper.from_array(2 * array, held.name))
+    meant = next(p for p in model.metadata_props if p.key == "lora_fx.digests")
+    model.metadata_props.remove(meant)  # as by a quantiser
+    onnx.save(model, path)
+    lora_fx.export_adapter(low_rank(2), path, file)  # no weight is asked for
+    with pytest.raises(AdapterError, match=r"fc\.weight is not among the model's constants"):
+        lora_fx.export_adapter(low_rank(2, magnitude=True), path, file, force=True)
 
 
 def test_what_no_slot_carries_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("kohya", {}, {"unet.fc": replace(PLAIN, bias=ONES)},
      r"cannot hold biases of up-projections \(lora_bias\): unet\.fc"),
     ("diffusers", {}, {"fc": PLAIN}, "fc begins with no component's name"),
+    ("diffusers", {}, {"unet": PLAIN}, "unet begins with no component's name"),
     ("diffusers", {}, {"unet.x": OFT}, "cannot hold updates of kind 'oft', .*: unet.x"),
     ("diffusers", VAE, {"fc": PLAIN}, "component is 'vae'"),
     ("diffusers", UNET, {"fc": PLAIN, "up": replace(PLAIN, magnitude=ONES)},

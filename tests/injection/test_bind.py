@@ -43,6 +43,16 @@ class Narrow(nn.Module):
         return F.linear(x, self.kernel)
 
 
+class Called(nn.Module):
+    def __init__(self, attn: nn.ModuleDict) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.attn["q"](x)
+        return y
+
+
 def update(into: int, out: int) -> Update:
     make = torch.Generator().manual_seed(into)
     down, up = torch.randn(2, into, generator=make), torch.randn(out, 2, generator=make)
@@ -90,6 +100,18 @@ def test_what_is_stored_nowhere_is_refused(traced: Any) -> None:
     assert (binding.updates, list(binding.refused)) == ({}, ["shared.table"])
     with pytest.raises(AdapterError, match=r"match nothing in the graph: shared\.table"):
         inject(gm, strange)
+
+
+def test_a_layer_of_another_part_is_not_taken_for_one_that_ends_alike(x: torch.Tensor) -> None:
+    attention = nn.ModuleDict({"q": nn.Linear(3, 5)})
+    model = nn.Sequential()
+    model.add_module("unet", Called(attention))
+    gm = trace(model.eval(), (x,))
+    for path in ("attn.q", "model.unet.attn.q"):
+        found = inject(gm, Adapter("a", {path: update(3, 5)}))
+        assert relative(found(x), gm(x)) > 1e-2
+    with pytest.raises(AdapterError, match=r"match nothing in the graph: text\.attn\.q"):
+        inject(gm, Adapter("a", {"text.attn.q": update(3, 5)}))
 
 
 def test_rows_of_a_shared_table_must_be_said_of_all_who_share_it(traced: Any) -> None:

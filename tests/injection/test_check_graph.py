@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, trace
+from lora_fx import Adapter, AdapterError, LoraConfig, Update, inject, trace
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branches import adapters_beside
@@ -127,11 +127,14 @@ FINE: dict[str, Any] = {
     "all parts": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:]),
     "a part that nobody reads": lambda x, w: F.linear(x, w[:3]),
     "its sizes": lambda x, w: F.linear(x, w[: w.shape[0] // 2]),
+    "its sizes beside": lambda x, w: F.linear(x, w[:3]) * w.size(0),
+    "drawn from for nobody": lambda x, w: (F.dropout(w), F.linear(x, w[:3]))[1],
     "the whole, read elsewhere": lambda x, w: F.linear(x, w) + w.sum(),
 }
 MISSED: dict[str, Any] = {
     "scaled": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:] * 2),
     "summed": lambda x, w: F.linear(x, w[:3]) + w.sum(),
+    "given out": lambda x, w: (F.linear(x, w[:3]), w),
     "of a chunk": lambda x, w: F.linear(x, w.chunk(2)[0]) + F.linear(x, w.chunk(2)[1].tanh()),
 }
 
@@ -148,3 +151,16 @@ def test_a_part_that_is_read_by_no_layer_is_told(name: str, frontend: str) -> No
         return
     with pytest.raises(AdapterError, match=r"^parts of its weight fc\.weight"):
         check_reached(gm, "fc", by_path(gm))
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_factors_beside_a_weight_that_is_read_both_ways_are_refused(frontend: str) -> None:
+    config = LoraConfig(r=2, target_modules=["w"])
+
+    def graph(run: Any) -> Any:
+        model = Computes(lambda m, x: run(x, m.w), {"w": (5, 3)}).eval()
+        return trace(model, (torch.randn(4, 3),), frontend=frontend)
+
+    inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ torch.ones(5, 3)), config)
+    with pytest.raises(AdapterError, match=r"one call multiplies .* another with the transpose"):
+        inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ w), config)

@@ -7,7 +7,7 @@ import torch
 
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.adapter import Scaling, WeightUpdate
-from lora_fx.adapters.parameter_updates import of_parameter
+from lora_fx.adapters.parameter_updates import for_parameter, of_parameter
 from lora_fx.injection.conform import conform
 from lora_fx.layers.layer import Layer
 
@@ -83,10 +83,16 @@ def test_the_update_of_a_parameter_is_turned_where_a_layer_stores_it_turned(
     as_stored = (up.T, down.T) if turned else (down, up)
     kernel = (1,) * kind.startswith("conv")
     given = of_parameter(Update(*as_stored, 1.5), "weight", transposed=False)
-    found = conform(given, layer(kind, 5, 3, *kernel))
-    assert isinstance(found, Update)
-    assert torch.equal(found.down.flatten(1), down)
-    assert torch.equal(found.up, up)
+    where = layer(kind, 5, 3, *kernel)
+    found = conform(given, where)
+    again = conform(found, where)
+    for each in (found, again):
+        assert isinstance(each, Update)
+        assert torch.equal(each.down.flatten(1), down)
+        assert torch.equal(each.up, up)
+    stored = for_parameter(again)  # type: ignore[arg-type]
+    assert torch.equal(stored.down.flatten(1), given.down)
+    assert torch.equal(stored.up, given.up)
 
 
 REFUSED: list[tuple[Any, Layer, str]] = [
@@ -96,6 +102,11 @@ REFUSED: list[tuple[Any, Layer, str]] = [
         Update(torch.ones(2, 4, 2, 3), torch.ones(6, 2), 1.0),
         CONV,
         r"4 -> 6, kernel \(2, 3\), the model's is 4 -> 6, kernel \(3, 2\)",
+    ),
+    (
+        Update(torch.ones(2, 4, 1, 3), torch.ones(6, 2), 1.0),
+        layer("conv2d", 6, 4, 3, 1),
+        r"kernel \(1, 3\), the model's is 4 -> 6, kernel \(3, 1\)",
     ),
     (
         Update(torch.ones(2, 4, 3, 2), torch.ones(6, 1), 1.0, magnitude=torch.ones(6)),

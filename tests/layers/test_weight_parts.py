@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.graph.constants import Constants
 from lora_fx.layers.sites import sites
 from lora_fx.layers.weight_parts import Grid, calls_of, expression_of, grid_of, part_of
-from lora_fx.testing import Computes
+from lora_fx.testing import Computes, make_adapter, relative
 
 
 class Cuts(nn.Module):
@@ -201,3 +202,26 @@ def test_what_torch_func_maps_over_means_nothing_outside() -> None:
     constants = Constants(gm)
     admitted = {n.name: constants.admit(n) for n in gm.graph.nodes if n.op != "placeholder"}
     assert (admitted["w"], admitted["_add_batch_dim"]) == (True, False)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("kind", ["conv", "index"])
+def test_a_layer_of_a_cut_kernel_or_of_rows_by_a_stored_index_is_adapted(
+    kind: str, frontend: Any
+) -> None:
+    torch.manual_seed(0)
+    rows = torch.tensor([4, 0, 2])
+    shape = (6, 5, 3) if kind == "conv" else (6, 5)
+
+    def run(weight: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(x, weight[1:4]) if kind == "conv" else F.linear(x, weight[rows])
+
+    model = Computes(lambda m, x: run(m.w, x, m.rows), {"w": shape}, rows=nn.Buffer(rows))
+    x = torch.randn(4, 5, 7) if kind == "conv" else torch.randn(4, 5)
+    gm = lora_fx.trace(model.eval(), (x,), frontend=frontend)
+    assert [site.path for site in sites(gm)] == ["w"]
+    adapter = make_adapter({"w": shape})
+    wanted = run(adapter.updates["w"].weight(model.w.detach()), x, rows)
+    with torch.no_grad():
+        assert relative(lora_fx.inject(gm, adapter)(x), wanted) <= 1e-5
+        assert relative(gm(x), wanted) > 1e-2

@@ -122,8 +122,7 @@ def movable(analysis: Analysis, value: object) -> AffineMap | None:
     if isinstance(same := analysis.values.get(value), Alias):
         return movable(analysis, same.node)
     sizes = sizes_of(value)
-    is_sized = bool(sizes) and sizes is not None and type(sizes[-1]) is int
-    return analysis.source(value, sizes[-1]) if is_sized and sizes else None
+    return analysis.source(value, sizes[-1]) if sizes and type(sizes[-1]) is int else None
 
 
 def _asked(analysis: Analysis, node: fx.Node) -> torch.dtype | None:

@@ -81,6 +81,14 @@ class Scaled(nn.Module):
         return y
 
 
+class Head(Scaled):
+    """The head is the last layer too, and its result is reshaped by a size of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.fc(x + self.out(torch.tanh(x))))
+        return self.out(x).reshape(x.shape[0], -1, 2)
+
+
 class Bare(nn.Module):
     """Parameters that no layer holds, stored as (in, out); one read in two parts."""
 
@@ -105,6 +113,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], list[str
     "a Gemm with a bias": (Twice, X[0], ["inner"], ["head"]),
     "in front of a norm": (Normed, X, ["fc"], []),
     "two outputs": (Pooled, X, ["fc", "dense"], ["out"]),
+    "a head called before": (Head, X, ["fc"], ["out"]),
     "bare parameters": (Bare, X, ["w"], ["head"]),
 }
 

@@ -861,6 +861,24 @@ def dequantised(file: onnx.ModelProto) -> None:
         file.graph.node.insert(0, node)
 
 
+def test_a_convolution_whose_kernel_is_dequantised(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Tanh())
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.copy_((tensor * 20).round() / 2)
+    base = exported(model, IMAGES, tmp_path / "base.onnx")
+    file = onnx.load(base)
+    dequantised(file)
+    onnx.save(file, base)
+    adapter = make_adapter({"0": (6, 4, 3, 3)}, scale=0.2)
+    alone, adapted = with_adapter(base, adapter, IMAGES, tmp_path, slots=["*"])
+    wanted_alone, wanted = eager(copy.deepcopy(model), adapter, IMAGES)
+    assert compare(alone, wanted_alone).ok
+    assert compare(adapted, wanted).ok
+    assert compare(alone, wanted).relative > 1e-2
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -238,6 +238,15 @@ class TestRefused:
             merge_onnx(exported_mlp.path("input"), silent, tmp_path / "out.onnx")
 
 
+def test_the_adapter_s_own_file_is_not_replaced(exported_mlp: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.onnx"
+    export_adapter(exported_mlp.sample.adapter(2), exported_mlp.path("input"), file)
+    before = file.read_bytes()
+    with pytest.raises(ExportError, match=r"a\.onnx"):
+        merge_onnx(exported_mlp.path("input"), file, file, force=True)
+    assert file.read_bytes() == before
+
+
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = chain(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, groups=2))

@@ -223,3 +223,13 @@ def test_what_only_bears_the_name_of_a_slot_is_told_when_an_adapter_is_made(tmp_
     assert manifest_in(load_proto(tmp_path / "odd.onnx"), tmp_path / "odd.onnx").names  # type: ignore[union-attr]
     with pytest.raises(ExportError, match=r"up_proj: input .*lora_B.weight goes into Mod"):
         export_adapter(adapter(), tmp_path / "odd.onnx", tmp_path / "a.onnx_adapter")
+
+
+def test_a_factor_that_is_multiplied_from_the_left_is_told(tmp_path: Path) -> None:
+    model = onnx.load(written(STYLES["Olive"], tmp_path / "model.onnx"))
+    for node in model.graph.node:
+        if f"{PATHS[1]}.lora_B.weight" in node.input:
+            node.input[:] = reversed(node.input)
+    onnx.save(model, str(tmp_path / "odd.onnx"))
+    with pytest.raises(ExportError, match=r"up_proj: .*lora_B.weight is multiplied from the left"):
+        export_adapter(adapter(), tmp_path / "odd.onnx", tmp_path / "a.onnx_adapter")

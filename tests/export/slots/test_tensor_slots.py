@@ -162,6 +162,14 @@ def test_a_tied_head_that_is_replaced_leaves_the_table_alone(tmp_path: Path) -> 
     assert relative(agrees(session, model, table, tmp_path / "b"), base) > 1e-2
 
 
+def test_a_value_of_a_wider_type_is_the_base_s_if_it_rounds_to_it() -> None:
+    gm = trace(nn.Sequential(nn.Linear(3, 5)).half().eval(), (torch.randn(4, 3).half(),))
+    own = gm.get_parameter("0.bias").detach().float() * 1.00001
+    same, other = (Adapter("a", {}, {"0.bias": value}) for value in (own, own + 1))
+    assert slots_for(gm, [same]) == {}
+    assert slots_for(gm, [other]) == {"0.bias": "weight"}
+
+
 def tokens(head: bool) -> AnyUpdate:
     torch.manual_seed(5)
     rows = {"trainable_tokens_delta": torch.randn(3, 6)}
