@@ -82,10 +82,8 @@ def quantise(
                 add_constant(model, f"{first.weight.name}{end}", ir.tensor(array))
                 for end, array in found.packed.tensors.items()
             ]
-        if is_table:
-            _look_up(model, calls, found.packed, held[first.weight])
-        for call in () if is_table else calls:
-            _multiply(call.node, found.packed, held[first.weight])
+        nodes, write = [call.node for call in calls], _look_up if is_table else _multiply
+        write(nodes, found.packed, held[first.weight])
     if not errors and not scheme.is_exact:
         reasons = [f"{path}: {why}" for path, why in left.items()]
         asks = "; layers= asks for heads too" if A_HEAD in left.values() else ""
@@ -155,28 +153,27 @@ def _read(packed: Packed) -> tuple[Array, Array]:
     return weight_and_step(node)
 
 
-def _look_up(
-    model: ir.Model, calls: Sequence[FileLayer], packed: Packed, inputs: Sequence[ir.Value]
-) -> None:
+def _look_up(nodes: Sequence[ir.Node], packed: Packed, inputs: Sequence[ir.Value]) -> None:
     """Makes nodes look up rows of a weight in a few bits, whose blocks a head may read."""
     numbers, *rest = inputs
+    graph = numbers.graph
+    assert isinstance(graph, ir.Graph)
     assert packed.lookup is not None
-    name = str(calls[0].node.name).removesuffix("Gather")
-    shape = ir.node(
-        "Constant", [], {"value": ir.tensor(np.array([0, -1]), name="rows")}, name=f"{name}Constant"
-    )
-    rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=f"{name}Reshape")
-    model.graph.insert_before(model.graph[0], [shape, rows])  # a call may be in a branch
-    for call in calls:
-        _call(call.node, LOOKUP, packed.lookup, [rows.outputs[0], call.node.inputs[1], *rest])
+    whole = ir.tensor(np.array([0, -1], np.int64), name="rows")
+    shape = ir.node("Constant", [], {"value": whole}, name=as_called(nodes[0], "Constant"))
+    rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=as_called(nodes[0], "Reshape"))
+    graph.insert_before(graph[0], [shape, rows])  # a call may be in a branch
+    for node in nodes:
+        _call(node, LOOKUP, packed.lookup, [rows.outputs[0], node.inputs[1], *rest])
 
 
-def _multiply(node: ir.Node, packed: Packed, inputs: Sequence[ir.Value]) -> None:
-    """Makes a node multiply with a weight in a few bits; a bias is added behind."""
-    bias = input_at(node, 2)
-    _call(node, packed.operator, packed.attributes, [node.inputs[0], *inputs])
-    if bias is not None:
-        add_behind(node, bias)
+def _multiply(nodes: Sequence[ir.Node], packed: Packed, inputs: Sequence[ir.Value]) -> None:
+    """Makes nodes multiply with a weight in a few bits; a bias is added behind."""
+    for node in nodes:
+        bias = input_at(node, 2)
+        _call(node, packed.operator, packed.attributes, [node.inputs[0], *inputs])
+        if bias is not None:
+            add_behind(node, bias)
 
 
 def _call(
