@@ -24,6 +24,7 @@ OPTIONS = {
     r"force=True": "--force",
     r'format="(\w+)"': r"--format \1",
     rf"format={_END}": "--format",
+    rf"layers={_END}": "--layer",
     rf"model={_END}": "--for",
     rf"name={_END}": "--name",
     r"names=\{node: path\}": "--name NODE=PATH",

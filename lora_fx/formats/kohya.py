@@ -42,13 +42,15 @@ ALGORITHMS: Mapping[str, frozenset[str]] = {
     "lora": frozenset({*ROLES, ALPHA}),
     "loha": KINDS["loha"].leaves,
     "lokr": KINDS["lokr"].leaves,
+    "glora": KINDS["glora"].leaves,
     "full": _DIFFERENCES,
     "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
     "ia3": ia3.LYCORIS,
     "norm": frozenset({"w_norm", "b_norm"}),
 }
 # The leaves whose first axis is what alpha is divided by: ``lycoris/modules`` of 4.1.3.
-_RANKED = {"lora": (DOWN_KEY,), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}
+_RANKED = {"lora": (DOWN_KEY,), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b"),
+           "glora": ("a2.weight",)}  # fmt: skip
 # Other trainers' names of the factors.
 _OTHERS = {
     ".lora_A.weight": DOWN_KEY, ".lora_B.weight": UP_KEY, ".lora_B.bias": UP_BIAS,
@@ -64,7 +66,6 @@ DIALECT = dialects.Dialect(
     f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
     ".alpha, or what LyCORIS writes",
     foreign={
-        r"\.(a1|a2|b1|b2|bm)\.": "GLoRA",
         r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
         r"\.scalar": "a scaled update (LyCORIS)",
         r"\.boft_": "BOFT",
@@ -76,7 +77,7 @@ DIALECT = dialects.Dialect(
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
 # Ends of keys that tell such a file, whatever its paths begin with.
-_MARKS = tuple(end for end in DIALECT.endings if end not in (".alpha", ".diff_b"))
+_MARKS = tuple(e for e in DIALECT.endings if e[1:] not in {"diff_b", *KINDS["glora"].leaves})
 
 
 def is_kohya(path: Path, keys: Collection[str]) -> bool:
@@ -91,8 +92,8 @@ def is_kohya(path: Path, keys: Collection[str]) -> bool:
 def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads a file of kohya's or LyCORIS': every key is used, or refused by name.
 
-    LoRA, DoRA, LoCon, LoHa, LoKr, (IA)3, Diag-OFT, full differences and norms. What is added to a
-    norm is an update of its parameters, ``<path>.weight`` and ``<path>.bias``. The base is needed,
+    LoRA, DoRA, LoCon, LoHa, LoKr, GLoRA, (IA)3, Diag-OFT, full differences, norms. What is added to
+    a norm is an update of its parameters, ``<path>.weight``, ``<path>.bias``. The base is needed,
     for the names are lossy; ``component`` reads one part of a pipeline (unet, te, te1, te2, te3,
     lycoris) and leaves the others out.
     """
@@ -184,7 +185,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
         return _lora(roles, layer)
     tensors, alpha = tensors_of(roles), scalar_of(roles)
     settings: dict[str, object] = {"shape": layer.own_shape, "writer": "lycoris"}
-    if algorithm in ("loha", "lokr"):
+    if algorithm in ("loha", "lokr", "glora"):
         rank = rank_of_algorithm(algorithm, tensors)
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     if algorithm == "oft":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.updates import AnyUpdate
-from lora_fx.kinds import adalora, full, ia3, loha, lokr, oft, trainable_tokens, vera
+from lora_fx.kinds import adalora, full, glora, ia3, loha, lokr, oft, trainable_tokens, vera
 
 Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], AnyUpdate]
 
@@ -46,6 +46,7 @@ KINDS: dict[str, Kind] = {
         Kind("ia3", ia3.LEAVES, ia3.read),
         Kind("oft", oft.LEAVES, oft.read),
         Kind("full", full.LEAVES, full.read),
+        Kind("glora", glora.LEAVES, glora.read),
         Kind("tokens", trainable_tokens.LEAVES, trainable_tokens.read),
     )
 }

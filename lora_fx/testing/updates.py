@@ -153,6 +153,13 @@ def _lokr(layer: LayerShape) -> AnyUpdate:
     return _read("lokr", leaves, **settings, shape=layer.shape)
 
 
+def _glora(layer: LayerShape) -> AnyUpdate:
+    out, into, *kernel = layer.shape
+    leaves = {"a1.weight": (into, RANK), "a2.weight": (RANK, into), "b1.weight": (out, RANK)}
+    leaves["b2.weight"] = RANK, into, *kernel
+    return _read("glora", leaves, scale=ALPHA / RANK, shape=layer.shape)
+
+
 def _ia3(layer: LayerShape, inputs: bool) -> AnyUpdate:
     size = layer.shape[1] * layer.groups if inputs else layer.shape[0]
     ones = [1] * (len(layer.shape) - 2)
@@ -189,6 +196,7 @@ UPDATES: dict[str, Callable[[LayerShape], AnyUpdate]] = {
     "vera": _vera,
     "loha": _loha,
     "lokr": _lokr,
+    "glora": _glora,
     "ia3": lambda layer: _ia3(layer, False),
     "ia3_in": lambda layer: _ia3(layer, True),
     "oft": _oft,

@@ -58,8 +58,7 @@ KOHYA: list[Row] = [
     *[
         ({**LORA, f"{START}.{leaf}": (5,)}, None, {}, f"'{START}.{leaf}' is {feature}")
         for leaf, feature in {
-            "a1.weight": "GLoRA", "bm.weight": "GLoRA", "lambda_layer": "T-LoRA",
-            "scalar": "a scaled update", "boft_R": "BOFT",
+            "lambda_layer": "T-LoRA", "scalar": "a scaled update", "boft_R": "BOFT",
         }.items()
     ],
     ({"lycoris_fc.oft_blocks": (2, 5, 2, 2)}, None, {},

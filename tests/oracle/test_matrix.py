@@ -139,6 +139,7 @@ KINDS = {
     "VeRA": "vera",
     "LoHa": "loha",
     "LoKr": "lokr",
+    "GLoRA": "glora",
     "(IA)3 on outputs": "ia3",
     "(IA)3 on inputs": "ia3_in",
     "OFT": "oft",
