@@ -155,8 +155,8 @@ def _lokr(layer: LayerShape) -> AnyUpdate:
 
 def _glora(layer: LayerShape) -> AnyUpdate:
     out, into, *kernel = layer.shape
-    leaves = {"a1.weight": (into, RANK), "a2.weight": (RANK, into), "b1.weight": (out, RANK)}
-    leaves["b2.weight"] = RANK, into, *kernel
+    factors = {"a1.weight": (into, RANK), "a2.weight": (RANK, into), "b1.weight": (out, RANK)}
+    leaves = {**factors, "b2.weight": (RANK, into, *kernel)}
     return _read("glora", leaves, scale=ALPHA / RANK, shape=layer.shape)
 
 
