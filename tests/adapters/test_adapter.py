@@ -62,11 +62,12 @@ def test_the_factors_make_the_delta_and_are_rounded_once(
     assert bias is not None
     wide = torch.promote_types(dtype, torch.float32)
     assert torch.equal(down, u.down.to(target))
-    assert torch.equal(up, (1.7 * u.up.to(wide)).to(target))
+    assert torch.equal(up, (1.7 * u.up.to(torch.promote_types(wide, target))).to(target))
     assert torch.equal(bias, (1.7 * u.bias.to(wide)).to(target))
     product = up.double() @ down.double()
-    rounding = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-    assert relative_error(product, u.delta()) <= rounding.get(target, 1e-6)
+    rounding = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-15}
+    exact = 1.7 * u.up.double() @ u.down.double()
+    assert relative_error(product, exact) <= rounding.get(target, 1e-6)
     assert relative_error(0.9 * product, u.delta()) > 5e-2
 
 
