@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -284,3 +285,12 @@ def test_a_config_can_be_copied_and_pickled(again: Callable[[Any], Any]) -> None
     config = LoraConfig(r=3, lora_alpha=6, rank_pattern={"a": 2}, name="fr")
     assert again(config) == config
     assert again(config) != LoraConfig(r=3, lora_alpha=6, name="fr")
+
+
+def test_tensors_without_data_are_refused() -> None:
+    whole = update()
+    hollow = replace(whole, up=whole.up.to("meta"))
+    for found in ({"updates": {"fc": hollow}}, {"updates": {}, "replacements": {"b": hollow.up}}):
+        with pytest.raises(AdapterError, match="adapter a is made of tensors without data"):
+            Adapter("a", **found)
+    assert Adapter("a", {"fc": whole}).updates["fc"] is whole
