@@ -85,6 +85,7 @@ def test_a_file_with_a_layer_pruned_to_nothing_is_read_and_written(tmp_path):
     adapter = lora_fx.load_adapter(tmp_path / "pruned", base=model)
     assert [update.rank for update in adapter.updates.values()] == [0, 3]
     lora_fx.save_adapter(adapter, tmp_path / "again")
+    assert [layer.error for layer in adapter.to_lora(energy=1.0).layers.values()] == [0, 0]
     x = torch.randn(7, 3)
     for path in ("pruned", "again"):
         owner = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / path).eval()
