@@ -65,6 +65,8 @@ class InjectLora(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Adds a branch for each update of each adapter, at each call of its layer."""
         several = self.adapter if isinstance(self.adapter, Sequence) else [self.adapter]
+        if any(isinstance(adapter, LoraConfig) for adapter in several):
+            editor.freeze()  # once: of several configs all train
         for adapter in several:
             if isinstance(adapter, LoraConfig):
                 _inject_config(editor, adapter)
@@ -156,7 +158,6 @@ def _replace(
 
 
 def _inject_config(editor: Editor, config: LoraConfig) -> None:
-    editor.freeze()
     groups = by_path(editor.gm)
     layers = layers_in(editor.gm, groups)
     generator = config.make_generator()

@@ -125,6 +125,16 @@ def test_every_start_is_the_base_and_says_what_it_learned(
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_of_several_configs_all_train() -> None:
+    _, base, ids = built("linear", "export")
+    configs = [LoraConfig(r=2, target_modules=["layer"], name=name, seed=0) for name in "ab"]
+    both, second = inject(base, configs), inject(inject(base, configs[0]), configs[1])
+    trained(both, ids)
+    learned = [adapter_from(both, name).updates["layer"].has_effect() for name in "ab"]
+    left = [name for name, p in second.named_parameters() if p.requires_grad]
+    assert (learned, left) == ([True, True], ["layer.lora_A.b", "layer.lora_B.b"])
+
+
 def test_what_cannot_start_that_way_is_refused_by_name() -> None:
     _, base, _ = built("conv1d", "export")
     with pytest.raises(AdapterError, match=r"layer: .*pissa"):

@@ -47,9 +47,16 @@ class Adapter(Value):
         """Checks the name and closes the mappings: an adapter is a value.
 
         Raises:
-            AdapterError: the name could not be part of a parameter's name.
+            AdapterError: the name could not be part of a parameter's name, or a tensor is on
+                torch's meta device.
         """
         check_name(self.name)
+        held = (t for update in self.updates.values() for t in update.tensors())
+        if any(tensor.is_meta for tensor in (*held, *self.replacements.values())):
+            raise AdapterError(
+                f"adapter {self.name} is made of tensors without data, on torch's meta device: "
+                "load its values first"
+            )
         object.__setattr__(self, "updates", MappingProxyType(dict(self.updates)))
         object.__setattr__(self, "replacements", MappingProxyType(dict(self.replacements)))
 

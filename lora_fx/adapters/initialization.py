@@ -108,13 +108,14 @@ def _check(how: str, shape: tuple[int, ...], rank: int, layer: str, groups: int)
 
 
 def _normal(generator: torch.Generator | None, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator)
+    # float32 whatever torch.set_default_dtype says: one start a seed, and halves have no qr.
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
 def _random(how: str, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
     if how == "gaussian":
         return _normal(generator, *shape) / shape[0]
-    down = torch.empty(shape)
+    down = torch.empty(shape, dtype=torch.float32)
     return torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
 
 

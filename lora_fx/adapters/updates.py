@@ -315,8 +315,7 @@ class Update(AnyUpdate):
             down (r, in, *kernel); up (out, r) with scale and row folded in; bias (out,) with the
             scale folded in, or None.
         """
-        wide = torch.promote_types(self.up.dtype, torch.float32)
-        up = self.up.to(wide) * self.scale
+        up = self.up.to(self.wide(dtype)) * self.scale
         up = up if row is None else up * row[:, None]
         bias = self.shift(lambda: None)
         return self.down.to(dtype), up.to(dtype), None if bias is None else bias.to(dtype)

@@ -42,7 +42,7 @@ class Svd:
     @property
     def size(self) -> float:
         """The Frobenius norm of the whole."""
-        return math.hypot(float(self.values.norm()), self.rest)
+        return math.hypot(_size(self.values), self.rest)
 
 
 class Cut(NamedTuple):
@@ -67,12 +67,12 @@ def cut(svd: Svd, rank: int, dtype: torch.dtype) -> Cut:
     up, down = (rows * root).contiguous(), (root[:, None] * columns).contiguous()
     kept = up.to(dtype), down.to(dtype)
     rounding = _norm(torch.cat([up, -kept[0].to(up)], 1), torch.cat([down, kept[1].to(up)]))
-    left = math.hypot(svd.rest, float(svd.values[rank:].norm()), rounding)
+    left = math.hypot(svd.rest, _size(svd.values[rank:]), rounding)
     return Cut(*kept, left / svd.size if svd.size > 0 else 0.0)
 
 
 def rank_of(svd: Svd, size: int, rank: int | None, energy: float | None) -> int:
-    """How many values to keep: at least one, and never those that are rounding errors of the first.
+    """How many values to keep: at least one, and not those that together are rounding errors.
 
     Args:
         svd: of a matrix.
@@ -81,11 +81,13 @@ def rank_of(svd: Svd, size: int, rank: int | None, energy: float | None) -> int:
         energy: the fraction of the squared Frobenius norm to hold, or None.
     """
     values = svd.values
-    noise = values[:1] * size * torch.finfo(values.dtype).eps
-    most = max(1, int((values > noise).sum()))
+    # All that is cut off counts, or a thousand values below an error would be lost with it.
+    noise = 4 * math.sqrt(size) * torch.finfo(values.dtype).eps * float(values[:1].sum())
+    tails = values.double().square().flip(0).cumsum(0).flip(0) + svd.rest**2
+    most = max(1, int((tails.sqrt() > noise).sum()))
     if energy is not None:
         held = values.double().square().cumsum(0)
-        wanted = energy * (float(held[-1]) + svd.rest**2)
+        wanted = energy * (float(held[-1:].sum()) + svd.rest**2)
         most = min(most, int((held < wanted).sum()) + 1)
     return most if rank is None else min(rank, most)
 
@@ -171,9 +173,9 @@ def _sketched(tensor: torch.Tensor, count: int) -> Svd:
     del rough
     basis = _round(tensor, basis.to(tensor.dtype))  # the last one alone has to be exact
     inner = basis.T @ tensor
-    rest = torch.addmm(tensor, basis, inner, alpha=-1).norm()
+    rest = _size(torch.addmm(tensor, basis, inner, alpha=-1))
     rows, values, columns = torch.linalg.svd(inner, full_matrices=False)
-    return Svd(values, lambda n: (basis @ rows[:, :n], columns[:n]), float(rest))
+    return Svd(values, lambda n: (basis @ rows[:, :n], columns[:n]), rest)
 
 
 def _round(tensor: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -212,7 +214,12 @@ def _turned(svd: Svd) -> Svd:
 def _norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """The Frobenius norm of a product."""
     above, below = torch.linalg.qr(up)[1], torch.linalg.qr(down.T)[1]
-    return float((above @ below.T).norm())
+    return _size(above @ below.T)
+
+
+def _size(tensor: torch.Tensor) -> float:
+    """The Frobenius norm, in float64: squares of large and small numbers leave float32's range."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def total(terms: Sequence[Matrix]) -> Matrix:

@@ -202,7 +202,7 @@ def note_binding(
         for path, names in binding.meant.items()
     }
     unnamed = [path for path, several in bound.items() if not all(b.names for b in several)]
-    lost = [path for path in unnamed if any(True for _ in given.updates[path].tensors())]
+    lost = [path for path in unnamed if any(t.numel() for t in given.updates[path].tensors())]
     if lost:
         raise AdapterError(
             f"adapter {given.name}: the updates of {shorten(lost)} have not come into the graph; "

@@ -30,6 +30,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of one byte, which nothing here computes with: float16 has every value that they have.
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 LISTED = ".lora_invocation"
+# The axis of the rank, of what AdaLoRA may have pruned to nothing.
+_PRUNED = {".lora_A": 0, ".lora_B": 1, ".lora_E": 0}
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _NAMES = {
     torch.float32: "F32",
@@ -202,7 +204,9 @@ def check_gathered(name: str, shape: Sequence[int]) -> None:
     Raises:
         AdapterError: names it, and what leaves such tensors.
     """
-    if 0 in shape and not name.endswith(LISTED):  # no tokens: everywhere
+    axis = _PRUNED.get(name[-7:])
+    is_pruned = axis is not None and len(shape) == 2 and shape[axis] == 0 != shape[1 - axis]
+    if 0 in shape and not is_pruned and not name.endswith(LISTED):  # no tokens: everywhere
         raise AdapterError(
             f"tensor {name!r:.80}: shape {list(shape)!r:.80}: it is empty, which is what DeepSpeed "
             "ZeRO-3 and FSDP leave of a model that is saved while its tensors are spread over "

@@ -226,3 +226,17 @@ def test_names_are_checked() -> None:
     for wrong in (True, None, "eva", "pissa_niter_", "pissa_niter_-1", "pissa_niter_9999", "PiSSA"):
         with pytest.raises(AdapterError, match=r"^init is .*, expected one of kaiming, gaussian"):
             checked_init(wrong)
+
+
+@pytest.mark.parametrize("how", ["kaiming", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_seed_gives_one_start_whatever_the_default_dtype(how: str, dtype: torch.dtype) -> None:
+    usual, other = make(how), make(how, seed=1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = make(how)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.down, usual.down)
+    assert not torch.equal(found.down, other.down)
+    assert found.down.dtype == found.up.dtype == torch.float32

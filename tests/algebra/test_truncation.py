@@ -131,3 +131,25 @@ def test_the_size_of_an_expression_is_that_of_the_matrix(rank: int) -> None:
     assert truncation.size_of(expression) == pytest.approx(expected, rel=1e-12)
     nothing = Sum(expression, scaled(number(-1), expression))
     assert truncation.size_of(nothing) < 1e-12 * expected
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_many_small_values_are_kept_and_roundings_are_not(size: float) -> None:
+    """Each small value is below the rows times the first's rounding; all together are not."""
+    left, right = (torch.linalg.qr(drawn(n, 500))[0] for n in (600, 500))
+    values = torch.full((500,), 5e-5, dtype=torch.float64)
+    values[:3] = 1.0
+    low = left[:, :3] @ right[:3]
+    for whole, rank in ((left @ torch.diag(values) @ right, 500), (low, 3)):
+        tensor = (size * whole).float()
+        svd = of_tensor(tensor, None, 1.0)
+        assert rank_of(svd, 600, None, 1.0) == rank
+        found = cut(svd, rank, torch.float32)
+        exact = tensor.double()
+        error = float((found.up.double() @ found.down.double() - exact).norm() / exact.norm())
+        assert max(error, found.error) <= 1e-5
+        assert (
+            float((low.float().double() * size - exact).norm() / exact.norm()) > 5e-4 or rank == 3
+        )
+        three = cut(svd, 3, torch.float32).error
+        assert three == pytest.approx(float((exact - size * low).norm() / exact.norm()), abs=1e-5)

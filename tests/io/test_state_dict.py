@@ -88,6 +88,17 @@ def test_what_was_not_gathered_is_refused_with_the_cause(
         read_file(path, allow_pickle=True)
 
 
+@pytest.mark.parametrize("leaf", ["lora_A", "lora_B", "lora_E"])
+def test_what_was_pruned_to_nothing_is_read_where_its_rank_is(leaf: str, tmp_path: Path) -> None:
+    path, shape = tmp_path / "a.safetensors", (5, 0) if leaf == "lora_B" else (0, 5)
+    save_file({f"x.{leaf}": torch.zeros(shape)}, path)
+    assert read_file(path, allow_pickle=False)[f"x.{leaf}"].shape == shape
+    for other in (shape[::-1], (0,), (0, 0), (0, 5, 2)):
+        save_file({f"x.{leaf}": torch.zeros(other)}, path)
+        with pytest.raises(AdapterError, match="it is empty"):
+            read_file(path, allow_pickle=False)
+
+
 def test_what_an_index_names_is_read_from_every_file(tmp_path: Path) -> None:
     index, names = _sharded(tmp_path, {"a": 1, "b": 1, "c": 2})
     found = read_file(index, allow_pickle=False)

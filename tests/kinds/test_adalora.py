@@ -1,11 +1,14 @@
+import copy
+
 import peft
 import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx import AdapterError
 from lora_fx.kinds import adalora
-from lora_fx.testing import means, read_kind
+from lora_fx.testing import fits, means, read_kind
 
 SHAPES = {"lora_A": (2, 3), "lora_B": (5, 2), "lora_E": (2, 1)}
 
@@ -62,6 +65,31 @@ def test_a_layer_may_be_pruned_to_nothing(noise):
     update = read_kind("adalora", tensors, scale=1.0, ranknum=4)
     assert torch.equal(update.weight(torch.ones(5, 3)), torch.ones(5, 3))
     assert not update.has_effect()
+
+
+# PEFT 0.21.2 looks for modules by the names of AdaLoRA's rank_pattern, which are of tensors.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape")
+def test_a_file_with_a_layer_pruned_to_nothing_is_read_and_written(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).eval()
+    tuned = config(lora_alpha=6)
+    tuned.target_modules = {"0", "2"}
+    wrapped = peft.get_peft_model(copy.deepcopy(model), tuned).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    rows = {"0.lora_E": [False] * 4, "2.lora_E": [True, False, True, True]}
+    wrapped.peft_config["default"].rank_pattern = rows
+    wrapped.save_pretrained(tmp_path / "pruned")
+    adapter = lora_fx.load_adapter(tmp_path / "pruned", base=model)
+    assert [update.rank for update in adapter.updates.values()] == [0, 3]
+    lora_fx.save_adapter(adapter, tmp_path / "again")
+    assert [layer.error for layer in adapter.to_lora(energy=1.0).layers.values()] == [0, 0]
+    x = torch.randn(7, 3)
+    for path in ("pruned", "again"):
+        owner = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / path).eval()
+        fits(adapter, model, x, owner(x).detach())
 
 
 @pytest.mark.parametrize(
