@@ -104,8 +104,6 @@ class Analysis:
     def map_of(self, value: object) -> AffineMap | None:
         """The AffineMap of an argument, or None."""
         known = self.values.get(value) if isinstance(value, fx.Node) else None
-        if isinstance(known, Alias):
-            return self.map_of(known.node)
         return known if isinstance(known, AffineMap) else None
 
     def whole_map_of(self, value: object) -> AffineMap | None:
