@@ -208,7 +208,7 @@ def _parents_of_scopes(nodes: Iterable[ir.Node]) -> dict[str, str]:
             if common and _numbers(old) == _numbers(new):
                 begins = [".".join(path[: len(path) - common + 1]) for path in (old, new)]
                 found.setdefault(begins[0], set()).add(begins[1])
-    return {old: next(iter(new)) for old, new in found.items() if len(new) == 1 and old not in new}
+    return {old: next(iter(new)) for old, new in found.items() if len(new) == 1}
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:

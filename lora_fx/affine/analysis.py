@@ -93,7 +93,11 @@ class Analysis:
         name = op_name(node)
         if name not in rules:
             return Opaque(f"{name} is not known to be affine")
-        return rules[name](self, node) if node.args else Opaque(f"{name} is called by keywords")
+        if not node.args:
+            return Opaque(f"{name} is called by keywords")
+        found, dtype = rules[name](self, node), dtype_of(node)
+        is_cut = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+        return Opaque("whole numbers") if is_cut and isinstance(found, AffineMap) else found
 
     def product(self, node: fx.Node) -> Product | None:
         """`product_of`, asked once for each node: what is analysed does not change meanwhile."""
@@ -104,8 +108,6 @@ class Analysis:
     def map_of(self, value: object) -> AffineMap | None:
         """The AffineMap of an argument, or None."""
         known = self.values.get(value) if isinstance(value, fx.Node) else None
-        if isinstance(known, Alias):
-            return self.map_of(known.node)
         return known if isinstance(known, AffineMap) else None
 
     def whole_map_of(self, value: object) -> AffineMap | None:

@@ -138,7 +138,8 @@ def candidates(
     follows or precedes is likelier than a factor; then those that are stored.
     """
     shape = (value.size, source.size)
-    layers = [n for n in sorted(nodes) if n.target in OPERATORS or analysis.product(n)]
+    called = (n for n in sorted(nodes) if not n.kwargs)
+    layers = [n for n in called if n.target in OPERATORS or analysis.product(n)]
     fitting = [n for n in layers if _fits(n, shape, analysis)]
     fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
     if len(fitting) < 2:
@@ -165,8 +166,6 @@ def _goes_through(node: fx.Node, others: set[fx.Node], nodes: set[fx.Node]) -> b
 
 def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
     own = analysis.values[node]
-    if node.kwargs:
-        return False
     return (
         isinstance(own, AffineMap)
         and own.weight.shape == shape
@@ -177,10 +176,8 @@ def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
 def _is_wider(node: fx.Node, value: AffineMap, source: AffineMap, analysis: Analysis) -> bool:
     """Whether a layer reads the source and more: the whole weight is a part of its own."""
     own = analysis.values[node]
-    fits = (
-        isinstance(own, AffineMap) and own.size == value.size and reads_more(node, source, analysis)
-    )
-    return fits and not node.kwargs
+    is_whole = isinstance(own, AffineMap) and own.size == value.size
+    return is_whole and reads_more(node, source, analysis)
 
 
 def _is_worth_it(
@@ -235,7 +232,7 @@ def _ends_late(value: AffineMap, nodes: set[fx.Node], analysis: Analysis) -> boo
         moves.add(node)
         node = node.all_input_nodes[0]
     paths = {module_path(n) for n in nodes - moves}
-    return bool(moves) and module_path(value.node) not in paths
+    return module_path(value.node) not in paths
 
 
 def _staying(nodes: set[fx.Node], end: fx.Node, gone: set[fx.Node]) -> set[fx.Node]:

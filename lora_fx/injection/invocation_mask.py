@@ -16,6 +16,7 @@ from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import attribute
 from lora_fx.graph.ops import aten, module_path
 from lora_fx.layers.adapter_tensors import part_of
+from lora_fx.layers.matrix_products import rank_of
 from lora_fx.layers.sites import Site
 
 IDS = "input_ids"
@@ -110,8 +111,7 @@ def invocations_in(gm: fx.GraphModule) -> list[tuple[int, ...]]:
 
 def reads_flat(site: Site) -> bool:
     """Whether a layer reads (batch * length, in), as a product of matrices does."""
-    value = site.input.meta.get("val")
-    return site.node.target is aten.addmm.default if value is None else bool(value.ndim == 2)
+    return rank_of(site.input) == 2
 
 
 def _ids(gm: fx.GraphModule) -> fx.Node:
@@ -135,11 +135,14 @@ def _ids(gm: fx.GraphModule) -> fx.Node:
 def _check_rows(site: Site, ids: fx.Node) -> None:
     """Refuses a layer that does not read one row for each token."""
     value, known = site.input.meta.get("val"), ids.meta.get("val")
-    has_rows = value is None or known is None
-    if value is not None and known is not None:
-        # Compared as text: to ask whether sizes are equal would make a rule of it.
-        wanted = str([*known.shape]), str([prod(known.shape)])
-        has_rows = str([*value.shape[:-1]]) in wanted
+    if value is None or known is None:
+        raise AdapterError(
+            "it acts from its invocation tokens on, and a graph without shapes does not tell which "
+            'layers read one row for each; trace the model with its inputs and frontend="export"'
+        )
+    # Compared as text: to ask whether sizes are equal would make a rule of it.
+    wanted = str([*known.shape]), str([prod(known.shape)])
+    has_rows = str([*value.shape[:-1]]) in wanted
     if site.is_linear and site.labels is None and site.part.rows is None and has_rows:
         return
     raise AdapterError(

@@ -14,10 +14,16 @@ from lora_fx.passes import FoldLora
 from lora_fx.testing import Computes
 
 
+class Turn(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(-1, -2)
+
+
 def layers(function: Callable[..., Any]) -> nn.Module:
     one, two, norm = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
-    sizes = {"down": (4, 2), "up": (2, 4), "gain": (4,)}
-    return Computes(function, sizes, one=one, two=two, table=nn.Embedding(9, 4), norm=norm)
+    sizes = {"down": (4, 2), "up": (2, 4), "gain": (4,), "square": (4, 4)}
+    modules = {"table": nn.Embedding(9, 4), "norm": norm, "turn": Turn()}
+    return Computes(function, sizes, one=one, two=two, **modules)
 
 
 def regions_of(
@@ -61,6 +67,15 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[str, str, int, bool]]]] = 
         [("mul", "linear", 2, False)],
     ),
     "a layer and moves alone": (lambda m, x: m.one(x).transpose(-1, -2).contiguous(), []),
+    "a move of somebody else": (
+        lambda m, x: torch.tanh(m.turn(m.one(x) + x @ m.down @ m.up)),
+        [("add", "linear", 4, False)],
+    ),
+    "a bias with a factor": (
+        lambda m, x: torch.add(x @ m.square, m.gain, alpha=2),
+        [("add", "matmul", 2, False)],
+    ),
+    "a bias": (lambda m, x: x @ m.square + m.gain, []),
     "another layer is free": (
         lambda m, x: (lambda y: (y + m.two(x), torch.relu(y)))(m.one(x)),
         [("add", "linear_1", 3, False)],
@@ -111,6 +126,17 @@ def test_reshapes_around_a_layer_are_kept() -> None:
     assert text(folded).count("addmm(") == 1
     assert "matmul" not in text(folded)
     torch.testing.assert_close(folded(x), module(x))
+
+
+def test_a_layer_with_arguments_by_name_stays() -> None:
+    """Those of a folded one are by position, and the stride would be lost."""
+    conv = nn.Conv1d(3, 5, 2, stride=2, bias=False)
+    model, x = Computes(lambda m, x: m.conv(x) * 2, conv=conv), torch.randn(4, 3, 8)
+    gm = trace(model, (x,), frontend="export")
+    (call,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.conv1d.default)
+    assert FoldLora()(gm).modified
+    call.args, call.kwargs = call.args[:2], {"stride": [2]}
+    torch.testing.assert_close(fold(gm)(x), model(x))
 
 
 def test_only_what_is_read_is_replaced() -> None:

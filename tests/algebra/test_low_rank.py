@@ -11,10 +11,12 @@ from lora_fx.algebra.low_rank import (
     NotLowRankError,
     additive,
     beside,
+    blocks_beside,
     column_beside,
     factors_beside,
 )
 from lora_fx.algebra.matrix_expr import (
+    BlockDiag,
     Leaf,
     Matrix,
     Replaced,
@@ -24,6 +26,7 @@ from lora_fx.algebra.matrix_expr import (
     number,
     placed,
     product,
+    reshaped,
     scaled,
     signed,
     transposed,
@@ -137,3 +140,17 @@ def test_rows_that_take_the_place_of_the_base_s_are_added_to_it(turned: bool) ->
     down, up = factors_beside(base, additive(base, whole))
     torch.testing.assert_close(base.fetch() + up @ down, dense(whole, torch.float32))
     assert 3 in up.shape
+
+
+def test_blocks_are_read_as_they_are_held() -> None:
+    """Those that lie on their side would be read as others."""
+    left, right, experts = torch.randn(2, 5, 3), torch.randn(6, 6), leaf("experts", 2, 30)
+    held = BlockDiag((2, 5, 3), "blocks", lambda: left)
+    factors = Leaf((6, 6), "right", lambda: right)
+    found = blocks_beside(experts, Sum(experts, reshaped(product(held, factors), 2)))
+    assert torch.equal(found[0], left)
+    assert torch.equal(found[1], right.view(2, 3, 6))
+    assert [t.shape for t in blocks_beside(W, Sum(W, product(B, A)))] == [(10, 2), (2, 6)]
+    turned = BlockDiag((2, 5, 3), "blocks", lambda: left.mT, turned=True)
+    with pytest.raises(NotLowRankError, match="no product for each block"):
+        blocks_beside(experts, Sum(experts, reshaped(product(turned, factors), 2)))

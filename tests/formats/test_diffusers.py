@@ -188,6 +188,8 @@ KEYS = {
     "unet.b.0.attn1.processor.to_q_lora.down.weight": ("unet", "b.0.attn1.to_q", DOWN),
     "unet.b.0.attn1.processor.to_out_lora.up.weight": ("unet", "b.0.attn1.to_out.0", UP),
     "text_encoder.l.0.self_attn.to_k_lora.up.weight": ("text_encoder", "l.0.self_attn.k_proj", UP),
+    "unet.b.0.attn1.processor.to_v_lora.up.weight": ("unet", "b.0.attn1.to_v", UP),
+    "text_encoder.l.0.self_attn.to_v_lora.up.weight": ("text_encoder", "l.0.self_attn.v_proj", UP),
     "text_encoder_2.l.0.self_attn.to_out_lora.down.weight": (
         "text_encoder_2", "l.0.self_attn.out_proj", DOWN,
     ),

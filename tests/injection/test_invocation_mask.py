@@ -142,6 +142,22 @@ def test_a_bias_of_the_adapter_acts_where_it_does() -> None:
     assert relative(found, inject(gm, adapter(wide=(6, 4)))(input_ids=IDS)["tokens"]) > 1e-2
 
 
+class Flat(Model):
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = self.narrow(torch.tanh(self.wide(self.table(input_ids).flatten(0, 1))))
+        return {"tokens": rows.unflatten(0, input_ids.shape)}
+
+
+@torch.no_grad()
+def test_a_layer_may_read_the_tokens_as_rows() -> None:
+    wanted, found = (inject(graph(model), adapter()) for model in (Model(), Flat()))
+    found.load_state_dict({k: wanted.state_dict()[k] for k in found.state_dict()})
+    assert [branch.mask is not None for branch in branches(found)] == [True, True]
+    tokens = wanted(input_ids=IDS)["tokens"]
+    assert relative(found(input_ids=IDS)["tokens"], tokens) <= 1e-6
+    assert relative(inject(graph(Flat()), adapter((1,)))(input_ids=IDS)["tokens"], tokens) > 1e-2
+
+
 class Renamed(Model):
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
         return super().forward(tokens)
@@ -159,6 +175,12 @@ class TestRefused:
     def test_a_layer_that_reads_no_row_for_each_token(self) -> None:
         with pytest.raises(AdapterError, match=r"pooled: .* does not read one row for each token"):
             inject(graph(), adapter(pooled=(3, 5)))
+
+    @pytest.mark.parametrize("path", ["wide", "pooled"])
+    def test_a_layer_of_which_nobody_knows_how_many_rows_it_reads(self, path: str) -> None:
+        gm = trace(Model().eval(), (), {"input_ids": IDS}, frontend="symbolic")
+        with pytest.raises(AdapterError, match=r'adapter french: .*and frontend="export"'):
+            inject(gm, adapter(**{path: {"wide": (6, 4), "pooled": (3, 5)}[path]}))
 
     def test_a_table(self) -> None:
         with pytest.raises(AdapterError, match=r"table: .* \(embedding\) does not read one row"):

@@ -3,7 +3,7 @@ import torch
 from lycoris.modules import FullModule
 from torch import nn
 
-from lora_fx import AdapterError
+from lora_fx import AdapterError, Update
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.kinds import full as dense
 from lora_fx.testing import means, read_kind
@@ -25,6 +25,21 @@ def test_is_a_sum(has_bias, settings, shape, noise, dtype):
     assert (update.bias is not None) == has_bias
     if has_bias:
         assert torch.equal(update.bias.double(), scale * tensors["diff_b"].double())
+
+
+@pytest.mark.parametrize("leaves", ["diff", "diff_b", "diff diff_b"])
+def test_is_added_beside_what_another_kind_makes(leaves, noise):
+    tensors = {"diff": noise(5, 3), "diff_b": noise(5)}
+    diff, shift = (tensors[name] if name in leaves.split() else None for name in tensors)
+    low = Update(noise(2, 3), noise(5, 2), 1.5)
+    update, base = dense.beside(low, diff, shift), noise(5, 3)
+    wanted = low.weight(base) + (0 if diff is None else diff)
+    torch.testing.assert_close(update.weight(base), wanted)
+    assert isinstance(update, type(low)) == (diff is None)
+    found = update.shift(lambda: None)
+    assert (found is None) == (shift is None)
+    if shift is not None:
+        torch.testing.assert_close(found, shift)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

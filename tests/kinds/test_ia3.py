@@ -30,6 +30,18 @@ def test_scales_outputs_or_inputs(kernel, noise, dtype):
     )
 
 
+@pytest.mark.parametrize("on_input", [0, 1])
+@pytest.mark.parametrize("ones", [(), (1, 1)])
+def test_scales_as_lycoris_stores_it(ones, on_input, noise):
+    size = (5, 3)[on_input]
+    base, factors = noise(5, 3, *((2, 2) if ones else ())), noise(size)
+    stored = factors.reshape(1, size, *ones) if ones else factors
+    tensors = {"weight": stored, "on_input": torch.tensor(on_input)}
+    update = ia3.read(tensors, {"shape": tuple(base.shape)})
+    rows = torch.einsum("i,oi...->oi..." if on_input else "o,oi...->oi...", 1 + factors, base)
+    means(update, base, rows, base)
+
+
 LAYERS = {
     "linear": lambda: nn.Linear(3, 5),
     "conv2d": lambda: nn.Conv2d(4, 6, (3, 2)),

@@ -20,6 +20,14 @@ class Named(nn.Linear):
     """Somebody's own linear layer."""
 
 
+class NormOfOne(nn.Module):
+    """Has one number as its weight, and no axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+
 class Imposter(nn.Module):
     """Called as transformers' layer, and none."""
 
@@ -84,6 +92,7 @@ def test_a_layer_is_told_by_its_class(case: str) -> None:
         nn.LayerNorm(5, elementwise_affine=False),
         nn.Bilinear(2, 3, 5),
         Imposter(),
+        NormOfOne(),
     ],
     ids=lambda module: type(module).__name__,
 )

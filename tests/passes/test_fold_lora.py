@@ -64,6 +64,27 @@ def test_a_product_with_a_weight_that_is_summed_up_is_one_layer(
     assert "3 -> 5 of x: becomes the layer of" in line
 
 
+def test_a_sum_of_products_with_no_bias_is_a_linear_layer() -> None:
+    """``addmm(x A B, x, W)``: what is called has to have a bias, and none is left."""
+    sizes = {"a": (3, 2), "b": (2, 5), "w": (3, 5)}
+    model, x = Computes(lambda m, x: torch.addmm(x @ m.a @ m.b, x, m.w), sizes), torch.randn(4, 3)
+    gm = trace(model, (x,), frontend="export")
+    seen = check_pass(FoldLora(), gm, x, expected=model(x), control=x @ model.w)
+    assert seen.after == "x = input()\nlinear = linear(x, w)\nreturn [linear]"
+
+
+@torch.no_grad()
+def test_what_is_written_into_whole_numbers_is_cut() -> None:
+    def cut(m: Any, x: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        y = x @ m.w
+        return torch.zeros_like(y, dtype=dtype).copy_(y) * m.gain
+
+    model, x = Computes(cut, {"w": (3, 5), "gain": (5,)}), 10 * torch.randn(4, 3)
+    folded = FoldLora()(trace(model, (x,), frontend="export")).graph_module
+    torch.testing.assert_close(folded(x), model(x))
+    assert not torch.allclose(cut(model, x, x.dtype), model(x))
+
+
 def test_a_product_with_the_sum_of_two_stored_matrices_may_be_an_adapters() -> None:
     model = Computes(lambda m, x: x @ (m.v + m.w), {"v": (3, 2), "w": (3, 2)})
     assert not FoldLora()(trace(model, (torch.randn(4, 3),))).edits

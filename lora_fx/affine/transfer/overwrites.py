@@ -114,11 +114,12 @@ def copy(analysis: Analysis, node: fx.Node) -> Value:
     kept, new = analysis.map_of(into), analysis.map_of(values)
     dtype = dtype_of(node) or (kept.dtype if kept else None)
     if isinstance(values, fx.Node) and _alike(node, values, kept, new):
-        if new is not None and (dtype is None or dtype.is_floating_point):
+        if new is not None:
             return new.moved(node, new.layout, dtype)
+        if isinstance(known := analysis.values.get(values), Splat):
+            return known
         same = dtype is not None and dtype_of(values) == dtype
-        known = analysis.values.get(values)
-        return Alias(values) if same and not isinstance(known, Splat) else known or Opaque("")
+        return Alias(values) if same else Opaque("a copy into another type")
     column = analysis.column(values, kept.layout) if kept else None
     if kept is None or column is None:
         return Opaque("a copy that broadcasts, or of no map")

@@ -322,6 +322,12 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "broadcasts",
         "export",
     ),
+    "copied into whole numbers": (
+        lambda m, x: m.low(x).mul(0).long().copy_(m.low(x)),
+        "batch",
+        "whole numbers",
+        "export",
+    ),
     "masked by data": (lambda m, x: m.low(x).masked_fill(x[..., :1] > 0, 1.0), "batch", "a mask"),
     "filled with data": (lambda m, x: aten.fill(m.low(x), x.sum()), "batch", "than a number"),
     "a slice of the batch assigned": (

@@ -144,6 +144,14 @@ LEFT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_numbers_of_another_model_are_refused(tmp_path: Path) -> None:
+    exported(tmp_path / "a.onnx")
+    quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", verify=False)
+    other = lora_fx.trace(nn.Sequential(nn.Embedding(19, 32), nn.Linear(32, 32)), (IDS,))
+    with pytest.raises(VerificationError, match=r"\.weight: quantised, and no weight of the model"):
+        with_numbers(other, packed_in(tmp_path / "b.onnx"))
+
+
 @pytest.mark.parametrize("what", LEFT)
 def test_a_table_stays_where_no_lookup_takes_its_bits(what: str, tmp_path: Path) -> None:
     gm = exported(tmp_path / "a.onnx")

@@ -494,7 +494,8 @@ def test_a_file_of_onnxruntime_genai_s_builder(
     assert compare(adapted, wanted_alone).relative > 0.2
     file.producer_name = "another"
     onnx.save(file, base)
-    add_lora(base, tmp_path / "slots.onnx", names=names, verify=False, force=True)
+    report = add_lora(base, tmp_path / "slots.onnx", names=names, verify=False, force=True)
+    assert not report.verified
     with pytest.raises(AdapterError, match=r"no slot at layers\.0\.self_attn"):
         export_adapter(called, tmp_path / "slots.onnx", tmp_path / "b.onnx_adapter")
 

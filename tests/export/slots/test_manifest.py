@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.export import to_onnx
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.slots.choose import chosen_slots
 from lora_fx.export.slots.manifest import (
@@ -22,6 +23,7 @@ from lora_fx.export.slots.manifest import (
 )
 from lora_fx.export.slots.slot import Slot
 from lora_fx.frontend.trace import trace
+from lora_fx.testing import traced
 
 MANIFEST = Manifest(
     (
@@ -131,3 +133,21 @@ def test_sizes_are_those_of_the_graph(exported_mlp: Any) -> None:
     wide = replace(manifest.slots[0], in_features=2_000_000_000)
     with pytest.raises(ExportError, match=r"up\.lora_A is of \(2000000000, None\), but \(3, 0\)"):
         check_slots(proto, replace(manifest, slots=(wide, *manifest.slots[1:])))
+
+
+def test_a_slot_without_a_default_is_no_larger_than_the_weights(tmp_path: Path) -> None:
+    """Graph and manifest may agree on a size: a value for it would be made of memory."""
+    path, gm = tmp_path / "m.onnx", traced(nn.Sequential(nn.Linear(3, 5)), torch.randn(4, 3))
+    to_onnx(gm, path, adapters="required", verify=False)
+    proto = load_proto(path)
+    manifest = manifest_in(proto, path)
+    assert manifest is not None
+    (down,) = (value for value in proto.graph.input if value.name == "0.lora_A")
+    for size in (15, 16):
+        down.type.tensor_type.shape.dim[0].dim_value = size
+        wide = replace(manifest, slots=(replace(manifest.slots[0], in_features=size),))
+        if size == 15:
+            check_slots(proto, wide)
+            continue
+        with pytest.raises(ExportError, match=r"0\.lora_A: larger than any weight of the file"):
+            check_slots(proto, wide)

@@ -15,10 +15,11 @@ from lora_fx.errors import VerificationError
 from lora_fx.export import to_onnx
 from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
+from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Reference
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import controls
-from lora_fx.export.verification.rounding import widened
+from lora_fx.export.verification.rounding import WIDER, _in_wider, widened
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.numerics import TOLERANCE
 from lora_fx.passes import InjectLora
@@ -315,6 +316,18 @@ def test_what_rounding_is_allowed_is_less_than_a_wrong_scale_makes(
 ) -> None:
     assert widened(rounding, TOLERANCE[dtype], dtype) == pytest.approx(found)
     assert widened(rounding, 0.0, dtype) == 0.0  # a whole number
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_type_that_is_named_is_the_wider_one_too(dtype: torch.dtype) -> None:
+    """A third in float16 would be off by rounding that nobody asked about."""
+    model = Computes(lambda m, x: x * torch.full_like(x, 1 / 3, dtype=dtype))
+    x = torch.randn(4, 6, dtype=dtype)
+    subject = Reference("model", trace(model, (x,), frontend="export"))
+    (found,) = _in_wider(subject, Case("", (x,), {}), dtype)
+    wide = x.to(WIDER[dtype][0])
+    assert torch.equal(found, wide * torch.full_like(wide, 1 / 3))
+    assert not torch.equal(found, wide * torch.full_like(x, 1 / 3))
 
 
 def test_an_output_without_any_number_proves_nothing(tmp_path: Path) -> None:
