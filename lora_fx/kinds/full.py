@@ -54,13 +54,15 @@ def of_vector(leaf: str, change: torch.Tensor) -> WeightUpdate:
 
 def beside(update: AnyUpdate, diff: torch.Tensor | None, shift: torch.Tensor | None) -> AnyUpdate:
     """An update of another kind, and ``diff`` added to its weight, ``shift`` to its bias."""
-    if diff is None and shift is not None and isinstance(update, Update):
+    own = update.shift(lambda: None)
+    bias = own if shift is None else shift if own is None else own + shift
+    if diff is None and isinstance(update, Update) and update.scale != 0:
         dtype = torch.promote_types(update.up.dtype, torch.float32)
-        return replace(update, bias=shift.to(dtype) / update.scale)
+        return replace(update, bias=None if bias is None else bias.to(dtype) / update.scale)
 
     def function(weight: Matrix) -> Matrix:
         whole = update.of(weight)
         return whole if diff is None else Sum(whole, constant(diff, weight.shape))
 
     shape = update.shape if diff is None else tuple(diff.shape)
-    return WeightUpdate("full", function, shape, bias=shift)
+    return WeightUpdate("full", function, shape, bias=bias)

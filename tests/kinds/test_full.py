@@ -28,18 +28,20 @@ def test_is_a_sum(has_bias, settings, shape, noise, dtype):
 
 
 @pytest.mark.parametrize("leaves", ["diff", "diff_b", "diff diff_b"])
-def test_is_added_beside_what_another_kind_makes(leaves, noise):
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_is_added_beside_what_another_kind_makes(leaves, is_biased, noise):
     tensors = {"diff": noise(5, 3), "diff_b": noise(5)}
     diff, shift = (tensors[name] if name in leaves.split() else None for name in tensors)
-    low = Update(noise(2, 3), noise(5, 2), 1.5)
+    low = Update(noise(2, 3), noise(5, 2), 1.5, bias=noise(5) if is_biased else None)
     update, base = dense.beside(low, diff, shift), noise(5, 3)
     wanted = low.weight(base) + (0 if diff is None else diff)
     torch.testing.assert_close(update.weight(base), wanted)
     assert isinstance(update, type(low)) == (diff is None)
-    found = update.shift(lambda: None)
-    assert (found is None) == (shift is None)
-    if shift is not None:
-        torch.testing.assert_close(found, shift)
+    found, own = update.shift(lambda: None), 1.5 * low.bias if is_biased else None
+    assert (found is None) == (shift is None and own is None)
+    if found is not None:
+        both = sum(part for part in (own, shift) if part is not None)
+        torch.testing.assert_close(found, both)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
