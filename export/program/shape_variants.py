@@ -18,6 +18,7 @@ from lora_fx.graph.ops import GUARDS
 _STEPS = (1, 2, 4, 8, 16, 32, 64)  # networks that halve an image take multiples of these
 _NONE: Mapping[str, int] = MappingProxyType({})
 _MOST = 8  # times as large as it was traced is a dimension at most: more takes memory and time
+_FEW = 129  # unless it is no larger than this: code that takes pieces takes 64 or 128 at a time
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def beyond(
         least, most = _meant(leaves, members)
         if max(1, least) < low:
             smaller.append(dict.fromkeys(members, low - 1))
-        for other in (size + 1, high + 1):
+        for other in (size + 1, high + 1, 2 * size + 1, 4 * size + 1, max(_MOST * size, _FEW)):
             sizes = dict.fromkeys(members, other)
-            if other <= min(most, _MOST * size) and (other > high or not allowed(of(sizes))):
+            few = min(most, max(_MOST * size, _FEW))
+            if size < other <= few and (other > high or not allowed(of(sizes))):
                 larger.append(sizes)
                 break
     together = {name: size for sizes in smaller for name, size in sizes.items()}

@@ -23,7 +23,11 @@ PAST, PRESENT = "past_key_values.", "present."
 
 
 def steps(
-    run: Callable[[Values], Values], ids: Array, mask: Array, start: Values
+    run: Callable[[Values], Values],
+    ids: Array,
+    mask: Array,
+    start: Values,
+    new_cache: int | None = None,
 ) -> Generator[Array, Array, None]:
     """Runs a prompt, and then whatever tokens it is sent.
 
@@ -34,20 +38,25 @@ def steps(
         mask: of the prompt, 0 where it is padded.
         start: the other inputs of the first step: a cache of length 0, and positions if the model
             takes them.
+        new_cache: behind so many tokens a cache is begun anew, with all of the text.
 
     Yields:
         The logits of the last position, (batch, vocabulary). It is sent the tokens that follow,
         (batch,).
     """
-    past = {name: value for name, value in start.items() if name.startswith(PAST)}
+    text, past = ids, {name: value for name, value in start.items() if name.startswith(PAST)}
     while True:
         feeds = {IDS: ids, MASK: mask, **past}
         if POSITIONS in start:
             feeds[POSITIONS] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         found = run(feeds)
         tokens = yield found[LOGITS][:, -1]
-        past = {name: found[name.replace(PAST, PRESENT, 1)] for name in past}
         ids = tokens[:, None].astype(ids.dtype)
+        text = np.concatenate([text, ids], axis=1)
+        if text.shape[1] - 1 == new_cache:
+            ids, past = text, {name: start[name] for name in past}
+        else:
+            past = {name: found[name.replace(PAST, PRESENT, 1)] for name in past}
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
 

@@ -60,7 +60,7 @@ def run_in_place(session: Any, active: ActiveAdapter) -> Callable[[Values], Valu
         binding.bind_output(LOGITS)
         try:
             session.run_with_iobinding(binding)
-        except ERRORS as error:
+        except (*ERRORS, RuntimeError) as error:  # bound, a kernel's own error is a plain one
             raise ExportError(f"onnxruntime: {reason(error)}") from error
         written = {n.replace(PAST, PRESENT, 1): v for n, v in given.items() if n.startswith(PAST)}
         return written | {LOGITS: binding.get_outputs()[-1].numpy()}

@@ -11,6 +11,7 @@ import numpy as np
 from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, ExportError, shorten
 from lora_fx.export.onnx_model.changed_file import check_digests
+from lora_fx.export.onnx_model.digests import metadata
 from lora_fx.export.onnx_model.external_data import check_external_data
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.runtime.active_adapter import ActiveAdapter, activated
@@ -29,6 +30,7 @@ from lora_fx.export.runtime.ort import call, check_names, check_types, open_sess
 from lora_fx.export.runtime.sampling import Ends, Sampling
 from lora_fx.export.slots.check_adapter import check_adapter_file
 from lora_fx.export.slots.manifest import NO_SLOTS
+from lora_fx.graph.example import NEW_CACHE
 from lora_fx.io.plain_file import check_path
 from lora_fx.tables import table
 
@@ -69,6 +71,8 @@ class Session:
             check_digests(proto, self._path)
         self._in_place = writes_in_place(proto)
         self._counts_mask = self._in_place and not axes_in_place(proto)
+        new_cache = metadata(proto).get(NEW_CACHE)
+        self._new_cache = None if new_cache is None else int(new_cache)
         del proto
         self._session = open_session(self._path, threads=threads, providers=providers)
         self._adapters: dict[Path | None, tuple[Stamp | None, ActiveAdapter]] = {}
@@ -182,7 +186,8 @@ class Session:
         room = ids.shape[1] + max_new_tokens if self._in_place else 0
         start = empty_cache(self._session, self._path, len(ids), room)
         run = (run_in_place if self._in_place else bound_run)(self._session, self._active(adapter))
-        every = generated(steps(run, ids, mask, start), ids, choose, max_new_tokens, ends, streamer)
+        logits = steps(run, ids, mask, start, self._new_cache)
+        every = generated(logits, ids, choose, max_new_tokens, ends, streamer)
         return np.concatenate([ids, every], axis=1)
 
     def _check_decoder(self) -> None:

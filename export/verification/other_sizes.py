@@ -62,7 +62,8 @@ def _is_held(
             f"{subject.what}: it takes another way at {case.label} than at {trial.example.label}, "
             f"for which it was traced, and the file would be wrong there without a word:\n{table}\n"
             "Say the condition on the size with tensors (torch.where), trace with the sizes that "
-            "are used, or say which are meant in dynamic_shapes, by torch.export.Dim and its limits"
+            "are used, or say which are meant in dynamic_shapes, by torch.export's Dim(name, max=...) "
+            "or, where it refuses that, Dim.DYNAMIC(max=...)"
         )
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from lora_fx.export.runtime.generation import (
 )
 from lora_fx.export.runtime.in_place import run_in_place
 from lora_fx.export.verification.eager import EAGER_ERRORS, run_eager
+from lora_fx.export.verification.rounding import WIDER, tolerances
 from lora_fx.numerics import TOLERANCE, compare
 
 TOKENS = 32
@@ -62,19 +64,23 @@ def rollout(
     start = {n: v[:, :, :0] if n.startswith(PAST) else v for n, v in given.items()}
     room = ids.shape[1] + TOKENS if in_place else 0
     file = (run_in_place if in_place else bound_run)(session, active)
-    eager = _eager(subject, trial)
+    eager, allowed = _eager(subject, trial), TOLERANCE[dtype]
     try:
         found = _greedy(file, ids, mask, _with_room(start, room), TOKENS)
         wanted = _chosen(eager, found[0], ids, mask, start)
     except (ExportError, *EAGER_ERRORS):
         wanted = None
     if wanted is not None:
-        check = _check(subject.what, found, wanted, dtype)
+        check = _check(subject.what, found, wanted, dtype, allowed)
         if check.ok:
             return check
     wanted = _greedy(eager, ids, mask, start, TOKENS)
     found = _greedy(file, ids, mask, _with_room(start, room), wanted[0].shape[1])
-    return _check(subject.what, found, wanted, dtype)
+    check = _check(subject.what, found, wanted, dtype, allowed)
+    if check.ok or dtype not in WIDER:
+        return check
+    rounded = _rounded(subject, trial, _fed(wanted[0], ids, mask, start), dtype)
+    return _check(subject.what, found, wanted, dtype, rounded)
 
 
 def _with_room(start: Values, room: int) -> Values:
@@ -89,20 +95,26 @@ def _chosen(
     run: Callable[[Values], Values], tokens: Array, ids: Array, mask: Array, start: Values
 ) -> tuple[Array, Array] | None:
     """What `_greedy` gives if these are its tokens, of one run; None without all logits."""
-    outputs: list[Values] = []
+    fed = _fed(tokens, ids, mask, start)
+    every = run(fed)[LOGITS]
+    if every.shape[1] != fed[IDS].shape[1]:
+        return None
+    every = every[:, -tokens.shape[1] :]
+    return every.argmax(-1), every
+
+
+def _fed(tokens: Array, ids: Array, mask: Array, start: Values) -> Values:
+    """What a first step is fed of a prompt and the tokens behind it, as one text."""
+    fed: list[Values] = []
 
     def kept(feeds: Values) -> Values:
-        outputs.append(run(feeds))
-        return outputs[-1]
+        fed.append(feeds)
+        return {LOGITS: np.zeros((1, 1, 1))}
 
     text = np.concatenate([ids, tokens[:, :-1].astype(ids.dtype)], axis=1)
     known = np.concatenate([mask, np.ones_like(text[:, ids.shape[1] :])], axis=1)
     next(steps(kept, text, known, start))
-    every = outputs[0][LOGITS]
-    if every.shape[1] != text.shape[1]:
-        return None
-    every = every[:, -tokens.shape[1] :]
-    return every.argmax(-1), every
+    return fed[0]
 
 
 def _greedy(
@@ -124,38 +136,52 @@ def _greedy(
 
 
 def _check(
-    what: str, found: tuple[Array, Array], wanted: tuple[Array, Array], dtype: torch.dtype
+    what: str,
+    found: tuple[Array, Array],
+    wanted: tuple[Array, Array],
+    dtype: torch.dtype,
+    allowed: float,
 ) -> Check:
-    """Equal tokens and logits, up to where two of eager's logits are equal within the precision."""
+    """Equal tokens and logits, up to where two of eager's logits are equal as far as allowed."""
     (tokens, logits), (own, expected) = found, wanted
     unlike = np.flatnonzero((tokens != own).any(0))
     length = tokens.shape[1]
     count = int(unlike[0]) if len(unlike) else length
     differing = 0
-    if count < length and not _is_tie(tokens[:, count], expected[:, count], dtype):
+    if count < length and not _is_tie(tokens[:, count], expected[:, count], allowed):
         differing = int((tokens[:, count:] != own[:, count:]).sum())
     seen = min(count + 1, length)
     result = compare(logits[:, :seen], torch.from_numpy(expected[:, :seen]), dtype)
+    result = replace(result, tolerance=allowed)
     shape = f"{length if differing else count} tokens"
     numbers = differing, result.relative, result.tolerance
     return Check(what, shape, "all", "tokens", *numbers, result.ok and not differing)
 
 
-def _is_tie(chosen: Array, expected: Array, dtype: torch.dtype) -> bool:
+def _is_tie(chosen: Array, expected: Array, allowed: float) -> bool:
     """Whether eager could as well have chosen these tokens."""
     most = expected.max(-1)
     gap = most - np.take_along_axis(expected, chosen[:, None], -1)[:, 0]
-    return bool((gap <= TOLERANCE[dtype] * np.abs(expected).max(-1)).all())
+    return bool((gap <= allowed * np.abs(expected).max(-1)).all())
 
 
 def _eager(subject: Reference, trial: ExportUnit) -> Callable[[Values], Values]:
-    first = trial.example
-    _, spec = pytree.tree_flatten((first.args, first.kwargs))
-
     def run(feeds: Values) -> Values:
-        flat = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in trial.inputs]
-        args, kwargs = pytree.tree_unflatten(flat, spec)
-        outputs = run_eager(subject.eager, Case("", args, kwargs))
+        outputs = run_eager(subject.eager, _case(trial, feeds))
         return dict(zip(trial.outputs, (value.numpy() for value in outputs), strict=True))
 
     return run
+
+
+def _rounded(subject: Reference, trial: ExportUnit, fed: Values, dtype: torch.dtype) -> float:
+    """The relative error that the logits of a text are allowed, by what eager rounds there."""
+    case = _case(trial, fed)
+    every = tolerances(subject, case, run_eager(subject.eager, case), dtype)
+    return every[list(trial.outputs).index(LOGITS)]
+
+
+def _case(trial: ExportUnit, feeds: Values) -> Case:
+    """What eager is called with, of inputs by name."""
+    _, spec = pytree.tree_flatten((trial.example.args, trial.example.kwargs))
+    flat = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in trial.inputs]
+    return Case("", *pytree.tree_unflatten(flat, spec))

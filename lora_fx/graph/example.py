@@ -14,6 +14,7 @@ from lora_fx.graph.traced_module import TracedModule
 _META = "lora_fx.example"
 TASK = "lora_fx.task"  # in a file's metadata
 LAST_LOGITS = "lora_fx.last_logits"
+NEW_CACHE = "lora_fx.new_cache_behind"  # so many tokens: a longer text turns by other angles
 DTYPE = "lora_fx.dtype"  # that the model was cast to
 STORED = "lora_fx.stored"  # what its weights were numbers of, and in blocks of what: "nf4:64"
 

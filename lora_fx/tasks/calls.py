@@ -39,6 +39,7 @@ class Call:
         input_names: what the file calls some of the inputs, by the names that they would have.
         generates: whether it is a decoder with a cache, whose next token is its own input.
         file: the name of its file.
+        noted: what its file notes of how it is called.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Call:
     input_names: Mapping[str, str] | None = None
     generates: bool = False
     file: str = "model.onnx"
+    noted: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_runs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

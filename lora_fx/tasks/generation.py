@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.example import NEW_CACHE
 from lora_fx.tasks.calls import Call, Prepared, check_runs
 from lora_fx.tasks.example_inputs import example_inputs
 
@@ -56,8 +57,19 @@ def with_past(model: Any, prepared: Prepared) -> tuple[Call, ...]:
         shapes | {"past_key_values": [[axes, axes] for _ in past]},
         names,
         generates=True,
+        noted=_new_cache(model.config.get_text_config()),
     )
     return (step,)
+
+
+def _new_cache(config: Any) -> dict[str, str]:
+    """Behind how many tokens a model's own generation begins its cache anew, if anywhere.
+
+    The positions of Phi-3's and its kin turn by other angles from there on, all of them.
+    """
+    length = getattr(config, "original_max_position_embeddings", None)
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return {NEW_CACHE: str(length)} if kind == "longrope" and length else {}
 
 
 def named_cache(layers: int, parts: Sequence[str]) -> dict[str, str]:

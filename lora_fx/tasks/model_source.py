@@ -125,6 +125,6 @@ def from_directory(
 def _of_call(call: Call, noted: Mapping[str, str]) -> ModelSource:
     inputs = call.kwargs, call.dynamic_shapes
     return ModelSource(
-        call.model, (), *inputs, task=noted, input_names=call.input_names,
+        call.model, (), *inputs, task={**noted, **call.noted}, input_names=call.input_names,
         generates=call.generates, file=call.file,
     )  # fmt: skip

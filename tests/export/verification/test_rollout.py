@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 import torch
 
 from lora_fx.errors import ExportError
+from lora_fx.export import to_onnx
 from lora_fx.export.report import Reference
 from lora_fx.export.runtime.generation import Values
 from lora_fx.export.verification import rollout
+from lora_fx.numerics import TOLERANCE
+from lora_fx.tasks import load
+from lora_fx.testing.zoo import tiny
 
 IDS = np.array([[3, 1, 4], [0, 5, 9]])
 MASK = np.array([[1, 1, 1], [0, 1, 1]])
@@ -45,8 +50,10 @@ def greedy(run: Run) -> tuple[Any, Any]:
     return rollout._greedy(run, IDS, MASK, START, rollout.TOKENS)
 
 
-def checked(file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
-    """The check of a file, and how often eager was run."""
+def checked(
+    file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch, rounded: float = 1e-5
+) -> tuple[Any, int]:
+    """The check of a file, and how often eager was run, which rounds so much."""
     calls: list[Values] = []
 
     def counted(feeds: Values) -> Values:
@@ -55,6 +62,7 @@ def checked(file: Run, eager: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
 
     monkeypatch.setattr(rollout, "bound_run", lambda session, active: file)
     monkeypatch.setattr(rollout, "_eager", lambda subject, trial: counted)
+    monkeypatch.setattr(rollout, "_rounded", lambda *given: rounded)
     feeds = {"input_ids": IDS, "past_key_values.0": np.zeros((2, 1, 4))}
     trial: Any = type("Trial", (), {"example": None, "feeds": lambda self, case: feeds})()
     subject: Any = Reference("base", None, None)  # type: ignore[arg-type]
@@ -98,3 +106,28 @@ def test_a_wrong_file_is_refused(eager: Any, monkeypatch: pytest.MonkeyPatch) ->
     check, _ = checked(decoder(step=8), decoder(**eager), monkeypatch)
     assert not check.ok
     assert check.max_abs > 0  # how many tokens differ
+
+
+@pytest.mark.parametrize(("rounded", "right"), [(1e-4, True), (1e-5, False)])
+def test_logits_are_allowed_what_eager_rounds_in_them(
+    rounded: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(feeds: Values) -> Values:
+        found = dict(decoder()(feeds))
+        return found | {"logits": found["logits"] * np.float32(1 + 5e-5)}
+
+    check, _ = checked(off, decoder(), monkeypatch, rounded)
+    assert (check.ok, check.max_abs, check.tolerance) == (right, 0, rounded)
+
+
+def test_a_decoder_in_float16_is_held_to_what_it_rounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny("LlamaForCausalLM", num_hidden_layers=4, max_position_embeddings=96).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.half().save_pretrained(tmp_path / "base")
+    (part,) = load(tmp_path / "base", "text-generation-with-past")
+    report = to_onnx(part.traced(), tmp_path / "model.onnx")
+    row = next(row for row in report.checks if row.output == "tokens")
+    assert TOLERANCE[torch.float16] < row.relative <= row.tolerance < 2e-2

@@ -139,6 +139,14 @@ def padded(y: torch.Tensor) -> torch.Tensor:
     return y.view(y.shape[0], -1, 4, 8)
 
 
+def by_pieces(y: torch.Tensor) -> torch.Tensor:
+    """A step for each 64 places, as linear attention (Qwen3-Next's) takes."""
+    more = -y.shape[1] % 64
+    for _ in range((y.shape[1] + more) // 64):
+        y = 2 * y
+    return y
+
+
 Dim = torch.export.Dim
 # What is asked, the first size at which the model takes another way, and sizes where it does not.
 ASKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, dict[int, Any]]] = {
@@ -149,6 +157,7 @@ ASKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, dict[int, An
     ),
     "long": (lambda y: 2 * y if y.shape[1] > 16 else y, "length=16", {1: Dim("length", min=17)}),
     "short": (lambda y: 2 * y if y.shape[1] < 40 else y, "length=40", {1: Dim("length", max=39)}),
+    "pieces": (by_pieces, "length=65", {1: Dim.DYNAMIC(max=64)}),
     "even": (lambda y: y if y.shape[1] % 2 else 2 * y, "length=33", {}),
 }
 
