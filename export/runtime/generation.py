@@ -64,7 +64,7 @@ def prompt(ids: Any, mask: Any) -> tuple[Array, Array]:
     """Ids and mask of a prompt, (batch, sequence), int64.
 
     Raises:
-        ExportError: they are of other shapes, or there is no token.
+        ExportError: they are of other shapes or no numbers of tokens, or there is no token.
     """
     tokens = to_array(IDS, ids)
     known = np.ones_like(tokens) if mask is None else to_array(MASK, mask)
@@ -74,6 +74,11 @@ def prompt(ids: Any, mask: Any) -> tuple[Array, Array]:
         )
     if tokens.dtype.kind not in "iu" or not known[:, -1].all():
         raise ExportError("a prompt is integers, padded on the left: the last column is no padding")
+    if tokens.min() < 0 or not np.isin(known, (0, 1)).all():
+        raise ExportError(
+            "a prompt's tokens are at least 0, and its mask is 1, or 0 where it is padded: give "
+            "the input_ids and the attention_mask of a tokenizer"
+        )
     return tokens.astype(np.int64), known.astype(np.int64)
 
 
@@ -86,8 +91,8 @@ def generated(
     streamer: Any,
 ) -> Array:
     """The tokens that follow a prompt, (batch, at most ``count``), until every row has ended."""
-    if count < 1:
-        raise ExportError(f"max_new_tokens is {count!r}: expected at least 1")
+    if not isinstance(count, int | np.integer) or count < 1:
+        raise ExportError(f"max_new_tokens is {count!r}: give a whole number, at least 1")
     if streamer is not None:
         streamer.put(torch.from_numpy(ids))
     found: list[Array] = []

@@ -182,7 +182,7 @@ def to_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     is_tensor = isinstance(value, torch.Tensor)
     try:
         array = value.detach().cpu().numpy() if is_tensor else np.asarray(value)
-    except (RuntimeError, TypeError) as error:  # sparse, quantised, nested, on meta
+    except (RuntimeError, TypeError, ValueError) as error:  # sparse, nested, on meta, ragged
         raise ExportError(f"input {name!r} is no plain tensor: {error}") from error
     if array.dtype.kind == "c":
         raise ExportError(

@@ -62,8 +62,8 @@ def _is_held(
             f"{subject.what}: it takes another way at {case.label} than at {trial.example.label}, "
             f"for which it was traced, and the file would be wrong there without a word:\n{table}\n"
             "Say the condition on the size with tensors (torch.where), trace with the sizes that "
-            "are used, or say in dynamic_shapes which are meant, by torch.export.Dim(name, max=...),"
-            " or Dim.DYNAMIC(max=...) where it refuses that"
+            "are used, or say in dynamic_shapes which are meant, by "
+            "torch.export.Dim(name, max=...), or Dim.DYNAMIC(max=...) where it refuses that"
         )
     return True
 

@@ -341,7 +341,11 @@ def test_sampling_is_repeated_by_its_seed_and_keeps_to_the_likeliest(llama: Path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: give a whole number, at least 1"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5: give a whole number"),
+        ({"input_ids": [[1, 2], [3]]}, "'input_ids' is no plain tensor"),
+        ({"input_ids": IDS - 60}, "tokens are at least 0"),
+        ({"attention_mask": MASK * 2}, "its mask is 1, or 0 where it is padded"),
         ({"temperature": -1.0}, "temperature=-1.0, top_k=0"),
         ({"top_p": 0.0}, "a top_p above 0"),
         ({"attention_mask": MASK.flip(1)}, "padded on the left"),
