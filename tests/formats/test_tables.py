@@ -35,12 +35,12 @@ DEFINED = dict.fromkeys(UPDATES, "LE12G") | {
 }  # fmt: skip
 # Format -> hints, and kind -> the layers that it holds; nothing else, refused by name.
 HELD: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "peft_file": ({}, {**DEFINED, "oft": "LE", "full": ""}),
+    "peft_file": ({}, {**DEFINED, "oft": "LE", "full": "", "glora": ""}),
     "kohya": (
         {"component": "lycoris"},
         {
             **dict.fromkeys(("lora", "rslora", "dora"), "L12"),
-            **dict.fromkeys(("adalora", "loha", "full"), "LE12G"),
+            **dict.fromkeys(("adalora", "loha", "full", "glora"), "LE12G"),
             "vera": "LE",
             "oft": "12G",
             "fused": "L",

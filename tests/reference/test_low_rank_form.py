@@ -132,7 +132,7 @@ def test_a_lower_rank_is_as_far_off_as_is_told_and_no_nearer_one_exists(
 @pytest.mark.parametrize("kind", UPDATES)
 def test_without_a_base_what_does_not_depend_on_it_is_the_same(kind: str) -> None:
     made = Made(kind, "table" if kind == "tokens" else "linear")
-    if kind in ("dora", "ia3", "ia3_in", "oft", "tokens"):
+    if kind in ("dora", "glora", "ia3", "ia3_in", "oft", "tokens"):
         with pytest.raises(AdapterError, match="adapter french: layer: what the update does depen"):
             made.adapter.to_lora(2)
         return
