@@ -35,6 +35,7 @@ from lora_fx.testing import (
 )
 
 conv1d: Any = Conv1D
+torch.manual_seed(0)
 # Layer -> the module, the shape of x, and what an update must know.
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], LayerShape]] = {
     "linear": (nn.Linear(4, 6), (3, 7, 4), LayerShape((6, 4))),
