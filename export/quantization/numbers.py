@@ -38,7 +38,18 @@ def packed_in(path: Path) -> dict[str, FileLayer]:
     """The layers of a file whose weights are in a few bits, by path, or by the weight's name."""
     model = parsed_file(path)
     paths = paths_in(layers_in(model))
-    return {paths.get(layer.node, weight_of(layer)): layer for layer in in_few_bits(model)}
+    found: dict[str, FileLayer] = {}
+    for layer in in_few_bits(model):
+        own = weight_of(layer)
+        names = (paths.get(layer.node, own), own, f"{layer.weight.name} ({layer.kind})")
+        name = next((n for n in names if n not in found or _is_call(found[n], layer)), names[2])
+        found[name] = layer
+    return found
+
+
+def _is_call(one: FileLayer, other: FileLayer) -> bool:
+    """Whether two calls are of one layer: a module may hold two weights, a head share a table's."""
+    return one.weight is other.weight and one.kind == other.kind
 
 
 def weight_of(layer: FileLayer) -> str:

@@ -23,7 +23,7 @@ from lora_fx.export import (
     quantize_onnx,
     verify_onnx,
 )
-from lora_fx.testing import Attention, make_adapter
+from lora_fx.testing import Attention, Computes, make_adapter
 from lora_fx.testing.bitsandbytes import TABLES
 
 SOURCE = torch.Generator().manual_seed(3)
@@ -106,6 +106,23 @@ class Bare(nn.Module):
         return y
 
 
+class TwoOfOne(nn.Module):
+    """A module with two weights of its own, whose calls bear one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 4)
+        self.inner = Computes(
+            lambda self, x: torch.tanh(x @ self.w1) + torch.sin(x @ self.w2),
+            w1=nn.Parameter(torch.randn(32, 32) / 6),
+            w2=nn.Parameter(torch.randn(32, 32) / 6),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(torch.tanh(self.inner(x)))
+        return y
+
+
 IDS = torch.tensor([[1, 5, 2], [3, 3, 18]])
 # Model, input, what is quantised, what stays.
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], list[str]]] = {
@@ -140,6 +157,19 @@ def test_layers_of_the_base_are_quantised_and_heads_stay(what: str, tmp_path: Pa
     assert 1e-4 < gap < 0.2
     nodes = [n.op_type for n in onnx.load(tmp_path / "a.onnx").graph.node]
     assert nodes.count("MatMulNBits") == (2 if make in (Twice, Pooled) else 1)
+    again = verify_onnx(gm, tmp_path / "a.onnx")
+    assert again.verified
+    assert set(again.quantised.weights) == set(wanted)
+
+
+def test_two_weights_of_one_module_are_two_layers(tmp_path: Path) -> None:
+    gm, report = exported(TwoOfOne, X, tmp_path / "a.onnx", quantize=4)
+    assert report.verified
+    again = verify_onnx(gm, tmp_path / "a.onnx")
+    assert again.verified
+    assert again.quantised is not None
+    assert set(again.quantised.weights) == set(report.quantised.weights)
+    assert len(again.quantised.weights) == 2
 
 
 @pytest.mark.parametrize("what", NETS)
