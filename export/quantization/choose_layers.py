@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.quantization.heads import BRANCH, heads_in
 from lora_fx.export.rewriting.file_layers import DTYPES, FileLayer, layers_in
-from lora_fx.export.rewriting.layer_names import paths_in
+from lora_fx.export.rewriting.layer_names import apart, paths_in
 
 A_HEAD = "a head"
 _DTYPES = ("float32", "float16")
@@ -75,23 +75,23 @@ def _named(
     layers: Sequence[FileLayer],
 ) -> tuple[dict[str, list[FileLayer]], dict[str, list[FileLayer]]]:
     """Linear layers, and embeddings, by path; of two of one path the second by its weight."""
-    of_weight: dict[tuple[ir.Value, str], list[FileLayer]] = {}
-    for layer in layers:
-        is_table = layer.kind == "embedding" and layer.node.inputs[0] is layer.weight
-        if (layer.kind == "linear" or is_table) and BRANCH not in str(layer.weight.name):
-            of_weight.setdefault((layer.weight, layer.kind), []).append(layer)
-    paths = paths_in(layers)
-    found: dict[str, dict[str, list[FileLayer]]] = {"linear": {}, "embedding": {}}
-    for (weight, kind), calls in of_weight.items():
-        path, taken = paths.get(calls[0].node), found["linear"] | found["embedding"]
-        found[kind][path if path and path not in taken else str(weight.name)] = calls
-    return found["linear"], found["embedding"]
+    own = [
+        layer
+        for layer in layers
+        if BRANCH not in str(layer.weight.name) and (layer.kind == "linear" or _is_table(layer))
+    ]
+    named = apart(own, paths_in(layers))
+    linear = {name: calls for name, calls in named.items() if calls[0].kind == "linear"}
+    return linear, {name: calls for name, calls in named.items() if name not in linear}
+
+
+def _is_table(layer: FileLayer) -> bool:
+    return layer.kind == "embedding" and layer.node.inputs[0] is layer.weight
 
 
 def _why_not(calls: Sequence[FileLayer], lookups: Set[ir.Node]) -> str:
     """Why a weight cannot be quantised; nothing if it can. A table may keep it in float beside."""
     first = calls[0]
-    is_linear = first.kind == "linear"
     known = {call.node for call in calls} | lookups
     others = {user.op_type for user in _readers(first.weight) if user not in known}
     shape = first.node.inputs[0].shape if first.node.inputs[0] is not None else None
@@ -103,7 +103,7 @@ def _why_not(calls: Sequence[FileLayer], lookups: Set[ir.Node]) -> str:
         return f"{first.dtype}"
     if DTYPES.get(first.weight.dtype) != first.dtype:  # type: ignore[arg-type]
         return f"stored as {first.weight.dtype}, and read as {first.dtype}"
-    if not is_linear:
+    if first.kind == "embedding":
         return ""
     if others or len({call.turned for call in calls}) > 1 or first.weight.is_graph_output():
         return f"its weight is read by {', '.join(sorted(others)) or 'others'} too"

@@ -22,7 +22,7 @@ from lora_fx.export.quantization.quantise import error_of
 from lora_fx.export.quantization.schemes import KINDS, LEVEL, Blocks, Table
 from lora_fx.export.rewriting.dequantize import DEFAULT_BLOCK, in_few_bits, weight_and_step
 from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
-from lora_fx.export.rewriting.layer_names import paths_in
+from lora_fx.export.rewriting.layer_names import apart, paths_in
 from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.graph.editor import FOLDED, Editor
 from lora_fx.graph.example import forget_model
@@ -37,19 +37,8 @@ Array = np.ndarray[Any, Any]
 def packed_in(path: Path) -> dict[str, FileLayer]:
     """The layers of a file whose weights are in a few bits, by path, or by the weight's name."""
     model = parsed_file(path)
-    paths = paths_in(layers_in(model))
-    found: dict[str, FileLayer] = {}
-    for layer in in_few_bits(model):
-        own = weight_of(layer)
-        names = (paths.get(layer.node, own), own, f"{layer.weight.name} ({layer.kind})")
-        name = next((n for n in names if n not in found or _is_call(found[n], layer)), names[2])
-        found[name] = layer
-    return found
-
-
-def _is_call(one: FileLayer, other: FileLayer) -> bool:
-    """Whether two calls are of one layer: a module may hold two weights, a head share a table's."""
-    return one.weight is other.weight and one.kind == other.kind
+    found = apart(in_few_bits(model), paths_in(layers_in(model)), weight_of)
+    return {name: calls[0] for name, calls in found.items()}
 
 
 def weight_of(layer: FileLayer) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from ast import literal_eval
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
@@ -89,6 +89,33 @@ def paths_in(layers: Iterable[FileLayer]) -> dict[ir.Node, str]:
     named = {c.node: path for path, calls in named_layers(every, {})[0].items() for c in calls}
     told = {layer.node: named.get(layer.node) or path_of(layer) for layer in every}
     return {node: path for node, path in told.items() if path is not None}
+
+
+def apart(
+    layers: Iterable[FileLayer],
+    paths: Mapping[ir.Node, str],
+    name_of: Callable[[FileLayer], str] = lambda layer: str(layer.weight.name),
+) -> Paths:
+    """The calls of each weight, and of each kind of them, by one name.
+
+    By its path; or, where another has that, as a module may hold two weights, by its weight's name;
+    or by that and its kind, as a head may share the weight of a table.
+
+    Args:
+        layers: calls.
+        paths: what they are called, as `paths_in` says.
+        name_of: what the weight of one is called.
+    """
+    of_weight: dict[tuple[ir.Value, str], list[FileLayer]] = {}
+    for layer in layers:
+        of_weight.setdefault((layer.weight, layer.kind), []).append(layer)
+    found: Paths = {}
+    for (weight, kind), calls in of_weight.items():
+        own = name_of(calls[0])
+        names = (paths.get(calls[0].node, own), own)
+        free = next((name for name in names if name not in found), f"{weight.name} ({kind})")
+        found[free] = calls
+    return found
 
 
 def path_of(

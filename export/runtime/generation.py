@@ -44,7 +44,7 @@ def steps(
         The logits of the last position, (batch, vocabulary). It is sent the tokens that follow,
         (batch,).
     """
-    text, past = ids, {name: value for name, value in start.items() if name.startswith(PAST)}
+    text, past = [ids], {name: value for name, value in start.items() if name.startswith(PAST)}
     while True:
         feeds = {IDS: ids, MASK: mask, **past}
         if POSITIONS in start:
@@ -52,9 +52,9 @@ def steps(
         found = run(feeds)
         tokens = yield found[LOGITS][:, -1]
         ids = tokens[:, None].astype(ids.dtype)
-        text = np.concatenate([text, ids], axis=1)
-        if text.shape[1] - 1 == new_cache:
-            ids, past = text, {name: start[name] for name in past}
+        text.append(ids)
+        if mask.shape[1] == new_cache:
+            ids, past = np.concatenate(text, axis=1), {name: start[name] for name in past}
         else:
             past = {name: found[name.replace(PAST, PRESENT, 1)] for name in past}
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)

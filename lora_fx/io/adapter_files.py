@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_fx.errors import AdapterError
-from lora_fx.io.safetensors_file import MAX_HEADER
+from lora_fx.errors import within
+from lora_fx.io.safetensors_file import header_size, start_of
 
 IDENTIFIER = b"TORT"  # of onnxruntime's own kind, behind four bytes
 KEY = "lora_fx.adapter"  # of the metadata of ours, in safetensors
@@ -17,7 +17,8 @@ def is_ort_adapter(path: Path) -> bool:
     Raises:
         AdapterError: it cannot be read.
     """
-    return path.is_file() and _start(path, 8)[4:] == IDENTIFIER
+    with within(path):
+        return path.is_file() and start_of(path, 8)[4:] == IDENTIFIER
 
 
 def is_slot_tensors(path: Path) -> bool:
@@ -26,18 +27,6 @@ def is_slot_tensors(path: Path) -> bool:
     Raises:
         AdapterError: it cannot be read.
     """
-    if not path.is_file():
-        return False
-    start = _start(path, 9)
-    length = int.from_bytes(start[:8], "little")
-    if start[8:] != b"{" or length > MAX_HEADER:
-        return False
-    return f'"{KEY}":'.encode() in _start(path, 8 + length)
-
-
-def _start(path: Path, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    with within(path):
+        length = header_size(path) if path.is_file() else None
+        return length is not None and f'"{KEY}":'.encode() in start_of(path, 8 + length)

@@ -94,7 +94,7 @@ def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     """The entries of the tensors and the metadata of a header that was found good."""
     size = check_plain(path)
     with within(path):
-        if path.suffix != ".safetensors" and not starts_as_one(path):
+        if path.suffix != ".safetensors" and header_size(path) is None:
             raise AdapterError(
                 f"{size} bytes that hold no tensors, so it is no adapter: give the directory that "
                 "PEFT saved, or a .safetensors, .bin, .pt, .pth, .ckpt or .onnx_adapter file"
@@ -102,13 +102,23 @@ def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
         return _parsed(*_read_header(path, size))
 
 
-def starts_as_one(path: Path) -> bool:
-    """Whether a file begins as one of safetensors, whatever it is called."""
-    start = _start(path, 9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
+def header_size(path: Path) -> int | None:
+    """Bytes of a header, if a file begins as one of safetensors, whatever it is called.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    start = start_of(path, 9)
+    length = int.from_bytes(start[:8], "little")
+    return length if start[8:] == b"{" and length <= MAX_HEADER else None
 
 
-def _start(path: Path, size: int) -> bytes:
+def start_of(path: Path, size: int) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(size)

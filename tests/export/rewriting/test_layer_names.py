@@ -18,8 +18,8 @@ from lora_fx import Update
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, add_lora, export_adapter
 from lora_fx.export.onnx_model.idle_work import without_idle_work
-from lora_fx.export.rewriting.file_layers import layers_in
-from lora_fx.export.rewriting.layer_names import check_one, named_layers
+from lora_fx.export.rewriting.file_layers import FileLayer, layers_in
+from lora_fx.export.rewriting.layer_names import apart, check_one, named_layers
 from lora_fx.numerics import compare
 from lora_fx.testing import make_adapter
 
@@ -294,3 +294,16 @@ def test_a_weight_that_is_stored_once_is_of_each_module_that_calls_it(
         with torch.no_grad():
             assert compare(found, apart(x)).ok
             assert not compare(found, model(x)).ok
+
+
+def test_calls_of_one_path_or_of_one_weight_are_told_apart() -> None:
+    one, other = (ir.val(f"onnx::{n}", const_value=ir.tensor(np.eye(2))) for n in "ab")
+    nodes = [ir.node("MatMul", [], name=f"m{n}") for n in range(4)]
+    kinds = ("embedding", "linear", "linear", "linear")
+    weights = (one, one, other, other)
+    rows = zip(nodes, weights, kinds, strict=True)
+    calls = [FileLayer(node, weight, kind, (2, 2), "float32") for node, weight, kind in rows]
+    nameless = {"onnx::a": calls[:1], "onnx::a (linear)": calls[1:2], "onnx::b": calls[2:]}
+    assert apart(calls, {}) == nameless
+    of_one_path = {"m": calls[:1], "onnx::a": calls[1:2], "onnx::b": calls[2:]}
+    assert apart(calls, dict.fromkeys(nodes, "m")) == of_one_path
