@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def export_model(
         mode: ``"merged"``, ``"unmerged"``, ``"swappable"`` or ``"required"``, which is swappable
             without defaults.
         out: gets ``model.onnx``, or a file for each part of a model, ``report.json``, what clients
-            need and, in the swappable modes, the adapter files.
+            need and, in the swappable modes, the adapter files; in the others both steps of an
+            encoder-decoder's decoder in one file too.
         force: replace files that exist.
         progress: told the name of each stage.
         given: what the adapters' formats do not store; the model is their base.
@@ -111,7 +113,8 @@ def export_model(
             f"--output-name: the model is written as {len(parts)} files, whose clients know their "
             "outputs by name: leave it out"
         )
-    files = [part.file for part in parts] + [REPORT, *source.beside]
+    joined = [] if mode in SWAPPING else [part.joined for part in parts if part.joined]
+    files = [part.file for part in parts] + [REPORT, *source.beside, *joined]
     files += [adapter_file(one, part, mode) for part in parts for one in beside(mode, loaded)]
     places = [*dict.fromkeys(Path(file).parts[0] for file in files)]
     refuse_files(out, places, force)
@@ -135,6 +138,11 @@ def export_model(
         for work in works:
             (draft / work.part.file).parent.mkdir(exist_ok=True)
             reports.append(_export_part(work, draft, progress, allow_unmerged))
+        reports += [
+            _joined(draft, first.file, later.file, later.joined, reports[-1].mode, progress)
+            for first, later in pairwise(parts)
+            if later.joined in joined
+        ]
         reports = [replace(r, path=str(out / Path(r.path).relative_to(draft))) for r in reports]
         report = reports[0] if len(reports) == 1 else Parts(tuple(reports))
         report.save_json(draft / REPORT)
@@ -177,6 +185,16 @@ def _export_part(work: Work, draft: Path, progress: Progress, allow_unmerged: bo
     report = to_onnx(gm, path, progress=progress, **work.options)
     shown = work.mode if work.mode != "merged" else report.mode
     return replace(report, mode=shown, notes=[*report.notes, *notes])
+
+
+def _joined(
+    draft: Path, first: str, later: str, out: str, mode: Mode, progress: Progress
+) -> ExportReport:
+    """Writes two files as one."""
+    from lora_fx.export.rewriting.one_decoder import join_decoders
+
+    report = join_decoders(draft / first, draft / later, draft / out, progress)
+    return replace(report, mode=mode)
 
 
 def _swappable(work: Work, draft: Path, progress: Progress) -> ExportReport:
@@ -243,8 +261,18 @@ def verify_model(
 
 
 def _part_of(path: Path, source: ModelSource, noted: Mapping[str, str]) -> ModelSource:
-    """The part of a model that a file is of: by what it notes, or by its name."""
+    """The part of a model that a file is of: by what it notes, or by its name.
+
+    Raises:
+        ExportError: it is several.
+    """
     parts = source, *source.more
+    for first, later in pairwise(parts):
+        if later.joined == path.name:
+            raise ExportError(
+                f"{path}: is {first.file} and {later.file} in one, and was held against both when "
+                "it was written: verify these"
+            )
     own = [p for p in parts if p.component and p.task.get(TASK) == noted.get(TASK)]
     own += [p for p in parts if p.file == path.name]
     return next(iter(own), source)

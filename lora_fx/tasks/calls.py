@@ -40,6 +40,7 @@ class Call:
         generates: whether it is a decoder with a cache, whose next token is its own input.
         file: the name of its file.
         noted: what its file notes of how it is called.
+        joined: the name of a file that is this call or the one before it, as a flag says.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Call:
     generates: bool = False
     file: str = "model.onnx"
     noted: Mapping[str, str] = field(default_factory=dict)
+    joined: str | None = None
 
 
 def check_runs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

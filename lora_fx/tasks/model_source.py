@@ -37,6 +37,7 @@ class ModelSource:
         input_names: what the file calls some of the inputs, by the names that they would have.
         generates: whether it is a decoder with a cache.
         file: the name of the file that it is exported to.
+        joined: that of one that holds the file before it too, which clients without adapters load.
         more: what else is exported of the same model, a file each.
         beside: the names of what clients need beside the file.
         write_beside: writes these into a directory; told ``shared_cache=True``, of a decoder whose
@@ -55,6 +56,7 @@ class ModelSource:
     input_names: Mapping[str, str] | None = None
     generates: bool = False
     file: str = MODEL
+    joined: str | None = None
     more: tuple[ModelSource, ...] = ()
     beside: Sequence[str] = ()
     write_beside: Callable[..., None] | None = None
@@ -126,5 +128,5 @@ def _of_call(call: Call, noted: Mapping[str, str]) -> ModelSource:
     inputs = call.kwargs, call.dynamic_shapes
     return ModelSource(
         call.model, (), *inputs, task={**noted, **call.noted}, input_names=call.input_names,
-        generates=call.generates, file=call.file,
+        generates=call.generates, file=call.file, joined=call.joined,
     )  # fmt: skip

@@ -62,6 +62,7 @@ def in_three(model: Any, prepared: Prepared) -> tuple[Call, ...]:
             {n: shapes[n] for n in own} | {_IDS: shapes[_IDS], "past_key_values": layers},
             named_cache(count, _PARTS),
             file="decoder_with_past_model.onnx",
+            joined="decoder_model_merged.onnx",
         ),
     )
 

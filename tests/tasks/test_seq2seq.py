@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import peft
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lora_fx import AdapterError, Session, load_adapter, save_adapter
+from lora_fx import AdapterError, ExportError, Session, load_adapter, save_adapter
 from lora_fx.cli.commands import export_model, verify_model
 from lora_fx.cli.parts import Parts
+from lora_fx.errors import VerificationError
+from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.rewriting import one_decoder
 from lora_fx.tasks.calls import Prepared
 from lora_fx.tasks.seq2seq import in_three
 
@@ -48,6 +52,7 @@ OWN_STATES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }  # fmt: skip
+ONE = "decoder_model_merged"
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 TOKENS = 16
 
@@ -122,8 +127,38 @@ def from_files(directory: Path, model: Any, adapter: str | None = None) -> list[
     return found
 
 
+def from_one(directory: Path, model: Any) -> list[list[int]]:
+    """The same with both steps of the decoder in one file, by its flag."""
+    encoder, decoder = (Session(directory / f"{name}.onnx", threads=1) for name in (FILES[0], ONE))
+    given = inputs_of(model)
+    hidden = encoder.run(given)["last_hidden_state"]
+    feeds: dict[str, Any] = {"encoder_hidden_states": hidden}
+    if "attention_mask" in given:
+        feeds["encoder_attention_mask"] = given["attention_mask"]
+    every = [np.full((2, 1), model.config.decoder_start_token_id)]
+    for value in load_proto(directory / f"{ONE}.onnx").graph.input:
+        if value.name.startswith("past_key_values"):
+            sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
+            feeds[value.name] = np.zeros([2, *sizes[1:]], np.float32)
+    for step in range(TOKENS + 1):
+        out = decoder.run(
+            feeds | {"input_ids": every[-1], "use_cache_branch": np.array([step > 0])}
+        )
+        presents = {k.replace("present", "past_key_values"): v for k, v in out.items() if "." in k}
+        if step:
+            kept = {name: value for name, value in presents.items() if "encoder" in name}
+            assert {value.shape[0] for value in kept.values()} == {0}
+            presents = {k: v for k, v in presents.items() if k not in kept}
+        feeds |= presents
+        every.append(out["logits"][:, -1:].argmax(-1))
+    found: list[list[int]] = np.concatenate(every[:-1], 1).tolist()
+    return found
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_three_files_generate_what_the_model_does(name: str, home: Path, tmp_path: Path) -> None:
+def test_three_files_generate_what_the_model_does(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuned, plain, wanted = owner(name, home)
     model = tuned.base_model.model
     assert plain != wanted
@@ -137,13 +172,40 @@ def test_three_files_generate_what_the_model_does(name: str, home: Path, tmp_pat
         assert from_files(out, model, "french") == wanted
     else:
         assert from_files(out, model) == wanted
+        assert from_one(out, model) == wanted
     told = json.loads((out / "report.json").read_text())
-    assert (told["verified"], len(told["parts"])) == (True, 3)
+    assert (told["verified"], len(told["parts"])) == (True, 3 if mode == "swappable" else 4)
     speech = "automatic-speech-recognition" if "Whisper" in name else "text2text-generation"
     assert told["task"] == f"{speech}-with-past"
     if "Whisper" in name:
         last = out / f"{FILES[-1]}.onnx"
         assert verify_model(last, spec, adapters, lambda _: None).verified
+        with pytest.raises(
+            ExportError, match=r"merged\.onnx: is decoder_model.* in one, .*: verify"
+        ):
+            verify_model(out / f"{ONE}.onnx", spec, adapters, lambda _: None)
+        check_joined(out, monkeypatch)
+
+
+def check_joined(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of both steps stand there once; steps the wrong way round are no file."""
+    sizes = [sum(len(t.raw_data) for t in load_proto(out / f"{name}.onnx").graph.initializer)
+             for name in (*FILES[1:], ONE)]  # fmt: skip
+    assert sizes[2] < 1.1 * sizes[0] < 0.7 * (sizes[0] + sizes[1])
+    joined, places = one_decoder._joined, [out / f"{name}.onnx" for name in FILES[1:]]
+    monkeypatch.setattr(one_decoder, "_joined", lambda models, said: turned(*joined(models, said)))
+    with pytest.raises(VerificationError, match=r"decoder_sequence_length=.*use_cache_branch=0"):
+        one_decoder.join_decoders(*places, out / "odd.onnx")
+    assert not (out / "odd.onnx").exists()
+
+
+def turned(model: ir.Model, known: dict[str, str]) -> tuple[ir.Model, dict[str, str]]:
+    choice = next(node for node in model.graph if node.op_type == "If")
+    one, other = choice.attributes["then_branch"], choice.attributes["else_branch"]
+    first, later = other.as_graph(), one.as_graph()
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", first)
+    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", later)
+    return model, known
 
 
 @pytest.mark.parametrize("name", OWN_STATES)

@@ -17,7 +17,7 @@ import pytest
 WEB = os.environ.get("LORA_FX_WEB", "")
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-collect_ignore = [] if WEB else ["test_runtimes.py", "test_page.py"]
+collect_ignore = [] if WEB else ["test_runtimes.py", "test_page.py", "test_transformers_js.py"]
 
 
 def run(script: str, **job: Any) -> Any:
