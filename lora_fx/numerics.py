@@ -133,6 +133,12 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
+def equal_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and equal numbers, in whatever dtypes."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return one is other or (one.shape == other.shape and torch.equal(one.to(wide), other.to(wide)))
+
+
 def difference(found: Any, expected: Any, at: str = "") -> str | None:
     """Says where and how two results differ first, or None.
 

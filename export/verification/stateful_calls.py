@@ -30,7 +30,7 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
         ExportError: names the module or the buffer.
     """
     source = source_of(gm)
-    reasons = [source.unsteady_in(False)] if source is not None else []
+    reasons = [source.unsteady_in_eval()] if source is not None else []
     writes = Written(gm.graph)
     read = writes.needed()
     reasons += [f"{place} draws random numbers in eval mode" for place in _random(read)]

@@ -14,14 +14,13 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from lora_fx.graph.ops import aten, function_name, in_place, mutates, written_arguments
+from lora_fx.graph.ops import FACTS, aten, function_name, in_place, mutates, written_arguments
 
 # May return what they are given, or a view of it, and their schemas do not say so.
 _SILENT = {
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d"),
     *("dropout2d", "dropout3d", "einsum", "pad", "conj_physical", "interpolate", "upsample"),
 }
-_SAYS = {"shape", "ndim", "dtype", "device", "layout"}  # attributes of a tensor that are no memory
 _PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 
 
@@ -105,7 +104,7 @@ def _makes_new(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload) or in_place(node):
         return False
     if node.target is getattr:
-        return node.args[1] in _SAYS
+        return node.args[1] in FACTS
     name = str(node.target) if node.op == "call_method" else function_name(node.target)
     return name not in _SILENT and _is_new_by_schema(name)
 
