@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -116,6 +116,12 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         low, high = gap.aminmax()
         told = right.isfinite().any().double()
     return torch.stack([gap.dot(gap), size.dot(size), torch.maximum(-low, high), told])
+
+
+def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
+    """Of those with a tolerance the one that rounds most; float32 if there is none."""
+    found = (dtype for dtype in dtypes if dtype is not None and dtype in TOLERANCE)
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:

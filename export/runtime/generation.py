@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
-from lora_fx.export.runtime.ort import ERRORS, reason, to_array
+from lora_fx.export.runtime.ort import failures_told, to_array
 from lora_fx.export.runtime.sampling import GENAI, Ends
 
 Array = np.ndarray[Any, Any]
@@ -154,10 +154,8 @@ def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]
 
     def run(feeds: Values) -> Values:
         values = {name: ort_value(value) for name, value in feeds.items()}
-        try:
+        with failures_told():
             outputs = session.run_with_ort_values(names, values | active.feeds, active.options)
-        except ERRORS as error:
-            raise ExportError(f"onnxruntime: {reason(error)}") from error
         found = dict(zip(names, outputs, strict=True))
         return found | {LOGITS: found[LOGITS].numpy()}
 
