@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -118,6 +118,12 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.stack([gap.dot(gap), size.dot(size), torch.maximum(-low, high), told])
 
 
+def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
+    """Of those with a tolerance the one that rounds most; float32 if there is none."""
+    found = (dtype for dtype in dtypes if dtype is not None and dtype in TOLERANCE)
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, shape and layout, and equal numbers; NaN equals NaN."""
     kinds = [(t.dtype, t.shape, t.layout, t.device) for t in (one, other)]
@@ -131,6 +137,12 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not (one.is_floating_point() or one.is_complex()):
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def equal_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and equal numbers, in whatever dtypes."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return one is other or (one.shape == other.shape and torch.equal(one.to(wide), other.to(wide)))
 
 
 def difference(found: Any, expected: Any, at: str = "") -> str | None:

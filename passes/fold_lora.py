@@ -216,7 +216,7 @@ class _Maker:
         kernel = tuple(base[2:])
         own = weight.shape[0], weight.shape[1] // prod(kernel), *kernel
         groups = self._groups()
-        shape = layer.stored_shape(own, groups)
+        shape = layer.canonical_shape(own, groups)
 
         def store(wide: torch.Tensor) -> torch.Tensor:
             return layer.store("weight", wide.reshape(own), groups)

@@ -69,10 +69,8 @@ def _lift_small_weights(model: ir.Model) -> None:
         tensor = ir.convenience.get_const_tensor(held)
         if tensor is None or len(tensor.shape) < 2 or held.is_graph_output() or node.graph is None:
             continue
-        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        value = ir.Value(name=held.name, const_value=tensor, shape=shape, type=kind)
         assert isinstance(node.graph, ir.Graph)
-        node.graph.register_initializer(value)
+        value = ir.tape.Tape(node.graph).initializer(tensor, held.name)
         held.replace_all_uses_with(value)
         node.graph.remove(node, safe=True)
 

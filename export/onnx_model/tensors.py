@@ -33,10 +33,7 @@ def add_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Va
     """
     names = chain([name], (f"{name}_{number}" for number in count(1)))
     free = next(name for name in names if name not in model.graph.initializers)
-    shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-    value = ir.Value(name=free, const_value=tensor, shape=shape, type=kind)
-    model.graph.register_initializer(value)
-    return value
+    return ir.tape.Tape(model.graph).initializer(tensor, free)
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:

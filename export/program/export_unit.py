@@ -98,7 +98,7 @@ def export_unit(gm: fx.GraphModule, inputs: Inputs, *, retrace: bool = False) ->
     own = output_names(outputs_of(program))
     wanted = checked_names("output_names", inputs.output_names, own)
     if inputs.output_names is not None:
-        check_apart("output_names", wanted, called)
+        check_apart(wanted, called)
     if inputs.generates and [*wanted] != own:
         raise ExportError(
             "output_names: a decoder with a cache is run by the names of its outputs, logits and "

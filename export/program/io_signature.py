@@ -205,16 +205,16 @@ def checked_names(
     return given
 
 
-def check_apart(option: str, given: Sequence[str], taken: Sequence[str]) -> None:
-    """Refuses names that were asked for and are others' already.
+def check_apart(given: Sequence[str], taken: Sequence[str]) -> None:
+    """Refuses names that were asked for of outputs and are inputs' already.
 
     Raises:
         ExportError: says which.
     """
     if both := [name for name in given if name in taken]:
         raise ExportError(
-            f"{option}: {shorten(both)} is an input too, and a file has each name once: expected "
-            f"others than {shorten(list(taken))}"
+            f"output_names: {shorten(both)} is an input too, and a file has each name once: "
+            f"expected others than {shorten(list(taken))}"
         )
 
 

@@ -14,7 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx, nn
 
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graph.aliasing import needed
+from lora_fx.graph.aliasing import Written
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, remove, targets
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.graph.ops import written_arguments
@@ -45,7 +45,7 @@ def with_stand_ins(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StandIn]]:
             graph.erase_node(node)
     hollow = build_graph_module(gm, graph, gm.training)
     hollow.meta = dict(gm.meta)
-    read = {str(node.target) for node in needed(hollow.graph) if node.op == "get_attr"}
+    read = {str(node.target) for node in Written(hollow.graph).needed() if node.op == "get_attr"}
     known: dict[int, nn.Parameter] = {}
     stand_ins = []
     for target in targets(hollow.graph):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import fx
 
 from lora_fx.errors import VerificationError
@@ -129,6 +130,7 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
             layer.node.replace_input_with(0, weight := tables[weight])
         if numbers is not None:
             weight.const_value = _tensor(weight, numbers, not layer.turned, factor)
+    common.NameFixPass()(model)  # a value of the file may be called as a copy is
     return model
 
 

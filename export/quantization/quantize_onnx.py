@@ -24,7 +24,7 @@ from lora_fx.export.slots.probe import probe
 from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import FACTOR, NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.export.verification.verify_onnx import mode_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
@@ -153,7 +153,7 @@ def _evidence(
 ) -> Verification:
     """The file against the one that it was made of, with the numbers of its bits as weights."""
     packed = packed_in(draft)
-    dtype = coarsest([layer.dtype for layer in packed.values()])
+    dtype = coarsest_named([layer.dtype for layer in packed.values()])
     with tempfile.TemporaryDirectory() as directory:
         plain, scaled = (Path(directory) / name for name in ("plain.onnx", "scaled.onnx"))
         write_model(with_numbers_of(source.path, packed), plain, external_data_above=INLINE_LIMIT)

@@ -40,7 +40,7 @@ from lora_fx.export.slots.slot import Slot
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
@@ -247,7 +247,7 @@ def _evidence(
         export_adapter(Adapter("probe", updates), draft, file, check=False)
         stored = read_stored(file)
         model = parsed_file(base.path)
-        dtype = coarsest([*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)])
+        dtype = coarsest_named([*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)])
         put_in_weights(model, tried, opened, values_of(stored))
         write_model(model, changed, external_data_above=INLINE_LIMIT)
         bare, adapted = Run(draft, None, manifest), Run(draft, file, manifest)

@@ -102,25 +102,23 @@ def _before(node: ir.Node) -> ir.Node | None:
 def _of_bits(node: ir.Node) -> tuple[Array, Array]:
     """Of a product."""
     into, out, bits, block = (node.attributes[n].as_int() for n in ("K", "N", "bits", "block_size"))
-    zero = None if input_at(node, 3) is None else _array(node, 3)
-    return _in_blocks(_array(node, 1), _array(node, 2), zero, (out, into), bits, block)
+    return _in_blocks(_array(node, 1), node, (out, into), bits, block)
 
 
 def _of_rows(node: ir.Node) -> tuple[Array, Array]:
     """Of a lookup, whose rows may be what a head multiplies with."""
     given = node.attributes
     bits, block = given.get_int("bits", 4), given.get_int("block_size", DEFAULT_BLOCK)
-    numbers, scale = _array(node, 0), _array(node, 2)
-    zero = None if input_at(node, 3) is None else _array(node, 3)
+    numbers = _array(node, 0)
     shape = len(numbers), numbers[0].size * 8 // bits
-    return _in_blocks(numbers, scale, zero, shape, bits, block)
+    return _in_blocks(numbers, node, shape, bits, block)
 
 
 def _in_blocks(
-    numbers: Array, scale: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
+    numbers: Array, node: ir.Node, shape: tuple[int, int], bits: int, block: int
 ) -> tuple[Array, Array]:
     """Blocks of one row of an output after the other, the low bits first."""
-    out, into = shape
+    scale, zero, (out, into) = _array(node, 2), _array_if_any(node, 3), shape
     count = -(-into // block)
     values = _unpacked(numbers.reshape(out, count, -1), bits)[..., :block]
     if zero is not None and zero.dtype == np.uint8:
@@ -162,7 +160,7 @@ def _unpacked(values: Array, bits: int) -> Array:
 def _of_linear(node: ir.Node) -> Array:
     """What a DequantizeLinear gives: by one scale, one along an axis, or one for each block."""
     values, scale = _array(node, 0).astype(np.float32), _array(node, 1)
-    zero = None if input_at(node, 2) is None else _array(node, 2)
+    zero = _array_if_any(node, 2)
     axis = node.attributes.get_int("axis", 1) or 0
     block = node.attributes.get_int("block_size", 0) or 0
 
@@ -176,6 +174,10 @@ def _of_linear(node: ir.Node) -> Array:
 
     shifted = values if zero is None else values - spread(zero)
     return (shifted * spread(scale)).astype(scale.dtype)
+
+
+def _array_if_any(node: ir.Node, place: int) -> Array | None:
+    return None if input_at(node, place) is None else _array(node, place)
 
 
 def _array(node: ir.Node, place: int) -> Array:

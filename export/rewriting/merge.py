@@ -35,7 +35,7 @@ from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.export.verification.file_run import Feeds, Run, first_of
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
-from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.graph.one_thread import one_thread
 from lora_fx.io.adapter_files import is_slot_tensors
 from lora_fx.io.atomic import refuse_existing, staged
@@ -111,7 +111,7 @@ def merge_onnx(
             evidence = Verification.left_out()
             if runs is not None:
                 with clock.stage("verify"):
-                    dtype = coarsest(
+                    dtype = coarsest_named(
                         [*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)]
                     )
                     pair = Pair("merged", Run(draft), active)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
-from lora_fx.export.runtime.ort import ERRORS, reason, to_array
-from lora_fx.export.runtime.sampling import GENAI, Ends, genai_model
+from lora_fx.export.runtime.ort import failures_told, to_array
+from lora_fx.export.runtime.sampling import GENAI, Ends
 
 Array = np.ndarray[Any, Any]
 Values = Mapping[str, Any]
@@ -112,12 +111,14 @@ def generated(
     return np.stack(found, axis=1)
 
 
-def empty_cache(session: Any, model: Path, batch: int, room: int = 0) -> dict[str, Any]:
+def empty_cache(
+    session: Any, genai: Mapping[str, Any], batch: int, room: int = 0
+) -> dict[str, Any]:
     """The other inputs of a first step: a cache of no positions, and a mark of positions.
 
     Args:
         session: of the model.
-        model: its file: onnxruntime-genai's builder says the size of a head in a config beside it.
+        genai: what onnxruntime-genai's config beside its file says, as the size of a head.
         batch: rows of the prompt.
         room: for so many positions, of a cache that is written in place.
 
@@ -125,7 +126,7 @@ def empty_cache(session: Any, model: Path, batch: int, room: int = 0) -> dict[st
         ExportError: the file does not say how many heads its cache has, or how large they are.
     """
     start: dict[str, Any] = {}
-    decoder = genai_model(model).get("decoder")
+    decoder = genai.get("decoder")
     said = decoder.get("head_size") if isinstance(decoder, dict) else None
     for value in session.get_inputs():
         if value.name.startswith(PAST):
@@ -153,10 +154,8 @@ def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]
 
     def run(feeds: Values) -> Values:
         values = {name: ort_value(value) for name, value in feeds.items()}
-        try:
+        with failures_told():
             outputs = session.run_with_ort_values(names, values | active.feeds, active.options)
-        except ERRORS as error:
-            raise ExportError(f"onnxruntime: {reason(error)}") from error
         found = dict(zip(names, outputs, strict=True))
         return found | {LOGITS: found[LOGITS].numpy()}
 

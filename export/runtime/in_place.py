@@ -7,11 +7,10 @@ from typing import Any
 
 import onnx
 
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.digests import metadata
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
 from lora_fx.export.runtime.generation import LOGITS, PAST, PRESENT, Values, ort_value
-from lora_fx.export.runtime.ort import ERRORS, reason
+from lora_fx.export.runtime.ort import failures_told
 
 OPERATOR = "GroupQueryAttention"
 AXES = "lora_fx.shared_cache"  # in a file's metadata: "batch, new"
@@ -58,10 +57,8 @@ def run_in_place(session: Any, active: ActiveAdapter) -> Callable[[Values], Valu
             if name.startswith(PAST):
                 binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), given[name])
         binding.bind_output(LOGITS)
-        try:
+        with failures_told(RuntimeError):  # bound, a kernel's own error is a plain one
             session.run_with_iobinding(binding)
-        except (*ERRORS, RuntimeError) as error:  # bound, a kernel's own error is a plain one
-            raise ExportError(f"onnxruntime: {reason(error)}") from error
         written = {n.replace(PAST, PRESENT, 1): v for n, v in given.items() if n.startswith(PAST)}
         return written | {LOGITS: binding.get_outputs()[-1].numpy()}
 

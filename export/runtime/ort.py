@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,26 @@ def call(
             f"outputs {shorten(unread)} are bfloat16, which numpy lacks: let the model return "
             "float32 or float16"
         )
-    try:
+    with failures_told():
         values = session.run(names, dict(feeds), options)
-    except ERRORS as error:
+    return dict(zip(names, values, strict=True))
+
+
+@contextmanager
+def failures_told(*more: type[Exception]) -> Iterator[None]:
+    """Says what onnxruntime said when a run failed.
+
+    Args:
+        more: types of errors that it raises there too.
+
+    Raises:
+        ExportError: that.
+    """
+    try:
+        yield
+    except (*ERRORS, *more) as error:
         said = NO_MEMORY if is_out_of_memory(error) else reason(error)
         raise ExportError(f"onnxruntime: {said}") from error
-    return dict(zip(names, values, strict=True))
 
 
 def check_names(path: Path, given: Iterable[str], wanted: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,22 +74,26 @@ class Ends:
     pad: int
 
     @classmethod
-    def of(cls, model: Path, given: int | Sequence[int] | None, pad: int | None) -> Ends:
+    def of(
+        cls,
+        model: Path,
+        given: int | Sequence[int] | None,
+        pad: int | None,
+        genai: Mapping[str, Any],
+    ) -> Ends:
         """Those that were given, or else those of the ``generation_config.json`` beside a file.
 
-        Where there is none, those of the ``genai_config.json``.
+        Where there is none, those of the ``genai_config.json``, which `genai_model` has read.
 
         Raises:
             ExportError: that file is damaged.
         """
-        beside = model.with_name("generation_config.json")
-        if given is not None and pad is not None:
-            said = {}
-        elif beside.is_file():
+        beside, said = model.with_name("generation_config.json"), genai
+        is_asked = given is None or pad is None
+        if is_asked and beside.is_file():
             said = _object(read_json(beside, ExportError))
-        else:
+        elif is_asked:
             beside = model.with_name(GENAI)
-            said = genai_model(model)
         tokens: Any = said.get("eos_token_id") if given is None else given
         several = tokens if isinstance(tokens, list | tuple) else [tokens]
         padding = said.get("pad_token_id") if pad is None else pad

@@ -27,7 +27,7 @@ from lora_fx.export.runtime.generation import (
 )
 from lora_fx.export.runtime.in_place import axes_in_place, run_in_place, writes_in_place
 from lora_fx.export.runtime.ort import call, check_names, check_types, open_session, to_array
-from lora_fx.export.runtime.sampling import Ends, Sampling
+from lora_fx.export.runtime.sampling import Ends, Sampling, genai_model
 from lora_fx.export.slots.check_adapter import check_adapter_file
 from lora_fx.export.slots.manifest import NO_SLOTS
 from lora_fx.graph.example import NEW_CACHE
@@ -181,10 +181,11 @@ class Session:
                 f"{self._path}: of another exporter's, it reads how much came before off the mask, "
                 "so padding on the left is none to it: give each prompt alone"
             )
-        ends = Ends.of(self._path, eos_token_id, pad_token_id)
+        genai = genai_model(self._path)
+        ends = Ends.of(self._path, eos_token_id, pad_token_id, genai)
         choose = Sampling(temperature, top_k, top_p, seed).chooser()
         room = ids.shape[1] + max_new_tokens if self._in_place else 0
-        start = empty_cache(self._session, self._path, len(ids), room)
+        start = empty_cache(self._session, genai, len(ids), room)
         run = (run_in_place if self._in_place else bound_run)(self._session, self._active(adapter))
         logits = steps(run, ids, mask, start, self._new_cache)
         every = generated(logits, ids, choose, max_new_tokens, ends, streamer)

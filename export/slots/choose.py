@@ -23,7 +23,7 @@ from lora_fx.export.slots.slot import (
     TensorSlot,
 )
 from lora_fx.export.slots.slot_values import FACTORS, VECTORS, WEIGHT, form_of, given_as
-from lora_fx.graph.aliasing import needed
+from lora_fx.graph.aliasing import Written
 from lora_fx.graph.example import example_of, first_names
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.injection.bind import bind
@@ -98,7 +98,7 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
         ExportError: a path is no layer and no parameter, or there is none; or a layer has no
             side where factors could stand.
     """
-    read, every = needed(gm.graph), by_path(gm)
+    read, every = Written(gm.graph).needed(), by_path(gm)
     groups = {p: own for p, own in every.items() if any(site.node in read for site in own)}
     forms = _forms(gm, groups, wanted)
     if unread := [path for path in forms if path in every and path not in groups]:

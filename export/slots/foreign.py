@@ -64,11 +64,6 @@ class ForeignSlot(Slot):
             for part, shape in sizes.items()
         }
 
-    def neutral(self) -> dict[str, torch.Tensor]:
-        """No rank, or zeros of the only one."""
-        shapes = {value.name: value.sized(0) for value in self.inputs.values()}
-        return {name: torch.zeros(shape, dtype=self.torch_dtype) for name, shape in shapes.items()}
-
     def as_input(self, part: str, value: torch.Tensor) -> torch.Tensor:
         """A factor as the graph takes it: without its scale, and with zeros up to its rank."""
         axis = part == "down"

@@ -36,7 +36,7 @@ class AnySlot(Protocol):
 
     Attributes:
         path: of the module or the parameter that an adapter acts on.
-        kind: of the layer, as `lora_fx.sites.Layer` says; ``"tensor"`` or ``"experts"``.
+        kind: of the layer, as `lora_fx.layers.layer.Layer` says; ``"tensor"`` or ``"experts"``.
         dtype: of what goes in: ``"float32"``.
         digest: of the base's tensor, its dtype, shape and bytes.
         may_lack: whether an adapter file may leave it out, which leaves the base as it is.
@@ -68,8 +68,9 @@ class AnySlot(Protocol):
         return found
 
     def neutral(self) -> dict[str, torch.Tensor]:
-        """What has no effect, by input name."""
-        return {}
+        """What has no effect, by input name: zeros of no rank, or no tokens."""
+        shapes = {value.name: value.sized(0) for value in self.inputs.values()}
+        return {name: torch.zeros(shape, dtype=self.torch_dtype) for name, shape in shapes.items()}
 
     def as_input(self, part: str, value: torch.Tensor) -> torch.Tensor:
         """What goes in at a part, as the graph takes it."""
@@ -94,7 +95,7 @@ class Slot(AnySlot):
 
     Attributes:
         path: module path of the layer.
-        kind: of the layer, as `lora_fx.sites.Layer` says.
+        kind: of the layer, as `lora_fx.layers.layer.Layer` says.
         in_features: that A sums over; of an embedding, how many rows it has.
         out_features: that B gives.
         dtype: of what goes in: ``"float32"``.
@@ -126,7 +127,7 @@ class Slot(AnySlot):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        """The graph inputs, by the names of `lora_fx.terms.Terms`: A, B, and vectors if any."""
+        """The graph inputs, by the names of `BranchTensors`: A, B, and vectors if any."""
         stored = TYPES[self.kind]
         sizes = {"out": self.out_features, "in": self.in_features, "r": None}
         found = {
@@ -203,6 +204,10 @@ class TensorSlot(AnySlot):
         """The parameter, by its own name."""
         return {TENSOR: Input(self.path, self.shape)}
 
+    def neutral(self) -> dict[str, torch.Tensor]:
+        """The base's own, which the file has."""
+        return {}
+
     def is_sound(self) -> bool:
         """Whether every size is positive, and the layer of a type with such a weight."""
         known = TYPES.get(self.layer_kind)
@@ -236,11 +241,6 @@ class ExpertSlot(AnySlot):
             "up": Input(f"{self.path}.lora_B_experts", (*experts, rows, None)),
         }
 
-    def neutral(self) -> dict[str, torch.Tensor]:
-        """No rank."""
-        shapes = {value.name: value.sized(0) for value in self.inputs.values()}
-        return {name: torch.zeros(shape, dtype=self.torch_dtype) for name, shape in shapes.items()}
-
     def is_sound(self) -> bool:
         """Whether there are two or three positive sizes."""
         return len(self.shape) in (2, 3) and _are_sizes(self.shape)
@@ -261,12 +261,8 @@ class InvocationSlot(AnySlot):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        """The tokens, (n,)."""
+        """The tokens, (n,); of none, factors act everywhere."""
         return {INVOCATION: Input(f"{self.path}.lora_invocation", (None,))}
-
-    def neutral(self) -> dict[str, torch.Tensor]:
-        """No tokens: factors act everywhere."""
-        return {name: torch.zeros(0, dtype=torch.int64) for name in self.names}
 
     def is_sound(self) -> bool:
         """Whether it is of whole numbers."""

@@ -8,9 +8,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.export.spelling.bounds import bounds_of
-from lora_fx.export.spelling.heads import before_heads, joined_heads
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, take_over
-from lora_fx.export.spelling.shared_heads import before_sharing
+from lora_fx.export.spelling.heads import before_heads, before_sharing, joined_heads
+from lora_fx.export.spelling.rewrite import (
+    Spelling,
+    constant,
+    number,
+    producer,
+    put,
+    take_over,
+)
 from lora_fx.export.spelling.sizes import shape_of
 
 OPSET = 23  # the first that has the operator
@@ -71,7 +77,7 @@ class FuseAttention(Spelling):
         if mask is None or not _may_be_least(mask):
             return mask
         if mask not in self._masks:
-            factor = ir.node("Constant", [], {"value": ir.tensor(np.array(_A_BIT_LESS))})
+            factor = constant(_A_BIT_LESS)
             new = ir.node("Mul", [mask, factor.outputs[0]])
             raised = new.outputs[0]
             raised.type, raised.shape, raised.name = mask.type, mask.shape, f"{mask.name}_raised"

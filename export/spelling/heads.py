@@ -1,4 +1,4 @@
-"""Where a graph takes heads apart, and puts them side by side again."""
+"""Heads of an attention: taken apart, shared by several queries, put side by side again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import producer
+from lora_fx.export.spelling.rewrite import number, producer
 from lora_fx.export.spelling.sizes import Sizes, shape_of
 
 HEADS_FIRST = (0, 2, 1, 3)
@@ -38,6 +38,27 @@ def is_joined(whole: Sizes | None, apart: Sizes) -> bool:
     if not isinstance(heads, int) or not isinstance(size, int):
         return False
     return len(apart) == 4 and whole == (*leading, heads * size)
+
+
+def before_sharing(value: ir.Value) -> ir.Value:
+    """What a value repeats, each head for so many heads of queries; else the value itself.
+
+    ``Reshape(Expand(Unsqueeze(x, 2)))`` of (batch, heads, length, size).
+    """
+    joined = producer(value, "Reshape")
+    spread = producer(joined.inputs[0], "Expand") if joined is not None else None
+    apart = producer(spread.inputs[0], "Unsqueeze") if spread is not None else None
+    if spread is None or apart is None:
+        return value
+    source = apart.inputs[0]
+    shape, wide, whole = shape_of(source), shape_of(spread.outputs[0]), shape_of(value)
+    if source is None or shape is None or wide is None or whole is None or len(wide) != 5:
+        return value
+    batch, heads, times, *rest = wide
+    if not isinstance(heads, int) or not isinstance(times, int) or number(apart.inputs[1]) != 2:
+        return value
+    is_shared = shape == (batch, heads, *rest) and whole == (batch, heads * times, *rest)
+    return source if is_shared else value
 
 
 def joined_heads(node: ir.Node) -> ir.Node | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, with_axes
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, shaped
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
 _MOVES = ("Slice", "Expand", "Transpose", "And", "Cast")
@@ -71,6 +71,6 @@ def _at_once(node: ir.Node) -> bool:
     added = [int(axis) % rank for axis in last]
     kept = [axis for axis in range(rank) if axis not in added]
     axes = sorted([*added, *(kept[int(axis)] for axis in first)])
-    nodes = with_axes(before.inputs[0], axes)
+    nodes = shaped("Unsqueeze", before.inputs[0], axes)
     put(node, nodes, nodes[-1].outputs[0])
     return True

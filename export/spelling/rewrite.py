@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -62,10 +63,15 @@ def put(node: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def with_axes(value: ir.Value | None, axes: Sequence[int]) -> list[ir.Node]:
-    """The calls that add axes of one place, at these places of the result."""
-    given = ir.node("Constant", [], {"value": ir.tensor(np.array(axes, np.int64))})
-    return [given, ir.node("Unsqueeze", [value, given.outputs[0]])]
+def constant(array: np.ndarray[Any, Any] | np.generic) -> ir.Node:
+    """What gives an array."""
+    return ir.node("Constant", [], {"value": ir.tensor(np.asarray(array))})
+
+
+def shaped(kind: str, value: ir.Value | None, numbers: Sequence[int]) -> list[ir.Node]:
+    """A Reshape to sizes, or an Unsqueeze that adds axes at places, behind what gives these."""
+    given = constant(np.array(numbers, np.int64))
+    return [given, ir.node(kind, [value, given.outputs[0]])]
 
 
 def take_over(old: ir.Value, result: ir.Value) -> None:

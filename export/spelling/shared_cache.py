@@ -14,7 +14,7 @@ from lora_fx.export.onnx_model.tensor_protos import MICROSOFT
 from lora_fx.export.runtime.in_place import AXES, OPERATOR
 from lora_fx.export.spelling.causal import hides_what_follows
 from lora_fx.export.spelling.heads import HEADS_FIRST, before_heads, joined_heads
-from lora_fx.export.spelling.rewrite import producer, put, take_over
+from lora_fx.export.spelling.rewrite import constant, producer, put, shaped, take_over
 from lora_fx.export.spelling.sizes import Sizes, shape_of
 
 _WHAT = f"caches that can be written in place, {OPERATOR} of onnxruntime"
@@ -63,7 +63,7 @@ def share_caches(model: ir.Model) -> dict[str, int]:
             put(reader, nodes, nodes[-1].outputs[0])
     length, rows = _measured(others, axes.whole), _measured(others, axes.batch)
     total = ir.node("Cast", [length.outputs[0]], {"to": ir.DataType.INT32})
-    one = ir.node("Constant", [], {"value": ir.tensor(np.array([1], np.int32))})
+    one = constant(np.array([1], np.int32))
     last = ir.node("Sub", [total.outputs[0], one.outputs[0]])
     lasts = ir.node("Expand", [last.outputs[0], rows.outputs[0]])
     graph.insert_before(cached[0], [length, total, one, last, rows, lasts])
@@ -178,7 +178,7 @@ def _say(node: ir.Node, lasts: ir.Value, total: ir.Value) -> None:
     for old, present in zip(node.outputs[1:], nodes[-1].outputs[1:], strict=True):
         take_over(old, present)
     if last is None:
-        nodes += _reshaped(nodes[-1].outputs[0], [0, 0, heads, -1])
+        nodes += shaped("Reshape", nodes[-1].outputs[0], [0, 0, heads, -1])
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": HEADS_FIRST}))
     put(last or node, nodes, nodes[-1].outputs[0])
 
@@ -189,10 +189,5 @@ def _side_by_side(part: ir.Value | None, nodes: list[ir.Node]) -> ir.Value:
     if rows is not None:
         return rows.value
     nodes.append(ir.node("Transpose", [part], {"perm": HEADS_FIRST}))
-    nodes += _reshaped(nodes[-1].outputs[0], [0, 0, -1])
+    nodes += shaped("Reshape", nodes[-1].outputs[0], [0, 0, -1])
     return nodes[-1].outputs[0]
-
-
-def _reshaped(value: ir.Value, sizes: list[int]) -> list[ir.Node]:
-    shape = ir.node("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
-    return [shape, ir.node("Reshape", [value, shape.outputs[0]])]

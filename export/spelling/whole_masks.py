@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, with_axes
+from lora_fx.export.spelling.rewrite import Spelling, number, producer, put, shaped
 from lora_fx.export.spelling.sizes import shape_of, sizes_in
 
 
@@ -31,7 +31,7 @@ class ReadWholeMasks(Spelling):
         if whole != tuple(sizes[axes.index(a)] if a in axes else 1 for a in range(len(whole))):
             return False
         added = [axis for axis in range(len(whole)) if axis not in axes]
-        nodes = with_axes(node.inputs[0], added)
+        nodes = shaped("Unsqueeze", node.inputs[0], added)
         put(node, nodes, nodes[-1].outputs[0])
         return True
 

@@ -16,7 +16,7 @@ from lora_fx.export.verification.eager import Tensors
 from lora_fx.export.verification.rounding import WIDER, tolerances
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
-from lora_fx.numerics import TOLERANCE, compare
+from lora_fx.numerics import coarsest, compare
 
 
 class Row:
@@ -58,8 +58,7 @@ class Row:
 
 def precision(gm: fx.GraphModule) -> torch.dtype:
     """The coarsest type that the graph's weights have: what its outputs can be held to."""
-    found = {dtype for dtype in _dtypes(gm) if dtype in TOLERANCE}
-    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+    return coarsest(_dtypes(gm))
 
 
 def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:

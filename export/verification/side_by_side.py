@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.export.report import Check, Verification
 from lora_fx.export.verification.file_run import Feeds, Run, first_of
-from lora_fx.numerics import TOLERANCE, compare
+from lora_fx.numerics import coarsest, compare
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ def _rows(
             )
 
 
-def coarsest(names: Sequence[str]) -> torch.dtype:
-    """The type of the largest tolerance, of names of types."""
-    found = [dtype for dtype in TOLERANCE if str(dtype).removeprefix("torch.") in names]
-    return max(found, key=TOLERANCE.__getitem__, default=torch.float32)
+def coarsest_named(names: Sequence[str]) -> torch.dtype:
+    """The type that rounds most, of names of types, some of which torch has not."""
+    return coarsest(getattr(torch, name, None) for name in names)

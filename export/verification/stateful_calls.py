@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten
-from lora_fx.graph.aliasing import needed, writes, written
+from lora_fx.graph.aliasing import Written
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import call_argument, draws, module_path, op_name
 from lora_fx.graph.retracing import source_of
@@ -30,10 +30,11 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
         ExportError: names the module or the buffer.
     """
     source = source_of(gm)
-    reasons = [source.unsteady_in(False)] if source is not None else []
-    read = needed(gm.graph)
+    reasons = [source.unsteady_in_eval()] if source is not None else []
+    writes = Written(gm.graph)
+    read = writes.needed()
     reasons += [f"{place} draws random numbers in eval mode" for place in _random(read)]
-    remembered = sorted(_remembered(gm, read))
+    remembered = sorted(_remembered(gm, writes, read))
     if remembered:
         reasons.append(
             f"a call changes {shorten(remembered)}, and the next call reads what it left there"
@@ -46,19 +47,18 @@ def refuse_unsteady(gm: fx.GraphModule) -> None:
         )
 
 
-def _remembered(gm: fx.GraphModule, read: set[fx.Node]) -> Iterator[str]:
+def _remembered(gm: fx.GraphModule, writes: Written, read: set[fx.Node]) -> Iterator[str]:
     """Stored tensors that are written to, and read before anything overwrites them whole."""
     fetched = gm.graph.find_nodes(op="get_attr")
     values = {node: get_unevaluated(gm, str(node.target)) for node in fetched}
-    dirty = {id(values[node]) for node in written(gm.graph) if node.op == "get_attr"}
-    calls = writes(gm.graph)
+    dirty = {id(values[node]) for node in writes.nodes if node.op == "get_attr"}
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     for tensor in dirty:
         names = [node for node in fetched if id(values[node]) == tensor]
         users = {user for node in names for user in node.users if not _takes_shape(user, node)}
         first = min(users, key=order.__getitem__)
         overwritten = op_name(first) in _OVERWRITES and first.args[0] in names
-        writers = {op_name(write) for node in names for write in calls.get(node, [])}
+        writers = {op_name(write) for node in names for write in writes.calls.get(node, ())}
         steady = overwritten or (bool(writers) and writers <= _SAME_AGAIN)
         if not steady and any(node in read for node in names):
             yield str(names[0].target)

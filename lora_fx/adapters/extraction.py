@@ -17,6 +17,7 @@ from lora_fx.algebra.truncation import cut, of_tensor, rank_of
 from lora_fx.choices import takes
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer_types import TYPES
+from lora_fx.numerics import equal_numbers
 
 
 class Extracted(NamedTuple):
@@ -96,7 +97,7 @@ def _change(
     """
     (one, two), *_ = pairs
     before, after = one.read(), two.read()
-    if _are_equal(before, after):
+    if equal_numbers(before, after):
         return None
     if not (before.is_floating_point() and after.is_floating_point()):
         return f"an adapter holds no tensor of {after.dtype}"
@@ -118,11 +119,6 @@ def _of_layer(update: Update, kind: str, shape: torch.Size) -> Update:
     layer = TYPES[kind]
     down = update.down.reshape(-1, *layer.canonical_shape(tuple(shape))[1:])
     return replace(update, down=down, stored=EMBEDDING if layer.reads_ids else update.stored)
-
-
-def _are_equal(before: torch.Tensor, after: torch.Tensor) -> bool:
-    wide = torch.promote_types(before.dtype, after.dtype)
-    return before is after or torch.equal(before.to(wide), after.to(wide))
 
 
 def _difference(name: str, before: torch.Tensor, after: torch.Tensor, kind: str) -> torch.Tensor:

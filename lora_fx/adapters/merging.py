@@ -18,6 +18,7 @@ from lora_fx.adapters.source_record import EMBEDDING, is_embedding, kept
 from lora_fx.adapters.updates import Update
 from lora_fx.choices import Combination, takes
 from lora_fx.errors import AdapterError, within
+from lora_fx.numerics import equal_numbers
 
 
 @takes(AdapterError)
@@ -105,7 +106,7 @@ def _replacements(adapters: list[Adapter]) -> dict[str, torch.Tensor]:
     owners: dict[str, str] = {}
     for adapter in adapters:
         for name, tensor in adapter.replacements.items():
-            if name in found and not _are_equal(found[name], tensor):
+            if name in found and not equal_numbers(found[name], tensor):
                 raise AdapterError(
                     f"{name}: adapters {owners[name]} and {adapter.name} each replace it, with "
                     "different tensors, which have no weighted sum; drop one of the two"
@@ -113,11 +114,6 @@ def _replacements(adapters: list[Adapter]) -> dict[str, torch.Tensor]:
             found.setdefault(name, tensor)
             owners.setdefault(name, adapter.name)
     return found
-
-
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    wide = torch.promote_types(one.dtype, other.dtype)
-    return one.shape == other.shape and torch.equal(one.to(wide), other.to(wide))
 
 
 @dataclass(frozen=True, eq=False)

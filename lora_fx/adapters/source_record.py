@@ -43,6 +43,11 @@ def is_embedding(stored: SourceRecord | None) -> bool:
     )
 
 
+def is_told(stored: SourceRecord | None) -> bool:
+    """Whether that is all that was stored, and the base said so."""
+    return stored is not None and "told_by" in stored.settings
+
+
 def kept(stored: SourceRecord | None) -> SourceRecord | None:
     """What is still true of an update that was made anew: what kind of weight it is of."""
     if is_embedding(stored):

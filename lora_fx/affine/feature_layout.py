@@ -125,19 +125,18 @@ class Layout:
 
     def feature(self, axis: object) -> int | None:
         """Which feature axis an axis of the tensor is, or None."""
-        if not isinstance(axis, int) or (axis >= 0 and self.axes is None):
-            return None
-        behind = -axis if axis < 0 else (self.axes or 0) - axis
-        place = len(self.split) - (behind - self.after)
-        return place if self.joined <= place < len(self.split) else None
+        return self._place(axis, new=False)
 
     def gap(self, axis: object) -> int | None:
         """Where among the feature axes a new axis of the tensor is, or None."""
+        return self._place(axis, new=True)
+
+    def _place(self, axis: object, new: bool) -> int | None:
         if not isinstance(axis, int) or (axis >= 0 and self.axes is None):
             return None
-        behind = -axis - 1 if axis < 0 else (self.axes or 0) - axis
+        behind = -axis - new if axis < 0 else (self.axes or 0) - axis
         place = len(self.split) - (behind - self.after)
-        return place if self.joined <= place <= len(self.split) else None
+        return place if self.joined <= place < len(self.split) + new else None
 
     def widened(self, axis: int) -> Layout:
         """With one more feature axis, of size 1."""

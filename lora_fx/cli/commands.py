@@ -12,6 +12,7 @@ from lora_fx.api import fold, inject
 from lora_fx.choices import Mode, check_choice
 from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.components import of_components
+from lora_fx.cli.console import to_json
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
 from lora_fx.cli.loaded import Progress, load, trace
 from lora_fx.cli.onnx_files import bits_named
@@ -145,7 +146,7 @@ def export_model(
         ]
         reports = [replace(r, path=str(out / Path(r.path).relative_to(draft))) for r in reports]
         report = reports[0] if len(reports) == 1 else Parts(tuple(reports))
-        report.save_json(draft / REPORT)
+        (draft / REPORT).write_text(to_json(report.to_dict()) + "\n")
         if source.write_beside is not None:
             source.write_beside(draft, **({"shared_cache": True} if shared_cache else {}))
     return report

@@ -24,11 +24,16 @@ _NARROWEST = 20  # columns that words fit into
 
 def show(as_json: bool, report: Mapping[str, Any], text: str) -> None:
     """Prints a result on stdout: as JSON alone, or as text."""
-    shown = json.dumps(report, indent=2, allow_nan=False) if as_json else text
+    shown = to_json(report) if as_json else text
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = shown if as_json else fitted(shown, sys.stdout)
     readable = shown.encode(encoding, "backslashreplace").decode(encoding)
     print(readable, flush=True)  # what cannot be written is told now, not when Python ends
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Plain values as JSON."""
+    return json.dumps(report, indent=2, allow_nan=False)
 
 
 def fitted(text: str, stream: TextIO) -> str:

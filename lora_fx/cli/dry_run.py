@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,10 +91,6 @@ class Plan:
         """The plan as plain values."""
         parts = [asdict(file) for file in self.files]
         return {"dry_run": True, "out": self.out, "files": list(self.names), "parts": parts}
-
-    def save_json(self, path: Path) -> None:
-        """Writes it as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
         """What would be written, and which layers take which adapter."""

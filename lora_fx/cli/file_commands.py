@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from lora_fx.choices import Bits
 from lora_fx.cli.adapter_options import AdapterOptions, with_hints
 from lora_fx.cli.console import show, stages
 from lora_fx.cli.options import AllowUnmerged, AsJson, FewBits, Force, OutFile
@@ -92,20 +93,21 @@ def quantize(
     Verified against the file with the numbers of these bits as plain weights; the report says how
     far they are off, of each weight and of the outputs.
     """
-    from lora_fx.cli.onnx_files import quantize_file
+    from lora_fx.cli.onnx_files import bits_named
+    from lora_fx.export import quantize_onnx
 
     with stages() as progress:
-        report = quantize_file(
+        report = quantize_onnx(
             model,
             out,
-            bits,
-            block_size,
-            accuracy_level,
-            symmetric,
-            layer,
-            keep or (),
-            table or (),
-            force,
-            progress,
+            bits=cast(Bits, bits_named(bits) or 4),  # "float" it refuses
+            block_size=block_size,
+            accuracy_level=accuracy_level,
+            symmetric=symmetric,
+            layers=layer or None,
+            keep=keep or (),
+            tables=table or (),
+            force=force,
+            progress=progress,
         )
     show(as_json, report.to_dict(), str(report))

@@ -1,4 +1,4 @@
-"""What ``merge``, ``add-lora`` and ``quantize`` do: from an ONNX file to another."""
+"""What ``merge`` and ``add-lora`` do, from an ONNX file to another, and what ``--bits`` says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lora_fx.choices import Bits, BitsOrFloat, SlotMode
+from lora_fx.choices import BitsOrFloat, SlotMode
 from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.errors import ExportError, shorten
 
@@ -104,52 +104,3 @@ def bits_named(word: str | None) -> BitsOrFloat | None:
     bits = int(word) if word.isascii() and word.isdigit() else word
     scheme_wanted(bits, {})
     return cast(BitsOrFloat, bits)
-
-
-def quantize_file(
-    model: Path,
-    out: Path,
-    bits: str | None,
-    block_size: int | None,
-    accuracy_level: int,
-    symmetric: bool,
-    layers: Sequence[str] | None,
-    keep: Sequence[str],
-    tables: Sequence[str],
-    force: bool,
-    progress: Progress,
-) -> ExportReport:
-    """Stores the base of an ONNX file in a few bits.
-
-    Args:
-        model: the file, or a directory that holds one.
-        out: the file to write.
-        bits: ``"4"``, ``"8"``, ``"nf4"`` or ``"fp4"``.
-        block_size: weights that share a scale.
-        accuracy_level: what onnxruntime may round inputs of layers to.
-        symmetric: no zero points of blocks.
-        layers: linear layers; all but heads by default.
-        keep: those that stay as they are.
-        tables: embeddings; none by default.
-        force: replace what exists.
-        progress: told the name of each stage.
-
-    Raises:
-        LoraFxError: a layer is not there, or the output exists.
-        VerificationError: the file is not what its numbers say.
-    """
-    from lora_fx.export import quantize_onnx
-
-    return quantize_onnx(
-        model,
-        out,
-        bits=cast(Bits, bits_named(bits) or 4),  # "float" it refuses
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        symmetric=symmetric,
-        layers=layers or None,
-        keep=keep,
-        tables=tables,
-        force=force,
-        progress=progress,
-    )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import fx
@@ -35,9 +33,6 @@ class Report(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
 
-    def save_json(self, path: Path) -> None:
-        """Writes it as JSON."""
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -54,10 +49,6 @@ class Parts:
         """The reports as plain values."""
         parts = [report.to_dict() for report in self.reports]
         return {"parts": parts, "task": self.reports[0].task, "verified": self.verified}
-
-    def save_json(self, path: Path) -> None:
-        """Writes them as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
         """One table after the other."""

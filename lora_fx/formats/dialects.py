@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_fx.adapters.adapter import Adapter
-from lora_fx.adapters.source_record import is_embedding
+from lora_fx.adapters.source_record import is_embedding, is_told
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, shorten
 
@@ -152,8 +152,7 @@ def not_lora(update: AnyUpdate, holds: Collection[str] = ()) -> str | None:
     A product of two factors is LoRA, whatever kind of adapter it came from; ``holds`` are the words
     of what else the format has a place for.
     """
-    is_own = "told_by" in update.stored_settings  # of such a file, which has no word for it
-    if is_embedding(update.stored) and EMBEDDINGS not in holds and not is_own:
+    if is_embedding(update.stored) and EMBEDDINGS not in holds and not is_told(update.stored):
         return EMBEDDINGS
     if not isinstance(update, Update):
         return f"updates of kind {update.kind!r}, which are no product of two factors"

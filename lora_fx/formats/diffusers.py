@@ -14,6 +14,7 @@ import torch
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.parameter_updates import name_of
+from lora_fx.adapters.source_record import is_told
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError, shorten, within
@@ -326,8 +327,7 @@ def _part(
 
 def _of_module(update: AnyUpdate) -> AnyUpdate:
     """A product of two factors as LoRA of a module, whatever it came from."""
-    is_own = "told_by" in update.stored_settings
-    if isinstance(update, Update) and (is_own or name_of(update) is not None):
+    if isinstance(update, Update) and (is_told(update.stored) or name_of(update) is not None):
         update = replace(update, stored=None)
     return as_lora(update)
 

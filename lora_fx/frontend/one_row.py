@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.graph.example import example_of
+from lora_fx.graph.ops import sizes_of
 
 
 def with_one_row(gm: fx.GraphModule, inputs: Any) -> Any | None:
@@ -26,18 +27,13 @@ def with_one_row(gm: fx.GraphModule, inputs: Any) -> Any | None:
     if any((getattr(dim, "min", None) or 0) > 1 for dim in dims):
         return None
     flat, spec = pytree.tree_flatten(inputs)
-    shapes = [_sizes(node) for node in gm.graph.find_nodes(op="placeholder")]
+    inputs_of = gm.graph.find_nodes(op="placeholder")
+    shapes = [[*map(str, sizes_of(node) or ())] for node in inputs_of]  # free ones as symbols
     batch = next((sizes[0] for sizes in shapes if sizes and not sizes[0].isdecimal()), None)
     if batch is None or len(shapes) != len(flat):
         return None
     rows = [_cut(value, sizes, batch) for value, sizes in zip(flat, shapes, strict=True)]
     return pytree.tree_unflatten(rows, spec)
-
-
-def _sizes(node: fx.Node) -> list[str]:
-    """The sizes of an input, free ones as symbols."""
-    value = node.meta.get("val")
-    return list(map(str, value.shape)) if isinstance(value, torch.Tensor) else []
 
 
 def _cut(value: Any, sizes: list[str], batch: str) -> Any:

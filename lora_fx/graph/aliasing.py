@@ -14,14 +14,13 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from lora_fx.graph.ops import aten, function_name, in_place, mutates, written_arguments
+from lora_fx.graph.ops import FACTS, aten, function_name, in_place, mutates, written_arguments
 
 # May return what they are given, or a view of it, and their schemas do not say so.
 _SILENT = {
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d"),
     *("dropout2d", "dropout3d", "einsum", "pad", "conj_physical", "interpolate", "upsample"),
 }
-_SAYS = {"shape", "ndim", "dtype", "device", "layout"}  # attributes of a tensor that are no memory
 _PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 
 
@@ -105,7 +104,7 @@ def _makes_new(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload) or in_place(node):
         return False
     if node.target is getattr:
-        return node.args[1] in _SAYS
+        return node.args[1] in FACTS
     name = str(node.target) if node.op == "call_method" else function_name(node.target)
     return name not in _SILENT and _is_new_by_schema(name)
 
@@ -127,12 +126,14 @@ class Written:
         nodes: the calls that write, and every node whose memory, or memory it may share, is
             written to at some time.
         late: the nodes that write, or read what was written to since it was made.
+        calls: by such a node, the calls that write to its memory.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes: set[fx.Node] = set()
         self.late: set[fx.Node] = set()
-        self._calls: dict[fx.Node, list[fx.Node]] = {}
+        self.calls: dict[fx.Node, list[fx.Node]] = {}
+        self._end = graph.output_node()
         self._first: dict[fx.Node, fx.Node] = {}
         calls = [node for node in graph.nodes if written_arguments(node)]
         memory = Memory(graph) if calls else None
@@ -145,17 +146,28 @@ class Written:
 
     def between(self, node: fx.Node, end: fx.Node) -> fx.Node | None:
         """The first write into a node's memory after it was made and before another node."""
-        calls = (call for call in self._calls.get(node, ()) if node < call < end)
+        calls = (call for call in self.calls.get(node, ()) if node < call < end)
         return next(calls, None)
 
     def is_shared(self, node: fx.Node) -> bool:
         """Whether memory that is written to has another name before this node."""
         return node in self._first and self._first[node] is not node
 
+    def needed(self) -> set[fx.Node]:
+        """All nodes that an output depends on, by what they return or by what they write."""
+        found: set[fx.Node] = set()
+        pending = [self._end]
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                pending += [*node.all_input_nodes, *self.calls.get(node, ())]
+        return found
+
     def _note(self, call: fx.Node, group: list[fx.Node]) -> None:
         self.nodes.update(group)
         for node in group:
-            self._calls.setdefault(node, []).append(call)
+            self.calls.setdefault(node, []).append(call)
             self._first.setdefault(node, group[0])
             if node < call:
                 self.late |= {user for user in node.users if user > call}
@@ -164,34 +176,3 @@ class Written:
 def written(graph: fx.Graph) -> set[fx.Node]:
     """Every node whose memory, or memory it may share, is written to by a call of the graph."""
     return Written(graph).nodes
-
-
-def writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the calls that write to its memory."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for target in written_arguments(node):
-            for root in _memory(target):
-                found.setdefault(root, []).append(node)
-    return found
-
-
-def needed(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that an output depends on, by what they return or by what they write."""
-    calls = writes(graph)
-    found: set[fx.Node] = set()
-    pending = [graph.output_node()]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [*node.all_input_nodes, *calls.get(node, [])]
-    return found
-
-
-def _memory(node: fx.Node) -> list[fx.Node]:
-    """A node and what it may be a view of."""
-    chain = [node]
-    while chain[-1].op != "get_attr" and chain[-1].all_input_nodes:
-        chain.append(chain[-1].all_input_nodes[0])
-    return chain

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -126,10 +127,7 @@ def build_graph_module(
 
 def attribute(root: nn.Module, target: str) -> Any:
     """Looks up a dotted name."""
-    value: Any = root
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
+    return attrgetter(target)(root)
 
 
 def assign(gm: fx.GraphModule, target: str, value: Any) -> None:

@@ -184,13 +184,13 @@ def _module_class(node: fx.Node) -> str:
 
 
 _SIZES = {"size", "sym_size", "dim", "numel", "stride"}
-_FACTS = {"shape", "ndim", "dtype", "device", "layout"}
+FACTS = {"shape", "ndim", "dtype", "device", "layout"}  # attributes of a tensor, no memory
 
 
 def asks_sizes(node: fx.Node) -> bool:
     """Whether a call asks for no number of what it reads."""
     name = op_name(node)
-    return name in _SIZES or (name == "getattr" and node.args[1] in _FACTS)
+    return name in _SIZES or (name == "getattr" and node.args[1] in FACTS)
 
 
 def reached(graph: fx.Graph) -> list[fx.Node]:

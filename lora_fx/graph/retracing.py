@@ -69,9 +69,9 @@ class Source:
                     wanted[key] |= places
         return wanted
 
-    def unsteady_in(self, mode: bool) -> str | None:
-        """Why two calls of the model in a mode may differ, or None."""
-        return self._in(mode).unsteady
+    def unsteady_in_eval(self) -> str | None:
+        """Why two calls of the model in eval mode may differ, or None."""
+        return self._in(False).unsteady
 
     def modes_in(self, mode: bool) -> dict[str, bool]:
         """The mode of each module when the model is told to be in one."""

@@ -18,6 +18,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.injection.conform import conform, conform_parameter, fits, remedy
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.moves import MOVED
+from lora_fx.numerics import equal_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +179,7 @@ def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:
     scales = (getattr(one, "scale", None), getattr(other, "scale", None))
     counts = len(list(one.tensors())), len(list(other.tensors()))
     same = one.kind == other.kind and counts[0] == counts[1] and scales[0] == scales[1]
-    return same and all(_are_equal(a, b) for a, b in pairs)
-
-
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return same and all(equal_numbers(a, b) for a, b in pairs)
 
 
 def _check_shared_tokens(name: str, updates: Mapping[str, AnyUpdate], layers: BaseLayers) -> None:
@@ -226,7 +223,7 @@ def _replaced(
                     f"adapter {adapter.name}, {known}: shape {tuple(value.shape)}, the model's is "
                     f"{tuple(own.shape)}. {remedy(tuple(value.shape), tuple(own.shape))}"
                 )
-            if known in given and not _are_equal(value, found[known]):
+            if known in given and not equal_numbers(value, found[known]):
                 raise AdapterError(
                     f"adapter {adapter.name}: {given[known]} and {name} are one parameter of the "
                     "model, and the two values differ: leave out the one that is not meant"

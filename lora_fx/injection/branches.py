@@ -69,7 +69,7 @@ def branch_sum(
     if "gain" in tensors:
         layer = _without_bias(builder, site)
         terms.append(builder.call(aten.mul.Tensor, (layer, part("gain"))))
-    if "bias" in tensors and (site.inputs is None or 0 in site.inputs):
+    if "bias" in tensors and site.has_first:
         terms.append(part("bias"))  # once, where several calls sum up parts of the inputs
     if not terms:
         return base

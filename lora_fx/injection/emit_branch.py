@@ -71,7 +71,7 @@ def add_branch(
     Args:
         editor: of the graph.
         site: the call.
-        nodes: the ``get_attr`` nodes of `Terms`, by name.
+        nodes: the ``get_attr`` nodes of `BranchTensors`, by name.
         x: what the low-rank part reads; what the layer reads by default.
         scale: a factor of the low-rank part that is not folded into ``up``.
         mask: of the tokens that it is added at.

@@ -80,7 +80,7 @@ class Layer:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Of W, as it is stored."""
-        return self.type.stored_shape(self.own_shape, self.groups)
+        return self.type.canonical_shape(self.own_shape, self.groups)
 
     @property
     def in_features(self) -> int:

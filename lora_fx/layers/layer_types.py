@@ -195,14 +195,9 @@ class LayerType:
         return torch.cat(made) if groups > 1 else made[0]
 
     def canonical_shape(self, stored: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:
-        """(out, in / groups, *kernel) of a weight, from the shape that it is stored in."""
+        """(out, in / groups, *kernel) of a weight, from its stored shape, and the reverse."""
         first, second, *kernel = stored
         return (second * groups, first // groups, *kernel) if self.transposed else tuple(stored)
-
-    def stored_shape(self, shape: tuple[int, ...], groups: int = 1) -> tuple[int, ...]:
-        """The reverse of `canonical_shape`."""
-        out, into, *kernel = shape
-        return (into * groups, out // groups, *kernel) if self.transposed else tuple(shape)
 
 
 TYPES: dict[str, LayerType] = {}

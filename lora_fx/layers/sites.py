@@ -89,6 +89,11 @@ class Site(Layer):
         return self.part.rows is None and self.part.columns is None
 
     @property
+    def has_first(self) -> bool:
+        """Whether the first input of W is read: of calls that sum up parts, the bias is of one."""
+        return self.inputs is None or 0 in self.inputs
+
+    @property
     def reads(self) -> tuple[Read, ...]:
         """Who reads W for the call, or what an adapter made of it, and the node that it reads."""
         return self.part.reads or ((self.node, self.operand),)
@@ -273,20 +278,16 @@ def bias_of(gm: fx.GraphModule, calls: Sequence[Site]) -> torch.Tensor | None:
     total = first.new_zeros(calls[0].out_features)
     added = set()
     # Calls that sum up parts of the inputs: the one with the first input comes before the others.
-    for site in sorted(calls, key=lambda site: not _has_first(site)):
+    for site in sorted(calls, key=lambda site: not site.has_first):
         if site.node not in known or site.part[1:3] in added:
             continue
         places = slice(None) if site.outputs is None else list(site.outputs)
-        if _has_first(site):
+        if site.has_first:
             total[places] = known[site.node]
         else:
             added.add(site.part[1:3])
             total[places] += known[site.node]
     return total
-
-
-def _has_first(site: Site) -> bool:
-    return site.inputs is None or 0 in site.inputs
 
 
 def _value(gm: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:

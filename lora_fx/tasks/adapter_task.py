@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.peft import weights_in
+from lora_fx.errors import AdapterError, shorten
+from lora_fx.formats.peft import CONFIG, fields_in, weights_in
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.graph.wrappers import PEFT_LAYER
 from lora_fx.io.plain_file import check_path
-from lora_fx.io.state_dict import is_pickle, metadata_of, read_file
-from lora_fx.io.strict_json import parse_object, read_object
-
-_CONFIG = "adapter_config.json"
-_METADATA = "lora_adapter_metadata"
+from lora_fx.io.state_dict import is_pickle, read_file
+from lora_fx.io.strict_json import read_object
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,10 @@ def trained_for(paths: Sequence[Path], allow_pickle: bool = False) -> AdapterTas
 
 
 def _config(path: Path) -> Mapping[str, object]:
-    beside = path / _CONFIG if path.is_dir() else path.with_name(_CONFIG)
+    beside = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
     if path.is_dir() or path.name.partition(".")[0] == "adapter_model":
         return read_object(beside) if beside.is_file() else {}
-    text = metadata_of(path).get(_METADATA) if path.suffix == ".safetensors" else None
-    if text is None:
-        return {}
-    with within(f"{path}: {_METADATA}"):
-        return parse_object(text.encode())
+    return (fields_in(path) if path.suffix == ".safetensors" else None) or {}
 
 
 def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ _WEIGHTS = {
     ".ckpt", ".npz", ".tflite", ".onnx_adapter",
 }  # fmt: skip
 _OTHERS = {"README.md", "report.json", "adapter_config.json"}
+Copies = dict[Path, Path]  # where to, relative -> where from
 CONFIG, GENAI, MODULES = "config.json", "genai_config.json", "modules.json"
 
 
@@ -45,9 +46,7 @@ def write_companions(
         call: of it.
         shared_cache: whether its file lets a cache be written in place.
     """
-    for path in companions(source):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, out / path)
+    write_copies({path: source / path for path in companions(source)}, out)
     kept, tokens = read_json(source / CONFIG), getattr(model.config, "vocab_size", None)
     is_own = _class_in(kept) == type(model).__name__ and "quantization_config" not in kept
     if not is_own or kept.get("vocab_size", tokens) != tokens:
@@ -56,6 +55,13 @@ def write_companions(
     if call.generates:
         genai = genai_config(model.config, call, shared_cache=shared_cache)
         (out / GENAI).write_text(json.dumps(genai, indent=2) + "\n")
+
+
+def write_copies(copies: Copies, out: Path) -> None:
+    """Copies files into a directory."""
+    for place, source in copies.items():
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, out / place)
 
 
 def written_beside(source: Path, call: Call) -> list[str]:

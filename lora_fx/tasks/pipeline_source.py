@@ -1,7 +1,8 @@
-"""A diffusers directory as a model in several files, one a component."""
+"""A diffusers directory as a model in several files, one a component, and what stands beside."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import nn
 from lora_fx.errors import advised, within
 from lora_fx.graph.example import TASK
 from lora_fx.tasks.calls import Call
+from lora_fx.tasks.client_files import Copies, is_kept, write_copies
 from lora_fx.tasks.model_source import MODEL, ModelSource
 from lora_fx.tasks.pipeline import Pipeline, load_pipeline
 from lora_fx.tasks.pipeline_calls import calls_of
-from lora_fx.tasks.pipeline_files import copies_of, write_copies
 
 _HALVES = {"vae_encoder": "vae", "vae_decoder": "vae"}
 
@@ -50,7 +51,7 @@ def from_pipeline(
     sources = [
         _part(name, _place(own), call) for (name, own), call in zip(parts, calls, strict=True)
     ]
-    copies = copies_of(pipeline, chosen, {part.file: part.component for part in sources})
+    copies = _copies(pipeline, chosen, {part.file: part.component for part in sources})
     return replace(
         sources[0],
         more=tuple(sources[1:]),
@@ -79,3 +80,30 @@ def _base(pipeline: Pipeline) -> nn.Module:
     for name, loaded in pipeline.models.items():
         base.add_module(name, loaded.model)
     return base
+
+
+def _copies(pipeline: Pipeline, alone: str | None, files: Mapping[str, str]) -> Copies:
+    """The files that are copied as they are: the configs of the models, and all that is none.
+
+    Scheduler, tokenizers and whatever else a pipeline has come with all that they hold.
+
+    Args:
+        pipeline: the models.
+        alone: the only component that is exported, or None.
+        files: of the models that are written, relative -> the component that each is of.
+    """
+    found: Copies = {}
+    for file, component in files.items():
+        own = sorted(pipeline.home(component).iterdir())
+        kept = [path for path in own if path.is_file() and is_kept(path)]
+        found |= {Path(file).parent / path.name: path for path in kept}
+    return found if alone is not None else found | dict(_others(pipeline))
+
+
+def _others(pipeline: Pipeline) -> Iterator[tuple[Path, Path]]:
+    for path in sorted(pipeline.path.iterdir()):
+        if path.is_file() and is_kept(path):
+            yield Path(path.name), path
+        elif path.name in pipeline.fields and path.name not in pipeline.models:
+            inner = (file for file in sorted(path.rglob("*")) if file.is_file())
+            yield from ((file.relative_to(pipeline.path), file) for file in inner)

@@ -12,6 +12,7 @@ import torch
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.cli.commands import export_model
+from lora_fx.cli.console import to_json
 from lora_fx.cli.pages import make_page, read_report
 from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError
@@ -102,7 +103,7 @@ def test_the_page_goes_beside_the_report_and_is_not_replaced(
 def test_reports_of_several_files_are_read_as_such(home: Path, tmp_path: Path) -> None:
     one = read_report(home / "merged")
     assert isinstance(one, ExportReport)
-    Parts((one, one)).save_json(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(to_json(Parts((one, one)).to_dict()))
     assert read_report(tmp_path) == Parts((one, one))
     page, _ = make_page(tmp_path, None, False)
     assert page == tmp_path / "report.html"

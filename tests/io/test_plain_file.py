@@ -124,7 +124,7 @@ def test_external_data_of_holes_is_refused(make: Callable[[Path], None], tmp_pat
 def test_what_generates_has_a_plain_file_beside_it(tmp_path: Path) -> None:
     holes(tmp_path / "generation_config.json")
     with pytest.raises(LoraFxError, match=r"generation_config\.json: 42949672960 bytes, expected"):
-        Ends.of(tmp_path / "model.onnx", None, None)
+        Ends.of(tmp_path / "model.onnx", None, None, {})
 
 
 def test_a_file_that_shows_fewer_bytes_than_it_gives_is_refused() -> None:

@@ -7,7 +7,6 @@ weights are compared with those that the updates give, on a tiny random model.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +15,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AceStepTransformer1DModel,
-    AuraFlowTransformer2DModel,
-    CosmosTransformer3DModel,
-    Flux2Transformer2DModel,
-    Flux3Transformer2DModel,
     FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    Krea2Transformer2DModel,
-    LTX2VideoTransformer3DModel,
-    Lumina2Transformer2DModel,
-    MiniMaxH3Transformer3DModel,
-    MochiTransformer3DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-    ZImageTransformer2DModel,
 )
 from diffusers.loaders import lora_conversion_utils as conversion
-from diffusers.loaders import single_file_utils
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -45,82 +25,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_fx.adapters.adapter import Adapter, Update
-from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
-from lora_fx.layers.base_layers import layers_of
-from lora_fx.layers.meanings import Meaning
-from lora_fx.layers.trainer_names import names_of
 from lora_fx.testing import relative
+from lora_fx.testing.diffusion import LORA, dotted, kohya, pair, size, tiny_diffusion
 
 Tensors = dict[str, torch.Tensor]
-RANK = 3
-
-
-def flux() -> nn.Module:
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=10, pooled_projection_dim=6,
-        guidance_embeds=True, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-
-
-def flux2() -> nn.Module:
-    return Flux2Transformer2DModel(
-        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=10, timestep_guidance_channels=6,
-        axes_dims_rope=(2, 2, 2, 2),
-    )  # fmt: skip
-
-
-def wan() -> nn.Module:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=4, text_dim=10, freq_dim=6, ffn_dim=24, num_layers=2, image_dim=7,
-        added_kv_proj_dim=16, rope_max_seq_len=8,
-    )  # fmt: skip
-
-
-def qwen() -> nn.Module:
-    return QwenImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=10, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-
-
-def z_image() -> nn.Module:
-    return ZImageTransformer2DModel(
-        in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=10, axes_dims=[2, 2, 4], axes_lens=[8, 8, 8],
-    )  # fmt: skip
-
-
-def ace() -> nn.Module:
-    return AceStepTransformer1DModel(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, in_channels=12, audio_acoustic_hidden_dim=4,
-        encoder_hidden_size=10,
-    )  # fmt: skip
-
-
-def unet() -> nn.Module:
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2,
-        cross_attention_dim=10, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
-
-
-def size(model: nn.Module, *paths: str) -> tuple[int, ...]:
-    weights = [model.get_submodule(path).weight for path in paths]
-    return sum(len(weight) for weight in weights), *weights[0].shape[1:]
-
-
-def pair(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    out, into, *kernel = shape
-    return torch.randn(RANK, into, *kernel), torch.randn(out, RANK, *[1 for _ in kernel]) * 0.3
-
-
 BLOCKS = {
     "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
     "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
@@ -238,21 +147,13 @@ def same(start: str, leaves: set[str]) -> dict[str, list[str]]:
     }
 
 
-def kohya(name: str) -> str:
-    return "lora_unet_" + name.replace(".", "_")
-
-
-def dotted(name: str) -> str:
-    return f"diffusion_model.{name}"
-
-
-LORA, PEFT = ("lora_down.weight", "lora_up.weight", "alpha"), ("lora_A.weight", "lora_B.weight", "")
+PEFT = "lora_A.weight", "lora_B.weight", ""
 XLABS = ("down.weight", "up.weight", "")
 
 
 @dataclass(frozen=True)
 class Case:
-    model: Callable[[], nn.Module]
+    model: str
     names: Mapping[str, list[str]]
     spell: Callable[[str], str]
     endings: tuple[str, str, str]
@@ -261,59 +162,61 @@ class Case:
 
 CASES = {
     "flux, kohya": Case(
-        flux, blocks("double_blocks", "transformer_blocks", FLUX_NAMES, FLUX_REST), kohya, LORA,
+        "flux", blocks("double_blocks", "transformer_blocks", FLUX_NAMES, FLUX_REST), kohya, LORA,
         conversion._convert_kohya_flux_lora_to_diffusers,
     ),
     "flux, ComfyUI": Case(
-        flux, blocks("double_blocks", "transformer_blocks", FLUX_NAMES), dotted, LORA,
+        "flux", blocks("double_blocks", "transformer_blocks", FLUX_NAMES), dotted, LORA,
         conversion._convert_kohya_flux_lora_to_diffusers,
     ),
     "flux, XLabs": Case(
-        flux,
+        "flux",
         blocks("double_blocks", "transformer_blocks", XLABS_NAMES)
         | blocks("single_blocks", "single_transformer_blocks", XLABS_SINGLE),
         str, XLABS, conversion._convert_xlabs_flux_lora_to_diffusers,
     ),
     "flux, OneTrainer": Case(
-        flux,
+        "flux",
         same("transformer_blocks", {"attn.to_q", "attn.to_out.0", "attn.to_add_out"}),
         lambda name: "lora_transformer_" + name.replace(".", "_"), LORA,
         conversion._convert_kohya_flux_lora_to_diffusers,
     ),
     "flux2, ai-toolkit": Case(
-        flux2, blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST), dotted, PEFT,
+        "flux2", blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST),
+        dotted, PEFT,
         conversion._convert_non_diffusers_flux2_lora_to_diffusers,
     ),
     "flux2, kohya": Case(
-        flux2, blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST), kohya, LORA,
+        "flux2", blocks("double_blocks", "transformer_blocks", FLUX2_NAMES, FLUX2_REST),
+        kohya, LORA,
         conversion._convert_kohya_flux2_lora_to_diffusers,
     ),
     "wan, ai-toolkit": Case(
-        wan, blocks("blocks", "blocks", WAN_NAMES, WAN_REST), dotted, PEFT,
+        "wan", blocks("blocks", "blocks", WAN_NAMES, WAN_REST), dotted, PEFT,
         conversion._convert_non_diffusers_wan_lora_to_diffusers,
     ),
     "wan, musubi": Case(
-        wan, blocks("blocks", "blocks", WAN_NAMES), kohya, LORA,
+        "wan", blocks("blocks", "blocks", WAN_NAMES), kohya, LORA,
         conversion._convert_musubi_wan_lora_to_diffusers,
     ),
     "qwen, musubi": Case(
-        qwen, same("transformer_blocks", {leaf for leaf in QWEN if "attn" in leaf}), kohya, LORA,
+        "qwen", same("transformer_blocks", {leaf for leaf in QWEN if "attn" in leaf}), kohya, LORA,
         conversion._convert_non_diffusers_qwen_lora_to_diffusers,
     ),
     "qwen, ai-toolkit": Case(
-        qwen, same("transformer_blocks", QWEN), dotted, PEFT,
+        "qwen", same("transformer_blocks", QWEN), dotted, PEFT,
         conversion._convert_non_diffusers_qwen_lora_to_diffusers,
     ),
     "z-image, kohya": Case(
-        z_image, same("layers", Z_IMAGE), kohya, LORA,
+        "z_image", same("layers", Z_IMAGE), kohya, LORA,
         conversion._convert_non_diffusers_z_image_lora_to_diffusers,
     ),
     "ace-step, its own": Case(
-        ace, blocks("layers", "layers", ACE), str, PEFT,
+        "ace", blocks("layers", "layers", ACE), str, PEFT,
         conversion._convert_non_diffusers_ace_step_lora_to_diffusers,
     ),
     "z-image, ai-toolkit": Case(
-        z_image, same("layers", Z_IMAGE), dotted, PEFT,
+        "z_image", same("layers", Z_IMAGE), dotted, PEFT,
         conversion._convert_non_diffusers_z_image_lora_to_diffusers,
     ),
 }  # fmt: skip
@@ -374,7 +277,7 @@ def check_same(got: Tensors, want: Tensors) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_trainer_s_file_gives_the_weights_of_diffusers(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    model = case.model().eval()
+    model = tiny_diffusion(case.model).eval()
     tensors = written(case, model)
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors", base=model)
@@ -414,8 +317,8 @@ OWN = [ours for ours in SGM.values() if "time_emb" not in ours]
 
 @pytest.mark.parametrize("names", [SGM, {ours: ours for ours in OWN}], ids=["SDXL", "SD1.5"])
 def test_a_unet_by_sgm_s_names_and_by_its_own(tmp_path: Path, names: Mapping[str, str]) -> None:
-    case = Case(unet, {old: [new] for old, new in names.items()}, kohya, LORA, dict)
-    model: Any = unet()
+    case = Case("unet", {old: [new] for old, new in names.items()}, kohya, LORA, dict)
+    model: Any = tiny_diffusion("unet")
     tensors = written(case, model)
     save_file(tensors, tmp_path / "a.safetensors")
     loader = StableDiffusionXLLoraLoaderMixin
@@ -468,241 +371,6 @@ def test_text_encoders_of_a_pipeline(tmp_path: Path, start: str) -> None:
     check_same(made(pipe, load_adapter(tmp_path / "a.safetensors", base=pipe)), want)
 
 
-def sd3() -> nn.Module:
-    return SD3Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=10,
-        caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-    )  # fmt: skip
-
-
-def hunyuan() -> nn.Module:
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=2,
-        num_single_layers=2, num_refiner_layers=1, patch_size=1, patch_size_t=1,
-        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    )  # fmt: skip
-
-
-def lumina() -> nn.Module:
-    return Lumina2Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
-        num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2,
-        cap_feat_dim=8, axes_dim_rope=(4, 2, 2), axes_lens=(32, 32, 32),
-    )  # fmt: skip
-
-
-def aura() -> nn.Module:
-    return AuraFlowTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=2,
-        num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=10, caption_projection_dim=16, pos_embed_max_size=16,
-    )  # fmt: skip
-
-
-def cosmos() -> nn.Module:
-    return CosmosTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
-        mlp_ratio=2, text_embed_dim=10, adaln_lora_dim=6, max_size=(4, 8, 8),
-    )  # fmt: skip
-
-
-def mochi() -> nn.Module:
-    return MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=48, pooled_projection_dim=6,
-        in_channels=4, text_embed_dim=10, time_embed_dim=4,
-    )  # fmt: skip
-
-
-def krea() -> nn.Module:
-    return Krea2Transformer2DModel(
-        in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=6, text_hidden_dim=12,
-        num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
-        text_intermediate_size=20, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
-        axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-
-
-def flux3() -> nn.Module:
-    return Flux3Transformer2DModel(
-        in_channels=4, cond_in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=10, timestep_channels=6,
-        axes_dims_rope=(2, 2, 2, 2),
-    )  # fmt: skip
-
-
-def vace() -> nn.Module:
-    return WanVACETransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=4, text_dim=10, freq_dim=6, ffn_dim=24, num_layers=2, vace_layers=[0, 1],
-        vace_in_channels=4, rope_max_seq_len=8,
-    )  # fmt: skip
-
-
-def sana() -> nn.Module:
-    return SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
-        caption_channels=10, sample_size=4,
-    )  # fmt: skip
-
-
-def ltx2() -> nn.Module:
-    return LTX2VideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
-        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
-        audio_num_attention_heads=2, audio_attention_head_dim=6, audio_cross_attention_dim=12,
-        num_layers=2, caption_channels=10,
-    )  # fmt: skip
-
-
-class Sparse(dict[str, torch.Tensor]):
-    """A checkpoint that lacks what no adapter changes; converters ask for all of it."""
-
-    def pop(self, key: str, default: Any = None) -> Any:
-        return super().pop(key, default)
-
-
-LAST = r"final_layer\.(linear|adaLN)"
-BFL = rf"((double|single)_blocks\.(?!.*processor)|img_in|txt_in|\w+_in\.|{LAST}|\w+_modul)"
-CHECKPOINTS = {
-    "sd3": (
-        sd3, r"(joint_blocks|[xty]_embedder|final_layer\.(linear|ada))",
-        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
-    ),
-    "flux2": (flux2, BFL, single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers),
-    "wan": (
-        wan, r"(blocks(?!.*(_proj|_[xy])$)|time_(emb|proj)|text_emb|img_emb|head)",
-        single_file_utils.convert_wan_transformer_to_diffusers,
-    ),
-    "z-image": (
-        z_image, r"((layers|\w+_refiner)(?!.*attention\.o$)|x_emb|final_layer)",
-        single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
-    ),
-    # Packed layers are cut at the real sizes there: those lines are of models above too.
-    "hunyuan": (
-        hunyuan,
-        r"(double_blocks\.\d+\.\w+(mod\.linear|mlp\.fc)|single_blocks.*mod.*linear|txt_in\.|img_in\.proj|"
-        r"(time|guidance)_in\.mlp|vector_in|final_layer\.(linear|ada))",
-        single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
-    ),
-    "lumina": (
-        lumina, rf"(?!.*qkv)(layers|\w+_refiner|cap_embedder|t_embedder|{LAST})",
-        single_file_utils.convert_lumina2_to_diffusers,
-    ),
-    "aura": (
-        aura, r"(double_layers|single_layers|init_x|cond_seq|t_embedder\.mlp|modF|final_linear)",
-        single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers,
-    ),
-    "cosmos": (
-        cosmos,
-        r"(blocks\.\d+\.(adaln|(self|cross)_attn\.\w+_proj|mlp\.layer)|final_layer\.(linear|adaln)|"
-        r"t_embedder\.1|x_embedder\.proj\.1)",
-        single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers,
-    ),
-    "mochi": (
-        mochi,
-        r"(blocks\.\d+\.(mod_|mlp_|attn\.\w+_[xy])|x_embedder\.proj$|t5_y|t_embedder\.mlp|"
-        r"final_layer\.(linear|mod$))",
-        single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers,
-    ),
-    "krea": (
-        krea, r"(blocks\.|txtfusion|first|last|tmlp|tproj|txtmlp)",
-        single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
-    ),
-    "flux3": (
-        flux3,
-        r"(\w+_blocks\..*(_proj|attn_out|mlp_\w+)$|\w+_modulations|(emb|txt|time)_in\.|"
-        r"final_layer\.image)",
-        single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers,
-    ),
-    "vace": (
-        vace, r"((vace_)?blocks\.\d\.((self|cross)_attn\.[qkvo]$|ffn|(before|after)_proj)|head)",
-        single_file_utils.convert_wan_transformer_to_diffusers,
-    ),
-    "sana": (
-        sana,
-        r"(blocks\..*(conv\.conv|attn\.qkv|attn\.proj|_linear)$|x_embedder\.proj$|t_embedder|t_block|"
-        r"y_embedder\.y_proj|final_layer\.linear)",
-        single_file_utils.convert_sana_transformer_to_diffusers,
-    ),
-    "ltx2": (
-        ltx2, r"(\w*patchify_proj|\w*adaln_single(?!_))",
-        single_file_utils.convert_ltx2_transformer_to_diffusers,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize("kind", ["lora", "diff"])
-def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, kind: str) -> None:
-    """Whoever converts a whole checkpoint converts a change of its weights."""
-    make, own_names, convert = CHECKPOINTS[name]
-    model = make()
-    base = layers_of(model)
-    known = {
-        theirs: meaning for theirs, meaning in names_of(base).items()
-        if re.match(own_names, theirs) and all(base[path].is_matrix for path in meaning.layers)
-    }  # fmt: skip
-    known |= {"context_embedder": Meaning(("context_embedder",))} if name == "sd3" else {}
-    tensors: Tensors = {}
-    checkpoint: Tensors = {"pos_embed": torch.zeros(1)} if name == "sd3" else {}
-    for theirs, meaning in known.items():
-        out, into, *kernel = (n or 0 for n in meaning.shape(base))
-        down, up = pair((out, into, *kernel))
-        delta = torch.einsum("ri...,or->oi...", down, up.flatten(1)).contiguous()
-        checkpoint |= {f"{theirs}.weight": delta, f"{theirs}.bias": delta.flatten(1)[:, 0].clone()}
-        own = {"lora_A.weight": down, "lora_B.weight": up} if kind == "lora" else {"diff": delta}
-        own |= {"diff_b": checkpoint[f"{theirs}.bias"]} if kind == "diff" else {}
-        tensors |= {f"diffusion_model.{theirs}.{leaf}": value for leaf, value in own.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
-    adapter = load_adapter(tmp_path / "a.safetensors", base=model)
-    converted = {k: value for k, value in convert(Sparse(checkpoint)).items() if value is not None}
-    assert len(adapter.updates) > 15
-    for path, update in adapter.updates.items():
-        own_weight: Any = model.get_submodule(path).weight.detach()
-        delta = update.weight(own_weight) - own_weight
-        assert relative(delta, converted[f"{path}.weight"]) < 1e-5, path
-        if kind == "diff" and f"{path}.bias" in converted:
-            assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
-    weights = {f"{path}.weight" for path in adapter.updates}
-    assert {key for key in converted if key.endswith(".weight")} == weights
-
-
-def h3() -> nn.Module:
-    return MiniMaxH3Transformer3DModel(
-        in_channels=4, audio_in_channels=4, num_layers=2, num_refiner_layers=1, hidden_size=16,
-        num_attention_heads=2, attention_head_dim=8, text_dim=10, ffn_dim=24, freq_dim=6,
-        time_embed_hidden_dim=16, time_embed_dim=12, rope_freq_dim=2,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("spell", [dotted, kohya])
-@pytest.mark.parametrize(
-    ("make", "theirs", "path"),
-    [
-        # diffusers has the halves of it in the other order, Stability's MLP of that name has none
-        (h3, "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
-        # in no first block of the main stack either
-        (h3, "token_refiner.blocks.0.mlp.fc2", "token_refiner.refiner_blocks.0.ff.net.2"),
-    ],
-)
-def test_the_end_of_another_model_s_name_means_nothing(
-    tmp_path: Path, make: Callable[[], nn.Module], theirs: str, path: str,
-    spell: Callable[[str], str],
-) -> None:  # fmt: skip
-    model = make()
-    down, up = pair(size(model, path))
-    tensors = dict(
-        zip((f"{spell(theirs)}.{e}" for e in LORA), (down, up, torch.tensor(3.0)), strict=True)
-    )
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterError, match="1 names mean no layer of the base"):
-        load_adapter(tmp_path / "a.safetensors", base=model)
-
-
 @pytest.mark.parametrize("convert", ["kohya", "ComfyUI"])
 def test_the_packed_layer_of_flux_s_single_blocks(tmp_path: Path, convert: str) -> None:
     """Diffusers has this model's sizes in its code: they are the real ones, without numbers."""
@@ -731,7 +399,7 @@ def test_the_packed_layer_of_flux_s_single_blocks(tmp_path: Path, convert: str) 
 def test_biases_beside_lora(tmp_path: Path) -> None:
     """Diffusers takes Wan's differences of biases for those of the up-projections."""
     case = CASES["wan, ai-toolkit"]
-    model = wan()
+    model = tiny_diffusion("wan")
     tensors = written(case, model)
     for theirs, [path] in case.names.items():
         bias: Any = model.get_submodule(path).bias
@@ -748,7 +416,7 @@ def test_biases_beside_lora(tmp_path: Path) -> None:
 
 def test_all_that_stands_beside_lora_of_a_layer_adds_up(tmp_path: Path) -> None:
     """LoRA, differences of weight and bias, and of norms, by plain arithmetic."""
-    model: Any = wan()
+    model: Any = tiny_diffusion("wan")
     down, up = pair((16, 16))
     diff, shift, gain = torch.randn(16, 16), torch.randn(16), torch.randn(16)
     lone = torch.randn(24)
@@ -784,7 +452,7 @@ def test_all_that_stands_beside_lora_of_a_layer_adds_up(tmp_path: Path) -> None:
 
 def test_lokr_of_a_packed_projection_is_cut(tmp_path: Path) -> None:
     """Diffusers fuses the model's projections for it; here each gets its rows."""
-    model: Any = flux2()
+    model: Any = tiny_diffusion("flux2")
     first, second = torch.randn(12, 4), torch.randn(4, 4)
     name = "diffusion_model.double_blocks.1.img_attn.qkv"
     tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2": second, f"{name}.alpha": torch.ones(1)}

@@ -162,6 +162,22 @@ def test_a_table_stays_where_no_lookup_takes_its_bits(what: str, tmp_path: Path)
     assert verify_onnx(gm, tmp_path / "b.onnx").verified
 
 
+def test_a_table_and_its_head_are_compared_whatever_a_file_calls_its_values(tmp_path: Path) -> None:
+    exported(tmp_path / "a.onnx")
+    model = onnx.load(tmp_path / "a.onnx")
+    (lookup, *_) = (n for n in model.graph.node if n.op_type == "Gather")
+    before, after = lookup.output[0], f"{lookup.input[0]}_table"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = after if name == before else name
+    del model.metadata_props[:]  # as another tool's
+    onnx.save(model, tmp_path / "other.onnx")
+    report = quantize_onnx(tmp_path / "other.onnx", tmp_path / "b.onnx", layers=["*"])
+    assert report.verified
+    assert len(report.quantised.weights) == 2  # the table stays
+
+
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     exported(tmp_path / "a.onnx")
     with pytest.raises(ExportError, match=r"no embedding at head; there are table"):

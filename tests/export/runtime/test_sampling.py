@@ -24,12 +24,12 @@ def test_what_is_no_token_is_told(field: str, value: object, tmp_path: Path) -> 
     with pytest.raises(
         ExportError, match=rf"generation_config\.json: {field} holds .*expected num"
     ):
-        Ends.of(model, None, None)
+        Ends.of(model, None, None, {})
 
 
 def test_tokens_are_read(tmp_path: Path) -> None:
     model = beside(tmp_path, eos_token_id=[3, None, 5], pad_token_id=-1)
-    assert Ends.of(model, None, None) == Ends((3, 5), -1)
-    assert Ends.of(model, np.int64(4), None) == Ends((4,), -1)
-    assert Ends.of(beside(tmp_path, eos_token_id=2), None, None) == Ends((2,), 2)
-    assert Ends.of(beside(tmp_path), None, None) == Ends((), 0)
+    assert Ends.of(model, None, None, {}) == Ends((3, 5), -1)
+    assert Ends.of(model, np.int64(4), None, {}) == Ends((4,), -1)
+    assert Ends.of(beside(tmp_path, eos_token_id=2), None, None, {}) == Ends((2,), 2)
+    assert Ends.of(beside(tmp_path), None, None, {}) == Ends((), 0)

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_fx.export.verification.file_run import Run
-from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 
 FEEDS = {"batch=4": {"x": np.linspace(1, 2, 12, dtype=np.float32).reshape(4, 3)}}
 
@@ -87,6 +87,6 @@ def test_a_control_runs_on_the_next_inputs_until_it_differs(tmp_path: Path) -> N
 
 
 def test_what_can_be_asked_for_is_the_coarsest_of_the_types() -> None:
-    assert coarsest(["float32", "int64"]) is torch.float32
-    assert coarsest(["float32", "bfloat16", "float16"]) is torch.bfloat16
-    assert coarsest([]) is torch.float32
+    assert coarsest_named(["float32", "int64"]) is torch.float32
+    assert coarsest_named(["float32", "bfloat16", "float16"]) is torch.bfloat16
+    assert coarsest_named([]) is torch.float32
