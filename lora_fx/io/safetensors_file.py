@@ -127,7 +127,8 @@ def start_of(path: Path, size: int) -> bytes:
 
 
 def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object], dict[str, str]]:
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterError(f"__metadata__ is {metadata!r:.200}, expected names to strings")
     if len(header) > MAX_TENSORS:

@@ -87,6 +87,12 @@ def test_names_and_metadata_are_read_from_the_header(tmp_path: Path) -> None:
     assert read_metadata(file) == {}
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"__metadata__": None, **entry()}, b"\0" * 12)
+    assert read_metadata(file) == {}
+    assert read_tensors(file)["a"].tolist() == [0, 0, 0]
+
+
 def test_the_alpha_of_a_layer_may_be_a_whole_number(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"x.alpha": torch.tensor(3), "y.alpha": torch.tensor([4], dtype=torch.int32)}, file)
