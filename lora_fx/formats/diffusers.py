@@ -291,11 +291,8 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
 
 
 def _problem(update: AnyUpdate) -> str | None:
-    return (
-        None
-        if _is_lokr(update)
-        else dialects.not_lora(update, {dialects.BIASES, dialects.DORA, dialects.GROUPS})
-    )
+    held = {dialects.BIASES, dialects.DORA, dialects.GROUPS}
+    return None if _is_lokr(update) else dialects.not_lora(update, held)
 
 
 def _is_lokr(update: AnyUpdate) -> bool:
