@@ -161,7 +161,9 @@ def load_adapter(
     source = check_path(Path(path), AdapterError)
     if not source.exists():
         raise AdapterError(f"{source}: no such file or directory: give an adapter's")
-    told: str = format
+    own, told = name or _name_from(source), str(format)
+    if not (source / peft.CONFIG).exists():
+        source = diffusers.weights_in(source) or source
     if told == "auto":
         told = _detect(source, bool(hints.get("allow_pickle")))
     chosen = FORMATS[told]
@@ -170,7 +172,7 @@ def load_adapter(
         check_name(name)
     options = Hints(strict=strict, base=base, **hints)
     with memory_told(source, AdapterError), advised(_AGAIN):
-        adapter = chosen.read(source, name or _name_from(source), options)
+        adapter = chosen.read(source, own, options)
         with within(source):
             adapter = adapter if prefix is None else inside(adapter, prefix)
         adapter = _settled(adapter, base)
@@ -265,8 +267,6 @@ def _detect(source: Path, allow_pickle: bool) -> str:
 
 def _of_directory(path: Path) -> str:
     """What a directory is of, by its files; PEFT's reader says what is missing in another."""
-    if diffusers.weights_in(path) is not None and not (path / peft.CONFIG).exists():
-        return "diffusers"
     if (path / mlx.WEIGHTS).is_file():
         return "mlx"
     weights = peft.weights_in(path)

@@ -31,6 +31,7 @@ from lora_fx.formats.peft.write import PeftLayout, as_lora, config_of
 from lora_fx.io.state_dict import read_file
 from lora_fx.kinds import KINDS, lokr, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
+from lora_fx.layers.pipeline_names import PREFIXES
 
 Said = Mapping[str, object] | None  # the fields of the metadata
 Part = tuple[dict[str, AnyUpdate], TargetRule | None]
@@ -42,7 +43,7 @@ COMPONENTS = (
     "unet", "transformer", "transformer_2", "transformer_ref", "text_encoder", "text_encoder_2",
     "text_encoder_3", "text_conditioner", "connectors",
 )  # fmt: skip
-LOKR = lokr.MARKS
+LOKR, LYCORIS = lokr.MARKS, {*KINDS["loha"].leaves, "diff", "diff_b"} - {ALPHA}
 _PREFIX = rf"({'|'.join(COMPONENTS)})\."
 # Names that PEFT alone would give a layer too.
 _OF_PEFT = {f".{leaf}": role for role, leaf in LEAVES.items()}
@@ -83,11 +84,6 @@ def _dialect(prefix: str, **names: str) -> Dialect:
         prefix=prefix,
         older=older,
         silent="processor",
-        foreign={
-            r"\.dora_scale[^.]*$": "kohya's DoRA",
-            r"\.hada_[^.]*$": "LoHa",
-            r"\.diff[^.]*$": "a full difference (LyCORIS)",
-        },
     )
 
 
@@ -98,11 +94,12 @@ BARE = _dialect("", q="to_q", k="to_k", v="to_v", out="to_out.0")
 
 def is_diffusers(path: Path, names: Collection[str]) -> bool:
     """Whether a file is diffusers' by name, keys or metadata."""
+    fields, is_called = fields_in(path), path.name in (WEIGHTS, PICKLE)
     is_lora = any(n.endswith(tuple(ENDINGS)) and not n.startswith(PREFIX) for n in names)
-    if is_lora and (path.name in (WEIGHTS, PICKLE) or is_bare(fields_in(path))):
+    if is_lora and (fields is not None or (is_called and not _is_of_lycoris(names))):
         return True
     speaks = speaks_diffusers(names)
-    if speaks is None and fields_in(path) is None:
+    if speaks is None and fields is None:
         raise AdapterError(
             f"{path}: its keys begin with transformer. and end as PEFT's do, and nothing says what "
             "the scale is: a part of a pipeline has 1 in diffusers' format, a language model that "
@@ -130,7 +127,7 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
     file = weights_in(path) or path
     fields = fields_in(file)
     tensors = read_file(file, hints.allow_pickle)
-    bare = is_bare(fields) or (fields is None and has_no_component(tensors))
+    bare = has_no_component(tensors) if fields is None else "peft_type" in fields
     with within(file):
         components = sort_by_component(tensors, bare)
         if hints.component is not None and not bare:
@@ -147,11 +144,6 @@ def read_diffusers(path: Path, name: str, hints: Hints) -> Adapter:
         else:
             updates |= {f"{component}.{p}": update for p, update in found.items()}
     return Adapter(name, updates, expects=rule)
-
-
-def is_bare(fields: Said) -> bool:
-    """Whether one model wrote the file by itself: its fields begin with no component's name."""
-    return fields is not None and "peft_type" in fields
 
 
 def updates_of(file: Path, layers: Layers, fields: Said, component: str, strict: bool) -> Part:
@@ -237,6 +229,8 @@ def speaks_diffusers(names: Collection[str]) -> bool | None:
     A file of ``transformer.<path>.lora_A.weight`` and nothing else may be either's, with another
     scale each: a language model's transformer is called that too.
     """
+    if _is_of_lycoris(names):
+        return False
     if has_no_component(names) and any(name.endswith(tuple(BARE.older)) for name in names):
         return True  # of a model's attention processors, saved by itself
     split = {name: MODEL.split(name) for name in names}
@@ -245,6 +239,13 @@ def speaks_diffusers(names: Collection[str]) -> bool | None:
         return False
     is_own = any(not n.endswith(tuple(_OF_PEFT)) or _OWN_PARTS.search(n) for n in named)
     return True if is_own or any(name.endswith(".alpha") for name in names) else None
+
+
+def _is_of_lycoris(names: Collection[str]) -> bool:
+    """Whether tensors are what kohya's scripts and LyCORIS write, whatever the file is called."""
+    ends = {name.rpartition(".")[2] for name in names}
+    is_own = not ends.isdisjoint(LYCORIS) or (ALPHA in ends and not ends.isdisjoint(LOKR))
+    return is_own or any(name.startswith(tuple(PREFIXES.values())) for name in names)
 
 
 def sort_by_component(tensors: Tensors, bare: bool = False) -> dict[str, Layers]:
@@ -292,11 +293,8 @@ def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:
 
 
 def _problem(update: AnyUpdate) -> str | None:
-    return (
-        None
-        if _is_lokr(update)
-        else dialects.not_lora(update, {dialects.BIASES, dialects.DORA, dialects.GROUPS})
-    )
+    held = {dialects.BIASES, dialects.DORA, dialects.GROUPS}
+    return None if _is_lokr(update) else dialects.not_lora(update, held)
 
 
 def _is_lokr(update: AnyUpdate) -> bool:

@@ -167,8 +167,7 @@ def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
     if (algorithm == "norm") != (layer.kind == NORM):
         raise AdapterError(f"{sorted(tensors)} do not fit {layer.path}, a {layer.name}")
     if algorithm == "norm":
-        own = {leaf: tensor for leaf, tensor in tensors.items() if leaf != ALPHA}
-        return {_OF_NORM[leaf]: full.of_vector(leaf, tensor) for leaf, tensor in own.items()}
+        return {_OF_NORM[k]: full.of_vector(k, t) for k, t in tensors.items() if k != ALPHA}
     if algorithm == "full" and "diff" not in tensors:
         return {"bias": full.of_vector("b_norm", tensors["diff_b"])}
     if DORA in tensors and dora.is_of_inputs(tensors[DORA], layer.own_shape):

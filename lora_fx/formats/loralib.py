@@ -223,6 +223,7 @@ def update_of(
         settings = {"alpha": alpha, "r": rank, "scale": alpha / rank}
         if layer is not None and kernel:
             return loralib.convolution(down, up, layer, settings)
+        loralib.check_sizes(path, down, up, hints.base)
         groups = groups_of(path, down, up, hints, None if layer is None else layer[0])
     if groups is None:
         return lora.read(roles, lora.Form(), alpha=alpha, is_table=is_table)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, starmap
 from pathlib import Path
 
 import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
-from lora_fx.adapters.scaling import checked_rank, is_number
+from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.dialects import Dialect, Roles, check_adapted, sort_keys
 from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
-from lora_fx.kinds import lora
+from lora_fx.kinds import experts, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.layer import Layer
 
 CONFIG, WEIGHTS, PARAMETERS = "adapter_config.json", "adapters.safetensors", "lora_parameters"
 DIALECT = Dialect(
-    {".lora_a": DOWN, ".lora_b": UP, ".m": MAGNITUDE},
+    {".lora_a": DOWN, ".lora_b": UP, ".m": MAGNITUDE, ".A": DOWN, ".B": UP},
     "<module>.lora_a, .lora_b, and under dora .m",
 )
 _FORM = lora.Form(down=("in", "r"), up=("r", "out"))
@@ -31,8 +32,8 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads what ``mlx_lm`` trained: LoRA, DoRA, or weights as a whole.
 
     MLX stores factors the other way round, ``lora_a`` of (in, r) and ``lora_b`` of (r, out), and
-    the scale itself. The base tells embeddings from linear layers. Source: mlx-lm's
-    ``tuner/lora.py``, ``dora.py`` and ``utils.py`` of 0.28.
+    the scale itself. The base tells embeddings from linear layers. Source: ``tuner/`` of mlx-lm
+    0.32, and ``trainer/peft/`` of mlx-vlm 0.7, whose legacy files have ``A``, ``B`` and alpha.
     """
     file = path / WEIGHTS if path.is_dir() else path
     fields, tensors = read_object(file.with_name(CONFIG)), read_file(file, hints.allow_pickle)
@@ -47,7 +48,7 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
         layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
         check_adapted(layers)
         updates: dict[str, AnyUpdate] = {}
-        for module, roles in layers.items():
+        for module, roles in chain.from_iterable(starmap(experts.apart, layers.items())):
             with within(module):
                 if (MAGNITUDE in roles) != (kind == "dora"):
                     found = "there" if MAGNITUDE in roles else "missing"
@@ -73,6 +74,9 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
     Early versions took ``scale * alpha / rank``, today's leave alpha alone, and no file says which.
     """
     given = fields.get(PARAMETERS)
+    if given is None and "rank" in fields:  # mlx_vlm's legacy
+        rank = checked_rank("rank", fields["rank"])
+        return rank, checked_alpha("alpha", fields.get("alpha", 0.1)) / rank
     if not isinstance(given, dict):
         raise AdapterError(f"{PARAMETERS} is {given!r:.80}, expected an object with rank and scale")
     with within(PARAMETERS):

@@ -101,7 +101,7 @@ def _turned(update: Update, module: str, base: BaseLayers) -> Update:
     if heads is None:
         return update
     config: Any = getattr(base.base, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = getattr(config, "get_text_config", lambda: config)()
     kind, count = getattr(config, "model_type", None), getattr(config, heads, None)
     if kind in _KEPT:
         return update

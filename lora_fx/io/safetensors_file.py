@@ -29,6 +29,11 @@ INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of one byte, which nothing here computes with: float16 has every value that they have.
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
+# How files of other kinds begin -> what they are, and what to do.
+_OTHERS = {
+    b"PK\3\4": "PyTorch's own, of another ending: call it .pt, and pass allow_pickle=True",
+    b"GGUF": "llama.cpp's, which is made of a PEFT directory: give that directory",
+}
 LISTED = ".lora_invocation"
 # The axis of the rank, of what AdaLoRA may have pruned to nothing.
 _PRUNED = {".lora_A": 0, ".lora_B": 1, ".lora_E": 0}
@@ -96,8 +101,9 @@ def _checked(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     with within(path):
         if path.suffix != ".safetensors" and header_size(path) is None:
             raise AdapterError(
-                f"{size} bytes that hold no tensors, so it is no adapter: give the directory that "
-                "PEFT saved, or a .safetensors, .bin, .pt, .pth, .ckpt or .onnx_adapter file"
+                _OTHERS.get(start_of(path, 4))
+                or f"{size} bytes that hold no tensors, so it is no adapter: give the directory "
+                "that PEFT saved, or a .safetensors, .bin, .pt, .pth, .ckpt or .onnx_adapter file"
             )
         return _parsed(*_read_header(path, size))
 
@@ -127,7 +133,8 @@ def start_of(path: Path, size: int) -> bytes:
 
 
 def _parsed(header: dict[str, object], data_size: int) -> tuple[dict[str, object], dict[str, str]]:
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterError(f"__metadata__ is {metadata!r:.200}, expected names to strings")
     if len(header) > MAX_TENSORS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,34 @@ import torch
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP
 from lora_fx.adapters.source_record import SourceRecord
-from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import wide
+from lora_fx.errors import AdapterError, within
+from lora_fx.kinds import lora
+from lora_fx.kinds.lora import Roles
+from lora_fx.kinds.validation import measure, wide
+
+
+def apart(module: str, roles: Roles) -> Iterator[tuple[str, Roles]]:
+    """The pair of a module, or of each of its experts, by the paths that transformers has.
+
+    Source: ``LoRASwitchLinear`` of mlx-lm 0.32, the layer of ``<module>.experts``.
+
+    Args:
+        module: such as ``mlp.switch_mlp.up_proj``, of which ``mlp.experts.0.up_proj`` is one.
+        roles: down (experts, r, in) and up (experts, out, r); or of one pair, as it is returned.
+
+    Raises:
+        AdapterError: the tensors are of another shape.
+    """
+    if all(tensor.ndim < 3 for _, tensor in roles.values()):
+        yield module, roles
+        return
+    axes = {lora.DOWN: ("experts", "r", "in"), lora.UP: ("experts", "out", "r")}
+    with within(module):
+        sizes = measure({role: tensor for role, (_, tensor) in roles.items()}, axes)
+    owner, _, leaf = module.rpartition(".")
+    for at in range(sizes["experts"]):
+        own = {role: (key, tensor[at].T) for role, (key, tensor) in roles.items()}
+        yield f"{owner.rpartition('.')[0]}.experts.{at}.{leaf}".removeprefix("."), own
 
 
 def read(

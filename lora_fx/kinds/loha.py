@@ -40,8 +40,10 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     Source: Hyeon-Woo et al., FedPara, arXiv:2108.06098; ``loha`` of PEFT 0.21 and LyCORIS 4.1.
 
     Args:
-        tensors: w1_a, w2_a (out, r) and w1_b, w2_b (r, in * kernel); or w1_a, w2_a (r, out), w1_b,
-            w2_b (r, in) and t1, t2 (r, r, *kernel). ``alpha`` is kept, ``dora_scale`` heeded.
+        tensors: w1_a, w2_a (out, r) and w1_b, w2_b (r, in * kernel), or with axes of their own for
+            the kernel, as OneTrainer has them, (out, r, 1, ...) and (r, in, *kernel); or w1_a, w2_a
+            (r, out), w1_b, w2_b (r, in) and t1, t2 (r, r, *kernel). ``alpha`` is kept,
+            ``dora_scale`` heeded.
         settings: ``scale``; ``shape`` of a convolution, whose kernel the plain form does not tell.
 
     Returns:
@@ -56,6 +58,9 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     own.pop("alpha", None)
     scale, shape = number(settings, "scale"), layer_shape(settings)
     is_tucker = "hada_t1" in own or "hada_t2" in own
+    if not is_tucker:
+        own = {leaf: t.flatten(1) if t.ndim > 2 else t for leaf, t in own.items()}
+        tensors = {**tensors, **own}
     measure(own, _TUCKER if is_tucker else _PLAIN)
     one, other = (_factors(own, half, is_tucker) for half in "12")
     if one[1].shape[1:] != other[1].shape[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_fx.errors import AdapterError
 Groups = tuple[bool, ...]  # of a MergedLinear, a matrix of several outputs: which are adapted
 LEAVES = frozenset({"lora_A", "lora_B"})
 _OUTPUTS = 64  # of one fused layer; attention has three
+_LITGPT = re.compile(r"(^|\.)h\.\d+\.attn\.(qkv|attn)$")
 
 
 def checked_groups(value: object) -> Groups:
@@ -26,6 +28,28 @@ def checked_groups(value: object) -> Groups:
     if len(value) > _OUTPUTS:  # each has its rows in memory, adapted or not
         raise AdapterError(f"enable_lora is of {len(value)} outputs, expected at most {_OUTPUTS}")
     return tuple(value)
+
+
+def check_sizes(path: str, down: torch.Tensor, up: torch.Tensor, base: Any) -> None:
+    """Refuses a fused layer of litgpt, unless the base shows that all its outputs are of one size.
+
+    Its queries have more rows than its keys and values where heads share these, which no tensor
+    tells; ``attn.attn`` of older versions has the rows of each head apart. Source:
+    ``LoRAQKVLinear`` of litgpt 0.5.
+
+    Raises:
+        AdapterError: nobody knows which rows an output has.
+    """
+    config, found = getattr(base, "config", None), _LITGPT.search(path)
+    heads, groups = (getattr(config, name, None) for name in ("n_head", "n_query_groups"))
+    is_one_size = found is None or (found[2] == "qkv" and heads is not None and heads == groups)
+    if is_one_size or len(down) == up.shape[1]:
+        return
+    raise AdapterError(
+        f"of litgpt, of {heads or 'unknown'} heads in {groups or 'unknown'} groups: its outputs "
+        "may be of several sizes, expected loralib's of one: pass base=, litgpt's model, if it has "
+        "as many groups as heads; else merge it with litgpt merge_lora, and trace the result"
+    )
 
 
 def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:

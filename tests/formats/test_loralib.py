@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import loralib
@@ -365,3 +366,30 @@ def test_ranks_that_differ_are_refused(down: Any, up: Any) -> None:
     hints = Hints(enable_lora=[T, T])
     with pytest.raises(AdapterError, match="the ranks differ"):
         groups_of("fc", torch.ones(down), torch.ones(up), hints, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "is_read"), [("qkv", 4, True), ("qkv", 1, False), ("attn", 4, False)]
+)
+def test_what_litgpt_fuses_has_outputs_of_several_sizes(
+    reads: Any, name: str, groups: int, is_read: bool
+) -> None:
+    """48 rows are 32, 8 and 8 of them, and not three times 16."""
+    out = 4 * 8 + 2 * groups * 8
+    net: Any = nn.ModuleDict({"h": nn.Sequential(nn.ModuleDict())})
+    net.h[0]["attn"] = nn.ModuleDict({name: nn.Linear(5, out, bias=False)})
+    net.config = SimpleNamespace(n_head=4, n_query_groups=groups)
+    path = f"h.0.attn.{name}"
+    down, up = torch.randn(6, 5), torch.randn(out, 2)
+    tensors = {f"{path}.lora_A": down, f"{path}.lora_B": up}
+    hints = {"alpha": 4, "enable_lora": {path: [T, T, T]}}
+    if is_read:
+        [update] = reads(tensors, base=net, **hints).updates.values()
+        parts = zip(up.chunk(3), down.chunk(3), strict=True)
+        weight = torch.randn(out, 5)
+        want = weight + 2 * torch.cat([one @ other for one, other in parts])
+        assert relative(update.weight(weight), want) < 1e-6
+        assert relative(weight, want) > 1e-2
+    for base in [None] if is_read else [net, None]:
+        with pytest.raises(AdapterError, match=r"of litgpt, .* merge it with litgpt merge_lora"):
+            reads(tensors, **hints | {"base": base})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,9 +40,16 @@ def factors(path: str, into: int, out: int) -> dict[str, torch.Tensor]:
 
 def written(path: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
     path.mkdir()
-    save_file(tensors, path / "adapters.safetensors", metadata={"format": "mlx"})
-    (path / "adapter_config.json").write_text(json.dumps({**FIELDS, **fields}))
+    (path / "adapters.safetensors").write_bytes(as_mlx(save(tensors)))
+    (path / "adapter_config.json").write_text(json.dumps(fields.pop("config", FIELDS) | fields))
     return path
+
+
+def as_mlx(content: bytes) -> bytes:
+    """A file as ``mx.save_safetensors`` writes it: its metadata is null."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = json.dumps({"__metadata__": None, **json.loads(content[8:end])}).encode()
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def output(net: Any, adapter: lora_fx.Adapter) -> torch.Tensor:
@@ -75,6 +83,56 @@ def test_dora_norms_each_output(net: Any, tmp_path: Path) -> None:
     adapter = lora_fx.load_adapter(path, base=net)
     assert adapter.updates["fc"].kind == "dora"
     assert compare(output(net, adapter), want).ok
+
+
+def test_a_legacy_file_of_mlx_vlm_has_alpha_over_the_rank(net: Any, tmp_path: Path) -> None:
+    gen = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 2, generator=gen), torch.randn(2, 5, generator=gen)
+    x = net.emb(IDS)
+    for alpha, is_right in ((0.6, True), (0.66, False)):
+        config = {"rank": 2, "alpha": alpha, "dropout": 0.1}
+        path = written(tmp_path / str(alpha), {"fc.A": a, "fc.B": b}, config=config)
+        want = net.head(net.fc(x) + 0.3 * x @ a @ b).detach()
+        assert compare(output(net, lora_fx.load_adapter(path, base=net)), want).ok == is_right
+
+
+class Experts(nn.Module):
+    """Three experts, all of which read every token, by the names of transformers' modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 10, 4))
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.einsum("bi,eoi->ebo", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("ebi,eoi->bo", F.silu(gate) * up, self.down_proj)
+
+
+def test_each_expert_has_a_pair_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(OrderedDict(mlp=nn.Sequential(OrderedDict(experts=Experts()))))
+    x = torch.randn(6, 4)
+    sizes = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
+    pairs = {n: (torch.randn(3, 2, i), torch.randn(3, o, 2)) for n, (i, o) in sizes.items()}
+    tensors = {}
+    for name, (down, up) in pairs.items():
+        tensors |= {f"mlp.switch_mlp.{name}.lora_a": down, f"mlp.switch_mlp.{name}.lora_b": up}
+    delta = {name: 0.1 * up @ down for name, (down, up) in pairs.items()}
+    changed: Any = copy.deepcopy(net)
+    with torch.no_grad():
+        changed.mlp.experts.gate_up_proj += torch.cat([delta["gate_proj"], delta["up_proj"]], 1)
+        changed.mlp.experts.down_proj += delta["down_proj"]
+    for scale, is_right in ((0.1, True), (0.11, False)):
+        parameters = {"rank": 2, "scale": scale, "dropout": 0.0}
+        path = written(tmp_path / str(scale), tensors, lora_parameters=parameters)
+        adapter = lora_fx.load_adapter(path, base=net)
+        got = lora_fx.inject(lora_fx.trace(net, (x,)), adapter)(x)
+        assert compare(got, changed(x).detach()).ok == is_right
+    tensors["mlp.switch_mlp.up_proj.lora_b"] = torch.randn(2, 5, 2)
+    path = written(tmp_path / "odd", tensors)
+    with pytest.raises(AdapterError, match=r"up_proj: up is .2, 5, 2., expected .* experts = 3"):
+        lora_fx.load_adapter(path, base=net)
 
 
 def test_a_full_fine_tune_is_whole_weights(net: Any, tmp_path: Path) -> None:

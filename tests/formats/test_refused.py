@@ -142,13 +142,6 @@ DIFFUSERS: list[Row] = [
     (LOKR | {"unet.fc.lokr_w2": DOWN}, {**CONFIG, "unet.peft_type": "LORA"}, {},
      "peft_type is 'LORA'"),
     *[
-        (UNET | {f"unet.fc.{leaf}": (1,)}, None, {}, f"'unet.fc.{leaf}' is {feature}")
-        for leaf, feature in {
-            "dora_scale": "kohya's DoRA", "hada_w1_a": "LoHa", "diff": "a full difference",
-            "diff_b": "a full difference",
-        }.items()
-    ],
-    *[
         (UNET | {key: (1,)}, None, {}, f"1 tensors have names of no known use: {key}; exp")
         for key in (
             "fc.lora_A.weight", "vae.fc.lora_A.weight", "unet.lora_A", "unet.fc.weight",
@@ -201,8 +194,8 @@ MLX: list[Row] = [
      r"no known use: fc\.lora_c; expected <module>\.lora_a"),
     (FC_MLX | {"head.lora_a": (3, 2)}, {}, {}, r"half of a pair.*head\.lora_a"),
     (FC_MLX | {"fc.m": (5,), "head.m": (5,)}, DORA, {}, r"half of a pair.*head\.m"),
-    (FC_MLX | {"moe.lora_a": (2, 2, 3), "moe.lora_b": (2, 5, 2)}, {}, {},
-     r"moe: moe.lora_a is \(2, 2, 3\), expected \(in, r\)"),
+    (FC_MLX | {"moe.lora_a": (2, 2, 3), "moe.lora_b": (3, 5, 2)}, {}, {},
+     r"moe: up is \(3, 5, 2\), expected \(experts, out, r\) with experts = 2 and r = 2"),
     (FC_MLX | {"fc.m": (5,)}, {}, {}, r"fc: .* \.m is there"),
     (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
     (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: emb.m is \(11,\), one number a token"),

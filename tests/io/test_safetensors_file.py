@@ -87,6 +87,29 @@ def test_names_and_metadata_are_read_from_the_header(tmp_path: Path) -> None:
     assert read_metadata(file) == {}
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"__metadata__": None, **entry()}, b"\0" * 12)
+    assert read_metadata(file) == {}
+    assert read_tensors(file)["a"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"GGUF\3\0\0\0", "a.bytes: llama.cpp's, which is made of a PEFT directory: give that"),
+        (b"PK\3\4\0\0\0\0", "a.bytes: PyTorch's own, of another ending: call it .pt"),
+        (b"RIFF\3\0\0\0", "a.bytes: 24 bytes that hold no tensors"),
+    ],
+)
+def test_what_another_file_is_is_told_by_its_start(
+    tmp_path: Path, start: bytes, message: str
+) -> None:
+    file = tmp_path / "a.bytes"
+    file.write_bytes(start + b"\1" * 16)
+    with pytest.raises(AdapterError, match=message):
+        read_tensors(file)
+
+
 def test_the_alpha_of_a_layer_may_be_a_whole_number(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"x.alpha": torch.tensor(3), "y.alpha": torch.tensor([4], dtype=torch.int32)}, file)

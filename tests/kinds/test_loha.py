@@ -87,6 +87,21 @@ def test_without_a_shape_a_convolution_is_a_matrix_in_the_order_of_its_kernel(no
     assert torch.equal(flat.down.reshape(4, 3, 2, 2), whole.down)
 
 
+def test_factors_may_have_the_axes_of_the_kernel(noise):
+    """As OneTrainer's have; they are written as others do, which PEFT and LyCORIS load."""
+    flat = tensors_of(noise, 5, 3 * 2 * 4, 2, 2)
+    axes = {"a": (5, 2, 1, 1), "b": (2, 3, 2, 4)}
+    whole = {leaf: tensor.reshape(axes[leaf[-1]]) for leaf, tensor in flat.items()}
+    shape, base = (5, 3, 2, 4), noise(5, 3, 2, 4)
+    update = loha.read(whole, {"scale": 1.5, "shape": shape})
+    delta = hadamard(flat).reshape(shape)
+    means(update, base, base + 1.5 * delta, base + 1.65 * delta)
+    assert all(torch.equal(update.stored_tensors[leaf], t) for leaf, t in flat.items())
+    whole["hada_w1_a"] = noise(5, 2, 3, 1)
+    with pytest.raises(AdapterError, match="r = 6"):
+        loha.read(whole, {"scale": 1.5, "shape": shape})
+
+
 TUCKER = {"hada_t1": (2, 2, 3), "hada_t2": (2, 2, 3), "hada_w1_a": (2, 5), "hada_w1_b": (2, 3)}
 TUCKER |= {"hada_w2_a": (2, 5), "hada_w2_b": (2, 3)}
 PLAIN = {"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 2), "hada_w2_b": (2, 3)}

@@ -55,8 +55,8 @@ class Ia3Config(PeftConfig):
                 )
             return {"feedforward": shape[0] == 1}
         if isinstance(modules, str):
-            pattern = compile_bounded(modules, "feedforward_modules")
-            return {"feedforward": pattern.fullmatch(path) is not None}
+            found = compile_bounded(modules, "feedforward_modules").fullmatch(path)
+            return {"feedforward": found is not None}
         return {"feedforward": path.endswith(modules)}
 
     @classmethod

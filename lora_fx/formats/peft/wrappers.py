@@ -117,9 +117,7 @@ def _parameters(
             open_ended |= not owner
     if not names:
         return []
-    found = names
-    if base.base is not None:
-        found = [name for name in base.parameters(module) if name in names]
+    found = names if base.base is None else [n for n in base.parameters(module) if n in names]
     if (base.base is None and (open_ended or len(names) > 1)) or (base.is_graph and len(found) > 1):
         raise AdapterError(
             f"{module}: target_parameters may mean {', '.join(names)} of it, and which, "
