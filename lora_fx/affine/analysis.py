@@ -184,7 +184,7 @@ class Analysis:
 
 
 def as_stored(node: fx.Node, found: Value) -> Value:
-    """A value as a node's tensor holds it: one number is rounded, and a map is none if it is cut."""
+    """A value as a node's tensor holds it: one number is rounded; a map that is cut is none."""
     dtype = dtype_of(node) or node.kwargs.get("dtype")
     if not isinstance(dtype, torch.dtype):
         return found
