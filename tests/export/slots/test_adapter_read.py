@@ -72,12 +72,14 @@ def test_the_file_may_go_away(tmp_path: Path) -> None:
 def test_the_memory_of_the_file_may_go_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = read_stored(write(tmp_path / "a", {"fc.lora_A": ones(3, 2), "fc.lora_B": ones(2, 5)}))
+    arrays = {"fc.lora_A": ones(3, 1), "fc.lora_B": ones(1, 5), "norm.weight": ones(4)}
+    stored = read_stored(write(tmp_path / "a", arrays))
     monkeypatch.setattr(adapter_file, "read_stored", lambda path: stored)
-    update = read_adapter_file(tmp_path / "a", "a").updates["fc"]
+    adapter = read_adapter_file(tmp_path / "a", "a")
     for value in stored.values.values():
         value.zero_()
-    assert torch.equal(update.down, torch.from_numpy(ones(3, 2)).T)
+    assert torch.equal(adapter.updates["fc"].down, torch.from_numpy(ones(3, 1)).T)
+    assert torch.equal(adapter.replacements["norm.weight"], torch.from_numpy(ones(4)))
 
 
 def test_a_layer_of_rank_0_or_of_zeros_of_rank_1_is_left_out(tmp_path: Path) -> None:
