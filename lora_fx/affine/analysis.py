@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -95,9 +95,7 @@ class Analysis:
             return Opaque(f"{name} is not known to be affine")
         if not node.args:
             return Opaque(f"{name} is called by keywords")
-        found, dtype = rules[name](self, node), dtype_of(node)
-        is_cut = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
-        return Opaque("whole numbers") if is_cut and isinstance(found, AffineMap) else found
+        return as_stored(node, rules[name](self, node))
 
     def product(self, node: fx.Node) -> Product | None:
         """`product_of`, asked once for each node: what is analysed does not change meanwhile."""
@@ -183,6 +181,18 @@ class Analysis:
             return constant.reshape(own).expand(layout.split)
 
         return Leaf((prod(layout.split), 1), key, fetch)
+
+
+def as_stored(node: fx.Node, found: Value) -> Value:
+    """A value as a node's tensor holds it: one number is rounded; a map that is cut is none."""
+    dtype = dtype_of(node) or node.kwargs.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        return found
+    if isinstance(found, Splat):
+        held = torch.tensor(found.number, dtype=torch.float64).to(dtype)
+        return replace(found, number=float(held.real))
+    is_cut = not (dtype.is_floating_point or dtype.is_complex)
+    return Opaque("whole numbers") if is_cut and isinstance(found, AffineMap) else found
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

@@ -220,15 +220,13 @@ class Layout:
         axes = self.axes if self.axes is not None else len(self.split) + self.after
         if len(shape) > axes:
             return False
-        behind = shape[len(shape) - self.after :] if self.after else ()
-        front = shape[: len(shape) - self.after] if self.after else shape
-        count = len(self.split)
-        own = front[max(0, len(front) - count) :] if count else ()
-        lead = front[: len(front) - len(own)]
-        if self.joined and len(own) == count and own[0] != 1:
+        whole = (*(1,) * (axes - len(shape)), *shape)
+        front = axes - self.after - len(self.split)
+        own, behind = whole[front : axes - self.after], whole[axes - self.after :]
+        if self.joined and own[0] != 1:
             return False
-        fits = all(n in (1, m) for n, m in zip(reversed(own), reversed(self.split), strict=False))
-        return fits and all(n == 1 for n in (*behind, *lead))
+        fits = all(n in (1, m) for n, m in zip(own, self.split, strict=True))
+        return fits and all(n == 1 for n in (*whole[:front], *behind))
 
 
 def _of(count: int, order: Order) -> Order:

@@ -15,6 +15,7 @@ from lora_fx.affine.analysis import (
     Opaque,
     Splat,
     Value,
+    as_stored,
     dtype_of,
     result_dtype,
 )
@@ -164,7 +165,7 @@ def uniform_at(analysis: Analysis, node: Any) -> Value | None:
     """The value of an argument; of a constant that was made of one number, that number."""
     name = op_name(node) if isinstance(node, fx.Node) else ""
     if node in analysis.constants.nodes and name in _FILLED:
-        return uniform(analysis, node)
+        return as_stored(node, uniform(analysis, node))
     return analysis.values.get(node)
 
 

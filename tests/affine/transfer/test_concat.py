@@ -39,6 +39,22 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "cat with a number that whole ones cut": (
+        lambda m, x: torch.cat((torch.full_like(m.low(x), 2.7, dtype=torch.int64), m.low(x)), -1),
+        "batch",
+    ),
+    "cat with a constant number that whole ones cut": (
+        lambda m, x: torch.cat((torch.full((4, 7, 2), 2.7, dtype=torch.int64), m.low(x)), -1),
+        "batch",
+        "export",
+    ),
+    "cat with a number copied into whole ones": (
+        lambda m, x: torch.cat(
+            (aten.copy(m.low(x).mul(0).long(), torch.full_like(m.low(x), 2.7)), m.low(x)), -1
+        ),
+        "batch",
+        "export",
+    ),
     "cat of an input and ones": (
         lambda m, x: torch.cat((torch.ones(4, 7, 1, dtype=x.dtype), x * 1), -1),
         "batch",

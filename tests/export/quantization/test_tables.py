@@ -26,6 +26,7 @@ from lora_fx.export import (
     verify_onnx,
 )
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
+from lora_fx.export.quantization.choose_layers import choose_layers
 from lora_fx.export.quantization.numbers import packed_in, with_numbers
 from lora_fx.export.rewriting.file_layers import layers_in
 from lora_fx.testing import make_adapter
@@ -291,3 +292,18 @@ def test_a_lookup_of_rows_in_blocks_of_each_is_a_layer(what: str) -> None:
     graph = ir.Graph([ids], node.outputs, nodes=[node], initializers=values, opset_imports={"": 20})
     found = [(layer.kind, layer.shape) for layer in layers_in(ir.Model(graph, ir_version=10))]
     assert found == ([("embedding", (32, 19))] if is_layer else [])
+
+
+@pytest.mark.parametrize("name", ["ones", "fc.lora_B"])
+def test_columns_beside_x_are_an_adapter_s_by_their_name_alone(name: str) -> None:
+    h = onnx.helper
+    nodes = [h.make_node("Concat", ["x", name], ["w"], axis=1), h.make_node("MatMul", "wa", "y")]
+    nodes.append(h.make_node("Relu", "y", "z"))
+    x, z = (h.make_tensor_value_info(n, 1, [2, s]) for n, s in (("x", 30), ("z", 5)))
+    held = {name: np.ones((2, 2), np.float32), "a": np.ones((32, 5), np.float32)}
+    graph = h.make_graph(
+        nodes, "g", [x], [z], [numpy_helper.from_array(v, n) for n, v in held.items()]
+    )
+    chosen = choose_layers(ir.from_proto(h.make_model(graph)), ["*"])
+    assert bool(chosen.layers) == (name == "ones")
+    assert bool(chosen.left) == (name != "ones")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -21,6 +22,8 @@ from lora_fx.errors import AdapterError, ExportError, VerificationError
 from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, to_onnx
 from lora_fx.export.onnx_model.digests import KEY, metadata
 from lora_fx.export.rewriting import merge
+from lora_fx.export.rewriting.file_layers import types_of_numbers
+from lora_fx.export.rewriting.merged_tensor import Change, MergedTensor
 from lora_fx.export.slots.choose import chosen_slots
 from lora_fx.export.slots.probe import probe
 from lora_fx.formats import save_adapter
@@ -335,3 +338,15 @@ def test_a_weight_of_whole_numbers_takes_no_update(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"fc: its weight fc\.weight is stored as INT8"):
         merge_onnx(slots, adapter, tmp_path / "m.onnx", verify=False)
     assert merge_onnx(slots, adapter, tmp_path / "m.onnx", allow_unmerged=True).verified
+
+
+def test_a_file_is_held_to_what_its_weights_are_read_in_but_for_one_that_is_made_anew() -> None:
+    h, half = onnx.helper, numpy_helper.from_array(np.ones((3, 5), np.float16), "fc.weight")
+    nodes = [h.make_node("Cast", ["fc.weight"], ["w"], to=1), h.make_node("MatMul", "xw", "y")]
+    x, y = (h.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 3), ("y", 5)))
+    model = ir.from_proto(h.make_model(h.make_graph(nodes, "g", [x], [y], [half])))
+    assert types_of_numbers(model) == {"float32"}
+    weight = model.graph.initializers["fc.weight"]
+    assert weight.const_value is not None
+    weight.const_value = MergedTensor(weight.const_value, ("in", "out"), [Change()], weight.name)
+    assert types_of_numbers(model) == {"float16", "float32"}

@@ -13,7 +13,9 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.export import export_adapter
+from lora_fx.export.slots import adapter_file
 from lora_fx.export.slots.adapter_file import read_adapter_file
+from lora_fx.export.slots.check_adapter import read_stored
 
 
 def write(path: Path, arrays: dict[str, Any], bfloat16: bool = False) -> Path:
@@ -67,10 +69,25 @@ def test_the_file_may_go_away(tmp_path: Path) -> None:
     assert torch.equal(update.down, torch.from_numpy(ones(3, 2)).T)
 
 
-def test_a_layer_of_rank_0_is_left_out(tmp_path: Path) -> None:
+def test_the_memory_of_the_file_may_go_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {"fc.lora_A": ones(3, 1), "fc.lora_B": ones(1, 5), "norm.weight": ones(4)}
+    stored = read_stored(write(tmp_path / "a", arrays))
+    monkeypatch.setattr(adapter_file, "read_stored", lambda path: stored)
+    adapter = read_adapter_file(tmp_path / "a", "a")
+    for value in stored.values.values():
+        value.zero_()
+    assert torch.equal(adapter.updates["fc"].down, torch.from_numpy(ones(3, 1)).T)
+    assert torch.equal(adapter.replacements["norm.weight"], torch.from_numpy(ones(4)))
+
+
+def test_a_layer_of_rank_0_or_of_zeros_of_rank_1_is_left_out(tmp_path: Path) -> None:
     arrays = {"fc.lora_A": ones(3, 2), "fc.lora_B": ones(2, 5)}
     arrays |= {"up.lora_A": ones(5, 0), "up.lora_B": ones(0, 4)}
-    assert list(read_adapter_file(write(tmp_path / "a", arrays), "a").updates) == ["fc"]
+    arrays |= {"one.lora_A": 0 * ones(5, 1), "one.lora_B": 0 * ones(1, 4)}
+    arrays |= {"two.lora_A": 0 * ones(5, 2), "two.lora_B": 0 * ones(2, 4)}
+    assert list(read_adapter_file(write(tmp_path / "a", arrays), "a").updates) == ["fc", "two"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

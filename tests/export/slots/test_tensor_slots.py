@@ -226,6 +226,7 @@ def test_a_replaced_weight_is_what_an_update_acts_on(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Adapter, str]] = {
     "no slot": (Adapter("a", {}, {"norm.weight": torch.ones(6) * 2}), r"no slot at norm\.weight"),
+    "no such layer": (Adapter("a", {}, {"x.weight": torch.ones(6)}), r"no slot at x\.weight"),
     "other shape": (
         Adapter("a", {}, {"head.weight": torch.ones(4, 6)}),
         r"head\.weight: shape \(4, 6\), the model's is \(3, 6\)",

@@ -84,6 +84,12 @@ def test_one_run_says_what_32_would() -> None:
     assert rollout._chosen(decoder(last=True), tokens, IDS, MASK, START) is None
 
 
+def test_eager_is_fed_whole_numbers_of_the_prompts_type() -> None:
+    fed = rollout._fed(np.array([[7, 8], [9, 6]]), IDS.astype(np.int32), MASK, START)
+    assert fed["input_ids"].dtype == np.int32
+    assert fed["input_ids"].tolist() == [[3, 1, 4, 7], [0, 5, 9, 9]]
+
+
 @pytest.mark.parametrize(
     ("file", "eager", "runs", "count"),
     [

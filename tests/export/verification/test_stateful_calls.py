@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export import to_onnx
+from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.frontend.trace import trace
 
 FRONTENDS = ["symbolic", "export"]
@@ -138,6 +139,25 @@ def test_what_the_next_call_does_not_read_is_exported(
 ) -> None:
     gm = trace(model_of(STEADY[name]), (torch.randn(4, 3),), frontend=frontend)
     assert to_onnx(gm, tmp_path / "model.onnx").verified
+
+
+WRITES = {name: STATE[name][1] for name in ("a buffer", "a running mean", "a weight")}
+FILLS = {name: STEADY[name] for name in ("a buffer that each call fills", "what no call reads")}
+FILLS["a buffer of whose shape another is made"] = lambda m, x: (
+    m.fc(m.scratch.copy_(x)) * (torch.zeros_like(m.scratch))
+)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", [*WRITES, *FILLS])
+def test_a_graph_without_its_model_is_judged_by_what_it_writes(name: str, frontend: str) -> None:
+    gm = trace(model_of((WRITES | FILLS)[name]), (torch.randn(4, 3),), frontend=frontend)
+    gm.meta.clear()
+    if name in FILLS:
+        refuse_unsteady(gm)
+        return
+    with pytest.raises(ExportError, match=f"a call changes {STATE[name][0]}, and the next call"):
+        refuse_unsteady(gm)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

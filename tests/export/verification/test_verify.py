@@ -17,6 +17,7 @@ from lora_fx.export.program.example_inputs import example_inputs
 from lora_fx.export.program.export_unit import ExportUnit, export_unit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Reference
+from lora_fx.export.verification import other_sizes
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import controls
 from lora_fx.export.verification.rounding import WIDER, _in_wider, widened
@@ -249,6 +250,16 @@ def test_one_place_may_give_no_number(tmp_path: Path) -> None:
     assert len(shapes) == 3
     assert "batch=2, length=1" not in shapes
     assert said == ""
+
+
+@pytest.mark.parametrize(("found", "wanted", "told"), [(1, 0, 1), (0, 1, 1), (0, 0, 0), (1, 1, 1)])
+def test_no_number_is_left_out_where_both_give_none(found: int, wanted: int, told: int) -> None:
+    file, model = (
+        torch.ones(2) if is_one else torch.full((2,), torch.nan) for is_one in (found, wanted)
+    )
+    assert other_sizes._told(["y"], [file], (model,)) == (
+        (["y"], [file], [model]) if told else ([], [], [])
+    )
 
 
 def test_one_place_may_not_give_another_number_of_tensors(tmp_path: Path) -> None:
