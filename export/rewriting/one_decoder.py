@@ -20,7 +20,7 @@ from lora_fx.export.report import Clock, ExportReport, file_sizes
 from lora_fx.export.rewriting.file_layers import types_of_numbers
 from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
-from lora_fx.export.verification.side_by_side import Pair, coarsest, held_against
+from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.graph.example import TASK
 from lora_fx.io.atomic import staged
 
@@ -58,7 +58,7 @@ def join_decoders(
         with clock.stage("verify"):
             feeds = feeds_for(joined := Run(draft), load_proto(draft))
             apart = _Apart(draft, steps={False: Run(first), True: Run(later)})
-            dtype = coarsest(list(types_of_numbers(model)))
+            dtype = coarsest_named(list(types_of_numbers(model)))
             pair, control = Pair("joined", joined, apart), _Turned(draft)
             evidence = held_against([pair], {_CONTROL: control}, feeds, dtype)
             evidence.judge(str(out))
