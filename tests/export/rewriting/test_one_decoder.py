@@ -1,0 +1,66 @@
+"""Two steps in one file, whose weights stand there once where they are equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lora_fx import Session, to_onnx, trace
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx_model.model_file import load_proto
+from lora_fx.export.rewriting.one_decoder import FLAG, join_decoders
+
+
+class Step(nn.Module):
+    def __init__(self, seed: int, more: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both = nn.Linear(4, 5)
+        torch.manual_seed(seed)
+        self.own, self.more = nn.Linear(5, 4), more
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        hidden = self.both(x) if past is None else self.both(x) * past
+        found = {"logits": self.own(hidden), "present.x": hidden}
+        return found | {"present.encoder.x": x.tanh()} if self.more else found
+
+
+def written(path: Path, model: nn.Module, *inputs: torch.Tensor, told: bool = True) -> Path:
+    gm = trace(model.eval(), inputs, dynamic_shapes=tuple({0: "batch_size"} for _ in inputs))
+    to_onnx(gm, path)
+    if not told:
+        proto = onnx.load(path)
+        del proto.metadata_props[:]
+        onnx.save(proto, path)
+    return path
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_weights_of_one_name_are_shared_where_they_are_equal(told: bool, tmp_path: Path) -> None:
+    x, past = torch.randn(3, 4), torch.randn(3, 5)
+    first, later = Step(1, True), Step(2, False)
+    files = (
+        written(tmp_path / "first.onnx", first, x, told=told),
+        written(tmp_path / "later.onnx", later, x, past, told=told),
+    )
+    report = join_decoders(*files, tmp_path / "one.onnx")
+    assert report.verified
+    large = [t for t in load_proto(tmp_path / "one.onnx").graph.initializer if len(t.dims) == 2]
+    assert len(large) == (3 if told else 4)
+    session = Session(tmp_path / "one.onnx")
+    feeds = {"x": x, "past": past}
+    for step, wanted in ((False, first(x)), (True, later(x, past))):
+        found = session.run(feeds | {FLAG: np.array([step])})
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value.detach(), rtol=1e-5, atol=1e-6)
+        assert found["present.encoder.x"].shape == ((0, 4) if step else (3, 4))
+    assert not np.allclose(
+        session.run(feeds | {FLAG: np.array([False])})["logits"], found["logits"]
+    )
+    with pytest.raises(ExportError, match="exists"):
+        join_decoders(*files, tmp_path / "one.onnx")
