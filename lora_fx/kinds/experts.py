@@ -11,7 +11,7 @@ from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
 from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import wide
+from lora_fx.numerics import widened
 
 
 def read(
@@ -41,7 +41,7 @@ def read(
             f"lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
             f"{settings['parameter']} {shape}"
         )
-    down = wide(tensors[DOWN]).reshape(count, rank, into)
+    down = widened(tensors[DOWN]).reshape(count, rank, into)
     up = tensors[UP].to(down.dtype).reshape(out, rank, count).permute(2, 0, 1) * settings["scale"]
     left, right = (down.mT, up.mT) if transposed else (up, down)
     kind, stored = "rslora" if settings["use_rslora"] else "lora", SourceRecord(tensors, settings)
