@@ -124,6 +124,11 @@ def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 or wider: what a product is computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, shape and layout, and equal numbers; NaN equals NaN."""
     kinds = [(t.dtype, t.shape, t.layout, t.device) for t in (one, other)]

@@ -14,6 +14,7 @@ import torch
 from onnx_ir.passes import common
 
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.target_rule import ALL_LINEAR
 from lora_fx.choices import SlotMode, check_choice, takes
 from lora_fx.errors import ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
@@ -32,7 +33,6 @@ from lora_fx.export.rewriting.missed_calls import missed_calls
 from lora_fx.export.rewriting.unopened import clipped, unopened
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
-from lora_fx.export.slots.choose import ALL_LINEAR
 from lora_fx.export.slots.insert import set_defaults
 from lora_fx.export.slots.manifest import KEY, Manifest
 from lora_fx.export.slots.probe import probe

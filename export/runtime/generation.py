@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.runtime.active_adapter import ActiveAdapter
-from lora_fx.export.runtime.ort import failures_told, to_array
+from lora_fx.export.runtime.ort import NUMPY, failures_told, to_array
 from lora_fx.export.runtime.sampling import GENAI, Ends
 
 Array = np.ndarray[Any, Any]
@@ -138,14 +138,16 @@ def empty_cache(
                     f"and size as numbers, or the size as head_size in a {GENAI} beside the file; "
                     "a file of another exporter's runs in its own client"
                 )
-            empty = np.zeros((batch, heads, room, size), dtype=_DTYPES[value.type])
+            if value.type not in NUMPY:
+                raise ExportError(
+                    f"{value.name} is {value.type}, which numpy lacks: export the model in float32 "
+                    "or float16"
+                )
+            empty = np.zeros((batch, heads, room, size), dtype=NUMPY[value.type])
             start[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)
         elif value.name == POSITIONS:
             start[POSITIONS] = None
     return start
-
-
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 def bound_run(session: Any, active: ActiveAdapter) -> Callable[[Values], Values]:

@@ -34,7 +34,7 @@ _ERRORS_ONLY = 3
 _MOST_THREADS = 1024
 FATAL = 4  # of what onnxruntime writes to the console, as the above
 _WHOLE = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-_NUMPY = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
+NUMPY = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
     f"tensor({name})": name for name in ("float16", "bool", *_WHOLE)
 }
 PACKED = ("MatMulNBits", "MatMulBnb4")
@@ -178,7 +178,7 @@ def check_types(path: Path, session: Any, feeds: Mapping[str, np.ndarray[Any, An
     """
     types = {value.name: value.type for value in session.get_inputs()}
     for name, array in feeds.items():
-        wanted = _NUMPY.get(types[name])
+        wanted = NUMPY.get(types[name])
         if wanted not in (None, array.dtype.name):
             raise ExportError(
                 f"{path}: input {name!r} is {array.dtype.name}, and the model takes {wanted}: "

@@ -30,6 +30,7 @@ from lora_fx.export.slots.slot_values import values_of_adapter
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
+from lora_fx.io.safetensors_file import LISTED
 from lora_fx.layers.axes import sizes_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import TYPES
@@ -152,7 +153,6 @@ def _check_bits(draft: Path, values: Mapping[str, torch.Tensor]) -> None:
 # What a file calls the tensors of a slot; vectors with the value that has no effect.
 _EXPERTS = {"A_experts": "down", "B_experts": "up"}
 _FACTORS = {"A": "down", "At": "down", "B": "up", "Bt": "up", **_EXPERTS}
-_INVOCATION = ".lora_invocation"
 _NEUTRAL = {"gain": 0.0, "bias": 0.0, "col": 1.0}
 
 
@@ -179,7 +179,7 @@ def read_adapter_file(path: Path, name: str) -> Adapter:
     with within(path):
         # The file's memory is gone with the file.
         values = {key: value.clone() for key, value in values_of(stored).items()}
-        given = [values.pop(key) for key in list(values) if key.endswith(_INVOCATION)]
+        given = [values.pop(key) for key in list(values) if key.endswith(LISTED)]
         tokens = tuple(int(token) for listed in given for token in listed)
         tensors = {key: value for key, value in values.items() if ".lora_" not in key}
         layers = _sorted({key: v for key, v in values.items() if key not in tensors})

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.target_rule import ALL_LINEAR
 from lora_fx.choices import SlotForm, takes
 from lora_fx.errors import ExportError, shorten
 from lora_fx.export.slots.manifest import DTYPES
@@ -36,7 +37,6 @@ from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
 from lora_fx.passes import StripLora
 
 Groups = Mapping[str, Sequence[Site]]
-ALL_LINEAR = "all-linear"
 FORMS = get_args(SlotForm)
 Wanted = str | Sequence[str] | Mapping[str, SlotForm] | None
 

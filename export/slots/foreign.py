@@ -18,6 +18,7 @@ from lora_fx.export.onnx_model.parsed import parsed
 from lora_fx.export.rewriting.weight_reads import turns
 from lora_fx.export.slots.manifest import DTYPES, Manifest
 from lora_fx.export.slots.slot import Input, Slot
+from lora_fx.numerics import widened
 
 # ``model.layers.0.attn.q_proj.lora_A.MatMul.weight`` of onnxruntime-genai's builder, and Olive's
 # ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight``, or less of it.
@@ -74,9 +75,7 @@ class ForeignSlot(Slot):
                 f"adapter.to_rank({self.rank}), or merge it into the model itself"
             )
         if part == "up":
-            value = (value.to(torch.promote_types(value.dtype, torch.float32)) / self.scale).to(
-                value.dtype
-            )
+            value = (widened(value) / self.scale).to(value.dtype)
         if self.rank:
             value = _padded(value, axis, self.rank)
         return (value.T if part in self.turned else value).contiguous()

@@ -14,6 +14,7 @@ from lora_fx.adapters.updates import activated
 from lora_fx.export.slots.choose import parameter
 from lora_fx.export.slots.slot import AnySlot, ExpertSlot, InvocationSlot, Slot
 from lora_fx.graph.lazy_tensor import evaluate
+from lora_fx.numerics import widened
 
 PROBE = "probe"
 PROBED = (1, 2)  # tokens that every vocabulary has
@@ -59,8 +60,7 @@ def probe(
 def _nearby(own: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     """Numbers of the same signs, a quarter larger or smaller; where all are zero, small ones."""
     random = torch.rand(own.shape, generator=source) * 2 - 1
-    wide = own.to(torch.promote_types(own.dtype, torch.float32))
-    changed = wide * (1 + _GAIN * random) if bool(own.any()) else _GAIN * random
+    changed = widened(own) * (1 + _GAIN * random) if bool(own.any()) else _GAIN * random
     return changed.to(own.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What all changes of spelling have in common."""
+"""The base of all passes that say a subgraph in other ONNX operators, and what rewrites nodes."""
 
 from __future__ import annotations
 

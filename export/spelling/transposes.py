@@ -1,4 +1,4 @@
-"""The last two axes exchanged in one step."""
+"""One Transpose for Reshape, Transpose and Reshape, as attention's keys are turned."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lora_fx.export.rewriting.weight_reads import input_at
 from lora_fx.export.runtime.active_adapter import activated
 from lora_fx.export.runtime.generation import PAST
 from lora_fx.export.runtime.in_place import axes_in_place
-from lora_fx.export.runtime.ort import call, check_names, open_session, to_array
+from lora_fx.export.runtime.ort import NUMPY, call, check_names, open_session, to_array
 from lora_fx.export.verification.file_run import Feeds, Run, as_arrays
 
 _HANDS_ON = {
@@ -155,17 +155,16 @@ def _values(
     value: Any, sizes: Mapping[str, int], limits: Mapping[str, int]
 ) -> np.ndarray[Any, Any]:
     shape = [s if isinstance(s, int) else sizes.get(s or "", 2) for s in value.shape]
-    kind = value.type.removeprefix("tensor(").removesuffix(")")
-    random = np.random.default_rng(len(value.name))
-    if kind in ("float", "double", "float16"):
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+    if value.type not in NUMPY:
+        raise ExportError(
+            f"input {value.name!r} is {value.type}, which nothing is made up for; give it as "
+            "inputs="
+        )
+    random, dtype = np.random.default_rng(len(value.name)), np.dtype(NUMPY[value.type])
+    if dtype.kind == "f":
         return random.standard_normal(shape).astype(dtype)
-    if kind == "bool" or kind.startswith(("int", "uint")):
-        made = random.integers(0, limits[value.name], shape) if value.name in limits else 1
-        return np.broadcast_to(np.asarray(made), shape).astype(kind)
-    raise ExportError(
-        f"input {value.name!r} is {value.type}, which nothing is made up for; give it as inputs="
-    )
+    made = random.integers(0, limits[value.name], shape) if value.name in limits else 1
+    return np.broadcast_to(np.asarray(made), shape).astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer_types import TYPES
+from lora_fx.numerics import widened
 
 Weight = Callable[[], torch.Tensor]
 
@@ -140,7 +141,7 @@ def _from_weight(
     base = weight().detach()
     if not base.is_floating_point() or not base.isfinite().all():
         raise AdapterError(f"init={how!r} needs finite floating-point weights: is it damaged?")
-    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    wide = widened(base)
     if how == "olora":
         down, up = olora_factors(wide, rank)
     else:

@@ -12,17 +12,16 @@ from dataclasses import replace
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added_to_each
-from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.source_record import DEPTH, PARAMETER, TURNED, SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 TURNED_EXPERTS = "transposed"  # whether each expert is stored as (in, out)
-_NAME, _DEPTH, _TURNED = "parameter", "depth", "turned"
 
 
 def name_of(update: AnyUpdate) -> str | None:
     """The name of the parameter that an update is of, or None where a module's layer is meant."""
-    return update.stored_settings.get(_NAME)
+    return update.stored_settings.get(PARAMETER)
 
 
 def for_transposed(update: Update) -> Update:
@@ -37,9 +36,9 @@ def for_parameter(update: Update) -> Update:
 
 def of_parameter(update: Update, name: str, transposed: bool) -> Update:
     """An update of a layer that says which parameter it is of, and whether that is transposed."""
-    settings: dict[str, object] = {_NAME: name, _DEPTH: 0}
+    settings: dict[str, object] = {PARAMETER: name, DEPTH: 0}
     return replace(
-        update, stored=SourceRecord({}, settings | ({_TURNED: True} if transposed else {}))
+        update, stored=SourceRecord({}, settings | ({TURNED: True} if transposed else {}))
     )
 
 
@@ -55,7 +54,7 @@ def of_experts(
     """
     shape = (len(left), left.shape[1], right.shape[2])
     record = None
-    if stored is not None and _NAME in stored.settings:
+    if stored is not None and PARAMETER in stored.settings:
         down, up = (left.mT, right.mT) if stored.settings.get(TURNED_EXPERTS) else (right, left)
         # The experts of down one after the other; the columns of one rank of up beside each other.
         tensors = {DOWN: down.flatten(0, 1), UP: up.permute(1, 2, 0).flatten(1)}
@@ -65,12 +64,12 @@ def of_experts(
 
 
 def _is_turned(update: Update) -> bool:
-    return update.stored_settings.get(_TURNED) is True
+    return update.stored_settings.get(TURNED) is True
 
 
 def _swapped(update: Update) -> Update:
     assert update.stored is not None
-    settings = {**update.stored.settings, _TURNED: not _is_turned(update)}
+    settings = {**update.stored.settings, TURNED: not _is_turned(update)}
     stored = SourceRecord(update.stored.tensors, settings)
     return replace(turned_round(update), stored=stored)
 

@@ -30,6 +30,8 @@ class SourceRecord(Value):
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
 
+# Of an update of a parameter: its name, how deep it lies, whether its own shape was turned round.
+PARAMETER, DEPTH, TURNED = "parameter", "depth", "turned"
 # Of an update whose layer is a table of rows: nothing else about it says so.
 EMBEDDING = SourceRecord({}, {"layer": "embedding"})
 # The base says so, of a file whose format has no word for it.
@@ -52,7 +54,7 @@ def kept(stored: SourceRecord | None) -> SourceRecord | None:
     """What is still true of an update that was made anew: what kind of weight it is of."""
     if is_embedding(stored):
         return EMBEDDING
-    if stored is None or "parameter" not in stored.settings:
+    if stored is None or PARAMETER not in stored.settings:
         return None
-    names = ("parameter", "depth", "turned")
+    names = PARAMETER, DEPTH, TURNED
     return SourceRecord({}, {n: stored.settings[n] for n in names if n in stored.settings})

@@ -66,7 +66,7 @@ def _expression(constants: Constants, node: fx.Node) -> Matrix | None:
 def _of_two_axes(constants: Constants, node: fx.Node, one: Matrix) -> Matrix | None:
     """What a call makes of a matrix that no tensor of more axes could stand for."""
     name, second = op_name(node), _operands(node)[1]
-    if name in _TURNS or (name == "getattr" and second in _TURNS) or _swaps(name, node):
+    if turns(node):
         return transposed(one)
     other = _matrix(constants, second) if _has_two_axes(constants, second) else None
     if other is None:
@@ -109,9 +109,15 @@ def _matrix(constants: Constants, value: Any) -> Matrix | None:
     return in_rows(constants, value) if _is_constant(constants, value) else None
 
 
-def _swaps(name: str, node: fx.Node) -> bool:
-    rest = node.args[1:]
-    if name in ("transpose", "swapaxes", "swapdims"):
-        return len(rest) == 2 and {int(axis) % 2 for axis in rest} == {0, 1}  # type: ignore[arg-type]
+def turns(node: fx.Node) -> bool:
+    """Whether a call swaps the axes of a matrix."""
+    name = op_name(node)
+    rest: Any = node.args[1:]
+    if name == "getattr":
+        return rest[0] in _TURNS
+    if name in ("transpose", "swapaxes", "swapdims") and len(rest) == 2:
+        return {int(axis) % 2 for axis in rest} == {0, 1}
     order = rest[0] if len(rest) == 1 else rest
-    return name == "permute" and tuple(order) in ((1, 0), (-1, -2))  # type: ignore[arg-type]
+    if name == "permute":
+        return tuple(order) in ((1, 0), (-1, -2))
+    return name in _TURNS

@@ -22,6 +22,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor, TensorSnapshot
 from lora_fx.layers.layer_types import OPERATORS, operands_of
 from lora_fx.layers.sites import Site, by_path, is_one_way
 from lora_fx.layers.weight_parts import Places
+from lora_fx.numerics import widened
 
 _AGREES = 1e-6  # of the largest weight: what rounding does to parts that were composed apart
 Round = Callable[[torch.Tensor, str], torch.Tensor]
@@ -153,8 +154,7 @@ class Pack:
         return round_to(self._whole(), self._held.name)
 
     def _wide(self) -> torch.Tensor:
-        stored = self._held.read()
-        return stored.to(torch.promote_types(stored.dtype, torch.float32))
+        return widened(self._held.read())
 
     def _value(self, matrix: Matrix | None, stored: torch.Tensor, key: Key) -> torch.Tensor:
         if matrix is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import fx
 
 from lora_fx.adapters.adapter import Adapter
+from lora_fx.adapters.target_rule import ALL_LINEAR
 from lora_fx.choices import Mode, SlotMode
 from lora_fx.cli.components import of_components
 from lora_fx.errors import AdapterError, shorten
@@ -19,8 +20,6 @@ from lora_fx.tasks.model_source import ModelSource
 
 if TYPE_CHECKING:
     from lora_fx.export import ExportReport
-
-ALL_LINEAR = "all-linear"
 
 
 class Report(Protocol):

@@ -11,6 +11,7 @@ from torch import fx
 
 from lora_fx.graph.lazy_tensor import TensorSnapshot, get_unevaluated
 from lora_fx.graph.ops import function_name, is_nested, mutates, op_name
+from lora_fx.numerics import widened
 
 _RANDOM = {
     *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm"),
@@ -205,7 +206,7 @@ def _widened(value: Any) -> Any:
     """A tensor in float32 or more: a cast to less rounds, and does not narrow what follows."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return widened(value)
 
 
 def called(

@@ -10,7 +10,8 @@ import torch
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import layer_shape, measure, number, unflatten, wide
+from lora_fx.kinds.validation import layer_shape, measure, number, unflatten
+from lora_fx.numerics import widened
 
 _SHAPES = {"lora_A": ("r", "in"), "lora_B": ("out", "r"), "lora_E": ("r", "1")}
 LEAVES = frozenset(_SHAPES)
@@ -39,7 +40,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     if ranknum <= 0:
         raise AdapterError(f"setting ranknum is {ranknum}, expected a positive number")
     measure(tensors, _SHAPES)
-    down = wide(tensors["lora_E"]) * wide(tensors["lora_A"])
+    down = widened(tensors["lora_E"]) * widened(tensors["lora_A"])
     down = unflatten("lora_A", down, layer_shape(settings))
     stored = SourceRecord(tensors, settings)
     return Update(down, tensors["lora_B"], scale / (ranknum + 1e-5), kind="adalora", stored=stored)

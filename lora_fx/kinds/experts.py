@@ -13,7 +13,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.errors import AdapterError, within
 from lora_fx.kinds import lora
 from lora_fx.kinds.lora import Roles
-from lora_fx.kinds.validation import measure, wide
+from lora_fx.kinds.validation import measure
+from lora_fx.numerics import widened
 
 
 def apart(module: str, roles: Roles) -> Iterator[tuple[str, Roles]]:
@@ -67,7 +68,7 @@ def read(
             f"lora_A and lora_B are {found}, expected {expected} for rank {rank} and "
             f"{settings['parameter']} {shape}"
         )
-    down = wide(tensors[DOWN]).reshape(count, rank, into)
+    down = widened(tensors[DOWN]).reshape(count, rank, into)
     up = tensors[UP].to(down.dtype).reshape(out, rank, count).permute(2, 0, 1) * settings["scale"]
     left, right = (down.mT, up.mT) if transposed else (up, down)
     kind, stored = "rslora" if settings["use_rslora"] else "lora", SourceRecord(tensors, settings)

@@ -13,7 +13,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import layer_shape, measure, number, wide
+from lora_fx.kinds.validation import layer_shape, measure, number
+from lora_fx.numerics import widened
 
 _SHAPES: dict[str, tuple[str, ...]] = {"diff": ("out", "in", "*kernel"), "diff_b": ("out",)}
 LEAVES = frozenset({*_SHAPES, "alpha"})
@@ -41,9 +42,9 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
     diff, bias = own["diff"], own.get("diff_b")
     if layer is not None and tuple(diff.shape) != layer:
         raise AdapterError(f"diff is {tuple(diff.shape)}, the layer is {layer}")
-    delta = diff if scale == 1 else wide(diff) * scale
+    delta = diff if scale == 1 else widened(diff) * scale
     stored = SourceRecord(tensors, settings)
-    shift = None if bias is None else wide(bias) * scale
+    shift = None if bias is None else widened(bias) * scale
     return WeightUpdate("full", added(delta), tuple(diff.shape), stored, shift)
 
 

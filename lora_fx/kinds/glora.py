@@ -12,7 +12,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant, product, reshaped, transposed
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import layer_shape, measure, number, wide
+from lora_fx.kinds.validation import layer_shape, measure, number
+from lora_fx.numerics import widened
 
 _AXES: dict[str, tuple[str, ...]] = {
     "a1.weight": ("in", "r", "*ones"),
@@ -50,7 +51,7 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     if layer is not None and layer != shape:
         raise AdapterError(f"the GLoRA factors make {shape}, the layer is {layer}")
     into = sizes["in"]
-    a1, a2, b1, b2 = (wide(own[leaf]).flatten(1) for leaf in _AXES)
+    a1, a2, b1, b2 = (widened(own[leaf]).flatten(1) for leaf in _AXES)
     through = constant(a1.T.contiguous()), constant((scale * a2).T.contiguous())
     beside = product(constant(scale * b1), constant(b2))
 

@@ -12,7 +12,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.matrix_expr import constant, scaled
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import flag, layer_shape, measure, wide
+from lora_fx.kinds.validation import flag, layer_shape, measure
+from lora_fx.numerics import widened
 
 LYCORIS = frozenset({"weight", "on_input"})
 LEAVES = LYCORIS | {"ia3_l"}
@@ -63,7 +64,7 @@ def _of_lycoris(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> 
     size = shape[int(on_input)]
     if max(factors.shape, default=0) != factors.numel() or factors.numel() != size:
         raise AdapterError(f"weight is {tuple(factors.shape)}, expected ({size},)")
-    vector, stored = 1 + wide(factors).flatten(), SourceRecord(tensors)
+    vector, stored = 1 + widened(factors).flatten(), SourceRecord(tensors)
     if on_input:
         return Scaling(col=vector, stored=stored)
     row = constant(vector.reshape(-1, 1))

@@ -11,7 +11,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
-from lora_fx.kinds.validation import layer_shape, measure, number, unflatten, wide
+from lora_fx.kinds.validation import layer_shape, measure, number, unflatten
+from lora_fx.numerics import widened
 
 _PLAIN: dict[str, tuple[str, ...]] = {
     "hada_w1_a": ("out", "r"),
@@ -76,7 +77,7 @@ def _factors(
     own: Mapping[str, torch.Tensor], half: str, is_tucker: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One half as (out, r) and (r, in, *kernel), in float32 or wider."""
-    a, b = (wide(own[f"hada_w{half}_{letter}"]) for letter in "ab")
+    a, b = (widened(own[f"hada_w{half}_{letter}"]) for letter in "ab")
     if not is_tucker:
         return a, b
-    return a.T, torch.einsum("rq...,qi->ri...", wide(own[f"hada_t{half}"]), b)
+    return a.T, torch.einsum("rq...,qi->ri...", widened(own[f"hada_t{half}"]), b)

@@ -14,7 +14,8 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.algebra.matrix_expr import Kron, Matrix, Sum, constant
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
-from lora_fx.kinds.validation import layer_shape, measure, number, wide
+from lora_fx.kinds.validation import layer_shape, measure, number
+from lora_fx.numerics import widened
 
 _FIRST: dict[str, tuple[str, ...]] = {"lokr_w1": ("a", "b")}
 _FIRST_LOW: dict[str, tuple[str, ...]] = {"lokr_w1_a": ("a", "r"), "lokr_w1_b": ("r", "b")}
@@ -83,7 +84,7 @@ def _factors(own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
     is_tucker, is_low_second = "lokr_t2" in own, "lokr_w2_a" in own or "lokr_w2_b" in own
     expected |= _SECOND_TUCKER if is_tucker else _SECOND_LOW if is_low_second else _SECOND
     measure(own, expected)
-    parts = {leaf: wide(tensor) for leaf, tensor in own.items()}
+    parts = {leaf: widened(tensor) for leaf, tensor in own.items()}
     first = parts["lokr_w1_a"] @ parts["lokr_w1_b"] if is_low else parts["lokr_w1"]
     if is_tucker:
         names = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")

@@ -11,7 +11,8 @@ from lora_fx.adapters.source_record import EMBEDDING
 from lora_fx.adapters.updates import Update, activated, with_settings
 from lora_fx.errors import AdapterError
 from lora_fx.kinds import dora
-from lora_fx.kinds.validation import check_rank, measure, wide
+from lora_fx.kinds.validation import check_rank, measure
+from lora_fx.numerics import widened
 
 DOWN, UP, MID, BIAS, MAGNITUDE = "down", "up", "mid", "bias", "magnitude"
 Roles = Mapping[str, tuple[str, torch.Tensor]]  # role -> key and tensor
@@ -146,7 +147,7 @@ def _factors(
     if form.down[0] != "r":
         return down.t().contiguous(), up.t().contiguous()
     if MID in roles:
-        down = torch.einsum("rq...,qi->ri...", wide(roles[MID][1]), wide(down).flatten(1))
+        down = torch.einsum("rq...,qi->ri...", widened(roles[MID][1]), widened(down).flatten(1))
     return down, up.flatten(1)
 
 

@@ -14,7 +14,8 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks
 from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import flag, layer_shape, measure, number, wide
+from lora_fx.kinds.validation import flag, layer_shape, measure, number
+from lora_fx.numerics import widened
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
 LEAVES = MARKS | {"rescale", "alpha"}
@@ -77,7 +78,7 @@ def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) ->
     if len(rescale) != rescale.numel() or len(rescale) != count * size:
         found = tuple(rescale.shape)
         raise AdapterError(f"rescale is {found}, expected ({count * size}, 1, ...)")
-    return turned * wide(rescale).reshape(count, size, 1)
+    return turned * widened(rescale).reshape(count, size, 1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> t
     size = (1 + math.isqrt(1 + 8 * length)) // 2
     if size * (size - 1) // 2 != length or not count:
         raise AdapterError(f"{leaf} is {tuple(values.shape)}, expected (blocks, b (b - 1) / 2)")
-    numbers = wide(values)
+    numbers = widened(values)
     skew = numbers.new_zeros(count, size, size)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = numbers
@@ -174,7 +175,7 @@ def from_lycoris(blocks: torch.Tensor, limit: float) -> torch.Tensor:
     Returns:
         (blocks, b, b), in float32 or wider.
     """
-    whole = wide(blocks)
+    whole = widened(blocks)
     skew = whole - whole.mT
     norm = float(skew.norm()) + 1e-8
     if 0 < limit < norm:

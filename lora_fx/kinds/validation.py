@@ -125,8 +125,3 @@ def unflatten(leaf: str, down: torch.Tensor, shape: tuple[int, ...] | None) -> t
     if math.prod(found) != math.prod(shape[1:]):
         raise AdapterError(f"{leaf} gives columns {found}, the layer is {shape}")
     return down.reshape(len(down), *shape[1:])
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 or wider: what a product is computed in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

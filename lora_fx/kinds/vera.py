@@ -11,7 +11,8 @@ import torch
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError
-from lora_fx.kinds.validation import layer_shape, measure, wide
+from lora_fx.kinds.validation import layer_shape, measure
+from lora_fx.numerics import widened
 
 _SHAPES = {
     "vera_lambda_b": ("out",),
@@ -52,8 +53,8 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
         found = tuple(tensors["vera_B"].shape)
         raise AdapterError(f"vera_B is {found}, expected at least {out} rows")
     columns = into if layer is None else layer[1]
-    down = wide(tensors["vera_lambda_d"])[:, None] * wide(tensors["vera_A"][:, :columns])
-    up = wide(tensors["vera_lambda_b"])[:, None] * wide(tensors["vera_B"][:out])
+    down = widened(tensors["vera_lambda_d"])[:, None] * widened(tensors["vera_A"][:, :columns])
+    up = widened(tensors["vera_lambda_b"])[:, None] * widened(tensors["vera_B"][:out])
     return Update(down, up, 1.0, kind="vera", stored=SourceRecord(tensors, settings))
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import within
 from lora_fx.injection.conform import conform
+from lora_fx.injection.invocation_mask import IDS
+from lora_fx.numerics import widened
 from lora_fx.reference.module_layers import NoWeightFormError, Place
-
-_IDS = "input_ids"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Activated:
         update = self.update
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+            x = widened(inputs[0])
             down, up = update.down.to(x.dtype), update.up.to(x.dtype)
             change = x @ down.T @ up.T * update.scale
             shift = update.shift(lambda: None)
@@ -68,7 +68,7 @@ def ids_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """The ids among the inputs of a model."""
     names = inspect.signature(model.forward).parameters
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    found: torch.Tensor = given[_IDS]
+    found: torch.Tensor = given[IDS]
     return found
 
 

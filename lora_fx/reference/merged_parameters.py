@@ -15,6 +15,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor, evaluate
 from lora_fx.injection.conform import conform
 from lora_fx.injection.injected_adapters import Injected, value_part
 from lora_fx.layers.layer import Layer
+from lora_fx.numerics import widened
 from lora_fx.reference.module_layers import NoWeightFormError, Place
 
 
@@ -172,8 +173,7 @@ def shifted(own: torch.Tensor | LazyTensor | None, steps: Sequence[Step]) -> tor
     """The bias after all updates; None if there is none before and after."""
     if own is not None:
         bias = evaluate(own)
-        wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
-        return composed(wide, steps, Step.bias).to(bias.dtype)
+        return composed(widened(bias), steps, Step.bias).to(bias.dtype)
     biases = [step.update.bias for step in steps if step.update.bias is not None]
     if not biases:
         return None

@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.peft import CONFIG
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.state_dict import is_index, shards_of
 from lora_fx.io.strict_json import MAX_JSON, read_json
 from lora_fx.tasks.bounded_build import check_config
 
-_ADAPTER = "adapter_config.json"
 _WEIGHTS = {".safetensors", ".bin"}
 # What weights are called, and an infix for a copy in another precision: model.fp16.safetensors.
 _MODEL = re.compile(
@@ -31,7 +31,7 @@ def check_alone(directory: Path, adapters: Sequence[Path]) -> None:
     Raises:
         LoraFxError: says what to name instead.
     """
-    if not (directory / _ADAPTER).is_file():
+    if not (directory / CONFIG).is_file():
         return
     names = (file.name for file in directory.iterdir() if file.suffix in _WEIGHTS)
     if all(name.startswith("adapter_model") for name in names):
@@ -41,19 +41,19 @@ def check_alone(directory: Path, adapters: Sequence[Path]) -> None:
     if directory.resolve() not in [path.resolve() for path in adapters]:
         raise LoraFxError(
             f"{directory}: this is a model with an adapter beside it: name it as --adapter too, or "
-            f"take {_ADAPTER} out of it"
+            f"take {CONFIG} out of it"
         )
 
 
 @contextmanager
 def without_adapter(directory: Path) -> Iterator[Path]:
     """A directory as transformers may read it: it would load an adapter that lies there too."""
-    if not (directory / _ADAPTER).is_file():
+    if not (directory / CONFIG).is_file():
         yield directory
         return
     with TemporaryDirectory() as name:
         for file in directory.iterdir():
-            if file.name != _ADAPTER:
+            if file.name != CONFIG:
                 Path(name, file.name).symlink_to(file.resolve())
         yield Path(name)
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lora_fx import AdapterError
-from lora_fx.kinds.validation import flag, layer_shape, measure, number, unflatten, wide
+from lora_fx.kinds.validation import flag, layer_shape, measure, number, unflatten
+from lora_fx.numerics import widened
 
 
 def zeros(**shapes):
@@ -84,5 +85,5 @@ def test_a_matrix_takes_the_axes_of_its_layer():
     ("dtype", "expected"),
     [(torch.float16, torch.float32), (torch.float64, torch.float64)],
 )
-def test_wide_is_no_half(dtype, expected):
-    assert wide(torch.zeros(2, dtype=dtype)).dtype == expected
+def test_widened_is_no_half(dtype, expected):
+    assert widened(torch.zeros(2, dtype=dtype)).dtype == expected

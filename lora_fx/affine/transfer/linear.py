@@ -10,6 +10,7 @@ from torch import fx
 
 from lora_fx.affine.affine_map import AffineMap, Link, OneHot
 from lora_fx.affine.analysis import Analysis, Opaque, Value
+from lora_fx.affine.constant_expr import turns
 from lora_fx.affine.feature_layout import Layout
 from lora_fx.affine.transfer.elementwise import join
 from lora_fx.algebra.matrix_expr import Matrix, number, transposed
@@ -17,7 +18,6 @@ from lora_fx.graph.ops import call_argument, op_name, sizes_of
 from lora_fx.layers.matrix_products import has_factors, product_of
 
 _PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "tensordot"}
-_TURNS = {"t", "T", "numpy_T", "mT", "adjoint"}
 
 
 def linear(analysis: Analysis, node: fx.Node) -> Value:
@@ -63,7 +63,7 @@ def matmul(analysis: Analysis, node: fx.Node) -> Value:
     if matrix is not None or analysis.matrix(left) is None:
         return dense_layer(analysis, node, left, right, matrix and transposed(matrix))
     axes = _axes(analysis, right)
-    is_matrix = len(axes) > 1 if axes is not None else right is not None and _turns(right)
+    is_matrix = len(axes) > 1 if axes is not None else right is not None and turns(right)
     if not is_matrix:
         return Opaque("a product from the left with something of unknown axes")
     return dense_layer(analysis, node, right, left, analysis.matrix(left), after=1)
@@ -160,17 +160,3 @@ def _repeats(analysis: Analysis, node: fx.Node) -> bool:
     if op_name(node) != "expand" or shape is None or not isinstance(sizes, list | tuple):
         return False
     return all(n in (-1, m) for n, m in zip(sizes[-2:], shape[-2:], strict=True))
-
-
-def _turns(node: fx.Node) -> bool:
-    """Whether a call swaps the axes of a matrix."""
-    name = op_name(node)
-    rest: Any = node.args[1:]
-    if name == "getattr":
-        return rest[0] in _TURNS
-    if name in ("transpose", "swapaxes", "swapdims") and len(rest) == 2:
-        return {int(axis) % 2 for axis in rest} == {0, 1}
-    order = rest[0] if len(rest) == 1 else rest
-    if name == "permute":
-        return tuple(order) in ((1, 0), (-1, -2))
-    return name in _TURNS

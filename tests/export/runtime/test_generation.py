@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from lora_fx import ExportError, Session, inject, tasks, to_onnx
 from lora_fx.export import export_adapter
+from lora_fx.export.runtime.generation import empty_cache
 from lora_fx.graph.example import NEW_CACHE
 from lora_fx.testing import make_adapter
 
@@ -82,3 +84,15 @@ def test_a_text_behind_the_last_position_is_refused(tmp_path: Path, shared_cache
     assert session.generate(ids, 5, eos_token_id=[]).shape == (1, 25)
     with pytest.raises(ExportError, match=r"^onnxruntime: .*idx=24"):
         session.generate(ids, 6, eos_token_id=[])
+
+
+def test_a_cache_that_numpy_has_no_numbers_for_is_refused() -> None:
+    name = "past_key_values.0.key"
+    given = {
+        kind: SimpleNamespace(name=name, type=f"tensor({kind})", shape=["batch", 2, "past", 4])
+        for kind in ("bfloat16", "float16")
+    }
+    taken, known = (SimpleNamespace(get_inputs=lambda v=v: [v]) for v in given.values())
+    with pytest.raises(ExportError, match=r"key is tensor\(bfloat16\).*export the model in float"):
+        empty_cache(taken, {}, 1)
+    assert empty_cache(known, {}, 3)[name].shape() == [3, 2, 0, 4]
