@@ -13,7 +13,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.row_blocks import swapped
 from lora_fx.adapters.scaling import alpha_for
 from lora_fx.adapters.settle import divided, place
-from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.errors import AdapterError, within
 from lora_fx.formats import dialects
@@ -160,8 +160,7 @@ def updates_of(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
 
 
 def _of_one(roles: Roles, layer: Layer) -> dict[str, AnyUpdate]:
-    tensors = tensors_of(roles)
-    algorithm = algorithm_of(tensors)
+    tensors, algorithm = tensors_of(roles), algorithm_of(roles)
     if algorithm is None:
         raise AdapterError(f"{sorted(tensors)} are of no single algorithm, or part of one")
     if (algorithm == "norm") != (layer.kind == NORM):
@@ -187,6 +186,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
     if algorithm in ("loha", "lokr", "glora"):
         rank = rank_of_algorithm(algorithm, tensors)
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
+    settings |= EMBEDDING.settings if algorithm == "full" and layer.is_table else {}
     if algorithm == "oft":
         settings["constraint"] = alpha or 0.0
     return KINDS[algorithm].read(tensors, settings)

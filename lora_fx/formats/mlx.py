@@ -11,7 +11,7 @@ import torch
 from lora_fx.adapters.adapter import Adapter, AnyUpdate
 from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import Dialect, Roles, check_adapted, sort_keys
+from lora_fx.formats.dialects import Dialect, check_adapted, sort_keys
 from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
@@ -57,7 +57,7 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
     return Adapter(name, updates)
 
 
-def _update(roles: Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
+def _update(roles: lora.Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
     """The update of a layer."""
     if layer is not None and layer.is_table and MAGNITUDE in roles:
         key, magnitude = roles[MAGNITUDE]
@@ -75,8 +75,8 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
     """
     given = fields.get(PARAMETERS)
     if given is None and "rank" in fields:  # mlx_vlm's legacy
-        rank = checked_rank("rank", fields["rank"])
-        return rank, checked_alpha("alpha", fields.get("alpha", 0.1)) / rank
+        own = checked_rank("rank", fields["rank"])
+        return own, checked_alpha("alpha", fields.get("alpha", 0.1)) / own
     if not isinstance(given, dict):
         raise AdapterError(f"{PARAMETERS} is {given!r:.80}, expected an object with rank and scale")
     with within(PARAMETERS):

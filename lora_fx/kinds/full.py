@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapters.other_updates import WeightUpdate, added
-from lora_fx.adapters.source_record import SourceRecord
+from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import AnyUpdate, Update
 from lora_fx.algebra.matrix_expr import Matrix, Sum, constant
 from lora_fx.errors import AdapterError
@@ -23,12 +23,13 @@ LEAVES = frozenset({*_SHAPES, "alpha"})
 def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> WeightUpdate:
     """Reads ``W + scale * diff`` and ``b + scale * diff_b``.
 
-    Source: ``full`` of LyCORIS 4.1.
+    Source: ``full`` of LyCORIS 4.1; of tables ``FullModule`` of ai-toolkit.
 
     Args:
-        tensors: diff (out, in, *kernel); diff_b (out,) where the bias was trained too. ``alpha``
-            is kept, and is no factor here.
-        settings: ``scale``, 1 where it is not given; ``shape`` of the layer, if known.
+        tensors: diff (out, in, *kernel), of a table (num, dim) as it is stored; diff_b (out,) where
+            the bias was trained too. ``alpha`` is kept, and is no factor here.
+        settings: ``scale``, 1 where it is not given; ``shape`` of the layer, if known; ``layer``,
+            ``"embedding"`` of a table.
 
     Returns:
         An expression in the weight, of kind ``"full"``, and a bias if there is one.
@@ -39,11 +40,11 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> We
     own = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "alpha"}
     scale, layer = number(settings, "scale", 1.0), layer_shape(settings)
     measure(own, {leaf: _SHAPES[leaf] for leaf in ("diff", *own) if leaf in _SHAPES})
-    diff, bias = own["diff"], own.get("diff_b")
+    stored, bias = SourceRecord(tensors, settings), own.get("diff_b")
+    diff = own["diff"].T if is_embedding(stored) else own["diff"]
     if layer is not None and tuple(diff.shape) != layer:
         raise AdapterError(f"diff is {tuple(diff.shape)}, the layer is {layer}")
     delta = diff if scale == 1 else widened(diff) * scale
-    stored = SourceRecord(tensors, settings)
     shift = None if bias is None else widened(bias) * scale
     return WeightUpdate("full", added(delta), tuple(diff.shape), stored, shift)
 

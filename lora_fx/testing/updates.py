@@ -178,8 +178,11 @@ def _oft(layer: LayerShape) -> AnyUpdate:
 
 
 def _full(layer: LayerShape) -> AnyUpdate:
-    bias = {} if layer.is_table else {"diff_b": layer.shape[:1]}
-    return _read("full", {"diff": layer.shape, **bias}, shape=layer.shape)
+    if layer.is_table:
+        turned = {"diff": layer.shape[::-1]}
+        return _read("full", turned, shape=layer.shape, **EMBEDDING.settings)
+    leaves = {"diff": layer.shape, "diff_b": layer.shape[:1]}
+    return _read("full", leaves, shape=layer.shape)
 
 
 def _tokens(layer: LayerShape) -> AnyUpdate:

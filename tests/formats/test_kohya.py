@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import fx, nn
 
 import lora_fx
@@ -270,44 +270,6 @@ def test_any_trainer_s_spelling_is_told_and_read(
     assert (update.shape, update.scale) == ((5, 3), 0.5)
     with pytest.raises(AdapterError, match="pass base="):
         reads(tensors)
-
-
-def test_a_file_is_told_by_its_tensors_whatever_it_is_called(tmp_path: Path) -> None:
-    """LCM's LoRA, and LyCORIS of trainers, are called as diffusers' files and are none."""
-    model = seeded(block)
-    state = trained(model, {"": "lora_unet"})
-    file = tmp_path / "lcm" / "pytorch_lora_weights.safetensors"
-    file.parent.mkdir()
-    save_file(state, file)
-    renamed = tmp_path / "a.safetensors"
-    save_file(state, renamed)
-    wanted = lora_fx.load_adapter(renamed, base=model, name="lcm")
-    for place in (file, file.parent):
-        found = lora_fx.load_adapter(place, base=model)
-        assert same_adapter(replace(found, name="lcm"), wanted) is None
-    assert lora_fx.load_adapter(file.parent, base=model).name == "lcm"
-
-
-def test_lycoris_beside_names_of_diffusers_is_read(reads: Any) -> None:
-    """As OneTrainer and ai-toolkit write them: a scale of inputs, LoKr with alpha, a difference."""
-    torch.manual_seed(0)
-    net = nn.ModuleDict({"transformer_blocks": nn.Sequential(nn.Linear(6, 4))})
-    path, weight = "transformer.transformer_blocks.0", next(net.parameters()).detach()
-    pair = {f"{path}.lora_A.weight": torch.randn(2, 6), f"{path}.lora_B.weight": torch.randn(4, 2)}
-    down, up = pair.values()
-    scale = torch.rand(1, 6) + 0.5
-    one, low, high = torch.randn(2, 3), torch.randn(2, 1), torch.randn(1, 2)
-    lokr = {"lokr_w1": one, "lokr_w2_a": low, "lokr_w2_b": high, "alpha": torch.tensor(0.5)}
-    both = weight + up @ down
-    cases: list[tuple[Tensors, torch.Tensor]] = [
-        ({**pair, f"{path}.dora_scale": scale}, both * scale / both.norm(dim=0)),
-        ({f"{path}.{k}": v for k, v in lokr.items()}, weight + 0.5 * torch.kron(one, low @ high)),
-        ({f"{path}.diff": up @ down}, both),
-    ]
-    for tensors, want in cases:
-        [update] = reads(tensors, base=net).updates.values()
-        assert relative(update.weight(weight), want) < 1e-6
-        assert relative(update.weight(weight), weight + 0.9 * (want - weight)) > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_each_expert_has_a_pair_of_its_own(tmp_path: Path) -> None:
     x = torch.randn(6, 4)
     sizes = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
     pairs = {n: (torch.randn(3, 2, i), torch.randn(3, o, 2)) for n, (i, o) in sizes.items()}
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, (down, up) in pairs.items():
         tensors |= {f"mlp.switch_mlp.{name}.lora_a": down, f"mlp.switch_mlp.{name}.lora_b": up}
     delta = {name: 0.1 * up @ down for name, (down, up) in pairs.items()}
