@@ -165,7 +165,8 @@ def _look_up(nodes: Sequence[ir.Node], packed: Packed, inputs: Sequence[ir.Value
     numbers, *rest = inputs
     graph, stored = numbers.graph, numbers.const_value
     assert isinstance(graph, ir.Graph)
-    assert packed.lookup is not None and stored is not None
+    assert packed.lookup is not None
+    assert stored is not None
     if len(stored.shape) > 2:
         whole = ir.tensor(np.array([0, -1], np.int64), name="rows")
         shape = ir.node("Constant", [], {"value": whole}, name=as_called(nodes[0], "Constant"))
