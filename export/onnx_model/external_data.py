@@ -97,7 +97,7 @@ def range_of(tensor: TensorProto, path: Path) -> Range:
             f"{where}: {length} bytes of external data, its shape {list(tensor.dims)} takes "
             f"{byte_size(tensor)}"
         )
-    return Range(values["location"], offset, length, tensor.name)
+    return Range(values["location"].removeprefix("./"), offset, length, tensor.name)
 
 
 def _size(path: Path, location: str) -> int:

@@ -52,8 +52,8 @@ def quantise(
 
     Before -> after: ``MatMul(x, W)  ->  MatMulNBits(x, W_Q4, W_scales, W_zero_points)``,
     ``Gemm(x, W, b)  ->  Add(MatMulNBits(x, ...), b)``, and ``Gather(W, ids)  ->
-    GatherBlockQuantized(Reshape(W_Q4), ids, W_scales, W_zero_points)``. Weights are read one after
-    the other, and held in their few bits.
+    GatherBlockQuantized(W_Q4, ids, W_scales, W_zero_points)``, of ``Reshape(W_Q4)`` where a product
+    reads the same blocks. Weights are read one after the other, and held in their few bits.
 
     Returns:
         Path -> how far its weight is off, relative; path -> why it stays as it is.
@@ -67,6 +67,7 @@ def quantise(
     held: dict[ir.Value, list[ir.Value]] = {}  # of what is stored
     digests: dict[bool, dict[str, str]] = {True: {}, False: {}}  # by whether it is a table's
     errors, left = {}, dict(chosen.left)
+    multiplied = {c[0].weight for c in chosen.layers.values() if c[0].kind != "embedding"}
     for path, calls in chosen.layers.items():
         first, is_table = calls[0], calls[0].kind == "embedding"
         if first.weight not in stored:
@@ -80,7 +81,7 @@ def quantise(
         if first.weight not in held:
             held[first.weight] = [
                 add_constant(model, f"{first.weight.name}{end}", ir.tensor(array))
-                for end, array in found.packed.tensors.items()
+                for end, array in _tensors(found.packed, first.weight in multiplied)
             ]
         nodes, write = [call.node for call in calls], _look_up if is_table else _multiply
         write(nodes, found.packed, held[first.weight])
@@ -107,6 +108,12 @@ def _store(path: str, layer: FileLayer, scheme: Scheme, *, digested: bool) -> _S
     off = 0.0 if is_same or scheme.is_exact else error_of(path, own, numbers, step)
     digests = _digests(own, numbers) if digested else {}
     return _Stored(packed, layer.turned, is_same, off, digests)
+
+
+def _tensors(packed: Packed, is_multiplied: bool) -> list[tuple[str, Array]]:
+    """What is stored: in blocks for a product, in rows where lookups alone read it."""
+    every = packed.tensors.items()
+    return [(end, a if is_multiplied else a.reshape(len(a), -1)) for end, a in every]
 
 
 def _why_not(stored: _Stored, layer: FileLayer, scheme: Scheme) -> str:
@@ -156,15 +163,18 @@ def _read(packed: Packed) -> tuple[Array, Array]:
 def _look_up(nodes: Sequence[ir.Node], packed: Packed, inputs: Sequence[ir.Value]) -> None:
     """Makes nodes look up rows of a weight in a few bits, whose blocks a head may read."""
     numbers, *rest = inputs
-    graph = numbers.graph
+    graph, stored = numbers.graph, numbers.const_value
     assert isinstance(graph, ir.Graph)
     assert packed.lookup is not None
-    whole = ir.tensor(np.array([0, -1], np.int64), name="rows")
-    shape = ir.node("Constant", [], {"value": whole}, name=as_called(nodes[0], "Constant"))
-    rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=as_called(nodes[0], "Reshape"))
-    graph.insert_before(graph[0], [shape, rows])  # a call may be in a branch
+    assert stored is not None
+    if len(stored.shape) > 2:
+        whole = ir.tensor(np.array([0, -1], np.int64), name="rows")
+        shape = ir.node("Constant", [], {"value": whole}, name=as_called(nodes[0], "Constant"))
+        rows = ir.node("Reshape", [numbers, shape.outputs[0]], name=as_called(nodes[0], "Reshape"))
+        graph.insert_before(graph[0], [shape, rows])  # a call may be in a branch
+        numbers = rows.outputs[0]
     for node in nodes:
-        _call(node, LOOKUP, packed.lookup, [rows.outputs[0], node.inputs[1], *rest])
+        _call(node, LOOKUP, packed.lookup, [numbers, node.inputs[1], *rest])
 
 
 def _multiply(nodes: Sequence[ir.Node], packed: Packed, inputs: Sequence[ir.Value]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
     """Feeds a file's inputs and its slots, for onnxruntime's ``quantize_static``.
 
-    Each input is fed as the base, with zeros of rank 1 in the slots, since nothing has a range at
-    rank 0, and then with an adapter, each in its turn: ranges that were seen without one cut off
-    what adapters add.
+    Each input is fed as the base, with zeros in the slots, since nothing has a range at rank 0, and
+    then with an adapter, each in its turn: ranges that were seen without one cut off what adapters
+    add. All runs have the largest rank of the adapters, since histograms (``CalibrationMethod``'s
+    Entropy, Percentile) are made of runs of one shape.
 
     Args:
         path: a swappable file, as it was exported.
@@ -52,9 +54,13 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
         for adapter in adapters:
             check_adapter_file(Path(adapter), manifest, Path(path))
         self._inputs = [{n: to_array(n, v) for n, v in each.items()} for each in inputs]
-        self._slots = [_fed(manifest, Path(path), Path(each)) for each in adapters]
-        self._none = _fed(manifest, Path(path), None)
+        every = [None, *map(Path, adapters)]
+        self._none, *self._slots = _of_one_rank([_fed(manifest, Path(path), one) for one in every])
         self.rewind()
+
+    def __len__(self) -> int:
+        """The number of runs."""
+        return 2 * len(self._inputs)
 
     def get_next(self) -> Feeds | None:
         """What the next run is fed, or None when there is none."""
@@ -62,7 +68,11 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
 
     def rewind(self) -> None:
         """Starts again."""
-        self._runs = self._each()
+        self.set_range(0, len(self))
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Goes on with these runs alone, as ``CalibStridedMinMax`` asks."""
+        self._runs = islice(self._each(), start_index, end_index)
 
     def _each(self) -> Iterator[Feeds]:
         for place, feeds in enumerate(self._inputs):
@@ -75,3 +85,15 @@ def _fed(manifest: Manifest, model: Path, adapter: Path | None) -> Feeds:
     stored = None if adapter is None else read_stored(adapter)  # holds the memory of its values
     every = every_value(manifest, model, {} if stored is None else values_of(stored))
     return {name: to_numpy(value).copy() for name, value in every.items()}
+
+
+def _of_one_rank(runs: list[Feeds]) -> list[Feeds]:
+    """Zeros up to the largest rank, which change nothing; tokens stay as they are."""
+    largest = {name: np.max([run[name].shape for run in runs], 0) for name in runs[0]}
+
+    def widened(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if value.dtype == np.int64:
+            return value
+        return np.pad(value, [(0, n - m) for m, n in zip(value.shape, largest[name], strict=True)])
+
+    return [{name: widened(name, value) for name, value in run.items()} for run in runs]

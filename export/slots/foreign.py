@@ -249,11 +249,15 @@ def _product(path: str, value: ir.Value) -> tuple[ir.Node, bool]:
 
 def _scale(path: str, down: ir.Value, up: ir.Value) -> float:
     """What a graph multiplies a branch by, from A to the sum with its layer."""
-    value, total, last = _product(path, down)[0].outputs[0], 1.0, _product(path, up)[0]
-    for node in _chain(value):
-        if node.op_type in ("MatMul", "Gemm"):
-            if node is not last:
-                break
+    first, last = _product(path, down)[0], _product(path, up)[0]
+    total = _factor(first, "alpha")
+    for node, place in _chain(first.outputs[0]):
+        if node.op_type == "Gemm" and place == 2:
+            return total * _factor(node, "beta")
+        if node is last:
+            total *= _factor(node, "alpha")
+            if _adds(node):
+                return total
         elif node.op_type in ("Mul", "Div"):
             factor = next((c for v in node.inputs if (c := _number(v)) is not None), None)
             if factor is None:
@@ -266,10 +270,22 @@ def _scale(path: str, down: ir.Value, up: ir.Value) -> float:
     raise ExportError(f"{path}: what lies between {down.name} and the layer's sum is not told")
 
 
-def _chain(value: ir.Value) -> Iterator[ir.Node]:
-    """The only reader of a value, that of what it gives, and so on."""
+def _factor(node: ir.Node, name: str) -> float:
+    """What a Gemm multiplies its product, or what it adds, by."""
+    found = node.attributes.get_float(name, 1.0) if node.op_type == "Gemm" else None
+    return 1.0 if found is None else found
+
+
+def _adds(node: ir.Node) -> bool:
+    """Whether it adds what is computed: onnxruntime's optimiser makes a Gemm of ``y + h @ B``."""
+    added = node.inputs[2] if len(node.inputs) > 2 else None
+    return added is not None and added.producer() is not None
+
+
+def _chain(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The only reader of a value and the place that it has there, that of what it gives, ..."""
     while len(uses := list(value.uses())) == 1:
-        yield uses[0].node
+        yield uses[0].node, uses[0].idx
         value = uses[0].node.outputs[0]
 
 

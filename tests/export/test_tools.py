@@ -17,7 +17,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import version_converter
-from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationMethod,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers import optimizer
@@ -200,6 +205,41 @@ def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(tmp_p
         found[fed] = off(session.run({"input": X}, own)["output"], adapted)
     assert found[True] <= 0.05
     assert found[False] > 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibrate_method": CalibrationMethod.Entropy},
+        {"calibrate_method": CalibrationMethod.Percentile},
+        {"extra_options": {"CalibStridedMinMax": 4}},
+    ],
+    ids=str,
+)
+def test_histograms_and_strides_take_adapters_of_several_ranks(
+    options: dict[str, Any], files: Any, tmp_path: Path
+) -> None:
+    directory, adapter, base, adapted = files
+    path, out = directory / "swappable.onnx", tmp_path / "out.onnx"
+    small = make_adapter({"0": (48, 32)}, rank=2, name="small")
+    export_adapter(small, path, tmp_path / "small.onnx_adapter")
+    pair = [directory / "a.onnx_adapter", tmp_path / "small.onnx_adapter"]
+    reader: Any = CalibrationReader(path, [{"input": part} for part in X.split(16)], pair)
+    assert len(reader) == len(list(reader)) == 8
+    reader.rewind()
+    quantize_static(
+        str(path),
+        str(out),
+        reader,
+        nodes_to_exclude=slots_of(path),
+        activation_type=QuantType.QUInt8,
+        **options,
+    )
+    export_adapter(adapter, out, tmp_path / "a.onnx_adapter", check=False)
+    session = Session(out, check=False)
+    assert off(session.run({"input": X}, tmp_path / "a.onnx_adapter")["output"], adapted) <= 0.1
+    assert off(session.run({"input": X})["output"], base) <= 0.1
+    assert off(base, adapted) > 0.3
 
 
 def test_a_file_that_a_tool_cast_says_so_before_it_runs(files: Any, tmp_path: Path) -> None:

@@ -61,7 +61,21 @@ def test_a_file_for_each_tensor_begins_with_it(model: Path) -> None:
         Session(model)
 
 
-@pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/passwd", "a\\b", "c:d", "", ".."])
+def test_data_beside_a_model_may_be_said_to_be_in_its_directory(model: Path) -> None:
+    """Which a location, a path, may say; ranges of one file may not overlap, however it is said."""
+    x = {"input": torch.randn(4, 7, 64)}
+    wanted = Session(model).run(x)["output"]
+    rewrite(model, "location", "./model.onnx.data")
+    assert (Session(model).run(x)["output"] == wanted).all()
+    rewrite(model, "offset", "0", tensor=1)
+    with pytest.raises(ExportError, match=r"overlap in model\.onnx\.data"):
+        Session(model)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["../model.onnx.data", "./../model.onnx.data", "./", "/etc/passwd", "a\\b", "c:d", "", ".."],
+)
 def test_data_lies_beside_the_model(model: Path, location: str) -> None:
     rewrite(model, "location", location)
     with pytest.raises(ExportError, match="expected the name of a file"):

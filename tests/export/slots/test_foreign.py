@@ -8,11 +8,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
-from lora_fx import Adapter, AdapterError, Update, save_adapter
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    Update,
+    inject,
+    save_adapter,
+    to_onnx,
+    trace,
+)
 from lora_fx.cli.inspect import describe
 from lora_fx.errors import ExportError
 from lora_fx.export import Session, export_adapter, merge_onnx, quantize_onnx
@@ -233,3 +243,36 @@ def test_a_factor_that_is_multiplied_from_the_left_is_told(tmp_path: Path) -> No
     onnx.save(model, str(tmp_path / "odd.onnx"))
     with pytest.raises(ExportError, match=r"up_proj: .*lora_B.weight is multiplied from the left"):
         export_adapter(adapter(), tmp_path / "odd.onnx", tmp_path / "a.onnx_adapter")
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_sum_that_onnxruntime_fused_into_a_product_is_one(
+    has_bias: bool, alpha: float, tmp_path: Path
+) -> None:
+    """Of two axes, it makes a Gemm of ``base + h @ B``; what a Gemm scales by is of the branch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 8, bias=has_bias), nn.Tanh()).eval()
+    x, given = torch.randn(5, 12), make_adapter({"0": (8, 12)}, rank=3, scale=0.4)
+    gm = trace(net, (x,), dynamic_shapes=({0: "batch"},))
+    to_onnx(gm, tmp_path / "plain.onnx", adapters="required", slots=["0"])
+    options, out = ort.SessionOptions(), tmp_path / "fused.onnx"
+    options.optimized_model_filepath = str(out)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ort.InferenceSession(str(tmp_path / "plain.onnx"), options)
+    model = onnx.load(out)
+    del model.metadata_props[:]
+    (fused,) = (n for n in model.graph.node if n.op_type == "Gemm" and "0.lora_B" in n.input)
+    others = [a for a in fused.attribute if a.name != "alpha"]
+    del fused.attribute[:]
+    fused.attribute.extend([*others, helper.make_attribute("alpha", alpha)])
+    onnx.save(model, str(out))
+    export_adapter(given, out, tmp_path / "a.onnx_adapter")
+    merge_onnx(out, given, tmp_path / "merged.onnx")
+    with torch.no_grad():
+        base, tuned = gm(x), inject(gm, given)(x)
+    found = Session(out).run({"input": x}, tmp_path / "a.onnx_adapter")["output"]
+    merged = Session(tmp_path / "merged.onnx").run({"input": x})["output"]
+    assert compare(found, tuned).ok
+    assert compare(merged, tuned).ok
+    assert compare(base, tuned).relative > 0.1
