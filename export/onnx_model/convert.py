@@ -63,7 +63,11 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         ExportError: an operator has no translation, or none in this opset.
     """
     # The exporter takes 30 MB and a second to load, which nobody pays who exports nothing.
-    from lora_fx.export.onnx_model.eager_numbers import mark_masked, translations
+    from lora_fx.export.onnx_model.eager_numbers import (
+        give_probabilities,
+        mark_masked,
+        translations,
+    )
     from lora_fx.export.onnx_model.idle_work import without_idle_work
 
     check_opset(opset)
@@ -90,6 +94,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
             raise ExportError(f"the graph has no ONNX form: {_told(_cause(error))}") from error
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
+    give_probabilities(onnx_program.model)
     if onnx_program.exported_program is not None:
         mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]

@@ -11,11 +11,15 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from lora_fx.export.spelling.rewrite import producer
+from lora_fx.export.spelling.rewrite import producer, put
 from lora_fx.graph.ops import aten, call_argument
 
 _WHOLE = ir.DataType.INT64
 WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+_SAME_NUMBERS = (
+    *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"),
+    *("Slice", "Gather"),
+)
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
@@ -95,6 +99,27 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     if "transformers.integrations.moe" in sys.modules:  # which registers the operator
         table[torch.ops.transformers.grouped_mm_fallback.default] = grouped
     return table
+
+
+def give_probabilities(model: ir.Model) -> None:
+    """Writes each sigmoid that is an output as 1 / (1 + exp(-x)).
+
+    onnxruntime's own is off by 1e-8 to 1e-7 whatever it is, by 1 % at -12, and 0 below -18 or so.
+    Where others read it, as a gate, that is rounding; of a rare event nothing may be left.
+    """
+    for output in model.graph.outputs:
+        value: ir.Value | None = output
+        while (node := producer(value, _SAME_NUMBERS)) is not None:
+            value = node.inputs[0]
+        gate = producer(value, "Sigmoid")
+        if gate is None or gate.outputs[0].dtype not in WIDE:
+            continue
+        one = ir.tensor(1.0, dtype=gate.outputs[0].dtype)
+        nodes = [ir.node("Constant", [], {"value": one}), ir.node("Neg", [gate.inputs[0]])]
+        nodes.append(ir.node("Exp", [nodes[1].outputs[0]]))
+        nodes.append(ir.node("Add", [nodes[2].outputs[0], nodes[0].outputs[0]]))
+        nodes.append(ir.node("Reciprocal", [nodes[3].outputs[0]]))
+        put(gate, nodes, nodes[-1].outputs[0])
 
 
 def mark_masked(model: ir.Model, program: torch.export.ExportedProgram) -> None:

@@ -300,5 +300,13 @@ def _resize(
             expression = size.node.expr
             known = {symbol: sizes[str(symbol)] for symbol in expression.free_symbols}
             wanted = apart.get(leaf.axes[axis] or "", int(expression.subs(known)))
-            tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
+            places, length = torch.arange(wanted), tensor.shape[axis]
+            places = places.clamp(max=length - 1) if _rises(tensor) else places % length
+            tensor = tensor.index_select(axis, places)
     return tensor
+
+
+def _rises(tensor: torch.Tensor) -> bool:
+    """Whether it may say where parts begin: such offsets rise, and other calls mean nothing."""
+    is_whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+    return is_whole and tensor.ndim == 1 and bool((tensor[1:] >= tensor[:-1]).all())

@@ -28,11 +28,11 @@ def program_of(gm: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgr
     """The program of a graph, or None where it has to be traced again.
 
     That is a graph of another frontend, inputs of another form than it was traced with, a write
-    into memory, or a call that is no operator.
+    into memory, a call that is no operator, or a free size that an earlier export has settled.
     """
     graph = copy_graph(gm.graph)
     modes = {value.fake_mode for value in _inputs(graph) if isinstance(value, FakeTensor)}
-    if len(modes) != 1 or not _was_traced_with(gm, inputs):
+    if len(modes) != 1 or not _was_traced_with(gm, inputs) or _is_settled(graph):
         return None
     for guard in graph.find_nodes(op="call_module", target=GUARDS):
         graph.erase_node(guard)
@@ -47,6 +47,13 @@ def program_of(gm: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgr
 
 def _inputs(graph: fx.Graph) -> Iterator[Any]:
     return (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+
+
+def _is_settled(graph: fx.Graph) -> bool:
+    """Whether a size that was free is a number by now: some meta kernels of torch (FFT) say so."""
+    values = [value for value in _inputs(graph) if isinstance(value, torch.Tensor)]
+    sizes = [size for value in values for size in value.shape if isinstance(size, torch.SymInt)]
+    return any(size.node.expr.is_number for size in sizes)
 
 
 def _was_traced_with(gm: fx.GraphModule, inputs: Inputs) -> bool:

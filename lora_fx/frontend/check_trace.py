@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, shorten
 from lora_fx.frontend.first_difference import first_that_differs, first_that_draws
+from lora_fx.frontend.for_any_input import for_any_input
 from lora_fx.frontend.isolated_run import as_in_eager, own_inputs, preserved, random_kept, seed
 from lora_fx.frontend.leaked_fakes import has_fakes
 from lora_fx.frontend.one_row import with_one_row
@@ -177,10 +178,10 @@ class _Seen:
         return difference(prepared.call(self.gm), prepared.call(self.model)) is None
 
     def agrees_as_exported(self) -> bool:
-        """Whether they agree where the model's code is told that it is exported."""
+        """Whether they agree where the model's code, and torch's, is told that it is exported."""
         found = self.call(self.gm)
         try:
-            with _compiling_state_context():
+            with _compiling_state_context(), for_any_input():
                 return difference(found, self.call(self.model)) is None
         except CallError:  # what it does then is for tracers alone
             return False

@@ -24,6 +24,7 @@ from lora_fx.frontend.diagnostics import (
     refuse_wrapped,
 )
 from lora_fx.frontend.dropouts_apart import dropouts_apart
+from lora_fx.frontend.for_any_input import for_any_input
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
 from lora_fx.graph.graph_module import copy_graph, split_shared_modules, without_guards
@@ -55,6 +56,7 @@ def export_program(
         warnings.catch_warnings(),
         data_detached(),
         dropouts_apart(),
+        for_any_input(has_free_axes),
         lengths_free(root),
         _without_partial_graphs(),
         lean_tracing(),

@@ -147,11 +147,11 @@ def _site(gm: fx.GraphModule, node: fx.Node, bases: Mapping[fx.Node, fx.Node]) -
         part, labels = part_of(gm, node.args[at.weight], bases), None
         places = (at.x,), (at.weight,)
         bias = None if at.bias is None else call_argument(node, at.bias, "bias")
-        groups = 1 if at.groups is None else int(call_argument(node, at.groups, "groups", 1))
+        groups = 1 if at.groups is None else call_argument(node, at.groups, "groups", 1)
     else:
         return None
-    if part is None or is_factor(str(part.source.target)):
-        return None
+    if part is None or is_factor(str(part.source.target)) or isinstance(groups, fx.Node):
+        return None  # as many groups as rows: the weight of each is made of its style
     tensor = get_unevaluated(gm, str(part.source.target))
     if product is not None:
         layer = TYPES["linear" if product.turned != part.turned else "linear_transposed"]

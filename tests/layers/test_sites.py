@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import Adapter, inject, trace
+from lora_fx import Adapter, Update, fold, inject, trace
 from lora_fx.adapters.other_updates import WeightUpdate
 from lora_fx.algebra.matrix_expr import Sum, constant, product
 from lora_fx.layers.sites import bias_of, by_path, is_packed, paths_of, sites
@@ -43,6 +44,34 @@ def test_a_computed_weight_is_no_site() -> None:
             return F.linear(x, self.weight * 2, self.bias)
 
     assert sites(trace(Masked(3, 5))) == []
+
+
+class Modulated(nn.Module):
+    """A kernel for each row, of its style: one convolution of as many groups as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(1, 5, 3, 1))
+        self.style = nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        rows, _, length = x.shape
+        kernels = (self.kernel * self.style(style)[:, None, :, None]).reshape(-1, 3, 1)
+        y = F.conv1d(x.reshape(1, -1, length), kernels, groups=rows)
+        return y.reshape(rows, -1, length)
+
+
+def test_a_convolution_of_as_many_groups_as_rows_is_no_site() -> None:
+    model, rows = Modulated().eval(), {0: "batch"}
+    gm = trace(model, (torch.randn(2, 3, 7), torch.randn(2, 2)), dynamic_shapes=(rows, rows))
+    assert [site.path for site in sites(gm)] == ["style"]
+    adapter = Adapter("a", {"style": Update(torch.ones(1, 2), torch.ones(3, 1), 1.0)})
+    folded, (x, style) = fold(inject(gm, adapter)), (torch.randn(4, 3, 7), torch.randn(4, 2))
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        merged.style.weight += 1
+    assert torch.allclose(folded(x, style), merged(x, style), atol=1e-5)
+    assert not torch.allclose(model(x, style), merged(x, style), atol=1e-2)
 
 
 def test_calls_of_an_adapter_that_makes_a_weight_anew_are_no_sites(ragged: Any, x: Any) -> None:

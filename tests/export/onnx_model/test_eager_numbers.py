@@ -41,6 +41,33 @@ def test_gates_that_are_all_but_closed_keep_their_logarithm(tmp_path: Path) -> N
     assert off(tmp_path / "model.onnx", model, x=-40 * x) < 1e-5
 
 
+class Rare(nn.Module):
+    """The probability of an event, in two forms, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+        nn.init.constant_(self.fc.bias, -15.0)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        event = self.fc(x).sigmoid()
+        return event.squeeze(-1), x * (self.fc(x) + 15).sigmoid(), event
+
+
+def test_a_probability_near_0_is_given_to_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Rare().eval(), torch.randn(4, 3)
+    to_onnx(trace(model, (x,), dynamic_shapes=({0: "batch"},)), tmp_path / "model.onnx")
+    found = [torch.as_tensor(v) for v in Session(tmp_path / "model.onnx").run({"x": x}).values()]
+    with torch.no_grad():
+        expected = model(x)
+    assert max(expected[0]) < 1e-5
+    assert relative(found[0], expected[0]) < 1e-5
+    assert relative(found[2], expected[2]) < 1e-5
+    held = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [node.op_type for node in held].count("Sigmoid") == 1, "a gate stays one operator"
+
+
 LEAST = torch.finfo(torch.float32).min
 
 

@@ -79,6 +79,18 @@ def test_new_rows_repeat_the_traced_ones() -> None:
     assert torch.equal(found[1].tensors()[0], torch.cat([x, x])[:5])
 
 
+def test_offsets_rise_in_every_case() -> None:
+    some = torch.tensor([7, 1, 3]), torch.tensor([0, 2, 5])
+    found = tried(Starts(), *some, dynamic_shapes=({0: "ids"}, {0: "bags"}))
+    assert [case.args[0].tolist() for case in found] == [[7, 1, 3], [7, 1, 3, 7], [7, 1]]
+    assert [case.args[1].tolist() for case in found] == [[0, 2, 5], [0, 2, 5, 5, 5], [0, 2]]
+
+
+class Starts(nn.Module):
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return ids.sum() + offsets.sum()
+
+
 def test_without_dynamic_dimensions_there_is_one_case() -> None:
     found = tried(Pair(), torch.rand(4, 7, 3), torch.rand(4, 7, 2), dynamic_shapes=None)
     assert [case.label for case in found] == ["as traced"]

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.convert import convert
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.export.program.example_inputs import Inputs, example_inputs
@@ -128,3 +129,25 @@ def test_a_trial_traces_again_when_told_to(mlp: Any, retrace: bool) -> None:
     inputs = example_inputs(mlp.gm, None, None, None)
     found = export_unit(evaluating(mlp.gm), inputs, retrace=retrace).program
     assert isinstance(found, LoweredProgram) != retrace
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.fft.irfft(torch.fft.rfft(self.into(x), dim=1), n=6, dim=1)
+        found: torch.Tensor = self.out(mixed)
+        return found
+
+
+def test_a_size_that_an_export_of_the_same_trace_settled_is_free_in_the_next() -> None:
+    gm = traced(Mixer(), torch.randn(2, 6, 3), dynamic_shapes=({0: "batch"},))
+    inputs = example_inputs(gm, None, None, None)
+    with pytest.raises(ExportError, match="no ONNX form"):
+        convert(program(gm), None)
+    assert program_of(gm, inputs) is None
+    unit = export_unit(gm, inputs)
+    assert [leaf.axes[0] for leaf in unit.leaves] == ["batch"]
+    assert {tuple(case.args[0].shape) for case in unit.cases} > {(2, 6, 3)}
