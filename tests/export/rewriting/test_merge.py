@@ -14,7 +14,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
@@ -67,17 +66,6 @@ def chain(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-class Unbiased(nn.Module):
-    """A layer that is called once more without its bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x).tanh() + F.linear(2 * x, self.fc.weight)
-
-
 IDS, ROWS, IMAGES = torch.randint(0, 6, (2, 3)), torch.randn(4, 6, 3), torch.randn(2, 4, 8)
 CASES: dict[str, tuple[nn.Module, torch.Tensor, Any, bool]] = {
     "linear": (Ragged(), ROWS, "all-linear", False),
@@ -93,7 +81,6 @@ CASES: dict[str, tuple[nn.Module, torch.Tensor, Any, bool]] = {
     "experts": (Experts(), torch.randn(2, 3, 4), ["up_proj"], False),
     "a table that is the head": (Tied(), IDS, ["table"], False),
     "a table with vectors": (chain(nn.Embedding(7, 5)), IDS, ["0"], True),
-    "a call without the bias": (Unbiased(), ROWS, ["fc"], True),
     "two names": (Shared(), torch.randn(4, 3), "all-linear", False),
     "half": (Ragged().half(), ROWS.half(), "all-linear", True),
 }  # fmt: skip
