@@ -290,6 +290,14 @@ def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize("name", ["a", "ab", "abc"])
+def test_tensors_begin_where_numbers_of_8_bytes_may(name: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a", {name: Made((1,), torch.float64, lambda: torch.ones(1).double())})
+    data = (tmp_path / "a").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    assert len(data) == 8 + int.from_bytes(data[:8], "little") + 8
+
+
 def test_what_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
     entry = {"a": Made((2,), torch.float32, lambda: torch.zeros(3))}
     with pytest.raises(ValueError, match="shape"):

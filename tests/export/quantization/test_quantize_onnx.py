@@ -20,7 +20,9 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import AdapterError, ExportError, VerificationError
 from lora_fx.export import Session, add_lora, export_adapter, merge_onnx, quantize_onnx
+from lora_fx.export.quantization.pack_file import outputs_off
 from lora_fx.export.slots.manifest import read_manifest
+from lora_fx.export.verification.file_run import Run
 from lora_fx.testing import tiny
 from lora_fx.testing.bitsandbytes import TABLES
 
@@ -368,3 +370,13 @@ def test_a_weight_that_may_be_given_stays(tmp_path: Path) -> None:
     assert report.quantised is not None
     assert list(report.quantised.weights) == ["two"]
     assert "may be given in place" in report.quantised.left["one"]
+
+
+@pytest.mark.parametrize("places", [("one", "two"), ("two", "one")])
+def test_outputs_are_as_far_off_as_the_farthest_of_some_runs(places: tuple[str, str]) -> None:
+    plain = {(True, place): {"y": np.ones(4)} for place in places}
+    off = {
+        (True, place): {"y": np.full(4, 1 + n)} for place, n in zip(places, (0.1, 0.3), strict=True)
+    }
+    runs = (Run(Path("a.onnx"), known=off), Run(Path("b.onnx"), known=plain))
+    assert outputs_off(*runs, {"one": {}, "two": {}}) == {"y": pytest.approx(0.3)}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
+from lora_fx.adapters.updates import activated
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export import Session, export_adapter, to_onnx
 from lora_fx.numerics import compare
@@ -78,6 +79,7 @@ def test_bfloat16_adapters_keep_every_bit(tmp_path: Path) -> None:
 
 
 UPDATE = Update(torch.randn(2, 3), torch.randn(5, 2), 1.0)
+BEHIND = Update(torch.randn(2, 5), torch.randn(4, 2), 1.0)
 MISFITS = {
     r"no slot at up\.fc, x; the model has slots at up, tail\.1": Adapter(
         "other", {"up": UPDATE, "up.fc": UPDATE, "x": UPDATE}
@@ -90,6 +92,15 @@ MISFITS = {
     ),
     "up: lora_bias needs a vector .* vectors=True": Adapter(
         "biased", {"up": replace(UPDATE, bias=torch.ones(5))}
+    ),
+    r"act from the tokens \(1,\) on, and from \(2,\): one file has one": Adapter(
+        "two", {"up": activated(UPDATE, [1]), "tail.1": activated(BEHIND, [2])}
+    ),
+    r"act from the tokens \(\) on, and from \(2,\): one file has one": Adapter(
+        "part", {"up": UPDATE, "tail.1": activated(BEHIND, [2])}
+    ),
+    r"acts from its invocation tokens \[2\] on .* the model has no slot for these": Adapter(
+        "late", {"up": activated(UPDATE, [2]), "tail.1": activated(BEHIND, [2])}
     ),
     "up: adapter broken holds NaN": Adapter(
         "broken", {"up": replace(UPDATE, up=torch.full((5, 2), float("nan")))}

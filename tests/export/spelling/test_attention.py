@@ -94,6 +94,17 @@ def test_a_mask_of_some_rows_and_heads(sizes: str, spelled: Callable[..., Any]) 
     assert found.off < 1e-6
 
 
+@pytest.mark.parametrize("names", ["q", "qkv", "qm"])
+def test_one_row_that_is_stretched_stays(names: str, spelled: Callable[..., Any]) -> None:
+    """As of queries that a model has learned, or of all but the mask: the operator takes none."""
+    made = {"q": "3, n, 4] qh", "k": "3, 4, n] kt", "v": "3, n, 4] vh", "m": "1, n, n] m"}
+    sizes = [f"{size} {n}" for n in names if n != "m" for size in ("n, 12]", "n, 3, 4]")]
+    old = [size if "12" in size else f"{size}4" for size in sizes] + [made[n] for n in names]
+    text = graph(*((f"float[b, {one}", f"float[1, {one}") for one in old))
+    found = spelled(FuseAttention, text, b=2, n=5)
+    assert (found.count, found.off) == (0, 0)
+
+
 def test_one_head_of_keys_is_every_query_s(spelled: Callable[..., Any]) -> None:
     """As in Falcon, where a product stretches it over those of the queries."""
     one = [(f"float[b, n, 12] {name}", f"float[b, n, 4] {name}") for name in ("k", "v")]
