@@ -92,9 +92,12 @@ def check_choice(said: str, value: object, choices: Any, error: type[Exception])
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_RAW = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
-def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(
+    error: type[Exception], judge: Callable[[Mapping[str, Any]], str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a typed error of what fails in Python's own words because of what it was given.
 
     Who does not fail is not asked, so that whatever serves is taken. Warnings of what is called
@@ -102,6 +105,7 @@ def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     Args:
         error: of which type to raise.
+        judge: from arguments that are of their types to what is wrong with what they name.
     """
 
     def told(function: Callable[P, R]) -> Callable[P, R]:
@@ -109,8 +113,11 @@ def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as failed:
-                if wrong := _first_odd(function, args, kwargs):
+            except _RAW as failed:
+                wrong = _first_odd(function, args, kwargs)
+                if wrong is None and judge is not None:
+                    wrong = judge(signature(function).bind(*args, **kwargs).arguments)
+                if wrong is not None:
                     raise error(wrong) from failed
                 raise
 

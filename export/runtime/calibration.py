@@ -13,7 +13,7 @@ from lora_fx.choices import takes
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
-from lora_fx.export.runtime.ort import to_array
+from lora_fx.export.runtime.ort import to_array, unreadable
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
@@ -38,7 +38,7 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
         AdapterError: an adapter is damaged or of another file.
     """
 
-    @takes(ExportError)
+    @takes(ExportError, unreadable)
     def __init__(
         self,
         path: str | Path,
