@@ -190,4 +190,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if issubclass(kind, Mapping) and parts:
         return all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    return kind is not Sequence or all(_fits(one, parts[0]) for one in value)
+    # What has no length may be read once, and has been.
+    is_kept = kind is Sequence or (kind is Iterable and isinstance(value, list | tuple))
+    return not is_kept or all(_fits(one, parts[0]) for one in value)
