@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import builtins
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import formatannotation, signature
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from re import sub
+from sys import modules
 from types import UnionType
 from typing import (
     Any,
@@ -92,9 +94,12 @@ def check_choice(said: str, value: object, choices: Any, error: type[Exception])
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_RAW = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
-def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(
+    error: type[Exception], judge: Callable[[Mapping[str, Any]], str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a typed error of what fails in Python's own words because of what it was given.
 
     Who does not fail is not asked, so that whatever serves is taken. Warnings of what is called
@@ -102,6 +107,7 @@ def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     Args:
         error: of which type to raise.
+        judge: from arguments that are of their types to what is wrong with what they name.
     """
 
     def told(function: Callable[P, R]) -> Callable[P, R]:
@@ -109,8 +115,11 @@ def takes(error: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as failed:
-                if wrong := _first_odd(function, args, kwargs):
+            except _RAW as failed:
+                wrong = _first_odd(function, args, kwargs)
+                if wrong is None and judge is not None:
+                    wrong = judge(signature(function).bind(*args, **kwargs).arguments)
+                if wrong is not None:
                     raise error(wrong) from failed
                 raise
 
@@ -127,15 +136,39 @@ def _first_odd(function: Callable[..., Any], args: Any, kwargs: Any) -> str | No
         known = ", ".join(name for name in signature(function).parameters if name != "self")
         called = function.__qualname__.removesuffix(".__init__")
         return f"{called}: {unbound}: give what it takes: {known}"
-    # What is imported for type checkers alone is anything here.
-    names = ChainMap(function.__globals__, vars(builtins), defaultdict(lambda: Any))
-    hints = get_type_hints(function, localns=names)
+    return _odd_among("", given, _hints(function, function)) or _odd_inside(list(given.values()))
+
+
+def _hints(of: Any, *makers: Any) -> dict[str, Any]:
+    """Annotations as types: what is imported for type checkers alone is anything here."""
+    known = [vars(modules[maker.__module__]) for maker in makers]
+    return get_type_hints(of, localns=ChainMap(*known, vars(builtins), defaultdict(lambda: Any)))
+
+
+def _odd_among(where: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> str | None:
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
             expected = sub(r"\w+\.", "", formatannotation(hints[name]))
             step = ": trace the model first, gm = lora_fx.trace(model, args)"
             advice = step if expected == "GraphModule" else ""
-            return f"{name} is {value!r:.80}: expected {expected}{advice}"
+            return f"{where}{name} is {value!r:.80}: expected {expected}{advice}"
+    return None
+
+
+def _odd_inside(values: Iterable[Any]) -> str | None:
+    """The same of the fields of our own values, which are not asked either where they are made."""
+    for value in values:
+        kind, inside = type(value), None
+        if is_dataclass(kind) and kind.__module__.startswith("lora_fx."):
+            held = {field.name: getattr(value, field.name) for field in fields(value)}
+            known = _hints(kind, *kind.__mro__)
+            inside = _odd_among(f"{kind.__name__}.", held, known) or _odd_inside(held.values())
+        elif isinstance(value, Mapping):
+            inside = _odd_inside(value.values())
+        elif isinstance(value, list | tuple):
+            inside = _odd_inside(value)
+        if inside is not None:
+            return inside
     return None
 
 
@@ -146,8 +179,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if kind is Literal:
         return any(type(value) is type(one) and value == one for one in parts)
-    if hint is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+    if hint is Any or not isinstance(kind, type):
         return True
+    if getattr(kind, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
     if kind is bool:
         return isinstance(value, int) or type(value).__name__.startswith("bool")  # numpy's too
     kind = {int: Integral, float: Real, Path: PathLike}.get(kind, kind)
@@ -155,4 +190,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if issubclass(kind, Mapping) and parts:
         return all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    return kind is not Sequence or all(_fits(one, parts[0]) for one in value)
+    # What has no length may be read once, and has been.
+    is_kept = kind is Sequence or (kind is Iterable and isinstance(value, list | tuple))
+    return not is_kept or all(_fits(one, parts[0]) for one in value)

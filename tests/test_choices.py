@@ -84,6 +84,7 @@ def test_what_is_none_is_refused_with_those_that_there_are() -> None:
 
 GM = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(3, 5)), (torch.ones(4, 3),))
 FRENCH = make_adapter({"0": (5, 3)})
+TUNED = lora_fx.inject(GM, FRENCH)
 # What is called -> its parameters, and what they are not.
 WRONG: list[tuple[Callable[..., Any], dict[str, object]]] = [
     (lora_fx.explain, {"gm": None}),
@@ -159,3 +160,25 @@ def test_what_nothing_takes_is_told_with_what_it_takes(
 ) -> None:
     with pytest.raises(LoraFxError, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: lora_fx.inject(GM, lora_fx.Adapter("a", {"0": update(scale="4")})),
+         r"^Update\.scale is '4': expected float$"),
+        (lambda: lora_fx.Adapter("a", {"0": "x"}), r"^updates is .*: expected Mapping"),
+        (lambda: lora_fx.passes.FoldLora(np.ones(2))(GM), r"^FoldLora\.chains is .*expected bool$"),
+        (lambda: lora_fx.passes.ChooseForm(form=True)(TUNED), r"^ChooseForm\.form is True"),
+    ],
+)  # fmt: skip
+def test_what_fails_over_a_field_of_a_value_is_told_by_the_field(
+    call: Callable[[], object], says: str
+) -> None:
+    lora_fx.inject(GM, lora_fx.Adapter("a", {"0": update(scale=4)}))
+    with pytest.raises(LoraFxError, match=says):
+        call()
+
+
+def update(scale: Any) -> lora_fx.Update:
+    return lora_fx.Update(torch.ones(2, 3), torch.ones(5, 2), scale)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, advised, shorten, within
+from lora_fx.export.onnx_model.tensor_protos import ASIDE
 
-_ASIDE = 4  # version of the format from which on an initializer need not be an input
 _AGAIN = "give the file as it was exported, or export it again"
 
 
@@ -35,11 +35,11 @@ def parsed_file(path: Path) -> ir.Model:
         _check_read(model)
         common.InlinePass()(model)
         model.graph.sort()
-        if model.ir_version < _ASIDE:
+        if model.ir_version < ASIDE:
             for value in model.graph.initializers.values():
                 if value.is_graph_input():
                     model.graph.inputs.remove(value)
-            model.ir_version = _ASIDE
+            model.ir_version = ASIDE
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         _lift_small_weights(model)
         _named_once(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
 from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helper
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, shorten
 
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 _TYPES = {number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
@@ -24,6 +25,7 @@ _BITS = {
 _TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _MOST = 1 << 63
 _OLDEST_IR = 3  # before it a model said nothing of its operator sets
+ASIDE = 4  # version of the format from which on an initializer need not be an input
 
 
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
@@ -64,6 +66,14 @@ def check_model(model: ModelProto) -> None:
                 f"opset version {entry.version} of {entry.domain!r:.80}, expected 1 or more: "
                 "export it again"
             )
+    if all(entry.domain for entry in model.opset_import):
+        raise ExportError(
+            "says no version of ONNX's own operators, for which each tool takes another: export it "
+            "again"
+        )
+    names = Counter(value.name for value in model.graph.input)
+    if twice := sorted(name for name, times in names.items() if times > 1):
+        raise ExportError(f"two inputs of one name: {shorten(twice)}: export it again")
     for message, fields in _messages(model):
         if isinstance(message, TensorProto):
             _check_text([message.name])

@@ -17,6 +17,7 @@ from lora_fx.export.quantization.numbers import of_whole_x, packed_in, with_numb
 from lora_fx.export.quantization.pack_file import NOT_QUANTISED, outputs_off, pack_file
 from lora_fx.export.quantization.schemes import scheme_of
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
+from lora_fx.export.runtime.ort import unreadable
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.foreign import ForeignSlot
 from lora_fx.export.slots.manifest import Manifest
@@ -33,7 +34,7 @@ from lora_fx.io.plain_file import models_in
 _RANKS = (1, 4, 2, 7)
 
 
-@takes(ExportError)
+@takes(ExportError, unreadable)
 def quantize_onnx(
     model_path: str | Path,
     out_path: str | Path,

@@ -31,6 +31,7 @@ from lora_fx.export.rewriting.insert_slots import insert_slot, slot_of
 from lora_fx.export.rewriting.layer_names import Paths, check_one, is_fused, named_layers
 from lora_fx.export.rewriting.missed_calls import missed_calls
 from lora_fx.export.rewriting.unopened import clipped, unopened
+from lora_fx.export.runtime.ort import unreadable
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.insert import set_defaults
@@ -48,7 +49,7 @@ _RANKS = (1, 4, 2, 7)
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
 
 
-@takes(ExportError)
+@takes(ExportError, unreadable)
 def add_lora(
     model_path: str | Path,
     out_path: str | Path,

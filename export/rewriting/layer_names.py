@@ -57,8 +57,10 @@ def named_layers(layers: Iterable[FileLayer], names: Mapping[str, str]) -> tuple
         The layers, and the names of the weights of those that have no path.
 
     Raises:
-        ExportError: a name of ``names`` is none of the file's.
+        ExportError: a name of ``names`` is none of the file's, or a path of it none.
     """
+    if odd := [p for p in names.values() if not (isinstance(p, str) and p and p.isprintable())]:
+        raise ExportError(f"names: {odd[0]!r:.80} is no module path: give one, such as encoder.fc")
     found: Paths = {}
     nameless, used, every = [], set(), list(layers)
     graphs = dict.fromkeys(layer.node.graph for layer in every)

@@ -21,7 +21,7 @@ from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.report import Clock, ExportReport, Verification, file_sizes
 from lora_fx.export.rewriting.file_layers import types_of_numbers
 from lora_fx.export.rewriting.merging import merged_model
-from lora_fx.export.runtime.ort import open_session
+from lora_fx.export.runtime.ort import open_session, unreadable
 from lora_fx.export.slots.adapter_file import ORT_ADAPTER, write_ort_adapter
 from lora_fx.export.slots.check_adapter import (
     Stored,
@@ -42,7 +42,7 @@ from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
 
-@takes(ExportError)
+@takes(ExportError, unreadable)
 def merge_onnx(
     model_path: str | Path,
     adapter: Adapter | str | Path,

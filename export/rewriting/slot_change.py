@@ -24,7 +24,8 @@ def acts(slot: AnySlot, values: Values) -> bool:
 
 def axes_of(slot: AnySlot, read: Read) -> tuple[str, ...] | None:
     """The names of the axes of a slot's weight, or None if it is of another shape."""
-    shape = tuple(read.weight.shape.numpy()) if read.weight.shape is not None else ()
+    known = read.weight.shape
+    shape = tuple(known.numpy()) if known is not None and known.is_static() else ()
     if isinstance(slot, ExpertSlot):
         return _axes_of(slot, "weight") if shape == slot.shape else None
     assert isinstance(slot, Slot)

@@ -14,7 +14,7 @@ from lora_fx.choices import takes
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
-from lora_fx.export.runtime.ort import to_array
+from lora_fx.export.runtime.ort import check_names, to_array, unreadable
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
 from lora_fx.export.slots.manifest import Manifest
@@ -36,24 +36,32 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]
         adapters: files made by `export_adapter` for it, one at least.
 
     Raises:
-        ExportError: the file has no slots, or no adapter is given.
+        ExportError: the file has no slots or other inputs, or no adapter or no run is given.
         AdapterError: an adapter is damaged or of another file.
     """
 
-    @takes(ExportError)
+    @takes(ExportError, unreadable)
     def __init__(
         self,
         path: str | Path,
         inputs: Iterable[Mapping[str, Any]],
         adapters: Sequence[str | Path],
     ) -> None:
-        manifest = manifest_in(load_proto(Path(path)), Path(path))
+        proto = load_proto(Path(path))
+        manifest = manifest_in(proto, Path(path))
         if manifest is None or not adapters:
             what = "has no slots" if manifest is None else "is calibrated with no adapter"
             raise ExportError(f"{path}: {what}: give a swappable file, and one adapter at least")
         for adapter in adapters:
             check_adapter_file(Path(adapter), manifest, Path(path))
-        self._inputs = [{n: to_array(n, v) for n, v in each.items()} for each in inputs]
+        held = {*manifest.names, *(tensor.name for tensor in proto.graph.initializer)}
+        taken = [value.name for value in proto.graph.input if value.name not in held]
+        self._inputs = []
+        for each in inputs:
+            check_names(Path(path), each, taken)
+            self._inputs.append({name: to_array(name, each[name]) for name in taken})
+        if not self._inputs:
+            raise ExportError(f"{path}: is calibrated on no inputs: give those of one run at least")
         every = [None, *map(Path, adapters)]
         self._none, *self._slots = _of_one_rank([_fed(manifest, Path(path), one) for one in every])
         self.rewind()

@@ -92,12 +92,19 @@ def generated(
     """The tokens that follow a prompt, (batch, at most ``count``), until every row has ended."""
     if not isinstance(count, int | np.integer) or count < 1:
         raise ExportError(f"max_new_tokens is {count!r}: give a whole number, at least 1")
+    if streamer is not None and not all(hasattr(streamer, name) for name in ("put", "end")):
+        raise ExportError(f"streamer is {streamer!r:.80}: give one with put and end, or None")
     if streamer is not None:
         streamer.put(torch.from_numpy(ids))
     found: list[Array] = []
     done = np.zeros(len(ids), dtype=bool)
     logits = next(generation)
     while True:
+        if np.isnan(logits[~done]).any():
+            raise ExportError(
+                "the logits hold NaN, so no token is the likeliest: export the model in a wider "
+                "dtype, or leave out the adapter if that alone makes them"
+            )
         tokens = np.where(done, ends.pad, choose(logits)).astype(np.int64)
         found.append(tokens)
         if streamer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from lora_fx.errors import NO_MEMORY, ExportError, is_out_of_memory, shorten
+from lora_fx.errors import NO_MEMORY, ExportError, advised, is_out_of_memory, shorten
 from lora_fx.export.onnx_model.tensor_protos import every_node
 from lora_fx.export.onnx_model.tensors import to_numpy
 
@@ -102,6 +103,17 @@ def open_session(
         if is_out_of_memory(error):
             raise ExportError(f"{path.name}: {NO_MEMORY}") from error
         raise ExportError(f"{path.name}: not loaded by onnxruntime: {reason(error)}") from error
+
+
+def unreadable(arguments: Mapping[str, Any]) -> str | None:
+    """What onnxruntime has against the file that a call was given, for `takes`; None if nothing."""
+    path = Path(arguments["model_path" if "model_path" in arguments else "path"])
+    try:
+        with advised("give the file as it was exported, or export it again"):
+            open_session(path)
+    except ExportError as error:
+        return str(error)
+    return None
 
 
 def _is_packed(path: Path) -> bool:
@@ -219,5 +231,6 @@ def to_ort_value(tensor: torch.Tensor) -> ort.OrtValue:
 
 
 def reason(error: Exception) -> str:
-    """What onnxruntime said, on one line."""
-    return " ".join(line.strip() for line in str(error).splitlines()[:3])
+    """What onnxruntime said, on one line: not that it could not load, which sounds like advice."""
+    said = " ".join(line.strip() for line in str(error).splitlines()[:3])
+    return re.sub("Load model from .*? failed: ?", "", said)

@@ -43,6 +43,8 @@ class Sampling:
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: expected "
                 "a temperature and a top_k of at least 0, and a top_p above 0 and at most 1"
             )
+        if isinstance(self.seed, int | np.integer) and self.seed < 0:
+            raise ExportError(f"seed={self.seed}: give a number of at least 0, or None")
 
     def chooser(self) -> Callable[[Array], Array]:
         """From logits (batch, vocabulary) to tokens (batch,)."""
@@ -53,8 +55,9 @@ class Sampling:
 
     def _drawn(self, logits: Array, source: np.random.Generator) -> int:
         order = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        scaled = logits[order].astype(np.float64) / self.temperature
-        chances = np.exp(scaled - scaled.max())
+        chosen = logits[order].astype(np.float64)
+        with np.errstate(over="ignore"):  # far below the likeliest, at a low temperature
+            chances = np.exp((chosen - chosen.max()) / self.temperature)
         chances /= chances.sum()
         count = int(np.searchsorted(chances.cumsum(), self.top_p)) + 1
         left = chances[:count] / chances[:count].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ class Session:
             check_digests(proto, self._path)
         self._in_place = writes_in_place(proto)
         self._counts_mask = self._in_place and not axes_in_place(proto)
-        new_cache = metadata(proto).get(NEW_CACHE)
-        self._new_cache = None if new_cache is None else int(new_cache)
+        self._new_cache = _count(metadata(proto), NEW_CACHE, self._path)
         del proto
         self._session = open_session(self._path, threads=threads, providers=providers)
         self._adapters: dict[Path | None, tuple[Stamp | None, ActiveAdapter]] = {}
@@ -232,6 +232,14 @@ class Session:
             )
         status = path.stat()
         return path, (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def _count(noted: Mapping[str, str], key: str, path: Path) -> int | None:
+    """A number that a file notes of itself, or None if it has none."""
+    value = noted.get(key)
+    if value is not None and not re.fullmatch("[1-9][0-9]{0,17}", value):
+        raise ExportError(f"{path}: {key} is {value!r:.80}, expected a number: export it again")
+    return None if value is None else int(value)
 
 
 def _axes(shape: Sequence[Any]) -> str:

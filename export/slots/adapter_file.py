@@ -20,7 +20,7 @@ from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.changed_file import check_digests
 from lora_fx.export.onnx_model.model_file import load_proto, manifest_in
 from lora_fx.export.onnx_model.tensors import to_numpy
-from lora_fx.export.runtime.ort import ERRORS, to_ort_value
+from lora_fx.export.runtime.ort import ERRORS, to_ort_value, unreadable
 from lora_fx.export.slots.adapter_report import AdapterReport, report_of
 from lora_fx.export.slots.check_adapter import check_adapter_file, read_stored, values_of
 from lora_fx.export.slots.every_value import every_value
@@ -40,7 +40,7 @@ _ADAPTER_VERSION = 1
 _NO_ADAPTER = Adapter("none", {})
 
 
-@takes(ExportError)
+@takes(ExportError, unreadable)
 def export_adapter(
     adapter: Adapter | str | Path | None,
     model_path: str | Path,

@@ -16,6 +16,7 @@ from onnx import ModelProto, ValueInfoProto
 from torch import fx
 
 from lora_fx.errors import ExportError, shorten, within
+from lora_fx.export.onnx_model.tensor_protos import ASIDE
 from lora_fx.export.onnx_model.tensors import digest_of
 from lora_fx.export.slots.slot import AnySlot, InvocationSlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
@@ -166,9 +167,11 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name for value in model.graph.input}
     listed = manifest.names
-    found = inputs - constants if manifest.required else inputs & constants
+    # Before, a weight was an input because there was no other way to have one.
+    defaults = inputs & constants if model.ir_version >= ASIDE else set()
+    found = inputs - constants if manifest.required else defaults
     lost = [name for name in listed if name not in found]
-    unknown = sorted((inputs & constants).difference(listed))
+    unknown = sorted(defaults.difference(listed))
     if lost or unknown:
         default = "without" if manifest.required else "with"
         raise ExportError(

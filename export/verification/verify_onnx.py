@@ -25,6 +25,7 @@ from lora_fx.export.quantization.numbers import (
 )
 from lora_fx.export.report import Clock, ExportReport, Quantisation, Verification
 from lora_fx.export.rewriting.file_layers import FileLayer
+from lora_fx.export.runtime.ort import unreadable
 from lora_fx.export.runtime.session import Session
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.manifest import Manifest
@@ -38,7 +39,7 @@ from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.passes import FoldLora, InjectLora
 
 
-@takes(ExportError)
+@takes(ExportError, unreadable)
 def verify_onnx(
     gm: fx.GraphModule,
     path: str | Path,

@@ -25,6 +25,8 @@ from lora_fx.choices import takes
 from lora_fx.errors import AdapterError, within
 from lora_fx.layers.layer_types import TYPES
 
+_MOST = (1 << 31) - 1  # of one axis
+
 
 @dataclass(frozen=True)
 class LoraConfig(Value):
@@ -89,7 +91,8 @@ class LoraConfig(Value):
         ranks, alphas = checked_ranks(self.rank_pattern), checked_alphas(self.alpha_pattern)
         object.__setattr__(self, "rank_pattern", MappingProxyType(ranks))
         object.__setattr__(self, "alpha_pattern", MappingProxyType(alphas))
-        checked_rank("r", self.r)
+        if max([checked_rank("r", self.r), *ranks.values()]) > _MOST:
+            raise AdapterError(f"r or rank_pattern asks for more than {_MOST}: give a rank of less")
         checked_alpha("alpha", self.alpha)
         checked_init(self.init)
         check_name(self.name)
@@ -102,8 +105,9 @@ class LoraConfig(Value):
             raise AdapterError(f"use_rslora is {self.use_rslora!r}, expected true or false")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
-        if self.seed is not None and type(self.seed) is not int:
-            raise AdapterError(f"seed is {self.seed!r}, expected an integer or None")
+        is_seed = type(self.seed) is int and -(1 << 63) <= self.seed < 1 << 64
+        if not (is_seed or self.seed is None):
+            raise AdapterError(f"seed is {self.seed!r:.80}, expected an integer of 64 bits or None")
         if not self.target_modules:
             raise AdapterError("target_modules is empty: nothing would be adapted")
         _ = self.rule

@@ -53,6 +53,7 @@ class Pass:
         """Changes the graph through the editor; the whole of a pass's own work."""
         raise PassError(f"{type(self).__name__} defines no rewrite(self, editor)")
 
+    @takes(PassError)
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Applies the pass.
 

@@ -32,7 +32,11 @@ def hidden_directory(home: Path) -> Iterator[Path]:
     try:
         yield hidden
     finally:
-        _settle(hidden)
+        try:
+            _settle(hidden)
+        except BaseException:  # an interrupt that came meanwhile
+            _settle(hidden)
+            raise
         if lock is not None:
             os.close(lock)
 
@@ -105,7 +109,11 @@ def _settle(hidden: Path) -> None:
 def _made(home: Path) -> tuple[Path, int | None]:
     for _ in range(100):
         hidden = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
-        lock = _lock(hidden)
+        try:
+            lock = _lock(hidden)
+        except BaseException:
+            hidden.rmdir()
+            raise
         if locks is None or (lock is not None and hidden.is_dir()):
             return hidden, lock
         if lock is not None:  # somebody swept it before it was locked

@@ -19,10 +19,13 @@ _POINTER, _POINTER_SIZE = b"version https://git-lfs.", 1024
 def check_path(path: Path, error: type[LoraFxError]) -> Path:
     """Refuses a path that no file can have: with a NUL in it, a part that is too long, a loop.
 
+    Nor can one that is not UTF-8: neither onnx nor onnxruntime takes it.
+
     Raises:
         LoraFxError: of the type ``error``; a file that is merely not there is not refused.
     """
     try:
+        str(path).encode()
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path
@@ -54,6 +57,7 @@ def check_plain(
         LoraFxError: of the type ``error``; names the file, what it is, and what was expected.
     """
     try:
+        str(path).encode()
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             models = shorten([str(file) for file in models_in(path)])
@@ -78,8 +82,8 @@ def check_plain(
             )
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
-    except ValueError as problem:  # a NUL in the name
-        raise error(f"{str(path)!r}: cannot be read: {problem}") from problem
+    except ValueError as problem:  # a NUL in the name, or not UTF-8
+        raise error(f"{str(path)!r}: cannot be read: {problem}: rename it") from problem
     return status.st_size
 
 

@@ -39,7 +39,7 @@ def read_json(path: Path, error: type[LoraFxError] = LoraFxError) -> Any:
     try:
         return json.loads(read_plain(path, MAX_JSON, error))
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: cannot be read: {problem}") from problem
+        raise error(f"{path}: cannot be read: {problem}: download or save it again") from problem
 
 
 def parse_object(data: bytes) -> dict[str, object]:

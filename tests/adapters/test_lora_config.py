@@ -152,6 +152,9 @@ def test_a_config_is_closed() -> None:
         ),
         ({"seed": "x"}, "seed is 'x'"),
         ({"seed": True}, "seed is True"),
+        ({"seed": 1 << 64}, "seed is 18446744073709551616, expected an integer of 64 bits"),
+        ({"r": 1 << 63}, "r or rank_pattern asks for more than 2147483647: give"),
+        ({"rank_pattern": {"fc": 1 << 31}}, "r or rank_pattern asks for more than 2147483647"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(options: dict[str, Any], message: str) -> None:

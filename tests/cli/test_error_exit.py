@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +102,15 @@ def test_what_a_command_refuses_itself_says_what_to_do(room: str) -> None:
         if not says_what_to_do(text) and not _RIGHT.search(text)
     }  # fmt: skip
     assert bare == {}
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_streams_that_are_closed_get_a_place(closed: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "lora_fx", "inspect", str(tmp_path / "no.onnx")]
+    ends = " ".join(f"{number}>&-" for number in closed.split())
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {ends}', "sh", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "defect" not in done.stderr
+    assert ("no such file" in done.stderr) == ("2" not in closed)

@@ -190,6 +190,23 @@ def test_a_swappable_file_survives_and_takes_the_adapter(
     assert off(found, base) > 0.3
 
 
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([], "is calibrated on no inputs: give those of one run"),
+        ([{}], "missing inputs: input; unknown inputs: none"),
+        ([{"input": X, "0.lora_A": X}], "unknown inputs: 0.lora_A"),
+        ([3], r"inputs is \[3\]: expected Iterable"),
+    ],
+)
+def test_what_a_file_is_calibrated_on_is_what_it_takes(
+    inputs: Any, said: str, tmp_path: Path
+) -> None:
+    directory = exported(tmp_path, nn.ReLU())[0]
+    with pytest.raises(ExportError, match=said):
+        CalibrationReader(directory / "swappable.onnx", inputs, [directory / "a.onnx_adapter"])
+
+
 def test_a_file_that_is_calibrated_without_adapters_cuts_off_what_they_add(tmp_path: Path) -> None:
     """Why `CalibrationReader` feeds them: a control of the line above that nothing saturates."""
     directory, adapter, _, adapted = exported(tmp_path, nn.ReLU())

@@ -6,6 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,24 @@ def test_a_place_below_a_file_is_an_error(tmp_path: Path) -> None:
         staged_files(tmp_path / "file" / "model", NAMES, "model", False),
     ):
         raise AssertionError("the body must not run")
+
+
+@pytest.mark.parametrize("call", ["shutil.rmtree", "lora_fx.io.draft._lock"])
+def test_an_interrupt_while_all_is_settled_leaves_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path, "old")
+    room, name = call.rsplit(".", 1)
+    own, came = getattr(import_module(room), name), []
+
+    def interrupted(*args: object, **options: object) -> object:
+        if not came:
+            came.append(call)
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    monkeypatch.setattr(call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path, "new")
+    assert came
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

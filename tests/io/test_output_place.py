@@ -110,7 +110,9 @@ def test_what_is_written_in_a_draft_is_nobody_s_input(home: Path) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("place", ["a\0b", "x" * 300, "/".join("d" * 3000), "loop", "a\ud800"])
+@pytest.mark.parametrize(
+    "place", ["a\0b", "x" * 300, "/".join("d" * 3000), "loop", "a\ud800", "\udcff"]
+)
 def test_a_place_that_cannot_be_is_told(
     tmp_path: Path, place: str, write: Callable[[Path], None]
 ) -> None:

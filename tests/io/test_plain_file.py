@@ -103,7 +103,7 @@ def test_every_reader_refuses_soon_and_reads_nothing(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
-@pytest.mark.parametrize("name", ["no", "nul\0", "n" * 300])
+@pytest.mark.parametrize("name", ["no", "nul\0", "n" * 300, "\udcff"])
 @pytest.mark.parametrize("reader", READERS)
 def test_a_path_of_no_file_is_refused(reader: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="cannot be read"):

@@ -252,6 +252,10 @@ def _without_default(proto: onnx.ModelProto) -> None:
     proto.graph.initializer.remove(tensor(proto, "one.lora_B"))
 
 
+def _inputs_all(proto: onnx.ModelProto) -> None:
+    proto.ir_version = 3  # where every weight is an input, and none a default
+
+
 def _unlisted(proto: onnx.ModelProto) -> None:
     entry = next(e for e in proto.metadata_props if e.key == SLOTS)
     values = json.loads(entry.value)
@@ -264,6 +268,7 @@ def _unlisted(proto: onnx.ModelProto) -> None:
     [
         (_dropped, "for the slots one.lora_B, "),
         (_without_default, "for the slots one.lora_B, "),
+        (_inputs_all, "for the slots one.lora_A, one.lora_B"),
         (_unlisted, "has inputs one.lora_A, one.lora_B that its manifest does not list"),
     ],
 )

@@ -26,6 +26,7 @@ from lora_fx.export.onnx_model.digests import KEY as DIGESTS
 from lora_fx.export.onnx_model.model_file import load_proto
 from lora_fx.export.onnx_model.tensor_protos import byte_size, check_model, every_tensor
 from lora_fx.frontend.trace import trace
+from lora_fx.graph.example import NEW_CACHE
 from lora_fx.report import diff
 from lora_fx.testing import make_adapter
 
@@ -116,6 +117,18 @@ def versions(model: ModelProto) -> None:
     model.opset_import[0].version = -3
 
 
+def two_inputs(model: ModelProto) -> None:
+    model.graph.input.append(model.graph.input[0])
+
+
+def no_opset(model: ModelProto) -> None:
+    model.opset_import[0].domain = "d"
+
+
+def half_a_number(model: ModelProto) -> None:
+    model.metadata_props.add(key=NEW_CACHE, value="1e3")
+
+
 MISMATCH = "its shape|overlap|data file|bytes"
 CASES: dict[str, tuple[Change, str]] = {
     "type 0": (typed(0), "data type 0, expected one of ONNX's"),
@@ -140,6 +153,9 @@ CASES: dict[str, tuple[Change, str]] = {
     "no IR version": (lambda m: m.ClearField("ir_version"), "IR version 0, expected 3 or more"),
     "IR version of tomorrow": (lambda m: setattr(m, "ir_version", 1 << 62), "ersion"),
     "opset -3": (versions, "opset version -3 of '', expected 1 or more"),
+    "no opset": (no_opset, "says no version of ONNX's own operators, .*export it again"),
+    "an input twice": (two_inputs, "two inputs of one name: input: export it again"),
+    "a note": (half_a_number, "new_cache_behind is '1e3', expected a number|not what was exported"),
     "in an attribute": (in_attribute, "'../secret': expected the name of a file"),
     "in a sparse attribute": (in_sparse_attribute, "'/etc/passwd': expected the name of a file"),
     "in a function": (in_function, "'../secret': expected the name of a file"),
@@ -221,6 +237,7 @@ def test_a_graph_that_is_none_is_refused_unread(
 
 def test_every_type_that_onnx_has_is_let_through() -> None:
     model = ModelProto(ir_version=10)
+    model.opset_import.add(version=20)
     for name, number in TensorProto.DataType.items():
         if name == "STRING":
             model.graph.initializer.add(name=name, dims=[3], data_type=8, string_data=[b"a"] * 3)
@@ -269,4 +286,19 @@ def test_a_graph_that_says_one_value_twice_is_refused(reader: str, tmp_path: Pat
     with pytest.raises(ExportError, match=r"model\.onnx: .*redeclared") as refused:
         read(path, out)
     assert says_what_to_do(str(refused.value))
+    assert not out.exists()
+
+
+def test_what_no_tool_runs_is_told_by_onnxruntime_where_it_cannot_be_read(
+    model: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "changed.onnx", tmp_path / "out.onnx"
+    quantize_onnx(model, file, layers=["0"], external_data_above=1 << 30)
+    proto = onnx.load(file)
+    del proto.metadata_props[:]
+    del next(node for node in proto.graph.node if node.op_type == "MatMulNBits").input[2:]
+    onnx.save(proto, file)
+    for call in (add_lora, quantize_onnx):
+        with pytest.raises(ExportError, match=r"changed\.onnx: not loaded by onnx.*; give the f"):
+            call(file, out)
     assert not out.exists()

@@ -263,6 +263,9 @@ def test_tables_of_one_scope_are_in_the_way_of_no_other_layer(tmp_path: Path) ->
         ({"inputs": {"z": ROWS}}, "missing inputs: x; unknown inputs: z; the model takes x"),
         ({"slots": []}, "slots: names no layer; there are fc, head"),
         ({"slots": 3}, "slots: 3 is no name or list of names of layers"),
+        ({"names": {"fc.weight": ""}}, "names: '' is no module path: give one"),
+        ({"names": {"fc.weight": "a\nb"}}, r"names: 'a\\nb' is no module path: give one"),
+        ({"names": {"fc.weight": 3}}, "names: 3 is no module path: give one"),
         ({"slots": [3]}, r"slots: \[3\] is no name or list of names of layers"),
     ],
 )

@@ -350,3 +350,25 @@ def test_a_file_is_held_to_what_its_weights_are_read_in_but_for_one_that_is_made
     assert weight.const_value is not None
     weight.const_value = MergedTensor(weight.const_value, ("in", "out"), [Change()], weight.name)
     assert types_of_numbers(model) == {"float16", "float32"}
+
+
+def test_a_branch_beside_half_of_itself_is_told(tmp_path: Path) -> None:
+    """The rank of what it reads is open, so that it has no sizes to hold against a layer's."""
+    file = tmp_path / "slots.onnx"
+    to_onnx(
+        trace(nn.Sequential(nn.Linear(3, 5)), (torch.ones(2, 3),)),
+        file,
+        adapters="input",
+        verify=False,
+    )
+    proto = onnx.load(file)
+    by_input = {node.input[1]: node for node in proto.graph.node if node.op_type == "MatMul"}
+    up = by_input["0.lora_B"]
+    total = next(node for node in proto.graph.node if up.output[0] in node.input)
+    total.input[[*total.input].index(up.output[0]) - 1] = by_input["0.lora_A"].output[0]
+    del proto.metadata_props[[e.key for e in proto.metadata_props].index(KEY)]
+    onnx.save(proto, file)
+    with pytest.raises(
+        ExportError, match=r"0: its weight 0\.lora_A is stored in a way that is not"
+    ):
+        merge_onnx(file, make_adapter({"0": (5, 3)}), tmp_path / "m.onnx")
