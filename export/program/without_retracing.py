@@ -52,7 +52,8 @@ def _inputs(graph: fx.Graph) -> Iterator[Any]:
 def _is_settled(graph: fx.Graph) -> bool:
     """Whether a size that was free is a number by now: some meta kernels of torch (FFT) say so."""
     values = [value for value in _inputs(graph) if isinstance(value, torch.Tensor)]
-    sizes = [size for value in values for size in value.shape if isinstance(size, torch.SymInt)]
+    every: list[Any] = [size for value in values for size in value.shape]
+    sizes = [size for size in every if isinstance(size, torch.SymInt)]
     return any(size.node.expr.is_number for size in sizes)
 
 
