@@ -11,6 +11,7 @@ from types import MappingProxyType
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx import serialization
 
 from lora_fx.errors import ExportError, LoraFxError, advised, within
 from lora_fx.export.onnx_model.digested_writes import Watched
@@ -157,6 +158,7 @@ def load_proto(path: Path) -> onnx.ModelProto:
     size = check_plain(path, ExportError, _MAX_MODEL)
     try:
         with within(path):
+            _check_form(path)
             check_outline(path, size)
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -170,6 +172,19 @@ def load_proto(path: Path) -> onnx.ModelProto:
     with within(path):
         check_model(model)
     return model
+
+
+def _check_form(path: Path) -> None:
+    """Refuses what holds a model in another form, by the end of its name, as onnx.load knows it."""
+    if path.suffix == ".ort":
+        raise ExportError(
+            "onnxruntime's own format, read by it alone: give the .onnx file that it was made of"
+        )
+    if serialization.registry.get_format_from_file_extension(path.suffix) not in (None, "protobuf"):
+        raise ExportError(
+            'a model as text: write it as ONNX, onnx.save(onnx.load(file), "model.onnx"), and give '
+            "that file"
+        )
 
 
 def manifest_in(model: onnx.ModelProto, path: Path, *, strict: bool = False) -> Manifest | None:

@@ -35,6 +35,17 @@ def test_what_is_said_of_a_weight_the_weight_says(exported_mlp: Any, form: str) 
     assert described  # what nodes give is still described
 
 
+@pytest.mark.parametrize("end", ["onnxtxt", "textproto", "json", "ort"])
+def test_another_form_of_a_model_is_refused_with_what_makes_a_file_of_it(
+    tmp_path: Path, end: str
+) -> None:
+    path = tmp_path / f"model.{end}"
+    path.write_text("<ir_version: 10>")
+    wanted = r"own format.*give the \.onnx file" if end == "ort" else r"as text.*onnx\.save"
+    with pytest.raises(ExportError, match=wanted):
+        load_proto(path)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"no model", onnx.ModelProto(ir_version=9).SerializeToString()]
 )
