@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lora_fx.frontend.out_of_place import NoTwinError, twin
 from lora_fx.graph.aliasing import Memory, storages
 from lora_fx.graph.memory_views import path_to, put_back, viewed
-from lora_fx.graph.ops import aten, draws, written_arguments
+from lora_fx.graph.ops import aten, draws, function_name, written_arguments
 
 _VISIBLE = ("placeholder", "get_attr")
 
@@ -188,6 +188,8 @@ def _fits(root: fx.Node, whole: fx.Node) -> bool:
     old, new = root.meta.get("val"), whole.meta.get("val")
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return not isinstance(old, torch.Tensor) or whole.target == "type_as"
+    if new.dtype.is_complex and function_name(whole.target).endswith("_scatter"):
+        return False  # torch has no gradients of these, and has some of the write
     return old.dtype == new.dtype and _seen(old.stride()) == _seen(new.stride())
 
 

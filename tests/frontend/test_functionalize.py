@@ -151,3 +151,28 @@ def test_60_random_programs_of_views_and_writes_compute_what_they_did(
 
     got, wanted, _ = traced(program)
     assert all(map(torch.equal, got, wanted))
+
+
+class Spectral(nn.Module):
+    """A layer of a neural operator: some frequencies times weights, the others 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(3, 5)
+        self.kept = nn.Parameter(torch.randn(2, 5, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = torch.fft.rfft(self.into(x), dim=1)
+        kept = torch.zeros_like(found)
+        kept[:, :2] = found[:, :2] * self.kept
+        return torch.fft.irfft(kept, n=7, dim=1)
+
+
+def test_a_write_of_complex_numbers_has_the_gradients_of_the_model() -> None:
+    model = Spectral().eval()
+    gm = trace(model, (X,))
+    wanted = torch.autograd.grad(model(X).square().sum(), model.into.weight)[0]
+    loss = gm(X).square().sum()
+    found = torch.autograd.grad(loss, gm.get_parameter("into.weight"))[0]
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    assert found.norm() > 1e-2
