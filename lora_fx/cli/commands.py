@@ -272,7 +272,7 @@ def _part_of(path: Path, source: ModelSource, noted: Mapping[str, str]) -> Model
         if later.joined == path.name:
             raise ExportError(
                 f"{path}: is {first.file} and {later.file} in one, and was held against both when "
-                "it was written: verify these"
+                "it was written: give these"
             )
     own = [p for p in parts if p.component and p.task.get(TASK) == noted.get(TASK)]
     own += [p for p in parts if p.file == path.name]

@@ -21,7 +21,7 @@ ROOTS.append(Path(lora_fx.passes.__file__).parent)
 # Of functions that no command calls, of trainers' own calls, and of what a model's function gives.
 ELSEWHERE = {
     "adapters", "args", "dynamic_shapes", "form", "how", "init", "kwargs", "max", "opset", "rank",
-    "save_projection", "target", "target_modules", "temperature", "top_k", "top_p", "use_cache",
+    "save_projection", "seed", "target", "target_modules", "temperature", "top_k", "top_p", "use_cache",
     "verify",
     "wd_on_out",
 }  # fmt: skip

@@ -181,7 +181,7 @@ def test_three_files_generate_what_the_model_does(
         last = out / f"{FILES[-1]}.onnx"
         assert verify_model(last, spec, adapters, lambda _: None).verified
         with pytest.raises(
-            ExportError, match=r"merged\.onnx: is decoder_model.* in one, .*: verify"
+            ExportError, match=r"merged\.onnx: is decoder_model.* in one, .*: give these"
         ):
             verify_model(out / f"{ONE}.onnx", spec, adapters, lambda _: None)
         check_joined(out, monkeypatch)
