@@ -90,7 +90,7 @@ class Site(Layer):
 
     @property
     def has_first(self) -> bool:
-        """Whether the first input of W is read: of calls that sum up parts, the bias is of one."""
+        """Whether the first input of W is read; where calls sum up parts, that one has the bias."""
         return self.inputs is None or 0 in self.inputs
 
     @property
