@@ -76,8 +76,7 @@ def _joined(
 ) -> tuple[ir.Model, dict[str, str]]:
     """The model of an If, and the digests of its weights."""
     first, later = (model.graph for model in models)
-    given = {str(value.name) for value in later.outputs}
-    results = [(str(value.name), value.type, value.shape) for value in first.outputs]
+    results = [_like(value) for value in first.outputs]
     whole = ir.Graph([], [], nodes=[], opset_imports=first.opset_imports, name="decoder")
     joined = ir.Model(whole, ir_version=max(model.ir_version for model in models))
     joined.metadata_props.update({k: v for k, v in models[0].metadata_props.items() if k != KEY})
@@ -95,16 +94,13 @@ def _joined(
             _read_outside(value, weights[own])
         model.graph.inputs.clear()
         model.graph.initializers.clear()
-        _give(model.graph, [(name, kind, shape) for name, kind, shape in results])
+        _give(model.graph, results)
     flag = ir.Value(name=FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
     whole.inputs.extend([*inputs.values(), flag])
     branches = [ir.AttrGraph("then_branch", later), ir.AttrGraph("else_branch", first)]
     choice = ir.Node("", "If", [flag], branches, num_outputs=len(results), name="decoder/If")
-    for value, (name, kind, shape) in zip(choice.outputs, results, strict=True):
-        value.name, value.type, value.shape = name, kind, shape
-        if name not in given and shape is not None:
-            sizes = [f"{name}.{a}" if a in (0, 2) else size for a, size in enumerate(shape)]
-            value.shape = ir.Shape(sizes)
+    for value, result, other in zip(choice.outputs, results, later.outputs, strict=True):
+        value.name, value.type, value.shape = result.name, result.type, _either(result, other)
     whole.append(choice)
     whole.outputs.extend(choice.outputs)
     common.NameFixPass()(joined)  # both branches have values of one name
@@ -120,17 +116,27 @@ def _read_outside(value: ir.Value, outer: ir.Value) -> None:
     value.replace_all_uses_with(outer, replace_graph_outputs=True)
 
 
-def _give(graph: ir.Graph, results: Sequence[tuple[str, Any, Any]]) -> None:
+def _either(one: ir.Value, other: ir.Value) -> ir.Shape | None:
+    """The shape of what one or the other gives: a size of its own where they differ."""
+    if one.shape is None or other.shape is None:
+        return None
+    pairs = enumerate(zip(one.shape, other.shape, strict=True))
+    return ir.Shape([a if a == b else f"{one.name}.{axis}" for axis, (a, b) in pairs])
+
+
+def _give(graph: ir.Graph, results: Sequence[ir.Value]) -> None:
     """Lets a branch give what the file does, in its order; what it has not, empty."""
-    found = {str(value.name): value for value in graph.outputs}
+    found = {value.name: value for value in graph.outputs}
     graph.outputs.clear()
-    for name, kind, shape in results:
-        value = found.get(name)
+    for result in results:
+        value = found.get(result.name)
         if value is None:
-            sizes = [0, *(size if isinstance(size, int) else 1 for size in shape[1:])]
-            empty = ir.tensor(np.zeros(sizes, kind.dtype.numpy()))
+            assert result.shape is not None, "our files say the shapes of their outputs"
+            sizes = [0, *(size if isinstance(size, int) else 1 for size in result.shape[1:])]
+            empty = ir.tensor(np.zeros(sizes, result.dtype and result.dtype.numpy()))
             graph.append(node := ir.node("Constant", [], {"value": empty}))
             value = node.outputs[0]
+            value.shape, value.type = ir.Shape(sizes), result.type
         elif value.producer() is None:  # it stands around the branch
             graph.append(node := ir.node("Identity", [value]))
             value = node.outputs[0]
