@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_fx.export.report import ExportReport
     from lora_fx.export.rewriting.add_lora import add_lora
     from lora_fx.export.rewriting.merge import merge_onnx
+    from lora_fx.export.rewriting.one_decoder import join_decoders
     from lora_fx.export.runtime.calibration import CalibrationReader
     from lora_fx.export.runtime.session import Session
     from lora_fx.export.slots.adapter_file import export_adapter
@@ -28,6 +29,7 @@ _PLACES = {
     "Session": "runtime.session",
     "add_lora": "rewriting.add_lora",
     "export_adapter": "slots.adapter_file",
+    "join_decoders": "rewriting.one_decoder",
     "merge_onnx": "rewriting.merge",
     "quantize_onnx": "quantization.quantize_onnx",
     "slots_for": "slots.choose",
@@ -58,6 +60,7 @@ __all__ = [
     "Session",
     "add_lora",
     "export_adapter",
+    "join_decoders",
     "merge_onnx",
     "quantize_onnx",
     "slots_for",

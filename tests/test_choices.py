@@ -107,6 +107,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, object]]] = [
     (partial(lora_fx.export.add_lora, "m.onnx"), {"out_path": None}),
     (partial(lora_fx.export.merge_onnx, "m.onnx", FRENCH), {"out_path": {}}),
     (partial(lora_fx.export.quantize_onnx, "m.onnx"), {"out_path": 3}),
+    (partial(lora_fx.export.join_decoders, "a.onnx", "b.onnx"), {"out_path": 3}),
     (lora_fx.tasks.load, {"directory": None}),
     (lora_fx.passes.Pipeline, {"passes": 3}),
     (lora_fx.passes.sites, {"gm": None}),

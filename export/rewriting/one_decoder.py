@@ -11,9 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lora_fx.export.onnx_model.changed_file import tensor_digests
+from lora_fx.choices import takes
+from lora_fx.errors import ExportError, shorten
+from lora_fx.export.onnx_model.changed_file import check_digests, tensor_digests
 from lora_fx.export.onnx_model.digests import KEY
-from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, write_model
+from lora_fx.export.onnx_model.external_data import check_external_data
+from lora_fx.export.onnx_model.model_file import INLINE_LIMIT, load_proto, manifest_in, write_model
 from lora_fx.export.onnx_model.parsed import parsed_file
 from lora_fx.export.onnx_model.tensors import add_constant
 from lora_fx.export.report import Clock, ExportReport, file_sizes
@@ -22,53 +25,93 @@ from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.graph.example import TASK
-from lora_fx.io.atomic import staged
+from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.output_place import keeping
 
 FLAG = "use_cache_branch"  # as optimum calls it
 _CONTROL = "control: the other step"
 
 
+@takes(ExportError)
 def join_decoders(
-    first: Path, later: Path, out: Path, progress: Callable[[str], None] | None = None
+    first_path: str | Path,
+    later_path: str | Path,
+    out_path: str | Path,
+    *,
+    external_data_above: int = INLINE_LIMIT,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Writes one file that is the first step of a decoder or a later one, as a flag says.
 
-    A flag ``use_cache_branch`` (1,) chooses a branch of an ``If``; both share their weights. What
-    comes of the encoder, a later step gives no values of, shape (0, heads, 1, size): who calls it
-    keeps those of the first. Source: optimum's ``merge_decoders``, and Transformers.js 4.3.
+    A flag ``use_cache_branch`` (1,) chooses a branch of an ``If``; weights of one name that are
+    equal stand there once. What the later step does not give, as keys and values of the encoder,
+    is empty behind it, (0, heads, 1, size): who calls it keeps those of the first. It is run beside
+    both files, and as a control with the flag turned. Source: ``merge_decoders`` of optimum, and
+    Transformers.js 4.3, which loads such files.
 
     Args:
-        first: the file of the first step, without slots.
-        later: that of the others: with a cache among its inputs.
-        out: the ``.onnx`` file to write.
+        first_path: the file of the first step, ``decoder_model.onnx``.
+        later_path: that of the others, which takes what the first gave:
+            ``decoder_with_past_model.onnx``.
+        out_path: the ``.onnx`` file to write: ``decoder_model_merged.onnx``.
+        external_data_above: bytes of weights from which they go to ``<path>.data``.
+        force: replace files that exist.
         progress: told the name of each stage as it starts.
 
     Raises:
-        ExportError: it exists.
-        VerificationError: it gives other numbers than the two.
+        ExportError: a file has slots or was changed, the two are no steps of one decoder, or the
+            output exists.
+        VerificationError: the file gives other numbers than the two, or the control agrees.
     """
-    clock, files = Clock(progress), (first, later)
+    first, later, out, clock = Path(first_path), Path(later_path), Path(out_path), Clock(progress)
+    with keeping(first, later):
+        refuse_existing(out, force=force)
     with clock.stage("join"):
-        models = [parsed_file(path) for path in files]
-        said = [tensor_digests(load_proto(path), path) for path in files]
-        model, known = _joined(models, said)
-    with staged(out, force=False) as draft:
+        read = [_read(path) for path in (first, later)]
+        _refuse_others(first, later, *(model.graph for model, _ in read))
+        joined, known = _joined(*zip(*read, strict=True))
+    with staged(out, force=force) as draft:
         with clock.stage("write"):
-            write_model(model, draft, external_data_above=INLINE_LIMIT, known=known)
+            write_model(joined, draft, external_data_above=external_data_above, known=known)
         with clock.stage("verify"):
-            feeds = feeds_for(joined := Run(draft), load_proto(draft))
-            apart = _Apart(draft, steps={False: Run(first), True: Run(later)})
-            dtype = coarsest_named(list(types_of_numbers(model)))
-            pair, control = Pair("joined", joined, apart), _Turned(draft)
-            evidence = held_against([pair], {_CONTROL: control}, feeds, dtype)
+            run, apart = Run(draft), _Apart(draft, steps={False: Run(first), True: Run(later)})
+            feeds = feeds_for(run, load_proto(draft))
+            dtype = coarsest_named(list(types_of_numbers(joined)))
+            pair, control = Pair("joined", run, apart), {_CONTROL: _Turned(draft)}
+            evidence = held_against([pair], control, feeds, dtype)
             evidence.judge(str(out))
         sizes = file_sizes(draft.parent)
     return ExportReport.of(
-        out, evidence, clock, mode="merged", files=sizes, opset=model.opset_imports[""],
-        task=model.metadata_props.get(TASK),
-        inputs=[str(value.name) for value in model.graph.inputs],
-        outputs=[str(value.name) for value in model.graph.outputs],
+        out, evidence, clock, mode="merged", files=sizes, opset=joined.opset_imports[""],
+        task=joined.metadata_props.get(TASK),
+        inputs=[str(value.name) for value in joined.graph.inputs],
+        outputs=[str(value.name) for value in joined.graph.outputs],
     )  # fmt: skip
+
+
+def _read(path: Path) -> tuple[ir.Model, Mapping[str, str]]:
+    """A file without slots, and the digests of its weights, if it says them."""
+    proto = load_proto(path)
+    if manifest_in(proto, path) is not None:
+        raise ExportError(f"{path}: has slots, which a branch has no place for: give it merged")
+    check_external_data(proto, path)
+    check_digests(proto, path)
+    return parsed_file(path), tensor_digests(proto, path)
+
+
+def _refuse_others(first: Path, later: Path, one: ir.Graph, other: ir.Graph) -> None:
+    """Refuses what is no pair of steps, the first one first."""
+    inputs, outputs = ({v.name: v for v in values} for values in (one.inputs, one.outputs))
+    if more := [str(value.name) for value in other.outputs if value.name not in outputs]:
+        said = f"gives {shorten(more)}, which {first.name} does not"
+    elif all(value.name in inputs for value in other.inputs):
+        said = f"takes nothing that {first.name} does not, such as a cache"
+    elif odd := [str(v.name) for v in other.inputs if v.type != inputs.get(v.name, v).type]:
+        said = f"takes {shorten(odd)} in another type than {first.name}"
+    else:
+        return
+    raise ExportError(f"{later}: {said}: give the first step's file, and then that of the others")
 
 
 def _joined(
@@ -131,9 +174,10 @@ def _give(graph: ir.Graph, results: Sequence[ir.Value]) -> None:
     for result in results:
         value = found.get(result.name)
         if value is None:
-            assert result.shape is not None, "our files say the shapes of their outputs"
+            assert result.shape is not None, "parsed_file infers shapes that a file does not say"
+            assert result.dtype is not None
             sizes = [0, *(size if isinstance(size, int) else 1 for size in result.shape[1:])]
-            empty = ir.tensor(np.zeros(sizes, result.dtype and result.dtype.numpy()))
+            empty = ir.tensor(np.zeros(sizes, result.dtype.numpy()))
             graph.append(node := ir.node("Constant", [], {"value": empty}))
             value = node.outputs[0]
             value.shape, value.type = ir.Shape(sizes), result.type

@@ -192,9 +192,9 @@ def _joined(
     draft: Path, first: str, later: str, out: str, mode: Mode, progress: Progress
 ) -> ExportReport:
     """Writes two files as one."""
-    from lora_fx.export.rewriting.one_decoder import join_decoders
+    from lora_fx.export import join_decoders
 
-    report = join_decoders(draft / first, draft / later, draft / out, progress)
+    report = join_decoders(draft / first, draft / later, draft / out, progress=progress)
     return replace(report, mode=mode)
 
 

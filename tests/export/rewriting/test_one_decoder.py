@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,9 @@ from torch import nn
 
 from lora_fx import Session, to_onnx, trace
 from lora_fx.errors import ExportError
+from lora_fx.export import join_decoders
 from lora_fx.export.onnx_model.model_file import load_proto
-from lora_fx.export.rewriting.one_decoder import FLAG, join_decoders
+from lora_fx.export.rewriting.one_decoder import FLAG
 
 
 class Step(nn.Module):
@@ -30,9 +32,11 @@ class Step(nn.Module):
         return found | {"present.encoder.x": x.tanh()} if self.more else found
 
 
-def written(path: Path, model: nn.Module, *inputs: torch.Tensor, told: bool = True) -> Path:
+def written(
+    path: Path, model: nn.Module, *inputs: torch.Tensor, told: bool = True, **options: Any
+) -> Path:
     gm = trace(model.eval(), inputs, dynamic_shapes=tuple({0: "batch_size"} for _ in inputs))
-    to_onnx(gm, path)
+    to_onnx(gm, path, **options)
     if not told:
         proto = onnx.load(path)
         del proto.metadata_props[:]
@@ -64,3 +68,30 @@ def test_weights_of_one_name_are_shared_where_they_are_equal(told: bool, tmp_pat
     )
     with pytest.raises(ExportError, match="exists"):
         join_decoders(*files, tmp_path / "one.onnx")
+
+
+def test_what_are_no_steps_of_one_decoder_is_refused(tmp_path: Path) -> None:
+    x, past = torch.randn(3, 4), torch.randn(3, 5)
+    first = written(tmp_path / "first.onnx", Step(1, True), x)
+    later = written(tmp_path / "later.onnx", Step(2, False), x, past)
+    slots = written(tmp_path / "slots.onnx", Step(2, False), x, past, adapters="input")
+    wide = written(tmp_path / "wide.onnx", Step(2, False).double(), x.double(), past.double())
+    out = tmp_path / "one.onnx"
+    for pair, said in (
+        (
+            (later, first),
+            r"first\.onnx: gives present\.encoder\.x, which later\.onnx does not: give",
+        ),
+        ((first, first), r"first\.onnx: takes nothing that first\.onnx does not, such as a cache"),
+        ((first, wide), r"wide\.onnx: takes x in another type than first\.onnx: give"),
+        ((first, slots), r"slots\.onnx: has slots, .*: give it merged"),
+        ((first, tmp_path / "none.onnx"), r"none\.onnx: cannot be read: No such file"),
+    ):
+        with pytest.raises(ExportError, match=said):
+            join_decoders(*pair, out)
+    content = later.read_bytes()
+    for file in (first, later):
+        with pytest.raises(ExportError, match=r"is an input|is read"):
+            join_decoders(first, later, file, force=True)
+    assert later.read_bytes() == content
+    assert not out.exists()
