@@ -45,9 +45,11 @@ def choose_layers(
         tables: paths of embeddings, likewise.
 
     Raises:
-        ExportError: a path means no layer of its kind.
+        ExportError: a path means no layer of its kind, or none is named.
     """
     linear, embeddings = _named(list(layers_in(model)))
+    if wanted is not None and not (wanted or tables):
+        raise ExportError(f"layers: names no layer; there are {shorten(list(linear)) or 'none'}")
     _refuse_unknown("linear layer", wanted or (), linear)
     _refuse_unknown("embedding", tables, embeddings)
     _refuse_unknown("layer", keep, linear | embeddings)

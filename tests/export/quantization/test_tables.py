@@ -181,6 +181,8 @@ def test_a_table_and_its_head_are_compared_whatever_a_file_calls_its_values(tmp_
 
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     exported(tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match="layers: names no layer; there are fc, head"):
+        quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", layers=[])
     with pytest.raises(ExportError, match=r"no embedding at head; there are table"):
         quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", tables=["head"])
     assert not (tmp_path / "b.onnx").exists()
