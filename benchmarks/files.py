@@ -44,7 +44,7 @@ def adapter_for(gm: fx.GraphModule, rank: int, seed: int = 0) -> Adapter:
 def as_written() -> Iterator[None]:
     """Exports a graph in the form it has: nothing is raised or chosen."""
 
-    def plain(gm: fx.GraphModule) -> Constant:
+    def plain(gm: fx.GraphModule, **_: bool) -> Constant:
         return Constant(gm, evaluating(gm), evaluating(gm))
 
     with mock.patch.object(Constant, "of", plain):
