@@ -52,13 +52,14 @@ def dynamic(path: Path, out: Path) -> None:
     quantize_dynamic(str(path), str(out), nodes_to_exclude=slots_of(path))
 
 
-def calibrated(path: Path, out: Path, reader: Any) -> None:
+def calibrated(path: Path, out: Path, reader: Any, **options: Any) -> None:
     quantize_static(
         str(path),
         str(out),
         reader,
         nodes_to_exclude=slots_of(path),
         activation_type=QuantType.QUInt8,
+        **options,
     )
 
 
@@ -244,14 +245,7 @@ def test_histograms_and_strides_take_adapters_of_several_ranks(
     reader: Any = CalibrationReader(path, [{"input": part} for part in X.split(16)], pair)
     assert len(reader) == len(list(reader)) == 8
     reader.rewind()
-    quantize_static(
-        str(path),
-        str(out),
-        reader,
-        nodes_to_exclude=slots_of(path),
-        activation_type=QuantType.QUInt8,
-        **options,
-    )
+    calibrated(path, out, reader, **options)
     export_adapter(adapter, out, tmp_path / "a.onnx_adapter", check=False)
     session = Session(out, check=False)
     assert off(session.run({"input": X}, tmp_path / "a.onnx_adapter")["output"], adapted) <= 0.1
