@@ -116,8 +116,8 @@ Session(path, threads=None, providers=None, *, check=True)
 add_lora(model_path, out_path, *, slots='all-linear', names=None, adapters='input', inputs=None,
     check=True, verify=True, external_data_above=128000000, force=False, progress=None)
 export_adapter(adapter, model_path, out_path, *, format=None, force=False, check=True)
-join_decoders(first_path, later_path, out_path, *, external_data_above=128000000, force=False,
-    progress=None)
+join_decoders(first_path, later_path, out_path, *, check=True, external_data_above=128000000,
+    force=False, progress=None)
 merge_onnx(model_path, adapter, out_path, *, inputs=None, allow_unmerged=False, check=True,
     verify=True, external_data_above=128000000, force=False, progress=None)
 quantize_onnx(model_path, out_path, *, bits=4, block_size=None, accuracy_level=0, symmetric=False,

@@ -194,7 +194,9 @@ def _joined(
     """Writes two files as one."""
     from lora_fx.export import join_decoders
 
-    report = join_decoders(draft / first, draft / later, draft / out, progress=progress)
+    report = join_decoders(
+        draft / first, draft / later, draft / out, check=False, progress=progress
+    )
     return replace(report, mode=mode)
 
 

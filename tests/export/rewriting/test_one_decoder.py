@@ -95,3 +95,18 @@ def test_what_are_no_steps_of_one_decoder_is_refused(tmp_path: Path) -> None:
             join_decoders(first, later, file, force=True)
     assert later.read_bytes() == content
     assert not out.exists()
+
+
+def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
+    x, past = torch.randn(3, 4), torch.randn(3, 5)
+    pair = [
+        written(tmp_path / "first.onnx", Step(1, True), x),
+        written(tmp_path / "later.onnx", Step(2, False), x, past),
+    ]
+    proto = onnx.load(pair[1])
+    weight = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2)
+    weight.raw_data = weight.raw_data[::-1]
+    onnx.save(proto, pair[1])
+    with pytest.raises(ExportError, match=r"later\.onnx: not what was exported"):
+        join_decoders(*pair, tmp_path / "one.onnx")
+    assert not (tmp_path / "one.onnx").exists()
