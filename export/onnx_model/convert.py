@@ -67,6 +67,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         give_probabilities,
         mark_masked,
         translations,
+        widen_narrow_sums,
     )
     from lora_fx.export.onnx_model.idle_work import without_idle_work
 
@@ -95,6 +96,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
     give_probabilities(onnx_program.model)
+    widen_narrow_sums(onnx_program.model)
     if onnx_program.exported_program is not None:
         mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]

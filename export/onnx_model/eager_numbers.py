@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from lora_fx.export.spelling.bounds import dtype_of
 from lora_fx.export.spelling.rewrite import producer, put
 from lora_fx.graph.ops import aten, call_argument
 
@@ -20,6 +21,8 @@ _SAME_NUMBERS = (
     *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"),
     *("Slice", "Gather"),
 )
+_NARROW = ir.DataType.BFLOAT16
+_OF_ANY_TYPE = ("Cast", "Constant", "ConstantOfShape", "Identity", "If", "Loop", "Scan")
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
@@ -120,6 +123,35 @@ def give_probabilities(model: ir.Model) -> None:
         nodes.append(ir.node("Add", [nodes[2].outputs[0], nodes[0].outputs[0]]))
         nodes.append(ir.node("Reciprocal", [nodes[3].outputs[0]]))
         put(gate, nodes, nodes[-1].outputs[0])
+
+
+def widen_narrow_sums(model: ir.Model) -> None:
+    """Computes in float32 what a model computes in bfloat16 in between, and rounds each result.
+
+    onnxruntime's CPU has no kernels for bfloat16, and torch's do just that. A model that takes,
+    gives or holds bfloat16 stays: it is for devices that have kernels.
+    """
+    graph = model.graph
+    if any(value.dtype is _NARROW for value in (*graph.inputs, *graph.outputs)):
+        return
+    if any(value.dtype is _NARROW and value.shape for value in graph.initializers.values()):
+        return
+    for node in list(graph):
+        if node.op_type in _OF_ANY_TYPE:
+            continue
+        for place, value in enumerate(node.inputs):
+            if dtype_of(value) is _NARROW:
+                wide = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+                graph.insert_before(node, wide)
+                node.replace_input_with(place, wide.outputs[0])
+        for value in node.outputs:
+            if dtype_of(value) is _NARROW:
+                rounded = ir.node("Cast", [value], {"to": _NARROW})
+                graph.insert_after(node, rounded)
+                value.replace_all_uses_with(rounded.outputs[0])
+                rounded.replace_input_with(0, value)
+                rounded.outputs[0].dtype, value.dtype = _NARROW, ir.DataType.FLOAT
+                rounded.outputs[0].shape = value.shape
 
 
 def mark_masked(model: ir.Model, program: torch.export.ExportedProgram) -> None:

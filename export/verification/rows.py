@@ -18,6 +18,8 @@ from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.numerics import coarsest, compare
 
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
 
 class Row:
     """The part of a row that all outputs of one run share."""
@@ -57,7 +59,7 @@ class Row:
 
 
 def precision(gm: fx.GraphModule) -> torch.dtype:
-    """The coarsest type that the graph's weights have: what its outputs can be held to."""
+    """The coarsest type of the weights, or of autocast: what the outputs can be held to."""
     return coarsest(_dtypes(gm))
 
 
@@ -68,6 +70,10 @@ def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
             yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
         elif isinstance(value, torch.Tensor | LazyTensor):
             yield value.dtype
+    for node in gm.graph.find_nodes(op="call_function", target=_AUTOCAST):
+        _, dtype, is_on, *_ = node.args
+        if is_on and isinstance(dtype, torch.dtype):
+            yield dtype
 
 
 def allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:

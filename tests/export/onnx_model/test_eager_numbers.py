@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,55 @@ def test_a_probability_near_0_is_given_to_rounding(tmp_path: Path) -> None:
     assert relative(found[2], expected[2]) < 1e-5
     held = onnx.load(tmp_path / "model.onnx").graph.node
     assert [node.op_type for node in held].count("Sigmoid") == 1, "a gate stays one operator"
+
+
+class Halfway(nn.Module):
+    """Float32 at both ends, and bfloat16 in between, as ALiBi is made in Falcon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).bfloat16()
+        h = F.layer_norm(F.gelu(h) * 0.5 + h.softmax(-1) - h.mean(-1, keepdim=True), (16,))
+        heads = h[:, None]
+        seen = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0]
+        h = torch.where(seen > 0.1, seen, h).clamp(-3, 3)
+        return self.last(F.linear(h, self.first.weight.bfloat16()).float())
+
+
+def test_bfloat16_in_between_is_rounded_as_eager_rounds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Halfway().eval(), torch.randn(2, 5, 16)
+    to_onnx(trace(model, (x,)), tmp_path / "model.onnx")
+    assert off(tmp_path / "model.onnx", model, x=x) < 1e-6
+    with torch.no_grad(), unittest.mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+        unrounded = model(x)
+    found = Session(tmp_path / "model.onnx").run({"x": x})
+    assert relative(torch.as_tensor(found["output"]), unrounded) > 1e-3
+
+
+class Autocast(nn.Module):
+    """Layers under autocast, of which the outputs are held to its precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.layer(x).float()
+
+
+def test_a_model_that_turns_autocast_on_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Autocast().eval(), torch.randn(2, 5, 16)
+    report = to_onnx(trace(model, (x,)), tmp_path / "model.onnx")
+    assert off(tmp_path / "model.onnx", model, x=x) < 1e-2
+    model.layer.linear2.weight.data.mul_(1.1)
+    assert off(tmp_path / "model.onnx", model, x=x) > 1e-2
+    assert all(check.tolerance == 1e-2 for check in report.checks)
 
 
 LEAST = torch.finfo(torch.float32).min
