@@ -106,14 +106,19 @@ def merge_onnx(
                 known = tensor_digests(proto, path)
                 runs = aside.submit(_runs, bare, active, proto, inputs) if verify else None
                 write_model(model, draft, external_data_above=external_data_above, known=known)
+            types = types_of_numbers(model)
+            said: dict[str, Any] = {
+                "opset": model.opset_imports[""],
+                "inputs": [str(value.name) for value in model.graph.inputs],
+                "outputs": [str(value.name) for value in model.graph.outputs],
+            }
+            del model, values, stored  # as much memory as the adapter takes
             if checked is not None:
                 checked.result()
             evidence = Verification.left_out()
             if runs is not None:
                 with clock.stage("verify"):
-                    dtype = coarsest_named(
-                        [*types_of_numbers(model), *(slot.dtype for slot in manifest.slots)]
-                    )
+                    dtype = coarsest_named([*types, *(slot.dtype for slot in manifest.slots)])
                     pair = Pair("merged", Run(draft), active)
                     evidence = held_against([pair], {NO_ADAPTER: bare}, runs.result(), dtype)
                     evidence.judge(str(out))
@@ -126,9 +131,7 @@ def merge_onnx(
         clock,
         mode="unmerged" if beside else "merged",
         files=files,
-        opset=model.opset_imports[""],
-        inputs=[str(value.name) for value in model.graph.inputs],
-        outputs=[str(value.name) for value in model.graph.outputs],
+        **said,
     )
 
 
