@@ -171,6 +171,20 @@ def test_rslora_and_odd_scales_survive(rewritten: Any, scale: float, dtype: torc
     same_adapter(again, adapter)
 
 
+def test_a_magnitude_is_a_column_beside_a_kernel_too(rewritten: Any) -> None:
+    """As LyCORIS has it; PEFT's is (1, out, 1, 1) there, which it would take for the inputs."""
+    shapes = {"fc": (), "conv": (1, 1)}
+    updates = {
+        path: Update(torch.ones(3, 2, *kernel), torch.ones(5, 3), 1.5, magnitude=torch.rand(5) + 1)
+        for path, kernel in shapes.items()
+    }
+    base = nn.ModuleDict({"fc": nn.Linear(2, 5), "conv": nn.Conv2d(2, 5, 1)})
+    written, again = rewritten(Adapter("a", updates), "kohya", base, component="unet")
+    for path, kernel in shapes.items():
+        assert written[f"lora_unet_{path}.dora_scale"].shape == (5, 1, *kernel)
+    same_adapter(again, Adapter("a", updates))
+
+
 def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:
     pair, file = Update(torch.ones(3, 2), torch.ones(5, 3), 1.5), tmp_path / "a.safetensors"
     for others, names in (([], ["te"]), (["text_encoder_2.fc"], ["te1", "te2"])):
