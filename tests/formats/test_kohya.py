@@ -375,6 +375,24 @@ def test_a_convolution_is_two_or_three_convolutions(kernel: tuple[int, ...], tuc
     assert (update.rank, update.shape) == (2, (5, 3, *kernel))
 
 
+def test_dora_beside_groups_is_a_function_of_the_weight_and_written_as_it_was(
+    rewritten: Any,
+) -> None:
+    layer, scale = nn.Conv2d(6, 4, 3, groups=2), torch.rand(4, 1, 1, 1) + 1
+    down, up = random(2, 3, 3, 3), random(4, 2, 1, 1)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(3.0)}
+    tensors["dora_scale"] = scale
+    [update] = update_of(tensors, layer).values()
+    own = layer.weight.detach()
+    tuned = own + 1.5 * (up.flatten(1) @ down.flatten(1)).reshape(own.shape)
+    wanted = scale * tuned / tuned.flatten(1).norm(dim=1).reshape(4, 1, 1, 1)
+    assert relative(update.weight(own), wanted) <= 1e-6
+    assert relative(tuned, wanted) > 1e-2
+    base = nn.ModuleDict({"conv": layer})
+    written, _ = rewritten(Adapter("a", {"conv": update}), "kohya", base, component="unet")
+    assert all(torch.equal(written[f"lora_unet_conv.{leaf}"], t) for leaf, t in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("layer", "down", "up"),
     [
