@@ -28,6 +28,7 @@ def test_values_are_equal_bit_for_bit_and_nan_is_itself() -> None:
     assert not same_values(X, X.double())
     assert not same_values(X, X[None])
     assert not same_values(X, X.to_sparse())
+    assert difference(float("nan"), float("nan")) is None
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def test_the_same_is_no_difference(value: Any) -> None:
         ({"y": Point(X, 1)}, {"y": (X, 1)}, "y is a Point"),
         ({"y": 1}, {"y": True}, "y is a int, expected a bool"),
         ({"y": None}, {"y": X}, "y is a NoneType"),
+        ({"y": float("nan")}, {"y": 3.0}, r"y is nan, expected 3\.0"),
+        ({"y": 3.0}, {"y": float("nan")}, r"y is 3\.0, expected nan"),
     ],
 )
 def test_a_difference_says_where_and_what(found: Any, expected: Any, said: str) -> None:

@@ -203,8 +203,8 @@ def _refuse(seen: _Seen, said: str, used: list[str], changed: list[str]) -> None
     same function of two; and one that has another for exports, as Qwen3-Next does, is the same if
     its numbers are.
     """
-    prepared = not used and seen.agrees_as_prepared()
-    if (prepared or (not used and seen.agrees_as_exported())) and seen.is_rounding():
+    prepared = seen.agrees_as_prepared()
+    if (prepared or seen.agrees_as_exported()) and seen.is_rounding():
         return
     place = first_that_differs(seen.model, seen.gm, seen.call)
     cause = f"{_CAUSES}. Say it with tensors (torch.where), or fix it before tracing."

@@ -244,6 +244,20 @@ def test_an_update_that_is_not_finite_has_no_rank() -> None:
         Adapter("fr", {"a": update(), "q": broken}).to_rank(2)
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"magnitude": torch.ones(5)}, "DoRA"),
+        ({"down": torch.ones(4, 3, 1), "up": torch.ones(6, 2)}, "a grouped convolution"),
+    ],
+)
+def test_a_product_of_which_rows_are_scaled_or_apart_has_no_lower_rank(
+    fields: dict[str, Any], kind: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"the rank of {kind} cannot be cut"):
+        update(**fields).to_rank(1)
+
+
 def test_a_notebook_sees_the_targets_as_a_table() -> None:
     head = {"head.weight": torch.ones(4, 3)}
     adapter = Adapter("fr", {"a": update()}, head, moved={"old": "new"})

@@ -17,6 +17,7 @@ from peft import get_peft_model
 from torch import nn
 
 from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adapter, text, trace
+from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
 from lora_fx.testing import make_adapter, relative, zoo
@@ -367,6 +368,7 @@ def test_it_is_saved_and_loaded_as_any_adapter(ragged: Any, tmp_path: Any) -> No
     with torch.no_grad():
         tuned.wide.bias.add_(1.0)
     adapter = extract(ragged, tuned, rank=2, name="mine").adapter
+    assert not any(is_embedding(update.stored) for update in adapter.updates.values())
     save_adapter(adapter, tmp_path / "mine")
     again = load_adapter(tmp_path / "mine")
     assert sorted(str(again).splitlines()) == sorted(str(adapter).splitlines())

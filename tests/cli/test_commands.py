@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lora_fx
 from lora_fx.cli.adapter_options import AdapterOptions
@@ -367,13 +368,17 @@ def test_an_adapter_is_merged_into_an_exported_file(
     )
     assert report.mode == "merged"
     assert verify_model(tmp_path / "m.onnx", SPEC, [french], nothing).verified
-    made, given = swappable / "french.onnx_adapter", AdapterOptions(allow_pickle=True)
+    made, bare = swappable / "french.onnx_adapter", tmp_path / "bare.safetensors"
+    one: Any = lora_fx.load_adapter(french).updates["one"]
+    save_file({"one.lora_A": one.down, "one.lora_B": one.up}, bare)  # which says no scale
+    given = AdapterOptions(alpha=[str(one.scale * one.rank)])
     for place, (source, hints) in enumerate(
-        ((made, None), (made, AdapterOptions()), (french, given))
+        ((made, None), (made, AdapterOptions()), (bare, given), (bare, AdapterOptions(alpha=["1"])))
     ):
         out = tmp_path / f"{place}.onnx"
         merge_file(swappable / "model.onnx", source, out, False, False, nothing, hints)
-    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+        same = out.read_bytes() == (tmp_path / "m.onnx").read_bytes()
+        assert same == (place < 3)
     with pytest.raises(ExportError, match="exists: pass force=True"):
         merge_file(swappable / "model.onnx", french, tmp_path / "m.onnx", False, False, nothing)
 
@@ -387,5 +392,6 @@ def test_a_file_gets_slots_and_is_the_model_again(french: Path, tmp_path: Path) 
     assert (required.mode, required.slots) == ("required", ["one"])
     report = open_file(base, out, ["o*"], ["one.weight=other"], True, nothing)
     assert report.slots == ["other"]
-    with pytest.raises(ExportError, match=r"--name =x: expected NAME=PATH"):
-        open_file(base, out, (), ["=x"], True, nothing)
+    for name, said in (("=x", "--name =x: expected NAME=PATH"), ("a=b=x", "a node called a=b;")):
+        with pytest.raises(ExportError, match=said):
+            open_file(base, out, (), [name], True, nothing)

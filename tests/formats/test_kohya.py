@@ -171,6 +171,20 @@ def test_rslora_and_odd_scales_survive(rewritten: Any, scale: float, dtype: torc
     same_adapter(again, adapter)
 
 
+def test_a_magnitude_is_a_column_beside_a_kernel_too(rewritten: Any) -> None:
+    """As LyCORIS has it; PEFT's is (1, out, 1, 1) there, which it would take for the inputs."""
+    shapes = {"fc": (), "conv": (1, 1)}
+    updates = {
+        path: Update(torch.ones(3, 2, *kernel), torch.ones(5, 3), 1.5, magnitude=torch.rand(5) + 1)
+        for path, kernel in shapes.items()
+    }
+    base = nn.ModuleDict({"fc": nn.Linear(2, 5), "conv": nn.Conv2d(2, 5, 1)})
+    written, again = rewritten(Adapter("a", updates), "kohya", base, component="unet")
+    for path, kernel in shapes.items():
+        assert written[f"lora_unet_{path}.dora_scale"].shape == (5, 1, *kernel)
+    same_adapter(again, Adapter("a", updates))
+
+
 def test_an_encoder_alone_in_a_pipeline_is_kohya_s_te(tmp_path: Path) -> None:
     pair, file = Update(torch.ones(3, 2), torch.ones(5, 3), 1.5), tmp_path / "a.safetensors"
     for others, names in (([], ["te"]), (["text_encoder_2.fc"], ["te1", "te2"])):
@@ -359,6 +373,24 @@ def test_a_convolution_is_two_or_three_convolutions(kernel: tuple[int, ...], tuc
     assert relative(found, expected) <= 1e-12
     assert relative(layer(x), expected) > 1e-2
     assert (update.rank, update.shape) == (2, (5, 3, *kernel))
+
+
+def test_dora_beside_groups_is_a_function_of_the_weight_and_written_as_it_was(
+    rewritten: Any,
+) -> None:
+    layer, scale = nn.Conv2d(6, 4, 3, groups=2), torch.rand(4, 1, 1, 1) + 1
+    down, up = random(2, 3, 3, 3), random(4, 2, 1, 1)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(3.0)}
+    tensors["dora_scale"] = scale
+    [update] = update_of(tensors, layer).values()
+    own = layer.weight.detach()
+    tuned = own + 1.5 * (up.flatten(1) @ down.flatten(1)).reshape(own.shape)
+    wanted = scale * tuned / tuned.flatten(1).norm(dim=1).reshape(4, 1, 1, 1)
+    assert relative(update.weight(own), wanted) <= 1e-6
+    assert relative(tuned, wanted) > 1e-2
+    base = nn.ModuleDict({"conv": layer})
+    written, _ = rewritten(Adapter("a", {"conv": update}), "kohya", base, component="unet")
+    assert all(torch.equal(written[f"lora_unet_conv.{leaf}"], t) for leaf, t in tensors.items())
 
 
 @pytest.mark.parametrize(

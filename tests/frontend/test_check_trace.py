@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx import TraceError, trace
-from lora_fx.numerics import compare
+from lora_fx.numerics import compare, difference
 from lora_fx.testing import Computes
 
 FRONTENDS = ["symbolic", "export"]
@@ -247,6 +247,10 @@ def test_attention_of_one_tensor_is_that_of_three() -> None:
     x, y, z = torch.randn(3, 2, 5, 8)
     got, wanted = trace(attention, (x, x, x))(x, y, z)[0], attention(x, y, z)[0]
     torch.testing.assert_close(got, wanted)
+    # Nor does a draw that nobody looks at, as of models that drop layers, make a difference of it.
+    attention.register_forward_pre_hook(lambda *_: None if random.random() < 2 else ())
+    got = trace(attention, (x, x, x))(x, y, z)[0]
+    torch.testing.assert_close(got, wanted)
 
 
 @functools.lru_cache
@@ -286,6 +290,7 @@ def test_nothing_is_compared_without_values_or_inputs() -> None:
 ROWS: dict[str, Forward] = {
     "asked": either(lambda m, x: x.shape[0] == 1),
     "asked behind a layer": either(lambda m, x: m.fc(x).shape[0] > 1),
+    "another word": lambda m, x: (m.fc(x), "one" if x.shape[0] == 1 else "several"),
 }
 FREE = ({0: "batch"},)
 
@@ -294,15 +299,15 @@ FREE = ({0: "batch"},)
 def test_a_branch_on_one_row_is_refused(case: str) -> None:
     model, x = model_of(ROWS[case]), torch.randn(4, 3)
     with pytest.raises(
-        TraceError, match=r"(?s)the batch is of one row, first at 1: .* torch.export.Dim"
+        TraceError, match=r"(?s)the batch is of one row, first at (1|the .*): .* torch.export.Dim"
     ):
         trace(model, (x,), dynamic_shapes=FREE)
     others: list[Any] = [None, ({0: torch.export.Dim("batch", min=2)},)]
     graphs = [trace(model, (x,), dynamic_shapes=shapes) for shapes in others]
     graphs.append(trace(model, (x,), dynamic_shapes=FREE, check=False))
     for gm in graphs:
-        assert torch.equal(gm(x), model(x))
-    assert not torch.equal(graphs[-1](x[:1]), model(x[:1]))
+        assert difference(gm(x), model(x)) is None
+    assert difference(graphs[-1](x[:1]), model(x[:1])) is not None
 
 
 def test_what_one_row_gives_or_refuses_alike_is_traced() -> None:
@@ -313,7 +318,12 @@ def test_what_one_row_gives_or_refuses_alike_is_traced() -> None:
         return result
 
     x = torch.randn(4, 3)
-    for compute in (few, lambda m, x: m.fc(x) - m.fc(x).mean(0)):
+
+    def rounded(m: Any, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = m.fc(x) / 3 * 3 if x.shape[0] == 1 else m.fc(x)
+        return result
+
+    for compute in (few, rounded, lambda m, x: m.fc(x) - m.fc(x).mean(0)):
         model = model_of(compute)
         assert torch.equal(trace(model, (x,), dynamic_shapes=FREE)(x), model(x))
 

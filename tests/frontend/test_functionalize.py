@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_fx import trace
-from lora_fx.graph.ops import mutates
+from lora_fx.graph.aliasing import Memory
+from lora_fx.graph.memory_views import viewed
+from lora_fx.graph.ops import mutates, written_arguments
 from lora_fx.testing import Computes
 
 X = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))
@@ -23,7 +25,12 @@ def traced(function: Callable[..., Any]) -> tuple[Any, Any, int]:
     """What the graph computes, what the module does, and how many writes are left."""
     module = Computes(function, mask=nn.Buffer(MASK))
     gm = trace(module, (X.clone(),))
-    left = sum(mutates(node) for node in gm.graph.nodes)
+    memory, left = Memory(gm.graph), 0
+    for write in gm.graph.nodes:
+        left += mutates(write)
+        earlier = [n for into in written_arguments(write) for n in memory.group(into) if n < write]
+        readers = {user for node in earlier for user in node.users if user > write}
+        assert all(n.op == "output" or viewed(n) for n in readers), "read before and after"
     return gm(X.clone()), module(X.clone()), left
 
 
@@ -95,10 +102,22 @@ def shared_in_another_way(m: Any, x: torch.Tensor) -> Any:
     y = x.clone()
     other = y.as_strided((4, 7), (21, 3))
     y.mul_(2)
-    return y + 0, other + 0
+    later = y.view(-1)
+    twice = later + other.sum()
+    y.add_(1)
+    return y + 0, other + 0, later + 0, twice
 
 
-STAYS = {f.__name__: f for f in (into_the_input, shared_in_another_way)}
+def laid_out_in_another_way(m: Any, x: torch.Tensor) -> Any:
+    y = torch.zeros(7, 4, 3)
+    flat = y.reshape(-1)
+    torch.mul(x.transpose(0, 1), 2, out=y)  # as a value of its own it has x's strides: no view
+    flat.add_(1)
+    return y + 0, flat + 0
+
+
+OTHERS = (into_the_input, shared_in_another_way, laid_out_in_another_way)
+STAYS = {f.__name__: f for f in OTHERS}
 
 
 @pytest.mark.parametrize("name", STAYS)

@@ -8,7 +8,7 @@ import torch
 from lora_fx import AdapterError, Update
 from lora_fx.adapters.adapter import Scaling, WeightUpdate
 from lora_fx.adapters.parameter_updates import for_parameter, of_parameter
-from lora_fx.injection.conform import conform
+from lora_fx.injection.conform import conform, conform_parameter
 from lora_fx.layers.layer import Layer
 
 
@@ -136,3 +136,12 @@ def test_another_layer_is_refused_by_both_shapes(update: Any, where: Layer, reas
 def test_a_function_of_as_many_columns_fits(shape: Any) -> None:
     update = WeightUpdate("oft", identity, shape)
     assert conform(update, CONV) is update
+
+
+def test_vectors_turn_with_the_update_of_a_parameter() -> None:
+    update = Update(
+        torch.randn(2, 3), torch.randn(5, 2), 1.5, row=torch.rand(5) + 1, col=torch.rand(3) + 1
+    )
+    own = torch.randn(3, 5)
+    turned = conform_parameter(update, (3, 5))
+    torch.testing.assert_close(turned.weight(own), update.weight(own.T).T)

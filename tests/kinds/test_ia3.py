@@ -80,6 +80,7 @@ def test_means_what_peft_means(layer, is_input):
         ((5, 1), {"feedforward": 1}, "feedforward is 1"),
         ((5, 1), {"feedforward": False, "shape": (6, 3)}, r"5 factors, the layer is \(6, 3\)"),
         ((1, 3), {"feedforward": True, "shape": (3, 6)}, r"3 factors, the layer is \(3, 6\)"),
+        ((1, 6), {"feedforward": True, "shape": (5, 3)}, r"6 factors, the layer is \(5, 3\)"),
     ],
 )
 def test_refuses(shape, settings, message, noise):

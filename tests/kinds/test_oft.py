@@ -94,6 +94,18 @@ def test_knows_the_axis_that_it_rotates(settings, shape, noise):
     assert read_kind("oft", {"oft_R.weight": noise(rows, 6)}, **settings).shape == shape
 
 
+@pytest.mark.parametrize(
+    ("leaf", "shape", "stacks"),
+    [
+        ("oft_R.weight", (3, 6), "inputs first"),
+        ("oft_embedding_R.weight", (3, 6), "on any"),
+        ("oft_blocks", (3, 4, 4), "on any"),
+    ],
+)
+def test_the_later_of_two_comes_first_where_it_rotates_inputs(leaf, shape, stacks, noise):
+    assert read_kind("oft", {leaf: noise(*shape)}).stacks == stacks
+
+
 PEFT = {"oft_R.weight": (3, 6)}
 
 

@@ -366,6 +366,10 @@ def test_what_does_not_fit_the_base_is_refused_by_name() -> None:
             make_adapter({path: (5, 3)}).to_lora(1, base=Ragged())
     with pytest.raises(AdapterError, match="base is a dict, expected the model"):
         make_adapter({"wide": (5, 3)}).to_lora(1, base={})  # type: ignore[arg-type]
-    broken = Adapter("a", {"wide": Scaling(row=torch.full((5,), float("inf")))})
-    with pytest.raises(AdapterError, match="adapter a: NaN or infinity in wide"):
-        broken.to_lora(1, base=Ragged())
+    infinite = torch.full((5,), float("inf"))
+    for broken, name in (
+        (Adapter("a", {"wide": Scaling(row=infinite)}), "wide"),
+        (Adapter("a", {}, {"wide.bias": infinite}), r"wide\.bias"),
+    ):
+        with pytest.raises(AdapterError, match=f"adapter a: NaN or infinity in {name}"):
+            broken.to_lora(1, base=Ragged())

@@ -92,7 +92,7 @@ def embedding(analysis: Analysis, node: fx.Node) -> Value:
     source = analysis.source(ids, matrix.shape[0], reading=OneHot())
     if source is None:
         return Opaque("its ids are no activation")
-    layout = replace(source.layout, split=(matrix.shape[1],), after=0)
+    layout = replace(source.layout, split=(matrix.shape[1],))
     dtype = analysis.constants.dtype(table)
     return source.then(node, transposed(matrix), None, layout, dtype)
 
@@ -115,7 +115,7 @@ def dense_layer(
     source = analysis.source(x, matrix.shape[1], after)
     if source is None:
         return Opaque("its input is no activation")
-    layout = replace(source.layout, split=(matrix.shape[0],), after=after)
+    layout = replace(source.layout, split=(matrix.shape[0],))
     link = Link.PRODUCT if op_name(node) in _PRODUCTS else Link.LAYER
     return source.then(node, matrix, column, layout, analysis.constants.dtype(constant), link)
 

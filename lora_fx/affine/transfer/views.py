@@ -93,7 +93,7 @@ def turn(analysis: Analysis, node: fx.Node) -> Value:
 def permute(analysis: Analysis, node: fx.Node) -> Value:
     """All axes in a new order."""
     value = movable(analysis, node.args[0])
-    dims: Any = node.args[1:] if op_name(node) == "permute" else ()
+    dims: Any = node.args[1:]
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
     if not all(isinstance(axis, int) for axis in order) or value is None:
         return Opaque("a permutation of no map")

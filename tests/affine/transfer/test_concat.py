@@ -169,6 +169,11 @@ CASES: dict[str, tuple[Any, ...]] = {
         "batch",
         "export",
     ),
+    "assignment of a slice, turned": (
+        lambda m, x: torch.slice_scatter(x.new_zeros(4, 8, 7), m.low(x).transpose(-1, -2), 1, 2, 7),
+        "batch",
+        "export",
+    ),
     "assignment of a slice into a map": (
         lambda m, x: torch.slice_scatter(m.wide(x), three(m, x), -1, 2, 5),
         "batch",

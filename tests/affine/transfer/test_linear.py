@@ -74,6 +74,16 @@ CASES: dict[str, tuple[Any, ...]] = {
         "flat",
         "export",
     ),
+    "tensordot that moves the axis": (
+        lambda m, x: torch.tensordot(x, m.w, ([1], [1])) * m.gain,
+        "turned",
+        "export",
+    ),
+    "tensordot from the left that moves the axis": (
+        lambda m, x: torch.tensordot(m.w, x, ([1], [2])) * m.gain[:, None, None],
+        "batch",
+        "export",
+    ),
     "embedding": (lambda m, x: F.embedding(x, m.table), "ids"),
     "embedding with padding": (lambda m, x: F.embedding(x, m.table, padding_idx=2), "ids"),
     "embedding then linear": (

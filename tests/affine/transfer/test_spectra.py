@@ -49,6 +49,20 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "batch",
         "spectrum",
     ),
+    "along the axis behind": (
+        lambda m, x: torch.fft.fft(m.low(x).transpose(-1, -2)).real,
+        "batch",
+        "spectrum",
+    ),
+    "factors of each row": (
+        lambda m, x: (
+            torch.einsum(
+                "...b,...b->...b", torch.fft.fft(x @ m.square), torch.fft.fft(m.blocks[0])
+            ).real
+        ),
+        "flat",
+        "spectrum",
+    ),
     "of an activation": (lambda m, x: torch.fft.fft(torch.sin(x)).real, "batch", "spectrum"),
 }
 

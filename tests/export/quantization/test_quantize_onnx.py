@@ -180,6 +180,8 @@ def test_the_report_says_what_is_off_and_by_how_much(mode: str, bits: Any, files
         expected = float((weight - numbers).norm() / weight.norm())
         assert said.weights[path] == pytest.approx(expected, rel=1e-3)
     assert len(said.weights) == LAYERS
+    tried = {"base", "adapted"} if mode == "swappable" else {"base"}
+    assert {row.what for row in report.checks} == tried
     assert {row.what for row in report.controls} >= {"control: not quantised"}
     assert 1e-4 < said.outputs["logits"] < 0.5
     text = str(report)

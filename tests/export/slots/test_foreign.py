@@ -276,3 +276,9 @@ def test_a_sum_that_onnxruntime_fused_into_a_product_is_one(
     assert compare(found, tuned).ok
     assert compare(merged, tuned).ok
     assert compare(base, tuned).relative > 0.1
+    others = [a for a in fused.attribute if a.name != "beta"]
+    del fused.attribute[:]
+    fused.attribute.extend([*others, helper.make_attribute("beta", 2.0)])  # twice the base
+    onnx.save(model, str(tmp_path / "twice.onnx"))
+    with pytest.raises(ExportError, match="0: what it adds goes into Gemm"):
+        merge_onnx(tmp_path / "twice.onnx", given, tmp_path / "m.onnx", verify=False)

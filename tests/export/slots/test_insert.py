@@ -119,6 +119,9 @@ def test_slots_are_those_with_a_branch_or_as_asked_for(mlp: Any) -> None:
     branched = InjectLora(adapter)(gm).graph_module
     assert [slot.path for slot in chosen_slots(branched, None)] == ["head"]
     assert [slot.path for slot in chosen_slots(gm, "all-linear")] == ["fc", "head"]
+    others = trace(Convolved().eval(), (torch.randn(2, 3, 16),))
+    for asked in (None, "all-linear"):
+        assert [slot.path for slot in chosen_slots(others, asked)] == ["head"]
     with pytest.raises(ExportError, match="no layer at tail, nowhere; there are fc, head"):
         chosen_slots(gm, ["fc", "tail", "nowhere"])
     wrong: list[Any] = ["fc", 3, [3]]

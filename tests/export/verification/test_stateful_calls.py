@@ -92,6 +92,10 @@ STATE: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
         r"1 draws numbers from numpy\.random",
         lambda m, x: x if np.random.uniform(0, 1) > 0.999 else m.fc(x),
     ),
+    "a branch on Python's random, seldom taken and at no end": (
+        "1 draws numbers from random",
+        lambda m, x: x if 0.05 < random.random() < 0.1 else m.fc(x),
+    ),
 }
 
 

@@ -225,9 +225,11 @@ def test_sizes_at_which_a_model_fails_are_tried_one_by_one(tmp_path: Path) -> No
             raise ZeroDivisionError("too short")
         return 2 * y if y.shape[0] == 1 else y
 
-    gm = unchecked(Asking(way), {0: "batch", 1: "length"})
+    free = {0: "batch", 1: "length"}
     with pytest.raises(VerificationError, match="another way at batch=1, length=32 than"):
-        to_onnx(gm, tmp_path / "model.onnx")
+        to_onnx(unchecked(Asking(way), free), tmp_path / "model.onnx")
+    right = unchecked(Asking(lambda y: way(y) / (2 if y.shape[0] == 1 else 1)), free)
+    assert to_onnx(right, tmp_path / "model.onnx").notes == []
 
 
 def spread(y: torch.Tensor) -> torch.Tensor:
@@ -252,11 +254,16 @@ def test_one_place_may_give_no_number(tmp_path: Path) -> None:
     assert said == ""
 
 
-@pytest.mark.parametrize(("found", "wanted", "told"), [(1, 0, 1), (0, 1, 1), (0, 0, 0), (1, 1, 1)])
-def test_no_number_is_left_out_where_both_give_none(found: int, wanted: int, told: int) -> None:
-    file, model = (
-        torch.ones(2) if is_one else torch.full((2,), torch.nan) for is_one in (found, wanted)
-    )
+ONE, NONE, EMPTY = torch.ones(2), torch.full((2,), torch.nan), torch.ones(0)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "told"),
+    [(ONE, NONE, 1), (NONE, ONE, 1), (NONE, NONE, 0), (ONE, ONE, 1), (EMPTY, EMPTY, 1)],
+)
+def test_no_number_is_left_out_where_both_give_none(
+    file: torch.Tensor, model: torch.Tensor, told: int
+) -> None:
     assert other_sizes._told(["y"], [file], (model,)) == (
         (["y"], [file], [model]) if told else ([], [], [])
     )

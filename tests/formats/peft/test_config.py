@@ -197,6 +197,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("TRAINABLE_TOKENS", {"modules_to_save": ["x"]}, "modules_to_save is .*unknown field"),
     ("ADALORA", {"rank_pattern": {"fc": 2}}, r"rank_pattern\['fc'\] is 2, expected a list"),
     ("ADALORA", {"rank_pattern": {"fc": [True]}}, r".*'fc'\] is .* for <module>\.lora_E"),
+    ("ADALORA", {"rank_pattern": {"fc.lora_E": [True, 0, 1]}}, r".*'fc\.lora_E'\] is .* true and"),
     ("IA3", {"feedforward_modules": [3]}, r"feedforward_modules is \[3\], expected a list"),
     ("IA3", {"feedforward_modules": "(.*)**X"}, "feedforward_modules: .* is not a regex"),
     ("IA3", {"bias": "all"}, "bias is 'all', an unknown field"),

@@ -262,6 +262,13 @@ def test_a_damaged_file_loads_or_raises_the_typed_error(lab: Any, name: str, ref
     assert all(str(directory) in message for message in refused)
 
 
+def test_a_module_that_is_stored_whole_is_none_that_the_config_targets(lab: Any) -> None:
+    saved = {"target_modules": ["fc", "classifier"], "modules_to_save": ["classifier"]}
+    rule = load_adapter(lab.write("mlp", **saved)).expects
+    assert rule is not None
+    assert [path for path in ("fc", "classifier") if rule.matches(path)] == ["fc"]
+
+
 @pytest.mark.parametrize("name", [TENSORS, "adapter_model.bin"])
 def test_an_adapter_in_shards_is_the_same(name: str, lab: Any) -> None:
     directory = lab.write("mlp", target_modules="all-linear", use_rslora=True, r=3)

@@ -14,7 +14,7 @@ from torch import nn
 from lora_fx import Adapter, AdapterError
 from lora_fx.adapters.updates import with_settings
 from lora_fx.formats import load_adapter, save_adapter
-from lora_fx.formats.peft.products import VeraConfig
+from lora_fx.formats.peft.products import LokrConfig, VeraConfig
 from lora_fx.kinds import KINDS
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import config_in, means, save_peft_case
@@ -139,6 +139,12 @@ def test_a_seed_is_not_written_when_the_widest_layer_is_gone(tmp_path: Path) -> 
         assert all(map(torch.equal, found.tensors(), wanted.tensors()))
         layer = case.load(tmp_path / name).get_submodule("base_model.model.wide")
         assert torch.allclose(layer.get_delta_weight("default"), found.delta(), atol=1e-6)
+
+
+@pytest.mark.parametrize("said", [{}, {"alpha": 0.75}, {"alpha": 4.0}])
+def test_an_alpha_that_is_not_the_scale_any_more_is_not_written(said: Any) -> None:
+    update = adapter_of(nn.Linear(8, 12), LOW).updates["0"]
+    assert LokrConfig.numbers({"0": with_settings(update, **said)}) == {"0": (1, 0.75)}
 
 
 def test_one_layer_whose_projections_were_stored_has_all_of_them_stored(tmp_path: Path) -> None:

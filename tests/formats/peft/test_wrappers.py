@@ -15,7 +15,7 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.formats import load_adapter
 from lora_fx.formats.peft.wrappers import Home, WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.layers.base_layers import layers_of
-from lora_fx.testing import save_peft_case
+from lora_fx.testing import Computes, save_peft_case
 
 EXPERTS = ("m.experts", "m.experts.base_layer")
 
@@ -76,6 +76,16 @@ def test_what_the_file_does_not_tell_is_refused(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         places(*paths, targets=targets)
+
+
+def test_a_graph_does_not_tell_which_of_two_parameters_was_first() -> None:
+    up, down = nn.Parameter(torch.ones(4, 3, 5)), nn.Parameter(torch.ones(4, 5, 3))
+    model = nn.Sequential(Computes(lambda m, x: x @ m.up @ m.down, up=up, down=down))
+    paths, targets, x = ("0", "0.base_layer"), ("0.down", "0.up"), torch.ones(2, 3)
+    found = places(*paths, base=model, targets=targets)
+    assert [place.path for place in found.values()] == ["0.down", "0.up"]
+    with pytest.raises(AdapterError, match=r"0: target_parameters may mean down, up of it"):
+        places(*paths, base=lora_fx.trace(model, (x,)), targets=targets)
 
 
 def test_a_parameter_that_the_base_lacks_is_none_of_the_module() -> None:

@@ -302,8 +302,16 @@ def test_the_layers_scaled_at_their_input_are_meant_alone(tmp_path: Path) -> Non
 
 
 def test_an_output_projection_has_the_rank_of_its_attention(tmp_path: Path) -> None:
-    fields = written({"mha": low(6, 6), "mha.out_proj": low(6, 6)}, tmp_path / "a")
+    updates = {path: low(6, 6, bias=torch.randn(6)) for path in ("mha", "mha.out_proj")}
+    fields = written(updates, tmp_path / "a")
     assert (fields["rank_pattern"], fields["target_modules"]) == ({}, "mha")
+    found = load_adapter(tmp_path / "a").updates
+    for path, update in updates.items():
+        own, other = found[path].shift(lambda: None), update.shift(lambda: None)
+        assert own is not None
+        assert other is not None
+        assert torch.allclose(own, other)
+        assert torch.allclose(found[path].weight(torch.zeros(6, 6)), update.delta())
 
 
 NAMES = ("linear loha patterns", "linear lokr patterns", "experts patterns", "attention rslora")
