@@ -65,6 +65,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     # The exporter takes 30 MB and a second to load, which nobody pays who exports nothing.
     from lora_fx.export.onnx_model.eager_numbers import (
         give_probabilities,
+        give_wide_places,
         mark_masked,
         translations,
     )
@@ -95,6 +96,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     if onnx_program is None:
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
     give_probabilities(onnx_program.model)
+    give_wide_places(onnx_program.model)
     if onnx_program.exported_program is not None:
         mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]

@@ -223,7 +223,9 @@ class Scores(nn.Module):
 
 def test_a_dataclass_that_torch_was_told_of_is_returned() -> None:
     x = torch.randn(2, 3)
-    with pytest.raises(TraceError, match=r"may be told to torch .*torch\.export\.register_dataclass"):
+    with pytest.raises(
+        TraceError, match=r"may be told to torch .*torch\.export\.register_dataclass"
+    ):
         lora_fx.trace(Scores(), (x,))
     torch.export.register_dataclass(Scored)
     found = lora_fx.trace(Scores(), (x,), dynamic_shapes=({0: "batch"},))(x[:1])
