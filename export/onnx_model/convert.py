@@ -6,19 +6,19 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
 from lora_fx.errors import ExportError, advised
+from lora_fx.export.onnx_model.complex_pairs import as_pairs
 from lora_fx.export.onnx_model.known_values import without_known_calls
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
 from lora_fx.graph.aliasing import written
 from lora_fx.graph.lean_tracing import lean_tracing
-from lora_fx.graph.ops import aten, call_argument
+from lora_fx.graph.ops import aten
 
 _CHATTER: dict[str, tuple[str, ...]] = {
     "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
@@ -65,6 +65,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     # The exporter takes 30 MB and a second to load, which nobody pays who exports nothing.
     from lora_fx.export.onnx_model.eager_numbers import (
         give_probabilities,
+        give_wide_places,
         mark_masked,
         translations,
         widen_narrow_sums,
@@ -75,7 +76,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     if not isinstance(program, LoweredProgram):
         _copy_before_reshape(program)
     _cast_before_rsub(program)
-    _unsqueeze_pairs(program)
+    program = as_pairs(program)
     with _quiet():
         try:
             if has_masks(program):
@@ -97,6 +98,7 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
         raise ExportError("the graph has no ONNX form: torch.onnx returned nothing")
     give_probabilities(onnx_program.model)
     widen_narrow_sums(onnx_program.model)
+    give_wide_places(onnx_program.model)
     if onnx_program.exported_program is not None:
         mark_masked(onnx_program.model, onnx_program.exported_program)
     written = onnx_program.model.opset_imports[""]
@@ -141,26 +143,6 @@ def _cast_before_rsub(program: torch.export.ExportedProgram) -> None:
             cast = program.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
         cast.meta = {**node.meta, "val": source.meta["val"].to(dtype)}
         node.replace_input_with(source, cast)
-    program.graph_module.recompile()
-
-
-def _unsqueeze_pairs(program: torch.export.ExportedProgram) -> None:
-    """Gives complex numbers another axis as pairs of real ones, which torch.onnx writes for them.
-
-    ``unsqueeze(z, 1)`` -> ``view_as_complex(unsqueeze(view_as_real(z), 1))``: of rotary positions.
-    """
-    for node in program.graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
-        source: Any = node.args[0]
-        axis: Any = call_argument(node, 1, "dim")
-        value = node.meta["val"]
-        if not value.is_complex():
-            continue
-        with program.graph.inserting_before(node):
-            pairs = program.graph.call_function(aten.view_as_real.default, (source,))
-            wide = program.graph.call_function(aten.unsqueeze.default, (pairs, axis % value.ndim))
-        pairs.meta = {**node.meta, "val": torch.view_as_real(source.meta["val"])}
-        wide.meta = {**node.meta, "val": torch.view_as_real(value)}
-        node.target, node.args, node.kwargs = aten.view_as_complex.default, (wide,), {}
     program.graph_module.recompile()
 
 

@@ -154,6 +154,23 @@ def widen_narrow_sums(model: ir.Model) -> None:
                 rounded.outputs[0].shape = value.shape
 
 
+def give_wide_places(model: ir.Model) -> None:
+    """Casts places in int32 for an operator that takes int64 alone, as an istft writes."""
+    for node in list(model.graph):
+        if node.op_type == "ScatterND" and _is_narrow(node.inputs[1]):
+            cast = ir.node("Cast", [node.inputs[1]], {"to": _WHOLE})
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(1, cast.outputs[0])
+
+
+def _is_narrow(value: ir.Value | None) -> bool:
+    """Whether places are joined and moved of some in int32."""
+    if value is None or value.dtype is not None:
+        return value is not None and value.dtype is ir.DataType.INT32
+    node = producer(value, (*_SAME_NUMBERS, "Concat"))
+    return node is not None and any(map(_is_narrow, node.inputs))
+
+
 def mark_masked(model: ir.Model, program: torch.export.ExportedProgram) -> None:
     """Notes which products are the last of an attention with a mask."""
     masked = {node.name for node in program.graph.nodes if _has_mask(node)}

@@ -6,6 +6,8 @@ torch's own way traces the whole program twice more, to replace a handful of nod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ _COMPOSED = {
     *(aten.movedim, aten.moveaxis, aten.swapaxes, aten.swapdims, aten.tensor_split),
 }
 Table = Mapping[Any, Callable[..., Any]]
+_NO_TABLE: Table = MappingProxyType({})
 
 
 class LoweredProgram(torch.export.ExportedProgram):
@@ -36,7 +39,7 @@ class LoweredProgram(torch.export.ExportedProgram):
         table = decomp_table or {}
         for node in list(self.graph.nodes):
             if node.op == "call_function" and _is_composed(node.target, table):
-                _decompose(node, table)
+                decompose(node, node.target, table)
         self._name_outputs()
         self.graph_module.recompile()
         return self
@@ -69,16 +72,22 @@ def _is_composed(target: Any, table: Table) -> bool:
     return target in table or getattr(target, "overloadpacket", None) in _COMPOSED
 
 
-def _decompose(node: fx.Node, table: Table) -> None:
+def decompose(node: fx.Node, function: Any, table: Table = _NO_TABLE) -> None:
+    """Puts the operators that a function calls in the place of a call that gives the same.
+
+    Raises:
+        ExportError: the function needs tensors of its own.
+    """
     inputs = node.all_input_nodes
 
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function node
+        return function(*args, **kwargs)
 
     values = [n.meta["val"] for n in inputs]
-    parts = make_fx(call, decomposition_table=dict(table))(*values).graph
+    with getattr(node.meta["val"], "fake_mode", nullcontext()):  # for those made of sizes alone
+        parts = make_fx(call, decomposition_table=dict(table))(*values).graph
     if parts.find_nodes(op="get_attr"):
         raise ExportError(f"{node.name}: what it is made of holds tensors")
     splice(node, parts, inputs)

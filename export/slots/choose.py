@@ -148,7 +148,10 @@ def _in_graph(gm: fx.GraphModule) -> dict[str, SlotForm]:
         raise _no_slot(inside)
     for branch in branches(gm):
         vectors = branch.gain, branch.bias, branch.col
-        found[branch.path] = FACTORS if vectors == (None, None, None) else VECTORS
+        if vectors != (None, None, None):
+            found[branch.path] = VECTORS
+        elif found.get(branch.path) != VECTORS:  # a call without the layer's bias takes none
+            found[branch.path] = FACTORS
         found |= {} if branch.mask is None else {IDS: INVOCATION}
     return found
 

@@ -1,4 +1,4 @@
-"""Reads of ``tensor.data``, ``len(tensor)`` and counts in buffers, said as a tracer sees them."""
+"""``tensor.data``, ``len``, ``int``, and counts in buffers, read so that a tracer sees them."""
 
 from __future__ import annotations
 
@@ -38,21 +38,68 @@ def lengths_free(model: nn.Module) -> Iterator[None]:
 
     Python makes an int of what ``len`` gives, and torch.export takes a free size for a constant.
     """
+    with _called(model, {"len": _length}):
+        yield
+
+
+@contextmanager
+def numbers_free(model: nn.Module) -> Iterator[None]:
+    """Lets ``int`` and ``float`` keep a number that a tracer leaves open.
+
+    In the files that hold the code of a model, as in ``int(x.shape[1] * 0.5)`` of a free size, and
+    ``int(lengths.max())`` of what a tensor holds. For models that cannot be traced otherwise:
+    torch takes no other ``int`` for a dtype.
+    """
+    with _called(model, {"int": _Int, "float": _Float}):
+        yield
+
+
+@contextmanager
+def _called(model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
+    """Gives names of Python's own another meaning in the files that hold the code of a model."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     files = {kind.__module__ for kind in kinds if kind.__module__.partition(".")[0] != "torch"}
     spaces = [vars(sys.modules[file]) for file in files if file in sys.modules]
-    spaces = [space for space in spaces if "len" not in space]
-    for space in spaces:
-        space["len"] = _length
+    placed = [(space, name) for space in spaces for name in names if name not in space]
+    for space, name in placed:
+        space[name] = names[name]
     try:
         yield
     finally:
-        for space in spaces:
-            del space["len"]
+        for space, name in placed:
+            del space[name]
 
 
 def _length(value: Any) -> Any:
     return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
+
+
+class _Kept(type):
+    """A type of Python's numbers, called and asked for as that is, which keeps torch's symbols."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        value = next(iter(args), None)
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return cls.kept(value)  # type: ignore[attr-defined]
+        return cls.__base__(*args, **kwargs)  # type: ignore[misc]
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.__base__)  # type: ignore[arg-type]
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
+class _Int(int, metaclass=_Kept):
+    kept = staticmethod(torch.sym_int)
+
+
+class _Float(float, metaclass=_Kept):
+    kept = staticmethod(torch.sym_float)
 
 
 class KnownCounts:

@@ -31,6 +31,7 @@ _TRY = {
 
 # torch.export, of a type that it meets among inputs or outputs.
 _FOREIGN = re.compile(r"(?:Found|Unsupported input type) <class '[\w.<>]*?(?P<name>\w+)'>")
+_DYNAMIC = re.compile(r"rope_type['\"]: ['\"]dynamic")
 _INNER = torch.ops.export.access_subclass_inner_tensor.default
 _PLAIN = "trace the model as it was before it was quantised, and give to_onnx quantize="
 # What the code of every graph reads: an input of the same name would hide it.
@@ -59,7 +60,8 @@ def _known(model: nn.Module, reason: str) -> str | None:
     if foreign is not None:
         return (
             "wrap the model in a module that takes and returns tensors, or tuples, lists and "
-            f"dictionaries of them, and no {foreign['name']}"
+            f"dictionaries of them, and no {foreign['name']}; a dataclass of tensors may be told "
+            "to torch instead: torch.export.register_dataclass(its class)"
         )
     if "0/1 specialized" in reason:
         return (
@@ -80,8 +82,12 @@ def _known(model: nn.Module, reason: str) -> str | None:
     if "data-dependent" in reason:
         return (
             "let no `if` hang on what a tensor holds: a graph has one way, so take it before the "
-            "model is traced. transformers' rope_type 'dynamic' is 'default' in its config for "
-            "sequences up to max_position_embeddings"
+            f"model is traced{_of_rope(model)}"
+        )
+    if "FakeTensor" in reason and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        return (
+            "give recurrent layers the padded tensor: no graph takes one that "
+            "torch.nn.utils.rnn.pack_padded_sequence packed, whose steps hang on lengths"
         )
     if "'NoneType' object" in reason:
         return (
@@ -108,6 +114,16 @@ def _known(model: nn.Module, reason: str) -> str | None:
     if any(parameter.is_inference() for parameter in model.parameters()):
         return "make or load the model outside of torch.inference_mode(), and put in these weights"
     return None
+
+
+def _of_rope(model: nn.Module) -> str:
+    """What to do where transformers' code counts the frequencies of positions by their number."""
+    if not any(_DYNAMIC.search(str(getattr(m, "config", ""))) for m in model.modules()):
+        return ""
+    return (
+        ". transformers' rope_type 'dynamic' is 'default' in its config for sequences up to "
+        "max_position_embeddings"
+    )
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.frontend.data_reads import KnownCounts, data_detached, lengths_free
+from lora_fx.frontend.data_reads import KnownCounts, data_detached, lengths_free, numbers_free
 from lora_fx.frontend.diagnostics import (
     explain_failure,
     refuse_attributes,
@@ -70,7 +70,11 @@ def export_program(
         try:
             return export(root)
         except Exception as error:  # the model's own code runs in here and may raise anything
-            with suppress(Exception):  # which is told of the model as it is
+            # What fails again is told of the model as it is.
+            with suppress(Exception), numbers_free(root):
+                if "specialized" in str(error):
+                    return export(root)
+            with suppress(Exception):
                 known = KnownCounts(root)
                 program = export(known.model) if known.names else None
                 if program is not None and not known.is_written:

@@ -55,7 +55,14 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
         for part, value in terms.each().items()
     }
     for site, mask in zip(calls, at, strict=True):
-        add_branch(editor, site, nodes, mask=mask)
+        own_nodes = {p: n for p, n in nodes.items() if p != "bias" or _takes_bias(site, calls)}
+        add_branch(editor, site, own_nodes, mask=mask)
+
+
+def _takes_bias(site: Site, calls: Sequence[Site]) -> bool:
+    """Whether a call adds the layer's bias: not one that leaves out what another call adds."""
+    others = (other.bias for other in calls if other.part[1:3] == site.part[1:3])
+    return site.bias is not None or all(bias is None for bias in others)
 
 
 def add_branch(

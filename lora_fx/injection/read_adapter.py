@@ -53,7 +53,9 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
     mine = [(site, branch) for site, branch in found if branch.name == chosen]
     paths = first_names(gm, [site.path for site, _ in mine])
     mine = [(site, branch) for site, branch in mine if site.path in paths]
-    updates = {site.path: update_from(gm, site, branch) for site, branch in mine}
+    biased = {branch.path for _, branch in mine if branch.bias is not None}  # not at every call
+    full = [(site, b) for site, b in mine if b.bias is not None or site.path not in biased]
+    updates = {site.path: update_from(gm, site, branch) for site, branch in full}
     return Adapter(chosen, updates | _of_parameters(mine, updates))
 
 

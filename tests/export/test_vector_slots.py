@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -180,3 +181,23 @@ def test_the_factor_of_a_layer_s_only_input_is_one_of_its_rows(
     with torch.no_grad():
         assert relative(adapted, layer(1.5 * x)) < 1e-5
         assert relative(adapted, layer(x)) > 1e-2
+
+
+class Twice(nn.Linear):
+    """Calls its weight with its bias, and then without."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias) * F.linear(2 * x, self.weight)
+
+
+def test_a_slot_of_a_layer_that_is_called_without_its_bias_too_takes_one(tmp_path: Path) -> None:
+    x = torch.randn(4, 3)
+    gm = trace(nn.Sequential(Twice(3, 5)).eval(), (x,))
+    update = Update(random(0, 2, 3), random(1, 5, 2), 1.0, bias=random(2, 5))
+    tuned, path = inject(gm, Adapter("a", {"0": update})), tmp_path / "m.onnx"
+    lora_fx.to_onnx(tuned, path, adapters="input")
+    lora_fx.export_adapter(lora_fx.adapter_from(tuned), path, tmp_path / "a.onnx_adapter")
+    (found,) = lora_fx.Session(path).run({"input": x}, tmp_path / "a.onnx_adapter").values()
+    with torch.no_grad():
+        assert relative(torch.from_numpy(found), tuned(x)) < 1e-5
+        assert relative(torch.from_numpy(found), gm(x)) > 1e-2

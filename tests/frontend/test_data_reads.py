@@ -1,4 +1,4 @@
-"""Reads of ``tensor.data`` and of ``len(tensor)`` in a model's own code."""
+"""Reads of ``tensor.data``, of ``len(tensor)`` and of ``int(...)`` in a model's own code."""
 
 from __future__ import annotations
 
@@ -104,3 +104,31 @@ def test_a_number_that_a_call_changes_is_no_constant() -> None:
     with pytest.raises(TraceError, match="data-dependent"):
         trace(model, (torch.randn(4, 7, 3),), check=False)
     assert model.stride == 4
+
+
+class Halved(nn.Module):
+    """As a Conformer: its mask is as long as the longest; and a part of a size is an int."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        assert isinstance(x.ndim, int)
+        assert {int: True}[type(x.ndim)]
+        longest, half = int(lengths.max()), int(x.shape[1] / 2)
+        hidden = torch.arange(longest)[None] >= lengths[:, None]
+        y = self.fc(x).masked_fill(hidden[..., None], 0.0) / float(x.shape[1])
+        return y[:, :half]
+
+
+def test_a_number_that_a_model_makes_an_int_of_stays_free() -> None:
+    model = Halved().eval()
+    first = torch.randn(2, 7, 3), torch.tensor([7, 4])
+    gm = trace(model, first, dynamic_shapes=({0: "batch", 1: "length"}, {0: "batch"}))
+    for x, lengths in (first, (torch.randn(3, 12, 3), torch.tensor([5, 12, 1]))):
+        with torch.no_grad():
+            assert torch.equal(gm(x, lengths), model(x, lengths))
+    assert int is builtins.int
+    assert float is builtins.float
+    assert not {"int", "float"} & set(globals())

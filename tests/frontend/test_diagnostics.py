@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -178,9 +179,58 @@ def test_a_choice_by_what_a_tensor_holds_is_named(capfd: pytest.CaptureFixture[s
     said = (
         r"test_diagnostics\.py:\d+: return x \+ 1 if(.|\n)*Try: let no `if` hang on what a tensor"
     )
-    with pytest.raises(TraceError, match=said):
+    with pytest.raises(TraceError, match=said) as refused:
         lora_fx.trace(Hangs(), (torch.randn(3, 2),))
+    assert "rope_type" not in str(refused.value)
     assert "def forward" not in capfd.readouterr().err, "torch.export prints the graph so far"
+
+
+def test_positions_that_are_counted_anew_are_named() -> None:
+    model: Any = Hangs()
+    model.config = {"rope_parameters": {"rope_type": "dynamic"}}
+    with pytest.raises(TraceError, match="rope_type 'dynamic' is 'default' in its config"):
+        lora_fx.trace(model, (torch.randn(3, 2),))
+
+
+class Packs(nn.Module):
+    """As Tacotron 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        y: torch.Tensor = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0])[0]
+        return y
+
+
+def test_a_packed_sequence_is_named() -> None:
+    with pytest.raises(TraceError, match="Try: give recurrent layers the padded tensor"):
+        lora_fx.trace(Packs().eval(), (torch.randn(2, 4, 3), torch.tensor([4, 2])))
+
+
+@dataclass
+class Scored:
+    hidden: torch.Tensor
+    score: torch.Tensor
+
+
+class Scores(nn.Module):
+    def forward(self, x: torch.Tensor) -> Scored:
+        return Scored(x + 1, x.sum(-1))
+
+
+def test_a_dataclass_that_torch_was_told_of_is_returned() -> None:
+    x = torch.randn(2, 3)
+    with pytest.raises(
+        TraceError, match=r"may be told to torch .*torch\.export\.register_dataclass"
+    ):
+        lora_fx.trace(Scores(), (x,))
+    torch.export.register_dataclass(Scored)
+    found = lora_fx.trace(Scores(), (x,), dynamic_shapes=({0: "batch"},))(x[:1])
+    assert isinstance(found, Scored)
+    assert torch.equal(found.score, x[:1].sum(-1))
 
 
 class InBytes(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -83,3 +84,29 @@ def test_a_graph_that_writes_nothing() -> None:
 def test_a_table_that_is_renormalised_is_written_to() -> None:
     gm = trace(nn.Embedding(7, 3, max_norm=1.0))
     assert {"weight", "embedding"} <= {node.name for node in written(gm.graph)}
+
+
+class Mapped(nn.Module):
+    """As T5Gemma 2: some of its code runs row by row, and it writes elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.vmap(torch.vmap(lambda row: self.fc(row).sin()))(x)
+        y[:, 0] = 0.25
+        return y.tanh()
+
+
+@torch.no_grad()
+def test_rows_of_a_vmap_share_the_memory_of_all() -> None:
+    model, x = Mapped().eval(), torch.randn(4, 7, 3)
+    gm = trace(model, (x[:2],), dynamic_shapes=({0: "batch"},))
+    update = Update(torch.randn(2, 3), torch.randn(5, 2), 1.5)
+    tuned = inject(gm, Adapter("french", {"fc": update}))
+    merged = copy.deepcopy(model)
+    merged.fc.weight += update.delta()
+    assert relative(tuned(x), merged(x)) < 1e-6
+    assert relative(fold(tuned)(x), merged(x)) < 1e-6
+    assert relative(model(x), merged(x)) > 1e-2

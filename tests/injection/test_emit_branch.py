@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -212,3 +213,26 @@ def test_what_has_no_sum_is_refused(kinds: tuple[str, str]) -> None:
         inject(gm, [one, two])
     folded = inject(fold(inject(gm, one)), two)
     assert folded is not None
+
+
+class Twice(nn.Linear):
+    """Calls its weight with its bias, and once more without."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias) * F.linear(2 * x, self.weight)
+
+
+@torch.no_grad()
+def test_a_bias_is_added_where_the_layer_adds_its_own() -> None:
+    model, x = nn.Sequential(Twice(3, 5)).eval(), random(4, 3)
+    update = Update(random(2, 3), random(5, 2), 1.5, bias=random(5))
+    tuned = inject(trace(model, (x,)), Adapter("a", {"0": update}))
+    wanted = copy.deepcopy(model)
+    wanted[0].weight += update.delta()
+    without = relative(tuned(x), wanted(x))
+    wanted[0].bias += update.scale * random(5)
+    assert relative(tuned(x), wanted(x)) < 1e-6 < 1e-2 < without
+    assert relative(fold(tuned)(x), wanted(x)) < 1e-6
+    read = adapter_from(tuned).updates["0"]
+    assert isinstance(read, Update)
+    assert read.bias is not None

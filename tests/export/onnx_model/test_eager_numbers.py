@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx.export import Session, to_onnx
 from lora_fx.frontend.trace import trace
+from lora_fx.numerics import compare
 from lora_fx.testing import relative
 
 
@@ -205,3 +206,21 @@ def test_attention_has_any_number_of_axes(
     assert off(tmp_path / "model.onnx", model, x=x) < 1e-5
     model.options = {"scale": 0.9}
     assert off(tmp_path / "model.onnx", model, x=x) > 1e-3
+
+
+class Inverse(nn.Module):
+    """Torch puts the windows of a spectrum at places in int32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = torch.hann_window(16)
+        spectrum = torch.stft(x, 16, 4, window=window, return_complex=True)
+        halved = torch.view_as_complex(torch.view_as_real(spectrum) * 0.5)
+        return torch.istft(halved, 16, 4, window=window)
+
+
+def test_what_is_put_at_narrow_places_is_put_there(tmp_path: Path) -> None:
+    x = torch.randn(4, 60)
+    to_onnx(trace(Inverse(), (x[:2],), dynamic_shapes=({0: "batch"},)), tmp_path / "m.onnx")
+    (found,) = Session(tmp_path / "m.onnx").run({"x": x}).values()
+    assert compare(found, Inverse()(x)).ok
+    assert not compare(found, Inverse()(x.flip(0))).ok
