@@ -22,7 +22,7 @@ from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora, full, ia3, lora
+from lora_fx.kinds import KINDS, dora, full, ia3, lora, oft
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
@@ -44,7 +44,7 @@ ALGORITHMS: Mapping[str, frozenset[str]] = {
     "lokr": KINDS["lokr"].leaves,
     "glora": KINDS["glora"].leaves,
     "full": _DIFFERENCES,
-    "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
+    "oft": oft.OF_TRAINERS,
     "ia3": ia3.LYCORIS,
     "norm": frozenset({"w_norm", "b_norm"}),
 }
@@ -84,8 +84,7 @@ def is_kohya(path: Path, keys: Collection[str]) -> bool:
     """Whether a file's tensors are named as kohya's, or as LyCORIS', or others' of that kind."""
     if any(part_of(key) for key in keys):
         return True
-    is_peft = any(key.startswith(PREFIX) for key in keys)
-    is_other = is_peft or speaks_diffusers(keys) is not False
+    is_other = any(key.startswith(PREFIX) for key in keys) or speaks_diffusers(keys) is not False
     return not is_other and any(key.endswith(_MARKS) for key in keys)
 
 
@@ -124,12 +123,19 @@ def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layer
 
 
 def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:
-    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
+    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots.
+
+    And ai-toolkit's magnitudes, where it knows no alpha: under kohya's names it leaves that out.
+    """
     left = []
     for key, tensor in rest.items():
         name, _, leaf = key.partition(".")
+        path = key.removesuffix(".magnitude")
+        down, _ = layers.get(path, {}).get(DOWN_KEY, ("", None))
         if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
             dialects.add(layers, name, leaf, key, tensor)
+        elif path != key and down.endswith(".lora_A.weight"):
+            dialects.add(layers, path, DORA, key, tensor)
         else:
             left.append(key)
     return left
@@ -188,7 +194,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     settings |= EMBEDDING.settings if algorithm == "full" and layer.is_table else {}
     if algorithm == "oft":
-        settings["constraint"] = alpha or 0.0
+        settings |= oft.settings_for(tensors, layer.own_shape, alpha)
     return KINDS[algorithm].read(tensors, settings)
 
 
@@ -199,8 +205,8 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
     out, *inner = update.shape
     if (out, math.prod(inner)) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
-        found = update.shape
-        raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
+        told = f"made for a layer {update.shape}, the {layer.name} is {layer.own_shape}"
+        raise AdapterError(told)
     if MID not in roles:
         return update
     return replace(update, stored=SourceRecord(tensors_of(roles), {"scale": update.scale}))
@@ -323,9 +329,9 @@ def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
     if stored is None or algorithm is None:
         return None
     # PEFT multiplies the full factors of a one-dimensional convolution in another order.
-    is_foreign = algorithm == "lokr" and stored.settings.get("writer") != "lycoris"
-    second = stored.tensors.get("lokr_w2")
-    if is_foreign and second is not None and second.ndim == 3:
+    is_foreign = stored.settings.get("writer") not in ("lycoris", "onetrainer")
+    second, turn = (stored.tensors.get(leaf) for leaf in ("lokr_w2", "oft_R.weight"))
+    if is_foreign and (turn is not None or (second is not None and second.ndim == 3)):
         return None
     return algorithm, stored
 
