@@ -70,14 +70,14 @@ def sort_keys(
     layers: Layers = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        found = dialect.split(key)
-        if found is not None:
-            add(layers, *found, key, tensor)
-            continue
         feature = next((what for end, what in dialect.foreign.items() if re.search(end, key)), None)
         if feature is not None:
             raise AdapterError(f"tensor {key!r} is {feature}, which is not supported")
-        rest[key] = tensor
+        found = dialect.split(key)
+        if found is None:
+            rest[key] = tensor
+        else:
+            add(layers, *found, key, tensor)
     unused = claim(rest, layers)
     if unused:
         raise AdapterError(

@@ -66,11 +66,12 @@ DIALECT = dialects.Dialect(
     f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
     ".alpha, or what LyCORIS writes",
     foreign={
-        r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
-        r"\.scalar": "a scaled update (LyCORIS)",
-        r"\.boft_": "BOFT",
-        r"\.vera_": "VeRA",
-        r"\.lora_magnitude_vector": "PEFT's DoRA",
+        r"\.(lambda_layer|[pq]_layer\.weight)$": "T-LoRA",
+        r"\.scalar$": "a scaled update (LyCORIS)",
+        r"\.boft_\w+$": "BOFT",
+        r"\.vera_\w+$": "VeRA",
+        r"\.lora_magnitude_vector[^.]*$": "PEFT's DoRA",
+        r"attn\.qkv_proj\.lora_.\.default\.": "DiffSynth's of MiniMax-H3, with rows by head",
     },
 )
 # What others call LyCORIS' differences of a norm's vectors.
@@ -203,10 +204,9 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     pair = {ROLES[leaf]: found for leaf, found in roles.items() if leaf in ROLES}
     update = lora.read(pair, _FORM, alpha=scalar_of(roles) or None)
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
-    out, *inner = update.shape
-    if (out, math.prod(inner)) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
-        told = f"made for a layer {update.shape}, the {layer.name} is {layer.own_shape}"
-        raise AdapterError(told)
+    found, own = update.shape, layer.own_shape
+    if (found[0], math.prod(found[1:])) != (own[0], math.prod(own[1:])):
+        raise AdapterError(f"made for a layer {found}, the {layer.name} is {own}")
     if MID not in roles:
         return update
     return replace(update, stored=SourceRecord(tensors_of(roles), {"scale": update.scale}))

@@ -97,6 +97,14 @@ CHECKPOINTS = {
         "ltx2", r"(\w*patchify_proj|\w*adaln_single(?!_))",
         single_file_utils.convert_ltx2_transformer_to_diffusers,
     ),
+    "h3": (
+        "h3",
+        r"((token_refiner\.)?blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])$|\w+_patch_proj|"
+        r"condition_proj|time_embedder\.proj|final_layer\.(video|audio|adaln_proj))",
+        lambda checkpoint: single_file_utils.convert_minimax_h3_transformer_checkpoint_to_diffusers(
+            checkpoint, {}
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -127,10 +135,11 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
     converted = {k: value for k, value in convert(Sparse(checkpoint)).items() if value is not None}
     assert len(adapter.updates) > 15
     for path, update in adapter.updates.items():
-        own_weight: Any = model.get_submodule(path).weight.detach()
+        layer: Any = model.get_submodule(path)
+        own_weight = layer.weight.detach()
         delta = update.weight(own_weight) - own_weight
         assert relative(delta, converted[f"{path}.weight"]) < 1e-5, path
-        if kind == "diff" and f"{path}.bias" in converted:
+        if kind == "diff" and f"{path}.bias" in converted and layer.bias is not None:
             assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
     weights = {f"{path}.weight" for path in adapter.updates}
     assert {key for key in converted if key.endswith(".weight")} == weights
@@ -140,10 +149,9 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
 @pytest.mark.parametrize(
     ("of", "theirs", "path"),
     [
-        # diffusers has the halves of it in the other order, Stability's MLP of that name has none
-        ("h3", "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
-        # in no first block of the main stack either
-        ("h3", "token_refiner.blocks.0.mlp.fc2", "token_refiner.refiner_blocks.0.ff.net.2"),
+        # MiniMax has the halves of it in the other order, Stability's MLP of that name has none
+        ("flux", "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
+        ("flux", "token_refiner.blocks.0.mlp.fc2", "transformer_blocks.0.ff.net.2"),
     ],
 )
 def test_the_end_of_another_model_s_name_means_nothing(
@@ -156,4 +164,15 @@ def test_the_end_of_another_model_s_name_means_nothing(
     )
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="1 names mean no layer of the base"):
+        load_adapter(tmp_path / "a.safetensors", base=model)
+
+
+def test_rows_by_head_are_refused(tmp_path: Path) -> None:
+    """DiffSynth trains MiniMax-H3 as its shards are, and names its factors as PEFT's model does."""
+    model = tiny_diffusion("h3")
+    down, up = pair((48, 16))
+    tensors = {"blocks.0.attn.qkv_proj.lora_A.default.weight": down}
+    tensors |= {"blocks.0.attn.qkv_proj.lora_B.default.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is DiffSynth's of MiniMax-H3, with rows by head"):
         load_adapter(tmp_path / "a.safetensors", base=model)
