@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.row_blocks import swapped
-from lora_fx.adapters.scaling import alpha_for
+from lora_fx.adapters.scaling import alpha_for, alpha_in
 from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
@@ -21,7 +22,7 @@ from lora_fx.formats.dialects import ALPHA, Contents, Layers, Roles, scalar_of, 
 from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.io.state_dict import read_file
+from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.kinds import KINDS, dora, full, ia3, lora, oft
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
@@ -74,6 +75,7 @@ DIALECT = dialects.Dialect(
         r"attn\.qkv_proj\.lora_.\.default\.": "DiffSynth's of MiniMax-H3, with rows by head",
     },
 )
+_OF_H3 = re.compile(r"(^|[._])attn[._]qkv_proj$")  # whose one alpha may be a text beside
 # What others call LyCORIS' differences of a norm's vectors.
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
@@ -104,23 +106,21 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
         )
     tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
     with within(path):
-        layers = _sorted(tensors, hints.component)
+        if hints.component is not None:
+            check_part(hints.component)
+            tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, hints.component)}
+        layers = dialects.sort_keys(tensors, DIALECT, claim)
+        if not layers:
+            raise AdapterError(f"no layer of {hints.component or 'any part'}: nothing is adapted")
+        if any(map(_OF_H3.search, layers)) and not any(ALPHA in own for own in layers.values()):
+            alpha = alpha_in(metadata_of(path))
+            told = {} if alpha is None else {ALPHA: (ALPHA, torch.tensor(alpha))}
+            layers = {name: roles | told for name, roles in layers.items()}
         for roles in layers.values():
             if roles.keys() <= {ALPHA, DORA}:  # said before its layer is looked for
                 lora.check_pair(roles)
         asked = {name: size_of(roles) for name, roles in layers.items()}
         return Adapter(name, placed(layers, find(asked, base), base), moved={})
-
-
-def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
-    """The tensors by layer and leaf."""
-    if component is not None:
-        check_part(component)
-        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    layers = dialects.sort_keys(tensors, DIALECT, claim)
-    if not layers:
-        raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
-    return layers
 
 
 def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
 from lora_fx.layers.base_layers import layers_of
@@ -176,3 +177,24 @@ def test_rows_by_head_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="is DiffSynth's of MiniMax-H3, with rows by head"):
         load_adapter(tmp_path / "a.safetensors", base=model)
+
+
+@pytest.mark.parametrize("spell", [dotted, kohya, str])
+def test_one_alpha_of_minimax_is_a_text_beside(tmp_path: Path, spell: Callable[[str], str]) -> None:
+    """diffusers reads it too, where no tensor is an alpha; where one is, it says nothing."""
+    model = tiny_diffusion("h3")
+    down, up = pair((48, 16))
+    tensors = {f"{spell('blocks.0.attn.qkv_proj')}.lora_down.weight": down}
+    tensors |= {f"{spell('blocks.0.attn.qkv_proj')}.lora_up.weight": up}
+    file = tmp_path / "a.safetensors"
+    for metadata, more, scale in (
+        ({}, {}, 1.0), ({"alpha": "6"}, {}, 2.0), ({"alpha": "6"}, {"alpha": 1.5}, 0.5),
+    ):  # fmt: skip
+        own = {f"{spell('blocks.0.attn.qkv_proj')}.{k}": torch.tensor(n) for k, n in more.items()}
+        save_file({**tensors, **own}, file, metadata)
+        for update in load_adapter(file, base=model).updates.values():
+            assert isinstance(update, Update)
+            assert update.scale == scale
+    save_file(tensors, file, {"alpha": "much"})
+    with pytest.raises(AdapterError, match="alpha of its metadata is 'much', expected a finite"):
+        load_adapter(file, base=model)
