@@ -97,7 +97,7 @@ def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) ->
     roles[role] = key, tensor
 
 
-def tensors_of(roles: Roles) -> dict[str, torch.Tensor]:
+def tensors_of(roles: Mapping[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of a layer by role, without their keys."""
     return {role: tensor for role, (_, tensor) in roles.items()}
 

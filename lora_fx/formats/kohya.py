@@ -124,10 +124,7 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
 
 
 def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:
-    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots.
-
-    And ai-toolkit's magnitudes, where it knows no alpha: under kohya's names it leaves that out.
-    """
+    """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
     left = []
     for key, tensor in rest.items():
         name, _, leaf = key.partition(".")
@@ -135,6 +132,7 @@ def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:
         down, _ = layers.get(path, {}).get(DOWN_KEY, ("", None))
         if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
             dialects.add(layers, name, leaf, key, tensor)
+        # ai-toolkit's, whose alpha is the rank: under kohya's names it is another, and left out.
         elif path != key and down.endswith(".lora_A.weight"):
             dialects.add(layers, path, DORA, key, tensor)
         else:

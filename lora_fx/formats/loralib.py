@@ -187,12 +187,8 @@ def _is_of(own: torch.Tensor, weight: torch.Tensor, update: AnyUpdate, layer: Sh
     known = [f for whole in forms if whole.shape == layer for f in (whole, update.weight(whole))]
     turned = [t.T for t in known if t.ndim == 2]
     tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
-    return any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned)
-
-
-def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
-    return bool(gap <= tolerance * torch.linalg.vector_norm(other))
+    fitting = [t for t in known + turned if t.shape == weight.shape]
+    return any((weight.to(t.dtype) - t).norm() <= tolerance * t.norm() for t in fitting)
 
 
 def update_of(
