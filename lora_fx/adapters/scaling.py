@@ -39,6 +39,18 @@ def checked_alpha(where: str, alpha: object) -> float:
     return alpha
 
 
+def alpha_in(texts: Mapping[str, str]) -> float | None:
+    """The alpha that the texts of a file say, or None; refuses what is not a finite number."""
+    text = texts.get("alpha")
+    if text is None:
+        return None
+    try:
+        alpha: object = float(text)
+    except ValueError:
+        alpha = text
+    return checked_alpha("alpha of its metadata", alpha)
+
+
 def checked_ranks(pattern: Mapping[str, object]) -> dict[str, int]:
     """Returns a rank_pattern whose keys are bounded regexes and whose values are ranks."""
     check_regexes(pattern, "rank_pattern")

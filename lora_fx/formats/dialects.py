@@ -38,7 +38,7 @@ class Dialect:
         expected: what the message about a key of no known use ends with.
         prefix: regex of what stands before a path.
         older: end of a key -> what of it is the path's, by today's name, and the role.
-        silent: a part of a path that says nothing.
+        silent: regex of a part of a path, or of more, that says nothing.
         foreign: regex of a key -> the feature that it is of, known and not supported.
     """
 
@@ -46,7 +46,7 @@ class Dialect:
     expected: str
     prefix: str = ""
     older: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    silent: str = ""
+    silent: str = "(?!)"
     foreign: Mapping[str, str] = field(default_factory=dict)
 
     def split(self, key: str) -> tuple[str, str] | None:
@@ -54,21 +54,13 @@ class Dialect:
         start = re.match(self.prefix, key)
         if start is None:
             return None
-        rest = key[start.end() :]
-        if self.silent:
-            rest = f".{rest}".replace(f".{self.silent}.", ".")[1:]
+        rest = re.sub(rf"(?<=\.)(?:{self.silent})\.", "", key[start.end() :])
         for dot in re.finditer(r"(?<!^)\.", rest):
             path, ending = rest[: dot.start()], rest[dot.start() :]
             tail, role = self.older.get(ending, ("", self.endings.get(ending)))
             if role is not None:
                 return path + tail, role
         return None
-
-    def feature(self, key: str) -> str | None:
-        """The feature that a key is of, where that is known and not supported."""
-        if not re.match(self.prefix, key):
-            return None
-        return next((what for end, what in self.foreign.items() if re.search(end, key)), None)
 
 
 def sort_keys(
@@ -78,10 +70,10 @@ def sort_keys(
     layers: Layers = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        found = dialect.split(key)
-        feature = dialect.feature(key) if found is None else None
+        feature = next((what for end, what in dialect.foreign.items() if re.search(end, key)), None)
         if feature is not None:
             raise AdapterError(f"tensor {key!r} is {feature}, which is not supported")
+        found = dialect.split(key)
         if found is None:
             rest[key] = tensor
         else:
@@ -105,7 +97,7 @@ def add(layers: Layers, path: str, role: str, key: str, tensor: torch.Tensor) ->
     roles[role] = key, tensor
 
 
-def tensors_of(roles: Roles) -> dict[str, torch.Tensor]:
+def tensors_of(roles: Mapping[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of a layer by role, without their keys."""
     return {role: tensor for role, (_, tensor) in roles.items()}
 

@@ -43,7 +43,7 @@ COMPONENTS = (
     "unet", "transformer", "transformer_2", "transformer_ref", "text_encoder", "text_encoder_2",
     "text_encoder_3", "text_conditioner", "connectors",
 )  # fmt: skip
-LOKR, LYCORIS = lokr.MARKS, {*KINDS["loha"].leaves, "diff", "diff_b"} - {ALPHA}
+LOKR, LYCORIS = lokr.MARKS, {*KINDS["loha"].leaves, "diff", "diff_b", "magnitude"} - {ALPHA}
 _PREFIX = rf"({'|'.join(COMPONENTS)})\."
 # Names that PEFT alone would give a layer too.
 _OF_PEFT = {f".{leaf}": role for role, leaf in LEAVES.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.row_blocks import swapped
-from lora_fx.adapters.scaling import alpha_for
+from lora_fx.adapters.scaling import alpha_for, alpha_in
 from lora_fx.adapters.settle import divided, place
 from lora_fx.adapters.source_record import EMBEDDING, SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Update
@@ -21,8 +22,8 @@ from lora_fx.formats.dialects import ALPHA, Contents, Layers, Roles, scalar_of, 
 from lora_fx.formats.diffusers import speaks_diffusers
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import PREFIX
-from lora_fx.io.state_dict import read_file
-from lora_fx.kinds import KINDS, dora, full, ia3, lora
+from lora_fx.io.state_dict import metadata_of, read_file
+from lora_fx.kinds import KINDS, dora, full, ia3, lora, oft
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
@@ -44,7 +45,7 @@ ALGORITHMS: Mapping[str, frozenset[str]] = {
     "lokr": KINDS["lokr"].leaves,
     "glora": KINDS["glora"].leaves,
     "full": _DIFFERENCES,
-    "oft": frozenset({"oft_blocks", "rescale", ALPHA}),
+    "oft": oft.OF_TRAINERS,
     "ia3": ia3.LYCORIS,
     "norm": frozenset({"w_norm", "b_norm"}),
 }
@@ -66,13 +67,15 @@ DIALECT = dialects.Dialect(
     f"{' or '.join(PREFIXES.values())}<path>, or a path, and then .{DOWN_KEY}, .{UP_KEY}, "
     ".alpha, or what LyCORIS writes",
     foreign={
-        r"\.(lambda_layer|[pq]_layer\.)": "T-LoRA",
-        r"\.scalar": "a scaled update (LyCORIS)",
-        r"\.boft_": "BOFT",
-        r"\.vera_": "VeRA",
-        r"\.lora_magnitude_vector": "PEFT's DoRA",
+        r"\.(lambda_layer|[pq]_layer\.weight)$": "T-LoRA",
+        r"\.scalar$": "a scaled update (LyCORIS)",
+        r"\.boft_\w+$": "BOFT",
+        r"\.vera_\w+$": "VeRA",
+        r"\.lora_magnitude_vector[^.]*$": "PEFT's DoRA",
+        r"attn\.qkv_proj\.lora_.\.default\.": "DiffSynth's of MiniMax-H3, with rows by head",
     },
 )
+_OF_H3 = re.compile(r"(^|[._])attn[._]qkv_proj$")  # whose one alpha may be a text beside
 # What others call LyCORIS' differences of a norm's vectors.
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 _OF_NORM = {"w_norm": "weight", "b_norm": "bias"}
@@ -84,8 +87,7 @@ def is_kohya(path: Path, keys: Collection[str]) -> bool:
     """Whether a file's tensors are named as kohya's, or as LyCORIS', or others' of that kind."""
     if any(part_of(key) for key in keys):
         return True
-    is_peft = any(key.startswith(PREFIX) for key in keys)
-    is_other = is_peft or speaks_diffusers(keys) is not False
+    is_other = any(key.startswith(PREFIX) for key in keys) or speaks_diffusers(keys) is not False
     return not is_other and any(key.endswith(_MARKS) for key in keys)
 
 
@@ -104,7 +106,16 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
         )
     tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
     with within(path):
-        layers = _sorted(tensors, hints.component)
+        if hints.component is not None:
+            check_part(hints.component)
+            tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, hints.component)}
+        layers = dialects.sort_keys(tensors, DIALECT, claim)
+        if not layers:
+            raise AdapterError(f"no layer of {hints.component or 'any part'}: nothing is adapted")
+        if any(map(_OF_H3.search, layers)) and not any(ALPHA in own for own in layers.values()):
+            alpha = alpha_in(metadata_of(path))
+            told = {} if alpha is None else {ALPHA: (ALPHA, torch.tensor(alpha))}
+            layers = {name: roles | told for name, roles in layers.items()}
         for roles in layers.values():
             if roles.keys() <= {ALPHA, DORA}:  # said before its layer is looked for
                 lora.check_pair(roles)
@@ -112,24 +123,18 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
         return Adapter(name, placed(layers, find(asked, base), base), moved={})
 
 
-def _sorted(tensors: Mapping[str, torch.Tensor], component: str | None) -> Layers:
-    """The tensors by layer and leaf."""
-    if component is not None:
-        check_part(component)
-        tensors = {k: t for k, t in tensors.items() if part_of(k) in (None, component)}
-    layers = dialects.sort_keys(tensors, DIALECT, claim)
-    if not layers:
-        raise AdapterError(f"no layer of {component or 'any part'} in it: nothing is adapted")
-    return layers
-
-
 def claim(rest: dialects.Tensors, layers: Layers) -> list[str]:
     """Files the vectors of (IA)3, which any layer calls its own so: below a name without dots."""
     left = []
     for key, tensor in rest.items():
         name, _, leaf = key.partition(".")
+        path = key.removesuffix(".magnitude")
+        down, _ = layers.get(path, {}).get(DOWN_KEY, ("", None))
         if leaf in ALGORITHMS["ia3"] and name.startswith(("lora_", "lycoris_")):
             dialects.add(layers, name, leaf, key, tensor)
+        # ai-toolkit's, whose alpha is the rank: under kohya's names it is another, and left out.
+        elif path != key and down.endswith(".lora_A.weight"):
+            dialects.add(layers, path, DORA, key, tensor)
         else:
             left.append(key)
     return left
@@ -188,7 +193,7 @@ def _update(roles: Roles, algorithm: str, layer: Layer) -> AnyUpdate:
         settings["scale"] = 1.0 if rank is None else (alpha or rank) / rank
     settings |= EMBEDDING.settings if algorithm == "full" and layer.is_table else {}
     if algorithm == "oft":
-        settings["constraint"] = alpha or 0.0
+        settings |= oft.settings_for(tensors, layer.own_shape, alpha)
     return KINDS[algorithm].read(tensors, settings)
 
 
@@ -197,10 +202,9 @@ def _lora(roles: Roles, layer: Layer) -> AnyUpdate:
     pair = {ROLES[leaf]: found for leaf, found in roles.items() if leaf in ROLES}
     update = lora.read(pair, _FORM, alpha=scalar_of(roles) or None)
     # A file may have a layer as a matrix that the base has as a convolution, or the reverse.
-    out, *inner = update.shape
-    if (out, math.prod(inner)) != (layer.own_shape[0], math.prod(layer.own_shape[1:])):
-        found = update.shape
-        raise AdapterError(f"made for a layer {found}, the {layer.name} is {layer.own_shape}")
+    found, own = update.shape, layer.own_shape
+    if (found[0], math.prod(found[1:])) != (own[0], math.prod(own[1:])):
+        raise AdapterError(f"made for a layer {found}, the {layer.name} is {own}")
     if MID not in roles:
         return update
     return replace(update, stored=SourceRecord(tensors_of(roles), {"scale": update.scale}))
@@ -323,9 +327,9 @@ def _own(update: AnyUpdate) -> tuple[str, SourceRecord] | None:
     if stored is None or algorithm is None:
         return None
     # PEFT multiplies the full factors of a one-dimensional convolution in another order.
-    is_foreign = algorithm == "lokr" and stored.settings.get("writer") != "lycoris"
-    second = stored.tensors.get("lokr_w2")
-    if is_foreign and second is not None and second.ndim == 3:
+    is_foreign = stored.settings.get("writer") not in ("lycoris", "onetrainer")
+    second, turn = (stored.tensors.get(leaf) for leaf in ("lokr_w2", "oft_R.weight"))
+    if is_foreign and (turn is not None or (second is not None and second.ndim == 3)):
         return None
     return algorithm, stored
 

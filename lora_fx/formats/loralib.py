@@ -35,6 +35,8 @@ DIALECT = Dialect(
     {".lora_A": DOWN, ".lora_B": UP},
     "<module>.lora_A, <module>.lora_B and biases, as loralib.lora_state_dict(model) gives, or the "
     "whole model.state_dict()",
+    # Of OpenDelta, of the library adapters, of minLoRA.
+    silent=r"(lora|loras\.\w+|parametrizations\.weight\.0)(?=\.lora_[AB]$)",
 )
 WEIGHT, BIAS = ".weight", ".bias"
 # loralib's convolutions hold torch's as a child of this name.
@@ -57,7 +59,8 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
     base = layers_of(hints.base)
     with within(path):
-        file = sort_loralib(tensors, base)
+        file = LoralibFile(base)
+        file.layers = dialects.sort_keys(tensors, DIALECT, file.claim)
         alphas = _alphas(texts, hints, file.layers)
         hints = replace(hints, enable_lora=_fused(texts, hints, file.layers))
         layers = {m: _layer(m, file.weights.get(m), base.get(m)) for m in file.layers}
@@ -167,13 +170,6 @@ class LoralibFile:
         return own is not None and torch.equal(own.to(tensor), tensor)
 
 
-def sort_loralib(tensors: Tensors, base: BaseLayers) -> LoralibFile:
-    """Sorts every tensor of a file to its use."""
-    file = LoralibFile(base)
-    file.layers = dialects.sort_keys(tensors, DIALECT, file.claim)
-    return file
-
-
 def _outer(key: str, layers: Mapping[str, object]) -> str:
     """The name of a convolution's parameter in the base."""
     owner, _, leaf = key.rpartition(".")
@@ -191,12 +187,8 @@ def _is_of(own: torch.Tensor, weight: torch.Tensor, update: AnyUpdate, layer: Sh
     known = [f for whole in forms if whole.shape == layer for f in (whole, update.weight(whole))]
     turned = [t.T for t in known if t.ndim == 2]
     tolerance = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(own.dtype).eps)
-    return any(t.shape == weight.shape and _near(weight, t, tolerance) for t in known + turned)
-
-
-def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    gap = torch.linalg.vector_norm(one.to(other.dtype) - other)
-    return bool(gap <= tolerance * torch.linalg.vector_norm(other))
+    fitting = [t for t in known + turned if t.shape == weight.shape]
+    return any((weight.to(t.dtype) - t).norm() <= tolerance * t.norm() for t in fitting)
 
 
 def update_of(
@@ -223,11 +215,11 @@ def update_of(
         settings = {"alpha": alpha, "r": rank, "scale": alpha / rank}
         if layer is not None and kernel:
             return loralib.convolution(down, up, layer, settings)
-        loralib.check_sizes(path, down, up, hints.base)
         groups = groups_of(path, down, up, hints, None if layer is None else layer[0])
-    if groups is None:
-        return lora.read(roles, lora.Form(), alpha=alpha, is_table=is_table)
-    return loralib.fused(down, up, groups, settings)
+        sizes = loralib.sizes_of(path, down, up, hints.base)
+        if groups is not None:
+            return loralib.fused(down, up, groups, settings, sizes)
+    return lora.read(roles, lora.Form(), alpha=alpha, is_table=is_table)
 
 
 def groups_of(
@@ -239,7 +231,8 @@ def groups_of(
     base's layer has, if that is known.
     """
     count, rest = divmod(len(down), up.shape[1])
-    if rest or not count or len(up) % count:
+    sizes = loralib.sizes_of(path, down, up, hints.base)
+    if rest or not count or (sizes is None and len(up) % count):
         raise AdapterError("the ranks differ, expected (r, in) and (out, r)")
     groups = _hinted(path, hints, count, len(up), out)
     if groups is None and count > 1:
@@ -251,7 +244,7 @@ def groups_of(
         raise AdapterError(
             f"{count} outputs are adapted, enable_lora={list(groups)} says {sum(groups)}"
         )
-    size = len(up) // count * len(groups or (True,))
+    size = sum(sizes or ()) or len(up) // count * len(groups or (True,))
     if out is not None and out != size:
         said = "no enable_lora" if groups is None else f"enable_lora={list(groups)}"
         raise AdapterError(
@@ -279,7 +272,7 @@ def _hinted(path: str, hints: Hints, count: int, rows: int, out: int | None) -> 
             f"enable_lora={list(groups)} adapts one output, so {path} may be fused or not; pass "
             "base=, or enable_lora={name: [...]} for the layers that are"
         )
-    return groups if out == rows * len(groups) else None
+    return groups if out != rows else None
 
 
 def contents(adapter: Adapter, path: Path, hints: Hints) -> Contents:

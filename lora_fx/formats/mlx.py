@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.adapters.adapter import Adapter, AnyUpdate
-from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
+from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
+from lora_fx.adapters.scaling import checked_alpha, checked_rank
 from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.dialects import Dialect, check_adapted, sort_keys
+from lora_fx.formats.dialects import Dialect, check_adapted, sort_keys, tensors_of
 from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
-from lora_fx.kinds import experts, lora
+from lora_fx.kinds import dora, experts, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
-from lora_fx.layers.base_layers import layers_of
+from lora_fx.layers.base_layers import BaseLayers, layers_of
 from lora_fx.layers.layer import Layer
 
 CONFIG, WEIGHTS, PARAMETERS = "adapter_config.json", "adapters.safetensors", "lora_parameters"
@@ -43,9 +43,10 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
             raise AdapterError(f"fine_tune_type is {kind!r:.80}, expected lora, dora or full")
         rank, scale = _rank_and_scale(fields) if kind != "full" else (0, 0.0)
     with within(file):
+        base = layers_of(hints.base)
         if kind == "full":
-            return Adapter(name, {}, _whole(tensors))
-        layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
+            return Adapter(name, {}, _whole(tensors, base))
+        layers = sort_keys(tensors, DIALECT)
         check_adapted(layers)
         updates: dict[str, AnyUpdate] = {}
         for module, roles in chain.from_iterable(starmap(experts.apart, layers.items())):
@@ -54,18 +55,22 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
                     found = "there" if MAGNITUDE in roles else "missing"
                     raise AdapterError(f"fine_tune_type is {kind}, and .m is {found}")
                 updates[module] = _update(roles, rank, scale, base.get(module))
+                for head in base.tied_to(module):  # where MLX multiplies with the adapted table
+                    t = tensors_of(roles)
+                    updates[head] = Update(t[UP], t[DOWN], scale, kind, magnitude=t.get(MAGNITUDE))
     return Adapter(name, updates)
 
 
 def _update(roles: lora.Roles, rank: int, scale: float, layer: Layer | None) -> AnyUpdate:
-    """The update of a layer."""
-    if layer is not None and layer.is_table and MAGNITUDE in roles:
-        key, magnitude = roles[MAGNITUDE]
-        raise AdapterError(
-            f"{key} is {tuple(magnitude.shape)}, one number a token of an embedding, which is not "
-            "supported: fuse it where it was made"
-        )
-    return lora.read(roles, _FORM, scale=scale, rank=(rank, PARAMETERS))
+    """The update of a layer; magnitudes of a table are of its tokens, which are its inputs."""
+    if layer is None or not layer.is_table or MAGNITUDE not in roles:
+        return lora.read(roles, _FORM, scale=scale, rank=(rank, PARAMETERS))
+    key, magnitude = roles[MAGNITUDE]
+    if magnitude.shape != layer.own_shape[1:]:
+        raise AdapterError(f"{key} is {tuple(magnitude.shape)}, expected {layer.own_shape[1:]}")
+    rest = {role: found for role, found in roles.items() if role != MAGNITUDE}
+    plain = _update(rest, rank, scale, layer)
+    return dora.over_inputs(plain, {"dora_scale": magnitude}, layer.own_shape)
 
 
 def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
@@ -82,8 +87,7 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
     with within(PARAMETERS):
         rank, scale, alpha = (given.get(name) for name in ("rank", "scale", "alpha"))
         rank = checked_rank("rank", rank)
-        if not is_number(scale):
-            raise AdapterError(f"scale is {scale!r:.80}, expected a finite number")
+        scale = checked_alpha("scale", scale)
         if alpha is not None and alpha != rank:
             raise AdapterError(
                 f"alpha is {alpha!r:.80}, by which the first versions of mlx_lm multiplied and "
@@ -93,12 +97,14 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
     return rank, float(scale)
 
 
-def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole weights; MLX has the axes of a kernel in another order."""
+def _whole(tensors: Mapping[str, torch.Tensor], base: BaseLayers) -> dict[str, torch.Tensor]:
+    """Whole weights, tied heads' too; MLX has the axes of a kernel in another order."""
     kernels = [name for name, tensor in tensors.items() if tensor.ndim > 2]
     if kernels:
         raise AdapterError(
             f"{shorten(kernels)}: of more than two axes, which MLX orders otherwise than PyTorch: "
             "save the model, and not an adapter"
         )
-    return dict(tensors)
+    tied = {name: base.tied_to(name.removesuffix(".weight")) for name in tensors}
+    heads = {f"{head}.weight": tensors[name] for name, found in tied.items() for head in found}
+    return {**heads, **tensors}

@@ -24,7 +24,7 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME = 512
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}
+INTEGER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of one byte, which nothing here computes with: float16 has every value that they have.
@@ -37,7 +37,7 @@ _OTHERS = {
 LISTED = ".lora_invocation"
 # The axis of the rank, of what AdaLoRA may have pruned to nothing.
 _PRUNED = {".lora_A": 0, ".lora_B": 1, ".lora_E": 0}
-INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
 _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -234,7 +234,8 @@ def check_gathered(name: str, shape: Sequence[int]) -> None:
 
 def may_be_integer(name: str, count: int) -> bool:
     """Whether a tensor is one number (alpha, a flag, a count of batches), or places or tokens."""
-    is_number = name.endswith((".alpha", ".on_input", ".num_batches_tracked")) and count == 1
+    flags = (".alpha", ".on_input", ".num_batches_tracked", ".scaled_oft")
+    is_number = name.endswith(flags) and count == 1
     is_listed = name.endswith(LISTED)
     return is_number or is_listed or "_indices" in name or "_s_size" in name
 

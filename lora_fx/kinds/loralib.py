@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 
+Sizes = tuple[int, ...]
 Groups = tuple[bool, ...]  # of a MergedLinear, a matrix of several outputs: which are adapted
 LEAVES = frozenset({"lora_A", "lora_B"})
 _OUTPUTS = 64  # of one fused layer; attention has three
@@ -30,29 +32,34 @@ def checked_groups(value: object) -> Groups:
     return tuple(value)
 
 
-def check_sizes(path: str, down: torch.Tensor, up: torch.Tensor, base: Any) -> None:
-    """Refuses a fused layer of litgpt, unless the base shows that all its outputs are of one size.
+def sizes_of(path: str, down: torch.Tensor, up: torch.Tensor, base: Any) -> Sizes | None:
+    """How many rows each output of a fused layer of litgpt has; None where all are of one size.
 
-    Its queries have more rows than its keys and values where heads share these, which no tensor
-    tells; ``attn.attn`` of older versions has the rows of each head apart. Source:
-    ``LoRAQKVLinear`` of litgpt 0.5.
+    Its queries have more rows than its keys and values where heads share these, which its model's
+    config says, and no tensor; ``attn.attn`` of older versions has the rows of each head apart.
+    Source: ``LoRAQKVLinear`` of litgpt 0.5.
 
     Raises:
         AdapterError: nobody knows which rows an output has.
     """
     config, found = getattr(base, "config", None), _LITGPT.search(path)
-    heads, groups = (getattr(config, name, None) for name in ("n_head", "n_query_groups"))
-    is_one_size = found is None or (found[2] == "qkv" and heads is not None and heads == groups)
-    if is_one_size or len(down) == up.shape[1]:
-        return
+    names = "n_head", "n_query_groups", "head_size"
+    heads, groups, size = (getattr(config, name, None) for name in names)
+    is_of_today = found is not None and found[2] == "qkv"
+    if found is None or (is_of_today and heads is not None and heads == groups):
+        return None
+    if is_of_today and isinstance(heads, int) and isinstance(groups, int) and isinstance(size, int):
+        return heads * size, groups * size, groups * size
+    if len(down) == up.shape[1]:
+        return None
     raise AdapterError(
         f"of litgpt, of {heads or 'unknown'} heads in {groups or 'unknown'} groups: its outputs "
-        "may be of several sizes, expected loralib's of one: pass base=, litgpt's model, if it has "
-        "as many groups as heads; else merge it with litgpt merge_lora, and trace the result"
+        "may be of several sizes, expected loralib's of one: pass base=, litgpt's own model of "
+        "today; else merge it with litgpt merge_lora, and trace the result"
     )
 
 
-def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:
+def block_diagonal(up: torch.Tensor, groups: Groups, sizes: Sizes | None = None) -> torch.Tensor:
     """The up-projection of all outputs at once, for a down-projection that stacks their ranks.
 
     Output g is ``up[g] @ down[g]``, so each block meets its own ranks alone, and an output that is
@@ -61,23 +68,39 @@ def block_diagonal(up: torch.Tensor, groups: Groups) -> torch.Tensor:
     Args:
         up: (size * adapted, r).
         groups: which outputs are adapted.
+        sizes: how many rows each output has, adapted or not; without, all have as many.
 
     Returns:
         (size * outputs, r * adapted): the same values, and zeros.
+
+    Raises:
+        AdapterError: the outputs have other rows than up.
     """
-    blocks = up.chunk(sum(groups))
-    left, none = iter(blocks), up.new_zeros(len(blocks[0]), 0)
-    each = (next(left) if adapted else none for adapted in groups)
+    rows = sizes or (len(up) // sum(groups),) * len(groups)
+    own = list(compress(rows, groups))
+    if len(rows) != len(groups) or sum(own) != len(up):
+        raise AdapterError(
+            f"enable_lora={list(groups)} of outputs of {list(rows)} rows, but up has {len(up)}: "
+            "pass enable_lora= as its model has it"
+        )
+    left = iter(torch.split(up, own))
+    each = (next(left) if on else up.new_zeros(n, 0) for on, n in zip(groups, rows, strict=True))
     whole: torch.Tensor = torch.block_diag(*each)  # type: ignore[no-untyped-call]
     return whole
 
 
 def fused(
-    down: torch.Tensor, up: torch.Tensor, groups: Groups, settings: Mapping[str, Any]
+    down: torch.Tensor,
+    up: torch.Tensor,
+    groups: Groups,
+    settings: Mapping[str, Any],
+    sizes: Sizes | None = None,
 ) -> Update:
     """Reads ``MergedLinear``'s pair as one product, with zeros where nothing is adapted."""
     stored = SourceRecord(pair(down, up), {**settings, "enable_lora": list(groups)})
-    return Update(down, block_diagonal(up, groups), settings["scale"], "fused", stored=stored)
+    return Update(
+        down, block_diagonal(up, groups, sizes), settings["scale"], "fused", stored=stored
+    )
 
 
 def pair(down: torch.Tensor, up: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,22 +18,28 @@ from lora_fx.kinds.validation import flag, layer_shape, measure, number
 from lora_fx.numerics import widened
 
 MARKS = frozenset({"oft_R.weight", "oft_embedding_R.weight", "oft_blocks"})
-LEAVES = MARKS | {"rescale", "alpha"}
+SCALED = "oft_R.scaled_oft"  # a flag of OneTrainer's
+LEAVES = MARKS | {"rescale", "alpha", SCALED}
+# What stands below a layer's name in files of LyCORIS, sd-scripts and OneTrainer.
+OF_TRAINERS = LEAVES - {"oft_embedding_R.weight"}
 _MOST_TERMS = 1000  # PEFT's default is 5; a number in a file must not keep a reader busy for hours
 
 
 def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> AnyUpdate:
     """Reads ``W diag(R)^T`` (PEFT), or ``rescale * diag(R)^T W`` (LyCORIS, and PEFT's tables).
 
-    Source: Qiu et al., arXiv:2306.07280; ``oft`` of PEFT 0.21, ``diag-oft`` of LyCORIS 4.1.
+    OneTrainer's is PEFT's, but of a convolution it is ``W diag(R)``, of the inputs of all points.
+    Source: Qiu et al., arXiv:2306.07280; ``oft`` of PEFT 0.21, ``diag-oft`` of LyCORIS 4.1,
+    ``OFTModule`` of OneTrainer.
 
     Args:
         tensors: oft_R.weight, or oft_embedding_R.weight of a table, (blocks, b (b - 1) / 2), one
             row if all blocks share it; or oft_blocks (blocks, b, b), and perhaps rescale
-            (out, 1, ...). ``alpha`` is kept.
+            (out, 1, ...). ``alpha`` is kept. oft_R.scaled_oft, of any value, makes values smaller.
         settings: ``shape`` of the layer, if known. PEFT's: ``block_share``,
             ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``coft``, ``eps``, by default as
-            in its config. LyCORIS': ``constraint``, the file's alpha, by default 0.
+            in its config. LyCORIS': ``constraint``, the file's alpha, by default 0. ``writer``:
+            ``"onetrainer"``, whose ``shape`` has to be known.
 
     Returns:
         An update of kind ``"oft"``. Of its shape it knows the axis that is rotated, and that only
@@ -48,15 +54,18 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     layer, own = layer_shape(settings), dict(tensors)
     own.pop("alpha", None)
     leaf = next(iter(sorted(own.keys() & MARKS)), "oft_R.weight")
-    on_inputs, is_shared = leaf == "oft_R.weight", False
+    on_inputs, is_shared, flat = leaf == "oft_R.weight", False, layer
     if leaf == "oft_blocks":
         blocks = _of_lycoris(own, settings)
     else:
+        is_scaled = own.pop(SCALED, None) is not None
         measure(own, {leaf: ("blocks", "values")})
-        blocks = from_peft(leaf, own[leaf], settings).mT
+        blocks = from_peft(leaf, own[leaf], settings, is_scaled).mT
         is_shared = flag(settings, "block_share", False)
+    if settings.get("writer") == "onetrainer" and layer is not None and len(layer) > 2:
+        blocks, flat = blocks.mT, (layer[0], math.prod(layer[1:]))
     side = _On(on_inputs, is_shared, *blocks.shape[:2])
-    side.check(leaf, layer)
+    side.check(leaf, flat)
     stored = SourceRecord(tensors, settings)
     # PEFT's layers rotate what they read, one adapter behind the other; its tables what they give.
     stacks: Stacks = "inputs first" if on_inputs else "on any"
@@ -126,7 +135,26 @@ class _On:
         return turn if self.inputs else lambda weight: transposed(turn(transposed(weight)))
 
 
-def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+def settings_for(
+    tensors: Mapping[str, torch.Tensor], layer: tuple[int, ...], alpha: float | None
+) -> dict[str, Any]:
+    """What a trainer's file says of a layer: LyCORIS' constraint, or OneTrainer's blocks."""
+    values = tensors.get("oft_R.weight")
+    if values is None or values.ndim != 2:
+        return {"constraint": alpha or 0.0}
+    size = _size(values.shape[1])
+    is_shared = len(values) == 1 and size != math.prod(layer[1:])
+    return {"writer": "onetrainer", "oft_block_size": size, "block_share": is_shared}
+
+
+def _size(length: int) -> int:
+    """The b of which b (b - 1) / 2 values stand above a diagonal, if there is one."""
+    return (1 + math.isqrt(1 + 8 * length)) // 2
+
+
+def from_peft(
+    leaf: str, values: torch.Tensor, settings: Mapping[str, Any], is_scaled: bool = False
+) -> torch.Tensor:
     """The rotations of PEFT's OFT: an exact or a cut off Cayley transform.
 
     With S skew-symmetric, ``(I - S)(I + S)^-1``, or the series of ``(I + S)(I - S)^-1``, which is
@@ -137,6 +165,7 @@ def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> t
         leaf: that the values are.
         values: (blocks, b (b - 1) / 2), what stands above the diagonals.
         settings: as in PEFT's config, and with its defaults.
+        is_scaled: whether the values are as many times too large as OneTrainer has them.
 
     Returns:
         (blocks, b, b), in float32 or wider.
@@ -145,10 +174,10 @@ def from_peft(leaf: str, values: torch.Tensor, settings: Mapping[str, Any]) -> t
         AdapterError: no b fits the values; a setting is wrong.
     """
     count, length = values.shape
-    size = (1 + math.isqrt(1 + 8 * length)) // 2
+    size = _size(length)
     if size * (size - 1) // 2 != length or not count:
         raise AdapterError(f"{leaf} is {tuple(values.shape)}, expected (blocks, b (b - 1) / 2)")
-    numbers = widened(values)
+    numbers = widened(values) / (2 * math.sqrt(size - 1)) if is_scaled else widened(values)
     skew = numbers.new_zeros(count, size, size)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = numbers

@@ -18,10 +18,11 @@ from lora_fx.layers.meanings import Meaning
 # if indented. # is a number, @ any path, [one other] each of its words, all of a row's in step.
 # What has + has the rows of all, one below the other. After ~ the halves are swapped, where there
 # are two: diffusers has scale and shift of a last norm in the other order. After ~~ they are
-# swapped whatever the layer reads: it is a gated one.
+# swapped whatever the layer reads: it is a gated one. What has ? before it is not meant, but has to
+# be there: it tells a model from another of the same names.
 # Sources: flux and flux2 of Black Forest Labs, x-flux of XLabs, sgm and sd3 of Stability, Wan2.1,
 # Z-Image, HunyuanVideo, Lumina2, LTX, Chroma, AuraFlow, Cosmos (Anima), Mochi, Krea2, Ideogram4,
-# flux3, VACE of Wan, Sana, ACE-Step.
+# flux3, VACE of Wan, Sana, ACE-Step, MiniMax-H3.
 TABLE = """
 double_blocks.# = transformer_blocks.#
   img_attn.qkv | processor.qkv_lora1 = attn.to_q + attn.to_k + attn.to_v
@@ -195,6 +196,23 @@ blocks.# = transformer_blocks.#
   mlp.[inverted depth point]_conv.conv = ff.conv_[inverted depth point]
 t_block.1 = time_embed.linear
 y_embedder.y_proj.[fc1 fc2] = caption_projection.linear_[1 2]
+blocks.# = transformer_blocks.#
+  attn.qkv_proj = attn.to_q + attn.to_k + attn.to_v + ?adaln_proj.linear
+  attn.out_proj = attn.to_out.0 + ?adaln_proj.linear
+  attn.[q k]_norm = attn.norm_[q k] + ?adaln_proj.linear
+  mlp.fc1 = ~~ff.net.0.proj + ?adaln_proj.linear
+  mlp.fc2 = ff.net.2 + ?adaln_proj.linear
+token_refiner.blocks.# = token_refiner.refiner_blocks.#
+  attn.qkv_proj = attn.to_q + attn.to_k + attn.to_v
+  attn.out_proj = attn.to_out.0
+  attn.[q k]_norm = attn.norm_[q k]
+  mlp.fc1 = ~~ff.net.0.proj
+  mlp.fc2 = ff.net.2
+[video audio]_patch_proj = [proj_in audio_proj_in]
+condition_proj = context_embedder
+time_embedder.proj_[in out] = time_embedder.linear_[1 2]
+final_layer.adaln_proj.linear = norm_out.linear + ?audio_proj_out
+final_layer.[video audio]_out = [proj_out audio_proj_out]
 layers.#.[self cross]_attn = layers.#.[self cross]_attn
   [q_proj k_proj v_proj o_proj] = [to_q to_k to_v to_out.0]
 time_embed.[0 2] = time_embedding.linear_[1 2]
@@ -234,7 +252,8 @@ def _lines() -> Iterator[tuple[str, list[str]]]:
             for theirs, ours in _in_step(row.strip()):
                 for name, alternative in product(theirs.split(" | "), ours.split(" | ")):
                     mark, several = "~" * alternative.count("~"), alternative.lstrip("~")
-                    yield left + name, [mark + right + path for path in several.split(" + ")]
+                    paths = (path.rpartition("?")[1:] for path in several.split(" + "))
+                    yield left + name, [mark + needed + right + path for needed, path in paths]
 
 
 def _in_step(row: str) -> Iterator[tuple[str, str]]:
@@ -247,7 +266,8 @@ def _in_step(row: str) -> Iterator[tuple[str, str]]:
 
 def _of_line(theirs: str, several: list[str], base: BaseLayers) -> Iterator[tuple[str, Meaning]]:
     swapped = several[0].count("~")
-    ours = [path.lstrip("~") for path in several]
+    ours = [path.lstrip("~?") for path in several]
+    meant = len([path for path in several if "?" not in path])
     first = re.compile(rf"(?:^|(?<=\.)){_regex(ours[0])}$")
     least = len(theirs.removeprefix("@.").split("."))
     found: dict[str, list[Meaning]] = defaultdict(list)
@@ -260,8 +280,8 @@ def _of_line(theirs: str, several: list[str], base: BaseLayers) -> Iterator[tupl
         if all(other in base for other in paths):
             shape = base[path].own_shape
             swaps = swapped == 2 or (swapped == 1 and shape[0] == 2 * shape[1])
-            meant = Meaning(paths, halves_swapped=swaps, least=least)
-            found[start + _filled(theirs, values)].append(meant)
+            own = Meaning(paths[:meant], halves_swapped=swaps, least=least)
+            found[start + _filled(theirs, values)].append(own)
     for name, every in found.items():
         if len(every) == 1:  # what @ left out of the name may tell two layers apart
             yield name, every[0]

@@ -120,10 +120,20 @@ def _are_patterns(value: object, name: str) -> TypeGuard[Mapping[str, Any]]:
 
 
 def _by_path(patterns: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """What patterns say of each path, longer paths first: PEFT runs no regex of the file's."""
+    """What patterns say of each path, longer paths first: PEFT runs no regex of the file's.
+
+    Some of its types look for a key behind a dot alone (FourierFT, C3A), and others anywhere: a
+    path is its last part, behind all others.
+    """
     said = {path: pattern_value(patterns, path, None) for path in paths}
     ordered = sorted(paths, key=len, reverse=True)
-    return {re.escape(path): said[path] for path in ordered if said[path] is not None}
+    return {_exactly(path): said[path] for path in ordered if said[path] is not None}
+
+
+def _exactly(path: str) -> str:
+    owner, dot, leaf = path.rpartition(".")
+    last = re.escape(leaf)
+    return rf"(?<=^{re.escape(owner + dot)}){last}$" if dot else last
 
 
 def _class_of(name: str) -> Any:

@@ -22,8 +22,9 @@ import lora_fx
 from lora_fx.adapters.adapter import Adapter, Update, WeightUpdate
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import load_adapter, save_adapter
+from lora_fx.formats.dialects import sort_keys
 from lora_fx.formats.hints import Hints
-from lora_fx.formats.loralib import ALPHAS, groups_of, sort_loralib
+from lora_fx.formats.loralib import ALPHAS, DIALECT, LoralibFile, groups_of
 from lora_fx.layers.base_layers import layers_of
 from lora_fx.testing import relative, same_adapter, same_tensors
 
@@ -316,7 +317,8 @@ HALVED = NORM | {"norm.bias": torch.full((5,), 0.5)}
 def test_an_adapter_is_told_from_a_whole_model(
     base: nn.Module | None, more: dict[str, torch.Tensor], weights: list[str], replaced: list[str]
 ) -> None:
-    found = sort_loralib(PAIR | more, layers_of(base))
+    found = LoralibFile(layers_of(base))
+    found.layers = sort_keys(PAIR | more, DIALECT, found.claim)
     assert list(found.layers) == ["fc"]
     assert list(found.weights) == weights
     assert list(found.replacements) == replaced
@@ -368,28 +370,64 @@ def test_ranks_that_differ_are_refused(down: Any, up: Any) -> None:
         groups_of("fc", torch.ones(down), torch.ones(up), hints, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "groups", "is_read"), [("qkv", 4, True), ("qkv", 1, False), ("attn", 4, False)]
-)
-def test_what_litgpt_fuses_has_outputs_of_several_sizes(
-    reads: Any, name: str, groups: int, is_read: bool
-) -> None:
-    """48 rows are 32, 8 and 8 of them, and not three times 16."""
+def litgpt(name: str, groups: int) -> tuple[Any, str]:
+    """A layer of four heads of eight, whose keys and values are in groups, and its path."""
     out = 4 * 8 + 2 * groups * 8
     net: Any = nn.ModuleDict({"h": nn.Sequential(nn.ModuleDict())})
     net.h[0]["attn"] = nn.ModuleDict({name: nn.Linear(5, out, bias=False)})
-    net.config = SimpleNamespace(n_head=4, n_query_groups=groups)
-    path = f"h.0.attn.{name}"
-    down, up = torch.randn(6, 5), torch.randn(out, 2)
+    net.config = SimpleNamespace(n_head=4, n_query_groups=groups, head_size=8)
+    return net, f"h.0.attn.{name}"
+
+
+@pytest.mark.parametrize("groups", [4, 1, 2])
+@pytest.mark.parametrize("enabled", [[T, T, T], [T, F, T], [F, T, T], [T, F, F], [F, T, F]])
+def test_what_litgpt_fuses_has_outputs_of_several_sizes(
+    reads: Any, rewritten: Any, groups: int, enabled: list[bool]
+) -> None:
+    """Of one group, 48 rows are 32, 8 and 8 of them, and not three times 16."""
+    net, path = litgpt("qkv", groups)
+    sizes = [32, 8 * groups, 8 * groups]
+    own = [size for size, on in zip(sizes, enabled, strict=True) if on]
+    down, up = torch.randn(2 * len(own), 5), torch.randn(sum(own), 2)
     tensors = {f"{path}.lora_A": down, f"{path}.lora_B": up}
-    hints = {"alpha": 4, "enable_lora": {path: [T, T, T]}}
-    if is_read:
-        [update] = reads(tensors, base=net, **hints).updates.values()
-        parts = zip(up.chunk(3), down.chunk(3), strict=True)
-        weight = torch.randn(out, 5)
-        want = weight + 2 * torch.cat([one @ other for one, other in parts])
+    weight = torch.randn(sum(sizes), 5)
+    parts = iter(zip(up.split(own), down.split(2), strict=True))
+    products = []
+    for size, on in zip(sizes, enabled, strict=True):
+        one, other = next(parts) if on else (torch.zeros(size, 2), torch.zeros(2, 5))
+        products.append(one @ other)
+    want = weight + 2 * torch.cat(products)
+    for hint in (enabled, {path: enabled}):
+        adapter = reads(tensors, base=net, alpha=4, enable_lora=hint)
+        [update] = adapter.updates.values()
         assert relative(update.weight(weight), want) < 1e-6
         assert relative(weight, want) > 1e-2
-    for base in [None] if is_read else [net, None]:
-        with pytest.raises(AdapterError, match=r"of litgpt, .* merge it with litgpt merge_lora"):
-            reads(tensors, **hints | {"base": base})
+        again, _ = rewritten(adapter, "loralib", net)
+        same_tensors(again, tensors)
+    with pytest.raises(AdapterError, match="pass enable_lora= as its model has it"):
+        reads(tensors, base=net, alpha=4, enable_lora={path: [*enabled, F]})
+
+
+@pytest.mark.parametrize(("name", "has_base"), [("qkv", False), ("attn", True), ("attn", False)])
+def test_what_litgpt_fuses_is_told_by_its_own_model(reads: Any, name: str, has_base: bool) -> None:
+    net, path = litgpt(name, 1)
+    tensors = {f"{path}.lora_A": torch.ones(6, 5), f"{path}.lora_B": torch.ones(48, 2)}
+    with pytest.raises(AdapterError, match=r"of litgpt, .* merge it with litgpt merge_lora"):
+        reads(tensors, base=net if has_base else None, alpha=4, enable_lora={path: [T, T, T]})
+
+
+@pytest.mark.parametrize("inside", ["lora", "loras.french", "parametrizations.weight.0"])
+def test_a_pair_may_stand_in_a_module_beside_the_weight(reads: Any, inside: str) -> None:
+    """As OpenDelta, the library adapters and minLoRA have it; a layer may be called lora too."""
+    net = nn.ModuleDict({"lora": nn.ModuleDict({"fc": nn.Linear(3, 5)})})
+    down, up = torch.randn(2, 3), torch.randn(5, 2)
+    weight = torch.randn(5, 3)
+    for key in (f"lora.fc.{inside}", "lora.fc"):
+        pair = {f"{key}.lora_A": down, f"{key}.lora_B": up}
+        [(path, update)] = reads(pair, base=net, alpha=3).updates.items()
+        assert path == "lora.fc"
+        assert relative(update.weight(weight), weight + 1.5 * up @ down) < 1e-6
+        assert relative(update.weight(weight), weight) > 1e-2
+    twice = {**pair, f"lora.fc.{inside}.lora_A": down.clone()}
+    with pytest.raises(AdapterError, match=r"are both the down of lora\.fc"):
+        reads(twice, base=net, alpha=3)

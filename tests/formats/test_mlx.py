@@ -6,6 +6,7 @@ import copy
 import json
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,3 +152,34 @@ def test_what_was_read_is_written_as_another_format(net: Any, tmp_path: Path) ->
     with pytest.raises(AdapterError, match="mlx is read and not written; choose one of onnx"):
         lora_fx.save_adapter(adapter, tmp_path / "b", format="mlx")
     assert not (tmp_path / "b").exists()
+
+
+class Tied(nn.Module):
+    """A table whose weight is a head's too, as ``tie_word_embeddings`` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(11, 3), nn.Linear(3, 11, bias=False)
+        self.head.weight = self.emb.weight
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(torch.tanh(self.emb(ids)))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_a_head_is_tied_to_the_adapted_table(tmp_path: Path, kind: str) -> None:
+    """MLX has one module for both, which multiplies with what it adapted."""
+    torch.manual_seed(0)
+    net: Any = Tied().eval()
+    tensors = {key: 3 * value for key, value in factors("emb", 11, 3).items()}
+    table = net.emb.weight.detach() + 20 * tensors["emb.lora_a"] @ tensors["emb.lora_b"]
+    if kind == "dora":
+        tensors["emb.m"] = torch.rand(11) + 0.5
+        table = table * (tensors["emb.m"] / table.norm(dim=1))[:, None]
+    tensors = {"emb.weight": table} if kind == "full" else tensors
+    adapter = lora_fx.load_adapter(written(tmp_path / "a", tensors, fine_tune_type=kind), base=net)
+    inner = torch.tanh(F.embedding(IDS, table))
+    assert compare(output(net, adapter), inner @ table.T).ok
+    assert not compare(output(net, adapter), inner @ net.emb.weight.detach().T).ok

@@ -198,7 +198,8 @@ MLX: list[Row] = [
      r"moe: up is \(3, 5, 2\), expected \(experts, out, r\) with experts = 2 and r = 2"),
     (FC_MLX | {"fc.m": (5,)}, {}, {}, r"fc: .* \.m is there"),
     (FC_MLX, DORA, {}, r"fc: .* \.m is missing"),
-    (FC_MLX | TABLE | {"fc.m": (5,)}, DORA, {}, r"emb: emb.m is \(11,\), one number a token"),
+    (FC_MLX | TABLE | {"fc.m": (5,), "emb.m": (3,)}, DORA, {},
+     r"emb: emb.m is \(3,\), expected \(11,\)"),
     ({"c.weight": (2, 3, 3)}, {"fine_tune_type": "full"}, {}, "c.weight: of more"),
     ({}, {}, {}, "no pair of down and up in it, so nothing is adapted"),
 ]  # fmt: skip

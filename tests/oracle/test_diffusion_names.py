@@ -12,6 +12,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 
+from lora_fx.adapters.updates import Update
 from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter
 from lora_fx.layers.base_layers import layers_of
@@ -97,6 +98,14 @@ CHECKPOINTS = {
         "ltx2", r"(\w*patchify_proj|\w*adaln_single(?!_))",
         single_file_utils.convert_ltx2_transformer_to_diffusers,
     ),
+    "h3": (
+        "h3",
+        r"((token_refiner\.)?blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])$|\w+_patch_proj|"
+        r"condition_proj|time_embedder\.proj|final_layer\.(video|audio|adaln_proj))",
+        lambda checkpoint: single_file_utils.convert_minimax_h3_transformer_checkpoint_to_diffusers(
+            checkpoint, {}
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -127,10 +136,11 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
     converted = {k: value for k, value in convert(Sparse(checkpoint)).items() if value is not None}
     assert len(adapter.updates) > 15
     for path, update in adapter.updates.items():
-        own_weight: Any = model.get_submodule(path).weight.detach()
+        layer: Any = model.get_submodule(path)
+        own_weight = layer.weight.detach()
         delta = update.weight(own_weight) - own_weight
         assert relative(delta, converted[f"{path}.weight"]) < 1e-5, path
-        if kind == "diff" and f"{path}.bias" in converted:
+        if kind == "diff" and f"{path}.bias" in converted and layer.bias is not None:
             assert relative(update.shift(lambda: None), converted[f"{path}.bias"]) < 1e-5, path
     weights = {f"{path}.weight" for path in adapter.updates}
     assert {key for key in converted if key.endswith(".weight")} == weights
@@ -140,10 +150,9 @@ def test_every_name_means_what_a_checkpoint_s_does(tmp_path: Path, name: str, ki
 @pytest.mark.parametrize(
     ("of", "theirs", "path"),
     [
-        # diffusers has the halves of it in the other order, Stability's MLP of that name has none
-        ("h3", "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
-        # in no first block of the main stack either
-        ("h3", "token_refiner.blocks.0.mlp.fc2", "token_refiner.refiner_blocks.0.ff.net.2"),
+        # MiniMax has the halves of it in the other order, Stability's MLP of that name has none
+        ("flux", "blocks.0.mlp.fc1", "transformer_blocks.0.ff.net.0.proj"),
+        ("flux", "token_refiner.blocks.0.mlp.fc2", "transformer_blocks.0.ff.net.2"),
     ],
 )
 def test_the_end_of_another_model_s_name_means_nothing(
@@ -157,3 +166,35 @@ def test_the_end_of_another_model_s_name_means_nothing(
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="1 names mean no layer of the base"):
         load_adapter(tmp_path / "a.safetensors", base=model)
+
+
+def test_rows_by_head_are_refused(tmp_path: Path) -> None:
+    """DiffSynth trains MiniMax-H3 as its shards are, and names its factors as PEFT's model does."""
+    model = tiny_diffusion("h3")
+    down, up = pair((48, 16))
+    tensors = {"blocks.0.attn.qkv_proj.lora_A.default.weight": down}
+    tensors |= {"blocks.0.attn.qkv_proj.lora_B.default.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is DiffSynth's of MiniMax-H3, with rows by head"):
+        load_adapter(tmp_path / "a.safetensors", base=model)
+
+
+@pytest.mark.parametrize("spell", [dotted, kohya, str])
+def test_one_alpha_of_minimax_is_a_text_beside(tmp_path: Path, spell: Callable[[str], str]) -> None:
+    """diffusers reads it too, where no tensor is an alpha; where one is, it says nothing."""
+    model = tiny_diffusion("h3")
+    down, up = pair((48, 16))
+    tensors = {f"{spell('blocks.0.attn.qkv_proj')}.lora_down.weight": down}
+    tensors |= {f"{spell('blocks.0.attn.qkv_proj')}.lora_up.weight": up}
+    file = tmp_path / "a.safetensors"
+    for metadata, more, scale in (
+        ({}, {}, 1.0), ({"alpha": "6"}, {}, 2.0), ({"alpha": "6"}, {"alpha": 1.5}, 0.5),
+    ):  # fmt: skip
+        own = {f"{spell('blocks.0.attn.qkv_proj')}.{k}": torch.tensor(n) for k, n in more.items()}
+        save_file({**tensors, **own}, file, metadata)
+        for update in load_adapter(file, base=model).updates.values():
+            assert isinstance(update, Update)
+            assert update.scale == scale
+    save_file(tensors, file, {"alpha": "much"})
+    with pytest.raises(AdapterError, match="alpha of its metadata is 'much', expected a finite"):
+        load_adapter(file, base=model)

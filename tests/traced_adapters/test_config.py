@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from torch import nn
 
 from lora_fx import AdapterError, load_adapter
 from lora_fx.formats.peft import CONFIG, read_config
-from lora_fx.testing import SavedCase
+from lora_fx.testing import SavedCase, relative
 from lora_fx.traced_adapters.config import TracedConfig, by_peft, parse
 
 Changed = Callable[..., Path]
@@ -77,7 +80,40 @@ def test_peft_is_told_paths_and_no_regex_of_the_file(hira: SavedCase, changed: C
     """It would run one without a limit of time."""
     config = read_config(changed(hira, rank_pattern={".*": 2, "x": 3}) / CONFIG, strict=True)
     assert isinstance(config, TracedConfig)
-    assert by_peft(config, ["f.x", "a.f.x"]).rank_pattern == {r"a\.f\.x": 2, r"f\.x": 2}
+    found = by_peft(config, ["f.x", "a.f.x", "x"]).rank_pattern
+    assert found == {r"(?<=^a\.f\.)x$": 2, r"(?<=^f\.)x$": 2, "x": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("FourierFTConfig", {"n_frequency": 7, "n_frequency_pattern": {"fc": 5}}),
+        ("C3AConfig", {"block_size": 2, "block_size_pattern": {"a.fc": 4}}),
+        ("HiraConfig", {"r": 2, "rank_pattern": {"fc": 3}}),
+        ("WaveFTConfig", {"n_frequency": 7, "n_frequency_pattern": {"a.fc": 5}}),
+    ],
+)
+def test_patterns_are_of_layers_inside_of_others(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    """PEFT looks for the keys of some types behind a dot alone: all of them mean one layer here."""
+    torch.manual_seed(0)
+    inner = nn.ModuleDict({"fc": nn.Linear(8, 8), "fc_b": nn.Linear(8, 8)})
+    base: Any = nn.ModuleDict({"a": inner, "fc_b": nn.Linear(8, 8)})
+    config = getattr(peft, kind)(target_modules=["fc", "fc_b"], **fields)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    model.save_pretrained(str(tmp_path))
+    updates = load_adapter(tmp_path, base=base).updates
+    assert sorted(updates) == ["a.fc", "a.fc_b", "fc_b"]
+    for path, update in updates.items():
+        own, by_peft_ = base.get_submodule(path), model.base_model.model.get_submodule(path)
+        x = torch.randn(3, 8)
+        want = by_peft_(x) - own.bias
+        assert relative(x @ update.weight(own.weight.detach()).T, want.detach()) < 1e-5
+        assert relative(x @ own.weight.detach().T, want.detach()) > 1e-2
 
 
 @pytest.mark.parametrize("field", ["arrow_config", "layer_replication"])

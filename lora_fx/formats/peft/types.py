@@ -99,6 +99,12 @@ class OftConfig(PeftConfig):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    @classmethod
+    def holds(cls, update: AnyUpdate) -> bool:
+        """Whether an update is PEFT's: of convolutions OneTrainer has the inverse."""
+        is_ours = update.stored_settings.get("writer") != "onetrainer" or len(update.shape) == 2
+        return is_ours and super().holds(update)
+
     def check(self, fields: Mapping[str, object], origin: str, strict: bool) -> None:
         """Refuses, or with ``strict=False`` warns of, an OFT of other formulas than today's.
 
