@@ -92,7 +92,7 @@ def _refuse_twice(model: ModelProto, path: Path) -> None:
 
 def _digest_on_disk(tensor: TensorProto, path: Path) -> str:
     digest, place = start(tensor.data_type, tensor.dims), range_of(tensor, path)
-    with path.with_name(place.location).open("rb") as file:
+    with (path.parent / place.location).open("rb") as file:
         file.seek(place.offset)
         left = place.length
         while left and (chunk := file.read(min(left, _CHUNK))):

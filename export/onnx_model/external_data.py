@@ -23,7 +23,7 @@ class Range:
     """Where the bytes of a tensor lie.
 
     Attributes:
-        location: name of the file.
+        location: the file, from the directory of the model.
         offset: of the first byte.
         length: in bytes.
         tensor: its name.
@@ -44,7 +44,7 @@ def check_external_data(model: ModelProto, path: Path) -> None:
 
     Args:
         model: the model, loaded without its external data.
-        path: where it lies; its data must lie beside it.
+        path: where it lies; its data must lie beside it, or below.
 
     Raises:
         ExportError: names the tensor or file, what was found and what was expected.
@@ -101,17 +101,22 @@ def range_of(tensor: TensorProto, path: Path) -> Range:
 
 
 def _size(path: Path, location: str) -> int:
-    """Size of a data file: a plain file beside the model, nothing else."""
-    if (
-        location != Path(location).name
-        or location in ("", ".", "..")
-        or set(location) & set("\\:\0")
-    ):
-        raise ExportError(f"{path}: external data at {location!r}: expected the name of a file")
+    """Size of a data file: a plain file beside the model or below it, nothing else."""
+    parts = location.split("/")
+    if {"", ".", ".."}.intersection(parts) or set(location) & set("\\:\0"):
+        raise ExportError(
+            f"{path}: external data at {location!r}: expected the name of a file beside it or below"
+        )
+    file = path.parent / location
     try:
-        status = path.with_name(location).lstat()
+        status = file.lstat()
     except OSError as error:
         raise ExportError(f"{path}: its data file {location}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise ExportError(f"{path}: its data file {location} is a link or no plain file: copy it")
-    return check_plain(path.with_name(location), ExportError)
+    over = [Path(path.parent, *parts[:end]) for end in range(1, len(parts))]
+    is_own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    if not is_own or any(directory.is_symlink() for directory in over):
+        raise ExportError(
+            f"{path}: its data file {location} is a link or no plain file: copy it, by cp -L from "
+            "where a hub keeps its files"
+        )
+    return check_plain(file, ExportError)

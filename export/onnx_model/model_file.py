@@ -66,7 +66,10 @@ def write_model(
         _check_valid(model, path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         said = " ".join(str(error).split())
-        raise ExportError(f"{path.name}: the result is not valid ONNX: {said:.300}") from error
+        raise ExportError(
+            f"{path.name}: the result is not valid ONNX: {said:.300}; if a file that it was made "
+            "of is not either, as onnxruntime says, export that again"
+        ) from error
 
 
 def _check_valid(model: ir.Model, path: Path) -> None:

@@ -151,7 +151,9 @@ def _joined(
         value.name, value.type, value.shape = result.name, result.type, _either(result, other)
     whole.append(choice)
     whole.outputs.extend(choice.outputs)
-    common.NameFixPass()(joined)  # both branches have values of one name
+    for value in (value for node in later for value in node.outputs):
+        value.name = f"later/{value.name}"  # tools tell a file's values by name, in any branch
+    common.NameFixPass()(joined)
     return joined, {str(value.name): digest for (_, digest), value in weights.items()}
 
 
@@ -185,10 +187,11 @@ def _give(graph: ir.Graph, results: Sequence[ir.Value]) -> None:
             empty = ir.tensor(np.zeros(sizes, result.dtype.numpy()))
             graph.append(node := ir.node("Constant", [], {"value": empty}))
             value = node.outputs[0]
-            value.shape, value.type = ir.Shape(sizes), result.type
+            value.name, value.shape, value.type = result.name, ir.Shape(sizes), result.type
         elif value.producer() is None:  # it stands around the branch
             graph.append(node := ir.node("Identity", [value]))
             value = node.outputs[0]
+            value.name = result.name
         graph.outputs.append(value)
 
 

@@ -16,7 +16,7 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export.onnx_model.parsed import parsed
 from lora_fx.export.rewriting.weight_reads import turns
-from lora_fx.export.slots.manifest import DTYPES, Manifest
+from lora_fx.export.slots.manifest import DTYPES, KEY, Manifest
 from lora_fx.export.slots.slot import Input, Slot
 from lora_fx.numerics import widened
 
@@ -238,7 +238,11 @@ def _product(path: str, value: ir.Value) -> tuple[ir.Node, bool]:
         node = uses[0].node if len(uses) == 1 else None
         if node is None or node.op_type not in (*_PASSED, "Transpose", "MatMul", "Gemm"):
             found = ", ".join(use.node.op_type for use in uses) or "nothing"
-            raise ExportError(f"{path}: input {value.name} goes into {found}, expected a MatMul")
+            raise ExportError(
+                f"{path}: input {value.name} goes into {found}, expected a MatMul: slots of other "
+                f"layers than linear ones are told by a file's metadata {KEY}, which some tools "
+                "drop: put back what it was before"
+            )
         if node.op_type in ("MatMul", "Gemm") and uses[0].idx == 1:
             return node, turned ^ bool(node.attributes.get_int("transB", 0))
         if node.op_type in ("MatMul", "Gemm"):

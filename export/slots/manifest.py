@@ -174,11 +174,12 @@ def check_slots(model: ModelProto, manifest: Manifest) -> None:
     unknown = sorted(defaults.difference(listed))
     if lost or unknown:
         default = "without" if manifest.required else "with"
+        gone = f"no input, or none {default} a default, for the slots {shorten(lost)}"
+        more = f"inputs {shorten(unknown)} that its manifest does not list"
         raise ExportError(
-            f"its graph has no input, or none {default} a default, for the slots "
-            f"{shorten(lost) or '(none)'}, and has inputs {shorten(unknown) or '(none)'} that its "
-            "manifest does not list: another tool rewrote the file; use it as it was exported, or "
-            'export it with adapters="required", whose inputs no tool takes for constants'
+            f"its graph has {' and '.join([gone] * bool(lost) + [more] * bool(unknown))}: another "
+            "tool rewrote the file; use it as it was exported, or export it with "
+            'adapters="required", whose inputs no tool takes for constants'
         )
     _check_types(model, manifest)
     _check_sizes(model, manifest)

@@ -253,6 +253,23 @@ def test_histograms_and_strides_take_adapters_of_several_ranks(
     assert off(base, adapted) > 0.3
 
 
+def test_slots_are_bound_as_values_where_run_options_are_overlooked(files: Any) -> None:
+    directory, _, base, adapted = files
+    session = ort.InferenceSession(directory / "swappable.onnx", providers=["CPUExecutionProvider"])
+    tensors = ort.AdapterFormat.read_adapter(str(directory / "a.onnx_adapter")).get_parameters()
+    binding = session.io_binding()
+    binding.bind_cpu_input("input", X.numpy())
+    for name, value in tensors.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("output")
+    session.run_with_iobinding(binding)
+    (found,) = binding.copy_outputs_to_cpu()
+    assert off(found, adapted) <= 1e-5
+    assert off(found, base) > 0.3
+    with pytest.raises(RuntimeError, match="Failed to find NodeArg"):
+        binding.bind_cpu_input("0.lora_A", tensors["0.lora_A"].numpy())
+
+
 def test_a_file_that_a_tool_cast_says_so_before_it_runs(files: Any, tmp_path: Path) -> None:
     model = onnx.load(files[0] / "swappable.onnx")
     onnx.save(convert_float_to_float16(model), str(tmp_path / "out.onnx"))

@@ -266,10 +266,10 @@ def _unlisted(proto: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_dropped, "for the slots one.lora_B, "),
-        (_without_default, "for the slots one.lora_B, "),
+        (_dropped, "for the slots one.lora_B: another tool"),
+        (_without_default, "for the slots one.lora_B: another tool"),
         (_inputs_all, "for the slots one.lora_A, one.lora_B"),
-        (_unlisted, "has inputs one.lora_A, one.lora_B that its manifest does not list"),
+        (_unlisted, "its graph has inputs one.lora_A, one.lora_B that its manifest does not list"),
     ],
 )
 @pytest.mark.parametrize("digests", [True, False])

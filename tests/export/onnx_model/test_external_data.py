@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
-from lora_fx.export import Session, to_onnx
+from lora_fx.export import Session, add_lora, to_onnx
 from lora_fx.frontend.trace import trace
 
 
@@ -72,10 +72,35 @@ def test_data_beside_a_model_may_be_said_to_be_in_its_directory(model: Path) -> 
         Session(model)
 
 
+def test_data_may_lie_below_a_model(model: Path, tmp_path: Path) -> None:
+    x = {"input": torch.randn(4, 7, 64)}
+    wanted = Session(model).run(x)["output"]
+    below = model.with_name("data")
+    below.mkdir()
+    model.with_name("model.onnx.data").rename(below / "weights")
+    proto = onnx.load(model, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in (e for e in tensor.external_data if e.key == "location"):
+            entry.value = "data/weights"
+    model.write_bytes(proto.SerializeToString())
+    assert (Session(model).run(x)["output"] == wanted).all()
+    add_lora(model, tmp_path / "slots.onnx")
+    assert (Session(tmp_path / "slots.onnx").run(x)["output"] == wanted).all()
+    with (below / "weights").open("r+b") as file:
+        file.write(b"else")
+    with pytest.raises(ExportError, match="other values in"):
+        Session(model)
+    below.rename(tmp_path / "elsewhere")
+    below.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ExportError, match="is a link or no plain file"):
+        Session(model)
+
+
 @pytest.mark.parametrize(
     "location",
-    ["../model.onnx.data", "./../model.onnx.data", "./", "/etc/passwd", "a\\b", "c:d", "", ".."],
-)
+    ["../model.onnx.data", "./../model.onnx.data", "./", "/etc/passwd", "a\\b", "c:d", "", "..",
+     "a/../model.onnx.data", "a//b", "a/./b", "a/"],
+)  # fmt: skip
 def test_data_lies_beside_the_model(model: Path, location: str) -> None:
     rewrite(model, "location", location)
     with pytest.raises(ExportError, match="expected the name of a file"):

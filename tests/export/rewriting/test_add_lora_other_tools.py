@@ -274,3 +274,15 @@ def test_what_a_file_has_not_is_said(options: Any, said: str, tmp_path: Path) ->
     with pytest.raises(ExportError, match=said):
         add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx", **options)
     assert not (tmp_path / "slots.onnx").exists()
+
+
+def test_a_file_that_is_not_valid_itself_is_thought_of(tmp_path: Path) -> None:
+    """As torch.onnx writes it where it fails to convert to the version that was asked for."""
+    h, floats = onnx.helper, onnx.TensorProto.FLOAT
+    weight = numpy_helper.from_array(np.ones((3, 5), np.float32), "fc.weight")
+    nodes = [h.make_node("MatMul", ["x", "fc.weight"], ["h"]), h.make_node("Gelu", ["h"], ["y"])]
+    x, y = (h.make_tensor_value_info(n, floats, ["b", s]) for n, s in (("x", 3), ("y", 5)))
+    graph = h.make_graph(nodes, "g", [x], [y], [weight])
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 18)]), tmp_path / "base.onnx")
+    with pytest.raises(ExportError, match=r"Gelu.*if a file that it was made of is not either"):
+        add_lora(tmp_path / "base.onnx", tmp_path / "slots.onnx")
