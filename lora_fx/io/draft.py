@@ -101,15 +101,18 @@ def _take_back(hidden: Path, names: list[str]) -> None:
 
 def _settle(hidden: Path) -> None:
     """Ends what was begun and removes the directory; nothing that has come since is replaced."""
-    left = hidden / MOVING if (hidden / MOVING).is_dir() else hidden / OLD
-    with suppress(OSError):  # there is none, or it may not be read
-        for file in list(left.iterdir()):
+    try:
+        left = next((path for part in (MOVING, OLD) if (path := hidden / part).is_dir()), None)
+        for file in [] if left is None else list(left.iterdir()):
             place = hidden.parent / file.name
             if not os.path.lexists(place):
                 os.replace(file, place)
-    # What was replaced goes before that which says so.
-    shutil.rmtree(hidden / OLD, ignore_errors=True)
-    shutil.rmtree(hidden, ignore_errors=True)
+    except OSError:  # on a disk that takes no name any more: the next run puts it there
+        return
+    with suppress(OSError):  # one that rmtree meets while it closes a directory
+        # What was replaced goes before that which says so.
+        shutil.rmtree(hidden / OLD, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _made(home: Path) -> Path:
@@ -132,7 +135,8 @@ def _end(hidden: Path) -> None:
     _settle(hidden)
     _, lock = _open.pop(hidden, (0, None))
     if lock is not None:
-        os.close(lock)
+        with suppress(OSError):  # what it was for is done
+            os.close(lock)
 
 
 @atexit.register

@@ -147,6 +147,35 @@ def test_killed_while_what_moved_goes_back(
     assert died > 20
 
 
+@pytest.mark.parametrize("write", [write_files, write_model])
+def test_a_disk_that_takes_no_more_names_loses_nothing(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, left = os.replace, [0]
+
+    def fails(*paths: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        own(*paths)
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, fails)
+    for step in range(5):
+        home, left[0] = tmp_path / f"{step}", 1000
+        home.mkdir()
+        write(home, "old")
+        left[0] = step
+        with pytest.raises(ExportError, match="Disk quota exceeded"):
+            write(home, "new")
+        left[0] = 1000  # there is room again
+        for place in (home, home / "out"):
+            sweep(place)
+        found = texts(home)
+        assert len({*found.values()}) == 1, step
+        assert len(found) == (3 if write is write_files else 2), step
+
+
 def test_what_is_in_use_is_left_alone(tmp_path: Path) -> None:
     with hidden_directory(tmp_path) as hidden:
         (hidden / "new").mkdir()
