@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.choices import takes
+from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import (
     Store,
     assign,
@@ -58,6 +60,7 @@ class Editor:
         modified: whether the graph was changed.
     """
 
+    @takes(PassError)
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = build_graph_module(gm, copy_graph(gm.graph), gm.training)
         self.gm.meta = dict(gm.meta)
@@ -69,15 +72,18 @@ class Editor:
         self._stale: list[fx.Node] = []
         self._store = Store(self.gm)
 
+    @takes(PassError)
     def record(self, action: str, path: str, text: str = "") -> None:
         """Notes an edit for the caller."""
         self.edits.append(Edit(action, path, text))
 
+    @takes(PassError)
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The tensor that a ``get_attr`` node fetches."""
         value: torch.Tensor = attribute(self.gm, str(node.target))
         return value
 
+    @takes(PassError)
     def constant(self, name: str, value: torch.Tensor | LazyTensor, before: fx.Node) -> fx.Node:
         """Fetches a new tensor just before a node.
 
@@ -88,6 +94,7 @@ class Editor:
         with self._graph.inserting_before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
+    @takes(PassError)
     def hold(self, name: str, value: torch.Tensor | LazyTensor) -> None:
         """Puts another tensor into a module that is called whole: a shell of this graph's own."""
         if isinstance(attribute(self.gm, name), nn.Parameter) and isinstance(value, torch.Tensor):
@@ -95,6 +102,7 @@ class Editor:
         assign(self.gm, name, value)
         self.modified = True
 
+    @takes(PassError)
     def call(
         self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node
     ) -> fx.Node:
@@ -104,6 +112,7 @@ class Editor:
         node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
 
+    @takes(PassError)
     def inline(
         self, function: Callable[..., Any], operands: Sequence[Any], before: fx.Node, like: fx.Node
     ) -> tuple[Any, list[fx.Node]]:
@@ -134,6 +143,7 @@ class Editor:
         result = pytree.tree_map_only(fx.Proxy, lambda value: value.node, result)
         return result, [node for node in made if node.op == "call_function"]
 
+    @takes(PassError)
     def along(self, moves: Sequence[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
         """Makes calls of one input again, one behind the other from another start on."""
         here = start
@@ -144,6 +154,7 @@ class Editor:
             here = self._made(copy)
         return here
 
+    @takes(PassError)
     def again(
         self,
         calls: Sequence[fx.Node],
@@ -170,6 +181,7 @@ class Editor:
             known[call] = self._made(copy)
         return known
 
+    @takes(PassError)
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
         """Calls a new module, whose training mode stays live, just before a node."""
         target = self._store.keep(name, module)
@@ -177,17 +189,20 @@ class Editor:
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
 
+    @takes(PassError)
     def replace(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node] = ()) -> None:
         """Makes every reader of ``old`` read ``new``, but ``new`` itself and those to ``keep``."""
         stays = {new, *keep}
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stays)
         self._drop(old)
 
+    @takes(PassError)
     def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Makes one node read ``new`` where it read ``old``."""
         reader.replace_input_with(old, new)
         self._drop(old)
 
+    @takes(PassError)
     def freeze(self) -> None:
         """Makes every parameter so far take no gradient, without touching the model's own."""
         for target, op in targets(self._graph).items():
@@ -197,6 +212,7 @@ class Editor:
             elif isinstance(value, nn.Parameter):
                 assign(self.gm, target, nn.Parameter(value.detach(), requires_grad=False))
 
+    @takes(PassError)
     def remember(self, folded: fx.Node, original: fx.Node) -> None:
         """Notes that a new node stands for the region that ends in ``original``."""
         if self._origin is None:
@@ -206,6 +222,7 @@ class Editor:
         if "val" in original.meta:
             folded.meta.setdefault("val", original.meta["val"])
 
+    @takes(PassError)
     def insert(self, node: fx.Node, source: fx.GraphModule, after: fx.Node, args: Any) -> fx.Node:
         """Puts a copy of another graph's node behind one of this graph, name and tensor included.
 
