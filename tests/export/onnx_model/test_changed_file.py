@@ -230,8 +230,8 @@ def _exchanged_weights_and_digests(proto: onnx.ModelProto) -> None:
         (_renamed, "lacks norm.weight; has besides scale; its graph was rewritten: "),
         (_relu_gone, "its graph was rewritten: "),
         (_exchanged_readers, "its graph was rewritten: "),
-        (_exchanged_slot_digests, "its manifest was changed: "),
-        (_exchanged_weights_and_digests, "its manifest was changed: "),
+        (_exchanged_slot_digests, "its manifest or lora_fx.new_cache_behind was changed: "),
+        (_exchanged_weights_and_digests, "its manifest or lora_fx.new_cache_behind was changed: "),
     ],
 )
 def test_another_model_file_is_refused(
