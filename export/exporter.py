@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import fx
 
 from lora_fx.choices import AdapterMode, BitsOrFloat, Mode, check_choice, takes
@@ -43,6 +44,7 @@ from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.one_thread import one_at_a_time
 from lora_fx.injection.branch_tensors import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
@@ -51,6 +53,7 @@ from lora_fx.report.page import page_beside, write_page
 
 
 @takes(ExportError)
+@one_at_a_time
 def to_onnx(
     gm: fx.GraphModule,
     path: str | Path,
@@ -204,6 +207,8 @@ def to_onnx(
 
 def _refuse_meta(gm: fx.GraphModule) -> None:
     """Refuses tensors that have no values: a model may be traced on the meta device."""
+    if torch.get_default_device().type == "meta":
+        raise ExportError('under torch.device("meta") nothing has values: call to_onnx outside it')
     held = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
     empty = [name for name, value in held.items() if getattr(value, "is_meta", False)]
     if empty:

@@ -264,7 +264,13 @@ class Clock:
     def stage(self, name: str) -> Iterator[None]:
         """Times the body under a name."""
         if self._watch is not None:
-            self._watch(name)
+            try:
+                self._watch(name)
+            except (TypeError, AttributeError) as error:
+                if not callable(self._watch):
+                    raise
+                told = f"progress={self._watch!r:.80} was told {name!r} and failed: {error}"
+                raise ExportError(f"{told}: give what takes the name of a stage") from error
         start = time.perf_counter()
         try:
             with memory_told(name, ExportError):

@@ -24,6 +24,7 @@ from lora_fx.export.onnx_model.digests import (
 )
 from lora_fx.export.onnx_model.external_data import check_external_data, external_tensors, range_of
 from lora_fx.export.slots.manifest import versioned
+from lora_fx.graph.example import NEW_CACHE
 
 _CHUNK = 1 << 20
 _ADVICE = (
@@ -123,7 +124,7 @@ def _difference(found: Digests, stored: Digests, model: ModelProto) -> str:
     if found.graph != stored.graph:
         words.append("its graph was rewritten")
     if whole_of(stored.graph, stored.tensors, model) != stored.whole:
-        words.append("its manifest was changed")
+        words.append(f"its manifest or {NEW_CACHE} was changed")
     if model.producer_name != _PRODUCER:
         words.append(f"last written by {model.producer_name!r}")
     return f"{'; '.join(words)}: {_ADVICE}"

@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, TensorProto, external_data_helper, nump
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_model.external_data import external_tensors
 from lora_fx.export.slots.manifest import KEY as SLOTS
+from lora_fx.graph.example import NEW_CACHE
 
 KEY = "lora_fx.digests"
 VERSION = 1
@@ -30,7 +31,7 @@ class Digests:
     Attributes:
         graph: of everything but the values of its initializers.
         tensors: initializer -> of its type, shape and bytes.
-        whole: of these, and of the manifest of its slots.
+        whole: of these, of the manifest of its slots, and of when a cache is begun anew.
     """
 
     graph: str
@@ -84,9 +85,11 @@ def digests_of(model: ModelProto, external: Callable[[TensorProto], str]) -> Dig
 
 
 def whole_of(graph: str, tensors: Mapping[str, str], model: ModelProto) -> str:
-    """A digest of digests and of the manifest of a model's slots."""
-    manifest = metadata(model).get(SLOTS, "")
-    return short(hashlib.sha256(json.dumps([graph, sorted(tensors.items()), manifest]).encode()))
+    """A digest of digests, of the manifest of a model's slots, and of what else a run follows."""
+    noted = metadata(model)
+    followed = [noted[NEW_CACHE]] if NEW_CACHE in noted else []
+    held = [graph, sorted(tensors.items()), noted.get(SLOTS, ""), *followed]
+    return short(hashlib.sha256(json.dumps(held).encode()))
 
 
 def _digest_inline(tensor: TensorProto) -> str:

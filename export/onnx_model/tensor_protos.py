@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from google.protobuf.message import Message
@@ -23,7 +24,7 @@ _BITS = {
     }.items()
 }
 _TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
-_MOST = 1 << 63
+_MOST, _MOST_NODES = 1 << 63, 1_000_000
 _OLDEST_IR = 3  # before it a model said nothing of its operator sets
 ASIDE = 4  # version of the format from which on an initializer need not be an input
 
@@ -33,12 +34,12 @@ def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
     return (message for message, _ in _messages(model) if isinstance(message, TensorProto))
 
 
-def every_node(model: ModelProto) -> Iterator[NodeProto]:
-    """All nodes of a model: of graphs, branches and functions."""
+def every_node(model: Message) -> Iterator[NodeProto]:
+    """All nodes of a model, a graph or a function: of branches and functions too."""
     return (message for message, _ in _messages(model) if isinstance(message, NodeProto))
 
 
-def _messages(model: ModelProto) -> Iterator[tuple[Message, Sequence[Any]]]:
+def _messages(model: Message) -> Iterator[tuple[Message, Sequence[Any]]]:
     """All that a model is made of, itself included, each with its fields; a tensor without."""
     waiting: list[Message] = [model]
     while waiting:
@@ -50,8 +51,31 @@ def _messages(model: ModelProto) -> Iterator[tuple[Message, Sequence[Any]]]:
                 waiting += [value] if isinstance(value, Message) else value
 
 
+def _check_functions(model: ModelProto) -> None:
+    """Refuses what calls itself, or so much that nobody can write it where it is called."""
+    if not model.functions:
+        return
+    parts = {(f.domain, f.name): [(n.domain, n.op_type) for n in every_node(f)]
+             for f in model.functions}  # fmt: skip
+    parts["", ""] = [(n.domain, n.op_type) for n in every_node(model.graph)]
+    sizes: dict[tuple[str, str], int] = {}
+    try:
+        for name in TopologicalSorter(parts).static_order():
+            whole = sum(sizes[part] for part in parts[name]) if name in parts else 1
+            sizes[name] = min(whole, _MOST_NODES + 1)
+    except CycleError as error:
+        called = ", ".join(f"{domain}.{name}" for domain, name in error.args[1])
+        raise ExportError(
+            f"functions that call themselves: {called:.80}: export it again"
+        ) from error
+    if sizes["", ""] > _MOST_NODES:
+        raise ExportError(
+            f"functions that stand for more than {_MOST_NODES} nodes: export it again without them"
+        )
+
+
 def check_model(model: ModelProto) -> None:
-    """Refuses versions, types, sizes and names that no model has.
+    """Refuses versions, types, sizes, names and calls that no model has.
 
     Raises:
         ExportError: names the tensor or field, what was found and what was expected.
@@ -71,6 +95,7 @@ def check_model(model: ModelProto) -> None:
             "says no version of ONNX's own operators, for which each tool takes another: export it "
             "again"
         )
+    _check_functions(model)
     names = Counter(value.name for value in model.graph.input)
     if twice := sorted(name for name, times in names.items() if times > 1):
         raise ExportError(f"two inputs of one name: {shorten(twice)}: export it again")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Session:
         check: bool = True,
     ) -> None:
         self._path = Path(path)
+        self._again = partial(Session, self._path.absolute(), threads, providers, check=check)
         proto = load_proto(self._path)
         self._manifest = manifest_in(proto, self._path)
         check_external_data(proto, self._path)
@@ -97,6 +99,10 @@ class Session:
         """One line: the file, what it takes and gives, and how many slots it has."""
         names = f"{shorten(self.inputs)} -> {shorten(self.outputs)}"
         return f"Session({str(self._path)!r}): {names}, {len(self.slots)} slots"
+
+    def __reduce__(self) -> tuple[Callable[[], Session], tuple[()]]:
+        """A copy, or what another process gets, opens the file again."""
+        return self._again, ()
 
     def _repr_html_(self) -> str:
         slots = self._manifest.names if self._manifest else []

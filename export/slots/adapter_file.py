@@ -139,7 +139,10 @@ def write_ort_adapter(draft: Path, values: Mapping[str, torch.Tensor], manifest:
         # Reads the memory of `values` through `given`: both must live until it returns.
         file.export_adapter(str(draft))
     except (*ERRORS, RuntimeError) as error:
-        raise ExportError(f"{draft.name}: not written by onnxruntime: {error}") from error
+        raise ExportError(
+            f"{draft.name}: not written by onnxruntime, as where a disk is full: give another "
+            f"place, or make room there: {error}"
+        ) from error
 
 
 def _check_bits(draft: Path, values: Mapping[str, torch.Tensor]) -> None:

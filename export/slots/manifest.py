@@ -15,11 +15,12 @@ import onnx_ir as ir
 from onnx import ModelProto, ValueInfoProto
 from torch import fx
 
-from lora_fx.errors import ExportError, shorten, within
+from lora_fx.errors import AdapterError, ExportError, shorten, within
 from lora_fx.export.onnx_model.tensor_protos import ASIDE
 from lora_fx.export.onnx_model.tensors import digest_of
 from lora_fx.export.slots.slot import AnySlot, InvocationSlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.io.strict_json import parse_object
 from lora_fx.layers.parameter_readers import readers
 from lora_fx.layers.sites import Site, bias_of, by_path
 
@@ -149,13 +150,13 @@ def versioned(text: str, version: int) -> dict[str, Any]:
         ExportError: it is damaged, or of another version.
     """
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers of too many digits
+        values: dict[str, Any] = parse_object(text.encode())
+    except AdapterError as error:
         raise ExportError(f"not JSON ({error}): export the model again") from error
-    found = values.get("version") if isinstance(values, dict) else None
+    found = values.get("version")
     if found != version:
         raise ExportError(f"version {found!r:.80}, expected {version}: export again")
-    return dict(values)
+    return values
 
 
 def check_slots(model: ModelProto, manifest: Manifest) -> None:
@@ -190,7 +191,8 @@ def _check_types(model: ModelProto, manifest: Manifest) -> None:
     found = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
     wanted = {n: DTYPES[s.dtype] for s in manifest.slots if isinstance(s, Slot) for n in s.names}
     if other := [name for name, kind in wanted.items() if found[name] not in (0, kind)]:
-        kind = ir.DataType(found[other[0]]).name.lower()
+        kinds = {kind.value: kind.name.lower() for kind in ir.DataType}
+        kind = kinds.get(found[other[0]], f"type {found[other[0]]}")
         raise ExportError(
             f"{KEY}: {shorten(other)}: {kind} in the graph, and not in the manifest: another tool "
             f"cast the file: without its metadata {KEY} its slots are read from the graph; or "

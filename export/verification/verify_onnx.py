@@ -35,11 +35,13 @@ from lora_fx.export.verification.negative_controls import NO_ADAPTER, controls
 from lora_fx.export.verification.references import reference
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
+from lora_fx.graph.one_thread import one_at_a_time
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.passes import FoldLora, InjectLora
 
 
 @takes(ExportError, unreadable)
+@one_at_a_time
 def verify_onnx(
     gm: fx.GraphModule,
     path: str | Path,

@@ -191,8 +191,14 @@ class Update(AnyUpdate):
         """Checks that the factors belong together.
 
         Raises:
-            AdapterError: they are no factors, their ranks differ, or a vector is of another size.
+            AdapterError: they are no factors, their ranks differ, a vector is of another size, or
+                the scale is no number of float64.
         """
+        try:
+            object.__setattr__(self, "scale", float(self.scale * 1.0))  # no text is one
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            told = f"Update.scale is {self.scale!r:.80}: expected float"
+            raise AdapterError(told) from error
         shapes = f"down {tuple(self.down.shape)}, up {tuple(self.up.shape)}"
         if self.down.ndim < 2 or self.up.ndim != 2 or not self._ranks_agree():
             raise AdapterError(f"an update has {shapes}: expected down (r, in) and up (out, r)")

@@ -217,7 +217,7 @@ def size_of(roles: Roles) -> Size:
     if not {DOWN_KEY, UP_KEY} <= roles.keys():
         return ()
     down, up = roles[DOWN_KEY][1], roles[UP_KEY][1]
-    return up.shape[0], *down.shape[1 : 2 if MID in roles else None]
+    return *up.shape[:1], *down.shape[1 : 2 if MID in roles else None]
 
 
 def placed(layers: Layers, meant: Mapping[str, Meaning], base: BaseLayers) -> dict[str, AnyUpdate]:

@@ -31,6 +31,7 @@ from lora_fx.frontend.torch_export import dynamic_axes, export_program, graph_of
 from lora_fx.graph.example import Example, checked_call, example_of, remember_example
 from lora_fx.graph.graph_module import build_graph_module, copy_graph, split_shared_modules, targets
 from lora_fx.graph.module_state import untouched
+from lora_fx.graph.one_thread import one_at_a_time
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.retracing import Again, Source, mark, remember
 from lora_fx.graph.traced_module import TracedModule
@@ -39,6 +40,7 @@ from lora_fx.graph.wrappers import bare, named_modules, unwrapped
 
 
 @takes(TraceError)
+@one_at_a_time
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...] = (),

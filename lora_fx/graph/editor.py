@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.choices import takes
+from lora_fx.errors import PassError
 from lora_fx.graph.graph_module import (
     Store,
     assign,
@@ -58,6 +60,7 @@ class Editor:
         modified: whether the graph was changed.
     """
 
+    @takes(PassError)
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = build_graph_module(gm, copy_graph(gm.graph), gm.training)
         self.gm.meta = dict(gm.meta)

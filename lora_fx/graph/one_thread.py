@@ -1,11 +1,18 @@
-"""Torch on one thread, where operators are too small for more or others have the cores."""
+"""One thread: of torch's own, where operators are too small for more; and of those that call us."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from threading import RLock
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_turn = RLock()
 
 
 @contextmanager
@@ -17,3 +24,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets one thread in at a time: what torch.export patches meanwhile is the whole process's."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _turn:
+            return function(*args, **kwargs)
+
+    return called

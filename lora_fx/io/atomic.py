@@ -54,8 +54,12 @@ def atomic(
         with memory_told(target, error), hidden_directory(home) as hidden:
             draft = hidden / NEW / into.relative_to(home)
             draft.mkdir(parents=True)  # not the hidden one itself, which only its owner may read
-            with keeping_nothing():
-                yield draft
+            try:
+                with keeping_nothing():
+                    yield draft
+            except LoraFxError as problem:  # of a place that will be gone
+                problem.args = (str(problem).replace(str(draft), str(into)),)
+                raise
             may_write()
             _put(hidden, draft, into, last, gone)
     except OSError as problem:

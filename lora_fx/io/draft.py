@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -20,38 +21,42 @@ PREFIX = ".lora_fx-"
 # are free; and what stood there.
 NEW, MOVING, OLD = "new", "moving", "old"
 
+# Those of this process that are not settled yet, who made them, and their locks.
+_open: dict[Path, tuple[int, int | None]] = {}
+
 
 @contextmanager
 def hidden_directory(home: Path) -> Iterator[Path]:
     """A directory of its own in ``home``, locked for as long as it is used, and then gone.
 
+    At the latest it goes when the process ends, wherever an interrupt came before.
+
     Raises:
         OSError: there can be none.
     """
-    hidden, lock = _made(home)
+    hidden = _made(home)
     try:
         yield hidden
     finally:
         try:
-            _settle(hidden)
+            _end(hidden)
         except BaseException:  # an interrupt that came meanwhile
-            _settle(hidden)
+            _end(hidden)
             raise
-        if lock is not None:
-            os.close(lock)
 
 
 def sweep(home: Path) -> None:
     """Settles what processes that died have left in a directory; what is locked is in use."""
     try:
-        found = [Path(e.path) for e in os.scandir(home) if e.name.startswith(PREFIX)]
+        found = [home / name for name in os.listdir(home) if name.startswith(PREFIX)]
     except OSError:
         return
     for hidden in found:
-        lock = None if hidden.is_symlink() else _lock(hidden)
-        if lock is not None:
-            _settle(hidden)
-            os.close(lock)
+        with suppress(OSError):
+            lock = _lock(hidden)
+            if lock is not None:
+                _settle(hidden)
+                os.close(lock)
 
 
 def put_in(hidden: Path, names: list[str], gone: list[str]) -> None:
@@ -85,53 +90,79 @@ def put_in(hidden: Path, names: list[str], gone: list[str]) -> None:
 
 def _take_back(hidden: Path, names: list[str]) -> None:
     """The new files, as far as they had moved; the old ones are settled."""
-    if not os.path.lexists(hidden / MOVING):
+    moving = hidden / MOVING
+    if not os.path.lexists(moving):
         return
-    os.rename(hidden / MOVING, hidden / NEW)
     for name in names:
-        if not os.path.lexists(hidden / NEW / name):
-            os.replace(hidden.parent / name, hidden / NEW / name)
+        if not os.path.lexists(moving / name):
+            os.replace(hidden.parent / name, moving / name)
+    os.rename(moving, hidden / NEW)  # last: whoever finds only some taken back moves them again
 
 
 def _settle(hidden: Path) -> None:
     """Ends what was begun and removes the directory; nothing that has come since is replaced."""
-    left = hidden / MOVING if (hidden / MOVING).is_dir() else hidden / OLD
-    with suppress(OSError):  # there is none, or it may not be read
-        for file in list(left.iterdir()):
+    try:
+        left = next((path for part in (MOVING, OLD) if (path := hidden / part).is_dir()), None)
+        for file in [] if left is None else list(left.iterdir()):
             place = hidden.parent / file.name
             if not os.path.lexists(place):
                 os.replace(file, place)
-    # What was replaced goes before that which says so.
-    shutil.rmtree(hidden / OLD, ignore_errors=True)
-    shutil.rmtree(hidden, ignore_errors=True)
+    except OSError:  # on a disk that takes no name any more: the next run puts it there
+        return
+    with suppress(OSError):  # one that rmtree meets while it closes a directory
+        # What was replaced goes before that which says so.
+        shutil.rmtree(hidden / OLD, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _made(home: Path) -> tuple[Path, int | None]:
-    for _ in range(100):
-        hidden = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
+def _made(home: Path) -> Path:
+    while True:
+        hidden = home / f"{PREFIX}{secrets.token_hex(8)}"
+        _open[hidden] = os.getpid(), None  # before there is one: an interrupt may come at any time
         try:
-            lock = _lock(hidden)
+            hidden.mkdir(0o700)
+            with suppress(BlockingIOError, FileNotFoundError):  # somebody sweeps it, or has
+                _open[hidden] = os.getpid(), _lock(hidden)
+                if hidden.is_dir():
+                    return hidden
         except BaseException:
-            hidden.rmdir()
+            _end(hidden)
             raise
-        if locks is None or (lock is not None and hidden.is_dir()):
-            return hidden, lock
-        if lock is not None:  # somebody swept it before it was locked
+        _end(hidden)
+
+
+def _end(hidden: Path) -> None:
+    _settle(hidden)
+    _, lock = _open.pop(hidden, (0, None))
+    if lock is not None:
+        with suppress(OSError):  # what it was for is done
             os.close(lock)
-    return hidden, None
+
+
+@atexit.register
+def _end_all() -> None:
+    for hidden in [hidden for hidden, (maker, _) in _open.items() if maker == os.getpid()]:
+        _end(hidden)
 
 
 def _lock(directory: Path) -> int | None:
-    """Holds a directory until what is returned is closed, or the process ends; None if another."""
+    """Holds a directory until what is returned is closed, or the process ends.
+
+    Returns:
+        None on a filesystem, or a system, without locks.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: it is no directory, or cannot be opened.
+    """
     if locks is None:
         return None
-    try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         locks.flock(lock, locks.LOCK_EX | locks.LOCK_NB)
-    except OSError:  # in use, or on a filesystem without locks
+    except OSError as problem:
         os.close(lock)
+        if isinstance(problem, BlockingIOError):
+            raise
         return None
     return lock

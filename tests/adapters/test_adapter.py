@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +35,15 @@ def update(rank: int = 2, dtype: torch.dtype = torch.float32, **fields: Any) -> 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("scale", ["2", None, 2j, 10**400, torch.ones(2)])
+def test_a_scale_is_a_number_of_float64(scale: Any) -> None:
+    with pytest.raises(AdapterError, match=r"^Update\.scale is .*: expected float$"):
+        update(scale=scale)
+    for one in (2, torch.tensor(2.0), np.float32(2)):
+        assert repr(update(scale=one).scale) == "2.0"
+    assert update(scale=10**30).scale == 1e30
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

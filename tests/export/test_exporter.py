@@ -299,3 +299,10 @@ def test_progress_names_each_stage_and_opset_is_kept(mlp: Any, tmp_path: Path) -
     assert stages == ["trace", "convert", "optimise", "write", "verify"]
     assert report.opset == 18
     assert re.search(r"control  ok", str(report))
+    with pytest.raises(ExportError, match=r"(?s)progress=.* was told 'trace' and failed: "):
+        to_onnx(mlp.gm, tmp_path / "other.onnx", progress=mlp.gm)
+
+
+def test_nothing_is_exported_where_nothing_has_values(mlp: Any, tmp_path: Path) -> None:
+    with torch.device("meta"), pytest.raises(ExportError, match="call to_onnx outside it"):
+        to_onnx(mlp.gm, tmp_path / "model.onnx")

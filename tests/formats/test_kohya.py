@@ -440,5 +440,11 @@ def test_tensors_that_are_not_of_the_layer_are_refused(
         update_of(tensors, nn.Linear(3, 5))
 
 
+def test_a_number_in_place_of_a_matrix_is_refused(reads: Any) -> None:
+    state = {"x.lora_down.weight": torch.ones(2, 3), "x.lora_up.weight": torch.tensor(1.0)}
+    with pytest.raises(AdapterError, match=r"x\.lora_up\.weight is \(\), expected"):
+        reads(state, format="kohya", base=nn.ModuleDict({"x": nn.Linear(3, 5)}))
+
+
 def test_a_layer_that_no_adapter_acts_on_is_not_asked_for() -> None:
     assert layers_of(nn.ModuleDict({"x": nn.ConvTranspose1d(3, 5, 1)}))["x"].in_files is False

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -348,3 +349,16 @@ def test_a_copy_of_a_graph_is_converted_without_the_model() -> None:
     assert torch.equal(gm(x), model(x))
     gm.half()
     assert layer.weight.dtype is torch.float16  # the control: without the copy
+
+
+def test_threads_that_trace_at_once_take_turns() -> None:
+    """torch.export takes names off torch.Tensor while it runs, for the whole process."""
+
+    def traced(seed: int) -> bool:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+        x = torch.randn(2, 3)
+        return torch.equal(trace(model, (x,))(x), model(x))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(traced, range(8))] == [True] * 8

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from lora_fx import fold, inject, text, trace, unfold
+from lora_fx import PassError, fold, inject, text, trace, unfold
 from lora_fx.graph.editor import FOLDED, Edit, Editor, origins
 from lora_fx.graph.ops import aten
 from lora_fx.layers.sites import sites
+from lora_fx.passes import call_argument, module_path, op_name
 from lora_fx.testing import make_adapter
 
 
@@ -102,3 +104,20 @@ def test_the_memory_is_private(ragged: Any, x: Any) -> None:
     out.args = (next(iter(injected.graph.nodes)),)
     injected.graph.eliminate_dead_code()
     assert text(unfold(folded)) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda editor, node: op_name(None), "node is None: expected Node"),
+        (lambda editor, node: module_path("fc"), "node is 'fc': expected Node"),
+        (lambda editor, node: call_argument(node, "0", "x"), "index is '0': expected int"),
+        (lambda editor, node: Editor(None), "gm is None: expected GraphModule: trace the model"),
+    ],
+)
+def test_what_is_no_node_is_refused_by_the_name_of_the_argument(
+    wrong: Any, said: str, ragged: Any, x: Any
+) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    with pytest.raises(PassError, match=said):
+        wrong(editor, next(iter(editor.gm.graph.nodes)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -363,3 +365,26 @@ def test_a_filesystem_without_links_is_written_to_as_well(
     assert everything(tmp_path) == {"model.onnx": "old"}
     write_both(tmp_path)
     assert everything(tmp_path) == {"model.onnx": "new", "model.onnx.data": "new"}
+
+
+def test_a_message_names_the_place_and_not_the_draft(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(ExportError) as raised,
+        staged_files(out, ["model.onnx"], "model.onnx", False) as draft,
+    ):
+        raise ExportError(f"{draft / 'model.onnx'}: damaged")
+    assert str(raised.value) == f"{out / 'model.onnx'}: damaged"
+
+
+def test_a_directory_that_cannot_be_closed_any_more_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is at its place by then."""
+
+    def fails(path: Path, **_: object) -> None:
+        raise OSError(errno.EIO, f"{path}")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    publish(tmp_path / "a.bin", b"new", force=True)
+    assert (tmp_path / "a.bin").read_bytes() == b"new"

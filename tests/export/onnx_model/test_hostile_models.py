@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 from torch import nn
 
 from lora_fx.errors import ExportError, says_what_to_do
@@ -125,6 +125,26 @@ def no_opset(model: ModelProto) -> None:
     model.opset_import[0].domain = "d"
 
 
+def calls(*counts: int) -> Change:
+    """A function that calls the one before it so often, the first itself or a plain operator."""
+
+    def change(model: ModelProto) -> None:
+        for level, count in enumerate(counts):
+            below = max(level - 1, 0) if level or not count else None
+            node = helper.make_node("Relu" if below is None else f"F{below}", ["x"], ["x"])
+            node.domain = "" if below is None else "d"
+            made = [node] * max(count, 1)
+            opsets = [helper.make_opsetid("", 18), helper.make_opsetid("d", 1)]
+            model.functions.append(
+                helper.make_function("d", f"F{level}", ["x"], ["x"], made, opsets)
+            )
+        last = f"F{len(counts) - 1}"
+        model.graph.node.append(helper.make_node(last, ["input"], ["of_calls"], domain="d"))
+        model.opset_import.append(helper.make_opsetid("d", 1))
+
+    return change
+
+
 def half_a_number(model: ModelProto) -> None:
     model.metadata_props.add(key=NEW_CACHE, value="1e3")
 
@@ -155,6 +175,8 @@ CASES: dict[str, tuple[Change, str]] = {
     "opset -3": (versions, "opset version -3 of '', expected 1 or more"),
     "no opset": (no_opset, "says no version of ONNX's own operators, .*export it again"),
     "an input twice": (two_inputs, "two inputs of one name: input: export it again"),
+    "a function of itself": (calls(0), r"functions that call themselves: d\.F0, d\.F0"),
+    "calls without end": (calls(*[2] * 60), "functions that stand for more than 1000000 nodes"),
     "a note": (half_a_number, "new_cache_behind is '1e3', expected a number|not what was exported"),
     "in an attribute": (in_attribute, "'../secret': expected the name of a file"),
     "in a sparse attribute": (in_sparse_attribute, "'/etc/passwd': expected the name of a file"),

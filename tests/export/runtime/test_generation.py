@@ -58,6 +58,8 @@ def test_a_cache_is_begun_anew_where_all_positions_turn_otherwise(
     del noted.metadata_props[:]
     noted.metadata_props.extend(kept)
     onnx.save(noted, tmp_path / "without.onnx")
+    with pytest.raises(ExportError, match=f"not what was exported: its manifest or {NEW_CACHE} "):
+        Session(tmp_path / "without.onnx")
     session, without = Session(file), Session(tmp_path / "without.onnx", check=False)
     for lengths in ((10, 4), (LENGTH,), (LENGTH + 1,)):  # below, at and behind the length
         ids, mask = prompts(*lengths)

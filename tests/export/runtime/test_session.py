@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -148,3 +150,16 @@ def test_a_session_shows_what_it_takes(session: Session, exported_mlp: Any) -> N
     assert repr(session).endswith(f"{len(session.slots)} slots")
     constant = Session(exported_mlp.path("constant"), threads=1)
     assert "slot" not in constant._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]
+)
+def test_a_copy_opens_the_file_again(
+    again: Any, exported_mlp: Any, session: Session, tmp_path: Path
+) -> None:
+    sample, file = exported_mlp.sample, tmp_path / "a.onnx_adapter"
+    export_adapter(sample.adapter(2), exported_mlp.path("input"), file)
+    found = again(session).run(sample.other, file)
+    assert agrees(found, sample.eager(sample.adapter(2)))
+    assert not agrees(found, sample.eager())

@@ -7,6 +7,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import EngineError
 from torch import nn
 
 from lora_fx.adapters.adapter import Adapter, Update
@@ -134,3 +135,23 @@ def test_a_model_without_slots_is_refused(exported_mlp: Any, tmp_path: Path) -> 
     adapter = exported_mlp.sample.adapter(2)
     with pytest.raises(ExportError, match="; give it slots with lora-fx add-lora, or export it"):
         export_adapter(adapter, exported_mlp.path("constant"), tmp_path / "a.onnx_adapter")
+
+
+def test_a_file_that_onnxruntime_cannot_write_says_where_to_look(
+    exported_mlp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not tell a full disk from other failures."""
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return fails if name == "export_adapter" else lambda *_: None
+
+    def fails(path: str) -> None:
+        raise EngineError(f"Failed to flush {path}")
+
+    monkeypatch.setattr("onnxruntime.AdapterFormat", Full)
+    adapter, model = exported_mlp.sample.adapter(2), exported_mlp.path("input")
+    out = tmp_path / "a.onnx_adapter"
+    with pytest.raises(ExportError, match=f"make room there: Failed to flush {out}"):
+        export_adapter(adapter, model, out)
+    assert list(tmp_path.iterdir()) == []

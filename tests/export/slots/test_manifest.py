@@ -50,7 +50,9 @@ def test_reading_gives_back_what_was_written() -> None:
     ("text", "reason"),
     [
         ("{", "not JSON"),
-        ("[]", "version None, expected 2"),
+        ("[]", "not JSON .*holds a list"),
+        (changed(slots=slot(path="\ud800")), "is half a character"),
+        (MANIFEST.to_json()[:-1] + ',"version":2}', "the key 'version' appears twice"),
         (changed(version=1), "version 1, expected 2"),
         (changed(slots=None), "no list of slots"),
         (changed(base=3), "no base digest"),
@@ -123,6 +125,17 @@ def test_a_hostile_manifest_is_refused_soon(case: str) -> None:
         read_manifest({KEY: text})
     assert time.perf_counter() - begin < 2
     assert len(str(error.value)) < 600
+
+
+def test_a_type_that_there_is_not_is_told_by_its_number(exported_mlp: Any) -> None:
+    proto = load_proto(exported_mlp.path("input"))
+    manifest = manifest_in(proto, Path("x"))
+    assert manifest is not None
+    given = next(v for v in proto.graph.input if v.name == "up.lora_A")
+    for kind, name in ((99, "type 99"), (11, "double")):
+        given.type.tensor_type.elem_type = kind
+        with pytest.raises(ExportError, match=f"up.lora_A: {name} in the graph"):
+            check_slots(proto, manifest)
 
 
 def test_sizes_are_those_of_the_graph(exported_mlp: Any) -> None:
