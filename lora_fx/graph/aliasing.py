@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
@@ -82,7 +83,14 @@ def shared_inputs(node: fx.Node) -> Iterator[fx.Node]:
 def storages(value: Any) -> list[int]:
     """The storages of what a node was traced with."""
     leaves = pytree.tree_leaves(value)
-    return [v.untyped_storage()._cdata for v in leaves if isinstance(v, torch.Tensor)]
+    return [_bare(v).untyped_storage()._cdata for v in leaves if isinstance(v, torch.Tensor)]
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor under ``torch.vmap`` is a view of."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def _own_keys(node: fx.Node) -> list[Hashable]:
