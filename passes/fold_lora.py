@@ -102,7 +102,8 @@ def _scaled(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> It
         end = analysis.map_of(last_of(site))
         weight, whole = (v and v.relative_to(region.source)[0] for v in (end, region.value))
         is_same = weight is not None and (weight == whole or is_added(weight, whole))
-        is_direct = x is None or isinstance(x.relative_to(region.source)[0], Identity)
+        turned, shift = x.relative_to(region.source) if x else (None, None)
+        is_direct = shift is None and isinstance(turned, Identity | None)
         if not (is_same and is_direct):
             yield region.layer
 

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, fold, inject, trace, unfold
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    LoraConfig,
+    Update,
+    fold,
+    inject,
+    text,
+    trace,
+    unfold,
+)
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branches import adapters_beside
@@ -213,3 +223,20 @@ def test_a_layer_that_was_folded_without_a_factor_takes_adapters(how: str, befor
     wanted = inject(given, adapter)(x)
     assert relative(inject(fold(given), adapter)(x), wanted) <= 1e-6
     assert relative(given(x), wanted) > 1e-2
+
+
+def test_a_layer_whose_shifted_input_went_into_its_bias_takes_no_adapter() -> None:
+    def shifted(m: Any, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.baddbmm(m.c, x.transpose(0, 1), m.w).transpose(0, 1)
+        y: torch.Tensor = m.fc((wide + 4.0).double()).float()
+        return y.tanh()
+
+    parts: Any = {"c": nn.Buffer(torch.randn(4, 1, 3)), "w": nn.Parameter(torch.randn(4, 5, 3))}
+    model = Computes(shifted, **parts, fc=nn.Linear(3, 6, dtype=torch.float64)).eval()
+    x = torch.randn(2, 4, 5)
+    gm = trace(model, (x,))
+    folded, adapter = fold(gm), make_adapter({"fc": (6, 3)})
+    assert "add(" not in text(folded)
+    assert relative(inject(gm, adapter)(x), gm(x)) > 1e-2
+    with pytest.raises(AdapterError, match="was folded into its weight"):
+        inject(folded, adapter)
