@@ -49,6 +49,7 @@ from lora_fx.injection.branch_tensors import check_branches
 from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import invocations_in
 from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.layers.sites import by_path
 from lora_fx.report.page import page_beside, write_page
 
 
@@ -174,7 +175,8 @@ def to_onnx(
                     evidence.judge(str(target))
             if scheme is not None:
                 with clock.stage("quantise"):
-                    quantised = pack_file(plain, draft, scheme, above=external_data_above)
+                    own = by_path(plan.traced).keys() | targets(plan.traced.graph).keys()
+                    quantised = pack_file(plain, draft, scheme, own=own, above=external_data_above)
                 if verify:
                     with clock.stage("verify"):
                         more, off = _verified(plan, trial, plain, draft)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,17 +18,19 @@ from lora_fx.affine.region_boundary import stored_in, weight_of
 from lora_fx.affine.region_selection import maximal_regions
 from lora_fx.affine.transfer import analyse
 from lora_fx.algebra.evaluate import dense
-from lora_fx.algebra.matrix_expr import Leaf, Matrix, Sum, transposed
+from lora_fx.algebra.low_rank import is_added
+from lora_fx.algebra.matrix_expr import Identity, Leaf, Matrix, Sum, transposed
 from lora_fx.graph.editor import Editor
 from lora_fx.graph.fold_constants import lazily, rounded
 from lora_fx.graph.lazy_tensor import LazyTensor
 from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
-from lora_fx.injection.branches import branches
+from lora_fx.injection.branches import branches, col_of, input_of, last_of
 from lora_fx.injection.known_inputs import hidden_inputs
 from lora_fx.layers.adapter_tensors import Made, made_anew
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, product_of
+from lora_fx.layers.sites import sites
 from lora_fx.layers.weight_parts import Part, part_of
 
 
@@ -58,6 +60,8 @@ class FoldLora(Pass):
             analysis = analyse(editor.gm)
             regions = _without_lone_factors(editor, maximal_regions(analysis, self.chains))
             packs = packs_of(editor, analysis, regions)
+            for layer in _scaled(editor, analysis, regions):
+                editor.scale(layer)
             for region in regions:
                 if region.blocked:
                     editor.record("skip", module_path(region.layer), region.blocked)
@@ -85,6 +89,23 @@ def _without_lone_factors(editor: Editor, regions: Sequence[Region]) -> list[Reg
             calls.setdefault(factor, set()).add(branch.site)
     stored = ((region, stored_in(region.layer, editor.gm)) for region in regions)
     return [r for r, weight in stored if weight not in calls or calls[weight] & r.nodes]
+
+
+def _scaled(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> Iterator[fx.Node]:
+    """The layers whose folded weight is not just what they and their adapters multiply with."""
+    known = {site.node: site for site in sites(editor.gm)}
+    for region in regions:
+        site = None if region.blocked else known.get(region.layer)
+        if site is None:  # no update of the layer's has a place before the fold either
+            continue
+        x = analysis.map_of(input_of(site, col_of(site)))
+        end = analysis.map_of(last_of(site))
+        weight, whole = (v and v.relative_to(region.source)[0] for v in (end, region.value))
+        is_same = weight is not None and (weight == whole or is_added(weight, whole))
+        turned, shift = x.relative_to(region.source) if x else (None, None)
+        is_direct = shift is None and isinstance(turned, Identity | None)
+        if not (is_same and is_direct):
+            yield region.layer
 
 
 def _evaluate(editor: Editor, analysis: Analysis, made: Made) -> None:

@@ -51,10 +51,13 @@ class RaiseLora(Pass):
         analysis = analyse(editor.gm)
         layers = {site.node: site for site in sites(editor.gm)}
         updates: dict[str, Update] = {}
+        every: list[_Raised] = []
         for path, found in _found(editor, analysis, layers).items():
             updates[path] = found[0].update
-            for raised in found:
-                _strip(editor, raised.region, raised.base)
+            every += found
+        # The last first: a region reads the end of an earlier one, which is replaced afterwards.
+        for raised in sorted(every, key=lambda one: one.region.value.node, reverse=True):
+            _strip(editor, raised.region, raised.base)
         editor.sweep()
         if updates:
             known = injected(editor.gm)
@@ -92,7 +95,25 @@ def _found(
         if raised and not _is_everywhere({n for n, its in paths.items() if its == path}, raised):
             editor.record("skip", path, "its calls are updated differently")
             raised.clear()
+    while stays := _staying(editor.gm.graph, [one for raised in found.values() for one in raised]):
+        for path, raised in found.items():
+            if any(one.region.layer in stays for one in raised):
+                editor.record("skip", path, "its call is also read where nothing is added to it")
+                raised.clear()
     return {path: raised for path, raised in found.items() if raised}
+
+
+def _staying(graph: fx.Graph, found: Sequence[_Raised]) -> set[fx.Node]:
+    """The layers that something reads even when all regions are replaced: they would be two."""
+    starts = {one.region.value.node: [one.region.before.start] for one in found}
+    pending = [node for node in graph.nodes if not node.users]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += starts.get(node, node.all_input_nodes)
+    return (seen - starts.keys()) & {one.region.layer for one in found}
 
 
 def _branched(site: Site | None) -> set[fx.Node]:

@@ -35,6 +35,7 @@ def choose_layers(
     wanted: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     tables: Sequence[str] = (),
+    own: Set[str] | None = None,
 ) -> Chosen:
     """Chooses linear layers and tables: of the base alone, what adapters bring is left.
 
@@ -43,6 +44,7 @@ def choose_layers(
         wanted: paths of linear layers, where ``*`` stands for any part; by default all but heads.
         keep: paths that are left.
         tables: paths of embeddings, likewise.
+        own: paths and names of the model's weights, if it is known: no other constant is taken.
 
     Raises:
         ExportError: a path means no layer of its kind, or none is named.
@@ -62,6 +64,8 @@ def choose_layers(
         why = _why_not(calls, lookups)
         if path in linear and wanted is not None and not _means(wanted, path):
             continue
+        if own is not None and not {path, str(calls[0].weight.name)} & own:
+            why = "computed from numbers, no weight of the model"
         if _means(keep, path):
             why = "asked for"
         elif wanted is None and any(call.node in heads for call in calls):

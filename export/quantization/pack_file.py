@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def pack_file(
     layers: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     tables: Sequence[str] = (),
+    own: Set[str] | None = None,
     above: int,
 ) -> Quantisation:
     """Writes a file with the weights of some layers in a few bits.
@@ -39,6 +40,7 @@ def pack_file(
         layers: which; by default all but heads.
         keep: which not.
         tables: which embeddings.
+        own: paths and names of the model's weights, if it is known.
         above: bytes of weights from which they go to a file of their own.
 
     Raises:
@@ -46,7 +48,7 @@ def pack_file(
         VerificationError: a weight is off by more than what lies between two of its numbers.
     """
     model = parsed_file(source)
-    errors, left = quantise(model, scheme, choose_layers(model, layers, keep, tables))
+    errors, left = quantise(model, scheme, choose_layers(model, layers, keep, tables, own))
     known = tensor_digests(load_proto(source), source)
     write_model(model, draft, external_data_above=above, known=known)
     return Quantisation(str(scheme), errors, left=left)

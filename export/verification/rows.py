@@ -77,8 +77,8 @@ def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
 
 
 def allowance(wanted: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """Numbers are held to the model's precision; integers and booleans must be equal."""
-    return dtype if wanted.is_floating_point() else None
+    """Numbers are held to the model's precision, or their own; all others must be equal."""
+    return coarsest((dtype, wanted.dtype)) if wanted.is_floating_point() else None
 
 
 def same_type(actual: np.ndarray[Any, Any], wanted: torch.Tensor) -> bool:

@@ -140,7 +140,7 @@ def candidates(
     shape = (value.size, source.size)
     called = (n for n in sorted(nodes) if not n.kwargs)
     layers = [n for n in called if n.target in OPERATORS or analysis.product(n)]
-    fitting = [n for n in layers if _fits(n, shape, analysis)]
+    fitting = [n for n in layers if _fits(n, shape, source, analysis)]
     fitting += [n for n in layers if n not in fitting and _is_wider(n, value, source, analysis)]
     if len(fitting) < 2:
         return fitting
@@ -164,12 +164,14 @@ def _goes_through(node: fx.Node, others: set[fx.Node], nodes: set[fx.Node]) -> b
     return False
 
 
-def _fits(node: fx.Node, shape: tuple[int, int], analysis: Analysis) -> bool:
+def _fits(node: fx.Node, shape: tuple[int, int], source: AffineMap, analysis: Analysis) -> bool:
+    """Whether a layer has the shape of the whole, and reads ids or patches if that does."""
     own = analysis.values[node]
     return (
         isinstance(own, AffineMap)
         and own.weight.shape == shape
         and not isinstance(own.weight, BlockDiag)
+        and (source.reading is None or own.parent is source)
     )
 
 

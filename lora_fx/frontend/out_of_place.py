@@ -52,13 +52,24 @@ def twin(call: Call, write: fx.Node, into: fx.Node) -> fx.Node:
 
 
 def _of_operator(call: Call, write: fx.Node, into: fx.Node) -> fx.Node | None:
-    if write.target is aten.copy_.default and _is_of_module(write):
-        return write.args[1]  # type: ignore[return-value]
+    if write.target is aten.copy_.default:
+        value: Any = write.args[1]
+        return value if _is_of_module(write) else _copied(call, into, value)
     target = _functional(write.target)
     if target is None:
         return None
     kwargs = {name: value for name, value in write.kwargs.items() if value is not into}
     return call(target, *write.args, **kwargs)
+
+
+def _copied(call: Call, into: fx.Node, value: fx.Node) -> fx.Node:
+    """What `aten.copy` gives, but for the dtype, in operators that torch has gradients of."""
+    old, new = (node.meta.get("val") for node in (into, value))
+    if new is None or not isinstance(old, torch.Tensor) or not old.is_contiguous():
+        return call(aten.copy.default, into, value)
+    if not same_sizes(tuple(old.shape), tuple(new.shape)):
+        value = call(aten.expand_as.default, value, into)
+    return call(aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _is_of_module(write: fx.Node) -> bool:

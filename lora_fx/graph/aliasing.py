@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
@@ -82,13 +82,13 @@ def shared_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 def storages(value: Any) -> list[int]:
     """The storages of what a node was traced with."""
-    leaves = [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
-    return [_beneath(leaf).untyped_storage()._cdata for leaf in leaves]
+    leaves = pytree.tree_leaves(value)
+    return [_bare(v).untyped_storage()._cdata for v in leaves if isinstance(v, torch.Tensor)]
 
 
-def _beneath(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that others are the rows of, where code runs under torch.vmap."""
-    while is_batchedtensor(tensor):
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor under ``torch.vmap`` is a view of."""
+    while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 

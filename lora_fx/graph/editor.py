@@ -26,6 +26,7 @@ from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.graph.ops import HOLDER
 
 FOLDED = "lora_fx.folded"  # in the meta of a node: the graph before it was folded
+SCALED = "lora_fx.scaled"  # of a layer: what the model does around it was folded into its weight
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,10 @@ class Editor:
         if "val" in original.meta:
             folded.meta.setdefault("val", original.meta["val"])
 
+    def scale(self, layer: fx.Node) -> None:
+        """Notes that a layer, and what stands for it, holds more than its weight and adapters."""
+        layer.meta[SCALED] = True
+
     def insert(self, node: fx.Node, source: fx.GraphModule, after: fx.Node, args: Any) -> fx.Node:
         """Puts a copy of another graph's node behind one of this graph, name and tensor included.
 
@@ -242,7 +247,7 @@ class Editor:
             get_unevaluated(self.gm, target)
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
-        for key in ("nn_module_stack", HOLDER):
+        for key in ("nn_module_stack", HOLDER, SCALED):
             if like is not None and key in like.meta:
                 node.meta[key] = like.meta[key]
         self.modified = True

@@ -128,6 +128,8 @@ def _scattered(target: Any) -> Undo:
 
 def _plain(value: fx.Node) -> fx.Node:
     """What was copied, if it fits as it is: a scatter copies once more."""
+    if value.target is aten.clone.default:
+        return value.args[0]  # type: ignore[return-value]
     if value.target is aten.copy.default and all("val" in n.meta for n in value.all_input_nodes):
         old, new = (n.meta["val"] for n in value.args)  # type: ignore[union-attr]
         if old.dtype == new.dtype and old.ndim == new.ndim and str(old.shape) == str(new.shape):

@@ -12,6 +12,7 @@ from torch._ops import HigherOrderOperator
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
+from lora_fx.graph.editor import SCALED
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
 from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
@@ -166,6 +167,20 @@ def check_one_way(calls: Sequence[Site]) -> None:
         )
 
 
+def check_unscaled(calls: Sequence[Site]) -> None:
+    """Refuses a folded layer that an update does not mean, such as ``2 * W``.
+
+    Raises:
+        AdapterError: says what to do.
+    """
+    if any(SCALED in site.node.meta for site in calls):
+        raise AdapterError(
+            "what the model itself does around the layer, such as a factor behind it, was folded "
+            "into its weight, which no update was made for: inject into the graph that fold was "
+            "given (lora_fx.unfold gives it back), and fold that"
+        )
+
+
 def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
     """Refuses a layer of whose weight an adapter would reach some parts alone.
 
@@ -207,6 +222,7 @@ def _check_adaptable(
 ) -> None:
     with within(f"adapter {name}, {path}"):
         check_reached(gm, path, groups)
+        check_unscaled(groups[path])
         if one_way:
             check_one_way(groups[path])
 

@@ -68,9 +68,11 @@ def conform_parameter(update: AnyUpdate, shape: tuple[int, ...]) -> AnyUpdate:
         update = for_parameter(update)
         if update.shape[::-1] == shape != update.shape and update.magnitude is None:
             update = turned_round(update)
-        if update.bias is not None or update.invocation:
-            what = NO_WEIGHT if update.invocation else "a bias (lora_bias) stands beside a layer"
-            raise AdapterError(f"{what}, and this is a parameter that no layer reads as it is")
+    if update.bias is not None or update.invocation:
+        what = (
+            NO_WEIGHT if update.invocation else "a bias (lora_bias, diff_b) stands beside a layer"
+        )
+        raise AdapterError(f"{what}, and this is a parameter that no layer reads as it is")
     sizes = zip(update.shape, shape, strict=False)
     if len(update.shape) != len(shape) or any(want not in (None, size) for want, size in sizes):
         raise AdapterError(

@@ -195,3 +195,34 @@ def test_a_write_of_complex_numbers_has_the_gradients_of_the_model() -> None:
     found = torch.autograd.grad(loss, gm.get_parameter("into.weight"))[0]
     assert torch.allclose(found, wanted, rtol=1e-5)
     assert found.norm() > 1e-2
+
+
+OVER_ALL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it is": lambda h: torch.empty_like(h).copy_(h * 2),
+    "assigned": lambda h: (y := torch.zeros_like(h)).__setitem__(..., h.sin()) or y,
+    "repeated": lambda h: torch.zeros_like(h).copy_(h[:1]),
+    "in another type": lambda h: torch.zeros_like(h, dtype=torch.float64).copy_(h),
+    "turned": lambda h: torch.empty(h.mT.shape).copy_(h.mT).view(-1, 7).tanh(),
+    "a part, in another type": lambda h: h.double().slice_scatter(h.double()[1:], end=3) * 2,
+}
+
+
+@pytest.mark.parametrize("name", OVER_ALL)
+def test_what_overwrites_all_of_a_tensor_has_the_gradients_of_the_model(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), Computes(lambda m, x: OVER_ALL[name](x))).eval()
+    gm = trace(model, (X,))
+    assert torch.equal(gm(X), model(X))
+    wanted = torch.autograd.grad(model(X).square().sum(), model[0].weight)[0]
+    found = torch.autograd.grad(gm(X).square().sum(), gm.get_parameter("0.weight"))[0]
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    assert found.norm() > 1e-2
+
+
+def test_writes_under_vmap_are_what_they_were() -> None:
+    def mapped(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y[:, :1] = 2.0
+        return torch.vmap(lambda row: (row * y.sum()).sin_().clone().mul_(3))(y)
+
+    got, wanted, _ = traced(mapped)
+    assert torch.equal(got, wanted)

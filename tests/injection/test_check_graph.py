@@ -8,14 +8,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_fx import Adapter, AdapterError, LoraConfig, Update, inject, trace
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    LoraConfig,
+    Update,
+    fold,
+    inject,
+    text,
+    trace,
+    unfold,
+)
 from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branches import adapters_beside
 from lora_fx.injection.check_graph import check_binding, check_reached, fresh_targets
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
-from lora_fx.testing import Computes, make_adapter
+from lora_fx.testing import Computes, make_adapter, relative
 
 
 def checked(gm: Any, adapter: Adapter, strict: bool) -> dict[str, str]:
@@ -164,3 +174,69 @@ def test_factors_beside_a_weight_that_is_read_both_ways_are_refused(frontend: st
     inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ torch.ones(5, 3)), config)
     with pytest.raises(AdapterError, match=r"one call multiplies .* another with the transpose"):
         inject(graph(lambda x, w: torch.tanh(F.linear(x, w)) @ w), config)
+
+
+class Around(nn.Module):
+    """What a model does around its layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(3, 5), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 3) -> (..., 5)."""
+        match self.how:
+            case "behind":
+                return self.fc(x) * 0.25
+            case "in front":
+                return self.fc(x * 4.0)
+            case "parallel":
+                return self.fc(x) + 3.0 * self.fc(x)
+            case "added":
+                return self.fc(x) + 2.0
+            case _:
+                return self.fc(x).unsqueeze(1).tanh()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("how", ["behind", "in front", "parallel"])
+def test_a_layer_with_a_factor_folded_into_it_takes_no_adapter(how: str, before: bool) -> None:
+    x = torch.randn(4, 3)
+    gm = trace(Around(how), (x,))
+    given = inject(gm, make_adapter({"fc": (5, 3)}, name="first")) if before else gm
+    adapter = make_adapter({"fc": (5, 3)})
+    folded = fold(fold(given))
+    with pytest.raises(AdapterError, match=r"adapter french, fc: .* was folded into its weight"):
+        inject(folded, adapter)
+    with pytest.raises(AdapterError, match=r"was folded into its weight.*unfold gives it back"):
+        inject(folded, LoraConfig(r=2, target_modules=["fc"]))
+    assert relative(inject(unfold(folded), adapter)(x), inject(given, adapter)(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("how", ["added", "nothing"])
+def test_a_layer_that_was_folded_without_a_factor_takes_adapters(how: str, before: bool) -> None:
+    x = torch.randn(4, 3)
+    gm = trace(Around(how), (x,))
+    given = inject(gm, make_adapter({"fc": (5, 3)}, name="first")) if before else gm
+    adapter = make_adapter({"fc": (5, 3)})
+    wanted = inject(given, adapter)(x)
+    assert relative(inject(fold(given), adapter)(x), wanted) <= 1e-6
+    assert relative(given(x), wanted) > 1e-2
+
+
+def test_a_layer_whose_shifted_input_went_into_its_bias_takes_no_adapter() -> None:
+    def shifted(m: Any, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.baddbmm(m.c, x.transpose(0, 1), m.w).transpose(0, 1)
+        y: torch.Tensor = m.fc((wide + 4.0).double()).float()
+        return y.tanh()
+
+    parts: Any = {"c": nn.Buffer(torch.randn(4, 1, 3)), "w": nn.Parameter(torch.randn(4, 5, 3))}
+    model = Computes(shifted, **parts, fc=nn.Linear(3, 6, dtype=torch.float64)).eval()
+    x = torch.randn(2, 4, 5)
+    gm = trace(model, (x,))
+    folded, adapter = fold(gm), make_adapter({"fc": (6, 3)})
+    assert "add(" not in text(folded)
+    assert relative(inject(gm, adapter)(x), gm(x)) > 1e-2
+    with pytest.raises(AdapterError, match="was folded into its weight"):
+        inject(folded, adapter)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +131,13 @@ REFUSED: list[tuple[Any, Layer, str]] = [
 def test_another_layer_is_refused_by_both_shapes(update: Any, where: Layer, reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
         conform(update, where)
+
+
+def test_a_bias_beside_a_parameter_is_refused() -> None:
+    weight = WeightUpdate("full", identity, (5, 3))
+    assert conform_parameter(weight, (5, 3)) is weight
+    with pytest.raises(AdapterError, match=r"a bias \(lora_bias, diff_b\) stands beside a layer"):
+        conform_parameter(replace(weight, bias=torch.ones(5)), (5, 3))
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (None, 24), (6, None), (6, 4, 3, 2)])

@@ -413,3 +413,43 @@ def test_branches_in_a_row_are_branches_already(frontend: Any, x: torch.Tensor) 
     result = RaiseLora()(inject(base, [Adapter("french", {"0": update}), plain]))
     assert not result.modified
     assert not result.edits
+
+
+class InARow(nn.Module):
+    """Two layers with LoRA written in, the second of which reads the first as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3, bias=False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(5, 2))
+        self.c, self.d = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 6) -> (..., 3)."""
+        x = self.one(x) - 2.0 * F.linear(F.linear(x, self.a), self.b)
+        return self.two(x) - 0.5 * F.linear(F.linear(x, self.c), self.d)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_layers_in_a_row_are_raised_each_once(frontend: str, x: Any) -> None:
+    module = InARow().eval()
+    gm = trace(module, (x,), frontend=frontend)
+    alone = module.two(module.one(x))
+    seen = check_pass(RaiseLora(), gm, x, expected=module(x), control=alone)
+    assert seen.after.count("linear(") == 2
+    assert {branch.path for branch in branches(seen.gm)} == {"one", "two"}
+
+
+def test_a_branch_whose_sum_is_read_twice_is_not_raised_again(x: Any) -> None:
+    def read_twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, m.w)
+        return m.two(y) * m.two(y.flatten(0, 1)).tanh().view(4, 7, 3)
+
+    parts: Any = {"w": nn.Parameter(torch.randn(5, 6)), "two": nn.Linear(5, 3)}
+    gm = trace(Computes(read_twice, **parts).eval(), (x,))
+    tuned = inject(gm, make_adapter({"w": (5, 6), "two": (3, 5)}))
+    raised = RaiseLora()(tuned)
+    assert not raised.modified
+    assert {branch.name for branch in branches(raised.graph_module)} == {"french"}
+    assert torch.equal(raised.graph_module(x), tuned(x))
+    assert lora_fx.compare(tuned(x), gm(x)).relative > 1e-2

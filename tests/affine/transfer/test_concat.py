@@ -344,7 +344,7 @@ OPAQUE: dict[str, tuple[Any, ...]] = {
         "export",
     ),
     "copied into whole numbers": (
-        lambda m, x: m.low(x).mul(0).long().copy_(m.low(x)),
+        lambda m, x: aten.copy(m.low(x).mul(0).long(), m.low(x)),
         "batch",
         "whole numbers",
         "export",

@@ -172,6 +172,29 @@ def test_two_weights_of_one_module_are_two_layers(tmp_path: Path) -> None:
     assert len(again.quantised.weights) == 2
 
 
+class Averaged(nn.Module):
+    """A matrix of numbers, which no weight is, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(32, 64), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = torch.eye(32).repeat(1, 2) / 2
+        y: torch.Tensor = self.head(F.linear(torch.tanh(self.fc(x)), mean).sin())
+        return y
+
+
+@pytest.mark.parametrize("mode", ["constant", "input"])
+def test_a_matrix_that_is_no_weight_is_not_quantised(mode: Any, tmp_path: Path) -> None:
+    gm, report = exported(Averaged, X, tmp_path / "a.onnx", quantize=4, adapters=mode)
+    assert report.verified
+    assert list(report.quantised.weights) == ["fc"]
+    (other,) = report.quantised.left.keys() - {"head"}
+    assert report.quantised.left[other] == "computed from numbers, no weight of the model"
+    assert verify_onnx(gm, tmp_path / "a.onnx").verified
+
+
 @pytest.mark.parametrize("what", NETS)
 def test_the_swappable_file_is_quantised_likewise(what: str, tmp_path: Path) -> None:
     make, x, wanted, _ = NETS[what]

@@ -364,3 +364,16 @@ def test_an_output_without_any_number_proves_nothing(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="disagree with eager"):
         to_onnx(traced(model, torch.randn(4, 3)), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_is_held_to_no_more_than_its_own_type(tmp_path: Path) -> None:
+    def halved(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = m.fc(x).half() * 3  # onnxruntime rounds the product otherwise
+        return y
+
+    torch.manual_seed(0)
+    model = Computes(halved, fc=nn.Linear(64, 64)).eval()
+    report = to_onnx(trace(model, (torch.randn(16, 64),)), tmp_path / "a.onnx")
+    assert report.verified
+    assert {row.tolerance for row in report.checks} == {TOLERANCE[torch.float16]}
+    assert max(row.relative for row in report.checks) > TOLERANCE[torch.float32]
