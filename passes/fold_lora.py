@@ -100,7 +100,8 @@ def _scaled(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> It
             continue
         x = analysis.map_of(input_of(site, col_of(site)))
         end = analysis.map_of(last_of(site))
-        weight, whole = (v and v.relative_to(region.source)[0] for v in (end, region.value))
+        whole, _ = region.value.relative_to(region.source)
+        weight, _ = end.relative_to(region.source) if end else (None, None)
         is_same = weight is not None and (weight == whole or is_added(weight, whole))
         turned, shift = x.relative_to(region.source) if x else (None, None)
         is_direct = shift is None and isinstance(turned, Identity | None)

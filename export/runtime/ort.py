@@ -19,7 +19,7 @@ from lora_fx.errors import NO_MEMORY, ExportError, advised, is_out_of_memory, sh
 from lora_fx.export.onnx_model.tensor_protos import every_node
 from lora_fx.export.onnx_model.tensors import to_numpy
 
-ERRORS: tuple[type[Exception], ...] = tuple(
+ERRORS: tuple[Any, ...] = tuple(
     kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
 _ERRORS_ONLY = 3
