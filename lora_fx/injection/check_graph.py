@@ -182,7 +182,10 @@ def check_unscaled(calls: Sequence[Site]) -> None:
 
 
 def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
-    """Refuses a layer of whose weight an adapter would reach some parts alone.
+    """Refuses a layer of whose weight an adapter would not reach all that its update means.
+
+    Of a weight that is cut into parts these are all parts; of a whole one, all that the modules
+    read which call the layer: others read the base's, as beside PEFT's.
 
     Args:
         gm: the graph.
@@ -190,26 +193,30 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
         groups: all layers of the graph.
 
     Raises:
-        AdapterError: something that is no layer reads a part of the weight.
+        AdapterError: something that is no layer reads it there too.
     """
     calls = groups[path]
-    if all(site.is_whole for site in calls):
+    is_whole = all(site.is_whole for site in calls)
+    if is_whole and {user for s in calls for user in s.weight.users} <= {s.node for s in calls}:
         return
     layers = {site.node for group in groups.values() for site in group}
     picks = {call for group in groups.values() for site in group for call in site.part.calls}
     made = makers(recorded(gm.graph))
+    callers = {module_path(site.node) for site in calls}
     weight = calls[0].weight.target
     pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
     for node in pending:
         for user in node.users:
             if user in picks:
                 pending.append(user)
+            elif is_whole and module_path(user) not in callers:
+                continue
             elif user not in layers and user not in made and _counts(user):
                 at = module_path(user) or "the model itself"
                 raise AdapterError(
-                    f"parts of its weight {weight} are read by layers, and one by "
-                    f"{op_name(user)} of {at}, which is none: the adapter would be missing there. "
-                    "Leave the layer out, or apply the parts as linear layers"
+                    f"its weight {weight} is also read by {op_name(user)} of {at}, which is no "
+                    "layer: the adapter would be missing there. Leave the layer out, or apply what "
+                    "is read as a linear layer"
                 )
 
 

@@ -139,12 +139,13 @@ FINE: dict[str, Any] = {
     "its sizes": lambda x, w: F.linear(x, w[: w.shape[0] // 2]),
     "its sizes beside": lambda x, w: F.linear(x, w[:3]) * w.size(0),
     "drawn from for nobody": lambda x, w: (F.dropout(w), F.linear(x, w[:3]))[1],
-    "the whole, read elsewhere": lambda x, w: F.linear(x, w) + w.sum(),
 }
 MISSED: dict[str, Any] = {
     "scaled": lambda x, w: F.linear(x, w[:3]) + F.linear(x, w[3:] * 2),
     "summed": lambda x, w: F.linear(x, w[:3]) + w.sum(),
     "given out": lambda x, w: (F.linear(x, w[:3]), w),
+    "the whole, summed": lambda x, w: F.linear(x, w) + w.sum(),
+    "the whole, turned round": lambda x, w: F.linear(x, w) + F.linear(x, -w),
     "of a chunk": lambda x, w: F.linear(x, w.chunk(2)[0]) + F.linear(x, w.chunk(2)[1].tanh()),
 }
 
@@ -159,8 +160,27 @@ def test_a_part_that_is_read_by_no_layer_is_told(name: str, frontend: str) -> No
     if name in FINE:
         check_reached(gm, "fc", by_path(gm))
         return
-    with pytest.raises(AdapterError, match=r"^parts of its weight fc\.weight"):
+    with pytest.raises(AdapterError, match=r"^its weight fc\.weight is also read by"):
         check_reached(gm, "fc", by_path(gm))
+
+
+class Cosine(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) / self.weight.norm(dim=1)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_what_the_owner_of_a_layer_reads_is_the_base_s(frontend: str) -> None:
+    """Beside a call of the layer, as beside PEFT's; what the layer itself reads is the update's."""
+
+    def check(layer: nn.Module) -> None:
+        model = Computes(lambda m, x: m.fc(x) + m.fc.weight.sum(), fc=layer).eval()
+        gm = trace(model, (torch.randn(3, 5),), frontend=frontend)
+        check_reached(gm, "fc", by_path(gm))
+
+    check(nn.Linear(5, 6, bias=False))
+    with pytest.raises(AdapterError, match=r"read by \w*norm of fc, "):
+        check(Cosine(5, 6, bias=False))
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])

@@ -249,7 +249,7 @@ def test_results_are_scaled_with_the_biases_that_the_parts_have(frontend: str) -
 def test_a_part_that_no_layer_reads_is_refused(frontend: str) -> None:
     model = Packed(lambda w: (w[:D], w[D : 2 * D], w[-D:] * 2)).eval()
     gm = trace(model, (torch.randn(6, 7, INTO),), frontend=frontend)
-    with pytest.raises(AdapterError, match=r"a, qkv: parts of its weight qkv\.weight are read"):
+    with pytest.raises(AdapterError, match=r"a, qkv: its weight qkv\.weight is also read"):
         inject(gm, Adapter("a", {"qkv": rank2(OUT, INTO)}))
     with pytest.raises(AdapterError, match="would be missing there"):
         inject(gm, LoraConfig(r=2, alpha=4, target_modules=["qkv"], name="a"))
