@@ -20,10 +20,9 @@ ROOTS = [Path(lora_fx.__file__).parent, Path(lora_fx.export.__file__).parent]
 ROOTS.append(Path(lora_fx.passes.__file__).parent)
 # Of functions that no command calls, of trainers' own calls, and of what a model's function gives.
 ELSEWHERE = {
-    "adapters", "args", "dynamic_shapes", "form", "how", "init", "kwargs", "max", "opset", "rank",
-    "save_projection", "seed", "target", "target_modules", "temperature", "top_k", "top_p",
-    "use_cache", "verify",
-    "wd_on_out",
+    "adapters", "args", "dynamic_shapes", "form", "how", "init", "kwargs", "max", "opset",
+    "progress", "rank", "save_projection", "seed", "target", "target_modules", "temperature",
+    "top_k", "top_p", "use_cache", "verify", "wd_on_out",
 }  # fmt: skip
 WORD = r"(?<![\w-])([a-z_]+)=(?=[\w\"'{(,;:. )]|$)"
 
