@@ -132,9 +132,10 @@ def widen_narrow_sums(model: ir.Model) -> None:
     gives or holds bfloat16 stays: it is for devices that have kernels.
     """
     graph = model.graph
-    if any(value.dtype is _NARROW for value in (*graph.inputs, *graph.outputs)):
+    held = [value for value in graph.initializers.values() if value.shape]  # a number is no weight
+    if any(value.dtype is _NARROW for value in (*graph.inputs, *graph.outputs, *held)):
         return
-    if any(value.dtype is _NARROW and value.shape for value in graph.initializers.values()):
+    if all(value.dtype is not _NARROW for node in graph for value in node.outputs):
         return
     for node in list(graph):
         if node.op_type in _OF_ANY_TYPE:
