@@ -201,7 +201,7 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
         return
     layers = {site.node for group in groups.values() for site in group}
     picks = {call for group in groups.values() for site in group for call in site.part.calls}
-    made = makers(recorded(gm.graph))
+    others = set(reached(gm.graph)) - layers - makers(recorded(gm.graph))
     callers = {module_path(site.node) for site in calls}
     weight = calls[0].weight.target
     pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
@@ -211,17 +211,13 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
                 pending.append(user)
             elif is_whole and module_path(user) not in callers:
                 continue
-            elif user not in layers and user not in made and _counts(user):
+            elif user in others and not asks_sizes(user):
                 at = module_path(user) or "the model itself"
                 raise AdapterError(
                     f"its weight {weight} is also read by {op_name(user)} of {at}, which is no "
                     "layer: the adapter would be missing there. Leave the layer out, or apply what "
                     "is read as a linear layer"
                 )
-
-
-def _counts(user: fx.Node) -> bool:
-    return not asks_sizes(user) and (bool(user.users) or user.op == "output")
 
 
 def _check_adaptable(
