@@ -90,7 +90,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     before = _replace(editor, binding.replaced, adapter.name)
     if before:
         groups = by_path(editor.gm)
-    masks = Masks(editor, adapter.name)
+    masks: Masks = {}
     for path, update in binding.updates.items():
         if path in groups:
             put(editor, groups[path], update, adapter.name, masks)
@@ -130,7 +130,8 @@ def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> No
 
 
 def _words(update: AnyUpdate) -> str:
-    return update.kind if update.rank is None else f"{update.kind} rank {update.rank}"
+    rank = update.rank
+    return update.kind if rank is None else f"{update.kind} rank {rank}"
 
 
 def _replace(

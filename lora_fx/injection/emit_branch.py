@@ -22,7 +22,7 @@ from lora_fx.injection.branches import (
     rank_of,
     scaled_input,
 )
-from lora_fx.injection.invocation_mask import Masks
+from lora_fx.injection.invocation_mask import Masks, mask_of
 from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, make_layer_anew
 from lora_fx.layers.adapter_tensors import adapters_of, parameter_names
 from lora_fx.layers.sites import Site, bias_of
@@ -36,7 +36,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
         calls: of the layer.
         update: fits it.
         name: of the adapter.
-        masks: of the adapter.
+        masks: of the adapter, made so far.
 
     Raises:
         AdapterError: values that the layer's dtype cannot hold, or a second scaling of what the
@@ -46,7 +46,8 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
     if update.makes_anew:
         make_layer_anew(editor, calls, update, name)
     own = partial(_own_bias, editor, calls)
-    at = [masks.of(site, update.invocation) if update.invocation else None for site in calls]
+    tokens = update.invocation
+    at = [mask_of(editor, site, tokens, name, masks) if tokens else None for site in calls]
     terms = branch_tensors(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)
