@@ -22,7 +22,7 @@ from lora_fx.graph.graph_module import (
     remove,
     targets,
 )
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_all_unevaluated, get_unevaluated
 from lora_fx.graph.ops import HOLDER
 
 FOLDED = "lora_fx.folded"  # in the meta of a node: the graph before it was folded
@@ -243,8 +243,7 @@ class Editor:
         self._graph.owning_module = None
         self._graph.lint()
         self._graph.owning_module = self.gm
-        for target in targets(self._graph):
-            get_unevaluated(self.gm, target)
+        get_all_unevaluated(self.gm, targets(self._graph))
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         for key in ("nn_module_stack", HOLDER, SCALED):
