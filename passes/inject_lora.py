@@ -63,7 +63,11 @@ class InjectLora(Pass):
     strict: bool = True
 
     def rewrite(self, editor: Editor) -> None:
-        """Adds a branch for each update of each adapter, at each call of its layer."""
+        """Adds a branch for each update of each adapter, at each call of its layer.
+
+        Raises:
+            AdapterError: an adapter does not fit, or is none.
+        """
         several = self.adapter if isinstance(self.adapter, Sequence) else [self.adapter]
         if any(isinstance(adapter, LoraConfig) for adapter in several):
             editor.freeze()  # once: of several configs all train
