@@ -29,7 +29,7 @@ from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.parameter_readers import CLOSED, readers, tensor_of
-from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
+from lora_fx.layers.sites import Groups, Site, by_path, is_one_way, weight_name
 
 Injectable = Adapter | LoraConfig
 
@@ -104,7 +104,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     note_binding(editor.gm, binding, groups, beside, skipped, before)
 
 
-def _beside(binding: Binding, groups: Mapping[str, Sequence[Site]]) -> Binding:
+def _beside(binding: Binding, groups: Groups) -> Binding:
     """A weight that calls multiply with from both sides has no one side: it is made anew."""
     both = {path for path, calls in groups.items() if not is_one_way(calls)}
     updates = {

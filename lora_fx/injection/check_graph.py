@@ -24,9 +24,8 @@ from lora_fx.layers.adapter_tensors import makers, parameter_names, recorded
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.parameter_readers import CLOSED, is_inside
-from lora_fx.layers.sites import Site, is_one_way
+from lora_fx.layers.sites import Groups, Site, is_one_way
 
-Groups = Mapping[str, Sequence[Site]]
 _NOTHING = "the update is zero, and the model calls nothing of the layer"
 
 
@@ -181,7 +180,7 @@ def check_unscaled(calls: Sequence[Site]) -> None:
         )
 
 
-def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
+def check_reached(gm: fx.GraphModule, path: str, groups: Groups) -> None:
     """Refuses a layer of whose weight an adapter would not reach all that its update means.
 
     Of a weight that is cut into parts these are all parts; of a whole one, all that the modules

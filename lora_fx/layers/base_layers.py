@@ -17,7 +17,7 @@ from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.parameter_readers import readers, tensor_of
-from lora_fx.layers.sites import Site, by_path, is_bare, is_packed
+from lora_fx.layers.sites import Groups, by_path, is_bare, is_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ def layers_of(base: object) -> BaseLayers:
     return BaseLayers({path: layer for path, m in modules if (layer := _of_module(m, path))}, base)
 
 
-def layers_in(gm: fx.GraphModule, groups: Mapping[str, Sequence[Site]]) -> BaseLayers:
+def layers_in(gm: fx.GraphModule, groups: Groups) -> BaseLayers:
     """The layers of a graph whose calls are known, by path."""
     example = example_of(gm)
     layers = {path: calls[0].layer for path, calls in groups.items()}
