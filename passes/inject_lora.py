@@ -21,10 +21,10 @@ from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.branches import adapters_beside, col_of, input_of
 from lora_fx.injection.check_graph import check_binding, fresh_targets
-from lora_fx.injection.emit_branch import add_branch, put
+from lora_fx.injection.emit_branch import add_branch, inject_update
 from lora_fx.injection.injected_adapters import Held, note_binding, note_fresh
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, make_anew
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, parametrize
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
 from lora_fx.layers.base_layers import layers_in
@@ -97,7 +97,7 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     masks: Masks = {}
     for path, update in binding.updates.items():
         if path in groups:
-            put(editor, groups[path], update, adapter.name, masks)
+            inject_update(editor, groups[path], update, adapter.name, masks)
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
@@ -130,7 +130,7 @@ def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> No
     assert own is not None
     for reader, source in reads:
         function = recorded(update.of, tuple(own.shape), update.leaves)
-        make_anew(editor, reader, source, update.values, function, names, own.dtype)
+        parametrize(editor, reader, source, update.values, function, names, own.dtype)
 
 
 def _words(update: AnyUpdate) -> str:

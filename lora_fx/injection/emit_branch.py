@@ -23,12 +23,14 @@ from lora_fx.injection.branches import (
     scaled_input,
 )
 from lora_fx.injection.invocation_mask import Masks, mask_of
-from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, make_layer_anew
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, parametrize_layer
 from lora_fx.layers.adapter_tensors import adapters_of, parameter_names
 from lora_fx.layers.sites import Site, bias_of
 
 
-def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:
+def inject_update(
+    editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks
+) -> None:
     """Puts a fitted update at every call of a layer, with one set of constants for all.
 
     Args:
@@ -44,7 +46,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
     """
     first = calls[0]
     if update.makes_anew:
-        make_layer_anew(editor, calls, update, name)
+        parametrize_layer(editor, calls, update, name)
     own = partial(_own_bias, editor, calls)
     tokens = update.invocation
     at = [mask_of(editor, site, tokens, name, masks) if tokens else None for site in calls]
