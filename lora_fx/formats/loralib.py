@@ -24,7 +24,7 @@ from lora_fx.kinds import lora, loralib
 from lora_fx.kinds.lora import DOWN, UP
 from lora_fx.kinds.loralib import Groups, Sizes, checked_groups
 from lora_fx.kinds.validation import measure
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
 Shape = tuple[int, ...]  # (out, in / groups, *kernel)
@@ -57,7 +57,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     kernel nothing else tells but their weight in the file.
     """
     tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
-    base = layers_of(hints.base)
+    base = hints.layers
     with within(path):
         file = LoralibFile(base)
         file.layers = dialects.sort_keys(tensors, DIALECT, file.claim)
