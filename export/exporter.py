@@ -43,7 +43,7 @@ from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.stateful_calls import refuse_unsteady
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import get_all_unevaluated
 from lora_fx.graph.one_thread import one_at_a_time
 from lora_fx.injection.branch_tensors import check_branches
 from lora_fx.injection.injected_adapters import injected
@@ -211,8 +211,8 @@ def _refuse_meta(gm: fx.GraphModule) -> None:
     """Refuses tensors that have no values: a model may be traced on the meta device."""
     if torch.get_default_device().type == "meta":
         raise ExportError('under torch.device("meta") nothing has values: call to_onnx outside it')
-    held = {target: get_unevaluated(gm, target) for target in targets(gm.graph)}
-    empty = [name for name, value in held.items() if getattr(value, "is_meta", False)]
+    held = get_all_unevaluated(gm, targets(gm.graph)).items()
+    empty = [name for name, value in held if getattr(value, "is_meta", False)]
     if empty:
         raise ExportError(
             f"{shorten(empty)}: on the meta device, so without values: load the weights into the "

@@ -21,7 +21,7 @@ from lora_fx.export.slots.adapter_file import ORT_ADAPTER, SAFETENSORS, export_a
 from lora_fx.export.slots.choose import Wanted, chosen_slots
 from lora_fx.export.slots.insert import OwnTensors, open_slots, set_defaults, shared
 from lora_fx.export.slots.manifest import KEY, manifest_of
-from lora_fx.export.slots.probe import probe
+from lora_fx.export.slots.probe import TRIED_RANKS, probe
 from lora_fx.export.slots.slot import AnySlot, TensorSlot
 from lora_fx.export.verification.eager import evaluating
 from lora_fx.export.verification.negative_controls import (
@@ -40,7 +40,6 @@ from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
 from lora_fx.report.look import Look, look, look_at_slots
 
 _TRACED_RANK = (3,)
-_TRIED_RANKS = (1, 4, 2, 7)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Swappable:
         The graph's own are tried at the traced shape alone: what shapes can do is the file's. A
         file that has to be fed is fed from safetensors, as its users do; alone, from that of none.
         """
-        adapter = probe(self.slots, _TRIED_RANKS, 1, self.base)
+        adapter = probe(self.slots, TRIED_RANKS, 1, self.base)
         base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
         ending = SAFETENSORS if self.required else ORT_ADAPTER
@@ -195,7 +194,7 @@ class Swappable:
 
     def verify_numbers(self, path: Path, trial: ExportUnit) -> Verification:
         """The file against the base with the numbers that it stores in a few bits, as `verify`."""
-        adapter, packed = probe(self.slots, _TRIED_RANKS, 1, self.base), packed_in(path)
+        adapter, packed = probe(self.slots, TRIED_RANKS, 1, self.base), packed_in(path)
         numbers, _ = with_numbers(self.base, packed)
         adapted = InjectLora(adapter)(numbers).graph_module
         plain = adapted if numbers is self.base else InjectLora(adapter)(self.base).graph_module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import fx
 from lora_fx.choices import Mode
 from lora_fx.errors import ExportError, VerificationError, memory_told
 from lora_fx.io.records import read_record
+from lora_fx.io.strict_json import to_json
 from lora_fx.reference.reference_run import WeightForm
 from lora_fx.report.layer_facts import LayerFacts
 from lora_fx.report.look import Look, Picture
@@ -210,7 +210,7 @@ class ExportReport:
 
     def save_json(self, path: str | Path) -> None:
         """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        Path(path).write_text(to_json(self.to_dict()) + "\n")
 
     def __str__(self) -> str:
         """A short table: files, of checks and controls the row of each that is farthest, notes."""

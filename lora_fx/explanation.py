@@ -16,7 +16,7 @@ from lora_fx.choices import takes
 from lora_fx.errors import PassError, shorten
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.injection.branches import branches
-from lora_fx.layers.adapter_tensors import is_factor, made_anew
+from lora_fx.layers.adapter_tensors import is_factor, parametrized_weights
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.tables import table
 
@@ -118,7 +118,7 @@ def _why(user: fx.Node, analysis: Analysis) -> str:
 
 def is_unmerged(gm: fx.GraphModule) -> bool:
     """Whether a graph computes something of an adapter at each call."""
-    return bool(branches(gm)) or bool(made_anew(gm.graph))
+    return bool(branches(gm)) or bool(parametrized_weights(gm.graph))
 
 
 def unmerged(gm: fx.GraphModule) -> dict[str, str]:
@@ -129,7 +129,7 @@ def unmerged(gm: fx.GraphModule) -> dict[str, str]:
     """
     standing = branches(gm)
     beside = {branch.path: branch.out for branch in standing}
-    made = made_anew(gm.graph)
+    made = parametrized_weights(gm.graph)
     found = {module_path(m.operand) or str(m.stored.target): m.operand for m in made}
     if not beside and not found:
         return {}

@@ -27,7 +27,7 @@ from lora_fx.graph.ops import aten, call_argument, module_path
 from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.branches import branches, col_of, input_of, last_of
 from lora_fx.injection.known_inputs import hidden_inputs
-from lora_fx.layers.adapter_tensors import Made, made_anew
+from lora_fx.layers.adapter_tensors import ParametrizedWeight, parametrized_weights
 from lora_fx.layers.layer_types import OPERATORS, LayerType, operands_of
 from lora_fx.layers.matrix_products import Product, product_of
 from lora_fx.layers.sites import sites
@@ -71,7 +71,7 @@ class FoldLora(Pass):
                 for call in pack.rest():
                     _follow(editor, pack, call)
         editor.sweep()
-        made = made_anew(editor.gm.graph)
+        made = parametrized_weights(editor.gm.graph)
         inner = {each.source for each in made}
         for each in made:
             if each.operand not in inner:
@@ -109,7 +109,7 @@ def _scaled(editor: Editor, analysis: Analysis, regions: Sequence[Region]) -> It
             yield region.layer
 
 
-def _evaluate(editor: Editor, analysis: Analysis, made: Made) -> None:
+def _evaluate(editor: Editor, analysis: Analysis, made: ParametrizedWeight) -> None:
     """Puts a constant in the place of a weight that adapters made and no layer alone reads."""
     constants, name = analysis.constants, str(made.stored.target)
     value = lazily(constants, made.operand, constants.dtype(made.stored), name)

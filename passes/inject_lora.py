@@ -21,15 +21,15 @@ from lora_fx.injection.bind import Binding, bind
 from lora_fx.injection.branch_tensors import canonical
 from lora_fx.injection.branches import adapters_beside, col_of, input_of
 from lora_fx.injection.check_graph import check_binding, fresh_targets
-from lora_fx.injection.emit_branch import add_branch, put
+from lora_fx.injection.emit_branch import add_branch, inject_update
 from lora_fx.injection.injected_adapters import Held, note_binding, note_fresh
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, make_anew
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, parametrize
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.parameter_readers import CLOSED, readers, tensor_of
-from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
+from lora_fx.layers.sites import Groups, Site, by_path, is_one_way, weight_name
 
 Injectable = Adapter | LoraConfig
 
@@ -63,7 +63,11 @@ class InjectLora(Pass):
     strict: bool = True
 
     def rewrite(self, editor: Editor) -> None:
-        """Adds a branch for each update of each adapter, at each call of its layer."""
+        """Adds a branch for each update of each adapter, at each call of its layer.
+
+        Raises:
+            AdapterError: an adapter does not fit, or is none.
+        """
         several = self.adapter if isinstance(self.adapter, Sequence) else [self.adapter]
         if any(isinstance(adapter, LoraConfig) for adapter in several):
             editor.freeze()  # once: of several configs all train
@@ -90,17 +94,17 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     before = _replace(editor, binding.replaced, adapter.name)
     if before:
         groups = by_path(editor.gm)
-    masks = Masks(editor, adapter.name)
+    masks: Masks = {}
     for path, update in binding.updates.items():
         if path in groups:
-            put(editor, groups[path], update, adapter.name, masks)
+            inject_update(editor, groups[path], update, adapter.name, masks)
         else:
             _on_parameter(editor, path, update, adapter.name)
         editor.record("inject", path, f"{_words(update)}, adapter {adapter.name}")
     note_binding(editor.gm, binding, groups, beside, skipped, before)
 
 
-def _beside(binding: Binding, groups: Mapping[str, Sequence[Site]]) -> Binding:
+def _beside(binding: Binding, groups: Groups) -> Binding:
     """A weight that calls multiply with from both sides has no one side: it is made anew."""
     both = {path for path, calls in groups.items() if not is_one_way(calls)}
     updates = {
@@ -126,11 +130,12 @@ def _on_parameter(editor: Editor, path: str, update: AnyUpdate, name: str) -> No
     assert own is not None
     for reader, source in reads:
         function = recorded(update.of, tuple(own.shape), update.leaves)
-        make_anew(editor, reader, source, update.values, function, names, own.dtype)
+        parametrize(editor, reader, source, update.values, function, names, own.dtype)
 
 
 def _words(update: AnyUpdate) -> str:
-    return update.kind if update.rank is None else f"{update.kind} rank {update.rank}"
+    rank = update.rank
+    return update.kind if rank is None else f"{update.kind} rank {rank}"
 
 
 def _replace(

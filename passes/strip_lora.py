@@ -13,7 +13,7 @@ from lora_fx.graph.pass_base import Pass
 from lora_fx.injection.branches import Branch, branches_of
 from lora_fx.injection.injected_adapters import Held, stripped, unreplaced
 from lora_fx.injection.whole_tensors import exchange
-from lora_fx.layers.adapter_tensors import made_anew
+from lora_fx.layers.adapter_tensors import parametrized_weights
 from lora_fx.layers.parameter_readers import tensor_of
 from lora_fx.layers.sites import Site, sites
 
@@ -39,7 +39,7 @@ class StripLora(Pass):
         for site, branch in reversed(found):
             if self.name in (None, branch.name):
                 _strip(editor, site, branch)
-        for made in reversed(made_anew(editor.gm.graph)):
+        for made in reversed(parametrized_weights(editor.gm.graph)):
             if self.name in (None, made.adapter):
                 editor.replace(made.operand, made.source)
                 editor.record("strip", str(made.stored.target), f"adapter {made.adapter}")

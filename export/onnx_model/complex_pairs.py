@@ -17,14 +17,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from lora_fx.export.program.decompose import LoweredProgram, decompose
 from lora_fx.graph.ops import aten, mutates
 
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 # Of pairs, (*sizes, 2), and the rest of what the operator takes.
 _MOVES: dict[Any, Callable[..., Any]] = {
     aten.alias.default: lambda z: z,
-    aten.constant_pad_nd.default: lambda z, pads, *_: aten.pad(z, [0, 0, *pads]),
     aten.copy.default: lambda z, source, *_: source.expand_as(z),
     aten.expand.default: lambda z, sizes: z.expand(*sizes, 2),
     aten.index.Tensor: lambda z, places: aten.index(z, places),
-    aten.pad.default: lambda z, pads, *_: aten.pad(z, [0, 0, *pads]),
     aten.select.int: lambda z, axis, place: z.select(_axis(z, axis), place),
     aten.select_scatter.default: lambda z, part, axis, place: torch.select_scatter(
         z, part, _axis(z, axis), place
@@ -33,6 +32,7 @@ _MOVES: dict[Any, Callable[..., Any]] = {
         z, part, _axis(z, axis), *rest
     ),
     aten.unsqueeze.default: lambda z, axis: z.unsqueeze(axis % z.ndim),
+    **dict.fromkeys(_PADS, lambda z, pads, *_: aten.pad(z, [0, 0, *pads])),
 }
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     aten.bmm.default: torch.bmm,
@@ -40,21 +40,21 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: torch.matmul,
     aten.mm.default: torch.mm,
 }
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
-def as_pairs(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Says operators of complex numbers with pairs of real ones, where that is written."""
-    nodes = [node for node in program.graph.nodes if _is_complex(node)]
-    if not isinstance(program, LoweredProgram) and any(map(mutates, nodes)):
-        program = program.run_decompositions({})  # writes become values
-        nodes = [node for node in program.graph.nodes if _is_complex(node)]
+def writes_complex(program: torch.export.ExportedProgram) -> bool:
+    """Whether complex numbers are written in place, which `as_pairs` has no operators for."""
+    is_lowered = isinstance(program, LoweredProgram)
+    return not is_lowered and any(_is_complex(n) and mutates(n) for n in program.graph.nodes)
+
+
+def as_pairs(program: torch.export.ExportedProgram) -> None:
+    """Says operators of complex numbers with pairs of real ones, in place."""
     with enable_python_dispatcher():  # without it a pad makes constants of free sizes
-        for node in nodes:
+        for node in [node for node in program.graph.nodes if _is_complex(node)]:
             if (function := _on_pairs(node)) is not None:
                 decompose(node, function)
     program.graph_module.recompile()
-    return program
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError, advised
-from lora_fx.export.onnx_model.complex_pairs import as_pairs
+from lora_fx.export.onnx_model.complex_pairs import as_pairs, writes_complex
 from lora_fx.export.onnx_model.known_values import without_known_calls
 from lora_fx.export.onnx_model.static_masks import has_masks, without_masks
 from lora_fx.export.program.decompose import LoweredProgram
@@ -76,11 +76,13 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> ir.Mode
     if not isinstance(program, LoweredProgram):
         _copy_before_reshape(program)
     _cast_before_rsub(program)
-    program = as_pairs(program)
     with _quiet():
         try:
-            if has_masks(program):
+            masked = has_masks(program)
+            if masked or writes_complex(program):
                 program = program.run_decompositions({})  # writes become values
+            as_pairs(program)
+            if masked:
                 without_masks(program)
             without_known_calls(program)
             with without_idle_work():

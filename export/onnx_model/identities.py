@@ -1,4 +1,4 @@
-"""Nodes that hand on what they get, taken out."""
+"""Removes Identity nodes of an ONNX model, where no output needs them."""
 
 from __future__ import annotations
 

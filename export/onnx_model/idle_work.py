@@ -1,4 +1,4 @@
-"""What torch.onnx does again and again, done once: the graph that it gives stays the same."""
+"""Makes torch.onnx faster: what it does again and again is done once; its graph stays the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a program is known before it is called: neither its inputs nor its weights have a say."""
+"""Constant evaluation of an exported program: what neither inputs nor weights have a say in."""
 
 from __future__ import annotations
 

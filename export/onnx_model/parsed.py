@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from lora_fx.errors import ExportError, advised, shorten, within
 from lora_fx.export.onnx_model.tensor_protos import ASIDE
+from lora_fx.export.onnx_model.tensors import add_constant
 
 _AGAIN = "give the file as it was exported, or export it again"
 
@@ -70,7 +71,7 @@ def _lift_small_weights(model: ir.Model) -> None:
         if tensor is None or len(tensor.shape) < 2 or held.is_graph_output() or node.graph is None:
             continue
         assert isinstance(node.graph, ir.Graph)
-        value = ir.tape.Tape(node.graph).initializer(tensor, held.name)
+        value = add_constant(node.graph, str(held.name), tensor)
         held.replace_all_uses_with(value)
         node.graph.remove(node, safe=True)
 

@@ -23,17 +23,17 @@ def digest_of(weight: torch.Tensor | LazyTensor) -> str:
     return digest.hexdigest()
 
 
-def add_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Puts a tensor into a model.
+def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Puts a tensor into a graph.
 
     Args:
-        model: the model.
+        graph: of a model, or of a branch or loop in it.
         name: of the constant; where it is taken, with a number behind, which still tells the layer.
         tensor: its values.
     """
     names = chain([name], (f"{name}_{number}" for number in count(1)))
-    free = next(name for name in names if name not in model.graph.initializers)
-    return ir.tape.Tape(model.graph).initializer(tensor, free)
+    free = next(name for name in names if name not in graph.initializers)
+    return ir.tape.Tape(graph).initializer(tensor, free)
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:

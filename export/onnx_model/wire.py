@@ -1,4 +1,4 @@
-"""The outline of a model file, walked before it is read: what is no message takes no memory."""
+"""Walks a model file's protobuf before it is parsed: what is no message takes no memory."""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.errors import ExportError
-from lora_fx.graph.ops import aten
+from lora_fx.graph.ops import GRAD_MODE, aten
 
-_GRAD_MODE = "wrap_with_set_grad_enabled"
 # Compositions that torch always takes apart, so that no table names them, and what does nothing
 # out of training.
 _COMPOSED = {
@@ -58,7 +57,7 @@ def inline_grad_modes(gm: fx.GraphModule, graph: fx.Graph) -> None:
     A block with tensors of its own stays.
     """
     for node in list(graph.nodes):
-        if getattr(node.target, "__name__", "") == _GRAD_MODE:
+        if node.target is GRAD_MODE:
             _, block, *inputs = node.args
             assert isinstance(block, fx.Node)
             inner = gm.get_submodule(str(block.target))

@@ -126,7 +126,8 @@ def with_numbers_of(source: Path, packed: Mapping[str, FileLayer], factor: float
         if layer.kind == "embedding":
             if weight not in tables:
                 assert weight.const_value is not None
-                tables[weight] = add_constant(model, f"{weight.name}_table", weight.const_value)
+                name, table = f"{weight.name}_table", weight.const_value
+                tables[weight] = add_constant(model.graph, name, table)
             layer.node.replace_input_with(0, weight := tables[weight])
         if numbers is not None:
             weight.const_value = _tensor(weight, numbers, not layer.turned, factor)

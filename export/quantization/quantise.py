@@ -80,7 +80,7 @@ def quantise(
         digests[is_table] |= found.digests
         if first.weight not in held:
             held[first.weight] = [
-                add_constant(model, f"{first.weight.name}{end}", ir.tensor(array))
+                add_constant(model.graph, f"{first.weight.name}{end}", ir.tensor(array))
                 for end, array in _tensors(found.packed, first.weight in multiplied)
             ]
         nodes, write = [call.node for call in calls], _look_up if is_table else _multiply

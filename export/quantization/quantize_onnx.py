@@ -21,7 +21,7 @@ from lora_fx.export.runtime.ort import unreadable
 from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.foreign import ForeignSlot
 from lora_fx.export.slots.manifest import Manifest
-from lora_fx.export.slots.probe import probe
+from lora_fx.export.slots.probe import TRIED_RANKS, probe
 from lora_fx.export.verification.file_run import Feeds, Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import FACTOR, NO_ADAPTER
@@ -30,8 +30,6 @@ from lora_fx.export.verification.verify_onnx import mode_of
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 from lora_fx.io.plain_file import models_in
-
-_RANKS = (1, 4, 2, 7)
 
 
 @takes(ExportError, unreadable)
@@ -179,4 +177,4 @@ def _evidence(
 def _ranks(manifest: Manifest) -> tuple[int, ...]:
     """What adapters are tried with: in a file of another exporter's all have to be of one rank."""
     taken = [slot.rank for slot in manifest.slots if isinstance(slot, ForeignSlot) and slot.rank]
-    return _RANKS if manifest.is_ours else (min(taken, default=_RANKS[1]),)
+    return TRIED_RANKS if manifest.is_ours else (min(taken, default=TRIED_RANKS[1]),)

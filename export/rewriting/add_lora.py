@@ -36,7 +36,7 @@ from lora_fx.export.slots.adapter_file import export_adapter
 from lora_fx.export.slots.check_adapter import read_stored, values_of
 from lora_fx.export.slots.insert import set_defaults
 from lora_fx.export.slots.manifest import KEY, Manifest
-from lora_fx.export.slots.probe import probe
+from lora_fx.export.slots.probe import TRIED_RANKS, probe
 from lora_fx.export.slots.slot import Slot
 from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.made_inputs import feeds_for
@@ -45,7 +45,6 @@ from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_
 from lora_fx.io.atomic import refuse_existing, staged
 from lora_fx.io.output_place import keeping
 
-_RANKS = (1, 4, 2, 7)
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
 
 
@@ -239,7 +238,7 @@ def _evidence(
     tried = [slot for slot in manifest.slots if known[slot.path]]
     left = [slot.path for slot in manifest.slots if not known[slot.path]]
     probed = tried or manifest.slots
-    updates: Any = dict(probe(probed, _RANKS).updates)
+    updates: Any = dict(probe(probed, TRIED_RANKS).updates)
     for slot in probed:
         if isinstance(slot, Slot) and slot.groups > 1:
             updates[slot.path] = _apart(updates[slot.path], slot)

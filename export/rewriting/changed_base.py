@@ -1,4 +1,4 @@
-"""A base with W' in its weights, made without its slots: what those are held against."""
+"""The base file with W' in its weights, made without slots: what the slots are verified against."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def put_in_weights(
             layer = every[number]
             name = f"{slot.path}_{number}_changed"
             made = MergedTensor(_as_read(layer), _axes(layer), changes, name)
-            value = add_constant(model, name, made)
+            value = add_constant(model.graph, name, made)
             read_another(Read(layer.node, _place(layer), layer.weight, None), value)
 
 

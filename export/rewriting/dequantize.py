@@ -74,7 +74,8 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         if node.op_type in _OF_NODE:
             name, values = f"{node.outputs[0].name}_float", weight_and_step(node)[0]
             looks_up, bias = node.op_type == LOOKUP, input_at(node, _BIAS)
-            weight = add_constant(model, name, ir.tensor(values.T.copy() if looks_up else values))
+            stored = ir.tensor(values.T.copy() if looks_up else values)
+            weight = add_constant(model.graph, name, stored)
             node.replace_input_with(0 if looks_up else 1, weight)
             node.resize_inputs(2)
             node.attributes.clear()
@@ -84,7 +85,7 @@ def dequantise(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         elif (before := _before(node)) is not None:
             result = before.outputs[0]
             name, values = f"{result.name}_float", _of_linear(before)
-            plain = add_constant(model, name, ir.tensor(values))
+            plain = add_constant(model.graph, name, ir.tensor(values))
             result.replace_all_uses_with(plain)
 
 

@@ -136,7 +136,7 @@ class _Merging:
         if is_own:
             weight.const_value = made
             return
-        other = add_constant(self._model, name, made)
+        other = add_constant(self._model.graph, name, made)
         for read in reads:
             read_another(read, other)
 
@@ -160,7 +160,7 @@ class _Merging:
                 bias.const_value = MergedTensor(bias.const_value, ("out",), [change], bias.name)
                 return
         name = f"{slot.path}.bias"
-        constant = add_constant(self._model, name, _tensor(shift, name))
+        constant = add_constant(self._model.graph, name, _tensor(shift, name))
         for join in joins:
             join.node.op_type = "Add"
             join.node.resize_inputs(2)

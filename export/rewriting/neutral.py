@@ -1,4 +1,4 @@
-"""What a graph computes from inputs of no effect goes out of it: what is left is the base."""
+"""Removes from an ONNX graph what inputs of no effect compute, as B = 0 does: the base is left."""
 
 from __future__ import annotations
 

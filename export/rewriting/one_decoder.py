@@ -138,7 +138,7 @@ def _joined(
             assert tensor is not None, "a file's initializers have values"
             own = name, digests.get(name, f"of {model.graph.name} {len(weights)}")
             if own not in weights:
-                weights[own] = add_constant(joined, name, tensor)
+                weights[own] = add_constant(joined.graph, name, tensor)
             _read_outside(value, weights[own])
         model.graph.inputs.clear()
         model.graph.initializers.clear()

@@ -1,4 +1,4 @@
-"""What multiplies with a stored weight and takes no slot: by another operator, or in parts."""
+"""Weights of an ONNX file that get no slot: multiplied by another operator, or in parts."""
 
 from __future__ import annotations
 

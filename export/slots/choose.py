@@ -33,10 +33,9 @@ from lora_fx.injection.injected_adapters import injected
 from lora_fx.injection.invocation_mask import IDS
 from lora_fx.layers.base_layers import BaseLayers, layers_in
 from lora_fx.layers.parameter_readers import is_inside, readers
-from lora_fx.layers.sites import Site, by_path, is_one_way, weight_name
+from lora_fx.layers.sites import Groups, Site, by_path, is_one_way, weight_name
 from lora_fx.passes import StripLora
 
-Groups = Mapping[str, Sequence[Site]]
 FORMS = get_args(SlotForm)
 Wanted = str | Sequence[str] | Mapping[str, SlotForm] | None
 

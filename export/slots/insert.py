@@ -111,12 +111,11 @@ def _open_tokens(model: ir.Model, slot: InvocationSlot) -> None:
     (name,) = slot.names
     shape = ir.Shape([ir.SymbolicDim(f"length:{slot.path}")])
     open_values = [_as_input(model, f"{HOLDER}.{PROBE}", name, shape)]
-    while open_values:
-        for node in open_values.pop().consumers():
-            if not node.op_type.startswith("Reduce"):
-                open_values += [value for value in node.outputs if value.shape is not None]
-                for value in node.outputs:
-                    value.shape = None
+    for value in open_values:  # grows
+        counted = [n for n in value.consumers() if not n.op_type.startswith("Reduce")]
+        for output in (output for node in counted for output in node.outputs):
+            open_values += [output] if output.shape is not None else []
+            output.shape = None
 
 
 def _open_factors(

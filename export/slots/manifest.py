@@ -22,7 +22,7 @@ from lora_fx.export.slots.slot import AnySlot, InvocationSlot, Slot, class_of
 from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.io.strict_json import parse_object
 from lora_fx.layers.parameter_readers import readers
-from lora_fx.layers.sites import Site, bias_of, by_path
+from lora_fx.layers.sites import Groups, bias_of, by_path
 
 KEY = "lora_fx.slots"
 NO_SLOTS = (
@@ -104,7 +104,7 @@ def manifest_of(gm: fx.GraphModule, slots: Sequence[AnySlot], required: bool = F
     return Manifest(tuple(_digested(gm, slot, groups) for slot in slots), required)
 
 
-def _digested(gm: fx.GraphModule, slot: AnySlot, groups: Mapping[str, Sequence[Site]]) -> AnySlot:
+def _digested(gm: fx.GraphModule, slot: AnySlot, groups: Groups) -> AnySlot:
     if isinstance(slot, InvocationSlot):
         return slot
     if not isinstance(slot, Slot):

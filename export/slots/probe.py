@@ -17,6 +17,7 @@ from lora_fx.graph.lazy_tensor import evaluate
 from lora_fx.numerics import widened
 
 PROBE = "probe"
+TRIED_RANKS = (1, 4, 2, 7)  # in turn: none is the one that is traced with
 PROBED = (1, 2)  # tokens that every vocabulary has
 _GAIN = 0.25
 

@@ -1,1 +1,1 @@
-"""What a graph computes, said in the operators that onnxruntime runs fastest."""
+"""ONNX-to-ONNX rewrites into the operators that onnxruntime runs fastest, one pass a file."""

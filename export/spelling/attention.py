@@ -1,4 +1,4 @@
-"""Attention in one operator, where a graph spells it out."""
+"""Fuses MatMul, mask, Softmax and MatMul into Attention of opset 23."""
 
 from __future__ import annotations
 

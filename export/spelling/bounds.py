@@ -1,4 +1,4 @@
-"""Between which numbers a value lies, whatever the inputs are."""
+"""Interval analysis of an ONNX graph: between which numbers a value lies, whatever the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks that hide from a query whatever stands behind it."""
+"""Proves that an attention mask is causal: it hides from a query whatever stands behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that change nothing, and axes that are added one by one."""
+"""Removes calls that change nothing, and joins Unsqueezes that add axes one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guard against NaN behind a softmax, where a row of the mask may be empty."""
+"""Puts a guard against NaN behind a softmax where a row of the mask may be all -inf."""
 
 from __future__ import annotations
 

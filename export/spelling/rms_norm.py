@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation in one operator."""
+"""Fuses root-mean-square normalisation into RMSNormalization of opset 23."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Rotary positions in one operator."""
+"""Fuses rotary positions into RotaryEmbedding of opset 23."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import onnx_ir as ir
 
@@ -86,12 +88,13 @@ def _rotated(
     one, other = producer(plain, "Mul"), producer(turned, "Mul")
     if one is None or other is None:
         return None
-    for x, cos in (one.inputs, one.inputs[::-1]):
-        for halves, sin in (other.inputs, other.inputs[::-1]):
-            if x is not None and _is_turned(halves, x):
-                angles = _angles(cos, "Cos", x), _angles(sin, "Sin", x)
-                if angles[0] is not None and angles[1] is not None:
-                    return x, angles[0], angles[1]
+    orders = product(*((node.inputs, node.inputs[::-1]) for node in (one, other)))
+    for (x, cos), (halves, sin) in orders:
+        if x is None or not _is_turned(halves, x):
+            continue
+        cosines, sines = _angles(cos, "Cos", x), _angles(sin, "Sin", x)
+        if cosines is not None and sines is not None:
+            return x, cosines, sines
     return None
 
 

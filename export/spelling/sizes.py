@@ -1,4 +1,4 @@
-"""Sizes as a graph computes them: numbers, and the names of axes."""
+"""Shape inference by value: the sizes that a graph computes, as numbers and names of axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sum in front of a normalisation, which onnxruntime makes one slow operator of with it."""
+"""Keeps the residual sum apart from the norm behind it: onnxruntime fuses both into a slow one."""
 
 from __future__ import annotations
 

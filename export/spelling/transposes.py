@@ -1,4 +1,4 @@
-"""One Transpose for Reshape, Transpose and Reshape, as attention's keys are turned."""
+"""Fuses Reshape, Transpose and Reshape of attention's keys into one Transpose."""
 
 from __future__ import annotations
 

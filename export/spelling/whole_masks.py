@@ -1,4 +1,4 @@
-"""Masks that are read place by place, at every place that they have."""
+"""Reads a mask whole where a graph gathers it place by place, at every place that it has."""
 
 from __future__ import annotations
 

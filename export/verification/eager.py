@@ -14,7 +14,7 @@ from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.graph.aliasing import written
 from lora_fx.graph.graph_module import assign, build_graph_module, copy_graph, targets
-from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_all_unevaluated, get_unevaluated
 from lora_fx.graph.retracing import source_of
 from lora_fx.graph.train_eval import EVAL_FLAGS, flags
 from lora_fx.reference.reference_run import WeightForm
@@ -90,7 +90,7 @@ def told_of_eager(
 
 def _state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Copies of the tensors that a call may write to: large weights are not among them."""
-    held = {t: get_unevaluated(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    held = get_all_unevaluated(gm, targets(gm.graph))
     dirty = {id(held[str(n.target)]) for n in written(gm.graph) if n.op == "get_attr"}
     state = {target: value for target, value in held.items() if id(value) in dirty}
     for target in {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:

@@ -13,7 +13,7 @@ from lora_fx.export.verification.eager import evaluating
 from lora_fx.injection.branches import branches
 from lora_fx.injection.injected_adapters import Injected, injected, tensors_of
 from lora_fx.injection.read_adapter import adapter_from
-from lora_fx.layers.adapter_tensors import made_anew
+from lora_fx.layers.adapter_tensors import parametrized_weights
 from lora_fx.passes import StripLora
 from lora_fx.reference.reference_run import WeightForm, weight_form
 
@@ -41,7 +41,7 @@ def reference(
 
 def swapped(gm: fx.GraphModule) -> Iterator[tuple[Adapter, fx.GraphModule]]:
     """Each adapter in a graph, and the graph with it alone."""
-    anew = [made.adapter for made in made_anew(gm.graph)]
+    anew = [made.adapter for made in parametrized_weights(gm.graph)]
     replacing = [r.adapter.name for r in injected(gm) if r.before]
     names = list(dict.fromkeys([*(branch.name for branch in branches(gm)), *anew, *replacing]))
     for name in names:

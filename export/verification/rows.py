@@ -16,9 +16,8 @@ from lora_fx.export.verification.eager import Tensors
 from lora_fx.export.verification.rounding import WIDER, tolerances
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.ops import AUTOCAST
 from lora_fx.numerics import coarsest, compare
-
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 class Row:
@@ -70,7 +69,7 @@ def _dtypes(gm: fx.GraphModule) -> Iterator[torch.dtype]:
             yield from (tensor.dtype for tensor in (*value.parameters(), *value.buffers()))
         elif isinstance(value, torch.Tensor | LazyTensor):
             yield value.dtype
-    for node in gm.graph.find_nodes(op="call_function", target=_AUTOCAST):
+    for node in gm.graph.find_nodes(op="call_function", target=AUTOCAST):
         _, dtype, is_on, *_ = node.args
         if is_on and isinstance(dtype, torch.dtype):
             yield dtype

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_fx.algebra.truncation import Factors
 from lora_fx.errors import AdapterError
 from lora_fx.layers.layer_types import TYPES
 from lora_fx.numerics import widened
@@ -151,9 +152,6 @@ def _from_weight(
     down, up = down.to(dtype), up.to(dtype)
     taken = scale * up.to(wide.dtype) @ down.to(wide.dtype)
     return Initial(down, up, (wide - taken).to(base.dtype))
-
-
-Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def pissa_factors(

@@ -1,4 +1,4 @@
-"""An adapter by the paths of a base, whatever its file calls them."""
+"""Renames an adapter's layers to those of a base, and cuts or joins updates of packed ones."""
 
 from __future__ import annotations
 
@@ -132,14 +132,7 @@ def place(
         path = meaning.layers[0]
         with within(name):
             if not meaning.is_all:
-                size = update.shape[0]
-                if size is None:
-                    raise AdapterError(
-                        f"an update of kind {update.kind!r} is of a part of {path} and does not "
-                        "tell how many rows it has: merge it where it was made"
-                    )
-                at = meaning.rows(base, size)
-                parts[path].append((name, Block(update, at, meaning.expert)))
+                parts[path].append((name, _block(update, meaning, base)))
                 continue
             several = divided(update, meaning.layers, base)
             several = {path: swapped(update)} if meaning.halves_swapped else several
@@ -153,6 +146,17 @@ def place(
             shape = Meaning((path,)).shape(base)
             whole[path] = joined([block for _, block in blocks], tuple(n or 0 for n in shape))
     return whole
+
+
+def _block(update: AnyUpdate, meaning: Meaning, base: BaseLayers) -> Block:
+    """An update of some rows of a layer."""
+    size = update.shape[0]
+    if size is None:
+        raise AdapterError(
+            f"an update of kind {update.kind!r} is of a part of {meaning.layers[0]} and does not "
+            "tell how many rows it has: merge it where it was made"
+        )
+    return Block(update, meaning.rows(base, size), meaning.expert)
 
 
 def divided(update: AnyUpdate, layers: tuple[str, ...], base: BaseLayers) -> dict[str, AnyUpdate]:

@@ -12,7 +12,6 @@ from lora_fx.api import fold, inject
 from lora_fx.choices import Mode, check_choice
 from lora_fx.cli.adapter_options import AdapterOptions
 from lora_fx.cli.components import of_components
-from lora_fx.cli.console import to_json
 from lora_fx.cli.dry_run import Plan, not_merged, planned, wanted_slots
 from lora_fx.cli.loaded import Progress, load, trace
 from lora_fx.cli.onnx_files import bits_named
@@ -31,6 +30,7 @@ from lora_fx.errors import ExportError
 from lora_fx.graph.example import DTYPE, LAST_LOGITS, TASK
 from lora_fx.io.atomic import refuse_files, staged_files
 from lora_fx.io.plain_file import check_path
+from lora_fx.io.strict_json import to_json
 from lora_fx.report.layer_facts import layer_facts
 from lora_fx.report.look import Look
 from lora_fx.report.stages import Stages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lora_fx.errors import AdapterWarning
+from lora_fx.io.strict_json import to_json
 
 _NARROWEST = 20  # columns that words fit into
 
@@ -29,11 +29,6 @@ def show(as_json: bool, report: Mapping[str, Any], text: str) -> None:
     shown = shown if as_json else fitted(shown, sys.stdout)
     readable = shown.encode(encoding, "backslashreplace").decode(encoding)
     print(readable, flush=True)  # what cannot be written is told now, not when Python ends
-
-
-def to_json(report: Mapping[str, Any]) -> str:
-    """Plain values as JSON."""
-    return json.dumps(report, indent=2, allow_nan=False)
 
 
 def fitted(text: str, stream: TextIO) -> str:

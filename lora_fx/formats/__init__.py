@@ -26,7 +26,6 @@ from lora_fx.formats.peft.keys import is_named
 from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
 from lora_fx.io.plain_file import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
-from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.trainer_names import names_of
 
 Tell = Callable[[Path, Collection[str]], bool]
@@ -175,7 +174,7 @@ def load_adapter(
         adapter = chosen.read(source, own, options)
         with within(source):
             adapter = adapter if prefix is None else inside(adapter, prefix)
-        adapter = _settled(adapter, base)
+        adapter = _settled(adapter, options)
     _check_products(source, adapter)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
         warnings.warn(
@@ -196,11 +195,11 @@ def _check_products(source: Path, adapter: Adapter) -> None:
         )
 
 
-def _settled(adapter: Adapter, model: object) -> Adapter:
+def _settled(adapter: Adapter, options: Hints) -> Adapter:
     """An adapter by the paths of the base, if that is given."""
-    if model is None:
+    if options.base is None:
         return adapter
-    base = layers_of(model)
+    base = options.layers
     names = (*adapter.updates, *adapter.replacements)
     known = [n for n in names if n in base or n in base.aliases or base.unevaluated(n) is not None]
     return told_of_tables(settled(adapter, base, known, names_of), base)

@@ -6,10 +6,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.layers.base_layers import BaseLayers, layers_of
 
 T = TypeVar("T")
 
@@ -39,6 +41,11 @@ class Hints:
     enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None = None
     component: str | None = None
     model: str | Path | None = None
+
+    @cached_property
+    def layers(self) -> BaseLayers:
+        """Those of the base: looked for once, for every step of a reader."""
+        return layers_of(self.base)
 
 
 def _ends(path: str) -> list[str]:

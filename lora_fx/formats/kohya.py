@@ -24,7 +24,7 @@ from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import PREFIX
 from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.kinds import KINDS, dora, full, ia3, lora, oft
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.meanings import Meaning
@@ -104,7 +104,7 @@ def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
             f"{path}: kohya's names lose the dots of a path; pass base=, the model or the traced "
             "graph that the adapter is for"
         )
-    tensors, base = read_file(path, hints.allow_pickle), layers_of(hints.base)
+    tensors, base = read_file(path, hints.allow_pickle), hints.layers
     with within(path):
         if hints.component is not None:
             check_part(hints.component)

@@ -22,9 +22,9 @@ from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.io.strict_json import parse_object
 from lora_fx.kinds import lora, loralib
 from lora_fx.kinds.lora import DOWN, UP
-from lora_fx.kinds.loralib import Groups, checked_groups
+from lora_fx.kinds.loralib import Groups, Sizes, checked_groups
 from lora_fx.kinds.validation import measure
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
 Shape = tuple[int, ...]  # (out, in / groups, *kernel)
@@ -57,7 +57,7 @@ def read_loralib(path: Path, name: str, hints: Hints) -> Adapter:
     kernel nothing else tells but their weight in the file.
     """
     tensors, texts = read_file(path, hints.allow_pickle), metadata_of(path)
-    base = layers_of(hints.base)
+    base = hints.layers
     with within(path):
         file = LoralibFile(base)
         file.layers = dialects.sort_keys(tensors, DIALECT, file.claim)
@@ -215,8 +215,7 @@ def update_of(
         settings = {"alpha": alpha, "r": rank, "scale": alpha / rank}
         if layer is not None and kernel:
             return loralib.convolution(down, up, layer, settings)
-        groups = groups_of(path, down, up, hints, None if layer is None else layer[0])
-        sizes = loralib.sizes_of(path, down, up, hints.base)
+        groups, sizes = groups_of(path, down, up, hints, None if layer is None else layer[0])
         if groups is not None:
             return loralib.fused(down, up, groups, settings, sizes)
     return lora.read(roles, lora.Form(), alpha=alpha, is_table=is_table)
@@ -224,8 +223,8 @@ def update_of(
 
 def groups_of(
     path: str, down: torch.Tensor, up: torch.Tensor, hints: Hints, out: int | None
-) -> Groups | None:
-    """Which outputs of a layer are adapted, or None for a layer of one output.
+) -> tuple[Groups | None, Sizes | None]:
+    """Which outputs of a layer are adapted, None of one output; their rows, where they differ.
 
     Of several, down is (r * adapted, in) and up (size * adapted, r); ``out`` is how many rows the
     base's layer has, if that is known.
@@ -251,7 +250,7 @@ def groups_of(
             f"with {said} of an output of {size}, the base's is of {out}; "
             "pass enable_lora= as its model has it"
         )
-    return groups
+    return groups, sizes
 
 
 def _hinted(path: str, hints: Hints, count: int, rows: int, out: int | None) -> Groups | None:

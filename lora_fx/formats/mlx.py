@@ -17,7 +17,7 @@ from lora_fx.io.state_dict import read_file
 from lora_fx.io.strict_json import read_object
 from lora_fx.kinds import dora, experts, lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 
 CONFIG, WEIGHTS, PARAMETERS = "adapter_config.json", "adapters.safetensors", "lora_parameters"
@@ -43,7 +43,7 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
             raise AdapterError(f"fine_tune_type is {kind!r:.80}, expected lora, dora or full")
         rank, scale = _rank_and_scale(fields) if kind != "full" else (0, 0.0)
     with within(file):
-        base = layers_of(hints.base)
+        base = hints.layers
         if kind == "full":
             return Adapter(name, {}, _whole(tensors, base))
         layers = sort_keys(tensors, DIALECT)

@@ -17,7 +17,7 @@ from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.io.state_dict import read_file
 from lora_fx.kinds import lora
 from lora_fx.kinds.lora import DOWN, MAGNITUDE, UP
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 
 DIALECT = Dialect(
     {
@@ -63,7 +63,7 @@ def read_torchtune(path: Path, name: str, hints: Hints) -> Adapter:
                 "torchtune's names and rows, which are others than transformers'; pass base=, the "
                 "model that it is for"
             )
-        layers, base = sort_keys(tensors, DIALECT), layers_of(hints.base)
+        layers, base = sort_keys(tensors, DIALECT), hints.layers
         check_adapted(layers)
         updates: dict[str, AnyUpdate] = {}
         for own, roles in layers.items():

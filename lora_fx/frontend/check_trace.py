@@ -20,7 +20,7 @@ from lora_fx.frontend.one_row import with_one_row
 from lora_fx.frontend.torch_export import distinct
 from lora_fx.graph.aliasing import written
 from lora_fx.graph.graph_module import targets
-from lora_fx.graph.lazy_tensor import get_unevaluated
+from lora_fx.graph.lazy_tensor import get_all_unevaluated
 from lora_fx.numerics import compare, difference
 
 
@@ -233,7 +233,7 @@ def _called_apart(
 
 def _dirty(gm: fx.GraphModule) -> list[torch.Tensor]:
     """The stored tensors that a graph writes to."""
-    held = {t: get_unevaluated(gm, t) for t, op in targets(gm.graph).items() if op == "get_attr"}
+    held = get_all_unevaluated(gm, targets(gm.graph))
     values = [held[str(node.target)] for node in written(gm.graph) if node.op == "get_attr"]
     return [value for value in values if isinstance(value, torch.Tensor)]
 

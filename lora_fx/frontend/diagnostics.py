@@ -42,14 +42,15 @@ def explain_failure(model: nn.Module, frontend: str, error: Exception) -> str:
     """A message that names the module path, the source line, the reason and a way out."""
     reason = str(error).strip().split("\n")
     shown = "\n  ".join(line for line in reason[:6] if line.strip())
+    known = _by_message(model, str(error)) or _by_model(model)
     return (
         f"{type(model).__name__} cannot be traced ({frontend}){_place(model, error)}:\n"
-        f"  {type(error).__name__}: {shown}\nTry: {_known(model, str(error)) or _TRY[frontend]}."
+        f"  {type(error).__name__}: {shown}\nTry: {known or _TRY[frontend]}."
     )
 
 
-def _known(model: nn.Module, reason: str) -> str | None:
-    """What to do about a cause that can be told."""
+def _by_message(model: nn.Module, reason: str) -> str | None:
+    """What to do about a cause that the tracer's message tells."""
     foreign = _FOREIGN.search(reason)
     if foreign is not None and foreign["name"].endswith("Cache"):
         return (
@@ -94,6 +95,11 @@ def _known(model: nn.Module, reason: str) -> str | None:
             "give the inputs that its code has None for, such as attention_mask and "
             "decoder_attention_mask: some models make them when they run, not while they are traced"
         )
+    return None
+
+
+def _by_model(model: nn.Module) -> str | None:
+    """What to do about a cause that can be seen on the model."""
     packed = [path for path, module in model.named_modules() if _is_packed(module)]
     if packed:
         return (

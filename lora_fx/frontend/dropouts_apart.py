@@ -1,4 +1,4 @@
-"""Dropout that does nothing, said so that a tracer tells it from what it reads."""
+"""Dropout that does nothing returns an alias while tracing, so that it and its input are two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's own Python code chooses by values or sizes, chosen as it is right for all."""
+"""While tracing, torch's own Python branches on values or sizes take the way that fits all."""
 
 from __future__ import annotations
 

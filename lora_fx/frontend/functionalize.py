@@ -1,4 +1,4 @@
-"""Writes in place, said without writing.
+"""Functionalization: in-place operators become out-of-place ones, and later readers follow.
 
 ``y = zeros(...); y.view(-1, 15)[:, mask] = v`` leaves no node that holds what y is in the end. So
 a write becomes a value of its own, `index_put`, and everyone who reads y afterwards, or any view

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.graph.module_state import Snapshot, snapshot
+from lora_fx.graph.traced_module import plain_attention
 
 # A larger tensor is kept only if it is known to be written to: copies of all would be a second
 # model where weights are buffers.
@@ -50,14 +51,9 @@ def preserved(model: nn.Module, written: Iterable[torch.Tensor]) -> Iterator[Sna
 @contextmanager
 def as_in_eager() -> Iterator[None]:
     """No gradients, and torch's attention by its plain path, which is the one that is traced."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the user's call is the one that should warn
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user's call is the one that should warn
+        yield
 
 
 @contextmanager

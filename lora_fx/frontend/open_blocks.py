@@ -5,13 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from lora_fx.graph.graph_module import copy_graph
-
-_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-_CAST = torch.ops.higher_order.wrap_with_autocast
+from lora_fx.graph.ops import AUTOCAST, GRAD_MODE
 
 
 def open_blocks(root: nn.Module, graph: fx.Graph) -> None:
@@ -38,9 +35,9 @@ def open_blocks(root: nn.Module, graph: fx.Graph) -> None:
 def _block(root: nn.Module, node: fx.Node) -> tuple[fx.GraphModule, Any] | None:
     """The block that a node runs, and what it is run on, if no number hangs on its being one."""
     args: Any = node.args
-    if node.target is _GRAD:
+    if node.target is GRAD_MODE:
         _, held, *operands = args
-    elif node.target is _CAST and not args[2]:
+    elif node.target is AUTOCAST and not args[2]:
         *_, held = args[:5]
         operands = args[5:]
     else:

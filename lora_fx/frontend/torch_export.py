@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -70,16 +70,24 @@ def export_program(
         try:
             return export(root)
         except Exception as error:  # the model's own code runs in here and may raise anything
-            # What fails again is told of the model as it is.
-            with suppress(Exception), numbers_free(root):
-                if "specialized" in str(error):
-                    return export(root)
-            with suppress(Exception):
-                known = KnownCounts(root)
-                program = export(known.model) if known.names else None
-                if program is not None and not known.is_written:
-                    return program
-            raise TraceError(explain_failure(root, "export", error)) from error
+            program = _again(root, export, str(error))
+            if program is None:  # what fails again is told of the model as it is
+                raise TraceError(explain_failure(root, "export", error)) from error
+            return program
+
+
+def _again(
+    root: nn.Module, export: Callable[[nn.Module], torch.export.ExportedProgram], reason: str
+) -> torch.export.ExportedProgram | None:
+    """Exports with the numbers of sizes left open, or with those of buffers as constants."""
+    with suppress(Exception), numbers_free(root):
+        if "specialized" in reason:
+            return export(root)
+    with suppress(Exception):
+        known = KnownCounts(root)
+        program = export(known.model) if known.names else None
+        return None if known.is_written else program
+    return None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lora_fx.graph.graph_module import (
     remove,
     targets,
 )
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, get_all_unevaluated, get_unevaluated
 from lora_fx.graph.ops import HOLDER
 
 FOLDED = "lora_fx.folded"  # in the meta of a node: the graph before it was folded
@@ -87,6 +87,11 @@ class Editor:
 
         It is called ``name`` if nothing else is by the end, else ``name_1`` and so on. An equal
         tensor of one name, such as that of a layer that is called twice, is kept once.
+
+        Args:
+            name: dotted, such as ``fc.lora_A.french``: modules on the way are made.
+            value: of any shape and dtype; a lazy one is computed when it is read.
+            before: where it is fetched.
         """
         target = self._store.constant(name, value)
         with self._graph.inserting_before(before):
@@ -102,7 +107,14 @@ class Editor:
     def call(
         self, target: Any, arguments: tuple[Any, ...], before: fx.Node, like: fx.Node
     ) -> fx.Node:
-        """Calls an operator just before a node, under the module path of ``like``."""
+        """Calls an operator just before a node.
+
+        Args:
+            target: an overload, such as ``torch.ops.aten.mul.Tensor``.
+            arguments: by place; it has no others.
+            before: where the call goes.
+            like: whose module path it has.
+        """
         with self._graph.inserting_before(before):
             node = self._graph.create_node("call_function", target)
         node.args = arguments  # not given above: create_node walks arguments as a pytree
@@ -139,7 +151,16 @@ class Editor:
         return result, [node for node in made if node.op == "call_function"]
 
     def along(self, moves: Sequence[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
-        """Makes calls of one input again, one behind the other from another start on."""
+        """Makes calls of one input again, one behind the other from another start on.
+
+        Args:
+            moves: in order, each of which reads the one before as its first argument.
+            start: what the first of the new ones reads.
+            before: where they go.
+
+        Returns:
+            The last of them; ``start`` if there are none.
+        """
         here = start
         for move in moves:
             old = move.args[0]
@@ -175,20 +196,33 @@ class Editor:
         return known
 
     def call_module(self, name: str, module: nn.Module, x: fx.Node, before: fx.Node) -> fx.Node:
-        """Calls a new module, whose training mode stays live, just before a node."""
+        """Calls a new module, whose training mode stays live, just before a node.
+
+        Args:
+            name: dotted, as in `constant`.
+            module: the graph's own from then on.
+            x: what it reads; it has the module path of that.
+            before: where the call goes.
+        """
         target = self._store.keep(name, module)
         with self._graph.inserting_before(before):
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
 
     def replace(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node] = ()) -> None:
-        """Makes every reader of ``old`` read ``new``, but ``new`` itself and those to ``keep``."""
+        """Makes readers of one node read another.
+
+        Args:
+            old: the one; swept at the end if nobody reads it then.
+            new: the other; if it reads ``old`` itself, it goes on to.
+            keep: readers that stay with ``old``.
+        """
         stays = {new, *keep}
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stays)
         self._drop(old)
 
     def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Makes one node read ``new`` where it read ``old``."""
+        """Makes one node read ``new`` where it read ``old``, which is swept if nobody else does."""
         reader.replace_input_with(old, new)
         self._drop(old)
 
@@ -243,8 +277,7 @@ class Editor:
         self._graph.owning_module = None
         self._graph.lint()
         self._graph.owning_module = self.gm
-        for target in targets(self._graph):
-            get_unevaluated(self.gm, target)
+        get_all_unevaluated(self.gm, targets(self._graph))
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         for key in ("nn_module_stack", HOLDER, SCALED):

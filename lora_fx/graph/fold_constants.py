@@ -1,4 +1,4 @@
-"""What new calls compute from constants alone becomes constants of its own, computed when read."""
+"""Constant folding: what calls compute from constants alone becomes a lazy constant."""
 
 from __future__ import annotations
 

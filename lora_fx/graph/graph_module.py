@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PassError
 from lora_fx.graph.lazy_compile import compile_when_read, compiled_when_read
-from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated, set_lazy
+from lora_fx.graph.lazy_tensor import LazyTensor, get_all_unevaluated, get_unevaluated, set_lazy
 from lora_fx.graph.ops import GUARDS
 from lora_fx.graph.train_eval import TracedGraph
 
@@ -118,7 +118,7 @@ def build_graph_module(
         gm = TracedGraph({}, fx.Graph())
     gm.training = training
     read, given = targets(graph), more or {}
-    held: dict[str, Any] = {t: given[t] if t in given else get_unevaluated(root, t) for t in read}
+    held = {**get_all_unevaluated(root, read.keys() - given.keys()), **given}
     for target, op in read.items():
         assign(gm, target, shallow_clone(held[target]) if op == "call_module" else held[target])
     compile_when_read(gm, graph)

@@ -7,7 +7,7 @@ folded graph holds one weight at a time until it is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, ItemsView, Iterator, ValuesView
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,11 @@ def get_unevaluated(root: nn.Module, target: str) -> Any:
     if isinstance(store, Parameters) and name in store:
         return store.unevaluated(name)
     return getattr(holder, name)
+
+
+def get_all_unevaluated(root: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
+    """Looks up dotted names: each -> its value; no lazy parameter is computed."""
+    return {target: get_unevaluated(root, target) for target in targets}
 
 
 def find_tensor(root: nn.Module, target: str) -> torch.Tensor | None:

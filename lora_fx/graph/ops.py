@@ -1,4 +1,4 @@
-"""Nodes: their operators, by one name for every spelling, whose module they are, their sizes."""
+"""torch.fx nodes: one operator name for every spelling, module paths, sizes, what is mutated."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ NAMED_CASTS = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 CASTS = {"to", "_to_copy", "type_as", *NAMED_CASTS}
 
 

@@ -76,6 +76,17 @@ class TracedModule:
         return type(None), ()
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keeps torch's attention off its fused path, which reads weights past their modules."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _copied(held: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.copy() if name in _STORES else value for name, value in held.items()}
 

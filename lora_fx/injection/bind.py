@@ -159,8 +159,8 @@ def _parameter(layers: BaseLayers, path: str, update: AnyUpdate) -> list[str]:
 
 
 def _in_shape(layers: BaseLayers, path: str, update: AnyUpdate) -> AnyUpdate:
-    if path in layers:
-        return conform(update, layers[path])
+    if (layer := layers.get(path)) is not None:
+        return conform(update, layer)
     return conform_parameter(update, tuple(getattr(layers.unevaluated(path), "shape", ())))
 
 

@@ -66,20 +66,28 @@ def branch_tensors(
     shift = None if added is None else store(added.to(site.dtype))
     if update.makes_anew:
         return BranchTensors(bias=shift)
-    out, *rest = site.shape
-    base = Leaf((out, prod(rest)), "base", lambda: canonical(site, weight()))
-    found, wide = beside(base, update.of(base)), update.wide(site.dtype)
-    row = None if found.row is None else dense(found.row, wide)[:, 0]
+    row, col = (None, None) if update.is_plain else _row_and_col(update, site, weight)
     terms = BranchTensors(
         gain=None if row is None else store((row - 1).to(site.dtype)),
         bias=shift,
-        col=None if found.col is None else store(dense(found.col, wide)[:, 0].to(site.dtype)),
+        col=None if col is None else store(col.to(site.dtype)),
     )
     if not isinstance(update, Update) or not update.rank:
         return terms
     down, up, _ = update.factors(site.dtype, row)
     down, up = kind.store("down", down), kind.store("up", up)
     return replace(terms, down=down.contiguous(), up=up.contiguous())
+
+
+def _row_and_col(
+    update: AnyUpdate, site: Layer, weight: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(out,) and (in,) of ``W' = diag(row) (W + ...) diag(col)``, None where all are ones."""
+    out, *rest = site.shape
+    base = Leaf((out, prod(rest)), "base", lambda: canonical(site, weight()))
+    found, wide = beside(base, update.of(base)), update.wide(site.dtype)
+    row, col = (m if m is None else dense(m, wide)[:, 0] for m in (found.row, found.col))
+    return row, col
 
 
 def canonical(site: Layer, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from lora_fx.graph.lazy_tensor import get_unevaluated
 from lora_fx.graph.ops import aten, op_name
 from lora_fx.injection.invocation_mask import reads_flat, tokens_of
 from lora_fx.layers.adapter_tensors import Names, adapters_of, name_in, parameter_names
-from lora_fx.layers.sites import Site, sites
+from lora_fx.layers.sites import Groups, Site, sites
 from lora_fx.layers.weight_parts import Places
 
 Beside = Mapping[str, frozenset[str]]  # path of a layer -> the adapters there
@@ -200,7 +200,7 @@ def adapters_at(site: Site) -> list[str]:
     return [*(branch.name for branch in branches_of(site)), *adapters_of(site.operand)]
 
 
-def adapters_beside(groups: Mapping[str, Sequence[Site]], paths: Iterable[str]) -> Beside:
+def adapters_beside(groups: Groups, paths: Iterable[str]) -> Beside:
     """The names of the adapters at the layers of a graph that are among these paths."""
     return {path: frozenset(adapters_at(groups[path][0])) for path in paths if path in groups}
 

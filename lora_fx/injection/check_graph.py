@@ -1,9 +1,9 @@
-"""What a graph holds against an adapter that is bound to its layers."""
+"""Refuses an adapter that a graph has no place for: names taken, shared weights, idle layers."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -24,9 +24,8 @@ from lora_fx.layers.adapter_tensors import makers, parameter_names, recorded
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer_types import OPERATORS
 from lora_fx.layers.parameter_readers import CLOSED, is_inside
-from lora_fx.layers.sites import Site, is_one_way
+from lora_fx.layers.sites import Groups, Site, is_one_way
 
-Groups = Mapping[str, Sequence[Site]]
 _NOTHING = "the update is zero, and the model calls nothing of the layer"
 
 
@@ -181,7 +180,7 @@ def check_unscaled(calls: Sequence[Site]) -> None:
         )
 
 
-def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[Site]]) -> None:
+def check_reached(gm: fx.GraphModule, path: str, groups: Groups) -> None:
     """Refuses a layer of whose weight an adapter would not reach all that its update means.
 
     Of a weight that is cut into parts these are all parts; of a whole one, all that the modules
@@ -199,25 +198,28 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
     is_whole = all(site.is_whole for site in calls)
     if is_whole and {user for s in calls for user in s.weight.users} <= {s.node for s in calls}:
         return
-    layers = {site.node for group in groups.values() for site in group}
-    picks = {call for group in groups.values() for site in group for call in site.part.calls}
-    others = set(reached(gm.graph)) - layers - makers(recorded(gm.graph))
+    layers = [site for group in groups.values() for site in group]
+    others = {*reached(gm.graph)} - {site.node for site in layers} - makers(recorded(gm.graph))
     callers = {module_path(site.node) for site in calls}
     weight = calls[0].weight.target
+    picks = {call for site in layers for call in site.part.calls}
+    for user in _readers(gm, weight, picks):
+        is_elsewhere = is_whole and module_path(user) not in callers
+        if user in others and not is_elsewhere and not asks_sizes(user):
+            at = module_path(user) or "the model itself"
+            raise AdapterError(
+                f"its weight {weight} is also read by {op_name(user)} of {at}, which is no "
+                "layer: the adapter would be missing there. Leave the layer out, or apply what "
+                "is read as a linear layer"
+            )
+
+
+def _readers(gm: fx.GraphModule, weight: object, picks: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """Who reads a weight, or what some calls pick of it."""
     pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
-    for node in pending:
-        for user in node.users:
-            if user in picks:
-                pending.append(user)
-            elif is_whole and module_path(user) not in callers:
-                continue
-            elif user in others and not asks_sizes(user):
-                at = module_path(user) or "the model itself"
-                raise AdapterError(
-                    f"its weight {weight} is also read by {op_name(user)} of {at}, which is no "
-                    "layer: the adapter would be missing there. Leave the layer out, or apply what "
-                    "is read as a linear layer"
-                )
+    for node in pending:  # grows
+        pending += [user for user in node.users if user in picks]
+        yield from (user for user in node.users if user not in picks)
 
 
 def _check_adaptable(

@@ -96,15 +96,13 @@ def _in_shape(update: Update, shape: tuple[int, ...], stored: tuple[int, ...]) -
     if update.kind == "vera" and update.down.shape[1] > shape[1] and len(shape) == 2:
         # The shared projection is as wide as the widest layer: each reads its first columns.
         update = replace(update, down=update.down[:, : shape[1]])
-    for wanted in (shape, stored):
-        size = 1
-        for axis in wanted[1:]:
-            size *= axis
-        flat = update.down.flatten(1)
-        points = update.down.ndim == 2 or all(axis == 1 for axis in update.down.shape[2:])
-        if points and update.col is None and flat.shape[1] == size and update.shape != wanted:
-            return replace(update, down=flat.reshape(-1, *wanted[1:]))
-    return update
+    points = update.down.ndim == 2 or all(axis == 1 for axis in update.down.shape[2:])
+    if update.shape in (shape, stored) or not points or update.col is not None:
+        return update
+    flat = update.down.flatten(1)
+    fits = (wanted for wanted in (shape, stored) if math.prod(wanted[1:]) == flat.shape[1])
+    wanted = next(fits, None)
+    return update if wanted is None else replace(update, down=flat.reshape(-1, *wanted[1:]))
 
 
 def _scaling(update: AnyUpdate, site: Layer) -> AnyUpdate:

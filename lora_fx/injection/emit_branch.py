@@ -22,13 +22,15 @@ from lora_fx.injection.branches import (
     rank_of,
     scaled_input,
 )
-from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, make_layer_anew
+from lora_fx.injection.invocation_mask import Masks, mask_of
+from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, parametrize_layer
 from lora_fx.layers.adapter_tensors import adapters_of, parameter_names
 from lora_fx.layers.sites import Site, bias_of
 
 
-def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks) -> None:
+def inject_update(
+    editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, masks: Masks
+) -> None:
     """Puts a fitted update at every call of a layer, with one set of constants for all.
 
     Args:
@@ -36,7 +38,7 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
         calls: of the layer.
         update: fits it.
         name: of the adapter.
-        masks: of the adapter.
+        masks: of the adapter, made so far.
 
     Raises:
         AdapterError: values that the layer's dtype cannot hold, or a second scaling of what the
@@ -44,9 +46,10 @@ def put(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str, mas
     """
     first = calls[0]
     if update.makes_anew:
-        make_layer_anew(editor, calls, update, name)
+        parametrize_layer(editor, calls, update, name)
     own = partial(_own_bias, editor, calls)
-    at = [masks.of(site, update.invocation) if update.invocation else None for site in calls]
+    tokens = update.invocation
+    at = [mask_of(editor, site, tokens, name, masks) if tokens else None for site in calls]
     terms = branch_tensors(update, first, lambda: base_weight(editor, first), own)
     check_finite(first, name, update, terms, lambda: base_weight(editor, first))
     names = parameter_names(first.path, name, first.bare)

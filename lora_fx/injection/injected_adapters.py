@@ -26,12 +26,11 @@ from lora_fx.injection.branches import Beside
 from lora_fx.injection.invocation_mask import HOLDER
 from lora_fx.layers.adapter_tensors import parameter_names, value_names
 from lora_fx.layers.layer import Layer
-from lora_fx.layers.sites import Site
+from lora_fx.layers.sites import Groups
 
 _META = "lora_fx.injected"
 _VALUE = "value"
 Held = torch.Tensor | LazyTensor
-Groups = Mapping[str, Sequence[Site]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""Where an activated adapter acts: from the last invocation tokens of a row of ids on."""
+"""aLoRA's mask in a graph: ones from the last invocation tokens of a row of ids on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,6 +20,7 @@ from lora_fx.layers.sites import Site
 
 IDS = "input_ids"
 HOLDER = "lora_invocation"
+Masks = dict[tuple[tuple[int, ...], torch.dtype], fx.Node]  # by tokens and dtype
 _MOST = 40  # nodes that a mask is made of, at most
 
 
@@ -55,39 +55,34 @@ def _ones(like: Any) -> Any:
     return aten._to_copy.default(aten.eq.Tensor(like, like), dtype=torch.int64)
 
 
-class Masks:
-    """The masks of one adapter: one for all of its layers, if they are of one dtype.
+def mask_of(
+    editor: Editor, site: Site, tokens: tuple[int, ...], adapter: str, known: Masks
+) -> fx.Node:
+    """The mask of a layer's calls: one for all layers of an adapter, if they are of one dtype.
 
     Args:
         editor: of the graph.
-        name: of the adapter.
+        site: the layer.
+        tokens: the invocation.
+        adapter: its name.
+        known: the masks of the adapter so far, which gets this one.
+
+    Raises:
+        AdapterError: the graph reads no ids, or the past of a cache besides; or the layer has no
+            row for each token.
     """
-
-    def __init__(self, editor: Editor, name: str) -> None:
-        self._editor, self._name = editor, name
-        self._known: dict[tuple[Sequence[int], torch.dtype], fx.Node] = {}
-
-    def of(self, site: Site, tokens: Sequence[int]) -> fx.Node:
-        """The mask of a layer's calls.
-
-        Raises:
-            AdapterError: the graph reads no ids, or the past of a cache besides; or the layer has
-                no row for each token.
-        """
-        with within(f"adapter {self._name}"):
-            ids = _ids(self._editor.gm)
-            _check_rows(site, ids)
-        key = tuple(tokens), site.dtype
-        if key not in self._known:
-            nodes = self._editor.gm.graph.nodes
-            first = next(node for node in nodes if node.op != "placeholder")
-            name = f"{HOLDER}.{part_of(self._name)}"
-            held = self._editor.constant(name, torch.tensor(key[0]), before=first)
-            made = partial(active, dtype=site.dtype)
-            stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
-            outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
-            self._known[key] = self._editor.inline(made, [ids, held], first, outer)[0]
-        return self._known[key]
+    with within(f"adapter {adapter}"):
+        ids = _ids(editor.gm)
+        _check_rows(site, ids)
+    key = tokens, site.dtype
+    if key not in known:
+        nodes = editor.gm.graph.nodes
+        first = next(node for node in nodes if node.op != "placeholder")
+        held = editor.constant(f"{HOLDER}.{part_of(adapter)}", torch.tensor(tokens), before=first)
+        stacked = (n for n in nodes if n.meta.get("nn_module_stack"))
+        outer = min(stacked, key=lambda node: len(module_path(node)), default=ids)
+        known[key], _ = editor.inline(partial(active, dtype=site.dtype), [ids, held], first, outer)
+    return known[key]
 
 
 def tokens_of(mask: object) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""What layers with adapters read that no input has a say in: tables of places, learned queries.
+"""Inputs of adapted layers that are constant: tables of positions, learned queries.
 
 Such a layer, and the branch beside it, are constants to whoever evaluates those; and a product of
 two of them names none as its layer's. So they are hidden while they are merged.

@@ -20,7 +20,13 @@ from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.graph.ops import aten
 from lora_fx.injection.branches import branches_of, col_of
 from lora_fx.injection.injected_adapters import injected
-from lora_fx.layers.adapter_tensors import adapters_of, made_anew, makers, name_in, value_names
+from lora_fx.layers.adapter_tensors import (
+    adapters_of,
+    makers,
+    name_in,
+    parametrized_weights,
+    value_names,
+)
 from lora_fx.layers.sites import Site
 from lora_fx.layers.weight_parts import Read
 
@@ -32,8 +38,8 @@ def base_weight(editor: Editor, site: Site) -> torch.Tensor:
     return evaluate(get_unevaluated(editor.gm, str(site.weight.target)))
 
 
-def make_layer_anew(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:
-    """Makes the weight of a layer anew at all of its calls.
+def parametrize_layer(editor: Editor, calls: Sequence[Site], update: AnyUpdate, name: str) -> None:
+    """Replaces the weight of a layer by the nodes of f(W, values), at all of its calls.
 
     Raises:
         AdapterError: another adapter is there that it does not go with, or a value is not finite
@@ -47,10 +53,10 @@ def make_layer_anew(editor: Editor, calls: Sequence[Site], update: AnyUpdate, na
     function = _on_stored(update, first)
     reads = list(dict.fromkeys(read for site in calls for read in site.reads))
     for reader, source in placed(editor.gm, reads, first.path, update, first.bare):
-        make_anew(editor, reader, source, update.values, function, names, first.dtype)
+        parametrize(editor, reader, source, update.values, function, names, first.dtype)
 
 
-def make_anew(
+def parametrize(
     editor: Editor,
     reader: fx.Node,
     source: fx.Node,
@@ -59,7 +65,16 @@ def make_anew(
     names: Sequence[str],
     dtype: torch.dtype,
 ) -> None:
-    """Makes one reader of a tensor read a function of it and some values instead.
+    """Makes one reader of a tensor W read the nodes of f(W, values) instead.
+
+    Args:
+        editor: of the graph.
+        reader: the call.
+        source: W, or what another adapter made of it.
+        values: of the adapter; floating ones are cast to the dtype.
+        function: of W and the values, in aten overloads.
+        names: of the constants that hold the values.
+        dtype: of W.
 
     Raises:
         AdapterError: a value is not finite in the dtype.
@@ -155,7 +170,7 @@ def placed(
     """
     if update.stacks != "inputs first":
         return reads
-    known = {made.operand: made for made in made_anew(gm.graph)}
+    known = {made.operand: made for made in parametrized_weights(gm.graph)}
     found: list[Read] = []
     for reader, source in reads:
         run = None

@@ -18,7 +18,7 @@ from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.injection.branches import Branch, branches_of
 from lora_fx.injection.invocation_mask import tokens_of
-from lora_fx.layers.adapter_tensors import made_anew
+from lora_fx.layers.adapter_tensors import parametrized_weights
 from lora_fx.layers.sites import Site, sites
 
 
@@ -37,7 +37,7 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
         AdapterError: there is no such adapter, several and no name, or one that made weights anew.
     """
     found = [(site, branch) for site in sites(gm) for branch in branches_of(site)]
-    made = [(each.adapter, str(each.stored.target)) for each in made_anew(gm.graph)]
+    made = [(each.adapter, str(each.stored.target)) for each in parametrized_weights(gm.graph)]
     names = list(dict.fromkeys([b.name for _, b in found] + [adapter for adapter, _ in made]))
     if not names or (name or names[0]) not in names or (name is None and len(names) > 1):
         if not names:

@@ -282,7 +282,7 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     return False
 
 
-class Made(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor to be written.
 
     Attributes:
@@ -296,7 +296,7 @@ class Made(NamedTuple):
     make: Callable[[], torch.Tensor]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Made]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
     """Writes tensors in their order.
 
     Raises:

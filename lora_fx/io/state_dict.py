@@ -226,9 +226,8 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_members(members)
-            for member in members:
-                if member.filename.rpartition("/")[2] == "data.pkl":
-                    _check_stream(archive, member)
+            for member in (m for m in members if m.filename.rpartition("/")[2] == "data.pkl"):
+                _check_stream(archive, member)
     except AdapterError:
         raise
     except Exception as error:  # zipfile meets a damaged archive with errors of any kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +74,11 @@ def parse_object(data: bytes) -> dict[str, object]:
     if _HALF.search(data):
         _check_whole(value)
     return value
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """Plain values as JSON to be read by people, too."""
+    return json.dumps(values, indent=2, allow_nan=False)
 
 
 def _check_whole(value: object) -> None:

@@ -74,7 +74,7 @@ def _is_taken(name: str) -> bool:
     return any(keyword.iskeyword(w) or hasattr(nn.Module, w) or w in _OWN for w in shorter)
 
 
-class Made(NamedTuple):
+class ParametrizedWeight(NamedTuple):
     """An operand that an adapter made.
 
     Attributes:
@@ -91,9 +91,9 @@ class Made(NamedTuple):
     stored: fx.Node
 
 
-def made_anew(graph: fx.Graph) -> list[Made]:
+def parametrized_weights(graph: fx.Graph) -> list[ParametrizedWeight]:
     """Every operand that an adapter made, a later one of the same weight behind the earlier."""
-    found: dict[fx.Node, Made] = {}
+    found: dict[fx.Node, ParametrizedWeight] = {}
     for end in graph.find_nodes(op="call_function", target=aten.alias.default):
         if (made := _made(end, found)) is not None:
             found[end] = made
@@ -102,7 +102,7 @@ def made_anew(graph: fx.Graph) -> list[Made]:
 
 def recorded(graph: fx.Graph) -> Mapping[fx.Node, fx.Node]:
     """The operands that adapters made: each with the stored weight that it was made of."""
-    return {made.operand: made.stored for made in made_anew(graph)}
+    return {made.operand: made.stored for made in parametrized_weights(graph)}
 
 
 def makers(operands: Iterable[fx.Node]) -> set[fx.Node]:
@@ -128,7 +128,7 @@ def behind(
     graph: fx.Graph, reads: Iterable[tuple[fx.Node, fx.Node]]
 ) -> Sequence[tuple[fx.Node, fx.Node]]:
     """Who reads a weight, or what adapters made of it: the calls that make that read no more."""
-    ends = [(made.operand, makers([made.operand])) for made in made_anew(graph)]
+    ends = [(made.operand, makers([made.operand])) for made in parametrized_weights(graph)]
     found: dict[tuple[fx.Node, fx.Node], None] = {}
     for reader, source in reads:
         last = next((end for end, inner in reversed(ends) if reader in inner), None)
@@ -137,7 +137,7 @@ def behind(
     return list(found)
 
 
-def _made(end: fx.Node, below: Mapping[fx.Node, Made]) -> Made | None:
+def _made(end: fx.Node, below: Mapping[fx.Node, ParametrizedWeight]) -> ParametrizedWeight | None:
     """What made an operand, or None if no adapter did."""
     name, source = "", None
     pending, steps = list(end.all_input_nodes), 0
@@ -154,4 +154,6 @@ def _made(end: fx.Node, below: Mapping[fx.Node, Made]) -> Made | None:
             return None
     if not name or source is None or pending:
         return None
-    return Made(end, name, source, below[source].stored if source in below else source)
+    return ParametrizedWeight(
+        end, name, source, below[source].stored if source in below else source
+    )

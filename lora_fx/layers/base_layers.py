@@ -11,13 +11,13 @@ from torch import fx, nn
 
 from lora_fx.errors import AdapterError
 from lora_fx.graph.example import example_of
-from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
+from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_all_unevaluated, get_unevaluated
 from lora_fx.graph.ops import module_path, op_name
 from lora_fx.graph.wrappers import bare, named_modules
 from lora_fx.layers.layer import Layer, layer_of
 from lora_fx.layers.layer_types import NORM
 from lora_fx.layers.parameter_readers import readers, tensor_of
-from lora_fx.layers.sites import Site, by_path, is_bare, is_packed
+from lora_fx.layers.sites import Groups, by_path, is_bare, is_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class BaseLayers(Mapping[str, Layer]):
             return {name: tuple(tensor.shape) for name, tensor in self.held.items()}
         if self.graph is not None:
             names = {str(n.target) for n in self.graph.graph.nodes if n.op == "get_attr"}
-            found = {name: get_unevaluated(self.graph, name) for name in names}
+            found = get_all_unevaluated(self.graph, names)
             return {n: tuple(t.shape) for n, t in found.items() if hasattr(t, "shape")}
         found = {}
         for path, module in self._modules.items():
@@ -173,7 +173,7 @@ def layers_of(base: object) -> BaseLayers:
     return BaseLayers({path: layer for path, m in modules if (layer := _of_module(m, path))}, base)
 
 
-def layers_in(gm: fx.GraphModule, groups: Mapping[str, Sequence[Site]]) -> BaseLayers:
+def layers_in(gm: fx.GraphModule, groups: Groups) -> BaseLayers:
     """The layers of a graph whose calls are known, by path."""
     example = example_of(gm)
     layers = {path: calls[0].layer for path, calls in groups.items()}
@@ -188,15 +188,13 @@ def _norms(gm: fx.GraphModule) -> Iterator[tuple[str, Layer]]:
     for node in gm.graph.nodes:
         if node.op != "call_function" or not (path := module_path(node)):
             continue
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target).endswith(".weight"):
-                weight = get_unevaluated(gm, str(source.target))
-                if len(weight.shape) == 1:
-                    shape, name = tuple(weight.shape), op_name(node)
-                    yield (
-                        path,
-                        Layer(path=path, kind=NORM, shape=shape, dtype=weight.dtype, name=name),
-                    )
+        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        for name in (name for name in read if name.endswith(".weight")):
+            weight = get_unevaluated(gm, name)
+            shape, dtype = tuple(weight.shape), weight.dtype
+            if len(shape) == 1:
+                called = op_name(node)
+                yield path, Layer(path=path, kind=NORM, shape=shape, dtype=dtype, name=called)
 
 
 def _of_module(module: nn.Module, path: str) -> Layer | None:

@@ -1,4 +1,4 @@
-"""What the names of layers that a base has not may mean in it: rows of other layers' weights."""
+"""Names of rows of a base's layers: q of a packed qkv, one of many experts; and of packs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -115,12 +116,11 @@ def _parts(base: BaseLayers) -> Iterator[tuple[str, Meaning]]:
 
 def _packs(base: BaseLayers) -> dict[str, Meaning]:
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    for path in base:
+    parts = [(word, part) for word, several in PACKED.items() for part in several]
+    for path, (word, part) in product(base, parts):
         owner, dot, leaf = path.rpartition(".")
-        for word, several in PACKED.items():
-            for part in several:
-                if _find(part).search(leaf):
-                    found[owner + dot + _find(part).sub(word, leaf)][part] = path
+        if _find(part).search(leaf):
+            found[owner + dot + _find(part).sub(word, leaf)][part] = path
     return {
         name: Meaning(tuple(own[part] for part in several))
         for name, own in found.items()
@@ -141,11 +141,10 @@ def _experts(base: BaseLayers) -> Iterator[tuple[str, Meaning]]:
         if leaf not in EXPERTS or len(shape) != 3 or base.is_turned(owner):
             continue
         several = EXPERTS[leaf]
-        for expert in range(shape[0]):
-            for place, names in enumerate(several):
-                part = None if len(several) == 1 else len(several) - place if place else 0
-                for name in names:
-                    yield f"{owner}.{expert}.{name}", Meaning((path,), part, expert)
+        for expert, (place, names) in product(range(shape[0]), enumerate(several)):
+            part = None if len(several) == 1 else len(several) - place if place else 0
+            for name in names:
+                yield f"{owner}.{expert}.{name}", Meaning((path,), part, expert)
 
 
 def _find(word: str) -> re.Pattern[str]:

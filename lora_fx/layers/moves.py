@@ -1,4 +1,4 @@
-"""How a name of a file and a path of a base differ before the end that they have in common."""
+"""Prefix exchanges between a file's names and a base's paths, whose ends are the same."""
 
 from __future__ import annotations
 

@@ -126,6 +126,9 @@ class Site(Layer):
         return cast(fx.Node, reduce(getitem, place, arguments))
 
 
+Groups = Mapping[str, Sequence[Site]]  # path of a layer -> its calls, as `by_path` finds them
+
+
 @takes(PassError)
 def sites(gm: fx.GraphModule) -> list[Site]:
     """The layers of a graph that an output hangs on, in order, by the paths of `paths_of`."""

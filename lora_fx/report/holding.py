@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,7 +17,7 @@ from lora_fx.graph.lazy_tensor import evaluate, get_unevaluated
 from lora_fx.injection.branches import branches_of
 from lora_fx.injection.read_adapter import update_from
 from lora_fx.layers.adapter_tensors import recorded
-from lora_fx.layers.sites import Site, by_path
+from lora_fx.layers.sites import Groups, Site, by_path
 from lora_fx.reference.weight_change import Place, fitted
 
 Form = tuple[str, Cost | None]
@@ -36,7 +36,7 @@ class Holding:
     """
 
     gm: fx.GraphModule
-    sites: Mapping[str, Sequence[Site]]
+    sites: Groups
     made: Mapping[fx.Node, fx.Node]
     beside: Mapping[str, Form]
     otherwise: str

@@ -90,11 +90,16 @@ def _kinds(layers: Sequence[LayerFacts]) -> dict[str, str]:
 
 def _pictures(graphs: Mapping[str, Surroundings], kinds: Mapping[str, str]) -> Iterator[Picture]:
     for kind, path in kinds.items():
-        drawings: list[Drawing] = []
-        for title, surroundings in graphs.items():
-            with suppress(PassError):  # no graph need call it: a parameter, or a layer folded away
-                drawing = surroundings.draw(path, title)
-                if not drawings or str(drawing) != str(drawings[-1]):
-                    drawings.append(drawing)
-        if drawings:
+        if drawings := _drawings(graphs, path):
             yield Picture(kind, path, drawings)
+
+
+def _drawings(graphs: Mapping[str, Surroundings], path: str) -> list[Drawing]:
+    """A layer in each graph, where it looks otherwise than in the one before."""
+    drawings: list[Drawing] = []
+    for title, surroundings in graphs.items():
+        with suppress(PassError):  # no graph need call it: a parameter, or a layer folded away
+            drawing = surroundings.draw(path, title)
+            if not drawings or str(drawing) != str(drawings[-1]):
+                drawings.append(drawing)
+    return drawings

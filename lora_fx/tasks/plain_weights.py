@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora_fx.errors import LoraFxError, shorten, within
-from lora_fx.io.safetensors_file import Made, write_tensors
+from lora_fx.io.safetensors_file import TensorToWrite, write_tensors
 from lora_fx.io.state_dict import INDEX, shards_of
 from lora_fx.io.strict_json import read_json
 from lora_fx.tasks.bitsandbytes import PARTS, SCALES, STATE, Table, of_rows
@@ -160,7 +160,7 @@ class _Weights:
         words = Counter(table.said for table in self._tables.values())
         return words.most_common(1)[0][0] if words else None
 
-    def made(self) -> Iterator[tuple[str, Made]]:
+    def made(self) -> Iterator[tuple[str, TensorToWrite]]:
         """Each weight, read when it is written."""
         beside = tuple(f"{weight}." for weight in self._tables)
         for name in self._files:
@@ -178,12 +178,12 @@ class _Weights:
                     "download or save the model again"
                 )
             else:
-                yield name, Made(tuple(own.shape), own.dtype, partial(self._tensor, name))
+                yield name, TensorToWrite(tuple(own.shape), own.dtype, partial(self._tensor, name))
 
-    def _of_layer(self, name: str, shape: tuple[int, ...]) -> Made:
+    def _of_layer(self, name: str, shape: tuple[int, ...]) -> TensorToWrite:
         is_turned = _is_of(name.removesuffix(".weight"), self._turned)
         make = partial(self._numbers, name, is_turned)
-        return Made(shape[::-1] if is_turned else shape, torch.float32, make)
+        return TensorToWrite(shape[::-1] if is_turned else shape, torch.float32, make)
 
     def _numbers(self, name: str, is_turned: bool) -> torch.Tensor:
         """A weight as its layer stores it."""

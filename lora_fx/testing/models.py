@@ -104,6 +104,29 @@ class Two(nn.Module):
         return result
 
 
+def two_linear() -> Two:
+    """3 -> 5 -> 7, of sizes that no blocks fit."""
+    return Two(nn.Linear(3, 5), nn.Linear(5, 7, bias=False))
+
+
+def even_linear() -> Two:
+    """8 -> 12 -> 4, for what cuts features into blocks."""
+    return Two(nn.Linear(8, 12), nn.Linear(12, 4, bias=False))
+
+
+def two_transposed() -> Two:
+    """3 -> 5 -> 7 of transformers' Conv1D, which stores W as (in, out)."""
+    from transformers import pytorch_utils
+
+    make: Any = pytorch_utils.Conv1D
+    return Two(make(5, 3), make(7, 5))
+
+
+def table_and_linear() -> Two:
+    """11 rows of 6, then 6 -> 7."""
+    return Two(nn.Embedding(11, 6), nn.Linear(6, 7))
+
+
 class Attention(nn.Module):
     """A packed projection, read whole, or in two calls where the query differs from the key."""
 

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 from lora_fx.testing.models import Two
+from lora_fx.testing.models import even_linear as _even
+from lora_fx.testing.models import table_and_linear as _embedding
+from lora_fx.testing.models import two_linear as _linear
+from lora_fx.testing.models import two_transposed as _transposed
 from lora_fx.testing.peft_types import PEFT_TYPES
 
 
@@ -58,25 +62,6 @@ class Bare(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., 3) -> (..., 6)."""
         return nn.functional.linear(x, self.kernel)
-
-
-def _linear() -> nn.Module:
-    return Two(nn.Linear(3, 5), nn.Linear(5, 7, bias=False))
-
-
-def _even() -> nn.Module:
-    return Two(nn.Linear(8, 12), nn.Linear(12, 4, bias=False))
-
-
-def _transposed() -> nn.Module:
-    from transformers import pytorch_utils
-
-    make: Any = pytorch_utils.Conv1D
-    return Two(make(5, 3), make(7, 5))
-
-
-def _embedding() -> nn.Module:
-    return Two(nn.Embedding(11, 6), nn.Linear(6, 7))
 
 
 def _conv(kind: Any, **options: Any) -> Callable[[], nn.Module]:

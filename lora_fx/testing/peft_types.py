@@ -9,24 +9,13 @@ from typing import Any
 from torch import nn
 
 from lora_fx.testing.models import Two
+from lora_fx.testing.models import even_linear as _even
+from lora_fx.testing.models import table_and_linear as _embedding
+from lora_fx.testing.models import two_linear as _linear
+from lora_fx.testing.models import two_transposed as _transposed
 
 Make = Callable[[], Any]
 _BOTH = ["wide", "narrow"]
-
-
-def _linear() -> nn.Module:
-    return Two(nn.Linear(3, 5), nn.Linear(5, 7, bias=False))
-
-
-def _even() -> nn.Module:
-    return Two(nn.Linear(8, 12), nn.Linear(12, 4, bias=False))
-
-
-def _transposed() -> nn.Module:
-    from transformers import pytorch_utils
-
-    make: Any = pytorch_utils.Conv1D
-    return Two(make(5, 3), make(7, 5))
 
 
 def _even_transposed() -> nn.Module:
@@ -34,10 +23,6 @@ def _even_transposed() -> nn.Module:
 
     make: Any = pytorch_utils.Conv1D
     return Two(make(12, 8), make(4, 12))
-
-
-def _embedding() -> nn.Module:
-    return Two(nn.Embedding(11, 6), nn.Linear(6, 7))
 
 
 def _conv(kind: Any, **options: Any) -> Make:

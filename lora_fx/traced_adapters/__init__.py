@@ -13,7 +13,7 @@ from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError, shorten, within
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import ClassifiedTensors, as_saved
-from lora_fx.layers.base_layers import BaseLayers, layers_of
+from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.traced_adapters import skeleton
 from lora_fx.traced_adapters.base_modules import adapted
 from lora_fx.traced_adapters.config import TracedConfig, named
@@ -54,7 +54,7 @@ def read_traced(
                 f"{named(config.given)}, which PEFT itself reads, around the layers of the base; "
                 "pass base=, the model (--base on the command line)"
             )
-        base = layers_of(hints.base)
+        base = hints.layers
         layers = adapted(config, base)
     with within(weights):
         return _read(name, tensors, config, base, layers)

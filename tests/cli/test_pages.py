@@ -12,11 +12,11 @@ import torch
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.cli.commands import export_model
-from lora_fx.cli.console import to_json
 from lora_fx.cli.pages import make_page, read_report
 from lora_fx.cli.parts import Parts
 from lora_fx.errors import ExportError
 from lora_fx.export import ExportReport
+from lora_fx.io.strict_json import to_json
 from lora_fx.testing import make_adapter
 
 MODEL = """

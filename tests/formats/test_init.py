@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_fx.adapters.adapter import Adapter, Update
 from lora_fx.errors import AdapterError, AdapterWarning
 from lora_fx.formats import FORMATS, load_adapter, save_adapter
 from lora_fx.formats.hints import Hints, check_all_used, value_for
+from lora_fx.layers.base_layers import layers_of
 
 
 def test_a_directory_is_detected(lab: Any) -> None:
@@ -53,6 +55,27 @@ def test_a_file_is_told_by_its_tensors(tmp_path: Path, format: str) -> None:
     found = load_adapter(file, base=FC, **hints).updates
     assert list(found) == ["fc"]  # the base has no part that is called as the file says
     assert load_adapter(file, base=FC, format=format, **hints).updates.keys() == found.keys()
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_base_is_looked_through_once(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down, up = NAMES[format]
+    file = tmp_path / "a.safetensors"
+    asked: list[Any] = []
+    save_file({down: torch.randn(2, 3), up: torch.randn(5, 2)}, file)
+    hints: dict[str, Any] = {"alpha": 3} if "alpha" in FORMATS[format].hints else {}
+
+    def counted(base: object) -> Any:
+        asked.append(base)
+        return layers_of(base)
+
+    own = [module for name, module in sys.modules.items() if name.startswith("lora_fx.formats")]
+    for module in (module for module in own if hasattr(module, "layers_of")):
+        monkeypatch.setattr(module, "layers_of", counted)
+    assert list(load_adapter(file, base=FC, **hints).updates) == ["fc"]
+    assert asked == [FC]
 
 
 @pytest.mark.parametrize("large", ["a", "b"])

@@ -326,7 +326,7 @@ def test_an_adapter_is_told_from_a_whole_model(
 
 def groups(enabled: list[bool], hint: Any, base: int | None = None) -> Any:
     down, up = torch.ones(2 * sum(enabled), 3), torch.ones(5 * sum(enabled), 2)
-    return groups_of("a.qkv", down, up, Hints(enable_lora=hint), base)
+    return groups_of("a.qkv", down, up, Hints(enable_lora=hint), base)[0]
 
 
 @pytest.mark.parametrize("enabled", [[T, T], [T, F, T], [T, T, T], [F, T, F, T, T]], ids=str)

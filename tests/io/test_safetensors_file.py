@@ -16,7 +16,7 @@ from lora_fx.io.safetensors_file import (
     DTYPES,
     MAX_HEADER,
     MAX_TENSORS,
-    Made,
+    TensorToWrite,
     check_header,
     check_tensors,
     read_metadata,
@@ -281,7 +281,7 @@ WRITTEN = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     made = {str(d): (torch.randn(3, 5) * 4).to(d).T for d in WRITTEN} | {"one": torch.tensor(2.0)}
     made["none"] = torch.zeros(0, 4)
-    entries = {n: Made(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in made.items()}  # type: ignore[misc]
+    entries = {n: TensorToWrite(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in made.items()}  # type: ignore[misc]
     write_tensors(tmp_path / "a.safetensors", entries)
     found = load_file(tmp_path / "a.safetensors")
     assert list(found) == sorted(made) or found.keys() == made.keys()
@@ -292,13 +292,15 @@ def test_a_file_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "ab", "abc"])
 def test_tensors_begin_where_numbers_of_8_bytes_may(name: str, tmp_path: Path) -> None:
-    write_tensors(tmp_path / "a", {name: Made((1,), torch.float64, lambda: torch.ones(1).double())})
+    write_tensors(
+        tmp_path / "a", {name: TensorToWrite((1,), torch.float64, lambda: torch.ones(1).double())}
+    )
     data = (tmp_path / "a").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0
     assert len(data) == 8 + int.from_bytes(data[:8], "little") + 8
 
 
 def test_what_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
-    entry = {"a": Made((2,), torch.float32, lambda: torch.zeros(3))}
+    entry = {"a": TensorToWrite((2,), torch.float32, lambda: torch.zeros(3))}
     with pytest.raises(ValueError, match="shape"):
         write_tensors(tmp_path / "a.safetensors", entry)

@@ -1,4 +1,4 @@
-"""Transfer functions of what puts features together."""
+"""Transfer functions of cat, stack and pad: what puts features together."""
 
 from __future__ import annotations
 

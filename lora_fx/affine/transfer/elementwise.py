@@ -1,4 +1,4 @@
-"""Transfer functions of arithmetic: sums of maps, and maps with constants."""
+"""Transfer functions of add, sub, mul, div and neg: sums of maps, and maps with constants."""
 
 from __future__ import annotations
 

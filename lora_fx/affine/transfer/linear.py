@@ -1,4 +1,4 @@
-"""Transfer functions of what has a weight: one small function an operator."""
+"""Transfer functions of linear, addmm, matmul and embedding: what has a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfer functions of what overwrites features, some or all of them."""
+"""Transfer functions of index_put, scatter, copy, fill and their like: features overwritten."""
 
 from __future__ import annotations
 

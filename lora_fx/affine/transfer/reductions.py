@@ -1,4 +1,4 @@
-"""Transfer functions of what sums up features."""
+"""Transfer functions of sum and mean over features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfer functions of what takes features apart, or puts them in another order.
+"""Transfer functions of slice, select, index, split, flip and roll: features picked.
 
 Whatever does it, is run on the numbers of the places along the axis, and not listed: what comes out
 says which places it takes.

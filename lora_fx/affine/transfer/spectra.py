@@ -1,4 +1,4 @@
-"""Transfer functions of what goes through complex numbers and comes back: circulant matrices.
+"""Transfer functions of FFTs there and back: circulant matrices.
 
 Whatever happens in between is run on the columns of the identity, and not listed as matrices of
 complex numbers: what comes out is the real matrix that all of it multiplies with.

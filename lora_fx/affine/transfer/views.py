@@ -1,4 +1,4 @@
-"""Transfer functions of what moves features without changing them."""
+"""Transfer functions of view, permute, casts and dropout: features moved, not changed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
 from lora_fx.io.strict_json import parse_object, read_object
 from lora_fx.kinds import lora
 from lora_fx.kinds.loralib import block_diagonal, checked_groups
-from lora_fx.layers.base_layers import layers_of
 from lora_fx.layers.resolve import Names
 
 CONFIG = "adapter_config.json"
@@ -50,7 +49,7 @@ def read_peft(directory: Path, name: str, hints: Hints) -> Adapter:
         today = _fields_of_today(fields)
     config = parse_any(today, str(origin), hints.strict)
     weights = weights_in(directory) or _existing(directory, WEIGHTS)
-    tensors = keys.unwrapped(read_file(weights, hints.allow_pickle), layers_of(hints.base))
+    tensors = keys.unwrapped(read_file(weights, hints.allow_pickle), hints.layers)
     with within(weights):
         tensors = _tensors_of_today(fields, tensors)
     return assemble(name, weights, tensors, config, origin, hints)
@@ -115,12 +114,7 @@ def read_config(path: Path, strict: bool) -> PeftConfig:
 
 
 def assemble(
-    name: str,
-    weights: Path,
-    tensors: Tensors,
-    config: PeftConfig,
-    origin: Path,
-    hints: Hints,
+    name: str, weights: Path, tensors: Tensors, config: PeftConfig, origin: Path, hints: Hints
 ) -> Adapter:
     """Makes an adapter of PEFT's tensors and the config that says what they mean."""
     if not config.kinds:  # PEFT itself is asked, in a room of its own
@@ -128,7 +122,7 @@ def assemble(
 
         assert isinstance(config, TracedConfig)
         return read_traced(name, weights, tensors, config, origin, hints)
-    base = layers_of(hints.base)
+    base = hints.layers
     with within(weights):
         own = keys.as_saved(tensors, lambda key: keys.is_own_key(key, config))
         found = keys.sort_peft(own, config, base)
@@ -171,7 +165,7 @@ def read_peft_file(path: Path, name: str, hints: Hints) -> Adapter:
     ``adapter_config.json`` beside it; else it is made of the hints ``alpha``, ``use_rslora``
     and ``r``.
     """
-    tensors = keys.unwrapped(read_file(path, hints.allow_pickle), layers_of(hints.base))
+    tensors = keys.unwrapped(read_file(path, hints.allow_pickle), hints.layers)
     config, origin = _stored_config(path, hints)
     given = hints.alpha is not None or hints.r is not None or hints.use_rslora
     if config is not None and given:

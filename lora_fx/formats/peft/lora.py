@@ -20,7 +20,6 @@ from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
 from lora_fx.formats.peft.fields import Fields, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts
 from lora_fx.kinds import lora
-from lora_fx.kinds.attention import as_run
 from lora_fx.layers.base_layers import BaseLayers
 
 # The leaves by role, of a layer and of a table, and the axes that each has.
@@ -106,7 +105,7 @@ class LoraConfig(Patterned):
         for path, place in places.items():
             with within(path):
                 updates[place.path] = self._at(place, layers[path], base)
-        return as_run(updates), [place.asked for place in places.values()]
+        return lora.as_peft_runs(updates), [place.asked for place in places.values()]
 
     def _at(self, place: WrappedTarget, tensors: Tensors, base: BaseLayers) -> AnyUpdate:
         if place.parameter is None:

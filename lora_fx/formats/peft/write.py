@@ -23,7 +23,7 @@ from lora_fx.formats.peft.keys import PREFIX, TOKEN_BASE, TOKENS
 from lora_fx.formats.peft.lora import LoraConfig
 from lora_fx.formats.peft.types import LEAF, TYPES, TokensConfig
 from lora_fx.formats.peft.wrappers import WRAPPED, Home, homes_of
-from lora_fx.kinds.attention import as_stored
+from lora_fx.kinds import lora
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,7 +79,7 @@ def choose(adapter: Adapter) -> PeftLayout:
         made, held = LoraConfig, {path: as_lora(update) for path, update in layers.items()}
     if made is None or held is None:
         raise AdapterError(f"no one type of PEFT holds {_kinds(layers)}")
-    held = as_stored(held) if made is LoraConfig else held
+    held = lora.as_peft_stores(held) if made is LoraConfig else held
     if tokens and not made.has("trainable_token_indices"):
         raise AdapterError(
             f"PEFT has no trained tokens ({shorten(list(tokens))}) beside {made.peft_type}"
