@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from lora_fx.export.verification.references import reference, swapped
 from lora_fx.export.verification.verify import verify_file
 from lora_fx.injection.bind import bind
 from lora_fx.injection.branches import free_name
+from lora_fx.io.atomic import scratch
 from lora_fx.layers.base_layers import layers_in
 from lora_fx.layers.sites import by_path
 from lora_fx.passes import ChooseForm, InjectLora, RaiseLora, StripLora
@@ -168,14 +168,14 @@ class Swappable:
         base = replace(reference("base", self.base), coverage=None)
         control = replace(base, what=NO_ADAPTER, notes=())
         ending = SAFETENSORS if self.required else ORT_ADAPTER
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch() as directory:
             subjects, notes = [base], []
             if self.required:
-                none = Path(directory) / f"none{ending}"
+                none = directory / f"none{ending}"
                 export_adapter(None, path, none, check=False)
                 subjects = [replace(base, adapter=none)]
             for place, (own, alone) in enumerate(swapped(self.source)):
-                file = Path(directory) / f"{place}{ending}"
+                file = directory / f"{place}{ending}"
                 try:
                     renamed = bind(layers_in(alone, by_path(alone)), own).renamed()
                     export_adapter(renamed, path, file, check=False)
@@ -183,7 +183,7 @@ class Swappable:
                     notes.append(f"not tried: {error}")
                     continue
                 subjects.append(reference(own.name, alone, file, once=True))
-            file = Path(directory) / f"probe{ending}"
+            file = directory / f"probe{ending}"
             export_adapter(adapter, path, file, check=False)  # it was just written
             probed = reference("adapted", InjectLora(adapter)(self.base).graph_module, file)
             # Its tokens are compared where there are no adapters of the user's to do it with.
@@ -198,8 +198,8 @@ class Swappable:
         numbers, _ = with_numbers(self.base, packed)
         adapted = InjectLora(adapter)(numbers).graph_module
         plain = adapted if numbers is self.base else InjectLora(adapter)(self.base).graph_module
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "probe.onnx_adapter"
+        with scratch() as directory:
+            file = directory / "probe.onnx_adapter"
             export_adapter(adapter, path, file, check=False)
             subjects = [_held("base", numbers), replace(_held("adapted", adapted), adapter=file)]
             return verify_file(path, trial, subjects, _plain(plain, adapted, packed))

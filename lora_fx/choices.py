@@ -29,6 +29,8 @@ from typing import (
     get_type_hints,
 )
 
+from lora_fx.errors import NO_MEMORY, is_out_of_memory
+
 Mode = Literal["merged", "unmerged", "swappable", "required"]
 AdapterMode = Literal["constant", "input", "required"]  # `adapters=` of to_onnx
 SlotMode = Literal["input", "required"]  # of what has slots in any case
@@ -102,8 +104,8 @@ def takes(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a typed error of what fails in Python's own words because of what it was given.
 
-    Who does not fail is not asked, so that whatever serves is taken. Warnings of what is called
-    so stand one level deeper.
+    So is what says that memory is short. Who does not fail is not asked, so that whatever serves is
+    taken. Warnings of what is called so stand one level deeper.
 
     Args:
         error: of which type to raise.
@@ -115,7 +117,12 @@ def takes(
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except _RAW as failed:
+            except Exception as failed:
+                if is_out_of_memory(failed):
+                    of = function.__qualname__.partition(".")[0]
+                    raise error(f"{of}: {NO_MEMORY}") from failed
+                if not isinstance(failed, _RAW):
+                    raise
                 wrong = _first_odd(function, args, kwargs)
                 if wrong is None and judge is not None:
                     wrong = judge(signature(function).bind(*args, **kwargs).arguments)

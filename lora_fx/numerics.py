@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.choices import takes
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, is_out_of_memory
 
 # Largest relative error, ||actual - expected|| / ||expected||, that counts as agreement. Honest
 # rounding is 10 to 30 times below each entry, and a scale off by 10 % at least 10 times above.
@@ -93,6 +93,8 @@ def _numbers(name: str, value: Any) -> torch.Tensor:
         if found.is_nested:
             raise TypeError("no one shape")
     except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise LoraFxError(
             f"{name} is a {type(value).__name__}: compare takes two plain tensors or arrays of "
             "numbers: give one output after the other"

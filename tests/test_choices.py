@@ -17,7 +17,7 @@ from lora_fx.adapters.merging import WAYS
 from lora_fx.choices import check_choice, takes, words
 from lora_fx.cli.model_source import DTYPES
 from lora_fx.cli.parts import SWAPPING
-from lora_fx.errors import AdapterError, ExportError, LoraFxError
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, PassError
 from lora_fx.export.quantization.schemes import scheme_wanted
 from lora_fx.formats import FORMATS
 from lora_fx.tasks import TASKS
@@ -183,3 +183,26 @@ def test_what_fails_over_a_field_of_a_value_is_told_by_the_field(
 
 def update(scale: Any) -> lora_fx.Update:
     return lora_fx.Update(torch.ones(2, 3), torch.ones(5, 2), scale)
+
+
+TORCHS = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+
+
+@pytest.mark.parametrize("short", [MemoryError(), RuntimeError(TORCHS)])
+def test_memory_that_is_short_is_told_by_a_typed_error(
+    short: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever asks for memory: a tensor that `compare` was given is none of another kind then."""
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise short
+
+    gm = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(3, 5)), (torch.ones(2, 3),))
+    adapter, ones = make_adapter({"0": (5, 3)}), torch.ones(2)
+    lora_fx.inject(gm, adapter)  # the control
+    for name in ("detach", "reshape", "to"):
+        monkeypatch.setattr(torch.Tensor, name, refusing)
+    with pytest.raises(LoraFxError, match=r"^compare: there is not enough memory: free some"):
+        lora_fx.compare(ones, ones)
+    with pytest.raises(PassError, match="not enough memory: free some"):
+        lora_fx.inject(gm, adapter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from lora_fx.graph.editor import FOLDED, Editor
 from lora_fx.graph.example import forget_model
 from lora_fx.graph.lazy_tensor import LazyTensor, evaluate, get_unevaluated
 from lora_fx.injection.injected_adapters import remember
+from lora_fx.io.atomic import scratch
 from lora_fx.layers.sites import sites
 
 _END = re.compile(r"_(Q\d+|Bnb4)(_\d+)?$")  # a number, where the file has another of the name
@@ -57,8 +57,8 @@ def of_whole_x(path: Path) -> Iterator[Path]:
         return
     for node in nodes:
         del node.attributes[LEVEL]
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / path.name
+    with scratch() as directory:
+        copy = directory / path.name
         write_model(model, copy, external_data_above=INLINE_LIMIT)
         yield copy
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import FACTOR, NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.export.verification.verify_onnx import mode_of
-from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.atomic import refuse_existing, scratch, staged
 from lora_fx.io.output_place import keeping
 from lora_fx.io.plain_file import models_in
 
@@ -153,14 +152,14 @@ def _evidence(
     """The file against the one that it was made of, with the numbers of its bits as weights."""
     packed = packed_in(draft)
     dtype = coarsest_named([layer.dtype for layer in packed.values()])
-    with tempfile.TemporaryDirectory() as directory:
-        plain, scaled = (Path(directory) / name for name in ("plain.onnx", "scaled.onnx"))
+    with scratch() as directory:
+        plain, scaled = (directory / name for name in ("plain.onnx", "scaled.onnx"))
         write_model(with_numbers_of(source.path, packed), plain, external_data_above=INLINE_LIMIT)
         bare = Run(draft, None, manifest)
         pairs = [Pair("base", bare, Run(plain, None, manifest))]
         controls = {NOT_QUANTISED: source}
         if manifest is not None and manifest.slots:
-            file = Path(directory) / "probe.onnx_adapter"
+            file = directory / "probe.onnx_adapter"
             export_adapter(probe(manifest.slots, _ranks(manifest)), draft, file, check=False)
             pairs.append(Pair("adapted", *(Run(f, file, manifest) for f in (draft, plain))))
             controls = {NOT_QUANTISED: Run(source.path, file, manifest)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -42,7 +41,7 @@ from lora_fx.export.verification.file_run import Run
 from lora_fx.export.verification.made_inputs import feeds_for
 from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
-from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.atomic import refuse_existing, scratch, staged
 from lora_fx.io.output_place import keeping
 
 _MOST = 1 << 30  # bytes of dequantised weights that a verification makes
@@ -242,8 +241,8 @@ def _evidence(
     for slot in probed:
         if isinstance(slot, Slot) and slot.groups > 1:
             updates[slot.path] = _apart(updates[slot.path], slot)
-    with tempfile.TemporaryDirectory() as directory:
-        file, changed = Path(directory) / "probe.onnx_adapter", Path(directory) / "changed.onnx"
+    with scratch() as directory:
+        file, changed = directory / "probe.onnx_adapter", directory / "changed.onnx"
         export_adapter(Adapter("probe", updates), draft, file, check=False)
         stored = read_stored(file)
         model = parsed_file(base.path)

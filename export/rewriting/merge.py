@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +37,7 @@ from lora_fx.export.verification.negative_controls import NO_ADAPTER
 from lora_fx.export.verification.side_by_side import Pair, coarsest_named, held_against
 from lora_fx.graph.one_thread import one_thread
 from lora_fx.io.adapter_files import is_slot_tensors
-from lora_fx.io.atomic import refuse_existing, staged
+from lora_fx.io.atomic import refuse_existing, scratch, staged
 from lora_fx.io.output_place import keeping
 
 
@@ -88,10 +87,10 @@ def merge_onnx(
     if manifest is None:
         raise ExportError(f"{path}: {NO_SLOTS}")
     check_external_data(proto, path)
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as aside:
+    with scratch() as directory, ThreadPoolExecutor(1) as aside:
         checked = aside.submit(check_digests, proto, path) if check else None
         with clock.stage("adapter"), one_thread():  # the check has the other core
-            file, stored = _taken(adapter, path, manifest, Path(directory))
+            file, stored = _taken(adapter, path, manifest, directory)
             del adapter  # its values are all that is needed
             values = values_of(stored)
             if manifest.required:  # the graph has no value for what the adapter leaves alone

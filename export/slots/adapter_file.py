@@ -140,7 +140,7 @@ def write_ort_adapter(draft: Path, values: Mapping[str, torch.Tensor], manifest:
         file.export_adapter(str(draft))
     except (*ERRORS, RuntimeError) as error:
         raise ExportError(
-            f"{draft.name}: not written by onnxruntime, as where a disk is full: give another "
+            f"{draft}: not written by onnxruntime, as where a disk is full: give another "
             f"place, or make room there: {error}"
         ) from error
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import ExportError, VerificationError
+from lora_fx.errors import ExportError, VerificationError, is_out_of_memory
 from lora_fx.export.program.export_unit import ExportUnit
 from lora_fx.export.program.shape_variants import Case
 from lora_fx.export.report import Reference, Verification
@@ -44,7 +44,9 @@ def _is_held(
     """Whether the file gives what the model gives, or refuses; None if the model itself fails."""
     try:
         wanted = run_eager(subject.eager, case)
-    except Exception:  # the model's own code may raise anything where a size is none of its
+    except Exception as error:  # the model's own code may raise anything at a size that is not its
+        if is_out_of_memory(error):
+            evidence.notes.append(f"{subject.what}: not tried at {case.label}: memory is short")
         return None
     try:
         found = run(case)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from lora_fx.export.verification.verify import verify_file
 from lora_fx.graph.example import DTYPE, TASK, task_of
 from lora_fx.graph.one_thread import one_at_a_time
 from lora_fx.injection.invocation_mask import invocations_in
+from lora_fx.io.atomic import scratch
 from lora_fx.passes import FoldLora, InjectLora
 
 
@@ -192,10 +192,10 @@ def _evidence(
         whole = InjectLora(list(adapters))(gm).graph_module if adapters else gm
         return verify_file(path, trial, [reference("model", whole)], controls(whole))
     subjects = [replace(reference("base", gm), coverage=None)]
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch() as directory:
         for adapter in adapters:
             adapted = InjectLora(adapter)(gm).graph_module
-            file = Path(directory) / f"{len(subjects)}.onnx_adapter"
+            file = directory / f"{len(subjects)}.onnx_adapter"
             export_adapter(adapter, path, file, check=False)  # the session did
             subjects.append(reference(adapter.name, adapted, file))
         return verify_file(path, trial, subjects, controls(adapted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,8 +94,10 @@ class Editor:
             value: of any shape and dtype; a lazy one is computed when it is read.
             before: where it is fetched.
         """
+        if not isinstance(value, torch.Tensor | LazyTensor):
+            raise PassError(f"constant {name!r} is {value!r:.80}: give a tensor")
         target = self._store.constant(name, value)
-        with self._graph.inserting_before(before):
+        with self._before(before):
             return self._made(self._graph.create_node("get_attr", target))
 
     def hold(self, name: str, value: torch.Tensor | LazyTensor) -> None:
@@ -115,7 +118,7 @@ class Editor:
             before: where the call goes.
             like: whose module path it has.
         """
-        with self._graph.inserting_before(before):
+        with self._before(before):
             node = self._graph.create_node("call_function", target)
         node.args = arguments  # not given above: create_node walks arguments as a pytree
         return self._made(node, like)
@@ -136,7 +139,7 @@ class Editor:
             What the function returns, nodes for what it computes; and all calls, in order.
         """
         start = before.prev
-        with self._graph.inserting_before(before):
+        with self._before(before):
             tracer = fx.proxy.GraphAppendingTracer(self._graph)
 
             def proxy(node: fx.Node) -> fx.Proxy:
@@ -164,7 +167,7 @@ class Editor:
         here = start
         for move in moves:
             old = move.args[0]
-            with self._graph.inserting_before(before):
+            with self._before(before):
                 copy = self._graph.node_copy(move, _exchanged(old, here))
             here = self._made(copy)
         return here
@@ -190,7 +193,7 @@ class Editor:
         for call in [*(n for n in dict.fromkeys(late) if before and before < n), *calls]:
             if call in given:
                 continue
-            with self._graph.inserting_before(before or call):
+            with self._before(before or call):
                 copy = self._graph.node_copy(call, lambda node: known.get(node, node))
             known[call] = self._made(copy)
         return known
@@ -205,7 +208,7 @@ class Editor:
             before: where the call goes.
         """
         target = self._store.keep(name, module)
-        with self._graph.inserting_before(before):
+        with self._before(before):
             node = self._graph.create_node("call_module", target, (x,))
         return self._made(node, x)
 
@@ -217,12 +220,14 @@ class Editor:
             new: the other; if it reads ``old`` itself, it goes on to.
             keep: readers that stay with ``old``.
         """
+        self._check(old, new)
         stays = {new, *keep}
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stays)
         self._drop(old)
 
     def rebind(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Makes one node read ``new`` where it read ``old``, which is swept if nobody else does."""
+        self._check(reader, old, new)
         reader.replace_input_with(old, new)
         self._drop(old)
 
@@ -257,6 +262,7 @@ class Editor:
             after: where it goes.
             args: from the other graph's nodes to this one's.
         """
+        self._check(after)
         with self._graph.inserting_after(after):
             copy = self._graph.node_copy(node, args)
         if node.op in ("get_attr", "call_module"):
@@ -275,9 +281,23 @@ class Editor:
     def _lint(self) -> None:
         """Checks the graph without reading tensors, some of which are still to be computed."""
         self._graph.owning_module = None
-        self._graph.lint()
+        try:
+            self._graph.lint()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise PassError(f"the edited graph cannot run; correct the edit: {error}") from error
         self._graph.owning_module = self.gm
         get_all_unevaluated(self.gm, targets(self._graph))
+
+    def _check(self, *nodes: fx.Node) -> None:
+        """Refuses what is no node of the copy: one of the graph that went in would change that."""
+        for node in nodes:
+            if not isinstance(node, fx.Node) or node.graph is not self._graph:
+                raise PassError(f"{node!r:.80} is no node of editor.gm.graph: give one of its own")
+
+    def _before(self, node: fx.Node) -> AbstractContextManager[Any]:
+        self._check(node)
+        where: AbstractContextManager[Any] = self._graph.inserting_before(node)
+        return where
 
     def _made(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         for key in ("nn_module_stack", HOLDER, SCALED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,16 @@ import torch
 from lora_fx.choices import P, R
 
 _turn = RLock()
+
+
+def _renew() -> None:
+    """A lock that nobody holds: the thread that may have held it is none of a child's."""
+    global _turn
+    _turn = RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextmanager

@@ -60,14 +60,18 @@ class Pass:
         Raises:
             PassError: ``gm`` is not a GraphModule, or what `rewrite` itself refuses.
         """
-        if not isinstance(gm, fx.GraphModule):
-            raise PassError(
-                f"{type(self).__name__} works on a GraphModule, not on {type(gm).__name__}: "
-                "trace the model first, gm = lora_fx.trace(model, args)"
-            )
+        _check_graph(self, gm)
         editor = Editor(gm)
         self.rewrite(editor)
         return PassResult(editor.finish(), editor.modified, editor.edits)
+
+
+def _check_graph(step: object, gm: object) -> None:
+    if not isinstance(gm, fx.GraphModule):
+        raise PassError(
+            f"{type(step).__name__} works on a GraphModule, not on {type(gm).__name__}: "
+            "trace the model first, gm = lora_fx.trace(model, args)"
+        )
 
 
 AnyPass = Callable[[fx.GraphModule], PassResult]
@@ -97,8 +101,10 @@ class Pipeline:
             The last graph, whether any pass modified it, and all edits in order.
 
         Raises:
-            PassError: one of them gives no PassResult, or what it refuses itself.
+            PassError: ``gm`` is no GraphModule, a pass gives no PassResult, or what it refuses
+                itself.
         """
+        _check_graph(self, gm)
         result = PassResult(gm, False)
         for step in self.passes:
             after: Any = step(result.graph_module)

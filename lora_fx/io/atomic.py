@@ -18,6 +18,9 @@ from lora_fx.io.output_place import check_places, keeping_nothing, refuse_specia
 REPLACEABLE = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
 
 _ELSEWHERE = "remove it, or give another place"
+# Where that is, Python finds out by writing there, which a full disk refuses too.
+_TEMPORARY = "where temporary files go (TMPDIR)"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -63,10 +66,29 @@ def atomic(
             may_write()
             _put(hidden, draft, into, last, gone)
     except OSError as problem:
-        is_full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        there = f", or make room there and in {tempfile.gettempdir()} (TMPDIR)" if is_full else ""
+        there = f", or make room there and {_TEMPORARY}" if problem.errno in _FULL else ""
         raise error(
             f"{target}: cannot be written: {problem.strerror or problem}: give another place{there}"
+        ) from problem
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for what is made on the way, where temporary files go; gone afterwards.
+
+    Raises:
+        ExportError: there can be none, or its disk is full.
+    """
+    directory = None
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+    except OSError as problem:
+        if directory is not None and problem.errno not in _FULL:
+            raise
+        raise ExportError(
+            f"temporary files cannot be written: {problem.strerror or problem}: make room "
+            f"{_TEMPORARY}, or let TMPDIR name another directory"
         ) from problem
 
 

@@ -32,6 +32,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = ".index.json"  # which says in which of several files each tensor is
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)  # of a variant: .index.fp16.json
 _MAX_STREAM = 16 << 20
+_MOST_STEPS = 1 << 20  # of its stream: a tensor takes 32
 _MOST_SHARED = 16  # times that a value may be shown
 # All that a state dict calls. torch allows more, such as bytearray and Tensor, which take any size.
 _CALLED = re.compile(
@@ -254,7 +255,11 @@ def _check_stream(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """Refuses a stream that calls more than a state dict does: some of it takes any memory."""
     if member.file_size > _MAX_STREAM:
         raise AdapterError(f"data.pkl of {member.file_size} bytes, expected at most {_MAX_STREAM}")
-    for opcode, argument, _ in pickletools.genops(archive.read(member)):
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(member))):
+        if step == _MOST_STEPS:
+            raise AdapterError(
+                f"data.pkl of more than {step} steps, expected tensors: save these alone"
+            )
         if opcode.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
             raise AdapterError(
                 f"not a file of plain tensors: it calls {argument!r:.80}, expected dense tensors "

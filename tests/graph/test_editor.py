@@ -121,3 +121,37 @@ def test_what_is_no_node_is_refused_by_the_name_of_the_argument(
     editor = Editor(trace(ragged, (x,)))
     with pytest.raises(PassError, match=said):
         wrong(editor, next(iter(editor.gm.graph.nodes)))
+
+
+def test_what_belongs_to_another_graph_is_refused_and_stays(ragged: Any, x: Any) -> None:
+    gm = trace(ragged, (x,))
+    before = text(gm)
+    editor = Editor(gm)
+    theirs, mine = sites(gm)[-1], sites(editor.gm)[-1]
+    refused = [
+        lambda: editor.replace(theirs.node, mine.input),
+        lambda: editor.rebind(theirs.node, theirs.input, mine.input),
+        lambda: editor.constant("a", torch.ones(5), before=theirs.node),
+        lambda: editor.call(aten.relu.default, (mine.input,), theirs.node, mine.node),
+        lambda: editor.constant("a", torch.ones(5), before=None),  # type: ignore[arg-type]
+    ]
+    for edit in refused:
+        with pytest.raises(PassError, match=r"no node of editor\.gm\.graph: give"):
+            edit()
+    assert text(gm) == before == text(editor.finish())
+    editor.replace(mine.node, mine.input)  # the control
+    assert text(editor.finish()) != before
+
+
+def test_a_constant_is_a_tensor(ragged: Any, x: Any) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    with pytest.raises(PassError, match="'a' is 3: give a tensor"):
+        editor.constant("a", 3, sites(editor.gm)[0].node)  # type: ignore[arg-type]
+
+
+def test_an_edit_that_cannot_run_is_told(ragged: Any, x: Any) -> None:
+    editor = Editor(trace(ragged, (x,)))
+    first, *_, last = sites(editor.gm)
+    editor.rebind(first.node, first.input, last.node)
+    with pytest.raises(PassError, match=r"cannot run; correct the edit: .*before it has been"):
+        editor.finish()

@@ -117,3 +117,10 @@ def test_a_pipeline_nests_and_shows_its_passes(ragged: Any, x: Any) -> None:
 def test_what_is_no_pass_is_refused_with_one(ragged: Any, step: Any) -> None:
     with pytest.raises(PassError, match=r"^Pipeline: .*: give passes, such as lora_fx\.passes\."):
         Pipeline([step, FoldLora()])(trace(ragged))
+
+
+@pytest.mark.parametrize("steps", [[], [SwapTanh()]])
+def test_a_pipeline_works_on_a_graph_alone(steps: list[Any], ragged: Any) -> None:
+    for wrong in (None, ragged):
+        with pytest.raises(PassError, match=r"works on a GraphModule, not on .*trace the model"):
+            Pipeline(steps)(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lora_fx.io.atomic import (
     data_path,
     publish,
     refuse_files,
+    scratch,
     staged,
     staged_files,
 )
@@ -388,3 +390,38 @@ def test_a_directory_that_cannot_be_closed_any_more_is_no_failure(
     monkeypatch.setattr(shutil, "rmtree", fails)
     publish(tmp_path / "a.bin", b"new", force=True)
     assert (tmp_path / "a.bin").read_bytes() == b"new"
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_room_for_temporary_files_is_said_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    wanted = r"temporary files .*No space left.*make room .*TMPDIR"
+    with pytest.raises(ExportError, match=wanted), scratch() as directory:
+        full(directory)
+    with pytest.raises(FileNotFoundError), scratch() as directory:  # the control: it has room
+        (directory / "a").read_bytes()
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(ExportError, match=wanted), scratch():
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_everywhere_is_said_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python looks for a directory of temporary files by writing there."""
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    wanted = r"a\.onnx: cannot be written: No space left"
+    with pytest.raises(ExportError, match=wanted), staged(tmp_path / "a.onnx"):
+        full()
+    with pytest.raises(ExportError, match=r"No usable temporary directory .*make room"), scratch():
+        pass

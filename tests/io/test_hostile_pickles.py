@@ -73,6 +73,7 @@ CASES = {
     "a tensor on demand": stream(called("torch.Tensor", 1 << 33)),
     "a tensor of a kind": stream(called("torch.FloatTensor", 1 << 33)),
     "deep": stream(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
+    "steps without end": stream(b"\x80\x02" + b"(" * 2_000_000 + b"."),
     "cut": cut,
     "no data.pkl": without_data,
     "nested": saved(lambda: {"a": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)])}),
@@ -133,3 +134,9 @@ def test_what_does_not_overlap_is_read(tmp_path: Path) -> None:
     torch.save(kept, tmp_path / "a.bin")
     found = read_pickle(tmp_path / "a.bin")
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_stream_is_not_followed_for_longer_than_tensors_take(tmp_path: Path) -> None:
+    CASES["steps without end"](tmp_path / "a.bin")
+    with pytest.raises(AdapterError, match="more than 1048576 steps"):
+        read_pickle(tmp_path / "a.bin")
