@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.hints import doubt
+from lora_fx.errors import AdapterError, doubt, shorten, within
 from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import (
     Fields,
