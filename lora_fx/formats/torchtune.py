@@ -24,8 +24,7 @@ DIALECT = Dialect(
     "<module>.lora_a.weight, .lora_b.weight and .magnitude",
 )  # fmt: skip
 _FORM = lora.Form(down=("r", "in"))
-# How many heads a projection is of. torchtune turns neighbouring rows of a head together, as Meta
-# does, transformers the rows of its two halves.
+# How many heads a projection is of: torchtune has their rows in pairs, transformers in halves.
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 # Of which models torchtune keeps the order of rows, and of which it does not.
 _TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}
