@@ -26,8 +26,7 @@ DIALECT = Dialect(
 _FORM = lora.Form(down=("r", "in"))
 # How many heads a projection is of: torchtune has their rows in pairs, transformers in halves.
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-# Of which models torchtune keeps the order of rows, and of which it does not.
-_TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}
+_TURNED, _KEPT = {"llama", "mistral", "gemma", "gemma2"}, {"qwen2"}  # in pairs, and in halves
 
 
 def is_torchtune(directory: Path) -> bool:

@@ -154,6 +154,10 @@ class BaseLayers(Mapping[str, Layer]):
             return []
         return [p for p in weights if p != path and weights[p] == weights.get(path)]
 
+    def heads_of(self, path: str) -> list[str]:
+        """Who else gets the tokens that PEFT trains of a table; a head's are its own alone."""
+        return self.tied_to(path) if path in self and self[path].is_table else []
+
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
         return {} if self.base is None else dict(named_modules(self.base))

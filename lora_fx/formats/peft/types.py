@@ -172,7 +172,7 @@ def read_tokens(rows: Tensors, config: PeftConfig, base: BaseLayers) -> dict[str
     updates: dict[str, AnyUpdate] = {}
     for path, own in rows.items():
         indices = _indices(path, config)
-        for table in (path, *(tied for tied in base.tied_to(path) if tied not in rows)):
+        for table in (path, *(head for head in base.heads_of(path) if head not in rows)):
             with within(table):
                 tied_to = {} if table == path else {"tied": path}
                 updates[table] = read_rows(table, {LEAF: own}, indices, base, **tied_to)
