@@ -43,7 +43,7 @@ BitsOrFloat = Literal[Bits, "float"]
 FloatType = Literal["float32", "float16"]  # that onnxruntime's CPU provider runs
 SlotFormat = Literal["onnx_adapter", "safetensors"]
 Format = Literal[
-    "onnx_adapter", "diffusers", "mlx", "torchtune", "peft", "peft_file", "kohya", "loralib"
+    "onnx_adapter", "diffusers", "gguf", "mlx", "torchtune", "peft", "peft_file", "kohya", "loralib"
 ]
 FormatOrAuto = Literal["auto", Format]
 SavedFormat = Literal["onnx_adapter", "diffusers", "peft", "peft_file", "kohya", "loralib"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,6 +56,19 @@ def within(where: object) -> Iterator[None]:
     except LoraFxError as error:
         error.args = (f"{where}: {error}",)
         raise
+
+
+def doubt(where: object, message: str, otherwise: str, strict: bool) -> None:
+    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads.
+
+    Whoever calls it is within ``where``, which no warning is.
+    """
+    if strict:
+        raise AdapterError(message + otherwise)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("lora_fx."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{where}: {message}", AdapterWarning, stacklevel=level)
 
 
 # How a clause begins that says what to do.

@@ -90,6 +90,19 @@ def swapped(update: AnyUpdate) -> AnyUpdate:
     return whole
 
 
+def in_halves(update: Update, heads: object) -> Update:
+    """An update whose rows are pairs of neighbours, as Meta has them: as two halves of each head.
+
+    Raises:
+        AdapterError: it has no such rows of so many heads.
+    """
+    if not isinstance(heads, int) or update.shape[0] % (2 * heads):
+        raise AdapterError(f"has {update.shape[0]} rows, the base {heads} heads: give its own base")
+    rows = torch.arange(update.shape[0]).reshape(heads, -1, 2).transpose(1, 2).flatten()
+    magnitude = None if update.magnitude is None else update.magnitude[rows]
+    return replace(update, up=update.up[rows], magnitude=magnitude)
+
+
 def _known(shape: Shape) -> tuple[int, ...]:
     return tuple(size or 0 for size in shape)
 

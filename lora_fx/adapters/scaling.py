@@ -39,16 +39,16 @@ def checked_alpha(where: str, alpha: object) -> float:
     return alpha
 
 
-def alpha_in(texts: Mapping[str, str]) -> float | None:
+def alpha_in(texts: Mapping[str, str], name: str = "alpha") -> float | None:
     """The alpha that the texts of a file say, or None; refuses what is not a finite number."""
-    text = texts.get("alpha")
+    text = texts.get(name)
     if text is None:
         return None
     try:
         alpha: object = float(text)
     except ValueError:
         alpha = text
-    return checked_alpha("alpha of its metadata", alpha)
+    return checked_alpha(f"{name} of its metadata", alpha)
 
 
 def checked_ranks(pattern: Mapping[str, object]) -> dict[str, int]:

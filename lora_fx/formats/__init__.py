@@ -7,9 +7,9 @@ names the file, the tensor or field, and what was found and expected.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import filterfalse
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ from lora_fx.adapters.adapter import Adapter, check_name
 from lora_fx.adapters.settle import inside, settled, told_of_tables
 from lora_fx.choices import Format as FormatName
 from lora_fx.choices import FormatOrAuto, SavedFormat, check_choice, takes
-from lora_fx.errors import AdapterError, AdapterWarning, advised, memory_told, shorten, within
-from lora_fx.formats import diffusers, kohya, loralib, mlx, peft, torchtune
+from lora_fx.errors import AdapterError, advised, doubt, memory_told, shorten, within
+from lora_fx.formats import diffusers, gguf, kohya, loralib, mlx, peft, torchtune
 from lora_fx.formats.dialects import Contents
 from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft.keys import is_named
 from lora_fx.io.adapter_files import is_ort_adapter, is_slot_tensors
+from lora_fx.io.gguf_file import is_gguf
 from lora_fx.io.plain_file import check_path
 from lora_fx.io.state_dict import is_pickle, names_in, write_file
-from lora_fx.layers.trainer_names import names_of
+from lora_fx.layers.base_layers import BaseLayers
+from lora_fx.layers.meanings import Meanings
+from lora_fx.layers.trainer_names import names_in_decoder, names_of
 
 Tell = Callable[[Path, Collection[str]], bool]
 Write = Callable[[Adapter, Path, Hints, bool], None]
@@ -43,6 +46,7 @@ class Format:
         is_it: whether a file is of the format, by its tensors' names and, if need be, by itself.
         hints: those that it takes to be read, but ``base`` and ``strict``.
         write_hints: those that it takes to be written.
+        names: what its files may call the layers of a base, beside their own names.
     """
 
     read: Callable[[Path, str, Hints], Adapter]
@@ -50,6 +54,7 @@ class Format:
     is_it: Tell = lambda path, names: False
     hints: tuple[str, ...] = ("allow_pickle",)
     write_hints: tuple[str, ...] = ()
+    names: Callable[[BaseLayers], Meanings] = names_of
 
 
 def _names(end: Collection[str]) -> Tell:
@@ -104,8 +109,11 @@ FORMATS: dict[str, Format] = {
         diffusers.read_diffusers, _as_file(diffusers.contents), diffusers.is_diffusers,
         ("allow_pickle", *_PART), _PART,
     ),
+    "gguf": Format(gguf.read_gguf, None, lambda path, _: is_gguf(path), (), (), names_in_decoder),
     "mlx": Format(mlx.read_mlx, is_it=_names(mlx.DIALECT.endings)),
-    "torchtune": Format(torchtune.read_torchtune, is_it=_names([".lora_a.weight"])),
+    "torchtune": Format(
+        torchtune.read_torchtune, is_it=_names([".lora_a.weight"]), names=names_in_decoder
+    ),
     "peft": Format(peft.read_peft, peft.write_peft),
     "peft_file": Format(
         peft.read_peft_file, _as_file(peft.file_contents),
@@ -139,8 +147,8 @@ def load_adapter(
         path: a directory or a file.
         name: tells adapters apart in one graph; an identifier. Default: made from the path.
         format: ``"peft"`` (a directory), ``"peft_file"``, ``"loralib"``, ``"kohya"``,
-            ``"diffusers"``, ``"onnx_adapter"``, ``"mlx"``, ``"torchtune"``, or ``"auto"`` to tell
-            it by what is there.
+            ``"diffusers"``, ``"onnx_adapter"``, ``"mlx"``, ``"torchtune"``, ``"gguf"``, or
+            ``"auto"`` to tell it by what is there.
         base: the model or graph that names are resolved against: needed for kohya's, which are
             lossy, and where parts of the model were moved, packed or called otherwise since.
         prefix: the path of the module that the adapter was made for, where the model holds it in
@@ -174,14 +182,10 @@ def load_adapter(
         adapter = chosen.read(source, own, options)
         with within(source):
             adapter = adapter if prefix is None else inside(adapter, prefix)
-        adapter = _settled(adapter, options)
+            adapter = _settled(adapter, options, chosen.names)
     _check_products(source, adapter)
     if not adapter.replacements and not any(u.has_effect() for u in adapter.updates.values()):
-        warnings.warn(
-            f"{source}: the adapter has no effect: every update is zero; was it trained?",
-            AdapterWarning,
-            stacklevel=3,
-        )
+        doubt(source, "the adapter has no effect: every update is zero; was it trained?", "", False)
     return adapter
 
 
@@ -195,14 +199,20 @@ def _check_products(source: Path, adapter: Adapter) -> None:
         )
 
 
-def _settled(adapter: Adapter, options: Hints) -> Adapter:
+def _settled(adapter: Adapter, options: Hints, more: Callable[[BaseLayers], Meanings]) -> Adapter:
     """An adapter by the paths of the base, if that is given."""
     if options.base is None:
         return adapter
     base = options.layers
+
+    def is_there(name: str) -> bool:
+        return name in base or name in base.aliases or base.unevaluated(name) is not None
+
     names = (*adapter.updates, *adapter.replacements)
-    known = [n for n in names if n in base or n in base.aliases or base.unevaluated(n) is not None]
-    return told_of_tables(settled(adapter, base, known, names_of), base)
+    found = settled(adapter, base, list(filter(is_there, names)), more)
+    if more is names_in_decoder and (lost := [*filterfalse(is_there, found.updates)]):
+        raise AdapterError(f"no layer of the base is called {shorten(lost)}: give the model itself")
+    return told_of_tables(found, base)
 
 
 @takes(AdapterError)

@@ -249,12 +249,7 @@ def _is_of_lycoris(names: Collection[str]) -> bool:
 
 
 def sort_by_component(tensors: Tensors, bare: bool = False) -> dict[str, Layers]:
-    """Sorts every tensor of a file by component, layer and role.
-
-    Args:
-        tensors: by key.
-        bare: the keys begin with no component's name; they are all of the component ``""``.
-    """
+    """Sorts every tensor by component, layer and role; all are of ``""`` where none begins so."""
     if bare:
         return {"": dialects.sort_keys(tensors, BARE)} if tensors else {}
     components: dict[str, dict[str, torch.Tensor]] = {}

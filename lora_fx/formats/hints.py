@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from lora_fx.errors import AdapterError, AdapterWarning, shorten
+from lora_fx.errors import AdapterError, shorten
 from lora_fx.layers.base_layers import BaseLayers, layers_of
 
 T = TypeVar("T")
@@ -65,16 +63,3 @@ def check_all_used(hint: str, values: Mapping[str, object], paths: Iterable[str]
     unused = [name for name in values if name not in ends]
     if unused:
         raise AdapterError(f"{hint} names what is no layer of the file: {shorten(unused)}")
-
-
-def doubt(where: object, message: str, otherwise: str, strict: bool) -> None:
-    """Refuses what is suspicious, or without ``strict`` warns of it, at the line that loads.
-
-    Whoever calls it is within ``where``, which no warning is.
-    """
-    if strict:
-        raise AdapterError(message + otherwise)
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("lora_fx."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"{where}: {message}", AdapterWarning, stacklevel=level)

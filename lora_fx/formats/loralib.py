@@ -14,10 +14,10 @@ from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.scaling import alpha_for, checked_alpha, checked_rank
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, doubt, shorten, within
 from lora_fx.formats import dialects
 from lora_fx.formats.dialects import Contents, Dialect, Layers, Roles, Tensors
-from lora_fx.formats.hints import Hints, check_all_used, doubt, value_for
+from lora_fx.formats.hints import Hints, check_all_used, value_for
 from lora_fx.io.state_dict import metadata_of, read_file
 from lora_fx.io.strict_json import parse_object
 from lora_fx.kinds import lora, loralib

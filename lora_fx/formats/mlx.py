@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import chain, starmap
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from lora_fx.adapters.adapter import Adapter, AnyUpdate, Update
 from lora_fx.adapters.scaling import checked_alpha, checked_rank
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, doubt, shorten, within
 from lora_fx.formats.dialects import Dialect, check_adapted, sort_keys, tensors_of
 from lora_fx.formats.hints import Hints
 from lora_fx.io.state_dict import read_file
@@ -26,14 +27,15 @@ DIALECT = Dialect(
     "<module>.lora_a, .lora_b, and under dora .m",
 )
 _FORM = lora.Form(down=("in", "r"), up=("r", "out"))
+_TABLE = re.compile(r"emb|wte")  # what a table is called in any model of mlx-lm
 
 
 def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads what ``mlx_lm`` trained: LoRA, DoRA, or weights as a whole.
 
-    MLX stores factors the other way round, ``lora_a`` of (in, r) and ``lora_b`` of (r, out), and
-    the scale itself. The base tells embeddings from linear layers. Source: ``tuner/`` of mlx-lm
-    0.32, and ``trainer/peft/`` of mlx-vlm 0.7, whose legacy files have ``A``, ``B`` and alpha.
+    Factors are (in, r) and (r, out), the scale is stored itself, and the base tells embeddings from
+    linear layers. Source: ``tuner/`` of mlx-lm 0.32, ``trainer/peft/`` of mlx-vlm 0.7, whose legacy
+    files have ``A``, ``B`` and alpha.
     """
     file = path / WEIGHTS if path.is_dir() else path
     fields, tensors = read_object(file.with_name(CONFIG)), read_file(file, hints.allow_pickle)
@@ -44,6 +46,10 @@ def read_mlx(path: Path, name: str, hints: Hints) -> Adapter:
         rank, scale = _rank_and_scale(fields) if kind != "full" else (0, 0.0)
     with within(file):
         base = hints.layers
+        tables = [name for name in tensors if _TABLE.search(name)] if hints.base is None else []
+        if tables:
+            told = f"{shorten(tables)}: MLX has a table's change in the head that is tied to it too"
+            doubt(file, told, ": pass base=, or strict=False if none is tied", hints.strict)
         if kind == "full":
             return Adapter(name, {}, _whole(tensors, base))
         layers = sort_keys(tensors, DIALECT)
@@ -86,8 +92,7 @@ def _rank_and_scale(fields: Mapping[str, object]) -> tuple[int, float]:
         raise AdapterError(f"{PARAMETERS} is {given!r:.80}, expected an object with rank and scale")
     with within(PARAMETERS):
         rank, scale, alpha = (given.get(name) for name in ("rank", "scale", "alpha"))
-        rank = checked_rank("rank", rank)
-        scale = checked_alpha("scale", scale)
+        rank, scale = checked_rank("rank", rank), checked_alpha("scale", scale)
         if alpha is not None and alpha != rank:
             raise AdapterError(
                 f"alpha is {alpha!r:.80}, by which the first versions of mlx_lm multiplied and "

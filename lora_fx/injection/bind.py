@@ -185,9 +185,11 @@ def _are_same(one: AnyUpdate, other: AnyUpdate) -> bool:
 def _check_shared_tokens(name: str, updates: Mapping[str, AnyUpdate], layers: BaseLayers) -> None:
     """Refuses rows of a shared table that are not said of all who share it.
 
-    PEFT stores them once, and gives a tied head the same rows without a word in the file.
+    PEFT stores them once, and gives a tied head the same rows without a word in the file; those of
+    a head that is named itself are the head's alone.
     """
-    tables = {p for p, u in updates.items() if u.kind == "tokens" and p in layers.weights}
+    tokens = {p: u for p, u in updates.items() if u.kind == "tokens" and p in layers.weights}
+    tables = {p for p, u in tokens.items() if not (u.stored and u.stored.settings.get("head"))}
     weights = {layers.weights[path] for path in tables}
     sharing = [p for p, weight in layers.weights.items() if weight in weights and p not in updates]
     if sharing:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from lora_fx.errors import AdapterError, LoraFxError, shorten, within
 from lora_fx.io.atomic import publish
+from lora_fx.io.gguf_file import is_gguf, read_gguf_names, read_gguf_tensors, read_gguf_values
 from lora_fx.io.plain_file import check_plain
 from lora_fx.io.safetensors_file import (
     check_gathered,
@@ -62,7 +63,7 @@ def read_file(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
 
 def _read_one(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     if not is_pickle(path):
-        return read_tensors(path)
+        return read_gguf_tensors(path) if is_gguf(path) else read_tensors(path)
     if not allow_pickle:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened; save the adapter as safetensors, "
@@ -95,12 +96,16 @@ def names_in(path: Path, allow_pickle: bool) -> Collection[str]:
     """The names of the tensors in a file, without reading a safetensors file's values."""
     if is_index(path):
         return shards_of(path, AdapterError).keys()
-    return read_file(path, allow_pickle).keys() if is_pickle(path) else read_names(path)
+    if is_pickle(path):
+        return read_file(path, allow_pickle).keys()
+    return read_gguf_names(path) if is_gguf(path) else read_names(path)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file has beside its tensors; a pickle and an index have none."""
-    return {} if is_pickle(path) or is_index(path) else read_metadata(path)
+    """The texts that a file has beside its tensors; a pickle and an index have none."""
+    if is_pickle(path) or is_index(path):
+        return {}
+    return read_gguf_values(path) if is_gguf(path) else read_metadata(path)
 
 
 def write_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -59,6 +60,12 @@ class BaseLayers(Mapping[str, Layer]):
     def is_graph(self) -> bool:
         """Whether neither the order of a module's parameters nor its flags are told."""
         return isinstance(self.base, fx.GraphModule)
+
+    @property
+    def config(self) -> Any:
+        """What transformers says of the model, or of its part that reads text; None without."""
+        found: Any = getattr(self.base, "config", None)
+        return getattr(found, "get_text_config", lambda: found)()
 
     def is_bare(self, path: str) -> bool:
         """Whether a layer's weight is a parameter that no module of its own holds."""
@@ -146,6 +153,10 @@ class BaseLayers(Mapping[str, Layer]):
         else:
             return []
         return [p for p in weights if p != path and weights[p] == weights.get(path)]
+
+    def heads_of(self, path: str) -> list[str]:
+        """Who else gets the tokens that PEFT trains of a table; a head's are its own alone."""
+        return self.tied_to(path) if path in self and self[path].is_table else []
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:

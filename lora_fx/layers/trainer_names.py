@@ -1,4 +1,4 @@
-"""What trainers call the layers of diffusion models that diffusers calls otherwise.
+"""What trainers call the layers of models that diffusers, or transformers, calls otherwise.
 
 Where the end of a name is the model's own, nothing stands here: `lora_fx.layers.resolve` finds it.
 A trainer's name is one as a whole: a name that shares only its end is of another model.
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+from lora_fx.errors import AdapterError, shorten
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.meanings import Meaning
 
@@ -220,6 +221,34 @@ label_emb.0.[0 2] = add_embedding.linear_[1 2]
 input_blocks.0.0 = conv_in
 out.[0 2] = conv_[norm_out out]
 """
+# Of llama.cpp and torchtune, for the decoders of transformers.
+_DECODERS = """
+blk.# = layers.#
+  attn_[q k v] = self_attn.[q_proj k_proj v_proj]
+  attn_qkv = self_attn.qkv_proj
+  attn_output = self_attn.o_proj | self_attn.dense | self_attn.out_proj
+  ffn_gate = mlp.gate_proj | feed_forward.w1
+  ffn_up = mlp.up_proj | mlp.gate_up_proj | mlp.fc1 | mlp.c_fc | feed_forward.w3
+  ffn_down = mlp.down_proj | mlp.fc2 | mlp.c_proj | feed_forward.w2
+  ffn_[gate up down]_shexp = mlp.shared_expert.[gate_proj up_proj down_proj]
+layers.#
+  attn.[q_proj k_proj v_proj output_proj] = self_attn.[q_proj k_proj v_proj o_proj]
+  mlp.w[1 2 3] = mlp.[gate_proj down_proj up_proj]
+token_embd | tok_embeddings = embed_tokens
+output = lm_head
+"""
+# Models of transformers, and behind = llama.cpp's architecture if that has another name: first
+# those of which its converter turns the rows of heads as Meta has them, then those whose matrices
+# it leaves as they are. Source: ``conversion/`` of llama.cpp, which was run on each.
+_TURNED, _KEPT = (
+    {word.partition("=")[0]: word.rpartition("=")[2] for word in words.split()}
+    for words in (
+        "llama mistral=llama mixtral=llama granite granitemoe olmo smollm3 arcee",
+        """qwen2 qwen3 qwen2_moe=qwen2moe qwen3_moe=qwen3moe gemma gemma2 gemma3_text=gemma3 phi3
+        phi=phi2 olmo2 olmo3=olmo2 olmoe starcoder2 stablelm cohere=command-r cohere2 glm4 nemotron
+        glm=chatglm exaone4 ernie4_5 hunyuan_v1_dense=hunyuan-dense seed_oss apertus lfm2""",
+    )
+)
 # Of the UNet that Stability's sgm has: diffusers' names of a resnet's layers.
 _RESNET = {
     "norm1": "in_layers.0",
@@ -236,16 +265,41 @@ _WORDS = re.compile(r"\[([^]]+)\]")
 
 def names_of(base: BaseLayers) -> dict[str, Meaning]:
     """The names that trainers have for the layers of a base, if it is a model of diffusers."""
-    found = dict(_of_unet(base))
-    for theirs, several in _lines():
+    return _named(TABLE, base, dict(_of_unet(base)))
+
+
+def names_in_decoder(base: BaseLayers) -> dict[str, Meaning]:
+    """The names that llama.cpp and torchtune have for them, if it is a decoder of transformers."""
+    return _named(_DECODERS, base, {})
+
+
+def is_turned(base: BaseLayers, architecture: str | None) -> bool:
+    """Whether llama.cpp has the rows of a base's heads in another order.
+
+    Raises:
+        AdapterError: the base is no model that llama.cpp calls so, or none that is known.
+    """
+    kind = getattr(base.config, "model_type", None)
+    known = _TURNED | _KEPT
+    if kind not in known or known[kind] != architecture:
+        raise AdapterError(
+            f"is of llama.cpp's architecture {architecture!r}, the base is a {kind!r}: how they "
+            f"belong together is known of {shorten(sorted(known), 40)}; give the PEFT directory "
+            "that it was made of, or pass base=, a model of transformers"
+        )
+    return kind in _TURNED
+
+
+def _named(table: str, base: BaseLayers, found: dict[str, Meaning]) -> dict[str, Meaning]:
+    for theirs, several in _lines(table):
         for name, meaning in _of_line(theirs, several, base):
             found.setdefault(name, meaning)
     return found
 
 
-def _lines() -> Iterator[tuple[str, list[str]]]:
+def _lines(table: str) -> Iterator[tuple[str, list[str]]]:
     """Each line with its beginning: theirs, and ours, whose rows follow each other."""
-    for block in re.split(r"\n(?! )", TABLE.strip()):
+    for block in re.split(r"\n(?! )", table.strip()):
         head, *rows = block.splitlines()
         starts = [(f"{one}.", f"{other}.") for one, other in _in_step(head)] if rows else [("", "")]
         for (left, right), row in product(starts, rows or [head]):

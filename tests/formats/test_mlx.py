@@ -183,3 +183,16 @@ def test_a_head_is_tied_to_the_adapted_table(tmp_path: Path, kind: str) -> None:
     inner = torch.tanh(F.embedding(IDS, table))
     assert compare(output(net, adapter), inner @ table.T).ok
     assert not compare(output(net, adapter), inner @ net.emb.weight.detach().T).ok
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_without_a_base_nobody_knows_which_head_is_tied(kind: str, tmp_path: Path) -> None:
+    """MLX multiplies with the changed table there too, so the head's change would be lost."""
+    pair = factors("model.embed_tokens", 11, 3)
+    whole = {"model.embed_tokens.weight": torch.ones(11, 3)}
+    path = written(tmp_path / "a", pair if kind == "lora" else whole, fine_tune_type=kind)
+    with pytest.raises(AdapterError, match=r"embed_tokens\..*tied to it too: pass base="):
+        lora_fx.load_adapter(path)
+    with pytest.warns(lora_fx.AdapterWarning, match="tied to it too"):
+        lora_fx.load_adapter(path, strict=False)
+    lora_fx.load_adapter(written(tmp_path / "b", factors("fc", 3, 5)))  # which is no table

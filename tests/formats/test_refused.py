@@ -216,9 +216,9 @@ TORCHTUNE: list[Row] = [
     (FC_TUNE | {"head.magnitude": (7,)}, {}, {}, r"half of a pair.*head\.magnitude"),
     (FC_TUNE | {"fc.magnitude": (3,)}, {}, {}, r"fc\.magnitude is \(3,\), expected \(5,\)"),
     ({key.replace("fc", "attn.w9"): shape for key, shape in FC_TUNE.items()}, {}, {},
-     r"no layer of the base is called self_attn\.w9"),
+     r"no layer of the base is called attn\.w9"),
     ({key.replace("fc", "attn.q_proj"): shape for key, shape in FC_TUNE.items()}, {},
-     {"base": HEADED}, "the base is a 'other' of 4 heads: which rows"),
+     {"base": HEADED}, "the base is a 'other': which rows"),
 ]  # fmt: skip
 # Of formats with a config beside the file, what both are called, and sound fields.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
+import pytest
 import torch
 
 from lora_fx.layers.base_layers import BaseLayers
 from lora_fx.layers.layer import Layer
 from lora_fx.layers.meanings import Meaning
-from lora_fx.layers.trainer_names import _lines, names_of
+from lora_fx.layers.trainer_names import _DECODERS, TABLE, _lines, names_in_decoder, names_of
+
+Named = Callable[[BaseLayers], Mapping[str, Meaning]]
 
 
 def base(*paths: str, shape: tuple[int, ...] = (5, 3)) -> BaseLayers:
@@ -17,8 +21,9 @@ def base(*paths: str, shape: tuple[int, ...] = (5, 3)) -> BaseLayers:
     return BaseLayers(dict.fromkeys(paths, layer))
 
 
-def test_every_line_gives_the_name_that_it_has() -> None:
-    for theirs, ours in _lines():
+@pytest.mark.parametrize(("table", "names_of"), [(TABLE, names_of), (_DECODERS, names_in_decoder)])
+def test_every_line_gives_the_name_that_it_has(table: str, names_of: Named) -> None:
+    for theirs, ours in _lines(table):
         every = [path.lstrip("~?").replace("#", "7").replace("@", "x.y") for path in ours]
         paths = [path for path, own in zip(every, ours, strict=True) if "?" not in own]
         name = theirs.replace("#", "7").replace("@", "x.y")

@@ -11,9 +11,9 @@ from pathlib import Path
 from lora_fx.adapters.adapter import Adapter
 from lora_fx.adapters.scaling import checked_alpha, checked_rank, is_number
 from lora_fx.adapters.target_rule import pattern_matches
-from lora_fx.errors import AdapterError, shorten, within
+from lora_fx.errors import AdapterError, doubt, shorten, within
 from lora_fx.formats.dialects import Contents, Tensors
-from lora_fx.formats.hints import Hints, doubt
+from lora_fx.formats.hints import Hints
 from lora_fx.formats.peft import keys
 from lora_fx.formats.peft.config import PeftConfig
 from lora_fx.formats.peft.keys import PREFIX
@@ -25,6 +25,7 @@ from lora_fx.io.state_dict import INDEX, metadata_of, read_file, safetensors_of
 from lora_fx.io.strict_json import parse_object, read_object
 from lora_fx.kinds import lora
 from lora_fx.kinds.loralib import block_diagonal, checked_groups
+from lora_fx.kinds.validation import measure
 from lora_fx.layers.resolve import Names
 
 CONFIG = "adapter_config.json"
@@ -75,17 +76,10 @@ def _tensors_of_today(fields: Mapping[str, object], tensors: Tensors) -> Tensors
     if not fields.get(_FUSED):
         return tensors
     groups = checked_groups(fields[_FUSED])
-    result = dict(tensors)
-    for key, up in tensors.items():
-        if not key.endswith(_UP):
-            continue
-        if up.ndim != 3 or up.shape[2] != 1 or len(up) % sum(groups):
-            raise AdapterError(
-                f"{key} is {tuple(up.shape)}, expected (rows of {sum(groups)} outputs, r, 1): "
-                f"{_FUSED} is {list(groups)}"
-            )
-        result[key] = block_diagonal(up.squeeze(2), groups)
-    return result
+    ups = {key: up for key, up in tensors.items() if key.endswith(_UP)}
+    for key, up in ups.items():
+        measure({key: up}, {key: ("rows of all outputs", "r", "1")})
+    return {**tensors, **{key: block_diagonal(up[..., 0], groups) for key, up in ups.items()}}
 
 
 def write_peft(adapter: Adapter, directory: Path, hints: Hints, force: bool) -> None:

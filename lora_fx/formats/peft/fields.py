@@ -29,12 +29,9 @@ def words(text: str) -> frozenset[str]:
 
 
 def checked(check: Check, default: Any = dataclasses.MISSING, needed: bool = False) -> Any:
-    """A field that a function checks, by its name, and brings into its type.
+    """A field whose value a function brings into its type, by name, if it is not null.
 
-    Args:
-        check: takes the name and the value, which is not null.
-        default: PEFT's; none for a field that has to be there. Of a dict, the type.
-        needed: null is no value of it either, but is refused.
+    Without a ``default``, of a dict the type, it has to be there; ``needed``, and not be null.
     """
     made: Any = {"metadata": {"check": check, "needed": needed}}
     made |= {"default_factory": dict} if default is dict else {"default": default}
@@ -115,13 +112,8 @@ def parse(
 ) -> PeftConfig:
     """Checks the fields of a config, wherever they were stored.
 
-    A field that is missing or null has PEFT's default.
-
-    Args:
-        fields: of an ``adapter_config.json``.
-        origin: where they come from.
-        strict: refuse an adapter whose initialisation changed the base weights; else warn.
-        types: those that the caller knows how to read.
+    A field that is missing or null has PEFT's default. ``strict`` refuses an adapter whose
+    initialisation changed the base weights; without, it is warned of.
     """
     with within(origin):
         supported, name = ", ".join(types), fields.get("peft_type")

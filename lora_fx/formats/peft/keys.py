@@ -194,7 +194,7 @@ def sort_peft(tensors: Tensors, config: PeftConfig, base: BaseLayers) -> Classif
         raise AdapterError(f"no {PREFIX}<module>.{config.leaves[0]} in it, so nothing is adapted")
     keys.check_saved()
     clash = [path for path in keys.layers if saved_module(path, config.modules_to_save)]
-    clash += [path for path in keys.tokens if path in keys.layers]
+    clash += [p for t in keys.tokens for p in (t, *base.heads_of(t)) if p in keys.layers]
     if clash:
         raise AdapterError(
             f"both adapted and stored whole, by modules_to_save or as tokens: {shorten(clash)}"

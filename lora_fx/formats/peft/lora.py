@@ -14,8 +14,7 @@ from lora_fx.adapters.parameter_updates import DOWN, UP, for_parameter, name_of
 from lora_fx.adapters.scaling import alpha_for, checked_alpha
 from lora_fx.adapters.source_record import SourceRecord, is_embedding
 from lora_fx.adapters.updates import Update
-from lora_fx.errors import AdapterError, within
-from lora_fx.formats.hints import doubt
+from lora_fx.errors import AdapterError, doubt, within
 from lora_fx.formats.peft.config import Numbers, Patterned, Tensors, low_rank
 from lora_fx.formats.peft.fields import Fields, checked, indices, names, words
 from lora_fx.formats.peft.wrappers import WrappedTarget, homes_of, places_of, read_experts

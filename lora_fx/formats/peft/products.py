@@ -186,10 +186,8 @@ class LohaConfig(Patterned):
     @classmethod
     def described(cls, layers: Mapping[str, AnyUpdate]) -> Fields:
         """Ranks and alphas, and what all layers agree on."""
-        fields = super().described(layers)
-        if any("hada_t1" in update.stored_tensors for update in layers.values()):
-            fields["use_effective_conv2d"] = True
-        return fields
+        has_cores = any("hada_t1" in update.stored_tensors for update in layers.values())
+        return super().described(layers) | ({"use_effective_conv2d": True} if has_cores else {})
 
     @classmethod
     def numbers(cls, layers: Mapping[str, AnyUpdate]) -> Numbers:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lora_fx.adapters.other_updates import AnyUpdate
 from lora_fx.adapters.safe_regex import MAX_LENGTH, compile_bounded
 from lora_fx.adapters.target_rule import TargetRule
-from lora_fx.errors import AdapterError, shorten, within
-from lora_fx.formats.hints import doubt
+from lora_fx.errors import AdapterError, doubt, shorten, within
 from lora_fx.formats.peft.config import PeftConfig, Tensors, agreed
 from lora_fx.formats.peft.fields import (
     Fields,
@@ -173,7 +172,7 @@ def read_tokens(rows: Tensors, config: PeftConfig, base: BaseLayers) -> dict[str
     updates: dict[str, AnyUpdate] = {}
     for path, own in rows.items():
         indices = _indices(path, config)
-        for table in (path, *(tied for tied in base.tied_to(path) if tied not in rows)):
+        for table in (path, *(head for head in base.heads_of(path) if head not in rows)):
             with within(table):
                 tied_to = {} if table == path else {"tied": path}
                 updates[table] = read_rows(table, {LEAF: own}, indices, base, **tied_to)

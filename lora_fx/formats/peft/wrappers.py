@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lora_fx.adapters.parameter_updates import DOWN, TURNED_EXPERTS, UP, name_of
 from lora_fx.adapters.updates import AnyUpdate
 from lora_fx.errors import AdapterError
+from lora_fx.formats.dialects import Tensors
 from lora_fx.graph.wrappers import PEFT_LAYER
 from lora_fx.kinds import experts
 from lora_fx.layers.base_layers import BaseLayers
 
-Tensors = Mapping[str, torch.Tensor]
 WRAPPED = PEFT_LAYER
 
 

@@ -96,10 +96,9 @@ def as_lora(update: AnyUpdate) -> AnyUpdate:
 
 
 def _kinds(layers: Mapping[str, AnyUpdate]) -> str:
-    by_kind: dict[str, list[str]] = {}
-    for path, update in layers.items():
-        by_kind.setdefault(update.kind, []).append(path)
-    return "; ".join(f"{kind}: {shorten(paths, 3)}" for kind, paths in sorted(by_kind.items()))
+    kinds = sorted({update.kind for update in layers.values()})
+    by_kind = {kind: [path for path, u in layers.items() if u.kind == kind] for kind in kinds}
+    return "; ".join(f"{kind}: {shorten(paths, 3)}" for kind, paths in by_kind.items())
 
 
 def _beside(adapter: Adapter) -> list[str]:

@@ -343,7 +343,7 @@ def test_an_adapter_of_fused_outputs_from_before_0_3_is_read_as_one_of_today(
         ),
         (
             {"enable_lora": [True] * 3},
-            r"lora_B\.weight is \(8, 2, 1\), expected \(rows of 3 outputs",
+            r"of outputs of \[2, 2, 2\] rows, but up has 8",
         ),
     ],
 )

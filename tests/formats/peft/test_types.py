@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 import lora_fx
+from lora_fx.errors import AdapterError
 from lora_fx.formats import load_adapter, save_adapter
 from lora_fx.formats.peft.types import is_traced
 from lora_fx.testing import relative, tiny
@@ -31,6 +32,10 @@ def lora(*targets: str, **options: Any) -> peft.LoraConfig:
 CASES: dict[str, Callable[[], Any]] = {
     "tokens": lambda: lora("q_proj", trainable_token_indices=[1, 5]),
     "tokens tied on demand": lambda: lora("q_proj", trainable_token_indices=[1, 5], **TIED),
+    "tokens of the head": lambda: lora("q_proj", trainable_token_indices={"lm_head": [1, 6]}),
+    "tokens of the head beside an adapted table": lambda: lora(
+        "q_proj", "embed_tokens", trainable_token_indices={"lm_head": [1, 6]}
+    ),
     "tokens of both": lambda: lora("q_proj", trainable_token_indices=BOTH),
     "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[1, 5]),
     "an adapted table": lambda: lora("q_proj", "embed_tokens", **TIED),
@@ -94,6 +99,15 @@ def test_the_head_computes_what_peft_s_does(
     # same numbers, added up in another order.
     tolerance = 1e-6 if name == "an adapted table" else 0
     assert relative(case.run(tmp_path / "written"), wanted) <= tolerance
+
+
+def test_an_adapted_head_that_gets_the_tokens_of_its_table_is_refused(tmp_path: Path) -> None:
+    """PEFT adds the head's factors to the rows; one of the two was lost without a word."""
+    base, _ = qwen()
+    config = lora("lm_head", trainable_token_indices=[1, 5])
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match=r"both adapted and stored whole.* as tokens: lm_head"):
+        load_adapter(tmp_path, base=base)
 
 
 def test_a_head_with_tokens_of_its_own_is_left_to_them(tied: Callable[[str], Tied]) -> None:
