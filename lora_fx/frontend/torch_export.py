@@ -25,6 +25,8 @@ from lora_fx.frontend.diagnostics import (
 )
 from lora_fx.frontend.dropouts_apart import dropouts_apart
 from lora_fx.frontend.for_any_input import for_any_input
+from lora_fx.frontend.isolated_run import as_in_eager, preserved
+from lora_fx.frontend.one_row import call_with_one_row
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
 from lora_fx.graph.graph_module import copy_graph, split_shared_modules, without_guards
@@ -71,8 +73,12 @@ def export_program(
             return export(root)
         except Exception as error:  # the model's own code runs in here and may raise anything
             # What fails again is told of the model as it is.
-            with suppress(Exception), numbers_free(root):
-                if "specialized" in str(error):
+            if "specialized" in str(error):
+                with suppress(Exception), preserved(root, root.buffers()):
+                    with as_in_eager():
+                        call_with_one_row(root, args, kwargs, named)
+                    return export(root)
+                with suppress(Exception), numbers_free(root):
                     return export(root)
             with suppress(Exception):
                 known = KnownCounts(root)
