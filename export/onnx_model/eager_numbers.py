@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -86,6 +86,27 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         pads = op.Concat(whole([0, 0]), behind, whole([0]), axis=0)
         return op.Pad(op.Concat(*products, axis=0), pads)
 
+    def averaged(torchs: Callable[..., Any], axes: int) -> Callable[..., Any]:
+        def pool(
+            x: Any,
+            kernel_size: list[int],
+            stride: Sequence[int] = (),
+            padding: Sequence[int] = (0,),
+            ceil_mode: bool = False,
+            count_include_pad: bool = True,
+            divisor_override: int | None = None,
+        ) -> Any:
+            """A sum that is divided otherwise; torch.onnx loses by what."""
+            padding = [*padding] * (axes // len(padding))
+            if divisor_override is None or ceil_mode:
+                return torchs(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+            mean = torchs(x, kernel_size, stride, padding, ceil_mode, True)
+            places = math.prod([*kernel_size] * (axes // len(kernel_size)))
+            factor = ir.tensor(places / divisor_override, dtype=x.dtype)
+            return op.Mul(mean, op.Constant(value=factor))
+
+        return pool
+
     def all_true(x: Any) -> Any:
         """What transformers checks of the tokens that stand for images."""
         return op.Equal(op.ReduceSum(op.Cast(op.Not(x), to=_WHOLE), keepdims=0), whole(0))
@@ -97,6 +118,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.log_sigmoid.default: log_sigmoid,
         aten.log.default: log,
         aten._is_all_true.default: all_true,
+        aten.avg_pool2d.default: averaged(nn.aten_avg_pool2d, 2),
+        aten.avg_pool3d.default: averaged(nn.aten_avg_pool3d, 3),
         aten.scaled_dot_product_attention.default: attention,
     }
     if "transformers.integrations.moe" in sys.modules:  # which registers the operator

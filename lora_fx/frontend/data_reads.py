@@ -1,10 +1,11 @@
-"""``tensor.data``, ``len``, ``int``, and counts in buffers, read so that a tracer sees them."""
+"""``tensor.data``, ``len``, ``int``, repeats and buffers, read so that a tracer sees them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,8 +51,41 @@ def numbers_free(model: nn.Module) -> Iterator[None]:
     ``int(lengths.max())`` of what a tensor holds. For models that cannot be traced otherwise:
     torch takes no other ``int`` for a dtype.
     """
-    with _called(model, {"int": _Int, "float": _Float}):
+    with _called(model, {"int": _Int, "float": _Float}), _repeats_free():
         yield
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    items: list[Any]
+    size: torch.SymInt
+
+
+@contextmanager
+def _repeats_free() -> Iterator[None]:
+    """Lets ``torch.tensor([0] * size)`` be of a free size, of which Python makes an int to repeat.
+
+    For what else a list is repeated, there is nothing here, and what asks for it fails.
+    """
+    times: Any = torch.SymInt.__rmul__
+    make = torch.tensor
+
+    def repeated(size: torch.SymInt, other: Any) -> Any:
+        return _Repeated(other, size) if isinstance(other, list) else times(size, other)
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(data, _Repeated):
+            return make(data, *args, **kwargs)
+        made = make(data.items, *args, **kwargs)
+        return made.repeat(data.size, *[1 for _ in made.shape[1:]])
+
+    torch.SymInt.__rmul__ = repeated  # type: ignore[method-assign, assignment]
+    torch.tensor = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.SymInt.__rmul__ = times  # type: ignore[method-assign]
+        torch.tensor = make
 
 
 @contextmanager

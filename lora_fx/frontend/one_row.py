@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.graph.example import example_of
@@ -34,6 +36,33 @@ def with_one_row(gm: fx.GraphModule, inputs: Any) -> Any | None:
         return None
     rows = [_cut(value, sizes, batch) for value, sizes in zip(flat, shapes, strict=True)]
     return pytree.tree_unflatten(rows, spec)
+
+
+def call_with_one_row(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any
+) -> None:
+    """Calls a model with one row of each input whose first axis is free.
+
+    What its code keeps of the last call's sizes, as detection heads keep their anchors, is then
+    not of the sizes that are traced, which would be taken for constants.
+
+    Args:
+        model: a module.
+        args: example inputs by position.
+        kwargs: by name.
+        shapes: by argument, as `shapes_by_argument` gives them.
+    """
+    call = inspect.signature(model.forward).bind(*args, **kwargs)
+    rows = pytree.tree_map(_first_row, dict(call.arguments), dict(shapes))
+    call.arguments.update(rows)
+    model(*call.args, **call.kwargs)
+
+
+def _first_row(value: Any, shape: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not shape:
+        return value
+    size = shape.get(0) if isinstance(shape, Mapping) else shape[0]
+    return value if size is None else value[:1].clone()
 
 
 def _cut(value: Any, sizes: list[str], batch: str) -> Any:

@@ -25,6 +25,8 @@ from lora_fx.frontend.diagnostics import (
 )
 from lora_fx.frontend.dropouts_apart import dropouts_apart
 from lora_fx.frontend.for_any_input import for_any_input
+from lora_fx.frontend.isolated_run import as_in_eager, preserved
+from lora_fx.frontend.one_row import call_with_one_row
 from lora_fx.frontend.open_blocks import open_blocks
 from lora_fx.frontend.root_call import shapes_by_argument, with_named_arguments
 from lora_fx.graph.graph_module import copy_graph, split_shared_modules, without_guards
@@ -70,18 +72,26 @@ def export_program(
         try:
             return export(root)
         except Exception as error:  # the model's own code runs in here and may raise anything
-            program = _again(root, export, str(error))
+            call = partial(call_with_one_row, root, args, kwargs, named)
+            program = _again(root, export, call, str(error))
             if program is None:  # what fails again is told of the model as it is
                 raise TraceError(explain_failure(root, "export", error)) from error
             return program
 
 
 def _again(
-    root: nn.Module, export: Callable[[nn.Module], torch.export.ExportedProgram], reason: str
+    root: nn.Module,
+    export: Callable[[nn.Module], torch.export.ExportedProgram],
+    call: Callable[[], None],
+    reason: str,
 ) -> torch.export.ExportedProgram | None:
-    """Exports with the numbers of sizes left open, or with those of buffers as constants."""
-    with suppress(Exception), numbers_free(root):
-        if "specialized" in reason:
+    """Exports behind another call, with the numbers of sizes left open, or with known counts."""
+    if "specialized" in reason:
+        with suppress(Exception), preserved(root, root.buffers()):
+            with as_in_eager():
+                call()
+            return export(root)
+        with suppress(Exception), numbers_free(root):
             return export(root)
     with suppress(Exception):
         known = KnownCounts(root)

@@ -1,4 +1,4 @@
-"""Reads of ``tensor.data``, of ``len(tensor)`` and of ``int(...)`` in a model's own code."""
+"""Reads of ``tensor.data``, ``len(tensor)``, ``int(...)`` and repeats in a model's own code."""
 
 from __future__ import annotations
 
@@ -132,3 +132,27 @@ def test_a_number_that_a_model_makes_an_int_of_stays_free() -> None:
     assert int is builtins.int
     assert float is builtins.float
     assert not {"int", "float"} & set(globals())
+
+
+class Repeated(nn.Module):
+    """As Chroma: a number for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.tensor([[2.0, 3.0]] * len(x))
+        y: torch.Tensor = self.fc(x) * torch.tensor([4] * x.shape[0])[:, None] + rows[:, 1:]
+        return y
+
+
+def test_a_list_that_is_repeated_for_each_row_leaves_the_size_free() -> None:
+    model, make = Repeated().eval(), torch.tensor
+    gm = trace(model, (torch.randn(2, 3),), dynamic_shapes=({0: "batch"},))
+    with torch.no_grad():
+        for rows in (1, 7):
+            x = torch.randn(rows, 3)
+            assert torch.equal(gm(x), model(x))
+            assert not torch.equal(gm(x), model.fc(x))
+    assert torch.tensor is make

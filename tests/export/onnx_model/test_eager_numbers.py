@@ -224,3 +224,28 @@ def test_what_is_put_at_narrow_places_is_put_there(tmp_path: Path) -> None:
     (found,) = Session(tmp_path / "m.onnx").run({"x": x}).values()
     assert compare(found, Inverse()(x)).ok
     assert not compare(found, Inverse()(x.flip(0))).ok
+
+
+class Pool(nn.Module):
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.pool(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", [nn.AvgPool2d, nn.AvgPool3d])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1, "count_include_pad": False}, {"kernel_size": 3, "stride": 1}]
+)
+def test_sums_of_windows_are_divided_by_what_is_said(
+    kind: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = Pool(kind(**{"kernel_size": 2, "divisor_override": 3, **options}))
+    x = torch.randn(2, 3, 4, 5, 6)[:, :, 0 if kind is nn.AvgPool2d else slice(None)]
+    to_onnx(trace(model, (x,)), tmp_path / "model.onnx")
+    assert off(tmp_path / "model.onnx", model, x=x) < 1e-5
+    model.pool = kind(**{"kernel_size": 2, **options})
+    assert off(tmp_path / "model.onnx", model, x=x) > 1e-3
