@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.graph.aliasing import written
@@ -89,22 +88,13 @@ class WeightForm:
             yield several[0].path, other
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # reads weights past their modules
-        try:
-            with (
-                torch.no_grad(),
-                torch.compiler.set_stance("force_eager"),
-                self._traced.running() as model,
-            ):
-                self._dress()
-                for module, several in self._activated.items():
-                    for one in several:
-                        module.register_forward_hook(one.beside(ids_of(model, args, kwargs)))
-                return model(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+        def dress(model: nn.Module) -> None:
+            self._dress()
+            for module, several in self._activated.items():
+                for one in several:
+                    module.register_forward_hook(one.beside(ids_of(model, args, kwargs)))
+
+        return self._traced.call(args, kwargs, dress)
 
     def _dress(self) -> None:
         """Puts the weights into the module, which is running and takes them off afterwards."""
