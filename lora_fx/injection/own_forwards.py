@@ -65,9 +65,14 @@ def _with_own_forward(model: TracedModule, paths: Iterable[str]) -> Iterator[tup
         layer = None if module is None else layer_of(module, path)
         if module is None or layer is None or not layer.is_matrix:
             continue
-        known = [cls.forward for cls in layer.type.classes]
+        known = [cls.forward for cls in type(module).__mro__ if _is_plain(cls, layer)]
         if type(module).forward not in known or any(module.__dict__.get(name) for name in _HOOKS):
             yield path, layer
+
+
+def _is_plain(cls: Any, layer: Layer) -> bool:
+    """Whether a class multiplies and does no more: torch's, and transformers' Conv1D."""
+    return cls in layer.type.classes or cls.__module__ == "transformers.pytorch_utils"
 
 
 def _more(

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import Adapter, AdapterWarning, fold, inject, load_adapter, trace
@@ -168,6 +169,12 @@ def test_of_a_graph_without_example_inputs_all_of_them_are_told() -> None:
     gm = trace(model_of(Halved(3, 5)))
     assert list(by_path(gm)) == ["1"]
     assert len(told(gm, make_adapter({"1": (5, 3)}))[1]) == 1
+
+
+def test_a_layer_of_gpt2_is_plain_whoever_traces_it() -> None:
+    model = model_of(Conv1D(5, 3))
+    for args in ((rows(),), None):
+        assert told(trace(model, args), make_adapter({"1": (5, 3)}))[1] == []
 
 
 def test_no_model_is_run_for_layers_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
