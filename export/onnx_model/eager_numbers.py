@@ -23,6 +23,7 @@ _SAME_NUMBERS = (
 )
 _NARROW = ir.DataType.BFLOAT16
 _OF_ANY_TYPE = ("Cast", "Constant", "ConstantOfShape", "Identity", "If", "Loop", "Scan")
+_MANY = 25  # rows from which torch.cdist multiplies
 MASKED = "masked by"  # of a node's notes, until a file is written
 
 
@@ -107,6 +108,25 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return pool
 
+    def distances(x: Any, y: Any, p: float = 2.0, mode: int | None = None) -> Any:
+        """From each row of x to each of y; of many rows by their products, as torch does it."""
+        many = any(isinstance(value.shape[-2], int) and value.shape[-2] > _MANY for value in (x, y))
+        if p == 2.0 and (mode == 1 or (many and not mode)):
+            axes = len(y.shape)
+            turned = op.Transpose(y, perm=[*range(axes - 2), axes - 1, axes - 2])
+            lengths = op.ReduceSumSquare(x, whole([-1])), op.ReduceSumSquare(turned, whole([-2]))
+            twice = op.MatMul(op.Add(x, x), turned)
+            squares = op.Sub(op.Add(*lengths), twice)
+            return op.Sqrt(op.Max(squares, op.CastLike(0.0, squares)))
+        steps = op.Abs(op.Sub(op.Unsqueeze(x, whole([-2])), op.Unsqueeze(y, whole([-3]))))
+        if p in (1.0, 2.0, math.inf):
+            reduced = {1.0: op.ReduceSum, 2.0: op.ReduceL2, math.inf: op.ReduceMax}[p]
+            return reduced(steps, whole([-1]), keepdims=0)
+        if p == 0.0:
+            return op.ReduceSum(op.Sign(steps), whole([-1]), keepdims=0)
+        sums = op.ReduceSum(op.Pow(steps, op.CastLike(p, steps)), whole([-1]), keepdims=0)
+        return op.Pow(sums, op.CastLike(1 / p, sums))
+
     def all_true(x: Any) -> Any:
         """What transformers checks of the tokens that stand for images."""
         return op.Equal(op.ReduceSum(op.Cast(op.Not(x), to=_WHOLE), keepdims=0), whole(0))
@@ -120,6 +140,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten._is_all_true.default: all_true,
         aten.avg_pool2d.default: averaged(nn.aten_avg_pool2d, 2),
         aten.avg_pool3d.default: averaged(nn.aten_avg_pool3d, 3),
+        aten._cdist_forward.default: distances,
         aten.scaled_dot_product_attention.default: attention,
     }
     if "transformers.integrations.moe" in sys.modules:  # which registers the operator

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lora_fx.graph.lazy_tensor import Parameters
 from lora_fx.graph.module_state import refill
@@ -66,6 +67,20 @@ class TracedModule:
                 _become(module, cls, held)
             for value, copy in containers:
                 refill(value, copy)
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dress: Callable[[nn.Module], None]
+    ) -> Any:
+        """Runs the module once it is dressed; what it writes to, inputs too, is a copy."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        with (
+            torch.no_grad(),
+            plain_attention(),
+            torch.compiler.set_stance("force_eager"),
+            self.running() as model,
+        ):
+            dress(model)
+            return model(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         """A copy of a graph is of the same module."""

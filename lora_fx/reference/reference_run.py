@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import AnyUpdate
 from lora_fx.graph.aliasing import written
 from lora_fx.graph.example import example_of
 from lora_fx.graph.lazy_tensor import evaluate, find_tensor, set_lazy
-from lora_fx.graph.traced_module import TracedModule, plain_attention
+from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.injected_adapters import Injected, injected
 from lora_fx.reference.activated import Activated, ids_of
 from lora_fx.reference.merged_parameters import Step, Weight, shifted
@@ -89,18 +88,13 @@ class WeightForm:
             yield several[0].path, other
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-        with (
-            torch.no_grad(),
-            plain_attention(),
-            torch.compiler.set_stance("force_eager"),
-            self._traced.running() as model,
-        ):
+        def dress(model: nn.Module) -> None:
             self._dress()
             for module, several in self._activated.items():
                 for one in several:
                     module.register_forward_hook(one.beside(ids_of(model, args, kwargs)))
-            return model(*args, **kwargs)
+
+        return self._traced.call(args, kwargs, dress)
 
     def _dress(self) -> None:
         """Puts the weights into the module, which is running and takes them off afterwards."""

@@ -175,6 +175,17 @@ def test_a_forward_bound_to_a_model_with_shared_modules_is_followed() -> None:
         assert torch.equal(trace(model, (x,), frontend=frontend)(x), model(x))
 
 
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_sparse_buffer_beside_is_kept_as_any_is(frontend: Any) -> None:
+    """As Whisper has one, in the package of its authors."""
+    model, x = model_of(lambda m, x: m.fc(x)), torch.randn(4, 3)
+    heads = torch.eye(4).to_sparse()
+    model.register_buffer("heads", heads)
+    assert compare(trace(model, (x,), frontend=frontend)(x), model(x)).ok
+    assert model.heads is heads
+    assert heads.is_sparse
+
+
 def test_the_model_and_all_random_states_stay_as_they_were() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:

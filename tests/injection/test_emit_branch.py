@@ -223,6 +223,7 @@ class Twice(nn.Linear):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::lora_fx.errors.AdapterWarning")  # PEFT has no such bias
 def test_a_bias_is_added_where_the_layer_adds_its_own() -> None:
     model, x = nn.Sequential(Twice(3, 5)).eval(), random(4, 3)
     update = Update(random(2, 3), random(5, 2), 1.5, bias=random(5))

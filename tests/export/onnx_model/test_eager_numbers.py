@@ -249,3 +249,37 @@ def test_sums_of_windows_are_divided_by_what_is_said(
     assert off(tmp_path / "model.onnx", model, x=x) < 1e-5
     model.pool = kind(**{"kernel_size": 2, **options})
     assert off(tmp_path / "model.onnx", model, x=x) > 1e-3
+
+
+class Distances(nn.Module):
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p, self.mode = p, mode
+
+    def forward(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x, codes, self.p, self.mode)
+
+
+BY_SIZE = "use_mm_for_euclid_dist_if_necessary"
+
+
+@pytest.mark.parametrize(
+    ("p", "mode", "codes"),
+    [
+        (2.0, BY_SIZE, 7), (2.0, BY_SIZE, 30), (2.0, "use_mm_for_euclid_dist", 7),
+        (2.0, "donot_use_mm_for_euclid_dist", 30), (1.0, BY_SIZE, 7), (3.0, BY_SIZE, 7),
+        (0.0, BY_SIZE, 7), (float("inf"), BY_SIZE, 7),
+    ],
+)  # fmt: skip
+def test_distances_between_rows_have_a_form(
+    p: float, mode: str, codes: int, tmp_path: Path
+) -> None:
+    """As codecs ask for the nearest code (Mimi, and whoever quantises vectors)."""
+    torch.manual_seed(0)
+    model, path = Distances(p, mode), tmp_path / "model.onnx"
+    free = ({0: "batch", 1: "rows"}, {0: "batch"})
+    example = torch.randn(2, 5, 3), torch.randn(2, codes, 3)
+    to_onnx(trace(model, example, dynamic_shapes=free), path)
+    inputs = {"x": torch.randn(3, 40, 3), "codes": torch.randn(3, codes, 3)}
+    assert off(path, model, **inputs) < 1e-5
+    assert off(path, Distances(p + 1, mode) if p < 9 else Distances(4, mode), **inputs) > 1e-3
