@@ -249,6 +249,22 @@ def replace_name(adapter: Adapter, name: str) -> Adapter:
     return Adapter(name, adapter.updates)
 
 
+def test_two_kinds_beside_one_layer_have_one_form() -> None:
+    gm = trace(net().eval(), (X,))
+    one, two = Adapter("a", {"0": update(4, 6)}), Adapter("b", {"0": update_of("lokr", (6, 4))})
+    for alone in (one, two):
+        agree(inject(gm, [one, two]), inject(gm, alone), X)
+
+
+def test_a_new_bias_is_of_the_type_of_its_layer() -> None:
+    gm = trace(nn.Linear(4, 5, bias=False).half().eval(), (X.half(),))
+    tuned = inject(gm, Adapter("a", {"": update(4, 5, bias=vector(5))}))
+    found = form_of(tuned)(X.half())
+    assert found.dtype is torch.float16
+    assert relative(found.float(), tuned(X.half()).float()) <= 1e-3
+    assert relative(found.float(), gm(X.half()).float()) > 1e-2
+
+
 def test_what_is_stripped_on_purpose_is_forgotten() -> None:
     gm = trace(net().eval(), (X,))
     replaced = {"3.weight": vector(18).reshape(3, 6)}
