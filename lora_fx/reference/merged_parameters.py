@@ -69,7 +69,7 @@ class Step:
     def is_whole(self) -> bool:
         """Whether it mixes the groups of a grouped convolution: LoRA of PEFT does."""
         layer = self.place.layer
-        if layer is None or self.update.makes_anew:
+        if layer is None or layer.groups == 1 or self.update.makes_anew:
             return False
         return self.update.shape[1] == layer.shape[1]
 
