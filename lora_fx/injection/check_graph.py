@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
@@ -15,7 +16,7 @@ from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.editor import SCALED
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
+from lora_fx.graph.ops import asks_sizes, blocks_of, holder_path, module_path, op_name, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.branches import Beside, adapters_beside
 from lora_fx.injection.injected_adapters import injected
@@ -209,7 +210,7 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
         for user in node.users:
             if user in picks:
                 pending.append(user)
-            elif is_whole and module_path(user) not in callers:
+            elif is_whole and not _is_read_by(callers, user, node):
                 continue
             elif user in others and not asks_sizes(user):
                 at = module_path(user) or "the model itself"
@@ -218,6 +219,21 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Mapping[str, Sequence[S
                     "layer: the adapter would be missing there. Leave the layer out, or apply what "
                     "is read as a linear layer"
                 )
+
+
+def _is_read_by(modules: Set[str], reader: fx.Node, source: fx.Node) -> bool:
+    """Whether one of some modules reads a tensor in a call, or, in a block, one that is not told.
+
+    Calls in a block of autocast say whose they are, those of `torch.cond` do not.
+    """
+    blocks = blocks_of(reader)
+    if not blocks:
+        return module_path(reader) in modules
+    leaves, modules = pytree.arg_tree_leaves(*reader.args), modules | {""}
+    places = (reversed(list(block.find_nodes(op="placeholder"))) for block in blocks)
+    pairs = [pair for own in places for pair in zip(reversed(leaves), own, strict=False)]
+    inner = [(user, own) for given, own in pairs if given is source for user in own.users]
+    return any(_is_read_by(modules, user, own) for user, own in inner)
 
 
 def _check_adaptable(
