@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -65,8 +66,8 @@ def extract(
         The adapter, the relative residual of each layer, and what could not be expressed.
 
     Raises:
-        AdapterError: the models' layers or shapes differ, a difference is not finite, or not just
-            one of rank and energy is given.
+        AdapterError: the models' layers or shapes differ, a difference is not finite, calls of one
+            layer differ otherwise, or not just one of rank and energy is given.
     """
     check_name(name)
     check_cut(rank, energy)
@@ -74,8 +75,15 @@ def extract(
     replacements: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    for pairs in shared(matched(base, tuned)):
+    groups = shared(matched(base, tuned))
+    places = Counter(place for pairs in groups for place in {one.place for one, _ in pairs})
+    for pairs in groups:
         found = _change(pairs, rank, energy)
+        if found is not None and (apart := [o.place for o, _ in pairs if places[o.place] > 1]):
+            raise AdapterError(
+                f"{apart[0]}: of its calls not all read the same tensor, as after a fold, and no "
+                "one update says what becomes of each: extract between graphs that were not folded"
+            )
         names = [one.name for one, _ in pairs]
         if isinstance(found, str):
             left_out |= dict.fromkeys(names, found)

@@ -34,6 +34,11 @@ class TensorRef:
     layer: str | None = None
     kind: str = "linear"
 
+    @property
+    def place(self) -> str:
+        """What an adapter would call it."""
+        return self.layer or self.name
+
     def read(self) -> torch.Tensor:
         """The tensor; one that is still to be computed is not kept."""
         value = evaluate(self.value)

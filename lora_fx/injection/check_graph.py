@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
@@ -15,7 +16,7 @@ from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.editor import SCALED
 from lora_fx.graph.example import example_of
 from lora_fx.graph.graph_module import is_free
-from lora_fx.graph.ops import asks_sizes, holder_path, module_path, op_name, reached
+from lora_fx.graph.ops import asks_sizes, blocks_of, holder_path, module_path, op_name, reached
 from lora_fx.injection.bind import Binding, meant_by, targeted
 from lora_fx.injection.branches import Beside, adapters_beside
 from lora_fx.injection.injected_adapters import injected
@@ -203,8 +204,8 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Groups) -> None:
     callers = {module_path(site.node) for site in calls}
     weight = calls[0].weight.target
     picks = {call for site in layers for call in site.part.calls}
-    for user in _readers(gm, weight, picks):
-        is_elsewhere = is_whole and module_path(user) not in callers
+    for user, node in _readers(gm, weight, picks):
+        is_elsewhere = is_whole and not _is_read_by(callers, user, node)
         if user in others and not is_elsewhere and not asks_sizes(user):
             at = module_path(user) or "the model itself"
             raise AdapterError(
@@ -214,12 +215,29 @@ def check_reached(gm: fx.GraphModule, path: str, groups: Groups) -> None:
             )
 
 
-def _readers(gm: fx.GraphModule, weight: object, picks: Collection[fx.Node]) -> Iterator[fx.Node]:
-    """Who reads a weight, or what some calls pick of it."""
+def _readers(
+    gm: fx.GraphModule, weight: object, picks: Collection[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Who reads a weight, or what some calls pick of it, and the node that they read."""
     pending = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == weight]
     for node in pending:  # grows
         pending += [user for user in node.users if user in picks]
-        yield from (user for user in node.users if user not in picks)
+        yield from ((user, node) for user in node.users if user not in picks)
+
+
+def _is_read_by(modules: Set[str], reader: fx.Node, source: fx.Node) -> bool:
+    """Whether one of some modules reads a tensor in a call, or, in a block, one that is not told.
+
+    Calls in a block of autocast say whose they are, those of `torch.cond` do not.
+    """
+    blocks = blocks_of(reader)
+    if not blocks:
+        return module_path(reader) in modules
+    leaves, modules = pytree.arg_tree_leaves(*reader.args), modules | {""}
+    places = (reversed(list(block.find_nodes(op="placeholder"))) for block in blocks)
+    pairs = [pair for own in places for pair in zip(reversed(leaves), own, strict=False)]
+    inner = [(user, own) for given, own in pairs if given is source for user in own.users]
+    return any(_is_read_by(modules, user, own) for user, own in inner)
 
 
 def _check_adaptable(

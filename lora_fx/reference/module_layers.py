@@ -93,14 +93,14 @@ def _layer(
     if known is not None and known.is_matrix:
         return replace(known, dtype=held.dtype)
     stored = tuple(held.shape)
-    if update.makes_anew and (len(stored) != 2 or _fits(update.shape, stored)):
+    turned = len(stored) == 2 and not _fits(update.shape, stored)
+    if hint is not None and (len(stored) > 2 or stored[0] == stored[1]):
+        turned = hint.transposed
+    if update.makes_anew and not turned:
         return None
     layer = Layer(path=path, kind="linear", shape=stored, dtype=held.dtype)
     if len(stored) > 2:
         return _with_kernel(layer, hint)
-    turned = not _fits(update.shape, stored)
-    if stored[0] == stored[1] and hint is not None:
-        turned = hint.transposed
     if not turned:
         return layer
     kind = "embedding" if is_embedding(update.stored) else "linear_transposed"

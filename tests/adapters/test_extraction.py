@@ -20,7 +20,7 @@ from lora_fx import AdapterError, extract, fold, inject, load_adapter, save_adap
 from lora_fx.adapters.source_record import is_embedding
 from lora_fx.graph.lazy_tensor import LazyTensor, get_unevaluated
 from lora_fx.layers.sites import sites
-from lora_fx.testing import make_adapter, relative, zoo
+from lora_fx.testing import Computes, make_adapter, relative, zoo
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "mlp", "qwen2", "t5", "vit"]
 # qwen2's case has no bias of its own to train beside its tied head, and T5 has no biases.
@@ -411,6 +411,18 @@ def test_a_square_conv1d_is_not_taken_for_a_linear_layer() -> None:
 
     with pytest.raises(AdapterError, match=r"the base alone has 0\.weight \(in, out\)"):
         extract(sequence(Conv1D(5, 5)), sequence(nn.Linear(5, 5)), rank=1)
+
+
+@pytest.mark.parametrize("behind", [torch.tanh, lambda y: y * 2, lambda y: y + 1])
+def test_calls_of_one_layer_that_a_fold_made_of_two_weights_are_refused(behind: Any) -> None:
+    fc = nn.Linear(3, 3)
+    gm = trace(Computes(lambda m, x: behind(m.fc(torch.sin(m.fc(x)))), fc=fc), (torch.randn(4, 3),))
+    tuned = fold(inject(gm, make_adapter({"fc": (3, 3)})))
+    if behind is torch.tanh:
+        assert list(extract(gm, tuned, rank=2).adapter.updates) == ["fc"]
+        return
+    with pytest.raises(AdapterError, match=r"^fc\S*: of its calls not all read the same tensor"):
+        extract(gm, tuned, rank=2)
 
 
 def test_a_graph_with_branches_is_to_be_folded_first(ragged: Any) -> None:

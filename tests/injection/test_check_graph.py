@@ -183,6 +183,37 @@ def test_what_the_owner_of_a_layer_reads_is_the_base_s(frontend: str) -> None:
         check(Cosine(5, 6, bias=False))
 
 
+class InBlocks(nn.Module):
+    """Two layers of one weight, of which one is also called, or another one, in a block."""
+
+    def __init__(self, inside: str, kind: str) -> None:
+        super().__init__()
+        self.inside, self.kind = inside, kind
+        self.one, self.two = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = getattr(self, self.inside)
+        if self.kind == "cond":
+            y: torch.Tensor = torch.cond(x.sum() > 0, lambda x: layer(x), torch.sin, (x,))
+        else:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = layer(x.sin()).float()
+        return self.one(torch.tanh(y))
+
+
+@pytest.mark.parametrize("kind", ["cond", "autocast"])
+def test_a_layer_that_is_called_in_a_block_too_takes_no_adapter(kind: str) -> None:
+    """And one whose weight another module reads there does, where the block says whose it is."""
+    x = torch.randn(3, 5)
+    inside, beside = (trace(InBlocks(name, kind).eval(), (x,)) for name in ("one", "two"))
+    with pytest.raises(AdapterError, match=rf"is also read by \S*{kind} of the model itself"):
+        inject(inside, make_adapter({"one": (5, 5)}))
+    if kind == "autocast":
+        tuned = inject(beside, make_adapter({"one": (5, 5)}))
+        assert relative(tuned(x), beside(x)) > 1e-2
+
+
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 def test_factors_beside_a_weight_that_is_read_both_ways_are_refused(frontend: str) -> None:
     config = LoraConfig(r=2, target_modules=["w"])

@@ -15,7 +15,7 @@ from lora_fx import Adapter, LoraConfig, Update, VerificationError, fold, inject
 from lora_fx.adapters.adapter import AnyUpdate, Scaling
 from lora_fx.passes import ChooseForm, StripLora
 from lora_fx.reference.reference_run import WeightForm, weight_form
-from lora_fx.testing import Attention, relative
+from lora_fx.testing import Attention, relative, update_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 2], [7, 0, 3]])
@@ -99,6 +99,17 @@ class Patched(nn.Module):
         return y
 
 
+class Bare(nn.Module):
+    """A square weight of its own, whose class does not tell that it is stored as (in, out)."""
+
+    def __init__(self, *kernel: int) -> None:
+        super().__init__()
+        self.kernel, self.w = kernel, nn.Parameter(torch.randn(4, 4, *kernel))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(x, self.w) if self.kernel else x @ self.w
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3)
@@ -135,6 +146,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, AnyUpdat
     ),
     "outputs scaled": (net, X, {"0": Scaling(row=vector(6))}, {}),
     "inputs scaled": (net, X, {"3": Scaling(col=vector(6))}, {}),
+    "a bare square made anew": (Bare, X, {"w": update_of("glora", (4, 4))}, {}),
+    "a bare kernel made anew": (
+        lambda: Bare(3, 2),
+        IMAGE,
+        {"w": update_of("glora", (4, 4, 3, 2))},
+        {},
+    ),
     "groups mixed": (
         grouped,
         IMAGE,
@@ -229,6 +247,22 @@ def test_adapters_are_summed_unless_the_first_was_folded() -> None:
 
 def replace_name(adapter: Adapter, name: str) -> Adapter:
     return Adapter(name, adapter.updates)
+
+
+def test_two_kinds_beside_one_layer_have_one_form() -> None:
+    gm = trace(net().eval(), (X,))
+    one, two = Adapter("a", {"0": update(4, 6)}), Adapter("b", {"0": update_of("lokr", (6, 4))})
+    for alone in (one, two):
+        agree(inject(gm, [one, two]), inject(gm, alone), X)
+
+
+def test_a_new_bias_is_of_the_type_of_its_layer() -> None:
+    gm = trace(nn.Linear(4, 5, bias=False).half().eval(), (X.half(),))
+    tuned = inject(gm, Adapter("a", {"": update(4, 5, bias=vector(5))}))
+    found = form_of(tuned)(X.half())
+    assert found.dtype is torch.float16
+    assert relative(found.float(), tuned(X.half()).float()) <= 1e-3
+    assert relative(found.float(), gm(X.half()).float()) > 1e-2
 
 
 def test_what_is_stripped_on_purpose_is_forgotten() -> None:

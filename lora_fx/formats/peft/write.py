@@ -221,7 +221,7 @@ def _base_tensors(chosen: PeftLayout) -> Tensors:
         key = name
         if module in chosen.tokens:
             key = f"{module}{TOKEN_BASE}{leaf}"
-        elif module in chosen.homes and not saved_module(module, chosen.saved):
+        elif module in chosen.homes:
             key = f"{chosen.homes[module].key}{WRAPPED}.{leaf}"
         tensors[PREFIX + key] = tensor
     return tensors

@@ -66,6 +66,17 @@ def chain(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+class Computed(nn.Module):
+    """A layer whose bias is no weight, but made of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(x.sum().expand(5), x, self.w)
+
+
 IDS, ROWS, IMAGES = torch.randint(0, 6, (2, 3)), torch.randn(4, 6, 3), torch.randn(2, 4, 8)
 CASES: dict[str, tuple[nn.Module, torch.Tensor, Any, bool]] = {
     "linear": (Ragged(), ROWS, "all-linear", False),
@@ -82,6 +93,7 @@ CASES: dict[str, tuple[nn.Module, torch.Tensor, Any, bool]] = {
     "a table that is the head": (Tied(), IDS, ["table"], False),
     "a table with vectors": (chain(nn.Embedding(7, 5)), IDS, ["0"], True),
     "two names": (Shared(), torch.randn(4, 3), "all-linear", False),
+    "a bias that is computed": (Computed(), torch.randn(4, 3), ["w"], True),
     "half": (Ragged().half(), ROWS.half(), "all-linear", True),
 }  # fmt: skip
 
