@@ -79,8 +79,8 @@ def _repeats_free() -> Iterator[None]:
         made = make(data.items, *args, **kwargs)
         return made.repeat(data.size, *[1 for _ in made.shape[1:]])
 
-    torch.SymInt.__rmul__ = repeated  # type: ignore[method-assign, assignment]
-    torch.tensor = tensor  # type: ignore[assignment]
+    torch.SymInt.__rmul__ = repeated  # type: ignore[method-assign]
+    torch.tensor = tensor
     try:
         yield
     finally:

@@ -65,7 +65,8 @@ def _with_own_forward(model: TracedModule, paths: Iterable[str]) -> Iterator[tup
         layer = None if module is None else layer_of(module, path)
         if module is None or layer is None or not layer.is_matrix:
             continue
-        known = [cls.forward for cls in type(module).__mro__ if _is_plain(cls, layer)]
+        classes: Iterable[Any] = type(module).__mro__
+        known = [cls.forward for cls in classes if _is_plain(cls, layer)]
         if type(module).forward not in known or any(module.__dict__.get(name) for name in _HOOKS):
             yield path, layer
 
