@@ -132,3 +132,26 @@ def test_a_number_that_a_model_makes_an_int_of_stays_free() -> None:
     assert int is builtins.int
     assert float is builtins.float
     assert not {"int", "float"} & set(globals())
+
+
+class Flagged(nn.Module):
+    """As vector-quantize-pytorch: whether a codebook was made yet is told by a buffer."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.register_buffer("made", flag)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(x) if self.made else self.fc(x) * 0
+        return made
+
+
+@pytest.mark.parametrize("flag", [torch.tensor(True), torch.tensor([1.0]), torch.tensor([[1]])])
+def test_a_flag_in_a_buffer_is_known(flag: torch.Tensor) -> None:
+    x = torch.randn(7, 3)
+    for model in (Flagged(flag).eval(), Flagged(flag * 0).eval()):
+        gm = trace(model, (x[:4],), dynamic_shapes=({0: "batch"},))
+        with torch.no_grad():
+            assert torch.equal(gm(x), model(x))
+            assert bool(gm(x).any()) == bool(model.made)
