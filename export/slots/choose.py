@@ -106,7 +106,12 @@ def chosen_slots(gm: fx.GraphModule, wanted: Wanted, vectors: bool | None = None
             "a file has nothing of it: leave it out of the adapter, or give slots= without it"
         )
     if not forms:
-        raise ExportError('adapters="input": the graph has no linear layer to adapt')
+        raise ExportError(
+            'adapters="input": the graph has no linear layer to adapt, and no adapter in it has '
+            f"factors: name its layers, slots=[...], which are {shorten(list(groups)) or 'none'}, "
+            "or, for what makes a weight anew (LoKr, OFT), whole weights, "
+            f'slots={{"<path>": "{WEIGHT}"}}'
+        )
     beside = [path for path in groups if forms.get(path, WEIGHT) != WEIGHT]
     both = [path for path in beside if not is_one_way(groups[path])]
     if both:

@@ -137,10 +137,11 @@ class _Float(float, metaclass=_Kept):
 
 
 class KnownCounts:
-    """A shell of a model in which a buffer of one whole number is a number that a tracer knows.
+    """A shell of a model in which a buffer of one number is a number that a tracer knows.
 
     torch.export knows what a tensor made in the model's code holds, and not what a buffer holds:
-    a size that is computed from one (the paddings of EnCodec and Mimi) would be unknown, too.
+    a size that is computed from one (the paddings of EnCodec and Mimi) would be unknown, too, and
+    a flag (whether a codebook was made yet) could not be branched on.
 
     Attributes:
         model: the shell.
@@ -170,10 +171,10 @@ class KnownCounts:
             setattr(module.__class__, name, property(partial(self._read, buffer)))
 
     def _read(self, buffer: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        made = torch.tensor(buffer.item(), dtype=buffer.dtype)
+        made = torch.tensor(buffer.tolist(), dtype=buffer.dtype)
         self._given.append((made, made._version))
         return made
 
 
 def _counts(buffer: torch.Tensor) -> bool:
-    return buffer.ndim == 0 and buffer.dtype in (torch.int32, torch.int64)
+    return buffer.numel() == 1 and not buffer.is_sparse

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 
 _HINT = "_detect_is_causal_mask"
@@ -18,13 +19,15 @@ def for_any_input(free_sizes: bool = True) -> Iterator[None]:
 
     `torch.nn.Transformer` looks whether its mask is the causal one, and takes another way then: a
     graph applies the mask as it is. `torch.einsum` of three operands has opt_einsum, where that
-    is installed, count what each order costs, which makes constants of the sizes.
+    is installed, count what each order costs, which makes constants of the sizes. Distributions
+    look whether their parameters are valid, and raise; a graph takes them as they are.
 
     Args:
         free_sizes: whether sizes may change; an order that is counted holds for those that do not.
     """
-    before = vars(transformer)[_HINT]
+    before, checks = vars(transformer)[_HINT], Distribution._validate_args
     vars(transformer)[_HINT] = _as_hinted
+    Distribution.set_default_validate_args(False)
     try:
         with ExitStack() as stack:
             if free_sizes:
@@ -32,6 +35,7 @@ def for_any_input(free_sizes: bool = True) -> Iterator[None]:
             yield
     finally:
         vars(transformer)[_HINT] = before
+        Distribution.set_default_validate_args(checks)
 
 
 def _as_hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -37,9 +37,8 @@ def preserved(model: nn.Module, written: Iterable[torch.Tensor]) -> Iterator[Sna
     known = {id(tensor): tensor for tensor in written}
     before = snapshot(model)
     for name, tensor in before.held_tensors():
-        may_change = (
-            not isinstance(tensor, nn.Parameter) and tensor.numel() * tensor.itemsize <= _SMALL
-        )
+        size = tensor.numel() * tensor.itemsize  # a sparse one has no nbytes
+        may_change = not isinstance(tensor, nn.Parameter) and size <= _SMALL
         if (id(tensor) in known or may_change) and type(tensor) in _COPIED:
             before.tensors.append((name, tensor, tensor.detach().clone()))
             known.pop(id(tensor), None)

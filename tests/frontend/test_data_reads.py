@@ -156,3 +156,26 @@ def test_a_list_that_is_repeated_for_each_row_leaves_the_size_free() -> None:
             assert torch.equal(gm(x), model(x))
             assert not torch.equal(gm(x), model.fc(x))
     assert torch.tensor is make
+
+
+class Flagged(nn.Module):
+    """As vector-quantize-pytorch: whether a codebook was made yet is told by a buffer."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.register_buffer("made", flag)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(x) if self.made else self.fc(x) * 0
+        return made
+
+
+@pytest.mark.parametrize("flag", [torch.tensor(True), torch.tensor([1.0]), torch.tensor([[1]])])
+def test_a_flag_in_a_buffer_is_known(flag: torch.Tensor) -> None:
+    x = torch.randn(7, 3)
+    for model in (Flagged(flag).eval(), Flagged(flag * 0).eval()):
+        gm = trace(model, (x[:4],), dynamic_shapes=({0: "batch"},))
+        with torch.no_grad():
+            assert torch.equal(gm(x), model(x))
+            assert bool(gm(x).any()) == bool(model.made)

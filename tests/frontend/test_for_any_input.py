@@ -80,3 +80,26 @@ def test_an_order_that_is_counted_stays_where_no_size_is_free(counted: Any) -> N
     gm = trace(model, (x, weights))
     assert torch.equal(gm(x, weights), model(x, weights))
     assert torch.backends.opt_einsum.enabled
+
+
+class Policy(nn.Module):
+    """As stable-baselines3 has it: a distribution is made of what the layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.logits = nn.Linear(3, 2), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        action = torch.distributions.Normal(self.mean(x), torch.ones(2))
+        choice = torch.distributions.Categorical(logits=self.logits(x))
+        return action.log_prob(x[:, :2]), choice.entropy()
+
+
+def test_a_distribution_does_not_look_at_its_parameters() -> None:
+    model, x = Policy().eval(), torch.randn(7, 3)
+    gm = trace(model, (x[:4],), dynamic_shapes=({0: "batch"},))
+    found = zip(gm(x), model(x), strict=True)
+    assert all(relative(made, expected) <= 1e-6 for made, expected in found)
+    assert relative(gm(x)[1], model(-x)[1]) > 1e-3
+    with pytest.raises(ValueError, match="parameter scale"):
+        torch.distributions.Normal(0.0, -1.0)
