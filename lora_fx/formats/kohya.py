@@ -94,10 +94,10 @@ def is_kohya(path: Path, keys: Collection[str]) -> bool:
 def read_kohya(path: Path, name: str, hints: Hints) -> Adapter:
     """Reads a file of kohya's or LyCORIS': every key is used, or refused by name.
 
-    LoRA, DoRA, LoCon, LoHa, LoKr, GLoRA, (IA)3, Diag-OFT, full differences, norms. What is added to
-    a norm is an update of its parameters, ``<path>.weight``, ``<path>.bias``. The base is needed,
-    for the names are lossy; ``component`` reads one part of a pipeline (unet, te, te1, te2, te3,
-    lycoris) and leaves the others out.
+    LoRA, DoRA, LoCon, LoHa, LoKr, GLoRA, (IA)3, Diag-OFT, BOFT, full differences, norms. What is
+    added to a norm is an update of its parameters, ``<path>.weight``, ``<path>.bias``. The base is
+    needed, for the names are lossy; ``component`` reads one part of a pipeline (unet, te, te1, te2,
+    te3, lycoris) and leaves the others out.
     """
     if hints.base is None:
         raise AdapterError(

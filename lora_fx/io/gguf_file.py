@@ -158,7 +158,8 @@ class _Header:
             raise AdapterError(f"tensor {name!r:.80}: {axes} axes, expected at most {MAX_DIMS}")
         shape = self._take("Q" * axes)[::-1]
         check_gathered(name, shape)
-        return name, shape, *self._take("IQ")
+        kind, offset = self._take("IQ")
+        return name, shape, kind, offset
 
     @staticmethod
     def _once(name: str, found: dict[str, Any]) -> None:

@@ -12,7 +12,17 @@ import torch
 from lora_fx.adapters.other_updates import Function, WeightUpdate
 from lora_fx.adapters.source_record import SourceRecord
 from lora_fx.adapters.updates import AnyUpdate, Shape, Stacks
-from lora_fx.algebra.matrix_expr import Matrix, constant, diagonal, product, reshaped, transposed
+from lora_fx.algebra.index_expr import reordered
+from lora_fx.algebra.matrix_expr import (
+    Matrix,
+    constant,
+    diagonal,
+    product,
+    reshaped,
+    rows,
+    scaled,
+    transposed,
+)
 from lora_fx.errors import AdapterError
 from lora_fx.kinds.validation import flag, layer_shape, measure, number
 from lora_fx.numerics import widened
@@ -34,8 +44,9 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
 
     Args:
         tensors: oft_R.weight, or oft_embedding_R.weight of a table, (blocks, b (b - 1) / 2), one
-            row if all blocks share it; or oft_blocks (blocks, b, b), and perhaps rescale
-            (out, 1, ...). ``alpha`` is kept. oft_R.scaled_oft, of any value, makes values smaller.
+            row if all blocks share it; or oft_blocks (blocks, b, b), of BOFT with an axis of
+            stages in front, and perhaps rescale (out, 1, ...). ``alpha`` is kept.
+            oft_R.scaled_oft, of any value, makes values smaller.
         settings: ``shape`` of the layer, if known. PEFT's: ``block_share``,
             ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``coft``, ``eps``, by default as
             in its config. LyCORIS': ``constraint``, the file's alpha, by default 0. ``writer``:
@@ -55,6 +66,8 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
     own.pop("alpha", None)
     leaf = next(iter(sorted(own.keys() & MARKS)), "oft_R.weight")
     on_inputs, is_shared, flat = leaf == "oft_R.weight", False, layer
+    if leaf == "oft_blocks" and own[leaf].ndim == 4:
+        return _butterfly(own, layer, SourceRecord(tensors, settings))
     if leaf == "oft_blocks":
         blocks = _of_lycoris(own, settings)
     else:
@@ -74,20 +87,53 @@ def read(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> An
 
 def _of_lycoris(own: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:
     """What multiplies each block of rows: the rotation, turned, and the factors of the rows."""
-    found = tuple(own["oft_blocks"].shape)
-    if len(found) == 4:
-        raise AdapterError(f"oft_blocks is {found}: BOFT is not supported; merge it first")
     expected = {"oft_blocks": ("blocks", "b", "b"), "rescale": ("out", "*ones")}
     sizes = measure(own, {leaf: axes for leaf, axes in expected.items() if leaf in own})
     count, size = sizes["blocks"], sizes["b"]
     limit = number(settings, "constraint", 0.0) * count * size
-    turned, rescale = from_lycoris(own["oft_blocks"], limit).mT, own.get("rescale")
+    turned = from_lycoris(own["oft_blocks"], limit).mT
+    factors = _factors(own, count * size)
+    return turned if factors is None else turned * factors.reshape(count, size, 1)
+
+
+def _factors(own: Mapping[str, torch.Tensor], out: int) -> torch.Tensor | None:
+    """What each row of the weight is multiplied with, if anything."""
+    rescale = own.get("rescale")
     if rescale is None:
-        return turned
-    if len(rescale) != rescale.numel() or len(rescale) != count * size:
-        found = tuple(rescale.shape)
-        raise AdapterError(f"rescale is {found}, expected ({count * size}, 1, ...)")
-    return turned * widened(rescale).reshape(count, size, 1)
+        return None
+    if len(rescale) != rescale.numel() or len(rescale) != out:
+        raise AdapterError(f"rescale is {tuple(rescale.shape)}, expected ({out}, 1, ...)")
+    return widened(rescale).reshape(out, 1)
+
+
+def _butterfly(
+    own: Mapping[str, torch.Tensor], layer: tuple[int, ...] | None, stored: SourceRecord
+) -> WeightUpdate:
+    """LyCORIS' BOFT: one rotation of blocks after the other, of rows that lie further apart.
+
+    Stage i takes the rows two halves of ``2**i * b`` at a time, one of each in turn. Source:
+    ``functional/boft.py`` of LyCORIS 4.1.
+    """
+    axes = {"oft_blocks": ("stages", "blocks", "b", "b"), "rescale": ("out", "*ones")}
+    sizes = measure(own, {leaf: axes[leaf] for leaf in axes if leaf in own})
+    stages, count, size = (sizes[name] for name in ("stages", "blocks", "b"))
+    out, found = count * size, tuple(own["oft_blocks"].shape)
+    if size % 2 or out % (size << min(stages - 1, 40)) or (layer and layer[0] != out):
+        raise AdapterError(f"oft_blocks is {found}, which is no BOFT of a layer {layer or (out,)}")
+    limit = number(stored.settings, "constraint", 0.0) * out
+    turns = from_lycoris(own["oft_blocks"].flatten(0, 1), limit).reshape(found)
+    every, rescale = [diagonal(blocks) for blocks in turns], _factors(own, out)
+    factors = None if rescale is None else constant(rescale)
+
+    def function(weight: Matrix) -> Matrix:
+        for stage, turn in enumerate(every):
+            half = (size << stage) // 2
+            apart = reordered((out // (2 * half), 2, half), (0, 2, 1))
+            back = reordered((out // (2 * half), half, 2), (0, 2, 1))
+            weight = rows(product(turn, rows(weight, apart)), back)
+        return weight if factors is None else scaled(factors, weight)
+
+    return WeightUpdate("oft", function, layer or (out, None), stored, stacks="on any")
 
 
 @dataclass(frozen=True)

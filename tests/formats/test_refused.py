@@ -62,7 +62,7 @@ KOHYA: list[Row] = [
         }.items()
     ],
     ({"lycoris_fc.oft_blocks": (2, 5, 2, 2)}, None, {},
-     r"oft_blocks is \(2, 5, 2, 2\): BOFT is not supported"),
+     r"oft_blocks is \(2, 5, 2, 2\), which is no BOFT of a layer"),
     ({**LORA, "lora_unet_x.alpha": ()}, None, {}, r"half of a pair.*x\.alpha"),
     ({**LORA, f"{START}.alpha": (2,)}, None, {}, r"alpha' is \(2,\), expected one"),
     (kohya(START, (2, 3, 3, 3)), None, {},

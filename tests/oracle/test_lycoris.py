@@ -280,3 +280,37 @@ def test_a_scale_that_changed_is_written(tmp_path: Path) -> None:
     save_adapter(Adapter("a", louder), tmp_path / "b.safetensors", format="kohya", component="unet")
     found = load_adapter(tmp_path / "b.safetensors", base=seeded())
     assert {p: u.scale for p, u in found.updates.items()} == {p: u.scale for p, u in louder.items()}
+
+
+BUTTERFLY: dict[str, dict[str, Any]] = {
+    "plain": {}, "rescaled": {"rescaled": True}, "constrained": {"constraint": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("case", BUTTERFLY)
+def test_a_butterfly_turns_rows_that_lie_further_and_further_apart(
+    case: str, size: int, tmp_path: Path
+) -> None:
+    def seeded() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 16)).eval()
+
+    base, model, x = seeded(), seeded(), torch.randn(5, 3, 4, 4)
+    sizes = {"linear_dim": size, "conv_dim": size, "linear_alpha": 1, "conv_alpha": 1}
+    network = lycoris.create_lycoris(
+        model, 1.0, preset="full", warn_on_unmatched=False, algo="boft", **sizes, **BUTTERFLY[case]
+    )
+    network.apply_to()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    want = model(x).detach()
+    adapter = load_adapter(written(tmp_path / "a.safetensors", network.eval()), base=base)
+    save_adapter(adapter, tmp_path / "b.safetensors", format="kohya", component="lycoris")
+    gm = lora_fx.trace(base, (x,))
+    for path in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
+        injected = lora_fx.inject(gm, load_adapter(path, base=base))
+        assert relative(injected(x), want) <= 1e-6
+        assert relative(lora_fx.fold(injected)(x), want) <= 1e-6
+    assert relative(base(x), want) > 1e-2  # the control
