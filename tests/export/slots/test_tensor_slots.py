@@ -353,3 +353,16 @@ def test_a_grouped_convolution_takes_updates_that_mix_its_groups_and_others(
         wanted = inject(gm, adapter)(x)
         assert relative(torch.from_numpy(found), wanted) <= 1e-5
         assert relative(model(x), wanted) > 1e-2
+
+
+def test_a_grouped_convolution_takes_its_whole_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1)), torch.randn(2, 4, 5, 5)
+    gm = trace(model.eval().requires_grad_(False), (x,))
+    to_onnx(gm, tmp_path / "m.onnx", adapters="input", slots={"0": "weight"})
+    adapter = Adapter("a", {"0": update_of("lokr", LayerShape((6, 2, 3, 3), 2))})
+    export_adapter(adapter, tmp_path / "m.onnx", tmp_path / "a")
+    (found,) = Session(tmp_path / "m.onnx").run({"input": x}, tmp_path / "a").values()
+    wanted = inject(gm, adapter)(x)
+    assert relative(torch.from_numpy(found), wanted) <= 1e-5
+    assert relative(model(x), wanted) > 1e-2
