@@ -42,9 +42,19 @@ def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
 
 
 def array_to_torch(array: np.ndarray[Any, Any], dtype: ir.DataType) -> torch.Tensor:
-    """The values of a tensor of an ONNX model, or some of them, bit for bit: a copy."""
-    if dtype is ir.DataType.BFLOAT16:
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    """The values of a tensor of an ONNX model, or some of them, bit for bit: a copy.
+
+    Those of less than a byte are wider ones, and texts are their bytes.
+    """
+    if dtype is ir.DataType.STRING:
+        words = [word if isinstance(word, bytes) else str(word).encode() for word in array.flat]
+        return torch.tensor([*b"\0".join(words)], dtype=torch.uint8)
+    if dtype.bitwidth < 8:  # torch computes with no such numbers
+        array = array.astype(np.float32 if dtype.is_floating_point() else np.int8)
+    name = "bfloat16" if dtype is ir.DataType.BFLOAT16 else array.dtype.name
+    if name.startswith(("bfloat", "float8")):  # numpy's are not torch's
+        bits = torch.from_numpy(np.array(array).view(f"i{array.itemsize}"))
+        return bits.view(getattr(torch, name))
     return torch.from_numpy(np.array(array))
 
 

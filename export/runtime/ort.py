@@ -152,7 +152,7 @@ def failures_told(*more: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (*ERRORS, *more) as error:
+    except (*ERRORS, UnicodeDecodeError, *more) as error:  # which words of a model's may be none of
         said = NO_MEMORY if is_out_of_memory(error) else reason(error)
         raise ExportError(f"onnxruntime: {said}") from error
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from typing import Any, get_type_hints
 
@@ -56,7 +56,7 @@ class Manifest:
     slots: tuple[AnySlot, ...]
     required: bool = False
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The graph inputs of all slots."""
         return [name for slot in self.slots for name in slot.names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _READ = {
     "Conv": (1, 0), "Gather": (0, 1), "GatherBlockQuantized": (0, 1), "GatherElements": (0, 1),
     "If": (0, 0),
 }  # fmt: skip
+_MOST_MADE = 1 << 28  # numbers of one input
 _CASES = 2  # that run are enough, of each way that a flag chooses
 _SIDES = (224, 384, 336, 448, 512, 518)  # that encoders of images have positions for
 _SUM = re.compile(r"\s*\+\s*")
@@ -159,6 +161,11 @@ def _values(
         raise ExportError(
             f"input {value.name!r} is {value.type}, which nothing is made up for; give it as "
             "inputs="
+        )
+    if math.prod(shape) > _MOST_MADE:
+        raise ExportError(
+            f"input {value.name!r} of {shape} is more than is made up; give it as inputs=, or "
+            "leave sizes open in the file"
         )
     random, dtype = np.random.default_rng(len(value.name)), np.dtype(NUMPY[value.type])
     if dtype.kind == "f":

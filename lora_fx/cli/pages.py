@@ -36,6 +36,8 @@ def read_report(path: Path) -> ExportReport | Parts:
     file = path / REPORT if check_path(path, ExportError).is_dir() else path
     if not file.is_file():
         raise ExportError(f"{file}: no such file: give a directory that lora-fx export wrote")
+    if file.suffix != Path(REPORT).suffix:
+        raise ExportError(f"{file}: is no {REPORT}: give a directory that lora-fx export wrote")
     values = read_json(file, ExportError)
     with within(file):
         if not isinstance(values, dict) or not {"parts", "checks"} & values.keys():

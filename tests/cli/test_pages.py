@@ -179,3 +179,9 @@ def test_files_are_compared_and_two_sorts_refused(
     assert "expected two of the same sort" in capsys.readouterr().err
     assert call("diff", merged, home / "nowhere.onnx") == 2
     assert "nowhere.onnx: no such file" in capsys.readouterr().err
+
+
+def test_who_gives_the_model_is_told_to_give_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x95")
+    with pytest.raises(ExportError, match=r"is no report\.json: give a directory that lora-fx"):
+        make_page(tmp_path / "model.onnx", None, False)

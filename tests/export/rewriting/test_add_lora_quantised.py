@@ -164,3 +164,35 @@ def of_node(base: Path, place: int, rows: torch.Tensor) -> torch.Tensor:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(part.SerializeToString(), options)
     return torch.from_numpy(session.run(None, {node.input[0]: rows.numpy()})[0])
+
+
+def casting(kind: int, batch: int | str, path: Path) -> Path:
+    """``x @ Cast(W)``, with W in a type of less than a byte or two."""
+    make = onnx.helper
+    x, y = (make.make_tensor_value_info(n, 1, [batch, size]) for n, size in (("x", 6), ("y", 4)))
+    nodes = [
+        make.make_node("Cast", ["fc.weight"], ["w"], to=1),
+        make.make_node("MatMul", ["x", "w"], ["y"], name="/fc/MatMul"),
+    ]
+    weight = make.make_tensor("fc.weight", kind, [6, 4], [n % 3 for n in range(24)])
+    graph = make.make_graph(nodes, "g", [x], [y], initializer=[weight])
+    onnx.save(
+        make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10), path
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "FLOAT8E4M3FN", "FLOAT8E5M2"])
+def test_a_weight_of_any_type_that_is_cast_takes_a_slot(kind: str, tmp_path: Path) -> None:
+    path = casting(onnx.TensorProto.DataType.Value(kind), "b", tmp_path / "model.onnx")
+    assert add_lora(path, tmp_path / "slots.onnx").verified
+    adapter = make_adapter({"fc": (4, 6)})
+    with pytest.raises(ExportError, match=f"stored as {kind}, which rounds what is added"):
+        merge_onnx(tmp_path / "slots.onnx", adapter, tmp_path / "merged.onnx")
+
+
+@pytest.mark.parametrize("size", [1 << 27, (1 << 63) - 1])
+def test_inputs_that_memory_cannot_hold_are_asked_for(size: int, tmp_path: Path) -> None:
+    path = casting(onnx.TensorProto.INT4, size, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=rf"'x' of \[{size}, 6\] is more .*give it as inputs="):
+        add_lora(path, tmp_path / "slots.onnx")

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import nn
 
@@ -82,3 +84,20 @@ def test_a_model_that_memory_is_too_small_for_says_so(
     monkeypatch.setattr(ort, "InferenceSession", full)
     with pytest.raises(ExportError, match=r"model\.onnx: there is not enough memory: free some"):
         open_session(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("word", "fails"), [(b"\xff", True), (b"a", False)])
+def test_words_that_are_no_text_are_told(word: bytes, fails: bool, tmp_path: Path) -> None:
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.STRING, [1])
+    words = helper.make_tensor("w", onnx.TensorProto.STRING, [1], [word])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["y"])], "g", [], [y], initializer=[words]
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    if fails:
+        with pytest.raises(ExportError, match="onnxruntime: 'utf-8' codec can't decode"):
+            call(session, {})
+    else:
+        assert call(session, {})["y"].tolist() == ["a"]
