@@ -247,7 +247,8 @@ def save_adapter(
         )
     if not adapter.updates:
         raise AdapterError(f"{path}: the adapter {adapter.name} has no update to write: train one")
-    with memory_told(path, AdapterError), advised("write another format"):
+    advice = "write another format, or convert it to plain LoRA first (to_lora, --to-lora)"
+    with memory_told(path, AdapterError), advised(advice):
         chosen.write(adapter, Path(path), Hints(**hints), force)
 
 

@@ -134,7 +134,7 @@ def check_held(adapter: Adapter, form: str, replaced: Iterable[str], problem: Pr
         if names:
             raise AdapterError(
                 f"{form} cannot hold {what}: {shorten(names)}; "
-                "write a PEFT directory, or leave them out"
+                "write a PEFT directory or plain LoRA (to_lora, --to-lora), or leave them out"
             )
 
 
