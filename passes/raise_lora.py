@@ -169,13 +169,14 @@ def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:
     """Whether all calls of a layer get the same update, since they share its weight."""
     first, *others = [raised.update for raised in found]
     same = all(
-        torch.equal(first.down, other.down)
-        and torch.equal(first.up, other.up)
-        and (first.bias is None) == (other.bias is None)
-        and (first.bias is None or other.bias is None or torch.equal(first.bias, other.bias))
-        for other in others
+        torch.equal(first.down, other.down) and torch.equal(first.up, other.up) for other in others
     )
+    same = same and all(_is_same(first.bias, other.bias) for other in others)
     return same and calls <= {raised.region.layer for raised in found}
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _strip(editor: Editor, region: Region, base: BaseWeight) -> None:
