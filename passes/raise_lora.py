@@ -171,7 +171,12 @@ def _is_everywhere(calls: Set[fx.Node], found: Sequence[_Raised]) -> bool:
     same = all(
         torch.equal(first.down, other.down) and torch.equal(first.up, other.up) for other in others
     )
+    same = same and all(_is_same(first.bias, other.bias) for other in others)
     return same and calls <= {raised.region.layer for raised in found}
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _strip(editor: Editor, region: Region, base: BaseWeight) -> None:

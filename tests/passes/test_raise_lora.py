@@ -20,7 +20,7 @@ from lora_fx import Adapter, Update, adapter_from, fold, inject, text, trace
 from lora_fx.injection.branches import branches
 from lora_fx.layers.sites import sites
 from lora_fx.passes import RaiseLora
-from lora_fx.testing import Computes, Notebook, check_pass, make_adapter, update_of
+from lora_fx.testing import Computes, Notebook, check_pass, make_adapter, relative, update_of
 
 BRANCH = """\
 x = input()
@@ -453,3 +453,20 @@ def test_a_branch_whose_sum_is_read_twice_is_not_raised_again(x: Any) -> None:
     assert {branch.name for branch in branches(raised.graph_module)} == {"french"}
     assert torch.equal(raised.graph_module(x), tuned(x))
     assert lora_fx.compare(tuned(x), gm(x)).relative > 1e-2
+
+
+@pytest.mark.parametrize("shifts", [(1, 1), (1, 2), (0, 1), (1, 0)])
+def test_calls_that_add_other_biases_stay(shifts: tuple[int, int]) -> None:
+    fc, x = nn.Linear(4, 4, bias=all(shifts)), torch.randn(3, 4)
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        for shift in shifts:
+            x = torch.tanh(m.fc(x) + shift if shift else m.fc(x))
+        return x
+
+    gm = trace(Computes(run, fc=fc).eval(), (x,))
+    tuned = inject(gm, make_adapter({"fc": (4, 4)}))
+    result = RaiseLora()(tuned)
+    assert any("updated differently" in e.text for e in result.edits) is (shifts[0] != shifts[1])
+    assert relative(result.graph_module(x), tuned(x)) <= 1e-6
+    assert relative(gm(x), tuned(x)) > 1e-2
