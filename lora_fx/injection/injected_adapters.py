@@ -234,6 +234,13 @@ def held_by(update: AnyUpdate) -> list[object]:
     return [*stored] or [*update.tensors()]
 
 
+def folded_paths(gm: fx.GraphModule, name: str) -> list[str]:
+    """Where an adapter was put into a graph that has its constants no more."""
+    bound = {p: b for r in injected(gm) if r.adapter.name == name for p, b in r.bound.items()}
+    known = targets(gm.graph).keys()
+    return [p for p, several in bound.items() if any({*b.names.values()} - known for b in several)]
+
+
 def value_part(place: int) -> str:
     """What the n-th value of a weight that is made anew is called among the parts."""
     return f"{_VALUE} {place}"

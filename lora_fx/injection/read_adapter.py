@@ -17,6 +17,7 @@ from lora_fx.graph.example import first_names
 from lora_fx.graph.graph_module import attribute
 from lora_fx.injection.branch_tensors import BranchTensors, update_of
 from lora_fx.injection.branches import Branch, branches_of
+from lora_fx.injection.injected_adapters import folded_paths
 from lora_fx.injection.invocation_mask import tokens_of
 from lora_fx.layers.adapter_tensors import parametrized_weights
 from lora_fx.layers.sites import Site, sites
@@ -34,7 +35,8 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
         name: which adapter; may be left out when there is one.
 
     Raises:
-        AdapterError: there is no such adapter, several and no name, or one that made weights anew.
+        AdapterError: there is no such adapter, several and no name, one that made weights anew, or
+            one of which some branches are folded.
     """
     found = [(site, branch) for site in sites(gm) for branch in branches_of(site)]
     made = [(each.adapter, str(each.stored.target)) for each in parametrized_weights(gm.graph)]
@@ -49,6 +51,11 @@ def adapter_from(gm: fx.GraphModule, name: str | None = None) -> Adapter:
         raise AdapterError(
             f"adapter {chosen!r} made {shorten(dense)} anew, by a function that a graph does not "
             "name; keep the Adapter that was injected"
+        )
+    if hidden := folded_paths(gm, chosen):
+        raise AdapterError(
+            f"adapter {chosen!r}: its branches at {shorten(hidden)} are folded, or in another "
+            "form, and would be missing: unfold the graph, or read it before that"
         )
     mine = [(site, branch) for site, branch in found if branch.name == chosen]
     paths = first_names(gm, [site.path for site, _ in mine])

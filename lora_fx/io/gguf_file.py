@@ -174,7 +174,7 @@ def _size(shape: tuple[int, ...], kind: int) -> int:
     if kind != _Q8_0 or not shape or shape[-1] % _BLOCK:
         raise AdapterError(
             f"{shape} of type {kind}, expected F32, F16, BF16, or Q8_0 with rows of whole blocks: "
-            "convert it again, with --outtype f32"
+            "convert it again, to F32"
         )
     return math.prod(shape) // _BLOCK * (_BLOCK + 2)
 

@@ -237,16 +237,16 @@ layers.#
 token_embd | tok_embeddings = embed_tokens
 output = lm_head
 """
-# Models of transformers, and behind = llama.cpp's architecture if that has another name: first
+# Models of transformers, and behind : llama.cpp's architecture if that has another name: first
 # those of which its converter turns the rows of heads as Meta has them, then those whose matrices
 # it leaves as they are. Source: ``conversion/`` of llama.cpp, which was run on each.
 _TURNED, _KEPT = (
-    {word.partition("=")[0]: word.rpartition("=")[2] for word in words.split()}
+    {word.partition(":")[0]: word.rpartition(":")[2] for word in words.split()}
     for words in (
-        "llama mistral=llama mixtral=llama granite granitemoe olmo smollm3 arcee",
-        """qwen2 qwen3 qwen2_moe=qwen2moe qwen3_moe=qwen3moe gemma gemma2 gemma3_text=gemma3 phi3
-        phi=phi2 olmo2 olmo3=olmo2 olmoe starcoder2 stablelm cohere=command-r cohere2 glm4 nemotron
-        glm=chatglm exaone4 ernie4_5 hunyuan_v1_dense=hunyuan-dense seed_oss apertus lfm2""",
+        "llama mistral:llama mixtral:llama granite granitemoe olmo smollm3 arcee",
+        """qwen2 qwen3 qwen2_moe:qwen2moe qwen3_moe:qwen3moe gemma gemma2 gemma3_text:gemma3 phi3
+        phi:phi2 olmo2 olmo3:olmo2 olmoe starcoder2 stablelm cohere:command-r cohere2 glm4 nemotron
+        glm:chatglm exaone4 ernie4_5 hunyuan_v1_dense:hunyuan-dense seed_oss apertus lfm2""",
     )
 )
 # Of the UNet that Stability's sgm has: diffusers' names of a resnet's layers.

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx import Adapter, LoraConfig, PassError, Update, fold, inject, text, trace, unfold
+from lora_fx import (
+    Adapter,
+    AdapterError,
+    LoraConfig,
+    PassError,
+    Update,
+    adapter_from,
+    fold,
+    inject,
+    text,
+    trace,
+    unfold,
+)
 from lora_fx.branch_lowering.selection import FACTORED, Form
 from lora_fx.graph.graph_module import targets
 from lora_fx.graph.lazy_tensor import get_unevaluated
@@ -75,6 +87,15 @@ class Siblings(nn.Module):
         return self.part(x)
 
 
+class Together(nn.Module):
+    def __init__(self, ragged: nn.Module, siblings: nn.Module) -> None:
+        super().__init__()
+        self.ragged, self.siblings = ragged, siblings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.siblings(x), self.ragged(x)], -1)
+
+
 @pytest.fixture
 def siblings(x: torch.Tensor) -> Any:
     torch.manual_seed(0)
@@ -122,6 +143,24 @@ def test_every_form_folds_to_the_base(form: Form, share: bool, siblings: Any, x:
     folded = folds_to(chosen, base)
     assert relative(folded(x), fold(injected)(x)) <= 1e-6
     assert relative(folded(x), base(x)) > 1e-2
+
+
+def test_an_adapter_whose_branches_went_into_layers_in_part_is_read_unfolded(
+    ragged: Any, x: Any
+) -> None:
+    """What stands beside its layer still would be taken for all of it."""
+    base = trace(Together(ragged, Siblings()).eval(), (x,))
+    shapes = {"siblings.part.query": (5, 3), "siblings.part.key": (5, 3), "ragged.narrow": (7, 5)}
+    injected = inject(base, make_adapter(shapes))
+    chosen = ChooseForm(form=Form("factored"))(injected).graph_module
+    assert [branch.path for branch in branches(chosen)] == ["ragged.narrow"]
+    with pytest.raises(AdapterError, match=r"part\.query, \S+key are folded"):
+        adapter_from(chosen)
+    for whole in (injected, unfold(chosen)):
+        assert relative(inject(base, adapter_from(whole))(x), injected(x)) == 0
+    left = StripLora("french")(injected).graph_module
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        adapter_from(left)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
