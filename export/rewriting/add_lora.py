@@ -147,9 +147,10 @@ def _open(
     _refuse_missed(every, chosen, names)
     for value in [v for v in model.graph.inputs if v.is_initializer()]:
         model.graph.inputs.remove(value)  # a constant, where nobody overrides it
-    manifest = Manifest(tuple(slot_of(path, calls[0]) for path, calls in chosen.items()), required)
+    found = [slot_of(path, calls[0]) for path, calls in chosen.items()]
+    manifest = Manifest(tuple(found), required)
     _refuse_taken(model, manifest.names)
-    for slot, calls in zip(manifest.slots, chosen.values(), strict=True):
+    for slot, calls in zip(found, chosen.values(), strict=True):
         insert_slot(model, slot, calls)
     set_defaults(model, manifest.slots, required)
     model.metadata_props[KEY] = manifest.to_json()

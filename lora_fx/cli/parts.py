@@ -197,7 +197,7 @@ def _among(adapters: Sequence[Adapter], graphs: Sequence[fx.GraphModule]) -> lis
 def _lost(bindings: Sequence[Binding], adapter: Adapter, layers: Sequence[BaseLayers]) -> set[str]:
     """What of an adapter none of the graphs takes, and what it should have for them and lacks."""
     lost = set.intersection(*({*binding.refused} for binding in bindings))
-    wanted = {p for known in layers for p in targeted(adapter.expects, known)}
+    wanted = {p for known in layers for p in targeted(adapter.expects, known) or ()}
     return lost | (wanted - {path for binding in bindings for path in binding.updates})
 
 

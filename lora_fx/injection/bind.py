@@ -98,20 +98,20 @@ def _settled(layers: BaseLayers, adapter: Adapter) -> Adapter:
     return settled(adapter, layers, known, furthest=MOVED)
 
 
-def targeted(rule: TargetRule | None, layers: BaseLayers) -> list[str]:
-    """The layers that a file says it adapts, if it says so.
+def targeted(rule: TargetRule | None, layers: BaseLayers) -> list[str] | None:
+    """The layers that a file says it adapts; None if it does not say, or not at once.
 
     It has tensors too, which say the same: a regex that cannot be run costs a check, no more.
     """
     try:
-        return [] if rule is None else meant_by(rule, layers)
+        return None if rule is None else meant_by(rule, layers)
     except SlowRegexError as error:
         warnings.warn(
             f"{error}. Whether the adapter lacks layers that it targets was not checked",
             AdapterWarning,
             stacklevel=4,
         )
-        return []
+        return None
 
 
 def meant_by(rule: TargetRule, layers: BaseLayers) -> list[str]:

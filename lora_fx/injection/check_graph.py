@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapters.adapter import WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
+from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.editor import SCALED
 from lora_fx.graph.example import example_of
@@ -68,7 +69,15 @@ def check_binding(
     if left and strict:
         raise AdapterError(_unmatched(gm, adapter.name, left, list(groups)))
     present = {*binding.updates, *(name.removesuffix(".weight") for name in binding.replaced)}
-    missing = [path for path in targeted(adapter.expects, layers) if path not in present]
+    wanted = targeted(adapter.expects, layers)
+    own = [path for path in adapter.updates if path in layers and not layers.is_bare(path)]
+    if strict and wanted == [] and own and (named := _named_in(adapter.expects)):
+        raise AdapterError(
+            f"adapter {adapter.name}: its config targets {named}, no layer of the graph, and its "
+            f"file has tensors for {shorten(own)}. Correct target_modules, or pass strict=False to "
+            "take the file as it is"
+        )
+    missing = [path for path in wanted or () if path not in present]
     if missing and strict:
         raise AdapterError(
             f"adapter {adapter.name}: its config targets layers that its file has no tensors for: "
@@ -77,6 +86,11 @@ def check_binding(
         )
     absent = dict.fromkeys(missing, "targeted by the config, absent from the file")
     return dict(binding.refused) | nothing | absent
+
+
+def _named_in(rule: TargetRule | None) -> str:
+    names = () if rule is None else rule.target_modules
+    return names if isinstance(names, str) else shorten(list(names))
 
 
 def fresh_targets(

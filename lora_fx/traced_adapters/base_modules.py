@@ -27,7 +27,7 @@ def adapted(config: TracedConfig, base: BaseLayers) -> dict[str, nn.Module]:
     Raises:
         AdapterError: there are none, or what is adapted is no module that is known here.
     """
-    wanted = set(targeted(config.rule, base))
+    wanted = set(targeted(config.rule, base) or ())
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for path, module in _modules(base):

@@ -162,6 +162,7 @@ def fits() -> Iterator[Case]:
     other = {k.replace("fc", "elsewhere"): v for k, v in tensors().items()}
     named = {**CONFIG, "target_modules": ["elsewhere"]}
     yield case(32, "a target of nothing", adapter(named, other), "match nothing.*elsewhere")
+    yield case(32, "targets of another model", adapter(named, tensors()), "targets elsewhere.*fc")
     yield case(37, "a layer that is not there", adapter(named, other), "elsewhere")
     yield Case(37, "a key of no layer", "load", adapter(CONFIG, tensors() | {"x": torch.ones(2)}),
                WEIGHTS, r"\bx\b")  # fmt: skip
