@@ -194,7 +194,8 @@ def test_a_slot_of_a_layer_that_is_called_without_its_bias_too_takes_one(tmp_pat
     x = torch.randn(4, 3)
     gm = trace(nn.Sequential(Twice(3, 5)).eval(), (x,))
     update = Update(random(0, 2, 3), random(1, 5, 2), 1.0, bias=random(2, 5))
-    tuned, path = inject(gm, Adapter("a", {"0": update})), tmp_path / "m.onnx"
+    with pytest.warns(lora_fx.AdapterWarning, match="Twice does more than to multiply"):
+        tuned, path = inject(gm, Adapter("a", {"0": update})), tmp_path / "m.onnx"
     lora_fx.to_onnx(tuned, path, adapters="input")
     lora_fx.export_adapter(lora_fx.adapter_from(tuned), path, tmp_path / "a.onnx_adapter")
     (found,) = lora_fx.Session(path).run({"input": x}, tmp_path / "a.onnx_adapter").values()
