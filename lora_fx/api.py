@@ -30,9 +30,12 @@ def inject(
     Raises:
         AdapterError: the adapter does not fit; names what does not.
     """
+    from lora_fx.injection.own_forwards import tell_own_forwards
     from lora_fx.passes import InjectLora
 
-    return InjectLora(adapter, strict=strict)(gm).graph_module
+    tuned = InjectLora(adapter, strict=strict)(gm).graph_module
+    tell_own_forwards(gm, tuned)
+    return tuned
 
 
 def fold(gm: fx.GraphModule, *, chains: bool = False) -> fx.GraphModule:

@@ -24,7 +24,6 @@ from lora_fx.injection.check_graph import check_binding, fresh_targets
 from lora_fx.injection.emit_branch import add_branch, inject_update
 from lora_fx.injection.injected_adapters import Held, note_binding, note_fresh
 from lora_fx.injection.invocation_mask import Masks
-from lora_fx.injection.own_forwards import tell_own_forwards
 from lora_fx.injection.parametrize import FOLD_FIRST, base_weight, check_stacks, parametrize
 from lora_fx.injection.whole_tensors import exchange
 from lora_fx.layers.adapter_tensors import adapters_of, behind, parameter_names, value_names
@@ -92,7 +91,6 @@ def _inject_adapter(editor: Editor, adapter: Adapter, strict: bool) -> None:
     skipped = check_binding(editor.gm, binding, layers, groups, beside, strict)
     for path, reason in skipped.items():
         editor.record("skip", path, reason)
-    tell_own_forwards(editor.gm, binding, groups)
     before = _replace(editor, binding.replaced, adapter.name)
     if before:
         groups = by_path(editor.gm)

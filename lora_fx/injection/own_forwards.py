@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,49 +13,52 @@ from torch import fx, nn
 
 from lora_fx.errors import AdapterWarning
 from lora_fx.graph.example import Example, example_of
-from lora_fx.graph.ops import CASTS, asks_sizes, holder_path, module_path, op_name, reached
+from lora_fx.graph.ops import CASTS, asks_sizes, module_path, op_name, reached
 from lora_fx.graph.traced_module import TracedModule
-from lora_fx.injection.bind import Binding
+from lora_fx.injection.injected_adapters import Injected, injected
 from lora_fx.layers.layer import Layer, layer_of
-from lora_fx.layers.sites import Site
+from lora_fx.layers.sites import sites
 from lora_fx.numerics import compare
 
 _OF_NO_NUMBER = CASTS | {"view", "reshape"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "forward")
 
 
-def tell_own_forwards(
-    gm: fx.GraphModule, binding: Binding, groups: Mapping[str, Sequence[Site]]
-) -> None:
+def tell_own_forwards(gm: fx.GraphModule, tuned: fx.GraphModule) -> None:
     """Warns of layers where PEFT's forward is not what the layer gives with W' in place of W.
 
     PEFT adds ``B A x`` to what the module gives, x as the module was called with it. That is the
     same where all that the module does is to multiply, to cast and to add; what else its forward or
     a hook does is run once with the example inputs, beside the product alone. PEFT's merge is W'.
+
+    Args:
+        gm: the graph before adapters were put into it.
+        tuned: the one with them.
     """
-    example = example_of(gm)
+    example, known = example_of(gm), {*injected(gm)}
     if example is None or example.model is None:
         return
-    holders = {
-        path: holder_path(groups[path][0].node) for path in binding.updates if path in groups
-    }
-    layers = dict(_with_own_forward(example.model, holders.values()))
-    more = _more(gm, layers, groups) if layers else {}
-    wanted = {path: holder for path, holder in holders.items() if holder in more}
-    if not wanted:
-        return
-    added = {holder: binding.updates[path].is_added for path, holder in wanted.items()}
-    apart = _apart(example, layers, added)
-    for path, holder in wanted.items():
-        if holder in apart:
-            warnings.warn(
-                f"adapter {binding.adapter.name}, {path}: {apart[holder]} does more than to "
-                f"multiply with its weight ({more[holder]}). Here it does that with W', as after "
-                "PEFT's merge. PEFT's own forward adds B A x to what it gives, with other numbers: "
-                "if those were trained, trace the model as PEFT wraps it, and fold that",
-                AdapterWarning,
-                stacklevel=2,
-            )
+    for record in injected(tuned):
+        if record not in known and not record.fresh:
+            _tell(gm, example, example.model, record)
+
+
+def _tell(gm: fx.GraphModule, example: Example, model: TracedModule, record: Injected) -> None:
+    adapter = record.adapter
+    bound = ((bound.layer, path) for path, several in record.bound.items() for bound in several)
+    updates = {layer.path: adapter.updates[path] for layer, path in bound if layer is not None}
+    layers = dict(_with_own_forward(model, updates))
+    more = _more(gm, layers) if layers else {}
+    apart = _apart(example, layers, {path: updates[path].is_added for path in more}) if more else {}
+    for path, kind in apart.items():
+        warnings.warn(
+            f"adapter {adapter.name}, {path}: {kind} does more than to multiply with its weight "
+            f"({more[path]}). Here it does that with W', as after PEFT's merge. PEFT's own forward "
+            "adds B A x to what it gives, with other numbers: if those were trained, trace the "
+            "model as PEFT wraps it, and fold that",
+            AdapterWarning,
+            stacklevel=4,
+        )
 
 
 def _with_own_forward(model: TracedModule, paths: Iterable[str]) -> Iterator[tuple[str, Layer]]:
@@ -76,11 +79,9 @@ def _is_plain(cls: Any, layer: Layer) -> bool:
     return cls in layer.type.classes or cls.__module__ == "transformers.pytorch_utils"
 
 
-def _more(
-    gm: fx.GraphModule, paths: Collection[str], groups: Mapping[str, Sequence[Site]]
-) -> dict[str, str]:
+def _more(gm: fx.GraphModule, paths: Collection[str]) -> dict[str, str]:
     """Of the modules at these paths those that call more than a layer, and what."""
-    layers = {site.node for calls in groups.values() for site in calls}
+    layers = {site.node for site in sites(gm)}
     found: dict[str, str] = {}
     for node in reached(gm.graph):
         is_call = node.op.startswith("call") and node not in layers and not asks_sizes(node)
