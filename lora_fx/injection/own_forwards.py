@@ -65,12 +65,15 @@ def _with_own_forward(model: TracedModule, paths: Iterable[str]) -> Iterator[tup
     """Of the modules at these paths the layers that have a forward of their own, or hooks."""
     for path in paths:
         module = model.modules.get(path)
-        layer = None if module is None else layer_of(module, path)
-        if module is None or layer is None or not layer.is_matrix:
+        hooked = module is not None and any(module.__dict__.get(name) for name in _HOOKS)
+        if module is None or (type(module).__module__.startswith("torch.nn") and not hooked):
+            continue
+        layer = layer_of(module, path)
+        if layer is None or not layer.is_matrix:
             continue
         classes: Iterable[Any] = type(module).__mro__
         known = [cls.forward for cls in classes if _is_plain(cls, layer)]
-        if type(module).forward not in known or any(module.__dict__.get(name) for name in _HOOKS):
+        if hooked or type(module).forward not in known:
             yield path, layer
 
 
