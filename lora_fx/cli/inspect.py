@@ -15,6 +15,7 @@ from lora_fx.cli.commands import REPORT
 from lora_fx.errors import LoraFxError, within
 from lora_fx.formats.peft import CONFIG
 from lora_fx.io.adapter_files import is_slot_tensors
+from lora_fx.io.gguf_file import is_gguf
 from lora_fx.io.plain_file import check_path, check_plain, models_in
 from lora_fx.io.state_dict import SAFETENSORS, is_pickle
 
@@ -41,11 +42,11 @@ def describe(path: Path, given: AdapterOptions | None = None) -> dict[str, Any]:
         return _model(path)
     if path.suffix == ".onnx_adapter" or is_slot_tensors(path):
         return _adapter_file(path)
-    if path.is_dir() or is_pickle(path) or path.suffix == SAFETENSORS:
+    if path.is_dir() or is_pickle(path) or path.suffix == SAFETENSORS or is_gguf(path):
         return _adapter(path, (given or AdapterOptions()).load(path))
     raise LoraFxError(
-        f"{path}: expected an adapter (a directory, a {SAFETENSORS} file or a pickle), a .onnx or "
-        "a .onnx_adapter file"
+        f"{path}: expected an adapter (a directory, a {SAFETENSORS} or .gguf file or a pickle), a "
+        ".onnx or a .onnx_adapter file"
     )
 
 

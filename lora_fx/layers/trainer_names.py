@@ -281,6 +281,11 @@ def is_turned(base: BaseLayers, architecture: str | None) -> bool:
     """
     kind = getattr(base.config, "model_type", None)
     known = _TURNED | _KEPT
+    if kind is None:
+        raise AdapterError(
+            "has llama.cpp's names, and rows in its order; pass base=, the model of transformers "
+            "that it is for"
+        )
     if kind not in known or known[kind] != architecture:
         raise AdapterError(
             f"is of llama.cpp's architecture {architecture!r}, the base is a {kind!r}: how they "

@@ -157,7 +157,7 @@ def test_tokens_make_it_an_alora(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "said", "kind", "message"),
     [
-        (PAIR, {}, None, "architecture 'llama', the base is a None: .*pass base="),
+        (PAIR, {}, None, "has llama.cpp's names, .*pass base="),
         (PAIR, {}, "Qwen2", "architecture 'llama', the base is a 'qwen2'"),
         (PAIR, {"general_architecture": "gpt2"}, "Llama", "architecture 'gpt2'"),
         (PAIR, {"general_type": "model"}, "Llama", r"types \('model', 'lora'\)"),
