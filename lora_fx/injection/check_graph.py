@@ -10,9 +10,8 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapters.adapter import WeightUpdate
+from lora_fx.adapters.adapter import Adapter, WeightUpdate
 from lora_fx.adapters.lora_config import LoraConfig
-from lora_fx.adapters.target_rule import TargetRule
 from lora_fx.errors import AdapterError, AdapterWarning, shorten, within
 from lora_fx.graph.editor import SCALED
 from lora_fx.graph.example import example_of
@@ -70,13 +69,8 @@ def check_binding(
         raise AdapterError(_unmatched(gm, adapter.name, left, list(groups)))
     present = {*binding.updates, *(name.removesuffix(".weight") for name in binding.replaced)}
     wanted = targeted(adapter.expects, layers)
-    own = [path for path in adapter.updates if path in layers and not layers.is_bare(path)]
-    if strict and wanted == [] and own and (named := _named_in(adapter.expects)):
-        raise AdapterError(
-            f"adapter {adapter.name}: its config targets {named}, no layer of the graph, and its "
-            f"file has tensors for {shorten(own)}. Correct target_modules, or pass strict=False to "
-            "take the file as it is"
-        )
+    if strict and wanted == []:
+        _check_targets(adapter, layers)
     missing = [path for path in wanted or () if path not in present]
     if missing and strict:
         raise AdapterError(
@@ -88,9 +82,17 @@ def check_binding(
     return dict(binding.refused) | nothing | absent
 
 
-def _named_in(rule: TargetRule | None) -> str:
-    names = () if rule is None else rule.target_modules
-    return names if isinstance(names, str) else shorten(list(names))
+def _check_targets(adapter: Adapter, layers: BaseLayers) -> None:
+    """Refuses tensors for layers of a graph under a config that names none of its layers."""
+    names = () if adapter.expects is None else adapter.expects.target_modules
+    own = [path for path in adapter.updates if path in layers and not layers.is_bare(path)]
+    if names and own:
+        named = names if isinstance(names, str) else shorten(list(names))
+        raise AdapterError(
+            f"adapter {adapter.name}: its config targets {named}, no layer of the graph, and its "
+            f"file has tensors for {shorten(own)}. Correct target_modules, or pass strict=False to "
+            "take the file as it is"
+        )
 
 
 def fresh_targets(

@@ -13,10 +13,11 @@ from torch import fx, nn
 
 from lora_fx.errors import AdapterWarning
 from lora_fx.graph.example import Example, example_of
+from lora_fx.graph.graph_module import shallow_clone
 from lora_fx.graph.ops import CASTS, asks_sizes, module_path, op_name, reached
 from lora_fx.graph.traced_module import TracedModule
 from lora_fx.injection.injected_adapters import Injected, injected
-from lora_fx.layers.layer import Layer, layer_of
+from lora_fx.layers.layer import Layer, is_conv1d, layer_of
 from lora_fx.layers.sites import sites
 from lora_fx.numerics import compare
 
@@ -49,7 +50,8 @@ def _tell(gm: fx.GraphModule, example: Example, model: TracedModule, record: Inj
     updates = {layer.path: adapter.updates[path] for layer, path in bound if layer is not None}
     layers = dict(_with_own_forward(model, updates))
     more = _more(gm, layers) if layers else {}
-    apart = _apart(example, layers, {path: updates[path].is_added for path in more}) if more else {}
+    added = {path: updates[path].is_added for path in more}
+    apart = _apart(example, model, layers, added) if more else {}
     for path, kind in apart.items():
         warnings.warn(
             f"adapter {adapter.name}, {path}: {kind} does more than to multiply with its weight "
@@ -72,14 +74,9 @@ def _with_own_forward(model: TracedModule, paths: Iterable[str]) -> Iterator[tup
         if layer is None or not layer.is_matrix:
             continue
         classes: Iterable[Any] = type(module).__mro__
-        known = [cls.forward for cls in classes if _is_plain(cls, layer)]
+        known = [c.forward for c in classes if c in layer.type.classes or is_conv1d(c)]
         if hooked or type(module).forward not in known:
             yield path, layer
-
-
-def _is_plain(cls: Any, layer: Layer) -> bool:
-    """Whether a class multiplies and does no more: torch's, and transformers' Conv1D."""
-    return cls in layer.type.classes or cls.__module__ == "transformers.pytorch_utils"
 
 
 def _more(gm: fx.GraphModule, paths: Collection[str]) -> dict[str, str]:
@@ -103,14 +100,12 @@ def _starts(path: str) -> Iterator[str]:
 
 
 def _apart(
-    example: Example, layers: Mapping[str, Layer], added: Mapping[str, bool]
+    example: Example, model: TracedModule, layers: Mapping[str, Layer], added: Mapping[str, bool]
 ) -> dict[str, str]:
     """Of these modules those that differ from their product, and their class.
 
     Without example inputs nothing can be run: then it is all of them.
     """
-    model = example.model
-    assert model is not None
     if not example.args and not example.kwargs:
         return {path: type(model.modules[path]).__name__ for path in added}
     found: dict[str, str] = {}
@@ -183,11 +178,9 @@ class _Call:
         x, kind = self.args[0], self.layer.type
         if kind.is_linear:
             return F.linear(x.to(weight.dtype), kind.canonical("weight", weight), bias)
-        cls = kind.classes[0]
-        plain = cls.__new__(cls)
-        nn.Module.__init__(plain)
-        stores = plain.__dict__
-        stores.update({n: v for n, v in self.module.__dict__.items() if n not in stores})
+        cls: Any = kind.classes[0]
+        plain = shallow_clone(self.module)
+        plain.__class__ = cls
         plain._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=bias)
         factor = getattr(self.module, "embed_scale", 1) if kind.reads_ids else 1
-        return plain(x) * factor  # type: ignore[no-any-return]
+        return cls.forward(plain, x) * factor  # type: ignore[no-any-return]

@@ -127,5 +127,9 @@ def _type_of(module: nn.Module) -> LayerType | None:
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """Whether a module is transformers' linear layer, whose weight is stored as (in, out)."""
-    names = {(cls.__module__, cls.__name__) for cls in type(module).__mro__}
-    return ("transformers.pytorch_utils", "Conv1D") in names
+    return any(map(is_conv1d, type(module).__mro__))
+
+
+def is_conv1d(cls: type) -> bool:
+    """Whether a class is that of transformers' linear layer itself."""
+    return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")

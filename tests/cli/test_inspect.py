@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import lora_fx
@@ -20,7 +19,7 @@ from lora_fx.cli.commands import REPORT
 from lora_fx.cli.inspect import as_text, describe
 from lora_fx.cli.pages import compared
 from lora_fx.errors import LoraFxError
-from lora_fx.testing import make_adapter
+from lora_fx.testing import make_adapter, tiny
 from tests.io.gguf_bytes import gguf
 
 MakeAdapter = Callable[..., Adapter]
@@ -116,14 +115,11 @@ def test_hints_that_are_missing_are_asked_for(tmp_path: Path, french: Adapter) -
 
 
 def test_a_gguf_is_shown_by_the_layers_of_its_base(tmp_path: Path) -> None:
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-            vocab_size=20,
-        )
-    ).save_pretrained(tmp_path / "base")  # fmt: skip
+    base = tiny("LlamaForCausalLM")
+    base.save_pretrained(tmp_path / "base")
+    size = base.config.hidden_size
     said = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
-    pair = {"lora_a": torch.ones(2, 16), "lora_b": torch.ones(16, 2)}
+    pair = {"lora_a": torch.ones(2, size), "lora_b": torch.ones(size, 2)}
     tensors = {f"blk.0.attn_q.weight.{end}": tensor for end, tensor in pair.items()}
     (tmp_path / "french.gguf").write_bytes(gguf(said | {"adapter.lora.alpha": 6.0}, tensors))
     with pytest.raises(LoraFxError, match=r"french\.gguf: has llama\.cpp's names, .*pass base="):

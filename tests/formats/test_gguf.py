@@ -13,10 +13,9 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import AdapterError
 from lora_fx.numerics import compare
-from tests.formats.test_torchtune import half_split
+from tests.formats.test_torchtune import IDS, half_split, output, small
 from tests.io.gguf_bytes import gguf
 
-IDS = torch.tensor([[1, 5, 9, 7, 2]])
 SAID: dict[str, Any] = {
     "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora",
     "adapter.lora.alpha": 6.0,
@@ -34,17 +33,6 @@ LAYERS = {
     "token_embd": ("model.embed_tokens", 0),
 }
 PAIR = {"blk.0.attn_q.weight.lora_a": (2, 16), "blk.0.attn_q.weight.lora_b": (16, 2)}
-
-
-def small(kind: str, **fields: Any) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=20, pad_token_id=0, tie_word_embeddings=False, **fields,
-    )  # fmt: skip
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def tensors_for(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,12 +63,6 @@ def merged(
             tuned.get_submodule(theirs).weight += scale * delta
         logits: torch.Tensor = tuned(input_ids=IDS, use_cache=False).logits
     return logits
-
-
-def output(model: nn.Module, adapter: lora_fx.Adapter) -> torch.Tensor:
-    gm = lora_fx.trace(model, (), {"input_ids": IDS, "use_cache": False})
-    found: torch.Tensor = lora_fx.inject(gm, adapter)(input_ids=IDS, use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize(

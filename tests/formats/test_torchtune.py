@@ -34,13 +34,13 @@ LAYERS = {
 }
 
 
-def small(kind: str) -> Any:
+def small(kind: str, **fields: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=20, pad_token_id=0, tie_word_embeddings=False,
+        num_key_value_heads=2, vocab_size=20, pad_token_id=0, tie_word_embeddings=False, **fields,
     )  # fmt: skip
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
